@@ -1,0 +1,7 @@
+"""`python -m moevision` is the command `moevision`."""
+
+import sys
+
+from moevision.cli import main
+
+sys.exit(main())

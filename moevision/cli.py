@@ -1,0 +1,91 @@
+"""The command line: a table of verbs. Nothing heavy is imported before a verb is known."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NamedTuple, cast
+
+USER_ERROR = 2
+
+
+class Verb(NamedTuple):
+    """One verb: what it does, and `module:function` that does it with the remaining arguments."""
+
+    summary: str
+    target: str
+
+
+VERBS = {
+    "fit": Verb("train a model on a folder of images, a dataset or a config; leaves runs/NAME/", "moevision.train.verbs:fit"),
+    "validate": Verb("evaluate a checkpoint on the validation images", "moevision.train.verbs:validate"),
+    "test": Verb("evaluate a checkpoint on the test images", "moevision.train.verbs:test"),
+    "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.predict:main"),
+    "info": Verb("parameters and FLOPs of a model, beside its dense twins", "moevision.info:main"),
+}
+
+USAGE = """\
+moevision: train sparse vision transformers and see which expert every patch goes to
+
+usage: moevision VERB [arguments]      (moevision VERB --help tells more)
+
+{verbs}
+
+begin with
+  moevision fit --config quickstart      drawn pets, about three minutes on two CPU cores, no download
+  moevision fit path/to/images           your own pictures, one folder per class
+  moevision predict runs/NAME/model picture.jpg
+
+--traceback after the verb's arguments shows where an error came from.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the verb that the arguments name.
+
+    Args:
+        arguments: the command line without the program's name; `sys.argv[1:]` if None.
+
+    Returns:
+        The exit code: 0, or 2 after an error that the user can mend.
+    """
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    if not rest or rest[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if rest else USER_ERROR
+    if rest[0] == "--version":
+        from moevision import __version__
+
+        print(f"moevision {__version__}")
+        return 0
+    name = rest.pop(0)
+    if name not in VERBS:
+        print(f"moevision: there is no verb {name!r}; choose one of {', '.join(VERBS)}.", file=sys.stderr)
+        return USER_ERROR
+    show_traceback = "--traceback" in rest
+    return _run(VERBS[name], [argument for argument in rest if argument != "--traceback"], show_traceback)
+
+
+def usage() -> str:
+    """The help of the whole program."""
+    return USAGE.format(verbs="\n".join(f"  {name:10} {verb.summary}" for name, verb in VERBS.items()))
+
+
+def _run(verb: Verb, arguments: list[str], show_traceback: bool) -> int:
+    from moevision.errors import UserError
+
+    module, _, function = verb.target.partition(":")
+    try:
+        cast(Callable[[list[str]], None], getattr(import_module(module), function))(arguments)
+    except UserError as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"moevision: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""The one door through which every picture enters the program: training, prediction and the web page.
+
+`safe_open` turns a file of unknown origin into an upright 8-bit RGB picture, or raises `BadImageError` with
+the reason. What a bare `PIL.Image.open(path).convert("RGB")` gets wrong, and is put right here:
+
+- the EXIF orientation is ignored;
+- 16-bit grey is clipped at 255, so that nearly every pixel turns white;
+- the hidden colour under transparent pixels shows up;
+- a 15 KB file may announce 121 megapixels and only a warning is given;
+- every installed decoder may be reached, rare and little-tested ones among them.
+
+The file's first bytes (never its name) choose one of six Pillow decoders; the size is read from the header
+and checked before a pixel is decoded. No global state of Pillow or `warnings` is touched, so threads may share
+it. The one consequence: a warning of Pillow's about damaged metadata stays a warning, unless the process turns
+warnings into errors; then it is a `BadImageError`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from moevision.errors import UserError
+
+__all__ = ["IMAGE_SUFFIXES", "BadImageError", "is_image_path", "safe_open"]
+
+IMAGE_SUFFIXES: Final = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+)
+"""File name endings, in lower case, that a folder scan takes for pictures."""
+
+_DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], ...]] = (
+    (b"\xff\xd8\xff", JpegImageFile),
+    (b"\x89PNG\r\n\x1a\n", PngImageFile),
+    (b"GIF87a", GifImageFile),
+    (b"GIF89a", GifImageFile),
+    (b"BM", BmpImageFile),
+    (b"II*\x00", TiffImageFile),
+    (b"MM\x00*", TiffImageFile),
+)
+
+# EXIF tag 0x0112 (Exif 2.32, table 4): stored orientation -> the turn that sets the picture upright.
+_ORIENTATION_TAG: Final = 0x0112
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImageError(UserError):
+    """A picture that can't be used.
+
+    Attributes:
+        path: The file as the caller named it, or `"<stream>"` for an unnamed stream.
+        reason: What is wrong with it, without the path.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        """Builds the message from both parts."""
+        super().__init__(f"cannot use the image {path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
+        """Pickles by both arguments, so that the error survives the way out of a loader process."""
+        return type(self), (self.path, self.reason)
+
+
+def is_image_path(path: str | Path) -> bool:
+    """Says whether a file's name looks like a picture's; hidden files (such as macOS `._cat.jpg`) don't."""
+    path = Path(path)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def safe_open(
+    source: str | Path | BinaryIO,
+    *,
+    max_pixels: int = 50_000_000,
+    max_side: int = 16_384,
+    max_bytes: int = 256 * 1024 * 1024,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> Image.Image:
+    """Opens an image file as an upright, fully loaded 8-bit RGB picture.
+
+    Args:
+        source: A path, or a binary stream that is read from its current position.
+        max_pixels: Largest width x height that will be decoded.
+        max_side: Longest side, in pixels, that will be decoded.
+        max_bytes: Largest file, in bytes, that will be read.
+        background: RGB colour, 0-255, shown where the picture is transparent.
+
+    Returns:
+        A picture in mode `"RGB"`: the first frame, orientation applied, free of the source file and of its
+        metadata (an orientation left in it would be applied twice by a later reader).
+
+    Raises:
+        BadImageError: If the file is missing, unreadable, empty, too large, damaged, or not a JPEG, PNG,
+            WebP, BMP, GIF or TIFF picture.
+    """
+    name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "<stream>"))
+    data = _read(source, name, max_bytes)
+    # Broad on purpose: on damaged bytes Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError,
+    # struct.error, zlib.error, MemoryError, SystemError ... and all of them mean "this file is damaged".
+    try:
+        image = _open_header(data)
+    except Exception as error:
+        raise BadImageError(name, f"its header is damaged ({error}); replace or remove it") from error
+    if image is None:
+        raise BadImageError(name, "it is not a JPEG, PNG, WebP, BMP, GIF or TIFF image; convert or remove it")
+    _check_size(image.size, name, max_pixels, max_side)
+    try:
+        image.load()
+        # The decoder may revise the size that the header announced (TIFF, GIF).
+        _check_size(image.size, name, max_pixels, max_side)
+        upright = _upright(image)
+        rgb = _to_rgb(upright, background)
+    except BadImageError:
+        raise
+    except Exception as error:
+        raise BadImageError(name, f"it is truncated or damaged ({error}); replace or remove it") from error
+    if rgb is None:
+        raise BadImageError(name, f"its pixel format {image.mode} has no agreed range; save it with 8 bits")
+    rgb.info.clear()
+    return rgb
+
+
+def _read(source: str | Path | BinaryIO, name: str, max_bytes: int) -> bytes:
+    """Reads at most `max_bytes`; a pipe or device isn't opened at all, since reading it might never end."""
+    try:
+        if isinstance(source, str | Path):
+            path = Path(source)
+            if path.exists() and not path.is_file():
+                raise BadImageError(name, "it is not a regular file; give the path of an image file")
+            with path.open("rb") as handle:
+                data = handle.read(max_bytes + 1)
+        else:
+            data = source.read(max_bytes + 1)
+    except FileNotFoundError as error:
+        raise BadImageError(name, "there is no such file; check the path") from error
+    except BadImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, a closed stream
+        raise BadImageError(name, f"it can't be read ({error}); check its permissions") from error
+    if not data:
+        raise BadImageError(name, "the file is empty; replace or remove it")
+    if len(data) > max_bytes:
+        raise BadImageError(name, f"the file is larger than {max_bytes:,} bytes; save it smaller")
+    return data
+
+
+def _open_header(data: bytes) -> ImageFile.ImageFile | None:
+    """Reads the header with the decoder that the first bytes name; None if they name none.
+
+    The decoder classes are called directly because `PIL.Image.open` tries all plugins and emits its own
+    decompression-bomb warning, which couldn't be silenced in a thread-safe way.
+    """
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return WebPImageFile(io.BytesIO(data))
+    for magic, decoder in _DECODERS:
+        if data.startswith(magic):
+            return decoder(io.BytesIO(data))
+    return None
+
+
+def _check_size(size: tuple[int, int], name: str, max_pixels: int, max_side: int) -> None:
+    """Raises `BadImageError` unless 1 <= side <= max_side and width x height <= max_pixels."""
+    width, height = size
+    announced = f"its size of {width} x {height} pixels"
+    if min(size) < 1:
+        raise BadImageError(name, f"{announced} is empty; replace or remove it")
+    if max(size) > max_side:
+        raise BadImageError(name, f"{announced} exceeds the longest side of {max_side:,}; shrink it")
+    if width * height > max_pixels:
+        raise BadImageError(name, f"{announced} exceeds the limit of {max_pixels:,}; shrink it")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation (Pillow's TIFF decoder has done so already, and then reports none)."""
+    turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image | None:
+    """Converts any pixel format with a known range to RGB; None for one without (32-bit integer, float)."""
+    if image.mode.startswith("I;16"):
+        # 65535 = 257 x 255, so a rounded division by 257 maps full scale to full scale.
+        values = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return None
+    if image.mode == "La":  # premultiplied grey: Pillow converts it to LA only
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        canvas.alpha_composite(image.convert("RGBA"))
+        return canvas.convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,352 @@
+"""Which images train, which choose, and which report: a seeded, stratified split without leaks.
+
+Nothing is ever selected on the set that is reported. A "val" that comes without a "test" is therefore the test
+set, and validation images are cut from the training ones. Byte-identical files, and files of one group, stay on
+one side: a copy of a training picture in the test set would be rewarded for memory.
+
+The split is written to ``splits.csv`` in the run folder and read from there when the run goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moevision.data.sources import SPLITS, Collection, Sample
+from moevision.errors import UserError
+
+_UNUSED = "unused"  # in splits.csv: known, and in no split
+
+
+@dataclass
+class Splits:
+    """Samples per split, with where they come from.
+
+    Attributes:
+        samples: split -> samples.
+        notes: split -> half a sentence about its origin.
+        warnings: whole sentences.
+        unused: samples in no split, because another split holds a copy of them.
+    """
+
+    samples: dict[str, list[Sample]]
+    notes: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
+    unused: list[Sample] = field(default_factory=list)
+
+    def sentences(self) -> list[str]:
+        """One sentence per split, with its count."""
+        return [
+            f"{split}: {len(members):,} images, {self.notes[split]}."
+            for split, members in self.samples.items()
+        ]
+
+
+def make_splits(
+    collection: Collection,
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    group_by: str | None = None,
+    check_duplicates: bool = True,
+) -> Splits:
+    """Split a collection, keeping what it came with.
+
+    Args:
+        collection: the labelled pictures.
+        val_fraction: share of the images to cut for validation, in (0, 1).
+        test_fraction: share to cut for the test where the collection came unsplit, in [0, 1).
+        seed: seed of the cut.
+        group_by: None, "parent", or a regular expression with one group, searched in the sample id.
+        check_duplicates: whether to look for byte-identical pictures.
+
+    Raises:
+        UserError: if a fraction is out of range or a class has too few images (or groups) to be cut.
+    """
+    if not (0 < val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
+        raise UserError(
+            f"val_fraction {val_fraction:g} and test_fraction {test_fraction:g} must leave images to train on: "
+            "set --data.val_fraction above 0 and keep their sum below 1"
+        )
+    given = _merged(collection.given)
+    groups, warnings = _groups(collection, given, group_by, check_duplicates)
+    notes = _origins(collection.given, f", seed {seed}")
+    if "all" in given:
+        fractions = {"test": test_fraction, "val": val_fraction} if test_fraction else {"val": val_fraction}
+        parts = stratified_cut(given["all"], groups, fractions, seed, collection.class_names)
+        return Splits({split: parts[split] for split in SPLITS if split in parts}, notes, warnings)
+    if "test" not in given:
+        given["test"] = given.pop("val")
+    given, unused = _without_leaks(given, groups, warnings)
+    if "val" not in given:
+        given |= stratified_cut(given["train"], groups, {"val": val_fraction}, seed, collection.class_names)
+    return Splits({split: given[split] for split in SPLITS}, notes, warnings, unused)
+
+
+def _merged(given: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
+    """A copy in which a train set without any companion counts as unsplit."""
+    return {"all": given["train"]} if set(given) == {"train"} else dict(given)
+
+
+def _origins(given: dict[str, list[Sample]], drawn: str = "") -> dict[str, str]:
+    """Where each split comes from, in words; ``drawn`` says how random cuts were drawn."""
+    came_with = set(_merged(given))
+    cut = f"at random by class{drawn}"
+    if came_with == {"all"}:
+        return dict.fromkeys(SPLITS, f"cut from all images {cut}")
+    notes = dict.fromkeys(SPLITS, "as the dataset gives them")
+    if came_with == {"train", "val"}:
+        notes["test"] = "the dataset's val set, which is reported and never selected on"
+    if came_with != set(SPLITS):
+        notes["val"] = f"cut from the dataset's train set {cut}"
+        notes["train"] = "the rest of the dataset's train set"
+    return notes
+
+
+def stratified_cut(
+    samples: Sequence[Sample],
+    groups: dict[str, str],
+    fractions: dict[str, float],
+    seed: int,
+    class_names: Sequence[str],
+) -> dict[str, list[Sample]]:
+    """Cut parts off a list, each with its share of every class; the rest is "train".
+
+    Groups are taken in the order of a hash of (seed, group), so a few added files move few others. Where
+    every image is its own group a part gets exactly ``max(1, round(fraction * n))`` of a class's n images.
+
+    Args:
+        samples: the images to cut.
+        groups: group of a sample id; absent ids are groups of their own.
+        fractions: part -> share, in (0, 1).
+        seed: seed of the order.
+        class_names: names for messages.
+
+    Returns:
+        Samples per part and "train", each in the order of ``samples``.
+
+    Raises:
+        UserError: if a class can't be in every part.
+    """
+    sizes: dict[str, Counter[int]] = defaultdict(Counter)
+    for sample in samples:
+        sizes[groups.get(sample.sample_id, sample.sample_id)][sample.label] += 1
+    order = sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    by_label: dict[int, list[str]] = defaultdict(list)
+    for group in order:
+        for label in sizes[group]:
+            by_label[label].append(group)
+    part_of: dict[str, str] = {}
+    filled: dict[str, Counter[int]] = {part: Counter() for part in fractions}
+    for label in sorted(by_label):
+        total = sum(sizes[group][label] for group in by_label[label])
+        for part, fraction in fractions.items():
+            quota = max(1, round(fraction * total))
+            free = [group for group in by_label[label] if group not in part_of]
+            for group in _chosen(free, sizes, label, quota - filled[part][label]):
+                part_of[group] = part
+                filled[part] += sizes[group]
+    parts: dict[str, list[Sample]] = {part: [] for part in ("train", *fractions)}
+    for sample in samples:
+        parts[part_of.get(groups.get(sample.sample_id, sample.sample_id), "train")].append(sample)
+    _check_cut(parts, by_label, class_names)
+    return parts
+
+
+def _chosen(free: list[str], sizes: dict[str, Counter[int]], label: int, need: int) -> list[str]:
+    """Groups that bring ``need`` images of a class nearest, in the order given; one group is left for train."""
+    chosen: list[str] = []
+    for group in free[:]:
+        if need <= 0 or len(free) <= 1:
+            break
+        if sizes[group][label] <= 2 * need:  # overshooting is better than stopping here
+            chosen.append(group)
+            free.remove(group)
+            need -= sizes[group][label]
+    if not chosen and need > 0 and len(free) > 1:
+        chosen = [min(free, key=lambda group: sizes[group][label])]
+    return chosen
+
+
+def _check_cut(
+    parts: dict[str, list[Sample]], by_label: dict[int, list[str]], class_names: Sequence[str]
+) -> None:
+    """Every class must be in every part."""
+    for part, samples in parts.items():
+        present = {sample.label for sample in samples}
+        for label, members in by_label.items():
+            if label not in present:
+                raise UserError(
+                    f"class {class_names[label]!r} has too few images to be in each of {', '.join(parts)} (it makes "
+                    f"{len(members)} independent groups, none left for {part}): add images of it, or leave it out"
+                )
+
+
+def _groups(
+    collection: Collection, given: dict[str, list[Sample]], group_by: str | None, check_duplicates: bool
+) -> tuple[dict[str, str], list[str]]:
+    """Group of every sample id that isn't a group of its own, and warnings about contradictory copies."""
+    samples = [sample for part in given.values() for sample in part]
+    group_of = _named_groups(samples, group_by)
+    warnings: list[str] = []
+    if not check_duplicates:
+        return group_of, warnings
+    parent: dict[str, str] = {}
+
+    def root(group: str) -> str:
+        while group in parent:
+            group = parent[group]
+        return group
+
+    contradictions = []
+    for copies in identical(collection, samples):
+        if len({sample.label for sample in copies}) > 1:
+            contradictions.append(copies[0].sample_id)
+        keys = [group_of.setdefault(sample.sample_id, sample.sample_id) for sample in copies]
+        for key in keys[1:]:
+            first, other = root(keys[0]), root(key)
+            if first != other:
+                parent[other] = first
+    if contradictions:
+        warnings.append(
+            f"{len(contradictions)} pictures stand in several classes as byte-identical files (for example "
+            f"{contradictions[0]}): keep each in its right class"
+        )
+    return {sample_id: root(group) for sample_id, group in group_of.items()}, warnings
+
+
+def _named_groups(samples: Sequence[Sample], group_by: str | None) -> dict[str, str]:
+    """Groups by the parent folder or by a regular expression; keys can't collide with sample ids."""
+    if group_by is None:
+        return {}
+    if group_by == "parent":
+        return {sample.sample_id: f"//{sample.sample_id.rpartition('/')[0]}" for sample in samples}
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise UserError(f"--data.group_by {group_by!r} is not a regular expression: {error}") from error
+    if pattern.groups != 1:
+        raise UserError(
+            f"--data.group_by {group_by!r} must have exactly one (group), it has {pattern.groups}"
+        )
+    groups = {}
+    for sample in samples:
+        match = pattern.search(sample.sample_id)
+        if match is None:
+            raise UserError(
+                f"--data.group_by {group_by!r} does not match {sample.sample_id!r}: let it match every path"
+            )
+        groups[sample.sample_id] = f"//{match.group(1)}"
+    return groups
+
+
+def identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sample]]:
+    """Sets of two or more byte-identical samples; only samples of equal size are read, and large ones twice."""
+    sets = [list(samples)]
+    for key in (collection.size_bytes, collection.probe, collection.digest):
+        finer: list[list[Sample]] = []
+        for members in sets:
+            buckets: dict[int | bytes, list[Sample]] = defaultdict(list)
+            for sample in members:
+                buckets[key(sample)].append(sample)
+            finer += [bucket for bucket in buckets.values() if len(bucket) > 1]
+        sets = finer
+    return sets
+
+
+def _without_leaks(
+    given: dict[str, list[Sample]], groups: dict[str, str], warnings: list[str]
+) -> tuple[dict[str, list[Sample]], list[Sample]]:
+    """Drop from train what val or test hold too, and from val what test holds; return the dropped as well."""
+    kept: dict[str, list[Sample]] = {}
+    unused: list[Sample] = []
+    reserved: dict[str, str] = {}
+    for split in ("test", "val", "train"):
+        if split not in given:
+            continue
+        kept[split] = []
+        dropped: list[Sample] = []
+        for sample in given[split]:
+            leaks = sample.sample_id in groups and groups[sample.sample_id] in reserved
+            (dropped if leaks else kept[split]).append(sample)
+        unused += dropped
+        if dropped:
+            others = sorted({reserved[groups[sample.sample_id]] for sample in dropped})
+            warnings.append(
+                f"{len(dropped)} {split} images are not used because {' and '.join(others)} hold byte-identical "
+                f"copies or files of the same group (for example {dropped[0].sample_id})"
+            )
+        for sample in kept[split]:
+            if sample.sample_id in groups:
+                reserved.setdefault(groups[sample.sample_id], split)
+    return kept, unused
+
+
+def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None:
+    """Write ``splits.csv`` (columns split, class, path) in one step, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["split", "class", "path"])
+        for split, samples in {**splits.samples, _UNUSED: splits.unused}.items():
+            writer.writerows([split, class_names[sample.label], sample.sample_id] for sample in samples)
+    os.replace(temporary, path)
+
+
+def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
+    """Take the split from ``splits.csv``; files that came or went since are left out, with a warning.
+
+    Args:
+        path: the file written by `write_splits`.
+        collection: the pictures as they are now.
+
+    Returns:
+        The splits, and the class names of the file (labels are renumbered to them).
+
+    Raises:
+        UserError: if the file isn't such a list, or a class of it has vanished.
+    """
+    with path.open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    if (
+        not rows
+        or set(rows[0]) != {"split", "class", "path"}
+        or {row["split"] for row in rows} - {*SPLITS, _UNUSED}
+    ):
+        raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
+    current = {sample.sample_id for part in collection.given.values() for sample in part}
+    listed = {row["class"] for row in rows}
+    class_names = [name for name in collection.class_names if name in listed]
+    label_of = {name: label for label, name in enumerate(class_names)}
+    samples: dict[str, list[Sample]] = {
+        split: [] for split in SPLITS if any(row["split"] == split for row in rows)
+    }
+    unused: list[Sample] = []
+    vanished = [row["path"] for row in rows if row["path"] not in current]
+    for row in rows:
+        if row["path"] in current and row["class"] in label_of:
+            samples.get(row["split"], unused).append(Sample(row["path"], label_of[row["class"]]))
+    for split, members in samples.items():
+        lost = sorted(listed - {class_names[sample.label] for sample in members})
+        if lost:
+            raise UserError(
+                f"{path} lists {split} images of the class {lost[0]!r} that are no longer there: bring them back, "
+                "or use another run folder to draw a new split"
+            )
+    warnings = []
+    appeared = current - {row["path"] for row in rows}
+    for paths, verb in ((vanished, "have vanished"), (sorted(appeared), "are not in it and are left out")):
+        if paths:
+            warnings.append(f"{len(paths)} images {verb} since {path} was written (for example {paths[0]})")
+    notes = {
+        split: f"{origin} (as listed in {path.name})" for split, origin in _origins(collection.given).items()
+    }
+    return Splits(samples, notes, warnings, unused), class_names

@@ -1,0 +1,8 @@
+"""The one exception that a user of the package is meant to read."""
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message is one sentence that says what to do.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """

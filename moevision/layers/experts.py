@@ -1,0 +1,183 @@
+"""Experts: E two-layer MLPs with packed weights, applied to rows sorted by expert.
+
+Three backends compute the same thing:
+
+- `loop`: one expert after the other on its slice of the rows; any dtype, any shape, the fastest on a CPU.
+- `grouped`: `torch.nn.functional.grouped_mm`; needs float32/float16/bfloat16 and row strides of 16 bytes.
+- `dense`: every expert on every token, the routed sum taken afterwards; E times the work, no sorting, no
+  data-dependent shape. It is the oracle in tests and the path for export.
+
+Axes: R rows, T tokens, D width, H hidden width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moevision.errors import UserError
+
+Backend = Literal["auto", "loop", "grouped", "dense"]
+
+
+class PackedLinear(nn.Module):
+    """E linear maps in one weight [E, out, in] and one bias [E, out] (names ending in `.bias` escape weight decay)."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal, std 0.02, and zero biases: timm's own ViT initialisation."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def each(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of every expert in `dtype`.
+
+        Unbound once: indexing `weight[e]` would write a full-size zero gradient for every expert, O(E²) work.
+        """
+        weights = self.weight.to(dtype).unbind(0)
+        if self.bias is None:
+            return [(weight, None) for weight in weights]
+        return list(zip(weights, self.bias.to(dtype).unbind(0), strict=True))
+
+    def grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Apply expert e to the e-th group of rows [R, in], counts [E] long, in one kernel."""
+        ends = counts.cumsum(0).to(torch.int32)
+        out = F.grouped_mm(rows, self.weight.to(rows.dtype).transpose(-2, -1), offs=ends)
+        if self.bias is None:
+            return out
+        bias = self.bias.to(rows.dtype)
+        return out + bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"num_experts={self.num_experts}, {self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class Experts(nn.Module):
+    """E MLPs `fc2(dropout(act(fc1(x))))`, as timm's Mlp but one for each expert.
+
+    Args:
+        num_experts: E.
+        in_features: D.
+        hidden_features: H.
+        out_features: output width, usually D.
+        act_layer: constructor of the activation.
+        bias: whether fc1 and fc2 have biases.
+        drop: dropout probability on the hidden activations.
+        backend: `auto` (chosen by device and dtype), `loop`, `grouped` or `dense`.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+
+    Raises:
+        UserError: for an unknown backend.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        *,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        bias: tuple[bool, bool] = (True, True),
+        drop: float = 0.0,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if backend not in get_args(Backend):
+            raise UserError(f"There is no expert backend {backend!r}; choose one of {', '.join(get_args(Backend))}.")
+        self.num_experts, self.backend = num_experts, backend
+        self.fc1 = PackedLinear(num_experts, in_features, hidden_features, bias=bias[0], device=device, dtype=dtype)
+        self.act = act_layer()
+        self.drop = nn.Dropout(drop)
+        self.fc2 = PackedLinear(num_experts, hidden_features, out_features, bias=bias[1], device=device, dtype=dtype)
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Apply expert e to the e-th group of rows.
+
+        Args:
+            rows: [R, D], sorted by expert.
+            counts: [E] int64, the length of each group; any of them may be zero.
+
+        Returns:
+            [R, out_features] in the compute dtype (autocast's, if it is on).
+        """
+        rows = rows.to(self.compute_dtype(rows))
+        if self._use_grouped(rows):
+            hidden = self.drop(self.act(self.fc1.grouped(rows, counts)))
+            return self.fc2.grouped(hidden, counts)
+        return self._loop(rows, counts)
+
+    def _loop(self, rows: Tensor, counts: Tensor) -> Tensor:
+        dtype = rows.dtype
+        groups = rows.split(counts.tolist())
+        experts = zip(groups, self.fc1.each(dtype), self.fc2.each(dtype), strict=True)
+        return torch.cat(
+            [F.linear(self.drop(self.act(F.linear(group, w1, b1))), w2, b2) for group, (w1, b1), (w2, b2) in experts]
+        )
+
+    def on_all_tokens(self, x: Tensor) -> Tensor:
+        """Every expert on every token: x [T, D] -> [T, E, out_features] (the dense backend)."""
+        x = x.to(self.compute_dtype(x))
+        hidden = torch.einsum("td,ehd->teh", x, self.fc1.weight.to(x.dtype))
+        if self.fc1.bias is not None:
+            hidden = hidden + self.fc1.bias.to(x.dtype)
+        out = torch.einsum("teh,eoh->teo", self.drop(self.act(hidden)), self.fc2.weight.to(x.dtype))
+        return out if self.fc2.bias is None else out + self.fc2.bias.to(x.dtype)
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which the experts work: autocast's if it is on, else that of their weights."""
+        device_type = x.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.fc1.weight.dtype
+
+    def _use_grouped(self, rows: Tensor) -> bool:
+        if self.backend == "grouped":
+            self._check_grouped(rows.dtype)
+            return True
+        if self.backend == "loop":
+            return False
+        # Measured rules: bf16 grouped_mm is one fused kernel on SM90+; elsewhere it is a loop with host
+        # synchronisations. Compiled code has no data-dependent split, and grouped_mm compiles in bf16 only.
+        if rows.dtype != torch.bfloat16 or not self._strides_fit(rows.dtype):
+            return False
+        compiling = torch.compiler.is_compiling()
+        return compiling or (rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0))
+
+    def _check_grouped(self, dtype: torch.dtype) -> None:
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(f"backend='grouped' does not compute in {dtype}: use backend='loop'.")
+        if not self._strides_fit(dtype):
+            raise UserError(
+                f"backend='grouped' in {dtype} needs widths that are multiples of {16 // dtype.itemsize}, but the "
+                f"experts are {self.fc1.in_features} -> {self.fc1.out_features} -> {self.fc2.out_features}: "
+                "change hidden_features or use backend='loop'."
+            )
+
+    def _strides_fit(self, dtype: torch.dtype) -> bool:
+        widths = (self.fc1.in_features, self.fc1.out_features, self.fc2.out_features)
+        return all(width * dtype.itemsize % 16 == 0 for width in widths)

@@ -1,0 +1,211 @@
+"""Balance losses: pure functions of a `Routing`, and `AuxLoss`, which weights and sums them for training.
+
+- importance and load: Shazeer et al. 2017, arXiv:1701.06538, §4 and appendix A; V-MoE's variants of both
+  (arXiv:2106.05974, appendix A) under `rule="vmoe"`.
+- load balancing: GShard, arXiv:2006.16668, algorithm 1; Switch Transformer, arXiv:2101.03961, eq. 4-6.
+- router z-loss: ST-MoE, arXiv:2202.08906, eq. 5.
+
+Every loss is a function of sums over tokens. That is what makes it exact for a batch that arrives in pieces, from
+several processes or several micro-batches: `AuxLoss` adds up the sums and only then applies the function.
+
+Axes: B images, N tokens, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor, nn
+
+from moevision.errors import UserError
+from moevision.layers import Routing, moe_layers
+
+Rule = Literal["shazeer", "vmoe"]
+
+
+def importance_loss(routing: Routing, rule: Rule = "shazeer") -> Tensor:
+    """CV² of the experts' importance (arXiv:1701.06538, eq. 6-7); 0 when all experts get the same total weight.
+
+    Args:
+        routing: one layer's decision.
+        rule: `shazeer` sums the gates that were used (sparse, noisy); `vmoe` sums the noise-free softmax over all E.
+    """
+    return cv_squared(_importance(routing, rule))
+
+
+def load_loss(routing: Routing, rule: Rule = "shazeer") -> Tensor:
+    """CV² of the smooth load Σ_x P(x, i) (arXiv:1701.06538, eq. 8-11); 0 where it is undefined (E = 1 or K = E).
+
+    P(x, i) is the probability that expert i is among the K chosen when only its own noise is drawn again.
+
+    Args:
+        routing: one layer's decision, made in training mode.
+        rule: `shazeer` compares with the K-th best of the *other* noisy scores, so that Σ_i P(x, i) averages K;
+            `vmoe` compares with the K-th best of all of them, as V-MoE's code does.
+
+    Raises:
+        UserError: if the routing has no noise.
+    """
+    return cv_squared(_load(routing, rule)) if _load_is_defined(routing) else routing.logits.new_zeros(())
+
+
+def load_balancing_loss(routing: Routing) -> Tensor:
+    """E · Σ_i f_i P_i of GShard and Switch; 1 when routing is uniform.
+
+    f_i is the share of all choices that fell on expert i (for K = 1 Switch's eq. 5), P_i the mean router probability.
+    """
+    return _load_balancing_value(_load_balancing_sums(routing, "shazeer"))
+
+
+def z_loss(routing: Routing) -> Tensor:
+    """Mean over tokens of logsumexp(clean logits)², which keeps router logits small (arXiv:2202.08906, eq. 5)."""
+    return _z_value(_z_sums(routing, "shazeer"))
+
+
+def cv_squared(x: Tensor) -> Tensor:
+    """Squared coefficient of variation var / mean² of x [E], population variance.
+
+    Through the variance, never the standard deviation: its square root has no finite gradient at perfect balance.
+    """
+    mean = x.mean()
+    return (x - mean).square().mean() / mean.square()
+
+
+def _importance(routing: Routing, rule: Rule) -> Tensor:
+    weights = routing.expert_weights() if rule == "shazeer" else routing.probs
+    return weights.flatten(0, -2).sum(0)
+
+
+def _load_is_defined(routing: Routing) -> bool:
+    return routing.top_k < routing.num_experts
+
+
+def _load(routing: Routing, rule: Rule) -> Tensor:
+    if routing.noise_std is None:
+        raise UserError("The load loss needs router noise: use a router with noise, in training mode.")
+    if not _load_is_defined(routing):
+        return torch.ones_like(routing.logits[0, 0])  # perfectly balanced: CV² = 0
+    k = routing.top_k
+    best = routing.noisy_logits.topk(k + 1, dim=-1).values
+    if rule == "vmoe":
+        threshold = best[..., k - 1 : k]
+    else:
+        chosen = torch.zeros_like(routing.logits, dtype=torch.bool).scatter(-1, routing.expert_index, True)
+        threshold = torch.where(chosen, best[..., k : k + 1], best[..., k - 1 : k])
+    # Learned noise can shrink to nothing; below 1e-6 the probability is a step and its gradient 0 · ∞.
+    std = routing.noise_std.clamp_min(1e-6)
+    return torch.special.ndtr((routing.logits - threshold) / std).flatten(0, -2).sum(0)
+
+
+def _load_balancing_sums(routing: Routing, rule: Rule) -> Tensor:
+    counts = routing.requested_counts().to(routing.probs.dtype)
+    return torch.stack([counts, routing.probs.flatten(0, -2).sum(0)])
+
+
+def _load_balancing_value(sums: Tensor) -> Tensor:
+    choices, probs = sums
+    return len(choices) * (choices / choices.sum() * probs / probs.sum()).sum()
+
+
+def _z_sums(routing: Routing, rule: Rule) -> Tensor:
+    squares = routing.logits.logsumexp(-1).square()
+    return torch.stack([squares.sum(), squares.new_tensor(squares.numel())])
+
+
+def _z_value(sums: Tensor) -> Tensor:
+    return sums[0] / sums[1]
+
+
+class _Loss(NamedTuple):
+    sums: Callable[[Routing, Rule], Tensor]  # additive over tokens
+    value: Callable[[Tensor], Tensor]
+
+
+_LOSSES = {
+    "importance": _Loss(_importance, cv_squared),
+    "load": _Loss(_load, cv_squared),
+    "load_balancing": _Loss(_load_balancing_sums, _load_balancing_value),
+    "z": _Loss(_z_sums, _z_value),
+}
+
+
+@dataclass
+class AuxLossWeights:
+    """How much each balance loss counts beside the cross-entropy; 0 leaves it out.
+
+    Args:
+        importance: weight of the importance loss.
+        load: weight of the load loss.
+        load_balancing: weight of the Switch / GShard loss.
+        z: weight of the router z-loss.
+        rule: `shazeer` or `vmoe`, the definition of importance and load.
+    """
+
+    importance: float = 0.0
+    load: float = 0.0
+    load_balancing: float = 0.0
+    z: float = 0.0
+    rule: Rule = "shazeer"
+
+
+class AuxLoss:
+    """Σ_j w_j · mean over MoE layers of loss j, over everything that one optimizer step sees.
+
+    The statistic of a micro-batch is the detached sum over the earlier micro-batches of its accumulation window plus
+    its own; `start_window` begins a new one. With `torch.distributed` it is summed over ranks by an all-reduce whose
+    backward also sums, which makes DDP's mean over ranks the gradient of the whole batch.
+
+    Args:
+        weights: the weight of each loss, and the rule.
+    """
+
+    def __init__(self, weights: AuxLossWeights) -> None:
+        values = asdict(weights)
+        self.rule: Rule = values.pop("rule")
+        self.weights = {name: float(weight) for name, weight in values.items() if weight}
+        self._window: dict[tuple[str, int], Tensor] = {}
+
+    def check(self, model: nn.Module) -> None:
+        """Raise a UserError if a weighted loss can't be supplied by a router of `model`."""
+        for layer in moe_layers(model):
+            missing = set(self.weights) - layer.router.losses
+            if missing:
+                raise UserError(
+                    f"The router of block {layer.layer_index} can't supply the {', '.join(sorted(missing))} loss: "
+                    "set its weight to 0 or choose a router with noise."
+                )
+
+    def start_window(self) -> None:
+        """Forget earlier micro-batches; call it once per optimizer step."""
+        self._window = {}
+
+    def __call__(self, routings: Sequence[Routing]) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The weighted sum (None without MoE layers or weights) and the detached value of each loss."""
+        if not routings or not self.weights:
+            return None, {}
+        values = {name: self._mean_over_layers(name, routings) for name in self.weights}
+        total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+        return total, {name: value.detach() for name, value in values.items()}
+
+    def _mean_over_layers(self, name: str, routings: Sequence[Routing]) -> Tensor:
+        loss = _LOSSES[name]
+        values = []
+        for layer, routing in enumerate(routings):
+            sums = loss.sums(routing, self.rule)
+            earlier = self._window.get((name, layer))
+            sums = sums if earlier is None else earlier + sums
+            self._window[name, layer] = sums.detach()
+            values.append(loss.value(_sum_over_ranks(sums)))
+        return torch.stack(values).mean()
+
+
+def _sum_over_ranks(sums: Tensor) -> Tensor:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return sums
+    total: Tensor = dist_nn.all_reduce(sums)
+    return total

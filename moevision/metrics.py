@@ -1,0 +1,107 @@
+"""Routing statistics as torchmetrics: they add up over batches and ranks.
+
+Axes: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from moevision.layers import Routing
+from moevision.losses import cv_squared
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """How the choices of one MoE layer fell on its experts.
+
+    Attributes:
+        layer: index of the transformer block.
+        counts: choices that each expert computed.
+        max_over_mean: load of the slowest expert over the mean load; 1 is perfect, and what the others wait for.
+        cv_squared: variance over squared mean of the counts.
+        cv_squared_floor: what CV² is expected to be if each choice fell on a random expert: (E - 1) / choices.
+        dead: experts that no token chose.
+        entropy_bits: mean entropy of a token's router probabilities; log2(E) is undecided.
+        dropped: share of choices that capacity dropped.
+    """
+
+    layer: int
+    counts: list[int]
+    max_over_mean: float
+    cv_squared: float
+    cv_squared_floor: float
+    dead: int
+    entropy_bits: float
+    dropped: float
+
+    @classmethod
+    def from_sums(cls, layer: int, counts: Tensor, requested: Tensor, entropy_bits: Tensor, tokens: Tensor) -> LayerLoad:
+        """Summarise counts [E] and requested [E] choices and the summed entropy of `tokens` tokens."""
+        load = counts.double()
+        total = load.sum()
+        return cls(
+            layer=layer,
+            counts=counts.tolist(),
+            max_over_mean=float(load.max() / load.mean()),
+            cv_squared=float(cv_squared(load)),
+            cv_squared_floor=float((len(load) - 1) / total),
+            dead=int((load == 0).sum()),
+            entropy_bits=float(entropy_bits / tokens),
+            dropped=float(1 - total / requested.sum()),
+        )
+
+
+class RoutingStatistics(Metric):
+    """Load, entropy and drops of every MoE layer, from hard counts over all tokens (prefix tokens too).
+
+    Args:
+        layers: block index of each MoE layer, in order of depth.
+        num_experts: E.
+    """
+
+    full_state_update = False
+    counts: Tensor
+    requested: Tensor
+    entropy_bits: Tensor
+    tokens: Tensor
+
+    def __init__(self, layers: Sequence[int], num_experts: int) -> None:
+        super().__init__()
+        self.layers = list(layers)
+        shape = (len(self.layers), num_experts)
+        self.add_state("counts", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("requested", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("entropy_bits", torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(len(self.layers), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, routings: Sequence[Routing]) -> None:
+        """Add one batch: the `Routing` of every MoE layer, in order of depth."""
+        for row, routing in enumerate(routings):
+            probs = routing.probs.detach()
+            self.counts[row] += routing.counts()
+            self.requested[row] += routing.requested_counts()
+            self.entropy_bits[row] += torch.special.entr(probs).sum().double() / torch.log(torch.tensor(2.0))
+            self.tokens[row] += probs.shape[0] * probs.shape[1]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Sums per MoE layer: `counts` and `requested` [L, E], `entropy_bits` [L] over tokens, `tokens` [L]."""
+        return {
+            "counts": self.counts,
+            "requested": self.requested,
+            "entropy_bits": self.entropy_bits,
+            "tokens": self.tokens,
+        }
+
+    def layer_loads(self) -> list[LayerLoad]:
+        """What the sums say about each MoE layer, over all ranks."""
+        sums = self.compute()
+        return [
+            LayerLoad.from_sums(layer, *(sums[name][row] for name in ("counts", "requested", "entropy_bits", "tokens")))
+            for row, layer in enumerate(self.layers)
+        ]

@@ -1,0 +1,222 @@
+"""Vision transformers with Mixture-of-Experts MLPs, under names that timm can create, save and load.
+
+Sources: V-MoE (Riquelme et al. 2021, arXiv:2106.05974) for sparse MLPs in a ViT and where to put them;
+timm's VisionTransformer for everything else. Names exist after `import moevision`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import timm
+from timm.layers.config import use_reentrant_ckpt
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from moevision.errors import UserError
+from moevision.layers import MoEMlp, Routing, forward_routing
+from moevision.layers.experts import Backend
+from moevision.models.convert import Match, convert_to_moe, make_dense
+from moevision.models.stem import conv_stem
+
+
+class VisionTransformerMoE(VisionTransformer):
+    """timm's VisionTransformer with MoE layers in some blocks.
+
+    Args:
+        num_experts: E, experts in each MoE layer.
+        top_k: K, experts that compute each token.
+        router: `noisy_top_k` (Shazeer) or `vmoe_top_k` (V-MoE).
+        moe_layers: `every2`, `last2`, `all`, or block indices counting from 0; an empty list gives timm's ViT.
+        expert_hidden: hidden width of one expert; mlp_ratio · D / K if None, so that a token costs as in the plain ViT.
+        backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
+        stem: `patch` (timm's) or `conv` (arXiv:2106.14881; far better when a small model learns from scratch).
+        twin: build the dense twin instead, matched in `active_flops` or `total_params`.
+        img_size: side(s) of the picture in pixels.
+        patch_size: side of a patch in pixels; it must divide img_size.
+        embed_dim: D.
+        **kwargs: timm's own arguments.
+
+    Raises:
+        UserError: if patches don't tile the picture, or K, E, router, placement or stem don't exist or fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_experts: int = 8,
+        top_k: int = 2,
+        router: str = "noisy_top_k",
+        moe_layers: str | Sequence[int] = "every2",
+        expert_hidden: int | None = None,
+        backend: Backend = "auto",
+        stem: str = "patch",
+        twin: Match | None = None,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        **kwargs: Any,
+    ) -> None:
+        check_patches(img_size, patch_size)
+        if stem not in ("patch", "conv"):
+            raise UserError(f"There is no stem {stem!r}: choose 'patch' or 'conv'.")
+        if stem == "conv":
+            kwargs["embed_layer"] = conv_stem(embed_dim, patch_size)
+        super().__init__(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, **kwargs)
+        convert_to_moe(
+            self, moe_layers, num_experts, top_k, router, expert_hidden=expert_hidden, backend=backend
+        )
+        if twin is not None:
+            make_dense(self, twin)
+
+    def forward_routing(self, x: Tensor) -> tuple[Tensor, list[Routing]]:
+        """Logits [B, C] and one `Routing` per MoE layer for images x [B, 3, H, W]; see `moevision.forward_routing`."""
+        return forward_routing(self, x)
+
+    def fix_init_weight(self) -> None:
+        """timm's depth-scaled init; a MoE layer keeps its output weights under another name."""
+        for index, block in enumerate(self.blocks):
+            output = block.mlp.experts.fc2 if isinstance(block.mlp, MoEMlp) else block.mlp.fc2
+            for linear in (block.attn.proj, output):
+                linear.weight.data.div_((2.0 * (index + 1)) ** 0.5)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory by computing blocks again in the backward pass.
+
+        Raises:
+            UserError: with timm's reentrant checkpointing, under which balance losses silently get no gradient.
+        """
+        if enable and use_reentrant_ckpt():
+            raise UserError(
+                "Reentrant checkpointing gives the balance losses no gradient: call "
+                "timm.layers.set_reentrant_ckpt(False) first."
+            )
+        super().set_grad_checkpointing(enable)
+
+
+def check_patches(img_size: int | tuple[int, int], patch_size: int) -> None:
+    """Raise a UserError unless whole patches tile the picture (timm would silently cut off the rest)."""
+    sides = img_size if isinstance(img_size, tuple | list) else (img_size, img_size)
+    if any(side % patch_size for side in sides):
+        nearest = max(patch_size, round(sides[0] / patch_size) * patch_size)
+        raise UserError(
+            f"Patches of {patch_size} px do not tile a picture of {sides[0]} x {sides[1]} px: "
+            f"use an image size that is a multiple of {patch_size}, such as {nearest}, or another patch_size."
+        )
+
+
+def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> VisionTransformerMoE:
+    model = build_model_with_cfg(
+        VisionTransformerMoE,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **{**defaults, **kwargs},
+    )
+    return cast(VisionTransformerMoE, model)
+
+
+def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+_CONV = {"first_conv": "patch_embed.backbone.0.conv"}
+default_cfgs = generate_default_cfgs(
+    {
+        "test_vit_moe.untrained": _cfg(32, **_CONV),
+        "vit_moe_micro_patch4_32.untrained": _cfg(32, **_CONV),
+        "vit_moe_tiny_patch16_224.untrained": _cfg(224),
+        "vit_moe_small_patch16_224.untrained": _cfg(224),
+        "vit_moe_base_patch16_224.untrained": _cfg(224),
+        "vit_moe.untrained": _cfg(224),
+    }
+)
+
+
+@register_model
+def test_vit_moe(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
+    """For tests: 32 px, patches of 8 px, D 32, depth 4, 4 experts of which 2 are active."""
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_experts": 4}
+    pool = {"class_token": False, "global_pool": "avg", "stem": "conv"}
+    return _create("test_vit_moe", pretrained, {**size, **pool}, kwargs)
+
+
+@register_model
+def vit_moe_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
+    """For 32 px pictures: D 192, depth 6, 8 experts of which 2 are active; 2.7 M active, 5.4 M parameters in all."""
+    size = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
+    pool = {"class_token": False, "global_pool": "avg", "stem": "conv"}
+    return _create("vit_moe_micro_patch4_32", pretrained, {**size, **pool}, kwargs)
+
+
+@register_model
+def vit_moe_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
+    """ViT-Ti/16 with 8 experts of which 2 are active in every other block."""
+    size = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _create("vit_moe_tiny_patch16_224", pretrained, size, kwargs)
+
+
+@register_model
+def vit_moe_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
+    """ViT-S/16 with 8 experts of which 2 are active in every other block."""
+    size = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _create("vit_moe_small_patch16_224", pretrained, size, kwargs)
+
+
+@register_model
+def vit_moe_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
+    """ViT-B/16 with 8 experts of which 2 are active in every other block."""
+    size = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _create("vit_moe_base_patch16_224", pretrained, size, kwargs)
+
+
+@register_model
+def vit_moe(pretrained: bool = False, base: str = "vit_tiny_patch16_224", **kwargs: Any) -> nn.Module:
+    """Any timm ViT with plain MLPs, converted: `create_model("vit_moe", base="deit_tiny_patch16_224", top_k=1)`.
+
+    Args:
+        pretrained: load weights that were saved from this model.
+        base: timm's name of the dense architecture.
+        **kwargs: MoE arguments (see `VisionTransformerMoE`) and those of `base`.
+    """
+    if kwargs.get("pretrained_cfg") is None:
+        base_cfg = timm.get_pretrained_cfg(base)
+        if base_cfg is None:
+            raise UserError(f"timm has no architecture {base!r} to convert: see `timm.list_models('*vit*')`.")
+        weights = dict.fromkeys(("url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "state_dict"))
+        kwargs["pretrained_cfg"] = {**base_cfg.to_dict(), **weights, "architecture": "vit_moe"}
+    return build_model_with_cfg(
+        _convert_base,
+        "vit_moe",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        base=base,
+        **kwargs,
+    )
+
+
+def _convert_base(base: str, twin: Match | None = None, **kwargs: Any) -> nn.Module:
+    moe_arguments = ("num_experts", "top_k", "router", "expert_hidden", "backend")
+    moe = {name: kwargs.pop(name) for name in moe_arguments if name in kwargs}
+    moe_layers = kwargs.pop("moe_layers", "every2")
+    vit = convert_to_moe(timm.create_model(base, **kwargs), moe_layers, **moe)
+    if twin is not None:
+        make_dense(vit, twin)
+    return vit

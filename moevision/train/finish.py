@@ -1,0 +1,224 @@
+"""What a finished `fit` leaves: test of the best checkpoint, exported model, plots, predictions, summary."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+import torch
+
+from moevision.data import ImageDataModule
+from moevision.efficiency import measure_cost
+from moevision.files import write_json_atomic, write_text_atomic
+from moevision.metrics import LayerLoad as MeasuredLoad
+from moevision.models.hub import SavedModel, save_model
+from moevision.train.confusion import plot_confusion
+from moevision.train.intervals import paired_difference
+from moevision.train.plan import describe_model, device_name
+from moevision.train.plots import plot_curves
+from moevision.train.provenance import collect_provenance
+from moevision.train.report import write_summary
+from moevision.train.run_summary import LayerLoad, ModelCost, RunSummary, TestScores, TwinComparison
+from moevision.train.task import ClassificationTask
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its summary, and what a comparison with another run needs.
+
+    Attributes:
+        summary: what summary.md says.
+        run_dir: the run folder.
+        correct: for each test image, by its stable id, whether it was classified correctly.
+    """
+
+    summary: RunSummary
+    run_dir: Path
+    correct: dict[str, bool]
+
+    @property
+    def headline(self) -> str:
+        """The result in one line."""
+        test = self.summary.test
+        loads = [layer.load_max for layer in self.summary.layers]
+        balance = f", busiest expert at {max(loads):.2f} x the mean load" if loads else ""
+        return f"test/top1 {test.correct / test.total:.4f} on {test.total:,} test images{balance}"
+
+
+def finish_run(
+    *,
+    task: ClassificationTask,
+    data: ImageDataModule,
+    trainer: L.Trainer,
+    run_dir: Path,
+    command: Sequence[str],
+    started: datetime,
+    seed: int | None,
+    train_s: float,
+    images: int,
+) -> RunResult:
+    """Test the best checkpoint, export the model, and write every file of the run folder.
+
+    Args:
+        task: the trained task.
+        data: its data module.
+        trainer: its trainer, after `fit`.
+        run_dir: the run folder.
+        command: the command line as typed.
+        started: when the run began.
+        seed: seed of the run.
+        train_s: seconds of training without validation.
+        images: training images seen.
+    """
+    epochs, steps = trainer.current_epoch, trainer.global_step
+    trainer.test(task, data, ckpt_path="best", weights_only=True, verbose=False)
+    _export(task, data, run_dir)
+    rows = _predictions(task, data)
+    _write_predictions(rows, data.class_names, run_dir / "predictions_test.csv")
+    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
+    labels, predictions = np.array([row.label for row in rows]), np.array([row.prediction for row in rows])
+    plot_confusion(labels, predictions, data.class_names, run_dir / "confusion.png")
+    _write_provenance(task, data, run_dir, command, started, seed)
+    cost = measure_cost(task.net, data.image_size)
+    summary = RunSummary(
+        name=run_dir.name,
+        model=describe_model(task),
+        data=data.path,
+        image_size=data.image_size,
+        split_note=data.split_note,
+        class_counts=data.class_counts,
+        test=_scores(rows, data, trainer.callback_metrics),
+        cost=ModelCost(**asdict(cost)),
+        epochs=epochs,
+        steps=steps,
+        batch_size=data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
+        duration_s=(datetime.now(UTC) - started).total_seconds(),
+        images_per_s=images / train_s if train_s else 0.0,
+        device=device_name(trainer),
+        precision=str(trainer.precision),
+        seed=seed,
+        layers=[_layer_load(load) for load in task.test_loads],
+        bad_images=data.bad_images,
+        notes=data.warnings,
+    )
+    write_json_atomic(run_dir / "summary.json", json.loads(json.dumps(asdict(summary), default=list)))
+    write_summary(summary, run_dir / "summary.md")
+    return RunResult(summary, run_dir, {row.sample: row.prediction == row.label for row in rows})
+
+
+def write_comparison(result: RunResult, twin: RunResult) -> RunResult:
+    """Write the paired comparison with the dense twin into the run's summary.
+
+    Returns:
+        The result with the comparison in it.
+    """
+    common = [sample for sample in result.correct if sample in twin.correct]
+    difference = paired_difference(
+        np.array([result.correct[sample] for sample in common]), np.array([twin.correct[sample] for sample in common])
+    )
+    other = twin.summary
+    comparison = TwinComparison(
+        difference=difference,
+        match="active FLOPs",
+        correct=other.test.correct,
+        cost=other.cost,
+        duration_s=other.duration_s,
+        images_per_s=other.images_per_s,
+    )
+    summary = replace(result.summary, twin=comparison)
+    write_json_atomic(result.run_dir / "summary.json", json.loads(json.dumps(asdict(summary), default=list)))
+    write_summary(summary, result.run_dir / "summary.md")
+    return replace(result, summary=summary)
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    sample: str
+    label: int
+    prediction: int
+    probability: float
+
+
+def _predictions(task: ClassificationTask, data: ImageDataModule) -> list[_Prediction]:
+    columns = {
+        name: torch.cat([batch[name] for batch in task.test_outputs]).tolist()
+        for name in ("index", "label", "prediction", "probability")
+    }
+    return [
+        _Prediction(data.sample_id("test", index), label, prediction, probability)
+        for index, label, prediction, probability in zip(*columns.values(), strict=True)
+    ]
+
+
+def _write_predictions(rows: Sequence[_Prediction], class_names: Sequence[str], out: Path) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "label", "prediction", "probability", "correct"])
+    for row in rows:
+        words = class_names[row.label], class_names[row.prediction]
+        writer.writerow([row.sample, *words, f"{row.probability:.4f}", int(row.label == row.prediction)])
+    write_text_atomic(out, text.getvalue())
+
+
+def _scores(rows: Sequence[_Prediction], data: ImageDataModule, metrics: dict[str, Any]) -> TestScores:
+    train = data.class_counts["train"]
+    majority = max(train, key=lambda name: train[name])
+    per_class = []
+    for label, name in enumerate(data.class_names):
+        own = [row for row in rows if row.label == label]
+        per_class.append((name, sum(row.prediction == label for row in own), len(own)))
+    return TestScores(
+        correct=sum(row.prediction == row.label for row in rows),
+        total=len(rows),
+        majority_class=majority,
+        majority_correct=dict((name, total) for name, _, total in per_class)[majority],
+        loss=float(metrics["test/loss"]),
+        balanced_accuracy=float(metrics["test/balanced_acc"]),
+        ece=float(metrics["test/ece"]),
+        top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
+        per_class=per_class,
+    )
+
+
+def _layer_load(load: MeasuredLoad) -> LayerLoad:
+    return LayerLoad(
+        name=f"block {load.layer}",
+        num_experts=len(load.counts),
+        assignments=sum(load.counts),
+        load_max=load.max_over_mean,
+        load_cv2=load.cv_squared,
+        dead=load.dead,
+        entropy=load.entropy_bits * math.log(2),
+    )
+
+
+def _export(task: ClassificationTask, data: ImageDataModule, run_dir: Path) -> None:
+    mean, std = cast(Any, data.mean), cast(Any, data.std)
+    save_model(SavedModel(task.net, data.class_names, data.image_size, mean, std), run_dir / "model")
+
+
+def _write_provenance(
+    task: ClassificationTask,
+    data: ImageDataModule,
+    run_dir: Path,
+    command: Sequence[str],
+    started: datetime,
+    seed: int | None,
+) -> None:
+    provenance = collect_provenance(
+        command=list(command),
+        seed=seed,
+        data_sha256=data.file_list_sha256(),
+        started=started,
+        extra={"backend": task.arch.backend or "auto", "compile": task.compile_blocks},
+    )
+    write_json_atomic(run_dir / "provenance.json", provenance)

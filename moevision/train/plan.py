@@ -1,0 +1,78 @@
+"""What `fit` says before it starts: model, device, precision, batch, steps, and minutes measured on a few steps."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import cast
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+
+from moevision.data import ImageDataModule
+from moevision.efficiency import parameter_counts
+from moevision.layers import moe_layers
+from moevision.train.recipe import SCRATCH_MINIMUM
+from moevision.train.task import ClassificationTask
+
+
+def describe_plan(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> str:
+    """The lines that `fit` prints after the data's own description."""
+    train_images = sum(data.class_counts["train"].values())
+    total, active = parameter_counts(task.net)
+    lines = [
+        f"model: {describe_model(task)}, {total / 1e6:.2f} M parameters of which {active / 1e6:.2f} M are active",
+        f"device: {device_name(trainer)}, precision {trainer.precision}, batch {data.batch_size}"
+        + (f" x {trainer.accumulate_grad_batches}" if trainer.accumulate_grad_batches > 1 else ""),
+    ]
+    epochs = trainer.max_epochs or 0
+    seconds = seconds_per_batch(task, data, trainer)
+    batches = max(1, train_images // data.batch_size) * max(0, epochs)
+    if batches:
+        minutes = batches * seconds / 60 * 1.1  # validation and loading, about a tenth
+        lines.append(f"plan: {epochs} epochs of {train_images:,} pictures, about {minutes:.0f} min at {data.batch_size / seconds:.0f} images/s")
+    if task.arch.pretrained is None and train_images < SCRATCH_MINIMUM and data.path != "synthetic_pets":
+        lines.append(
+            f"note: {train_images:,} pictures are few to learn from scratch; a pretrained start is usually far "
+            "better: --pretrained NAME_OR_FOLDER (any timm ViT, e.g. deit_tiny_patch16_224)."
+        )
+    return "\n".join(lines)
+
+
+def describe_model(task: ClassificationTask) -> str:
+    """Name and what is mixed, in words."""
+    layers = moe_layers(task.net)
+    name = task.arch.base or task.arch.pretrained or task.arch.name
+    if not layers:
+        return f"dense twin of {name}"
+    router = layers[0].router
+    blocks = ", ".join(str(layer.layer_index) for layer in layers)
+    return f"{name} with {router.num_experts} experts, {router.top_k} per token, in blocks {blocks}"
+
+
+def device_name(trainer: L.Trainer) -> str:
+    """The device as people know it."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
+    """Forward and backward of one batch of noise, on a copy of the model; the faster of two after a warm-up."""
+    device = trainer.strategy.root_device
+    net = copy.deepcopy(task.net).to(device).train()
+    image = torch.randn(data.batch_size, 3, data.image_size, data.image_size, device=device)
+    label = torch.zeros(data.batch_size, dtype=torch.long, device=device)
+    times = []
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        for _ in range(3):
+            start = time.perf_counter()
+            with trainer.precision_plugin.forward_context():
+                loss = F.cross_entropy(cast(torch.Tensor, net(image)).float(), label)
+            loss.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return min(times[1:])

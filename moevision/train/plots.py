@@ -1,0 +1,189 @@
+"""curves.png of a run folder: how the training went; and the calm style that the run's pictures share.
+
+Drawn on matplotlib's Figure objects, never through pyplot, whose global state isn't safe in a thread.
+Colours: Okabe & Ito, "Color Universal Design" (2008), told apart under every common colour vision.
+Axis legend: S points of one curve.
+"""
+
+import csv
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from moevision.errors import UserError
+from moevision.files import write_bytes_atomic
+
+Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+"""Steps [S] and values [S] of one metric."""
+
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+OKABE_ITO = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
+INK, SOFT, GRID = "#333333", "#808080", "#e8e8e8"
+_LOAD = re.compile(r"moe/(.+)/load_max")
+_SMOOTHED_SHARE = 0.04  # the average reaches over about this share of the curve's points
+
+
+def plot_curves(metrics_csv: Path, out: Path) -> None:
+    """Draw training loss, validation accuracy, expert load and learning rate over the steps of one run.
+
+    Args:
+        metrics_csv: Lightning's CSVLogger file; its rows are sparse. A metric that was never logged leaves
+            its panel out, so a model without MoE layers has no load panel.
+        out: the PNG to write (whole or not at all).
+
+    Raises:
+        UserError: the file is missing, isn't a metrics file or holds nothing to draw.
+    """
+    curves = read_metrics(metrics_csv)
+    loads = {match[1]: curve for name, curve in curves.items() if (match := _LOAD.fullmatch(name))}
+    rates = [curve for name, curve in curves.items() if name == "lr" or name.startswith("lr-")]
+    train = curves.get("train/loss", curves.get("train/loss_step"))
+    panels = [name for name, there in zip(("loss", "top1", "load", "lr"), (
+        train, curves.get("val/top1"), loads, rates), strict=True) if there]  # fmt: skip
+    if not panels:
+        raise UserError(
+            f"{metrics_csv} holds no training loss, accuracy, expert load or learning rate to draw"
+        )
+    columns = len(panels) if len(panels) < 4 else 2
+    rows = len(panels) // columns
+    figure = Figure(figsize=(5.4 * columns, 3.4 * rows), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
+    last_step = max(float(steps[-1]) for steps, _ in curves.values())
+    for place, name in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        calm(axes)
+        axes.set_xlim(0, max(1.0, last_step))
+        if place > len(panels) - columns:
+            axes.set_xlabel("optimizer step", fontsize=9, color=INK)
+        if name == "loss" and train is not None:
+            _draw_loss(axes, train, curves.get("val/loss"))
+        elif name == "top1":
+            _draw_accuracy(axes, curves["val/top1"], curves.get("test/top1"))
+        elif name == "load":
+            _draw_loads(axes, loads)
+        else:
+            _draw_rate(axes, rates[0])
+    save(figure, out)
+
+
+def read_metrics(metrics_csv: Path) -> dict[str, Curve]:
+    """Read a sparse metrics.csv: each logged metric as (steps [S], values [S]) by rising step.
+
+    Raises:
+        UserError: the file doesn't exist or has no `step` column.
+    """
+    if not Path(metrics_csv).is_file():
+        raise UserError(f"{metrics_csv} doesn't exist; `moevision fit` writes it into the run folder")
+    with Path(metrics_csv).open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        names = list(reader.fieldnames or ())
+        rows = [row for row in reader if row.get("step")]
+    if "step" not in names:
+        raise UserError(f"{metrics_csv} has no column 'step', so it isn't the metrics file of a run")
+    curves: dict[str, Curve] = {}
+    for name in names:
+        points = sorted((float(row["step"]), float(row[name])) for row in rows if row[name])
+        if points and name not in ("step", "epoch"):
+            steps, values = np.array(points, dtype=np.float64).T
+            curves[name] = (steps, values)
+    return curves
+
+
+def smooth(values: npt.NDArray[np.float64], span: float) -> npt.NDArray[np.float64]:
+    """Exponential moving average with weight 2 / (span + 1) on the newest value, without start-up bias.
+
+    Non-finite values are passed over: they give NaN (a gap in the line) and don't spoil what follows.
+    """
+    weight = 2.0 / (span + 1.0)
+    mean = mass = 0.0
+    smoothed = np.full(values.shape, np.nan)
+    for i, value in enumerate(values):
+        if np.isfinite(value):
+            mean, mass = (1 - weight) * mean + weight * value, (1 - weight) * mass + weight
+            smoothed[i] = mean / mass
+    return smoothed
+
+
+def calm(axes: Axes) -> None:
+    """Light grid, no box, quiet ticks: the data is the darkest thing in the picture."""
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#bbbbbb")
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=8, labelcolor=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def title(axes: Axes, text: str, note: str = "") -> None:
+    """A left-aligned title; `note` stands behind it in grey and says how to read the panel."""
+    axes.set_title(text, loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=20 if note else 8)
+    if note:
+        axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=8, color=SOFT, va="bottom")
+
+
+def save(figure: Figure, out: Path) -> None:
+    """Write the figure as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    write_bytes_atomic(out, buffer.getvalue())
+
+
+def _line(axes: Axes, curve: Curve, color: str, **style: object) -> None:
+    """A line; a lone point (a run of one epoch) would have no line, so it gets a dot."""
+    dots = {"marker": "o", "markersize": 5.0 if curve[0].size == 1 else 3.5} if curve[0].size <= 30 else {}
+    axes.plot(*curve, **{"color": color, "linewidth": 1.8, "clip_on": False, **dots, **style})  # type: ignore[arg-type]
+
+
+def _legend(axes: Axes, columns: int = 1) -> None:
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=columns, handlelength=1.4, columnspacing=1.2)
+
+
+def _draw_loss(axes: Axes, train: Curve, val: Curve | None) -> None:
+    steps, values = train
+    span = max(1.0, _SMOOTHED_SHARE * steps.size)
+    if span > 1:
+        axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.22)
+    _line(axes, (steps, smooth(values, span)), BLUE, label="training")
+    if val is not None:
+        _line(axes, val, ORANGE, label="validation")
+        _legend(axes)
+    bad = int(np.sum(~np.isfinite(values)))
+    smoothed = f"bold: moving average over about {span:.0f} points" if span > 1 else "every logged step"
+    title(axes, "loss", "; ".join(filter(None, (smoothed, f"{bad} values weren't finite" if bad else ""))))
+
+
+def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
+    _line(axes, val, GREEN)
+    note = f"validation, best {np.nanmax(val[1]):.1%}" if np.isfinite(val[1]).any() else "validation"
+    if test is not None:
+        axes.axhline(test[1][-1], color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        note += f"; dashed: test {test[1][-1]:.1%}"
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
+    axes.set_ylim(0, 1)
+    title(axes, "top-1 accuracy", note)
+
+
+def _draw_loads(axes: Axes, loads: dict[str, Curve]) -> None:
+    for place, (layer, curve) in enumerate(loads.items()):
+        dashed = "-" if place < len(OKABE_ITO) else (0, (3, 1.5))
+        _line(axes, curve, OKABE_ITO[place % len(OKABE_ITO)], label=layer, linestyle=dashed)
+    axes.axhline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    highest = max(float(np.nanmax(values, initial=1.0)) for _, values in loads.values())
+    axes.set_ylim(0.95, max(1.55, 1.08 * highest))
+    _legend(axes, columns=1 if len(loads) <= 4 else 2)
+    title(axes, "busiest expert's load ÷ mean load", "per MoE layer; dashed: 1 = every expert equally busy")
+
+
+def _draw_rate(axes: Axes, rate: Curve) -> None:
+    _line(axes, rate, SOFT, marker="o" if rate[0].size == 1 else "")
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
+    axes.yaxis.get_offset_text().set_fontsize(8)
+    title(axes, "learning rate")

@@ -1,0 +1,270 @@
+"""The training task: cross-entropy plus balance losses on a model that `MoEConfig` describes.
+
+`loss = cross-entropy + Σ_j w_j · mean over MoE layers of balance loss j`. The model is built when the number of
+classes is known (from the data module, or given); everything needed to build it again is plain data in `hparams`,
+so a checkpoint is self-contained and loads under `weights_only=True`.
+
+Axes: B images, C classes, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from moevision.errors import UserError
+from moevision.layers import Routing, forward_routing, moe_layers
+from moevision.losses import AuxLoss, AuxLossWeights
+from moevision.metrics import LayerLoad, RoutingStatistics
+from moevision.models.config import MoEConfig, build_model
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW under a one-cycle schedule.
+
+    Args:
+        lr: the highest learning rate.
+        weight_decay: decoupled weight decay on weight matrices; biases, norms and embeddings have none.
+        warmup_fraction: share of all steps in which the learning rate rises.
+        beta2: decay of the second moment.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_fraction: float = 0.2
+    beta2: float = 0.99
+
+
+class ClassificationTask(L.LightningModule):
+    """Train and evaluate an image classifier with MoE layers.
+
+    Args:
+        arch: which model (`--model.arch.name`, `--model.arch.num_experts`, ...).
+        optim: learning rate, weight decay, warm-up.
+        aux: weights of the balance losses.
+        label_smoothing: share of the target spread evenly over all classes.
+        compile: compile each block with torch.compile (tens of seconds at the start; for long runs on a GPU).
+        grad_checkpointing: compute blocks again in the backward pass, for less memory and more time.
+        num_classes: C; taken from the data if None.
+        image_size: side of the input in pixels; taken from the data if None.
+    """
+
+    net: nn.Module
+
+    def __init__(
+        self,
+        arch: MoEConfig | dict[str, Any] = MoEConfig(),  # noqa: B008 (never changed)
+        optim: OptimizerConfig | dict[str, Any] = OptimizerConfig(),  # noqa: B008
+        aux: AuxLossWeights | dict[str, Any] = AuxLossWeights(importance=0.05, load=0.05),  # noqa: B008
+        label_smoothing: float = 0.1,
+        compile: bool = False,
+        grad_checkpointing: bool = False,
+        num_classes: int | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.arch = arch if isinstance(arch, MoEConfig) else MoEConfig(**arch)
+        self.optim = optim if isinstance(optim, OptimizerConfig) else OptimizerConfig(**optim)
+        self.aux_weights = aux if isinstance(aux, AuxLossWeights) else AuxLossWeights(**aux)
+        self.label_smoothing = label_smoothing
+        self.compile_blocks, self.grad_checkpointing = compile, grad_checkpointing
+        self.save_hyperparameters(
+            {
+                "arch": asdict(self.arch),
+                "optim": asdict(self.optim),
+                "aux": asdict(self.aux_weights),
+                "label_smoothing": label_smoothing,
+                "compile": compile,
+                "grad_checkpointing": grad_checkpointing,
+                "num_classes": num_classes,
+                "image_size": image_size,
+            },
+            logger=False,
+        )
+        self.aux_loss = AuxLoss(self.aux_weights)
+        self.class_weight: Tensor | None = None
+        self.test_outputs: list[dict[str, Tensor]] = []
+        self.test_loads: list[LayerLoad] = []
+        if num_classes is not None and image_size is not None:
+            self.build(num_classes, image_size, load_pretrained=False)
+
+    def build(self, num_classes: int, image_size: int, *, load_pretrained: bool = True) -> None:
+        """Make the network and its metrics.
+
+        Raises:
+            UserError: if the model can't be built, or a balance loss is weighted that its routers can't supply.
+        """
+        self.hparams.update(num_classes=num_classes, image_size=image_size)
+        self.net = build_model(self.arch, num_classes, image_size, load_pretrained=load_pretrained)
+        if self.grad_checkpointing:
+            cast(Any, self.net).set_grad_checkpointing()
+        self.aux_loss.check(self.net)
+        layers = moe_layers(self.net)
+        self.routing_statistics = (
+            RoutingStatistics([cast(int, layer.layer_index) for layer in layers], layers[0].router.num_experts)
+            if layers
+            else None
+        )
+        self.val_metrics = _metrics(num_classes, "val/")
+        self.test_metrics = _metrics(num_classes, "test/")
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    def setup(self, stage: str) -> None:
+        """Build the model for the classes of the data module, unless it is built already."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not hasattr(self, "net"):
+            if data is None:
+                raise UserError("Give ClassificationTask num_classes and image_size, or train it with ImageDataModule.")
+            self.build(data.num_classes, data.image_size, load_pretrained=stage == "fit")
+        elif data is not None and data.num_classes != self.hparams["num_classes"]:
+            raise UserError(
+                f"The model knows {self.hparams['num_classes']} classes, the data has {data.num_classes}: "
+                "use the data that it was trained on, or train a new model."
+            )
+        if data is not None:
+            self.class_weight = data.class_weight_tensor()
+        if self.compile_blocks and stage == "fit":
+            for block in cast(Any, self.net).blocks:
+                block.compile()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [B, C] of images [B, 3, H, W]."""
+        return cast(Tensor, self.net(image))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy (soft targets under Mixup/CutMix) plus weighted balance losses."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.aux_loss.start_window()
+        logits, routings = forward_routing(self.net, batch["image"])
+        cross_entropy = self._cross_entropy(logits, batch.get("target", batch["label"]))
+        aux, values = self.aux_loss(routings)
+        loss = cross_entropy if aux is None else cross_entropy + aux
+        size = len(batch["label"])
+        top1 = (logits.argmax(-1) == batch["label"]).float().mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        self.log_dict({"train/cross_entropy": cross_entropy, "train/top1": top1}, batch_size=size)
+        self.log_dict({f"train/{name}_loss": value for name, value in values.items()}, batch_size=size)
+        return loss
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        weight = None if self.class_weight is None else self.class_weight.to(logits)
+        return F.cross_entropy(logits.float(), target, weight, label_smoothing=self.label_smoothing)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracy, calibration, and the load of every expert."""
+        self._evaluate(batch, self.val_metrics, self.val_loss)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what validation found."""
+        self._log_epoch("val", self.val_metrics, self.val_loss)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget earlier predictions."""
+        self.test_outputs = []
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As validation, and keep every prediction."""
+        logits = self._evaluate(batch, self.test_metrics, self.test_loss)
+        probability, prediction = logits.float().softmax(-1).max(-1)
+        rows = {"index": batch["index"], "label": batch["label"], "prediction": prediction, "probability": probability}
+        self.test_outputs.append({name: value.cpu() for name, value in rows.items()})
+
+    def on_test_epoch_end(self) -> None:
+        """Log what the test found; `test_loads` keeps the load of every expert."""
+        self.test_loads = self._log_epoch("test", self.test_metrics, self.test_loss)
+
+    def _evaluate(self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric) -> Tensor:
+        logits, routings = forward_routing(self.net, batch["image"])
+        metrics.update(logits.float().softmax(-1), batch["label"])
+        mean_loss.update(F.cross_entropy(logits.float(), batch["label"]), len(batch["label"]))
+        if self.routing_statistics is not None:
+            self.routing_statistics.update(cast(list[Routing], routings))
+        return logits
+
+    def _log_epoch(self, split: str, metrics: MetricCollection, mean_loss: MeanMetric) -> list[LayerLoad]:
+        values: dict[str, Any] = {**metrics.compute(), f"{split}/loss": mean_loss.compute()}
+        metrics.reset()
+        mean_loss.reset()
+        self.log(f"{split}/top1", values.pop(f"{split}/top1"), prog_bar=True)
+        self.log_dict(values)
+        if self.routing_statistics is None:
+            return []
+        loads = self.routing_statistics.layer_loads()
+        self.routing_statistics.reset()
+        for load in loads:
+            name = f"moe/{load.layer}"
+            self.log_dict(
+                {
+                    f"{name}/load_max": load.max_over_mean,
+                    f"{name}/load_cv2": load.cv_squared,
+                    f"{name}/entropy": load.entropy_bits,
+                    f"{name}/dead": float(load.dead),
+                }
+            )
+        return loads
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the global norm of all gradients and log it.
+
+        Lightning's own clipping refuses fused optimizers, for the sake of loss scaling, which they don't meet here.
+        """
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self.log("train/grad_norm", norm)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW (fused, except under fp16 loss scaling) and a one-cycle schedule over all optimizer steps."""
+        skip = cast(Any, self.net).no_weight_decay()
+        groups = param_groups_weight_decay(self.net, self.optim.weight_decay, skip)
+        # With a loss scaler the fused step unscales by itself, and clipping would see scaled gradients.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(groups, lr=self.optim.lr, betas=(0.9, self.optim.beta2), fused=fused)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=self.optim.lr,
+            total_steps=max(2, int(self.trainer.estimated_stepping_batches)),
+            pct_start=self.optim.warmup_fraction,
+            cycle_momentum=False,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _metrics(num_classes: int, prefix: str) -> MetricCollection:
+    return MetricCollection(
+        {
+            "top1": MulticlassAccuracy(num_classes, average="micro"),
+            "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
+            "balanced_acc": MulticlassAccuracy(num_classes, average="macro"),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+        },
+        prefix=prefix,
+        compute_groups=False,
+    )
+
+
+def task_from_checkpoint(checkpoint: Mapping[str, Any]) -> ClassificationTask:
+    """The task, with its weights, from a loaded checkpoint."""
+    task = ClassificationTask(**checkpoint["hyper_parameters"])
+    task.load_state_dict(checkpoint["state_dict"])
+    return task

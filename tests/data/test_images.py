@@ -1,0 +1,279 @@
+"""safe_open: any image file comes out as the RGB picture a viewer shows, or as one BadImageError."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import struct
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moevision.data.images import BadImageError, is_image_path, safe_open
+from moevision.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+SHARPEST: dict[str, dict[str, object]] = {
+    "JPEG": {"quality": 100, "subsampling": 0},
+    "WEBP": {"lossless": True},
+}
+
+
+def quadrants(width: int = 16, height: int = 8) -> Image.Image:
+    """Red top left, green top right, blue bottom left, white bottom right: every turn is visible."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2] = (255, 0, 0)
+    pixels[: height // 2, width // 2 :] = (0, 255, 0)
+    pixels[height // 2 :, : width // 2] = (0, 0, 255)
+    pixels[height // 2 :, width // 2 :] = (255, 255, 255)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def rgb_png(width: int, height: int, rows: bytes) -> bytes:
+    """A PNG that announces a size, whatever its compressed rows hold."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
+
+
+def reason(data: bytes, **limits: int) -> str:
+    with pytest.raises(BadImageError) as caught:
+        safe_open(io.BytesIO(data), **limits)  # type: ignore[arg-type]
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_plain_picture_keeps_its_pixels(tmp_path: Path, image_format: str) -> None:
+    picture = quadrants()
+    options = SHARPEST.get(image_format, {})
+    path = tmp_path / "picture.dat"  # the name has no say in which decoder runs
+    path.write_bytes(encoded(picture, image_format, **options))
+    for source in (path, str(path), io.BytesIO(path.read_bytes())):
+        opened = safe_open(source)
+        assert type(opened) is Image.Image and opened.mode == "RGB" and opened.size == (16, 8)
+        difference = np.asarray(opened).astype(int) - np.asarray(picture)
+        assert np.abs(difference).max() <= (6 if image_format == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(image_format: str, orientation: int) -> None:
+    # Stored is the upright picture under the inverse turn; numpy spells the turns of Exif 2.32, table 4.
+    upright = np.asarray(quadrants())
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = SHARPEST.get(image_format, {})
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    opened = safe_open(io.BytesIO(encoded(image, image_format, exif=exif, **options)))
+    assert np.abs(np.asarray(opened).astype(int) - upright).max() <= 6
+    assert opened.getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(image_format: str) -> None:
+    levels = np.array([[0, 257, 1000, 40000, 65535]], np.uint16)
+    opened = safe_open(io.BytesIO(encoded(Image.fromarray(levels), image_format)))
+    # 1000 / 257 = 3.89, 40000 / 257 = 155.6
+    np.testing.assert_array_equal(np.asarray(opened)[0], np.repeat([[0], [1], [4], [156], [255]], 3, axis=1))
+
+
+def test_big_endian_sixteen_bit_tiff() -> None:
+    data = encoded(Image.frombytes("I;16B", (2, 1), struct.pack(">HH", 257 * 10, 257 * 200)), "TIFF")
+    np.testing.assert_array_equal(np.asarray(safe_open(io.BytesIO(data)))[0, :, 0], [10, 200])
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "TIFF"])
+def test_alpha_is_composited_on_the_background(image_format: str) -> None:
+    pixels = np.array([[(255, 0, 0, 0), (255, 0, 0, 255), (0, 0, 0, 51)]], np.uint8)  # 51 / 255 = 0.2
+    options = {"lossless": True, "exact": True} if image_format == "WEBP" else {}
+    data = encoded(Image.fromarray(pixels), image_format, **options)
+    white, on_green = safe_open(io.BytesIO(data)), safe_open(io.BytesIO(data), background=(0, 100, 0))
+    np.testing.assert_array_equal(np.asarray(white)[0], [(255, 255, 255), (255, 0, 0), (204, 204, 204)])
+    np.testing.assert_array_equal(np.asarray(on_green)[0], [(0, 100, 0), (255, 0, 0), (0, 80, 0)])
+
+
+def test_grey_bilevel_palette_cmyk_and_their_transparency() -> None:
+    def first(data: bytes) -> tuple[int, ...]:
+        return tuple(np.asarray(safe_open(io.BytesIO(data)))[0, 0].tolist())
+
+    assert first(encoded(Image.new("L", (3, 3), 90), "PNG")) == (90, 90, 90)
+    assert first(encoded(Image.new("1", (3, 3), 1), "PNG")) == (255, 255, 255)
+    assert first(encoded(Image.new("LA", (3, 3), (0, 0)), "PNG")) == (255, 255, 255)
+    palette = Image.new("P", (3, 3), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert first(encoded(palette, "PNG")) == (10, 20, 30)
+    assert first(encoded(palette, "PNG", transparency=1)) == (255, 255, 255)
+    assert first(encoded(palette, "PNG", transparency=bytes([255, 0]))) == (255, 255, 255)
+    keyed = Image.new("RGB", (3, 3), (9, 8, 7))
+    assert first(encoded(keyed, "PNG", transparency=(9, 8, 7))) == (255, 255, 255)
+    red, green, blue = first(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert red > 245 and green < 10 and blue < 10  # no cyan, full magenta and yellow: red
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_animation_gives_its_first_frame(image_format: str) -> None:
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:], **options)
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames") == 3  # noqa: B009 - absent in the stub
+    assert np.asarray(safe_open(io.BytesIO(data)))[3, 3].tolist() == [200, 0, 0]
+
+
+def test_multi_picture_jpeg_gives_its_first_picture() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0))]
+    data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert np.abs(np.asarray(safe_open(io.BytesIO(data)))[4, 4].astype(int) - (200, 0, 0)).max() <= 4
+
+
+def test_truncated_empty_and_non_image_files_say_what_is_wrong() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    for image_format in FORMATS:
+        data = encoded(noise, image_format)
+        assert "damaged" in reason(data[: len(data) // 2]), image_format
+    assert "empty" in reason(b"")
+    for data in (b"%PDF-1.7 not a picture", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\x00" * 100):
+        assert "is not a JPEG" in reason(data)
+    # A format Pillow reads, but that is not let in: PostScript would start Ghostscript.
+    assert "is not a JPEG" in reason(encoded(noise, "EPS"))
+    assert "is not a JPEG" in reason(encoded(noise, "PPM"))
+
+
+def test_formats_without_a_known_range_are_refused() -> None:
+    assert "pixel format F" in reason(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
+    assert "pixel format I" in reason(encoded(Image.new("I", (4, 4), 70000), "TIFF"))
+
+
+def test_giant_pictures_are_refused_from_the_header_alone() -> None:
+    # There is a header and no pixel at all: decoding would say "damaged".
+    assert "limit of 50,000,000" in reason(rgb_png(11_000, 11_000, b""))  # Pillow only warns here
+    assert "limit of 50,000,000" in reason(rgb_png(16_384, 16_384, b""))  # and raises here
+    assert "longest side of 16,384" in reason(rgb_png(70_000, 1, b""))
+    assert "damaged" in reason(rgb_png(7_000, 7_000, b""))  # within the limits: decoded, and found wanting
+    small = encoded(quadrants(), "PNG")
+    assert "limit of 127" in reason(small, max_pixels=127)
+    assert "longest side of 15" in reason(small, max_side=15)
+    assert safe_open(io.BytesIO(small), max_pixels=128, max_side=16).size == (16, 8)
+
+
+def test_large_files_are_refused() -> None:
+    data = encoded(quadrants(), "PNG")
+    assert "larger than" in reason(data, max_bytes=len(data) - 1)
+    assert safe_open(io.BytesIO(data), max_bytes=len(data)).size == (16, 8)
+
+
+def test_paths_that_are_no_readable_file(tmp_path: Path) -> None:
+    with pytest.raises(BadImageError, match="no such file") as caught:
+        safe_open(tmp_path / "missing.jpg")
+    assert caught.value.path == str(tmp_path / "missing.jpg")
+    with pytest.raises(BadImageError, match="not a regular file"):
+        safe_open(tmp_path)
+    for odd in ("nul\0byte.png", "x" * 5000):
+        with pytest.raises(BadImageError, match="cannot use the image"):
+            safe_open(odd)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX pipes")
+def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadImageError, match="not a regular file"):
+        safe_open(tmp_path / "pipe.png")
+
+
+def test_error_is_a_user_error_and_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(BadImageError("cats/1.jpg", "the file is empty")))
+    assert issubclass(BadImageError, UserError) and isinstance(error, BadImageError)
+    assert (error.path, error.reason) == ("cats/1.jpg", "the file is empty")
+    assert str(error) == "cannot use the image cats/1.jpg: the file is empty"
+
+
+def test_threads_share_it_and_leave_pillow_as_it_was() -> None:
+    before = (Image.MAX_IMAGE_PIXELS, list(Image.ID))
+    data = [encoded(quadrants(8 + 2 * i, 8), "PNG") for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        sizes = list(pool.map(lambda blob: safe_open(io.BytesIO(blob)).size, data))
+    assert sizes == [(8 + 2 * i, 8) for i in range(40)]
+    assert (Image.MAX_IMAGE_PIXELS, list(Image.ID)) == before
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """Damages a file as disks, networks and attackers do: cut short, flipped bits, an edited header."""
+    damaged = bytearray(data)
+    kind = rng.choice(("cut", "flip", "header", "splice"))
+    if kind == "cut":
+        return bytes(damaged[: rng.randrange(len(damaged))])
+    if kind == "splice":
+        start = rng.randrange(len(damaged))
+        return bytes(damaged[:start] + damaged[start + rng.randrange(1, 40) :])
+    span = len(damaged) if kind == "flip" else min(64, len(damaged))
+    for _ in range(rng.randrange(1, 8)):
+        damaged[rng.randrange(span)] = rng.randrange(256)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_damaged_files_give_a_picture_or_a_bad_image_error(image_format: str) -> None:
+    rng = random.Random(f"damage {image_format}")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif} if image_format in ("JPEG", "PNG", "WEBP", "TIFF") else {}
+    if image_format == "TIFF":
+        options["compression"] = "tiff_lzw"  # type: ignore[assignment]
+    whole = encoded(quadrants(48, 32), image_format, **options)
+    outcomes = {"picture": 0, "refused": 0}
+    for _ in range(60):
+        try:
+            opened = safe_open(io.BytesIO(mutate(whole, rng)), max_pixels=1_000_000)
+        except BadImageError as error:
+            assert error.path == "<stream>" and error.reason
+            outcomes["refused"] += 1
+        else:
+            assert opened.mode == "RGB" and opened.width * opened.height <= 1_000_000
+            opened.getpixel((opened.width - 1, opened.height - 1))
+            outcomes["picture"] += 1
+    assert outcomes["refused"] >= 5, outcomes  # the damage is real
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_decompression_bomb_costs_no_memory() -> None:
+    rows = zlib.compress(bytes(11_000 * (1 + 11_000 * 3) // 100), 9) * 100
+    bomb = rgb_png(11_000, 11_000, rows)
+
+    def resident_kb() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0])  # the peak, so memory given back still counts
+
+    before = resident_kb()
+    assert "limit of 50,000,000" in reason(bomb)
+    assert resident_kb() - before < 50_000  # its pixels would take 363 MB
+
+
+def test_image_paths_are_recognised_by_suffix() -> None:
+    assert all(map(is_image_path, ("a.jpg", "A.JPEG", "b/c.PnG", "d.webp", "e.bmp", "f.gif", "g.TIF")))
+    assert not any(map(is_image_path, ("a.txt", "jpg", "a.jpg.json", "._a.jpg", "b/.hidden.png", "a.svg")))
+    assert is_image_path(Path("folder.d/x.jpeg"))

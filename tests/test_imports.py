@@ -1,0 +1,117 @@
+"""The package's one-way imports, and what `import moevision` must not cost."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moevision
+
+PACKAGE = Path(moevision.__file__).parent
+
+# layers -> {models, losses, metrics} -> efficiency; data -> {train, analysis} -> demo -> cli.
+# errors and files are the floor that everyone stands on. Units of one brace don't import each other, but for
+# one arrow: metrics takes the definition of CV² from losses, so that there is one of it.
+_FLOOR = {"errors", "files"}
+_MODELS = _FLOOR | {"layers"}
+_NUMBERS = _MODELS | {"models", "losses", "metrics"}
+_TRAIN = _NUMBERS | {"efficiency", "data", "__init__"}
+_DEMO = _TRAIN | {"train", "analysis"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "files": {"errors"},
+    "layers": _FLOOR,
+    "models": _MODELS,
+    "losses": _MODELS,
+    "metrics": _MODELS | {"losses"},
+    "efficiency": _NUMBERS,
+    "data": _FLOOR,
+    "train": _TRAIN,
+    "analysis": _TRAIN,
+    "demo": _DEMO,
+    "cli": _DEMO | {"demo"},
+    "__main__": {"cli"},
+    "__init__": _NUMBERS | {"efficiency"},
+}
+HEAVY = ("lightning", "pytorch_lightning", "gradio", "torchmetrics", "matplotlib")
+
+
+def imported_modules(source: str, package: str) -> set[str]:
+    """Dotted names of all moevision modules that a file imports, wherever in it the import stands.
+
+    `package` is the dotted package that holds the file, from which relative imports are counted.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")
+            base = above[: len(above) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            # In `from moevision import data` the module stands after the word import.
+            found |= {f"{start}.{alias.name}" for alias in node.names} if start == "moevision" else {start}
+    return {name for name in found if name.split(".")[0] == "moevision"}
+
+
+def units_of(modules: set[str]) -> set[str]:
+    """The first level below moevision of each module; the package itself counts as `__init__`."""
+    units = {[*name.split("."), "__init__"][1] for name in modules}
+    # Anything else that is imported from the package is one of its public names, i.e. lives in __init__.
+    return {unit if unit in MAY_IMPORT else "__init__" for unit in units}
+
+
+def violations(unit: str, source: str, package: str) -> set[str]:
+    return units_of(imported_modules(source, package)) - MAY_IMPORT[unit] - {unit}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_imports_point_one_way(path: Path) -> None:
+    below = path.relative_to(PACKAGE)
+    unit = below.parts[0].removesuffix(".py")
+    assert unit in MAY_IMPORT, f"give moevision.{unit} its place in MAY_IMPORT"
+    package = ".".join(("moevision", *below.parent.parts))
+    assert violations(unit, path.read_text(encoding="utf-8"), package) == set()
+
+
+@pytest.mark.parametrize(
+    ("unit", "source", "package", "expected"),
+    [
+        ("layers", "from moevision.models import vit_moe", "moevision.layers", {"models"}),
+        ("layers", "def f():\n    import moevision.train.task", "moevision.layers", {"train"}),
+        ("data", "from ..models import x", "moevision.data", {"models"}),
+        ("data", "from .images import x\nfrom . import y\nimport torch", "moevision.data", set()),
+        ("train", "from moevision import analysis", "moevision.train", {"analysis"}),
+        ("models", "from moevision import MoEMlp", "moevision.models", {"__init__"}),
+        ("train", "from moevision import __version__, cli", "moevision.train", {"cli"}),
+        ("losses", "from moevision.metrics import x", "moevision", {"metrics"}),
+        ("train", "import moevision.analysis.trace as t", "moevision.train", {"analysis"}),
+        ("losses", "from .layers.routing import Routing", "moevision", set()),
+        ("efficiency", "import moevision", "moevision", {"__init__"}),
+    ],
+)
+def test_the_rule_sees_every_kind_of_import(unit: str, source: str, package: str, expected: set[str]) -> None:
+    assert violations(unit, source, package) == expected
+
+
+def test_the_picture_has_no_cycle() -> None:
+    order: list[str] = []
+    left = dict(MAY_IMPORT)
+    while left:
+        free = [unit for unit, needs in left.items() if needs <= set(order)]
+        assert free, f"these import each other: {sorted(left)}"
+        order += free
+        left = {unit: needs for unit, needs in left.items() if unit not in free}
+
+
+def test_import_moevision_is_light() -> None:
+    code = f"import json, sys, moevision; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert json.loads(done.stdout) == []

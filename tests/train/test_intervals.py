@@ -1,0 +1,131 @@
+"""Intervals against scipy, a published example and exact enumeration of every possible outcome."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
+
+from moevision.errors import UserError
+from moevision.train.intervals import accuracy_interval, mcnemar_p_value, paired_difference, paired_score
+
+
+def _vectors(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    a = np.repeat([True, True, False, False], [both, only_a, only_b, neither])
+    b = np.repeat([True, False, True, False], [both, only_a, only_b, neither])
+    return a, b
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 20), (1, 20), (13, 20), (20, 20), (965, 1000), (1, 1)])
+@pytest.mark.parametrize("level", [0.9, 0.95, 0.99])
+def test_accuracy_interval_equals_scipy(correct: int, total: int, level: float) -> None:
+    expected = stats.binomtest(correct, total).proportion_ci(confidence_level=level, method="wilson")
+    assert accuracy_interval(correct, total, level) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_accuracy_interval_bounds_lie_z_standard_errors_away() -> None:
+    z = stats.norm.ppf(0.975)
+    for bound in accuracy_interval(70, 80):
+        assert abs(70 / 80 - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / 80), rel=1e-9)
+
+
+def test_published_example_of_tango_interval() -> None:
+    """Airway hyper-responsiveness before and after stem cell transplantation, 21 children: 1, 1, 7, 12.
+
+    Fagerland, Lydersen, Laake, Statistics in Medicine 33 (2014) 2850-2875 print for Tango's asymptotic score
+    interval (-0.517, -0.026) and for the exact McNemar test p = 0.070.
+    """
+    result = paired_difference(*_vectors(both=1, only_a=1, only_b=7, neither=12))
+    assert result.difference == pytest.approx(-6 / 21)
+    assert (result.low, result.high) == pytest.approx((-0.517, -0.026), abs=5e-4)
+    assert result.p_value == pytest.approx(2 * (1 + 8) / 2**8)  # by hand: C(8,0) + C(8,1) of 256, twice
+    assert (result.n, result.only_a, result.only_b) == (21, 1, 7)
+
+
+@pytest.mark.parametrize(("only_a", "only_b", "n"), [(5, 3, 30), (0, 6, 25), (40, 10, 200), (9, 9, 40)])
+def test_bounds_solve_the_score_equation_with_a_numeric_likelihood(only_a: int, only_b: int, n: int) -> None:
+    """scipy finds the constrained maximum instead of the quadratic; the score is then -+z at the bounds."""
+    result = paired_difference(*_vectors(n - only_a - only_b, only_a, only_b, 0))
+    z = stats.norm.ppf(0.975)
+    for bound, expected in ((result.low, z), (result.high, -z)):
+
+        def minus_log_likelihood(q: float, d: float = bound) -> float:
+            cells = np.array([q + d, q, 1 - 2 * q - d])
+            return -float(np.sum(np.array([only_a, only_b, n - only_a - only_b]) * np.log(cells)))
+
+        limits = (max(0.0, -bound) + 1e-12, (1 - bound) / 2 - 1e-12)
+        q = optimize.minimize_scalar(
+            minus_log_likelihood, bounds=limits, method="bounded", options={"xatol": 1e-12}
+        ).x
+        standard_error = math.sqrt((2 * q + bound - bound**2) / n)
+        assert ((only_a - only_b) / n - bound) / standard_error == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_a_discordant_image_the_interval_has_its_closed_form() -> None:
+    """only_a = only_b = 0: the score equation reduces to d^2 n = z^2 d (1 - d), so d = z^2 / (n + z^2)."""
+    z2 = stats.norm.ppf(0.975) ** 2
+    result = paired_difference(*_vectors(both=15, only_a=0, only_b=0, neither=5))
+    assert (result.low, result.high) == pytest.approx((-z2 / (20 + z2), z2 / (20 + z2)))
+    assert result.p_value == 1.0
+
+
+def test_score_at_zero_is_mcnemars_chi_square() -> None:
+    assert paired_score(14, 5, 100, 0.0) ** 2 == pytest.approx((14 - 5) ** 2 / (14 + 5))
+
+
+def _coverage(n: int, p_only_a: float, p_only_b: float) -> float:
+    """Probability that the interval holds the true difference, summed over every outcome of n images."""
+    outcomes = [(a, b, n - a - b) for a, b in itertools.product(range(n + 1), repeat=2) if a + b <= n]
+    weights = stats.multinomial.pmf(np.array(outcomes), n, [p_only_a, p_only_b, 1 - p_only_a - p_only_b])
+    covered = 0.0
+    for (only_a, only_b, both), weight in zip(outcomes, weights, strict=True):
+        if weight > 1e-7:
+            result = paired_difference(*_vectors(both, only_a, only_b, 0))
+            covered += weight * (result.low <= p_only_a - p_only_b <= result.high)
+    return covered
+
+
+@pytest.mark.parametrize(("p_only_a", "p_only_b"), [(0.05, 0.05), (0.15, 0.05), (0.3, 0.1), (0.02, 0.2)])
+def test_coverage_is_nominal_from_100_images(p_only_a: float, p_only_b: float) -> None:
+    assert 0.945 <= _coverage(100, p_only_a, p_only_b) <= 0.96
+
+
+def test_coverage_of_small_lopsided_samples_is_as_documented() -> None:
+    """The score interval is asymptotic: with 40 images and 2 % against 20 % it holds 93.0 %, not 95 %."""
+    assert _coverage(40, 0.02, 0.2) == pytest.approx(0.930, abs=0.0005)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))
+def test_paired_difference_is_antisymmetric_and_ordered(both: int, a: int, b: int, neither: int) -> None:
+    if both + a + b + neither == 0:
+        return
+    one = paired_difference(*_vectors(both, a, b, neither))
+    other = paired_difference(*_vectors(both, b, a, neither))
+    assert -1 <= one.low <= one.difference + 1e-12 <= one.high + 2e-12 <= 1 + 2e-12
+    assert (one.low, one.high, one.p_value) == pytest.approx((-other.high, -other.low, other.p_value))
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (0, 1), (3, 9), (8, 8), (300, 340), (2000, 2100)])
+def test_mcnemar_equals_scipys_sign_test(only_a: int, only_b: int) -> None:
+    throws = only_a + only_b
+    expected = stats.binomtest(only_a, throws, 0.5).pvalue if throws else 1.0
+    assert mcnemar_p_value(only_a, only_b) == pytest.approx(expected, rel=1e-9)
+    by_hand = 2 * sum(math.comb(throws, i) for i in range(min(only_a, only_b, 340) + 1)) / 2**throws
+    if min(only_a, only_b) <= 340:
+        assert mcnemar_p_value(only_a, only_b) == pytest.approx(min(1.0, by_hand))
+
+
+def test_wrong_input_is_said() -> None:
+    yes = np.array([True, False])
+    for a, b in ((yes, yes[:1]), (yes.astype(int), yes), (yes[:0], yes[:0]), (yes[None], yes[None])):
+        with pytest.raises(UserError, match="same test images"):
+            paired_difference(a, b)
+    for correct, total in ((1, 0), (3, 2), (-1, 2)):
+        with pytest.raises(UserError, match="correct"):
+            accuracy_interval(correct, total)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        accuracy_interval(1, 2, level=95)

@@ -1,0 +1,267 @@
+"""The run folder's pictures and its summary: right numbers, nothing invented, odd runs drawn too."""
+
+import csv
+import threading
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+from moevision.errors import UserError
+from moevision.train.confusion import plot_confusion, row_normalised_confusion, worst_mixups
+from moevision.train.intervals import PairedDifference, accuracy_interval
+from moevision.train.plots import plot_curves, read_metrics, smooth
+from moevision.train.report import write_summary
+from moevision.train.run_summary import LayerLoad, ModelCost, RunSummary, TestScores, TwinComparison
+
+Row = dict[str, float | int]
+
+
+def _write_csv(path: Path, rows: Iterable[Row]) -> Path:
+    rows = list(rows)
+    names = sorted({name for row in rows for name in row})
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _rows(epochs: int, layers: tuple[str, ...], steps: int = 4) -> Iterable[Row]:
+    """Rows as Lightning's CSVLogger writes them: each logging call fills only its own cells."""
+    for step in range(epochs * steps):
+        yield {"epoch": step // steps, "step": step, "lr": 1e-3 * step}
+        yield {"epoch": step // steps, "step": step, "train/loss": 2.0 / (1 + step)}
+        if step % steps == steps - 1:
+            loads = {f"moe/{layer}/load_max": 1.2 for layer in layers}
+            yield {"epoch": step // steps, "step": step, "val/loss": 1.0, "val/top1": 0.5, **loads}
+    yield {"epoch": epochs, "step": epochs * steps, "test/top1": 0.5}
+
+
+def _colours(path: Path) -> set[tuple[int, ...]]:
+    with Image.open(path) as picture:
+        return {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 24) or ()}
+
+
+ORANGE_OF_THE_SECOND_LAYER = (0xD5, 0x5E, 0x00)
+
+
+def test_read_metrics_skips_empty_cells_and_sorts(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step,train/loss,val/top1\n0,2,0.5,\n0,1,0.7,\n0,2,,0.25\n,,,\n")
+    curves = read_metrics(path)
+    assert set(curves) == {"train/loss", "val/top1"}
+    np.testing.assert_array_equal(curves["train/loss"], [[1, 2], [0.7, 0.5]])
+    np.testing.assert_array_equal(curves["val/top1"], [[2], [0.25]])
+
+
+def test_smooth_by_hand_and_over_gaps() -> None:
+    """span 3: weight 1/2. Weighted means: 1; (.5*.5*1 + .5*3)/.75; NaN is passed over."""
+    smoothed = smooth(np.array([1.0, 3.0, np.nan, 5.0]), span=3)
+    np.testing.assert_allclose(smoothed, [1.0, 7 / 3, np.nan, (0.125 * 1 + 0.25 * 3 + 0.5 * 5) / 0.875])
+    np.testing.assert_array_equal(smooth(np.array([4.0, 2.0]), span=1), [4.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "layers", "size"),
+    [
+        (3, ("blocks.1.mlp", "blocks.3.mlp"), (1620, 1020)),  # two by two panels
+        (1, ("blocks.1.mlp",), (1620, 1020)),
+        (3, (), (2430, 510)),  # no MoE layer: three panels in one row
+        (2, tuple(f"blocks.{i}.mlp" for i in range(12)), (1620, 1020)),
+    ],
+)
+def test_curves_of_usual_and_odd_runs(
+    tmp_path: Path, epochs: int, layers: tuple[str, ...], size: tuple[int, int]
+) -> None:
+    out = tmp_path / "curves.png"
+    plot_curves(_write_csv(tmp_path / "metrics.csv", _rows(epochs, layers)), out)
+    with Image.open(out) as picture:
+        assert picture.size == size
+
+
+def test_curves_draw_every_layer(tmp_path: Path) -> None:
+    """Without validation loss only a second MoE layer brings orange into the picture."""
+    for count in (1, 2):
+        layers = tuple(f"blocks.{i}.mlp" for i in range(count))
+        rows = [{k: v for k, v in row.items() if k != "val/loss"} for row in _rows(3, layers)]
+        plot_curves(_write_csv(tmp_path / "m.csv", rows), tmp_path / f"{count}.png")
+    assert ORANGE_OF_THE_SECOND_LAYER not in _colours(tmp_path / "1.png")
+    assert ORANGE_OF_THE_SECOND_LAYER in _colours(tmp_path / "2.png")
+
+
+def test_curves_survive_a_diverged_run(tmp_path: Path) -> None:
+    rows: list[Row] = [{"step": 0, "train/loss": 1.0}, {"step": 1, "train/loss": float("nan")}]
+    rows += [{"step": 2, "train/loss": float("inf")}, {"step": 2, "val/top1": float("nan")}]
+    plot_curves(_write_csv(tmp_path / "m.csv", rows), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_curves_say_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="doesn't exist"):
+        plot_curves(tmp_path / "none.csv", tmp_path / "curves.png")
+    (tmp_path / "other.csv").write_text("path,label\nx,1\n")
+    with pytest.raises(UserError, match="no column 'step'"):
+        plot_curves(tmp_path / "other.csv", tmp_path / "curves.png")
+    (tmp_path / "empty.csv").write_text("epoch,step\n0,1\n")
+    with pytest.raises(UserError, match="holds no training loss"):
+        plot_curves(tmp_path / "empty.csv", tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_pictures_from_several_threads_equal_those_from_one(tmp_path: Path) -> None:
+    metrics = _write_csv(tmp_path / "m.csv", _rows(3, ("blocks.1.mlp",)))
+    plot_curves(metrics, tmp_path / "alone.png")
+    threads = [threading.Thread(target=plot_curves, args=(metrics, tmp_path / f"{i}.png")) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {(tmp_path / f"{i}.png").read_bytes() for i in range(3)} == {(tmp_path / "alone.png").read_bytes()}
+
+
+def test_confusion_equals_sklearn_and_marks_empty_classes() -> None:
+    labels, predictions = np.array([0, 0, 0, 1, 3]), np.array([0, 1, 1, 1, 0])
+    share, images = row_normalised_confusion(labels, predictions, 4)
+    expected = confusion_matrix(labels, predictions, labels=range(4), normalize="true")
+    np.testing.assert_allclose(share[[0, 1, 3]], expected[[0, 1, 3]])
+    assert np.isnan(share[2]).all()
+    np.testing.assert_array_equal(images, [3, 1, 0, 1])
+    assert worst_mixups(share, 5) == [(3, 0, 1.0), (0, 1, pytest.approx(2 / 3))]
+
+
+@pytest.mark.parametrize("classes", [2, 20, 37, 102])
+def test_confusion_of_few_and_many_classes(tmp_path: Path, classes: int) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, 500)
+    predictions = np.where(rng.random(500) < 0.7, labels, rng.integers(0, classes, 500))
+    names = [f"$ flower {i} with quite a long name" for i in range(classes)]  # $ isn't mathematics
+    plot_confusion(labels, predictions, names, tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert max(picture.size) <= 2200
+        assert min(picture.size) >= 600
+
+
+def test_confusion_says_what_is_wrong(tmp_path: Path) -> None:
+    out = tmp_path / "confusion.png"
+    for labels, predictions in (([], []), ([0, 1], [0]), ([[0]], [[0]])):
+        with pytest.raises(UserError, match="one prediction"):
+            plot_confusion(np.array(labels, dtype=int), np.array(predictions, dtype=int), ["a", "b"], out)
+    for labels, predictions in (([0], [2]), ([-1], [0])):
+        with pytest.raises(UserError, match=r"0\.\.1"):
+            plot_confusion(np.array(labels), np.array(predictions), ["a", "b"], out)
+
+
+@pytest.fixture
+def summary() -> RunSummary:
+    names = ("cat", "dog")
+    return RunSummary(
+        name="pets",
+        model="vit_moe_micro (8 experts, 2 per token)",
+        data="photos",
+        image_size=32,
+        split_note="Train: 80 % of photos. Test: 20 % of photos, never used for a choice.",
+        class_counts={"train": dict.fromkeys(names, 400), "test": {"cat": 120, "dog": 80}},
+        test=TestScores(
+            correct=150,
+            total=200,
+            majority_class="cat",
+            majority_correct=120,
+            loss=0.5,
+            balanced_accuracy=0.71,
+            ece=0.034,
+            per_class=[("cat", 100, 120), ("dog", 50, 80)],
+        ),
+        cost=ModelCost(5_310_000, 2_650_000, 345_000_000, 1_200_000),
+        epochs=5,
+        steps=1234,
+        batch_size=64,
+        duration_s=3732.4,
+        images_per_s=165.3,
+        device="CPU",
+        precision="fp32",
+        seed=7,
+        layers=[LayerLoad("blocks.1.mlp", 8, 35_000, 1.21, 0.012, 1, 1.7)],
+    )
+
+
+def _lines(summary: RunSummary, folder: Path) -> list[str]:
+    write_summary(summary, folder / "summary.md")
+    return (folder / "summary.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_summary_states_result_interval_and_baseline(summary: RunSummary, tmp_path: Path) -> None:
+    text = "\n".join(_lines(summary, tmp_path))
+    low, high = accuracy_interval(150, 200)
+    assert f"(150 of 200; 95 % interval {100 * low:.1f} % to {100 * high:.1f} %)" in text
+    assert "**75.0 % of the test images recognised**" in text
+    assert "“cat”, the most frequent class in training, gets 60.0 %" in text
+    assert summary.split_note in text
+    assert "800 train, 200 test; 2 classes" in text
+    assert "1 h 2 min" in text
+    assert "top-5" not in text  # two classes
+    assert "| dog | 62.5 % | 50 of 80 |" in text
+
+
+def test_summary_sets_loads_beside_their_chance_floor(summary: RunSummary, tmp_path: Path) -> None:
+    """(8 - 1) / 35 000 = 0.0002; the largest entropy over 8 experts is ln 8 = 2.08."""
+    assert "| blocks.1.mlp | 8 | 1.21 | 0.012 | 0.0002 | 1 | 1.70 of 2.08 |" in _lines(summary, tmp_path)
+    assert "no Mixture-of-Experts layer" in "\n".join(_lines(replace(summary, layers=()), tmp_path))
+
+
+def test_summary_of_a_twin_never_ranks_on_one_seed(summary: RunSummary, tmp_path: Path) -> None:
+    assert not any(line.startswith("## Beside its dense twin") for line in _lines(summary, tmp_path))
+    pair = PairedDifference(-0.013, -0.034, 0.008, 200, 6, 9, 0.61)
+    twin = TwinComparison(pair, "active FLOPs", 153, ModelCost(2_650_000, 2_650_000, 344_000_000), 600, 180)
+    text = "\n".join(_lines(replace(summary, twin=twin), tmp_path))
+    assert "**−1.3 percentage points**, 95 % interval −3.4 to +0.8" in text
+    assert "only this model right: 6, only the twin right: 9" in text
+    assert "One seed: no ranking." in text
+    assert "| test accuracy | 75.0 % | 76.5 % |" in text
+    assert not {"better", "worse", "beats", "wins", "outperforms"} & set(text.lower().split())
+
+
+def test_summary_lists_what_was_left_out(summary: RunSummary, tmp_path: Path) -> None:
+    assert "- Bad images: none." in _lines(summary, tmp_path)
+    bad = [(f"a/{i}.jpg", "truncated", "train") for i in range(12)]
+    lines = _lines(replace(summary, bad_images=bad, notes=["Stopped early after epoch 3."]), tmp_path)
+    assert "- Stopped early after epoch 3." in lines
+    assert any(line.startswith("- 12 files could not be read") for line in lines)
+    assert sum("truncated" in line for line in lines) == 10
+
+
+def test_summary_names_only_files_that_exist(summary: RunSummary, tmp_path: Path) -> None:
+    (tmp_path / "curves.png").write_bytes(b"")
+    text = "\n".join(_lines(summary, tmp_path))
+    assert "- `curves.png`:" in text
+    assert "- `confusion.png`:" not in text
+
+
+def test_next_commands_are_this_runs_own(summary: RunSummary, tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    lines = _lines(summary, run)
+    assert f"    moevision predict '{run}/model' IMAGE_OR_FOLDER" in lines  # quoted: the path has a space
+    given = replace(summary, next_commands=[("Look", "moevision info x")])
+    commands = [line for line in _lines(given, run) if line.startswith("    moevision")]
+    assert commands == ["    moevision info x"]
+
+
+def test_many_classes_show_the_weakest_and_names_cannot_break_tables(
+    summary: RunSummary, tmp_path: Path
+) -> None:
+    names = [f"a|b\n<i>{i}" for i in range(30)]
+    per_class = [(name, i, 30) for i, name in enumerate(names)]
+    many = replace(
+        summary,
+        class_counts={"train": dict.fromkeys(names, 5)},
+        test=replace(summary.test, per_class=per_class, top5=0.9),
+    )
+    lines = _lines(many, tmp_path)
+    recalls = [line for line in lines if " of 30 |" in line]
+    assert len(recalls) == 10
+    assert recalls[0] == r"| a\|b &lt;i>0 | 0.0 % | 0 of 30 |"
+    assert any(line.startswith("| top-5 accuracy | 90.0 % |") for line in lines)
