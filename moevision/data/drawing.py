@@ -39,7 +39,9 @@ _FACE_REGIONS: Final = [
     region_id(slot, part) for slot in range(Slot.BODY, Slot.WHISKER + 1) for part in PARTS if part != "eye"
 ]
 # Lookup tables over the 256 region ids: region -> 255 where the layer shows.
-_SCENERY_TABLE: Final = [255 if region == region_id(Slot.SCENERY, "background") else 0 for region in range(256)]
+_SCENERY_TABLE: Final = [
+    255 if region == region_id(Slot.SCENERY, "background") else 0 for region in range(256)
+]
 _COAT_TABLE: Final = [255 if region in _FACE_REGIONS else 0 for region in range(256)]
 _PART_TABLE: Final = np.array([region % len(PARTS) for region in range(256)], np.uint8)
 
