@@ -32,7 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": _TRAIN,
     "analysis": _TRAIN,
     "demo": _DEMO,
-    "cli": _DEMO | {"demo"},
+    # The verbs on exported models are single modules of demo's rank.
+    "info": _TRAIN,
+    "predict": _TRAIN,
+    "cli": _DEMO | {"demo", "info", "predict"},
     "__main__": {"cli"},
     "__init__": _NUMBERS | {"efficiency"},
 }

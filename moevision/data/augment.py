@@ -2,13 +2,13 @@
 
 Preparation is deterministic and its result may be cached; augmentation draws its randomness from a hash of
 ``(seed, epoch, index)``, so a picture gets the same crop whatever the number of worker processes, the batch
-it travels in, or the point from which a run was resumed. The transforms are torchvision's (``transforms.v2``),
-which draw from torch's CPU generator; it is seeded for one picture and put back afterwards.
+it travels in, or the point from which a run was resumed. The transforms are torchvision's
+(``transforms.v2``), which draw from torch's CPU generator; it is seeded for one picture, then put back.
 
 Sources: RandAugment arXiv:1909.13719, TrivialAugment arXiv:2103.10158, random erasing arXiv:1708.04896,
 Mixup arXiv:1710.09412, CutMix arXiv:1905.04899, random resized crop arXiv:1409.4842 (section 6).
 
-Axis legend: B batch, C classes, H height, W width, S = ``image_size``; pixels are uint8 unless said otherwise.
+Axis legend: B batch, C classes, H height, W width, S = ``image_size``; pixels are uint8 unless said so.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Augment = Literal["none", "light", "randaugment", "trivialaugment"]
 CropMode = Literal["pad", "random_resized"]
 
 BASE_SCALE = 1.15
-"""Short side, in units of ``image_size``, at which photos are kept for random resized crops: large enough that
-most crops are not enlarged much, small enough that tens of thousands of photos fit into memory."""
+"""Short side, in units of ``image_size``, at which photos are kept for random resized crops: large enough
+that crops are not enlarged much, small enough that tens of thousands of photos fit into memory."""
 
 # streams of random numbers that must never coincide for equal (seed, epoch, index)
 _PIXEL_STREAM, _MIX_STREAM = 1, 2

@@ -1,40 +1,37 @@
 """`ImageDataModule`: any folder of images, or a dataset by name, as Lightning batches.
 
-What it promises: the same pictures in the same order with the same pixels for a given seed, whatever the number
-of workers and wherever the run was resumed; no image on two sides of a split; nothing selected on the set that
-is reported; and no run that a damaged file stops.
+What it promises: the same pictures in the same order with the same pixels for a given seed, whatever the
+number of workers and wherever the run was resumed; no image on two sides of a split; nothing selected on the
+set that is reported; and no run that a damaged file stops. This class is a thin shell: what was read is held
+by `Contents`.
 
 Axis legend: B batch, C classes, S = ``image_size``.
 """
 
 from __future__ import annotations
 
-import hashlib
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from rich.progress import Progress
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from moevision.data.augment import Augment, BatchMixer, TrainTransform
-from moevision.data.dataset import BadImage, Collate, ImageDataset, ImageLoader
+from moevision.data.augment import Augment, BatchMixer, CropMode, TrainTransform
+from moevision.data.contents import Contents, split_collection
+from moevision.data.dataset import Collate, ImageDataset, ImageLoader
 from moevision.data.named import open_collection
 from moevision.data.overview import (
     ClassCounts,
     balance_warnings,
     class_weight_tensor,
     count_classes,
-    count_table,
 )
-from moevision.data.probe import choose_crop, estimate_bytes
-from moevision.data.quarantine import Quarantine
+from moevision.data.probe import choose_crop
 from moevision.data.sampler import PositionSampler, eval_batches
-from moevision.data.sources import SPLITS, Collection, DrawnCollection
-from moevision.data.splits import Splits, make_splits, read_splits, write_splits
+from moevision.data.sources import SPLITS, Collection
+from moevision.data.splits import Cut
 from moevision.errors import UserError
 
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -76,8 +73,9 @@ class ImageDataModule(LightningDataModule):
         """Describe the data; nothing is read before ``setup``.
 
         Args:
-            path: A folder with one subfolder per class (also inside train/, val/, test/), or one of synthetic_pets,
-                cifar10, cifar100, imagenette, pets, pets_cat_dog, flowers102, food101, imagenet.
+            path: A folder with one subfolder per class (also inside train/, val/, test/), or one of
+                synthetic_pets, cifar10, cifar100, imagenette, pets, pets_cat_dog, flowers102, food101,
+                imagenet.
             root: Folder in which named datasets live.
             download: Fetch a named dataset that is not in root.
             image_size: Side of the square pictures the model sees, in pixels.
@@ -86,21 +84,21 @@ class ImageDataModule(LightningDataModule):
             seed: Seed of the split, the order, the augmentation and the drawn pictures.
             val_fraction: Share of the images cut for validation, where the dataset has no validation set.
             test_fraction: Share cut for the test, where the dataset came unsplit; 0 cuts none.
-            group_by: Keep files together on one side of the split: "parent" (their folder), or a regular expression
-                with one group that is searched in the relative path.
+            group_by: Keep files together on one side of the split: "parent" (their folder), or a regular
+                expression with one group that is searched in the relative path.
             check_duplicates: Keep byte-identical files on one side of the split.
             augment: Random changes of training pictures: none, light (crop and flip), or in addition
                 randaugment (arXiv:1909.13719) or trivialaugment (arXiv:2103.10158).
-            crop: How training pictures are cropped: pad (by image_size / 8, for small pictures), random_resized
-                (for photos), or auto (pad when the pictures' short side is at most 96 pixels or they are drawn).
+            crop: How training pictures are cropped: pad (by image_size / 8, for small pictures),
+                random_resized (for photos), or auto (pad for drawn ones and short sides up to 96 pixels).
             min_crop_scale: Smallest share of a picture's area that a random_resized crop keeps.
             hflip: Mirror half of the training pictures.
-            random_erasing: Probability that a random rectangle of a training picture is erased (arXiv:1708.04896).
+            random_erasing: Probability that a random rectangle of a picture is erased (arXiv:1708.04896).
             mixup: Alpha of Mixup's Beta distribution (arXiv:1710.09412); 0 is off.
-            cutmix: Alpha of CutMix's Beta distribution (arXiv:1905.04899); 0 is off. With both, each batch gets
-                one of the two at random.
-            class_weights: Weights of the loss per class: none, auto (inverse frequency, mean 1 over the images),
-                or a weight per class name (1 for names left out).
+            cutmix: Alpha of CutMix's Beta distribution (arXiv:1905.04899); 0 is off. With both, each batch
+                gets one of the two at random.
+            class_weights: Weights of the loss per class: none, auto (inverse frequency, mean 1 over the
+                images), or a weight per class name (1 for names left out).
             balanced_sampling: Draw every class equally often in training.
             cache_mb: Keep the decoded pictures in memory if they fit into this many MiB.
             max_bad_fraction: Stop when a larger share of a split's images can't be read.
@@ -130,11 +128,9 @@ class ImageDataModule(LightningDataModule):
         self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
         self.mean, self.std = mean, std
         self.run_dir: Path | None = None
-        self.class_names: list[str] = []
-        self.class_counts: ClassCounts = {}
-        self.split_sentences: list[str] = []
-        self.warnings: list[str] = []
-        self.datasets: dict[str, ImageDataset] = {}
+        self.crop_mode: CropMode = "pad"
+        self._contents: Contents | None = None
+        self._class_weights: Tensor | None = None
         self.sampler: PositionSampler | None = None
         self._position = {"epoch": 0, "batch": 0, "batch_size": batch_size}
         self._check_arguments()
@@ -155,13 +151,14 @@ class ImageDataModule(LightningDataModule):
             raise UserError(f"--data.std is {self.std}: every channel's deviation must be above 0")
 
     def _open_collection(self, download: bool) -> Collection:
+        sizes = {"train": self.train_size, "val": self.val_size, "test": self.test_size}
         return open_collection(
             self.path,
             root=self.root,
             download=download,
             image_size=self.image_size,
             seed=self.seed,
-            sizes={"train": self.train_size, "val": self.val_size, "test": self.test_size},
+            sizes=sizes,
         )
 
     def prepare_data(self) -> None:
@@ -178,62 +175,43 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: If the data are missing, laid out otherwise, or too many files are bad.
         """
-        if not self.datasets:
-            self._read(self._open_collection(self.download and self.trainer is None))
-        wanted = _STAGE_SPLITS.get(stage or "", SPLITS)
-        datasets = [self.datasets[split] for split in wanted if split in self.datasets]
-        if self.fits_memory:
-            self._fill_caches([dataset for dataset in datasets if dataset.cache is None])
+        if self._contents is None:
+            self._contents = self._read(self._open_collection(self.download and self.trainer is None))
+            for sentence in self._contents.warnings:
+                rank_zero_warn(sentence)
+        self._contents.fill_caches(_STAGE_SPLITS.get(stage or "", SPLITS))
 
-    def _read(self, collection: Collection) -> None:
-        """Split the collection and build the datasets."""
-        self.warnings = list(collection.notes)
-        splits, self.class_names = self._split(collection)
-        self.warnings += splits.warnings
-        self.split_sentences = splits.sentences()
-        self.class_counts = count_classes(splits.samples, self.class_names)
-        weighted = class_weight_tensor(self.class_weights, self.class_counts["train"]) is not None
-        self.warnings += balance_warnings(self.class_counts["train"], weighted, self.balanced_sampling)
+    def _read(self, collection: Collection) -> Contents:
+        """Split the collection and describe a dataset per split."""
+        cut = Cut(self.val_fraction, self.test_fraction, self.seed, self.group_by, self.check_duplicates)
+        splits, class_names = split_collection(collection, cut, self.run_dir)
+        train = count_classes(splits.samples, class_names)["train"]
+        self._class_weights = class_weight_tensor(self.class_weights, train)
+        imbalance = balance_warnings(train, self._class_weights is not None, self.balanced_sampling)
         self.crop_mode = (
             choose_crop(collection, splits.samples["train"]) if self.crop == "auto" else self.crop
         )
-        for split, samples in splits.samples.items():
-            training = split == "train"
-            square = not training or self.crop_mode == "pad" or self.augment == "none"
-            self.datasets[split] = ImageDataset(
+        datasets = {
+            split: ImageDataset(
                 split,
                 collection,
                 samples,
                 image_size=self.image_size,
-                square=square,
+                square=split != "train" or self.crop_mode == "pad" or self.augment == "none",
                 seed=self.seed,
-                transform=self._train_transform() if training else None,
+                transform=self._train_transform() if split == "train" else None,
             )
-        sizes = {split: len(samples) for split, samples in splits.samples.items()}
-        self._quarantine = Quarantine(self.sample_id, sizes, self.max_bad_fraction)
-        for sentence in self.warnings:
-            rank_zero_warn(sentence)
-
-    def _split(self, collection: Collection) -> tuple[Splits, list[str]]:
-        """The splits and their class names, from splits.csv of the run folder if it is there."""
-        table = (
-            None
-            if self.run_dir is None or isinstance(collection, DrawnCollection)
-            else self.run_dir / "splits.csv"
+            for split, samples in splits.samples.items()
+        }
+        return Contents(
+            datasets,
+            class_names,
+            splits,
+            [*collection.notes, *splits.warnings, *imbalance],
+            cache_mb=self.cache_mb,
+            max_bad_fraction=self.max_bad_fraction,
+            run_dir=self.run_dir,
         )
-        if table is not None and table.exists():
-            return read_splits(table, collection)
-        splits = make_splits(
-            collection,
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
-            seed=self.seed,
-            group_by=self.group_by,
-            check_duplicates=self.check_duplicates and not isinstance(collection, DrawnCollection),
-        )
-        if table is not None and rank_zero_only.rank == 0:
-            write_splits(table, splits, collection.class_names)
-        return splits, collection.class_names
 
     def _train_transform(self) -> TrainTransform:
         return TrainTransform(
@@ -246,117 +224,97 @@ class ImageDataModule(LightningDataModule):
             mean=self.mean,
         )
 
-    @cached_property
-    def fits_memory(self) -> bool:
-        """Whether the prepared pixels of all splits fit into ``cache_mb``."""
-        return estimate_bytes(self.datasets.values()) <= self.cache_mb * 2**20
-
-    def _fill_caches(self, datasets: list[ImageDataset]) -> None:
-        """Decode into memory, with a progress bar if it will take a while."""
-        count = sum(len(dataset) for dataset in datasets)
-        silent = count <= 2000 or rank_zero_only.rank != 0
-        with Progress(disable=silent, transient=True) as progress:
-            task = progress.add_task("decoding images", total=count)
-            for dataset in datasets:
-                dataset.fill_cache(lambda done: progress.update(task, advance=done))
-                assert dataset.cache is not None
-                self._on_bad([BadImage(dataset.split, i, reason) for i, reason in dataset.cache.bad.items()])
-
-    def _on_bad(self, bad: list[BadImage]) -> None:
-        """Record bad pictures met by a loader, in the main process."""
-        writes = self.run_dir is not None and rank_zero_only.rank == 0
-        self._quarantine.add(bad, self.run_dir / "bad_images.csv" if writes and self.run_dir else None)
+    @property
+    def contents(self) -> Contents:
+        """What ``setup`` has read."""
+        if self._contents is None:
+            raise RuntimeError("the data have not been read yet: call setup() first")
+        return self._contents
 
     @property
-    def bad_images(self) -> list[tuple[str, str, str]]:
-        """(path, reason, split) of the pictures that couldn't be used so far."""
-        return self._quarantine.entries() if self.datasets else []
+    def class_names(self) -> list[str]:
+        """Class names in words; labels index them."""
+        return self.contents.class_names
 
     @property
     def num_classes(self) -> int:
         """Number of classes, C."""
         return len(self.class_names)
 
-    def sample_id(self, split: str, index: int) -> str:
-        """Stable name of a picture: its path relative to the dataset."""
-        return self.datasets[split].samples[index].sample_id
-
-    def file_list_sha256(self) -> str:
-        """SHA-256 over the sorted (split, relative path, label) of all pictures, in hexadecimal."""
-        lines = sorted(
-            f"{split}\t{sample.sample_id}\t{sample.label}\n"
-            for split, dataset in self.datasets.items()
-            for sample in dataset.samples
-        )
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    def class_weight_tensor(self) -> Tensor | None:
-        """Weights of the loss per class, float32 [C], or None; "auto" has mean 1 over the training images."""
-        return class_weight_tensor(self.class_weights, self.class_counts["train"])
+    @property
+    def class_counts(self) -> ClassCounts:
+        """Images per split and class name, unreadable ones included."""
+        return self.contents.counts
 
     @property
     def split_note(self) -> str:
         """One sentence per split: how many images, and where they come from."""
-        return " ".join(self.split_sentences)
+        return " ".join(self.contents.sentences)
+
+    @property
+    def bad_images(self) -> list[tuple[str, str, str]]:
+        """(path, reason, split) of the pictures that couldn't be used so far."""
+        return self.contents.quarantine.entries()
+
+    def sample_id(self, split: str, index: int) -> str:
+        """Stable name of a picture: its path relative to the dataset."""
+        return self.contents.sample_id(split, index)
+
+    def file_list_sha256(self) -> str:
+        """SHA-256 over the sorted (split, relative path, label) of all pictures, in hexadecimal."""
+        return self.contents.file_list_sha256()
+
+    def class_weight_tensor(self) -> Tensor | None:
+        """Weights of the loss per class, float32 [C], or None; "auto" has mean 1 over the training images."""
+        return self._class_weights
 
     def describe(self) -> str:
         """What the data are, in lines: splits, images per class, pixels, warnings."""
-        where = "kept in memory" if self.fits_memory else "decoded as needed"
-        pixels = f"{self.image_size} x {self.image_size} pixels, {where}"
-        lines = [f"{self.num_classes} classes from {self.path}", *self.split_sentences]
-        lines += count_table(self.class_counts)
-        lines.append(f"{pixels}; augmentation {self.augment}, crop {self.crop_mode}")
-        lines += [f"warning: {sentence}" for sentence in self.warnings]
-        if self.bad_images:
-            path, reason, split = self.bad_images[0]
-            lines.append(
-                f"warning: {len(self.bad_images)} images can't be used, first {split} {path}: {reason}"
-            )
-        return "\n".join(lines)
+        return self.contents.describe(self.path, f"augmentation {self.augment}, crop {self.crop_mode}")
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(self, dataset: ImageDataset, mixer: BatchMixer | None = None, **order: Any) -> ImageLoader:
-        loader = ImageLoader(
-            dataset,
-            num_workers=self.num_workers,
-            collate_fn=Collate(self.mean, self.std, self.seed, mixer),
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+    def _loader_options(self, mixer: BatchMixer | None = None) -> dict[str, Any]:
+        """What all loaders have in common."""
+        return {
+            "num_workers": self.num_workers,
+            "collate_fn": Collate(self.mean, self.std, self.seed, mixer),
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": self.num_workers > 0,
             # own generator: otherwise every new iterator would draw from, and so move, the global one
-            generator=torch.Generator().manual_seed(self.seed),
-            **order,
-        )
-        loader.on_bad = self._on_bad
-        return loader
+            "generator": torch.Generator().manual_seed(self.seed),
+            "on_bad": self.contents.quarantine.add,
+        }
 
     def train_dataloader(self) -> ImageLoader:
-        """Shuffled, augmented batches, from the position a checkpoint recorded."""
+        """Shuffled, augmented batches, from the position that a checkpoint recorded."""
         rank, world_size = self._rank_and_world()
-        if world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+        connector = getattr(self.trainer, "_accelerator_connector", None)
+        if world_size > 1 and getattr(connector, "use_distributed_sampler", False):
             raise UserError("set --trainer.use_distributed_sampler false: the images are shared out already")
-        dataset = self.datasets["train"]
+        dataset = self.contents.datasets["train"]
         labels = [sample.label for sample in dataset.samples] if self.balanced_sampling else None
         self.sampler = PositionSampler(
             len(dataset), seed=self.seed, rank=rank, world_size=world_size, balanced_labels=labels
         )
         self.sampler.seek(self._position["epoch"], self._position["batch"] * self._position["batch_size"])
-        mixer = BatchMixer(self.mixup, self.cutmix, self.num_classes) if self.mixup or self.cutmix else None
-        drop_last = len(self.sampler) >= self.batch_size
-        return self._loader(
-            dataset, mixer, sampler=self.sampler, batch_size=self.batch_size, drop_last=drop_last
+        mixes = self.mixup > 0 or self.cutmix > 0
+        mixer = BatchMixer(self.mixup, self.cutmix, self.num_classes) if mixes else None
+        return ImageLoader(
+            dataset,
+            sampler=self.sampler,
+            batch_size=self.batch_size,
+            drop_last=len(self.sampler) >= self.batch_size,
+            **self._loader_options(mixer),
         )
 
     def _eval_dataloader(self, split: str) -> ImageLoader:
-        if split not in self.datasets:
-            raise UserError(
-                f"there is no {split} set: set --data.{split}_fraction above 0, or give the folder {split}/"
-            )
-        dataset = self.datasets[split]
-        return self._loader(
-            dataset, batch_sampler=eval_batches(len(dataset), self.batch_size, *self._rank_and_world())
-        )
+        dataset = self.contents.datasets.get(split)
+        if dataset is None:
+            raise UserError(f"there is no {split} set: set --data.{split}_fraction above 0, or add {split}/")
+        batches = eval_batches(len(dataset), self.batch_size, *self._rank_and_world())
+        return ImageLoader(dataset, batch_sampler=batches, **self._loader_options())
 
     def val_dataloader(self) -> ImageLoader:
         """Validation batches, in order, without randomness."""
@@ -367,7 +325,7 @@ class ImageDataModule(LightningDataModule):
         return self._eval_dataloader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands, as {epoch, batch} of the next batch, and what makes the numbers comparable."""
+        """Where training stands: {epoch, batch} of the next batch, and what gives these numbers a meaning."""
         epoch, batch = self._position["epoch"], self._position["batch"]
         if self.sampler is not None and self.sampler.running_epoch is not None and self.trainer is not None:
             epoch = self.sampler.running_epoch
@@ -378,13 +336,13 @@ class ImageDataModule(LightningDataModule):
         return {"epoch": epoch, "batch": batch, "batch_size": self.batch_size, "world_size": world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's position; a changed batch size or process count is reported, not refused."""
+        """Go on from a checkpoint's position; another batch size or process count gets a warning."""
         now = {"batch_size": self.batch_size, "world_size": self._rank_and_world()[1]}
         for name, value in now.items():
             if state_dict[name] != value:
                 rank_zero_warn(
-                    f"the run was started with {name} {state_dict[name]} and goes on with {value}, so it can't "
-                    "repeat the pictures' order exactly"
+                    f"the run began with {name} {state_dict[name]} and goes on with {value}: the order of the "
+                    "pictures can't be repeated exactly"
                 )
         self._position = {key: int(state_dict[key]) for key in ("epoch", "batch", "batch_size")}
         if self.sampler is not None:

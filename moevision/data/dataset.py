@@ -1,8 +1,8 @@
-"""One split as a torch dataset: cached or decoded pixels in, augmented uint8 records and normalised batches out.
+"""One split as a torch dataset: decoded or cached pixels in, augmented records and normalised batches out.
 
 Work per picture is kept to the random transforms on uint8; conversion to float and normalisation happen once
-per batch. A file that can't be decoded never stops a run: its record carries the reason instead of pixels, the
-batch goes on without it, and the main process is told.
+per batch. A file that can't be decoded never stops a run: its record carries the reason instead of pixels,
+the batch goes on without it, and the main process is told.
 
 Axis legend: B batch, C classes, H height, W width, S = ``image_size``.
 """
@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,8 @@ Batch = dict[str, Tensor]
 _MAX_STAND_INS = 100
 
 
-class BadImage(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class BadImage:
     """A picture that couldn't be used: its split, its index there, and why."""
 
     split: str
@@ -39,7 +41,8 @@ class BadImage(NamedTuple):
     reason: str
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Record:
     """One picture of a batch to be: uint8 pixels [3, S, S], or None, and the bad ones met on the way."""
 
     pixels: Tensor | None
@@ -141,12 +144,15 @@ class ImageDataset(Dataset[Record]):
         prepare = square_pixels if self.square else base_pixels
         return prepare(self.collection.open(self.samples[index]), self.image_size)
 
-    def fill_cache(self, on_progress: Callable[[int], None], chunk_size: int = 512) -> None:
+    def fill_cache(self, on_progress: Callable[[int], None], chunk_size: int = 512) -> dict[int, str]:
         """Decode everything into memory, on all processor cores that this process may use.
 
         Args:
             on_progress: called with the number of pictures done since the last call.
             chunk_size: pictures per buffer.
+
+        Returns:
+            Index and reason of the pictures that can't be used.
         """
         cache = PixelCache()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -158,6 +164,7 @@ class ImageDataset(Dataset[Record]):
                 cache.extend(list(chain.from_iterable(pool.map(self._attempt, tasks))))
                 on_progress(len(indices))
         self.cache = cache
+        return cache.bad
 
     def _attempt(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | str]:
         """Pictures, or the reasons why they can't be used."""
@@ -232,15 +239,24 @@ class Collate:
 
 
 class ImageLoader(DataLoader[Record]):
-    """A DataLoader that reports bad pictures in the main process and leaves out batches without a good one."""
+    """A DataLoader that reports bad pictures in the main process and skips batches without a good one."""
 
-    on_bad: Callable[[list[BadImage]], None] | None = None
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        on_bad: Callable[[list[BadImage]], None] | None = None,
+        **options: Any,  # noqa: ANN401  # DataLoader's own
+    ) -> None:
+        """Pass on DataLoader's options; ``on_bad`` is called with the bad pictures of a batch."""
+        super().__init__(dataset, **options)
+        self.on_bad = on_bad
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # collation turns records into batches
         """Yield batches of tensors only."""
         for batch in super().__iter__():
-            bad = batch.pop("bad")  # type: ignore[attr-defined]
+            bad = batch.pop("bad")
             if bad and self.on_bad is not None:
                 self.on_bad(bad)
             if batch:
-                yield batch  # type: ignore[misc]
+                yield batch

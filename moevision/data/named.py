@@ -1,8 +1,8 @@
 """Datasets known by name: the drawn `SyntheticPets`, torchvision's, and ImageNet-1k.
 
-torchvision fetches and indexes; the pictures themselves are opened by `safe_open` like any others, so that one
-damaged file doesn't stop a run. Where a dataset comes without a validation set (or with a "val" that the field
-reports as its test), ``splits.py`` cuts one from the training images.
+torchvision fetches and indexes; the pictures themselves are opened by `safe_open` like any others, so that
+one damaged file doesn't stop a run. Where a dataset comes without a validation set (or with a "val" that the
+field reports as its test), ``splits.py`` cuts one from the training images.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torchvision import datasets
 
+from moevision.data.folder import read_folder
 from moevision.data.sources import (
     SPLITS,
     ArrayCollection,
@@ -22,7 +23,6 @@ from moevision.data.sources import (
     DrawnCollection,
     FileCollection,
     Sample,
-    read_folder,
 )
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError
@@ -115,8 +115,8 @@ def _imagenet(root: Path, download: bool) -> Collection:
                 datasets.ImageNet(folder, split)
             return read_folder(folder)
     raise UserError(
-        f"ImageNet is not in {root}: its license forbids automatic download, so put train/ and val/ (one folder "
-        f"per WordNet id) there, or the archives {', '.join(_IMAGENET_ARCHIVES)} and add --data.download true"
+        f"ImageNet is not in {root} and can't be downloaded without an account: put train/ and val/ (one "
+        f"folder per WordNet id) there, or the archives {', '.join(_IMAGENET_ARCHIVES)} and add --data.download true"
     )
 
 
@@ -167,7 +167,7 @@ def open_collection(
     except RuntimeError as error:  # torchvision: not found or corrupted
         if not download:
             raise UserError(
-                f"{path} is not in {folder}: add --data.download true to fetch it, or set --data.root to where it is"
+                f"{path} is not in {folder}: add --data.download true to fetch it, or set --data.root to its place"
             ) from error
     folder.mkdir(parents=True, exist_ok=True)
     try:

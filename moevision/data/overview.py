@@ -42,8 +42,8 @@ def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int
     """Weights of the loss per class, float32 [C].
 
     Args:
-        weights: "none"; "auto", which gives class c the weight N / (C n_c), so that the mean over the N training
-            images is 1; or a weight per class name, 1 for names left out.
+        weights: "none"; "auto", which gives class c the weight N / (C n_c), so that the mean over the N
+            training images is 1; or a weight per class name, 1 for names left out.
         train: training images per class, in the order of the labels.
 
     Raises:

@@ -16,7 +16,11 @@ class Quarantine:
     """Counts the bad pictures of a run once each, and stops it when they pass a share of a split."""
 
     def __init__(
-        self, name_of: Callable[[str, int], str], sizes: dict[str, int], max_fraction: float
+        self,
+        name_of: Callable[[str, int], str],
+        sizes: dict[str, int],
+        max_fraction: float,
+        table: Path | None = None,
     ) -> None:
         """Start empty.
 
@@ -24,8 +28,9 @@ class Quarantine:
             name_of: (split, index) -> sample id.
             sizes: number of pictures per split.
             max_fraction: largest share of a split that may be bad.
+            table: file to write them to (columns path, reason, split), None for nowhere.
         """
-        self.name_of, self.sizes, self.max_fraction = name_of, sizes, max_fraction
+        self.name_of, self.sizes, self.max_fraction, self.table = name_of, sizes, max_fraction, table
         self._reasons: dict[tuple[str, int], str] = {}
 
     def entries(self) -> list[tuple[str, str, str]]:
@@ -34,12 +39,11 @@ class Quarantine:
             (self.name_of(split, index), reason, split) for (split, index), reason in self._reasons.items()
         ]
 
-    def add(self, bad: Sequence[BadImage], table: Path | None) -> None:
+    def add(self, bad: Sequence[BadImage]) -> None:
         """Take note of bad pictures.
 
         Args:
             bad: the pictures; known ones are ignored.
-            table: where to write all of them (columns path, reason, split), None for nowhere.
 
         Raises:
             UserError: if more than ``max_fraction`` of a split is bad.
@@ -48,8 +52,8 @@ class Quarantine:
         if new.keys() <= self._reasons.keys():
             return
         self._reasons = {**self._reasons, **new}
-        if table is not None:
-            self._write(table)
+        if self.table is not None:
+            self._write(self.table)
         for split, count in Counter(split for split, _ in self._reasons).items():
             if count > self.max_fraction * self.sizes[split]:
                 raise UserError(self._too_many(split, count))
@@ -59,7 +63,7 @@ class Quarantine:
         first = [f"{name}: {reason}" for name, reason, where in self.entries() if where == split][:3]
         return (
             f"{count} of {self.sizes[split]} {split} images can't be used, more than the allowed share of "
-            f"{self.max_fraction:g} (--data.max_bad_fraction): mend or remove them, the first are {'; '.join(first)}"
+            f"{self.max_fraction:g} (--data.max_bad_fraction): mend or remove them, first {'; '.join(first)}"
         )
 
     def _write(self, table: Path) -> None:

@@ -11,6 +11,7 @@ Axis legend: n = images of the split, world = number of processes, rank = this p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch.utils.data import Sampler
@@ -153,4 +154,4 @@ def eval_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: i
     longest = -(-num_samples // world_size)
     count = -(-longest // batch_size)
     bounds = [len(own) * i // count for i in range(count + 1)]
-    return [own[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [own[a:b] for a, b in pairwise(bounds)]

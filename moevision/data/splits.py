@@ -1,8 +1,8 @@
 """Which images train, which choose, and which report: a seeded, stratified split without leaks.
 
-Nothing is ever selected on the set that is reported. A "val" that comes without a "test" is therefore the test
-set, and validation images are cut from the training ones. Byte-identical files, and files of one group, stay on
-one side: a copy of a training picture in the test set would be rewarded for memory.
+Nothing is ever selected on the set that is reported. A "val" that comes without a "test" is therefore the
+test set, and validation images are cut from the training ones. Pictures that belong together stay on one side
+(see ``leaks.py``).
 
 The split is written to ``splits.csv`` in the run folder and read from there when the run goes on.
 """
@@ -12,12 +12,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moevision.data.leaks import group_samples, without_leaks
 from moevision.data.sources import SPLITS, Collection, Sample
 from moevision.errors import UserError
 
@@ -48,45 +48,55 @@ class Splits:
         ]
 
 
-def make_splits(
-    collection: Collection,
-    *,
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
-    group_by: str | None = None,
-    check_duplicates: bool = True,
-) -> Splits:
-    """Split a collection, keeping what it came with.
+@dataclass(frozen=True)
+class Cut:
+    """How to cut what a collection doesn't come with.
 
-    Args:
-        collection: the labelled pictures.
-        val_fraction: share of the images to cut for validation, in (0, 1).
-        test_fraction: share to cut for the test where the collection came unsplit, in [0, 1).
+    Attributes:
+        val_fraction: share of the images for validation, in (0, 1).
+        test_fraction: share for the test where the collection came unsplit, in [0, 1).
         seed: seed of the cut.
         group_by: None, "parent", or a regular expression with one group, searched in the sample id.
         check_duplicates: whether to look for byte-identical pictures.
+    """
+
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    seed: int = 0
+    group_by: str | None = None
+    check_duplicates: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse shares that leave nothing to train on or to select by."""
+        val, test = self.val_fraction, self.test_fraction
+        if not (0 < val < 1 and 0 <= test < 1 and val + test < 1):
+            raise UserError(
+                f"val_fraction {val:g} and test_fraction {test:g} leave nothing to validate or to train on: "
+                "set --data.val_fraction above 0 and keep their sum below 1"
+            )
+
+
+def make_splits(collection: Collection, cut: Cut) -> Splits:
+    """Split a collection, keeping what it came with.
 
     Raises:
-        UserError: if a fraction is out of range or a class has too few images (or groups) to be cut.
+        UserError: if a class has too few images (or groups) to be cut.
     """
-    if not (0 < val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
-        raise UserError(
-            f"val_fraction {val_fraction:g} and test_fraction {test_fraction:g} must leave images to train on: "
-            "set --data.val_fraction above 0 and keep their sum below 1"
-        )
     given = _merged(collection.given)
-    groups, warnings = _groups(collection, given, group_by, check_duplicates)
-    notes = _origins(collection.given, f", seed {seed}")
+    groups, warnings = group_samples(collection, given, cut.group_by, cut.check_duplicates)
+    notes = _origins(collection.given, f", seed {cut.seed}")
     if "all" in given:
-        fractions = {"test": test_fraction, "val": val_fraction} if test_fraction else {"val": val_fraction}
-        parts = stratified_cut(given["all"], groups, fractions, seed, collection.class_names)
+        fractions = {"test": cut.test_fraction, "val": cut.val_fraction}
+        fractions = {part: share for part, share in fractions.items() if share}
+        parts = stratified_cut(given["all"], groups, fractions, cut.seed, collection.class_names)
         return Splits({split: parts[split] for split in SPLITS if split in parts}, notes, warnings)
     if "test" not in given:
         given["test"] = given.pop("val")
-    given, unused = _without_leaks(given, groups, warnings)
+    given, unused = without_leaks(given, groups, warnings)
     if "val" not in given:
-        given |= stratified_cut(given["train"], groups, {"val": val_fraction}, seed, collection.class_names)
+        given |= stratified_cut(
+            given["train"], groups, {"val": cut.val_fraction}, cut.seed, collection.class_names
+        )
     return Splits({split: given[split] for split in SPLITS}, notes, warnings, unused)
 
 
@@ -161,7 +171,7 @@ def stratified_cut(
 
 
 def _chosen(free: list[str], sizes: dict[str, Counter[int]], label: int, need: int) -> list[str]:
-    """Groups that bring ``need`` images of a class nearest, in the order given; one group is left for train."""
+    """Groups that come nearest to ``need`` images of a class, in their order; one is left for train."""
     chosen: list[str] = []
     for group in free[:]:
         if need <= 0 or len(free) <= 1:
@@ -184,113 +194,13 @@ def _check_cut(
         for label, members in by_label.items():
             if label not in present:
                 raise UserError(
-                    f"class {class_names[label]!r} has too few images to be in each of {', '.join(parts)} (it makes "
-                    f"{len(members)} independent groups, none left for {part}): add images of it, or leave it out"
+                    f"class {class_names[label]!r} can't be in each of {', '.join(parts)}: {len(members)} "
+                    f"independent images or groups of it leave none for {part}, so add some or remove the class"
                 )
 
 
-def _groups(
-    collection: Collection, given: dict[str, list[Sample]], group_by: str | None, check_duplicates: bool
-) -> tuple[dict[str, str], list[str]]:
-    """Group of every sample id that isn't a group of its own, and warnings about contradictory copies."""
-    samples = [sample for part in given.values() for sample in part]
-    group_of = _named_groups(samples, group_by)
-    warnings: list[str] = []
-    if not check_duplicates:
-        return group_of, warnings
-    parent: dict[str, str] = {}
-
-    def root(group: str) -> str:
-        while group in parent:
-            group = parent[group]
-        return group
-
-    contradictions = []
-    for copies in identical(collection, samples):
-        if len({sample.label for sample in copies}) > 1:
-            contradictions.append(copies[0].sample_id)
-        keys = [group_of.setdefault(sample.sample_id, sample.sample_id) for sample in copies]
-        for key in keys[1:]:
-            first, other = root(keys[0]), root(key)
-            if first != other:
-                parent[other] = first
-    if contradictions:
-        warnings.append(
-            f"{len(contradictions)} pictures stand in several classes as byte-identical files (for example "
-            f"{contradictions[0]}): keep each in its right class"
-        )
-    return {sample_id: root(group) for sample_id, group in group_of.items()}, warnings
-
-
-def _named_groups(samples: Sequence[Sample], group_by: str | None) -> dict[str, str]:
-    """Groups by the parent folder or by a regular expression; keys can't collide with sample ids."""
-    if group_by is None:
-        return {}
-    if group_by == "parent":
-        return {sample.sample_id: f"//{sample.sample_id.rpartition('/')[0]}" for sample in samples}
-    try:
-        pattern = re.compile(group_by)
-    except re.error as error:
-        raise UserError(f"--data.group_by {group_by!r} is not a regular expression: {error}") from error
-    if pattern.groups != 1:
-        raise UserError(
-            f"--data.group_by {group_by!r} must have exactly one (group), it has {pattern.groups}"
-        )
-    groups = {}
-    for sample in samples:
-        match = pattern.search(sample.sample_id)
-        if match is None:
-            raise UserError(
-                f"--data.group_by {group_by!r} does not match {sample.sample_id!r}: let it match every path"
-            )
-        groups[sample.sample_id] = f"//{match.group(1)}"
-    return groups
-
-
-def identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sample]]:
-    """Sets of two or more byte-identical samples; only samples of equal size are read, and large ones twice."""
-    sets = [list(samples)]
-    for key in (collection.size_bytes, collection.probe, collection.digest):
-        finer: list[list[Sample]] = []
-        for members in sets:
-            buckets: dict[int | bytes, list[Sample]] = defaultdict(list)
-            for sample in members:
-                buckets[key(sample)].append(sample)
-            finer += [bucket for bucket in buckets.values() if len(bucket) > 1]
-        sets = finer
-    return sets
-
-
-def _without_leaks(
-    given: dict[str, list[Sample]], groups: dict[str, str], warnings: list[str]
-) -> tuple[dict[str, list[Sample]], list[Sample]]:
-    """Drop from train what val or test hold too, and from val what test holds; return the dropped as well."""
-    kept: dict[str, list[Sample]] = {}
-    unused: list[Sample] = []
-    reserved: dict[str, str] = {}
-    for split in ("test", "val", "train"):
-        if split not in given:
-            continue
-        kept[split] = []
-        dropped: list[Sample] = []
-        for sample in given[split]:
-            leaks = sample.sample_id in groups and groups[sample.sample_id] in reserved
-            (dropped if leaks else kept[split]).append(sample)
-        unused += dropped
-        if dropped:
-            others = sorted({reserved[groups[sample.sample_id]] for sample in dropped})
-            warnings.append(
-                f"{len(dropped)} {split} images are not used because {' and '.join(others)} hold byte-identical "
-                f"copies or files of the same group (for example {dropped[0].sample_id})"
-            )
-        for sample in kept[split]:
-            if sample.sample_id in groups:
-                reserved.setdefault(groups[sample.sample_id], split)
-    return kept, unused
-
-
 def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None:
-    """Write ``splits.csv`` (columns split, class, path) in one step, so that a reader never sees half of it."""
+    """Write ``splits.csv`` (columns split, class, path) in one step: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as handle:
@@ -338,8 +248,8 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
         lost = sorted(listed - {class_names[sample.label] for sample in members})
         if lost:
             raise UserError(
-                f"{path} lists {split} images of the class {lost[0]!r} that are no longer there: bring them back, "
-                "or use another run folder to draw a new split"
+                f"{path} lists {split} images of the class {lost[0]!r} that are no longer there: bring them "
+                "back, or use another run folder to draw a new split"
             )
     warnings = []
     appeared = current - {row["path"] for row in rows}

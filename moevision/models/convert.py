@@ -77,7 +77,7 @@ def convert_to_moe(
         UserError: if the model has no such blocks, or a block's MLP is not a plain one.
     """
     blocks = getattr(vit, "blocks", None)
-    if not isinstance(blocks, nn.Sequential):
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         raise UserError(f"{type(vit).__name__} has no transformer blocks to convert: give a timm ViT or DeiT.")
     indices = moe_layer_indices(layers, len(blocks))
     for index in indices:

@@ -1,0 +1,188 @@
+"""A dataset that is a folder: one subfolder per class, with or without train / val / test above them.
+
+Every way in which a folder may be laid out otherwise ends in one sentence that says what to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from moevision.data.images import is_image_path
+from moevision.data.sources import SPLITS, FileCollection, Sample
+from moevision.errors import UserError
+
+_SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+_WORDNET_ID = re.compile(r"n\d{8}")
+_LAYOUT = "expected one subfolder per class (cat/1.jpg, dog/7.jpg, ...), or train/ and val/ or test/ of such"
+
+
+def words_of(class_folders: list[str]) -> list[str]:
+    """Class names in words: WordNet ids become their first lemma (n01440764 -> tench), others stay.
+
+    Two ids with one lemma (ImageNet has two "crane"s) keep their id in brackets.
+    """
+    if not all(_WORDNET_ID.fullmatch(name) for name in class_folders):
+        return class_folders
+    from timm.data import ImageNetInfo  # timm is needed for nothing else in this package
+
+    info = ImageNetInfo("imagenet-22k")
+    known = set(info.label_names())
+    lemmas = [
+        info.label_name_to_description(name).split(",")[0] if name in known else name
+        for name in class_folders
+    ]
+    count = Counter(lemmas)
+    return [
+        lemma if count[lemma] == 1 else f"{lemma} ({name})"
+        for lemma, name in zip(lemmas, class_folders, strict=True)
+    ]
+
+
+def read_folder(root: Path) -> FileCollection:
+    """Read a folder-per-class dataset, with or without train / val / test subfolders.
+
+    Args:
+        root: the dataset's folder.
+
+    Returns:
+        The collection; ``given`` has the key "all" for an unsplit folder.
+
+    Raises:
+        UserError: if the folder is missing, empty or laid out otherwise; the sentence says what to change.
+    """
+    if not root.is_dir():
+        raise UserError(_missing_folder(root))
+    splits = _split_folders(root)
+    notes: list[str] = []
+    if not splits:
+        classes = _class_files(root, root, notes)
+        _check_classes(root, classes)
+        given = {"all": classes}
+    else:
+        given = {split: _class_files(folder, root, notes) for split, folder in splits.items()}
+        if "test" in given and not given["test"]:
+            notes.append(f"{splits['test']} has no class folders, so it can't be used for testing")
+            del given["test"]
+        classes = given["train"]
+        _check_classes(splits["train"], classes)
+        for split, found in given.items():
+            _check_same_classes(splits["train"], classes, splits[split], found)
+    folders = sorted(classes)
+    samples = {
+        split: [Sample(file, label) for label, name in enumerate(folders) for file in found[name]]
+        for split, found in given.items()
+    }
+    return FileCollection(words_of(folders), samples, notes, root)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Subfolders in order, without hidden and system ones (__MACOSX, @eaDir)."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] not in "._@")
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The train / val / test folders of a dataset that came split; empty if it did not.
+
+    A folder "train" that holds pictures and no folders is a class of that name (trains exist).
+    """
+    found: dict[str, Path] = {}
+    for folder in _subfolders(root):
+        split = _SPLIT_FOLDERS.get(folder.name.lower())
+        if split in found:
+            raise UserError(f"{found[split]} and {folder} both stand for {split}: keep one of them")
+        if split:
+            found[split] = folder
+    if "train" not in found or not _subfolders(found["train"]):
+        return {}
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def _class_files(folder: Path, root: Path, notes: list[str]) -> dict[str, list[str]]:
+    """Image files of every class folder, searched to any depth, as sorted paths relative to ``root``."""
+    classes: dict[str, list[str]] = {}
+    ignored: Counter[str] = Counter()
+    for class_folder in _subfolders(folder):
+        files = []
+        for directory, subdirectories, names in os.walk(class_folder, followlinks=True):
+            subdirectories[:] = [name for name in subdirectories if name[0] not in ".@"]
+            for name in names:
+                if is_image_path(name):
+                    files.append((Path(directory) / name).relative_to(root).as_posix())
+                elif not name.startswith("."):
+                    ignored[Path(name).suffix.lower() or name] += 1
+        classes[class_folder.name] = sorted(files)
+    if ignored:
+        kinds = ", ".join(f"{count} x {suffix}" for suffix, count in ignored.most_common(5))
+        notes.append(f"files in {folder} that are not images were left out: {kinds}")
+    loose = sum(is_image_path(entry) for entry in folder.iterdir() if entry.is_file())
+    if classes and loose:
+        notes.append(f"{loose} images directly in {folder} belong to no class and were left out")
+    return classes
+
+
+def _check_classes(folder: Path, classes: dict[str, list[str]]) -> None:
+    """At least two class folders, none of them empty."""
+    if not any(classes.values()):
+        loose = sum(is_image_path(entry) for entry in folder.iterdir())
+        inside = f"holds {loose} images but no class folders" if loose else "holds no images"
+        raise UserError(f"{folder} {inside}: {_LAYOUT}")
+    if len(classes) == 1:
+        only = folder / next(iter(classes))
+        inner = [entry.name for entry in _subfolders(only)]
+        hint = f"did you mean {only} (it holds {_some(inner)})?" if len(inner) > 1 else _LAYOUT
+        raise UserError(
+            f"{folder} has only one class folder, {only.name!r}, and a classifier needs two: {hint}"
+        )
+    empty = [name for name, files in classes.items() if not files]
+    if empty:
+        raise UserError(f"no images in the class folder {_some(empty)} of {folder}: fill or remove it")
+
+
+def _check_same_classes(
+    train: Path, classes: dict[str, list[str]], other: Path, found: dict[str, list[str]]
+) -> None:
+    """Each split must hold every class, else its score would mean something else than the training's."""
+    missing = sorted(name for name in classes if not found.get(name))
+    if missing:
+        raise UserError(
+            f"{other} has no images of the class {_some(missing)}, which {train} has: add some there"
+        )
+    surplus = sorted(set(found) - set(classes))
+    if surplus:
+        raise UserError(
+            f"{other} has the class {_some(surplus)}, which {train} lacks: add it there or remove it"
+        )
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    """The first names, quoted, and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _missing_folder(root: Path) -> str:
+    """What to say when ``root`` is no folder: what is there instead, and which names look alike."""
+    if root.is_file():
+        return f"{root} is a file: unpack it and give the folder, {_LAYOUT}"
+    parent = root.absolute().parent
+    while not parent.is_dir():
+        parent = parent.parent
+    folders = [entry.name for entry in _subfolders(parent)]
+    alike = difflib.get_close_matches(root.name, folders, n=1)
+    if alike:
+        nearby = f"did you mean {parent / alike[0]}?"
+    else:
+        nearby = f"{parent} has " + (f"the folders {_some(folders)}" if folders else "no folders")
+    return f"there is no folder {root}: {nearby}; {_LAYOUT}"

@@ -1,0 +1,235 @@
+"""The MoE layer: backends against a nested loop, autocast, checkpointing, compilation, batch-mates."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moevision.errors import UserError
+from moevision.layers import LocalDispatcher, MoEMlp, Routing, record_routing
+
+
+def make(dtype: torch.dtype = torch.float32, width: int = 16, hidden: int = 24, **options: object) -> MoEMlp:
+    """A layer whose router is trained away from its zero start."""
+    torch.manual_seed(0)
+    layer = MoEMlp(width, hidden, dtype=dtype, **{"num_experts": 5, "top_k": 2, **options})
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.3)
+        layer.router.weight.normal_()
+    return layer.eval()
+
+
+def nested_loop(layer: MoEMlp, x: Tensor, routing: Routing) -> Tensor:
+    """Token by token, choice by choice: the definition."""
+    fc1, fc2 = layer.experts.fc1, layer.experts.fc2
+    images = []
+    for image in range(x.shape[0]):
+        tokens = []
+        for token in range(x.shape[1]):
+            total = torch.zeros(fc2.out_features, dtype=x.dtype)
+            for choice in range(routing.top_k):
+                expert = int(routing.expert_index[image, token, choice])
+                hidden = torch.nn.functional.gelu(fc1.weight[expert] @ x[image, token] + fc1.bias[expert])
+                out = fc2.weight[expert] @ hidden + fc2.bias[expert]
+                total = total + routing.combine_weight[image, token, choice] * out
+            tokens.append(total)
+        images.append(torch.stack(tokens))
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (5, 1), (5, 2), (5, 5), (64, 3)])
+@pytest.mark.parametrize("backend", ["loop", "grouped", "dense"])
+def test_every_backend_is_the_nested_loop(backend: str, num_experts: int, top_k: int) -> None:
+    """Values and the gradients of x, router, fc1 and fc2; with 64 experts most get no token."""
+    dtype = torch.float32 if backend == "grouped" else torch.float64
+    layer = make(dtype, num_experts=num_experts, top_k=top_k, backend=backend)
+    x = torch.randn(2, 7, 16, dtype=dtype, requires_grad=True)
+    expected_from = copy.deepcopy(layer)
+    y_input = x.detach().clone().requires_grad_()
+    with record_routing(expected_from):
+        expected = nested_loop(expected_from, y_input, expected_from.router(y_input))
+    actual = layer(x)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 1e-9, "atol": 1e-10}
+    torch.testing.assert_close(actual, expected, **tolerance)
+    actual.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(x.grad, y_input.grad, **tolerance)
+    for (name, ours), theirs in zip(layer.named_parameters(), expected_from.parameters(), strict=True):
+        if theirs.grad is None:  # learned noise sleeps in eval mode
+            assert ours.grad is None or not ours.grad.any(), name
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad, **tolerance, msg=name)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_rounded_groups_change_nothing(top_k: int) -> None:
+    """Large groups are padded to 16 rows on a CPU; 300 tokens on 2 experts are large enough to be."""
+    layer = make(torch.float64, num_experts=2, top_k=top_k, backend="loop")
+    x = torch.randn(4, 75, 16, dtype=torch.float64, requires_grad=True)
+    results = []
+    for row_multiple in (16, 1):
+        layer.dispatcher = LocalDispatcher(row_multiple)
+        dispatched = layer.dispatcher.dispatch(x.flatten(0, 1), layer.router(x))
+        assert bool((dispatched.counts % 16).any()) == (row_multiple == 1)
+        layer.zero_grad()
+        x.grad = None
+        out = layer(x)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, layer.experts.fc1.weight.grad, layer.router.weight.grad])
+    for padded, plain in zip(*results, strict=True):
+        torch.testing.assert_close(padded, plain)
+
+
+def test_gradcheck_in_float64() -> None:
+    layer = make(torch.float64, width=4, hidden=6, num_experts=3, backend="loop")
+    x = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert layer.router(x).noisy_logits.topk(3).values.diff().abs().min() > 1e-3  # no choice flips within the step
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_one_expert_is_timms_mlp() -> None:
+    layer, mlp = make(num_experts=1, top_k=1), Mlp(16, 24)
+    with torch.no_grad():
+        for ours, theirs in ((layer.experts.fc1, mlp.fc1), (layer.experts.fc2, mlp.fc2)):
+            theirs.weight.copy_(ours.weight[0])
+            theirs.bias.copy_(ours.bias[0])
+    x = torch.randn(3, 9, 16)
+    torch.testing.assert_close(layer(x), mlp(x))
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_one_token(tokens: int) -> None:
+    layer = make()
+    x = torch.randn(1, tokens, 16)
+    torch.testing.assert_close(layer(x), nested_loop(layer, x, layer.router(x)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped", "dense"])
+def test_bf16_autocast_stays_near_float32(backend: str) -> None:
+    """bfloat16 keeps 8 bits: a relative error of 2^-8 per rounding, and a handful of roundings."""
+    layer = make(backend=backend, hidden=32)
+    x = torch.randn(8, 65, 16)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = layer(x)
+    assert actual.dtype is torch.bfloat16
+    assert (actual.float() - expected).norm() / expected.norm() < 0.01
+
+
+def test_predictions_do_not_depend_on_batch_mates() -> None:
+    """Exact in float64; in float32 to 1e-5, with the same experts wherever the margin is above 1e-4."""
+    x = torch.randn(16, 65, 16, dtype=torch.float64)
+    exact = make(torch.float64)
+    torch.testing.assert_close(exact(x)[3:4], exact(x[3:4]), rtol=0, atol=1e-14)
+    layer, single = make(), x.float()
+    torch.testing.assert_close(layer(single)[3:4], layer(single[3:4]), rtol=0, atol=1e-5)
+    together, alone = layer.router(single), layer.router(single[3:4])
+    ranked = alone.logits.sort(-1, descending=True).values
+    clear = (ranked[..., :2] - ranked[..., 1:3]).amin(-1) > 1e-4
+    assert clear.float().mean() > 0.9
+    assert torch.equal(together.expert_index[3:4][clear], alone.expert_index[clear])
+
+
+def test_evaluation_is_deterministic() -> None:
+    layer, x = make(), torch.randn(2, 9, 16)
+    assert torch.equal(layer(x), layer(x))
+
+
+class Block(nn.Module):
+    def __init__(self, layer: MoEMlp) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(16), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.mlp(self.norm(x))
+        return out
+
+
+def run_block(*, compiled: bool, checkpointed: bool, bf16: bool) -> tuple[list[Routing], dict[str, Tensor]]:
+    """One training step through a block: what was recorded, and every gradient, router loss included."""
+    torch._dynamo.reset()
+    block = Block(make(hidden=32, num_experts=4)).train()
+    block.mlp.router.noise = "none"  # compiled code draws other random numbers
+    if compiled:
+        block.compile(backend="aot_eager")
+    torch.manual_seed(1)
+    x = torch.randn(4, 20, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), record_routing(block) as routings:
+        y = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+    (y.float().square().mean() + sum(routing.probs.square().sum() for routing in routings)).backward()
+    return routings, {name: parameter.grad for name, parameter in block.named_parameters() if "noise" not in name}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("compiled", "checkpointed"), [(True, False), (False, True), (True, True)])
+def test_checkpointing_and_compilation_record_once_and_keep_gradients(
+    compiled: bool, checkpointed: bool, bf16: bool
+) -> None:
+    expected_routings, expected = run_block(compiled=False, checkpointed=False, bf16=bf16)
+    routings, actual = run_block(compiled=compiled, checkpointed=checkpointed, bf16=bf16)
+    assert len(routings) == len(expected_routings) == 1
+    assert torch.equal(routings[0].expert_index, expected_routings[0].expert_index)
+    for name, gradient in expected.items():
+        tolerance = 0.02 if bf16 else 1e-5
+        assert (actual[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7, name
+
+
+def test_shapes_of_timm_blocks() -> None:
+    layer = make()
+    x = torch.randn(2, 12, 16)
+    torch.testing.assert_close(layer(x.view(2, 3, 4, 16)).view(2, 12, 16), layer(x))
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])
+    assert MoEMlp(16, 8, 20)(x).shape == (2, 12, 20)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    layer = make(drop=0.5)
+    layer.router.noise = "none"
+    x = torch.randn(2, 9, 16)
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_arguments_that_experts_cannot_honour() -> None:
+    with pytest.raises(UserError, match="norm_layer"):
+        MoEMlp(16, 16, norm_layer=nn.LayerNorm)
+    with pytest.raises(UserError, match="auto, loop, grouped, dense"):
+        MoEMlp(16, 16, backend="fast")
+    odd = make(width=15, hidden=7, backend="grouped")
+    with pytest.raises(UserError, match="multiples of 4"):
+        odd(torch.randn(1, 3, 15))
+    with pytest.raises(UserError, match="use backend='loop'"):
+        make(torch.float64, backend="grouped")(torch.randn(1, 3, 16, dtype=torch.float64))
+
+
+def test_odd_widths_work_without_naming_a_backend() -> None:
+    layer = make(width=15, hidden=7)
+    x = torch.randn(2, 9, 15)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).shape == x.shape
+
+
+def test_copies_and_pickles_forget_the_recorder() -> None:
+    layer = make()
+    with record_routing(layer) as routings:
+        twin = copy.deepcopy(layer)
+        pickled = pickle.load(io.BytesIO(pickle.dumps(layer)))
+        twin(torch.randn(1, 3, 16))
+        pickled(torch.randn(1, 3, 16))
+    assert routings == []
+    assert twin.recorder is None
+    assert pickled.recorder is None
+
+
+def test_weights_and_biases_have_names_that_weight_decay_understands() -> None:
+    names = dict(make().named_parameters())
+    assert {"experts.fc1.weight", "experts.fc1.bias", "experts.fc2.weight", "experts.fc2.bias"} < set(names)
+    assert names["experts.fc1.weight"].shape == (5, 24, 16)

@@ -1,0 +1,217 @@
+"""The models keep timm's contract and reduce to timm's ViT."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.layers import Mlp, set_reentrant_ckpt
+from torch import nn
+
+import moevision
+from moevision import UserError, VisionTransformerMoE, convert_to_moe, dense_twin, forward_routing
+from moevision.efficiency import measure_cost, parameter_counts
+from moevision.layers import MoEMlp, moe_layers
+from moevision.models import moe_layer_indices
+
+
+def images(size: int = 32, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_zero_moe_layers_is_timms_vit() -> None:
+    """Same names, same random numbers, same output as the timm class with the same arguments."""
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    torch.manual_seed(0)
+    ours = VisionTransformerMoE(moe_layers=[], **size).eval()
+    torch.manual_seed(0)
+    theirs = timm.models.VisionTransformer(**size).eval()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert torch.equal(ours(images()), theirs(images()))
+
+
+def test_one_expert_is_the_dense_vit() -> None:
+    vit = timm.create_model("test_vit", img_size=64, num_classes=3).eval()
+    expected = vit(images(64))
+    moe = convert_to_moe(vit, "all", num_experts=1, top_k=1, copy_weights=True)
+    assert len(moe_layers(moe)) == 6
+    torch.testing.assert_close(moe(images(64)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit2", "test_vit4", "deit_tiny_patch16_224"])
+def test_copies_leave_the_dense_output_unchanged(name: str) -> None:
+    vit = timm.create_model(name, img_size=64, num_classes=3).eval()
+    expected = vit(images(64))
+    moe = convert_to_moe(vit, num_experts=4, top_k=2, copy_weights=True)
+    torch.testing.assert_close(moe(images(64)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_placements() -> None:
+    """every2 = 1, 3, 5, ...; last2 = the last two of those, not the last two blocks."""
+    assert moe_layer_indices("every2", 8) == [1, 3, 5, 7]
+    assert moe_layer_indices("last2", 8) == [5, 7]
+    assert moe_layer_indices("last2", 7) == [3, 5]
+    assert moe_layer_indices([4, 0, 4], 6) == [0, 4]
+    with pytest.raises(UserError, match="they are 0 to 5"):
+        moe_layer_indices([6], 6)
+    with pytest.raises(UserError, match="every2, last2, all"):
+        moe_layer_indices("every3", 6)
+
+
+def test_micro_model_has_the_documented_size() -> None:
+    """D 192, depth 6: 12 D² per block = 2.65 M without biases; 3 MoE layers add 6 idle experts of 2·192·384 each."""
+    model = timm.create_model("vit_moe_micro_patch4_32", num_classes=10, stem="patch", class_token=False)
+    total, active = parameter_counts(model)
+    assert active == pytest.approx(6 * 12 * 192**2, rel=0.02)
+    assert total - active == 3 * 6 * (2 * 192 * 384 + 384 + 192)
+
+
+@pytest.mark.parametrize(("match", "hidden"), [("active_flops", 2 * 64), ("total_params", 4 * 64)])
+def test_dense_twin(match: str, hidden: int) -> None:
+    """test_vit_moe: D 32, mlp_ratio 4, K 2 -> one expert has 64 hidden units; E = 4."""
+    model = timm.create_model("test_vit_moe", num_classes=3)
+    twin = dense_twin(model, match)
+    assert [type(block.mlp) for block in twin.blocks] == [Mlp] * 4
+    assert [block.mlp.fc1.out_features for block in twin.blocks] == [128, hidden, 128, hidden]
+    assert torch.equal(twin.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+    assert not moe_layers(twin)
+    assert len(moe_layers(model)) == 2
+
+
+def test_twins_match_what_they_say() -> None:
+    """Equal FLOPs apart from the routers; equal parameters apart from the routers and E - 1 output biases."""
+    model = timm.create_model("test_vit_moe", num_classes=3)
+    cost = measure_cost(model, 32)
+    active = measure_cost(dense_twin(model, "active_flops"), 32)
+    stored = measure_cost(dense_twin(model, "total_params"), 32)
+    assert cost.flops_per_image == active.flops_per_image
+    assert cost.router_flops_per_image == 2 * (2 * 16 * 32 * 4)  # layers x 2 · tokens · D · E
+    routers = sum(p.numel() for layer in moe_layers(model) for p in layer.router.parameters())
+    assert cost.total_parameters - routers - 2 * 3 * 32 == stored.total_parameters
+
+
+def test_flops_are_the_closed_form() -> None:
+    """Plain patches, N tokens, depth L: per block 2 N (4 D² + 2 D · 4 D) + 4 N² D; patches 2 N P² 3 D; head 2 D C."""
+    model = timm.create_model("test_vit_moe", stem="patch", num_classes=10)
+    n, d, depth, patch = 16, 32, 4, 8
+    block = 2 * n * (4 * d * d + 2 * d * 4 * d) + 4 * n * n * d
+    assert measure_cost(model, 32).flops_per_image == depth * block + 2 * n * patch * patch * 3 * d + 2 * d * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("test_vit_moe", {"num_classes": 3}, 32),
+        ("test_vit_moe", {"num_classes": 3, "num_experts": 2, "top_k": 1, "img_size": 64}, 64),
+        ("test_vit_moe", {"num_classes": 3, "router": "vmoe_top_k", "moe_layers": "last2", "stem": "patch"}, 32),
+        ("test_vit_moe", {"num_classes": 3, "twin": "total_params"}, 32),
+        ("vit_moe", {"base": "test_vit", "num_classes": 4, "img_size": 64, "moe_layers": [0, 5]}, 64),
+        ("vit_moe", {"base": "deit_tiny_patch16_224", "num_classes": 4, "img_size": 32, "twin": "active_flops"}, 32),
+    ],
+)
+def test_saved_models_load_bit_equal(name: str, options: dict[str, object], size: int, tmp_path: Path) -> None:
+    model = timm.create_model(name, **options).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(model(images(size)), loaded(images(size)))
+    assert loaded.moe_config == model.moe_config
+
+
+def test_a_model_converted_in_python_saves_and_loads(tmp_path: Path) -> None:
+    vit = timm.create_model("test_vit", img_size=64, num_classes=3)
+    model = convert_to_moe(vit, "last2", num_experts=4, router="vmoe_top_k").eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(model(images(64)), loaded(images(64)))
+
+
+def test_timm_contract() -> None:
+    model = timm.create_model("test_vit_moe", num_classes=3)
+    features = timm.create_model("test_vit_moe", features_only=True)(images())
+    assert [feature.shape[1:] for feature in features] == [(32, 4, 4)] * 3
+    model.reset_classifier(7)
+    assert model(images()).shape == (2, 7)
+    model.set_input_size(64)
+    assert model(images(64)).shape == (2, 7)
+    _, routings = forward_routing(model, images(64))
+    assert routings[0].grid == (8, 8)
+    assert torch.equal(copy.deepcopy(model).eval()(images(64)), model.eval()(images(64)))
+    assert model.forward_intermediates(images(64))[0].shape == (2, 64, 32)
+    layers = model.group_matcher(coarse=False)
+    assert layers["blocks"]
+
+
+@pytest.mark.parametrize("name", ["test_vit_moe", "vit_moe_tiny_patch16_224", "vit_moe_base_patch16_224"])
+def test_meta_device(name: str) -> None:
+    model = timm.create_model(name, device="meta")
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def test_names_are_registered() -> None:
+    names = set(timm.list_models("*vit_moe*"))
+    expected = {"test_vit_moe", "vit_moe", "vit_moe_micro_patch4_32"}
+    expected |= {f"vit_moe_{size}_patch16_224" for size in ("tiny", "small", "base")}
+    assert names == expected
+
+
+def test_the_conv_stem_keeps_the_patch_grid() -> None:
+    for patch_size, size in ((4, 32), (8, 64), (16, 64)):
+        model = timm.create_model("test_vit_moe", stem="conv", patch_size=patch_size, img_size=size)
+        assert model.patch_embed(images(size)).shape == (2, (size // patch_size) ** 2, 32)
+    with pytest.raises(UserError, match="no power of two"):
+        timm.create_model("test_vit_moe", stem="conv", patch_size=12, img_size=48)
+
+
+def test_predictions_do_not_depend_on_batch_mates() -> None:
+    """The whole model, stem and all, in float64; routers moved off their zero start so that choices are real."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit_moe", num_classes=3).double().eval()
+    for layer in moe_layers(model):
+        nn.init.normal_(layer.router.weight)
+    x = images(count=8).double()
+    torch.testing.assert_close(model(x)[5:6], model(x[5:6]), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"img_size": 30}, "multiple of 8, such as 32"),
+        ({"num_experts": 2, "top_k": 3}, "between 1 and 2"),
+        ({"stem": "resnet"}, "'patch' or 'conv'"),
+        ({"twin": "flops"}, "active_flops or total_params"),
+        ({"router": "nope"}, "noisy_top_k"),
+        ({"moe_layers": [9]}, "0 to 3"),
+    ],
+)
+def test_what_does_not_fit_is_said(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        timm.create_model("test_vit_moe", **options)
+
+
+def test_models_that_cannot_be_converted() -> None:
+    with pytest.raises(UserError, match="no transformer blocks"):
+        convert_to_moe(nn.Linear(3, 3))
+    with pytest.raises(UserError, match="blocks that are MoE already"):
+        convert_to_moe(timm.create_model("test_vit_moe"))
+    with pytest.raises(UserError, match="can't be converted"):
+        convert_to_moe(timm.create_model("eva02_tiny_patch14_224", img_size=28))
+    with pytest.raises(UserError, match="not a MoE model"):
+        dense_twin(timm.create_model("test_vit"))
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model = timm.create_model("test_vit_moe")
+    set_reentrant_ckpt(True)
+    try:
+        with pytest.raises(UserError, match="Reentrant"):
+            model.set_grad_checkpointing()
+    finally:
+        set_reentrant_ckpt(False)
+    model.set_grad_checkpointing()
+    model(images()).sum().backward()
+
+
+def test_public_names() -> None:
+    assert isinstance(moevision.MoEMlp(8), MoEMlp)
+    assert set(moevision.__all__) <= set(dir(moevision))

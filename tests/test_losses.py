@@ -1,0 +1,207 @@
+"""Balance losses against hand-derived numbers, an independent NumPy transcription, and their properties."""
+
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moevision.errors import UserError
+from moevision.layers import MoEMlp, Routing, build_router
+from moevision.losses import (
+    AuxLoss,
+    AuxLossWeights,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    z_loss,
+)
+
+GATES = [[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]]
+# The 3 x 3 example of V-MoE's own test suite: clean logits, noise, standard deviation 0.1, k = 2.
+LOGITS = [[0.9, 0.06, 0.04], [0.7, 0.18, 0.12], [0.85, 0.05, 0.1]]
+NOISE = [[-0.037, 0.026, -0.018], [-0.074, 0.045, -0.015], [-0.067, -0.059, 0.073]]
+
+
+def routing_from(logits: Tensor, noise: Tensor, std: Tensor | float, top_k: int) -> Routing:
+    """A decision on [T, E] scores as one image of T tokens."""
+    noisy = (logits + noise).unsqueeze(0)
+    top, index = noisy.topk(top_k, dim=-1)
+    std = std.unsqueeze(0) if isinstance(std, Tensor) else logits.new_full((1, 1, 1), std)
+    return Routing(
+        logits=logits.unsqueeze(0),
+        noisy_logits=noisy,
+        probs=logits.unsqueeze(0).softmax(-1),
+        noise_std=std,
+        expert_index=index,
+        combine_weight=top.softmax(-1),
+        kept=torch.ones_like(index, dtype=torch.bool),
+    )
+
+
+def dense_gates(gates: list[list[float]]) -> Routing:
+    """A decision whose gates and probabilities are the given numbers (every expert gets its gate)."""
+    probs = torch.tensor(gates, dtype=torch.float64).unsqueeze(0)
+    weights, index = probs.sort(dim=-1, descending=True, stable=True)
+    kept = torch.ones_like(index, dtype=torch.bool)
+    return Routing(probs, probs, probs, None, index, weights, kept)
+
+
+def example() -> Routing:
+    return routing_from(torch.tensor(LOGITS, dtype=torch.float64), torch.tensor(NOISE, dtype=torch.float64), 0.1, 2)
+
+
+def test_importance_golden() -> None:
+    """Column sums 1.7, 1.1, 1.2: mean 4/3, squared deviations .1344, .0544, .0178 -> .0689 / 1.7778 = .03875."""
+    for rule in ("shazeer", "vmoe"):
+        assert float(importance_loss(dense_gates(GATES), rule)) == pytest.approx(0.03875)
+
+
+def test_load_balancing_golden() -> None:
+    """Top-1 counts 2, 0, 2 -> f = .5, 0, .5; P = .425, .275, .3; 3 (.2125 + 0 + .15) = 1.0875."""
+    routing = dense_gates(GATES)
+    first = Routing(
+        routing.logits, routing.logits, routing.probs, None,
+        routing.expert_index[..., :1], routing.combine_weight[..., :1], routing.kept[..., :1],
+    )  # fmt: skip
+    assert float(load_balancing_loss(first)) == pytest.approx(1.0875)
+
+
+def test_load_golden() -> None:
+    """The same input under both rules; V-MoE's own test suite has its number, .48573865 in float32."""
+    assert float(load_loss(example())) == pytest.approx(0.144936, abs=1e-6)
+    assert float(load_loss(example(), "vmoe")) == pytest.approx(0.485738, abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["shazeer", "vmoe"])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_load_is_the_definition(rule: str, top_k: int) -> None:
+    """Appendix A of arXiv:1701.06538, expert by expert: sort the others, take their k-th, evaluate the normal CDF."""
+    rng = np.random.default_rng(0)
+    logits, noise, std = rng.normal(size=(9, 5)), rng.normal(size=(9, 5)), rng.uniform(0.1, 2, size=(9, 5))
+    noisy = logits + noise * std
+    load = np.zeros(5)
+    for token in range(9):
+        for expert in range(5):
+            rivals = np.delete(noisy[token], expert) if rule == "shazeer" else noisy[token]
+            threshold = np.sort(rivals)[::-1][top_k - 1]
+            load[expert] += NormalDist().cdf((logits[token, expert] - threshold) / std[token, expert])
+    routing = routing_from(torch.tensor(logits), torch.tensor(noise * std), torch.tensor(std), top_k)
+    assert float(load_loss(routing, rule)) == pytest.approx(load.var() / load.mean() ** 2, rel=1e-9)
+
+
+def test_smooth_load_averages_k_and_ignores_a_shift() -> None:
+    """Σ_i P(x, i) averages exactly k (it is the expected number of choices); popular ports get 3.2 and 8.0 here."""
+    from moevision.losses import _load
+
+    torch.manual_seed(0)
+    logits, std = torch.randn(20_000, 8, dtype=torch.float64), torch.rand(20_000, 8, dtype=torch.float64) + 0.5
+    noise = torch.randn(20_000, 8, dtype=torch.float64) * std
+    shift = 5 * torch.randn(20_000, 1, dtype=torch.float64)
+    loads = _load(routing_from(logits, noise, std, 2), "shazeer")
+    assert float(loads.sum() / 20_000) == pytest.approx(2.0, abs=0.01)
+    shifted = _load(routing_from(logits + shift, noise, std, 2), "shazeer")
+    torch.testing.assert_close(shifted, loads)
+
+
+def test_z_loss_by_hand() -> None:
+    """logsumexp of (ln 1, ln 1, ln 2) is ln 4, of (0, 0, 0) it is ln 3: the mean of their squares."""
+    logits = torch.tensor([[1.0, 1.0, 2.0], [1.0, 1.0, 1.0]], dtype=torch.float64).log()
+    routing = routing_from(logits, torch.zeros_like(logits), 1.0, 1)
+    assert float(z_loss(routing)) == pytest.approx((np.log(4) ** 2 + np.log(3) ** 2) / 2)
+
+
+@pytest.mark.parametrize("loss", [importance_loss, load_loss, load_balancing_loss, z_loss])
+def test_gradients_are_finite_at_perfect_balance(loss: object) -> None:
+    """Each of three tokens prefers another expert; CV² is 0 there and its square root has no gradient."""
+    logits = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    value = loss(routing_from(logits, torch.zeros(3, 3, dtype=torch.float64), 1.0, 1))  # type: ignore[operator]
+    value.backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_vanishing_noise_keeps_gradients_finite() -> None:
+    router = build_router("noisy_top_k", 4, 3, 1, dtype=torch.float64)
+    nn.init.normal_(router.weight)
+    nn.init.constant_(router.noise_weight, -500.0)  # softplus underflows to 0 for positive tokens
+    load_loss(router(torch.rand(1, 6, 4, dtype=torch.float64))).backward()
+    assert torch.isfinite(router.weight.grad).all()
+    assert torch.isfinite(router.noise_weight.grad).all()
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (4, 4)])
+def test_load_loss_is_zero_where_it_is_undefined(num_experts: int, top_k: int) -> None:
+    routing = build_router("noisy_top_k", 8, num_experts, top_k)(torch.randn(2, 5, 8))
+    assert float(load_loss(routing)) == 0.0
+
+
+def test_uniform_routing_scores_one() -> None:
+    """E Σ f P with f = P = 1/E is 1, whatever E and K."""
+    logits = torch.zeros(4, 4, dtype=torch.float64)
+    routing = routing_from(logits, torch.eye(4, dtype=torch.float64), 1.0, 1)
+    assert float(load_balancing_loss(routing)) == pytest.approx(1.0)
+
+
+def test_load_loss_needs_noise() -> None:
+    routing = build_router("noisy_top_k", 8, 4, 2).eval()(torch.randn(2, 5, 8))
+    with pytest.raises(UserError, match="training mode"):
+        load_loss(routing)
+
+
+def test_a_loss_that_the_router_cannot_supply_is_an_error_at_start() -> None:
+    layer = MoEMlp(8, 8)
+    AuxLoss(AuxLossWeights(load=0.1)).check(layer)
+    layer.router.noise = "none"
+    with pytest.raises(UserError, match="can't supply the load loss"):
+        AuxLoss(AuxLossWeights(load=0.1)).check(layer)
+
+
+def test_aux_loss_is_the_weighted_sum_of_layer_means() -> None:
+    router = build_router("noisy_top_k", 8, 4, 2)
+    layers = [router(torch.randn(2, 5, 8)) for _ in range(3)]
+    total, values = AuxLoss(AuxLossWeights(importance=0.1, z=0.01))(layers)
+    importance = sum(importance_loss(layer).item() for layer in layers) / 3
+    z = sum(z_loss(layer).item() for layer in layers) / 3
+    assert values == {"importance": pytest.approx(importance), "z": pytest.approx(z)}
+    assert total is not None
+    assert total.item() == pytest.approx(0.1 * importance + 0.01 * z)
+
+
+def test_no_weight_means_no_loss() -> None:
+    router = build_router("noisy_top_k", 8, 4, 2)
+    assert AuxLoss(AuxLossWeights())([router(torch.randn(2, 5, 8))]) == (None, {})
+    assert AuxLoss(AuxLossWeights(importance=1.0))([]) == (None, {})
+
+
+@pytest.mark.parametrize("name", ["importance", "load", "load_balancing", "z"])
+def test_last_micro_batch_has_the_statistic_of_the_whole_window(name: str) -> None:
+    whole = example_batch()
+    aux = AuxLoss(AuxLossWeights(**{name: 1.0}))
+    expected, _ = aux([whole])
+    aux.start_window()
+    for start in (0, 4, 8):
+        actual, _ = aux([part_of(whole, start, start + 4)])
+    torch.testing.assert_close(actual, expected)
+    aux.start_window()
+    first, _ = aux([part_of(whole, 0, 4)])
+    aux.start_window()
+    again, _ = aux([part_of(whole, 0, 4)])
+    torch.testing.assert_close(first, again)
+
+
+def example_batch() -> Routing:
+    torch.manual_seed(0)
+    router = build_router("noisy_top_k", 8, 4, 2, dtype=torch.float64)
+    nn.init.normal_(router.weight)
+    routing: Routing = router(torch.randn(12, 5, 8, dtype=torch.float64))
+    return routing
+
+
+def part_of(routing: Routing, start: int, stop: int) -> Routing:
+    """Images start to stop of a decision."""
+    tensors = {
+        name: getattr(routing, name)[start:stop]
+        for name in ("logits", "noisy_logits", "probs", "noise_std", "expert_index", "combine_weight", "kept")
+    }
+    return Routing(**tensors)
