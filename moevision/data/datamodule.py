@@ -252,6 +252,11 @@ class ImageDataModule(LightningDataModule):
         return " ".join(self.contents.sentences)
 
     @property
+    def warnings(self) -> list[str]:
+        """Sentences about what was left out while reading, or should be known before training."""
+        return self.contents.warnings
+
+    @property
     def bad_images(self) -> list[tuple[str, str, str]]:
         """(path, reason, split) of the pictures that couldn't be used so far."""
         return self.contents.quarantine.entries()
@@ -341,8 +346,8 @@ class ImageDataModule(LightningDataModule):
         for name, value in now.items():
             if state_dict[name] != value:
                 rank_zero_warn(
-                    f"the run began with {name} {state_dict[name]} and goes on with {value}: the order of the "
-                    "pictures can't be repeated exactly"
+                    f"the run began with {name} {state_dict[name]} and goes on with {value}: the order of "
+                    "the pictures can't be repeated exactly"
                 )
         self._position = {key: int(state_dict[key]) for key in ("epoch", "batch", "batch_size")}
         if self.sampler is not None:

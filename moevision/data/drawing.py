@@ -1,9 +1,9 @@
 """Pictures of `SyntheticPets`: one random scene, drawn once as a region map, then coloured and lit.
 
-A scene is everything about a picture that does not depend on its size in pixels: polygons, palette, light. Its
-polygons are painted into a map of region ids at three times the final size. The picture is that map seen through
-the palette, averaged down (anti-aliased), and lit; the part mask is the middle pixel of every 3 x 3 block of the
-same map. So the mask fits the picture by construction.
+A scene is everything about a picture that does not depend on its size in pixels: polygons, palette, light.
+Its polygons are painted into a map of region ids at three times the final size. The picture is that map seen
+through the palette, averaged down (anti-aliased), and lit; the part mask is the middle pixel of every 3 x 3
+block of the same map. So the mask fits the picture by construction.
 
 Axis legend: S image size in pixels, V vertices of a face. Frame coordinates run from 0 to 1, x right, y down.
 """
@@ -11,13 +11,14 @@ Axis legend: S image size in pixels, V vertices of a face. Frame coordinates run
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from moevision.data.faces import PARTS, Face, Group, Points, Slot, face, region_id
+from moevision.data.faces import Face, face
+from moevision.data.shapes import PARTS, Group, Points, Slot, region_id
 
 OVERSAMPLING: Final = 3
 _MAX_CLUTTER: Final = 8
@@ -55,7 +56,7 @@ class Scene:
         palette: RGB 0-255 of every slot, [slots, 3].
         scenery: Coarse grid of background colours, float32 [4, 4, 3].
         to_face: Map [2, 3] from frame coordinates to face coordinates, for shading.
-        ripples: (direction, waves per unit, phase, strength) of the coat's and the background's stripes, [2, 4].
+        ripples: (direction, frequency, phase, strength) of the stripes of coat and background, [2, 4].
         light: (direction, strength) of the light's slope across the frame.
         gain: Brightness of each colour channel, [3].
         grain: Standard deviation of the pixel noise, in units of 0-255.
@@ -122,7 +123,7 @@ def _vary(template: Face, rng: np.random.Generator) -> Points:
     matrix[:, 1] = np.stack([np.sin(tilt) * stretch[:, 0], np.cos(tilt) * stretch[:, 1]], axis=1)
     offset = pivot + shift - np.einsum("gij,gj->gi", matrix, pivot)
     groups = template.groups
-    return np.einsum("vij,vj->vi", matrix[groups], template.vertices) + offset[groups]
+    return np.asarray(np.einsum("vij,vj->vi", matrix[groups], template.vertices) + offset[groups])
 
 
 def _blobs(centers: Points, radii: npt.NDArray[np.float64], rng: np.random.Generator) -> list[Points]:
@@ -187,7 +188,8 @@ def region_map(scene: Scene, image_size: int) -> Image.Image:
 def part_mask(scene: Scene, image_size: int) -> npt.NDArray[np.uint8]:
     """The part, as an index into `PARTS`, at the middle of each pixel: uint8 [S, S]."""
     middle = OVERSAMPLING // 2
-    return _PART_TABLE[np.asarray(region_map(scene, image_size))[middle::OVERSAMPLING, middle::OVERSAMPLING]]
+    regions = np.asarray(region_map(scene, image_size))[middle::OVERSAMPLING, middle::OVERSAMPLING]
+    return np.asarray(_PART_TABLE[regions])
 
 
 def picture(scene: Scene, image_size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
@@ -232,7 +234,7 @@ def _scenery(grid: npt.NDArray[np.float32], image_size: int) -> npt.NDArray[np.f
 
 
 def _stripes(
-    x: npt.NDArray[np.float32], y: npt.NDArray[np.float32], ripple: npt.NDArray[np.float64]
+    x: npt.NDArray[np.floating[Any]], y: npt.NDArray[np.floating[Any]], ripple: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float32]:
     """Wavy stripes around 0; a strength below 0 means none, so that many coats and walls are plain."""
     direction, frequency, phase, strength = ripple.tolist()

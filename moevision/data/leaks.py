@@ -106,8 +106,8 @@ def without_leaks(
         if dropped:
             others = sorted({reserved[groups[sample.sample_id]] for sample in dropped})
             warnings.append(
-                f"{len(dropped)} {split} images are not used because {' and '.join(others)} "
-                f"{'hold' if len(others) > 1 else 'holds'} byte-identical copies or files of their group (for example {dropped[0].sample_id})"
+                f"{len(dropped)} {split} images are not used: byte-identical copies, or files of their group, are "
+                f"in {' and '.join(others)} (for example {dropped[0].sample_id})"
             )
         for sample in kept[split]:
             if sample.sample_id in groups:

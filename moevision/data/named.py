@@ -116,7 +116,8 @@ def _imagenet(root: Path, download: bool) -> Collection:
             return read_folder(folder)
     raise UserError(
         f"ImageNet is not in {root} and can't be downloaded without an account: put train/ and val/ (one "
-        f"folder per WordNet id) there, or the archives {', '.join(_IMAGENET_ARCHIVES)} and add --data.download true"
+        f"folder per WordNet id) there, or its archives ({', '.join(_IMAGENET_ARCHIVES)}) with "
+        "--data.download true"
     )
 
 
@@ -167,7 +168,8 @@ def open_collection(
     except RuntimeError as error:  # torchvision: not found or corrupted
         if not download:
             raise UserError(
-                f"{path} is not in {folder}: add --data.download true to fetch it, or set --data.root to its place"
+                f"{path} is not in {folder}: add --data.download true to fetch it, or set --data.root to "
+                "where it is"
             ) from error
     folder.mkdir(parents=True, exist_ok=True)
     try:

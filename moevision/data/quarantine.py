@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moevision.data.dataset import BadImage
 from moevision.errors import UserError
+from moevision.files import write_text_atomic
 
 
 class Quarantine:
@@ -67,11 +68,8 @@ class Quarantine:
         )
 
     def _write(self, table: Path) -> None:
-        """Replace the table in one step."""
-        table.parent.mkdir(parents=True, exist_ok=True)
-        temporary = table.with_name(f"{table.name}.{os.getpid()}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as handle:
-            writer = csv.writer(handle)
-            writer.writerow(["path", "reason", "split"])
-            writer.writerows(self.entries())
-        os.replace(temporary, table)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["path", "reason", "split"])
+        writer.writerows(self.entries())
+        write_text_atomic(table, text.getvalue())

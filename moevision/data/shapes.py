@@ -1,4 +1,4 @@
-"""The polygons that `SyntheticPets` is drawn with: their meaning, their place in a palette, and simple outlines.
+"""The polygons that `SyntheticPets` is drawn with: what they mean, how they are coloured, simple outlines.
 
 A `Shape` is one filled polygon. It carries
 
@@ -101,7 +101,7 @@ def smooth(points: Pairs | Points, steps: int = 4) -> Points:
 
 
 def symmetric(right_half: Pairs, steps: int = 4) -> Points:
-    """A smooth outline from its right half, given from the top to the bottom; ends with x = 0 are not doubled."""
+    """A smooth outline from its right half, top to bottom; points with x = 0 are not doubled."""
     left = [(-x, y) for x, y in reversed(right_half) if x > 0]
     return smooth([*right_half, *left], steps)
 
@@ -115,7 +115,7 @@ def grown(points: Points, margin: float) -> Points:
     """The shape enlarged about its middle by a margin on every side."""
     middle = (points.min(axis=0) + points.max(axis=0)) / 2
     half = (points.max(axis=0) - points.min(axis=0)) / 2
-    return middle + (points - middle) * (1 + margin / half)
+    return np.asarray(middle + (points - middle) * (1 + margin / half))
 
 
 def stroke(x0: float, y0: float, x1: float, y1: float, width: float) -> Points:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
+import io
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from pathlib import Path
 from moevision.data.leaks import group_samples, without_leaks
 from moevision.data.sources import SPLITS, Collection, Sample
 from moevision.errors import UserError
+from moevision.files import write_text_atomic
 
 _UNUSED = "unused"  # in splits.csv: known, and in no split
 
@@ -195,20 +196,18 @@ def _check_cut(
             if label not in present:
                 raise UserError(
                     f"class {class_names[label]!r} can't be in each of {', '.join(parts)}: {len(members)} "
-                    f"independent images or groups of it leave none for {part}, so add some or remove the class"
+                    f"independent images or groups of it leave none for {part}: add some or remove the class"
                 )
 
 
 def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None:
-    """Write ``splits.csv`` (columns split, class, path) in one step: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["split", "class", "path"])
-        for split, samples in {**splits.samples, _UNUSED: splits.unused}.items():
-            writer.writerows([split, class_names[sample.label], sample.sample_id] for sample in samples)
-    os.replace(temporary, path)
+    """Write ``splits.csv`` (columns split, class, path) whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["split", "class", "path"])
+    for split, samples in {**splits.samples, _UNUSED: splits.unused}.items():
+        writer.writerows([split, class_names[sample.label], sample.sample_id] for sample in samples)
+    write_text_atomic(path, text.getvalue())
 
 
 def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:

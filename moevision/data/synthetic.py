@@ -1,8 +1,8 @@
 """SyntheticPets: eight animal faces drawn by code, the data set that needs no download and no network.
 
-The classes differ by shape and parts alone (ears, muzzle, nose, eyes). Coats, eye and nose colours, size, pose,
-background, occlusion and light come from one distribution for all classes, so neither colour nor raw pixels give
-the class away. Every picture has a ground-truth part mask, which lets a study ask whether an expert has
+The classes differ by shape and parts alone (ears, muzzle, nose, eyes). Coats, eye and nose colours, pose,
+background, occlusion and light come from one distribution for all classes, so neither colour nor raw pixels
+give the class away. Every picture has a ground-truth part mask, which lets a study ask whether an expert has
 specialised on ears or on eyes.
 """
 
@@ -17,21 +17,23 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moevision.data.drawing import Scene, part_mask, picture, sample_scene
-from moevision.data.faces import CLASSES, PARTS
+from moevision.data.faces import CLASSES
+from moevision.data.shapes import PARTS
 from moevision.errors import UserError
 
 __all__ = ["SyntheticPets"]
 
-# Part of every picture's key: raised when the drawing changes, so that results are never compared across versions.
+# Part of every picture's key. Raise it when the drawing changes: then no picture of the old set comes back
+# slightly altered, and results are not compared across versions by mistake.
 _DRAWING_VERSION: Final = 1
 
 
 class SyntheticPets(Dataset[tuple[Image.Image, int]]):
     """Drawn animal faces with labels and part masks.
 
-    A picture depends on nothing but (seed, split, index): not on the order of access, the size of the set or the
-    process, and the same index shows the same scene at every image size. Picture i has label i mod 8, so classes
-    are balanced to within one picture.
+    A picture depends on nothing but (seed, split, index): not on the order of access, the size of the set or
+    the process, and the same index shows the same scene at every image size. Picture i has label i mod 8, so
+    classes are balanced to within one picture.
 
     Attributes:
         classes: Names of the labels.

@@ -19,8 +19,8 @@ from moevision.errors import UserError
 def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     """A constructor for timm's `embed_layer`: stride-2 convolutions with the patch grid of plain patches.
 
-    3x3 convolutions halve the picture until one place is one patch, doubling the channels up to D / 2, and a 1x1
-    convolution gives D. The norm is a GroupNorm of one group instead of the paper's BatchNorm, so that neither a
+    3x3 convolutions halve the picture until one place is one patch, doubling the channels up to D, and a 1x1
+    convolution follows. The norm is a GroupNorm of one group instead of the paper's BatchNorm, so that neither a
     prediction nor a gradient depends on batch-mates.
 
     Args:
@@ -33,7 +33,7 @@ def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     steps = patch_size.bit_length() - 1
     if steps < 1 or 2**steps != patch_size:
         raise UserError(f"stem='conv' halves the picture step by step: patch_size={patch_size} is no power of two.")
-    channels = (*(max(16, embed_dim // 2 ** (steps - step)) for step in range(steps)), embed_dim)
+    channels = (*(max(16, embed_dim // 2 ** (steps - 1 - step)) for step in range(steps)), embed_dim)
     return partial(_conv_embed, channels=channels)
 
 
