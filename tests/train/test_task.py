@@ -1,0 +1,234 @@
+"""Training behaves: loss at the start, overfitting, a golden curve, accumulation, and two processes like one."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from moevision.data import ImageDataModule
+from moevision.errors import UserError
+from moevision.layers import forward_routing, moe_layers
+from moevision.losses import AuxLossWeights
+from moevision.models.config import MoEConfig, build_model
+from moevision.train.task import ClassificationTask, OptimizerConfig
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "loss_curve.json"
+TINY = MoEConfig(name="test_vit_moe")
+
+
+def task_of(classes: int = 8, **options: Any) -> ClassificationTask:
+    L.seed_everything(0, verbose=False)
+    return ClassificationTask(arch=TINY, num_classes=classes, image_size=32, **options)
+
+
+def pets(size: int = 64, **options: Any) -> ImageDataModule:
+    return ImageDataModule(
+        "synthetic_pets", image_size=32, batch_size=16, train_size=size, val_size=16, test_size=16, **options
+    )
+
+
+def trainer_of(folder: Path, **options: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False}
+    return L.Trainer(
+        default_root_dir=folder, use_distributed_sampler=False, **{**quiet, **defaults, **options}
+    )
+
+
+class Losses(L.Callback):
+    """Keeps the training loss of every batch."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+@pytest.mark.parametrize("classes", [2, 8, 100])
+def test_loss_at_the_start_is_that_of_guessing(classes: int) -> None:
+    """Cross-entropy of a uniform guess is ln C; an untrained head of std 0.02 stays within a few per cent."""
+    task = task_of(classes)
+    batch = torch.randn(32, 3, 32, 32)
+    loss = task._cross_entropy(task.net(batch), torch.arange(32) % classes)
+    assert float(loss.detach()) == pytest.approx(math.log(classes), rel=0.05)
+
+
+def test_balance_losses_at_the_start_are_small() -> None:
+    """With all-noise routers every expert is equally likely: only the chance of finite counts is left."""
+    task = task_of(aux=AuxLossWeights(importance=1.0, load=1.0))
+    _, routings = forward_routing(task.net.train(), torch.randn(64, 3, 32, 32))
+    _, values = task.aux_loss(routings)
+    assert 0 <= float(values["importance"]) < 0.02
+    assert 0 <= float(values["load"]) < 0.02
+
+
+def test_eight_images_are_learned_by_heart() -> None:
+    task = task_of(aux=AuxLossWeights(), label_smoothing=0.0)
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    optimizer = torch.optim.AdamW(task.net.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = task._cross_entropy(task.net(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    task.net.eval()
+    assert float(task._cross_entropy(task.net(images), labels).detach()) < 0.01
+
+
+def loss_curve(folder: Path) -> list[float]:
+    """20 steps on drawn pets, float32, one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        losses = Losses()
+        trainer = trainer_of(folder, max_epochs=5, max_steps=20, limit_val_batches=0, callbacks=[losses])
+        trainer.fit(task_of(optim=OptimizerConfig(lr=3e-3)), pets())
+    finally:
+        torch.set_num_threads(threads)
+    return losses.values
+
+
+def test_golden_loss_curve(tmp_path: Path) -> None:
+    """Any change of model, loss, data, schedule or seed shows here; `python -m tests.golden.make` writes it anew."""
+    expected = json.loads(GOLDEN.read_text())["losses"]
+    assert loss_curve(tmp_path) == pytest.approx(expected, rel=1e-3)
+    assert expected[-1] < expected[0] - 0.05
+
+
+def test_training_step_adds_the_weighted_balance_losses(tmp_path: Path) -> None:
+    """Logged loss = cross-entropy + 0.3 · importance + 0.2 · load, from the logged parts."""
+    task = task_of(aux=AuxLossWeights(importance=0.3, load=0.2))
+    trainer = trainer_of(tmp_path, max_steps=1, limit_val_batches=0, log_every_n_steps=1)
+    trainer.fit(task, pets())
+    logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
+    expected = logged["train/cross_entropy"] + 0.3 * logged["train/importance_loss"] + 0.2 * logged["train/load_loss"]
+    assert logged["train/loss"] == pytest.approx(expected, rel=1e-5)
+    assert logged["train/importance_loss"] > 0
+
+
+def test_evaluation_counts_every_choice(tmp_path: Path) -> None:
+    """16 test pictures of 16 patches with K = 2 are 512 choices in each of the layers 1 and 3."""
+    task, data = task_of(), pets()
+    trainer = trainer_of(tmp_path)
+    trainer.test(task, data, verbose=False)
+    assert [load.layer for load in task.test_loads] == [1, 3]
+    assert all(sum(load.counts) == 512 for load in task.test_loads)
+    assert all(load.cv_squared_floor == pytest.approx(3 / 512) for load in task.test_loads)
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    _, routings = forward_routing(task.net.eval(), batch["image"])
+    assert task.test_loads[0].counts == routings[0].counts().tolist()
+    predictions = torch.cat([output["prediction"] for output in task.test_outputs])
+    accuracy = (predictions == batch["label"]).float().mean()
+    assert float(trainer.callback_metrics["test/top1"]) == pytest.approx(float(accuracy))
+
+
+def test_a_checkpoint_is_self_contained_and_plain(tmp_path: Path) -> None:
+    """It loads under weights_only=True and rebuilds the task, whose options came as dataclasses."""
+    task = task_of(aux=AuxLossWeights(importance=0.3), optim=OptimizerConfig(lr=1e-3))
+    trainer = trainer_of(tmp_path, max_steps=1, limit_val_batches=0, enable_checkpointing=True)
+    trainer.fit(task, pets())
+    path = tmp_path / "x.ckpt"
+    trainer.save_checkpoint(path)
+    torch.load(path, weights_only=True)
+    loaded = ClassificationTask.load_from_checkpoint(path, weights_only=True)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.eval()(x), task.eval()(x))
+    assert loaded.aux_weights == AuxLossWeights(importance=0.3)
+
+
+def gradients(task: ClassificationTask, batches: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients of one optimizer step over micro-batches, and the last value of the balance losses."""
+    task.net.zero_grad()
+    task.aux_loss.start_window()
+    aux = torch.zeros(())
+    for batch in batches:
+        logits, routings = forward_routing(task.net, batch)
+        labels = torch.arange(len(batch)) % 8
+        total, _ = task.aux_loss(routings)
+        aux = torch.zeros(()) if total is None else total
+        ((task._cross_entropy(logits, labels) + aux) / len(batches)).backward()
+    return {n: p.grad.clone() for n, p in task.net.named_parameters() if p.grad is not None}, float(aux.detach())
+
+
+def deterministic(aux: AuxLossWeights) -> ClassificationTask:
+    """Fixed noise (its std is given to the load loss) would still be drawn; turn it off to compare exactly."""
+    task = task_of(aux=aux).double()
+    for layer in moe_layers(task.net):
+        layer.router.noise = "none"
+        torch.nn.init.normal_(layer.router.weight)
+    return task
+
+
+def test_accumulation_has_the_gradient_of_the_full_batch() -> None:
+    """The cross-entropy gradient is equal; the balance statistic of the last micro-batch is that of the full batch.
+
+    The gradient of the balance losses differs, since earlier micro-batches saw partial sums: measured here at 34 %
+    of its norm for two halves, and bounded so that a change is noticed.
+    """
+    x = torch.randn(16, 3, 32, 32, dtype=torch.float64)
+    halves = [x[:8], x[8:]]
+    plain = deterministic(AuxLossWeights())
+    full, _ = gradients(plain, [x])
+    parts, _ = gradients(plain, halves)
+    for name, gradient in full.items():
+        torch.testing.assert_close(parts[name], gradient, msg=name)
+    balanced = deterministic(AuxLossWeights(importance=1.0))
+    full_aux, value = gradients(balanced, [x])
+    parts_aux, last_value = gradients(balanced, halves)
+    assert last_value == pytest.approx(value)
+    weight = "blocks.1.mlp.router.weight"
+    aux_full, aux_parts = full_aux[weight] - full[weight], parts_aux[weight] - parts[weight]
+    assert 0 < (aux_parts - aux_full).norm() / aux_full.norm() < 0.6
+
+
+def test_class_counts_must_agree(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="knows 5 classes, the data has 8"):
+        trainer_of(tmp_path).test(task_of(5), pets(), verbose=False)
+    with pytest.raises(UserError, match="num_classes and image_size"):
+        trainer_of(tmp_path).test(ClassificationTask(), DataLoader([{}]))  # type: ignore[arg-type]
+
+
+def test_dense_twin_trains_without_balance_losses(tmp_path: Path) -> None:
+    task = ClassificationTask(arch=MoEConfig(name="test_vit_moe", twin="active_flops"))
+    trainer = trainer_of(tmp_path, max_steps=2)
+    trainer.fit(task, pets())
+    assert not any("moe/" in name or "load" in name for name in trainer.callback_metrics)
+
+
+def test_pretrained_starts_from_the_dense_weights(tmp_path: Path) -> None:
+    """Experts are copies, so the features before the (new) head equal the dense model's."""
+    import timm
+
+    dense = timm.create_model("test_vit", num_classes=4, img_size=32).eval()
+    timm.models.save_for_hf(dense, tmp_path, safe_serialization=True)
+    model = build_model(MoEConfig(pretrained=str(tmp_path), num_experts=4), num_classes=3, image_size=32).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.forward_features(x), dense.forward_features(x), rtol=1e-5, atol=1e-5)
+    assert len(moe_layers(model)) == 3
+    twin = build_model(MoEConfig(pretrained=str(tmp_path), twin="active_flops"), num_classes=3, image_size=32)
+    assert not moe_layers(twin)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MoEConfig(name="vit_moe_micro_patch4"), "Did you mean vit_moe_micro_patch4_32"),
+        (MoEConfig(name="deit_tiny_patch16_224"), "is a dense model"),
+        (MoEConfig(pretrained="deit_tiny_patch16"), "Did you mean deit_tiny_patch16_224"),
+        (MoEConfig(pretrained="/nowhere/model"), "There is no model"),
+        (MoEConfig(name="test_vit_moe", top_k=9), "choose top_k between 1 and 4"),
+    ],
+)
+def test_models_that_do_not_exist(config: MoEConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_model(config, num_classes=3, image_size=32)
