@@ -84,6 +84,8 @@ def _run(verb: Verb, arguments: list[str], show_traceback: bool) -> int:
             traceback.print_exc()
         print(f"moevision: {error}", file=sys.stderr)
         return USER_ERROR
+    except SystemExit as stop:  # the argument parser has said what is wrong
+        return stop.code if isinstance(stop.code, int) else USER_ERROR
     return 0
 
 

@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import track
 
@@ -158,5 +158,11 @@ def to_json(predictions: Sequence[Prediction]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Run with command-line arguments."""
-    auto_cli(predict, args=arguments, as_positional=True, prog="moevision predict")
+    """Run with command-line arguments: everything after MODEL that is no option is a path."""
+    parser = ArgumentParser(prog="moevision predict", description="Classify images with a saved model.")
+    parser.add_argument("model", type=str, help="a run folder, its model/ folder, or a timm address")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files, and folders with all subfolders")
+    parser.add_argument("--format", choices=("csv", "json"), default="csv", help="form of the answer (%(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="write to FILE instead of standard output")
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures per forward pass (%(default)s)")
+    predict(**vars(parser.parse_args(arguments)))

@@ -15,7 +15,8 @@ from moevision.data.overview import count_classes, count_table
 from moevision.data.probe import estimate_bytes
 from moevision.data.quarantine import Quarantine
 from moevision.data.sources import SPLITS, Collection, DrawnCollection
-from moevision.data.splits import Cut, Splits, make_splits, read_splits, write_splits
+from moevision.data.split_file import read_splits, write_splits
+from moevision.data.splits import Cut, Splits, make_splits
 
 _MANY_IMAGES = 2000  # decoding more than this takes long enough for a progress bar
 

@@ -132,7 +132,7 @@ class ImageDataModule(LightningDataModule):
         self._contents: Contents | None = None
         self._class_weights: Tensor | None = None
         self.sampler: PositionSampler | None = None
-        self._position = {"epoch": 0, "batch": 0, "batch_size": batch_size}
+        self._start = (0, 0)
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -303,7 +303,8 @@ class ImageDataModule(LightningDataModule):
         self.sampler = PositionSampler(
             len(dataset), seed=self.seed, rank=rank, world_size=world_size, balanced_labels=labels
         )
-        self.sampler.seek(self._position["epoch"], self._position["batch"] * self._position["batch_size"])
+        self.sampler.seek(*self._start)
+        self._start = (0, 0)  # used up: another fit with this module begins at the beginning
         mixes = self.mixup > 0 or self.cutmix > 0
         mixer = BatchMixer(self.mixup, self.cutmix, self.num_classes) if mixes else None
         return ImageLoader(
@@ -331,9 +332,11 @@ class ImageDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands: {epoch, batch} of the next batch, and what gives these numbers a meaning."""
-        epoch, batch = self._position["epoch"], self._position["batch"]
-        if self.sampler is not None and self.sampler.running_epoch is not None and self.trainer is not None:
-            epoch = self.sampler.running_epoch
+        sampler = self.sampler
+        epoch, start = self._start if sampler is None else (sampler.epoch, sampler.start)
+        batch = start // self.batch_size
+        if sampler is not None and sampler.running_epoch is not None and self.trainer is not None:
+            epoch = sampler.running_epoch
             batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
             if batch >= self.trainer.num_training_batches:  # the last batch of an epoch: the next one starts
                 epoch, batch = epoch + 1, 0
@@ -349,6 +352,4 @@ class ImageDataModule(LightningDataModule):
                     f"the run began with {name} {state_dict[name]} and goes on with {value}: the order of "
                     "the pictures can't be repeated exactly"
                 )
-        self._position = {key: int(state_dict[key]) for key in ("epoch", "batch", "batch_size")}
-        if self.sampler is not None:
-            self.sampler.seek(self._position["epoch"], self._position["batch"] * self._position["batch_size"])
+        self._start = (int(state_dict["epoch"]), int(state_dict["batch"] * state_dict["batch_size"]))

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moevision.data.augment import BatchMixer, TrainTransform, base_pixels, normalize, square_pixels
+from moevision.data.cache import PixelCache
 from moevision.data.images import BadImageError
 from moevision.data.sources import Collection, Sample
 
@@ -50,50 +51,6 @@ class Record:
     index: int
     epoch: int
     bad: tuple[BadImage, ...] = ()
-
-
-class PixelCache:
-    """Decoded pictures of one split in a few large uint8 buffers.
-
-    Thousands of small tensors would be copied into every worker process as soon as their reference counts
-    are touched; views into a few large buffers are shared.
-    """
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self._chunks: list[Tensor] = []
-        self._where: list[tuple[int, int, int, int]] = []
-        self.bad: dict[int, str] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(chunk.numel() for chunk in self._chunks)
-
-    def extend(self, pictures: Sequence[npt.NDArray[np.uint8] | str]) -> None:
-        """Add the next pictures, uint8 [H, W, 3] each, or the reason why one is missing."""
-        chunk = torch.empty(sum(p.size for p in pictures if not isinstance(p, str)), dtype=torch.uint8)
-        offset = 0
-        for picture in pictures:
-            if isinstance(picture, str):
-                self.bad[len(self._where)] = picture
-                self._where.append((0, 0, 0, 0))
-                continue
-            height, width, _ = picture.shape
-            planes = torch.from_numpy(picture).permute(2, 0, 1)
-            chunk[offset : offset + picture.size].view(3, height, width).copy_(planes)
-            self._where.append((len(self._chunks), offset, height, width))
-            offset += picture.size
-        self._chunks.append(chunk)
-
-    def __len__(self) -> int:
-        """Number of pictures, bad ones included."""
-        return len(self._where)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Pixels uint8 [3, H, W], a view that must not be written to."""
-        chunk, offset, height, width = self._where[index]
-        return self._chunks[chunk][offset : offset + 3 * height * width].view(3, height, width)
 
 
 class ImageDataset(Dataset[Record]):
@@ -260,3 +217,14 @@ class ImageLoader(DataLoader[Record]):
                 self.on_bad(bad)
             if batch:
                 yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the position is in `ImageDataModule`'s state.
+
+        That this method and the next exist tells Lightning that a resumed epoch goes on where it stopped;
+        otherwise it warns that it doesn't.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore, see `state_dict`."""

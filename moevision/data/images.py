@@ -11,8 +11,8 @@ the reason. What a bare `PIL.Image.open(path).convert("RGB")` gets wrong, and is
 
 The file's first bytes (never its name) choose one of six Pillow decoders; the size is read from the header
 and checked before a pixel is decoded. No global state of Pillow or `warnings` is touched, so threads may
-share it. The one consequence: what Pillow warns of (damaged metadata) stays a warning, unless the process turns
-warnings into errors; then it is a `BadImageError`.
+share it. The one consequence: what Pillow warns of (damaged metadata) stays a warning, unless the process
+turns warnings into errors; then it is a `BadImageError`.
 """
 
 from __future__ import annotations

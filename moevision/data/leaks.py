@@ -75,7 +75,8 @@ def _named_groups(samples: Sequence[Sample], group_by: str | None) -> dict[str, 
 
 def identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sample]]:
     """Sets of two or more byte-identical samples; only samples of equal size are read, large ones twice."""
-    sets = [list(samples)]
+    # empty files are equal, and no pictures
+    sets = [[sample for sample in samples if collection.size_bytes(sample) > 0]]
     for key in (collection.size_bytes, collection.probe, collection.digest):
         finer: list[list[Sample]] = []
         for members in sets:
@@ -106,8 +107,8 @@ def without_leaks(
         if dropped:
             others = sorted({reserved[groups[sample.sample_id]] for sample in dropped})
             warnings.append(
-                f"{len(dropped)} {split} images are not used: byte-identical copies, or files of their group, are "
-                f"in {' and '.join(others)} (for example {dropped[0].sample_id})"
+                f"{len(dropped)} {split} images are not used: byte-identical copies, or files of their "
+                f"group, are in {' and '.join(others)} (for example {dropped[0].sample_id})"
             )
         for sample in kept[split]:
             if sample.sample_id in groups:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -199,6 +200,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     """
     torch.set_float32_matmul_precision("high")
     expanded = expand_arguments(verb, arguments)
+    check_checkpoint(expanded)
     cli = TrainingCLI([verb, *expanded])
     if verb != "fit" or cli.trainer.fast_dev_run:
         return
@@ -207,6 +209,26 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     if cli._get(cli.config, "with_twin"):
         result = _train_twin(cli, expanded, command, result)
     print(f"\n{result.headline}\nEverything is in {cli.run_dir}; start with {cli.run_dir}/summary.md", file=sys.stderr)
+
+
+def check_checkpoint(arguments: Sequence[str]) -> None:
+    """Raise a UserError if `--ckpt_path` names a file that is missing, damaged, or of another program."""
+    joined = dict(argument.split("=", 1) for argument in arguments if argument.startswith("--ckpt_path="))
+    pairs = dict(pairwise(arguments))
+    name = joined.get("--ckpt_path") or pairs.get("--ckpt_path")
+    if name is None:
+        return
+    if not Path(name).is_file():
+        raise UserError(f"There is no checkpoint {name}: look in runs/NAME/checkpoints/.")
+    try:
+        checkpoint = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle and OS errors alike; the cause stays attached
+        raise UserError(
+            f"The checkpoint {name} can't be read ({type(error).__name__}): it is damaged, or no checkpoint. "
+            "Use another one of the run, such as last.ckpt or best.ckpt."
+        ) from error
+    if "arch" not in checkpoint.get("hyper_parameters", {}):
+        raise UserError(f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/.")
 
 
 def _train_twin(cli: TrainingCLI, arguments: Sequence[str], command: Sequence[str], result: RunResult) -> RunResult:

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 
 from moevision.data.images import is_image_path
+from moevision.errors import UserError
 from moevision.train.provenance import total_memory_bytes
 from moevision.train.run_folder import find_config, shipped_configs
 
 SCRATCH_MINIMUM = 20_000  # images below which a pretrained start is usually far better
+_ASKS = ("-h", "--help", "--print_config")
 _CACHE_SHARE = 0.25  # of the free memory may hold decoded pictures
 
 
@@ -35,12 +37,17 @@ def expand_arguments(verb: str, arguments: Sequence[str]) -> list[str]:
     `--config NAME` finds shipped configs; `--pretrained X` becomes `--model.arch.pretrained X`.
 
     Raises:
-        UserError: if a config does not exist.
+        UserError: if a config does not exist, or nothing says what to train on.
     """
-    rest = [argument.replace("--pretrained", "--model.arch.pretrained", 1) if _is(argument, "--pretrained") else argument
-            for argument in arguments]
+    rest = [argument.replace("--", "--model.arch.", 1) if _is(argument, "--pretrained") else argument for argument in arguments]
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
     has_config = any(_is(argument, "--config") or _is(argument, "-c") for argument in rest)
+    says_what = has_config or path is not None or any(_is(argument, "--data.path") for argument in rest)
+    if not says_what and not any(argument in _ASKS for argument in rest):
+        raise UserError(
+            f"Say what to {verb} on: a folder with one subfolder per class, a dataset's name, or --config with one of "
+            f"{', '.join(shipped_configs())}."
+        )
     front: list[str] = []
     if path is not None and not has_config and path in shipped_configs() and not Path(path).exists():
         front = ["--config", path]

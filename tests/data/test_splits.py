@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from moevision.data.folder import read_folder
 from moevision.data.leaks import identical
 from moevision.data.sources import Collection, Sample
-from moevision.data.splits import Cut, Splits, make_splits, read_splits, stratified_cut, write_splits
+from moevision.data.split_file import read_splits, write_splits
+from moevision.data.splits import Cut, Splits, make_splits, stratified_cut
 from moevision.errors import UserError
 
 
@@ -27,7 +28,7 @@ def split_of(splits: Splits) -> dict[str, str]:
 def test_unsplit_folder_is_cut_by_class(image_folder):
     collection = read_folder(image_folder({"cat": 40, "dog": 25, "elk": 3}))
     splits = make_splits(collection, Cut(val_fraction=0.1, test_fraction=0.2))
-    # round(40 x 0.2) = 8, round(25 x 0.2) = 5, at least 1 of 3; the same with 0.1: 4, round(2.5) = 2 (to even), 1
+    # test: round(40 x 0.2) = 8, round(25 x 0.2) = 5, at least 1 of 3; val: 4, round(2.5) = 2 (to even), 1
     assert per_class(splits) == {
         "train": {0: 28, 1: 18, 2: 1},
         "val": {0: 4, 1: 2, 2: 1},
@@ -89,7 +90,11 @@ def test_three_given_splits_stay(image_folder):
 
 def test_train_alone_counts_as_unsplit(image_folder):
     splits = make_splits(read_folder(image_folder({"train/cat": 10, "train/dog": 10})), Cut())
-    assert {split: len(samples) for split, samples in splits.samples.items()} == {"train": 16, "val": 2, "test": 2}
+    assert {split: len(samples) for split, samples in splits.samples.items()} == {
+        "train": 16,
+        "val": 2,
+        "test": 2,
+    }
 
 
 def copy_files(root: Path, sets: int, copies: int) -> None:
@@ -130,8 +135,8 @@ def test_copies_are_dropped_from_train_where_the_splits_are_given(image_folder):
     assert len(splits.samples["test"]) == 8
     assert [s.sample_id for s in splits.unused] == ["train/cat/000.png", "train/cat/leak.png"]
     assert splits.warnings == [
-        "2 train images are not used: byte-identical copies, or files of their group, are in test (for example "
-        "train/cat/000.png)"
+        "2 train images are not used: byte-identical copies, or files of their group, are in test "
+        "(for example train/cat/000.png)"
     ]
 
 
@@ -141,6 +146,14 @@ def test_contradictory_copies_are_told(image_folder):
     splits = make_splits(read_folder(root), Cut())
     assert len(splits.warnings) == 1
     assert splits.warnings[0].startswith("1 pictures stand in several classes as byte-identical files")
+
+
+def test_empty_files_are_not_copies_of_each_other(image_folder):
+    root = image_folder({"cat": 10, "dog": 10})
+    for name in ("cat/000.png", "cat/001.png", "dog/000.png"):
+        (root / name).write_bytes(b"")
+    collection = read_folder(root)
+    assert identical(collection, collection.given["all"]) == []
 
 
 def test_only_files_of_equal_size_are_hashed(tmp_path):
@@ -177,9 +190,12 @@ def test_group_by_parent(image_folder):
 
 def test_group_by_regex_also_across_classes_and_given_splits(image_folder):
     root = image_folder({"train/cat": 12, "train/dog": 12, "test/cat": 2, "test/dog": 2})
-    # the last digit is the person: 000, 010 -> 0, ...; test holds persons 0 and 1
+    # The last digit is the person: 000, 010 -> 0, ...; test holds persons 0 and 1
     splits = make_splits(read_folder(root), Cut(0.2, group_by=r"(\d)\.png$"))
-    persons = {split: {name[-5] for name, side in split_of(splits).items() if side == split} for split in splits.samples}
+    persons = {
+        split: {name[-5] for name, side in split_of(splits).items() if side == split}
+        for split in splits.samples
+    }
     assert persons["test"] == {"0", "1"}
     assert not persons["train"] & (persons["val"] | persons["test"])
     assert not persons["val"] & persons["test"]
@@ -229,7 +245,10 @@ def saved(root: Path, table: Path, cut: Cut) -> Splits:
 
 
 def test_splits_csv_repeats_the_split(image_folder, tmp_path):
-    root, table = image_folder({"train/cat": 20, "train/dog": 20, "test/cat": 3, "test/dog": 3}), tmp_path / "splits.csv"
+    root, table = (
+        image_folder({"train/cat": 20, "train/dog": 20, "test/cat": 3, "test/dog": 3}),
+        tmp_path / "splits.csv",
+    )
     shutil.copy(root / "test/cat/000.png", root / "train/cat/leak.png")
     first = saved(root, table, Cut(seed=5))
     with table.open() as handle:
@@ -255,8 +274,8 @@ def test_files_that_came_or_went_are_told_and_left_out(image_folder, tmp_path):
     assert again.samples["train"] == first.samples["train"][1:]
     assert again.samples["test"] == first.samples["test"]
     assert again.warnings == [
-        f"1 images have vanished since {table} was written (for example {gone})",
-        f"4 images are not in it and are left out since {table} was written (for example ant/000.png)",
+        f"1 images listed in {table} have vanished (for example {gone})",
+        f"4 images came after {table} was written and are left out (for example ant/000.png)",
     ]
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
+from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError
@@ -40,11 +40,11 @@ def masks() -> npt.NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def train() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    return drawn(SyntheticPets(3000))
+    return drawn(SyntheticPets(2000))
 
 
 @pytest.fixture(scope="module")
-def test() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+def held_out() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     return drawn(SyntheticPets(1000, split="test"))
 
 
@@ -84,14 +84,16 @@ def test_interface() -> None:
     pets = SyntheticPets(21)
     assert len(pets) == 21
     image, label = pets[13]
-    assert isinstance(image, Image.Image) and image.mode == "RGB" and image.size == (64, 64)
+    assert isinstance(image, Image.Image)
+    assert image.mode == "RGB"
+    assert image.size == (64, 64)
     np.testing.assert_array_equal(np.asarray(image), pets.image(13))
     assert label == pets.label(13) == 5
     np.testing.assert_array_equal(pets.image(-1), pets.image(20))
     for outside in (21, -22):
         with pytest.raises(IndexError, match="outside of a set of 21"):
             pets.image(outside)
-    assert len([label for _, label in pets]) == 21  # type: ignore[misc,attr-defined]  # by __getitem__
+    assert len([label for _, label in pets]) == 21  # type: ignore[attr-defined]  # by __getitem__
 
 
 def test_classes_are_balanced() -> None:
@@ -99,7 +101,8 @@ def test_classes_are_balanced() -> None:
     assert {"cat", "dog"} <= set(SyntheticPets.classes)
     pets = SyntheticPets(803)
     counts = Counter(pets.label(i) for i in range(803))
-    assert sorted(counts) == list(range(8)) and max(counts.values()) - min(counts.values()) == 1
+    assert sorted(counts) == list(range(8))
+    assert max(counts.values()) - min(counts.values()) == 1
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,8 @@ def test_image_sizes(image_size: int) -> None:
     for i in range(8):
         image, mask = pets.image(i), pets.part_mask(i)
         assert image.dtype == mask.dtype == np.uint8
-        assert image.shape == (image_size, image_size, 3) and mask.shape == (image_size, image_size)
+        assert image.shape == (image_size, image_size, 3)
+        assert mask.shape == (image_size, image_size)
         assert mask.max() < len(pets.parts)
         assert image.std() > 10
 
@@ -134,7 +138,7 @@ def test_the_scene_is_the_same_at_every_size() -> None:
 
 
 def test_mask_fits_the_picture() -> None:
-    """Parts end where the picture changes: the step across mask borders shrinks when the mask is moved away."""
+    """Parts end where the picture changes: the step across mask borders shrinks when the mask is moved."""
 
     def border_step(mask: npt.NDArray[np.uint8], grey: npt.NDArray[np.floating]) -> float:
         border = mask[:, 1:] != mask[:, :-1]
@@ -162,7 +166,8 @@ def test_named_parts_look_as_named() -> None:
             with_whiskers += 1
             whiter_whiskers += whiskers.mean() > fur.mean()
     assert darker_pupils > 0.85 * 160
-    assert with_whiskers > 20 and whiter_whiskers > 0.85 * with_whiskers
+    assert with_whiskers > 20
+    assert whiter_whiskers > 0.85 * with_whiskers
 
 
 def test_every_animal_has_its_parts_and_only_those(masks: npt.NDArray[np.uint8]) -> None:
@@ -192,22 +197,23 @@ def test_the_head_is_large_and_never_hidden(masks: npt.NDArray[np.uint8]) -> Non
 
 def test_colour_statistics_do_not_give_the_class_away(
     train: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
-    test: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
+    held_out: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
 ) -> None:
     def colours(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return np.concatenate([images.mean(axis=(1, 2)), images.std(axis=(1, 2))], axis=1)
 
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     model.fit(colours(train[0]), train[1])
-    assert model.score(colours(test[0]), test[1]) < 2 * CHANCE
+    assert model.score(colours(held_out[0]), held_out[1]) < 2 * CHANCE
 
 
 def test_raw_pixels_do_not_give_the_class_away(
     train: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
-    test: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
+    held_out: tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]],
 ) -> None:
-    # C = 1e-3 is the best of 1e-5 ... 1: the strongest linear classifier is the one that must fail.
+    # C = 1e-3 is about the best of 1e-5 ... 1: the strongest linear classifier is the one that has to fail.
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=2000))
-    model.fit(train[0].reshape(len(train[0]), -1), train[1])
-    assert model.score(train[0].reshape(len(train[0]), -1), train[1]) > 0.6  # it did learn
-    assert model.score(test[0].reshape(len(test[0]), -1), test[1]) < 0.5
+    seen, unseen = train[0].reshape(len(train[0]), -1), held_out[0].reshape(len(held_out[0]), -1)
+    model.fit(seen, train[1])
+    assert model.score(seen, train[1]) > 0.6  # it did learn
+    assert model.score(unseen, held_out[1]) < 0.5

@@ -1,0 +1,540 @@
+"""The data module's promises, on small generated folders."""
+
+import csv
+import hashlib
+import pickle
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from PIL import Image
+
+from moevision.data import ImageDataModule
+from moevision.data.folder import words_of
+from moevision.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def ready(path: Path | str, stage: str | None = None, **options) -> ImageDataModule:
+    data = ImageDataModule(str(path), **({"image_size": 16, "batch_size": 8} | options))
+    data.setup(stage)
+    return data
+
+
+def epoch_of(data: ImageDataModule, epoch: int = 0) -> list[dict[str, torch.Tensor]]:
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def equal(first: list[dict[str, torch.Tensor]], second: list[dict[str, torch.Tensor]]) -> bool:
+    return len(first) == len(second) and all(
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+# What a batch is
+
+
+def test_batches_and_what_is_known_after_setup(image_folder):
+    data = ready(image_folder({"cat": 30, "dog": 20}), val_fraction=0.2, test_fraction=0.2)
+    batch = next(iter(data.train_dataloader()))
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items()} == {
+        "image": (torch.float32, (8, 3, 16, 16)),
+        "label": (torch.int64, (8,)),
+        "index": (torch.int64, (8,)),
+    }
+    assert (data.class_names, data.num_classes) == (["cat", "dog"], 2)
+    assert data.class_counts == {
+        "train": {"cat": 18, "dog": 12},
+        "val": {"cat": 6, "dog": 4},
+        "test": {"cat": 6, "dog": 4},
+    }
+    assert data.split_note.startswith(
+        "train: 30 images, cut from all images at random by class, seed 0. val: 10"
+    )
+    for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True):
+        assert data.sample_id("train", index).startswith(data.class_names[label])
+    assert data.bad_images == []
+
+
+def test_evaluation_pixels_by_hand(image_folder):
+    root = image_folder({"cat": 5, "dog": 5})
+    data = ready(root)
+    (batch,) = data.val_dataloader()
+    for row, index in enumerate(batch["index"].tolist()):
+        pixels = np.asarray(Image.open(root / data.sample_id("val", index)), dtype=np.float32)
+        expected = (pixels / 255 - IMAGENET_MEAN) / IMAGENET_STD
+        np.testing.assert_allclose(batch["image"][row].permute(1, 2, 0), expected, atol=1e-5)
+    assert equal([batch], list(data.val_dataloader()))
+
+
+def test_small_training_set_is_not_dropped(image_folder):
+    data = ready(image_folder({"cat": 5, "dog": 5}), batch_size=64)
+    assert [len(batch["label"]) for batch in data.train_dataloader()] == [6]
+    data = ready(image_folder({"cat": 5, "dog": 5}), batch_size=4)
+    assert [len(batch["label"]) for batch in data.train_dataloader()] == [4]  # 6 images, the last 2 dropped
+
+
+def test_synthetic_pets_is_the_default():
+    data = ImageDataModule(image_size=16, batch_size=8, train_size=16, val_size=8, test_size=8)
+    data.setup("fit")
+    assert {"cat", "dog"} <= set(data.class_names)
+    assert data.class_counts["train"] == dict.fromkeys(data.class_names, 2)
+    assert data.crop_mode == "pad"
+    assert data.sample_id("val", 3) == "val/000003"
+    assert len(epoch_of(data)) == 2
+
+
+# Exactness
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop": "pad"},
+        {"crop": "random_resized"},
+        {
+            "crop": "random_resized",
+            "augment": "trivialaugment",
+            "random_erasing": 0.5,
+            "mixup": 0.5,
+            "cutmix": 1.0,
+        },
+    ],
+    ids=["pad", "random_resized", "everything"],
+)
+def test_pixels_depend_neither_on_workers_nor_on_the_cache(image_folder, options):
+    root = image_folder({"cat": 20, "dog": 20}, size=(40, 30))
+    data = ready(root, **options)
+    expected = epoch_of(data, 1)
+    assert not equal(expected, epoch_of(data, 2))
+    assert equal(expected, epoch_of(ready(root, num_workers=2, **options), 1))
+    assert equal(expected, epoch_of(ready(root, num_workers=2, cache_mb=0, **options), 1))
+    assert equal(expected, epoch_of(ready(root, cache_mb=0, **options), 1))
+    assert equal(list(data.test_dataloader()), list(ready(root, cache_mb=0, **options).test_dataloader()))
+
+
+def test_the_same_picture_changes_from_epoch_to_epoch(image_folder):
+    data = ready(image_folder({"cat": 10, "dog": 10}), batch_size=1, hflip=False)
+    pixels = [{int(b["index"]): b["image"] for b in epoch_of(data, epoch)} for epoch in range(2)]
+    different = [not torch.equal(pixels[0][index], pixels[1][index]) for index in pixels[0]]
+    assert sum(different) > len(different) // 2  # two of 25 shifts may coincide
+
+
+def test_loaders_leave_the_global_generator_alone(image_folder):
+    data = ready(image_folder({"cat": 10, "dog": 10}), mixup=0.4)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(data.train_dataloader()), list(data.val_dataloader())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_mixup_targets_are_soft_and_labels_hard(image_folder):
+    data = ready(image_folder({"cat": 20, "dog": 20}), mixup=0.8, cutmix=1.0)
+    for batch in data.train_dataloader():
+        assert batch["target"].dtype == torch.float32
+        assert batch["target"].shape == (8, 2)
+        torch.testing.assert_close(batch["target"].sum(dim=1), torch.ones(8))
+        assert batch["label"].dtype == torch.int64
+    assert "target" not in next(iter(data.val_dataloader()))
+
+
+class Recorder(LightningModule):
+    """Writes down which images it sees, and fits one number to their pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+        self.seen: list[tuple[int, list[int]]] = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch["index"].tolist()))
+        return ((batch["image"].mean(dim=(2, 3)) * self.weight).sum(dim=1) - batch["label"]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SaveAlways(Checkpoint):
+    """Saves where ModelCheckpoint may: after each step and after each epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"step{trainer.global_step}.ckpt", weights_only=False)
+
+    def on_train_epoch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"epoch{trainer.current_epoch}.ckpt", weights_only=False)
+
+    def on_train_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / "end.ckpt", weights_only=False)
+
+
+def fit(root: Path, folder: Path, epochs: int, resume: Path | None = None, **options) -> Recorder:
+    model = Recorder()
+    trainer = Trainer(
+        max_epochs=epochs,
+        callbacks=[SaveAlways(folder)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    data = ImageDataModule(str(root), image_size=16, batch_size=8, **options)
+    trainer.fit(model, data, ckpt_path=resume, weights_only=True)
+    trainer.save_checkpoint(folder / "finished.ckpt", weights_only=False)
+    return model
+
+
+def test_resume_goes_on_exactly(image_folder, tmp_path):
+    root = image_folder({"cat": 20, "dog": 20})  # 32 training images, 4 batches
+    whole = fit(root, tmp_path / "whole", 3)
+    assert len(whole.seen) == 12
+    # in the middle of an epoch, on its last batch, on the first of the next, in the middle of a later one
+    for step in (2, 4, 5, 10):
+        resumed = fit(
+            root,
+            tmp_path / f"from{step}",
+            3,
+            tmp_path / f"whole/step{step}.ckpt",
+            num_workers=2 * (step == 2),
+        )
+        assert resumed.seen == whole.seen[step:], step
+        assert torch.equal(resumed.weight, whole.weight), step
+
+
+def test_resume_after_an_epoch_and_after_a_finished_run(image_folder, tmp_path):
+    root = image_folder({"cat": 20, "dog": 20})
+    whole = fit(root, tmp_path / "whole", 4)
+    fit(root, tmp_path / "short", 2)
+    for checkpoint in ("whole/epoch1.ckpt", "short/end.ckpt", "short/finished.ckpt"):
+        resumed = fit(root, tmp_path / "longer", 4, tmp_path / checkpoint)
+        assert [index for _, index in resumed.seen] == [index for _, index in whole.seen[8:]], checkpoint
+        assert torch.equal(resumed.weight, whole.weight), checkpoint
+
+
+def test_state_is_the_next_position_and_a_changed_batch_size_is_told(image_folder):
+    data = ready(image_folder({"cat": 20, "dog": 20}))
+    assert data.state_dict() == {"epoch": 0, "batch": 0, "batch_size": 8, "world_size": 1}
+    whole = [index for batch in epoch_of(data, 1) for index in batch["index"].tolist()]
+    smaller = ready(image_folder({}), batch_size=4)
+    with pytest.warns(UserWarning, match="began with batch_size 8 and goes on with 4"):
+        smaller.load_state_dict({"epoch": 1, "batch": 2, "batch_size": 8, "world_size": 1})
+    rest = [index for batch in smaller.train_dataloader() for index in batch["index"].tolist()]
+    assert rest == whole[16:]
+    fresh = [index for batch in epoch_of(smaller) for index in batch["index"].tolist()]
+    assert fresh == [index for batch in epoch_of(data) for index in batch["index"].tolist()]
+
+
+# Classes
+
+
+def test_wordnet_folders_become_words(image_folder):
+    data = ready(image_folder({"n02102040": 5, "n01440764": 5}))
+    assert data.class_names == ["tench", "English springer"]
+    # ImageNet's two cranes, the bird and the machine, and a folder that is no WordNet id
+    assert words_of(["n02012849", "n03126707"]) == ["crane (n02012849)", "crane (n03126707)"]
+    assert words_of(["n01440764", "cat"]) == ["n01440764", "cat"]
+
+
+def test_class_weights_by_hand(image_folder):
+    root = image_folder({"cat": 20, "dog": 40}, size=(8, 8))
+    assert ready(root).class_weight_tensor() is None
+    data = ready(root, class_weights="auto")
+    # 16 + 32 = 48 training images: 48 / (2 x 16) and 48 / (2 x 32)
+    torch.testing.assert_close(data.class_weight_tensor(), torch.tensor([1.5, 0.75]))
+    named = ready(root, class_weights={"dog": 2.5})
+    torch.testing.assert_close(named.class_weight_tensor(), torch.tensor([1.0, 2.5]))
+    with pytest.raises(UserError, match="names 'elk': the classes are cat, dog"):
+        ready(root, class_weights={"elk": 1.0})
+
+
+def test_imbalance_is_told_with_both_remedies(image_folder):
+    root = image_folder({"cat": 40, "dog": 10}, size=(8, 8))
+    with pytest.warns(
+        UserWarning, match="class 'cat' has 32 training images and 'dog' only 8: consider"
+    ) as caught:
+        data = ready(root)
+    assert "--data.class_weights auto or --data.balanced_sampling true" in str(caught[0].message)
+    assert f"warning: {data.warnings[0]}" in data.describe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ready(root, class_weights="auto")
+        balanced = ready(root, balanced_sampling=True)
+    labels = torch.cat([batch["label"] for batch in balanced.train_dataloader()])
+    assert labels.bincount().tolist() == [20, 20]
+
+
+def test_describe(image_folder):
+    text = ready(image_folder({"cat": 30, "dog": 20})).describe()
+    assert "2 classes from" in text
+    assert re.search(r"^class +train +val +test$", text, re.MULTILINE)
+    assert re.search(r"^cat +24 +3 +3$", text, re.MULTILINE)
+    assert re.search(r"^all +40 +5 +5$", text, re.MULTILINE)
+    assert "16 x 16 pixels, kept in memory; augmentation light, crop pad" in text
+
+
+def test_file_list_sha256_by_hand(image_folder):
+    data = ready(image_folder({"cat": 4, "dog": 4}))
+    lines = sorted(
+        f"{split}\t{sample.sample_id}\t{sample.label}\n"
+        for split, dataset in data.contents.datasets.items()
+        for sample in dataset.samples
+    )
+    assert len(lines) == 8
+    assert data.file_list_sha256() == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert ready(image_folder({}), seed=1).file_list_sha256() != data.file_list_sha256()
+
+
+def test_run_dir_keeps_the_split(image_folder, tmp_path):
+    root = image_folder({"cat": 20, "dog": 20})
+    first, second = (ImageDataModule(str(root), image_size=16, seed=seed) for seed in (0, 1))
+    for data in (first, second):
+        data.run_dir = tmp_path / "run"
+        data.setup()
+    assert (tmp_path / "run/splits.csv").is_file()
+    assert second.file_list_sha256() == first.file_list_sha256()
+    assert "as listed in splits.csv" in second.split_note
+
+
+# Bad files
+
+
+def damage(root: Path, names: list[str]) -> None:
+    for name in names:
+        (root / name).write_bytes(f"{name} is not a picture".encode())
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_mb": 0}, {"cache_mb": 0, "num_workers": 2}], ids=str)
+def test_bad_files_are_skipped_counted_and_listed(image_folder, tmp_path, options):
+    root = image_folder({"train/cat": 30, "train/dog": 30, "test/cat": 10, "test/dog": 10})
+    damage(root, ["train/cat/003.png", "test/dog/001.png"])
+    data = ImageDataModule(str(root), image_size=16, batch_size=8, max_bad_fraction=0.06, **options)
+    data.run_dir = tmp_path / "run"
+    data.setup()
+    sizes = [len(batch["label"]) for batch in epoch_of(data)]
+    indices = [index for batch in data.test_dataloader() for index in batch["index"].tolist()]
+    assert sizes == [8] * (54 // 8)  # the next picture stands in
+    assert len(indices) == len(set(indices)) == 19
+    # the cut by class puts each training picture into train or val
+    split = "train" if data.bad_images[0][2] == "train" else "val"
+    if split == "val":
+        list(data.val_dataloader())
+    assert {(path, where) for path, _, where in data.bad_images} == {
+        ("train/cat/003.png", split),
+        ("test/dog/001.png", "test"),
+    }
+    assert all("not a JPEG" in reason for _, reason, _ in data.bad_images)
+    with (tmp_path / "run/bad_images.csv").open() as handle:
+        assert {row["path"] for row in csv.DictReader(handle)} == {"train/cat/003.png", "test/dog/001.png"}
+    assert "2 images can't be used" in data.describe()
+
+
+@pytest.mark.parametrize("cache_mb", [64, 0])
+def test_too_many_bad_files_stop_the_run(image_folder, cache_mb):
+    root = image_folder({"cat": 20, "dog": 20})
+    damage(root, [f"cat/{number:03d}.png" for number in range(20)])
+    expected = (
+        r"\d+ of 32 train images can't be used, more than the allowed share of 0.05 .*cat/\d+\.png: it is not"
+    )
+    data = ImageDataModule(str(root), image_size=16, batch_size=8, cache_mb=cache_mb, crop="pad")
+    with pytest.raises(UserError, match=expected):
+        data.setup(), list(data.train_dataloader())
+
+
+def test_a_batch_without_a_good_picture_is_left_out(image_folder):
+    root = image_folder({"train/cat": 10, "train/dog": 10, "test/cat": 4, "test/dog": 4})
+    damage(root, ["test/cat/000.png", "test/cat/001.png", "test/dog/003.png"])
+    data = ready(root, batch_size=2, max_bad_fraction=0.5)
+    assert [batch["index"].tolist() for batch in data.test_dataloader()] == [[2, 3], [4, 5], [6]]
+
+
+# Where the data are
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"cat": 4}, "has only one class folder, 'cat'"),
+        ({"wrapped/cat": 4, "wrapped/dog": 4}, "did you mean .*wrapped .it holds 'cat', 'dog'"),
+        ({"cat": 4, "dog": 0}, "no images in the class folder 'dog'"),
+        ({"cat": 0, "dog": 0}, "holds no images: expected one subfolder per class"),
+        ({".": 3}, "holds 3 images but no class folders"),
+        ({"train/cat": 4, "train/dog": 4, "val/cat": 2}, "val has no images of the class 'dog'"),
+        (
+            {"train/cat": 4, "train/dog": 4, "test/cat": 2, "test/dog": 0},
+            "test has no images of the class 'dog'",
+        ),
+        (
+            {"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/dog": 1, "val/elk": 1},
+            "val has the class 'elk', which .*train lacks",
+        ),
+        ({"train/cat": 4, "train/dog": 4, "val/cat": 2, "valid/cat": 2}, "both stand for val: keep one"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_layouts_that_cannot_be_used(image_folder, layout, message):
+    with pytest.raises(UserError, match=message):
+        ready(image_folder(layout))
+
+
+def test_a_class_may_be_called_train(image_folder):
+    data = ready(image_folder({"train": 5, "plane": 5}))
+    assert data.class_names == ["plane", "train"]
+
+
+def test_test_folder_without_classes_is_told_and_not_used(image_folder):
+    root = image_folder({"train/cat": 10, "train/dog": 10, "test": 5})
+    with pytest.warns(UserWarning, match="has no class folders, so it can't be used for testing"):
+        data = ready(root)
+    assert data.class_counts["train"] == {"cat": 8, "dog": 8}
+
+
+def test_other_files_are_left_out_and_told(image_folder):
+    root = image_folder({"cat": 10, "dog": 10, "__MACOSX": 1, ".git": 1})
+    (root / "cat/notes.txt").write_text("")
+    (root / "cat/._000.png").write_text("")
+    (root / "README.md").write_text("")
+    with pytest.warns(UserWarning, match="not images were left out: 1 x .txt"):
+        data = ready(root)
+    assert sum(sum(counts.values()) for counts in data.class_counts.values()) == 20
+
+
+def test_wrong_paths_say_what_is_near(image_folder, tmp_path):
+    root = image_folder({"cat": 4, "dog": 4})
+    with pytest.raises(UserError, match=r"there is no folder .*pictrues: did you mean .*pictures\?"):
+        ready(root.with_name("pictrues"))
+    with pytest.raises(UserError, match=r"there is no folder .*: .* has the folders 'cat', 'dog'"):
+        ready(root / "zebra" / "deeper")
+    with pytest.raises(UserError, match=r"or a dataset's name: did you mean 'cifar10'\?"):
+        ready("cifar-10")
+    (tmp_path / "pictures.zip").write_bytes(b"")
+    with pytest.raises(UserError, match="is a file: unpack it"):
+        ready(tmp_path / "pictures.zip")
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10", "cifar100", "imagenette", "pets", "pets_cat_dog", "flowers102", "food101"]
+)
+def test_a_named_dataset_that_is_missing(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} is not in .*: add --data.download true"):
+        ready(name, root=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_imagenet_is_a_folder(image_folder, tmp_path):
+    with pytest.raises(UserError, match=r"ImageNet is not in .* put train/ and val/"):
+        ready("imagenet", root=str(tmp_path))
+    folders = {f"{split}/{wnid}": 4 for split in ("train", "val") for wnid in ("n01440764", "n02102040")}
+    data = ready("imagenet", root=str(image_folder(folders)))
+    assert data.class_counts["test"] == {"tench": 4, "English springer": 4}
+
+
+@pytest.fixture
+def fake_cifar10(tmp_path, monkeypatch) -> np.ndarray:
+    """CIFAR-10's files with 20 + 10 random pictures; their MD5 sums replace those torchvision checks."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 3 * 32 * 32), dtype=np.uint8)
+
+    def dump(name: str, content: dict) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def part(rows: slice) -> dict:
+        return {"data": pixels[rows], "labels": [row % 2 for row in range(30)[rows]]}
+
+    monkeypatch.setattr(CIFAR10, "train_list", [dump("data_batch_1", part(slice(0, 20)))])
+    monkeypatch.setattr(CIFAR10, "test_list", [dump("test_batch", part(slice(20, 30)))])
+    name, md5 = dump("batches.meta", {"label_names": ["cat", "sea_horse"]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return pixels.reshape(30, 3, 32, 32)
+
+
+def test_cifar10_through_torchvision(fake_cifar10, tmp_path):
+    data = ready("cifar10", root=str(tmp_path), image_size=32)
+    assert data.class_names == ["cat", "sea horse"]
+    assert {split: sum(counts.values()) for split, counts in data.class_counts.items()} == {
+        "train": 18,
+        "val": 2,
+        "test": 10,
+    }
+    assert data.split_note.endswith("test: 10 images, as the dataset gives them.")
+    assert data.crop_mode == "pad"
+    batch = next(iter(data.test_dataloader()))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = torch.from_numpy(fake_cifar10[20]) / 255
+    torch.testing.assert_close(batch["image"][0], (pixels - mean) / std)
+    assert data.sample_id("test", 0) == "test/00000"
+
+
+def test_pets_cat_dog_through_torchvision(tmp_path, image_folder):
+    # Oxford-IIIT Pet's layout: images/<Breed>_<n>.jpg and lists "<name> <breed> <1 cat | 2 dog> <n>"
+    base = tmp_path / "oxford-iiit-pet"
+    (base / "images").mkdir(parents=True)
+    (base / "annotations").mkdir()
+    drawn = iter(sorted(image_folder({"all": 24}).rglob("*.png")))
+    for split in ("trainval", "test"):
+        lines = []
+        for breed, (name, kind) in enumerate((("Birman", 1), ("beagle", 2)), start=1):
+            for number in range(6):
+                stem = f"{name}_{split}{number}"
+                shutil.copy(next(drawn), base / f"images/{stem}.jpg")
+                lines.append(f"{stem} {breed} {kind} 1")
+        (base / f"annotations/{split}.txt").write_text("\n".join(lines))
+    data = ready("pets_cat_dog", root=str(tmp_path))
+    assert [name.lower() for name in data.class_names] == ["cat", "dog"]
+    assert data.class_counts["test"] == dict.fromkeys(data.class_names, 6)
+    index = next(i for i in range(12) if "beagle" in data.sample_id("test", i))
+    assert data.contents.datasets["test"].samples[index].label == 1
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 0}, {"random_erasing": 1.5}, {"mixup": -1.0}, {"std": (1.0, 0.0, 1.0)}],
+    ids=str,
+)
+def test_arguments_out_of_range(options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"--data.{name} is"):
+        ImageDataModule(**options)
+
+
+def test_test_set_that_was_not_cut(image_folder):
+    data = ready(image_folder({"cat": 10, "dog": 10}), test_fraction=0.0)
+    with pytest.raises(UserError, match=r"there is no test set: set --data\.test_fraction above 0"):
+        data.test_dataloader()
+
+
+def test_every_argument_is_documented_and_parses_from_text():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ImageDataModule, "data")
+    options = {action.dest: action.help for action in parser._actions if action.dest.startswith("data.")}
+    assert len(options) == 27
+    assert not [name for name, text in options.items() if not text or len(text) < 20]
+    config = parser.parse_args(
+        ['--data.class_weights={"cat": 2}', "--data.mean=[0.1,0.2,0.3]", "--data.crop=pad"]
+    )
+    data = ImageDataModule(**config.data)
+    assert data.class_weights == {"cat": 2.0}
+    assert data.mean == (0.1, 0.2, 0.3)
