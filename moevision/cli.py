@@ -19,7 +19,10 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "fit": Verb("train a model on a folder of images, a dataset or a config; leaves runs/NAME/", "moevision.train.verbs:fit"),
+    "fit": Verb(
+        "train a model on a folder of images, a dataset or a config; leaves runs/NAME/",
+        "moevision.train.verbs:fit",
+    ),
     "validate": Verb("evaluate a checkpoint on the validation images", "moevision.train.verbs:validate"),
     "test": Verb("evaluate a checkpoint on the test images", "moevision.train.verbs:test"),
     "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.predict:main"),

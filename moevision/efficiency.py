@@ -75,13 +75,13 @@ def _sparse_eval(model: nn.Module) -> Iterator[None]:
     experts = [module.experts for module in model.modules() if isinstance(module, MoEMlp)]
     backends = [module.backend for module in experts]
     model.eval()
-    for module in experts:
-        module.backend = "loop"
+    for expert in experts:
+        expert.backend = "loop"
     try:
         yield
     finally:
-        for module, backend in zip(experts, backends, strict=True):
-            module.backend = backend
+        for expert, backend in zip(experts, backends, strict=True):
+            expert.backend = backend
         for module, was_training in training.items():
             module.training = was_training
 

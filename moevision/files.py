@@ -35,7 +35,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8", errors="backslashreplace"))
 
 
-def write_json_atomic(path: str | Path, obj: Any) -> None:  # noqa: ANN401 - whatever json can write
+def write_json_atomic(path: str | Path, obj: Any) -> None:
     """Replace `path` by `obj` as indented JSON.
 
     Raises:

@@ -67,7 +67,10 @@ def compare_costs(net: nn.Module, image_size: int) -> dict[str, ModelCost]:
     costs = {"this model": measure_cost(net, image_size)}
     if not moe_layers(net):
         return costs
-    for match, name in (("active_flops", "dense twin, same active FLOPs"), ("total_params", "dense twin, same parameters")):
+    for match, name in (
+        ("active_flops", "dense twin, same active FLOPs"),
+        ("total_params", "dense twin, same parameters"),
+    ):
         costs[name] = measure_cost(dense_twin(net, cast(Any, match)), image_size)
     costs["the plain ViT"] = measure_cost(plain_vit(net), image_size)
     return costs
@@ -85,7 +88,7 @@ def plain_vit(net: nn.Module) -> nn.Module:
         raise UserError("The plain ViT of a model without a timm name is not known.")
     for name in ("num_experts", "top_k", "router", "expert_hidden", "backend", "twin"):
         arguments.pop(name, None)
-    return cast(nn.Module, timm.create_model(config["architecture"], **{**arguments, "moe_layers": []}))
+    return timm.create_model(config["architecture"], **{**arguments, "moe_layers": []})
 
 
 def _print_table(facts: dict[str, Any], costs: dict[str, ModelCost]) -> None:
@@ -106,7 +109,9 @@ def _print_table(facts: dict[str, Any], costs: dict[str, ModelCost]) -> None:
             f"{cost.router_flops_per_image / 1e6:,.2f}",
         )
     console.print(table)
-    console.print("active: parameters that one token passes through; one multiply-add is two FLOPs; equal FLOPs is not equal time")
+    console.print(
+        "active: parameters that one token passes through; one multiply-add is two FLOPs; equal FLOPs is not equal time"
+    )
 
 
 def main(arguments: list[str]) -> None:

@@ -99,7 +99,8 @@ def _load(routing: Routing, rule: Rule) -> Tensor:
         threshold = torch.where(chosen, best[..., k : k + 1], best[..., k - 1 : k])
     # Learned noise can shrink to nothing; below 1e-6 the probability is a step and its gradient 0 · ∞.
     std = routing.noise_std.clamp_min(1e-6)
-    return torch.special.ndtr((routing.logits - threshold) / std).flatten(0, -2).sum(0)
+    chance: Tensor = torch.special.ndtr((routing.logits - threshold) / std)
+    return chance.flatten(0, -2).sum(0)
 
 
 def _load_balancing_sums(routing: Routing, rule: Rule) -> Tensor:
@@ -108,7 +109,7 @@ def _load_balancing_sums(routing: Routing, rule: Rule) -> Tensor:
 
 
 def _load_balancing_value(sums: Tensor) -> Tensor:
-    choices, probs = sums
+    choices, probs = sums[0], sums[1]
     return len(choices) * (choices / choices.sum() * probs / probs.sum()).sum()
 
 

@@ -41,7 +41,9 @@ class LayerLoad:
     dropped: float
 
     @classmethod
-    def from_sums(cls, layer: int, counts: Tensor, requested: Tensor, entropy_bits: Tensor, tokens: Tensor) -> LayerLoad:
+    def from_sums(
+        cls, layer: int, counts: Tensor, requested: Tensor, entropy_bits: Tensor, tokens: Tensor
+    ) -> LayerLoad:
         """Summarise counts [E] and requested [E] choices and the summed entropy of `tokens` tokens."""
         load = counts.double()
         total = load.sum()

@@ -65,9 +65,7 @@ def predict(
     saved = load_model(model)
     files = list(find_images(paths))
     batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
-    progress = track(
-        batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True
-    )
+    progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
     predictions = [prediction for batch in progress for prediction in predict_batch(saved, batch)]
     text = to_json(predictions) if format == "json" else to_csv(predictions)
     if out is None:
@@ -119,9 +117,7 @@ def predict_batch(model: SavedModel, files: Sequence[Path]) -> list[Prediction]:
     return [
         Prediction(str(file), error=errors[file])
         if file in errors
-        else Prediction(
-            str(file), tuple(model.class_names[index] for index in top[file][1]), tuple(top[file][0])
-        )
+        else Prediction(str(file), tuple(model.class_names[index] for index in top[file][1]), tuple(top[file][0]))
         for file in files
     ]
 

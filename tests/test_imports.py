@@ -71,9 +71,7 @@ def violations(unit: str, source: str, package: str) -> set[str]:
     return units_of(imported_modules(source, package)) - MAY_IMPORT[unit] - {unit}
 
 
-@pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
-)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path) -> None:
     below = path.relative_to(PACKAGE)
     unit = below.parts[0].removesuffix(".py")
@@ -114,7 +112,5 @@ def test_the_picture_has_no_cycle() -> None:
 
 def test_import_moevision_is_light() -> None:
     code = f"import json, sys, moevision; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(done.stdout) == []

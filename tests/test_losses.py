@@ -96,7 +96,10 @@ def test_smooth_load_averages_k_and_ignores_a_shift() -> None:
     from moevision.losses import _load
 
     torch.manual_seed(0)
-    logits, std = torch.randn(20_000, 8, dtype=torch.float64), torch.rand(20_000, 8, dtype=torch.float64) + 0.5
+    logits, std = (
+        torch.randn(20_000, 8, dtype=torch.float64),
+        torch.rand(20_000, 8, dtype=torch.float64) + 0.5,
+    )
     noise = torch.randn(20_000, 8, dtype=torch.float64) * std
     shift = 5 * torch.randn(20_000, 1, dtype=torch.float64)
     loads = _load(routing_from(logits, noise, std, 2), "shazeer")

@@ -178,9 +178,7 @@ class BatchMixer:
         if cutmix > 0:
             self.mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
 
-    def __call__(
-        self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Mix every picture with its neighbour in the batch.
 
         Args:

@@ -188,9 +188,7 @@ class ImageDataModule(LightningDataModule):
         train = count_classes(splits.samples, class_names)["train"]
         self._class_weights = class_weight_tensor(self.class_weights, train)
         imbalance = balance_warnings(train, self._class_weights is not None, self.balanced_sampling)
-        self.crop_mode = (
-            choose_crop(collection, splits.samples["train"]) if self.crop == "auto" else self.crop
-        )
+        self.crop_mode = choose_crop(collection, splits.samples["train"]) if self.crop == "auto" else self.crop
         datasets = {
             split: ImageDataset(
                 split,

@@ -189,9 +189,7 @@ class Collate:
         }
         if self.mixer is not None:
             first = good[0][1]
-            batch["image"], batch["target"] = self.mixer(
-                image, batch["label"], self.seed, first.epoch, first.index
-            )
+            batch["image"], batch["target"] = self.mixer(image, batch["label"], self.seed, first.epoch, first.index)
         return batch
 
 
@@ -203,7 +201,7 @@ class ImageLoader(DataLoader[Record]):
         dataset: ImageDataset,
         *,
         on_bad: Callable[[list[BadImage]], None] | None = None,
-        **options: Any,  # noqa: ANN401  # DataLoader's own
+        **options: Any,  # DataLoader's own
     ) -> None:
         """Pass on DataLoader's options; ``on_bad`` is called with the bad pictures of a batch."""
         super().__init__(dataset, **options)

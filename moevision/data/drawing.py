@@ -40,9 +40,7 @@ _FACE_REGIONS: Final = [
     region_id(slot, part) for slot in range(Slot.BODY, Slot.WHISKER + 1) for part in PARTS if part != "eye"
 ]
 # Lookup tables over the 256 region ids: region -> 255 where the layer shows.
-_SCENERY_TABLE: Final = [
-    255 if region == region_id(Slot.SCENERY, "background") else 0 for region in range(256)
-]
+_SCENERY_TABLE: Final = [255 if region == region_id(Slot.SCENERY, "background") else 0 for region in range(256)]
 _COAT_TABLE: Final = [255 if region in _FACE_REGIONS else 0 for region in range(256)]
 _PART_TABLE: Final = np.array([region % len(PARTS) for region in range(256)], np.uint8)
 
@@ -78,8 +76,7 @@ def sample_scene(label: int, rng: np.random.Generator) -> Scene:
     to_frame = _pose(template, rng)
     vertices = _vary(template, rng) @ to_frame[:, :2].T + to_frame[:, 2]
     animal = [
-        (region, vertices[start:end])
-        for region, (start, end) in zip(template.regions, template.ranges, strict=True)
+        (region, vertices[start:end]) for region, (start, end) in zip(template.regions, template.ranges, strict=True)
     ]
     inverse = np.linalg.inv(to_frame[:, :2])
     base = rng.uniform(20, 235, 3)

@@ -112,17 +112,13 @@ def _dog() -> Iterator[Shape]:
     """Ears that hang in front of a long head, a deep muzzle with a large nose, and the tongue out."""
     head = [(0.0, -0.86), (0.55, -0.72), (0.76, -0.15), (0.64, 0.45), (0.42, 0.88), (0.0, 1.02)]
     yield from _rimmed(Slot.FUR, "fur", Group.HEAD, symmetric(head))
-    ear = smooth(
-        [(0.42, -0.8), (0.85, -0.74), (1.16, -0.1), (1.2, 0.6), (0.94, 0.84), (0.74, 0.35), (0.66, -0.35)]
-    )
+    ear = smooth([(0.42, -0.8), (0.85, -0.74), (1.16, -0.1), (1.2, 0.6), (0.94, 0.84), (0.74, 0.35), (0.66, -0.35)])
     yield from _ears(Slot.SHADE, ear, None)
     yield from _eyes(0.32, -0.22, ellipse(0, 0, 0.15, 0.15), ellipse(0, 0, 0.1, 0.1))
     yield Shape(Slot.TONGUE, "mouth", Group.MUZZLE, ellipse(0, 0.9, 0.17, 0.28))
     yield Shape(Slot.LIGHT, "muzzle", Group.MUZZLE, ellipse(0, 0.45, 0.45, 0.4))
     yield from _mouth(0.36, 0.24, 0.3)
-    yield Shape(
-        Slot.NOSE, "nose", Group.MUZZLE, smooth([(-0.24, 0.14), (0.24, 0.14), (0.16, 0.36), (-0.16, 0.36)])
-    )
+    yield Shape(Slot.NOSE, "nose", Group.MUZZLE, smooth([(-0.24, 0.14), (0.24, 0.14), (0.16, 0.36), (-0.16, 0.36)]))
 
 
 def _rabbit() -> Iterator[Shape]:
@@ -133,9 +129,7 @@ def _rabbit() -> Iterator[Shape]:
     head = [(0.0, -0.72), (0.48, -0.62), (0.76, -0.1), (0.78, 0.4), (0.45, 0.78), (0.0, 0.85)]
     yield from _rimmed(Slot.FUR, "fur", Group.HEAD, symmetric(head))
     yield from _eyes(0.47, -0.12, ellipse(0, 0, 0.15, 0.19), ellipse(0, 0, 0.11, 0.14))
-    yield Shape(
-        Slot.GLINT, "mouth", Group.MUZZLE, np.array([(-0.13, 0.5), (0.13, 0.5), (0.11, 0.78), (-0.11, 0.78)])
-    )
+    yield Shape(Slot.GLINT, "mouth", Group.MUZZLE, np.array([(-0.13, 0.5), (0.13, 0.5), (0.11, 0.78), (-0.11, 0.78)]))
     yield Shape(Slot.DARK, "mouth", Group.MUZZLE, stroke(0, 0.5, 0, 0.78, 0.035))
     yield from _both(Slot.LIGHT, "muzzle", Group.MUZZLE, ellipse(0.17, 0.42, 0.21, 0.18))
     yield Shape(Slot.NOSE, "nose", Group.MUZZLE, smooth([(-0.13, 0.22), (0.13, 0.22), (0.0, 0.38)]))

@@ -39,14 +39,10 @@ def words_of(class_folders: list[str]) -> list[str]:
 
     info = ImageNetInfo("imagenet-22k")
     known = set(info.label_names())
-    lemmas = [
-        info.label_name_to_description(name).split(",")[0] if name in known else name
-        for name in class_folders
-    ]
+    lemmas = [info.label_name_to_description(name).split(",")[0] if name in known else name for name in class_folders]
     count = Counter(lemmas)
     return [
-        lemma if count[lemma] == 1 else f"{lemma} ({name})"
-        for lemma, name in zip(lemmas, class_folders, strict=True)
+        lemma if count[lemma] == 1 else f"{lemma} ({name})" for lemma, name in zip(lemmas, class_folders, strict=True)
     ]
 
 
@@ -142,28 +138,20 @@ def _check_classes(folder: Path, classes: dict[str, list[str]]) -> None:
         only = folder / next(iter(classes))
         inner = [entry.name for entry in _subfolders(only)]
         hint = f"did you mean {only} (it holds {_some(inner)})?" if len(inner) > 1 else _LAYOUT
-        raise UserError(
-            f"{folder} has only one class folder, {only.name!r}, and a classifier needs two: {hint}"
-        )
+        raise UserError(f"{folder} has only one class folder, {only.name!r}, and a classifier needs two: {hint}")
     empty = [name for name, files in classes.items() if not files]
     if empty:
         raise UserError(f"no images in the class folder {_some(empty)} of {folder}: fill or remove it")
 
 
-def _check_same_classes(
-    train: Path, classes: dict[str, list[str]], other: Path, found: dict[str, list[str]]
-) -> None:
+def _check_same_classes(train: Path, classes: dict[str, list[str]], other: Path, found: dict[str, list[str]]) -> None:
     """Each split must hold every class, else its score would mean something else than the training's."""
     missing = sorted(name for name in classes if not found.get(name))
     if missing:
-        raise UserError(
-            f"{other} has no images of the class {_some(missing)}, which {train} has: add some there"
-        )
+        raise UserError(f"{other} has no images of the class {_some(missing)}, which {train} has: add some there")
     surplus = sorted(set(found) - set(classes))
     if surplus:
-        raise UserError(
-            f"{other} has the class {_some(surplus)}, which {train} lacks: add it there or remove it"
-        )
+        raise UserError(f"{other} has the class {_some(surplus)}, which {train} lacks: add it there or remove it")
 
 
 def _some(names: list[str], limit: int = 5) -> str:

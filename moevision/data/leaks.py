@@ -59,9 +59,7 @@ def _named_groups(samples: Sequence[Sample], group_by: str | None) -> dict[str, 
     except re.error as error:
         raise UserError(f"--data.group_by {group_by!r} is not a regular expression: {error}") from error
     if pattern.groups != 1:
-        raise UserError(
-            f"--data.group_by {group_by!r} must have exactly one (group), it has {pattern.groups}"
-        )
+        raise UserError(f"--data.group_by {group_by!r} must have exactly one (group), it has {pattern.groups}")
     groups = {}
     for sample in samples:
         match = pattern.search(sample.sample_id)

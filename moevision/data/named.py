@@ -168,8 +168,7 @@ def open_collection(
     except RuntimeError as error:  # torchvision: not found or corrupted
         if not download:
             raise UserError(
-                f"{path} is not in {folder}: add --data.download true to fetch it, or set --data.root to "
-                "where it is"
+                f"{path} is not in {folder}: add --data.download true to fetch it, or set --data.root to where it is"
             ) from error
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -36,9 +36,7 @@ class Quarantine:
 
     def entries(self) -> list[tuple[str, str, str]]:
         """(path, reason, split) of every bad picture, in the order they were met."""
-        return [
-            (self.name_of(split, index), reason, split) for (split, index), reason in self._reasons.items()
-        ]
+        return [(self.name_of(split, index), reason, split) for (split, index), reason in self._reasons.items()]
 
     def add(self, bad: Sequence[BadImage]) -> None:
         """Take note of bad pictures.

@@ -80,9 +80,7 @@ def ellipse(x: float, y: float, rx: float, ry: float, tilt: float = 0.0) -> Poin
     """A 24-gon of an ellipse around (x, y), turned by `tilt` radians."""
     angle = np.linspace(0.0, 2.0 * np.pi, 24, endpoint=False)
     u, v = rx * np.cos(angle), ry * np.sin(angle)
-    return np.stack(
-        [x + u * np.cos(tilt) - v * np.sin(tilt), y + u * np.sin(tilt) + v * np.cos(tilt)], axis=1
-    )
+    return np.stack([x + u * np.cos(tilt) - v * np.sin(tilt), y + u * np.sin(tilt) + v * np.cos(tilt)], axis=1)
 
 
 def smooth(points: Pairs | Points, steps: int = 4) -> Points:

@@ -40,19 +40,13 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
     """
     with path.open(newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
-    if (
-        not rows
-        or set(rows[0]) != {"split", "class", "path"}
-        or {row["split"] for row in rows} - {*SPLITS, _UNUSED}
-    ):
+    if not rows or set(rows[0]) != {"split", "class", "path"} or {row["split"] for row in rows} - {*SPLITS, _UNUSED}:
         raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
     current = {sample.sample_id for part in collection.given.values() for sample in part}
     listed = {row["class"] for row in rows}
     class_names = [name for name in collection.class_names if name in listed]
     label_of = {name: label for label, name in enumerate(class_names)}
-    samples: dict[str, list[Sample]] = {
-        split: [] for split in SPLITS if any(row["split"] == split for row in rows)
-    }
+    samples: dict[str, list[Sample]] = {split: [] for split in SPLITS if any(row["split"] == split for row in rows)}
     unused: list[Sample] = []
     vanished = [row["path"] for row in rows if row["path"] not in current]
     for row in rows:
@@ -73,8 +67,5 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
     ):
         if paths:
             warnings.append(f"{len(paths)} images {what} (for example {paths[0]})")
-    notes = {
-        split: f"{origin} (as listed in {path.name})"
-        for split, origin in split_origins(collection.given).items()
-    }
+    notes = {split: f"{origin} (as listed in {path.name})" for split, origin in split_origins(collection.given).items()}
     return Splits(samples, notes, warnings, unused), class_names

@@ -35,10 +35,7 @@ class Splits:
 
     def sentences(self) -> list[str]:
         """One sentence per split, with its count."""
-        return [
-            f"{split}: {len(members):,} images, {self.notes[split]}."
-            for split, members in self.samples.items()
-        ]
+        return [f"{split}: {len(members):,} images, {self.notes[split]}." for split, members in self.samples.items()]
 
 
 @dataclass(frozen=True)
@@ -87,9 +84,7 @@ def make_splits(collection: Collection, cut: Cut) -> Splits:
         given["test"] = given.pop("val")
     given, unused = without_leaks(given, groups, warnings)
     if "val" not in given:
-        given |= stratified_cut(
-            given["train"], groups, {"val": cut.val_fraction}, cut.seed, collection.class_names
-        )
+        given |= stratified_cut(given["train"], groups, {"val": cut.val_fraction}, cut.seed, collection.class_names)
     return Splits({split: given[split] for split in SPLITS}, notes, warnings, unused)
 
 
@@ -178,9 +173,7 @@ def _chosen(free: list[str], sizes: dict[str, Counter[int]], label: int, need: i
     return chosen
 
 
-def _check_cut(
-    parts: dict[str, list[Sample]], by_label: dict[int, list[str]], class_names: Sequence[str]
-) -> None:
+def _check_cut(parts: dict[str, list[Sample]], by_label: dict[int, list[str]], class_names: Sequence[str]) -> None:
     """Every class must be in every part."""
     for part, samples in parts.items():
         present = {sample.label for sample in samples}

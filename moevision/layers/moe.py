@@ -94,7 +94,8 @@ class MoEMlp(Recordable):
         self.record(routing)
         flat = tokens.flatten(0, 1)
         mixed = self._mix_all(flat, routing) if self.experts.backend == "dense" else self._mix_routed(flat, routing)
-        return self.drop(mixed.view(*x.shape[:-1], -1))
+        out: Tensor = self.drop(mixed.view(*x.shape[:-1], -1))
+        return out
 
     def _mix_routed(self, x: Tensor, routing: Routing) -> Tensor:
         # Cast before the copy: the rows are then half as large under bf16 autocast.

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _append(layer: Recordable, routing: Routing) -> None:
 # Compiled code must not look at the recorder: it would be compiled again for every length of the list, and with
 # activation checkpointing the recomputation (recorder closed) would save other tensors than the forward pass did.
 # This decorator imports the compiler on first use, `torch.compiler.disable` would at import.
-_record_uncompiled = torch._disable_dynamo(_append)
+_record_uncompiled = _disable_dynamo(_append)
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()

@@ -90,7 +90,9 @@ def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pr
     except TypeError as error:
         raise UserError(f"{config.name} does not take these options ({error}).") from error
     if not hasattr(model, "moe_config"):
-        raise UserError(f"{config.name} is a dense model: use --model.arch.name vit_moe --model.arch.base {config.name}.")
+        raise UserError(
+            f"{config.name} is a dense model: use --model.arch.name vit_moe --model.arch.base {config.name}."
+        )
     return model
 
 

@@ -92,16 +92,17 @@ def convert_to_moe(
                 f"Copies of the MLP in block {index} have {mlp.fc1.out_features} hidden units, not "
                 f"{expert_hidden}: leave expert_hidden out."
             )
+    if copy_weights and indices:
+        expert_hidden = cast(Any, blocks)[indices[0]].mlp.fc1.out_features
     for index in indices:
-        hidden = cast(nn.Linear, blocks[index].mlp.fc1).out_features if copy_weights else expert_hidden
-        blocks[index].mlp = _moe_like(vit, index, num_experts, top_k, router, hidden, backend, copy_weights)
+        blocks[index].mlp = _moe_like(vit, index, num_experts, top_k, router, expert_hidden, backend, copy_weights)
     _set_address(
         vit,
         moe_layers=indices,
         num_experts=num_experts,
         top_k=top_k,
         router=router,
-        expert_hidden=hidden if copy_weights and indices else expert_hidden,
+        expert_hidden=expert_hidden,
         backend=backend,
     )
     return vit
@@ -166,7 +167,7 @@ def _copy_into_experts(mlp: Mlp, moe: MoEMlp) -> None:
 
 @torch.no_grad()
 def _scale_by_depth(weight: torch.Tensor, index: int) -> None:
-    """timm's `fix_init`, applied to a layer made after it ran."""
+    """Timm's `fix_init`, applied to a layer made after it ran."""
     weight.div_(math.sqrt(2.0 * (index + 1)))
 
 
@@ -212,7 +213,7 @@ def _mlp_like(moe: MoEMlp, match: Match) -> Mlp:
         fc1.in_features,
         units * fc1.out_features,
         fc2.out_features,
-        act_layer=lambda: copy.deepcopy(moe.experts.act),
+        act_layer=cast(Any, lambda: copy.deepcopy(moe.experts.act)),
         bias=(fc1.bias is not None, fc2.bias is not None),
         drop=(moe.experts.drop.p, moe.drop.p),
         device=fc1.weight.device,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer_hybrid import ConvStem
@@ -50,7 +50,7 @@ def _conv_embed(
         channels=channels,
         kernel_size=(*[3] * steps, 1),
         stride=(*[2] * steps, 1),
-        norm_layer="groupnorm1",
+        norm_layer=cast(Any, "groupnorm1"),
         act_layer=nn.GELU,
         **factory,
     )

@@ -65,9 +65,7 @@ class VisionTransformerMoE(VisionTransformer):
         if stem == "conv":
             kwargs["embed_layer"] = conv_stem(embed_dim, patch_size)
         super().__init__(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, **kwargs)
-        convert_to_moe(
-            self, moe_layers, num_experts, top_k, router, expert_hidden=expert_hidden, backend=backend
-        )
+        convert_to_moe(self, moe_layers, num_experts, top_k, router, expert_hidden=expert_hidden, backend=backend)
         if twin is not None:
             make_dense(self, twin)
 
@@ -76,8 +74,8 @@ class VisionTransformerMoE(VisionTransformer):
         return forward_routing(self, x)
 
     def fix_init_weight(self) -> None:
-        """timm's depth-scaled init; a MoE layer keeps its output weights under another name."""
-        for index, block in enumerate(self.blocks):
+        """Timm's depth-scaled init; a MoE layer keeps its output weights under another name."""
+        for index, block in enumerate(cast(Any, self.blocks)):
             output = block.mlp.experts.fc2 if isinstance(block.mlp, MoEMlp) else block.mlp.fc2
             for linear in (block.attn.proj, output):
                 linear.weight.data.div_((2.0 * (index + 1)) ** 0.5)
@@ -108,7 +106,7 @@ def check_patches(img_size: int | tuple[int, int], patch_size: int) -> None:
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> VisionTransformerMoE:
-    model = build_model_with_cfg(
+    model: VisionTransformerMoE = build_model_with_cfg(
         VisionTransformerMoE,
         variant,
         pretrained,
@@ -116,7 +114,7 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **{**defaults, **kwargs},
     )
-    return cast(VisionTransformerMoE, model)
+    return model
 
 
 def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:

@@ -83,9 +83,7 @@ def row_normalised_confusion(
         )
     both = np.concatenate([labels, predictions])
     if both.min() < 0 or both.max() >= num_classes:
-        raise UserError(
-            f"labels and predictions must lie in 0..{num_classes - 1}, got {both.min()}..{both.max()}"
-        )
+        raise UserError(f"labels and predictions must lie in 0..{num_classes - 1}, got {both.min()}..{both.max()}")
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(counts, (labels, predictions), 1)
     images = counts.sum(axis=1)

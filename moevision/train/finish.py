@@ -123,7 +123,8 @@ def write_comparison(result: RunResult, twin: RunResult) -> RunResult:
     """
     common = [sample for sample in result.correct if sample in twin.correct]
     difference = paired_difference(
-        np.array([result.correct[sample] for sample in common]), np.array([twin.correct[sample] for sample in common])
+        np.array([result.correct[sample] for sample in common]),
+        np.array([twin.correct[sample] for sample in common]),
     )
     other = twin.summary
     comparison = TwinComparison(

@@ -1,25 +1,26 @@
-"""`moevision fit | validate | test`: LightningCLI with a run folder, a plain FOLDER argument and a report at the end."""
+"""`moevision fit | validate | test`: LightningCLI with a run folder, a FOLDER argument and a report at the end."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
+from jsonargparse import ActionYesNo
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
+from moevision.train.console import SentenceParser, quiet_lightning
 from moevision.train.finish import RunResult, finish_run, write_comparison
 from moevision.train.plan import describe_plan
 from moevision.train.recipe import default_precision, expand_arguments
@@ -32,6 +33,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,
+    "enable_model_summary": False,  # the plan says it in one line
     "use_distributed_sampler": False,  # ImageDataModule shards by itself, and resumes where it stopped
 }
 
@@ -71,9 +73,7 @@ class TrainingCLI(LightningCLI):
         self.run_dir = run_dir
         self.stopwatch = Stopwatch()
         self.started = datetime.now(UTC)
-        with warnings.catch_warnings():
-            # We do read the command line ourselves and hand it on.
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        with self._no_trace_of_a_failed_start():
             super().__init__(
                 ClassificationTask,
                 ImageDataModule,
@@ -83,8 +83,19 @@ class TrainingCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 save_config_kwargs={"overwrite": True},
+                parser_class=SentenceParser,
                 parser_kwargs={"prog": "moevision"},
             )
+
+    @contextmanager
+    def _no_trace_of_a_failed_start(self) -> Iterator[None]:
+        """Take the run folder away again if all ends before one batch was trained on: nothing of worth is in it."""
+        try:
+            yield
+        except BaseException:
+            if self.run_dir is not None and self.stopwatch.images == 0:
+                shutil.rmtree(self.run_dir, ignore_errors=True)
+            raise
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -95,24 +106,36 @@ class TrainingCLI(LightningCLI):
             "test": {"model", "dataloaders", "datamodule", "weights_only"},
         }
 
+    @property
+    def fast_dev_run(self) -> bool:
+        """Whether this is only a test that everything runs, which leaves nothing to report."""
+        return bool(self._get(self.config, "trainer")["fast_dev_run"])
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of our own."""
         parser.add_argument("--name", type=str, default=None, help="Name of the run folder, runs/NAME.")
         parser.add_argument(
             "--with-twin",
-            action="store_true",
+            action=ActionYesNo(yes_prefix="with-", no_prefix="without-"),
             help="Train the dense twin by the same recipe too, and compare both on the same test images.",
         )
-        parser.add_argument(
-            "--runs_root", type=str, default="runs", help="The folder in which run folders are made."
-        )
+        parser.add_argument("--runs_root", type=str, default="runs", help="The folder in which run folders are made.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the arguments; a checkpoint among them is looked at before anything is made of it."""
+        super().parse_arguments(parser, args)
+        name = self.config[self.config["subcommand"]]["ckpt_path"]
+        if name is not None:
+            check_checkpoint(str(name))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer that logs to and saves in the run folder."""
-        name = self._get(self.config, "name") or Path(self._get(self.config, "data")["path"]).name
+        name = self._get(self.config, "name") or Path(self._get(self.config, "data")["path"]).resolve().name
         verb = str(self.subcommand)
         if self.run_dir is None:
-            self.run_dir = new_run_folder(name if verb == "fit" else f"{name}-{verb}", Path(self._get(self.config, "runs_root")))
+            self.run_dir = new_run_folder(
+                name if verb == "fit" else f"{name}-{verb}", Path(self._get(self.config, "runs_root"))
+            )
         self.run_dir.mkdir(parents=True, exist_ok=True)
         trainer_config = self._get(self.config_init, "trainer")
         callbacks = list(trainer_config.get("callbacks") or [])
@@ -137,7 +160,7 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Read the data, build the model, and say what is going to happen."""
-        self.datamodule.run_dir = self.run_dir
+        self.datamodule.run_dir = self._split_folder()
         self.datamodule.setup("fit")
         self.model.build(self.datamodule.num_classes, self.datamodule.image_size)
         print(self.datamodule.describe())
@@ -161,13 +184,14 @@ class TrainingCLI(LightningCLI):
             raise UserError(f"Say which weights to {self.subcommand}: --ckpt_path runs/NAME/checkpoints/best.ckpt.")
         self.datamodule.run_dir = self._split_folder()
 
-    def _split_folder(self) -> Path | None:
-        """The folder of the run that made the checkpoint: its split is used again."""
-        checkpoint = Path(self._get(self.config, "ckpt_path"))
-        origin = checkpoint.parent.parent / "splits.csv"
-        if origin.is_file() and self.run_dir is not None:
-            shutil.copy(origin, self.run_dir / "splits.csv")
-        return self.run_dir
+    def _split_folder(self) -> Path:
+        """The run folder, with the split of the run whose checkpoint is used, if there is one."""
+        run_dir = cast(Path, self.run_dir)
+        checkpoint = self._get(self.config, "ckpt_path")
+        origin = Path(checkpoint).parent.parent / "splits.csv" if checkpoint else None
+        if origin is not None and origin.is_file():
+            shutil.copy(origin, run_dir / "splits.csv")
+        return run_dir
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate on the validation images."""
@@ -200,24 +224,23 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     """
     torch.set_float32_matmul_precision("high")
     expanded = expand_arguments(verb, arguments)
-    check_checkpoint(expanded)
-    cli = TrainingCLI([verb, *expanded])
-    if verb != "fit" or cli.trainer.fast_dev_run:
-        return
-    command = ["moevision", verb, *arguments]
-    result = cli.finish(command)
-    if cli._get(cli.config, "with_twin"):
-        result = _train_twin(cli, expanded, command, result)
-    print(f"\n{result.headline}\nEverything is in {cli.run_dir}; start with {cli.run_dir}/summary.md", file=sys.stderr)
+    with quiet_lightning():
+        cli = TrainingCLI([verb, *expanded])
+        run_dir = cast(Path, cli.run_dir)
+        if cli.fast_dev_run:  # logs nothing and saves nothing
+            shutil.rmtree(run_dir)
+            return
+        if verb != "fit":
+            return
+        command = ["moevision", verb, *arguments]
+        result = cli.finish(command)
+        if cli._get(cli.config, "with_twin"):
+            result = _train_twin(cli, expanded, command, result)
+    print(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md", file=sys.stderr)
 
 
-def check_checkpoint(arguments: Sequence[str]) -> None:
-    """Raise a UserError if `--ckpt_path` names a file that is missing, damaged, or of another program."""
-    joined = dict(argument.split("=", 1) for argument in arguments if argument.startswith("--ckpt_path="))
-    pairs = dict(pairwise(arguments))
-    name = joined.get("--ckpt_path") or pairs.get("--ckpt_path")
-    if name is None:
-        return
+def check_checkpoint(name: str) -> None:
+    """Raise a UserError if this is a file that is missing, damaged, or of another program."""
     if not Path(name).is_file():
         raise UserError(f"There is no checkpoint {name}: look in runs/NAME/checkpoints/.")
     try:
@@ -227,7 +250,7 @@ def check_checkpoint(arguments: Sequence[str]) -> None:
             f"The checkpoint {name} can't be read ({type(error).__name__}): it is damaged, or no checkpoint. "
             "Use another one of the run, such as last.ckpt or best.ckpt."
         ) from error
-    if "arch" not in checkpoint.get("hyper_parameters", {}):
+    if not isinstance(checkpoint, dict) or "arch" not in checkpoint.get("hyper_parameters", {}):
         raise UserError(f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/.")
 
 
@@ -238,5 +261,10 @@ def _train_twin(cli: TrainingCLI, arguments: Sequence[str], command: Sequence[st
     if (run_dir / "splits.csv").is_file():
         shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
     print("\nNow the dense twin, by the same recipe.", flush=True)
-    twin = TrainingCLI(["fit", *arguments, "--model.arch.twin", "active_flops"], run_dir=folder)
-    return write_comparison(result, twin.finish([*command, "--model.arch.twin", "active_flops"]))
+    options = ["--model.arch.twin", "active_flops", "--without-twin"]
+    resumed = cli._get(cli.config, "ckpt_path")
+    if resumed:  # the twin goes on where it stopped, or begins if its turn had not come
+        own = Path(resumed).parent.parent / "twin" / "checkpoints" / Path(resumed).name
+        options += ["--ckpt_path", str(own) if own.is_file() else "null"]
+    twin = TrainingCLI(["fit", *arguments, *options], run_dir=folder)
+    return write_comparison(result, twin.finish([*command, *options]))

@@ -54,9 +54,7 @@ def accuracy_interval(correct: int, total: int, level: float = 0.95) -> tuple[fl
         UserError: there is no image, or `correct` isn't between 0 and `total`.
     """
     if total < 1 or not 0 <= correct <= total:
-        raise UserError(
-            f"an accuracy needs 0 <= correct <= total and a total of at least 1, got {correct} of {total}"
-        )
+        raise UserError(f"an accuracy needs 0 <= correct <= total and a total of at least 1, got {correct} of {total}")
     z = _normal_quantile(level)
     share = correct / total
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)

@@ -31,7 +31,8 @@ def describe_plan(task: ClassificationTask, data: ImageDataModule, trainer: L.Tr
     batches = max(1, train_images // data.batch_size) * max(0, epochs)
     if batches:
         minutes = batches * seconds / 60 * 1.1  # validation and loading, about a tenth
-        lines.append(f"plan: {epochs} epochs of {train_images:,} pictures, about {minutes:.0f} min at {data.batch_size / seconds:.0f} images/s")
+        speed = f"about {minutes:.0f} min at {data.batch_size / seconds:.0f} images/s"
+        lines.append(f"plan: {epochs} epochs of {train_images:,} pictures, {speed}")
     if task.arch.pretrained is None and train_images < SCRATCH_MINIMUM and data.path != "synthetic_pets":
         lines.append(
             f"note: {train_images:,} pictures are few to learn from scratch; a pretrained start is usually far "

@@ -47,9 +47,7 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     panels = [name for name, there in zip(("loss", "top1", "load", "lr"), (
         train, curves.get("val/top1"), loads, rates), strict=True) if there]  # fmt: skip
     if not panels:
-        raise UserError(
-            f"{metrics_csv} holds no training loss, accuracy, expert load or learning rate to draw"
-        )
+        raise UserError(f"{metrics_csv} holds no training loss, accuracy, expert load or learning rate to draw")
     columns = len(panels) if len(panels) < 4 else 2
     rows = len(panels) // columns
     figure = Figure(figsize=(5.4 * columns, 3.4 * rows), dpi=150, layout="constrained")

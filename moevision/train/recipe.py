@@ -39,7 +39,10 @@ def expand_arguments(verb: str, arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: if a config does not exist, or nothing says what to train on.
     """
-    rest = [argument.replace("--", "--model.arch.", 1) if _is(argument, "--pretrained") else argument for argument in arguments]
+    rest = [
+        argument.replace("--", "--model.arch.", 1) if _is(argument, "--pretrained") else argument
+        for argument in arguments
+    ]
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
     has_config = any(_is(argument, "--config") or _is(argument, "-c") for argument in rest)
     says_what = has_config or path is not None or any(_is(argument, "--data.path") for argument in rest)

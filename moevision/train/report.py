@@ -128,9 +128,7 @@ def _test_results(test: TestScores) -> str:
         ["calibration error (ECE)", percent(test.ece), "mean gap between stated confidence and accuracy"],
         ["loss", f"{test.loss:.3f}", "cross-entropy in nats"],
     ]
-    text = f"## Test results\n\nTested: {test.weights}.\n\n" + table(
-        ["measure", "value", "meaning"], rows, "lrl"
-    )
+    text = f"## Test results\n\nTested: {test.weights}.\n\n" + table(["measure", "value", "meaning"], rows, "lrl")
     if not test.per_class:
         return text
     shown, caption = list(test.per_class), "Recognised per class:"

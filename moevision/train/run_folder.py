@@ -19,7 +19,9 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"The run folder {folder} can't be made ({error.strerror}): start where you may write.") from error
+            raise UserError(
+                f"The run folder {folder} can't be made ({error.strerror}): start where you may write."
+            ) from error
         return folder
     raise UserError(f"There are 10,000 runs named {name!r} in {root}: choose another --name.")
 

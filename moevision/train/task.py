@@ -23,7 +23,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from moevision.errors import UserError
-from moevision.layers import Routing, forward_routing, moe_layers
+from moevision.layers import forward_routing, moe_layers
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
 from moevision.models.config import MoEConfig, build_model
@@ -66,9 +66,9 @@ class ClassificationTask(L.LightningModule):
 
     def __init__(
         self,
-        arch: MoEConfig | dict[str, Any] = MoEConfig(),  # noqa: B008 (never changed)
-        optim: OptimizerConfig | dict[str, Any] = OptimizerConfig(),  # noqa: B008
-        aux: AuxLossWeights | dict[str, Any] = AuxLossWeights(importance=0.05, load=0.05),  # noqa: B008
+        arch: MoEConfig = MoEConfig(),  # noqa: B008 (never changed)
+        optim: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        aux: AuxLossWeights = AuxLossWeights(importance=0.05, load=0.05),  # noqa: B008
         label_smoothing: float = 0.1,
         compile: bool = False,
         grad_checkpointing: bool = False,
@@ -76,6 +76,7 @@ class ClassificationTask(L.LightningModule):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
+        # Typed as what the command line accepts, so that a mistyped key is refused; a checkpoint hands back dicts.
         self.arch = arch if isinstance(arch, MoEConfig) else MoEConfig(**arch)
         self.optim = optim if isinstance(optim, OptimizerConfig) else OptimizerConfig(**optim)
         self.aux_weights = aux if isinstance(aux, AuxLossWeights) else AuxLossWeights(**aux)
@@ -179,7 +180,12 @@ class ClassificationTask(L.LightningModule):
         """As validation, and keep every prediction."""
         logits = self._evaluate(batch, self.test_metrics, self.test_loss)
         probability, prediction = logits.float().softmax(-1).max(-1)
-        rows = {"index": batch["index"], "label": batch["label"], "prediction": prediction, "probability": probability}
+        rows = {
+            "index": batch["index"],
+            "label": batch["label"],
+            "prediction": prediction,
+            "probability": probability,
+        }
         self.test_outputs.append({name: value.cpu() for name, value in rows.items()})
 
     def on_test_epoch_end(self) -> None:
@@ -191,7 +197,7 @@ class ClassificationTask(L.LightningModule):
         metrics.update(logits.float().softmax(-1), batch["label"])
         mean_loss.update(F.cross_entropy(logits.float(), batch["label"]), len(batch["label"]))
         if self.routing_statistics is not None:
-            self.routing_statistics.update(cast(list[Routing], routings))
+            self.routing_statistics.update(routings)
         return logits
 
     def _log_epoch(self, split: str, metrics: MetricCollection, mean_loss: MeanMetric) -> list[LayerLoad]:

@@ -33,9 +33,7 @@ def transform(size: int = 16, **options) -> TrainTransform:
 
 
 def noise(height: int = 16, width: int = 16) -> torch.Tensor:
-    return torch.randint(
-        0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 ALL = [
@@ -108,9 +106,7 @@ def test_min_crop_scale_bounds_the_area():
     # A picture whose red channel is the column and green the row, so a crop tells its own extent.
     side = 200
     ramp = torch.arange(side, dtype=torch.uint8)
-    pixels = torch.stack(
-        [ramp.expand(side, side), ramp.view(-1, 1).expand(side, side), torch.zeros(side, side)]
-    )
+    pixels = torch.stack([ramp.expand(side, side), ramp.view(-1, 1).expand(side, side), torch.zeros(side, side)])
     pixels = pixels.to(torch.uint8)
     for scale in (0.1, 0.6):
         chain = transform(32, crop="random_resized", min_crop_scale=scale)
@@ -221,7 +217,5 @@ def test_with_both_each_batch_gets_one_of_the_two():
     image, label = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone(), torch.arange(4)
     mixer = BatchMixer(1.0, 1.0, 4)
     # CutMix copies pixels, so only whole numbers remain; Mixup blends them.
-    pasted = [
-        bool((out == out.round()).all()) for out, _ in (mixer(image, label, 0, 0, i) for i in range(60))
-    ]
+    pasted = [bool((out == out.round()).all()) for out, _ in (mixer(image, label, 0, 0, i) for i in range(60))]
     assert 15 < sum(pasted) < 45

@@ -59,9 +59,7 @@ def test_batches_and_what_is_known_after_setup(image_folder):
         "val": {"cat": 6, "dog": 4},
         "test": {"cat": 6, "dog": 4},
     }
-    assert data.split_note.startswith(
-        "train: 30 images, cut from all images at random by class, seed 0. val: 10"
-    )
+    assert data.split_note.startswith("train: 30 images, cut from all images at random by class, seed 0. val: 10")
     for index, label in zip(batch["index"].tolist(), batch["label"].tolist(), strict=True):
         assert data.sample_id("train", index).startswith(data.class_names[label])
     assert data.bad_images == []
@@ -266,9 +264,7 @@ def test_class_weights_by_hand(image_folder):
 
 def test_imbalance_is_told_with_both_remedies(image_folder):
     root = image_folder({"cat": 40, "dog": 10}, size=(8, 8))
-    with pytest.warns(
-        UserWarning, match="class 'cat' has 32 training images and 'dog' only 8: consider"
-    ) as caught:
+    with pytest.warns(UserWarning, match="class 'cat' has 32 training images and 'dog' only 8: consider") as caught:
         data = ready(root)
     assert "--data.class_weights auto or --data.balanced_sampling true" in str(caught[0].message)
     assert f"warning: {data.warnings[0]}" in data.describe()
@@ -349,9 +345,7 @@ def test_bad_files_are_skipped_counted_and_listed(image_folder, tmp_path, option
 def test_too_many_bad_files_stop_the_run(image_folder, cache_mb):
     root = image_folder({"cat": 20, "dog": 20})
     damage(root, [f"cat/{number:03d}.png" for number in range(20)])
-    expected = (
-        r"\d+ of 32 train images can't be used, more than the allowed share of 0.05 .*cat/\d+\.png: it is not"
-    )
+    expected = r"\d+ of 32 train images can't be used, more than the allowed share of 0.05 .*cat/\d+\.png: it is not"
     data = ImageDataModule(str(root), image_size=16, batch_size=8, cache_mb=cache_mb, crop="pad")
     with pytest.raises(UserError, match=expected):
         data.setup(), list(data.train_dataloader())
@@ -428,9 +422,7 @@ def test_wrong_paths_say_what_is_near(image_folder, tmp_path):
         ready(tmp_path / "pictures.zip")
 
 
-@pytest.mark.parametrize(
-    "name", ["cifar10", "cifar100", "imagenette", "pets", "pets_cat_dog", "flowers102", "food101"]
-)
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenette", "pets", "pets_cat_dog", "flowers102", "food101"])
 def test_a_named_dataset_that_is_missing(tmp_path, name):
     with pytest.raises(UserError, match=f"{name} is not in .*: add --data.download true"):
         ready(name, root=str(tmp_path))
@@ -532,9 +524,7 @@ def test_every_argument_is_documented_and_parses_from_text():
     options = {action.dest: action.help for action in parser._actions if action.dest.startswith("data.")}
     assert len(options) == 27
     assert not [name for name, text in options.items() if not text or len(text) < 20]
-    config = parser.parse_args(
-        ['--data.class_weights={"cat": 2}', "--data.mean=[0.1,0.2,0.3]", "--data.crop=pad"]
-    )
+    config = parser.parse_args(['--data.class_weights={"cat": 2}', "--data.mean=[0.1,0.2,0.3]", "--data.crop=pad"])
     data = ImageDataModule(**config.data)
     assert data.class_weights == {"cat": 2.0}
     assert data.mean == (0.1, 0.2, 0.3)

@@ -65,10 +65,7 @@ def test_seek_resumes_once_and_keeps_the_length():
 def test_ranks_share_out_the_common_order(n, world, epoch, balanced):
     labels = [i % 3 for i in range(n)] if balanced else None
     common = PositionSampler(n, balanced_labels=labels).order(epoch)
-    ranks = [
-        PositionSampler(n, rank=r, world_size=world, balanced_labels=labels).order(epoch)
-        for r in range(world)
-    ]
+    ranks = [PositionSampler(n, rank=r, world_size=world, balanced_labels=labels).order(epoch) for r in range(world)]
     assert {len(own) for own in ranks} == {n // world}
     interleaved = [index for step in zip(*ranks, strict=True) for index in step]
     assert interleaved == common[: n // world * world]

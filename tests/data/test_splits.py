@@ -193,8 +193,7 @@ def test_group_by_regex_also_across_classes_and_given_splits(image_folder):
     # The last digit is the person: 000, 010 -> 0, ...; test holds persons 0 and 1
     splits = make_splits(read_folder(root), Cut(0.2, group_by=r"(\d)\.png$"))
     persons = {
-        split: {name[-5] for name, side in split_of(splits).items() if side == split}
-        for split in splits.samples
+        split: {name[-5] for name, side in split_of(splits).items() if side == split} for split in splits.samples
     }
     assert persons["test"] == {"0", "1"}
     assert not persons["train"] & (persons["val"] | persons["test"])

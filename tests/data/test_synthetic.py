@@ -66,9 +66,7 @@ def test_another_process_draws_the_same_pictures() -> None:
     code = "from test_synthetic import fingerprint; print(fingerprint(range(5, 15)))"
     paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "123"}
-    there = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    there = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert there.stdout.strip() == fingerprint(range(5, 15))
 
 

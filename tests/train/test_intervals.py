@@ -57,9 +57,7 @@ def test_bounds_solve_the_score_equation_with_a_numeric_likelihood(only_a: int, 
             return -float(np.sum(np.array([only_a, only_b, n - only_a - only_b]) * np.log(cells)))
 
         limits = (max(0.0, -bound) + 1e-12, (1 - bound) / 2 - 1e-12)
-        q = optimize.minimize_scalar(
-            minus_log_likelihood, bounds=limits, method="bounded", options={"xatol": 1e-12}
-        ).x
+        q = optimize.minimize_scalar(minus_log_likelihood, bounds=limits, method="bounded", options={"xatol": 1e-12}).x
         standard_error = math.sqrt((2 * q + bound - bound**2) / n)
         assert ((only_a - only_b) / n - bound) / standard_error == pytest.approx(expected, rel=1e-4)
 

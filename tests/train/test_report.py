@@ -250,9 +250,7 @@ def test_next_commands_are_this_runs_own(summary: RunSummary, tmp_path: Path) ->
     assert commands == ["    moevision info x"]
 
 
-def test_many_classes_show_the_weakest_and_names_cannot_break_tables(
-    summary: RunSummary, tmp_path: Path
-) -> None:
+def test_many_classes_show_the_weakest_and_names_cannot_break_tables(summary: RunSummary, tmp_path: Path) -> None:
     names = [f"a|b\n<i>{i}" for i in range(30)]
     per_class = [(name, i, 30) for i, name in enumerate(names)]
     many = replace(

@@ -35,9 +35,7 @@ def pets(size: int = 64, **options: Any) -> ImageDataModule:
 def trainer_of(folder: Path, **options: Any) -> L.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False}
-    return L.Trainer(
-        default_root_dir=folder, use_distributed_sampler=False, **{**quiet, **defaults, **options}
-    )
+    return L.Trainer(default_root_dir=folder, use_distributed_sampler=False, **{**quiet, **defaults, **options})
 
 
 class Losses(L.Callback):
