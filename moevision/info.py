@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import timm
@@ -24,7 +25,7 @@ def info(model: str, format: Literal["table", "json"] = "table") -> None:
     """Show parameters and FLOPs of a model beside its dense twins and the plain ViT.
 
     Args:
-        model: A run folder, its model/ folder, a timm address, or a vit_moe name (built without weights).
+        model: A run folder, its model/ folder, a timm address, or a timm name (built without weights).
         format: table or json.
 
     Raises:
@@ -49,8 +50,8 @@ def info(model: str, format: Literal["table", "json"] = "table") -> None:
 
 
 def load_any(address: str) -> SavedModel:
-    """A saved model, or a registered `vit_moe*` name built without weights."""
-    if timm.is_model(address) and address.split(".")[0] in timm.list_models("*vit_moe*"):
+    """A saved model, or a timm name, for which weights are neither needed nor fetched."""
+    if timm.is_model(address) and not Path(address).exists():
         net = timm.create_model(address).eval()
         size = int(cast(dict[str, Any], net.pretrained_cfg)["input_size"][-1])
         names = [f"class {index}" for index in range(cast(int, net.num_classes))]

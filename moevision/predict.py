@@ -60,8 +60,10 @@ def predict(
         batch_size: Pictures per forward pass.
 
     Raises:
-        UserError: If there is no such model or path, or no image in the folders.
+        UserError: If there is no such model or path, no image in the folders, or no place to write to.
     """
+    if batch_size < 1:
+        raise UserError(f"--batch_size is {batch_size}: it must be at least 1.")
     saved = load_model(model)
     files = list(find_images(paths))
     batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
@@ -71,7 +73,10 @@ def predict(
     if out is None:
         print(text, end="")
     else:
-        write_text_atomic(out, text)
+        try:
+            write_text_atomic(out, text)
+        except OSError as error:
+            raise UserError(f"{out} can't be written ({error.strerror}): give --out another place.") from error
     unread = [prediction for prediction in predictions if prediction.error]
     if unread:
         print(f"{len(unread)} of {len(files)} files could not be read; their rows say why.", file=sys.stderr)

@@ -168,7 +168,8 @@ def open_collection(
     except RuntimeError as error:  # torchvision: not found or corrupted
         if not download:
             raise UserError(
-                f"{path} is not in {folder}: add --data.download true to fetch it, or set --data.root to where it is"
+                f"the dataset {path} is not in {folder}: add --data.download true to fetch it, or set --data.root to "
+                "where it is" + (f"; for your own folder write ./{path}" if Path(path).is_dir() else "")
             ) from error
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -87,7 +87,7 @@ def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pr
     arguments = {key: value for key, value in asdict(config).items() if value is not None and key != "name"}
     try:
         model: nn.Module = timm.create_model(config.name, num_classes=num_classes, img_size=image_size, **arguments)
-    except TypeError as error:
+    except (TypeError, AssertionError) as error:  # timm asserts that heads divide the width
         raise UserError(f"{config.name} does not take these options ({error}).") from error
     if not hasattr(model, "moe_config"):
         raise UserError(
@@ -99,6 +99,11 @@ def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pr
 def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
     source = create_from(str(config.pretrained), num_classes, image_size, load_weights=load_weights)
     if hasattr(source, "moe_config"):
+        if config.twin is not None:
+            raise UserError(
+                f"{config.pretrained} has experts already, so there are no dense weights for a twin: leave --with-twin "
+                "out, or start both from a dense ViT."
+            )
         return source  # a MoE model of ours, trained further
     # The twin of a model whose experts are copies is the dense model that they were copied from.
     layers = [] if config.twin is not None else config.moe_layers or "every2"

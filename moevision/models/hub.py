@@ -79,7 +79,7 @@ def load_model(address: str) -> SavedModel:
         net = timm.create_model(address if folder is None else f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # a damaged file can fail in many ways; the cause stays attached
         raise UserError(
-            f"The model {address!r} can't be loaded ({type(error).__name__}: {str(error).splitlines()[0]}): "
+            f"The model {address!r} can't be loaded ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
             "its files are damaged, or it was not saved by timm or moevision."
         ) from error
     return _describe(net.eval())

@@ -20,6 +20,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 USER_ERROR = 2
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)", re.IGNORECASE)
+_KEY = re.compile(r'Parser key "([^"]+)":')
+_VALUE = re.compile(r"(?:Got|Given) value: (.*)")
+_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value.*)?$", re.MULTILINE)
 _NOT_ACCEPTED = re.compile(r"does not accept option '([^']+)'")
 # What Lightning says about things that the verbs chose on purpose, or that nobody at the command line can change.
 _CHATTER = (
@@ -27,6 +30,7 @@ _CHATTER = (
     "Experiment logs directory .* exists and is not empty",  # splits.csv lies there already; no log is deleted
     "The '.*dataloader' does not have many workers",
     "The number of training batches .* is smaller than the logging interval",
+    r"(?s)\s.*(JsonargparseDeprecationWarning|was deprecated in v\d|instantiate_classes)",  # Lightning's own calls
     "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # evaluation needs none
     "The dirpath has changed from",  # a resumed run has a folder of its own
     r".isinstance\(treespec, LeafSpec\). is deprecated",
@@ -67,9 +71,17 @@ def explain(message: str, options: list[str]) -> str:
         return f"{match[1]!r} stands where an option is expected: a folder comes right after the verb."
     if match := match or _NOT_ACCEPTED.search(message):
         return _unknown_option(match[1].split("=")[0].lstrip("-"), options)
-    sentence = " ".join(message.split())
-    sentence = re.sub(r'Parser key "([^"]+)":', r"--\1:", sentence)
-    return re.sub(r"<class '(\w+)'>", r"\1", sentence).rstrip(".") + "."
+    if (key := _KEY.search(message)) and (value := _VALUE.search(message)):
+        kinds = dict.fromkeys(_kind(kind) for kind in _EXPECTED.findall(message))
+        return f"--{key[1]} is {value[1]!r}: it must be {' or '.join(kinds)}."
+    return " ".join(message.split()).rstrip(".") + "."
+
+
+def _kind(kind: str) -> str:
+    """A type as people write its values: `<class 'int'>` -> int, `typing.Literal['a', 'b']` -> 'a', 'b'."""
+    inner = re.fullmatch(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", kind)
+    name = next(filter(None, inner.groups())) if inner else kind
+    return "null" if name == "NoneType" else name
 
 
 def _unknown_option(key: str, options: list[str]) -> str:

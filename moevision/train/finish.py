@@ -115,8 +115,13 @@ def finish_run(
     return RunResult(summary, run_dir, {row.sample: row.prediction == row.label for row in rows})
 
 
-def write_comparison(result: RunResult, twin: RunResult) -> RunResult:
+def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResult:
     """Write the paired comparison with the dense twin into the run's summary.
+
+    Args:
+        result: the run.
+        twin: the run of its twin, on the same test images.
+        match: what the two have in common, e.g. "active FLOPs".
 
     Returns:
         The result with the comparison in it.
@@ -129,7 +134,7 @@ def write_comparison(result: RunResult, twin: RunResult) -> RunResult:
     other = twin.summary
     comparison = TwinComparison(
         difference=difference,
-        match="active FLOPs",
+        match=match,
         correct=other.test.correct,
         cost=other.cost,
         duration_s=other.duration_s,

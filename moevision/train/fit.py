@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -13,18 +14,20 @@ from typing import Any, cast
 import lightning as L
 import torch
 from jsonargparse import ActionYesNo
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
+from moevision.models.config import build_model
 from moevision.train.callbacks import ScheduleCheck, Stopwatch
 from moevision.train.console import SentenceParser, quiet_lightning
 from moevision.train.finish import RunResult, finish_run, write_comparison
 from moevision.train.plan import describe_plan, memory_advice
 from moevision.train.recipe import default_precision, expand_arguments
-from moevision.train.run_folder import new_run_folder
+from moevision.train.run_folder import check_checkpoint, new_run_folder
 from moevision.train.task import ClassificationTask
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -115,12 +118,15 @@ class TrainingCLI(LightningCLI):
         callbacks = list(trainer_config.get("callbacks") or [])
         if verb == "fit":
             callbacks += [self.stopwatch, ScheduleCheck(), LearningRateMonitor("step"), self._checkpoints()]
-        return super().instantiate_trainer(
-            default_root_dir=str(self.run_dir),
-            logger=trainer_config.get("logger") or CSVLogger(self.run_dir, name="", version=""),
-            callbacks=callbacks,
-            **kwargs,
-        )
+        try:
+            return super().instantiate_trainer(
+                default_root_dir=str(self.run_dir),
+                logger=trainer_config.get("logger") or CSVLogger(self.run_dir, name="", version=""),
+                callbacks=callbacks,
+                **kwargs,
+            )
+        except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
+            raise UserError(f"The Trainer does not take these options: {error}") from error
 
     def _checkpoints(self) -> ModelCheckpoint:
         return ModelCheckpoint(
@@ -137,6 +143,10 @@ class TrainingCLI(LightningCLI):
         self.datamodule.run_dir = self._split_folder()
         self.datamodule.setup("fit")
         self.model.build(self.datamodule.num_classes, self.datamodule.image_size)
+        if self._get(self.config, "with_twin"):  # better now than after the first training
+            twin = replace(self.model.arch, twin="active_flops")
+            with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
+                build_model(twin, self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=False)
         print(self.datamodule.describe())
         with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
             print(describe_plan(self.model, self.datamodule, self.trainer))
@@ -215,21 +225,6 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     print(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md", file=sys.stderr)
 
 
-def check_checkpoint(name: str) -> None:
-    """Raise a UserError if this is a file that is missing, damaged, or of another program."""
-    if not Path(name).is_file():
-        raise UserError(f"There is no checkpoint {name}: look in runs/NAME/checkpoints/.")
-    try:
-        checkpoint = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and OS errors alike; the cause stays attached
-        raise UserError(
-            f"The checkpoint {name} can't be read ({type(error).__name__}): it is damaged, or no checkpoint. "
-            "Use another one of the run, such as last.ckpt or best.ckpt."
-        ) from error
-    if not isinstance(checkpoint, dict) or "arch" not in checkpoint.get("hyper_parameters", {}):
-        raise UserError(f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/.")
-
-
 def _train_twin(cli: TrainingCLI, arguments: Sequence[str], command: Sequence[str], result: RunResult) -> RunResult:
     run_dir = cast(Path, cli.run_dir)
     folder = run_dir / "twin"
@@ -243,4 +238,6 @@ def _train_twin(cli: TrainingCLI, arguments: Sequence[str], command: Sequence[st
         own = Path(resumed).parent.parent / "twin" / "checkpoints" / Path(resumed).name
         options += ["--ckpt_path", str(own) if own.is_file() else "null"]
     twin = TrainingCLI(["fit", *arguments, *options], run_dir=folder)
-    return write_comparison(result, twin.finish([*command, *options]))
+    # Experts that start as copies have the full width each, and the twin is the dense model they are copies of.
+    match = "active FLOPs" if cli.model.arch.pretrained is None else "pretrained weights, but fewer FLOPs"
+    return write_comparison(result, twin.finish([*command, *options]), match)

@@ -18,6 +18,18 @@ from moevision.train.run_folder import find_config, shipped_configs
 
 SCRATCH_MINIMUM = 20_000  # images below which a pretrained start is usually far better
 _ASKS = ("-h", "--help", "--print_config")
+# Pictures in the datasets known by name, which may have to be fetched before they can be counted.
+_NAMED_IMAGES = {
+    "synthetic_pets": 16_000,
+    "cifar10": 60_000,
+    "cifar100": 60_000,
+    "imagenette": 13_394,
+    "pets": 7_349,
+    "pets_cat_dog": 7_349,
+    "flowers102": 8_189,
+    "food101": 101_000,
+    "imagenet": 1_331_167,
+}
 _CACHE_SHARE = 0.25  # of the free memory may hold decoded pictures
 
 
@@ -48,15 +60,15 @@ def expand_arguments(verb: str, arguments: Sequence[str]) -> list[str]:
     says_what = has_config or path is not None or any(_is(argument, "--data.path") for argument in rest)
     if not says_what and not any(argument in _ASKS for argument in rest):
         raise UserError(
-            f"Say what to {verb} on: a folder with one subfolder per class, a dataset's name, or --config with one of "
-            f"{', '.join(shipped_configs())}."
+            f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name, or "
+            f"--config with one of {', '.join(shipped_configs())}."
         )
     front: list[str] = []
     if path is not None and not has_config and path in shipped_configs() and not Path(path).exists():
         front = ["--config", path]
     elif path is not None:
         pretrained = any(_is(argument, "--model.arch.pretrained") for argument in rest)
-        chosen = choose_recipe(Path(path), pretrained=pretrained) if verb == "fit" and not has_config else []
+        chosen = choose_recipe(path, pretrained=pretrained) if verb == "fit" and not has_config else []
         front = [*chosen, "--data.path", path]
     return _with_found_configs([*front, *rest] if not has_config else [*rest, *front])
 
@@ -78,20 +90,21 @@ def _with_found_configs(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def choose_recipe(folder: Path, *, pretrained: bool) -> list[str]:
-    """Command-line options for a folder of images, from their number, the free memory and the device.
+def choose_recipe(path: str, *, pretrained: bool) -> list[str]:
+    """Command-line options for a folder of images or a dataset's name, from their number, free memory and device.
 
     From scratch: the micro model, on 64 px pictures in 8 x 8 patches (64 tokens), with a convolutional stem; it
     learns on a CPU. Pretrained: 224 px, as the weights were trained. Epochs aim at 200 000 pictures seen, at least
     10 and at most 100 epochs.
     """
-    images = count_images(folder)
+    named = path in _NAMED_IMAGES
+    images = _NAMED_IMAGES[path] if named else count_images(Path(path))
     on_gpu = torch.cuda.is_available()
     epochs = min(100, max(10, round(200_000 / max(1, images))))
     batch = min(256 if on_gpu else 64, max(8, images // 20))
     options = {
         "--data.image_size": 224 if pretrained else 64,
-        "--data.crop": "random_resized",
+        "--data.crop": "auto" if named else "random_resized",
         "--data.batch_size": batch,
         "--data.cache_mb": int(free_memory_bytes() * _CACHE_SHARE / 2**20),
         "--data.num_workers": min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0,

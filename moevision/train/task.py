@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from moevision.errors import UserError
@@ -257,7 +257,7 @@ class ClassificationTask(L.LightningModule):
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:
-    metrics = {
+    metrics: dict[str, Metric | MetricCollection] = {
         "top1": MulticlassAccuracy(num_classes, average="micro"),
         "balanced_acc": MulticlassAccuracy(num_classes, average="macro"),
         "ece": MulticlassCalibrationError(num_classes, n_bins=15),

@@ -1,0 +1,97 @@
+"""What the command-line tests share: drawn pictures in a folder, and one tiny finished run."""
+
+import io
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+from moevision.cli import main
+from moevision.data import SyntheticPets
+
+# 32 px pictures, four experts: one epoch on 40 pictures takes a tenth of a second. fp32, so that a saved model, which
+# computes in fp32, can be compared with the run that made it.
+TINY = (
+    "--model.arch.name=test_vit_moe",
+    "--model.arch.patch_size=8",
+    "--data.image_size=32",
+    "--data.batch_size=8",
+    "--data.test_fraction=0.3",
+    "--trainer.precision=32-true",
+    "--trainer.max_epochs=2",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+)
+
+
+class Outcome(NamedTuple):
+    """What one call of the command line left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_cli(*arguments: str | Path) -> Outcome:
+    """Call the command line in this process; an exception that it lets through fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def draw_folder(root: Path, classes: Sequence[str] = ("cat", "dog"), per_class: int = 20, size: int = 32) -> Path:
+    """Write drawn pets to `root/<class>/<number>.png`."""
+    kinds = SyntheticPets.classes
+    pets = SyntheticPets(per_class * len(kinds), size, 0, "train")
+    for index in range(len(pets)):
+        name = kinds[pets.label(index)]
+        if name in classes:
+            (root / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pets.image(index)).save(root / name / f"{index:04d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Outcome]:
+    return run_cli
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[str, ...]:
+    """Options of the tiny training."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Path]:
+    return draw_folder
+
+
+@pytest.fixture(scope="session")
+def drawn_pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 cats and 20 dogs; not to be changed."""
+    return draw_folder(tmp_path_factory.mktemp("drawn") / "pets")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of `fit pets --with-twin` on 40 pictures and a broken one; not to be changed."""
+    home = tmp_path_factory.mktemp("fit")
+    pets = draw_folder(home / "pets")
+    (pets / "dog" / "broken.png").write_bytes(b"no picture")
+    options = ("--with-twin", "--data.max_bad_fraction=0.2", f"--runs_root={home / 'runs'}")
+    outcome = run_cli("fit", pets, *TINY, *options)
+    assert outcome.code == 0, outcome.err
+    (home / "output.txt").write_text(outcome.out + outcome.err)
+    return home / "runs" / "pets"
+
+
+@pytest.fixture
+def saved_model(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny run's exported model, to be damaged."""
+    return Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))

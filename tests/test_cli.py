@@ -1,0 +1,214 @@
+"""The command line as a person meets it: help, and one sentence with the remedy for every mistake."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import moevision
+from moevision.cli import VERBS
+from moevision.train.console import explain
+from moevision.train.plan import memory_advice
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(outcome, *words):
+    """The call ended with one line on stderr, no traceback, and these words in it; nothing was started."""
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert outcome.err.startswith("moevision: ")
+    assert outcome.err.count("\n") == 1, outcome.err
+    for word in words:
+        assert word in outcome.err
+    assert not list(Path("runs").glob("*")), "a failed start leaves no run folder"
+
+
+def test_help_lists_every_verb(cli):
+    outcome = cli("--help")
+    assert outcome.code == 0
+    for name, verb in VERBS.items():
+        assert f"{name:10} {verb.summary}" in outcome.out
+    assert "moevision fit --config quickstart" in outcome.out
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_has_help(cli, verb):
+    outcome = cli(verb, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "--" in outcome.out
+
+
+def test_fit_help_teaches_the_options_of_the_model(cli):
+    out = " ".join(cli("fit", "--help").out.split())
+    assert "--model.arch.num_experts" in out
+    assert "E, experts in each MoE layer" in out
+    assert "--with-twin" in out
+
+
+def test_version(cli):
+    assert cli("--version").out == f"moevision {moevision.__version__}\n"
+
+
+def test_no_argument_prints_the_usage_and_fails(cli):
+    outcome = cli()
+    assert outcome.code == 2
+    assert "usage: moevision VERB" in outcome.out
+
+
+def test_unknown_verb(cli):
+    refused(cli("train"), "'train'", "fit, validate, test, predict, info")
+
+
+def test_traceback_on_demand(cli):
+    outcome = cli("fit", "nowhere", "--traceback")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+
+
+MISTAKES = {
+    "model name": (["--model.arch.name=vit_moe_mirco_patch4_32"], ["vit_moe_micro_patch4_32", "Did you mean"]),
+    "more choices than experts": (["--model.arch.num_experts=1"], ["top_k=2", "num_experts=1", "choose top_k"]),
+    "patch size": (["--model.arch.patch_size=7"], ["7 px do not tile", "multiple of 7"]),
+    "heads": (["--model.arch.embed_dim=33"], ["test_vit_moe", "divisible by num_heads"]),
+    "router": (["--model.arch.router=topk"], ["'topk'", "noisy_top_k"]),
+    "unknown option": (["--data.batch_sise=8"], ["data.batch_sise", "data.batch_size", "moevision fit --help"]),
+    "unknown option of the model": (["--model.arch.nmae=x"], ["model.arch.nmae", "model.arch.name"]),
+    "no number": (["--data.batch_size=many"], ["--data.batch_size is 'many'", "must be int"]),
+    "no number in the model": (["--model.arch.depth=deep"], ["--model.arch.depth is 'deep'", "int or null"]),
+    "choice": (["--data.augment=strong"], ["--data.augment is 'strong'", "'trivialaugment'"]),
+    "out of range": (["--data.batch_size=0"], ["--data.batch_size is 0", "at least 1"]),
+    "accelerator": (["--trainer.accelerator=quantum"], ["quantum", "cpu"]),
+    "second folder": (["more"], ["'more'", "right after the verb"]),
+    "pretrained": (["--pretrained=deit_tny_patch16_224"], ["deit_tiny_patch16_224"]),
+    "run folder": (["--runs_root=pets.txt"], ["pets.txt", "where you may write"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_options(cli, tiny, drawn_pets, mistake):
+    Path("pets.txt").touch()
+    options, words = MISTAKES[mistake]
+    refused(cli("fit", drawn_pets, *tiny, *options), *words)
+
+
+def test_nothing_to_train_on(cli):
+    refused(cli("fit"), "one subfolder per class", "quickstart")
+
+
+def test_wrong_path_names_the_one_that_was_meant(cli, drawn_pets):
+    refused(cli("fit", drawn_pets.with_name("pet")), "did you mean", str(drawn_pets))
+
+
+def test_dataset_that_is_not_there(cli):
+    refused(cli("fit", "cifar100"), "--data.download true")
+    Path("pets").mkdir()
+    refused(cli("fit", "pets"), "--data.download true", "for your own folder write ./pets")
+
+
+def test_class_folder_missing_in_val(cli, tiny, drawn_pets):
+    shutil.copytree(drawn_pets, "split/train")
+    shutil.copytree(drawn_pets / "cat", "split/val/cat")
+    refused(cli("fit", "split", *tiny), "split/val has no images of the class 'dog'", "add some there")
+
+
+def test_images_of_one_class_only(cli, tiny, drawn_pets):
+    shutil.copytree(drawn_pets / "cat", "one/cat")
+    refused(cli("fit", "one", *tiny), "only one class folder, 'cat'", "expected one subfolder per class")
+
+
+def test_too_many_bad_images(cli, tiny, drawn_pets):
+    shutil.copytree(drawn_pets, "pictures")
+    for file in sorted(Path("pictures/cat").iterdir())[:10]:
+        file.write_bytes(b"")
+    refused(cli("fit", "pictures", *tiny), "--data.max_bad_fraction", "mend or remove them")
+
+
+def test_config_that_does_not_exist(cli):
+    refused(cli("fit", "--config", "cifar"), "'cifar'", "Did you mean cifar10?")
+    refused(cli("fit", "--config=mine.yaml"), "'mine.yaml'", "quickstart")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data:\n  batch_sise: 8\n", ["data.batch_sise", "data.batch_size"]),
+        ("model:\n  arch:\n    depht: 2\n", ["model.arch.depht", "model.arch.depth"]),
+        ("modle:\n  label_smoothing: 0.1\n", ["modle.label_smoothing", "model.label_smoothing"]),
+        ("data: [\n", ["config", "line 2"]),
+    ],
+)
+def test_mistake_in_a_config(cli, drawn_pets, text, words):
+    Path("mine.yaml").write_text(text)
+    refused(cli("fit", drawn_pets, "--config", "mine.yaml"), *words)
+
+
+def test_checkpoints_that_can_not_be_used(cli, tiny_run):
+    whole = (tiny_run / "checkpoints" / "best.ckpt").read_bytes()
+    Path("truncated.ckpt").write_bytes(whole[: len(whole) // 2])
+    Path("text.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {}, "epoch": 3}, "foreign.ckpt")
+    torch.save([torch.zeros(2)], "list.ckpt")
+    config = ("--config", tiny_run / "config.yaml", "--runs_root=runs")
+    for name, words in {
+        "missing": ["There is no checkpoint", "runs/NAME/checkpoints/"],
+        "truncated": ["damaged", "best.ckpt"],
+        "text": ["damaged", "best.ckpt"],
+        "foreign": ["not written by moevision", "runs/NAME/checkpoints/"],
+        "list": ["not written by moevision", "runs/NAME/checkpoints/"],
+    }.items():
+        refused(cli("test", *config, "--ckpt_path", f"{name}.ckpt"), f"{name}.ckpt", *words)
+        refused(cli("fit", *config, f"--ckpt_path={name}.ckpt"), f"{name}.ckpt", *words)
+
+
+def test_evaluation_without_a_checkpoint(cli, tiny_run):
+    for verb in ("test", "validate"):
+        refused(cli(verb, "--config", tiny_run / "config.yaml", "--runs_root=runs"), "--ckpt_path")
+
+
+def test_resuming_beyond_the_schedule(cli, tiny_run):
+    outcome = cli(
+        *("fit", "--config", tiny_run / "config.yaml", "--runs_root=runs", "--trainer.max_epochs=9"),
+        *("--ckpt_path", tiny_run / "checkpoints" / "last.ckpt"),
+    )
+    refused(outcome, "learning rate ends", "--pretrained")
+
+
+def test_a_failed_start_leaves_earlier_runs_alone(cli, drawn_pets):
+    earlier = Path("runs/pets")
+    earlier.mkdir(parents=True)
+    (earlier / "summary.md").write_text("mine")
+    assert cli("fit", drawn_pets, "--model.arch.name=nothing").code == 2
+    assert [str(path) for path in Path("runs").rglob("*")] == ["runs/pets", "runs/pets/summary.md"]
+    assert (earlier / "summary.md").read_text() == "mine"
+
+
+def test_a_trial_run_leaves_nothing(cli, tiny, drawn_pets):
+    assert cli("fit", drawn_pets, *tiny, "--trainer.fast_dev_run=1").code == 0
+    assert not list(Path("runs").glob("*"))
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB", "can't allocate memory: 9 bytes"])
+def test_full_memory_gets_half_the_batch_and_twice_the_accumulation(text):
+    with (
+        pytest.raises(ValueError, match=r"--data.batch_size 32 --trainer.accumulate_grad_batches 4"),
+        memory_advice(64, 2),
+    ):
+        raise RuntimeError(text)
+
+
+def test_other_errors_are_not_taken_for_full_memory():
+    with pytest.raises(RuntimeError, match="shape"), memory_advice(64, 2):
+        raise RuntimeError("shape mismatch")
+
+
+def test_parser_messages_become_sentences():
+    literal = "Expected a typing.Literal['a', 'b']"
+    message = f'Parser key "x.y":\n  Errors:\n    - {literal}\n    - Expected a NoneType\n  Given value: c'
+    assert explain(message, []) == "--x.y is 'c': it must be 'a', 'b' or null."
+    assert explain("unrecognized arguments: --a.bc 1", ["a.bd"]) == "there is no option 'a.bc', did you mean a.bd?"
+    assert explain("something\n  else", []) == "something else."

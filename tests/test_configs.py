@@ -1,0 +1,71 @@
+"""Every shipped config parses, says where it comes from, and trains: by its name, from any folder."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moevision.data.named import DATASET_NAMES
+from moevision.train.run_folder import find_config, shipped_configs
+
+CONFIGS = shipped_configs()
+# One step on a handful of drawn pictures: what the config says is kept, but for the size of the data and of the batch.
+SMALL = (
+    "--data.batch_size=4",
+    "--data.num_workers=0",
+    "--data.download=false",
+    "--data.train_size=16",
+    "--data.val_size=8",
+    "--data.test_size=8",
+    "--trainer.fast_dev_run=1",
+    "--trainer.enable_progress_bar=false",
+)
+
+
+def header(path):
+    """The comment that a config opens with."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return "\n".join(lines[:first])
+
+
+def test_there_are_configs():
+    assert {"quickstart", "cifar10", "imagenette", "cats_vs_dogs"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_is_called_as_its_file_and_names_a_dataset(name):
+    config = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
+    assert config["name"] == name
+    assert config["data"]["path"] in DATASET_NAMES
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_opens_with_the_command_that_runs_it(name):
+    text = header(CONFIGS[name])
+    assert re.search(rf"moevision fit (--config )?{name}\b", text), f"{CONFIGS[name]} has no header with its command"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_trains(cli, drawn_pets, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    outcome = cli("fit", "--config", name, "--data.path", drawn_pets, *SMALL)
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
+    assert config["model"]["arch"]["name"] in outcome.out
+    assert f"{config['data']['image_size']} x {config['data']['image_size']} pixels" in outcome.out
+
+
+def test_quickstart_trains_on_its_own_data(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = cli("fit", "quickstart", *SMALL)
+    assert outcome.code == 0, outcome.err
+    assert "8 classes from synthetic_pets" in outcome.out
+
+
+def test_a_file_of_ones_own_comes_before_a_shipped_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("quickstart") == CONFIGS["quickstart"]
+    Path("quickstart").write_text("name: mine\n")
+    assert find_config("quickstart") == Path("quickstart")

@@ -1,0 +1,259 @@
+"""One whole tiny `fit --with-twin`: every promised file of the run folder exists and says what it should."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import moevision
+from moevision.train import recipe
+from moevision.train.recipe import choose_recipe, expand_arguments
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def same_metrics(run, other):
+    """All logged numbers of two runs, but for none: nothing in metrics.csv depends on the clock."""
+    return (run / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+
+
+def test_the_output_says_what_happens(tiny_run):
+    text = (tiny_run.parent.parent / "output.txt").read_text()
+    assert re.search(r"^cat +12 +2 +6$", text, re.MULTILINE), text
+    assert "with 4 experts, 2 per token, in blocks 1, 3" in text
+    assert re.search(r"^device: .*, precision 32-true, batch 8$", text, re.MULTILINE)
+    assert re.search(r"^plan: 2 epochs of 25 pictures, about \d+ min at [\d,]+ images/s$", text, re.MULTILINE)
+    assert "25 pictures are few to learn from scratch; a pretrained start is usually far better: --pretrained" in text
+    assert "litlogger" not in text
+    assert "warning: 1 images can't be used, the first (train) is dog/broken.png" in text
+
+
+def test_every_file_of_the_run_folder(tiny_run):
+    files = {
+        "config.yaml",
+        "metrics.csv",
+        "summary.md",
+        "summary.json",
+        "provenance.json",
+        "predictions_test.csv",
+        "splits.csv",
+        "bad_images.csv",
+        "curves.png",
+        "confusion.png",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "model/config.json",
+        "model/model.safetensors",
+    }
+    for run in (tiny_run, tiny_run / "twin"):
+        assert {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} >= files
+    for name in ("curves.png", "confusion.png"):
+        with Image.open(tiny_run / name) as picture:
+            assert min(picture.size) > 200
+
+
+def test_metrics_have_rows_of_training_and_validation(tiny_run):
+    logged = rows(tiny_run / "metrics.csv")
+    assert len([row for row in logged if row["train/loss"]]) == 6  # 25 pictures, one of them broken: 3 steps an epoch
+    validated = [row for row in logged if row["val/top1"]]
+    assert [row["epoch"] for row in validated] == ["0", "1"]
+    for layer in (1, 3):
+        for name in ("load_max", "load_cv2", "entropy", "dead"):
+            assert all(float(row[f"moe/{layer}/{name}"]) >= 0 for row in validated)
+    # Four experts, two choices: the busiest has between 1 and 4 / 2 times the mean load.
+    assert all(1 <= float(row["moe/1/load_max"]) <= 2 for row in validated)
+    assert "val/top5" not in validated[0], "two classes have no top-5"
+
+
+def test_predictions_agree_with_the_summary(tiny_run):
+    predictions = rows(tiny_run / "predictions_test.csv")
+    right = sum(row["label"] == row["prediction"] for row in predictions)
+    assert [row["correct"] for row in predictions] == [str(int(r["label"] == r["prediction"])) for r in predictions]
+    assert [row["image"] for row in predictions] == [
+        row["path"] for row in rows(tiny_run / "splits.csv") if row["split"] == "test"
+    ]
+    summary = (tiny_run / "summary.md").read_text()
+    assert f"of the test images recognised** ({right} of {len(predictions)};" in summary
+    tested = next(row for row in reversed(rows(tiny_run / "metrics.csv")) if row["test/top1"])
+    assert float(tested["test/top1"]) == pytest.approx(right / len(predictions))
+
+
+def test_summary_has_loads_twin_and_next_commands(tiny_run):
+    summary = (tiny_run / "summary.md").read_text()
+    tested = next(row for row in reversed(rows(tiny_run / "metrics.csv")) if row["test/top1"])
+    for layer in (1, 3):
+        assert f"| block {layer} | 4 | {float(tested[f'moe/{layer}/load_max']):.2f} |" in summary
+    ours = {row["image"]: int(row["correct"]) for row in rows(tiny_run / "predictions_test.csv")}
+    twin = {row["image"]: int(row["correct"]) for row in rows(tiny_run / "twin" / "predictions_test.csv")}
+    assert ours.keys() == twin.keys()
+    points = 100 * (sum(ours.values()) - sum(twin.values())) / len(ours)
+    found = re.search(r"\*\*([+−-][\d.]+) percentage points\*\*, 95 % interval (\S+) to (\S+)", summary)
+    assert found, summary
+    difference, low, high = (float(text.replace("−", "-")) for text in found.groups())
+    assert difference == pytest.approx(points, abs=0.051)
+    assert low < difference < high
+    for command in (
+        f"moevision predict {tiny_run}/model IMAGE_OR_FOLDER",
+        f"moevision info {tiny_run}/model",
+        f"moevision test --config {tiny_run}/config.yaml --ckpt_path {tiny_run}/checkpoints/best.ckpt",
+    ):
+        assert command in summary
+    assert "train: 25 images, cut from all images at random by class, seed 0." in summary
+
+
+def test_the_bad_image_is_listed(tiny_run):
+    assert [(row["path"], row["split"]) for row in rows(tiny_run / "bad_images.csv")] == [("dog/broken.png", "train")]
+    assert "- 1 file could not be read" in (tiny_run / "summary.md").read_text()
+
+
+def test_provenance(tiny_run):
+    facts = json.loads((tiny_run / "provenance.json").read_text())
+    assert facts["moevision"] == moevision.__version__
+    assert facts["command"][:2] == ["moevision", "fit"]
+    assert facts["seed"] == 0
+    assert facts["libraries"]["torch"] == torch.__version__
+    assert re.fullmatch(r"[0-9a-f]{64}", facts["data"]["file_list_sha256"])
+    twin = json.loads((tiny_run / "twin" / "provenance.json").read_text())
+    assert twin["data"] == facts["data"]
+    assert "active_flops" in twin["command"]
+
+
+def test_the_model_opens_with_timm_and_predicts_what_the_run_predicted(tiny_run):
+    config = json.loads((tiny_run / "model" / "config.json").read_text())
+    assert config["label_names"] == ["cat", "dog"]
+    net = timm.create_model(f"local-dir:{tiny_run / 'model'}", pretrained=True).eval()
+    mean, std = (np.array(config["pretrained_cfg"][name]) for name in ("mean", "std"))
+    pets = tiny_run.parent.parent / "pets"
+    for row in rows(tiny_run / "predictions_test.csv"):
+        pixels = np.asarray(Image.open(pets / row["image"]), dtype=np.float64) / 255
+        image = torch.tensor((pixels - mean) / std, dtype=torch.float32).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            probability, label = net(image).softmax(-1)[0].max(0)
+        assert config["label_names"][int(label)] == row["prediction"]
+        assert float(probability) == pytest.approx(float(row["probability"]), abs=1e-4)
+
+
+def test_predict_says_the_same(cli, tiny_run):
+    known = {row["image"]: row for row in rows(tiny_run / "predictions_test.csv")}
+    pets = tiny_run.parent.parent / "pets"
+    outcome = cli("predict", tiny_run, *(pets / name for name in known))
+    assert outcome.code == 0
+    for row, expected in zip(csv.DictReader(outcome.out.splitlines()), known.values(), strict=True):
+        assert row["class"] == expected["prediction"]
+        assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=2e-4)
+
+
+def test_the_config_runs_again_to_the_same_numbers(cli, tiny_run):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
+    outcome = cli("fit", "--config", tiny_run / "config.yaml", "--without-twin")
+    assert outcome.code == 0, outcome.err
+    again = tiny_run.with_name("pets-2")
+    assert same_metrics(tiny_run, again)
+    assert (again / "predictions_test.csv").read_text() == (tiny_run / "predictions_test.csv").read_text()
+    assert not (again / "twin").exists()
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before, "an earlier run is never touched"
+
+
+def test_evaluating_the_checkpoint_again(cli, tiny_run):
+    logged = rows(tiny_run / "metrics.csv")
+    config = ("--config", tiny_run / "config.yaml", "--runs_root=again")
+    for verb, split in (("test", "test"), ("validate", "val")):
+        outcome = cli(verb, *config, "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt")
+        assert outcome.code == 0, outcome.err
+        folder = Path("again") / f"pets-{verb}"
+        (found,) = [row for row in rows(folder / "metrics.csv") if row[f"{split}/top1"]]
+        scores = [float(row[f"{split}/top1"]) for row in logged if row[f"{split}/top1"]]
+        assert float(found[f"{split}/top1"]) == max(scores), "best.ckpt is the epoch of the best validation"
+        assert (folder / "splits.csv").read_text() == (tiny_run / "splits.csv").read_text()
+
+
+def test_the_split_of_the_checkpoint_is_used_again(cli, tiny, tiny_run):
+    """Pictures that came after the first run are in no split of a run that goes on from its checkpoint."""
+    pets = Path(shutil.copytree(tiny_run.parent.parent / "pets", "pets"))
+    shutil.copy(pets / "cat" / "0000.png", pets / "cat" / "new.png")
+    options = ("--data.max_bad_fraction=0.2", "--ckpt_path", tiny_run / "checkpoints" / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"1 images came after .*splits.csv was written and are left out"):
+        outcome = cli("fit", "./pets", *tiny, *options)
+    assert outcome.code == 0, outcome.err
+    listed = [tuple(row.values()) for row in rows(Path("runs/pets/splits.csv"))]
+    assert listed == [tuple(row.values()) for row in rows(tiny_run / "splits.csv")]
+
+
+def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
+    timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
+    options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true", "--with-twin")
+    outcome = cli(
+        "fit", drawn_pets, "--pretrained", "dense", *options, "--name=up", "--trainer.enable_progress_bar=false"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "few to learn from scratch" not in outcome.out
+    arguments = json.loads(Path("runs/up/model/config.json").read_text())["model_args"]
+    assert (arguments["base"], arguments["expert_hidden"]) == ("test_vit", 192)  # 3 x width: test_vit's own MLP
+    assert "It has the same pretrained weights, but fewer FLOPs" in Path("runs/up/summary.md").read_text()
+    twice = cli("fit", drawn_pets, "--pretrained", "runs/up/model", *options, "--name=moe")
+    assert twice.code == 2
+    assert "leave --with-twin out" in twice.err
+    assert not Path("runs/moe").exists()
+
+
+def option(options, name):
+    (value,) = [text.split("=", 1)[1] for text in options if text.startswith(f"--{name}=")]
+    return value
+
+
+def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
+    monkeypatch.setattr(recipe, "free_memory_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    scratch = choose_recipe(str(drawn_pets), pretrained=False)
+    assert option(scratch, "data.batch_size") == "8"  # 40 pictures: five steps an epoch
+    assert option(scratch, "trainer.max_epochs") == "100"
+    assert option(scratch, "data.image_size") == "64"
+    assert option(scratch, "data.cache_mb") == "2048"  # a quarter of the free memory
+    assert option(scratch, "model.arch.name") == "vit_moe_micro_patch4_32"
+    pretrained = choose_recipe(str(drawn_pets), pretrained=True)
+    assert option(pretrained, "data.image_size") == "224"
+    assert option(pretrained, "trainer.max_epochs") == "20"
+    assert float(option(pretrained, "model.optim.lr")) < float(option(scratch, "model.optim.lr"))
+    assert not [text for text in pretrained if "arch" in text]
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "batch"),
+    [(0, 100, 8), (400, 100, 20), (10_000, 20, 64), (50_000, 10, 64)],  # 200 000 pictures, 10 to 100 epochs
+)
+def test_recipe_follows_the_number_of_images(monkeypatch, images, epochs, batch):
+    monkeypatch.setattr(recipe, "count_images", lambda _: images)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = choose_recipe("pictures", pretrained=False)
+    assert option(chosen, "trainer.max_epochs") == str(epochs)
+    assert option(chosen, "data.batch_size") == str(batch)
+
+
+def test_recipe_of_a_named_dataset_knows_its_size(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = choose_recipe("synthetic_pets", pretrained=False)
+    assert option(chosen, "trainer.max_epochs") == "12"  # 200 000 / 16 000
+    assert option(chosen, "data.batch_size") == "64"
+    assert option(chosen, "data.crop") == "auto"
+
+
+def test_a_config_replaces_the_recipe(drawn_pets):
+    expanded = expand_arguments("fit", [str(drawn_pets), "--config=quickstart", "--pretrained=x"])
+    assert expanded[0].endswith("configs/quickstart.yaml")
+    assert expanded[1:] == ["--model.arch.pretrained=x", "--data.path", str(drawn_pets)]
+    assert expand_arguments("fit", ["quickstart"])[1].endswith("quickstart.yaml")

@@ -1,0 +1,149 @@
+"""`predict`: its two formats, what it finds, and what it says about files and models that can't be used."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moevision.errors import UserError
+from moevision.models.hub import load_model
+from moevision.predict import find_images, predict_batch
+
+
+def table(text):
+    return list(csv.DictReader(text.splitlines()))
+
+
+def refused(outcome, *words):
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("moevision: ")
+    assert outcome.err.count("\n") == 1
+    for word in words:
+        assert word in outcome.err
+
+
+def test_csv(cli, tiny_run, drawn_pets):
+    files = sorted(drawn_pets.rglob("*.png"))[:3]
+    outcome = cli("predict", tiny_run / "model", *files)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[0] == "path,class,probability,top5,error"
+    for row, file in zip(table(outcome.out), files, strict=True):
+        assert row["path"] == str(file)
+        pairs = dict(pair.split("=") for pair in row["top5"].split("; "))
+        assert set(pairs) == {"cat", "dog"}
+        assert sum(map(float, pairs.values())) == pytest.approx(1, abs=2e-4)
+        assert row["class"] == max(pairs, key=lambda name: float(pairs[name]))
+        assert row["probability"] == pairs[row["class"]]
+        assert row["error"] == ""
+
+
+def test_json_says_the_same_as_csv(cli, tiny_run, drawn_pets):
+    rows = json.loads(cli("predict", tiny_run, drawn_pets / "cat", "--format=json").out)
+    for row, other in zip(rows, table(cli("predict", tiny_run, drawn_pets / "cat").out), strict=True):
+        assert list(row) == ["path", "class", "probability", "top5", "error"]
+        assert row["error"] is None
+        assert (row["path"], row["class"]) == (other["path"], other["class"])
+        assert row["probability"] == pytest.approx(float(other["probability"]), abs=5.1e-5)
+        assert row["top5"][0] == {"class": row["class"], "probability": row["probability"]}
+        assert [entry["probability"] for entry in row["top5"]] == sorted(
+            (entry["probability"] for entry in row["top5"]), reverse=True
+        )
+
+
+def test_folders_are_searched_to_the_bottom_and_the_order_is_kept(cli, tiny_run, drawn_pets, tmp_path):
+    picture = next((drawn_pets / "cat").iterdir())
+    for name in ("b/deep/1.png", "b/0.png", "a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, tmp_path / name)
+    (tmp_path / "b" / "notes.txt").touch()
+    rows = table(cli("predict", tiny_run, tmp_path / "b", tmp_path / "a.png", tmp_path / "b" / "0.png").out)
+    assert [Path(row["path"]).relative_to(tmp_path).as_posix() for row in rows] == [
+        *("b/0.png", "b/deep/1.png", "a.png", "b/0.png")
+    ]
+    assert len({row["top5"] for row in rows}) == 1  # four times the same picture
+
+
+def test_an_unreadable_file_gets_a_row_that_says_why(cli, tiny_run, drawn_pets, tmp_path):
+    good = next((drawn_pets / "dog").iterdir())
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good.read_bytes()[:300])
+    empty = tmp_path / "empty.jpg"
+    empty.touch()
+    outcome = cli("predict", tiny_run, cut, good, empty)
+    assert outcome.code == 0
+    first, middle, last = table(outcome.out)
+    assert (first["class"], first["probability"], first["top5"]) == ("", "", "")
+    assert first["error"]
+    assert "empty" in last["error"]
+    assert middle["class"]
+    assert not middle["error"]
+    assert "2 of 3 files could not be read" in outcome.err
+    assert json.loads(cli("predict", tiny_run, cut, "--format=json").out)[0]["class"] is None
+
+
+def test_nothing_but_unreadable_files(cli, tiny_run, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"x")
+    (row,) = table(cli("predict", tiny_run, tmp_path).out)
+    assert row["error"]
+
+
+def test_the_batch_size_changes_no_prediction(tiny_run, drawn_pets):
+    model = load_model(str(tiny_run))
+    files = list(find_images([str(drawn_pets)]))
+    whole = predict_batch(model, files)
+    for size in (1, 7):
+        parts = [
+            row for start in range(0, len(files), size) for row in predict_batch(model, files[start : start + size])
+        ]
+        for row, other in zip(parts, whole, strict=True):
+            assert (row.path, row.classes) == (other.path, other.classes)
+            assert row.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_out_writes_a_file(cli, tiny_run, drawn_pets, tmp_path):
+    out = tmp_path / "new" / "answers.csv"
+    outcome = cli("predict", tiny_run, drawn_pets, "--out", out, "--batch_size=16")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert out.read_text() == cli("predict", tiny_run, drawn_pets).out
+    refused(cli("predict", tiny_run, drawn_pets, "--out", tmp_path), str(tmp_path), "give --out another place")
+
+
+def test_paths_and_numbers_that_can_not_be(cli, tiny_run, drawn_pets, tmp_path):
+    refused(cli("predict", tiny_run, tmp_path / "missing.png"), "There is no file or folder", "missing.png")
+    refused(cli("predict", tiny_run, tmp_path), "holds no image")
+    refused(cli("predict", tiny_run, drawn_pets, "--batch_size=0"), "--batch_size is 0", "at least 1")
+
+
+def test_no_model(cli, drawn_pets, tmp_path):
+    refused(cli("predict", "runs/nowhere/model", drawn_pets), "runs/nowhere/model", "give a folder such as")
+    refused(cli("predict", tmp_path, drawn_pets), "is no saved model", "config.json and model.safetensors")
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def flip_name(file):
+    file.write_text(file.read_text().replace('"test_vit_moe"', '"test_vit_mole"'))
+
+
+DAMAGE = {
+    "config cut short": ("config.json", cut_short, "can't be loaded"),
+    "config empty": ("config.json", lambda file: file.write_text(""), "can't be loaded"),
+    "config of another model": ("config.json", flip_name, "can't be loaded"),
+    "no config": ("config.json", Path.unlink, "is no saved model"),
+    "weights cut short": ("model.safetensors", cut_short, "can't be loaded"),
+    "weights empty": ("model.safetensors", lambda file: file.write_bytes(b""), "can't be loaded"),
+    "no weights": ("model.safetensors", Path.unlink, "has no model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_model(cli, saved_model, drawn_pets, damage):
+    name, spoil, words = DAMAGE[damage]
+    spoil(saved_model / name)
+    refused(cli("predict", saved_model, drawn_pets), str(saved_model), words)
+    with pytest.raises(UserError, match="model"):
+        load_model(str(saved_model))
