@@ -61,10 +61,11 @@ def main() -> None:
     aux = AuxLossWeights(**config["model"].get("aux", {"importance": 0.05, "load": 0.05}))
     torch.manual_seed(0)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(options.classes, (batch,))
-    steps = [
-        training_step(ClassificationTask(arch=model, aux=aux, num_classes=options.classes, image_size=size), images, labels)
+    tasks = [
+        ClassificationTask(arch=model, aux=aux, num_classes=options.classes, image_size=size)
         for model in (arch, replace(arch, twin="active_flops"))
     ]
+    steps = [training_step(task, images, labels) for task in tasks]
     times: list[list[float]] = [[], []]
     for count in range(options.steps + 5):
         for step, seconds in zip(steps, times, strict=True):

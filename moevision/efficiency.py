@@ -33,7 +33,7 @@ class ModelCost:
     total_parameters: int
     active_parameters: int
     flops_per_image: int
-    router_flops_per_image: int
+    router_flops_per_image: int = 0
 
 
 def measure_cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> ModelCost:

@@ -10,7 +10,9 @@ from moevision.train.run_folder import shipped_configs
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^(?:.*&& )?(moevision [^\n#]+)", "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)), re.M)
+COMMANDS = re.findall(
+    r"^(?:.*&& )?(moevision [^\n#]+)", "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)), re.M
+)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))

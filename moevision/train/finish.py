@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -19,7 +18,6 @@ import torch
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.files import write_json_atomic, write_text_atomic
-from moevision.metrics import LayerLoad as MeasuredLoad
 from moevision.models.hub import SavedModel, save_model
 from moevision.train.confusion import plot_confusion
 from moevision.train.intervals import paired_difference
@@ -27,7 +25,7 @@ from moevision.train.plan import describe_model, device_name
 from moevision.train.plots import plot_curves
 from moevision.train.provenance import collect_provenance
 from moevision.train.report import write_summary
-from moevision.train.run_summary import LayerLoad, ModelCost, RunSummary, TestScores, TwinComparison
+from moevision.train.run_summary import RunSummary, TestScores, TwinComparison
 from moevision.train.task import ClassificationTask
 
 
@@ -49,7 +47,7 @@ class RunResult:
     def headline(self) -> str:
         """The result in one line."""
         test = self.summary.test
-        loads = [layer.load_max for layer in self.summary.layers]
+        loads = [layer.max_over_mean for layer in self.summary.layers]
         balance = f", busiest expert at {max(loads):.2f} x the mean load" if loads else ""
         return f"test/top1 {test.correct / test.total:.4f} on {test.total:,} test images{balance}"
 
@@ -88,7 +86,6 @@ def finish_run(
     labels, predictions = np.array([row.label for row in rows]), np.array([row.prediction for row in rows])
     plot_confusion(labels, predictions, data.class_names, run_dir / "confusion.png")
     _write_provenance(task, data, run_dir, command, started, seed)
-    cost = measure_cost(task.net, data.image_size)
     summary = RunSummary(
         name=run_dir.name,
         model=describe_model(task),
@@ -97,7 +94,7 @@ def finish_run(
         split_note=data.split_note,
         class_counts=data.class_counts,
         test=_scores(rows, data, trainer.callback_metrics),
-        cost=ModelCost(**asdict(cost)),
+        cost=measure_cost(task.net, data.image_size),
         epochs=epochs,
         steps=steps,
         batch_size=data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
@@ -106,7 +103,7 @@ def finish_run(
         device=device_name(trainer),
         precision=str(trainer.precision),
         seed=seed,
-        layers=[_layer_load(load) for load in task.test_loads],
+        layers=task.test_loads,
         bad_images=data.bad_images,
         notes=data.warnings,
     )
@@ -192,18 +189,6 @@ def _scores(rows: Sequence[_Prediction], data: ImageDataModule, metrics: dict[st
         ece=float(metrics["test/ece"]),
         top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
         per_class=per_class,
-    )
-
-
-def _layer_load(load: MeasuredLoad) -> LayerLoad:
-    return LayerLoad(
-        name=f"block {load.layer}",
-        num_experts=len(load.counts),
-        assignments=sum(load.counts),
-        load_max=load.max_over_mean,
-        load_cv2=load.cv_squared,
-        dead=load.dead,
-        entropy=load.entropy_bits * math.log(2),
     )
 
 

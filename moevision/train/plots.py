@@ -171,7 +171,7 @@ def _draw_accuracy(axes: Axes, val: Curve, test: Curve | None) -> None:
 def _draw_loads(axes: Axes, loads: dict[str, Curve]) -> None:
     for place, (layer, curve) in enumerate(loads.items()):
         dashed = "-" if place < len(OKABE_ITO) else (0, (3, 1.5))
-        _line(axes, curve, OKABE_ITO[place % len(OKABE_ITO)], label=layer, linestyle=dashed)
+        _line(axes, curve, OKABE_ITO[place % len(OKABE_ITO)], label=f"block {layer}", linestyle=dashed)
     axes.axhline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     highest = max(float(np.nanmax(values, initial=1.0)) for _, values in loads.values())
     axes.set_ylim(0.95, max(1.55, 1.08 * highest))

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moevision.files import write_text_atomic
+from moevision.metrics import LayerLoad
 from moevision.train.intervals import accuracy_interval
 from moevision.train.markdown import cell, duration, flops, percent, points, table
-from moevision.train.run_summary import LayerLoad, RunSummary, TestScores, TwinComparison
+from moevision.train.run_summary import RunSummary, TestScores, TwinComparison
 
 _MAX_LISTED = 20  # classes; beyond that the page names only the weakest
 _MAX_LISTED_BAD_IMAGES = 10
@@ -144,17 +145,17 @@ def _experts(layers: Sequence[LayerLoad]) -> str:
         return "## Experts\n\nThis model has no Mixture-of-Experts layer."
     rows = [
         [
-            layer.name,
-            str(layer.num_experts),
-            f"{layer.load_max:.2f}",
-            f"{layer.load_cv2:.2g}",
-            f"{(layer.num_experts - 1) / layer.assignments:.1g}",
+            f"block {layer.layer}",
+            str(len(layer.counts)),
+            f"{layer.max_over_mean:.2f}",
+            f"{layer.cv_squared:.2g}",
+            f"{layer.cv_squared_floor:.1g}",
             str(layer.dead),
-            f"{layer.entropy:.2f} of {math.log(layer.num_experts):.2f}",
+            f"{layer.entropy_bits:.2f} of {math.log2(len(layer.counts)):.2f}",
         ]
         for layer in layers
     ]
-    heads = ["layer", "experts", "max/mean load", "CV²", "CV² by chance", "dead", "router entropy (nats)"]
+    heads = ["layer", "experts", "max/mean load", "CV²", "CV² by chance", "dead", "router entropy (bits)"]
     counted = "Hard counts over the whole test split, no noise."
     return f"## Experts\n\n{counted}\n\n{table(heads, rows)}\n\n{_READING_LOADS}"
 

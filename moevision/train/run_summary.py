@@ -6,6 +6,8 @@ All shares are fractions in [0, 1], all times seconds, all counts whole numbers.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from moevision.efficiency import ModelCost
+from moevision.metrics import LayerLoad
 from moevision.train.intervals import PairedDifference
 
 
@@ -32,36 +34,6 @@ class TestScores:
     """(class in words, recognised test images, test images) in class order."""
     weights: str = "the weights of the best validation epoch"
     """Which weights were tested and exported, e.g. the moving average (EMA) of the weights."""
-
-
-@dataclass(frozen=True)
-class LayerLoad:
-    """How one MoE layer spread its work: hard counts, eval mode, whole test split."""
-
-    name: str
-    num_experts: int
-    assignments: int
-    """Choices counted: tokens times choices per token, over the whole split."""
-    load_max: float
-    """Load of the busiest expert over the mean load; 1 = perfectly even."""
-    load_cv2: float
-    """Squared coefficient of variation (variance / mean^2) of the loads."""
-    dead: int
-    """Experts that no token chose."""
-    entropy: float
-    """Mean entropy of a token's router probabilities, in nats."""
-
-
-@dataclass(frozen=True)
-class ModelCost:
-    """What the model weighs and what one image costs."""
-
-    total_parameters: int
-    active_parameters: int
-    """Parameters that one image token passes through: the chosen experts only."""
-    flops_per_image: int
-    """Active FLOPs without the routers; a multiply-add counts as two."""
-    router_flops_per_image: int = 0
 
 
 @dataclass(frozen=True)

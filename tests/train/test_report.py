@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
+from moevision.efficiency import ModelCost
 from moevision.errors import UserError
+from moevision.metrics import LayerLoad
 from moevision.train.confusion import plot_confusion, row_normalised_confusion, worst_mixups
 from moevision.train.intervals import PairedDifference, accuracy_interval
 from moevision.train.plots import plot_curves, read_metrics, smooth
 from moevision.train.report import write_summary
-from moevision.train.run_summary import LayerLoad, ModelCost, RunSummary, TestScores, TwinComparison
+from moevision.train.run_summary import RunSummary, TestScores, TwinComparison
 
 Row = dict[str, float | int]
 
@@ -185,8 +188,14 @@ def summary() -> RunSummary:
         device="CPU",
         precision="fp32",
         seed=7,
-        layers=[LayerLoad("blocks.1.mlp", 8, 35_000, 1.21, 0.012, 1, 1.7)],
+        layers=[one_dead_expert()],
     )
+
+
+def one_dead_expert() -> LayerLoad:
+    """8 experts over 17 500 tokens with 2 choices each: seven get 5 000 choices, one gets none."""
+    counts = torch.tensor([0, *[5_000] * 7])
+    return LayerLoad.from_sums(1, counts, counts, torch.tensor(1.7 * 17_500), torch.tensor(17_500))
 
 
 def _lines(summary: RunSummary, folder: Path) -> list[str]:
@@ -208,8 +217,8 @@ def test_summary_states_result_interval_and_baseline(summary: RunSummary, tmp_pa
 
 
 def test_summary_sets_loads_beside_their_chance_floor(summary: RunSummary, tmp_path: Path) -> None:
-    """(8 - 1) / 35 000 = 0.0002; the largest entropy over 8 experts is ln 8 = 2.08."""
-    assert "| blocks.1.mlp | 8 | 1.21 | 0.012 | 0.0002 | 1 | 1.70 of 2.08 |" in _lines(summary, tmp_path)
+    """Mean 4 375, so max/mean is 8/7 and CV² (1 + 7/49) / 8 = 1/7; chance gives 7 / 35 000; log2 of 8 is 3."""
+    assert "| block 1 | 8 | 1.14 | 0.14 | 0.0002 | 1 | 1.70 of 3.00 |" in _lines(summary, tmp_path)
     assert "no Mixture-of-Experts layer" in "\n".join(_lines(replace(summary, layers=()), tmp_path))
 
 

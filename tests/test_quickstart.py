@@ -1,0 +1,25 @@
+"""The README's first command keeps its promise: `moevision fit --config quickstart`, whole, about three minutes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moevision.cli import main
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least 95 % of 2 000 test pictures; in each MoE layer no dead expert and max/mean load at most 1.5."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "quickstart"]) == 0
+    summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
+    assert summary["test"]["total"] == 2000
+    assert summary["test"]["correct"] >= 0.95 * 2000
+    assert [layer["layer"] for layer in summary["layers"]] == [1, 3]
+    for layer in summary["layers"]:
+        assert len(layer["counts"]) == 8
+        assert sum(layer["counts"]) == 2000 * 64 * 2  # pictures x patches x choices
+        assert layer["dead"] == 0
+        assert layer["max_over_mean"] <= 1.5
