@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 
 from moevision.errors import UserError
@@ -208,5 +207,21 @@ class AuxLoss:
 def _sum_over_ranks(sums: Tensor) -> Tensor:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return sums
-    total: Tensor = dist_nn.all_reduce(sums)
+    total: Tensor = _AllReduce.apply(sums)  # type: ignore[no-untyped-call]
     return total
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks whose backward sums too; torch's own differentiable all-reduce is deprecated since 2.13."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
