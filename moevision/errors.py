@@ -1,4 +1,4 @@
-"""The one exception that a user of the package is meant to read."""
+"""The exception, and the warning, that a user of the package is meant to read."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class DataWarning(UserWarning):
+    """Something about the images that the user should know; the command line prints it with the data's description."""

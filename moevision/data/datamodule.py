@@ -32,7 +32,7 @@ from moevision.data.probe import choose_crop
 from moevision.data.sampler import PositionSampler, eval_batches
 from moevision.data.sources import SPLITS, Collection
 from moevision.data.splits import Cut
-from moevision.errors import UserError
+from moevision.errors import DataWarning, UserError
 
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
@@ -178,7 +178,7 @@ class ImageDataModule(LightningDataModule):
         if self._contents is None:
             self._contents = self._read(self._open_collection(self.download and self.trainer is None))
             for sentence in self._contents.warnings:
-                rank_zero_warn(sentence)
+                rank_zero_warn(sentence, category=DataWarning)
         self._contents.fill_caches(_STAGE_SPLITS.get(stage or "", SPLITS))
 
     def _read(self, collection: Collection) -> Contents:

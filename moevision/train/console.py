@@ -18,6 +18,8 @@ from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from moevision.errors import DataWarning
+
 USER_ERROR = 2
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)", re.IGNORECASE)
 _KEY = re.compile(r'Parser key "([^"]+)":')
@@ -100,6 +102,7 @@ def quiet_lightning() -> Iterator[None]:
     with warnings.catch_warnings():
         for message in _CHATTER:
             warnings.filterwarnings("ignore", message=message)
+        warnings.simplefilter("ignore", DataWarning)  # the description of the data says it too
         try:
             for logger in loggers:
                 logger.setLevel(logging.WARNING)
