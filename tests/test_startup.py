@@ -8,7 +8,7 @@ import pytest
 
 resource = pytest.importorskip("resource", reason="CPU time of a child process: POSIX only")
 
-ROUNDS = 3
+ROUNDS = 5
 NOISE_S = 0.05
 HELP_S = 0.3
 COMMANDS = {
