@@ -9,7 +9,6 @@ Axes: B images, C classes, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -265,10 +264,3 @@ def _metrics(num_classes: int, prefix: str) -> MetricCollection:
     if num_classes > 5:  # with fewer, everything is among the five likeliest
         metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)
-
-
-def task_from_checkpoint(checkpoint: Mapping[str, Any]) -> ClassificationTask:
-    """The task, with its weights, from a loaded checkpoint."""
-    task = ClassificationTask(**checkpoint["hyper_parameters"])
-    task.load_state_dict(checkpoint["state_dict"])
-    return task
