@@ -195,6 +195,19 @@ def test_the_split_of_the_checkpoint_is_used_again(cli, tiny, tiny_run):
     assert listed == [tuple(row.values()) for row in rows(tiny_run / "splits.csv")]
 
 
+def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn_pets):
+    """Everything is in the checkpoint: neither a network nor the dense model's folder is needed again."""
+    timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
+    options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true")
+    first = cli(
+        "fit", drawn_pets, "--pretrained", "dense", *options, "--name=up", "--trainer.enable_progress_bar=false"
+    )
+    assert first.code == 0, first.err
+    Path("dense/model.safetensors").unlink()
+    again = cli("fit", "--config=runs/up/config.yaml", "--ckpt_path=runs/up/checkpoints/last.ckpt")
+    assert again.code == 0, again.err
+
+
 def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
     timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
     options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true", "--with-twin")

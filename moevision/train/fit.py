@@ -142,7 +142,8 @@ class TrainingCLI(LightningCLI):
         """Read the data, build the model, and say what is going to happen."""
         self.datamodule.run_dir = self._split_folder()
         self.datamodule.setup("fit")
-        self.model.build(self.datamodule.num_classes, self.datamodule.image_size)
+        if not hasattr(self.model, "net"):  # a checkpoint's model is built already, and needs no pretrained weights
+            self.model.build(self.datamodule.num_classes, self.datamodule.image_size)
         if self._get(self.config, "with_twin"):  # better now than after the first training
             twin = replace(self.model.arch, twin="active_flops")
             with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
