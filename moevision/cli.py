@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NamedTuple, cast
 
-USER_ERROR = 2
+from moevision.errors import USER_ERROR, UserError
 
 
 class Verb(NamedTuple):
@@ -77,8 +77,6 @@ def usage() -> str:
 
 
 def _run(verb: Verb, arguments: list[str], show_traceback: bool) -> int:
-    from moevision.errors import UserError
-
     module, _, function = verb.target.partition(":")
     try:
         cast(Callable[[list[str]], None], getattr(import_module(module), function))(arguments)

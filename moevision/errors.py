@@ -1,5 +1,7 @@
 """The exception, and the warning, that a user of the package is meant to read."""
 
+USER_ERROR = 2  # exit code of the command line after a UserError
+
 
 class UserError(ValueError):
     """Something the user can mend; the message is one sentence that says what to do.

@@ -153,7 +153,7 @@ def _moe_like(
     if copy_weights:
         _copy_into_experts(mlp, moe)
     elif getattr(vit, "fix_init", False):
-        _scale_by_depth(moe.experts.fc2.weight, index)
+        scale_by_depth(moe.experts.fc2.weight, index)
     return moe.train(mlp.training)
 
 
@@ -166,7 +166,7 @@ def _copy_into_experts(mlp: Mlp, moe: MoEMlp) -> None:
 
 
 @torch.no_grad()
-def _scale_by_depth(weight: torch.Tensor, index: int) -> None:
+def scale_by_depth(weight: torch.Tensor, index: int) -> None:
     """Timm's `fix_init`, applied to a layer made after it ran."""
     weight.div_(math.sqrt(2.0 * (index + 1)))
 
@@ -202,7 +202,7 @@ def make_dense(model: nn.Module, match: Match) -> None:
         if isinstance(block.mlp, MoEMlp):
             block.mlp = _mlp_like(block.mlp, match)
             if getattr(model, "fix_init", False):
-                _scale_by_depth(block.mlp.fc2.weight, index)
+                scale_by_depth(block.mlp.fc2.weight, index)
     state.moe_config = {**state.moe_config, "twin": match}
 
 

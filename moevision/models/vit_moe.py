@@ -6,7 +6,7 @@ timm's VisionTransformer for everything else. Names exist after `import moevisio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import timm
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, Routing, forward_routing
 from moevision.layers.experts import Backend
-from moevision.models.convert import Match, convert_to_moe, make_dense
+from moevision.models.convert import Match, convert_to_moe, make_dense, scale_by_depth
 from moevision.models.stem import conv_stem
 
 
@@ -78,7 +78,7 @@ class VisionTransformerMoE(VisionTransformer):
         for index, block in enumerate(cast(Any, self.blocks)):
             output = block.mlp.experts.fc2 if isinstance(block.mlp, MoEMlp) else block.mlp.fc2
             for linear in (block.attn.proj, output):
-                linear.weight.data.div_((2.0 * (index + 1)) ** 0.5)
+                scale_by_depth(linear.weight, index)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory by computing blocks again in the backward pass.
@@ -105,15 +105,15 @@ def check_patches(img_size: int | tuple[int, int], patch_size: int) -> None:
         )
 
 
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> VisionTransformerMoE:
-    model: VisionTransformerMoE = build_model_with_cfg(
-        VisionTransformerMoE,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **{**defaults, **kwargs},
+def _build(make: Callable[..., Any], variant: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
+    feature_cfg = {"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"}
+    return build_model_with_cfg(
+        make, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **arguments
     )
+
+
+def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> VisionTransformerMoE:
+    model: VisionTransformerMoE = _build(VisionTransformerMoE, variant, pretrained, {**defaults, **kwargs})
     return model
 
 
@@ -199,15 +199,8 @@ def vit_moe(pretrained: bool = False, base: str = "vit_tiny_patch16_224", **kwar
             raise UserError(f"timm has no architecture {base!r} to convert: see `timm.list_models('*vit*')`.")
         weights = dict.fromkeys(("url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "state_dict"))
         kwargs["pretrained_cfg"] = {**base_cfg.to_dict(), **weights, "architecture": "vit_moe"}
-    return build_model_with_cfg(
-        _convert_base,
-        "vit_moe",
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        base=base,
-        **kwargs,
-    )
+    model: nn.Module = _build(_convert_base, "vit_moe", pretrained, {**kwargs, "base": base})
+    return model
 
 
 def _convert_base(base: str, twin: Match | None = None, **kwargs: Any) -> nn.Module:

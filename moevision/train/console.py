@@ -18,9 +18,8 @@ from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from moevision.errors import DataWarning
+from moevision.errors import USER_ERROR, DataWarning
 
-USER_ERROR = 2
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)", re.IGNORECASE)
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _VALUE = re.compile(r"(?:Got|Given) value: (.*)")

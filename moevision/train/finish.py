@@ -107,8 +107,7 @@ def finish_run(
         bad_images=data.bad_images,
         notes=data.warnings,
     )
-    write_json_atomic(run_dir / "summary.json", json.loads(json.dumps(asdict(summary), default=list)))
-    write_summary(summary, run_dir / "summary.md")
+    _write_summary(summary, run_dir)
     return RunResult(summary, run_dir, {row.sample: row.prediction == row.label for row in rows})
 
 
@@ -138,9 +137,13 @@ def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResul
         images_per_s=other.images_per_s,
     )
     summary = replace(result.summary, twin=comparison)
-    write_json_atomic(result.run_dir / "summary.json", json.loads(json.dumps(asdict(summary), default=list)))
-    write_summary(summary, result.run_dir / "summary.md")
+    _write_summary(summary, result.run_dir)
     return replace(result, summary=summary)
+
+
+def _write_summary(summary: RunSummary, run_dir: Path) -> None:
+    write_json_atomic(run_dir / "summary.json", json.loads(json.dumps(asdict(summary), default=list)))
+    write_summary(summary, run_dir / "summary.md")
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def _scores(rows: Sequence[_Prediction], data: ImageDataModule, metrics: dict[st
         correct=sum(row.prediction == row.label for row in rows),
         total=len(rows),
         majority_class=majority,
-        majority_correct=dict((name, total) for name, _, total in per_class)[majority],
+        majority_correct=per_class[data.class_names.index(majority)][2],
         loss=float(metrics["test/loss"]),
         balanced_accuracy=float(metrics["test/balanced_acc"]),
         ece=float(metrics["test/ece"]),
