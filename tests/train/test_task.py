@@ -172,9 +172,10 @@ def deterministic(aux: AuxLossWeights) -> ClassificationTask:
 def test_accumulation_has_the_gradient_of_the_full_batch() -> None:
     """The cross-entropy gradient is equal; the balance statistic of the last micro-batch is that of the full batch.
 
-    The gradient of the balance losses differs, since earlier micro-batches saw partial sums: measured here at 34 %
-    of its norm for two halves, and bounded so that a change is noticed.
+    The gradient of the balance losses differs, since earlier micro-batches saw partial sums: by 38 to 145 % of its
+    norm over ten seeds of so small a batch, by 56 % for the one used here, bounded so that a change is noticed.
     """
+    torch.manual_seed(2)
     x = torch.randn(16, 3, 32, 32, dtype=torch.float64)
     halves = [x[:8], x[8:]]
     plain = deterministic(AuxLossWeights())
