@@ -90,8 +90,7 @@ class MoEMlp(Recordable):
     def forward(self, x: Tensor) -> Tensor:
         """Mix the chosen experts' outputs: x [B, ..., D] -> [B, ..., out_features]; a 2-D x is one image's tokens."""
         tokens = x.unsqueeze(0) if x.ndim == 2 else x.flatten(1, -2)
-        routing = replace(self.router(tokens), layer=self.layer_index)
-        self.record(routing)
+        routing = self.decide(replace(self.router(tokens), layer=self.layer_index))
         flat = tokens.flatten(0, 1)
         mixed = self._mix_all(flat, routing) if self.experts.backend == "dense" else self._mix_routed(flat, routing)
         out: Tensor = self.drop(mixed.view(*x.shape[:-1], -1))

@@ -120,7 +120,7 @@ class TopKRouter(nn.Module):
             probs=logits.softmax(-1),
             noise_std=noise_std,
             expert_index=expert_index,
-            combine_weight=self._gates(noisy_logits, top_logits),
+            combine_weight=self.gates(noisy_logits, top_logits),
             kept=torch.ones_like(expert_index, dtype=torch.bool),
         )
 
@@ -137,9 +137,17 @@ class TopKRouter(nn.Module):
         logits, raw_std = both.split(self.num_experts, dim=-1)
         return logits, F.softplus(raw_std)
 
-    def _gates(self, noisy_logits: Tensor, top_logits: Tensor) -> Tensor:
-        """Combine weights [B, N, K] of the chosen experts."""
-        if self.softmax_over == "kept" and self.top_k > 1:
+    def gates(self, noisy_logits: Tensor, top_logits: Tensor) -> Tensor:
+        """Combine weights of chosen experts, by this router's rule.
+
+        Args:
+            noisy_logits: [B, N, E] the scores that the choice is made on.
+            top_logits: [B, N, k] those of the chosen experts; k is `top_k` unless an intervention chose otherwise.
+
+        Returns:
+            [B, N, k].
+        """
+        if self.softmax_over == "kept" and top_logits.shape[-1] > 1:
             return top_logits.softmax(-1)
         return (top_logits - noisy_logits.logsumexp(-1, keepdim=True)).exp()
 

@@ -3,7 +3,8 @@
 `Routing` is what every router returns and the only thing that losses, metrics, analysis and the demo read.
 `record_routing(model)` opens a scope in which every MoE layer of `model` appends its `Routing` to a list: a scope
 instead of hooks (they fire zero times under `torch.compile`, twice under activation checkpointing) and instead of
-returned tuples (they would break timm's Tensor -> Tensor blocks).
+returned tuples (they would break timm's Tensor -> Tensor blocks). An intervention changes the decision at the same
+place.
 
 Axes: B images, N tokens of an image (prefix tokens first), E experts, K choices of a token.
 """
@@ -11,7 +12,7 @@ Axes: B images, N tokens of an image (prefix tokens first), E experts, K choices
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
@@ -91,32 +92,40 @@ def _count(expert: Tensor, kept: Tensor, num_experts: int) -> Tensor:
 
 
 class Recordable(nn.Module):
-    """A layer that hands its `Routing` to the open recorder, if there is one."""
+    """A layer whose decision can be changed by an open intervention and is handed to the open recorder.
+
+    Both are scopes (`moevision.analysis.intervention`, `record_routing`): they are no part of the layer's state.
+    """
 
     layer_index: int | None = None
     recorder: list[Routing] | None = None
+    intervention: Callable[[Routing], Routing] | None = None
 
-    def record(self, routing: Routing) -> None:
-        """Append `routing` to the open recorder; nothing happens outside `record_routing`."""
+    def decide(self, routing: Routing) -> Routing:
+        """What the layer will compute: `routing` as the open intervention changes it; the open recorder gets it too."""
         if torch.compiler.is_compiling():
-            _record_uncompiled(self, routing)
-        else:
-            _append(self, routing)
+            return _decide_uncompiled(self, routing)
+        return _decide(self, routing)
 
     def __getstate__(self) -> dict[str, object]:
-        """A copy or a pickle never carries an open recorder along."""
-        return {name: value for name, value in self.__dict__.items() if name != "recorder"}
+        """A copy or a pickle never carries an open recorder or intervention along."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("recorder", "intervention")}
 
 
-def _append(layer: Recordable, routing: Routing) -> None:
-    if layer.recorder is not None:
-        layer.recorder.append(routing)
+def _decide(layer: Recordable, routing: Routing) -> Routing:
+    # Read once: another thread may close its scope between a check and a use.
+    intervention, recorder = layer.intervention, layer.recorder
+    if intervention is not None:
+        routing = intervention(routing)
+    if recorder is not None:
+        recorder.append(routing)
+    return routing
 
 
-# Compiled code must not look at the recorder: it would be compiled again for every length of the list, and with
-# activation checkpointing the recomputation (recorder closed) would save other tensors than the forward pass did.
-# This decorator imports the compiler on first use, `torch.compiler.disable` would at import.
-_record_uncompiled = _disable_dynamo(_append)
+# Compiled code must not look at the scopes: it would be compiled again for every length of the recorder's list and for
+# every intervention, and with activation checkpointing the recomputation (recorder closed) would save other tensors
+# than the forward pass did. This decorator imports the compiler on first use, `torch.compiler.disable` would at import.
+_decide_uncompiled = _disable_dynamo(_decide)
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -227,6 +228,28 @@ def test_copies_and_pickles_forget_the_recorder() -> None:
     assert routings == []
     assert twin.recorder is None
     assert pickled.recorder is None
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped", "dense"])
+def test_an_intervention_decides_and_is_recorded(backend: str) -> None:
+    """What it returns is what is computed: all goes to expert 4 with weight 1, the second choice is dropped."""
+    layer = make(hidden=32, backend=backend)
+    x = torch.randn(2, 7, 16)
+
+    def all_to_4(routing: Routing) -> Routing:
+        shape = routing.expert_index.shape
+        return replace(
+            routing,
+            expert_index=torch.tensor([4, 0]).expand(shape),
+            combine_weight=torch.tensor([1.0, 0.5]).expand(shape),
+            kept=torch.tensor([True, False]).expand(shape),
+        )
+
+    layer.intervention = all_to_4
+    with record_routing(layer) as routings:
+        out = layer(x)
+    torch.testing.assert_close(out, layer.experts.on_all_tokens(x.flatten(0, 1))[:, 4].view_as(x))
+    assert routings[0].counts().tolist() == [0, 0, 0, 0, 14]
 
 
 def test_weights_and_biases_have_names_that_weight_decay_understands() -> None:

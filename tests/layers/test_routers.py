@@ -67,6 +67,23 @@ def test_hand_derived_gates() -> None:
         torch.testing.assert_close(routing.expert_weights()[0, 0], torch.tensor([*expected, 0.0]))
 
 
+@pytest.mark.parametrize(
+    ("name", "k", "expected"),
+    [
+        ("noisy_top_k", 1, [4 / 7]),
+        ("noisy_top_k", 2, [4 / 6, 2 / 6]),
+        ("noisy_top_k", 3, [4 / 7, 2 / 7, 1 / 7]),
+        ("vmoe_top_k", 1, [4 / 7]),
+        ("vmoe_top_k", 2, [4 / 7, 2 / 7]),
+    ],
+)
+def test_gates_of_another_k(name: str, k: int, expected: list[float]) -> None:
+    """The same logits (ln 4, ln 2, 0) in a router built for k = 2; one choice is never renormalised."""
+    logits = torch.tensor([[[4.0, 2.0, 1.0]]]).log()
+    gates = build_router(name, 3, 3, 2).gates(logits, logits[..., :k])
+    torch.testing.assert_close(gates[0, 0], torch.tensor(expected))
+
+
 @pytest.mark.parametrize("name", ["noisy_top_k", "vmoe_top_k"])
 def test_top_1_is_never_renormalised_and_the_router_learns(name: str) -> None:
     """A softmax over one kept value is 1 and has no gradient; the full softmax does."""

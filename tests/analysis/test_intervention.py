@@ -1,0 +1,529 @@
+"""Interventions against NumPy transcriptions of what they say they do, and the promises of their scopes."""
+
+import copy
+import json
+import pickle
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from moevision import UserError, forward_routing
+from moevision.analysis.intervention import (
+    Intervention,
+    ablate,
+    edited,
+    force,
+    intervene,
+    limit_capacity,
+    random_route,
+    swap,
+    use_top_k,
+)
+from moevision.layers import MoEMlp, Routing, moe_layers, record_routing
+
+ROUTERS = ("noisy_top_k", "vmoe_top_k")
+WAIT_S = 20.0
+
+
+def make_layer(router: str = "noisy_top_k", top_k: int = 2, num_experts: int = 6) -> MoEMlp:
+    """A float64 layer in eval mode whose router is trained away from its zero start."""
+    torch.manual_seed(0)
+    layer = MoEMlp(16, 8, num_experts=num_experts, top_k=top_k, router=router, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.5)
+    return layer.eval()
+
+
+def make_model(seed: int = 0, **options: object) -> nn.Module:
+    """Two MoE layers (blocks 1 and 3) on a 4 x 4 grid, float64."""
+    torch.manual_seed(seed)
+    model = timm.create_model("test_vit_moe", **{"num_classes": 3, "num_experts": 6, "expert_hidden": 24, **options})
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            layer.router.weight.normal_()
+    return model.double().eval()
+
+
+def tokens(count: int = 3) -> Tensor:
+    return torch.randn(count, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def routed(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Routing]:
+    with torch.no_grad(), record_routing(layer) as routings:
+        out = layer(x)
+    return out, routings[0]
+
+
+def numpy_choice(logits: np.ndarray, allowed: list[int], top_k: int, router: str) -> tuple[list[int], np.ndarray]:
+    """One token's experts and gates, from the definition of its router."""
+    best = sorted(allowed, key=lambda expert: -logits[expert])[:top_k]
+    if router == "noisy_top_k" and top_k > 1:
+        weights = np.exp(logits[best])
+        return best, weights / weights.sum()
+    return best, np.exp(logits[best]) / np.exp(logits).sum()
+
+
+@pytest.mark.parametrize("away", [(2,), (2, 5), (0, 1, 2, 3)])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_next_best_is_the_choice_among_the_others(router: str, top_k: int, away: tuple[int, ...]) -> None:
+    """Nested ablations are one choice without all of them."""
+    layer, x = make_layer(router, top_k), tokens()
+    with ExitStack() as scopes:
+        for expert in away:
+            scopes.enter_context(ablate(layer, 0, expert))
+        _, routing = routed(layer, x)
+    logits = (x @ layer.router.weight.T).detach().numpy()
+    allowed = [expert for expert in range(6) if expert not in away]
+    for image, token in np.ndindex(3, 9):
+        experts, gates = numpy_choice(logits[image, token], allowed, top_k, router)
+        assert routing.expert_index[image, token].tolist() == experts
+        np.testing.assert_allclose(routing.combine_weight[image, token].detach(), gates, rtol=1e-12)
+    assert routing.counts()[list(away)].sum() == 0
+    assert routing.counts().sum() == 3 * 9 * top_k
+
+
+def test_with_fewer_experts_than_choices_a_token_has_fewer() -> None:
+    """Five of six are away: the last one has the whole softmax over the chosen, and none is chosen twice."""
+    layer, x = make_layer(), tokens()
+    with ExitStack() as scopes:
+        for expert in range(5):
+            scopes.enter_context(ablate(layer, 0, expert))
+        out, routing = routed(layer, x)
+        with ablate(layer, 0, 5):
+            nothing, _ = routed(layer, x)
+    assert routing.counts().tolist() == [0, 0, 0, 0, 0, 27]
+    torch.testing.assert_close(out, layer.experts.on_all_tokens(x.flatten(0, 1))[:, 5].view_as(out))
+    assert not nothing.any()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("fill", ["next_best", "zero"])
+def test_ablating_an_unused_expert_changes_no_bit(fill: str, router: str, top_k: int) -> None:
+    """One picture has 16 tokens, so of 24 experts some are chosen by none."""
+    model = make_model(num_experts=24, top_k=top_k, router=router).float()
+    x = images(1).float()
+    expected, routings = forward_routing(model, x)
+    for layer, routing in zip((1, 3), routings, strict=True):
+        unused = int(routing.requested_counts().argmin())
+        assert routing.requested_counts()[unused] == 0
+        with ablate(model, layer, unused, fill):
+            assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["loop", "dense"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_zero_fill_subtracts_the_experts_contribution(router: str, backend: str) -> None:
+    layer, x = make_layer(router), tokens()
+    before, routing = routed(layer, x)
+    part = layer.experts.on_all_tokens(x.flatten(0, 1))[:, 3].view_as(before) * routing.expert_weights()[..., 3:4]
+    layer.experts.backend = backend
+    with ablate(layer, 0, 3, fill="zero"):
+        after, without = routed(layer, x)
+    torch.testing.assert_close(after, before - part)
+    assert without.counts()[3] == 0
+    assert without.requested_counts()[3] > 0
+    assert (before - after).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_other_k_is_the_model_built_with_that_k(router: str, k: int) -> None:
+    model, built = make_model(router=router), make_model(seed=1, router=router, top_k=k)
+    built.load_state_dict(model.state_dict())
+    expected, recorded = forward_routing(built, images())
+    with use_top_k(model, k):
+        actual, routings = forward_routing(model, images())
+    torch.testing.assert_close(actual, expected)
+    assert all(torch.equal(a.expert_index, b.expert_index) for a, b in zip(routings, recorded, strict=True))
+    plain = model(images())
+    with use_top_k(model, k), use_top_k(model, 2):  # of two k the inner one counts
+        assert torch.equal(model(images()), plain)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 6.0])
+@pytest.mark.parametrize(("router", "top_k"), [("noisy_top_k", 2), ("vmoe_top_k", 2), ("noisy_top_k", 1)])
+def test_capacity_is_a_greedy_choice_within_each_image(router: str, top_k: int, factor: float) -> None:
+    """The largest gates first, until the expert is full; 9 tokens, 6 experts."""
+    layer, x = make_layer(router, top_k), tokens()
+    _, free = routed(layer, x)
+    with limit_capacity(layer, factor):
+        out, limited = routed(layer, x)
+    capacity = int(np.ceil(factor * 9 * top_k / 6))
+    for image in range(3):
+        gates, experts = free.combine_weight[image].detach().numpy(), free.expert_index[image].numpy()
+        room, kept = [capacity] * 6, np.zeros((9, top_k), dtype=bool)
+        for token, choice in sorted(np.ndindex(9, top_k), key=lambda place: -gates[place]):
+            if room[experts[token, choice]] > 0:
+                room[experts[token, choice]] -= 1
+                kept[token, choice] = True
+        np.testing.assert_array_equal(limited.kept[image], kept)
+    assert torch.equal(limited.expert_index, free.expert_index)
+    assert limited.kept.all() == (factor == 6.0)
+    everything = layer.experts.on_all_tokens(x.flatten(0, 1)).view(3, 9, 6, 16)
+    torch.testing.assert_close(out, (everything * limited.expert_weights().unsqueeze(-1)).sum(2))
+
+
+def test_capacity_of_a_product_that_floats_round_up() -> None:
+    """1.1 · 15 · 2 / 3 is 11, in floating point a little more; 15 tokens of equal gates: the first 11 stay."""
+    layer = make_layer(num_experts=3)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+    with limit_capacity(layer, 1.1):
+        _, routing = routed(layer, torch.randn(1, 15, 16, dtype=torch.float64))
+    assert routing.kept[0].all(-1).tolist() == [True] * 11 + [False] * 4
+
+
+def test_force_puts_the_expert_first_with_the_first_choices_gate() -> None:
+    layer, x = make_layer(), tokens()
+    _, free = routed(layer, x)
+    with force(layer, 0, 4):
+        out, forced = routed(layer, x)
+    assert (forced.expert_index[..., 0] == 4).all()
+    assert torch.equal(forced.combine_weight, free.combine_weight)
+    assert forced.counts()[4] == 27
+    everything = layer.experts.on_all_tokens(x.flatten(0, 1)).view(3, 9, 6, 16)
+    for image, token in np.ndindex(3, 9):
+        first, second = free.expert_index[image, token].tolist()
+        other = second if first == 4 else first
+        large, small = free.combine_weight[image, token]
+        expected = large * everything[image, token, 4] + small * everything[image, token, other]
+        torch.testing.assert_close(out[image, token], expected)
+
+
+def test_swap_is_exchanging_the_experts_weights() -> None:
+    layer, x = make_layer(), tokens()
+    before, _ = routed(layer, x)
+    with swap(layer, 0, 1, 4):
+        actual, _ = routed(layer, x)
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter[[1, 4]] = parameter[[4, 1]]
+    expected, _ = routed(layer, x)
+    torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(before, expected)
+
+
+def test_random_routes_are_even_distinct_and_repeatable() -> None:
+    """200 seeds x 9 positions x 2 choices on 6 experts: 600 each, standard deviation below sqrt(600 · 5/6) = 22."""
+    layer, x = make_layer(), tokens()
+    _, free = routed(layer, x)
+    counts, seen = torch.zeros(6, dtype=torch.int64), set()
+    for seed in range(200):
+        with random_route(layer, seed=seed):
+            _, routing = routed(layer, x)
+        assert (routing.expert_index[..., 0] != routing.expert_index[..., 1]).all()
+        assert torch.equal(routing.expert_index, routing.expert_index[:1].expand(3, 9, 2))
+        assert torch.equal(routing.combine_weight, free.combine_weight)
+        counts += routing.counts() // 3
+        seen.add(tuple(routing.expert_index[0].flatten().tolist()))
+    assert (counts - 600).abs().max() < 4 * 22
+    assert len(seen) == 200
+    with random_route(layer, seed=199):
+        assert tuple(routed(layer, x)[1].expert_index[0].flatten().tolist()) in seen
+
+
+def test_random_routes_differ_between_layers() -> None:
+    with random_route(model := make_model(), seed=3):
+        _, routings = forward_routing(model, images())
+    assert not torch.equal(routings[0].expert_index, routings[1].expert_index)
+
+
+def busiest(model: nn.Module, layer: int) -> int:
+    """The expert that computes most tokens of the test images."""
+    routings = {routing.layer: routing for routing in forward_routing(model, images(6))[1]}
+    return int(routings[layer].counts().argmax())
+
+
+Scope = Callable[[nn.Module], AbstractContextManager[None]]
+SCOPES: dict[str, Scope] = {
+    "ablate": lambda model: ablate(model, 1, busiest(model, 1)),
+    "zero": lambda model: ablate(model, 3, busiest(model, 3), fill="zero"),
+    "force": lambda model: force(model, 3, 1),
+    "swap": lambda model: swap(model, 1, 0, 5),
+    "random": lambda model: random_route(model, seed=4),
+    "top_k": lambda model: use_top_k(model, 1),
+    "capacity": lambda model: limit_capacity(model, 0.75),
+    "all of them": lambda model: intervene(
+        model,
+        Intervention("ablate", layer=1, expert=2),
+        Intervention("random", layer=3),
+        Intervention("swap", layer=1, expert=0, other=5),
+        Intervention("top_k", top_k=3),
+        Intervention("capacity", factor=0.75),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCOPES)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_batch_mates_change_nothing(router: str, name: str) -> None:
+    """Exact in float64: every picture alone, and in two batches; and every intervention changes something."""
+    model, x = make_model(router=router), images(6)
+    plain = model(x)
+    with SCOPES[name](model):
+        together, routings = forward_routing(model, x)
+        reversed_, _ = forward_routing(model, x.flip(0))
+        alone = [forward_routing(model, x[index : index + 1]) for index in range(6)]
+    torch.testing.assert_close(reversed_.flip(0), together, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.cat([logits for logits, _ in alone]), together, rtol=0, atol=1e-12)
+    for place, routing in enumerate(routings):
+        for name_of in ("expert_index", "kept"):
+            parts = torch.cat([getattr(single[place], name_of) for _, single in alone])
+            assert torch.equal(parts, getattr(routing, name_of))
+    assert (together - plain).abs().max() > 1e-6
+    assert torch.equal(model(x), plain)
+
+
+def test_rankings_compose_in_order_of_entry() -> None:
+    """Force 4 and then swap 4 and 1: all go to 1. Swap and then force 4: all go to 4."""
+    layer, x = make_layer(), tokens()
+    with force(layer, 0, 4), swap(layer, 0, 4, 1):
+        assert (routed(layer, x)[1].expert_index[..., 0] == 1).all()
+    with swap(layer, 0, 4, 1), force(layer, 0, 4):
+        assert (routed(layer, x)[1].expert_index[..., 0] == 4).all()
+
+
+def test_conditions_hold_inside_and_outside() -> None:
+    """An ablated expert stays away and no expert exceeds its capacity, whatever is entered when."""
+    layer, x = make_layer(), tokens()
+    others: list[Callable[[], AbstractContextManager[None]]] = [
+        lambda: ablate(layer, 0, 2),
+        lambda: random_route(layer, seed=1),
+        lambda: use_top_k(layer, 3),
+        lambda: limit_capacity(layer, 1.0),
+    ]
+    results = []
+    for order in (others, others[::-1], others[1:] + others[:1]):
+        with ExitStack() as scopes:
+            for other in order:
+                scopes.enter_context(other())
+            results.append(routed(layer, x)[1])
+    for routing in results:
+        loads = torch.stack(
+            [(routing.expert_index[image])[routing.kept[image]].bincount(minlength=6) for image in range(3)]
+        )
+        assert routing.top_k == 3
+        assert loads[:, 2].sum() == 0
+        assert loads.max() == 5  # ceil(9 · 3 / 6)
+        assert torch.equal(routing.expert_index, results[0].expert_index)
+        assert torch.equal(routing.kept, results[0].kept)
+
+
+def test_what_the_router_said_is_recorded_beside_what_was_computed() -> None:
+    layer, x = make_layer(), tokens()
+    _, free = routed(layer, x)
+    with ablate(layer, 0, 2):
+        _, routing = routed(layer, x)
+    assert torch.equal(routing.logits, free.logits)
+    assert torch.equal(routing.probs, free.probs)
+    assert not torch.equal(routing.expert_index, free.expert_index)
+
+
+def test_an_ablated_expert_is_away_for_the_class_token_too() -> None:
+    model = make_model(class_token=True, global_pool="token")
+    _, routings = forward_routing(model, images())
+    expert = int(routings[0].expert_index[0, 0, 0])
+    with ablate(model, 1, expert):
+        _, without = forward_routing(model, images())
+    assert without[0].num_prefix_tokens == 1
+    assert not (without[0].expert_index == expert).any()
+
+
+def test_training_works_under_an_intervention() -> None:
+    """Noise included: the gates have gradients, the ablated expert has none."""
+    layer = make_layer().train()
+    with ablate(layer, 0, 2):
+        layer(tokens()).square().sum().backward()
+    gradient = layer.experts.fc1.weight.grad
+    assert not gradient[2].any()
+    assert gradient[3].any()
+    assert layer.router.weight.grad.any()
+
+
+def test_an_exception_restores_the_layer() -> None:
+    model, x = make_model(), images(1)
+    expected = model(x)
+    with pytest.raises(RuntimeError), ablate(model, 1, 0), force(model, 3, 1):
+        model(torch.randn(1, 5, 32, 32, dtype=torch.float64))  # five channels
+    with ablate(model, 1, 0):
+        outer = model(x)
+        with pytest.raises(UserError), force(model, 3, 1), force(model, 3, 99):
+            pass
+        assert torch.equal(model(x), outer)
+    assert all(layer.intervention is None for layer in moe_layers(model))
+    assert torch.equal(model(x), expected)
+    done = threading.Thread(target=lambda: forward_routing(model, x))  # the lock is free again
+    done.start()
+    done.join(WAIT_S)
+    assert not done.is_alive()
+
+
+def test_other_threads_wait_or_see_no_intervention() -> None:
+    """While this thread holds an ablation a plain forward pass runs without it; recording and intervening wait."""
+    model, x = make_model(), images(1)
+    expected, results, away = model(x), {}, busiest(model, 1)
+
+    def plain() -> None:
+        results["plain"] = model(x)
+
+    def recording() -> None:
+        results["recording"] = forward_routing(model, x)[0]
+
+    def intervening() -> None:
+        with force(model, 3, 1):
+            results["intervening"] = model(x)
+
+    with force(model, 3, 1):
+        forced = model(x)
+    threads = [threading.Thread(target=work) for work in (recording, intervening)]
+    with ablate(model, 1, away):
+        ablated = model(x)
+        first = threading.Thread(target=plain)
+        first.start()
+        first.join(WAIT_S)
+        for thread in threads:
+            thread.start()
+            thread.join(0.2)
+        assert set(results) == {"plain"}
+        assert torch.equal(model(x), ablated)
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert torch.equal(results["plain"], expected)
+    assert torch.equal(results["recording"], expected)
+    assert torch.equal(results["intervening"], forced)
+    assert not torch.equal(ablated, expected)
+
+
+def test_two_threads_with_different_interventions() -> None:
+    model, x = make_model(), images(1)
+    scopes: list[Scope] = [SCOPES[name] for name in ("ablate", "random", "top_k")]
+    expected = []
+    for scope in scopes:
+        with scope(model):
+            expected.append(model(x))
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(10):
+            with scopes[number](model):
+                if not torch.equal(model(x), expected[number]):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+
+
+def test_copies_pickles_and_state_dicts_know_nothing_of_it() -> None:
+    layer, x = make_layer(), tokens()
+    expected, names = layer(x), list(layer.state_dict())
+    with ablate(layer, 0, 2):
+        copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+        assert list(layer.state_dict()) == names
+    for twin in copies:
+        assert twin.intervention is None
+        assert torch.equal(twin(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
+def test_compiled_code_obeys_without_being_compiled_again() -> None:
+    compilations: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        compilations.append(len(inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    layer, x = make_layer(), tokens()
+    plain, _ = routed(layer, x)
+    expected = []
+    for expert in range(6):
+        with ablate(layer, 0, expert, "zero"):
+            expected.append(routed(layer, x)[0])
+    layer.compile(backend=backend)
+    torch.testing.assert_close(routed(layer, x)[0], plain)
+    with ablate(layer, 0, 0):
+        routed(layer, x)  # from here on sizes of groups are dynamic
+    graphs = len(compilations)
+    assert graphs > 0
+    for expert in range(6):
+        with ablate(layer, 0, expert, "zero"):
+            torch.testing.assert_close(routed(layer, x)[0], expected[expert])
+        torch.testing.assert_close(routed(layer, x)[0], plain)
+    assert len(compilations) == graphs
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Intervention("remove"), "choose one of ablate, force"),
+        (lambda: Intervention("ablate", layer=1), "needs expert"),
+        (lambda: Intervention("force", expert=1), "needs layer"),
+        (lambda: Intervention("ablate", layer=1, expert=-1), "whole number"),
+        (lambda: Intervention("ablate", layer=1, expert=True), "whole number"),
+        (lambda: Intervention("ablate", layer=1, expert=1, fill="mean"), "next_best or zero"),
+        (lambda: Intervention("capacity", factor=0.0), "positive number"),
+        (lambda: Intervention("capacity", factor=float("nan")), "positive number"),
+        (lambda: Intervention.from_json({"layer": 1}), "names its kind"),
+        (lambda: Intervention.from_json({"kind": "capacity", "factor": "1"}), "wrong type"),
+        (lambda: Intervention.from_json({"kind": "ablate", "layer": "1", "expert": 2}), "whole number"),
+        (lambda: ablate(make_model(), 2, 0).__enter__(), "choose one of 1, 3"),
+        (lambda: ablate(make_model(), 1, 6).__enter__(), "experts are 0 to 5"),
+        (lambda: swap(make_model(), 1, 0, 6).__enter__(), "experts are 0 to 5"),
+        (lambda: use_top_k(make_model(), 7).__enter__(), "between 1 and 6"),
+        (lambda: use_top_k(make_model(), 0).__enter__(), "between 1 and 6"),
+        (lambda: random_route(nn.Linear(2, 2)).__enter__(), "not a dense one"),
+    ],
+)
+def test_what_does_not_fit_is_said(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"kind": "ablate", "layer": 1, "expert": 2, "fill": "zero"},
+        {"kind": "force", "layer": 1, "expert": 2},
+        {"kind": "swap", "layer": 1, "expert": 2, "other": 3},
+        {"kind": "random", "layer": None, "seed": 7},
+        {"kind": "top_k", "layer": None, "top_k": 1},
+        {"kind": "capacity", "layer": 3, "factor": 1.25},
+    ],
+)
+def test_json_round_trip(value: dict[str, object]) -> None:
+    assert Intervention.from_json(json.loads(json.dumps(value))).to_json() == value
+    assert Intervention.from_json({**value, "unrelated": [1]}).to_json() == value
+
+
+def test_an_edit_of_ones_own() -> None:
+    """The seam that effects use: here every token is sent to experts 5, 4, ... by rank."""
+    layer, x = make_layer(), tokens()
+    _, free = routed(layer, x)
+
+    def descending(ranking: object) -> object:
+        order = torch.arange(5, -1, -1).expand_as(ranking.order)
+        return type(ranking)(**{**vars(ranking), "order": order})
+
+    with edited(layer, {layer: descending}):
+        _, routing = routed(layer, x)
+    assert torch.equal(routing.expert_index, torch.tensor([5, 4]).expand(3, 9, 2))
+    assert torch.equal(routing.combine_weight, free.combine_weight)
