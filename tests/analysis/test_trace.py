@@ -1,0 +1,457 @@
+"""`collect_routing` and its file: what is recorded, against the model itself, NumPy, SciPy and safetensors."""
+
+import json
+import os
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import scipy.stats
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+
+from moevision import convert_to_moe, forward_routing
+from moevision.analysis import LayerTrace, RoutingTrace, collect_routing, open_pictures
+from moevision.analysis.trace import SCHEMA
+from moevision.analysis.trace_record import LAYER_ARRAYS
+from moevision.data import BadImageError, SyntheticPets
+from moevision.data.augment import normalize
+from moevision.errors import DataWarning, UserError
+from moevision.layers import moe_layers
+from moevision.models.hub import SavedModel, load_model
+from moevision.predict import predict_batch
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+PETS = SyntheticPets(24, 32, 0, "test")
+ARRAYS = LAYER_ARRAYS
+
+
+def made_random(net):
+    """Routers away from their zero start, so that patches go different ways."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in moe_layers(net):
+            layer.router.weight.copy_(torch.randn(layer.router.weight.shape, generator=generator))
+    return net.eval()
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return made_random(timm.create_model("test_vit_moe", **{"num_classes": 8, **options}))
+
+
+def saved(net):
+    return SavedModel(net, list(SyntheticPets.classes), 32, MEAN, STD)
+
+
+def with_class_and_register_tokens():
+    """timm's ViT with a class token and two registers in front of 8 x 8 patches."""
+    torch.manual_seed(0)
+    vit = timm.models.VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=8, reg_tokens=2
+    )
+    return made_random(convert_to_moe(vit, [0, 2], 5, 3, "vmoe_top_k"))
+
+
+class Broken(Dataset):
+    """Drawn pets, of which some can't be read."""
+
+    classes = SyntheticPets.classes
+
+    def __init__(self, bad, pets=PETS):
+        self.bad, self.pets = bad, pets
+        self.targets = [pets.label(index) for index in range(len(pets))]
+
+    def __len__(self):
+        return len(self.pets)
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise BadImageError(f"{index:06d}", "it is torn")
+        return self.pets[index]
+
+
+def arrays_equal(one, other):
+    assert one.arrays().keys() == other.arrays().keys()
+    for name, array in one.arrays().items():
+        assert array.dtype == other.arrays()[name].dtype
+        assert np.array_equal(array, other.arrays()[name]), name
+    for name in ("picture_names", "class_names", "prediction_names", "grid", "model", "data"):
+        assert getattr(one, name) == getattr(other, name), name
+
+
+@pytest.mark.parametrize(
+    ("make", "grid", "prefix", "blocks"),
+    [(small, (4, 4), 0, [1, 3]), (with_class_and_register_tokens, (8, 8), 3, [0, 2])],
+)
+def test_a_trace_is_what_the_model_decided(make, grid, prefix, blocks):
+    net = make()
+    trace = collect_routing(saved(net), PETS, batch_size=10)
+    assert (trace.grid, [layer.layer for layer in trace.layers]) == (grid, blocks)
+    for start in range(0, 24, 10):
+        part = slice(start, min(start + 10, 24))
+        pixels = np.stack([PETS.image(index).transpose(2, 0, 1) for index in range(24)[part]])
+        with torch.inference_mode():
+            output, routings = forward_routing(
+                net, normalize(torch.from_numpy(np.ascontiguousarray(pixels)), MEAN, STD)
+            )
+        assert np.array_equal(trace.probabilities[part], output.softmax(-1))
+        assert np.array_equal(trace.predictions[part], output.argmax(-1))
+        for layer, routing in zip(trace.layers, routings, strict=True):
+            patches = routing.logits.shape[1] - prefix
+            assert patches == grid[0] * grid[1]
+            assert np.array_equal(layer.expert_index[part], routing.expert_index[:, prefix:])
+            assert np.array_equal(layer.combine_weight[part], routing.combine_weight[:, prefix:])
+            assert np.array_equal(layer.kept[part], routing.kept[:, prefix:])
+            exact = torch.softmax(routing.logits[:, prefix:].double(), -1).numpy()
+            assert np.abs(layer.probs[part] / exact - 1)[exact > 6.2e-5].max() < 2**-11 + 1e-6
+            ranked = np.sort(exact, -1)
+            assert layer.margin[part] == pytest.approx(ranked[..., -1] - ranked[..., -2], abs=1e-6)
+            assert layer.entropy_bits[part] == pytest.approx(scipy.stats.entropy(exact, base=2, axis=-1), abs=1e-5)
+            assert np.array_equal(layer.first_choice()[part], exact.argmax(-1))
+    assert trace.labels.tolist() == [index % 8 for index in range(24)]
+    assert trace.accuracy == np.mean(trace.predictions == np.arange(24) % 8)
+    assert len({tuple(row) for layer in trace.layers for row in layer.first_choice()}) > 2  # not all alike
+
+
+def test_types_and_names():
+    trace = collect_routing(saved(small()), PETS)
+    layer = trace.layer(3)
+    types = {name: getattr(layer, name).dtype.name for name in ARRAYS}
+    assert list(types.values()) == ["int16", "bool", "float32", "float16", "float32", "float32"]
+    assert (layer.name, layer.num_experts, layer.top_k) == ("L3", 4, 2)
+    assert (trace.labels.dtype, trace.predictions.dtype, trace.probabilities.dtype) == (np.int64, np.int64, np.float32)
+    assert trace.picture_names[:2] == ("test/000000", "test/000001")
+    assert (trace.model, trace.data) == ("test_vit_moe", "synthetic_pets, test set, seed 0")
+    assert trace.class_names == trace.prediction_names == SyntheticPets.classes
+    with pytest.raises(UserError, match="Block 2 has no MoE layer: choose one of 1, 3"):
+        trace.layer(2)
+
+
+def test_predictions_are_those_of_predict(tiny_run, drawn_pets):
+    trace = collect_routing(str(tiny_run), drawn_pets, split="all", batch_size=64)
+    assert trace.model == tiny_run.name
+    rows = predict_batch(load_model(str(tiny_run)), [drawn_pets / name for name in trace.picture_names])
+    assert len(rows) == len(trace) == 40
+    for index, row in enumerate(rows):
+        assert row.classes[0] == trace.class_names[trace.predictions[index]]
+        assert row.probabilities[0] == float(trace.probabilities[index].max())
+        assert trace.class_names[trace.labels[index]] == trace.picture_names[index].split("/")[0]
+
+
+def test_choices_that_capacity_dropped():
+    class Capacity(nn.Module):
+        """A router that drops every choice of expert 1, and the second choice of the first patch."""
+
+        def __init__(self, router):
+            super().__init__()
+            self.router = router
+
+        def forward(self, x):
+            routing = self.router(x)
+            kept = routing.expert_index != 1
+            kept[:, 0, 1] = False
+            return replace(routing, kept=kept)
+
+    net = small()
+    free = collect_routing(saved(net), PETS).layer(1)
+    layer = moe_layers(net)[0]
+    layer.router = Capacity(layer.router)
+    full = collect_routing(saved(net), PETS).layer(1)
+    assert np.array_equal(full.expert_index, free.expert_index)  # still what the router wanted
+    expected = free.expert_index != 1
+    expected[:, 0, 1] = False
+    assert 0 < expected.sum() < expected.size
+    assert np.array_equal(full.kept, expected)
+    counts, patch_counts = np.zeros((24, 4), int), np.zeros((16, 4), int)
+    for image, patch, choice in np.ndindex(expected.shape):
+        if expected[image, patch, choice]:
+            counts[image, free.expert_index[image, patch, choice]] += 1
+            patch_counts[patch, free.expert_index[image, patch, choice]] += 1
+    assert np.array_equal(full.counts(), counts)
+    assert np.array_equal(full.patch_counts(), patch_counts)
+    assert free.counts().sum(-1).tolist() == [32] * 24
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_file(tmp_path, streamed):
+    trace = collect_routing(saved(small()), PETS, batch_size=10)
+    file = tmp_path / "new" / "trace.safetensors"
+    if streamed:
+        mapped = collect_routing(saved(small()), PETS, batch_size=10, path=file)
+        arrays_equal(mapped, trace)
+    else:
+        trace.save(file)
+    loaded = RoutingTrace.load(file)
+    arrays_equal(loaded, trace)
+    assert {**loaded.provenance, "created_utc": ""} == {**trace.provenance, "created_utc": ""}
+    tensors = safetensors.numpy.load_file(file)
+    assert tensors.keys() == trace.arrays().keys()
+    for name, array in trace.arrays().items():
+        assert np.array_equal(tensors[name], array)
+    with safetensors.safe_open(file, "np") as opened:
+        assert opened.metadata()["schema"] == SCHEMA == "moevision.trace/1"
+        assert json.loads(opened.metadata()["picture_names"]) == list(trace.picture_names)
+    assert os.listdir(file.parent) == [file.name]
+    for array in loaded.arrays().values():
+        assert array.ctypes.data % array.dtype.itemsize == 0
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 0
+
+
+def test_a_part_of_a_trace(tmp_path):
+    trace = collect_routing(saved(small()), PETS)
+    mask = trace.labels == 3
+    for chosen in ([3, 11, 19], mask, slice(3, None, 8), np.array([3, 11, -5])):
+        part = trace.select(chosen)
+        assert part.picture_names == ("test/000003", "test/000011", "test/000019")
+        for name, array in part.arrays().items():
+            assert np.array_equal(array, trace.arrays()[name][mask])
+    part.save(tmp_path / "part")
+    arrays_equal(RoutingTrace.load(tmp_path / "part"), part)
+    empty = trace.select([])
+    empty.save(tmp_path / "empty")
+    assert len(RoutingTrace.load(tmp_path / "empty")) == 0
+    assert empty.accuracy is None
+    assert empty.layers[0].counts().shape == (0, 4)
+
+
+def test_names_of_files_that_are_no_unicode(tmp_path):
+    trace = collect_routing(saved(small()), PETS, limit=2)
+    trace = replace(trace, picture_names=("Käfer/\udcff.png", "雪/1.png"))
+    trace.save(tmp_path / "trace")
+    assert RoutingTrace.load(tmp_path / "trace").picture_names == trace.picture_names
+
+
+@pytest.mark.parametrize("bad", [{0, 1, 2, 3, 4, 5, 6, 7}, {3, 9, 23}, set(range(1, 24))])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_pictures_that_can_not_be_read_are_left_out(tmp_path, bad, streamed):
+    net = small()
+    good = [index for index in range(24) if index not in bad]
+    path = tmp_path / "trace" if streamed else None
+    first = min(bad)
+    with pytest.warns(DataWarning, match=rf"{len(bad)} of 24 pictures .* the first is {first:06d}: it is torn"):
+        trace = collect_routing(saved(net), Broken(bad), batch_size=4, path=path)
+    whole = collect_routing(saved(net), Broken(set()), batch_size=4).select(good)
+    assert trace.picture_names == whole.picture_names
+    assert trace.provenance["unreadable"] == len(bad)
+    for name, array in trace.arrays().items():
+        # Other batch-mates: sums are rounded otherwise in the last bit.
+        np.testing.assert_allclose(array.astype(float), whole.arrays()[name].astype(float), atol=2e-3, err_msg=name)
+    assert trace.labels.tolist() == [index % 8 for index in good]
+    if streamed:
+        assert safetensors.numpy.load_file(path)["labels"].tolist() == trace.labels.tolist()
+        assert os.listdir(tmp_path) == ["trace"]
+
+
+def test_no_picture_can_be_read(tmp_path):
+    with pytest.raises(UserError, match="None of the 24 pictures can be read"):
+        collect_routing(saved(small()), Broken(set(range(24))), path=tmp_path / "trace")
+    assert os.listdir(tmp_path) == []
+
+
+class Repeated:
+    """A picture set of any length that holds one picture."""
+
+    class_names, name, part_names = SyntheticPets.classes, "one picture", ()
+
+    def __init__(self, length):
+        self.length, self.pixels = length, PETS.image(0)
+
+    def __len__(self):
+        return self.length
+
+    def image(self, index):
+        return self.pixels
+
+    def label(self, index):
+        return index % 8
+
+    def picture_name(self, index):
+        return str(index)
+
+    def part_mask(self, index):
+        return None
+
+
+def test_memory_is_bounded(tmp_path):
+    model = saved(with_class_and_register_tokens())
+
+    def peak_bytes(length, path):
+        tracemalloc.start()
+        trace = collect_routing(model, Repeated(length), batch_size=16, path=path, progress=False)
+        counts = trace.layers[0].counts()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert counts.sum() == length * 64 * 3
+        return peak, sum(array.nbytes for array in trace.arrays().values())
+
+    peak_bytes(16, tmp_path / "first")  # imports and caches
+    small_peak, small_bytes = peak_bytes(64, tmp_path / "small")
+    large_peak, large_bytes = peak_bytes(640, tmp_path / "large")
+    assert large_bytes == 10 * small_bytes > 3_000_000
+    # What grows is the list of names and the counts asked for: far less than the arrays.
+    assert large_peak - small_peak < 0.15 * (large_bytes - small_bytes)
+    in_memory, _ = peak_bytes(640, None)
+    assert in_memory > large_bytes  # the measurement does see arrays
+
+
+@pytest.fixture
+def trace_file(tmp_path):
+    collect_routing(saved(small()), PETS, path=tmp_path / "trace.safetensors")
+    return tmp_path / "trace.safetensors"
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, 0.5, -1])
+def test_a_file_that_was_cut_off(trace_file, left):
+    data = trace_file.read_bytes()
+    trace_file.write_bytes(data[: int(left * len(data)) if isinstance(left, float) else left])
+    with pytest.raises(UserError, match="is damaged, or is no file of this kind"):
+        RoutingTrace.load(trace_file)
+
+
+def test_a_run_that_is_interrupted_leaves_the_old_file(trace_file):
+    class Interrupted(Broken):
+        def __getitem__(self, index):
+            if index == 20:
+                (partial,) = set(trace_file.parent.iterdir()) - {trace_file}
+                self.partial = partial.read_bytes()
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    before = trace_file.read_bytes()
+    data = Interrupted(set())
+    with pytest.raises(KeyboardInterrupt):
+        collect_routing(saved(small()), data, batch_size=4, path=trace_file)
+    assert trace_file.read_bytes() == before
+    assert os.listdir(trace_file.parent) == [trace_file.name]
+    # What a killed process would leave has its full length and can't be loaded either.
+    assert len(data.partial) > sum(array.nbytes for array in collect_routing(saved(small()), PETS).arrays().values())
+    trace_file.write_bytes(data.partial)
+    with pytest.raises(UserError, match="is damaged"):
+        RoutingTrace.load(trace_file)
+
+
+def rewritten(file, **changes):
+    """The same tensors with other metadata; None takes a key away."""
+    with safetensors.safe_open(file, "np") as opened:
+        metadata = {**opened.metadata(), **changes}
+    metadata = {name: value for name, value in metadata.items() if value is not None}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(file), file, metadata)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"schema": "moevision.trace/2"}, "has the schema 'moevision.trace/2', and this version reads"),
+        ({"schema": None}, "is no routing trace"),
+        ({"layers": "[1, 2]"}, "L2.expert_index"),
+        ({"grid": "[4, 5]"}, "20 patches"),
+        ({"picture_names": "[]"}, "0 pictures"),
+        ({"grid": "4 x 4"}, "is damaged"),
+        ({"class_names": None}, "class_names"),
+    ],
+)
+def test_files_of_another_kind(trace_file, changes, words):
+    rewritten(trace_file)
+    arrays_equal(RoutingTrace.load(trace_file), collect_routing(saved(small()), PETS))  # what the library wrote, too
+    rewritten(trace_file, **changes)
+    with pytest.raises(UserError) as caught:
+        RoutingTrace.load(trace_file)
+    assert words in str(caught.value)
+
+
+def test_places_that_can_not_be(tmp_path):
+    with pytest.raises(UserError, match="There is no file"):
+        RoutingTrace.load(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    trace = collect_routing(saved(small()), PETS, limit=8)
+    for path in (tmp_path / "file" / "trace", tmp_path):
+        with pytest.raises(UserError, match="can't be written"):
+            trace.save(path)
+        with pytest.raises(UserError, match="can't be written"):
+            collect_routing(saved(small()), PETS, path=path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_bare_module():
+    net = small().train()
+    net.blocks[0].eval()
+    modes = [module.training for module in net.modules()]
+    trace = collect_routing(net, PETS)
+    assert [module.training for module in net.modules()] == modes
+    # timm's configuration of the model says how pixels are normalised: ImageNet's mean and deviation.
+    imagenet = SavedModel(net.eval(), list(SyntheticPets.classes), 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    arrays_equal(trace, collect_routing(imagenet, PETS))
+    other = collect_routing(small(num_classes=5), PETS)
+    assert other.prediction_names == tuple(f"class {index}" for index in range(5))
+    assert (other.class_names, other.accuracy) == (SyntheticPets.classes, None)
+    headless = collect_routing(small(num_classes=0), PETS)
+    assert headless.probabilities.shape == (24, 0)
+    assert set(headless.predictions.tolist()) == {-1}
+
+
+def test_one_expert():
+    layer = collect_routing(saved(small(num_experts=1, top_k=1)), PETS).layer(1)
+    assert np.array_equal(layer.margin, np.ones((24, 16)))
+    assert np.array_equal(layer.entropy_bits, np.zeros((24, 16)))
+
+
+def test_a_picture_set_and_a_subset():
+    pictures = open_pictures("synthetic_pets", 32, limit=16)
+    trace = collect_routing(saved(small()), pictures)
+    arrays_equal(trace, collect_routing(saved(small()), "synthetic_pets", limit=16))
+    assert np.bincount(trace.labels).tolist() == [2] * 8
+
+
+def test_the_hash_follows_the_weights():
+    one, same, other = small(), small(), small()
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1
+    hashes = [collect_routing(saved(net), PETS, limit=1).provenance["weights_sha256"] for net in (one, same, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_what_has_no_routing():
+    with pytest.raises(UserError, match="no MoE layers"):
+        collect_routing(saved(small(moe_layers=[])), PETS)
+    with pytest.raises(UserError, match="which square pictures"):
+        collect_routing(nn.Linear(3, 3), PETS)
+    with pytest.raises(UserError, match="batch_size is 0"):
+        collect_routing(saved(small()), PETS, batch_size=0)
+    with pytest.raises(UserError, match="resize it"):
+        collect_routing(replace(saved(small()), image_size=64), Repeated(2))
+
+
+def test_arrays_that_do_not_belong_together():
+    trace = collect_routing(saved(small()), PETS, limit=4)
+    for change in ({"labels": trace.labels[:3]}, {"grid": (2, 4)}, {"layers": ()}, {"picture_names": ("a",)}):
+        with pytest.raises(UserError, match="collect it again"):
+            replace(trace, **change)
+    assert isinstance(trace.layers[0], LayerTrace)
+
+
+def test_a_progress_bar_only_where_it_takes_long(capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, as rich sees it
+    for options, seen in (({"batch_size": 8}, False), ({"batch_size": 2}, True), ({"progress": False}, False)):
+        collect_routing(saved(small()), PETS, **{"batch_size": 2, **options})
+        captured = capfd.readouterr()
+        assert captured.out == ""
+        assert ("routing" in captured.err) is seen
+
+
+def test_pictures_of_mixed_sizes_and_modes(tmp_path):
+    rng = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(40, 32), (32, 32), (500, 31), (7, 9), (33, 400), (64, 64)]):
+        folder = tmp_path / ("cat" if number % 2 else "dog")
+        folder.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert("L" if number == 1 else "RGB").save(folder / f"{number}.png")
+    trace = collect_routing(saved(small()), tmp_path, split="all")
+    assert trace.picture_names == ("cat/1.png", "cat/3.png", "cat/5.png", "dog/0.png", "dog/2.png", "dog/4.png")
+    assert [trace.class_names[label] for label in trace.labels] == ["cat"] * 3 + ["dog"] * 3
