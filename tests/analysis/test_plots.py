@@ -1,0 +1,450 @@
+"""The figures say what the arrays say: numbers, colours and marks are read back from what was drawn."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
+from PIL import Image
+
+from moevision.analysis import plots
+from moevision.analysis.figure_style import BLANK, hex_of, wrap
+from moevision.analysis.palette import EXPERT_COLOURS, NEUTRAL
+from moevision.analysis.tables import co_activation, gate_weight_quantiles, position_share
+from moevision.analysis.trace import LayerTrace, RoutingTrace
+from moevision.errors import UserError
+
+
+def make_trace(
+    images: int = 3, grid: tuple[int, int] = (4, 4), experts: int = 8, top_k: int = 2, layers: int = 2, seed: int = 0
+) -> RoutingTrace:
+    """Random routing by a softmax; weights are the probabilities of the chosen experts."""
+    rng = np.random.default_rng(seed)
+    traces = []
+    for layer in range(layers):
+        probs = rng.dirichlet(np.full(experts, 0.5), (images, grid[0] * grid[1]))
+        ranked = np.argsort(-probs, -1)
+        best = np.take_along_axis(probs, ranked, -1)
+        entropy = -(probs * np.log2(np.maximum(probs, 1e-12))).sum(-1)
+        traces.append(
+            LayerTrace(
+                layer=2 * layer + 1,
+                expert_index=ranked[..., :top_k].astype(np.int16),
+                kept=np.ones((images, grid[0] * grid[1], top_k), dtype=bool),
+                combine_weight=best[..., :top_k].astype(np.float32),
+                probs=probs.astype(np.float16),
+                margin=(best[..., 0] - best[..., 1]).astype(np.float32),
+                entropy_bits=entropy.astype(np.float32),
+            )
+        )
+    return RoutingTrace(
+        layers=tuple(traces),
+        labels=np.arange(images) % 3,
+        predictions=np.arange(images) % 3,
+        probabilities=np.full((images, 3), 1 / 3, dtype=np.float32),
+        picture_names=tuple(f"{i}.png" for i in range(images)),
+        class_names=("cat", "dog", "a class with quite a long name"),
+        grid=grid,
+        model="a model",
+        data="random",
+    )
+
+
+class Pictures:
+    """Pictures whose every pixel carries its image's number, so that a crop tells where it is from."""
+
+    class_names = ("cat", "dog", "owl")
+    name = "numbered"
+    part_names = ()
+
+    def __len__(self) -> int:
+        return 3
+
+    def image(self, index: int) -> np.ndarray:
+        return np.full((32, 32, 3), 10 * (index + 1), dtype=np.uint8)
+
+    def label(self, index: int) -> int:
+        return index % 3
+
+    def picture_name(self, index: int) -> str:
+        return f"{index}.png"
+
+    def part_mask(self, index: int) -> None:
+        return None
+
+
+PICTURE = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+def words(where: Figure | Axes) -> list[str]:
+    return [text.get_text() for text in where.findobj(Text) if text.get_text() and text.get_visible()]
+
+
+def heading_of(figure: Figure) -> str:
+    return " ".join(text.get_text() for text in figure.texts)
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    with Image.open(io.BytesIO(plots.figure_png(figure))) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def ticks_out_of_view(axis: Axis) -> set[Text]:
+    """Labels that matplotlib keeps for ticks beyond the axis' ends, and doesn't draw."""
+    low, high = sorted(axis.get_view_interval())
+    slack = 1e-6 * (high - low)
+    ticks = [tick for tick in axis.get_major_ticks() if not low - slack <= tick.get_loc() <= high + slack]
+    return {label for tick in ticks for label in (tick.label1, tick.label2)}
+
+
+def assert_readable(figure: Figure) -> None:
+    """Every word lies inside the figure, and no two lines of the heading on each other."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    renderer = canvas.get_renderer()
+    unseen = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in ticks_out_of_view(axis)}
+    for text in figure.findobj(Text):
+        if text.get_text().strip() and text.get_visible() and text not in unseen:
+            box = text.get_window_extent(renderer)
+            assert -2 <= box.x0 <= box.x1 <= width + 2, text.get_text()
+            assert -2 <= box.y0 <= box.y1 <= height + 2, text.get_text()
+    lines = [text.get_window_extent(renderer) for text in figure.texts]
+    assert all(lower.y1 <= upper.y0 + 3 for upper, lower in itertools.pairwise(lines))
+
+
+def test_overlay_shows_colour_number_and_weight_of_the_first_choice() -> None:
+    trace = make_trace()
+    layer = trace.layers[1]
+    layer.kept[1, 5, 0] = False
+    figure = plots.plot_overlay(PICTURE, trace, 1, layers=[3])
+    axes = figure.axes[1]
+    numbers = [text.get_text() for text in axes.texts]
+    first = layer.expert_index[1, :, 0]
+    assert numbers == ["×" if patch == 5 else str(first[patch]) for patch in range(16)]
+    cells = np.asarray(axes.images[1].get_array()).reshape(16, 4)
+    assert [hex_of(cell) for cell in cells] == [EXPERT_COLOURS[expert] for expert in first]
+    assert cells[5, 3] == 0
+    rest = np.delete(np.arange(16), 5)
+    order = np.argsort(layer.combine_weight[1, rest, 0])
+    assert (np.diff(cells[rest, 3][order]) > 0).all()  # opacity grows with the gate weight
+    assert "dog, predicted dog (33%)" in heading_of(figure)
+
+
+def test_overlay_highlights_one_expert_of_many() -> None:
+    trace = make_trace(experts=64)
+    plain, one = plots.plot_overlay(PICTURE, trace, 0), plots.plot_overlay(PICTURE, trace, 0, highlight=7)
+    first = trace.layers[0].expert_index[0, :, 0]
+    cells = np.asarray(plain.axes[1].images[1].get_array()).reshape(16, 4)
+    assert {hex_of(cell) for cell in cells} == {NEUTRAL}
+    cells = np.asarray(one.axes[1].images[1].get_array()).reshape(16, 4)
+    assert [hex_of(cell) == "#0072B2" for cell in cells] == list(first == 7)
+
+
+def test_path_draws_every_choice_with_its_weight() -> None:
+    trace = make_trace(top_k=3, layers=4)
+    figure = plots.plot_path(PICTURE, trace, 2, 6)
+    axes = figure.axes[1]
+    drawn = [text.get_text() for text in axes.texts]
+    for layer in trace.layers:
+        for choice in range(3):
+            assert str(layer.expert_index[2, 6, choice]) in drawn
+            assert f"{layer.combine_weight[2, 6, choice]:.2f}" in drawn
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 4]  # type: ignore[arg-type]
+    paths = {tuple(np.asarray(line.get_ydata())): line.get_linewidth() for line in lines}
+    wanted = [tuple(layer.expert_index[2, 6, choice] for layer in trace.layers) for choice in range(3)]
+    assert paths[wanted[0]] > paths[wanted[1]] == paths[wanted[2]]
+
+
+def test_path_says_what_capacity_dropped() -> None:
+    trace = make_trace()
+    trace.layers[0].kept[0, 3, 1] = False
+    assert words(plots.plot_path(PICTURE, trace, 0, 3)).count("dropped") == 1
+
+
+def test_certainty_maps_show_entropy_and_margin() -> None:
+    trace = make_trace()
+    figure = plots.plot_certainty(PICTURE, trace, 1)
+    maps = [np.asarray(axes.images[1].get_array()) for axes in figure.axes if len(axes.images) == 2]
+    wanted = [layer.entropy_bits for layer in trace.layers] + [layer.margin for layer in trace.layers]
+    for drawn, values in zip(maps, wanted, strict=True):
+        np.testing.assert_allclose(drawn.ravel(), values[1])
+    norms = [axes.images[1].norm for axes in figure.axes if len(axes.images) == 2]
+    assert [norm.vmax for norm in norms] == [3.0, 3.0, 1.0, 1.0]  # log2(8) bits; a margin is at most 1
+
+
+def test_load_bars_have_the_shares_the_ideal_and_the_slowest() -> None:
+    figure = plots.plot_load([[10, 20, 30, 40], [25, 25, 25, 25]], ["L1", "L3"])
+    bars = [patch.get_height() for patch in figure.axes[0].patches[4:]]  # behind them the four requested loads
+    np.testing.assert_allclose(bars, [0.1, 0.2, 0.3, 0.4])
+    assert figure.axes[0].lines[0].get_ydata()[0] == 0.25  # type: ignore[index]
+    assert "slowest ÷ mean 1.60" in words(figure.axes[0])  # 40 / 25
+    assert "slowest ÷ mean 1.00" in words(figure.axes[1])
+
+
+def test_load_bars_show_what_was_dropped() -> None:
+    figure = plots.plot_load([[20, 20]], ["L1"], requested=[[60, 20]])
+    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    np.testing.assert_allclose(heights, [0.75, 0.25, 0.25, 0.25])  # requested, then computed, of 80 choices
+    assert "dropped" in heading_of(figure)
+
+
+def test_gate_weights_are_drawn_at_their_quantiles() -> None:
+    quantiles = np.linspace(0.05, 0.95, 20).reshape(2, 5, 2)
+    axes = plots.plot_gate_weights(quantiles, ["L1", "L3"]).axes[0]
+    dots = [np.asarray(line.get_ydata()) for line in axes.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(dots, quantiles[:, 2].T)
+    outer, inner = (np.array([path[:, 1] for path in c.get_segments()]) for c in axes.collections[:2])  # type: ignore[attr-defined]
+    np.testing.assert_allclose(outer, quantiles[:, [0, 4], 0])
+    np.testing.assert_allclose(inner, quantiles[:, [1, 3], 0])
+
+
+def test_co_activation_writes_conditional_shares_and_states_chance() -> None:
+    # Experts 0 and 1 in three patches, 0 and 2 in one: of expert 0's four patches 75 % chose 1 and 25 % chose 2.
+    counts = co_activation(np.array([[[0, 1], [1, 0], [0, 1], [2, 0]]]), 3)
+    figure = plots.plot_co_activation(counts, 2, layer_name="L4")
+    cells = {text.get_position(): text.get_text() for text in figure.axes[0].texts if text.get_text().isdigit()}
+    assert cells[1, 0] == "75"
+    assert cells[2, 0] == "25"
+    assert cells[0, 1] == cells[0, 2] == "100"
+    assert "50.0%" in heading_of(figure)  # (k - 1) / (E - 1)
+
+
+SHARE = np.array([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.3, 0.3, 0.4]])
+
+
+def test_only_significant_cells_are_coloured() -> None:
+    significant = np.array([[True, False, False], [False, True, False], [False, False, False]])
+    figure = plots.plot_class_experts(SHARE, significant, ["cat", "dog", "owl"], layer_name="L1", threshold=0.1)
+    axes = figure.axes[0]
+    drawn = axes.images[0].get_array()
+    assert isinstance(drawn, np.ma.MaskedArray)
+    rows = [label.get_text() for label in axes.get_yticklabels()]
+    assert rows == ["cat", "dog", "owl"]  # each prefers another expert, in the order of the experts
+    np.testing.assert_array_equal(~drawn.mask, significant)
+    np.testing.assert_allclose(drawn.compressed(), [0.5 - 1 / 3, 0.6 - 0.4])  # above the mean class
+    assert hex_of(axes.get_facecolor()) == BLANK  # what shows through elsewhere
+    assert "2 of 9 cells" in heading_of(figure)
+    assert "10.0 points" in heading_of(figure)
+
+
+def test_no_significant_cell_is_said_in_words() -> None:
+    figure = plots.plot_class_experts(SHARE, np.zeros((3, 3), dtype=bool), ["a", "b", "c"], layer_name="L1")
+    assert "no class was found to use an expert more than others do" in heading_of(figure)
+    assert len(figure.axes) == 1  # no colour bar without a coloured cell
+
+
+def test_a_class_without_images_is_left_out() -> None:
+    share = np.vstack([SHARE, np.full(3, np.nan)])
+    figure = plots.plot_class_experts(share, share > 0.5, ["cat", "dog", "owl", "ghost"], layer_name="L1")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "dog", "owl"]
+    assert "1 of 9 cells" in heading_of(figure)
+    with pytest.raises(UserError, match="No class has an image"):
+        plots.plot_class_experts(share[3:], share[3:] > 0.5, ["ghost"], layer_name="L1")
+
+
+def test_of_a_thousand_classes_those_with_the_largest_effect_are_shown() -> None:
+    rng = np.random.default_rng(0)
+    share = np.full((1000, 8), 0.125)
+    strong = rng.choice(1000, 25, replace=False)
+    share[strong, 0] += 0.2
+    share[strong, 1] -= 0.1
+    share[strong, 2] -= 0.1
+    figure = plots.plot_class_experts(share, share > 0.3, [f"class {i}" for i in range(1000)], layer_name="L1")
+    shown = {label.get_text() for label in figure.axes[0].get_yticklabels()}
+    assert shown == {f"class {i}" for i in strong}
+    assert "25 of 1000 classes" in heading_of(figure)
+
+
+def test_part_map_shares_areas_and_absent_parts() -> None:
+    # 8 patches of part a (6 to expert 0) and 2 of part c, all to expert 1; part b doesn't occur.
+    figure = plots.plot_part_experts([[6, 2], [0, 0], [0, 2]], ["a", "b", "c"], layer_name="L1")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (80%)", "c (20%)"]
+    drawn = np.asarray(axes.images[0].get_array())
+    np.testing.assert_allclose(drawn, [[0.75 - 0.6, 0.25 - 0.4], [0 - 0.6, 1 - 0.4]])  # against 6 : 4 of all patches
+    assert "Nothing is tested" in heading_of(figure)
+
+
+def test_position_maps_are_laid_out_as_the_picture() -> None:
+    share = np.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
+    figure = plots.plot_positions(share, (2, 3), layer_name="L1")
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    assert len({axes.images[0].norm for axes in figure.axes[:2]}) == 1  # one scale
+
+
+def test_gallery_shows_top_and_random_patches_and_an_idle_expert() -> None:
+    trace = make_trace(experts=4, layers=1)
+    layer = trace.layers[0]
+    layer.expert_index[layer.expert_index == 3] = 2  # nothing goes to expert 3
+    figure = plots.plot_gallery(Pictures(), trace, 1, count=2)
+    axes = figure.axes[0]
+    # One top patch at most of each of three pictures, so two of each kind for three busy experts.
+    assert len(axes.images) == 3 * 4
+    assert words(axes).count("no patch goes to this expert") == 1
+    values = {int(np.asarray(image.get_array()).max()) for image in axes.images}
+    assert values <= {10, 20, 30}
+    assert f"{np.mean(layer.expert_index == 0):.1%}" in words(axes)
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    plain = {
+        "layer": 1, "about": "class", "value_bits": 0.2, "low": 0.15, "high": 0.25, "null_sd": 0.01, "n_images": 400,
+        "baselines": {"untrained": [0.05, 0.06], "hash": [0.0], "kmeans_colour": [0.1], "kmeans_input": [0.12]},
+        "seeds": [0.18, 0.21], "verdict": True,
+    }  # fmt: skip
+    return plain | changes
+
+
+def test_specialization_stands_beside_all_comparisons() -> None:
+    figure = plots.plot_specialization([row(), row(layer=3, verdict=False, value_bits=-0.02), row(about="part")])
+    axes = figure.axes[0]
+    drawn = {tuple(np.round(np.asarray(line.get_xdata()), 3)) for line in axes.lines}
+    assert {(0.2,), (0.15, 0.25), (0.05, 0.06), (0.0,), (0.1,), (0.12,), (0.18, 0.21)} <= drawn
+    band = axes.patches[0]
+    assert (band.get_x(), band.get_width()) == pytest.approx((-0.0196, 0.0392))  # type: ignore[attr-defined]
+    assert "0.200 bits\nlearned" in words(axes)
+    assert "−0.020 bits\nnot shown" in words(axes)
+    assert axes.get_title("left") == "expert ↔ class"
+    assert figure.axes[1].get_title("left") == "expert ↔ drawn part"
+    assert_readable(figure)
+
+
+def test_specialization_loses_no_comparison_that_it_does_not_know() -> None:
+    figure = plots.plot_specialization([row(about="colour", baselines={"another": [0.07]})])
+    assert figure.axes[0].get_title("left") == "colour"
+    assert (0.07,) in {tuple(np.asarray(line.get_xdata())) for line in figure.axes[0].lines}
+    assert "another" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_a_comparison_far_off_stands_at_the_edge_with_its_number() -> None:
+    figure = plots.plot_specialization([row(about="position", baselines={"untrained": [0.1], "hash": [1.9, 2.0, 2.1]})])
+    axes = figure.axes[0]
+    assert "2.00 →" in words(axes)  # the median
+    assert (0.625,) in {tuple(np.asarray(line.get_xdata())) for line in axes.lines}  # 2.5 x the interval's upper end
+    assert axes.get_xlim()[1] < 0.7
+
+
+def test_specialization_draws_objects_as_their_json() -> None:
+    class Result:
+        def to_json(self) -> dict[str, Any]:
+            return row()
+
+    assert (rendered(plots.plot_specialization([Result()])) == rendered(plots.plot_specialization([row()]))).all()
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "layers", "grid"),
+    [(2, 1, 1, (2, 2)), (8, 2, 3, (8, 8)), (9, 3, 6, (7, 7)), (64, 4, 12, (14, 14))],
+)
+def test_all_sizes_are_readable(experts: int, top_k: int, layers: int, grid: tuple[int, int]) -> None:
+    trace = make_trace(2, grid, experts, top_k, layers)
+    picture = PICTURE[:28, :28].repeat(2, 0).repeat(2, 1)  # 56 pixels: a multiple of every grid
+    names = [layer.name for layer in trace.layers]
+    layer = trace.layers[-1]
+    figures = [
+        plots.plot_overlay(picture, trace, 0),
+        plots.plot_path(picture, trace, 0, 3),
+        plots.plot_certainty(picture, trace, 0),
+        plots.plot_load(np.stack([layer.counts().sum(0) for layer in trace.layers]), names),
+        plots.plot_gate_weights([gate_weight_quantiles(layer.combine_weight) for layer in trace.layers], names),
+        plots.plot_positions(position_share(layer.expert_index, experts), grid, layer_name=layer.name),
+        plots.plot_part_experts(np.ones((10, experts)), ["background"] * 10, layer_name=layer.name),
+        plots.plot_specialization([row(layer=layer.layer) for layer in trace.layers]),
+    ]
+    if top_k > 1:
+        figures.append(plots.plot_co_activation(co_activation(layer.expert_index, experts), top_k, layer_name="L1"))
+    for figure in figures:
+        assert_readable(figure)
+        assert figure.get_size_inches().max() < 17
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_any_number_of_classes_is_readable(classes: int) -> None:
+    share = np.random.default_rng(0).dirichlet(np.ones(8), classes)
+    names = [f"{'a very long class name ' * (i % 3)}{i}" for i in range(classes)]
+    assert_readable(plots.plot_class_experts(share, share > 0.3, names, layer_name="L11"))
+
+
+def test_threads_draw_the_same_picture() -> None:
+    trace = make_trace()
+    alone = plots.figure_png(plots.plot_overlay(PICTURE, trace, 0))
+    drawn: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: drawn.append(plots.figure_png(plots.plot_overlay(PICTURE, trace, 0))))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert drawn == [alone] * 4
+
+
+def test_a_saved_figure_is_a_png_of_its_size(tmp_path) -> None:
+    figure = plots.plot_load([[1, 1]], ["L1"])
+    plots.save_figure(figure, tmp_path / "load.png")
+    with Image.open(tmp_path / "load.png") as picture:
+        assert picture.format == "PNG"
+        np.testing.assert_allclose(picture.size, figure.get_size_inches() * 200, atol=1)
+
+
+def test_wrap_keeps_words_whole_and_measures_the_font() -> None:
+    small, large = FontProperties(size=7), FontProperties(size=14)
+    text = "one two three extraordinarily"
+    assert wrap(text, 0.1, small) == text.split()  # nothing fits beside another word
+    assert wrap(text, 100, small) == [text]
+    assert wrap("", 1, small) == []
+    # A font twice as large fills lines that are twice as long in the same way.
+    assert wrap(text * 9, 1.5, small) == wrap(text * 9, 3.0, large)
+
+
+def test_dollars_in_names_are_no_formula() -> None:
+    figure = plots.plot_class_experts(SHARE, SHARE > 0.5, ["$a$", "b^$", "$c_1$"], layer_name="$L$")
+    assert_readable(figure)
+    assert not any(label.get_parse_math() for label in figure.axes[0].get_yticklabels() + figure.texts)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: plots.plot_path(PICTURE, make_trace(), 0, 16),
+        lambda: plots.plot_overlay(PICTURE, make_trace(), 0, highlight=8),
+        lambda: plots.plot_load([[1, 2]], ["L1", "L3"]),
+        lambda: plots.plot_load([[0, 0]], ["L1"]),
+        lambda: plots.plot_gate_weights(np.zeros((2, 4, 2)), ["L1", "L3"]),
+        lambda: plots.plot_co_activation(np.ones((3, 3), dtype=int), 1, layer_name="L1"),
+        lambda: plots.plot_class_experts(SHARE, SHARE > 0, ["a"], layer_name="L1"),
+        lambda: plots.plot_part_experts(np.zeros((2, 2)), ["a", "b"], layer_name="L1"),
+        lambda: plots.plot_positions(np.ones((2, 5)), (2, 2), layer_name="L1"),
+        lambda: plots.plot_specialization([]),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_a_sentence(call) -> None:
+    with pytest.raises(UserError):
+        call()
+
+
+def test_ticks_of_small_shares_are_told_apart() -> None:
+    # 64 equal loads of 1.5625 % have their ticks below 2.2 %: whole percents would say "2%" twice.
+    figure = plots.plot_load(np.ones((1, 64)), ["L1"])
+    figure.draw_without_rendering()
+    ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(ticks) == len(set(ticks)) > 2
+
+
+def test_a_figure_is_a_cells_result_without_pyplot():
+    figure = plots.plot_load([[3, 5]], ["L1"])
+    png = figure._repr_png_()
+    with Image.open(io.BytesIO(png)) as shown:
+        assert shown.size == tuple(int(side * 110) for side in figure.get_size_inches())
