@@ -27,6 +27,8 @@ VERBS = {
     "test": Verb("evaluate a checkpoint on the test images", "moevision.train.verbs:test"),
     "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.predict:main"),
     "info": Verb("parameters and FLOPs of a model, beside its dense twins", "moevision.info:main"),
+    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.command:main"),
+    "demo": Verb("see in a browser which expert every patch of a picture goes to", "moevision.demo.launch:main"),
 }
 
 USAGE = """\
@@ -40,6 +42,7 @@ begin with
   moevision fit --config quickstart      drawn pets, about three minutes on two CPU cores, no download
   moevision fit path/to/images           your own pictures, one folder per class
   moevision predict runs/NAME/model picture.jpg
+  moevision demo                         the explorer, with models that come along
 
 --traceback after the verb's arguments shows where an error came from.
 """

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from moevision.analysis.figure_style import INK, PAGE_INCHES, RULE, SMALL, SOFT, calm, heading, new_figure, panel_title
-from moevision.analysis.palette import expert_colour
+from moevision.analysis.palette import EXPERT_COLOURS, expert_colour
 from moevision.errors import UserError
 
 _CONTROL = "#9AA0A6"
@@ -34,7 +34,7 @@ def plot_effects(
         deltas: per layer [E, C], mean over pictures of a class.
         controls: per layer [E, C], the same with as many random choices taken away instead.
         layer_names: such as "L4".
-        class_names: [C]; those that change most are named.
+        class_names: [C]; the one that changes most is named.
         what: the intervention in words, such as "its patches go to their next-best expert".
 
     Raises:
@@ -72,22 +72,28 @@ def _draw_layer(axes: Axes, effect: npt.NDArray[np.float64], control: npt.NDArra
     calm(axes)
     axes.axhline(0, color=RULE, linewidth=1.0)
     experts, classes = effect.shape
-    spread = np.linspace(-0.16, 0.16, classes) if classes > 1 else np.zeros(1)
+    spread = _spread(classes)
     for expert in range(experts):
-        colour = expert_colour(expert, experts)
+        colour = expert_colour(expert, experts) if experts <= len(EXPERT_COLOURS) else INK
         axes.plot(expert + 0.28, control[expert].mean(), "_", color=_CONTROL, markersize=7, markeredgewidth=2.2)
         axes.vlines(expert + 0.28, control[expert].min(), control[expert].max(), color=_CONTROL, linewidth=1)
         axes.plot(expert - 0.12 + spread, effect[expert], "o", color=colour, markersize=2.2, alpha=0.55)
         axes.plot(expert - 0.12, effect[expert].mean(), "o", color=colour, markersize=5, markeredgecolor="white")
     axes.set_xticks(range(experts))
-    axes.set_xlim(-0.6, experts - 0.4)
+    axes.set_xlim(-0.6, experts - 0.1)
 
 
 def _name_largest(axes: Axes, effect: npt.NDArray[np.float64], class_names: Sequence[str], least: float) -> None:
-    """The class beside each mark that is at least `least` away from zero."""
+    """The class that changes most without an expert, beside its mark, if that is at least `least` away from zero."""
+    spread = _spread(effect.shape[1])
     for expert, row in enumerate(effect):
-        for label in np.flatnonzero(np.abs(row) >= max(least, 1e-6)):
-            axes.annotate(
-                class_names[label], (expert - 0.05, row[label]), (4, 0), textcoords="offset points", va="center",
-                fontsize=SMALL - 0.5, color=SOFT,
-            )  # fmt: skip
+        label = int(np.abs(row).argmax())
+        if abs(row[label]) >= max(least, 1e-6):
+            place = (expert - 0.12 + spread[label], row[label])
+            style = {"textcoords": "offset points", "va": "center", "fontsize": SMALL - 0.5, "color": SOFT}
+            axes.annotate(class_names[label], place, (4, 0), **style)  # type: ignore[arg-type]
+
+
+def _spread(classes: int) -> npt.NDArray[np.float64]:
+    """How far each class stands to the side of its expert."""
+    return np.linspace(-0.16, 0.16, classes) if classes > 1 else np.zeros(1)

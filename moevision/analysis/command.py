@@ -1,0 +1,77 @@
+"""`moevision analyze MODEL`: what the experts of a trained model do, as one self-contained report."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+DESCRIPTION = """\
+Look at what the experts of a trained model do, and say it straight.
+
+Runs the model over held-out pictures and writes OUT/:
+  report.html         one page that opens from disk, without a network
+  report.json         every number of it
+  figures/*.png       its pictures
+  trace.safetensors   the routing of every patch, for your own questions:
+                      moevision.analysis.RoutingTrace.load("OUT/trace.safetensors")
+
+"Learned specialization" is said only of a layer whose experts tell more about the pictures than chance, than the same
+model untrained, than colour clusters and, with --seeds, than it takes to survive another training.
+"""
+
+EXAMPLES = """\
+examples
+  moevision analyze runs/pets                                   the pictures that the run held out for its test
+  moevision analyze runs/pets --seeds runs/pets-2 runs/pets-3   beside two other trainings of the same recipe
+  moevision analyze runs/pets --quick                           a first look, a minute or two, rougher numbers
+  moevision analyze runs/pets/model --data other/pictures --out pets_elsewhere
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Run with command-line arguments."""
+    parser = ArgumentParser(
+        prog="moevision analyze",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="a run folder, its model/ folder, or a timm address; it must have MoE layers")
+    parser.add_argument(
+        "--data",
+        help="a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10; "
+        "by default what the run was trained on (its held-out test pictures)",
+    )
+    parser.add_argument("--out", default="report", metavar="DIR", help="folder to write to (%(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="pictures, the same number of each class (1000)")
+    parser.add_argument(
+        "--seeds", nargs="+", default=[], metavar="RUN", help="other trainings of the same recipe, to compare with"
+    )
+    parser.add_argument(
+        "--permutations", type=int, metavar="N", help="shuffles behind each chance level (1000; smallest p = 1/(N + 1))"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="rougher: 300 pictures, 200 shuffles, experts taken away on fewer pictures"
+    )
+    chosen = parser.parse_args(arguments)
+
+    from moevision.analysis.report import ReportSettings, analyze  # torch, matplotlib: not for --help
+
+    settings = ReportSettings(
+        model=chosen.model,
+        data=chosen.data,
+        out=Path(chosen.out),
+        limit=chosen.limit if chosen.limit is not None else 300 if chosen.quick else 1000,
+        seeds=tuple(chosen.seeds),
+        permutations=chosen.permutations if chosen.permutations is not None else 200 if chosen.quick else 1000,
+        seed=chosen.seed,
+        quick=chosen.quick,
+        command=shlex.join(["moevision", "analyze", *arguments]),
+    )
+    numbers = analyze(settings)
+    print(numbers["verdict"]["headline"])
+    for layer in numbers["verdict"]["layers"]:
+        print("\n".join(f"  {sentence}" for sentence in layer["sentences"]))
+    print(f"The report is {settings.out / 'report.html'}")

@@ -1,0 +1,225 @@
+"""`analyze`: run a model over held-out pictures, measure what its experts do, and write one report.
+
+The stages are ordinary calls of this package, in the order in which a notebook would make them; the report adds no
+statistic of its own.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moevision import __version__
+from moevision.analysis.figure_style import figure_png
+from moevision.analysis.pictures import PictureSet, open_pictures
+from moevision.analysis.report_figures import Material, draw_figures
+from moevision.analysis.report_folder import SCHEMA, TRACE, claim_folder, write_report
+from moevision.analysis.report_html import render
+from moevision.analysis.report_measure import measure
+from moevision.analysis.report_numbers import (
+    Remembered,
+    aligned_pictures,
+    as_json,
+    data_numbers,
+    layer_numbers,
+    model_numbers,
+)
+from moevision.analysis.trace import RoutingTrace, collect_routing
+from moevision.errors import UserError
+from moevision.layers import moe_layers
+from moevision.models.hub import SavedModel, load_model
+
+Json = dict[str, Any]
+LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What to analyze, and how thoroughly.
+
+    Attributes:
+        model: a run folder, its model/ folder, or a timm address.
+        data: a folder or a dataset's name; None takes what the run was trained on.
+        out: folder to write to.
+        limit: pictures, the same number of each class; 1 000 by default.
+        seeds: other trainings of the same recipe, as addresses like `model`.
+        permutations: shuffles behind each chance level.
+        seed: of everything that is drawn at random.
+        quick: fewer untrained models, and experts taken away on fewer pictures.
+        command: what was typed, for the record.
+        progress: show a progress bar.
+    """
+
+    model: str
+    data: str | None = None
+    out: Path = Path("report")
+    limit: int = 1000
+    seeds: tuple[str, ...] = ()
+    permutations: int = 1000
+    seed: int = 0
+    quick: bool = False
+    command: str = ""
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be.
+
+        Raises:
+            UserError: if a number is out of its range.
+        """
+        for name, least in (("limit", 20), ("permutations", 20), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(f"--{name} is {value}: it must be at least {least}.")
+
+
+@dataclass
+class _Stages:
+    """The progress bar, and the time that each stage took."""
+
+    total: int
+    show: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
+        console = Console(stderr=True)
+        show = self.show and console.is_terminal  # elsewhere rich would leave an empty line
+        self.bar = Progress(*columns, console=console, transient=True, disable=not show)
+        self.task = self.bar.add_task("", total=self.total)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.bar.update(self.task, description=f"{name} ({len(self.seconds) + 1} of {self.total})")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        self.bar.advance(self.task)
+
+
+def analyze(settings: ReportSettings) -> Json:
+    """Analyze a model and write the report.
+
+    Args:
+        settings: what, and how thoroughly.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        UserError: if there is no such model or data, the model has no MoE layers, or `out` is somebody else's folder.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    model, run = load_model(settings.model), run_of(settings.model)
+    if not moe_layers(model.net):
+        raise UserError(f"{settings.model} has no MoE layers to look at: give a model with experts.")
+    pictures = _open(settings, model, run)
+    others = [(_title(address), load_model(address)) for address in settings.seeds]
+    folder = claim_folder(settings.out)
+    stages = _Stages(total=8, show=settings.progress)
+    with stages.bar:
+        with stages.stage("collecting the routing"):
+            trace = collect_routing(model, pictures, path=folder / TRACE, progress=False, name=_title(settings.model))
+            pictures = Remembered(aligned_pictures(pictures, trace))
+        results = measure(model, pictures, trace, others, settings, stages)
+        material = Material(
+            trace, pictures, results.information, results.maps, results.parts, results.effects["rows"], settings.seed
+        )
+        with stages.stage("drawing figures"):
+            drawn = [(item.entry(), figure_png(item.figure)) for item in draw_figures(material)]
+    numbers: Json = as_json(
+        {
+            "schema": SCHEMA,
+            "title": f"What the experts of {trace.model} do",
+            "settings": {"limit": settings.limit, "permutations": settings.permutations, "seed": settings.seed,
+                         "quick": settings.quick, "seeds": [_title(address) for address in settings.seeds]},
+            "model": model_numbers(trace, settings.model, model.image_size),
+            "data": data_numbers(trace),
+            "layers": [layer_numbers(layer) for layer in trace.layers],
+            **results.to_json(trace),
+            "figures": [entry for entry, _ in drawn],
+            "provenance": _provenance(settings, trace, started, time.perf_counter() - clock, stages.seconds),
+        }
+    )  # fmt: skip
+    pngs = {entry["file"]: png for entry, png in drawn}
+    write_report(folder, numbers, render(numbers, pngs), pngs)
+    return numbers
+
+
+def run_of(address: str) -> Path | None:
+    """The run folder that a model lies in; None for a model by itself."""
+    for folder in (Path(address), Path(address).parent):
+        if (folder / "config.yaml").is_file() and (folder / "model" / "config.json").is_file():
+            return folder
+    return None
+
+
+def _open(settings: ReportSettings, model: SavedModel, run: Path | None) -> PictureSet:
+    """The pictures that were asked for, or those that the run held out."""
+    trained_on: Mapping[str, Any] = {}
+    if run is not None:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        trained_on = config.get("data", {}) if isinstance(config, dict) else {}
+    data = settings.data or trained_on.get("path")
+    if data is None:
+        raise UserError(
+            f"{settings.model} doesn't say what it was trained on: give --data a folder with one subfolder per class, "
+            "or a dataset's name such as synthetic_pets."
+        )
+    same = settings.data is None or settings.data == trained_on.get("path")
+    try:
+        return open_pictures(
+            data,
+            model.image_size,
+            limit=settings.limit,
+            seed=int(trained_on.get("seed", 0)),
+            class_names=model.class_names,
+            root=trained_on.get("root", "data"),
+            run_dir=run if same else None,
+        )
+    except UserError as error:
+        hint = "" if settings.data else " (the run was trained on it; --data names other pictures)"
+        raise UserError(f"{str(error).rstrip('.')}{hint}.") from error
+
+
+def _title(address: str) -> str:
+    """What a model is called: its run's name, or its address."""
+    path = Path(address)
+    return (path.resolve().parent.name if path.name == "model" else path.resolve().name) if path.exists() else address
+
+
+def _provenance(
+    settings: ReportSettings, trace: RoutingTrace, started: datetime, seconds: float, stages: Mapping[str, float]
+) -> Json:
+    """What a reader needs to repeat the report; no path, user or host beyond what the command itself contains."""
+    return {
+        "moevision": __version__,
+        "command": settings.command,
+        "started_utc": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "stages_s": dict(stages),
+        "seed": settings.seed,
+        "weights_sha256": trace.provenance.get("weights_sha256"),
+        "unreadable": trace.provenance.get("unreadable", 0),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

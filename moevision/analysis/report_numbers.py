@@ -1,0 +1,144 @@
+"""The numbers of the report that a trace alone gives: model, pictures, accuracy, load. All as JSON primitives.
+
+Axes: I images, P patches, K choices, E experts, C classes, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moevision.analysis.picture_sources import View
+from moevision.analysis.tables import QUANTILES, co_activation, gate_weight_quantiles
+from moevision.errors import UserError
+from moevision.metrics import LayerLoad
+
+if TYPE_CHECKING:
+    from moevision.analysis.pictures import PictureSet
+    from moevision.analysis.trace import LayerTrace, RoutingTrace
+
+Json = dict[str, Any]
+_MOST_BYTES = 512 * 2**20  # of pictures in memory
+
+
+def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
+    """The pictures in the order of the trace, without those that could not be read when it was collected.
+
+    Raises:
+        UserError: if the trace is of other pictures.
+    """
+    names = [pictures.picture_name(index) for index in range(len(pictures))]
+    if tuple(names) == trace.picture_names:
+        return pictures
+    place = {name: index for index, name in enumerate(names)}
+    missing = [name for name in trace.picture_names if name not in place]
+    if missing:
+        raise UserError(
+            f"The trace is of other pictures ({missing[0]} is not among {pictures.name}): collect it again."
+        )
+    indices = [place[name] for name in trace.picture_names]
+    return View(pictures, indices, pictures.class_names, range(len(pictures.class_names)), pictures.name)
+
+
+class Remembered(View):
+    """Pictures that are read once and kept, as far as they fit: the report looks at each of them dozens of times."""
+
+    def __init__(self, pictures: PictureSet) -> None:
+        """Hold what `pictures` gives."""
+        names = pictures.class_names
+        super().__init__(pictures, range(len(pictures)), names, range(len(names)), pictures.name)
+        self._images: dict[int, npt.NDArray[np.uint8]] = {}
+        self._room = _MOST_BYTES
+
+    def image(self, index: int) -> npt.NDArray[np.uint8]:
+        """The picture, uint8 [S, S, 3]; raises `BadImageError`."""
+        if index in self._images:
+            return self._images[index]
+        image = super().image(index)
+        if image.nbytes <= self._room:
+            self._images[index] = image
+            self._room -= image.nbytes
+        return image
+
+
+def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:
+    """What the model is."""
+    first = trace.layers[0]
+    return {
+        "name": trace.model,
+        "address": address,
+        "image_size": image_size,
+        "grid": list(trace.grid),
+        "moe_blocks": [layer.layer for layer in trace.layers],
+        "num_experts": first.num_experts,
+        "top_k": first.top_k,
+        "class_names": list(trace.prediction_names or trace.class_names),
+    }
+
+
+def data_numbers(trace: RoutingTrace) -> Json:
+    """What the pictures are, and how many of each class are classified correctly."""
+    known = trace.labels >= 0
+    classes = []
+    for index, name in enumerate(trace.class_names):
+        of_class = trace.labels == index
+        count = int(of_class.sum())
+        correct = int((trace.predictions[of_class] == index).sum()) if trace.accuracy is not None else None
+        accuracy = None if correct is None or count == 0 else correct / count
+        classes.append({"class": name, "n": count, "correct": correct, "accuracy": accuracy})
+    correct = None if trace.accuracy is None else int((trace.predictions == trace.labels)[known].sum())
+    return {
+        "name": trace.data,
+        "n_images": len(trace),
+        "n_labelled": int(known.sum()),
+        "correct": correct,
+        "accuracy": trace.accuracy,
+        "classes": classes,
+    }
+
+
+def layer_numbers(layer: LayerTrace) -> Json:
+    """Load, certainty and gate weights of one layer, over the patches (class and register tokens are not traced)."""
+    index, kept = np.asarray(layer.expert_index), np.asarray(layer.kept)
+    counts = np.bincount(index[kept], minlength=layer.num_experts)
+    requested = np.bincount(index.ravel(), minlength=layer.num_experts)
+    entropy = torch.tensor(float(np.asarray(layer.entropy_bits, dtype=np.float64).sum()))
+    tokens = torch.tensor(index.shape[0] * index.shape[1])
+    load = LayerLoad.from_sums(layer.layer, torch.from_numpy(counts), torch.from_numpy(requested), entropy, tokens)
+    quantiles = gate_weight_quantiles(np.asarray(layer.combine_weight))
+    return {
+        "layer": layer.layer,
+        "name": layer.name,
+        "num_experts": layer.num_experts,
+        "top_k": layer.top_k,
+        "counts": counts.tolist(),
+        "requested": requested.tolist(),
+        "share": (counts / max(1, counts.sum())).tolist(),
+        "slowest": load.max_over_mean,
+        "cv_squared": load.cv_squared,
+        "cv_squared_floor": load.cv_squared_floor,
+        "dead": load.dead,
+        "dropped": load.dropped,
+        "entropy_bits": load.entropy_bits,
+        "entropy_bits_most": math.log2(layer.num_experts),
+        "margin": float(np.asarray(layer.margin, dtype=np.float64).mean()),
+        "gate_weight_quantiles": {"levels": list(QUANTILES), "values": quantiles.tolist()},
+        "co_activation": co_activation(index, layer.num_experts).tolist() if layer.top_k > 1 else None,
+    }
+
+
+def as_json(value: Any) -> Any:
+    """NumPy scalars and arrays as JSON primitives; NaN and infinity, which JSON can't say, as null."""
+    if isinstance(value, dict):
+        return {str(name): as_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return as_json(value.tolist())
+    if isinstance(value, np.generic):
+        return as_json(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

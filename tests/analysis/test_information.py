@@ -1,0 +1,217 @@
+"""Excess information: values derived by hand or taken from scikit-learn, planted truths, and the size of the test."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn.metrics import mutual_info_score
+
+from moevision.analysis.contingency import pointwise_bits, second_order_bias
+from moevision.analysis.estimate import excess_estimate, score_interval
+from moevision.analysis.information import (
+    choice_counts,
+    class_information,
+    conditional_information_bits,
+    entropy_bits,
+    mutual_information_bits,
+    part_information,
+    position_information,
+)
+from moevision.errors import UserError
+
+
+def one_hot(choices, size):
+    return (np.asarray(choices)[..., None] == np.arange(size)).astype(np.float32)
+
+
+def test_two_by_two_table_by_hand() -> None:
+    # p = (3/8, 1/8; 1/8, 3/8), all margins 1/2: 2 (3/8 log2 3/2 + 1/8 log2 1/2) = 3/4 log2 3 - 1 = 0.18872
+    assert mutual_information_bits(np.array([[3, 1], [1, 3]])) == pytest.approx(0.75 * math.log2(3) - 1)
+    assert mutual_information_bits(np.array([[2, 6], [1, 3]])) == pytest.approx(0, abs=1e-12)  # rows in proportion
+    assert mutual_information_bits(np.zeros((2, 2))) == 0
+    assert entropy_bits(np.array([1, 1, 2])) == pytest.approx(1.5)
+
+
+@settings(deadline=None, max_examples=50)
+@given(arrays(np.int64, (3, 4), elements=st.integers(0, 20)))
+def test_agrees_with_scikit_learn(table) -> None:
+    rows, columns = np.divmod(np.repeat(np.arange(12), table.ravel()), 4)
+    expected = mutual_info_score(rows, columns) / math.log(2) if len(rows) else 0.0
+    assert mutual_information_bits(table) == pytest.approx(expected, abs=1e-9)
+
+
+def test_conditional_information_weighs_the_strata() -> None:
+    tables = np.array([[[3, 1], [1, 3]], [[8, 0], [0, 8]]])  # 0.18872 bits of 8 choices, 1 bit of 16
+    assert conditional_information_bits(tables) == pytest.approx((8 * (0.75 * math.log2(3) - 1) + 16) / 24)
+
+
+def test_pointwise_bits_are_the_derivative() -> None:
+    table, step = np.array([[30.0, 10.0, 5.0], [4.0, 20.0, 9.0]]), 1e-4
+    for cell in np.ndindex(table.shape):
+        more, less = table.copy(), table.copy()
+        more[cell] += step
+        less[cell] -= step
+        slope = (mutual_information_bits(more) - mutual_information_bits(less)) / (2 * step)
+        expected = (pointwise_bits(table)[cell] - mutual_information_bits(table)) / table.sum()
+        assert slope == pytest.approx(expected, rel=1e-4)
+
+
+def test_bias_of_independent_choices_is_millers() -> None:
+    # One independent choice per image: Miller (1955), (V - 1)(E - 1) / (2 N ln 2), up to n / (n - 1) of the variance.
+    counts = np.array([[30.0, 20.0, 50.0], [60.0, 10.0, 30.0]])
+    bias = second_order_bias(counts[None, None], counts[None, None], counts.sum(1))
+    inflated = 100 / 99 * 2 * 2 - 100 / 99 * sum(
+        (c * (1 - c / 100)).sum() / c.sum() for c in counts.T
+    )  # cells: sum (1 - p) = E - 1 per class; experts: within-class variance of their sums
+    assert bias[0] == pytest.approx(inflated / (2 * 200 * math.log(2)))
+    assert bias[0] == pytest.approx(2 / (2 * 200 * math.log(2)), rel=0.15)
+
+
+def test_choice_counts() -> None:
+    chosen = np.array([[[0, 2], [1, 0]]], np.int16)
+    assert choice_counts(chosen, 3).tolist() == [[[1, 0, 1], [1, 1, 0]]]
+    assert choice_counts(chosen, 3, np.array([[[True, False], [True, True]]])).tolist() == [[[1, 0, 0], [1, 1, 0]]]
+
+
+def test_routing_that_is_the_class_gives_log2_of_the_experts() -> None:
+    labels = np.arange(800) % 8
+    estimate = class_information(one_hot(np.repeat(labels[:, None], 16, 1), 8), labels)
+    assert estimate.value_bits + estimate.null_mean == pytest.approx(3)  # log2 8, nothing lost
+    # the null of such lumps: (C - 1)(E - 1) / (2 I ln 2) to second order
+    assert estimate.null_mean == pytest.approx(49 / (1600 * math.log(2)), rel=0.1)
+    assert estimate.low <= 3 <= estimate.high
+    assert estimate.high - estimate.low < 0.1
+    assert estimate.share_of_entropy == pytest.approx(estimate.value_bits / 3)
+    assert estimate.n_images == 800
+
+
+def test_position_and_part_that_are_the_expert() -> None:
+    rng = np.random.default_rng(0)
+    by_place = np.broadcast_to(one_hot(np.arange(16), 16), (300, 16, 16))
+    assert position_information(by_place, (4, 4)).value_bits == pytest.approx(4, abs=0.05)
+    parts = rng.integers(4, size=(300, 16))  # parts have no place here
+    estimate = part_information(one_hot(parts, 4), parts)
+    assert estimate.value_bits == pytest.approx(2, abs=0.01)
+    assert estimate.share_of_entropy == pytest.approx(1, abs=0.01)
+
+
+def test_class_behind_position() -> None:
+    # Which expert stands for the class changes from place to place: the class shows only given position.
+    rng = np.random.default_rng(1)
+    labels, place = rng.integers(2, size=600), np.arange(16) % 2
+    maps = one_hot(labels[:, None] ^ place, 2)
+    apart = class_information(maps, labels)
+    given_position = class_information(maps, labels, given_position=True)
+    assert apart.low <= 0 <= apart.high
+    assert given_position.value_bits == pytest.approx(1, abs=0.01)
+    # and a router that follows position alone tells nothing of the class, given position or not
+    fixed = np.broadcast_to(one_hot(place, 2), (600, 16, 2))
+    for conditioned in (False, True):
+        assert class_information(fixed, labels, given_position=conditioned).value_bits == pytest.approx(0, abs=1e-9)
+
+
+def test_what_position_explains_is_no_excess_about_parts() -> None:
+    rng = np.random.default_rng(2)
+    rim = np.repeat([0, 1], 8)  # the upper half shows part 0 in 90 % of the pictures, and has its own expert
+    parts = np.where(rng.random((400, 16)) < 0.9, rim, 1 - rim)
+    maps = np.broadcast_to(one_hot(rim, 2), (400, 16, 2))
+    estimate = part_information(maps, parts)
+    assert estimate.null_mean > 0.4  # 1 - H(0.9) = 0.531 bits are explained by position
+    assert estimate.value_bits == pytest.approx(0, abs=1e-3)
+
+
+def dependent_images(rng, images, experts=8, concentration=3.0, choices=128):
+    """Counts [I, 1, E]: every image has its own expert shares, whatever its class."""
+    shares = rng.dirichlet(np.full(experts, concentration / experts), size=images)
+    return rng.multinomial(choices, shares)[:, None, :].astype(np.float32)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_the_test_keeps_its_size_where_patches_of_an_image_hang_together(classes) -> None:
+    rng = np.random.default_rng(3)
+    labels = np.arange(200) % classes
+    estimates = [class_information(dependent_images(rng, 200), labels, seed=seed) for seed in range(200)]
+    rejected = np.mean([estimate.p_value <= 0.05 for estimate in estimates])
+    assert rejected <= 0.08
+    assert np.mean([estimate.low > 0 for estimate in estimates]) <= 0.08
+    # For independent patches Miller's bias would be all that chance gives; here chance gives more than ten times that.
+    miller = (classes - 1) * (8 - 1) / (2 * 200 * 128 * math.log(2))
+    assert np.mean([estimate.null_mean for estimate in estimates]) > 10 * miller
+    assert abs(np.mean([estimate.value_bits for estimate in estimates])) < 0.002
+
+
+def test_position_and_part_keep_their_size() -> None:
+    rng = np.random.default_rng(4)
+    rejected = {"position": 0, "part": 0, "class_given_position": 0}
+    for seed in range(200):
+        # clumps: each quarter of a picture has one expert and one part
+        clump = np.array([0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2)
+        maps, parts = one_hot(rng.integers(4, size=(80, 4))[:, clump], 4), rng.integers(3, size=(80, 4))[:, clump]
+        shift = rng.integers(4, size=2)  # the same for all pictures, so that clumps have no fixed place between runs
+        maps = np.roll(maps.reshape(80, 4, 4, 4), shift, (1, 2)).reshape(80, 16, 4)
+        labels = np.arange(80) % 4
+        options = {"num_permutations": 100, "seed": seed}
+        found = {
+            "position": position_information(maps, (4, 4), **options),
+            "part": part_information(maps, parts, **options),
+            "class_given_position": class_information(maps, labels, given_position=True, **options),
+        }
+        for about, estimate in found.items():
+            rejected[about] += estimate.p_value <= 0.05
+    assert max(rejected.values()) <= 0.08 * 200, rejected
+
+
+def test_score_interval_solves_its_equation() -> None:
+    low, high = score_interval(0.2, 0.001, 0.03, 1.96)
+    for end in (low, high):
+        assert (0.2 - end) ** 2 == pytest.approx(1.96**2 * (0.001 + 0.03 * end))
+    assert score_interval(-1.0, 0.001, 0.03, 1.96)[0] == score_interval(-1.0, 0.001, 0.03, 1.96)[1]
+
+
+def test_p_value_counts_ties_and_the_observation() -> None:
+    null = np.array([0.1, 0.2, 0.3, 0.4])
+    estimate = excess_estimate(0.3, null, np.array([0.0, 0.1, -0.1]), entropy=1.0)
+    assert estimate.p_value == pytest.approx(3 / 5)
+    assert estimate.value_bits == pytest.approx(0.05)
+
+
+def test_images_without_a_label_and_missing_classes_do_not_count() -> None:
+    rng = np.random.default_rng(5)
+    counts, labels = dependent_images(rng, 100), np.arange(100) % 4
+    padded = np.concatenate([counts, dependent_images(rng, 50)])
+    renumbered = np.concatenate([labels * 3, np.full(50, -1)])
+    assert class_information(padded, renumbered) == class_information(counts, labels)
+
+
+def test_200_permutations_of_2000_images_take_under_two_seconds() -> None:
+    rng = np.random.default_rng(6)
+    maps, labels = one_hot(rng.integers(8, size=(2000, 64)), 8), np.arange(2000) % 8
+    parts = rng.integers(8, size=(2000, 64))
+    for call in (
+        lambda: class_information(maps, labels),
+        lambda: class_information(maps, labels, given_position=True),
+        lambda: position_information(maps, (8, 8)),
+        lambda: part_information(maps, parts),
+    ):
+        fastest = math.inf
+        for _ in range(3):
+            start = time.process_time()
+            call()
+            fastest = min(fastest, time.process_time() - start)
+            if fastest < 2:
+                break
+        assert fastest < 2
+
+
+def test_too_few_images_and_wrong_grids_are_refused() -> None:
+    maps = one_hot(np.zeros((2, 4), int), 2)
+    with pytest.raises(UserError, match="two pictures"):
+        class_information(maps, np.array([0, -1]))
+    with pytest.raises(UserError, match="2 x 3"):
+        position_information(maps, (2, 3))
+    with pytest.raises(UserError, match="part masks"):
+        part_information(maps, np.full((2, 4), -1))

@@ -1,0 +1,283 @@
+"""`moevision analyze`: one tiny model analysed once; the page against report.json, its verdicts, what it refuses."""
+
+import html
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+
+from moevision.analysis.report import ReportSettings, analyze
+from moevision.analysis.report_folder import claim_folder
+from moevision.analysis.report_html import render
+from moevision.analysis.report_verdict import FOUND, NOT_FOUND, OPEN
+from moevision.analysis.trace import RoutingTrace
+from moevision.data import SyntheticPets
+from moevision.layers.moe import moe_layers
+from moevision.models.hub import SavedModel, save_model
+
+FIGURES = {
+    *("specialization", "overlay_1", "overlay_2", "overlay_3", "path", "certainty", "load", "gate_weights", "effects"),
+    *(f"{kind}_{layer}" for layer in ("L1", "L3") for kind in ("co_activation", "class_experts", "positions")),
+    *(f"{kind}_{layer}" for layer in ("L1", "L3") for kind in ("parts", "gallery")),
+}
+
+
+def make_run(folder, seed):
+    """A run folder with a model of random weights, as `fit` leaves it."""
+    torch.manual_seed(seed)
+    net = timm.create_model("test_vit_moe", num_classes=8, num_experts=4, img_size=32, patch_size=8).eval()
+    with torch.no_grad():  # an untrained model sends all patches the same way
+        net.pos_embed.normal_()
+        net.head.weight.normal_()
+        for layer in moe_layers(net):
+            layer.router.weight.normal_()
+    names = list(SyntheticPets.classes)
+    save_model(SavedModel(net, names, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), folder / "model")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"path": "synthetic_pets", "seed": 0, "root": "data"}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    home = tmp_path_factory.mktemp("runs")
+    return make_run(home / "one", 0), make_run(home / "two", 1)
+
+
+@pytest.fixture(scope="module")
+def report(runs, cli, tmp_path_factory):
+    """The folder of a report, its numbers and its page."""
+    out = tmp_path_factory.mktemp("analysis") / "report"
+    one, two = runs
+    outcome = cli("analyze", one, "--seeds", two, "--quick", "--limit=48", "--permutations=40", f"--out={out}")
+    assert (outcome.code, outcome.err) == (0, ""), outcome.err
+    assert str(out / "report.html") in outcome.out
+    page = (out / "report.html").read_text(encoding="utf-8")
+    return out, json.loads((out / "report.json").read_text(encoding="utf-8")), page, outcome
+
+
+class Page(HTMLParser):
+    """Text outside of <data>, the exact values of all <data>, and every attribute that can load something."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.values, self.shown, self.words, self.loads, self.inside = [], [], [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data", "poster")]
+        if tag == "data":
+            self.values.append(json.loads(found["value"]))
+        if "alt" in found:
+            self.words.append(found["alt"])
+        if tag not in ("meta", "img", "br"):
+            self.inside.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.inside.pop() == tag, "tags are closed in order"
+
+    def handle_data(self, text):
+        if "data" in self.inside:
+            self.shown.append(text)
+        elif "style" not in self.inside:
+            self.words.append(text)
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def digits(text):
+    return set(re.findall(r"\d+(?:[.,]\d+)*", text))
+
+
+def test_every_number_of_the_page_is_in_the_json(report):
+    _, numbers, page, _ = report
+    known = list(leaves(numbers))
+    found = Page(page)
+    assert len(found.values) > 100
+    exact = {value for value in known if isinstance(value, (int, float))}
+    assert set(found.values) <= exact
+    # Outside of <data> stand only sentences of report.json, and fixed words, which name no number of this model: those
+    # two examples of a number, and the units and labels of the page itself.
+    sentences = set().union(*(digits(value) for value in known if isinstance(value, str)))
+    fixed = {"0", "1", "3"}  # "0 is what the loads alone give, 1 is the same expert", "L1·E3 and L3·E3"
+    assert digits(" ".join(found.words)) - sentences - fixed - {"256"} == set()  # SHA-256
+
+
+def test_a_rounded_number_is_its_exact_value_rounded(report):
+    found = Page(report[2])
+    for value, shown in zip(found.values, found.shown, strict=True):
+        plain = shown.replace("−", "-").replace(",", "")
+        scale = 100 if plain.endswith("%") else 1
+        plain = plain.rstrip("%")
+        decimals = len(plain.split("e")[0].partition(".")[2])
+        step = 10.0 ** (int(plain.split("e")[1]) if "e" in plain else 0) * 10.0**-decimals
+        digits_shown = 0.5 * step if decimals or "e" in plain else 0.5
+        assert abs(float(plain) - scale * value) <= digits_shown * 1.0001 + 1e-12, (value, shown)
+
+
+def test_the_page_loads_nothing(report):
+    for address in Page(report[2]).loads:
+        assert address.startswith(("data:image/png;base64,", "#")), address[:60]
+    assert not re.search(r"https?://|url\(|@import|<script|<link", report[2])
+
+
+def test_every_anchor_of_the_contents_exists(report):
+    anchors = re.findall(r'href="#([^"]+)"', report[2])
+    assert anchors[0] == "verdict"
+    assert len(anchors) == 10
+    for anchor in anchors:
+        assert report[2].count(f'id="{anchor}"') == 1
+
+
+def test_all_figures_are_there_and_explained(report):
+    out, numbers, page, _ = report
+    assert {entry["file"] for entry in numbers["figures"]} == {f"{name}.png" for name in FIGURES}
+    assert {path.name for path in (out / "figures").iterdir()} == {f"{name}.png" for name in FIGURES}
+    for entry in numbers["figures"]:
+        assert f'alt="{entry["title"]}"' in page
+        assert page.count(html.escape(entry["read"])) == 1
+        assert len(entry["not_shown"]) > 20
+    assert page.count("How to read it.") == page.count("What it does not show.") == page.count("<figcaption>")
+
+
+def test_the_numbers_are_those_of_the_trace(report):
+    out, numbers, _, _ = report
+    trace = RoutingTrace.load(out / "trace.safetensors")
+    assert numbers["schema"] == "moevision.report/1"
+    assert numbers["data"]["n_images"] == len(trace) == 48
+    assert numbers["data"]["correct"] == int((trace.predictions == trace.labels).sum())
+    for found, layer in zip(numbers["layers"], trace.layers, strict=True):
+        counts = [int((layer.expert_index == expert).sum()) for expert in range(4)]
+        assert found["counts"] == counts
+        assert found["slowest"] == pytest.approx(max(counts) / (sum(counts) / 4))
+        assert found["cv_squared"] == pytest.approx(np.var(counts) / np.mean(counts) ** 2)
+        assert found["margin"] == pytest.approx(float(layer.margin.mean()), rel=1e-5)
+    assert sum(row["n"] for row in numbers["data"]["classes"]) == 48
+    effects = numbers["effects"]
+    assert len(effects["rows"]) == 2 * 4 * 8  # layers, experts, classes
+    for expert in effects["experts"]:
+        own = [row for row in effects["rows"] if (row["layer"], row["expert"]) == (expert["layer"], expert["expert"])]
+        assert expert["delta_logit"] == pytest.approx(sum(row["delta_logit"] for row in own) / 8)
+        assert abs(expert["strongest_delta_logit"]) == max(abs(row["delta_logit"]) for row in own)
+    names = ("untrained", "hash", "hash_position", "kmeans_colour", "kmeans_input")
+    for entry in numbers["specialization"]:
+        assert set(names) >= set(entry["baselines"]) >= {"untrained", "hash", "kmeans_colour", "kmeans_input"}
+        assert len(entry["seeds"]) == 1
+
+
+def test_it_says_where_it_comes_from(report):
+    _, numbers, page, _ = report
+    facts = numbers["provenance"]
+    assert facts["command"].startswith("moevision analyze ")
+    assert facts["seed"] == 0
+    assert len(facts["weights_sha256"]) == 64
+    assert facts["weights_sha256"] in page
+    assert facts["libraries"]["torch"] == torch.__version__
+    assert numbers["settings"]["seeds"] == ["two"]
+    assert [match["run"] for layer in numbers["stability"] for match in layer["matches"]] == ["two", "two"]
+
+
+def test_the_verdict_is_printed_and_stands_first(report):
+    _, numbers, page, outcome = report
+    verdict = numbers["verdict"]
+    assert outcome.out.splitlines()[0] == verdict["headline"]
+    assert page.index(verdict["headline"]) < page.index("Where each patch goes</h2>")
+
+
+def test_a_report_replaces_a_former_one_only(report, runs, tmp_path, monkeypatch):
+    out, numbers, _, _ = report
+    again = shutil.copytree(out, tmp_path / "report")
+    stale, mine = again / "figures" / "old.png", again / "notes.txt"
+    stale.write_bytes(b"of a former report")
+    mine.write_text("mine")
+    former = dict(numbers, figures=[*numbers["figures"], {"file": "old.png"}])
+    (again / "report.json").write_text(json.dumps(former))
+    (again / "report.html").write_text("old")
+    monkeypatch.setattr("moevision.analysis.report.draw_figures", lambda material: [])
+    analyze(ReportSettings(str(runs[0]), out=again, limit=20, permutations=20, quick=True, progress=False))
+    assert (again / "report.html").read_text() != "old"
+    assert not stale.exists()
+    assert not list((again / "figures").iterdir()), "nor are figures kept that the new report doesn't have"
+    assert mine.read_text() == "mine"
+    assert not list(again.rglob("*.tmp"))
+    assert json.loads((again / "report.json").read_text())["verdict"]["answer"] in (OPEN, NOT_FOUND)  # without --seeds
+
+
+def test_a_run_that_is_interrupted_leaves_the_former_page(report, runs, tmp_path, monkeypatch):
+    again = shutil.copytree(report[0], tmp_path / "report")
+    before = (again / "report.html").read_bytes()
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moevision.analysis.report.render", stop)
+    monkeypatch.setattr("moevision.analysis.report.draw_figures", lambda material: [])
+    with pytest.raises(KeyboardInterrupt):
+        analyze(ReportSettings(str(runs[0]), out=again, limit=20, permutations=20, quick=True, progress=False))
+    assert (again / "report.html").read_bytes() == before
+    (again / "report.json").unlink()
+    (again / "report.html").unlink()
+    assert claim_folder(again) == again  # what an interrupted first run leaves is no obstacle to the next
+
+
+def refused(outcome, *words):
+    assert outcome.code == 2
+    assert outcome.err.startswith("moevision: ")
+    assert outcome.err.count("\n") == 1, outcome.err
+    for word in words:
+        assert word in outcome.err
+
+
+def test_what_it_refuses(cli, runs, tmp_path):
+    model = shutil.copytree(runs[0] / "model", tmp_path / "model")
+    data = "--data=synthetic_pets"
+    refused(cli("analyze", tmp_path / "nowhere", data), "nowhere", "give a folder such as")
+    refused(cli("analyze", model), "--data", "one subfolder per class")
+    refused(cli("analyze", model, f"--data={tmp_path / 'none'}"), "none")
+    refused(cli("analyze", model, data, "--limit=0"), "--limit is 0", "at least 20")
+    refused(cli("analyze", model, data, "--permutations=3"), "--permutations is 3")
+    refused(cli("analyze", runs[0], f"--seeds={tmp_path / 'gone'}", f"--out={tmp_path / 'o'}"), "gone")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    refused(cli("analyze", runs[0], f"--out={tmp_path / 'thesis'}"), "chapter.tex", "new folder")
+    (tmp_path / "file").touch()
+    refused(cli("analyze", runs[0], f"--out={tmp_path / 'file'}"), "is a file", "folder")
+    assert not (tmp_path / "o").exists(), "nothing is made before the model is known to be there"
+
+
+def test_a_model_without_experts(cli, tmp_path):
+    net = timm.create_model("test_vit_moe", num_classes=8, img_size=32, patch_size=8, moe_layers=[])
+    save_model(SavedModel(net.eval(), list(SyntheticPets.classes), 32, (0.5,) * 3, (0.25,) * 3), tmp_path / "dense")
+    outcome = cli("analyze", tmp_path / "dense", "--data=synthetic_pets", f"--out={tmp_path / 'o'}", "--limit=20")
+    refused(outcome, "no MoE layers")
+    assert not (tmp_path / "o").exists()
+
+
+def test_help_teaches(cli):
+    outcome = cli("analyze", "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    for words in ("report.html", "--seeds", "learned specialization", "--quick", "examples", "RoutingTrace.load"):
+        assert words.lower() in outcome.out.lower()
+
+
+@pytest.mark.parametrize("answer", [FOUND, OPEN, NOT_FOUND])
+def test_each_answer_has_its_box(report, answer):
+    _, numbers, _, _ = report
+    other = json.loads(json.dumps(numbers))
+    other["figures"], other["verdict"]["answer"] = [], answer
+    assert f'<div class="verdict {answer}">' in render(other, {})

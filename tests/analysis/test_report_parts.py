@@ -1,0 +1,85 @@
+"""Small parts of the report: how numbers are shown, which pictures are, and that pictures are read once."""
+
+import numpy as np
+import pytest
+
+from moevision.analysis.report_figures import shown_pictures
+from moevision.analysis.report_numbers import Remembered, aligned_pictures, as_json
+from moevision.analysis.report_parts import number
+from moevision.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "shown"),
+    [
+        (0.98765, ".1%", "98.8%"),
+        (-0.1234, "+.2f", "−0.12"),
+        (-0.0001, "+.2f", "0.00"),
+        (1234, ",", "1,234"),
+        (0.0123, ".2g", "0.012"),
+    ],
+)
+def test_numbers_are_shown_rounded_and_kept_exactly(value, form, shown):
+    assert number(value, form) == f'<data value="{value}">{shown}</data>'
+
+
+def test_no_number_is_a_dash():
+    assert "–" in number(None)
+
+
+def test_what_json_can_not_say_is_null():
+    values = {"a": np.float32(1.5), "b": np.array([1, 2]), "c": float("nan"), "d": (np.bool_(True), float("inf"))}
+    assert as_json(values) == {"a": 1.5, "b": [1, 2], "c": None, "d": [True, None]}
+
+
+def test_shown_pictures_are_of_different_classes(make_trace):
+    trace = make_trace(np.zeros((9, 4, 1)), labels=[0, 0, 0, 0, 0, 0, 0, 1, 2], num_experts=2, grid=(2, 2))
+    for seed in range(20):
+        shown = shown_pictures(trace, seed)
+        assert sorted(trace.labels[shown]) == [0, 1, 2]
+    assert {shown_pictures(trace, seed)[0] for seed in range(50)} >= {7, 8}, "the first is not always of class 0"
+
+
+class Ten:
+    """Ten pictures that count how often they are read."""
+
+    class_names, name, part_names = ("cat", "dog"), "ten", ()
+
+    def __init__(self):
+        self.reads = 0
+
+    def __len__(self):
+        return 10
+
+    def image(self, index):
+        self.reads += 1
+        return np.full((8, 8, 3), index, np.uint8)
+
+    def label(self, index):
+        return index % 2
+
+    def picture_name(self, index):
+        return f"picture {index}"
+
+    def part_mask(self, index):
+        return None
+
+
+def test_pictures_follow_the_trace(make_trace):
+    trace = make_trace(np.zeros((10, 4, 1)), labels=np.arange(10) % 2, num_experts=2, grid=(2, 2))
+    pictures = Ten()
+    assert aligned_pictures(pictures, trace) is pictures
+    some = aligned_pictures(pictures, trace.select([7, 2]))
+    assert [int(some.image(index)[0, 0, 0]) for index in range(len(some))] == [7, 2]
+    assert [some.label(index) for index in range(2)] == [1, 0]
+    pictures.picture_name = lambda index: f"other {index}"
+    with pytest.raises(UserError, match="is not among ten"):
+        aligned_pictures(pictures, trace)
+
+
+def test_pictures_are_read_once():
+    pictures = Ten()
+    kept = Remembered(pictures)
+    for _ in range(3):
+        assert [int(kept.image(index)[0, 0, 0]) for index in range(10)] == list(range(10))
+    assert pictures.reads == 10

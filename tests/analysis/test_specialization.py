@@ -1,0 +1,196 @@
+"""Baselines and the verdict: planted routing, what "untrained" must forget, and when the words may be said."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from sklearn.metrics import adjusted_rand_score
+from torch import nn
+
+from moevision.analysis import collect_routing, open_pictures
+from moevision.analysis.baselines import NAMES, Assignments, fresh_copy, hashed_experts, measure_baselines
+from moevision.analysis.estimate import Estimate
+from moevision.analysis.specialization import exceeds, specialization
+from moevision.analysis.tokens import image_patches
+from moevision.data import SyntheticPets
+from moevision.errors import UserError
+from moevision.layers import moe_layers
+from moevision.models.hub import SavedModel
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def small_model(seed=0, **options):
+    torch.manual_seed(seed)
+    net = timm.create_model("test_vit_moe", num_classes=8, **options)
+    for layer in moe_layers(net):
+        nn.init.normal_(layer.router.weight)
+    return SavedModel(net.eval(), list(SyntheticPets.classes), 32, MEAN, STD)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model, pictures = small_model(), open_pictures(SyntheticPets(60, 32, 0, "test"), 32)
+    trace = collect_routing(model, pictures, progress=False)
+    return model, pictures, trace, measure_baselines(model, pictures, trace, seeds=2)
+
+
+def planted(make_trace, rng, *, learned, images=240):
+    """One layer, 16 patches, 8 experts: the class's expert in a share `learned` of the patches, else any."""
+    labels = np.arange(images) % 8
+    chosen = np.where(rng.random((images, 16)) < learned, labels[:, None], rng.integers(8, size=(images, 16)))
+    return make_trace(chosen[..., None], labels=labels, num_experts=8, grid=(4, 4))
+
+
+def as_baseline(trace, seed=0):
+    layer = trace.layers[0]
+    return Assignments(None, seed, layer.expert_index, np.arange(len(trace)), layer.num_experts)
+
+
+def test_the_words_need_all_three_comparisons(make_trace) -> None:
+    rng = np.random.default_rng(0)
+    trace, sibling, blind = (planted(make_trace, rng, learned=share) for share in (0.5, 0.45, 0.0))
+    baselines = {"hash": [as_baseline(blind)]}
+
+    def ask(**options):
+        (result,) = specialization(trace, about=("class",), **options)
+        return result
+
+    full = ask(baselines=baselines, seeds=[sibling])
+    assert full.verdict
+    assert full.sentence.endswith("learned specialization.")
+    assert "no learned" not in full.sentence
+    assert full.baselines["hash"][0] == pytest.approx(0, abs=0.01)
+    assert full.seeds[0] == pytest.approx(full.estimate.value_bits, rel=0.4)
+    # bits and their share of H(class) come before the p-value
+    assert full.sentence.index("bits") < full.sentence.index("of all there is to tell") < full.sentence.index("p =")
+
+    for result, words in (
+        (ask(), "not compared with routing without learning and other trainings"),
+        (ask(baselines=baselines), "not compared with other trainings"),
+        (ask(seeds=[sibling]), "not compared with routing without learning"),
+    ):
+        assert not result.verdict
+        assert words in result.sentence
+        assert "nothing is said about learned specialization" in result.sentence
+
+    as_good = ask(baselines={**baselines, "kmeans_input": [as_baseline(trace)]}, seeds=[sibling])
+    assert not as_good.verdict
+    assert "no learned specialization found" in as_good.sentence
+    assert "clusters of the layer's input" in as_good.sentence
+    not_again = ask(baselines=baselines, seeds=[sibling, blind])
+    assert not_again.above_seeds is False
+    assert "other trainings of the same recipe" in not_again.sentence
+
+
+def test_blind_routing_is_said_to_be_blind(make_trace) -> None:
+    rng = np.random.default_rng(1)
+    blind = planted(make_trace, rng, learned=0.0)
+    for result in specialization(blind, baselines={"hash": [as_baseline(blind)]}, seeds=[blind]):
+        assert not result.verdict
+        assert "Shuffled pictures give as much: no learned specialization found" in result.sentence
+        written = json.loads(json.dumps(result.to_json(), allow_nan=False))
+        assert written["verdict"] is False
+        assert written["above"] == {"null": False, "baselines": False, "seeds": False}
+        assert written["value_bits"] == result.estimate.value_bits
+        assert written["name"] == "L1"
+
+
+def test_what_is_asked(make_trace) -> None:
+    rng = np.random.default_rng(2)
+    trace = planted(make_trace, rng, learned=0.3)
+    parts = rng.integers(3, size=(240, 16))
+    assert [r.about for r in specialization(trace, parts=parts)] == [
+        "class",
+        "class_given_position",
+        "position",
+        "part",
+    ]
+    unlabelled = replace(trace, labels=np.full(240, -1))
+    assert [r.about for r in specialization(unlabelled)] == ["position"]
+
+
+def test_other_trainings_must_have_seen_the_same_pictures(make_trace) -> None:
+    rng = np.random.default_rng(3)
+    trace = planted(make_trace, rng, learned=0.3)
+    with pytest.raises(UserError, match="same pictures"):
+        specialization(trace, seeds=[trace.select(np.arange(100))])
+
+
+def test_difference_interval_by_hand() -> None:
+    a = Estimate(0.5, 0.4, 0.6, 0, 0, 0, 0, 100)
+    # lower end of a - b: d - sqrt(0.1² + (high - value of b)²); with 0.24² it is 0.26 wide
+    assert math.hypot(0.1, 0.24) == pytest.approx(0.26)
+    assert exceeds(a, Estimate(0.239, 0.2, 0.479, 0, 0, 0, 0, 100))
+    assert not exceeds(a, Estimate(0.241, 0.2, 0.481, 0, 0, 0, 0, 100))
+
+
+def test_baselines_of_a_model(measured) -> None:
+    _, _, trace, baselines = measured
+    assert set(baselines) == set(NAMES)
+    blocks = [layer.layer for layer in trace.layers]
+    assert [(each.layer, each.seed) for each in baselines["untrained"]] == [(b, s) for s in range(2) for b in blocks]
+    assert {each.layer for name in ("hash", "hash_position", "kmeans_colour") for each in baselines[name]} == {None}
+    for each in (each for estimates in baselines.values() for each in estimates):
+        assert each.expert_index.shape == (len(each.images), 16, 2)
+        assert (np.diff(np.sort(each.expert_index, -1), axis=-1) > 0).all()  # K different experts
+        assert set(np.unique(each.expert_index)) <= set(range(4))
+    # clusters: fitted on one half, measured on the other
+    assert all(len(each.images) == 30 for each in baselines["kmeans_colour"] + baselines["kmeans_input"])
+    results = specialization(trace, baselines=baselines, seeds=[trace])
+    assert {len(result.baselines["untrained"]) for result in results} == {2}
+
+
+def test_colour_clusters_are_the_nearest_means(measured) -> None:
+    _, pictures, _, baselines = measured
+    found = baselines["kmeans_colour"][0]
+    colours = np.stack([image_patches(pictures.image(int(i)), (4, 4)).mean((1, 2)) for i in found.images]).reshape(
+        -1, 3
+    )
+    first = found.expert_index[..., 0].ravel()
+    means = np.stack([colours[first == e].mean(0) for e in range(4)])
+    nearest = np.square(colours[:, None] - means).sum(-1).argmin(1)
+    # the means come from the other half of the pictures, so not every border patch agrees
+    assert adjusted_rand_score(first, nearest) > 0.8
+
+
+def test_hash_routing_depends_on_content_alone(measured) -> None:
+    _, _, _, baselines = measured
+    keys = np.array([3, 99, 3, 2**63], np.uint64)
+    experts = hashed_experts(keys, 8, 3, seed=0)
+    assert (experts[0] == experts[2]).all()
+    assert not (hashed_experts(keys, 8, 3, seed=1) == experts).all()
+    many = hashed_experts(np.arange(8000, dtype=np.uint64), 8, 1, seed=5)
+    assert np.abs(np.bincount(many.ravel(), minlength=8) - 1000).max() < 4 * math.sqrt(8000 * 1 / 8 * 7 / 8)
+    assert (baselines["hash_position"][0].expert_index == baselines["hash_position"][0].expert_index[:1]).all()
+
+
+def test_a_fresh_copy_remembers_nothing() -> None:
+    trained, other = small_model(0).net, small_model(1).net
+    for net in (trained, other):
+        with torch.no_grad():
+            for tensor in net.state_dict().values():
+                tensor.add_(1)
+    before = copy.deepcopy(trained.state_dict())
+    state = torch.random.get_rng_state()
+    fresh = [fresh_copy(net, seed).state_dict() for net, seed in ((trained, 0), (other, 0), (trained, 1))]
+    assert (torch.random.get_rng_state() == state).all()
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    for name, value in fresh[0].items():
+        assert torch.equal(value, fresh[1][name]), f"{name} depends on what was trained"
+    assert not torch.equal(fresh[0]["blocks.1.mlp.experts.fc1.weight"], fresh[2]["blocks.1.mlp.experts.fc1.weight"])
+    assert fresh[0]["blocks.1.mlp.router.weight"].any()  # a router at zero would send all patches to the same experts
+
+
+def test_baselines_need_the_pictures_of_the_trace(measured) -> None:
+    model, _, trace, _ = measured
+    others = open_pictures(SyntheticPets(8, 32, 0, "test"), 32)
+    with pytest.raises(UserError, match="other pictures"):
+        measure_baselines(model, others, trace)
+    with pytest.raises(UserError, match="kmeans_colour"):
+        measure_baselines(model, others, trace, names=("magic",))
