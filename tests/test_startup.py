@@ -1,5 +1,6 @@
 """What `import moevision` and `moevision --help` cost beside `import timm`, and what they must not load."""
 
+import itertools
 import json
 import os
 import statistics
@@ -40,7 +41,7 @@ def cpu_seconds():
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     marks = json.loads(done.stdout.splitlines()[-1])
-    return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(marks)]
 
 
 @pytest.mark.slow

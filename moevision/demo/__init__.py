@@ -1,0 +1,25 @@
+"""The explorer: see in a browser, or in a notebook, which expert every patch goes to.
+
+`route_image(model, image)` gives the view of one picture, `bundled_model("pets")` a model to try it on;
+`moevision demo` serves the page. The names load on first use, so that `moevision demo --help` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moevision.demo.bundle import bundled_model
+    from moevision.demo.view import RoutingView, route_image
+
+__all__ = ["RoutingView", "bundled_model", "route_image"]
+
+_HOME = {"RoutingView": "view", "bundled_model": "bundle", "route_image": "view"}
+
+
+def __getattr__(name: str) -> object:
+    """Import the module that defines ``name``."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,344 @@
+// The explorer: choices of model, picture and settings around the shared view, and the tabs below it.
+
+const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, AboutTab];
+
+const appLayout = () => html`
+  <header class="mv-header" data-box="header"></header>
+  <div class="mv-columns"><nav class="mv-rail" aria-label="Pictures" data-box="rail"></nav>
+    <div class="mv-main" data-box="main"><div class="mv-progress" data-box="progress" hidden><i></i></div>
+      <div data-box="trouble"></div><div data-box="blank" hidden></div><div class="mv-view" data-box="view">${coreLayout()}</div></div>
+    <section class="mv-settings" aria-label="Change the routing" data-box="settings"></section></div>
+  <section class="mv-below" aria-label="What the experts do" data-box="tabs"><div class="mv-tabs" role="tablist" aria-label="Questions"></div>
+    <div class="mv-panel" role="tabpanel" tabindex="0" data-box="panel"></div></section>
+  <div class="mv-toast" role="status" data-box="toast" hidden></div>
+  <div class="mv-hidden" aria-live="polite" data-live></div>`;
+
+class App {
+  constructor(root, server) {
+    Object.assign(this, { root, asker: new Asker(server), state: null, slot: 0, topK: null, capacity: null, intervention: null, tab: "experts", tickets: [0, 0] });
+  }
+
+  async start(value) {
+    const given = typeof value === "string" ? JSON.parse(value || "{}") : value ?? {};
+    this.boot = given.boot ?? (await this.asker.ask("boot", {}));
+    const wish = readAddress();
+    this.choose(wish);
+    this.root.innerHTML = String(appLayout());
+    this.core = new Core(this.root, null);
+    this.tabs = TABS.map((Tab) => new Tab(this));
+    this.connect();
+    this.drawFrame();
+    this.drawTabs();
+    if (!this.hasPicture()) return this.showBlank();
+    // The first view comes with the page, so that nothing has to be asked before something is seen.
+    const ready = given.view && this.isDefault(wish) ? { 0: given.view } : {};
+    await this.load([...this.pictures.keys()], ready, wish);
+    if (!this.state && wish.picture) await this.startElsewhere(wish);
+    if (this.state && !tourMemory.seen()) new Tour(this.core);
+  }
+
+  /** The picture of a link may not be here (another data folder): show the usual first one, and say so. */
+  async startElsewhere({ picture, picture2, ...wish }) {
+    this.choose(wish);
+    if (!this.hasPicture()) return this.showBlank();
+    await this.load([0], {}, wish);
+    return this.notify("The link's picture isn't on this server; here is another one.");
+  }
+
+  /** Take over what the address asks for, as far as this server has it. */
+  choose(wish) {
+    const { models, default: first } = this.boot;
+    const find = (id) => models.find((model) => model.id === id);
+    this.model = find(wish.model) ?? find(first?.model) ?? models[0];
+    this.variant = this.model.variants.includes(wish.variant) ? wish.variant : this.model.variants[0];
+    // The rail shows a few examples; a link may name any picture that the server knows.
+    const usual = this.model.examples.find(({ id }) => id === first?.picture) ?? this.model.examples[0];
+    const chosen = wish.picture ?? usual?.id;
+    this.pictures = [chosen ? { kind: "example", id: chosen } : { kind: "none" }];
+    if (wish.picture2) this.pictures.push({ kind: "example", id: wish.picture2 });
+    const k = Number(wish.k);
+    this.topK = Number.isInteger(k) && k >= 1 && k <= this.model.num_experts && k !== this.model.top_k ? k : null;
+    const capacity = Number(wish.capacity);
+    this.capacity = wish.capacity !== undefined && capacity >= 0.25 && capacity <= 2 ? capacity : null;
+    this.intervention = readIntervention(wish.do, this.model);
+    if (["experts", "classes", "whatif", "compare", "about"].includes(wish.tab)) this.tab = wish.tab;
+  }
+
+  isDefault(wish) {
+    const { default: first } = this.boot;
+    return this.model.id === first?.model && this.variant === this.model.variants[0] && this.pictures[0].id === first?.picture
+      && this.topK === null && this.capacity === null && this.intervention === null && wish.picture2 === undefined;
+  }
+
+  hasPicture() { return this.pictures.every(({ kind }) => kind !== "none"); }
+
+  connect() {
+    const rail = railHandlers(this);
+    Object.assign(this.core.actions, rail.actions, shareHandlers(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
+      tab: (button) => this.openTab(button.dataset.tab),
+      retry: () => this.load([...this.pictures.keys()]),
+      undo: () => this.undo(),
+      similar: () => this.showSimilar(),
+      tour: () => this.state && new Tour(this.core),
+    });
+    Object.assign(this.core.changes, rail.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
+    listenForFiles(this, this.root);
+    this.root.addEventListener("keydown", (event) => this.onTabKey(event));
+    document.addEventListener("click", (event) => {
+      const menu = this.root.querySelector(".mv-menu[open]");
+      if (menu && !menu.contains(event.target)) menu.open = false;
+    });
+  }
+
+  // ---- choices ------------------------------------------------------------------------------------------------
+
+  /** What the server is asked about one of the pictures. */
+  question(slot) {
+    const { kind, id, data } = this.pictures[slot];
+    const picture = kind === "example" ? { kind, id } : { kind, data };
+    return { model: this.model.id, variant: this.variant, picture, top_k: this.topK, capacity: this.capacity, intervention: this.intervention };
+  }
+
+  choosePicture(picture) {
+    this.pictures[this.slot] = picture;
+    return this.load([this.slot]);
+  }
+
+  /** Open a picture of the model's data, at a patch where one is named. */
+  async openExample(id, patch) {
+    await this.choosePicture({ kind: "example", id });
+    if (patch === undefined || !this.state) return;
+    this.state.set({ patch: Number(patch) });
+    this.core.box("main").scrollIntoView({ block: "start" });
+  }
+
+  choosePictureCount(count) {
+    if (count === this.pictures.length) return undefined;
+    if (count === 1) {
+      this.pictures.length = 1;
+      this.slot = 0;
+      this.drawFrame();
+      return this.show([this.state?.views[0]], "picture");
+    }
+    const others = this.model.examples.filter(({ id, label }) => id !== this.pictures[0].id && label !== this.state?.views[0].picture.label);
+    this.pictures.push(others.length ? { kind: "example", id: others[0].id } : { ...this.pictures[0] });
+    this.slot = 1;
+    return this.load([1]);
+  }
+
+  chooseSlot(slot) { this.slot = slot; this.drawFrame(); }
+
+  chooseModel(id) {
+    if (id === this.model.id) return undefined;
+    const own = this.pictures.find(({ kind }) => kind === "upload");
+    this.choose({ model: id });
+    // A visitor's own picture goes along; an example belongs to its model.
+    if (own) this.pictures = [own];
+    this.slot = 0;
+    this.drawFrame();
+    if (!this.hasPicture()) return this.showBlank();
+    return this.load([0], {}, {}, "model");
+  }
+
+  chooseVariant(variant) {
+    this.variant = variant;
+    return this.load([...this.pictures.keys()], {}, {}, "model");
+  }
+
+  chooseSettings(change) {
+    Object.assign(this, change);
+    this.drawFrame();
+    return this.load([...this.pictures.keys()], {}, {}, "settings");
+  }
+
+  // ---- views --------------------------------------------------------------------------------------------------
+
+  /** Get the views of some slots and show them; an answer that a newer question has overtaken is dropped. */
+  async load(slots, ready = {}, wish = {}, kind = "picture") {
+    if (!this.hasPicture()) return this.showBlank();
+    this.drawFrame();
+    slots.forEach((slot) => { this.tickets[slot] += 1; });
+    const ticket = [...this.tickets];
+    const current = () => slots.every((slot) => ticket[slot] === this.tickets[slot]);
+    this.busy(true);
+    try {
+      const words = (text) => this.notify(text);
+      const answers = await Promise.all(slots.map((slot) => ready[slot] ?? this.asker.ask("route", this.question(slot), words)));
+      if (!current()) return undefined;
+      fillBox(this.core.box("trouble"), "");
+      const views = this.pictures.map((_, slot) => (slots.includes(slot) ? answers[slots.indexOf(slot)] : this.state.views[slot]));
+      this.show(views, kind, wish);
+    } catch (error) {
+      if (current()) fillBox(this.core.box("trouble"), errorBox(asAskError(error), "retry"));
+    } finally {
+      if (current()) this.busy(false);
+    }
+    return undefined;
+  }
+
+  show(views, kind, wish = {}) {
+    if (!views[0]) return;
+    this.core.box("blank").hidden = true;
+    this.core.box("view").hidden = false;
+    const first = this.state === null;
+    if (first) {
+      const layer = views[0].layers.findIndex((entry) => String(entry.layer) === wish.layer);
+      const patch = wish.patch === undefined ? centrePatch(views[0]) : Number(wish.patch);
+      this.state = new ViewState(views[0], { views, layer: layer < 0 ? null : layer, patch, mode: wish.mode });
+      this.core.attach(this.state);
+      this.state.subscribe((changed) => this.follow(changed));
+    } else {
+      this.state.set({ views, active: Math.min(this.slot, views.length - 1) });
+    }
+    this.announceResult(views[Math.min(this.slot, views.length - 1)]);
+    this.drawSimilar();
+    this.remember();
+    this.refreshTab(first ? null : kind);
+  }
+
+  announceResult(view) {
+    const best = view.prediction.moe[0];
+    this.core.announce(`${pictureTitle(view)}: the model sees ${best.class}, ${percent(best.p)}`);
+  }
+
+  follow(changed) {
+    if (["patch", "active", "views"].some((name) => changed.has(name))) this.drawSimilar();
+    if (changed.has("layer")) this.refreshTab("layer");
+    if (["layer", "patch", "mode"].some((name) => changed.has(name))) this.remember();
+  }
+
+  /** Write the address a moment later: browsers refuse pages that rewrite it at every key press. */
+  remember() {
+    clearTimeout(this.remembering);
+    this.remembering = setTimeout(() => writeAddress(this), 120);
+  }
+
+  /** Keep an intervention on, as a setting: the first picture's view under it is here already. */
+  showChanged(intervention, view) {
+    this.intervention = intervention;
+    this.core.box("main").scrollIntoView({ block: "start" });
+    return this.load([...this.pictures.keys()], { 0: view }, {}, "shown");
+  }
+
+  undo() {
+    this.intervention = null;
+    return this.load([...this.pictures.keys()], {}, {}, "shown");
+  }
+
+  showBlank() {
+    this.core.box("view").hidden = true;
+    this.core.box("blank").hidden = false;
+    fillBox(this.core.box("trouble"), "");
+    fillBox(this.core.box("blank"), html`<div class="mv-state mv-tall"><p><b>Bring a picture</b></p>
+      <p class="mv-note">${this.model.title} knows ${this.model.class_names.join(", ")}. Drop a photo anywhere, paste one, or choose a file.</p>
+      <button type="button" class="mv-primary" data-action="choose">Choose a file</button></div>`);
+    this.refreshTab("model");
+    this.remember();
+  }
+
+  busy(is) {
+    const bar = this.core.box("progress");
+    bar.hidden = !is;
+    this.core.box("main").setAttribute("aria-busy", String(is));
+    this.sliding?.cancel();
+    if (is && !window.matchMedia("(prefers-reduced-motion: reduce)").matches) {
+      this.sliding = bar.firstElementChild.animate([{ left: "-30%" }, { left: "100%" }], { duration: 1000, iterations: Infinity });
+    }
+  }
+
+  drawFrame() {
+    drawHeader(this.core.box("header"), this);
+    drawRail(this.core.box("rail"), this);
+    drawSettings(this.core.box("settings"), this);
+  }
+
+  notify(text) {
+    const toast = this.core.box("toast");
+    toast.textContent = text;
+    toast.hidden = false;
+    clearTimeout(this.toasting);
+    this.toasting = setTimeout(() => { toast.hidden = true; }, 4000);
+  }
+
+  // ---- patches with the same path -----------------------------------------------------------------------------
+
+  drawSimilar() {
+    const wanted = this.model.has_pictures && this.state.patch !== null;
+    fillBox(this.core.box("similar"), wanted ? html`<button type="button" class="mv-button" data-action="similar" data-key="similar">Patches with the same path</button>` : "");
+  }
+
+  async showSimilar() {
+    const { state } = this;
+    const place = this.core.box("similar");
+    const patch = state.patch;
+    fillBox(place, waitingBox("Looking for patches with this path…"));
+    try {
+      const path = state.view.layers.map((layer) => layer.experts[patch][0]);
+      const { patches } = await this.asker.remember("similar", { model: this.model.id, variant: this.variant, path, class: null });
+      if (state.patch !== patch) return;
+      fillBox(place, patches.length ? gallery("Patches with the same path", patches)
+        : html`<p class="mv-note">No patch of the model's pictures takes exactly this path.</p>`);
+    } catch (error) {
+      fillBox(place, errorBox(asAskError(error), "similar"));
+    }
+  }
+
+  // ---- tabs ---------------------------------------------------------------------------------------------------
+
+  drawTabs() {
+    fillBox(this.root.querySelector(".mv-tabs"), html`${this.tabs.map(({ id, label }) => html`<button type="button" role="tab" id="mv-tab-${id}"
+      data-action="tab" data-tab="${id}" data-key="tab-${id}" aria-selected="${id === this.tab}" tabindex="${id === this.tab ? 0 : -1}">${label}</button>`)}`);
+    this.core.box("panel").setAttribute("aria-labelledby", `mv-tab-${this.tab}`);
+  }
+
+  onTabKey(event) {
+    if (event.target.getAttribute("role") !== "tab") return;
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const index = this.tabs.findIndex(({ id }) => id === this.tab);
+    this.openTab(this.tabs[(index + step + this.tabs.length) % this.tabs.length].id);
+    this.root.querySelector("[role=tab][aria-selected=true]").focus();
+  }
+
+  openTab(id) {
+    this.tab = id;
+    this.drawTabs();
+    this.refreshTab(null);
+    this.remember();
+  }
+
+  takeAway(layer, expert) {
+    const tab = this.tabs.find(({ id }) => id === "whatif");
+    tab.preset(layer, expert);
+    this.openTab("whatif");
+    this.core.box("tabs").scrollIntoView({ block: "start" });
+    return this.state && tab.run();
+  }
+
+  /** Draw the open tab again if what changed matters to it (null: it was just opened). */
+  async refreshTab(kind) {
+    const tab = this.tabs.find(({ id }) => id === this.tab);
+    if (kind !== null && kind !== "model" && !tab.follows.includes(kind)) return;
+    const panel = this.core.box("panel");
+    const ticket = (this.panelTicket = Symbol(tab.id));
+    const wanted = () => ticket === this.panelTicket;
+    if (!this.state && tab.id !== "about") {
+      fillBox(panel, this.hasPicture() ? waitingBox("Opening the picture…") : emptyBox("No picture yet", "This fills when a picture is on the stage."));
+      return;
+    }
+    try {
+      await tab.draw(panel, wanted);
+    } catch (error) {
+      if (wanted()) fillBox(panel, errorBox(asAskError(error)));
+    }
+  }
+}
+
+/** Entry of the gradio page. A page that can't even start says so in place of the empty screen. */
+function startApp(root, value, server) {
+  const app = new App(root, server);
+  return app.start(value).catch((error) => {
+    root.innerHTML = String(errorBox(asAskError(error)));
+  });
+}

@@ -1,0 +1,144 @@
+// The rail on the left: pictures to look at, the visitor's own, and what may be changed about the routing.
+
+const VARIANTS = {
+  trained: { label: "Trained", tip: "The model as it was trained, with losses that keep the experts balanced." },
+  unbalanced: { label: "Without balance loss", tip: "The same recipe without those losses: some experts take almost everything." },
+  untrained: { label: "Untrained", tip: "The same network before training: what the routing looks like before anything is learned." },
+};
+const LONGEST_SIDE = 512;
+
+function drawHeader(box, app) {
+  const { model, variant } = app;
+  const options = app.boot.models.map(({ id, title }) => html`<option value="${id}" ${new Markup(id === model.id ? "selected" : "")}>${title}</option>`);
+  const switches = model.variants.map((name) => html`<button type="button" data-action="variant" data-variant="${name}" data-key="variant-${name}"
+    data-tip="${VARIANTS[name]?.tip}" aria-pressed="${name === variant}">${VARIANTS[name]?.label ?? name}</button>`);
+  fillBox(box, html`
+    <div class="mv-title"><h1>moevision explorer</h1><p class="mv-soft">Which expert looks at which part of a picture</p></div>
+    <div class="mv-model"><label><span class="mv-hidden">Model</span><select data-change="model" data-key="model">${options}</select></label>
+      <p class="mv-soft"><b>${model.accuracy_text}</b><br>${model.data_text}</p></div>
+    <div class="mv-tools"><div class="mv-switch" role="group" aria-label="Version of the model">${switches}</div>${shareMenu()}</div>`);
+}
+
+function drawRail(box, app) {
+  fillBox(box, html`
+    <div class="mv-rail-head"><h2>Pictures</h2>
+      <div class="mv-switch" role="group" aria-label="Number of pictures">${[1, 2].map((number) => html`<button type="button" data-action="count"
+        data-count="${number}" data-key="count-${number}" aria-pressed="${number === app.pictures.length}">${["One", "Two"][number - 1]}</button>`)}</div></div>
+    ${app.pictures.length > 1 && slotSwitch(app)}
+    ${examples(app)}
+    <button type="button" class="mv-drop" data-action="choose" data-key="choose"><b>Your own picture</b><span>Drop it, paste it, or choose a file</span></button>
+    <input type="file" accept="image/*" hidden data-change="file" data-box="file">
+    <p class="mv-note">It is made small in your browser and stays between this page and the server.</p>
+    <div data-box="rail-error"></div>`);
+}
+
+const slotSwitch = (app) => html`<div class="mv-switch mv-slots" role="group" aria-label="Which picture to change">${["First", "Second"].map((name, slot) => html`
+  <button type="button" data-action="slot" data-index="${slot}" data-key="slot-${slot}" aria-pressed="${slot === app.slot}">${name}</button>`)}</div>`;
+
+function examples(app) {
+  if (!app.model.examples.length) {
+    return html`<p class="mv-note mv-none">This model comes without pictures. Bring your own, or start with
+      <code>moevision demo --data FOLDER</code>.</p>`;
+  }
+  const shown = app.pictures[app.slot];
+  const thumb = ({ id, name, label, thumb: source }) => html`<li><button type="button" data-action="example" data-id="${id}" data-key="example-${id}"
+    aria-pressed="${shown.kind === "example" && shown.id === id}" aria-label="${label ? `${label}, ${name}` : name}">
+    <img src="${pictureSource(source)}" alt=""><span>${label ?? name}</span></button></li>`;
+  return html`<ul class="mv-examples">${app.model.examples.map(thumb)}</ul>`;
+}
+
+function drawSettings(box, app) {
+  const { model, topK, capacity } = app;
+  const k = topK ?? model.top_k;
+  fillBox(box, html`<h2>Change the routing</h2>
+    <label class="mv-slider"><span>${term("topk", "Experts per patch")} <output data-box="k-value">${kWords(model, k)}</output></span>
+      <input type="range" min="1" max="${model.num_experts}" step="1" value="${k}" data-change="topk" data-key="topk" aria-label="Experts per patch"></label>
+    <p class="mv-off" data-box="k-mark" ${new Markup(k === model.top_k ? "hidden" : "")}>off the training distribution</p>
+    <label class="mv-check"><input type="checkbox" data-change="limit" data-key="limit" ${new Markup(capacity === null ? "" : "checked")}> Limit each expert's capacity</label>
+    <label class="mv-slider" ${new Markup(capacity === null ? "hidden" : "")}><span>${term("capacity", "Capacity factor")} <output data-box="capacity-value">${fixed(capacity ?? 1)}</output></span>
+      <input type="range" min="0.25" max="2" step="0.05" value="${capacity ?? 1}" data-change="capacity" data-key="capacity" aria-label="Capacity factor"></label>
+    <p class="mv-off" ${new Markup(capacity === null ? "hidden" : "")}>off the training distribution</p>
+    ${(topK !== null || capacity !== null) && html`<button type="button" class="mv-quiet" data-action="as-trained" data-key="as-trained">as trained</button>`}`);
+}
+
+const kWords = (model, k) => (k === model.top_k ? `${k}, as trained` : `${k} instead of ${model.top_k}`);
+
+/** What the handlers of header and rail do; `app` keeps the choices and asks the server. */
+function railHandlers(app) {
+  let waiting;
+  const soon = (job) => { clearTimeout(waiting); waiting = setTimeout(job, 180); };
+  return {
+    actions: {
+      example: (button) => app.openExample(button.dataset.id, button.dataset.patch),
+      variant: (button) => app.chooseVariant(button.dataset.variant),
+      count: (button) => app.choosePictureCount(Number(button.dataset.count)),
+      slot: (button) => app.chooseSlot(Number(button.dataset.index)),
+      choose: () => app.core.box("file").click(),
+      "as-trained": () => app.chooseSettings({ topK: null, capacity: null }),
+    },
+    changes: {
+      model: (select) => app.chooseModel(select.value),
+      file: (input) => { takeFile(app, input.files[0]); input.value = ""; },
+      limit: (input) => app.chooseSettings({ capacity: input.checked ? 1 : null }),
+      topk: (input) => {
+        const k = Number(input.value);
+        app.core.box("k-value").textContent = kWords(app.model, k);
+        app.core.box("k-mark").hidden = k === app.model.top_k;
+        soon(() => app.chooseSettings({ topK: k === app.model.top_k ? null : k }));
+      },
+      capacity: (input) => {
+        app.core.box("capacity-value").textContent = fixed(Number(input.value));
+        soon(() => app.chooseSettings({ capacity: Number(input.value) }));
+      },
+    },
+  };
+}
+
+// ---- the visitor's own picture ------------------------------------------------------------------------------
+
+/** Drop anywhere on the page, and paste anywhere but into a field. */
+function listenForFiles(app, root) {
+  root.addEventListener("dragover", (event) => { event.preventDefault(); root.classList.add("mv-dragging"); });
+  root.addEventListener("dragleave", (event) => { if (!root.contains(event.relatedTarget)) root.classList.remove("mv-dragging"); });
+  root.addEventListener("drop", (event) => {
+    event.preventDefault();
+    root.classList.remove("mv-dragging");
+    takeFile(app, event.dataTransfer.files[0]);
+  });
+  document.addEventListener("paste", (event) => {
+    const file = [...(event.clipboardData?.files ?? [])][0];
+    if (file && root.isConnected) { event.preventDefault(); takeFile(app, file); }
+  });
+}
+
+async function takeFile(app, file) {
+  if (!file) return;
+  const message = app.core.box("rail-error");
+  fillBox(message, "");
+  try {
+    const data = await shrinkPicture(file);
+    await app.choosePicture({ kind: "upload", data, name: file.name });
+  } catch (error) {
+    const shown = error instanceof AskError ? error : new AskError("That file is no picture that this browser can read. JPEG, PNG and WebP work.");
+    fillBox(message, errorBox(shown));
+  }
+}
+
+/** The picture as a data address, at most 512 px on its longer side: enough for any of the models, quick to send. */
+async function shrinkPicture(file) {
+  const bitmap = await createImageBitmap(file);
+  const scale = Math.min(1, LONGEST_SIDE / Math.max(bitmap.width, bitmap.height));
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.max(1, Math.round(bitmap.width * scale));
+  canvas.height = Math.max(1, Math.round(bitmap.height * scale));
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  // Transparent parts become white, as on paper, and not black.
+  context.fillStyle = "#ffffff";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  bitmap.close();
+  // PNG adds no traces of compression; only a large photo is sent as JPEG.
+  const exact = canvas.toDataURL("image/png");
+  return exact.length < 700000 ? exact : canvas.toDataURL("image/jpeg", 0.92);
+}

@@ -1,0 +1,157 @@
+// Taking the view elsewhere: the address, and the three exports.
+
+const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share and export</summary><div class="mv-menu-list">
+  ${[["link", "Copy link", "opens this view"], ["png", "Picture (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/1"],
+    ["page", "Page (HTML)", "one file, works without a network"]].map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}" data-key="export-${kind}">
+    <b>${title}</b><span class="mv-soft">${hint}</span></button>`)}</div></details>`;
+
+function shareHandlers(app) {
+  const name = (ending) => exportName(app.state, ending);
+  const close = (button) => { button.closest("details").open = false; };
+  const guarded = (job) => async (button) => {
+    close(button);
+    try { await job(); } catch (error) { app.notify(asAskError(error).message); }
+  };
+  return {
+    "export-link": guarded(async () => {
+      await copyText(location.href);
+      app.notify(app.pictures.some(({ kind }) => kind === "upload") ? "Link copied. It can't carry your own picture: it opens on an example." : "Link copied.");
+    }),
+    "export-png": guarded(async () => { download(await stagePng(app.state), name("png")); app.notify("Picture saved."); }),
+    "export-json": guarded(async () => {
+      const text = JSON.stringify(app.state.view, null, 1);
+      download(new Blob([text], { type: "application/json" }), name("json"));
+      app.notify("Data saved.");
+    }),
+    "export-page": guarded(async () => {
+      const page = await app.asker.ask("export_html", app.question(app.state.active));
+      download(new Blob([page.html], { type: "text/html" }), page.filename);
+      app.notify("Page saved.");
+    }),
+  };
+}
+
+/** The clipboard is only open to secure pages (https or loopback); a classroom's http address needs the old way. */
+async function copyText(text) {
+  if (navigator.clipboard && window.isSecureContext) {
+    try { return await navigator.clipboard.writeText(text); } catch { /* no permission: fall through to the old way */ }
+  }
+  const field = document.createElement("textarea");
+  field.value = text;
+  document.body.append(field);
+  field.select();
+  const copied = document.execCommand("copy");
+  field.remove();
+  if (!copied) throw new AskError("The browser doesn't let the page copy. The address bar holds the same link.");
+}
+
+function download(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+const exportName = (state, ending) => ["moevision", state.view.model.id, state.view.picture.name, state.currentLayer.name, state.mode]
+  .join("_").replace(/[^\w.-]+/g, "-") + `.${ending}`;
+
+// ---- PNG ----------------------------------------------------------------------------------------------------
+
+/** The active stage as a picture of 1024 px with a caption that says what it is. */
+async function stagePng(state) {
+  const { view, currentLayer: layer } = state;
+  const [rows, columns] = view.model.grid;
+  const side = 1024 / columns;
+  const canvas = document.createElement("canvas");
+  canvas.width = 1024;
+  canvas.height = side * rows + 76;
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#ffffff";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.imageSmoothingEnabled = false;
+  context.drawImage(await loadPicture(pictureSource(view.picture.src)), 0, 0, 1024, side * rows);
+  for (let patch = 0; patch < rows * columns; patch += 1) {
+    paintPatch(context, patchLook(state, layer, patch, view.model.num_experts), (patch % columns) * side, Math.floor(patch / columns) * side, side);
+  }
+  paintCaption(context, state, side * rows);
+  return new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("no PNG")))));
+}
+
+async function loadPicture(source) {
+  const picture = new Image();
+  picture.src = source;
+  await picture.decode();
+  return picture;
+}
+
+function paintPatch(context, look, x, y, side) {
+  context.fillStyle = rgba(look.colour, look.alpha);
+  context.fillRect(x, y, side, side);
+  if (!look.text || look.faint) return;
+  const size = clamp(side * 0.24, 10, 26);
+  context.font = `700 ${size}px Arial, sans-serif`;
+  const width = context.measureText(look.text).width + size * 0.7;
+  context.fillStyle = look.chip === null ? "#ffffff" : look.colour;
+  context.fillRect(x + side - width, y + side - size * 1.3, width, size * 1.3);
+  context.fillStyle = look.chip === null ? "#1d1d1b" : inkOn(look.colour);
+  context.fillText(look.text, x + side - width + size * 0.35, y + side - size * 0.3);
+}
+
+function paintCaption(context, state, top) {
+  const { view, currentLayer: layer } = state;
+  const best = view.prediction.moe[0];
+  context.fillStyle = "#1d1d1b";
+  context.font = "600 22px Arial, sans-serif";
+  context.fillText(`${view.model.title}, ${view.model.variant} · ${layer.name} · ${MODES[state.mode].label.toLowerCase()} · ${pictureTitle(view)}`, 12, top + 32, 1000);
+  context.font = "18px Arial, sans-serif";
+  context.fillStyle = "#5c5c57";
+  context.fillText(`prediction: ${best.class} ${percent(best.p)} · top-${view.settings.top_k} of ${view.model.num_experts} experts · moevision`, 12, top + 60, 1000);
+}
+
+// ---- the address --------------------------------------------------------------------------------------------
+
+const LINK_KEYS = ["model", "variant", "picture", "picture2", "layer", "patch", "mode", "k", "capacity", "do", "tab"];
+
+/** An intervention as one word of the address, "ablate.3.1.next_best.0", and back; null if the word makes no sense. */
+const interventionWord = ({ kind, layer, expert, fill, seed }) => [kind, layer ?? "all", expert ?? "any", fill ?? "next_best", seed ?? 0].join(".");
+
+function readIntervention(word, model) {
+  const [kind, layerText, expertText, fill, seedText] = (word ?? "").split(".");
+  const [layer, expert, seed] = [layerText, expertText, seedText].map(Number);
+  const every = kind === "random" && layerText === "all";
+  const sound = ["ablate", "force", "random"].includes(kind) && ["next_best", "zero"].includes(fill) && Number.isInteger(seed) && seed >= 0
+    && (every || model.layers.includes(layer)) && (kind === "random" || (Number.isInteger(expert) && expert >= 0 && expert < model.num_experts));
+  return sound ? { kind, layer: every ? null : layer, expert: kind === "random" ? null : expert, fill, seed } : null;
+}
+
+/** What the address asks for: texts, checked by whoever uses them. */
+function readAddress() {
+  const found = new URLSearchParams(location.search);
+  return Object.fromEntries(LINK_KEYS.filter((key) => found.has(key)).map((key) => [key, found.get(key)]));
+}
+
+/** Write the view into the address without a new entry in the browser's history; foreign keys stay. */
+function writeAddress(app) {
+  const { state, pictures } = app;
+  const values = {
+    model: app.model.id,
+    variant: app.variant === "trained" ? null : app.variant,
+    picture: pictures[0].kind === "example" ? pictures[0].id : null,
+    picture2: pictures[1]?.kind === "example" ? pictures[1].id : null,
+    layer: state?.currentLayer.layer,
+    patch: state?.patch,
+    mode: state?.mode === "expert" ? null : state?.mode,
+    k: app.topK,
+    capacity: app.capacity,
+    do: app.intervention && interventionWord(app.intervention),
+    tab: app.tab === "experts" ? null : app.tab,
+  };
+  const address = new URL(location.href);
+  LINK_KEYS.forEach((key) => {
+    const value = values[key];
+    if (value === null || value === undefined) address.searchParams.delete(key);
+    else address.searchParams.set(key, value);
+  });
+  history.replaceState(history.state, "", address);
+}

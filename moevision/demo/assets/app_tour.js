@@ -1,0 +1,69 @@
+// Four steps for somebody who is here for the first time. Shown once per browser, skippable at every step.
+
+const TOUR_KEY = "moevision.tour.seen";
+const TOUR = [
+  { at: "verdict", title: "What does the model see?", text: "The answer comes first, with the label where there is one, and beside it the answer of a dense twin of the same cost." },
+  { at: "stage-0", title: "Where did each patch go?", text: "The number in a patch is the expert that computes it; stronger colour means a higher weight. Click a patch, or walk with the arrow keys." },
+  { at: "inspector", title: "Why this expert?", text: "All experts that the router weighed for the patch, how close it was, and the patch's path through the layers." },
+  { at: "tabs", title: "Is it more than chance?", text: "What each expert is for, what changes without it, and whether a pattern stands above simple comparisons." },
+];
+
+/** Private windows may refuse storage; then the tour comes again, which is better than a broken page. */
+const tourMemory = {
+  seen() { try { return localStorage.getItem(TOUR_KEY) !== null; } catch { return false; } },
+  keep() { try { localStorage.setItem(TOUR_KEY, "1"); } catch { /* nothing to keep it in */ } },
+};
+
+class Tour {
+  constructor(core) {
+    this.core = core;
+    this.step = 0;
+    this.bubble = document.createElement("div");
+    this.bubble.className = "mv-tour";
+    this.bubble.setAttribute("role", "dialog");
+    this.bubble.setAttribute("aria-label", "Tour");
+    core.root.append(this.bubble);
+    core.actions["tour-next"] = () => this.show(this.step + 1);
+    core.actions["tour-end"] = () => this.end();
+    this.onKey = (event) => { if (event.key === "Escape") this.end(); };
+    core.root.addEventListener("keydown", this.onKey);
+    this.show(0);
+  }
+
+  show(step) {
+    if (step >= TOUR.length) return this.end();
+    this.step = step;
+    const { at, title, text } = TOUR[step];
+    const last = step === TOUR.length - 1;
+    this.target?.classList.remove("mv-spot");
+    this.target = this.core.box(at);
+    this.target.classList.add("mv-spot");
+    this.bubble.innerHTML = String(html`<p class="mv-soft">${step + 1} of ${TOUR.length}</p><h2>${title}</h2><p>${text}</p>
+      <div class="mv-tour-foot"><button type="button" class="mv-quiet" data-action="tour-end">${last ? "" : "Skip the tour"}</button>
+      <button type="button" class="mv-primary" data-action="tour-next">${last ? "Start" : "Next"}</button></div>`);
+    this.place();
+    this.bubble.querySelector(".mv-primary").focus({ preventScroll: true });
+  }
+
+  /** Beside the target where there is room, else below its top edge. */
+  place() {
+    const home = this.core.root.getBoundingClientRect();
+    const at = this.target.getBoundingClientRect();
+    const width = Math.min(320, home.width - 24);
+    this.bubble.style.width = `${width}px`;
+    const right = at.right + 16 + width < home.right;
+    const left = right ? at.right + 16 : clamp(at.left, home.left + 12, home.right - width - 12);
+    const below = right ? at.top : Math.min(at.bottom + 12, at.top + 260);
+    this.bubble.style.left = `${left - home.left}px`;
+    this.bubble.style.top = `${below - home.top}px`;
+    this.bubble.scrollIntoView({ block: "nearest" });
+  }
+
+  end() {
+    tourMemory.keep();
+    this.target?.classList.remove("mv-spot");
+    this.core.root.removeEventListener("keydown", this.onKey);
+    this.bubble.remove();
+    this.core.box("stage-0").querySelector(".mv-cell[tabindex='0']")?.focus({ preventScroll: true });
+  }
+}

@@ -1,0 +1,227 @@
+// The shared view: stage, strip, prediction, load and inspector around one ViewState. The app, an exported page and a
+// notebook use it alike. Everything here works on what is in the page already: no change of layer, no hover and no
+// click asks a server.
+
+const box = (name, extra = "") => html`<div data-box="${name}" class="mv-box-${name} ${extra}"></div>`;
+
+/** The places that `Core` fills: the stage column and the inspector. */
+const coreLayout = () => html`
+  <section class="mv-center" aria-label="Picture and routing">
+    ${box("verdict")}
+    <div class="mv-work">
+      <div class="mv-stages">
+        <div class="mv-toolbar">${modeSwitch()}
+          <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
+        <div class="mv-pictures"><div data-box="stage-0"></div><div data-box="stage-1" hidden></div></div>
+        ${box("legend")}${box("strip")}
+      </div>
+      <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}</div>
+    </div>
+  </section>
+  <aside class="mv-inspector" aria-label="Patch inspector">${box("inspector")}${box("similar")}</aside>`;
+
+const modeSwitch = () => html`<div class="mv-switch" role="group" aria-label="Colour by">
+  ${Object.entries(MODES).map(([mode, { label }]) => html`<button type="button" data-action="mode" data-mode="${mode}"
+    data-key="mode-${mode}">${label}</button>`)}</div>`;
+
+class Core {
+  /**
+   * @param root element that holds `coreLayout()`; all listeners sit on it, since what is inside comes and goes.
+   * @param state ViewState to draw, or null: then `attach` brings it later, when there is a picture.
+   */
+  constructor(root, state) {
+    Object.assign(this, { root, state: null, stages: [] });
+    this.actions = this.ownActions();
+    this.changes = { strength: (input) => this.state.set({ strength: input.value / 100 }) };
+    this.listen();
+    if (state) this.attach(state);
+  }
+
+  attach(state) {
+    this.state = state;
+    this.drawAll();
+    state.subscribe((changed) => this.update(changed));
+  }
+
+  box(name) { return this.root.querySelector(`[data-box="${name}"]`); }
+
+  ownActions() {
+    return {
+      layer: (button) => this.goToLayer(Number(button.dataset.index)),
+      mode: (button) => this.state.set({ mode: button.dataset.mode }),
+      unpin: () => this.state.set({ patch: null }),
+      highlight: (button) => {
+        const { state } = this;
+        const expert = Number(button.dataset.expert);
+        state.set({ highlight: state.highlight === expert ? null : expert, mode: "expert" });
+      },
+    };
+  }
+
+  listen() {
+    const { root } = this;
+    root.addEventListener("click", (event) => this.onClick(event));
+    root.addEventListener("keydown", (event) => this.onKey(event));
+    root.addEventListener("pointerover", (event) => this.onPoint(event));
+    root.addEventListener("pointerleave", () => this.state?.set({ hover: null }));
+    ["input", "change"].forEach((kind) => root.addEventListener(kind, (event) => {
+      const field = event.target.closest?.("[data-change]");
+      // Sliders follow the hand; everything else waits until the choice is made.
+      if (field && kind === (field.dataset.live ?? (field.type === "range" ? "input" : "change"))) {
+        this.changes[field.dataset.change]?.(field, event);
+      }
+    }));
+    new Tooltip(root);
+  }
+
+  onClick(event) {
+    const cell = event.target.closest(".mv-cell");
+    if (cell) return this.pin(Number(cell.dataset.patch), this.slotOf(cell));
+    const target = event.target.closest("[data-action]");
+    if (target && !target.disabled) this.actions[target.dataset.action]?.(target, event);
+  }
+
+  slotOf(element) { return Number(element.closest("[data-slot]").dataset.slot); }
+
+  onPoint(event) {
+    // A finger has no hover: its tap pins.
+    if (event.pointerType === "touch" || !this.state) return;
+    const cell = event.target.closest?.(".mv-cell");
+    if (cell) this.state.set({ hover: Number(cell.dataset.patch), active: this.slotOf(cell) });
+    else if (this.state.hover !== null) this.state.set({ hover: null });
+  }
+
+  onKey(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || !this.state) return;
+    const typing = event.target.matches("input:not([type=range]), select, textarea");
+    if (!typing && (event.key === "+" || event.key === "=")) return this.stepLayer(1, event);
+    if (!typing && (event.key === "-" || event.key === "_")) return this.stepLayer(-1, event);
+    const cell = event.target.closest(".mv-cell");
+    if (cell) this.onGridKey(event, Number(cell.dataset.patch), this.slotOf(cell));
+  }
+
+  onGridKey(event, patch, slot) {
+    const [rows, columns] = this.state.view.model.grid;
+    const column = patch % columns;
+    const target = {
+      ArrowRight: column < columns - 1 ? patch + 1 : patch,
+      ArrowLeft: column > 0 ? patch - 1 : patch,
+      ArrowDown: patch + columns < rows * columns ? patch + columns : patch,
+      ArrowUp: patch >= columns ? patch - columns : patch,
+      Home: event.shiftKey ? 0 : patch - column,
+      End: event.shiftKey ? rows * columns - 1 : patch - column + columns - 1,
+      Enter: patch,
+      " ": patch,
+    }[event.key];
+    if (event.key === "Escape") this.state.set({ patch: null });
+    if (target === undefined) return;
+    event.preventDefault();
+    this.pin(target, slot);
+  }
+
+  pin(patch, slot) {
+    this.state.set({ patch, active: slot, hover: null });
+    this.stages[slot].focusPatch(patch);
+    this.announce(describePatch(this.state.view, this.state.currentLayer, patch));
+  }
+
+  stepLayer(step, event) {
+    event.preventDefault();
+    this.goToLayer(clamp(this.state.layer + step, 0, this.state.view.layers.length - 1));
+  }
+
+  goToLayer(index) {
+    this.state.set({ layer: index });
+    const { currentLayer: layer, patch, view } = this.state;
+    this.announce(`Layer ${layer.name}${patch === null ? "" : `, ${describePatch(view, layer, patch)}`}`);
+  }
+
+  announce(text) {
+    const region = this.root.querySelector("[data-live]");
+    if (region) region.textContent = text;
+  }
+
+  // ---- drawing ------------------------------------------------------------------------------------------------
+
+  drawAll() {
+    const { state } = this;
+    this.stages = state.views.map((_, slot) => new Stage(this.box(`stage-${slot}`), state, slot));
+    this.box("stage-1").hidden = state.views.length < 2;
+    this.root.classList.toggle("mv-pair", state.views.length > 1);
+    drawVerdict(this.box("verdict"), state);
+    drawPrediction(this.box("prediction"), state.views[0]);
+    if (state.views[1]) drawPrediction(this.box("second"), state.views[1]);
+    else fillBox(this.box("second"), "");
+    drawStrip(this.box("strip"), state);
+    this.drawLayer();
+    this.drawControls();
+  }
+
+  drawLayer() {
+    drawLoads(this.box("loads"), this.state);
+    drawLegend(this.box("legend"), this.state);
+    drawInspector(this.box("inspector"), this.state);
+  }
+
+  drawControls() {
+    const { state, root } = this;
+    root.querySelectorAll("[data-mode]").forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.mode === state.mode)));
+    const slider = root.querySelector("[data-change=strength]");
+    if (slider) slider.value = state.strength * 100;
+  }
+
+  update(changed) {
+    const has = (...names) => names.some((name) => changed.has(name));
+    if (has("views")) return this.drawAll();
+    if (has("layer", "mode", "highlight", "strength")) this.stages.forEach((stage) => stage.colour());
+    if (has("patch", "hover", "active")) this.stages.forEach((stage) => stage.outline());
+    if (has("layer")) frameStrip(this.box("strip"), this.state);
+    if (has("active")) drawStrip(this.box("strip"), this.state);
+    if (has("layer", "highlight", "active")) drawLoads(this.box("loads"), this.state);
+    if (has("layer", "mode", "highlight", "active")) drawLegend(this.box("legend"), this.state);
+    if (has("layer", "patch", "hover", "active")) drawInspector(this.box("inspector"), this.state);
+    if (has("mode", "strength")) this.drawControls();
+  }
+}
+
+/** Explanations of terms: one floating box, shown on hover and focus, gone on Escape. */
+class Tooltip {
+  constructor(root) {
+    this.root = root;
+    this.bubble = document.createElement("div");
+    this.bubble.className = "mv-tip";
+    this.bubble.setAttribute("role", "tooltip");
+    this.bubble.hidden = true;
+    root.append(this.bubble);
+    const follow = (event) => this.show(event.target.closest?.(".mv-term, [data-tip]"));
+    root.addEventListener("pointerover", follow);
+    root.addEventListener("focusin", follow);
+    root.addEventListener("focusout", () => this.show(null));
+    root.addEventListener("pointerleave", () => this.show(null));
+    root.addEventListener("keydown", (event) => event.key === "Escape" && this.show(null));
+  }
+
+  show(target) {
+    this.bubble.hidden = !target;
+    if (!target) return;
+    this.bubble.textContent = target.dataset.tip ?? TERMS[target.dataset.term];
+    const at = target.getBoundingClientRect();
+    const home = this.root.getBoundingClientRect();
+    const width = Math.min(300, home.width - 16);
+    this.bubble.style.width = `${width}px`;
+    this.bubble.style.left = `${clamp(at.left - home.left, 8, Math.max(8, home.width - width - 8))}px`;
+    const above = at.bottom + this.bubble.offsetHeight + 12 > window.innerHeight;
+    this.bubble.style.top = `${above ? at.top - home.top - this.bubble.offsetHeight - 6 : at.bottom - home.top + 6}px`;
+  }
+}
+
+/** A page of one view without a server: export and notebook. */
+function startStatic(root, view) {
+  root.innerHTML = String(html`<header class="mv-header"><h1>Routing of ${pictureTitle(view)}</h1>
+      <p class="mv-soft">${view.model.title} · ${view.model.accuracy_text}</p></header>
+    <div class="mv-columns mv-static">${coreLayout()}</div>
+    <p class="mv-note mv-footnote">Routing shows which expert computes a patch. It doesn't show what attention or the residual path
+      contribute, nor what caused the prediction. Schema ${view.schema}.</p>
+    <div class="mv-hidden" aria-live="polite" data-live></div>`);
+  return new Core(root, new ViewState(view, { layer: view.layers.length - 1, patch: centrePatch(view) }));
+}

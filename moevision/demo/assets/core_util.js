@@ -1,0 +1,106 @@
+// Small tools that every other file uses: escaping templates, colours, words. No state lives here.
+
+/** Marks a string that is HTML already, so that `html` doesn't escape it a second time. */
+class Markup {
+  constructor(text) { this.text = text; }
+  toString() { return this.text; }
+}
+
+const ENTITIES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
+const escapeText = (value) => String(value).replace(/[&<>"']/g, (character) => ENTITIES[character]);
+
+/** Template tag: everything that is put in is escaped unless it came out of `html` itself (or an array of that). */
+function html(strings, ...values) {
+  const fill = (value) => {
+    if (value === null || value === undefined || value === false) return "";
+    if (value instanceof Markup) return value.text;
+    return Array.isArray(value) ? value.map(fill).join("") : escapeText(value);
+  };
+  return new Markup(strings.reduce((text, part, index) => text + fill(values[index - 1]) + part));
+}
+
+/** Put markup into a box. Focus survives if the focused element has a data-key that comes back. */
+function fillBox(box, markup) {
+  if (!box) return;
+  const key = box.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
+  box.innerHTML = String(markup);
+  if (key !== undefined) box.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
+}
+
+/** Only inline pictures are ever shown: a value that names an address would leave this machine. */
+const pictureSource = (source) => (/^data:image\/(png|jpeg|webp);base64,/.test(source || "") ? source : "");
+
+// ---- numbers ------------------------------------------------------------------------------------------------
+const MINUS = "\u2212";
+// A value that rounds to nothing has no sign.
+const withoutZeroSign = (text) => (/[1-9]/.test(text) ? text : text.replace("-", ""));
+const fixed = (value, digits = 2) => (Number.isFinite(value) ? withoutZeroSign(value.toFixed(digits)).replace("-", MINUS) : "–");
+const signed = (value, digits = 2) => (value > 0 && /[1-9]/.test(value.toFixed(digits)) ? "+" : "") + fixed(value, digits);
+const percent = (value, digits = 0) => `${fixed(value * 100, digits)} %`;
+const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
+
+// ---- experts ------------------------------------------------------------------------------------------------
+// PALETTE, NEUTRAL and HIGHLIGHT come from analysis/palette.py through html.py, so figures and page agree.
+const hasColours = (experts) => experts <= PALETTE.length;
+
+/** Beyond the palette an expert is its number on grey, and one at a time can stand out. */
+function expertColour(expert, experts, standsOut = false) {
+  if (hasColours(experts)) return PALETTE[expert];
+  return standsOut ? HIGHLIGHT : NEUTRAL;
+}
+
+function luminance(hex) {
+  const channel = (start) => {
+    const value = parseInt(hex.slice(start, start + 2), 16) / 255;
+    return value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  };
+  return 0.2126 * channel(1) + 0.7152 * channel(3) + 0.0722 * channel(5);
+}
+
+/** Black or white, whichever is easier to read on a colour (WCAG contrast ratio; black from luminance 0.179 on). */
+const inkOn = (hex) => (luminance(hex) > 0.179 ? "#000000" : "#ffffff");
+
+/** Number on the expert's colour: the one mark by which an expert is known everywhere on the page. */
+function chip(expert, experts, extra = "") {
+  const colour = expertColour(expert, experts);
+  return html`<span class="mv-chip ${extra}" style="background:${colour};color:${inkOn(colour)}">${expert}</span>`;
+}
+
+const layerExpert = (layer, expert) => `${layer.name}·E${expert}`;
+
+// ---- patches ------------------------------------------------------------------------------------------------
+const rowColumn = (patch, columns) => [Math.floor(patch / columns) + 1, (patch % columns) + 1];
+
+/** What a screen reader says about a patch. */
+function describePatch(view, layer, patch) {
+  const [row, column] = rowColumn(patch, view.model.grid[1]);
+  const dropped = layer.kept[patch][0] ? "" : ", dropped by capacity";
+  const weight = fixed(layer.weights[patch][0]);
+  return `row ${row}, column ${column}: expert ${layer.experts[patch][0]}, weight ${weight}${dropped}`;
+}
+
+// ---- words that need explaining -----------------------------------------------------------------------------
+const TERMS = {
+  expert: "One of several small networks in a layer. Every patch is computed by only a few of them.",
+  patch: "A square piece of the picture. The model cuts the picture into a grid of patches and works on them side by side.",
+  layer: "One step of the network. Only some layers have experts; L3 is the block with index 3, counted from 0.",
+  gate: "The weight with which a chosen expert's answer enters the result. The chosen experts' weights together say how the patch is shared out.",
+  probability: "What the router gives to each expert; the experts' probabilities add up to 1. The highest ones are chosen.",
+  margin: "Highest minus second-highest router probability. Near 0 the choice could easily have been another one.",
+  entropy: "How undecided the router is, in bits: 0 when one expert gets everything, log2 of the number of experts when all are equal.",
+  capacity: "A limit on how many patches an expert takes. What comes too late is dropped: that expert adds nothing for it.",
+  topk: "How many experts compute each patch.",
+  load: "How many patch choices an expert computes. Ideal is an equal share for each.",
+  slowest: "Load of the busiest expert divided by the mean load. Where experts run side by side, everyone waits for the busiest.",
+  dense: "A model without experts, of the same compute per picture, trained by the same recipe on the same pictures.",
+  bits: "How much knowing the expert tells about the class, in bits. 0 means nothing; the entropy of the classes is the most it could be.",
+  excess: "Share of this class's patches that the expert computes, minus its mean share over all classes.",
+  logit: "The model's raw score for a class, before scores are turned into probabilities.",
+  nextbest: "The patches of the expert go to the best expert that is left for them.",
+  fdr: "Among the differences that are marked, at most about 5 % are expected to be chance.",
+};
+
+/** A word with its explanation on hover, focus or tap. */
+function term(name, label) {
+  return html`<button type="button" class="mv-term" data-term="${name}" aria-description="${TERMS[name]}">${label}</button>`;
+}

@@ -1,0 +1,29 @@
+// Tab "About": how to read the page, what it doesn't show, and where the model comes from.
+
+class AboutTab {
+  constructor(app) { Object.assign(this, { app, id: "about", label: "About", follows: ["model"] }); }
+
+  async draw(panel) {
+    const { model, boot, variant } = this.app;
+    const card = model.card ?? {};
+    const rows = ["recipe", "seed", "data", "licence"].map((name) => [name, card[name]]).filter(([, value]) => value !== null && value !== undefined && value !== "");
+    fillBox(panel, html`<div class="mv-split"><section class="mv-prose"><h2>How to read this page</h2>
+      <p>A vision transformer cuts the picture into patches. In some of its layers a small router sends every patch to ${model.top_k} of
+        ${model.num_experts} experts. Colour and number of a patch name its first choice; stronger colour means a higher gate weight.</p>
+      <p>L3·E2 is expert 2 of block 3. Experts of different layers have nothing to do with each other, even where they share a colour.</p>
+      <h2>What routing does not show</h2><ul>
+        <li><b>Not what the model attends to.</b> Attention mixes the patches in every block, and this page doesn't draw it.</li>
+        <li><b>Not everything that happens to a patch.</b> The residual path carries every patch past the experts unchanged; an expert only adds to it.</li>
+        <li><b>Not pixels alone.</b> A patch in a deep layer carries context from the whole picture.</li>
+        <li><b>Not a cause.</b> Where patches go doesn't say what matters for the answer. Take an expert away under What if, and read the effect beside its controls.</li>
+        <li><b>Not a law from one picture.</b> A pattern counts when it stands above shuffled labels, an untrained router and plain clusters: see Classes.</li>
+        <li><b>Not a meaning.</b> Part and class names on cards are counts on one set of pictures. Another training run gives other experts.</li></ul></section>
+      <section><h2>${model.title}</h2><p class="mv-note">${model.accuracy_text}<br>${model.data_text}</p>
+        <dl class="mv-card-table"><div><dt>shown</dt><dd>${VARIANTS[variant]?.label ?? variant}</dd></div>
+          <div><dt>patches</dt><dd>${model.grid.join(" × ")} of ${fixed(model.image_size / model.grid[0], 0)} px</dd></div>
+          <div><dt>experts</dt><dd>${model.num_experts} in blocks ${model.layers.join(", ")}; top-${model.top_k}</dd></div>
+          ${rows.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
+        <p class="mv-note">moevision ${boot.version}. Nothing leaves this server; no picture is kept.</p>
+        <p><button type="button" class="mv-quiet" data-action="tour" data-key="tour">Take the tour again</button></p></section></div>`);
+  }
+}

@@ -1,0 +1,123 @@
+// Tab "Classes": class against expert, only what stands above the null coloured, and every number beside comparisons.
+
+const COMPARISONS = {
+  untrained: ["untrained router", "The same network before training; one dot per random start."],
+  hash: ["hash routing", "Experts given out by a fixed hash, blind to the picture."],
+  hash_position: ["hash of the position", "Experts given out by a fixed hash of where the patch lies."],
+  kmeans_colour: ["clusters of patch colour", "As many clusters as experts, made from the patches' colours alone."],
+  kmeans_input: ["clusters of the layer's input", "As many clusters as experts, made from what the layer gets."],
+};
+const RESET = "none";
+
+class ClassesTab {
+  constructor(app) {
+    Object.assign(this, { app, id: "classes", label: "Classes", follows: ["model", "layer"], byExpert: RESET, byClass: RESET });
+    const sort = (key, value) => { this[key] = this[key] === value ? RESET : value; this.drawTable(); };
+    this.actions = {
+      "sort-expert": (button) => sort("byExpert", Number(button.dataset.expert)),
+      "sort-class": (button) => sort("byClass", Number(button.dataset.class)),
+      cell: (button) => this.showCell(button),
+    };
+  }
+
+  async draw(panel, wanted) {
+    const { app } = this;
+    if (!app.model.has_pictures) return fillBox(panel, emptyBox("No pictures to count classes in", NO_PICTURES));
+    fillBox(panel, waitingBox("Counting which class goes where…"));
+    const answer = await app.asker.whenReady("classes", { model: app.model.id, variant: app.variant }, wanted);
+    if (!wanted()) return;
+    if (answer.status === "no_pictures") return fillBox(panel, emptyBox("No pictures to count classes in", answer.note || NO_PICTURES));
+    Object.assign(this, { panel, answer, layer: answer.layers.find(({ layer }) => layer === app.state.currentLayer.layer) ?? answer.layers[0] });
+    fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div></div>
+      <div>${this.information()}</div></div>`);
+    this.drawTable();
+  }
+
+  drawTable() {
+    const { answer, layer } = this;
+    const order = (size, value) => [...Array(size).keys()].sort((a, b) => (value ? value(b) - value(a) : 0) || a - b);
+    const rows = order(answer.class_names.length, this.byExpert === RESET ? null : (row) => layer.excess[row][this.byExpert]);
+    const columns = order(layer.share[0].length, this.byClass === RESET ? null : (column) => layer.excess[this.byClass][column]);
+    const marked = layer.significant.flat().filter(Boolean).length;
+    fillBox(this.panel.querySelector("[data-part=table]"), html`
+      <h2>Class × expert in ${layer.name}</h2>
+      <p class="mv-note">Share of a class's patch choices that an expert computes. Coloured: further from the expert's mean share
+        than ${fixed(layer.threshold * 100, 1)} points, which the most extreme cell exceeds by chance one time in twenty
+        (labels shuffled over ${answer.n_images} pictures). ${marked ? `${marked} cells stand out.` : "No cell stands out: on these pictures the experts don't tell the classes apart."}</p>
+      <div class="mv-scroll" tabindex="0" role="region" aria-label="Class by expert"><table class="mv-heat"><thead><tr><th scope="col"><span class="mv-soft">class</span></th>${columns.map((expert) => this.expertHead(expert))}</tr></thead>
+      <tbody>${rows.map((row) => html`<tr><th scope="row"><button type="button" data-action="sort-class" data-class="${row}" data-key="class-${row}"
+        aria-pressed="${this.byClass === row}" data-tip="Sort experts by ${answer.class_names[row]}">${answer.class_names[row]}</button></th>
+        ${columns.map((expert) => this.cell(row, expert))}</tr>`)}</tbody></table></div>
+      <p class="mv-note"><i class="mv-key mv-more"></i> more than its mean share (+) <i class="mv-key mv-less"></i> less (−). Click a head to sort, a cell for its pictures.</p>`);
+  }
+
+  expertHead(expert) {
+    const experts = this.layer.share[0].length;
+    return html`<th scope="col" aria-sort="${this.byExpert === expert ? "descending" : "none"}"><button type="button" data-action="sort-expert"
+      data-expert="${expert}" data-key="head-${expert}" aria-label="Sort classes by expert ${expert}">${chip(expert, experts)}</button></th>`;
+  }
+
+  cell(row, expert) {
+    const { share, excess, significant } = this.layer;
+    const over = excess[row][expert];
+    const strength = Math.round(clamp(Math.abs(over) / Math.max(...excess.flat().map(Math.abs), 1e-9), 0.15, 1) * 60);
+    const colour = over > 0 ? "var(--more)" : "var(--less)";
+    const style = significant[row][expert] ? `background:color-mix(in srgb, ${colour} ${strength}%, transparent)` : "";
+    const name = this.answer.class_names[row];
+    return html`<td style="${style}"><button type="button" data-action="cell" data-class="${name}" data-expert="${expert}" data-key="cell-${row}-${expert}"
+      aria-label="${name}, expert ${expert}: ${percent(share[row][expert])}, ${signed(over * 100, 1)} points${significant[row][expert] ? ", stands out" : ""}">
+      ${fixed(share[row][expert] * 100, 0)}${significant[row][expert] && html`<sup>${over > 0 ? "+" : MINUS}</sup>`}</button></td>`;
+  }
+
+  async showCell(button) {
+    const { app, layer } = this;
+    const place = this.panel.querySelector("[data-part=cell]");
+    const { class: name, expert } = button.dataset;
+    fillBox(place, waitingBox(`Looking for pictures of ${name}…`));
+    try {
+      const question = { model: app.model.id, variant: app.variant, layer: layer.layer, expert: Number(expert), class: name };
+      const { pictures } = await app.asker.remember("cell", question);
+      const item = ({ id, thumb, label, share }) => {
+        return html`<li><button type="button" data-action="example" data-id="${id}" aria-label="Open ${label}, ${percent(share)} of its patches">
+          <img src="${pictureSource(thumb)}" alt=""><span>${percent(share)}</span></button></li>`;
+      };
+      fillBox(place, html`<h3>${name} with most patches at ${layerExpert(layer, Number(expert))}</h3>
+        ${pictures.length ? html`<ul class="mv-thumbs">${pictures.map(item)}</ul>` : html`<p class="mv-note">No picture of ${name} has patches there.</p>`}`);
+    } catch (error) {
+      fillBox(place, errorBox(asAskError(error)));
+    }
+  }
+
+  information() {
+    const { layer } = this;
+    return html`<h2>How much does ${layer.name} know?</h2>
+      <p class="mv-note">What knowing the expert tells, in ${term("bits", "bits")} beyond shuffled labels. "Learned" is said only when the trained
+        router lies above every comparison.</p>
+      ${layer.information.map((entry) => this.measure(entry))}`;
+  }
+
+  measure(entry) {
+    const lines = [["this router", [entry.value_bits], [entry.low, entry.high], "The trained router, with its 95 % interval."]];
+    if (entry.seeds?.length) lines.push(["other training seeds", entry.seeds, null, "The same training from other random starts."]);
+    Object.entries(entry.baselines ?? {}).forEach(([name, values]) => {
+      const [label, tip] = COMPARISONS[name] ?? [name.replaceAll("_", " "), ""];
+      lines.push([label, values, null, tip]);
+    });
+    return html`<section class="mv-measure"><h3>expert ↔ ${entry.about.replaceAll("_", " ")} <b class="mv-num">${fixed(entry.value_bits, 3)} bits</b>
+      <span>(${fixed(entry.low, 3)} to ${fixed(entry.high, 3)}${Number.isFinite(entry.share_of_entropy) && `, ${percent(entry.share_of_entropy, 1)} of what there is to know`})</span></h3>
+      ${dotLines(lines)}<p class="${entry.verdict ? "mv-right" : ""}">${entry.sentence}</p></section>`;
+  }
+}
+
+/** Named rows of dots on one axis: [label, values, interval or null, explanation]. */
+function dotLines(lines) {
+  const every = lines.flatMap(([, values, interval]) => [...values, ...(interval ?? [])]).filter(Number.isFinite);
+  const [low, high] = [Math.min(0, ...every), Math.max(1e-3, ...every)];
+  const at = (value) => `${((value - low) / (high - low)) * 96 + 2}%`;
+  const line = ([label, values, interval, tip], index) => html`<li><span data-tip="${tip}">${label}</span><span class="mv-dots">
+    <i class="mv-zero" style="left:${at(0)}"></i>
+    ${interval && html`<i class="mv-range" style="left:${at(interval[0])};right:calc(100% - ${at(interval[1])})"></i>`}
+    ${values.filter(Number.isFinite).map((value) => html`<i class="mv-dot ${index ? "" : "mv-main"}" style="left:${at(value)}"></i>`)}</span>
+    <span class="mv-num mv-soft">${fixed(values.reduce((sum, value) => sum + value, 0) / values.length, 3)}</span></li>`;
+  return html`<ul class="mv-lines">${lines.map(line)}</ul>`;
+}

@@ -1,0 +1,81 @@
+// Tab "Compare": two pictures are described, two classes are tested. Finding nothing is a result too.
+
+class CompareTab {
+  constructor(app) {
+    Object.assign(this, { app, id: "compare", label: "Compare", follows: ["model", "picture", "settings"], a: null, b: null });
+    const choose = (side) => (select) => { this[side] = select.value; };
+    this.changes = { "compare-a": choose("a"), "compare-b": choose("b") };
+    this.actions = { "compare-run": () => this.run(), "compare-two": () => app.choosePictureCount(2) };
+  }
+
+  async draw(panel) {
+    const names = this.app.model.class_names;
+    this.panel = panel;
+    this.a = names.includes(this.a) ? this.a : names.includes("cat") ? "cat" : names[0];
+    this.b = names.includes(this.b) ? this.b : names.includes("dog") ? "dog" : names[1];
+    const pick = (name, label, chosen) => html`<label><span>${label}</span><select data-change="${name}" data-key="${name}">${names.map((entry) => html`
+      <option ${new Markup(entry === chosen ? "selected" : "")}>${entry}</option>`)}</select></label>`;
+    fillBox(panel, html`<div class="mv-split"><section><h2>Two classes</h2>
+        ${this.app.model.has_pictures ? html`<p class="mv-note">Share of patch choices per expert, first class minus second, over all pictures of both
+          (at least 20 each), with 95 % intervals from resampling pictures.</p>
+          <div class="mv-form">${pick("compare-a", "Class", this.a)}${pick("compare-b", "against", this.b)}
+          <button type="button" class="mv-primary" data-action="compare-run" data-key="compare-run">Compare</button></div>
+          <div data-part="classes" aria-live="polite"></div>` : emptyBox("No pictures to compare classes with", NO_PICTURES)}</section>
+      <section><h2>Two pictures</h2>${this.pictures()}</section></div>`);
+  }
+
+  async run() {
+    const place = this.panel.querySelector("[data-part=classes]");
+    const { app, a, b } = this;
+    if (a === b) return fillBox(place, errorBox(new AskError("Choose two different classes.")));
+    fillBox(place, waitingBox(`Comparing ${a} with ${b}…`));
+    try {
+      const answer = await app.asker.remember("compare", { model: app.model.id, variant: app.variant, a, b });
+      fillBox(place, this.differences(answer, a, b));
+    } catch (error) {
+      fillBox(place, errorBox(asAskError(error), "compare-run"));
+    }
+  }
+
+  differences(answer, a, b) {
+    const all = answer.layers.flatMap(({ experts }) => experts);
+    const reach = Math.max(...all.flatMap(({ low, high }) => [Math.abs(low), Math.abs(high)]), 1e-6);
+    const found = all.some(({ significant }) => significant);
+    return html`<p class="mv-sentence">${answer.sentence}</p>
+      ${!found && html`<p class="mv-note">That is a result too: at this number of pictures, ${a} and ${b} share their experts.</p>`}
+      <p class="mv-note">${answer.n_a} pictures of ${a}, ${answer.n_b} of ${b}. Filled: stands out after ${term("fdr", "correction")} for looking at ${all.length} experts.</p>
+      ${answer.layers.map((layer) => html`<h3>L${layer.layer}</h3><ul class="mv-forest">${layer.experts.map((entry) => this.interval(entry, layer, reach))}</ul>`)}
+      <p class="mv-forest-axis"><span>more in ${b}</span><span>0</span><span>more in ${a}</span></p>`;
+  }
+
+  interval({ expert, difference, low, high, q, significant }, layer, reach) {
+    const at = (value) => 50 + (value / reach) * 48;
+    const words = `L${layer.layer}·E${expert}: ${signed(difference * 100, 1)} points, ${signed(low * 100, 1)} to ${signed(high * 100, 1)}, q ${fixed(q, 3)}`;
+    return html`<li class="${significant ? "mv-stands" : ""}">${chip(expert, this.app.model.num_experts)}
+      <span class="mv-dots" role="img" aria-label="${words}"><i class="mv-zero" style="left:50%"></i><i class="mv-range" style="left:${at(low)}%;right:${100 - at(high)}%"></i>
+      <i class="mv-dot ${significant ? "mv-main" : ""}" style="left:${at(difference)}%"></i></span>
+      <span class="mv-num">${signed(difference * 100, 1)} pts</span></li>`;
+  }
+
+  /** Shares of two pictures next to each other: a description of these two, no test. */
+  pictures() {
+    const { state } = this.app;
+    const [first, second] = state.views;
+    if (!second) {
+      return html`<div class="mv-state"><p>Put a second picture beside the first to see where their patches go.</p>
+        <button type="button" class="mv-button" data-action="compare-two" data-key="compare-two">Show two pictures</button></div>`;
+    }
+    const experts = first.model.num_experts;
+    const share = (layer, expert) => layer.counts[expert] / Math.max(1, layer.counts.reduce((sum, count) => sum + count, 0));
+    const block = (layer, index) => {
+      const other = second.layers[index];
+      const top = Math.max(...layer.counts.map((_, expert) => Math.max(share(layer, expert), share(other, expert))), 1e-6);
+      const bar = (value) => html`<span class="mv-bar mv-accent"><i style="width:${(value / top) * 100}%"></i></span>`;
+      return html`<h3>${layer.name}</h3><ul class="mv-mirror">${[...Array(experts).keys()].map((expert) => html`<li>
+        <span class="mv-num">${percent(share(layer, expert))}</span>${bar(share(layer, expert))}${chip(expert, experts)}${bar(share(other, expert))}
+        <span class="mv-num">${percent(share(other, expert))}</span></li>`)}</ul>`;
+    };
+    return html`<p class="mv-note">Share of each picture's patch choices. This describes two pictures: it has no interval and says nothing about their classes.</p>
+      <p class="mv-mirror-head"><b>${pictureTitle(first)}</b><b>${pictureTitle(second)}</b></p>${first.layers.map(block)}`;
+  }
+}

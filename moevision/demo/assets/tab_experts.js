@@ -1,0 +1,71 @@
+// Tab "Experts": what each expert of the current layer is for, shown by what it computes.
+
+/** A patch of a gallery inside its surroundings; `box` frames it, in fractions of the crop. A click opens its picture. */
+function galleryPatch({ picture, patch, crop, box: [x, y, width, height], label, weight }) {
+  const words = `${label ?? "patch"}, weight ${fixed(weight)}`;
+  return html`<li class="mv-crop"><button type="button" data-action="example" data-id="${picture}" data-patch="${patch}" data-tip="${words}: open its picture"
+    aria-label="Open the picture of this patch: ${words}"><img src="${pictureSource(crop)}" alt="">
+    <i style="left:${x * 100}%;top:${y * 100}%;width:${width * 100}%;height:${height * 100}%"></i></button></li>`;
+}
+
+const gallery = (title, patches) => html`<h3>${title}</h3><ul class="mv-gallery">${patches.map(galleryPatch)}</ul>`;
+
+function shareRows(title, rows, name) {
+  if (!rows?.length) return "";
+  // The strongest few: a card is no table, and the heatmap under Classes has every number.
+  const shown = [...rows].sort((a, b) => b.above - a.above).slice(0, CARD_ROWS);
+  const row = (entry) => html`<li><span>${entry[name]}</span><span class="mv-num">${percent(entry.share)}</span>
+    <span class="mv-num mv-above ${entry.significant === false ? "mv-soft" : ""}">${signed(entry.above * 100, 0)} pts${entry.significant && html` <abbr title="above the null">●</abbr>`}</span></li>`;
+  return html`<div><h3>${title}</h3><ul class="mv-shares">${shown.map(row)}</ul></div>`;
+}
+
+function expertCard(card, layer, experts) {
+  const ratio = card.ideal_share > 0 ? card.load_share / card.ideal_share : 0;
+  const none = card.top.length + card.random.length === 0;
+  return html`<article class="mv-card" aria-label="${card.name}">
+    <header>${chip(card.expert, experts, "mv-big")}<div><h2>${card.name}</h2>
+      <p class="mv-soft">${percent(card.load_share, 1)} of all choices, ${fixed(ratio, 1)} × an equal share</p></div></header>
+    <span class="mv-bar mv-loadline" style="--mark:${Math.min(1, card.ideal_share * 2.5) * 100}%"><i style="width:${Math.min(100, card.load_share * 250)}%;
+      background:${expertColour(card.expert, experts)}"></i></span>
+    ${none ? html`<p class="mv-note">No patch of the pictures goes to this expert.</p>`
+      : [gallery("Highest weight", card.top), gallery("Picked at random", card.random)]}
+    <div class="mv-two">${shareRows("Classes", card.classes, "class")}${shareRows("Drawn parts", card.parts, "part")}</div>
+    <footer><button type="button" class="mv-button" data-action="take-away" data-layer="${layer.layer}" data-expert="${card.expert}"
+      data-key="take-${card.expert}">Take it away</button>
+      <button type="button" class="mv-quiet" data-action="highlight" data-expert="${card.expert}" data-key="show-${card.expert}">highlight in the picture</button></footer>
+  </article>`;
+}
+
+class ExpertsTab {
+  constructor(app) {
+    Object.assign(this, { app, id: "experts", label: "Experts", follows: ["model", "layer"] });
+    this.actions = { "take-away": (button) => app.takeAway(Number(button.dataset.layer), Number(button.dataset.expert)) };
+  }
+
+  async draw(panel, wanted) {
+    const { app } = this;
+    const layer = app.state.currentLayer;
+    if (!app.model.has_pictures) return fillBox(panel, emptyBox("No pictures to show experts by", NO_PICTURES));
+    fillBox(panel, waitingBox(`Looking at the pictures of ${layer.name}…`));
+    const answer = await app.asker.whenReady("experts", { model: app.model.id, variant: app.variant, layer: layer.layer }, wanted);
+    if (!wanted()) return;
+    if (answer.status === "no_pictures") return fillBox(panel, emptyBox("No pictures to show experts by", answer.note || NO_PICTURES));
+    this.fetchOtherLayers(layer.layer);
+    return fillBox(panel, html`<p class="mv-note mv-lead">Experts of <b>${answer.name}</b>. ${answer.note} A click on a patch opens its picture.</p>
+      <div class="mv-cards">${answer.experts.map((card) => expertCard(card, answer, app.model.num_experts))}</div>`);
+  }
+
+  /** Ask ahead for the other layers, so that a change of layer finds its cards in the page. */
+  fetchOtherLayers(current) {
+    const { app } = this;
+    const ask = (layer) => app.asker.remember("experts", { model: app.model.id, variant: app.variant, layer });
+    const others = app.model.layers.filter((layer) => layer !== current);
+    // One after another: a visitor's next picture should not wait behind all of them. A failure shows when the layer is opened.
+    if (app.model.layers.length <= MOST_LAYERS_AHEAD) others.reduce((before, layer) => before.then(() => ask(layer)), Promise.resolve()).catch(() => {});
+  }
+}
+
+const CARD_ROWS = 4;
+const MOST_LAYERS_AHEAD = 6;
+
+const NO_PICTURES = "This model comes without pictures. Start the explorer with --data FOLDER to see what its experts compute.";

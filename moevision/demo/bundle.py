@@ -1,0 +1,204 @@
+"""The models that the explorer offers: those that come with the package, or the one that the user names.
+
+A bundled model is a folder with `card.json`, `trained/` and, where there are, `unbalanced/` (trained without the
+balance loss) and `dense/` (the dense twin), each written by `moevision.models.hub.save_model`; `atlas.json` and
+`atlas_unbalanced.json` sum up what they do with their test pictures. Weights are stored in bfloat16 and computed with
+in float32. The variant "untrained" is the same architecture with fresh weights.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from moevision.analysis.pictures import PictureSet, open_pictures
+from moevision.data.named import SYNTHETIC
+from moevision.demo.cards import Card, read_card
+from moevision.demo.examples import Examples
+from moevision.demo.facts import ModelFacts, describe
+from moevision.demo.own_run import card_of_run, pictures_of_run
+from moevision.errors import DataWarning, UserError
+from moevision.models.hub import SavedModel, best_device, load_model
+
+UNTRAINED_SEED = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One version of a model: `trained`, `unbalanced` or `untrained`.
+
+    Attributes:
+        saved: the network.
+        facts: what views say about it.
+        atlas: file with its atlas; None if that has to be computed.
+    """
+
+    saved: SavedModel
+    facts: ModelFacts
+    atlas: Path | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model with everything that belongs to it.
+
+    Attributes:
+        card: what people should know about it.
+        variants: by name; `trained` comes first and is always there.
+        dense: its dense twin, if there is one.
+        examples: the pictures that it can show.
+    """
+
+    card: Card
+    variants: dict[str, Variant]
+    dense: SavedModel | None
+    examples: Examples
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What views say about the trained model."""
+        return self.variants["trained"].facts
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What the user said about pictures: `--data` and `--root`; None for the model's own."""
+
+    data: str | None = None
+    root: str = "data"
+
+
+def bundled_folders(home: Path | None = None) -> list[Path]:
+    """Folders of the models that the package carries, or of those in `home`."""
+    root = Path(str(files("moevision"))) / "demo" / "models" if home is None else home
+    return sorted(file.parent for file in root.glob("*/card.json"))
+
+
+def bundled_model(name: str, variant: str = "trained") -> SavedModel:
+    """One of the models that come with the package.
+
+    Args:
+        name: such as `pets`.
+        variant: `trained`, `unbalanced` (trained without the balance loss), `untrained`, or `dense` (the dense twin).
+
+    Raises:
+        UserError: if there is no such model or variant.
+    """
+    folders = {folder.name: folder for folder in bundled_folders()}
+    if name not in folders:
+        raise UserError(f"There is no bundled model {name!r}: choose one of {', '.join(folders)}.")
+    folder = folders[name]
+    variants = [kind for kind in ("trained", "unbalanced", "dense") if (folder / kind).is_dir()] + ["untrained"]
+    if variant not in variants:
+        raise UserError(f"The bundled model {name!r} has no variant {variant!r}: choose one of {', '.join(variants)}.")
+    if variant == "untrained":
+        return untrained(folder / "trained", load_model(str(folder / "trained")))
+    return load_model(str(folder / variant))
+
+
+def open_entries(model: str | None, options: DataOptions, *, home: Path | None = None) -> list[Entry]:
+    """The model of that address, or all bundled ones; those with pictures to show come first.
+
+    Raises:
+        UserError: if there is none, or the data don't exist.
+    """
+    if model is not None:
+        return [_open_own(model, options)]
+    folders = bundled_folders(home)
+    if not folders:
+        raise UserError("This installation carries no model: give one, as in moevision demo runs/NAME/model.")
+    cards = [read_card(folder / "card.json") for folder in folders]
+    entries = [
+        _open_bundled(folder, card, replace(options, data=_data_for(card, options.data, cards)))
+        for folder, card in zip(folders, cards, strict=True)
+    ]
+    return sorted(entries, key=lambda entry: (not entry.examples.has_pictures, entry.card.data_kind != SYNTHETIC))
+
+
+def _data_for(card: Card, data: str | None, cards: Sequence[Card]) -> str | None:
+    """The pictures of a bundled model: the drawn ones for its own kind, the user's for the one that knows photos."""
+    if card.data_kind == SYNTHETIC:
+        return SYNTHETIC
+    kinds = {other.data_kind for other in cards}
+    return data if data is not None and (data not in kinds or data == card.data_kind) else None
+
+
+def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
+    trained = load_model(str(folder / "trained"))
+    nets: dict[str, tuple[SavedModel, str]] = {"trained": (trained, "atlas.json")}
+    if (folder / "unbalanced").is_dir():
+        nets["unbalanced"] = (load_model(str(folder / "unbalanced")), "atlas_unbalanced.json")
+    nets["untrained"] = (untrained(folder / "trained", trained), "atlas_untrained.json")
+    dense = load_model(str(folder / "dense")) if (folder / "dense").is_dir() else None
+    return _entry(card, nets, dense, _pictures(options, trained), folder)
+
+
+def _open_own(address: str, options: DataOptions) -> Entry:
+    trained = load_model(address)
+    card = card_of_run(address)
+    nets: dict[str, tuple[SavedModel, str]] = {"trained": (trained, "")}
+    home = next((path for path in (Path(address), Path(address) / "model") if (path / "config.json").is_file()), None)
+    if home is not None:
+        nets["untrained"] = (untrained(home, trained), "")
+    twin = None if home is None else home.parent / "twin"
+    dense = load_model(str(twin)) if twin is not None and (twin / "model" / "config.json").is_file() else None
+    if options.data is not None:
+        return _entry(card, nets, dense, _pictures(options, trained), None)
+    try:
+        pictures = pictures_of_run(address, trained, options.root)
+    except UserError as error:  # routing one's own pictures works all the same
+        warnings.warn(f"no pictures of the model's own: {error}", DataWarning, stacklevel=2)
+        pictures = None
+    return _entry(card, nets, dense, pictures, None)
+
+
+def _entry(
+    card: Card,
+    nets: dict[str, tuple[SavedModel, str]],
+    dense: SavedModel | None,
+    pictures: PictureSet | None,
+    folder: Path | None,
+) -> Entry:
+    variants = {}
+    for name, (saved, file) in nets.items():
+        saved.net.to(best_device())
+        texts = {"accuracy_text": card.accuracy_text(name), "data_text": card.data}
+        facts = describe(saved, id=card.id, title=card.title, variant=name, **texts)
+        atlas = None if folder is None or not (folder / file).is_file() else folder / file
+        variants[name] = Variant(saved, facts, atlas)
+    if dense is not None:
+        dense.net.to(best_device())
+    examples = Examples(pictures, nets["trained"][0].image_size)
+    return Entry(card, variants, dense, examples)
+
+
+def _pictures(options: DataOptions, saved: SavedModel) -> PictureSet | None:
+    if options.data is None:
+        return None
+    return open_pictures(
+        options.data, saved.image_size, class_names=saved.class_names, root=options.root, download=True
+    )
+
+
+def untrained(folder: Path, like: SavedModel, seed: int = UNTRAINED_SEED) -> SavedModel:
+    """The architecture that a model folder describes, with fresh weights.
+
+    Args:
+        folder: with the `config.json` that `save_model` wrote.
+        like: the trained model, for everything but the weights.
+        seed: of the weights; the global generator is left as it was.
+    """
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    arguments = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = timm.create_model(config["architecture"], pretrained=False, **arguments)
+    return SavedModel(net.eval(), like.class_names, like.image_size, like.mean, like.std)

@@ -1,0 +1,80 @@
+"""The card of a bundled model: what it is, what it was trained on, how good it is, under which licence.
+
+`card.json` stands in the model's folder beside `trained/`, `unbalanced/` and `dense/`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moevision.demo.typical import Typical
+from moevision.errors import UserError
+
+
+@dataclass(frozen=True)
+class Card:
+    """What people should know about a model before they believe it.
+
+    Attributes:
+        id: its name in addresses.
+        title: its name in words.
+        subtitle: one line under the title.
+        data: the training data, in words.
+        recipe: the command or config that trained it.
+        seed: of that training; None if unknown.
+        accuracy: test accuracy of `moe`, `dense` and `unbalanced`, from 0 to 1; missing if not measured.
+        test_images: number of pictures that the accuracy was measured on; None if unknown.
+        recipes: the commands that trained each variant, the dense twin among them.
+        licence: of the weights.
+        data_kind: name of the dataset as `--data` takes it; empty if unknown.
+        typical: what pictures of the training data look like to the model; None if not measured.
+    """
+
+    id: str
+    title: str
+    subtitle: str = ""
+    data: str = ""
+    recipe: str = ""
+    seed: int | None = None
+    accuracy: dict[str, float] = field(default_factory=dict)
+    test_images: int | None = None
+    recipes: dict[str, str] = field(default_factory=dict)
+    licence: str = ""
+    data_kind: str = ""
+    typical: Typical | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON, without the numbers of `typical`."""
+        return {name: value for name, value in self.__dict__.items() if name != "typical"}
+
+    def accuracy_text(self, variant: str) -> str:
+        """As in "97.5 % of test pictures right (dense twin: 97.1 %)"."""
+        if variant == "untrained":
+            return "not trained: its weights are random, so its predictions mean nothing"
+        known = self.accuracy.get("moe" if variant == "trained" else variant)
+        right = "accuracy not known" if known is None else f"{_percent(known)} of test pictures right"
+        if variant == "unbalanced":
+            return f"{right}, trained without the balance loss"
+        twin = f" (dense twin: {_percent(self.accuracy['dense'])})" if "dense" in self.accuracy else ""
+        return right + twin
+
+
+def read_card(file: Path) -> Card:
+    """Read a card.json.
+
+    Raises:
+        UserError: if it isn't one.
+    """
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+        typical = given.pop("typical", None)
+        return Card(**given, typical=None if typical is None else Typical.from_json(typical))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{file} is no model card ({error}): put back the file that the package came with.") from error
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,159 @@
+"""The pictures that a model can show: its own data's, those in a folder, and a few photos that gradio carries.
+
+A picture is asked for by an id such as "pets/test/12", "data/cat/3.png" or "photo/lion". Ids are looked up in tables
+that were made at start; none of them ever becomes a path.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from moevision.analysis.pictures import PictureSet
+from moevision.data.synthetic import SyntheticPets
+from moevision.demo.facts import Pixels, model_input
+from moevision.demo.requests import RequestError
+from moevision.demo.wire import data_uri
+
+T = TypeVar("T")
+EXAMPLES = 12
+THUMB_PX = 96
+# gradio 6.31 keeps these in media_assets/images; what they show is in their names.
+_PHOTOS = {"lion": "lion.jpg", "cheetah": "cheetah.jpg", "bus": "bus.png", "tower": "tower.jpg"}
+
+
+class Recent(Generic[T]):
+    """The last few results of a slow function, by what they depend on; bounded, so memory stays flat."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._lock = threading.Lock()
+        self._items: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The result of `make()`, which may run twice if two threads ask at once."""
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+                return self._items[key]
+        made = make()
+        with self._lock:
+            self._items[key] = made
+            while len(self._items) > self.size:
+                self._items.popitem(last=False)
+        return made
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture with what is known about it; `pixels` are uint8 [S, S, 3] as the model sees them."""
+
+    id: str
+    name: str
+    label: str | None
+    pixels: Pixels
+
+
+class Examples:
+    """The pictures of one model.
+
+    Args:
+        pictures: the model's data; None if there are none. Drawn ones have ids of their own kind, and no photos of
+            gradio's beside them.
+        image_size: S.
+    """
+
+    def __init__(self, pictures: PictureSet | None, image_size: int) -> None:
+        self.pictures, self.image_size = pictures, image_size
+        drawn = pictures is not None and tuple(pictures.part_names) == SyntheticPets.parts
+        self.prefix = "pets" if drawn else "data"
+        indices = range(0 if pictures is None else len(pictures))
+        self._index = {self.id_of(pictures, index): index for index in indices} if pictures is not None else {}
+        self.photos = {} if drawn else photo_files()
+        self._recent: Recent[Found] = Recent(256)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is data of the model's own kind."""
+        return self.pictures is not None and len(self.pictures) > 0
+
+    @property
+    def ids(self) -> list[str]:
+        """The examples on the first screen: classes take turns, then the photos."""
+        own = [] if self.pictures is None else [self.id_of(self.pictures, index) for index in _spread(self.pictures)]
+        return own + [f"photo/{name}" for name in self.photos]
+
+    def id_of(self, pictures: PictureSet, index: int) -> str:
+        """The id of picture `index` of this model's data or of a part of it."""
+        return self.id_of_name(pictures.picture_name(index))
+
+    def id_of_name(self, name: str) -> str:
+        """The id of the picture of that name."""
+        if self.prefix == "pets":  # "test/000012", as the data package names it
+            split, _, number = name.partition("/")
+            return f"pets/{split}/{int(number)}"
+        return f"data/{name}"
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all pictures of the model's data."""
+        return set() if self.pictures is None else set(map(self.pictures.picture_name, range(len(self.pictures))))
+
+    def find(self, id: str) -> Found:
+        """The picture of that id.
+
+        Raises:
+            RequestError: if there is none.
+        """
+        return self._recent.get(id, lambda: self._open(id))
+
+    def thumb(self, id: str) -> str:
+        """A small version as a data URI."""
+        return thumb(self.find(id).pixels)
+
+    def _open(self, id: str) -> Found:
+        kind, _, rest = id.partition("/")
+        if kind == "photo" and rest in self.photos:
+            return Found(id, rest, None, model_input(self.photos[rest], self.image_size))
+        index = self._index.get(id)
+        if self.pictures is None or index is None:
+            raise RequestError(f"There is no picture {id!r} here: choose one of the examples.")
+        label = self.pictures.label(index)
+        word = self.pictures.class_names[label] if label >= 0 else None
+        return Found(id, id if word is None else f"{word}, {rest}", word, self.pictures.image(index))
+
+
+def thumb(pixels: Pixels) -> str:
+    """A picture, uint8 [S, S, 3], at no more than 96 px, as a data URI."""
+    if len(pixels) <= THUMB_PX:
+        return data_uri(pixels, "jpeg")
+    small = Image.fromarray(pixels).resize((THUMB_PX, THUMB_PX), Image.Resampling.BICUBIC)
+    return data_uri(np.asarray(small), "jpeg")
+
+
+@cache
+def photo_files() -> dict[str, Path]:
+    """Photos in the installed gradio, by what they show; empty where gradio has none."""
+    spec = importlib.util.find_spec("gradio")
+    if spec is None or spec.origin is None:
+        return {}
+    folder = Path(spec.origin).parent / "media_assets" / "images"
+    return {name: folder / file for name, file in _PHOTOS.items() if (folder / file).is_file()}
+
+
+def _spread(pictures: PictureSet) -> list[int]:
+    """Indices of a few pictures: the first of each class, then the second, until there are enough."""
+    of_class: dict[int, list[int]] = {}
+    for index in range(min(len(pictures), 5000)):
+        of_class.setdefault(pictures.label(index), []).append(index)
+    turns = [members[turn] for turn in range(EXAMPLES) for members in of_class.values() if turn < len(members)]
+    return turns[:EXAMPLES]

@@ -1,0 +1,107 @@
+"""The page: gradio's Blocks around one component of our own, and one documented API endpoint.
+
+gradio is imported inside functions: it takes seconds, and `import moevision` must not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from moevision.demo.gate import Gate
+from moevision.demo.html import component
+from moevision.demo.requests import RequestError
+from moevision.demo.service import Explorer, Json, failure
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+WAITING = 64
+QUEUE = 32
+TITLE = "moevision explorer"
+
+
+def build_page(explorer: Explorer, gate: Gate) -> gr.Blocks:
+    """The page that shows `explorer`, whose handlers run in `gate`."""
+    # Read by gradio when Blocks are built; anything but "True" means: no telemetry and no look-up of a newer version.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
+
+    parts = component()
+    page: gr.Blocks
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(
+            value={"boot": explorer.boot({}), "view": explorer.start_view()},
+            html_template=parts.html_template,
+            css_template=parts.css_template,
+            js_on_load=parts.js_on_load,
+            apply_default_css=False,
+            server_functions=[_server_function(explorer, gate, name) for name in explorer.handlers],
+        )
+        route = _route_endpoint(explorer, gate)
+        gr.api(route, api_name="route", api_description=inspect.getdoc(route), concurrency_limit=gate.workers)
+    page.queue(max_size=QUEUE, default_concurrency_limit=gate.workers)
+    return page
+
+
+async def _asked(explorer: Explorer, gate: Gate, name: str, request: Any) -> Json:
+    try:
+        return await gate.run(explorer.answer, name, request)
+    except RequestError as error:  # the gate is full
+        return failure(str(error), error.code)
+
+
+def _server_function(explorer: Explorer, gate: Gate, name: str) -> Callable[[Any], Awaitable[Json]]:
+    async def ask(request: Any = None) -> Json:
+        # JavaScript's JSON drops an argument that isn't there.
+        return await _asked(explorer, gate, name, {} if request is None else request)
+
+    ask.__name__ = name
+    return ask
+
+
+def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[dict[str, Any]]]:
+    default = next(iter(explorer.entries))
+
+    async def route(
+        picture: str = "",
+        example: str = "",
+        model: str = default,
+        variant: str = "trained",
+        top_k: int | None = None,
+        capacity: float | None = None,
+        intervention: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Send a picture through a model and get the route of every patch.
+
+        Args:
+            picture: the picture itself as base64 text, with or without "data:image/...;base64," in front. Paths and
+                addresses are never opened.
+            example: instead of a picture, the id of an example such as "pets/test/0".
+            model: id of a model.
+            variant: trained, unbalanced or untrained.
+            top_k: experts per patch; null as trained.
+            capacity: capacity factor; null for no limit.
+            intervention: {"kind": "ablate" | "force" | "random", "layer": int, "expert": int,
+                "fill": "next_best" | "zero", "seed": int}, or null.
+
+        Returns:
+            A moevision.view/1 object: "prediction" (moe and dense, each [{"class", "p"}]) and "layers" (per MoE layer
+            "experts", "weights", "kept" [patches][choices], "probs" [patches][experts], "margin", "entropy", "counts",
+            "requested", "slowest"), beside "model", "picture" and "settings"; or {"error": a sentence, "code":
+            "bad_request" | "busy" | "bad_image" | "too_large"}.
+        """
+        given = {"kind": "example", "id": example} if example else {"kind": "upload", "data": picture}
+        request = {
+            "model": model,
+            "variant": variant,
+            "picture": given,
+            "top_k": top_k,
+            "capacity": capacity,
+            "intervention": intervention,
+        }
+        return await _asked(explorer, gate, "route", request)
+
+    return route

@@ -1,0 +1,133 @@
+"""What a view says about its model and its picture, and the one way a picture enters a model.
+
+Axes: I images, S the model's image size, C classes, P patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moevision.data.augment import normalize, square_pixels
+from moevision.data.images import safe_open
+from moevision.demo.wire import data_uri
+from moevision.errors import UserError
+from moevision.layers import Routing, forward_routing
+from moevision.layers.moe import moe_layers
+from moevision.models.hub import SavedModel
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a view says about the model that made it; see `describe`."""
+
+    id: str
+    title: str
+    image_size: int
+    grid: tuple[int, int]
+    num_experts: int
+    top_k: int
+    layers: tuple[int, ...]
+    class_names: tuple[str, ...]
+    variant: str = "trained"
+    accuracy_text: str = ""
+    data_text: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON."""
+        lists = {"grid": list(self.grid), "layers": list(self.layers), "class_names": list(self.class_names)}
+        return {**self.__dict__, **lists}
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """The picture as the model saw it.
+
+    Attributes:
+        pixels: uint8 [S, S, 3].
+        id: how the explorer asks for it again; None for a picture that a visitor brought.
+        name: in words.
+        label: its class in words, if known.
+        unlike: why it is unlike the training data, in one sentence; None if it isn't.
+    """
+
+    pixels: Pixels = field(repr=False)
+    id: str | None = None
+    name: str = "picture"
+    label: str | None = None
+    unlike: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON, the pixels as a PNG."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "label": self.label,
+            "src": data_uri(self.pixels),
+            "unlike": self.unlike,
+        }
+
+
+def describe(model: SavedModel, *, id: str = "model", title: str = "model", **texts: str) -> ModelFacts:
+    """What a view says about a model, read off the network.
+
+    Raises:
+        UserError: if it has no MoE layer, or its patches aren't a grid.
+    """
+    layers = moe_layers(model.net)
+    if not layers:
+        raise UserError("This model has no MoE layer, so there is no routing to see: give a model made by moevision.")
+    _, routings = route_batch(model, np.zeros((1, model.image_size, model.image_size, 3), np.uint8))
+    grid = routings[0].grid
+    if grid is None or any(routing.layer is None for routing in routings):
+        raise UserError("This model's patches are not a whole grid: patch dropping must be off.")
+    return ModelFacts(
+        id=id,
+        title=title,
+        image_size=model.image_size,
+        grid=grid,
+        num_experts=routings[0].num_experts,
+        top_k=routings[0].top_k,
+        layers=tuple(int(routing.layer or 0) for routing in routings),
+        class_names=tuple(model.class_names),
+        **texts,
+    )
+
+
+def title_of(address: str | Path) -> str:
+    """What a model is called after where it lies: its run's folder."""
+    path = Path(address)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pixels:
+    """The central square of a picture as the model sees it, uint8 [S, S, 3]."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise UserError(f"A picture is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}.")
+        image = Image.fromarray(image)
+    elif not isinstance(image, Image.Image):
+        image = safe_open(image)
+    return square_pixels(image.convert("RGB"), image_size)
+
+
+@torch.inference_mode()
+def route_batch(model: SavedModel, pixels: Pixels) -> tuple[Tensor, list[Routing]]:
+    """Logits [I, C] and one `Routing` per MoE layer for uint8 [I, S, S, 3]."""
+    images = normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), model.mean, model.std)
+    return forward_routing(model.net, images.to(next(model.net.parameters()).device))
+
+
+def softmax(logits: Tensor) -> npt.NDArray[np.float32]:
+    """Probabilities [..., C] of logits [..., C]."""
+    probabilities: npt.NDArray[np.float32] = logits.float().softmax(-1).cpu().numpy()
+    return probabilities

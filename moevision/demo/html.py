@@ -1,0 +1,149 @@
+"""The page's own files, put together: for gradio's `gr.HTML`, for an exported page, and for a notebook.
+
+There is no build step. `assets/` holds plain JavaScript and CSS; this module concatenates the scripts inside one
+function, so that nothing leaks into the page around, and adds the one thing that Python knows: the experts' colours.
+
+gradio reads `css_template` as a Handlebars *and* a JavaScript template and wraps the result into a rule of the
+component's id (gradio 6.31, components/html.py); `_read_css` refuses what either would swallow.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Final
+
+from moevision.analysis.palette import EXPERT_COLOURS, HIGHLIGHT, NEUTRAL
+
+CORE_SCRIPTS: Final = ("core_util.js", "core_state.js", "core_stage.js", "core_inspector.js", "core.js")
+APP_SCRIPTS: Final = (
+    "app_server.js",
+    "app_rail.js",
+    "app_share.js",
+    "app_tour.js",
+    "tab_experts.js",
+    "tab_classes.js",
+    "tab_whatif.js",
+    "tab_compare.js",
+    "tab_about.js",
+    "app.js",
+)
+CORE_STYLES: Final = ("explorer_base.css", "explorer_stage.css")
+APP_STYLES: Final = ("explorer.css", "explorer_tabs.css")
+# The page around `.mv` has its background (--bg in explorer_base.css), so that a wide screen shows no seam.
+_PAGE_STYLE: Final = "body{margin:0;background:#fbfbf9}@media(prefers-color-scheme:dark){body{background:#131417}}\n"
+PAGE_CSS: Final = """\
+.gradio-container .main.app, .gradio-container .html-container { padding: 0 !important; }
+body, gradio-app { background: #fbfbf9 !important; }
+@media (prefers-color-scheme: dark) { body, gradio-app { background: #131417 !important; } }
+"""
+"""Style of gradio's page around the component, for `launch(css=...)`: the component brings its own margins."""
+VIEW_SCHEMA: Final = "moevision.view/1"
+
+_TEMPLATE_SIGNS: Final = ("{{", "${", "`", "\\", "@keyframes", ":root")
+_WAITING: Final = (
+    '<div class="mv" data-mv><div class="mv-boot" role="status"><h1>moevision explorer</h1>'
+    "<p>Opening the model…</p></div></div>"
+)
+
+
+@dataclass(frozen=True)
+class Component:
+    """The three texts that `gr.HTML` takes beside `apply_default_css=False` and its `server_functions`.
+
+    Attributes:
+        html_template: what stands there until the script runs; no value enters it, so it is never rendered again.
+        css_template: rules for everything below the component.
+        js_on_load: body of a function of (element, trigger, props, server, upload, watch). It reads `props.value`,
+            `{"boot": ..., "view": ...}` as an object or as JSON text, and asks `server` for the rest.
+    """
+
+    html_template: str
+    css_template: str
+    js_on_load: str
+
+
+@cache
+def component() -> Component:
+    """What the explorer hands to `gr.HTML`."""
+    script = _script(
+        (*CORE_SCRIPTS, *APP_SCRIPTS), "startApp(element.querySelector('[data-mv]'), props.value, server);"
+    )
+    return Component(_WAITING, _read_css((*CORE_STYLES, *APP_STYLES)), script)
+
+
+def view_html(view: Mapping[str, Any], *, full_page: bool) -> str:
+    """One view as HTML that needs neither server nor network.
+
+    Args:
+        view: JSON of a `moevision.view/1` object.
+        full_page: True for a document to save; False for a frame to show in a notebook. The frame keeps the page's
+            style and script to itself, and is sandboxed: the script can't reach the notebook.
+
+    Raises:
+        ValueError: the view has another schema.
+    """
+    if view.get("schema") != VIEW_SCHEMA:
+        raise ValueError(f"expected a view of schema {VIEW_SCHEMA}, got {view.get('schema')!r}")
+    page = _page(view)
+    if full_page:
+        return page
+    # The frame can't tell its height to a notebook from inside the sandbox: the tallest usual layout fits.
+    return (
+        f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
+        'style="width:100%;height:820px;border:1px solid #8884;border-radius:8px"></iframe>'
+    )
+
+
+def _page(view: Mapping[str, Any]) -> str:
+    picture = view["picture"]
+    title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
+    script = _script(CORE_SCRIPTS, "startStatic(document.querySelector('[data-mv]'), VIEW);", VIEW=view)
+    # The policy is a second lock: even a bug could not make the page load something from elsewhere.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{_PAGE_STYLE}{_read_css(CORE_STYLES)}</style></head>\n"
+        f'<body><main class="mv" data-mv></main>\n<script>{script}</script></body></html>\n'
+    )
+
+
+def _script(names: tuple[str, ...], last: str, **constants: Any) -> str:
+    """The scripts in one function that starts with constants and ends with the call `last`."""
+    values = {"PALETTE": list(EXPERT_COLOURS), "NEUTRAL": NEUTRAL, "HIGHLIGHT": HIGHLIGHT, **constants}
+    lines = [f"const {name} = {_inline_json(value)};" for name, value in values.items()]
+    # `</script` in a text would end the page's script element; `<\/` means the same inside JavaScript.
+    body = "\n".join(_read(name) for name in names).replace("</script", "<\\/script")
+    return "\n".join(["(() => {", '"use strict";', *lines, body, last, "})();"])
+
+
+def _inline_json(value: Any) -> str:
+    """JSON that may stand inside a script element, whatever texts it holds."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def _read_css(names: tuple[str, ...]) -> str:
+    text = "\n".join(_read(name) for name in names)
+    swallowed = [sign for sign in _TEMPLATE_SIGNS if sign in _without_comments(text)]
+    if swallowed:
+        raise ValueError(f"gradio's templates can't carry {swallowed} in a style sheet")
+    return _without_comments(text)
+
+
+def _without_comments(css: str) -> str:
+    kept = [part.split("*/", 1)[-1] for part in css.split("/*")]
+    return "".join(kept)
+
+
+@cache
+def _read(name: str) -> str:
+    return (files("moevision") / "demo" / "assets" / name).read_text(encoding="utf-8")

@@ -1,0 +1,128 @@
+"""Reading a visitor's request: every field is checked for type, range and length before it reaches a model.
+
+A request is whatever JSON a browser, or someone with curl, sends. A field that isn't right ends in `RequestError`,
+whose message says what would be right; unknown fields are refused too, since a misspelt one would silently do nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, cast
+
+from moevision.analysis.intervention import Fill, Intervention, Kind
+from moevision.demo.facts import ModelFacts
+from moevision.demo.settings import FILLS, KINDS, Settings
+from moevision.errors import UserError
+
+Code = Literal["bad_request", "busy", "bad_image", "too_large"]
+MAX_NAME: Final = 200
+MIN_CAPACITY, MAX_CAPACITY = 0.05, 16.0
+
+
+class RequestError(UserError):
+    """A request that can't be answered.
+
+    Attributes:
+        code: what kind of mistake it is, for the page.
+    """
+
+    def __init__(self, message: str, code: Code = "bad_request") -> None:
+        super().__init__(message)
+        self.code: Code = code
+
+
+def fields(request: Any, allowed: Sequence[str]) -> Mapping[str, Any]:
+    """The request as a mapping that has no other keys than the allowed ones."""
+    if not isinstance(request, dict):
+        raise RequestError("A request is one JSON object.")
+    unknown = [str(key)[:40] for key in request if key not in allowed]
+    if unknown:
+        raise RequestError(f"There is no field {unknown[0]!r}: the fields are {', '.join(allowed) or 'none'}.")
+    return request
+
+
+def text(request: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """A short string."""
+    value = request.get(name, default)
+    if value is None:
+        value = default
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
+        raise RequestError(f"The field {name!r} must be a text of 1 to {MAX_NAME} characters.")
+    return value
+
+
+def choice(request: Mapping[str, Any], name: str, options: Sequence[str], default: str | None = None) -> str:
+    """One of several words."""
+    value = text(request, name, default)
+    if value not in options:
+        raise RequestError(f"The field {name!r} must be one of {', '.join(options)}.")
+    return value
+
+
+def whole(request: Mapping[str, Any], name: str, options: Sequence[int], default: int | None = None) -> int:
+    """One of several whole numbers; true, false and 2.0 are no whole numbers."""
+    value = request.get(name)
+    if value is None:
+        value = default
+    if type(value) is not int or value not in options:
+        raise RequestError(f"The field {name!r} must be {_range(options)}.")
+    return value
+
+
+def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
+    """The fields `top_k`, `capacity` and `intervention`, each of which may be null."""
+    top_k = request.get("top_k")
+    if top_k is not None:
+        top_k = whole(request, "top_k", range(1, facts.num_experts + 1))
+    capacity = request.get("capacity")
+    if capacity is not None:
+        capacity = _capacity(capacity)
+    changed = request.get("intervention")
+    return Settings(
+        top_k=None if top_k == facts.top_k else top_k,
+        capacity=capacity,
+        intervention=None if changed is None else intervention(changed, facts),
+    )
+
+
+def intervention(value: Any, facts: ModelFacts) -> Intervention:
+    """One intervention that fits the model."""
+    given = fields(value, ("kind", "layer", "expert", "fill", "seed"))
+    kind = choice(given, "kind", KINDS)
+    every = kind == "random" and given.get("layer") is None
+    layer = None if every else whole(given, "layer", facts.layers)
+    expert = None if kind == "random" else whole(given, "expert", range(facts.num_experts))
+    fill = choice(given, "fill", FILLS, "next_best")
+    seed = whole(given, "seed", range(2**31), 0)
+    if kind == "ablate" and facts.num_experts == 1 and fill == "next_best":
+        raise RequestError("The only expert has no next-best one: take it away with the fill 'zero'.")
+    return Intervention(cast(Kind, kind), layer=layer, expert=expert, fill=cast(Fill, fill), seed=seed)
+
+
+def path(request: Mapping[str, Any], facts: ModelFacts) -> tuple[int, ...]:
+    """One expert for each MoE layer, in order of depth."""
+    value = request.get("path")
+    if (
+        not isinstance(value, list)
+        or len(value) != len(facts.layers)
+        or any(type(expert) is not int or not 0 <= expert < facts.num_experts for expert in value)
+    ):
+        raise RequestError(
+            f"The field 'path' must be a list of {len(facts.layers)} experts from 0 to {facts.num_experts - 1}, "
+            "one for each MoE layer."
+        )
+    return tuple(value)
+
+
+def _capacity(value: Any) -> float:
+    number = type(value) in (int, float)
+    if not number or not math.isfinite(value) or not MIN_CAPACITY <= value <= MAX_CAPACITY:
+        raise RequestError(f"The field 'capacity' must be a number from {MIN_CAPACITY} to {MAX_CAPACITY:g}, or null.")
+    return float(value)
+
+
+def _range(options: Sequence[int]) -> str:
+    if isinstance(options, range):
+        return f"a whole number from {options[0]} to {options[-1]}"
+    return f"one of {', '.join(map(str, options))}"

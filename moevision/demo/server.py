@@ -1,0 +1,180 @@
+"""A running explorer: gradio's server with our limits in front of it, safe by default.
+
+The models, gradio and torch are imported when a server is made, so that `moevision demo --help` is quick.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+import warnings
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from moevision.errors import DataWarning, UserError
+
+if TYPE_CHECKING:
+    from moevision.demo.service import Explorer
+
+# Doors that gradio opens when it finds these in the environment.
+_DOORS = (
+    "GRADIO_SHARE",
+    "GRADIO_SERVER_NAME",
+    "GRADIO_ALLOWED_PATHS",
+    "GRADIO_VIBE_MODE",
+    "GRADIO_MCP_SERVER",
+    "GRADIO_SSR_MODE",
+    "GRADIO_RUN_HISTORY",
+)
+SESSIONS = 512
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How the page is served.
+
+    Attributes:
+        host: address to listen at.
+        port: None takes the first free one from 7860.
+        auth: (user, password), or None.
+        share: open a tunnel of gradio's.
+        public: the user said that anyone may use it.
+        browser: open a browser.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = None
+    auth: tuple[str, str] | None = None
+    share: bool = False
+    public: bool = False
+    browser: bool = False
+
+    @property
+    def local(self) -> bool:
+        """Whether only this computer can reach it."""
+        return is_loopback(self.host) and not self.share
+
+    def check(self) -> None:
+        """Refuse to open the page to others by accident.
+
+        Raises:
+            UserError: if others could use it without a password and the user didn't say that they may.
+        """
+        if not self.local and self.auth is None and not self.public:
+            way = "--share" if self.share else f"--host {self.host}"
+            raise UserError(
+                f"{way} lets other people use the explorer on this computer: add --auth USER:PASS, or --public if "
+                "anyone may."
+            )
+
+
+class Server(AbstractContextManager["Server"]):
+    """A running explorer; leaving the scope stops it.
+
+    Attributes:
+        url: where it is.
+        share_url: where it is for others, with `share`.
+        explorer: what answers.
+    """
+
+    def __init__(self, explorer: Explorer, serving: Serving) -> None:
+        """Start to serve.
+
+        Raises:
+            UserError: if it may not be opened like this, or the port is taken.
+        """
+        serving.check()
+        for name in _DOORS:
+            os.environ.pop(name, None)
+        from starlette.middleware import Middleware
+
+        from moevision.demo.explorer import WAITING, build_page
+        from moevision.demo.gate import Gate
+        from moevision.demo.html import PAGE_CSS
+        from moevision.demo.web import MAX_BODY, Guard
+
+        self.explorer, self._gate = explorer, Gate(workers=cpu_workers(), waiting=WAITING)
+        self._page = build_page(explorer, self._gate)
+        try:
+            _, self.url, self.share_url = self._page.launch(
+                server_name=serving.host,
+                server_port=serving.port,
+                auth=serving.auth,
+                share=serving.share,
+                inbrowser=serving.browser,
+                quiet=True,
+                prevent_thread_lock=True,
+                show_error=False,
+                footer_links=[],
+                run_history=False,
+                enable_monitoring=False,
+                strict_cors=True,
+                max_file_size=MAX_BODY,
+                allowed_paths=[],
+                mcp_server=False,
+                ssr_mode=False,
+                pwa=False,
+                state_session_capacity=SESSIONS,
+                app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
+                css=PAGE_CSS,
+            )
+        except (OSError, ValueError) as error:  # ValueError: gradio can't reach itself, behind a proxy for instance
+            self._gate.close()
+            where = f"{serving.host}:{serving.port or 7860}"
+            raise UserError(f"{where} can't be used ({error}): give another --port.") from error
+        if serving.share and not self.share_url:
+            self.close()
+            raise UserError("The tunnel could not be opened: check the network, or use --host on your own network.")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop serving."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._page.close(verbose=False)
+        self._gate.close()
+        self.explorer.close()
+
+
+def cpu_workers() -> int:
+    """Requests that run at once: a small model is not faster on many cores, so each request gets one."""
+    return max(1, min(4, os.cpu_count() or 1))
+
+
+def open_explorer(model: str | None, data: str | None, root: str, *, local: bool = True) -> Explorer:
+    """Load the models, start to look through their pictures, and warm everything up."""
+    import torch
+
+    from moevision.demo.atlas_source import Galleries
+    from moevision.demo.bundle import DataOptions, open_entries
+    from moevision.demo.service import Explorer
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // cpu_workers()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        entries = open_entries(model, DataOptions(data, root))
+    for warning in caught:
+        if issubclass(warning.category, DataWarning):
+            print(f"note: {warning.message}", file=sys.stderr)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    explorer = Explorer(entries, Galleries(entries), local=local)
+    explorer.warm()
+    explorer.galleries.start(explorer.pages.prepare)
+    return explorer
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen at can be reached from this computer only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

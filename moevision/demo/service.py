@@ -1,0 +1,215 @@
+"""`Explorer`: the answers behind the page, without gradio. Every request carries all that its answer depends on.
+
+Nothing is kept per visitor, so visitors can't be mixed up. A handler takes the JSON of one request and returns the
+JSON of its answer; `answer` turns every mistake of a visitor into `{"error": a sentence, "code": ...}`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moevision import __version__
+from moevision.analysis.effect_result import ClassEffect
+from moevision.analysis.effects import class_effect, effect
+from moevision.data.images import BadImageError
+from moevision.demo import requests as read
+from moevision.demo.atlas_pages import AtlasPages
+from moevision.demo.atlas_source import Galleries
+from moevision.demo.bundle import Entry, Variant
+from moevision.demo.examples import Found, Recent
+from moevision.demo.facts import PictureFacts, model_input
+from moevision.demo.html import view_html
+from moevision.demo.requests import RequestError
+from moevision.demo.settings import Settings
+from moevision.demo.view import RoutingView, route_image
+from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, TooLargeError, open_data_uri
+from moevision.errors import UserError
+
+Json = dict[str, Any]
+ROUTE_FIELDS = ("model", "variant", "picture", "top_k", "capacity", "intervention")
+CLASS_PICTURES = 50
+MIN_CLASS_PICTURES = 20
+log = logging.getLogger(__name__)
+
+
+class Explorer:
+    """Answers requests about some models.
+
+    Args:
+        entries: the models, the first of which is shown first.
+        galleries: what is known about their picture sets; not started if None.
+        local: whether only this computer can see the page.
+    """
+
+    def __init__(self, entries: Sequence[Entry], galleries: Galleries | None = None, *, local: bool = True) -> None:
+        if not entries:
+            raise UserError("The explorer needs a model.")
+        self.entries = {entry.card.id: entry for entry in entries}
+        self.galleries = galleries or Galleries(entries)
+        self.local = local
+        self.pages = AtlasPages(self.entries, self.galleries)
+        self.handlers: dict[str, Callable[[Any], Json]] = {
+            "boot": self.boot,
+            "route": self.route,
+            "what_if": self.what_if,
+            "export_html": self.export_html,
+            "experts": self.pages.experts,
+            "classes": self.pages.classes,
+            "compare": self.pages.compare,
+            "cell": self.pages.cell,
+            "similar": self.pages.similar,
+        }
+        self._class_effects: Recent[ClassEffect] = Recent(512)
+        self._boot = self._make_boot()
+
+    def answer(self, name: str, request: Any) -> Json:
+        """The answer to a request, or `{"error", "code"}`."""
+        try:
+            return self.handlers[name](request)
+        except RequestError as error:
+            return failure(str(error), error.code)
+        except TooLargeError as error:
+            return failure(str(error), "too_large")
+        except BadImageError as error:
+            return failure(f"This picture can't be used: {error.reason}.", "bad_image")
+        except UserError as error:
+            return failure(str(error), "bad_request")
+        except Exception:  # a fault of ours: the log says where, the visitor that it wasn't them
+            log.exception("the request %s failed", name)
+            return failure("The explorer stumbled over this request; its log on the server says where.", "internal")
+
+    def warm(self) -> None:
+        """Run every network once, so that the first visitor doesn't wait for it."""
+        for entry in self.entries.values():
+            if entry.examples.ids:
+                for variant in entry.variants:
+                    picture = {"kind": "example", "id": entry.examples.ids[0]}
+                    self.route({"model": entry.card.id, "variant": variant, "picture": picture})
+
+    def boot(self, request: Any) -> Json:
+        """What there is: models, their variants and examples, limits, and what to show first."""
+        read.fields(request, ())
+        return self._boot
+
+    def start_view(self) -> Json | None:
+        """The view that the page opens with; None if the first model has no picture to show."""
+        first = self._boot["default"]
+        if first["picture"] is None:
+            return None
+        return self.route({"model": first["model"], "picture": {"kind": "example", "id": first["picture"]}})
+
+    def route(self, request: Any) -> Json:
+        """Where every patch of a picture goes: `moevision.view/1`."""
+        entry, variant, found, settings = self._read(request)
+        return self._view(entry, variant, found, settings).to_json()
+
+    def what_if(self, request: Any) -> Json:
+        """What an intervention changes about the prediction, beside its control, with the view after it."""
+        entry, variant, found, settings = self._read(request)
+        change = settings.intervention
+        if change is None:
+            raise RequestError("The field 'intervention' must say what to change.")
+        with settings.conditions_applied(variant.saved.net):
+            measured = effect(variant.saved, found.pixels, change)
+        over_class = self._class_effect(entry, variant, settings, measured.class_names[measured.target])
+        answer = replace(measured, class_effect=over_class).to_json()
+        return {**answer, "view": self._view(entry, variant, found, settings).to_json()}
+
+    def export_html(self, request: Any) -> Json:
+        """The view as one HTML page that needs neither server nor network."""
+        view = self.route(request)
+        name = re.sub(r"[^a-z0-9]+", "-", f"{view['model']['id']} {view['picture']['name']}".lower()).strip("-")
+        return {"filename": f"moevision-{name[:80]}.html", "html": view_html(view, full_page=True)}
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
+        self.galleries.close()
+
+    def _read(self, request: Any) -> tuple[Entry, Variant, Found, Settings]:
+        given = read.fields(request, ROUTE_FIELDS)
+        entry, variant = self.pages.model(given)
+        settings = read.settings(given, variant.facts)
+        return entry, variant, self._picture(entry, given.get("picture")), settings
+
+    def _picture(self, entry: Entry, given: Any) -> Found:
+        picture = read.fields(given, ("kind", "id", "data"))
+        if read.choice(picture, "kind", ("example", "upload")) == "example":
+            return entry.examples.find(read.text(picture, "id"))
+        data = picture.get("data")
+        if not isinstance(data, str) or not data:
+            raise RequestError("The field 'data' must be a picture as data:image/...;base64,... text.")
+        return Found("", "your picture", None, model_input(open_data_uri(data), entry.facts.image_size))
+
+    def _view(self, entry: Entry, variant: Variant, found: Found, settings: Settings) -> RoutingView:
+        typical = self.galleries.typical(entry)
+        own = found.id.startswith("pets/")  # drawn as the training pictures were
+        picture = PictureFacts(
+            found.pixels,
+            id=found.id or None,
+            name=found.name,
+            label=found.label,
+            unlike=None if own or typical is None else typical.unlike(found.pixels),
+        )
+        return route_image(
+            variant.saved,
+            found.pixels,
+            dense=entry.dense if variant.facts.variant == "trained" else None,
+            settings=settings,
+            facts=variant.facts,
+            picture=picture,
+        )
+
+    def _class_effect(self, entry: Entry, variant: Variant, settings: Settings, target: str) -> ClassEffect | None:
+        """The same change over pictures of the class; None if there are too few of them (yet)."""
+        gallery = self.galleries.gallery(entry, variant.facts.variant)
+        change = settings.intervention
+        if gallery is None or change is None or target not in gallery.pictures.class_names:
+            return None
+        label = gallery.pictures.class_names.index(target)
+        if sum(gallery.pictures.label(index) == label for index in range(len(gallery.pictures))) < MIN_CLASS_PICTURES:
+            return None
+
+        def measure() -> ClassEffect:
+            with settings.conditions_applied(variant.saved.net):
+                return class_effect(variant.saved, gallery.pictures, target, change, limit=CLASS_PICTURES)
+
+        return self._class_effects.get((entry.card.id, variant.facts.variant, settings, target), measure)
+
+    def _make_boot(self) -> Json:
+        entries = list(self.entries.values())
+        first = entries[0].examples.ids
+        return {
+            "version": __version__,
+            "local": self.local,
+            "models": [_about(entry) for entry in entries],
+            "limits": {"max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS},
+            "default": {"model": entries[0].card.id, "picture": first[0] if first else None},
+        }
+
+
+def failure(sentence: str, code: str) -> Json:
+    """The answer to a request that can't be answered."""
+    return {"error": sentence, "code": code}
+
+
+def _about(entry: Entry) -> Json:
+    facts, card = entry.facts.to_json(), entry.card
+    pictures = entry.examples.pictures
+    examples = []
+    for id in entry.examples.ids:
+        found = entry.examples.find(id)
+        examples.append({"id": id, "name": found.name, "label": found.label, "thumb": entry.examples.thumb(id)})
+    return {
+        **{name: value for name, value in facts.items() if name != "variant"},
+        "subtitle": card.subtitle,
+        "variants": list(entry.variants),
+        "has_dense": entry.dense is not None,
+        "has_pictures": entry.examples.has_pictures,
+        "has_parts": pictures is not None and bool(pictures.part_names),
+        "card": card.to_json(),
+        "examples": examples,
+    }

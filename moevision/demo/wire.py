@@ -1,0 +1,67 @@
+"""Pictures as text: data URIs to a browser, and the only door for a picture from one.
+
+A visitor's picture is base64 inside the request, never a path or an address, so nothing on the server's disk and
+nothing on its network can be asked for. The bytes go through `moevision.data.images.safe_open`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from moevision.data.images import BadImageError, safe_open
+from moevision.errors import UserError
+
+MAX_BYTES: Final = 8 * 1024 * 1024
+MAX_PIXELS: Final = 50_000_000
+# base64 writes 3 bytes as 4 characters; the prefix "data:image/...;base64," is short.
+MAX_CHARACTERS: Final = MAX_BYTES * 4 // 3 + 256
+
+
+class TooLargeError(UserError):
+    """A picture with more bytes than the page accepts."""
+
+
+def data_uri(pixels: npt.NDArray[np.uint8], format: Literal["png", "jpeg"] = "png") -> str:
+    """A picture, uint8 [H, W, 3], as `data:image/...;base64,...`; PNG keeps every pixel, JPEG is small."""
+    buffer = io.BytesIO()
+    if format == "png":
+        Image.fromarray(pixels).save(buffer, "PNG")
+    else:
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=90, subsampling=0)
+    return f"data:image/{format};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def open_data_uri(text: str) -> Image.Image:
+    """Decode a picture that came inside a request.
+
+    Args:
+        text: `data:image/...;base64,...`, or the base64 alone.
+
+    Returns:
+        An upright RGB picture.
+
+    Raises:
+        TooLargeError: if it has more than `MAX_BYTES` bytes.
+        BadImageError: if it is not base64, or not a picture that `safe_open` accepts.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise TooLargeError(f"The picture is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")
+    head, comma, body = text.partition(",") if text.startswith("data:") else ("", ",", text)
+    if not comma or (head and not head.endswith(";base64")):
+        raise BadImageError("<upload>", "a picture is sent as data:image/...;base64,... or as plain base64")
+    try:
+        data = base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadImageError(
+            "<upload>", "it is not base64 text; a path or an address is never opened, send the picture itself"
+        ) from error
+    if len(data) > MAX_BYTES:
+        raise TooLargeError(f"The picture is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")
+    return safe_open(io.BytesIO(data), max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS)

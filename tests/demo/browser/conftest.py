@@ -1,0 +1,143 @@
+"""A real Chromium for the tests of the page. A missing browser is a failure, never a skip.
+
+Debian's `chromium` is used, or what MOEVISION_CHROMIUM names. What a page shows is compared with the service's own
+answer, which `ask` gets past gradio and the page.
+"""
+
+import os
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+WIDE = {"width": 1440, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = os.environ.get("MOEVISION_CHROMIUM") or shutil.which("chromium")
+    assert path, "no chromium here: apt-get install chromium, or name one in MOEVISION_CHROMIUM"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page in a profile of its own, with everything that it asked for and complained about."""
+
+    def __init__(self, browser, *, tour=False, **options):
+        self.context = browser.new_context(**{"viewport": WIDE, "accept_downloads": True, **options})
+        if not tour:  # somebody who has been here before
+            self.context.add_init_script("localStorage.setItem('moevision.tour.seen', '1')")
+        self.page = self.context.new_page()
+        self.requests, self.complaints = [], []
+        self.page.on("request", lambda request: self.requests.append(request))
+        self.page.on("console", self._hear)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def _hear(self, message):
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def open(self, address):
+        """Go there and wait for the picture."""
+        self.page.goto(address)
+        self.page.wait_for_selector(".mv-cell")
+        self.page.wait_for_selector("[data-box=progress]", state="hidden")
+        return self.page
+
+    def _calls(self):
+        posts = [request.post_data_json for request in self.requests if request.method == "POST"]
+        return [(post["fn_name"], post["data"]) for post in posts if post and "fn_name" in post]
+
+    @property
+    def asked(self):
+        """Names of the server functions that the page called."""
+        return [name for name, _ in self._calls()]
+
+    def question(self, name):
+        """What the page asked the server function `name` last."""
+        return [data for called, data in self._calls() if called == name][-1]
+
+    def strangers(self, home):
+        """Addresses elsewhere that were asked for."""
+        return [request.url for request in self.requests if not request.url.startswith((home, "data:", "blob:"))]
+
+
+@pytest.fixture
+def new_visit(browser):
+    """Opens visits that may go wrong on purpose."""
+    visits = []
+
+    def begin(**options):
+        visits.append(Visit(browser, **options))
+        return visits[-1]
+
+    yield begin
+    for one in visits:
+        one.context.close()
+
+
+@pytest.fixture
+def visit(new_visit, server):
+    """Opens visits and holds each of them to the same manners: no complaint, no request to anywhere else."""
+    visits = []
+
+    def begin(query="", **options):
+        visits.append(new_visit(**options))
+        visits[-1].open(server.url + query)
+        return visits[-1]
+
+    yield begin
+    for one in visits:
+        assert one.complaints == []
+        assert one.strangers(server.url) == []
+        assert len(one.requests) > 3
+
+
+@pytest.fixture(scope="module")
+def ask(explorer):
+    def ask(name, **request):
+        answer = explorer.answer(name, {"model": "pets", **request})
+        assert "error" not in answer, answer
+        return answer
+
+    return ask
+
+
+def numbers(page):
+    """The text on every patch of the first picture."""
+    return page.locator("[data-slot='0'] .mv-mark").all_text_contents()
+
+
+def fills(page):
+    """Colour and opacity of every patch: [(r, g, b, a)]."""
+    script = "cells => cells.map(cell => cell.style.backgroundColor)"
+    colours = page.eval_on_selector_all("[data-slot='0'] .mv-cell", script)
+    found = [[float(value) for value in re.findall(r"[\d.]+", colour)] for colour in colours]
+    return [(*values[:3], values[3] if len(values) > 3 else 1.0) for values in found]
+
+
+def said(page):
+    """What a screen reader was told last."""
+    return page.text_content("[data-live]")
+
+
+def open_tab(page, name):
+    page.click(f"[data-tab={name}]")
+    page.wait_for_selector(".mv-panel:not(:has(.mv-spinner))")
+
+
+def no_sideways_scroll(page):
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.fixture
+def look():
+    """Ways to read a page."""
+    return SimpleNamespace(
+        numbers=numbers, fills=fills, said=said, open_tab=open_tab, no_sideways_scroll=no_sideways_scroll
+    )

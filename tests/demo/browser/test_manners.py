@@ -1,0 +1,159 @@
+"""M12 to M14: errors, keyboard, screen readers, contrast, small screens, and what the page owns up to."""
+
+import re
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+
+FIRST = {"kind": "example", "id": "pets/test/0"}
+PHONE = {"width": 390, "height": 844}
+SERVER_CALL = re.compile(r"/component_server\b")
+TABS = ("experts", "classes", "whatif", "compare", "about")
+
+
+def serious(page, part=None):
+    """What axe-core finds on the page, or in a part of it, that keeps people out."""
+    violations = Axe().run(page, context=part).response["violations"]
+    found = [one for one in violations if one["impact"] in ("serious", "critical")]
+    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
+def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(visit, look, scheme, size):
+    page = visit("?patch=5", color_scheme=scheme, reduced_motion="reduce", **size).page
+    for tab in TABS:
+        look.open_tab(page, tab)
+        if tab == "whatif":
+            page.click("[data-action=if-run]")
+            page.wait_for_selector(".mv-stripplot")
+        assert serious(page, ".mv-below" if tab != TABS[0] else None) == [], tab
+        assert look.no_sideways_scroll(page), tab
+
+
+@pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
+def test_two_pictures_and_warnings_keep_these_manners(visit, look, size):
+    page = visit("?picture2=pets/test/5&capacity=0.5&k=1&mode=drops&do=ablate.1.0.zero.0&tab=compare", **size).page
+    page.wait_for_selector(".mv-mirror")
+    assert page.locator("[role=note]").count() == 4  # two pictures, off the distribution and changed
+    assert serious(page) == []
+    assert look.no_sideways_scroll(page)
+
+
+def test_the_keyboard_reaches_everything(visit):
+    page = visit().page
+    page.wait_for_selector(".mv-card")
+    reached = set()
+    for _ in range(70):
+        page.keyboard.press("Tab")
+        data = page.evaluate("({ ...document.activeElement.dataset })")
+        reached |= {data.get("action"), data.get("change"), "patch" if "patch" in data else None}
+    wanted = {"patch", "example", "choose", "topk", "limit", "variant", "mode", "layer", "highlight", "model", "count"}
+    assert wanted | {"strength", "unpin", "similar", "tab"} <= reached
+    assert page.locator(".mv-cell[tabindex='0']").count() == 1
+    page.focus("[role=tab][aria-selected=true]")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.dataset.tab") == "classes"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('role')") == "tabpanel"
+
+
+def test_a_term_is_explained_to_mouse_and_keyboard(visit):
+    page = visit().page
+    page.hover(".mv-facts [data-term=margin]")
+    assert "second-highest" in page.text_content("[role=tooltip]:visible")
+    page.mouse.move(2, 2)
+    assert page.locator("[role=tooltip]:visible").count() == 0
+    page.focus(".mv-facts [data-term=entropy]")
+    assert "in bits" in page.text_content("[role=tooltip]:visible")
+    page.keyboard.press("Escape")
+    assert page.locator("[role=tooltip]:visible").count() == 0
+
+
+def test_the_grid_is_told_to_a_screen_reader(visit):
+    page = visit().page
+    grid = page.locator("[role=grid]")
+    assert grid.get_attribute("aria-rowcount") == "4"
+    assert grid.locator("> [role=row]").count() == 4
+    assert grid.locator("> [role=row] > [role=gridcell]").count() == 16
+    labels = page.eval_on_selector_all("[role=gridcell]", "cells => cells.map(cell => cell.getAttribute('aria-label'))")
+    assert all(re.fullmatch(r"row \d, column \d: expert \d, weight \d\.\d\d", label) for label in labels)
+
+
+def test_the_tour_comes_once(visit):
+    page = visit(tour=True).page
+    for step in range(1, 5):
+        assert f"{step} of 4" in page.text_content(".mv-tour")
+        page.click("[data-action=tour-next]")
+    assert page.locator(".mv-tour").count() == 0
+    page.reload()
+    page.wait_for_selector(".mv-card")
+    assert page.locator(".mv-tour").count() == 0
+
+
+def test_the_tour_can_be_skipped_with_escape(visit):
+    page = visit(tour=True).page
+    assert serious(page) == []
+    page.keyboard.press("Escape")
+    assert page.locator(".mv-tour").count() == 0
+    assert page.evaluate("localStorage.getItem('moevision.tour.seen')") == "1"
+
+
+def test_a_server_that_is_gone_gets_a_sentence_and_a_way_on(new_visit, server):
+    page = new_visit().open(server.url)
+    page.route(SERVER_CALL, lambda route: route.abort())
+    page.click("[data-action=example] >> nth=2")
+    page.wait_for_selector("[data-action=retry]")
+    assert "doesn't answer" in page.text_content("[role=alert]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector("[data-action=retry]", state="detached")
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")  # picture i has label i mod 8
+
+
+def test_a_busy_server_is_asked_again(new_visit, server):
+    page = new_visit().open(server.url)
+    routes = []
+
+    def busy_once(route):
+        if route.request.post_data_json["fn_name"] == "route":
+            routes.append(route)
+            if len(routes) == 1:
+                route.fulfill(json={"error": "Many people are asking.", "code": "busy"})
+                return
+        route.continue_()
+
+    page.route(SERVER_CALL, busy_once)
+    page.click("[data-action=example] >> nth=2")
+    page.wait_for_selector("[data-box=toast]:has-text('Many people')")
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    assert len(routes) == 2
+    assert page.locator("[role=alert]").count() == 0
+
+
+def test_a_model_without_pictures_says_how_to_bring_some(visit, look):
+    page = visit().page
+    page.select_option("[data-change=model]", "photos")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    for tab in ("experts", "classes", "compare"):
+        look.open_tab(page, tab)
+        assert "--data" in page.text_content(".mv-panel")
+
+
+def test_the_first_screen_says_what_the_model_is_and_sees(visit, ask):
+    view = ask("route", picture=FIRST)
+    page = visit().page
+    header, verdict = page.text_content(".mv-header"), page.text_content(".mv-verdict")
+    assert view["model"]["accuracy_text"] in header
+    assert view["model"]["data_text"] in header
+    assert view["prediction"]["moe"][0]["class"] in verdict
+    assert f"dense twin: {view['prediction']['dense'][0]['class']}" in verdict
+    bars = page.locator(".mv-box-prediction .mv-class").all_text_contents()
+    top = [one["class"] for side in ("moe", "dense") for one in view["prediction"][side]]
+    assert [bar.split()[0] for bar in bars] == top
+
+
+def test_about_says_what_the_page_does_not_show(visit):
+    text = visit("?tab=about").page.text_content(".mv-panel")
+    for word in ("attends", "residual", "cause", "one picture", "seed", "Apache-2.0"):
+        assert word in text

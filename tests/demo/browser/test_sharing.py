@@ -1,0 +1,194 @@
+"""M10, M11 and one's own pictures: what leaves the page and what enters it."""
+
+import base64
+import io
+import json
+
+import pytest
+from PIL import Image
+
+FIRST = {"kind": "example", "id": "pets/test/0"}
+SENT = "() => !location.search.includes('picture=')"  # one's own picture is in no link
+
+
+@pytest.fixture
+def export():
+    def export(page, kind):
+        page.click(".mv-menu summary")
+        with page.expect_download() as waiting:
+            page.click(f"[data-action=export-{kind}]")
+        return waiting.value
+
+    return export
+
+
+def test_the_stage_is_saved_as_png(visit, export):
+    saved = export(visit().page, "png")
+    assert saved.suggested_filename.startswith("moevision_pets_")
+    with Image.open(saved.path()) as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (1024, 1024 + 76)  # the caption
+        assert len(picture.convert("RGB").getcolors(2**24)) > 100
+
+
+def test_the_view_is_saved_as_json(visit, export, ask):
+    saved = export(visit().page, "json")
+    data = json.loads(saved.path().read_text(encoding="utf-8"))
+    assert data["schema"] == "moevision.view/1"
+    assert data == ask("route", picture=FIRST)
+
+
+def test_the_saved_page_works_alone(visit, export, new_visit, ask, look, tmp_path):
+    saved = export(visit().page, "page")
+    file = tmp_path / saved.suggested_filename
+    saved.save_as(file)
+    assert file.suffix == ".html"
+    alone = new_visit(offline=True)
+    page = alone.page
+    page.goto(file.as_uri())
+    page.click(".mv-cell[data-patch='5']")
+    assert look.said(page).startswith("row 2, column 2: expert")
+    page.keyboard.press("-")
+    layer = ask("route", picture=FIRST)["layers"][0]
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert alone.complaints == []
+    assert alone.strangers(file.as_uri()) == []
+
+
+def test_a_notebook_shows_the_same_view(new_visit, pixels, make, look):
+    from moevision.demo import route_image
+
+    view = route_image(make(), pixels)
+    one = new_visit(offline=True, tour=True)  # a sandboxed frame has no storage to note an earlier visit in
+    one.page.set_content(f"<h1>notebook</h1>{view._repr_html_()}")
+    frame = one.page.frame_locator("iframe")
+    frame.locator(".mv-cell[data-patch='5']").click()
+    marks = frame.locator("[data-slot='0'] .mv-mark").all_text_contents()
+    assert marks == [str(choices[0]) for choices in view.to_json()["layers"][-1]["experts"]]
+    assert frame.locator("[data-live]").text_content().startswith("row 2, column 2")
+    assert one.complaints == []
+
+
+def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, look, tmp_path):
+    from moevision.analysis.palette import HIGHLIGHT, NEUTRAL
+    from moevision.demo import route_image
+    from moevision.demo.html import view_html
+
+    def rgb(colour):
+        return tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5))
+
+    view = route_image(make(num_experts=12), pixels).to_json()
+    layer = view["layers"][-1]
+    (tmp_path / "view.html").write_text(view_html(view, full_page=True), encoding="utf-8")
+    page = new_visit(offline=True).page
+    page.goto((tmp_path / "view.html").as_uri())
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert {fill[:3] for fill in look.fills(page)} == {rgb(NEUTRAL)}
+    assert "read the numbers" in page.text_content(".mv-box-legend")
+    expert = layer["experts"][0][0]
+    page.click(f".mv-loadbar[data-expert='{expert}']")
+    bright = [fill[:3] == rgb(HIGHLIGHT) for fill in look.fills(page)]
+    assert bright == [expert in choices for choices in layer["experts"]]
+
+
+def test_a_link_reproduces_the_view(visit, look):
+    page = visit().page
+    page.click("[data-action=example] >> nth=4")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    page.click("[data-variant=untrained]")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    page.focus("[data-change=topk]")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("[role=note]")
+    page.click(".mv-layer[data-index='0']")
+    page.click(".mv-cell[data-patch='11']")
+    page.click("[data-mode=entropy]")
+    look.open_tab(page, "compare")
+    words = ["variant=untrained", "k=3", "layer=1", "patch=11", "mode=entropy", "tab=compare"]
+    page.wait_for_function("words => words.every(word => location.search.includes(word))", arg=words)
+    other = visit("?" + page.url.partition("?")[2]).page
+    assert look.numbers(other) == look.numbers(page)
+    pressed = (
+        ".mv-pinned",
+        ".mv-layer[aria-pressed=true]",
+        "[data-mode][aria-pressed=true]",
+        "[role=tab][aria-selected=true]",
+    )
+    for selector in pressed:
+        data = "element => JSON.stringify([element.dataset, element.ariaLabel])"
+        assert other.locator(selector).evaluate(data) == page.locator(selector).evaluate(data)
+    for box in (".mv-box-inspector", ".mv-box-verdict", ".mv-box-loads"):
+        assert other.text_content(box) == page.text_content(box)
+
+
+def test_a_link_reproduces_two_pictures(visit, look):
+    page = visit("?picture=pets/test/2&picture2=pets/test/5").page
+    assert page.locator("[data-slot]").count() >= 2
+    labels = page.locator(".mv-verdict").all_text_contents()
+    assert ["rabbit" in labels[0], "fox" in labels[1]] == [True, True]  # picture i has label i mod 8
+
+
+def test_a_link_reproduces_an_intervention(visit, ask, look):
+    page = visit("?do=ablate.3.1.zero.0").page
+    change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "zero", "seed": 0}
+    layer = ask("route", picture=FIRST, intervention=change)["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert "get nothing in its place" in page.text_content("[role=note]")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "?picture=pets/test/999999",
+        "?model=nothing&variant=odd&layer=77&patch=-5&mode=x&k=99&capacity=1e9&tab=zz&do=ablate.9.9",
+        "?layer=<img src=x onerror=alert(1)>&patch=1e3&k=NaN&do=<b>",
+    ],
+)
+def test_a_link_from_elsewhere_still_opens(visit, ask, look, query):
+    page = visit(query).page
+    layer = ask("route", picture=FIRST)["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+
+
+def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):
+    file = tmp_path / "holiday.png"
+    Image.effect_mandelbrot((1600, 900), (-2, -1, 1, 1), 60).convert("RGB").save(file)
+    one = visit()
+    one.page.set_input_files("[data-box=file]", file)
+    one.page.wait_for_function(SENT)
+    sent = one.question("route")["picture"]
+    assert sent["kind"] == "upload"
+    with Image.open(io.BytesIO(base64.b64decode(sent["data"].partition(",")[2]))) as picture:
+        assert picture.size == (512, 288)
+    assert "Unlike the training data" in one.page.text_content("[role=note]")
+
+
+@pytest.mark.parametrize("way", ["paste", "drop"])
+def test_a_picture_can_be_pasted_and_dropped(visit, way):
+    one = visit()
+    one.page.evaluate(
+        """async (way) => {
+          const canvas = new OffscreenCanvas(40, 40);
+          canvas.getContext('2d').fillRect(0, 0, 20, 20);
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([await canvas.convertToBlob()], 'own.png', { type: 'image/png' }));
+          const options = { bubbles: true, cancelable: true };
+          const event = way === 'paste'
+            ? new ClipboardEvent('paste', { ...options, clipboardData: transfer })
+            : new DragEvent('drop', { ...options, dataTransfer: transfer });
+          document.querySelector('.mv-canvas').dispatchEvent(event);
+        }""",
+        way,
+    )
+    one.page.wait_for_function(SENT)
+    assert one.question("route")["picture"]["kind"] == "upload"
+
+
+def test_a_file_that_is_no_picture_gets_a_sentence(visit, tmp_path):
+    file = tmp_path / "notes.png"
+    file.write_text("no picture")
+    one = visit()
+    one.page.set_input_files("[data-box=file]", file)
+    one.page.wait_for_selector("[role=alert]")
+    assert "no picture that this browser can read" in one.page.text_content("[role=alert]")
+    assert "route" not in one.asked

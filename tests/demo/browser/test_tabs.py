@@ -1,0 +1,183 @@
+"""M3 to M6: experts, classes, comparisons and interventions say what the service says."""
+
+import re
+
+import pytest
+
+FIRST = {"kind": "example", "id": "pets/test/0"}
+SERVER_CALL = re.compile(r"/component_server\b")
+ABLATION = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
+
+
+def test_cards_show_the_heaviest_and_random_patches(visit, ask):
+    answer = ask("experts", layer=3)
+    page = visit().page
+    page.wait_for_selector(".mv-card")
+    cards = page.locator(".mv-card").all()
+    assert [card.locator("h2").text_content() for card in cards] == [f"L3·E{expert}" for expert in range(4)]
+    for card, expert in zip(cards, answer["experts"], strict=True):
+        counts = [gallery.locator("img").count() for gallery in card.locator(".mv-gallery").all()]
+        assert counts == [len(expert["top"]), len(expert["random"])] == [8, 8]
+        assert f"{expert['load_share'] * 100:.1f} % of all choices" in card.text_content()
+
+
+def test_a_patch_on_a_card_opens_its_picture(visit, ask):
+    patch = ask("experts", layer=3)["experts"][0]["random"][0]
+    page = visit().page
+    page.wait_for_selector(".mv-card")
+    page.locator(".mv-card").first.locator(".mv-gallery").nth(1).locator("button").first.click()
+    page.wait_for_function(
+        "([picture, patch]) => { const found = new URLSearchParams(location.search);"
+        " return found.get('picture') === picture && found.get('patch') === String(patch); }",
+        arg=[patch["picture"], patch["patch"]],
+    )
+    assert page.locator(".mv-pinned").get_attribute("data-patch") == str(patch["patch"])
+
+
+def test_a_change_of_layer_finds_its_cards_in_the_page(visit):
+    one = visit()
+    one.page.wait_for_selector(".mv-card")
+    one.page.wait_for_timeout(1500)  # the other layer is fetched ahead
+    before = len(one.asked)
+    one.page.click(".mv-layer[data-index='0']")
+    one.page.wait_for_selector(".mv-card h2:has-text('L1·E0')")
+    assert len(one.asked) == before
+
+
+def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
+    layer = ask("classes")["layers"][1]
+    # Random weights know no class, so nothing stands out: let the service say that every third cell does.
+    flags = [[(row + expert) % 3 == 0 for expert in range(4)] for row in range(8)]
+
+    def say_so(route):
+        if route.request.post_data_json["fn_name"] != "classes":
+            return route.continue_()
+        answer = route.fetch()
+        data = answer.json()
+        data["layers"][1]["significant"] = flags
+        return route.fulfill(response=answer, json=data)
+
+    page = visit().page
+    page.route(SERVER_CALL, say_so)
+    page.click("[data-tab=classes]")
+    page.wait_for_selector(".mv-heat td")
+    styles = page.eval_on_selector_all(".mv-heat td", "cells => cells.map(cell => cell.getAttribute('style'))")
+    assert [bool(style) for style in styles] == [flag for row in flags for flag in row]
+    signs = page.eval_on_selector_all(
+        ".mv-heat td", "cells => cells.map(cell => cell.querySelector('sup')?.textContent)"
+    )
+    excess = [value for row in layer["excess"] for value in row]
+    for sign, style, value in zip(signs, styles, excess, strict=True):
+        assert sign == (None if not style else "+" if value > 0 else "−")
+    shown = [float(re.match(r"\s*(\d+)", text)[1]) for text in page.locator(".mv-heat td").all_text_contents()]
+    assert shown == pytest.approx([100 * share for row in layer["share"] for share in row], abs=0.51)
+    assert page.locator(".mv-measure > p").all_text_contents() == [one["sentence"] for one in layer["information"]]
+
+
+def test_the_heatmap_sorts_and_opens_the_pictures_of_a_cell(visit, ask):
+    answer = ask("classes")
+    excess = answer["layers"][1]["excess"]
+    one = visit("?tab=classes")
+    page = one.page
+    page.click("[data-action=sort-expert][data-expert='2']")
+    rows = sorted(range(8), key=lambda row: -excess[row][2])
+    names = [name.strip() for name in page.locator(".mv-heat th[scope=row]").all_text_contents()]
+    assert names == [answer["class_names"][row] for row in rows]
+    page.click("[data-action=sort-class][data-class='0']")
+    columns = sorted(range(4), key=lambda expert: -excess[0][expert])
+    assert page.locator(".mv-heat thead .mv-chip").all_text_contents() == [str(expert) for expert in columns]
+    page.click("[data-action=cell] >> nth=0")
+    page.wait_for_selector(".mv-thumbs img")
+    asked = one.question("cell")
+    assert (asked["class"], asked["expert"]) == (answer["class_names"][rows[0]], columns[0])
+    pictures = ask("cell", **{name: asked[name] for name in ("layer", "expert", "class")})["pictures"]
+    assert page.locator(".mv-thumbs img").count() == len(pictures) > 0
+
+
+def test_two_pictures_are_described_without_interval_or_p_value(visit, ask):
+    one = visit("?tab=compare")
+    page = one.page
+    page.click("[data-count='2']")
+    page.wait_for_selector(".mv-mirror")
+    second = ask("route", picture=one.question("route")["picture"])
+    shown = page.locator("[data-slot='1'] .mv-mark").all_text_contents()
+    assert shown == [str(choices[0]) for choices in second["layers"][1]["experts"]]
+    counts = second["layers"][0]["counts"]
+    shares = page.locator(".mv-mirror").first.locator("li .mv-num:last-child").all_text_contents()
+    assert [float(share.removesuffix(" %")) for share in shares] == pytest.approx(
+        [100 * count / sum(counts) for count in counts], abs=0.51
+    )
+    text = page.locator("section:has(> .mv-mirror)").text_content()
+    assert "This describes two pictures" in text
+    assert not re.search(r"±|\bp\s*[=<]|\bq\b|95 %", text)
+    page.click("[data-slot='1'] [data-patch='3']")
+    assert "second picture" in page.text_content(".mv-where")
+
+
+def test_two_classes_get_intervals_or_plain_words(visit, ask):
+    answer = ask("compare", a="fox", b="pig")
+    page = visit("?tab=compare").page
+    page.select_option("[data-change=compare-a]", "fox")
+    page.select_option("[data-change=compare-b]", "pig")
+    page.click("[data-action=compare-run]")
+    page.wait_for_selector(".mv-forest")
+    rows = [row for layer in answer["layers"] for row in layer["experts"]]
+    assert len(rows) == 8
+    stands = page.eval_on_selector_all(".mv-forest li", "rows => rows.map(row => row.classList.contains('mv-stands'))")
+    assert stands == [row["significant"] for row in rows]
+    shown = page.locator(".mv-forest .mv-num").all_text_contents()
+    points = [float(text.removesuffix(" pts").replace("−", "-")) for text in shown]
+    assert points == pytest.approx([100 * row["difference"] for row in rows], abs=0.051)
+    assert page.text_content(".mv-panel .mv-sentence") == answer["sentence"]
+    assert ("That is a result too" in page.text_content(".mv-panel")) == (not any(stands))
+
+
+def test_a_class_is_not_compared_with_itself(visit):
+    one = visit("?tab=compare")
+    one.page.select_option("[data-change=compare-b]", "cat")
+    one.page.click("[data-action=compare-run]")
+    assert "two different classes" in one.page.text_content(".mv-panel [role=alert]")
+    assert "compare" not in one.asked
+
+
+def test_an_ablation_is_told_beside_its_controls_then_shown_and_undone(visit, ask, look):
+    expected = ask("what_if", picture=FIRST, intervention=ABLATION)
+    one = visit()
+    page = one.page
+    page.wait_for_selector(".mv-card")
+    page.click(".mv-card >> nth=1 >> [data-action=take-away]")
+    page.wait_for_selector(".mv-stripplot")
+    assert one.question("what_if")["intervention"] == ABLATION
+    assert page.text_content(".mv-panel .mv-sentence") == expected["sentence"]
+    assert page.locator(".mv-control").count() == expected["control"]["n"] >= 10
+    assert page.locator(".mv-stripplot g").count() == len(expected["others"]) == 3
+    assert f"Over {expected['class_effect']['n']} pictures" in page.text_content(".mv-panel")
+    page.click("[data-action=if-show]")
+    page.wait_for_selector("[data-action=undo]")
+    assert look.numbers(page) == [str(choices[0]) for choices in expected["view"]["layers"][1]["experts"]]
+    assert "1" not in look.numbers(page)  # L3·E1 is gone
+    page.click("[data-action=undo]")
+    page.wait_for_selector("[data-action=undo]", state="detached")
+    plain = ask("route", picture=FIRST)["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in plain["experts"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices", "asked"),
+    [
+        ("force", {"if-layer": "1", "if-expert": "2"}, {"kind": "force", "layer": 1, "expert": 2}),
+        ("random", {"if-layer": "all"}, {"kind": "random", "layer": None, "expert": None}),
+        ("ablate", {"if-fill": "zero", "if-expert": "0"}, {"kind": "ablate", "layer": 3, "expert": 0, "fill": "zero"}),
+    ],
+)
+def test_every_kind_of_intervention_can_be_asked_for(visit, ask, kind, choices, asked):
+    one = visit("?tab=whatif")
+    one.page.select_option("[data-change=if-kind]", kind)
+    for name, value in choices.items():
+        one.page.select_option(f"[data-change={name}]", value)
+    one.page.click("[data-action=if-run]")
+    one.page.wait_for_selector(".mv-stripplot")
+    question = {"fill": "next_best", "seed": 0, **asked}
+    assert one.question("what_if")["intervention"] == question
+    expected = ask("what_if", picture=FIRST, intervention=question)
+    assert one.page.text_content(".mv-panel .mv-sentence") == expected["sentence"]

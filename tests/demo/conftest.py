@@ -1,0 +1,98 @@
+"""A tiny explorer: bundled models with random weights, made in a second; enough for everything but accuracy."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import moevision  # noqa: F401  (registers the models)
+from moevision.data import SyntheticPets
+from moevision.demo.atlas_source import Galleries
+from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.service import Explorer
+from moevision.demo.typical import typical_of
+from moevision.models.hub import SavedModel, save_model
+from tests.demo import serving
+from tests.demo.serving import running
+
+SIZE = 32
+CLASSES = list(SyntheticPets.classes)
+STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def make_model(seed=0, *, num_classes=8, **arguments):
+    """An untrained model of 16 patches with MoE layers in blocks 1 and 3, E = 4, k = 2."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = timm.create_model("test_vit_moe", num_classes=num_classes, router="vmoe_top_k", **arguments)
+    return SavedModel(net.eval(), CLASSES[:num_classes], SIZE, *STATS)
+
+
+def write_bundle(home: Path, id="pets", data_kind="synthetic_pets", seed=0) -> Path:
+    """A bundled model in bfloat16, as the package carries them."""
+    folder = home / id
+    models = {"trained": {}, "unbalanced": {}, "dense": {"twin": "active_flops"}}
+    for offset, (name, arguments) in enumerate(models.items()):
+        model = make_model(seed + offset, **arguments)
+        model.net.to(torch.bfloat16)
+        save_model(model, folder / name)
+    pets = SyntheticPets(400, SIZE, split="val")
+    card = {
+        "id": id,
+        "title": f"The {id}",
+        "subtitle": "for tests",
+        "data": "drawn pets",
+        "recipe": "none",
+        "seed": seed,
+        "accuracy": {"moe": 0.125, "dense": 0.13},
+        "licence": "Apache-2.0",
+        "data_kind": data_kind,
+        "typical": typical_of((pets.image(index) for index in range(400)), SIZE).to_json(),
+    }
+    (folder / "card.json").write_text(json.dumps(card))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make():
+    return make_model
+
+
+@pytest.fixture(scope="session")
+def bundle():
+    return write_bundle
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """Two bundled models, "pets" with pictures and "photos" without; not to be changed."""
+    home = tmp_path_factory.mktemp("models")
+    write_bundle(home)
+    write_bundle(home, "photos", "cifar10", seed=10)
+    return home
+
+
+@pytest.fixture(scope="session")
+def explorer(home):
+    """An explorer that has looked through 160 pictures of each variant."""
+    entries = open_entries(None, DataOptions(), home=home)
+    explorer = Explorer(entries, Galleries(entries, limit=serving.GALLERY))
+    explorer.galleries.start(explorer.pages.prepare)
+    assert explorer.galleries.wait(60)
+    yield explorer
+    explorer.close()
+
+
+@pytest.fixture(scope="session")
+def server(home):
+    """The same explorer behind its web page, in a process of its own; `server.url` is where."""
+    with running(serving.__file__, str(home)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pixels():
+    """Test picture number 3, a bear, uint8 [32, 32, 3]."""
+    return SyntheticPets(2000, SIZE, split="test").image(3)

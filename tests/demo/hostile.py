@@ -1,0 +1,235 @@
+"""Hostile requests for the explorer, made from one seed: what a broken client or a bored student may send."""
+
+import base64
+import io
+import json
+import random
+import struct
+import zlib
+
+from PIL import Image
+
+EXAMPLE = {"kind": "example", "id": "pets/test/3"}
+ROUTE = {"model": "pets", "variant": "trained", "picture": EXAMPLE}
+CHANGE = {"kind": "ablate", "layer": 3, "expert": 1}
+NOT_A_NAME = [
+    "",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "pets/../../x",
+    "nope",
+    "a" * 10_000,
+    "\x00",
+    "<img src=x onerror=alert(1)>",
+    "pets/test/-1",
+    "pets/test/99999999999999999999",
+    "photo/../lion",
+    "data//etc/passwd",
+    "file:///etc/passwd",
+    "http://localhost/",
+    "__class__",
+    "${7*7}",
+    "{{7*7}}",
+    "pets/test/3\n",
+    "🦊",
+]
+NOT_A_NUMBER = ["NaN", "Infinity", "-Infinity", "1e400", "-1", "99", "1e9", "2.5", "true", '"2"', "[]", "{}", "10" * 60]
+ADDRESSES = [
+    "http://169.254.169.254/latest/meta-data/",
+    "http://localhost:22/",
+    "http://127.0.0.1:7860/config",
+    "file:///etc/passwd",
+    "ftp://x/",
+    "//evil.example/x.png",
+    "https://example.com/cat.jpg",
+    "gopher://127.0.0.1:25/",
+]
+PATHS = [
+    "/etc/passwd",
+    "../../../../etc/passwd",
+    "C:\\Windows\\win.ini",
+    "~/.ssh/id_rsa",
+    "/proc/self/environ",
+    "\\\\host\\share",
+    "card.json",
+    "/dev/zero",
+]
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A black 1-bit PNG of any size, a few kilobytes long."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"\0" * min((1 + (width + 7) // 8) * height, 16_000_000)
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+
+
+def picture_bytes(kind: str, size=(40, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (200, 60, 20)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def uri(data: bytes, kind="image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def uploads(rng: random.Random) -> list[str]:
+    """Texts in the place of a picture, none of which is one."""
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="http://169.254.169.254/"/><script>alert(1)</script></svg>'
+    found = [
+        uri(png_bomb(11_000, 11_000)),
+        uri(png_bomb(70_000, 1)),
+        uri(png_bomb(1, 70_000)),
+        uri(png_bomb(2**31 - 1, 2**31 - 1)),
+    ]
+    found += [
+        uri(svg, "image/svg+xml"),
+        uri(b""),
+        uri(b"GIF89a"),
+        uri(b"%PDF-1.7"),
+        uri(b"\x80\x04K\x01."),
+        uri(b"PK\x03\x04" * 9),
+    ]
+    found += [
+        uri(b"#!/bin/sh\nrm -rf /"),
+        uri(b"\x89HDF\r\n\x1a\n" * 9),
+        uri(b"%!PS-Adobe-3.0 EPSF"),
+        uri(b"8BPS" + bytes(40)),
+    ]
+    found += [
+        "data:image/png;base64,",
+        "data:image/png,hello",
+        "data:",
+        "base64",
+        "====",
+        "a" * 12_000_000,
+        "\ud83d",
+        "%2e%2e%2f",
+    ]
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):  # cut short in the header, in the middle, and scrambled
+        whole = picture_bytes(kind)
+        found += [uri(whole[:length]) for length in (2, 5, 12, 21, 30, 40)]
+        scrambled = bytearray(whole)
+        scrambled[12:40] = rng.randbytes(28)
+        found.append(uri(bytes(scrambled)))
+    return found + ADDRESSES + PATHS + [uri(text.encode()) for text in ADDRESSES + PATHS]
+
+
+def body(data_json: str, name="route") -> str:
+    """A call of a server function; `data_json` goes in as it is, so that it may be what JSON can't say."""
+    return f'{{"data": {data_json}, "component_id": 1, "session_hash": "hostile", "fn_name": "{name}"}}'
+
+
+def calls() -> list[str]:
+    """Bodies for component_server, every one of which must be refused."""
+    rng = random.Random(0)
+    found = [body(json.dumps({**ROUTE, "picture": {"kind": "upload", "data": text}})) for text in uploads(rng)]
+    for name in NOT_A_NAME:
+        found += [body(json.dumps({**ROUTE, field: name})) for field in ("model", "variant")]
+        found.append(body(json.dumps({**ROUTE, "picture": {"kind": "example", "id": name}})))
+        found.append(body(json.dumps({"model": "pets", "a": name, "b": "dog"}), "compare"))
+        found.append(body(json.dumps({"model": "pets", "layer": 1, "expert": 0, "class": name}), "cell"))
+    for number in NOT_A_NUMBER:
+        found += [body(json.dumps(ROUTE)[:-1] + f', "{field}": {number}}}') for field in ("top_k", "intervention")]
+        for field in ("layer", "expert", "seed") if number != "99" else ("layer", "expert"):
+            change = json.dumps({name: value for name, value in CHANGE.items() if name != field})[:-1]
+            found.append(
+                body(json.dumps(ROUTE)[:-1] + f', "intervention": {change}, "{field}": {number}}}}}', "what_if")
+            )
+        if number not in ("2.5", "-1", "99"):
+            found.append(body(json.dumps(ROUTE)[:-1] + f', "capacity": {number}}}'))
+        found.append(body(f'{{"model": "pets", "layer": {number}}}', "experts"))
+        found.append(body(f'{{"model": "pets", "path": [0, {number}]}}', "similar"))
+    for value in (
+        "null",
+        "[]",
+        "7",
+        '"route"',
+        "true",
+        '{"unknown": 1}',
+        "[" * 500 + "]" * 500,
+        '{"model": ' * 200 + "1" + "}" * 200,
+    ):
+        found += [body(value, name) for name in ("route", "what_if", "cell", "compare")]
+    found.append(body(json.dumps({"model": "pets", "a": "cat", "b": "cat"}), "compare"))
+    found.append(body(json.dumps({"model": "pets", "a": "cat", "b": ["dog"]}), "compare"))
+    found.append(body(json.dumps({"model": "pets", "path": list(range(100_000))}), "similar"))
+    found.append(body(json.dumps({**ROUTE, "intervention": {**CHANGE, "fill": "rm -rf"}}), "what_if"))
+    return list(dict.fromkeys(found))
+
+
+def raw() -> list[tuple[str, str, bytes]]:
+    """(method, path, body) of requests past the page; bodies are JSON unless they can't be."""
+    component = "gradio_api/component_server"
+    good = json.loads(body(json.dumps(ROUTE)))
+    bad = [
+        {"component_id": 999},
+        {"component_id": -1},
+        {"component_id": "one"},
+        {"component_id": None},
+        {"component_id": 2**70},
+    ]
+    bad += [
+        {"fn_name": name} for name in ("get_config", "__init__", "push_to_hub", "_repr_html_", "x" * 99_999, None, 7)
+    ]
+    bad += [{"session_hash": "x" * 1_000_000}, {"session_hash": ["x"]}, {"session_hash": None}]
+    found = [("POST", component, json.dumps({**good, **change}).encode()) for change in bad]
+    found += [
+        ("POST", component, text) for text in (b"", b"null", b"[]", b"{", b"\xff\xfe", b'{"a":' * 99_999, b"[" * 99_999)
+    ]
+    found += [
+        ("POST", component, b"x" * 13_000_000),
+        ("POST", "login", b"x" * 100_000),
+        ("POST", "gradio_api/upload", b"x" * 13_000_000),
+    ]
+    found += [
+        ("POST", f"gradio_api/{path}", b"{}")
+        for path in (
+            "upload",
+            "vibe-edit/",
+            "process_recording",
+            "run/predict",
+            "call/nothing",
+            "call/v2/nothing",
+            "api/nothing",
+            "queue/join",
+            "stream/1",
+            "run-history/connect",
+        )
+    ]
+    found += [
+        ("POST", "gradio_api/call/v2/route", text) for text in (b'{"nothing": 1}', b'{"picture": 1, "__class__": 2}')
+    ]
+    found += [("POST", "gradio_api/queue/join", b'{"fn_index": 999, "data": [], "session_hash": "x"}')]
+    files = (
+        "/etc/passwd",
+        "../../../../etc/passwd",
+        "%2e%2e/%2e%2e/etc/passwd",
+        "http://169.254.169.254/",
+        "http://localhost:22/",
+        "app.py",
+    )
+    found += [
+        ("GET", f"gradio_api/{door}{file}", b"")
+        for door in ("file=", "file/", "proxy=", "custom_component/1/component/")
+        for file in files
+    ]
+    found += [("GET", f"{folder}/..%2f..%2f..%2f..%2fetc%2fpasswd", b"") for folder in ("static", "assets", "svelte")]
+    found += [
+        ("GET", path, b"")
+        for path in (
+            "monitoring",
+            "monitoring/summary",
+            "gradio_api/deep_link",
+            "gradio_api/runs",
+            "gradio_api/dev/reload",
+            "docs",
+            "redoc",
+            "nothing",
+        )
+    ]
+    return [*found, ("DELETE", "", b""), ("PUT", "config", b"{}"), ("PATCH", component, b"{}"), ("TRACE", "", b"")]

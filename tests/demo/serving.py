@@ -1,0 +1,116 @@
+"""An explorer in a process of its own, as a visitor meets it; also run as a script, with bundled models of a folder.
+
+A process of its own, because gradio 6.31 leaves its event loops and sockets open when it stops, which in the process of
+the tests would be errors.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+START_S = 90
+GALLERY = 160
+
+
+class Running:
+    """A started server.
+
+    Attributes:
+        url: where it is, with a slash at the end.
+        lines: what it has printed, errors included.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.url, self.lines = process, "", []
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with self.process.stdout as output:
+            for line in output:
+                self._queue.put(line.rstrip("\n"))
+        self._queue.put(None)
+
+    def wait_for(self, start: str) -> str:
+        """The first line to come that starts like this; a bounded wait."""
+        end = time.monotonic() + START_S
+        while (left := end - time.monotonic()) > 0:
+            try:
+                line = self._queue.get(timeout=left)
+            except queue.Empty:
+                break
+            if line is None:
+                break
+            self.lines.append(line)
+            if line.startswith(start):
+                return line
+        raise AssertionError(f"the server never said {start!r}:\n" + "\n".join(self.lines))
+
+    def stop(self) -> int:
+        """Interrupt it as Ctrl-C does, and give back its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        code = self.process.wait(timeout=30)
+        self._reader.join(timeout=10)
+        while not self._queue.empty():
+            line = self._queue.get_nowait()
+            if line is not None:
+                self.lines.append(line)
+        return code
+
+    def rss_mb(self) -> float:
+        """Memory of the process that is in use, in MB (Linux)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+@contextmanager
+def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Running]:
+    """Start `python ...`, wait until it says where the explorer is, and stop it at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
+    server = Running(process)
+    try:
+        server.url = server.wait_for("The explorer is at").split()[-1]
+        yield server
+    finally:
+        server.stop()
+
+
+def serve(home: str, *options: str) -> None:
+    """Serve the bundled models in `home`; options are `--auth USER:PASS`."""
+    from moevision.demo.atlas_source import Galleries
+    from moevision.demo.bundle import DataOptions, open_entries
+    from moevision.demo.server import Server, Serving
+    from moevision.demo.service import Explorer
+
+    auth = tuple(options[1].split(":")) if options else None
+    entries = open_entries(None, DataOptions(), home=Path(home))
+    explorer = Explorer(entries, Galleries(entries, limit=GALLERY))
+    explorer.galleries.start(explorer.pages.prepare)
+    explorer.galleries.wait(START_S)
+    with Server(explorer, Serving(auth=auth)) as server:
+        print(f"The explorer is at {server.url}", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("Stopped.")
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])

@@ -1,0 +1,108 @@
+"""Which models and pictures the explorer offers: bundled ones with their cards, and someone's own run."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+
+from moevision.data import SyntheticPets
+from moevision.demo import route_image
+from moevision.demo.bundle import DataOptions, bundled_folders, open_entries
+from moevision.demo.cards import Card, read_card
+from moevision.demo.own_run import card_of_run
+from moevision.demo.service import Explorer
+from moevision.errors import DataWarning, UserError
+from moevision.models.hub import load_model
+
+
+def test_what_the_package_carries_fits_in_25_mb():
+    folders = bundled_folders()
+    assert folders
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 25e6
+    for folder in folders:
+        card = read_card(folder / "card.json")
+        assert card.id == folder.name
+        assert card.typical is not None
+        assert card.licence
+        assert card.recipe
+        assert {"moe", "dense"} <= set(card.accuracy)
+
+
+def test_accuracy_in_words():
+    card = Card("x", "X", accuracy={"moe": 0.9876, "dense": 0.5, "unbalanced": 1.0})
+    assert card.accuracy_text("trained") == "98.8 % of test pictures right (dense twin: 50.0 %)"
+    assert card.accuracy_text("unbalanced") == "100.0 % of test pictures right, trained without the balance loss"
+    assert "random" in card.accuracy_text("untrained")
+    assert Card("x", "X").accuracy_text("trained") == "accuracy not known"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"id": "x"}', '{"id": "x", "title": "X", "colour": 1}', "\x00"])
+def test_a_damaged_card(tmp_path, text):
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(UserError, match="is no model card"):
+        read_card(tmp_path / "card.json")
+
+
+def test_no_bundled_model(tmp_path):
+    with pytest.raises(UserError, match="carries no model"):
+        open_entries(None, DataOptions(), home=tmp_path)
+
+
+def test_own_model_with_own_data(drawn_pets, tiny_run):
+    entry = open_entries(str(tiny_run), DataOptions(str(drawn_pets)))[0]
+    assert entry.card.title == "pets"
+    assert 0 <= entry.card.accuracy["moe"] <= 1
+    assert entry.dense is not None
+    assert list(entry.variants) == ["trained", "untrained"]
+    assert entry.examples.has_pictures
+    explorer = Explorer([entry])
+    view = explorer.answer("route", {"picture": {"kind": "example", "id": entry.examples.ids[0]}})
+    assert view["picture"]["label"] in ("cat", "dog")
+    assert view["picture"]["id"].startswith("data/")
+    same = route_image(load_model(str(tiny_run)), entry.examples.find(entry.examples.ids[0]).pixels).to_json()
+    assert view["layers"] == same["layers"]
+
+
+def test_data_goes_to_the_model_of_photos(home, drawn_pets):
+    pets, photos = sorted(open_entries(None, DataOptions(str(drawn_pets)), home=home), key=lambda entry: entry.card.id)
+    assert pets.examples.ids[0].startswith("pets/")
+    assert photos.examples.ids[0].startswith("data/")
+    assert photos.examples.pictures.class_names == tuple(SyntheticPets.classes)
+
+
+def test_a_run_shows_the_pictures_that_it_held_out(tiny_run):
+    """The tiny run cut 30 % of its folder off as a test set; its own splits.csv says which."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # about the broken picture in the folder
+        entry = open_entries(str(tiny_run / "model"), DataOptions())[0]
+    rows = [line.split(",") for line in (tiny_run / "splits.csv").read_text().splitlines()]
+    path, split = rows[0].index("path"), rows[0].index("split")
+    held_out = {row[path] for row in rows[1:] if row[split] == "test"}
+    assert held_out
+    assert entry.examples.names == held_out
+
+
+def test_a_run_whose_pictures_are_gone(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    config = (run / "config.yaml").read_text()
+    folder = next(line.split(": ", 1)[1] for line in config.splitlines() if line.strip().startswith("path: "))
+    (run / "config.yaml").write_text(config.replace(folder, str(tmp_path / "gone")))
+    with pytest.warns(DataWarning, match="no pictures of the model's own"):
+        entry = open_entries(str(run), DataOptions())[0]
+    assert not entry.examples.has_pictures
+    assert entry.examples.ids  # gradio's photos
+    with pytest.raises(UserError, match="gone"):
+        open_entries(str(run), DataOptions(str(tmp_path / "gone")))
+
+
+def test_a_damaged_summary(tiny_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="mend it"):
+        card_of_run(str(tmp_path / "run"))
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    assert card_of_run(str(tiny_run)).accuracy["moe"] == summary["test"]["correct"] / summary["test"]["total"]
+    assert card_of_run("hf-hub:user/name").title == "name"

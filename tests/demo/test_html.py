@@ -1,0 +1,127 @@
+"""The page's texts: complete, inert whatever a name says, and in a form that gradio doesn't swallow."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import moevision.demo
+from moevision.analysis.palette import EXPERT_COLOURS
+from moevision.demo import route_image
+from moevision.demo.html import APP_SCRIPTS, APP_STYLES, CORE_SCRIPTS, CORE_STYLES, component, view_html
+
+ASSETS = Path(moevision.demo.__file__).parent / "assets"
+HOSTILE = "</script><img src=x onerror=alert(1)> & \" ' ${1} {{2}} \u2028"
+
+
+@pytest.fixture(scope="module")
+def view(make, pixels):
+    return route_image(make(), pixels).to_json()
+
+
+class Page(HTMLParser):
+    """Elements of a page with their attributes, and the text of its scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.scripts, self._inside = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag == "script"
+        if self._inside:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+    def handle_data(self, data):
+        if self._inside:
+            self.scripts[-1] += data
+
+
+def embedded(page, name):
+    """The JSON constant that a page's script starts with."""
+    line = next(line for line in Page(page).scripts[0].splitlines() if line.startswith(f"const {name} = "))
+    return json.loads(line.removeprefix(f"const {name} = ").removesuffix(";"))
+
+
+def test_every_asset_is_used():
+    used = {*CORE_SCRIPTS, *APP_SCRIPTS, *CORE_STYLES, *APP_STYLES}
+    assert used == {file.name for file in ASSETS.iterdir()}
+
+
+@pytest.mark.parametrize("file", sorted(ASSETS.iterdir()), ids=lambda file: file.name)
+def test_an_asset_is_read_in_one_sitting_and_reaches_for_nothing_outside(file):
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    assert not re.findall(
+        r"(?:https?:)?//[\w-]+\.\w+|@import|url\(\s*['\"]?(?!\$)[\w/]|\bfetch\(|XMLHttpRequest|WebSocket", text
+    )
+
+
+def test_the_component_is_a_function_body_and_a_style_that_gradio_can_nest():
+    parts = component()
+    assert parts.js_on_load.startswith("(() => {")
+    assert parts.js_on_load.endswith("startApp(element.querySelector('[data-mv]'), props.value, server);\n})();")
+    assert f"const PALETTE = {json.dumps(list(EXPERT_COLOURS), separators=(',', ':'))};" in parts.js_on_load
+    # gradio compiles both with Handlebars and as a JavaScript template literal.
+    for text in (parts.css_template, parts.html_template):
+        assert not re.search(r"\{\{|\$\{|`|\\", text)
+    assert "@keyframes" not in parts.css_template
+    assert parts.css_template.count("{") == parts.css_template.count("}")
+    assert "<script" not in parts.html_template
+
+
+@pytest.mark.parametrize("bad", ["a { b: `c` }", ".a { content: '\\201c' }", "{{x}}", "@keyframes a { }", ":root { }"])
+def test_a_style_that_gradio_would_swallow_is_refused(bad, monkeypatch):
+    monkeypatch.setattr("moevision.demo.html._read", lambda name: bad)
+    component.cache_clear()
+    with pytest.raises(ValueError, match="can't carry"):
+        component()
+    component.cache_clear()
+
+
+def test_a_page_holds_the_view_and_asks_for_nothing(view):
+    page = view_html(view, full_page=True)
+    assert embedded(page, "VIEW") == view
+    assert embedded(page, "PALETTE") == list(EXPERT_COLOURS)
+    found = Page(page)
+    policy = next(attrs["content"] for tag, attrs in found.elements if attrs.get("http-equiv"))
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert not [attrs for _, attrs in found.elements if "src" in attrs or "href" in attrs]
+    assert [tag for tag, _ in found.elements].count("script") == 1
+    assert page.startswith("<!doctype html>")
+    assert 'lang="en"' in page
+
+
+def test_no_name_becomes_markup(view):
+    hostile = {**view, "picture": {**view["picture"], "label": HOSTILE, "name": HOSTILE}}
+    page = view_html(hostile, full_page=True)
+    assert embedded(page, "VIEW") == hostile
+    tags = [tag for tag, _ in Page(page).elements]
+    assert tags == [tag for tag, _ in Page(view_html(view, full_page=True)).elements]
+    assert "img" not in tags
+
+
+def test_a_notebook_gets_the_same_page_in_a_frame_of_its_own(view):
+    frame = view_html(view, full_page=False)
+    (element,) = Page(frame).elements
+    tag, attrs = element
+    assert tag == "iframe"
+    assert attrs["sandbox"] == "allow-scripts"  # without allow-same-origin it can't reach the notebook
+    assert attrs["srcdoc"] == view_html(view, full_page=True)
+
+
+def test_a_view_of_another_schema_is_refused(view):
+    with pytest.raises(ValueError, match=r"moevision\.view/1"):
+        view_html({**view, "schema": "moevision.view/2"}, full_page=True)
+
+
+def test_a_number_that_json_cannot_say_is_refused(view):
+    layers = [{**view["layers"][0], "slowest": float("nan")}, *view["layers"][1:]]
+    with pytest.raises(ValueError, match="JSON"):
+        view_html({**view, "layers": layers}, full_page=True)

@@ -1,0 +1,41 @@
+"""A short version of benchmarks/demo_load.py: visitors at once get their own answers."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def demo_load():
+    file = Path(__file__).parents[2] / "benchmarks" / "demo_load.py"
+    spec = importlib.util.spec_from_file_location("demo_load", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_five_seconds_of_visitors(demo_load, explorer, server):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        tasks = demo_load.make_tasks(explorer, 60)
+    finally:
+        torch.set_num_threads(threads)
+    assert {task.group for task in tasks} == {"new picture", "example", "what_if"}
+    assert len({str(task.truth) for task in tasks}) > 50  # an answer that belongs to another question shows
+    outcome = demo_load.load(server.url, tasks, visitors=16, seconds=5)
+    found = outcome.summary(5)
+    assert found["mixed_up"] == found["busy"] == found["error"] == 0
+    assert found["answers"] >= 16
+    assert found["latency"]["new picture"]["p95_ms"] < 10_000
+
+
+def test_a_mixed_up_answer_would_be_seen(demo_load, explorer, server):
+    one, other = demo_load.make_tasks(explorer, 2)
+    swapped = [demo_load.Task(one.group, one.name, one.request, other.truth)]
+    outcome = demo_load.load(server.url, swapped, visitors=1, seconds=0.1)
+    assert outcome.wrong["mixed_up"] == outcome.summary(0.1)["answers"] >= 1

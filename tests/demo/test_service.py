@@ -1,0 +1,316 @@
+"""`Explorer` without a web server: every answer is recomputed from the model, and every bad request is refused."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moevision.analysis.effects import class_effect, effect
+from moevision.analysis.intervention import Intervention
+from moevision.analysis.pictures import open_pictures
+from moevision.data import SyntheticPets
+from moevision.demo import route_image
+from moevision.demo.atlas_source import Galleries, Held
+from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.examples import Recent, photo_files
+from moevision.demo.service import Explorer
+from moevision.demo.settings import Settings
+from moevision.demo.wire import open_data_uri
+
+PICTURE = {"kind": "example", "id": "pets/test/3"}
+ABLATE = {"kind": "ablate", "layer": 3, "expert": 1}
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def good(explorer, name, **request):
+    answer = explorer.answer(name, request)
+    assert "error" not in answer, answer
+    json.dumps(answer, allow_nan=False)
+    return answer
+
+
+def saved(explorer, variant="trained", model="pets"):
+    return explorer.entries[model].variants[variant].saved
+
+
+def test_boot_tells_everything_that_the_page_needs(explorer):
+    boot = good(explorer, "boot")
+    assert set(boot) == {"version", "local", "models", "limits", "default"}
+    assert boot["default"] == {"model": "pets", "picture": "pets/test/0"}
+    pets, photos = boot["models"]
+    assert (pets["id"], photos["id"]) == ("pets", "photos")
+    assert pets["variants"] == ["trained", "unbalanced", "untrained"]
+    assert {pets["has_dense"], pets["has_pictures"], pets["has_parts"]} == {True}
+    assert not photos["has_pictures"]
+    assert pets["accuracy_text"] == "12.5 % of test pictures right (dense twin: 13.0 %)"
+    assert "typical" not in pets["card"]
+    # classes take turns: the first eight examples show the eight classes
+    assert [example["label"] for example in pets["examples"][:8]] == list(SyntheticPets.classes)
+    assert [example["id"] for example in photos["examples"]] == [f"photo/{name}" for name in photo_files()]
+    assert all(example["label"] is None for example in photos["examples"])
+    assert len(photos["examples"]) >= 3
+
+
+def test_route_answers_what_route_image_computes(explorer, pixels):
+    answer = good(explorer, "route", model="pets", picture=PICTURE)
+    entry = explorer.entries["pets"]
+    alone = route_image(saved(explorer), pixels, dense=entry.dense).to_json()
+    for part in ("layers", "prediction", "settings"):
+        assert answer[part] == alone[part]
+    assert answer["picture"]["src"] == alone["picture"]["src"]
+    assert answer["picture"]["label"] == "bear"
+    assert answer["picture"]["id"] == "pets/test/3"
+    assert answer["model"]["variant"] == "trained"
+
+
+def test_an_upload_is_routed_like_the_example(explorer, pixels):
+    upload = {"kind": "upload", "data": png(pixels)}
+    ours, theirs = (good(explorer, "route", model="pets", picture=picture) for picture in (upload, PICTURE))
+    assert ours["layers"] == theirs["layers"]
+    assert ours["picture"]["id"] is None
+    assert ours["picture"]["label"] is None
+
+
+@pytest.mark.parametrize("variant", ["trained", "unbalanced", "untrained"])
+def test_variants_are_different_networks(explorer, pixels, variant):
+    answer = good(explorer, "route", model="pets", variant=variant, picture=PICTURE)
+    assert answer["layers"] == route_image(saved(explorer, variant), pixels).to_json()["layers"]
+    others = {"trained", "unbalanced", "untrained"} - {variant}
+    assert all(answer["layers"] != good(explorer, "route", variant=o, picture=PICTURE)["layers"] for o in others)
+    assert (answer["prediction"]["dense"] is not None) == (variant == "trained")
+
+
+def test_untrained_is_the_same_at_every_start(explorer, home, pixels):
+    again = open_entries(None, DataOptions(), home=home)[0].variants["untrained"].saved
+    ours = route_image(again, pixels).to_json()
+    assert ours["layers"] == good(explorer, "route", variant="untrained", picture=PICTURE)["layers"]
+
+
+def test_settings_reach_the_model(explorer, pixels):
+    request = {"top_k": 3, "capacity": 0.75, "intervention": ABLATE}
+    answer = good(explorer, "route", model="pets", picture=PICTURE, **request)
+    change = Intervention("ablate", layer=3, expert=1)
+    assert (
+        answer["layers"] == route_image(saved(explorer), pixels, settings=Settings(3, 0.75, change)).to_json()["layers"]
+    )
+    assert answer["settings"]["off_distribution"]
+
+
+def test_bundled_weights_are_bfloat16_on_disk_and_float32_in_memory(explorer, home):
+    import safetensors.torch
+
+    stored = safetensors.torch.load_file(home / "pets" / "trained" / "model.safetensors")
+    assert {str(value.dtype) for value in stored.values() if value.is_floating_point()} == {"torch.bfloat16"}
+    assert {str(value.dtype) for value in saved(explorer).net.parameters()} == {"torch.float32"}
+
+
+def test_what_if_answers_what_effect_measures(explorer, pixels):
+    answer = good(explorer, "what_if", model="pets", picture=PICTURE, intervention=ABLATE)
+    change = Intervention("ablate", layer=3, expert=1)
+    gallery = explorer.galleries.gallery(explorer.entries["pets"], "trained")
+    alone = effect(saved(explorer), pixels, change)
+    target = alone.class_names[alone.target]
+    over_class = class_effect(saved(explorer), gallery.pictures, target, change, limit=50)
+    assert answer["delta_logit"] == pytest.approx(alone.delta_logit)
+    assert answer["moved"] == alone.moved
+    assert answer["control"]["deltas"] == pytest.approx(list(alone.control.delta_logits))
+    assert [other["expert"] for other in answer["others"]] == [0, 2, 3]
+    assert answer["class_effect"]["class"] == answer["target"] == target
+    assert answer["class_effect"]["delta_logit"] == pytest.approx(over_class.to_json()["delta_logit"])
+    assert answer["view"] == good(explorer, "route", model="pets", picture=PICTURE, intervention=ABLATE)
+    before = good(explorer, "route", model="pets", picture=PICTURE)["prediction"]["moe"]
+    assert [entry["class"] for entry in answer["before"]] == [entry["class"] for entry in before]
+
+
+def test_random_routing_in_all_layers(explorer):
+    change = {"kind": "random", "layer": None, "seed": 5}
+    answer = good(explorer, "what_if", model="pets", picture=PICTURE, intervention=change)
+    assert answer["view"]["settings"]["intervention"] == {**change, "expert": None, "fill": "next_best"}
+    assert answer["others"] == []
+
+
+@pytest.mark.parametrize("variant", ["trained", "unbalanced", "untrained"])
+def test_experts_show_their_own_patches(explorer, variant):
+    page = good(explorer, "experts", model="pets", variant=variant, layer=3)
+    assert page["status"] == "ready"
+    assert sum(expert["load_share"] for expert in page["experts"]) == pytest.approx(1, abs=1e-3)
+    assert {expert["ideal_share"] for expert in page["experts"]} == {0.25}
+    for expert in page["experts"]:
+        assert expert["name"] == f"L3·E{expert['expert']}"
+        for patch in [*expert["top"], *expert["random"]]:
+            request = {"model": "pets", "variant": variant, "picture": {"kind": "example", "id": patch["picture"]}}
+            layer = explorer.answer("route", request)["layers"][1]
+            place = layer["experts"][patch["patch"]].index(expert["expert"])
+            assert layer["weights"][patch["patch"]][place] == pytest.approx(patch["weight"], abs=1e-3)
+
+
+def test_a_crop_has_the_patch_in_its_box(explorer):
+    patch = good(explorer, "experts", model="pets", layer=1)["experts"][0]["top"][0]
+    picture = explorer.entries["pets"].examples.find(patch["picture"])
+    crop = np.asarray(open_data_uri(patch["crop"])).astype(int)
+    row, column = divmod(patch["patch"], 4)
+    x, y, width, height = (round(value * len(crop)) for value in patch["box"])
+    inside = crop[y : y + height, x : x + width]
+    original = picture.pixels[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
+    assert inside.shape == original.shape
+    assert np.abs(inside - original).mean() < 8  # a JPEG at quality 90
+    assert patch["label"] == picture.label
+
+
+def test_classes_are_the_atlas(explorer):
+    page = good(explorer, "classes", model="pets")
+    trace = explorer.galleries.gallery(explorer.entries["pets"], "trained").trace
+    assert (page["status"], page["n_images"]) == ("ready", 160)
+    counts = trace.layer(3).counts()
+    shares = counts / counts.sum(1, keepdims=True)
+    for label, row in enumerate(page["layers"][1]["share"]):
+        assert row == pytest.approx(shares[trace.labels == label].mean(0), abs=1e-3)
+    assert {entry["about"] for entry in page["layers"][0]["information"]} >= {"class", "position", "part"}
+    # nothing was compared with untrained models here, so nothing may be called learned
+    assert not any(entry["verdict"] for layer in page["layers"] for entry in layer["information"])
+
+
+def test_compare_is_the_difference_of_shares(explorer):
+    page = good(explorer, "compare", model="pets", a="cat", b="owl")
+    trace = explorer.galleries.gallery(explorer.entries["pets"], "trained").trace
+    counts = trace.layer(1).counts()
+    shares = counts / counts.sum(1, keepdims=True)
+    names = list(trace.class_names)
+    cat, owl = (shares[trace.labels == names.index(name)].mean(0) for name in ("cat", "owl"))
+    experts = page["layers"][0]["experts"]
+    assert [expert["difference"] for expert in experts] == pytest.approx(list(cat - owl))
+    assert all(expert["low"] <= expert["difference"] <= expert["high"] for expert in experts)
+    assert (page["n_a"], page["n_b"]) == (20, 20)
+
+
+def test_a_cell_opens_on_its_heaviest_pictures(explorer):
+    page = good(explorer, "cell", model="pets", layer=3, expert=2, **{"class": "dog"})
+    shares = [picture["share"] for picture in page["pictures"]]
+    assert shares == sorted(shares, reverse=True)
+    assert len(shares) == 12
+    for picture in page["pictures"]:
+        assert picture["label"] == "dog"
+        view = good(explorer, "route", picture={"kind": "example", "id": picture["id"]})
+        assert view["layers"][1]["counts"][2] / 32 == pytest.approx(picture["share"], abs=1e-4)
+
+
+def test_similar_patches_took_the_path(explorer):
+    view = good(explorer, "route", picture=PICTURE)
+    path = [layer["experts"][5][0] for layer in view["layers"]]
+    page = good(explorer, "similar", model="pets", path=path, **{"class": None})
+    assert page["patches"]
+    for patch in page["patches"]:
+        other = good(explorer, "route", picture={"kind": "example", "id": patch["picture"]})
+        assert [layer["experts"][patch["patch"]][0] for layer in other["layers"]] == path
+    only = good(explorer, "similar", model="pets", path=path, **{"class": "cat"})
+    assert {patch["label"] for patch in only["patches"]} <= {"cat"}
+
+
+def test_export_is_one_page_without_a_network(explorer):
+    page = good(explorer, "export_html", model="pets", picture=PICTURE)
+    assert page["filename"] == "moevision-pets-bear-test-3.html"
+    assert "http://" not in page["html"].replace("http://www.w3.org", "")
+    assert "https://" not in page["html"]
+    hostile = {"kind": "example", "id": "photo/lion"}
+    assert good(explorer, "export_html", model="photos", picture=hostile)["filename"] == "moevision-photos-lion.html"
+
+
+def test_a_model_without_pictures_says_so(explorer):
+    for name, request in (("experts", {"layer": 1}), ("classes", {})):
+        page = good(explorer, name, model="photos", **request)
+        assert page["status"] == "no_pictures"
+        assert "--data" in page["note"]
+    answer = explorer.answer("compare", {"model": "photos", "a": "cat", "b": "dog"})
+    assert answer["code"] == "bad_request"
+    assert "--data" in answer["error"]
+
+
+def test_before_the_gallery_is_ready(home):
+    entries = open_entries(None, DataOptions(), home=home)
+    explorer = Explorer(entries, Galleries(entries))  # never started
+    assert explorer.answer("experts", {"model": "pets", "layer": 1})["status"] == "computing"
+    assert explorer.answer("classes", {"model": "pets"})["status"] == "computing"
+    assert explorer.answer("similar", {"model": "pets", "path": [0, 0]})["code"] == "busy"
+    what_if = explorer.answer("what_if", {"model": "pets", "picture": PICTURE, "intervention": ABLATE})
+    assert what_if["class_effect"] is None
+
+
+def test_a_gallery_that_fails_says_why(home, monkeypatch):
+    entries = open_entries(None, DataOptions(), home=home)
+    explorer = Explorer(entries, Galleries(entries, limit=0))
+    explorer.galleries.start()
+    assert explorer.galleries.wait(60)
+    answer = explorer.answer("experts", {"model": "pets", "layer": 1})
+    assert "could not be looked through: limit is 0" in answer["error"]
+    assert "error" not in explorer.answer("route", {"picture": PICTURE})
+
+
+def stored_atlas(explorer, home, tmp_path, bundle, change):
+    """A bundle with an atlas on disk, and what an explorer of it says about experts before and after its galleries."""
+    from moevision.analysis.atlas import save_atlas
+
+    folder = bundle(tmp_path)
+    atlas = json.loads(json.dumps(explorer.galleries.atlas(explorer.entries["pets"], "trained")))
+    change(atlas)
+    save_atlas(atlas, folder / "atlas.json")
+    entries = open_entries(None, DataOptions(), home=tmp_path)
+    galleries = Galleries(entries, limit=32)
+    before = galleries.atlas(entries[0], "trained")
+    galleries.start()
+    assert galleries.wait(60)
+    return atlas, before, galleries.atlas(entries[0], "trained")
+
+
+def test_a_stored_atlas_is_there_at_once_and_stays(explorer, home, tmp_path, bundle):
+    def more(atlas):
+        atlas["n_images"] = 2000
+
+    atlas, before, after = stored_atlas(explorer, home, tmp_path, bundle, more)
+    assert before == after == atlas
+
+
+def test_an_atlas_of_other_pictures_is_not_shown_with_these(explorer, home, tmp_path, bundle):
+    def foreign(atlas):
+        atlas["layers"][0]["experts"][0]["top"][0][0] = "test/999999"
+
+    _, _, after = stored_atlas(explorer, home, tmp_path, bundle, foreign)
+    assert after["n_images"] == 32
+
+
+def test_pictures_in_memory_leave_out_what_can_not_be_read(drawn_pets, tmp_path):
+    import shutil
+
+    shutil.copytree(drawn_pets, tmp_path / "pets")
+    broken = sorted((tmp_path / "pets" / "cat").iterdir())[0]
+    broken.write_bytes(b"no picture")
+    pictures = open_pictures(tmp_path / "pets", 32, split="all")
+    held = Held(pictures)
+    assert len(held) == len(pictures) - 1
+    names = [held.picture_name(index) for index in range(len(held))]
+    assert f"cat/{broken.name}" not in names
+    place = names.index("dog/" + sorted(path.name for path in (drawn_pets / "dog").iterdir())[0])
+    assert held.class_names[held.label(place)] == "dog"
+
+
+def test_recent_results_are_bounded_and_kept_by_use():
+    made = []
+    recent = Recent(2)
+    for key in "abacab":
+        assert recent.get(key, lambda key=key: made.append(key) or key * 2) == key * 2
+    # a is made once and then used again; c pushes b out, then b pushes c out
+    assert made == ["a", "b", "c", "b"]
+
+
+def test_a_fault_of_ours_is_logged_and_told(explorer, monkeypatch, caplog):
+    monkeypatch.setitem(explorer.handlers, "boot", lambda request: 1 / 0)
+    answer = explorer.answer("boot", {})
+    assert answer["code"] == "internal"
+    assert "ZeroDivisionError" in caplog.text

@@ -1,0 +1,62 @@
+"""Every notebook runs from top to bottom on what the package carries, in under a minute."""
+
+import ast
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="pip install 'moevision[test]'")
+nbclient = pytest.importorskip("nbclient", reason="pip install 'moevision[test]'")
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+LIMIT_S = 60
+SMALL = 600_000  # bytes, saved outputs included
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_the_three_notebooks_are_here():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_imports_moevision_alone_and_keeps_the_installed_torch(path):
+    """Beside the standard library; the first code cell installs, and holds torch at the version that is there."""
+    install, *rest = code_cells(read(path))
+    assert "pip" in install.source
+    assert 'f"{name}=={packages.version(name)}"' in install.source
+    roots = set()
+    for cell in [install, *rest]:
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                roots.add(node.module.split(".")[0])
+    assert roots - set(sys.stdlib_module_names) == {"moevision"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_saved_with_its_results_and_stays_small(path):
+    assert path.stat().st_size < SMALL
+    cells = code_cells(read(path))
+    assert all(cell.outputs for cell in cells[2:])
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path):
+    notebook = read(path)
+    start = time.perf_counter()
+    nbclient.NotebookClient(notebook, timeout=2 * LIMIT_S, kernel_name="python3").execute()
+    assert time.perf_counter() - start < LIMIT_S
+    shown = [output for cell in code_cells(notebook) for output in cell.get("outputs", ())]
+    assert any("text/html" in output.get("data", {}) for output in shown) or "02" in path.stem  # the explorer's view
