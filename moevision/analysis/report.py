@@ -16,13 +16,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moevision import __version__
 from moevision.analysis.figure_style import figure_png
-from moevision.analysis.pictures import PictureSet, open_pictures
+from moevision.analysis.pictures import PictureSet
 from moevision.analysis.report_figures import Material, draw_figures
 from moevision.analysis.report_folder import SCHEMA, TRACE, claim_folder, write_report
 from moevision.analysis.report_html import render
@@ -35,6 +34,7 @@ from moevision.analysis.report_numbers import (
     layer_numbers,
     model_numbers,
 )
+from moevision.analysis.run_pictures import pictures_for
 from moevision.analysis.trace import RoutingTrace, collect_routing
 from moevision.errors import UserError
 from moevision.layers import moe_layers
@@ -121,10 +121,10 @@ def analyze(settings: ReportSettings) -> Json:
         UserError: if there is no such model or data, the model has no MoE layers, or `out` is somebody else's folder.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    model, run = load_model(settings.model), run_of(settings.model)
+    model = load_model(settings.model)
     if not moe_layers(model.net):
         raise UserError(f"{settings.model} has no MoE layers to look at: give a model with experts.")
-    pictures = _open(settings, model, run)
+    pictures = _open(settings, model)
     others = [(_title(address), load_model(address)) for address in settings.seeds]
     folder = claim_folder(settings.out)
     stages = _Stages(total=8, show=settings.progress)
@@ -157,40 +157,15 @@ def analyze(settings: ReportSettings) -> Json:
     return numbers
 
 
-def run_of(address: str) -> Path | None:
-    """The run folder that a model lies in; None for a model by itself."""
-    for folder in (Path(address), Path(address).parent):
-        if (folder / "config.yaml").is_file() and (folder / "model" / "config.json").is_file():
-            return folder
-    return None
-
-
-def _open(settings: ReportSettings, model: SavedModel, run: Path | None) -> PictureSet:
+def _open(settings: ReportSettings, model: SavedModel) -> PictureSet:
     """The pictures that were asked for, or those that the run held out."""
-    trained_on: Mapping[str, Any] = {}
-    if run is not None:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        trained_on = config.get("data", {}) if isinstance(config, dict) else {}
-    data = settings.data or trained_on.get("path")
-    if data is None:
+    pictures = pictures_for(settings.model, model, settings.data, limit=settings.limit)
+    if pictures is None:
         raise UserError(
             f"{settings.model} doesn't say what it was trained on: give --data a folder with one subfolder per class, "
             "or a dataset's name such as synthetic_pets."
         )
-    same = settings.data is None or settings.data == trained_on.get("path")
-    try:
-        return open_pictures(
-            data,
-            model.image_size,
-            limit=settings.limit,
-            seed=int(trained_on.get("seed", 0)),
-            class_names=model.class_names,
-            root=trained_on.get("root", "data"),
-            run_dir=run if same else None,
-        )
-    except UserError as error:
-        hint = "" if settings.data else " (the run was trained on it; --data names other pictures)"
-        raise UserError(f"{str(error).rstrip('.')}{hint}.") from error
+    return pictures
 
 
 def _title(address: str) -> str:

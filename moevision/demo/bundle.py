@@ -8,23 +8,20 @@ in float32. The variant "untrained" is the same architecture with fresh weights.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import timm
-import torch
-
+from moevision.analysis.baselines import fresh_copy
 from moevision.analysis.pictures import PictureSet, open_pictures
+from moevision.analysis.run_pictures import pictures_for, run_folder
 from moevision.data.named import SYNTHETIC
 from moevision.demo.cards import Card, read_card
 from moevision.demo.examples import Examples
 from moevision.demo.facts import ModelFacts, describe
-from moevision.demo.own_run import card_of_run, pictures_of_run
+from moevision.demo.own_run import card_of_run
 from moevision.errors import DataWarning, UserError
 from moevision.models.hub import SavedModel, best_device, load_model
 
@@ -100,7 +97,7 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
     if variant not in variants:
         raise UserError(f"The bundled model {name!r} has no variant {variant!r}: choose one of {', '.join(variants)}.")
     if variant == "untrained":
-        return untrained(folder / "trained", load_model(str(folder / "trained")))
+        return untrained(load_model(str(folder / "trained")))
     return load_model(str(folder / variant))
 
 
@@ -136,7 +133,7 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
     nets: dict[str, tuple[SavedModel, str]] = {"trained": (trained, "atlas.json")}
     if (folder / "unbalanced").is_dir():
         nets["unbalanced"] = (load_model(str(folder / "unbalanced")), "atlas_unbalanced.json")
-    nets["untrained"] = (untrained(folder / "trained", trained), "atlas_untrained.json")
+    nets["untrained"] = (untrained(trained), "atlas_untrained.json")
     dense = load_model(str(folder / "dense")) if (folder / "dense").is_dir() else None
     return _entry(card, nets, dense, _pictures(options, trained), folder)
 
@@ -144,16 +141,14 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
 def _open_own(address: str, options: DataOptions) -> Entry:
     trained = load_model(address)
     card = card_of_run(address)
-    nets: dict[str, tuple[SavedModel, str]] = {"trained": (trained, "")}
-    home = next((path for path in (Path(address), Path(address) / "model") if (path / "config.json").is_file()), None)
-    if home is not None:
-        nets["untrained"] = (untrained(home, trained), "")
-    twin = None if home is None else home.parent / "twin"
+    nets = {"trained": (trained, ""), "untrained": (untrained(trained), "")}
+    run = run_folder(address)
+    twin = None if run is None else run / "twin"
     dense = load_model(str(twin)) if twin is not None and (twin / "model" / "config.json").is_file() else None
     if options.data is not None:
         return _entry(card, nets, dense, _pictures(options, trained), None)
     try:
-        pictures = pictures_of_run(address, trained, options.root)
+        pictures = pictures_for(address, trained)
     except UserError as error:  # routing one's own pictures works all the same
         warnings.warn(f"no pictures of the model's own: {error}", DataWarning, stacklevel=2)
         pictures = None
@@ -188,17 +183,6 @@ def _pictures(options: DataOptions, saved: SavedModel) -> PictureSet | None:
     )
 
 
-def untrained(folder: Path, like: SavedModel, seed: int = UNTRAINED_SEED) -> SavedModel:
-    """The architecture that a model folder describes, with fresh weights.
-
-    Args:
-        folder: with the `config.json` that `save_model` wrote.
-        like: the trained model, for everything but the weights.
-        seed: of the weights; the global generator is left as it was.
-    """
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    arguments = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = timm.create_model(config["architecture"], pretrained=False, **arguments)
-    return SavedModel(net.eval(), like.class_names, like.image_size, like.mean, like.std)
+def untrained(like: SavedModel, seed: int = UNTRAINED_SEED) -> SavedModel:
+    """The same architecture with fresh weights, a random router among them."""
+    return replace(like, net=fresh_copy(like.net, seed))

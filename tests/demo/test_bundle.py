@@ -100,6 +100,7 @@ def test_a_run_whose_pictures_are_gone(tiny_run, tmp_path):
 
 def test_a_damaged_summary(tiny_run, tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("data: {}\n")
     (tmp_path / "run" / "summary.json").write_text("{}")
     with pytest.raises(UserError, match="mend it"):
         card_of_run(str(tmp_path / "run"))

@@ -1,0 +1,72 @@
+"""The pictures that a model's own run held out, found from the run folder that the model lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from moevision.analysis.pictures import PictureSet, open_pictures
+from moevision.errors import UserError
+from moevision.models.hub import SavedModel
+
+
+def run_folder(address: str) -> Path | None:
+    """The run folder that a model lies in, given either of them; None for a model without a run."""
+    path = Path(address)
+    candidates = (path, path.resolve().parent)
+    return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
+
+
+def data_settings(run: Path) -> Mapping[str, Any]:
+    """What a run's config.yaml says about its data; empty where it says nothing.
+
+    Raises:
+        UserError: if the file can't be read.
+    """
+    file = run / "config.yaml"
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{file} can't be read ({type(error).__name__}): mend it or move it away.") from error
+    return data if isinstance(data, dict) else {}
+
+
+def pictures_for(
+    address: str, model: SavedModel, data: str | None = None, *, limit: int | None = None, root: str | None = None
+) -> PictureSet | None:
+    """Held-out pictures for a model: of `data`, or else of what its run was trained on.
+
+    Args:
+        address: a run folder, its model/ folder, or any other address.
+        model: the model there.
+        data: a folder or a dataset's name; None takes the run's own.
+        limit: at most so many, the same number of each class.
+        root: folder of named datasets; the run's own if None.
+
+    Returns:
+        The pictures; None if neither `data` nor a run says which.
+
+    Raises:
+        UserError: if the pictures aren't there (any more).
+    """
+    run = run_folder(address)
+    trained_on = {} if run is None else data_settings(run)
+    path = data or trained_on.get("path")
+    if path is None:
+        return None
+    try:
+        return open_pictures(
+            str(path),
+            model.image_size,
+            limit=limit,
+            seed=int(trained_on.get("seed") or 0),
+            class_names=model.class_names,
+            root=root or str(trained_on.get("root") or "data"),
+            run_dir=run if path == trained_on.get("path") else None,
+        )
+    except UserError as error:
+        hint = "" if data else " (the run was trained on it; --data names other pictures)"
+        raise UserError(f"{str(error).rstrip('.')}{hint}.") from error
