@@ -27,7 +27,7 @@ VERBS = {
     "test": Verb("evaluate a checkpoint on the test images", "moevision.train.verbs:test"),
     "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.predict:main"),
     "info": Verb("parameters and FLOPs of a model, beside its dense twins", "moevision.info:main"),
-    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.command:main"),
+    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report.command:main"),
     "demo": Verb("see in a browser which expert every patch of a picture goes to", "moevision.demo.launch:main"),
 }
 

@@ -20,12 +20,12 @@ state: figures may be drawn in several threads.
 
 from __future__ import annotations
 
-from moevision.analysis.figure_style import figure_png, save_figure
-from moevision.analysis.plots_evidence import plot_specialization
-from moevision.analysis.plots_gallery import plot_gallery
-from moevision.analysis.plots_load import plot_co_activation, plot_gate_weights, plot_load
-from moevision.analysis.plots_map import plot_class_experts, plot_part_experts, plot_positions
-from moevision.analysis.plots_picture import plot_certainty, plot_overlay, plot_path
+from moevision.analysis.figures.evidence import plot_specialization
+from moevision.analysis.figures.gallery import plot_gallery
+from moevision.analysis.figures.load import plot_co_activation, plot_gate_weights, plot_load
+from moevision.analysis.figures.map import plot_class_experts, plot_part_experts, plot_positions
+from moevision.analysis.figures.picture import plot_certainty, plot_overlay, plot_path
+from moevision.analysis.figures.style import figure_png, save_figure
 
 __all__ = [
     "figure_png",

@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from moevision.analysis import plots
-from moevision.analysis.figure_style import BLANK, hex_of, wrap
+from moevision.analysis.figures.style import BLANK, hex_of, wrap
 from moevision.analysis.palette import EXPERT_COLOURS, NEUTRAL
 from moevision.analysis.tables import co_activation, gate_weight_quantiles, position_share
 from moevision.analysis.trace import LayerTrace, RoutingTrace
@@ -314,7 +314,7 @@ def test_specialization_stands_beside_all_comparisons() -> None:
     band = axes.patches[0]
     assert (band.get_x(), band.get_width()) == pytest.approx((-0.0196, 0.0392))  # type: ignore[attr-defined]
     assert "0.200 bits\nlearned" in words(axes)
-    assert "−0.020 bits\nnot shown" in words(axes)
+    assert "−0.020 bits\nlearned: not shown" in words(axes)
     assert axes.get_title("left") == "expert ↔ class"
     assert figure.axes[1].get_title("left") == "expert ↔ drawn part"
     assert_readable(figure)

@@ -12,10 +12,10 @@ import timm
 import torch
 import yaml
 
-from moevision.analysis.report import ReportSettings, analyze
-from moevision.analysis.report_folder import claim_folder
-from moevision.analysis.report_html import render
-from moevision.analysis.report_verdict import FOUND, NOT_FOUND, OPEN
+from moevision.analysis.report.analyze import ReportSettings, analyze
+from moevision.analysis.report.folder import claim_folder
+from moevision.analysis.report.html import render
+from moevision.analysis.report.verdict import FOUND, NOT_FOUND, OPEN
 from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets
 from moevision.layers.moe import moe_layers
@@ -208,7 +208,7 @@ def test_a_report_replaces_a_former_one_only(report, runs, tmp_path, monkeypatch
     former = dict(numbers, figures=[*numbers["figures"], {"file": "old.png"}])
     (again / "report.json").write_text(json.dumps(former))
     (again / "report.html").write_text("old")
-    monkeypatch.setattr("moevision.analysis.report.draw_figures", lambda material: [])
+    monkeypatch.setattr("moevision.analysis.report.analyze.draw_figures", lambda material: [])
     analyze(ReportSettings(str(runs[0]), out=again, limit=20, permutations=20, quick=True, progress=False))
     assert (again / "report.html").read_text() != "old"
     assert not stale.exists()
@@ -225,8 +225,8 @@ def test_a_run_that_is_interrupted_leaves_the_former_page(report, runs, tmp_path
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moevision.analysis.report.render", stop)
-    monkeypatch.setattr("moevision.analysis.report.draw_figures", lambda material: [])
+    monkeypatch.setattr("moevision.analysis.report.analyze.render", stop)
+    monkeypatch.setattr("moevision.analysis.report.analyze.draw_figures", lambda material: [])
     with pytest.raises(KeyboardInterrupt):
         analyze(ReportSettings(str(runs[0]), out=again, limit=20, permutations=20, quick=True, progress=False))
     assert (again / "report.html").read_bytes() == before

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from moevision.analysis.report_figures import shown_pictures
-from moevision.analysis.report_numbers import Remembered, aligned_pictures, as_json
-from moevision.analysis.report_parts import number
+from moevision.analysis.report.figures import shown_pictures
+from moevision.analysis.report.numbers import Remembered, aligned_pictures, as_json
+from moevision.analysis.report.parts import number
 from moevision.errors import UserError
 
 

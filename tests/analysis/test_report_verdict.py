@@ -3,7 +3,7 @@
 import numpy as np
 
 from moevision.analysis.baselines import Assignments
-from moevision.analysis.report_verdict import FOUND, NOT_FOUND, OPEN, listed, verdict_of
+from moevision.analysis.report.verdict import FOUND, NOT_FOUND, OPEN, listed, verdict_of
 from moevision.analysis.specialization import specialization
 
 

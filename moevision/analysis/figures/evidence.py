@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from moevision.analysis.figure_style import INK, PAGE_INCHES, SMALL, SOFT, calm, heading, new_figure, panel_title
+from moevision.analysis.figures.style import INK, PAGE_INCHES, SMALL, SOFT, calm, heading, new_figure, panel_title
 from moevision.errors import UserError
 
 _ABOUT = {
@@ -117,7 +117,7 @@ def _draw_panel(axes: Axes, table: Sequence[Row], layers: Sequence[int], names: 
                 axes.annotate(f"{np.median(far):.2f} →", (edge, place + lane), (-4, 0), textcoords="offset points",
                               ha="right", va="center", fontsize=SMALL - 0.5, color=colour)  # fmt: skip
         axes.annotate(
-            f"{row['value_bits']:.3f} bits\n{'learned' if learned else 'not shown'}".replace("-", "−"),
+            f"{row['value_bits']:.3f} bits\n{'learned' if learned else 'learned: not shown'}".replace("-", "−"),
             (1.0, place), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
             fontsize=SMALL, color=INK if learned else SOFT, fontweight="bold" if learned else "normal", linespacing=1.3,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from moevision.analysis.figure_style import (
+from moevision.analysis.figures.style import (
     AMOUNT,
     BELOW_ABOVE,
     BLANK,

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from moevision.analysis.figure_style import BLANK, INK, PAGE_INCHES, SMALL, SOFT, bare, heading, new_figure
+from moevision.analysis.figures.style import BLANK, INK, PAGE_INCHES, SMALL, SOFT, bare, heading, new_figure
 from moevision.analysis.gallery import ExpertGallery, GalleryPatch, layer_gallery
 from moevision.analysis.palette import expert_colour, ink_on
 from moevision.analysis.pictures import patch_crop

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from moevision.analysis import plots
-from moevision.analysis.plots_effect import plot_effects
-from moevision.analysis.report_text import CAPTIONS
+from moevision.analysis.figures.effect import plot_effects
+from moevision.analysis.report.text import CAPTIONS
 from moevision.analysis.tables import co_activation, gate_weight_quantiles, part_expert_table, position_share
 
 if TYPE_CHECKING:

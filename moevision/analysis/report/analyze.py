@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moevision import __version__
-from moevision.analysis.figure_style import figure_png
+from moevision.analysis.figures.style import figure_png
 from moevision.analysis.pictures import PictureSet
-from moevision.analysis.report_figures import Material, draw_figures
-from moevision.analysis.report_folder import SCHEMA, TRACE, claim_folder, write_report
-from moevision.analysis.report_html import render
-from moevision.analysis.report_measure import measure
-from moevision.analysis.report_numbers import (
+from moevision.analysis.report.figures import Material, draw_figures
+from moevision.analysis.report.folder import SCHEMA, TRACE, claim_folder, write_report
+from moevision.analysis.report.html import render
+from moevision.analysis.report.measure import measure
+from moevision.analysis.report.numbers import (
     Remembered,
     aligned_pictures,
     as_json,

@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     )
     chosen = parser.parse_args(arguments)
 
-    from moevision.analysis.report import ReportSettings, analyze  # torch, matplotlib: not for --help
+    from moevision.analysis.report.analyze import ReportSettings, analyze  # torch, matplotlib: not for --help
 
     settings = ReportSettings(
         model=chosen.model,

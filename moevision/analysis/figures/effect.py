@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from moevision.analysis.figure_style import INK, PAGE_INCHES, RULE, SMALL, SOFT, calm, heading, new_figure, panel_title
+from moevision.analysis.figures.style import INK, PAGE_INCHES, RULE, SMALL, SOFT, calm, heading, new_figure, panel_title
 from moevision.analysis.palette import EXPERT_COLOURS, expert_colour
 from moevision.errors import UserError
 

@@ -15,7 +15,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from moevision.analysis.figure_style import (
+from moevision.analysis.figures.style import (
     BELOW_ABOVE,
     COLUMN_INCHES,
     INK,

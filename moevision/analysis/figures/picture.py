@@ -17,7 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from moevision.analysis.figure_style import (
+from moevision.analysis.figures.style import (
     AMOUNT,
     GRID,
     INK,

@@ -14,8 +14,8 @@ from moevision.analysis.atlas import fractions_of_parts
 from moevision.analysis.baselines import measure_baselines
 from moevision.analysis.consistency import consistency
 from moevision.analysis.heatmap import ClassExpertMap, class_expert_map
-from moevision.analysis.report_effects import measure_effects
-from moevision.analysis.report_verdict import is_open, verdict_of
+from moevision.analysis.report.effects import measure_effects
+from moevision.analysis.report.verdict import is_open, verdict_of
 from moevision.analysis.similarity import expert_similarity, match_experts
 from moevision.analysis.specialization import LayerSpecialization, specialization
 from moevision.analysis.tables import majority_part

@@ -11,8 +11,8 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from moevision.analysis.report_parts import definitions, figure, interval, number, paragraph, section, table, tag, text
-from moevision.analysis.report_text import (
+from moevision.analysis.report.parts import definitions, figure, interval, number, paragraph, section, table, tag, text
+from moevision.analysis.report.text import (
     ABOUT,
     BASELINE_COLUMNS,
     COMPARISONS_TEXT,
@@ -33,7 +33,7 @@ def render(numbers: Numbers, pictures: Pictures) -> str:
         numbers: what `report.json` holds.
         pictures: file name -> PNG of every figure that it lists.
     """
-    template = Template(files("moevision.analysis").joinpath("assets/report.html").read_text(encoding="utf-8"))
+    template = Template(files("moevision.analysis.report").joinpath("assets/report.html").read_text(encoding="utf-8"))
     drawn = {name: (title, write(numbers, pictures)) for name, (title, write) in SECTIONS.items()}
     shown = {name: (title, body) for name, (title, body) in drawn.items() if body}
     contents = "".join(f'<li><a href="#{name}">{text(title)}</a></li>' for name, (title, _) in shown.items())

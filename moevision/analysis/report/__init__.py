@@ -1,0 +1,1 @@
+"""`moevision analyze`: the stages, the folder and the page of the report."""
