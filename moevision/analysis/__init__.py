@@ -1,6 +1,9 @@
 """What experts respond to: routing traces of whole picture sets, and what can be said about them.
 
 The names below load on first use, so that a trace can be collected without figures or statistics being imported.
+Figures stand in `moevision.analysis.plots`, interventions in `moevision.analysis.intervention`. Two functions have the
+name of their module, which a package can't hand out: `moevision.analysis.specialization.specialization` and
+`moevision.analysis.consistency.consistency`.
 """
 
 from __future__ import annotations
@@ -9,19 +12,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moevision.analysis.baselines import measure_baselines
+    from moevision.analysis.compare import compare_classes
+    from moevision.analysis.effects import class_effect, effect
+    from moevision.analysis.heatmap import class_expert_map
+    from moevision.analysis.intervention import Intervention, intervene
     from moevision.analysis.pictures import PictureSet, open_pictures, patch_crop
+    from moevision.analysis.similarity import expert_similarity, match_experts
     from moevision.analysis.trace import LayerTrace, RoutingTrace, collect_routing
 
-__all__ = ["LayerTrace", "PictureSet", "RoutingTrace", "collect_routing", "open_pictures", "patch_crop"]
-
+# The module that defines each name.
 _HOME = {
+    "Intervention": "intervention",
     "LayerTrace": "trace",
     "PictureSet": "pictures",
     "RoutingTrace": "trace",
+    "class_effect": "effects",
+    "class_expert_map": "heatmap",
     "collect_routing": "trace",
+    "compare_classes": "compare",
+    "effect": "effects",
+    "expert_similarity": "similarity",
+    "intervene": "intervention",
+    "match_experts": "similarity",
+    "measure_baselines": "baselines",
     "open_pictures": "pictures",
     "patch_crop": "pictures",
 }
+
+__all__ = [
+    "Intervention",
+    "LayerTrace",
+    "PictureSet",
+    "RoutingTrace",
+    "class_effect",
+    "class_expert_map",
+    "collect_routing",
+    "compare_classes",
+    "effect",
+    "expert_similarity",
+    "intervene",
+    "match_experts",
+    "measure_baselines",
+    "open_pictures",
+    "patch_crop",
+]
 
 
 def __getattr__(name: str) -> object:
