@@ -11,6 +11,7 @@ comparisons). The commands that trained the runs stand in the runs' provenance a
 
 from __future__ import annotations
 
+import csv
 import json
 from argparse import ArgumentParser
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def main() -> None:
     parser.add_argument("--dense", type=Path, required=True, help="run folder of its dense twin")
     parser.add_argument("--unbalanced", type=Path, help="run folder of the same model without balance losses")
     parser.add_argument("--seeds", type=Path, nargs="*", default=[], help="the same recipe with other seeds")
+    parser.add_argument("--curve", type=Path, nargs="*", help="runs whose epochs make the training, if it was resumed")
+    parser.add_argument("--note", default="", help="what the recorded commands don't say about the training")
     parser.add_argument("--data", help="where the pictures are, if not where the name says")
     parser.add_argument("--images", type=int, default=1000, help="pictures of the atlas (%(default)s)")
     options = parser.parse_args()
@@ -87,6 +90,8 @@ def main() -> None:
         "id": options.name,
         **about.__dict__,
         "recipe": _command(options.run),
+        "note": options.note,
+        "validation_top1": [top1 for run in options.curve or [options.run] for top1 in _validation(run)],
         "seed": _provenance(options.run)["seed"],
         "accuracy": {"dense" if name == "dense" else _key(name): _accuracy(models[name], test) for name in models},
         "recipes": {name: _command(run) for name, run in runs.items()},
@@ -123,10 +128,16 @@ def _provenance(run: Path) -> dict[str, Any]:
 
 
 def _command(run: Path) -> str:
-    """The command that trained a run, without the place where its data lay."""
+    """The command that trained a run, without the places of its data and of a checkpoint that it went on from."""
     words = _provenance(run)["command"]
-    kept = [word for word, before in zip(words, ["", *words], strict=False) if "--data.path" not in (word, before)]
-    return " ".join(kept)
+    places = {"--data.path", "--ckpt_path"}
+    return " ".join(word for word, before in zip(words, ["", *words], strict=False) if not places & {word, before})
+
+
+def _validation(run: Path) -> list[float]:
+    """Validation top-1 after each epoch of a run."""
+    with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
+        return [round(float(row["val/top1"]), 4) for row in csv.DictReader(file) if row.get("val/top1")]
 
 
 @torch.inference_mode()

@@ -28,6 +28,8 @@ class Card:
         accuracy: test accuracy of `moe`, `dense` and `unbalanced`, from 0 to 1; missing if not measured.
         test_images: number of pictures that the accuracy was measured on; None if unknown.
         recipes: the commands that trained each variant, the dense twin among them.
+        note: what the commands don't say about the training.
+        validation_top1: of the trained model after each epoch.
         licence: of the weights.
         data_kind: name of the dataset as `--data` takes it; empty if unknown.
         typical: what pictures of the training data look like to the model; None if not measured.
@@ -42,6 +44,8 @@ class Card:
     accuracy: dict[str, float] = field(default_factory=dict)
     test_images: int | None = None
     recipes: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+    validation_top1: list[float] = field(default_factory=list)
     licence: str = ""
     data_kind: str = ""
     typical: Typical | None = None

@@ -1,12 +1,21 @@
 // Tab "About": how to read the page, what it doesn't show, and where the model comes from.
 
+/** What the card says about the training, in words: [name, value]. */
+function cardRows(card) {
+  const epochs = (card.validation_top1 ?? []).map((top1) => fixed(100 * top1, 1)).join(", ");
+  const others = Object.entries(card.recipes ?? {}).filter(([name]) => name !== "trained").map(([name, command]) => [`recipe, ${name}`, command]);
+  return [["recipe", card.recipe], ["note", card.note], ["validation by epoch", epochs && `${epochs} %`],
+    ["tested on", card.test_images && `${card.test_images.toLocaleString("en")} pictures`], ["seed", card.seed], ["data", card.data],
+    ["licence", card.licence], ...others];
+}
+
 class AboutTab {
   constructor(app) { Object.assign(this, { app, id: "about", label: "About", follows: ["model"] }); }
 
   async draw(panel) {
     const { model, boot, variant } = this.app;
     const card = model.card ?? {};
-    const rows = ["recipe", "seed", "data", "licence"].map((name) => [name, card[name]]).filter(([, value]) => value !== null && value !== undefined && value !== "");
+    const rows = cardRows(card).filter(([, value]) => value !== null && value !== undefined && value !== "");
     fillBox(panel, html`<div class="mv-split"><section class="mv-prose"><h2>How to read this page</h2>
       <p>A vision transformer cuts the picture into patches. In some of its layers a small router sends every patch to ${model.top_k} of
         ${model.num_experts} experts. Colour and number of a patch name its first choice; stronger colour means a higher gate weight.</p>
