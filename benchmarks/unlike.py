@@ -1,6 +1,7 @@
 """How often the explorer calls a picture "unlike the training data", for pictures that are and that aren't.
 
-    python benchmarks/unlike.py pets --photos path/to/imagenette128 path/to/cats_vs_dogs --out benchmarks/unlike_pets.json
+    python benchmarks/unlike.py pets --photos path/to/imagenette128 path/to/cats_vs_dogs \
+        --out benchmarks/unlike_pets.json
 
 The measure's own statistics and threshold come from the model's card. Beside it stands the energy score of the model's
 logits (Liu et al. 2020, arXiv:2010.03759) with its threshold set so that both call the same share of the model's own
