@@ -158,7 +158,7 @@ class AtlasPages:
             for item in found["experts"]
         ]
         source = f"From {atlas['n_images']:,} pictures: {atlas['data']}."
-        note = f"{source} The heaviest patches flatter an expert; the random ones don't."
+        note = f"{source} The heaviest patches flatter an expert; the random ones don't." if shown else source
         status = "ready" if shown else "no_pictures"
         return {"status": status, "layer": layer, "name": f"L{layer}", "experts": experts, "note": note}
 

@@ -22,11 +22,10 @@ class ClassesTab {
 
   async draw(panel, wanted) {
     const { app } = this;
-    if (!app.model.has_pictures) return fillBox(panel, emptyBox("No pictures to count classes in", NO_PICTURES));
     fillBox(panel, waitingBox("Counting which class goes where…"));
     const answer = await app.asker.whenReady("classes", { model: app.model.id, variant: app.variant }, wanted);
     if (!wanted()) return;
-    if (answer.status === "no_pictures") return fillBox(panel, emptyBox("No pictures to count classes in", answer.note || NO_PICTURES));
+    if (!answer.layers.length) return fillBox(panel, emptyBox("No pictures to count classes in", answer.note || NO_PICTURES));
     Object.assign(this, { panel, answer, layer: answer.layers.find(({ layer }) => layer === app.state.currentLayer.layer) ?? answer.layers[0] });
     fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div></div>
       <div>${this.information()}</div></div>`);

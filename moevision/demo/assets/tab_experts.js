@@ -20,6 +20,7 @@ function shareRows(title, rows, name) {
 }
 
 function expertCard(card, layer, experts) {
+  const withoutPictures = layer.status === "no_pictures";
   const ratio = card.ideal_share > 0 ? card.load_share / card.ideal_share : 0;
   const none = card.top.length + card.random.length === 0;
   return html`<article class="mv-card" aria-label="${card.name}">
@@ -27,7 +28,7 @@ function expertCard(card, layer, experts) {
       <p class="mv-soft">${percent(card.load_share, 1)} of all choices, ${fixed(ratio, 1)} × an equal share</p></div></header>
     <span class="mv-bar mv-loadline" style="--mark:${Math.min(1, card.ideal_share * 2.5) * 100}%"><i style="width:${Math.min(100, card.load_share * 250)}%;
       background:${expertColour(card.expert, experts)}"></i></span>
-    ${none ? html`<p class="mv-note">No patch of the pictures goes to this expert.</p>`
+    ${withoutPictures ? "" : none ? html`<p class="mv-note">No patch of the pictures goes to this expert.</p>`
       : [gallery("Highest weight", card.top), gallery("Picked at random", card.random)]}
     <div class="mv-two">${shareRows("Classes", card.classes, "class")}${shareRows("Drawn parts", card.parts, "part")}</div>
     <footer><button type="button" class="mv-button" data-action="take-away" data-layer="${layer.layer}" data-expert="${card.expert}"
@@ -45,13 +46,13 @@ class ExpertsTab {
   async draw(panel, wanted) {
     const { app } = this;
     const layer = app.state.currentLayer;
-    if (!app.model.has_pictures) return fillBox(panel, emptyBox("No pictures to show experts by", NO_PICTURES));
     fillBox(panel, waitingBox(`Looking at the pictures of ${layer.name}…`));
     const answer = await app.asker.whenReady("experts", { model: app.model.id, variant: app.variant, layer: layer.layer }, wanted);
     if (!wanted()) return;
-    if (answer.status === "no_pictures") return fillBox(panel, emptyBox("No pictures to show experts by", answer.note || NO_PICTURES));
+    if (!answer.experts.length) return fillBox(panel, emptyBox("No pictures to show experts by", answer.note || NO_PICTURES));
     this.fetchOtherLayers(layer.layer);
-    return fillBox(panel, html`<p class="mv-note mv-lead">Experts of <b>${answer.name}</b>. ${answer.note} A click on a patch opens its picture.</p>
+    const hint = answer.status === "no_pictures" ? NO_PICTURES : "A click on a patch opens its picture.";
+    return fillBox(panel, html`<p class="mv-note mv-lead">Experts of <b>${answer.name}</b>. ${answer.note} ${hint}</p>
       <div class="mv-cards">${answer.experts.map((card) => expertCard(card, answer, app.model.num_experts))}</div>`);
   }
 
@@ -68,4 +69,4 @@ class ExpertsTab {
 const CARD_ROWS = 4;
 const MOST_LAYERS_AHEAD = 6;
 
-const NO_PICTURES = "This model comes without pictures. Start the explorer with --data FOLDER to see what its experts compute.";
+const NO_PICTURES = "This model comes without its pictures. Start the explorer with --data FOLDER to see patches of them here.";
