@@ -74,6 +74,11 @@ class Running:
         return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
+def _listen_to_ctrl_c() -> None:
+    """A shell that starts tests in the background ignores SIGINT, and so would everything that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Running]:
     """Start `python ...`, wait until it says where the explorer is, and stop it at the end."""
@@ -83,6 +88,7 @@ def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Runn
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, **(env or {})},
+        preexec_fn=_listen_to_ctrl_c,
     )
     server = Running(process)
     try:
