@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import track
 
@@ -28,8 +27,8 @@ from moevision.analysis.heatmap import class_expert_map
 from moevision.analysis.pictures import PictureSet, open_pictures
 from moevision.analysis.specialization import specialization
 from moevision.analysis.tables import majority_part
+from moevision.analysis.tokens import network_input, read_images
 from moevision.analysis.trace import collect_routing
-from moevision.data.augment import normalize
 from moevision.demo.typical import typical_of
 from moevision.files import write_json_atomic
 from moevision.models.hub import SavedModel, load_model, save_model
@@ -147,8 +146,7 @@ def _accuracy(model: SavedModel, pictures: PictureSet, batch_size: int = 128) ->
     starts = range(0, len(pictures), batch_size)
     for start in track(starts, f"testing on {len(pictures):,} pictures"):
         rows = range(start, min(start + batch_size, len(pictures)))
-        pixels = torch.from_numpy(np.stack([pictures.image(row) for row in rows])).permute(0, 3, 1, 2)
-        answers = model.net(normalize(pixels, model.mean, model.std)).argmax(-1)
+        answers = model.net(network_input(model, read_images(pictures, rows))).argmax(-1)
         right += int((answers == torch.tensor([pictures.label(row) for row in rows])).sum())
     return right / len(pictures)
 

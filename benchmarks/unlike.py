@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from moevision.analysis.pictures import open_pictures
-from moevision.analysis.tokens import model_input
+from moevision.analysis.tokens import network_input
 from moevision.demo.bundle import bundled_folders, bundled_model
 from moevision.demo.cards import read_card
 from moevision.files import write_json_atomic
@@ -72,7 +72,7 @@ def _pictures(data: str, model: SavedModel, limit: int) -> np.ndarray:
 def _energy(model: SavedModel, images: np.ndarray) -> np.ndarray:
     """Negative log-sum-exp of the logits: the larger, the less familiar."""
     logits = torch.cat(
-        [model.net(model_input(model, images[start : start + 64])) for start in range(0, len(images), 64)]
+        [model.net(network_input(model, images[start : start + 64])) for start in range(0, len(images), 64)]
     )
     return -logits.logsumexp(-1).numpy()
 

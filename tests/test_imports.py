@@ -13,15 +13,16 @@ import moevision
 PACKAGE = Path(moevision.__file__).parent
 
 # layers -> {models, losses, metrics} -> efficiency; data -> {train, analysis} -> demo -> cli.
-# errors and files are the floor that everyone stands on. Units of one brace don't import each other, but for
+# errors, files and versions are the floor that everyone stands on. Units of one brace don't import each other, but for
 # one arrow: metrics takes the definition of CV² from losses, so that there is one of it.
-_FLOOR = {"errors", "files"}
+_FLOOR = {"errors", "files", "versions"}
 _MODELS = _FLOOR | {"layers"}
 _NUMBERS = _MODELS | {"models", "losses", "metrics"}
 _TRAIN = _NUMBERS | {"efficiency", "data", "__init__"}
 _DEMO = _TRAIN | {"train", "analysis"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "versions": set(),
     "files": {"errors"},
     "layers": _FLOOR,
     "models": _MODELS,

@@ -29,7 +29,7 @@ from torch import nn
 
 from moevision.analysis.information import choice_counts
 from moevision.analysis.pictures import PictureSet
-from moevision.analysis.tokens import Remembered, image_patches, layer_inputs, model_input, read_images
+from moevision.analysis.tokens import Remembered, image_patches, layer_inputs, network_input, read_images
 from moevision.analysis.trace import RoutingTrace, collect_routing
 from moevision.errors import UserError
 from moevision.layers.moe import moe_layers
@@ -237,6 +237,6 @@ def _features(
         colours = [image_patches(image, trace.grid).mean((1, 2), dtype=np.float32) / 255 for image in images]
         features: dict[int | None, Floats] = {None: np.stack(colours)}
         if with_input:
-            for block, tokens in layer_inputs(model.net, model_input(model, images)).items():
+            for block, tokens in layer_inputs(model.net, network_input(model, images)).items():
                 features[block] = tokens.float().cpu().numpy()
         yield features

@@ -22,7 +22,7 @@ import torch
 
 from moevision.analysis.pictures import PictureSet
 from moevision.analysis.similarity import cohen_kappa, pair_counts
-from moevision.analysis.tokens import model_input, read_images
+from moevision.analysis.tokens import network_input, read_images
 from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.models.hub import SavedModel
@@ -112,7 +112,7 @@ def first_choices(model: SavedModel, images: Pixels) -> tuple[dict[int, Ints], t
     Raises:
         UserError: the model has no MoE layer or no grid of patches.
     """
-    _, routings = forward_routing(model.net, model_input(model, images))
+    _, routings = forward_routing(model.net, network_input(model, images))
     choices: dict[int, Ints] = {}
     grid, num_experts = (0, 0), 0
     for place, routing in enumerate(routings):

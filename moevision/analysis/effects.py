@@ -31,7 +31,7 @@ from moevision.analysis.effect_result import (
     control_in_words,
 )
 from moevision.analysis.intervention import Intervention, numbered_layers
-from moevision.data.augment import normalize
+from moevision.analysis.tokens import network_input
 from moevision.data.images import BadImageError
 from moevision.errors import UserError
 from moevision.layers import routing_lock
@@ -175,8 +175,7 @@ def _to_input(model: SavedModel, images: Sequence[Pixels]) -> Tensor:
                 f"The picture is {image.dtype} {list(image.shape)}: give uint8 [{model.image_size}, "
                 f"{model.image_size}, 3], as moevision.data.augment.square_pixels makes it."
             )
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return normalize(pixels, model.mean, model.std).to(next(model.net.parameters()))
+    return network_input(model, np.stack(images))
 
 
 def _class_index(class_names: Sequence[str], target: int | str) -> int:

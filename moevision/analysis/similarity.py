@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from moevision.analysis.pictures import PictureSet
-from moevision.analysis.tokens import layer_inputs, model_input, read_images
+from moevision.analysis.tokens import layer_inputs, network_input, read_images
 from moevision.analysis.trace import LayerTrace
 from moevision.errors import UserError
 from moevision.layers.moe import moe_layers
@@ -138,7 +138,7 @@ def expert_similarity(
     per_image, outputs = max(1, num_tokens // len(indices)), []
     for start in range(0, len(indices), _BATCH):
         images = read_images(pictures, indices[start : start + _BATCH])
-        tokens = layer_inputs(model.net, model_input(model, images))[layer]
+        tokens = layer_inputs(model.net, network_input(model, images))[layer]
         taken = rng.permuted(np.tile(np.arange(tokens.shape[1]), (len(tokens), 1)), axis=1)[:, :per_image]
         chosen = tokens[torch.arange(len(tokens))[:, None], torch.from_numpy(taken)].flatten(0, 1)
         outputs.append(moe.experts.on_all_tokens(chosen).float().cpu().numpy())

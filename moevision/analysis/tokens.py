@@ -5,6 +5,7 @@ Axes: B images, S image size in pixels, P patches (row-major), D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -57,12 +58,12 @@ class Remembered:
         return self.pictures.part_mask(index)
 
 
-def read_images(pictures: PictureSet, indices: npt.NDArray[np.integer[Any]]) -> Pixels:
+def read_images(pictures: PictureSet, indices: Iterable[int | np.integer[Any]]) -> Pixels:
     """Pictures by index, uint8 [B, S, S, 3]."""
     return np.stack([pictures.image(int(index)) for index in indices])
 
 
-def model_input(model: SavedModel, images: Pixels) -> Tensor:
+def network_input(model: SavedModel, images: Pixels) -> Tensor:
     """Pictures uint8 [B, S, S, 3] as the network takes them: normalised, [B, 3, S, S], on its device."""
     pixels = normalize(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), model.mean, model.std)
     weight = next(model.net.parameters())
@@ -89,7 +90,7 @@ def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
 
     Args:
         net: a converted model in eval mode.
-        pixels: [B, 3, S, S], see `model_input`.
+        pixels: [B, 3, S, S], see `network_input`.
     """
     received: dict[int, Tensor] = {}
 

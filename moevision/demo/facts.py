@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moevision.data.augment import normalize, square_pixels
+from moevision.analysis.tokens import network_input
+from moevision.data.augment import square_pixels
 from moevision.data.images import safe_open
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError
@@ -123,8 +124,7 @@ def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pi
 @torch.inference_mode()
 def route_batch(model: SavedModel, pixels: Pixels) -> tuple[Tensor, list[Routing]]:
     """Logits [I, C] and one `Routing` per MoE layer for uint8 [I, S, S, 3]."""
-    images = normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), model.mean, model.std)
-    return forward_routing(model.net, images.to(next(model.net.parameters()).device))
+    return forward_routing(model.net, network_input(model, pixels))
 
 
 def softmax(logits: Tensor) -> npt.NDArray[np.float32]:

@@ -11,7 +11,6 @@ import shlex
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 from moevision import __version__
 from moevision.files import write_json_atomic
+from moevision.versions import package_version
 
 __all__ = ["LIBRARIES", "collect_provenance", "write_json_atomic"]
 
@@ -68,14 +68,6 @@ def collect_provenance(
         "determinism": _determinism(),
         "run": dict(extra or {}),
     }
-
-
-def package_version(name: str) -> str | None:
-    """The installed version of a distribution, without importing it; None if it isn't installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from moevision.analysis.report.figures import shown_pictures
-from moevision.analysis.report.numbers import Remembered, aligned_pictures, as_json
+from moevision.analysis.report.numbers import aligned_pictures, as_json
 from moevision.analysis.report.parts import number
+from moevision.analysis.tokens import Remembered
 from moevision.errors import UserError
 
 

@@ -11,7 +11,7 @@ from moevision import forward_routing
 from moevision.analysis import open_pictures
 from moevision.analysis.consistency import consistency, first_choices, overlap, shifted_crop
 from moevision.analysis.similarity import cohen_kappa, expert_similarity, linear_cka, match_experts, pair_counts
-from moevision.analysis.tokens import Remembered, image_patches, layer_inputs, model_input
+from moevision.analysis.tokens import Remembered, image_patches, layer_inputs, network_input
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers
@@ -28,7 +28,7 @@ def model(pictures):
     torch.manual_seed(0)
     net = timm.create_model("test_vit_moe", num_classes=8)
     model = SavedModel(net.eval(), list(SyntheticPets.classes), 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-    pixels = model_input(model, np.stack([pictures.image(index) for index in range(24)]))
+    pixels = network_input(model, np.stack([pictures.image(index) for index in range(24)]))
     for layer in moe_layers(net):
         # Blind to what all tokens share, so that patches go different ways.
         nn.init.normal_(layer.router.weight)
@@ -133,7 +133,7 @@ def test_a_router_that_follows_position_or_content(model, pictures, monkeypatch)
 
 def test_layer_inputs_are_what_the_router_sees(model, pictures) -> None:
     images = np.stack([pictures.image(index) for index in range(3)])
-    pixels = model_input(model, images)
+    pixels = network_input(model, images)
     _, routings = forward_routing(model.net, pixels)
     received = layer_inputs(model.net, pixels)
     assert list(received) == [routing.layer for routing in routings]
@@ -148,7 +148,7 @@ def test_expert_similarity_on_common_tokens(model, pictures) -> None:
     np.testing.assert_allclose(found, found.T)
     np.testing.assert_allclose(np.diag(found), 1)
     # all tokens of all pictures: the same as computed whole
-    tokens = layer_inputs(model.net, model_input(model, np.stack([pictures.image(i) for i in range(24)])))[1]
+    tokens = layer_inputs(model.net, network_input(model, np.stack([pictures.image(i) for i in range(24)])))[1]
     with torch.inference_mode():
         output = moe_layers(model.net)[0].experts.on_all_tokens(tokens.flatten(0, 1)).numpy()
     assert found[0, 2] == pytest.approx(linear_cka(output[:, 0], output[:, 2]))

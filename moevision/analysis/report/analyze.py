@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from moevision.analysis.report.folder import SCHEMA, TRACE, claim_folder, write_
 from moevision.analysis.report.html import render
 from moevision.analysis.report.measure import measure
 from moevision.analysis.report.numbers import (
-    Remembered,
     aligned_pictures,
     as_json,
     data_numbers,
@@ -35,10 +33,12 @@ from moevision.analysis.report.numbers import (
     model_numbers,
 )
 from moevision.analysis.run_pictures import pictures_for
+from moevision.analysis.tokens import Remembered
 from moevision.analysis.trace import RoutingTrace, collect_routing
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.hub import SavedModel, load_model
+from moevision.versions import package_version
 
 Json = dict[str, Any]
 LIBRARIES = ("torch", "timm", "numpy", "scipy", "scikit-learn", "matplotlib")
@@ -187,14 +187,7 @@ def _provenance(
         "seed": settings.seed,
         "weights_sha256": trace.provenance.get("weights_sha256"),
         "unreadable": trace.provenance.get("unreadable", 0),
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: package_version(name) or "not installed" for name in LIBRARIES},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -9,7 +9,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from moevision.analysis.picture_sources import View
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 Json = dict[str, Any]
-_MOST_BYTES = 512 * 2**20  # of pictures in memory
 
 
 def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
@@ -42,27 +40,6 @@ def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
         )
     indices = [place[name] for name in trace.picture_names]
     return View(pictures, indices, pictures.class_names, range(len(pictures.class_names)), pictures.name)
-
-
-class Remembered(View):
-    """Pictures that are read once and kept, as far as they fit: the report looks at each of them dozens of times."""
-
-    def __init__(self, pictures: PictureSet) -> None:
-        """Hold what `pictures` gives."""
-        names = pictures.class_names
-        super().__init__(pictures, range(len(pictures)), names, range(len(names)), pictures.name)
-        self._images: dict[int, npt.NDArray[np.uint8]] = {}
-        self._room = _MOST_BYTES
-
-    def image(self, index: int) -> npt.NDArray[np.uint8]:
-        """The picture, uint8 [S, S, 3]; raises `BadImageError`."""
-        if index in self._images:
-            return self._images[index]
-        image = super().image(index)
-        if image.nbytes <= self._room:
-            self._images[index] = image
-            self._room -= image.nbytes
-        return image
 
 
 def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:
