@@ -4,7 +4,14 @@
 """
 
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, Routing, forward_routing, record_routing
+from moevision.layers import (
+    MoEMlp,
+    Routing,
+    forward_routing,
+    label_oracle,
+    record_routing,
+    update_router_bias,
+)
 from moevision.models import VisionTransformerMoE, convert_to_moe, dense_twin
 
 __version__ = "0.1.0"
@@ -16,5 +23,7 @@ __all__ = [
     "convert_to_moe",
     "dense_twin",
     "forward_routing",
+    "label_oracle",
     "record_routing",
+    "update_router_bias",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from moevision.layers import MoEMlp, moe_layers
+from moevision.layers import Backend, MoEMlp, SoftRouter, label_oracle, moe_layers
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,23 @@ class ModelCost:
     router_flops_per_image: int = 0
 
 
-def measure_cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3) -> ModelCost:
+def measure_cost(
+    model: nn.Module, image_size: int | tuple[int, int], in_chans: int = 3, *, backend: Backend = "loop"
+) -> ModelCost:
     """Count the parameters of a model and the FLOPs of one image, on the model's own device.
 
     Args:
         model: an image model, MoE or dense.
         image_size: side(s) of the input in pixels.
         in_chans: channels of the input.
+        backend: whose FLOPs to count: `loop` computes the chosen experts only, `dense` all of them, as exported files
+            do (`flops_per_image` is then no longer what is active).
     """
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     parameter = next(model.parameters())
     image = torch.zeros(1, in_chans, height, width, device=parameter.device, dtype=parameter.dtype)
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with torch.no_grad(), _sparse_eval(model), counter:
+    with torch.no_grad(), _eval_with(model, backend), label_oracle(model, torch.zeros(1, dtype=torch.int64)), counter:
         model(image)
     by_module = counter.get_flop_counts()
     router = sum(
@@ -59,24 +63,30 @@ def measure_cost(model: nn.Module, image_size: int | tuple[int, int], in_chans: 
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Total and active parameters; of each MoE layer's experts K / E are active, of everything else all."""
+    """Total and active parameters; of each MoE layer's experts K / E are active, of everything else all.
+
+    Under expert choice K / E holds on average. Under Soft MoE all experts are active: each computes few rows, but every
+    token has a part of them all.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for layer in moe_layers(model):
+        if isinstance(layer.router, SoftRouter):
+            continue
         experts = sum(parameter.numel() for parameter in layer.experts.parameters())
         idle += experts // layer.router.num_experts * (layer.router.num_experts - layer.router.top_k)
     return total, total - idle
 
 
 @contextmanager
-def _sparse_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode with the `loop` backend: it computes the chosen experts only, in operations that torch counts."""
+def _eval_with(model: nn.Module, backend: Backend) -> Iterator[None]:
+    """Eval mode with one backend; `loop` computes the chosen experts only, in operations that torch counts."""
     training = {module: module.training for module in model.modules()}
     experts = [module.experts for module in model.modules() if isinstance(module, MoEMlp)]
     backends = [module.backend for module in experts]
     model.eval()
     for expert in experts:
-        expert.backend = "loop"
+        expert.backend = backend
     try:
         yield
     finally:

@@ -17,8 +17,9 @@ from torch import nn
 from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.models.convert import dense_twin
 from moevision.models.hub import SavedModel, load_model
+from moevision.models.twin import dense_twin
+from moevision.models.vit_moe import MOE_ARGUMENTS
 
 
 def info(model: str, format: Literal["table", "json"] = "table") -> None:
@@ -87,7 +88,7 @@ def plain_vit(net: nn.Module) -> nn.Module:
     arguments = copy.deepcopy(cast(dict[str, Any], getattr(net, "_model_args", {})))
     if not config.get("architecture"):
         raise UserError("The plain ViT of a model without a timm name is not known.")
-    for name in ("num_experts", "top_k", "router", "expert_hidden", "backend", "twin"):
+    for name in (*MOE_ARGUMENTS, "twin"):
         arguments.pop(name, None)
     return timm.create_model(config["architecture"], **{**arguments, "moe_layers": []})
 

@@ -136,7 +136,7 @@ _LOSSES = {
 
 @dataclass
 class AuxLossWeights:
-    """How much each balance loss counts beside the cross-entropy; 0 leaves it out.
+    """How much each balance loss counts beside the cross-entropy; 0 leaves it out, null takes the router's own weight.
 
     Args:
         importance: weight of the importance loss.
@@ -146,15 +146,17 @@ class AuxLossWeights:
         rule: `shazeer` or `vmoe`, the definition of importance and load.
     """
 
-    importance: float = 0.0
-    load: float = 0.0
-    load_balancing: float = 0.0
-    z: float = 0.0
+    importance: float | None = None
+    load: float | None = None
+    load_balancing: float | None = None
+    z: float | None = None
     rule: Rule = "shazeer"
 
 
 class AuxLoss:
-    """Σ_j w_j · mean over MoE layers of loss j, over everything that one optimizer step sees.
+    """Mean over MoE layers of Σ_j w_j · loss j, over everything that one optimizer step sees.
+
+    A weight that was left out is each layer's router's own once `check` has seen the model, and 0 without.
 
     The statistic of a micro-batch is the detached sum over the earlier micro-batches of its accumulation window plus
     its own; `start_window` begins a new one. With `torch.distributed` it is summed over ranks by an all-reduce whose
@@ -167,41 +169,58 @@ class AuxLoss:
     def __init__(self, weights: AuxLossWeights) -> None:
         values = asdict(weights)
         self.rule: Rule = values.pop("rule")
-        self.weights = {name: float(weight) for name, weight in values.items() if weight}
+        self.given = {name: float(weight) for name, weight in values.items() if weight is not None}
+        self._of_layer: list[dict[str, float]] = []
         self._window: dict[tuple[str, int], Tensor] = {}
 
     def check(self, model: nn.Module) -> None:
-        """Raise a UserError if a weighted loss can't be supplied by a router of `model`."""
+        """Take the weights that were left out from the routers of `model`.
+
+        Raises:
+            UserError: if a weighted loss can't be supplied by one of them.
+        """
+        self._of_layer = []
         for layer in moe_layers(model):
-            missing = set(self.weights) - layer.router.losses
+            weights = _positive({**layer.router.default_losses, **self.given})
+            missing = weights.keys() - layer.router.losses
             if missing:
+                able = f"it has {', '.join(sorted(layer.router.losses))}" if layer.router.losses else "it needs none"
                 raise UserError(
-                    f"The router of block {layer.layer_index} can't supply the {', '.join(sorted(missing))} loss: "
-                    "set its weight to 0 or choose a router with noise."
+                    f"The router of block {layer.layer_index} can't supply the {', '.join(sorted(missing))} loss "
+                    f"({able}): set its weight to 0, leave it out, or choose a router with noise."
                 )
+            self._of_layer.append(weights)
 
     def start_window(self) -> None:
         """Forget earlier micro-batches; call it once per optimizer step."""
         self._window = {}
 
     def __call__(self, routings: Sequence[Routing]) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The weighted sum (None without MoE layers or weights) and the detached value of each loss."""
-        if not routings or not self.weights:
+        """The weighted sum (None without MoE layers or weights), and each loss's detached mean over its layers."""
+        of_layer = self._of_layer or [_positive(self.given)] * len(routings)
+        values: dict[str, list[Tensor]] = {}
+        weighted = []
+        for layer, (routing, weights) in enumerate(zip(routings, of_layer, strict=True)):
+            for name, weight in weights.items():
+                value = self._value(name, layer, routing)
+                values.setdefault(name, []).append(value.detach())
+                weighted.append(weight * value)
+        if not weighted:
             return None, {}
-        values = {name: self._mean_over_layers(name, routings) for name in self.weights}
-        total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
-        return total, {name: value.detach() for name, value in values.items()}
+        total = torch.stack(weighted).sum() / len(routings)
+        return total, {name: torch.stack(found).mean() for name, found in values.items()}
 
-    def _mean_over_layers(self, name: str, routings: Sequence[Routing]) -> Tensor:
+    def _value(self, name: str, layer: int, routing: Routing) -> Tensor:
         loss = _LOSSES[name]
-        values = []
-        for layer, routing in enumerate(routings):
-            sums = loss.sums(routing, self.rule)
-            earlier = self._window.get((name, layer))
-            sums = sums if earlier is None else earlier + sums
-            self._window[name, layer] = sums.detach()
-            values.append(loss.value(_sum_over_ranks(sums)))
-        return torch.stack(values).mean()
+        sums = loss.sums(routing, self.rule)
+        earlier = self._window.get((name, layer))
+        sums = sums if earlier is None else earlier + sums
+        self._window[name, layer] = sums.detach()
+        return loss.value(_sum_over_ranks(sums))
+
+
+def _positive(weights: dict[str, float]) -> dict[str, float]:
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def _sum_over_ranks(sums: Tensor) -> Tensor:

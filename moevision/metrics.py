@@ -29,6 +29,7 @@ class LayerLoad:
         dead: experts that no token chose.
         entropy_bits: mean entropy of a token's router probabilities; log2(E) is undecided.
         dropped: share of choices that capacity dropped.
+        unrouted: share of tokens that no expert computes: all choices dropped, or (expert choice) none took them.
     """
 
     layer: int
@@ -39,12 +40,13 @@ class LayerLoad:
     dead: int
     entropy_bits: float
     dropped: float
+    unrouted: float = 0.0
 
     @classmethod
     def from_sums(
-        cls, layer: int, counts: Tensor, requested: Tensor, entropy_bits: Tensor, tokens: Tensor
+        cls, layer: int, counts: Tensor, requested: Tensor, entropy_bits: Tensor, tokens: Tensor, unrouted: Tensor
     ) -> LayerLoad:
-        """Summarise counts [E] and requested [E] choices and the summed entropy of `tokens` tokens."""
+        """Summarise counts [E], requested [E] choices, and the sums over `tokens` tokens of entropy and unrouted."""
         load = counts.double()
         total = load.sum()
         return cls(
@@ -56,6 +58,7 @@ class LayerLoad:
             dead=int((load == 0).sum()),
             entropy_bits=float(entropy_bits / tokens),
             dropped=float(1 - total / requested.sum()),
+            unrouted=float(unrouted / tokens),
         )
 
 
@@ -64,7 +67,7 @@ class RoutingStatistics(Metric):
 
     Args:
         layers: block index of each MoE layer, in order of depth.
-        num_experts: E.
+        num_experts: E, one for all layers or one for each.
     """
 
     full_state_update = False
@@ -72,38 +75,50 @@ class RoutingStatistics(Metric):
     requested: Tensor
     entropy_bits: Tensor
     tokens: Tensor
+    unrouted: Tensor
 
-    def __init__(self, layers: Sequence[int], num_experts: int) -> None:
+    def __init__(self, layers: Sequence[int], num_experts: int | Sequence[int]) -> None:
         super().__init__()
         self.layers = list(layers)
-        shape = (len(self.layers), num_experts)
+        self.num_experts = (
+            [num_experts] * len(self.layers) if isinstance(num_experts, int) else [int(count) for count in num_experts]
+        )
+        shape = (len(self.layers), max(self.num_experts, default=0))  # a layer with fewer experts has zeros behind
         self.add_state("counts", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("requested", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("entropy_bits", torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros(len(self.layers), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("unrouted", torch.zeros(len(self.layers), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, routings: Sequence[Routing]) -> None:
         """Add one batch: the `Routing` of every MoE layer, in order of depth."""
         for row, routing in enumerate(routings):
             probs = routing.probs.detach()
-            self.counts[row] += routing.counts()
-            self.requested[row] += routing.requested_counts()
+            self.counts[row, : routing.num_experts] += routing.counts()
+            self.requested[row, : routing.num_experts] += routing.requested_counts()
             self.entropy_bits[row] += torch.special.entr(probs).sum().double() / torch.log(torch.tensor(2.0))
             self.tokens[row] += probs.shape[0] * probs.shape[1]
+            self.unrouted[row] += (~routing.kept.any(-1)).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Sums per MoE layer: `counts` and `requested` [L, E], `entropy_bits` [L] over tokens, `tokens` [L]."""
+        """Sums per MoE layer: `counts`, `requested` [L, E]; over tokens `entropy_bits`, `tokens`, `unrouted` [L]."""
         return {
             "counts": self.counts,
             "requested": self.requested,
             "entropy_bits": self.entropy_bits,
             "tokens": self.tokens,
+            "unrouted": self.unrouted,
         }
 
     def layer_loads(self) -> list[LayerLoad]:
         """What the sums say about each MoE layer, over all ranks."""
         sums = self.compute()
         return [
-            LayerLoad.from_sums(layer, *(sums[name][row] for name in ("counts", "requested", "entropy_bits", "tokens")))
-            for row, layer in enumerate(self.layers)
+            LayerLoad.from_sums(
+                layer,
+                sums["counts"][row, :num_experts],
+                sums["requested"][row, :num_experts],
+                *(sums[name][row] for name in ("entropy_bits", "tokens", "unrouted")),
+            )
+            for row, (layer, num_experts) in enumerate(zip(self.layers, self.num_experts, strict=True))
         ]

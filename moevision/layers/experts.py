@@ -68,6 +68,11 @@ class PackedLinear(nn.Module):
         bias = self.bias.to(rows.dtype)
         return out + bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])
 
+    def on_equal_groups(self, rows: Tensor) -> Tensor:
+        """Apply expert e to rows[e], rows [E, R, in], without data-dependent shapes."""
+        out = torch.einsum("eri,eoi->ero", rows, self.weight.to(rows.dtype))
+        return out if self.bias is None else out + self.bias.to(rows.dtype).unsqueeze(1)
+
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"num_experts={self.num_experts}, {self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -147,6 +152,12 @@ class Experts(nn.Module):
             hidden = hidden + self.fc1.bias.to(x.dtype)
         out = torch.einsum("teh,eoh->teo", self.drop(self.act(hidden)), self.fc2.weight.to(x.dtype))
         return out if self.fc2.bias is None else out + self.fc2.bias.to(x.dtype)
+
+    def on_slots(self, slots: Tensor) -> Tensor:
+        """Every expert on its own, equally many rows: slots [E, R, D] -> [E, R, out_features] (dense Soft MoE)."""
+        slots = slots.to(self.compute_dtype(slots))
+        hidden = self.drop(self.act(self.fc1.on_equal_groups(slots)))
+        return self.fc2.on_equal_groups(hidden)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which the experts work: autocast's if it is on, else that of their weights."""

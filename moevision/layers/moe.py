@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from moevision.errors import UserError
 from moevision.layers.dispatch import LocalDispatcher
 from moevision.layers.experts import Backend, Experts
+from moevision.layers.options import RouterOptions
 from moevision.layers.routers import build_router
 from moevision.layers.routing import Recordable, Routing
+from moevision.layers.slots import SoftRouting
 
 
 class MoEMlp(Recordable):
-    """A sparse mixture of MLPs: every token is computed by its K chosen experts out of E.
+    """A sparse mixture of MLPs: every token is computed by K of E experts, and by the shared ones if there are any.
 
     Tensor -> Tensor like the MLP it replaces, so that it works inside any timm block. What the router decided comes
     back through `record_routing`.
@@ -36,12 +39,17 @@ class MoEMlp(Recordable):
         device: where the parameters live.
         dtype: dtype of the parameters.
         num_experts: E.
-        top_k: K.
-        router: `noisy_top_k` or `vmoe_top_k`.
+        top_k: K; by default the router's own, 2 for most.
+        router: a name of `moevision.layers.ROUTERS`.
         backend: how the experts are computed: `auto`, `loop`, `grouped` or `dense`.
+        num_shared_experts: experts that every token passes besides the routed ones (DeepSeekMoE, arXiv:2401.06066,
+            §3.2): a dense MLP of that many times hidden_features, added to the routed output.
+        expert_drop: dropout inside the experts, in the place of `drop` (ST-MoE, arXiv:2202.08906, §4.2).
+        **router_options: see `moevision.layers.RouterOptions`.
 
     Raises:
-        UserError: for an argument of timm's Mlp that experts cannot honour, an unknown router or backend, or K > E.
+        UserError: for an argument of timm's Mlp that experts cannot honour, an unknown router or backend, K > E, or an
+            option that the router has no use for.
 
     Example:
         >>> layer = MoEMlp(192, 384, num_experts=8, top_k=2)
@@ -63,28 +71,40 @@ class MoEMlp(Recordable):
         dtype: torch.dtype | None = None,
         *,
         num_experts: int = 8,
-        top_k: int = 2,
+        top_k: int | None = None,
         router: str = "noisy_top_k",
         backend: Backend = "auto",
+        num_shared_experts: int = 0,
+        expert_drop: float | None = None,
+        **router_options: Any,
     ) -> None:
         super().__init__()
         if norm_layer is not None or use_conv:
             raise UserError("MoEMlp has no norm_layer and no use_conv: keep this block dense, or leave them out.")
         drops = drop if isinstance(drop, tuple) else (drop, drop)
-        self.router = build_router(router, in_features, num_experts, top_k, device=device, dtype=dtype)
+        hidden = hidden_features or in_features
+        sizes = (in_features, hidden, out_features or in_features)
+        biases = bias if isinstance(bias, tuple) else (bias, bias)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.router = build_router(
+            router, in_features, num_experts, top_k, options=RouterOptions(**router_options), **place
+        )
         self.dispatcher = LocalDispatcher()
         self.experts = Experts(
             num_experts,
-            in_features,
-            hidden_features or in_features,
-            out_features or in_features,
+            *sizes,
             act_layer=act_layer,
-            bias=bias if isinstance(bias, tuple) else (bias, bias),
-            drop=drops[0],
+            bias=biases,
+            drop=drops[0] if expert_drop is None else expert_drop,
             backend=backend,
-            device=device,
-            dtype=dtype,
+            **place,
         )
+        self.shared = (
+            SharedExperts(in_features, num_shared_experts * hidden, sizes[2], act_layer, biases, drops[0], **place)
+            if num_shared_experts
+            else None
+        )
+        self.num_shared_experts = num_shared_experts
         self.drop = nn.Dropout(drops[1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,6 +113,8 @@ class MoEMlp(Recordable):
         routing = self.decide(replace(self.router(tokens), layer=self.layer_index))
         flat = tokens.flatten(0, 1)
         mixed = self._mix_all(flat, routing) if self.experts.backend == "dense" else self._mix_routed(flat, routing)
+        if self.shared is not None:
+            mixed = mixed + self.shared(flat)
         out: Tensor = self.drop(mixed.view(*x.shape[:-1], -1))
         return out
 
@@ -103,9 +125,58 @@ class MoEMlp(Recordable):
         return self.dispatcher.combine(rows, dispatched, routing)
 
     def _mix_all(self, x: Tensor, routing: Routing) -> Tensor:
+        if isinstance(routing, SoftRouting):  # its experts see slots, never tokens
+            dispatched = self.dispatcher.dispatch(x.to(self.experts.compute_dtype(x)), routing)
+            slots = dispatched.rows.view(routing.num_experts, -1, x.shape[-1])
+            return self.dispatcher.combine(self.experts.on_slots(slots).flatten(0, 1), dispatched, routing)
         outputs = self.experts.on_all_tokens(x)
         weights = routing.expert_weights().flatten(0, 1)
         return (outputs * weights.unsqueeze(-1)).sum(1).to(outputs.dtype)
+
+
+class SharedExperts(nn.Module):
+    """`fc2(dropout(act(fc1(x))))` on every token: timm's Mlp without its last dropout, initialised as experts are.
+
+    Args:
+        in_features: D.
+        hidden_features: hidden width of all shared experts together.
+        out_features: output width.
+        act_layer: constructor of the activation.
+        bias: biases of fc1 and fc2.
+        drop: dropout after the activation.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        act_layer: Callable[[], nn.Module],
+        bias: tuple[bool, bool],
+        drop: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias[0], device=device, dtype=dtype)
+        self.act = act_layer()
+        self.drop = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_features, out_features, bias=bias[1], device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `PackedLinear`: truncated normal, std 0.02, and zero biases."""
+        for linear in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [T, D] -> [T, out_features]."""
+        out: Tensor = self.fc2(self.drop(self.act(self.fc1(x))))
+        return out
 
 
 def moe_layers(model: nn.Module) -> list[MoEMlp]:

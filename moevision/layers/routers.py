@@ -1,7 +1,4 @@
-"""Routers: from tokens to a `Routing`, each exactly as its source defines it.
-
-- `noisy_top_k`: Shazeer et al. 2017, arXiv:1701.06538, §2.1 and appendix A.
-- `vmoe_top_k`: Riquelme et al. 2021 (V-MoE), arXiv:2106.05974, §2 and its released code.
+"""The routers by name. Each is exactly as its source defines it; the sources stand in the modules.
 
 Axes: B images, N tokens, D width, E experts, K choices.
 """
@@ -9,16 +6,23 @@ Axes: B images, N tokens, D width, E experts, K choices.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from moevision.errors import UserError
+from moevision.layers.affinity import CosineRouter, SigmoidRouter
+from moevision.layers.expert_choice import ExpertChoiceRouter
+from moevision.layers.handmade import ColourRouter, HashRouter, LabelRouter, PositionRouter, RandomRouter
+from moevision.layers.options import RouterOptions
 from moevision.layers.routing import Routing
+from moevision.layers.soft import SoftRouter
+from moevision.layers.top_k import TopKRouter
 
-Noise = Literal["learned", "fixed", "none"]
+_BIAS_RATE = 1e-3  # γ of arXiv:2412.19437, §4.2
+_CAPACITY = ("capacity_factor", "eval_capacity_factor", "batch_priority", "capacity_group")
 
 
 class Router(Protocol):
@@ -31,166 +35,140 @@ class Router(Protocol):
     def losses(self) -> frozenset[str]:
         """Names of the balance losses that this router's `Routing` can supply."""
 
-    def __call__(self, x: Tensor) -> Routing:
+    @property
+    def default_losses(self) -> dict[str, float]:
+        """Weights of the balance losses where the user gives none."""
+
+    def __call__(self, x: torch.Tensor) -> Routing:
         """Route tokens x [B, N, D]."""
 
 
-class TopKRouter(nn.Module):
-    """Each token chooses its K best experts by a linear score plus noise (noise in training only).
+@dataclass(frozen=True)
+class RouterKind:
+    """A router's name in the table.
 
-    With `softmax_over="kept"` this is Shazeer's noisy top-k gating (eq. 3-5): `H = x W_gate + N(0, 1) ·
-    softplus(x W_noise)`, `gates = softmax(keep_top_k(H))`. With k = 1 that softmax is the constant 1 and the router
-    would never learn, so the gate is then the full-softmax probability of the noisy logits (our deviation).
-
-    With `softmax_over="all"` and `noise="fixed"` this is V-MoE's `TOP_k(softmax(x W + ε))`, ε ~ N(0, 1/E²): the
-    softmax comes before the choice and is not renormalised.
-
-    The scores are computed in at least float32 whatever autocast says, since a near tie decided in bfloat16 sends
-    tokens to arbitrary experts (Switch Transformer, arXiv:2101.03961, §2.4); float64 stays float64.
-
-    Args:
-        dim: D, the width of a token.
-        num_experts: E.
-        top_k: K, between 1 and E.
-        noise: `learned` (a second linear map gives each token's noise), `fixed` (σ = 1/E), or `none`.
-        softmax_over: `kept` (after the choice, sums to 1) or `all` (before the choice).
-        device: where the parameters live.
-        dtype: dtype of the parameters.
-
-    Raises:
-        UserError: if top_k is not between 1 and num_experts.
+    Attributes:
+        summary: what it does, in words for a help text.
+        make: constructor (dim, E, K, options, device, dtype).
+        options: the `RouterOptions` that it has a use for.
+        top_k: K where the user gives none.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        top_k: int,
-        *,
-        noise: Noise = "learned",
-        softmax_over: Literal["kept", "all"] = "kept",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise UserError(
-                f"top_k={top_k} does not fit num_experts={num_experts}: choose top_k between 1 and {num_experts}."
-            )
-        self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
-        self.noise, self.softmax_over = noise, softmax_over
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
-        self.noise_weight = (
-            nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype)) if noise == "learned" else None
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Zeros where noise is learned (Shazeer, appendix A: "no signal and some noise"); else LeCun normal.
-
-        A router without learned noise must not start at zero: exact ties would send every token to the same experts.
-        """
-        if self.noise_weight is None:
-            nn.init.normal_(self.weight, std=self.dim**-0.5)
-        else:
-            nn.init.zeros_(self.weight)
-            nn.init.zeros_(self.noise_weight)
-
-    @property
-    def losses(self) -> frozenset[str]:
-        """Names of the balance losses this router can supply; the load loss needs noise."""
-        names = {"importance", "load_balancing", "z"}
-        return frozenset(names if self.noise == "none" else names | {"load"})
-
-    def forward(self, x: Tensor) -> Routing:
-        """Route tokens x [B, N, D]."""
-        device_type = x.device.type
-        if torch.amp.is_autocast_available(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return self._route(at_least_float32(x))
-        return self._route(at_least_float32(x))
-
-    def _route(self, x: Tensor) -> Routing:
-        logits, noise_std = self._scores(x)
-        noisy_logits = logits if noise_std is None else logits + torch.randn_like(logits) * noise_std
-        top_logits, expert_index = noisy_logits.topk(self.top_k, dim=-1)
-        return Routing(
-            logits=logits,
-            noisy_logits=noisy_logits,
-            probs=logits.softmax(-1),
-            noise_std=noise_std,
-            expert_index=expert_index,
-            combine_weight=self.gates(noisy_logits, top_logits),
-            kept=torch.ones_like(expert_index, dtype=torch.bool),
-        )
-
-    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Clean logits [B, N, E] and the standard deviation of their noise."""
-        weight = self.weight.to(x.dtype)
-        if not self.training or self.noise == "none":
-            return F.linear(x, weight), None
-        if self.noise_weight is None:
-            logits = F.linear(x, weight)
-            return logits, logits.new_full((1, 1, 1), 1 / self.num_experts)
-        # One matrix product for both maps: x is read once.
-        both = F.linear(x, torch.cat([weight, self.noise_weight.to(x.dtype)]))
-        logits, raw_std = both.split(self.num_experts, dim=-1)
-        return logits, F.softplus(raw_std)
-
-    def gates(self, noisy_logits: Tensor, top_logits: Tensor) -> Tensor:
-        """Combine weights of chosen experts, by this router's rule.
-
-        Args:
-            noisy_logits: [B, N, E] the scores that the choice is made on.
-            top_logits: [B, N, k] those of the chosen experts; k is `top_k` unless an intervention chose otherwise.
-
-        Returns:
-            [B, N, k].
-        """
-        if self.softmax_over == "kept" and top_logits.shape[-1] > 1:
-            return top_logits.softmax(-1)
-        return (top_logits - noisy_logits.logsumexp(-1, keepdim=True)).exp()
-
-    def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
-        return f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, noise={self.noise!r}"
+    summary: str
+    make: Callable[..., Any]
+    options: tuple[str, ...] = ()
+    top_k: int = 2
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Promote float16 and bfloat16 to float32; leave float32 and float64 alone."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def _noisy_top_k(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> TopKRouter:
+    losses = {"importance": 0.05, "load": 0.05}
+    return TopKRouter(dim, num_experts, top_k, noise="learned", options=options, default_losses=losses, **place)
 
 
-def _noisy_top_k(
-    dim: int, num_experts: int, top_k: int, device: torch.device | str | None, dtype: torch.dtype | None
-) -> TopKRouter:
-    return TopKRouter(dim, num_experts, top_k, noise="learned", softmax_over="kept", device=device, dtype=dtype)
+def _vmoe(
+    router: type[TopKRouter], dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any
+) -> Any:
+    losses = {"importance": 0.05, "load": 0.05}
+    return router(
+        dim, num_experts, top_k, noise="fixed", softmax_over="all", options=options, default_losses=losses, **place
+    )
 
 
-def _vmoe_top_k(
-    dim: int, num_experts: int, top_k: int, device: torch.device | str | None, dtype: torch.dtype | None
-) -> TopKRouter:
-    return TopKRouter(dim, num_experts, top_k, noise="fixed", softmax_over="all", device=device, dtype=dtype)
+def _switch(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> TopKRouter:
+    if top_k != 1:
+        raise UserError(f"The router 'switch' sends a token to one expert: top_k={top_k} must be 1, or left out.")
+    losses = {"load_balancing": 0.01}  # α of arXiv:2101.03961, §2.2
+    return TopKRouter(
+        dim, num_experts, top_k, noise="none", softmax_over="all", options=options, default_losses=losses, **place
+    )
 
 
-RouterFactory = Callable[[int, int, int, torch.device | str | None, torch.dtype | None], TopKRouter]
-ROUTERS: dict[str, RouterFactory] = {"noisy_top_k": _noisy_top_k, "vmoe_top_k": _vmoe_top_k}
+def _sigmoid(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> SigmoidRouter:
+    return SigmoidRouter(dim, num_experts, top_k, options=options, default_losses={"load_balancing": 0.01}, **place)
+
+
+def _bias_balanced(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> SigmoidRouter:
+    return SigmoidRouter(dim, num_experts, top_k, bias_rate=options.bias_rate or _BIAS_RATE, options=options, **place)
+
+
+def _expert_choice(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> ExpertChoiceRouter:
+    if options.noise in ("learned", "jitter"):
+        raise UserError("The router 'expert_choice' has no such noise: use noise 'fixed' or 'none'.")
+    return ExpertChoiceRouter(dim, num_experts, top_k, options=options, **place)
+
+
+def _soft(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> SoftRouter:
+    return SoftRouter(dim, num_experts, top_k, options=options, **place)
+
+
+def _handmade(
+    make: Callable[..., Any], dim: int, num_experts: int, top_k: int, options: RouterOptions, **_: Any
+) -> Any:
+    return make(num_experts, top_k)
+
+
+def _colour(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> ColourRouter:
+    return ColourRouter(num_experts, top_k, device=place["device"])
+
+
+_TOKEN_CHOICE = ("noise", "normalize_gates", *_CAPACITY)
+ROUTERS: dict[str, RouterKind] = {
+    "noisy_top_k": RouterKind("noisy top-k with learned noise (Shazeer 2017)", _noisy_top_k, _TOKEN_CHOICE),
+    "vmoe_top_k": RouterKind("softmax, fixed noise, top-k (V-MoE)", partial(_vmoe, TopKRouter), _TOKEN_CHOICE),
+    "switch": RouterKind("one expert per token, no noise (Switch Transformer)", _switch, _TOKEN_CHOICE, top_k=1),
+    "sigmoid": RouterKind("top-k of independent sigmoids", _sigmoid, _TOKEN_CHOICE[1:]),
+    "bias_balanced": RouterKind(
+        "sigmoids, balanced by a bias instead of a loss (DeepSeek-V3)",
+        _bias_balanced,
+        (*_TOKEN_CHOICE[1:], "bias_rate"),
+    ),
+    "cosine": RouterKind("scaled cosine with expert embeddings (X-MoE)", partial(_vmoe, CosineRouter), _TOKEN_CHOICE),
+    "expert_choice": RouterKind("experts choose tokens", _expert_choice, ("noise", "normalize_gates")),
+    "soft": RouterKind("experts read weighted means of tokens (Soft MoE)", _soft, ("slots_per_expert",)),
+    "hash": RouterKind("baseline: by a hash of the position", partial(_handmade, HashRouter)),
+    "random": RouterKind("baseline: at random", partial(_handmade, RandomRouter)),
+    "position": RouterKind("hand-made: bands of the picture", partial(_handmade, PositionRouter)),
+    "colour": RouterKind("hand-made: clusters of the patch's colour", _colour),
+    "label": RouterKind("hand-made oracle: by the class, which it must be told", partial(_handmade, LabelRouter)),
+}
+
+
+def router_kind(name: str) -> RouterKind:
+    """The table's row of a name.
+
+    Raises:
+        UserError: if there is no router of that name.
+    """
+    if name not in ROUTERS:
+        raise UserError(f"There is no router {name!r}; choose one of {', '.join(ROUTERS)}.")
+    return ROUTERS[name]
 
 
 def build_router(
     name: str,
     dim: int,
     num_experts: int,
-    top_k: int,
+    top_k: int | None = None,
     *,
+    options: RouterOptions = RouterOptions(),  # noqa: B008 (never changed)
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> TopKRouter:
+) -> Any:
     """The router of that name.
 
+    Args:
+        name: one of `ROUTERS`.
+        dim: D.
+        num_experts: E.
+        top_k: K; the router's own if None.
+        options: what else is asked of it.
+        device: where its parameters live.
+        dtype: dtype of its parameters.
+
     Raises:
-        UserError: if there is no router of that name, or top_k does not fit num_experts.
+        UserError: if there is no router of that name, top_k does not fit num_experts, or it has no use for an option.
     """
-    if name not in ROUTERS:
-        raise UserError(f"There is no router {name!r}; choose one of {', '.join(ROUTERS)}.")
-    return ROUTERS[name](dim, num_experts, top_k, device, dtype)
+    kind = router_kind(name)
+    useful = options.only(name, kind.options)
+    top_k = kind.top_k if top_k is None else top_k
+    return kind.make(dim, num_experts, top_k, useful, device=device, dtype=dtype)

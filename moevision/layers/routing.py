@@ -1,6 +1,8 @@
 """One MoE layer's routing decision, and the scope that collects it.
 
-`Routing` is what every router returns and the only thing that losses, metrics, analysis and the demo read.
+`Routing` is what every router returns and the only thing that losses, metrics, analysis and the demo read. Written
+here for token choice; where experts choose tokens or mix them (`slots.py`), a subclass adds what those need and keeps
+the token's view, so that a new router costs nothing downstream.
 `record_routing(model)` opens a scope in which every MoE layer of `model` appends its `Routing` to a list: a scope
 instead of hooks (they fire zero times under `torch.compile`, twice under activation checkpointing) and instead of
 returned tuples (they would break timm's Tensor -> Tensor blocks). An intervention changes the decision at the same
@@ -14,12 +16,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+
+Kind = Literal["token_choice", "expert_choice", "soft"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Routing:
     Attributes:
         logits: [B, N, E] clean router scores, at least float32.
         noisy_logits: [B, N, E] the scores that the choice was made on; `logits` itself where there is no noise.
-        probs: [B, N, E] softmax of the clean `logits`.
+        probs: [B, N, E] each token's clean affinities, summing to 1: softmax of `logits`, for sigmoid gates s / sum(s).
         noise_std: [B, N, E] (or broadcastable) standard deviation of the noise; None without noise, as in eval mode.
         expert_index: [B, N, K] int64, the chosen experts, best first.
         combine_weight: [B, N, K] the weight of each choice in the output.
@@ -38,6 +43,8 @@ class Routing:
         grid: (rows, columns) of the patch grid; None when tokens are not the whole grid (patch dropping).
         num_prefix_tokens: class and register tokens in front of the patches; they are routed too.
     """
+
+    kind: ClassVar[Kind] = "token_choice"
 
     logits: Tensor
     noisy_logits: Tensor
@@ -73,16 +80,11 @@ class Routing:
         """[E] int64: how many choices each expert computes (the load)."""
         return _count(self.expert_index.flatten(), self.kept.flatten(), self.num_experts)
 
-    def detach(self) -> Routing:
+    def detach(self) -> Self:
         """The same decision without its autograd graph, for metrics and traces."""
-        return replace(
-            self,
-            logits=self.logits.detach(),
-            noisy_logits=self.noisy_logits.detach(),
-            probs=self.probs.detach(),
-            noise_std=None if self.noise_std is None else self.noise_std.detach(),
-            combine_weight=self.combine_weight.detach(),
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        detached: dict[str, Any] = {name: x.detach() for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **detached)
 
 
 def _count(expert: Tensor, kept: Tensor, num_experts: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a dense timm ViT to a Mixture of Experts, and to the dense twin that it is compared with.
+"""From a dense timm ViT to a Mixture of Experts.
 
 Axes: D width, H hidden width of one expert, E experts, K choices of a token.
 """
@@ -8,17 +8,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from dataclasses import fields
+from typing import Any, cast
 
 import torch
 from timm.layers import Mlp
 from torch import nn
 
 from moevision.errors import UserError
-from moevision.layers import MoEMlp
+from moevision.layers import ColourRouter, HandmadeRouter, MoEMlp, RouterOptions, capacity_of, moe_layers, router_kind
 from moevision.layers.experts import Backend
-
-Match = Literal["active_flops", "total_params"]
 
 
 def moe_layer_indices(moe_layers: str | Sequence[int], depth: int) -> list[int]:
@@ -46,66 +45,168 @@ def moe_layer_indices(moe_layers: str | Sequence[int], depth: int) -> list[int]:
 def convert_to_moe(
     vit: nn.Module,
     layers: str | Sequence[int] = "every2",
-    num_experts: int = 8,
-    top_k: int = 2,
-    router: str = "noisy_top_k",
+    num_experts: int | Sequence[int] = 8,
+    top_k: int | Sequence[int] | None = None,
+    router: str | Sequence[str] = "noisy_top_k",
     *,
-    expert_hidden: int | None = None,
+    expert_hidden: int | Sequence[int] | None = None,
     backend: Backend = "auto",
     copy_weights: bool = False,
+    num_shared_experts: int = 0,
+    expert_drop: float | None = None,
+    **router_options: Any,
 ) -> nn.Module:
     """Replace the MLPs of some blocks of a timm ViT by MoE layers, in place.
 
-    By default the experts are freshly initialised and one expert has the dense MLP's hidden width / K, so that a
-    token costs what it cost before. With `copy_weights` every expert starts as a copy of the MLP that it replaces,
-    at full width ("sparse upcycling", arXiv:2212.05055): with gates that sum to 1 the output is unchanged.
+    By default the experts are freshly initialised and one expert has the dense MLP's hidden width / (K + shared), so
+    that a token costs what it cost before. With `copy_weights` every expert starts as a copy of the MLP that it
+    replaces, at full width ("sparse upcycling", arXiv:2212.05055): with gates that sum to 1 the output is unchanged.
 
     Args:
         vit: a timm model whose `blocks[i].mlp` is a plain `timm.layers.Mlp` (ViT, DeiT, AugReg, ...).
         layers: `every2`, `last2`, `all`, or a list of block indices counting from 0.
-        num_experts: E.
-        top_k: K.
-        router: name of the router.
+        num_experts: E; like the next three one value for all MoE layers, or one per MoE layer.
+        top_k: K; by default the router's own.
+        router: a name of `moevision.layers.ROUTERS`.
         expert_hidden: hidden width H of one expert.
         backend: how the experts are computed.
         copy_weights: start every expert as a copy of the dense MLP.
+        num_shared_experts: experts that every token passes besides the routed ones.
+        expert_drop: dropout inside the experts, in the place of the MLP's.
+        **router_options: see `moevision.layers.RouterOptions`; a router ignores what only another layer's can use.
 
     Returns:
         `vit` itself. It carries a JSON-ready `moe_config` and saves under the registered name `vit_moe`.
 
     Raises:
-        UserError: if the model has no such blocks, or a block's MLP is not a plain one.
+        UserError: if the model has no such blocks, a block's MLP is not a plain one, or an option doesn't fit.
     """
     blocks = getattr(vit, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         raise UserError(f"{type(vit).__name__} has no transformer blocks to convert: give a timm ViT or DeiT.")
+    if copy_weights and num_shared_experts:
+        raise UserError("A shared expert on top of copies would double the output: leave num_shared_experts out.")
     indices = moe_layer_indices(layers, len(blocks))
-    for index in indices:
-        mlp = getattr(blocks[index], "mlp", None)
-        if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity) or not isinstance(mlp.fc1, nn.Linear):
-            raise UserError(
-                f"Block {index} of {type(vit).__name__} has {type(mlp).__name__} where a plain MLP is needed: "
-                "gated, normed and convolutional MLPs, and blocks that are MoE already, can't be converted."
-            )
-        if copy_weights and expert_hidden not in (None, mlp.fc1.out_features):
-            raise UserError(
-                f"Copies of the MLP in block {index} have {mlp.fc1.out_features} hidden units, not "
-                f"{expert_hidden}: leave expert_hidden out."
-            )
-    if copy_weights and indices:
-        expert_hidden = cast(Any, blocks)[indices[0]].mlp.fc1.out_features
-    for index in indices:
-        blocks[index].mlp = _moe_like(vit, index, num_experts, top_k, router, expert_hidden, backend, copy_weights)
+    of_layer = {"num_experts": num_experts, "top_k": top_k, "router": router, "hidden_features": expert_hidden}
+    shared = {"backend": backend, "num_shared_experts": num_shared_experts, "expert_drop": expert_drop}
+    # As in timm, an option that is None was not given.
+    options = {name: value for name, value in router_options.items() if value is not None}
+    plans = _plan(vit, indices, of_layer, shared, options, copy_weights)
+    for index, plan in zip(indices, plans, strict=True):
+        blocks[index].mlp = _moe_like(vit, index, plan, copy_weights)
+    _show_picture(vit)
+    written = {name: _one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()}
+    if not copy_weights and expert_hidden is None:
+        written["hidden_features"] = None  # follows from the MLP
+    if any("slots_per_expert" in plan for plan in plans):
+        options["slots_per_expert"] = _one_or_list([plan.get("slots_per_expert") for plan in plans], None)
     _set_address(
         vit,
         moe_layers=indices,
-        num_experts=num_experts,
-        top_k=top_k,
-        router=router,
-        expert_hidden=expert_hidden,
+        num_experts=written["num_experts"],
+        top_k=written["top_k"],
+        router=written["router"],
+        expert_hidden=written["hidden_features"],
         backend=backend,
+        **({"num_shared_experts": num_shared_experts} if num_shared_experts else {}),
+        **({} if expert_drop is None else {"expert_drop": expert_drop}),
+        **options,
     )
     return vit
+
+
+def _plan(
+    vit: nn.Module,
+    indices: list[int],
+    of_layer: dict[str, Any],
+    shared: dict[str, Any],
+    options: dict[str, Any],
+    copy_weights: bool,
+) -> list[dict[str, Any]]:
+    """Keyword arguments of the `MoEMlp` of each MoE layer."""
+    lists = {name: _per_layer(name, value, len(indices)) for name, value in of_layer.items()}
+    slots = _per_layer("slots_per_expert", options.get("slots_per_expert"), len(indices))
+    _check_options(lists["router"], options)
+    plans = []
+    for place, index in enumerate(indices):
+        plan = {name: values[place] for name, values in lists.items()} | shared
+        kind, dense_hidden = router_kind(plan["router"]), _plain_mlp(vit, index).out_features
+        if plan["top_k"] is None:
+            plan["top_k"] = kind.top_k
+        plan["hidden_features"] = _expert_hidden(index, plan, dense_hidden, copy_weights)
+        plan |= {name: value for name, value in options.items() if name in kind.options}
+        if "slots_per_expert" in kind.options:
+            plan["slots_per_expert"] = slots[place] or _slots(vit, plan["top_k"], plan["num_experts"])
+        plans.append(plan)
+    return plans
+
+
+def _expert_hidden(index: int, plan: dict[str, Any], dense_hidden: int, copy_weights: bool) -> int:
+    """Hidden width of one expert: what was asked, or what costs as much as the dense MLP (as wide, for copies)."""
+    asked, units = plan["hidden_features"], plan["top_k"] + plan["num_shared_experts"]
+    if copy_weights and asked not in (None, dense_hidden):
+        raise UserError(
+            f"Copies of the MLP in block {index} have {dense_hidden} hidden units, not {asked}: "
+            "leave expert_hidden out."
+        )
+    hidden = int(asked or (dense_hidden if copy_weights else dense_hidden // units))
+    if hidden < 1:
+        raise UserError(f"top_k={units} leaves an expert no hidden unit: choose a smaller top_k or set expert_hidden.")
+    return hidden
+
+
+def _per_layer(name: str, value: Any, count: int) -> list[Any]:
+    """One value for each MoE layer."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise UserError(f"{name}={list(value)} has {len(value)} entries for {count} MoE layers: give one for each.")
+    return list(value)
+
+
+def _one_or_list(values: list[Any], given: Any) -> Any:
+    """What to write down: one value if all layers have the same."""
+    if not values:
+        return given
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def _check_options(routers: list[str], options: dict[str, Any]) -> None:
+    """Raise a UserError for an option that doesn't exist, or that no router has a use for."""
+    useful = {name for router in routers for name in router_kind(router).options}
+    known = {field.name for field in fields(RouterOptions)}
+    useless = sorted(options.keys() - (useful if routers else known))
+    if useless:
+        names = " and ".join(dict.fromkeys(repr(name) for name in routers)) or "A model without MoE layers"
+        raise UserError(f"The router {names} has no use for {', '.join(useless)}: leave it out.")
+
+
+def _plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
+    """The first map of a block's MLP, if it is one that experts can replace."""
+    mlp = getattr(cast(Any, vit).blocks[index], "mlp", None)
+    if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity) or not isinstance(mlp.fc1, nn.Linear):
+        raise UserError(
+            f"Block {index} of {type(vit).__name__} has {type(mlp).__name__} where a plain MLP is needed: "
+            "gated, normed and convolutional MLPs, and blocks that are MoE already, can't be converted."
+        )
+    return mlp.fc1
+
+
+def _slots(vit: nn.Module, top_k: int, num_experts: int) -> int:
+    """Slots of one expert with which a token costs as much as with K experts; kept when the picture's size changes."""
+    model = cast(Any, vit)
+    tokens = int(model.patch_embed.num_patches) + int(model.num_prefix_tokens)
+    return capacity_of(1.0, tokens, top_k, num_experts)
+
+
+def _show_picture(vit: nn.Module) -> None:
+    """Tell hand-made routers how many tokens aren't patches, and let those that go by colour see the picture."""
+    for layer in moe_layers(vit):
+        if isinstance(layer.router, HandmadeRouter):
+            layer.router.num_prefix_tokens = int(cast(Any, vit).num_prefix_tokens)
+        if isinstance(layer.router, ColourRouter):
+            # A hook on this module, once per forward pass: it is outside compiled and checkpointed blocks.
+            cast(Any, vit).patch_embed.register_forward_pre_hook(layer.router.look)
 
 
 def _set_address(vit: nn.Module, **moe_config: Any) -> None:
@@ -114,46 +215,33 @@ def _set_address(vit: nn.Module, **moe_config: Any) -> None:
     state.moe_config = moe_config
     pretrained_cfg = getattr(vit, "pretrained_cfg", None)
     if pretrained_cfg is None or str(pretrained_cfg.get("architecture", "")).startswith(("vit_moe", "test_vit_moe")):
-        return  # built under a registered name, which does this itself
+        # Built under a registered name, which writes down what was given; the slot count must outlive a resize.
+        if "slots_per_expert" in moe_config:
+            state._model_args = {"slots_per_expert": moe_config["slots_per_expert"]}
+        return
     given = {key: value for key, value in moe_config.items() if value is not None}
     state._model_args = {**getattr(vit, "_model_args", {}), "base": pretrained_cfg["architecture"], **given}
     state.pretrained_cfg = {**pretrained_cfg, "architecture": "vit_moe"}
     state.default_cfg = state.pretrained_cfg
 
 
-def _moe_like(
-    vit: nn.Module,
-    index: int,
-    num_experts: int,
-    top_k: int,
-    router: str,
-    expert_hidden: int | None,
-    backend: Backend,
-    copy_weights: bool,
-) -> MoEMlp:
+def _moe_like(vit: nn.Module, index: int, plan: dict[str, Any], copy_weights: bool) -> MoEMlp:
     mlp = cast(Any, vit).blocks[index].mlp
-    hidden = expert_hidden or mlp.fc1.out_features // top_k
-    if hidden < 1:
-        raise UserError(f"top_k={top_k} leaves an expert no hidden unit: choose a smaller top_k or set expert_hidden.")
     moe = MoEMlp(
         mlp.fc1.in_features,
-        hidden,
-        mlp.fc2.out_features,
+        out_features=mlp.fc2.out_features,
         act_layer=lambda: copy.deepcopy(mlp.act),
         bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None),
         drop=(mlp.drop1.p, mlp.drop2.p),
-        num_experts=num_experts,
-        top_k=top_k,
-        router=router,
-        backend=backend,
         device=mlp.fc1.weight.device,
         dtype=mlp.fc1.weight.dtype,
+        **plan,
     )
     moe.layer_index = index
     if copy_weights:
         _copy_into_experts(mlp, moe)
     elif getattr(vit, "fix_init", False):
-        scale_by_depth(moe.experts.fc2.weight, index)
+        scale_outputs_by_depth(moe, index)
     return moe.train(mlp.training)
 
 
@@ -171,56 +259,8 @@ def scale_by_depth(weight: torch.Tensor, index: int) -> None:
     weight.div_(math.sqrt(2.0 * (index + 1)))
 
 
-def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
-    """A dense copy of a MoE model: every MoE layer becomes a freshly initialised `Mlp`, the rest is copied.
-
-    Args:
-        model: a converted model.
-        match: `active_flops` gives the Mlp K·H hidden units, what one token computes (is sparse better at the same
-            cost?); `total_params` gives it E·H, what is stored (what does sparsity save?).
-
-    Returns:
-        A new model, which saves under the same registered name with `twin=match`.
-
-    Raises:
-        UserError: if the model is not a converted one, or `match` is unknown.
-    """
-    if not hasattr(model, "moe_config"):
-        raise UserError(f"{type(model).__name__} is not a MoE model: convert it first, or create a vit_moe model.")
-    twin = copy.deepcopy(model)
-    make_dense(twin, match)
-    cast(Any, twin)._model_args = {**getattr(model, "_model_args", {}), "twin": match}
-    return twin
-
-
-def make_dense(model: nn.Module, match: Match) -> None:
-    """Replace the MoE layers of `model` by dense MLPs, in place (see `dense_twin`)."""
-    if match not in get_args(Match):
-        raise UserError(f"There is no twin {match!r}: choose {' or '.join(get_args(Match))}.")
-    state = cast(Any, model)
-    for index, block in enumerate(state.blocks):
-        if isinstance(block.mlp, MoEMlp):
-            block.mlp = _mlp_like(block.mlp, match)
-            if getattr(model, "fix_init", False):
-                scale_by_depth(block.mlp.fc2.weight, index)
-    state.moe_config = {**state.moe_config, "twin": match}
-
-
-def _mlp_like(moe: MoEMlp, match: Match) -> Mlp:
-    fc1, fc2 = moe.experts.fc1, moe.experts.fc2
-    units = moe.router.top_k if match == "active_flops" else moe.router.num_experts
-    mlp = Mlp(
-        fc1.in_features,
-        units * fc1.out_features,
-        fc2.out_features,
-        act_layer=cast(Any, lambda: copy.deepcopy(moe.experts.act)),
-        bias=(fc1.bias is not None, fc2.bias is not None),
-        drop=(moe.experts.drop.p, moe.drop.p),
-        device=fc1.weight.device,
-        dtype=fc1.weight.dtype,
-    )
-    for linear in (mlp.fc1, mlp.fc2):  # timm's ViT initialisation, which experts use too
-        nn.init.trunc_normal_(linear.weight, std=0.02)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
-    return mlp.train(moe.training)
+def scale_outputs_by_depth(moe: MoEMlp, index: int) -> None:
+    """The same for all output weights of a MoE layer."""
+    scale_by_depth(moe.experts.fc2.weight, index)
+    if moe.shared is not None:
+        scale_by_depth(moe.shared.fc2.weight, index)

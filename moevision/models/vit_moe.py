@@ -7,6 +7,7 @@ timm's VisionTransformer for everything else. Names exist after `import moevisio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, cast
 
 import timm
@@ -16,28 +17,45 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, Routing, forward_routing
+from moevision.layers import MoEMlp, RouterOptions, Routing, forward_routing
 from moevision.layers.experts import Backend
-from moevision.models.convert import Match, convert_to_moe, make_dense, scale_by_depth
+from moevision.models.convert import convert_to_moe, scale_by_depth, scale_outputs_by_depth
 from moevision.models.stem import conv_stem
+from moevision.models.twin import Match, make_dense
+
+ROUTER_OPTIONS = tuple(field.name for field in fields(RouterOptions))
+MOE_ARGUMENTS = (
+    "num_experts",
+    "top_k",
+    "router",
+    "expert_hidden",
+    "backend",
+    "num_shared_experts",
+    "expert_drop",
+    *ROUTER_OPTIONS,
+)
 
 
 class VisionTransformerMoE(VisionTransformer):
     """timm's VisionTransformer with MoE layers in some blocks.
 
     Args:
-        num_experts: E, experts in each MoE layer.
-        top_k: K, experts that compute each token.
-        router: `noisy_top_k` (Shazeer) or `vmoe_top_k` (V-MoE).
+        num_experts: E, experts in each MoE layer; like the next two and `expert_hidden` a list gives each its own.
+        top_k: K, experts that compute each token; by default the router's own.
+        router: a name of `moevision.layers.ROUTERS`.
         moe_layers: `every2`, `last2`, `all`, or block indices counting from 0; an empty list gives timm's ViT.
-        expert_hidden: hidden width of one expert; mlp_ratio · D / K if None, so that a token costs as in the plain ViT.
+        expert_hidden: hidden width of one expert; mlp_ratio · D / (K + shared) if None, so that a token costs as in
+            the plain ViT.
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
         stem: `patch` (timm's) or `conv` (arXiv:2106.14881; far better when a small model learns from scratch).
-        twin: build the dense twin instead, matched in `active_flops` or `total_params`.
+        twin: build the dense twin instead, matched in `active_flops` or `total_params`, or of these hidden widths, one
+            for each MoE layer.
         img_size: side(s) of the picture in pixels.
         patch_size: side of a patch in pixels; it must divide img_size.
         embed_dim: D.
-        **kwargs: timm's own arguments.
+        num_shared_experts: experts that every token passes besides the routed ones.
+        expert_drop: dropout inside the experts, in the place of `proj_drop_rate`.
+        **kwargs: options of the router (`moevision.layers.RouterOptions`), and timm's own arguments.
 
     Raises:
         UserError: if patches don't tile the picture, or K, E, router, placement or stem don't exist or fit.
@@ -46,17 +64,19 @@ class VisionTransformerMoE(VisionTransformer):
     def __init__(
         self,
         *,
-        num_experts: int = 8,
-        top_k: int = 2,
-        router: str = "noisy_top_k",
+        num_experts: int | Sequence[int] = 8,
+        top_k: int | Sequence[int] | None = None,
+        router: str | Sequence[str] = "noisy_top_k",
         moe_layers: str | Sequence[int] = "every2",
-        expert_hidden: int | None = None,
+        expert_hidden: int | Sequence[int] | None = None,
         backend: Backend = "auto",
         stem: str = "patch",
-        twin: Match | None = None,
+        twin: Match | Sequence[int] | None = None,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         embed_dim: int = 768,
+        num_shared_experts: int = 0,
+        expert_drop: float | None = None,
         **kwargs: Any,
     ) -> None:
         check_patches(img_size, patch_size)
@@ -64,8 +84,20 @@ class VisionTransformerMoE(VisionTransformer):
             raise UserError(f"There is no stem {stem!r}: choose 'patch' or 'conv'.")
         if stem == "conv":
             kwargs["embed_layer"] = conv_stem(embed_dim, patch_size)
+        router_options = {name: kwargs.pop(name) for name in ROUTER_OPTIONS if name in kwargs}
         super().__init__(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, **kwargs)
-        convert_to_moe(self, moe_layers, num_experts, top_k, router, expert_hidden=expert_hidden, backend=backend)
+        convert_to_moe(
+            self,
+            moe_layers,
+            num_experts,
+            top_k,
+            router,
+            expert_hidden=expert_hidden,
+            backend=backend,
+            num_shared_experts=num_shared_experts,
+            expert_drop=expert_drop,
+            **router_options,
+        )
         if twin is not None:
             make_dense(self, twin)
 
@@ -76,9 +108,11 @@ class VisionTransformerMoE(VisionTransformer):
     def fix_init_weight(self) -> None:
         """Timm's depth-scaled init; a MoE layer keeps its output weights under another name."""
         for index, block in enumerate(cast(Any, self.blocks)):
-            output = block.mlp.experts.fc2 if isinstance(block.mlp, MoEMlp) else block.mlp.fc2
-            for linear in (block.attn.proj, output):
-                scale_by_depth(linear.weight, index)
+            scale_by_depth(block.attn.proj.weight, index)
+            if isinstance(block.mlp, MoEMlp):
+                scale_outputs_by_depth(block.mlp, index)
+            else:
+                scale_by_depth(block.mlp.fc2.weight, index)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory by computing blocks again in the backward pass.
@@ -203,9 +237,8 @@ def vit_moe(pretrained: bool = False, base: str = "vit_tiny_patch16_224", **kwar
     return model
 
 
-def _convert_base(base: str, twin: Match | None = None, **kwargs: Any) -> nn.Module:
-    moe_arguments = ("num_experts", "top_k", "router", "expert_hidden", "backend")
-    moe = {name: kwargs.pop(name) for name in moe_arguments if name in kwargs}
+def _convert_base(base: str, twin: Match | Sequence[int] | None = None, **kwargs: Any) -> nn.Module:
+    moe = {name: kwargs.pop(name) for name in MOE_ARGUMENTS if name in kwargs}
     moe_layers = kwargs.pop("moe_layers", "every2")
     vit = convert_to_moe(timm.create_model(base, **kwargs), moe_layers, **moe)
     if twin is not None:

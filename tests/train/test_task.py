@@ -69,7 +69,7 @@ def test_balance_losses_at_the_start_are_small() -> None:
 
 
 def test_eight_images_are_learned_by_heart() -> None:
-    task = task_of(aux=AuxLossWeights(), label_smoothing=0.0)
+    task = task_of(aux=AuxLossWeights(importance=0, load=0), label_smoothing=0.0)
     torch.manual_seed(0)
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     optimizer = torch.optim.AdamW(task.net.parameters(), lr=3e-3)
@@ -178,12 +178,12 @@ def test_accumulation_has_the_gradient_of_the_full_batch() -> None:
     torch.manual_seed(2)
     x = torch.randn(16, 3, 32, 32, dtype=torch.float64)
     halves = [x[:8], x[8:]]
-    plain = deterministic(AuxLossWeights())
+    plain = deterministic(AuxLossWeights(importance=0, load=0))
     full, _ = gradients(plain, [x])
     parts, _ = gradients(plain, halves)
     for name, gradient in full.items():
         torch.testing.assert_close(parts[name], gradient, msg=name)
-    balanced = deterministic(AuxLossWeights(importance=1.0))
+    balanced = deterministic(AuxLossWeights(importance=1.0, load=0))
     full_aux, value = gradients(balanced, [x])
     parts_aux, last_value = gradients(balanced, halves)
     assert last_value == pytest.approx(value)

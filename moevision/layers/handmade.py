@@ -1,0 +1,224 @@
+"""Gates that nobody learns: baselines for the learned ones.
+
+- `hash`: each position has fixed experts (Roller et al. 2021, arXiv:2106.04426; pictures have no vocabulary, so the
+  position is what is hashed). `random`: experts drawn anew for every token in training, by position in evaluation.
+- `position`, `colour`, `label`: what a person would try. Bands of the picture; clusters of the patches' mean colour;
+  the class itself, an oracle that must be told it and never belongs in a table of accuracies.
+
+Their choice needs no gradient, all gates are 1/K, and no loss balances them. With K > 1 a token's further experts are
+the next ones in cyclic order.
+
+Axes: B images, N tokens of an image (prefix tokens first), E experts, K choices, P patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moevision.errors import UserError
+from moevision.layers.precision import at_least_float32
+from moevision.layers.routing import Routing, routing_lock
+from moevision.layers.top_k import check_top_k
+
+_CERTAINTY = 10.0  # a chosen expert's logit stands this much above the cyclic order of all
+_GOLDEN_RATIO = 2_654_435_769  # 2³² / φ: Fibonacci hashing (Knuth, TAOCP 3, §6.4) spreads consecutive numbers evenly
+_UINT32 = 2**32 - 1
+_MAX_COLOURS = 20_000  # patches that k-means sees
+
+
+class HandmadeRouter(nn.Module):
+    """A gate by a rule; subclasses say which expert a token gets first.
+
+    `logits` are not learned either: minus the rank in cyclic order, and 10 more for the chosen experts, so that every
+    expert has a place in the ranking that interventions work on.
+
+    Args:
+        num_experts: E.
+        top_k: K.
+
+    Raises:
+        UserError: if top_k is not between 1 and num_experts.
+    """
+
+    losses: frozenset[str] = frozenset()
+
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        check_top_k(top_k, num_experts)
+        self.num_experts, self.top_k = num_experts, top_k
+        self.num_prefix_tokens = 0  # set by the model's conversion
+        self.default_losses: dict[str, float] = {}
+
+    def first_expert(self, x: Tensor) -> Tensor:
+        """[B, N] (or broadcastable) int64: the first expert of each token of x [B, N, D]."""
+        raise NotImplementedError
+
+    def order(self, x: Tensor) -> Tensor:
+        """[B, N, E] int64: all experts of each token, in the order of choice."""
+        first = self.first_expert(x).expand(x.shape[:2])
+        return (first.unsqueeze(-1) + torch.arange(self.num_experts, device=x.device)) % self.num_experts
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens x [B, N, D]."""
+        order = self.order(x)
+        rank = torch.arange(self.num_experts, device=x.device, dtype=at_least_float32(x).dtype)
+        score = _CERTAINTY * (rank < self.top_k) - rank
+        logits = torch.zeros(order.shape, device=x.device, dtype=score.dtype).scatter(
+            -1, order, score.expand(order.shape)
+        )
+        expert_index = order[..., : self.top_k]
+        return Routing(
+            logits=logits,
+            noisy_logits=logits,
+            probs=logits.softmax(-1),
+            noise_std=None,
+            expert_index=expert_index,
+            combine_weight=torch.full_like(expert_index, 1 / self.top_k, dtype=logits.dtype),
+            kept=torch.ones_like(expert_index, dtype=torch.bool),
+        )
+
+    def gate_logits(self, routing: Routing) -> Tensor:
+        """[B, N, E]: the scores that give the rank."""
+        return routing.noisy_logits
+
+    def gates(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
+        """1/k for each of k experts, whatever their scores."""
+        return torch.full_like(top_logits, 1 / top_logits.shape[-1])
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+class HashRouter(HandmadeRouter):
+    """The position decides: neighbours get different experts, all experts equally many positions (± 1)."""
+
+    def first_expert(self, x: Tensor) -> Tensor:
+        """By a Fibonacci hash of the position."""
+        position = torch.arange(x.shape[1], device=x.device)
+        return ((position * _GOLDEN_RATIO & _UINT32) * self.num_experts) >> 32
+
+
+class RandomRouter(HandmadeRouter):
+    """K different experts at random for every token; in evaluation a fixed draw by position, so that it repeats."""
+
+    def order(self, x: Tensor) -> Tensor:
+        """A random order of all experts."""
+        if self.training:
+            return torch.rand(*x.shape[:2], self.num_experts, device=x.device).argsort(-1)
+        number = torch.arange(x.shape[1] * self.num_experts, device=x.device).view(1, x.shape[1], -1)
+        return _scrambled(number).argsort(dim=-1, stable=True).expand(x.shape[0], -1, -1)
+
+
+class PositionRouter(HandmadeRouter):
+    """Bands of the picture from top to bottom: each expert has P / E consecutive patches in row-major order."""
+
+    def first_expert(self, x: Tensor) -> Tensor:
+        """Prefix tokens belong to the first band."""
+        patches = x.shape[1] - self.num_prefix_tokens
+        patch = (torch.arange(x.shape[1], device=x.device) - self.num_prefix_tokens).clamp_min(0)
+        return patch * self.num_experts // max(patches, 1)
+
+
+class ColourRouter(HandmadeRouter):
+    """The nearest of E colours; k-means finds them in the first training batch, before that they are shades of grey.
+
+    It sees the picture by a hook on the model's patch embedding, since a layer's tokens no longer show a colour.
+    """
+
+    centroids: Tensor
+    fitted: Tensor
+
+    def __init__(self, num_experts: int, top_k: int, device: torch.device | str | None = None) -> None:
+        super().__init__(num_experts, top_k)
+        grey = torch.linspace(-2, 2, num_experts, device=device).unsqueeze(1).repeat(1, 3)
+        self.register_buffer("centroids", grey)
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool, device=device))
+        self._colours: Tensor | None = None
+
+    def look(self, patch_embed: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Remember the mean colour of every patch; a forward pre-hook of timm's `PatchEmbed`."""
+        rows, columns = (int(side) for side in _grid(patch_embed))
+        image = arguments[0].detach().float()
+        self._colours = F.adaptive_avg_pool2d(image, (rows, columns)).flatten(2).mT  # [B, P, 3]
+        if self.training and not self.fitted:
+            self._fit(self._colours)
+
+    def _fit(self, colours: Tensor) -> None:
+        from sklearn.cluster import KMeans
+
+        sample = colours.flatten(0, 1)[:_MAX_COLOURS].cpu().numpy()
+        found = KMeans(self.num_experts, n_init=4, random_state=0).fit(sample).cluster_centers_
+        centroids = torch.from_numpy(found).to(self.centroids)
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(centroids, 0)  # every process saw other pictures
+        self.centroids.copy_(centroids)
+        self.fitted.fill_(True)
+
+    def first_expert(self, x: Tensor) -> Tensor:
+        """The nearest colour of each patch; a prefix token has the picture's mean colour."""
+        colours = self._colours
+        if colours is None or x.shape[:2] != (colours.shape[0], colours.shape[1] + self.num_prefix_tokens):
+            raise UserError(
+                "Colour gates need the picture of these tokens: use them in a converted timm ViT, and leave "
+                "patch_drop_rate at 0."
+            )
+        mean = colours.mean(1, keepdim=True).expand(-1, self.num_prefix_tokens, -1)
+        return torch.cdist(torch.cat([mean, colours], 1), self.centroids.float()).argmin(-1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle carries no pictures along."""
+        return {**self.__dict__, "_colours": None}
+
+
+class LabelRouter(HandmadeRouter):
+    """An oracle: all tokens of an image go to the expert of its class, label mod E."""
+
+    labels: Tensor | None = None
+
+    def first_expert(self, x: Tensor) -> Tensor:
+        """The label that the open `label_oracle` tells."""
+        if self.labels is None:
+            raise UserError(
+                "The router 'label' is an oracle: open `with moevision.label_oracle(model, labels):` around the model."
+            )
+        return (self.labels.to(x.device) % self.num_experts).view(-1, 1)
+
+
+@contextmanager
+def label_oracle(model: nn.Module, labels: Tensor) -> Iterator[None]:
+    """Tell the `label` routers of a model the classes [B] of the images it is about to see; others don't mind."""
+    routers = [module for module in model.modules() if isinstance(module, LabelRouter)]
+    if not routers:
+        yield
+        return
+    with routing_lock(model):
+        before = [router.labels for router in routers]
+        for router in routers:
+            router.labels = labels
+        try:
+            yield
+        finally:
+            for router, known in zip(routers, before, strict=True):
+                router.labels = known
+
+
+def _grid(patch_embed: nn.Module) -> tuple[int, int]:
+    """(rows, columns) of a patch embedding."""
+    rows, columns = cast(tuple[int, int], patch_embed.grid_size)
+    return int(rows), int(columns)
+
+
+def _scrambled(number: Tensor) -> Tensor:
+    """Integers that look random, the same for the same number (the 32-bit finalizer of MurmurHash3)."""
+    bits = (number + 1) & _UINT32
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = ((bits ^ (bits >> shift)) * factor) & _UINT32
+    return bits ^ (bits >> 16)
