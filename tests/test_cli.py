@@ -48,6 +48,15 @@ def test_fit_help_teaches_the_options_of_the_model(cli):
     assert "--model.arch.num_experts" in out
     assert "E, experts in each MoE layer" in out
     assert "--with-twin" in out
+    assert "--model.arch.capacity_factor" not in out
+    assert "--help-all shows every option" in out
+
+
+def test_help_all_shows_every_option(cli):
+    out = " ".join(cli("fit", "--help-all").out.split())
+    assert "--model.arch.capacity_factor" in out
+    assert "in training an expert computes at most this times its fair share" in out
+    assert "--trainer.profiler" in out
 
 
 def test_version(cli):

@@ -19,6 +19,7 @@ from typing import NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moevision.errors import USER_ERROR, DataWarning
+from moevision.train.help import examples, only_short, verb_of
 
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)", re.IGNORECASE)
 _KEY = re.compile(r'Parser key "([^"]+)":')
@@ -39,7 +40,19 @@ _CHATTER = (
 
 
 class SentenceParser(LightningArgumentParser):
-    """A parser that names the mistake in one sentence, with the option that was probably meant."""
+    """A parser that names the mistake in one sentence, with the option that was probably meant.
+
+    Its help shows what most people need, unless `show_all` is set.
+    """
+
+    show_all = False
+
+    def format_help(self) -> str:
+        """The short help of a verb, or the long one."""
+        if SentenceParser.show_all or " " not in self.prog:
+            return str(super().format_help())
+        with only_short(self):
+            return f"{super().format_help()}\n{examples(verb_of(self))}"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and leave with the exit code of a user's mistake."""

@@ -25,6 +25,7 @@ from moevision.models.config import build_model
 from moevision.train.callbacks import ScheduleCheck, Stopwatch
 from moevision.train.console import SentenceParser, quiet_lightning
 from moevision.train.finish import RunResult, finish_run, write_comparison
+from moevision.train.help import ALL
 from moevision.train.plan import describe_plan, memory_advice
 from moevision.train.recipe import default_precision, expand_arguments
 from moevision.train.run_folder import check_checkpoint, new_run_folder
@@ -210,6 +211,8 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         UserError: for anything that the user can mend.
     """
     torch.set_float32_matmul_precision("high")
+    SentenceParser.show_all = ALL in arguments
+    arguments = ["--help" if argument == ALL else argument for argument in arguments]
     expanded = expand_arguments(verb, arguments)
     with quiet_lightning():
         cli = TrainingCLI([verb, *expanded])

@@ -1,0 +1,88 @@
+"""Two lengths of help for the training verbs: what most people need, and every option there is."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS, Action
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+ALL = "--help-all"
+# What most people change; `--help-all` shows the rest.
+SHORT = frozenset(
+    [
+        "help",
+        "config",
+        "print_config",
+        "seed_everything",
+        "name",
+        "with_twin",
+        "runs_root",
+        "ckpt_path",
+        "trainer.max_epochs",
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.precision",
+        "trainer.accumulate_grad_batches",
+        "model.arch.name",
+        "model.arch.pretrained",
+        "model.arch.num_experts",
+        "model.arch.top_k",
+        "model.arch.router",
+        "model.arch.moe_layers",
+        "model.optim.lr",
+        "model.optim.freeze",
+        "model.compile",
+        "data.path",
+        "data.image_size",
+        "data.batch_size",
+        "data.num_workers",
+        "data.augment",
+        "data.crop",
+        "data.mixup",
+        "data.group_by",
+    ]
+)
+_EXAMPLES = """\
+examples
+  moevision {verb} --config quickstart
+  moevision {verb} path/to/images --model.arch.router expert_choice
+  moevision {verb} path/to/images --model.arch.num_experts 16 --model.arch.top_k 2 --with-twin
+
+{all} shows every option: other routers' knobs (capacity, noise, shared experts), balance losses, data, Trainer.
+"""
+
+
+@contextmanager
+def only_short(parser: LightningArgumentParser) -> Iterator[None]:
+    """Hide every option of a training verb that isn't in `SHORT`."""
+    hidden: list[tuple[Action, str | None]] = [
+        (action, action.help) for action in parser._actions if action.dest not in SHORT
+    ]
+    groups = [group for group in parser._action_groups if not any(a.dest in SHORT for a in group._group_actions)]
+    about = [(group, group.description) for group in groups]
+    usage = parser.usage
+    try:
+        for action, _ in hidden:
+            action.help = SUPPRESS
+        for group in groups:
+            group.description = None
+        parser.usage = f"moevision {verb_of(parser)} [FOLDER] [--config NAME] [options]"
+        yield
+    finally:
+        for action, words in hidden:
+            action.help = words
+        for group, description in about:
+            group.description = description
+        parser.usage = usage
+
+
+def verb_of(parser: LightningArgumentParser) -> str:
+    """`fit`, `validate` or `test`."""
+    return parser.prog.split()[-1]
+
+
+def examples(verb: str) -> str:
+    """What stands below the short help."""
+    return _EXAMPLES.format(verb=verb, all=ALL)
