@@ -28,14 +28,16 @@ from moevision.train.run_folder import find_config
 from moevision.train.task import ClassificationTask
 
 
-def training_step(task: ClassificationTask, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+def training_step(
+    task: ClassificationTask, images: torch.Tensor, labels: torch.Tensor, *, bf16: bool = True
+) -> Callable[[], None]:
     """A function that does one optimizer step of `task` on these images."""
     task.net.train()
     optimizer = torch.optim.AdamW(task.net.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
 
     def step() -> None:
         task.aux_loss.start_window()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits, routings = forward_routing(task.net, images)
         loss = task._cross_entropy(logits, labels)
         aux, _ = task.aux_loss(routings)

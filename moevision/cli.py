@@ -27,6 +27,15 @@ VERBS = {
     "test": Verb("evaluate a checkpoint on the test images", "moevision.train.verbs:test"),
     "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.predict:main"),
     "info": Verb("parameters and FLOPs of a model, beside its dense twins", "moevision.info:main"),
+    "upcycle": Verb(
+        "turn a pretrained dense ViT into a Mixture of Experts that computes the same", "moevision.commands.upcycle:main"
+    ),
+    "surgery": Verb(
+        "prune or merge experts, or collapse a model to a dense one, with what it costs",
+        "moevision.commands.surgery:main",
+    ),
+    "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:main"),
+    "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:main"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report.command:main"),
     "demo": Verb("see in a browser which expert every patch of a picture goes to", "moevision.demo.launch:main"),
 }

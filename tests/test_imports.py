@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The verbs on exported models are single modules of demo's rank.
     "info": _TRAIN,
     "predict": _TRAIN,
-    "cli": _DEMO | {"demo", "info", "predict"},
+    "commands": _DEMO,
+    "cli": _DEMO | {"demo", "info", "predict", "commands"},
     "__main__": {"cli"},
     "__init__": _NUMBERS | {"efficiency"},
 }

@@ -171,6 +171,13 @@ class TopKRouter(nn.Module):
             return straight_through(self._shares(gate_logits, top_logits))
         return self._normalized(top_logits)
 
+    @torch.no_grad()
+    def priority(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
+        """[B, N, k]: by what batch priority routing orders tokens; arguments as for `gates`."""
+        # A normalised gate of one expert is 1 and says nothing about how sure it is.
+        own = self._shares if top_logits.shape[-1] == 1 else self.gates
+        return own(gate_logits, top_logits)
+
     def _shares(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
         """Gates as they are before any normalisation: probabilities of the softmax over all experts."""
         return (top_logits - gate_logits.logsumexp(-1, keepdim=True)).exp()
@@ -188,11 +195,9 @@ class TopKRouter(nn.Module):
         factor = options.capacity_factor if self.training else options.eval_capacity_factor
         if factor is None:
             return kept
-        with torch.no_grad():  # a normalised gate of one expert is 1 and says nothing about how sure it is
-            surest = self._shares(gate_logits, top_logits) if self.top_k == 1 else self.gates(gate_logits, top_logits)
         return within_capacity(
             expert_index,
-            surest,
+            self.priority(gate_logits, top_logits),
             kept,
             self.num_experts,
             factor,

@@ -5,33 +5,39 @@ Only JSON primitives: a Lightning checkpoint stores it, and loads under `weights
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import timm
 from torch import nn
 
-import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
+from moevision.layers import RouterOptions, moe_layers
 from moevision.models.convert import convert_to_moe
+from moevision.models.source import create_from, unknown_name
+from moevision.models.upcycle import upcycle
+from moevision.models.vit_moe import MOE_ARGUMENTS
 
 
 @dataclass
-class MoEConfig:
+class MoEConfig(RouterOptions):
     """Which model to train; a field left empty (null) takes the architecture's own value.
+
+    A list in `num_experts`, `top_k`, `router` or `expert_hidden` gives each MoE layer its own. The options of
+    `RouterOptions` stand beside these fields.
 
     Args:
         name: timm name of the model: a `vit_moe*` name, or `vit_moe` with `base`.
         base: for `vit_moe`: the dense timm ViT to convert, such as deit_tiny_patch16_224.
-        pretrained: start the dense part from these weights: a timm name, a `local-dir:` folder saved by timm or by
-            moevision, or a file; experts start as copies of the MLP they replace. Sets `name` and `base`.
+        pretrained: start from these weights: a timm name, a folder saved by timm or by moevision, or a `.safetensors`
+            file (with its architecture as `base`). A dense model is upcycled: experts start as copies of the MLP that
+            they replace. Sets `name`, `base` and all sizes.
         num_experts: E, experts in each MoE layer.
-        top_k: K, experts that compute each token.
-        router: `noisy_top_k` or `vmoe_top_k`.
+        top_k: K, experts that compute each token; by default the router's own, 2 for most.
+        router: `noisy_top_k`, `vmoe_top_k`, `switch`, `sigmoid`, `bias_balanced`, `cosine`, `expert_choice` or `soft`;
+            baselines `hash`, `random`, `position`, `colour`, `label`.
         moe_layers: `every2`, `last2`, `all`, or a list of block numbers counting from 0.
-        expert_hidden: hidden width of one expert; by default mlp_ratio x width / top_k.
+        expert_hidden: hidden width of one expert; by default mlp_ratio x width / (top_k + shared experts).
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
         twin: train the dense twin instead, matched in `active_flops` or `total_params`.
         stem: `patch` or `conv`.
@@ -43,16 +49,20 @@ class MoEConfig:
         drop_path_rate: stochastic depth at the last block.
         proj_drop_rate: dropout in MLPs, experts and attention projections.
         patch_drop_rate: share of patches left out in training.
+        num_shared_experts: experts that every token passes besides the chosen ones.
+        expert_drop: dropout inside the experts, in the place of `proj_drop_rate`.
+        upcycle_noise: with `pretrained`: noise on the copies, relative to the spread of their weights.
+        upcycle_reinit: with `pretrained`: share of each copy's hidden units that are drawn anew.
     """
 
     name: str = "vit_moe_micro_patch4_32"
     base: str | None = None
     pretrained: str | None = None
-    num_experts: int | None = None
-    top_k: int | None = None
-    router: str | None = None
+    num_experts: int | list[int] | None = None
+    top_k: int | list[int] | None = None
+    router: str | list[str] | None = None
     moe_layers: str | list[int] | None = None
-    expert_hidden: int | None = None
+    expert_hidden: int | list[int] | None = None
     backend: Literal["auto", "loop", "grouped", "dense"] | None = None
     twin: Literal["active_flops", "total_params"] | None = None
     stem: Literal["patch", "conv"] | None = None
@@ -64,6 +74,10 @@ class MoEConfig:
     drop_path_rate: float | None = None
     proj_drop_rate: float | None = None
     patch_drop_rate: float | None = None
+    num_shared_experts: int | None = None
+    expert_drop: float | None = None
+    upcycle_noise: float | None = None
+    upcycle_reinit: float | None = None
 
 
 def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pretrained: bool = True) -> nn.Module:
@@ -83,7 +97,7 @@ def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pr
     if config.pretrained is not None:
         return _from_pretrained(config, num_classes, image_size, load_pretrained)
     if not timm.is_model(config.name):
-        raise UserError(_unknown_name(config.name))
+        raise UserError(unknown_name(config.name))
     arguments = {key: value for key, value in asdict(config).items() if value is not None and key != "name"}
     try:
         model: nn.Module = timm.create_model(config.name, num_classes=num_classes, img_size=image_size, **arguments)
@@ -97,47 +111,34 @@ def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pr
 
 
 def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
-    source = create_from(str(config.pretrained), num_classes, image_size, load_weights=load_weights)
-    if hasattr(source, "moe_config"):
+    source = _pretrained_source(config, num_classes, image_size, load_weights)
+    if moe_layers(source):
         if config.twin is not None:
             raise UserError(
                 f"{config.pretrained} has experts already, so there are no dense weights for a twin: leave --with-twin "
                 "out, or start both from a dense ViT."
             )
         return source  # a MoE model of ours, trained further
-    # The twin of a model whose experts are copies is the dense model that they were copied from.
-    layers = [] if config.twin is not None else config.moe_layers or "every2"
-    options = {name: getattr(config, name) for name in ("num_experts", "top_k", "router", "backend")}
+    if config.twin is not None:  # of a model whose experts are copies: the dense model that they were copied from
+        return convert_to_moe(source, [])
+    options = {name: getattr(config, name) for name in MOE_ARGUMENTS}
     given = {name: value for name, value in options.items() if value is not None}
-    return convert_to_moe(source, layers, copy_weights=True, **given)
+    # `noise` is the router's here; in `upcycle` that name means noise on the copies.
+    return upcycle(
+        source,
+        layers=config.moe_layers or "every2",
+        **{"router": "noisy_top_k", "top_k": None, **given, "noise": config.upcycle_noise or 0.0},
+        router_noise=config.noise,
+        reinit=config.upcycle_reinit or 0.0,
+        seed=None,  # the run's
+    )
 
 
-def create_from(source: str, num_classes: int, image_size: int, *, load_weights: bool = True) -> nn.Module:
-    """A model and its weights from a timm name, a folder that timm saved, or either with its `local-dir:` prefix.
-
-    Raises:
-        UserError: if the name or folder doesn't exist, or its weights can't be loaded.
-    """
-    address = source
-    if Path(source).is_dir():
-        address = f"local-dir:{source}"
-    elif ":" not in source and not timm.is_model(source):
-        raise UserError(_unknown_name(source))
-    try:
-        model: nn.Module = timm.create_model(
-            address, pretrained=load_weights, num_classes=num_classes, img_size=image_size
-        )
-    except Exception as error:  # hub, file and shape errors come in every type; the cause stays attached
-        raise UserError(
-            f"The weights of {source!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "Give a timm name with network access, or a folder with config.json and model.safetensors."
-        ) from error
-    return model
-
-
-def _unknown_name(name: str) -> str:
-    bare = name.split(".")[0]
-    known = timm.list_models("*vit*") + timm.list_models("*deit*")
-    near = difflib.get_close_matches(bare, known, n=4, cutoff=0.5)
-    hint = f" Did you mean {', '.join(near)}?" if near else " See `timm.list_models('*vit*')`."
-    return f"There is no model {name!r}.{hint}"
+def _pretrained_source(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
+    name, weights = str(config.pretrained), None
+    if name.endswith(".safetensors"):
+        if config.base is None:
+            raise UserError(f"Say which architecture {name} belongs to: --model.arch.base deit_tiny_patch16_224.")
+        name, weights = config.base, name
+    rates = {name: getattr(config, name) for name in ("drop_path_rate", "proj_drop_rate", "patch_drop_rate")}
+    return create_from(name, num_classes, image_size, weights=weights, load_weights=load_weights, **rates)

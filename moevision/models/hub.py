@@ -39,7 +39,23 @@ class SavedModel:
 
 
 def save_model(model: SavedModel, folder: Path) -> None:
-    """Write a model that was created under a timm name (or converted by `convert_to_moe`) to `folder`."""
+    """Write a model that was created under a timm name (or converted by `convert_to_moe`) to `folder`.
+
+    A weight keeps its dtype in the file; loading gives fp32, which holds a bf16 or fp16 weight's exact value.
+    """
+    hook = model.net.register_state_dict_post_hook(_contiguous)
+    try:
+        _save_for_timm(model, folder)
+    finally:
+        hook.remove()
+
+
+def _contiguous(_net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]) -> None:
+    """Safetensors refuses weights in another order, such as those of a `channels_last` convolution."""
+    state.update({name: tensor.contiguous() for name, tensor in state.items()})
+
+
+def _save_for_timm(model: SavedModel, folder: Path) -> None:
     timm.models.save_for_hf(
         model.net,
         str(folder),
@@ -65,7 +81,7 @@ def load_model(address: str) -> SavedModel:
     Raises:
         UserError: if there is no model, or its files are damaged or foreign.
     """
-    folder = _model_folder(Path(address))
+    folder = model_folder(Path(address))
     if folder is None and Path(address).exists():
         raise UserError(
             f"{address} is no saved model: give a run's model/ folder (config.json and model.safetensors), "
@@ -82,25 +98,38 @@ def load_model(address: str) -> SavedModel:
             f"The model {address!r} can't be loaded ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
             "its files are damaged, or it was not saved by timm or moevision."
         ) from error
-    return _describe(net.eval())
+    return describe(net.eval())
 
 
-def _model_folder(path: Path) -> Path | None:
+def model_folder(path: Path) -> Path | None:
+    """The folder with the files of a saved model, given it or its run folder; None if there is none."""
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
             return folder
     return None
 
 
-def _describe(net: nn.Module) -> SavedModel:
+def describe(net: nn.Module) -> SavedModel:
+    """A model with the class names, size and colour statistics that it carries."""
     config = timm.data.resolve_model_data_config(net)
-    saved = cast(dict[str, Any], net.pretrained_cfg)
-    names: Sequence[str] | dict[Any, str] = saved.get("label_names") or []
-    words = list(names.values()) if isinstance(names, dict) else list(names)
-    classes = cast(int, net.num_classes)
-    if len(words) != classes:
-        words = [f"class {index}" for index in range(classes)]
-    return SavedModel(net, words, int(config["input_size"][-1]), tuple(config["mean"]), tuple(config["std"]))
+    words = _class_names(cast(dict[str, Any], net.pretrained_cfg), cast(int, net.num_classes))
+    # The size that a ViT was built for or changed to; timm's configuration still has that of its first weights.
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"]
+    return SavedModel(net, words, int(size[-1]), tuple(config["mean"]), tuple(config["std"]))
+
+
+def _class_names(config: dict[str, Any], classes: int) -> list[str]:
+    """Class names in words, [C].
+
+    timm's `label_names` are a list, or a dict from index to name where some indices have none; they may be codes such
+    as WordNet ids, for which `label_descriptions` has the words.
+    """
+    names: Sequence[str] | dict[Any, str] = config.get("label_names") or []
+    words: dict[str, str] = config.get("label_descriptions") or {}
+    if not isinstance(names, dict):
+        names = dict(enumerate(names)) if len(names) == classes else {}
+    by_index = {int(index): words.get(name, name) for index, name in names.items()}
+    return [by_index.get(index, f"class {index}") for index in range(classes)]
 
 
 def best_device() -> torch.device:

@@ -74,7 +74,8 @@ def make_dense(model: nn.Module, match: Match | Sequence[int]) -> None:
 
 def _twin_width(moe: MoEMlp, match: Match) -> int:
     units = moe.num_shared_experts + (moe.router.top_k if match == "active_flops" else moe.router.num_experts)
-    return units * moe.experts.fc1.out_features
+    width: int = units * moe.experts.fc1.out_features
+    return width
 
 
 def _mlp_like(moe: MoEMlp, hidden_features: int) -> Mlp:

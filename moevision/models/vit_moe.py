@@ -163,7 +163,6 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
         "std": (0.229, 0.224, 0.225),
         "first_conv": "patch_embed.proj",
         "classifier": "head",
-        "license": "apache-2.0",
         **kwargs,
     }
 

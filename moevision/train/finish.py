@@ -19,6 +19,8 @@ from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.hub import SavedModel, save_model
+from moevision.train.card import model_card
+from moevision.train.card_facts import gather_facts
 from moevision.train.confusion import plot_confusion
 from moevision.train.intervals import paired_difference
 from moevision.train.plan import describe_model, device_name
@@ -144,6 +146,7 @@ def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResul
 def _write_summary(summary: RunSummary, run_dir: Path) -> None:
     write_json_atomic(run_dir / "summary.json", json.loads(json.dumps(asdict(summary), default=list)))
     write_summary(summary, run_dir / "summary.md")
+    write_text_atomic(run_dir / "model" / "README.md", model_card(gather_facts(run_dir)))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from moevision.efficiency import ModelCost
 from moevision.files import write_text_atomic
 from moevision.metrics import LayerLoad
 from moevision.train.intervals import accuracy_interval
@@ -23,7 +24,7 @@ RUN_FILES = {
     "curves.png": "loss, accuracy, expert load and learning rate over training",
     "confusion.png": "which class was taken for which on the test images",
     "predictions_test.csv": "every test image with its label and the model's answer",
-    "model": "the trained model: weights (safetensors) and config.json with class names and preprocessing",
+    "model": "the trained model: weights (safetensors), config.json with class names and preprocessing, its card",
     "checkpoints": "training states to resume from",
     "metrics.csv": "all logged numbers, one row per logging step",
     "splits.csv": "which image is in which split; reused when the run goes on",
@@ -54,10 +55,10 @@ def write_summary(summary: RunSummary, out: Path) -> None:
     sections = [
         _headline(summary),
         _what_was_trained(summary),
-        _test_results(summary.test),
-        _experts(summary.layers),
-        _size_and_time(summary),
-        _twin(summary, summary.twin) if summary.twin else "",
+        scores_section(summary.test),
+        experts_section(summary.layers),
+        cost_section(summary),
+        twin_section(summary, summary.twin) if summary.twin else "",
         _left_out(summary),
         _files(run),
         _next(summary.next_commands or default_next_commands(run)),
@@ -112,7 +113,8 @@ def _what_was_trained(summary: RunSummary) -> str:
     return "\n".join(lines)
 
 
-def _test_results(test: TestScores) -> str:
+def scores_section(test: TestScores) -> str:
+    """Accuracy with its interval, the chance level, and every class; the model card has it too."""
     low, high = accuracy_interval(test.correct, test.total)
     interval = f"{percent(low)} to {percent(high)} (Wilson, 95 %): how far other test images could move it"
     rows = [["top-1 accuracy", percent(test.correct / test.total), interval]]
@@ -140,7 +142,8 @@ def _test_results(test: TestScores) -> str:
     return f"{text}\n\n{caption}\n\n" + table(["class", "recall", "test images"], recalls)
 
 
-def _experts(layers: Sequence[LayerLoad]) -> str:
+def experts_section(layers: Sequence[LayerLoad]) -> str:
+    """Load of every MoE layer beside its chance floor; the model card has it too."""
     if not layers:
         return "## Experts\n\nThis model has no Mixture-of-Experts layer."
     rows = [
@@ -160,13 +163,20 @@ def _experts(layers: Sequence[LayerLoad]) -> str:
     return f"## Experts\n\n{counted}\n\n{table(heads, rows)}\n\n{_READING_LOADS}"
 
 
-def _size_and_time(summary: RunSummary) -> str:
-    cost = summary.cost
-    rows = [
+def cost_rows(cost: ModelCost) -> list[list[str]]:
+    """(quantity, value) of a model's size and cost."""
+    return [
         ["parameters, total", f"{cost.total_parameters:,}"],
         ["parameters, active per token", f"{cost.active_parameters:,}"],
         ["FLOPs per image (active, without routers)", flops(cost.flops_per_image)],
         ["FLOPs per image of the routers", flops(cost.router_flops_per_image)],
+    ]
+
+
+def cost_section(summary: RunSummary) -> str:
+    """Parameters, FLOPs and how the training went; the model card has it too."""
+    rows = [
+        *cost_rows(summary.cost),
         ["training time", duration(summary.duration_s)],
         ["training speed", f"{summary.images_per_s:,.0f} images/s"],
         [
@@ -178,7 +188,8 @@ def _size_and_time(summary: RunSummary) -> str:
     return "## Size, cost and time\n\n" + table(["quantity", "value"], rows)
 
 
-def _twin(summary: RunSummary, twin: TwinComparison) -> str:
+def twin_section(summary: RunSummary, twin: TwinComparison) -> str:
+    """The paired comparison with the dense twin; the model card has it too."""
     pair, costs = twin.difference, (summary.cost, twin.cost)
     rows = [
         ["test accuracy", *(percent(correct / pair.n) for correct in (summary.test.correct, twin.correct))],

@@ -3,10 +3,14 @@
 All shares are fractions in [0, 1], all times seconds, all counts whole numbers.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from moevision.efficiency import ModelCost
+from moevision.errors import UserError
 from moevision.metrics import LayerLoad
 from moevision.train.intervals import PairedDifference
 
@@ -86,3 +90,32 @@ class RunSummary:
     twin: TwinComparison | None = None
     next_commands: Sequence[tuple[str, str]] = ()
     """(what it does, the exact command); empty = `default_next_commands` for the folder of the summary."""
+
+
+def read_summary(file: Path) -> RunSummary:
+    """Read the summary.json of a run folder.
+
+    Raises:
+        UserError: if it isn't there, is damaged, or was written by a version with other fields.
+    """
+    try:
+        given: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return RunSummary(
+            **{
+                **given,
+                "test": TestScores(**given["test"]),
+                "cost": ModelCost(**given["cost"]),
+                "layers": [LayerLoad(**layer) for layer in given["layers"]],
+                "twin": None if given.get("twin") is None else _read_twin(given["twin"]),
+            }
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{file} can't be read as the summary of a run ({type(error).__name__}: {error}): "
+            "give a run folder that this version of moevision has finished."
+        ) from error
+
+
+def _read_twin(given: dict[str, Any]) -> TwinComparison:
+    difference, cost = PairedDifference(**given["difference"]), ModelCost(**given["cost"])
+    return TwinComparison(**{**given, "difference": difference, "cost": cost})

@@ -9,42 +9,27 @@ Axes: B images, C classes, E experts.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from moevision.errors import UserError
-from moevision.layers import forward_routing, moe_layers
+from moevision.layers import Routing, SigmoidRouter, forward_routing, label_oracle, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
 from moevision.models.config import MoEConfig, build_model
+from moevision.train.optimizer import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
 
 Batch = dict[str, Tensor]
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW under a one-cycle schedule.
-
-    Args:
-        lr: the highest learning rate.
-        weight_decay: decoupled weight decay on weight matrices; biases, norms and embeddings have none.
-        warmup_fraction: share of all steps in which the learning rate rises.
-        beta2: decay of the second moment.
-    """
-
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_fraction: float = 0.2
-    beta2: float = 0.99
 
 
 class ClassificationTask(L.LightningModule):
@@ -52,8 +37,8 @@ class ClassificationTask(L.LightningModule):
 
     Args:
         arch: which model (`--model.arch.name`, `--model.arch.num_experts`, ...).
-        optim: learning rate, weight decay, warm-up.
-        aux: weights of the balance losses.
+        optim: learning rate, weight decay, warm-up, layer-wise decay, what is frozen.
+        aux: weights of the balance losses; those left out are the router's own.
         label_smoothing: share of the target spread evenly over all classes.
         compile: compile each block with torch.compile (tens of seconds at the start; for long runs on a GPU).
         grad_checkpointing: compute blocks again in the backward pass, for less memory and more time.
@@ -67,7 +52,7 @@ class ClassificationTask(L.LightningModule):
         self,
         arch: MoEConfig = MoEConfig(),  # noqa: B008 (never changed)
         optim: OptimizerConfig = OptimizerConfig(),  # noqa: B008
-        aux: AuxLossWeights = AuxLossWeights(importance=0.05, load=0.05),  # noqa: B008
+        aux: AuxLossWeights = AuxLossWeights(),  # noqa: B008
         label_smoothing: float = 0.1,
         compile: bool = False,
         grad_checkpointing: bool = False,
@@ -95,6 +80,7 @@ class ClassificationTask(L.LightningModule):
             logger=False,
         )
         self.aux_loss = AuxLoss(self.aux_weights)
+        self.window_counts: list[Tensor] = []
         self.class_weight: Tensor | None = None
         self.test_outputs: list[dict[str, Tensor]] = []
         self.test_loads: list[LayerLoad] = []
@@ -108,13 +94,16 @@ class ClassificationTask(L.LightningModule):
             UserError: if the model can't be built, or a balance loss is weighted that its routers can't supply.
         """
         self.hparams.update(num_classes=num_classes, image_size=image_size)
-        self.net = build_model(self.arch, num_classes, image_size, load_pretrained=load_pretrained)
+        net = build_model(self.arch, num_classes, image_size, load_pretrained=load_pretrained)
+        self.net = freeze_parameters(net, self.optim.freeze)
         if self.grad_checkpointing:
             cast(Any, self.net).set_grad_checkpointing()
         self.aux_loss.check(self.net)
         layers = moe_layers(self.net)
         self.routing_statistics = (
-            RoutingStatistics([cast(int, layer.layer_index) for layer in layers], layers[0].router.num_experts)
+            RoutingStatistics(
+                [cast(int, layer.layer_index) for layer in layers], [layer.router.num_experts for layer in layers]
+            )
             if layers
             else None
         )
@@ -140,6 +129,13 @@ class ClassificationTask(L.LightningModule):
             for block in cast(Any, self.net).blocks:
                 block.compile()
 
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode; frozen BatchNorm layers stay in evaluation mode."""
+        super().train(mode)
+        if mode and hasattr(self, "net"):
+            hold_frozen_statistics(self.net)
+        return self
+
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, C] of images [B, 3, H, W]."""
         return cast(Tensor, self.net(image))
@@ -148,7 +144,10 @@ class ClassificationTask(L.LightningModule):
         """Cross-entropy (soft targets under Mixup/CutMix) plus weighted balance losses."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.aux_loss.start_window()
-        logits, routings = forward_routing(self.net, batch["image"])
+            self.window_counts = []
+        with label_oracle(self.net, batch["label"]):
+            logits, routings = forward_routing(self.net, batch["image"])
+        self._count(routings)
         cross_entropy = self._cross_entropy(logits, batch.get("target", batch["label"]))
         aux, values = self.aux_loss(routings)
         loss = cross_entropy if aux is None else cross_entropy + aux
@@ -158,6 +157,18 @@ class ClassificationTask(L.LightningModule):
         self.log_dict({"train/cross_entropy": cross_entropy, "train/top1": top1}, batch_size=size)
         self.log_dict({f"train/{name}_loss": value for name, value in values.items()}, batch_size=size)
         return loss
+
+    def _count(self, routings: Sequence[Routing]) -> None:
+        """Add what this micro-batch asked of every expert to the counts of the optimizer step."""
+        counts = [routing.requested_counts() for routing in routings]
+        earlier = self.window_counts or [torch.zeros_like(count) for count in counts]
+        self.window_counts = [before + count for before, count in zip(earlier, counts, strict=True)]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Apply the update, then move the routers' biases by what the whole step asked of every expert."""
+        super().optimizer_step(*args, **kwargs)
+        if any(isinstance(layer.router, SigmoidRouter) for layer in moe_layers(self.net)):
+            update_router_bias(self.net, [_sum_over_processes(count) for count in self.window_counts])
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         weight = None if self.class_weight is None else self.class_weight.to(logits)
@@ -192,7 +203,8 @@ class ClassificationTask(L.LightningModule):
         self.test_loads = self._log_epoch("test", self.test_metrics, self.test_loss)
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric) -> Tensor:
-        logits, routings = forward_routing(self.net, batch["image"])
+        with label_oracle(self.net, batch["label"]):
+            logits, routings = forward_routing(self.net, batch["image"])
         metrics.update(logits.float().softmax(-1), batch["label"])
         mean_loss.update(F.cross_entropy(logits.float(), batch["label"]), len(batch["label"]))
         if self.routing_statistics is not None:
@@ -240,19 +252,17 @@ class ClassificationTask(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW (fused, except under fp16 loss scaling) and a one-cycle schedule over all optimizer steps."""
-        skip = cast(Any, self.net).no_weight_decay()
-        groups = param_groups_weight_decay(self.net, self.optim.weight_decay, skip)
         # With a loss scaler the fused step unscales by itself, and clipping would see scaled gradients.
         fused = self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(groups, lr=self.optim.lr, betas=(0.9, self.optim.beta2), fused=fused)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=self.optim.lr,
-            total_steps=max(2, int(self.trainer.estimated_stepping_batches)),
-            pct_start=self.optim.warmup_fraction,
-            cycle_momentum=False,
-        )
+        steps = max(2, int(self.trainer.estimated_stepping_batches))
+        optimizer, schedule = build_optimizer(self.net, self.optim, total_steps=steps, fused=fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _sum_over_processes(counts: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts)
+    return counts
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:

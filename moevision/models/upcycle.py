@@ -1,0 +1,252 @@
+"""Sparse upcycling: a trained dense ViT becomes a Mixture of Experts that computes the same, and trains on from there.
+
+- every expert starts as a copy of the MLP that it replaces: Komatsuzaki et al. 2022, arXiv:2212.05055, §2. With gates
+  that sum to 1 the mixture of equal experts is that MLP, so they are normalised here wherever the router can (for one
+  expert per token by a straight-through gate of value 1).
+- copies that differ: noise on them, or a share of each expert's hidden units drawn anew with the statistics of the
+  units that they replace (Drop-Upcycling, Nakamura et al. 2025, arXiv:2502.19261, §3).
+
+Axes: D width, H hidden width of one expert, E experts, B images, C classes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from moevision.errors import UserError
+from moevision.layers import MoEMlp, label_oracle, moe_layers, router_kind
+from moevision.models.convert import convert_to_moe, moe_layer_indices
+from moevision.models.source import ImageSize, create_from, reshape
+from moevision.models.vit_moe import MOE_ARGUMENTS
+
+
+def upcycle(
+    source: str | Path | nn.Module,
+    *,
+    layers: str | Sequence[int] = "last2",
+    num_experts: int | Sequence[int] = 8,
+    top_k: int | Sequence[int] | None = 1,
+    router: str | Sequence[str] = "vmoe_top_k",
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: ImageSize | None = None,
+    noise: float = 0.0,
+    reinit: float = 0.0,
+    seed: int | None = 0,
+    router_noise: str | None = None,
+    **moe_options: Any,
+) -> nn.Module:
+    """Turn a trained dense ViT into a Mixture of Experts that starts from its weights.
+
+    With a dropless token-choice router (the default), and noise and reinit left at 0, the result computes what the
+    dense model computes; `step0_gap` measures how far another choice is from that. A token costs top_k times the MLP
+    that was replaced, plus the router.
+
+    Args:
+        source: a timm name, a saved model's folder, any timm address, or a model (which is copied, not changed).
+        layers: `every2`, `last2`, `all`, or a list of block indices counting from 0.
+        num_experts: E, one number or one per MoE layer.
+        top_k: K, one number or one per MoE layer.
+        router: a name of `moevision.layers.ROUTERS`, or one per MoE layer.
+        weights: a `.safetensors` file for the architecture that `source` names.
+        num_classes: C; another number than the source's replaces the classifier.
+        image_size: side(s) of the input in pixels; another size resamples the position embedding.
+        noise: Gaussian noise on the copies' weight matrices, relative to the matrix's standard deviation; breaks the
+            symmetry of equal experts.
+        reinit: share of each expert's hidden units that are drawn anew.
+        seed: of routers, a new classifier, noise and reinit; None draws from torch's global generator.
+        router_noise: the router option `noise` (`learned`, `fixed`, `jitter`, `none`), whose name is taken here.
+        **moe_options: further arguments of `convert_to_moe`, such as capacity_factor. `normalize_gates` is True where
+            a router can.
+
+    Returns:
+        The converted model, which saves and loads under the registered name `vit_moe`.
+
+    Raises:
+        UserError: if the source can't be found, loaded or upcycled, or an option doesn't fit.
+    """
+    for name, value, highest in (("noise", noise, None), ("reinit", reinit, 1.0)):
+        if value < 0 or (highest is not None and value > highest):
+            raise UserError(f"{name} is {value}: it must be at least 0" + (" and at most 1." if highest else "."))
+    dense, device = _dense_copy(source, weights, num_classes, image_size, seed)
+    check_upcyclable(dense, layers)
+    with _seeded(seed, stream=1):
+        options = {"normalize_gates": True if _can_normalize(router) else None, "noise": router_noise, **moe_options}
+        model = convert_to_moe(dense, layers, num_experts, top_k, router, copy_weights=True, **options)
+        for layer in moe_layers(model):
+            _diversify(layer, noise, reinit)
+    _keep_address(model)
+    return model.to(device)
+
+
+@dataclass(frozen=True)
+class StepZeroGap:
+    """How far an upcycled model is from its dense source before any training.
+
+    Attributes:
+        images: pictures that were compared.
+        max_logit: max |Δ logit| over pictures and classes.
+        logit_scale: standard deviation of the dense model's logits, to judge it by.
+        agreement: share of pictures with the same most likely class.
+    """
+
+    images: int
+    max_logit: float
+    logit_scale: float
+    agreement: float
+
+
+@torch.no_grad()
+def step0_gap(dense: nn.Module, moe: nn.Module, images: Tensor) -> StepZeroGap:
+    """Compare the outputs of two models in eval mode on images [B, 3, H, W]; both are left in the mode they were in."""
+    before, after = (_eval_logits(model, images) for model in (dense, moe))
+    return StepZeroGap(
+        images=len(images),
+        max_logit=float((after - before).abs().max()),
+        logit_scale=float(before.std()),
+        agreement=float((after.argmax(-1) == before.argmax(-1)).float().mean()),
+    )
+
+
+def load_dense(
+    source: str | Path,
+    weights: str | Path | None = None,
+    *,
+    num_classes: int | None = None,
+    image_size: ImageSize | None = None,
+    seed: int | None = 0,
+) -> nn.Module:
+    """The dense model that `upcycle` with the same arguments starts from, in training mode.
+
+    Raises:
+        UserError: if it can't be found or loaded.
+    """
+    with _seeded(seed):
+        return create_from(source, num_classes, image_size, weights=weights)
+
+
+def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
+    """Raise a UserError that says why the MLPs of these blocks can't become experts; do nothing if they can."""
+    name = type(vit).__name__
+    if moe_layers(vit):
+        raise UserError(f"{name} has experts already: train it on with `moevision fit FOLDER --pretrained`.")
+    blocks = getattr(vit, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or len(blocks) == 0:
+        raise UserError(f"{name} has no list of transformer blocks: upcycling needs a ViT, DeiT or EVA-style model.")
+    indices = moe_layer_indices(layers, len(blocks))
+    if not indices:
+        raise UserError(f"No block of {name} was chosen: name at least one in layers.")
+    for index in indices:
+        reason = _not_plain(getattr(blocks[index], "mlp", None))
+        if reason:
+            raise UserError(f"Block {index} of {name} has {reason}: experts are copies of plain two-layer MLPs.")
+    widths = {cast(Any, blocks[index]).mlp.fc1.in_features for index in range(len(blocks)) if _has_mlp(blocks[index])}
+    if len(widths) > 1:
+        raise UserError(f"{name} is hierarchical (widths {sorted(widths)}): upcycling needs one width in all blocks.")
+
+
+def _has_mlp(block: nn.Module) -> bool:
+    return isinstance(getattr(block, "mlp", None), Mlp)
+
+
+def _not_plain(mlp: nn.Module | None) -> str:
+    """What this MLP has beyond fc1, activation, fc2; empty if nothing."""
+    if mlp is None:
+        return "no MLP of its own (attention and MLP in parallel, or mixing layers)"
+    if type(mlp) is not Mlp:
+        return f"a {type(mlp).__name__} (gated or otherwise special MLP, such as SwiGLU)"
+    if not isinstance(mlp.fc1, nn.Linear):
+        return "a convolutional MLP"
+    return "" if isinstance(mlp.norm, nn.Identity) else f"an MLP with a {type(mlp.norm).__name__} inside"
+
+
+def _dense_copy(
+    source: str | Path | nn.Module,
+    weights: str | Path | None,
+    num_classes: int | None,
+    image_size: ImageSize | None,
+    seed: int | None,
+) -> tuple[nn.Module, torch.device]:
+    """The dense model on the CPU, where seeds mean the same on every machine, and the device that it came from."""
+    if not isinstance(source, nn.Module):
+        dense = load_dense(source, weights, num_classes=num_classes, image_size=image_size, seed=seed)
+        return dense, torch.device("cpu")
+    if weights is not None:
+        raise UserError("A model brings its own weights: give a timm name together with a file of weights.")
+    device = next(source.parameters()).device
+    with _seeded(seed):
+        return reshape(copy.deepcopy(source).cpu(), num_classes, image_size), device
+
+
+def _can_normalize(router: str | Sequence[str]) -> bool:
+    names = [router] if isinstance(router, str) else router
+    return any("normalize_gates" in router_kind(name).options for name in names)
+
+
+@torch.no_grad()
+def _diversify(layer: MoEMlp, noise: float, reinit: float) -> None:
+    """Make equal experts differ, in place."""
+    fc1, fc2 = layer.experts.fc1, layer.experts.fc2
+    spread = [(weight, weight[0].std()) for weight in (fc1.weight, fc2.weight)]
+    units = round(reinit * fc1.out_features)
+    for expert in range(fc1.num_experts if units else 0):
+        # One set of units for all their weights, as the paper has it (its code draws a set for every matrix).
+        chosen = torch.randperm(fc1.out_features)[:units]
+        for part in (fc1.weight[expert], fc2.weight[expert].mT, *([] if fc1.bias is None else [fc1.bias[expert]])):
+            old = part[chosen]
+            part[chosen] = torch.randn_like(old) * old.std(correction=0) + old.mean()
+    if noise:
+        for weight, std in spread:
+            weight.add_(torch.randn_like(weight) * noise * std)
+
+
+def _keep_address(model: nn.Module) -> None:
+    """Write down the experts of a model that was built, dense, under one of our names, such as a dense twin.
+
+    Raises:
+        UserError: if that name can't rebuild the model, because a twin's MLP that stays has a width of its own.
+    """
+    state = cast(Any, model)
+    arguments = getattr(model, "_model_args", {})
+    given = {name: value for name, value in state.moe_config.items() if value is not None}
+    others = {"twin", "moe_layers", *MOE_ARGUMENTS}
+    state._model_args = {**{name: value for name, value in arguments.items() if name not in others}, **given}
+    if "twin" not in arguments:
+        return
+    rebuilt = timm.create_model(state.pretrained_cfg["architecture"], **state._model_args, device="meta")
+    widths = ({name: value.shape for name, value in net.state_dict().items()} for net in (model, rebuilt))
+    if next(widths) != next(widths):
+        raise UserError(
+            "This dense twin has MLPs of another width where its experts were: upcycle all of those blocks, or a twin "
+            "of the same active FLOPs."
+        )
+
+
+def _eval_logits(model: nn.Module, images: Tensor) -> Tensor:
+    training = model.training
+    labels = torch.zeros(len(images), dtype=torch.int64)  # for an oracle; any will do, its experts are equal
+    with label_oracle(model.eval(), labels):
+        output: Tensor = model(images.to(next(model.parameters()).device))
+    model.train(training)
+    return output.float().cpu()
+
+
+@contextmanager
+def _seeded(seed: int | None, stream: int = 0) -> Iterator[None]:
+    """Torch's CPU generator from `seed` (two streams for each), and afterwards as if nothing had been drawn."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(2 * seed + stream)
+        yield

@@ -1,0 +1,150 @@
+"""AdamW under a one-cycle schedule, with layer-wise learning rates and freezing for models that start pretrained.
+
+Source of the layer-wise decay: BEiT (arXiv:2106.08254, appendix), in timm's form (`param_groups_layer_decay`). With L
+blocks, the classifier learns at lr, block i (counting from 0) at lr · layer_decay^(L - i), the patch and position
+embeddings at lr · layer_decay^(L + 1); a norm after the last block counts as part of it. Routers and experts of block i
+count as block i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, cast, get_args
+
+import torch
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import OneCycleLR
+
+from moevision.errors import UserError
+from moevision.layers import moe_layers
+
+FreezeAllBut = Literal["all_but_experts", "all_but_head"]
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW under a one-cycle schedule.
+
+    Args:
+        lr: the highest learning rate.
+        weight_decay: decoupled weight decay on weight matrices; biases and norms have none, nor have position
+            embeddings and class tokens under layer_decay.
+        warmup_fraction: share of all steps in which the learning rate rises.
+        beta2: decay of the second moment.
+        layer_decay: each block learns at this share of the next block's rate, the last block at this share of the
+            classifier's, such as 0.75; for pretrained starts. None: one rate for all.
+        freeze: what keeps its weights: a number n (the embedding and the first n blocks), `all_but_experts` (only
+            routers, experts and the classifier learn) or `all_but_head` (only the classifier learns). BatchNorm in a
+            frozen part keeps its statistics too; dropout and stochastic depth stay as configured.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_fraction: float = 0.2
+    beta2: float = 0.99
+    layer_decay: float | None = None
+    freeze: int | FreezeAllBut | None = None
+
+
+def build_optimizer(
+    net: nn.Module, config: OptimizerConfig, *, total_steps: int, fused: bool = False
+) -> tuple[torch.optim.AdamW, OneCycleLR]:
+    """The optimizer of the parameters that learn, and its schedule.
+
+    Args:
+        net: a timm model; what is frozen is left out.
+        config: rates, decay and warm-up.
+        total_steps: optimizer steps of the whole training, at least 2.
+        fused: use the fused kernel of the device.
+
+    Raises:
+        UserError: if nothing is left to learn, or layer_decay isn't in (0, 1].
+    """
+    groups = parameter_groups(net, config)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
+    highest = [float(group["lr"]) for group in optimizer.param_groups]
+    schedule = OneCycleLR(
+        optimizer, max_lr=highest, total_steps=total_steps, pct_start=config.warmup_fraction, cycle_momentum=False
+    )
+    return optimizer, schedule
+
+
+def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Parameters that learn, grouped by weight decay and (with layer_decay) learning rate; the classifier's first.
+
+    Raises:
+        UserError: if nothing is left to learn, or layer_decay isn't in (0, 1].
+    """
+    if config.layer_decay is None:
+        groups: list[dict[str, Any]] = param_groups_weight_decay(net, config.weight_decay)
+    else:
+        if not 0 < config.layer_decay <= 1:
+            raise UserError(f"layer_decay is {config.layer_decay}: it must be above 0 and at most 1, such as 0.75.")
+        # timm spares vectors from weight decay; packed biases [E, H] are matrices, so they are named.
+        skip = [*cast(Any, net).no_weight_decay(), "*.bias"]
+        groups = param_groups_layer_decay(
+            net, config.weight_decay, no_weight_decay_list=skip, layer_decay=config.layer_decay
+        )
+        # Head first: reports that show one learning rate show the first group's.
+        groups = [{**group, "lr": config.lr * group.pop("lr_scale")} for group in reversed(groups)]
+    if not groups:
+        raise UserError("Everything is frozen, so there is nothing to train: freeze less (--model.optim.freeze).")
+    return groups
+
+
+def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.Module:
+    """Switch off the gradients of what keeps its weights (see `OptimizerConfig.freeze`), in place.
+
+    Raises:
+        UserError: if there are fewer blocks, no experts or no such choice.
+    """
+    if freeze is None:
+        return net
+    if isinstance(freeze, int):
+        frozen = list(_first_blocks(net, freeze))
+    else:
+        learning = {id(parameter) for parameter in _learning(net, freeze)}
+        frozen = [parameter for parameter in net.parameters() if id(parameter) not in learning]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    hold_frozen_statistics(net)
+    return net
+
+
+def hold_frozen_statistics(net: nn.Module) -> None:
+    """Put frozen BatchNorm layers into eval mode, so that they neither use nor collect the statistics of batches."""
+    for module in net.modules():
+        learns = [parameter.requires_grad for parameter in module.parameters()]
+        if isinstance(module, _BatchNorm) and learns and not any(learns):
+            module.eval()
+
+
+def _first_blocks(net: nn.Module, count: int) -> Iterator[nn.Parameter]:
+    """Parameters of the embedding and of the first `count` blocks, by timm's own order of layers."""
+    depth = len(cast(Any, net).blocks)
+    if not 0 <= count <= depth:
+        raise UserError(f"freeze={count} does not fit {depth} blocks: give 0 (the embedding only) to {depth}.")
+    # 0 is the embedding, 1 to depth are the blocks; the norm behind the last block counts as part of it.
+    layer_of = group_parameters(net, cast(Any, net).group_matcher(coarse=False), reverse=True)
+    return (parameter for name, parameter in net.named_parameters() if layer_of[name] <= count)
+
+
+def _learning(net: nn.Module, freeze: str) -> Iterator[nn.Parameter]:
+    if freeze not in get_args(FreezeAllBut):
+        raise UserError(
+            f"There is no freeze={freeze!r}: give a number of blocks, {' or '.join(get_args(FreezeAllBut))}."
+        )
+    classifier = cast(Any, net).get_classifier()  # two heads in a distilled DeiT
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    learning: list[nn.Module] = list(heads)
+    if freeze == "all_but_experts":
+        layers = moe_layers(net)
+        if not layers:
+            raise UserError("freeze=all_but_experts needs a model with experts: a dense model, or a twin, has none.")
+        learning += layers
+    return chain.from_iterable(module.parameters() for module in learning)

@@ -1,0 +1,263 @@
+"""Exported files answer as the model does, carry what is needed to use them, and are refused where they can't."""
+
+import copy
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import nn
+
+import moevision
+from moevision.errors import UserError
+from moevision.layers import ROUTERS, ColourRouter, Routing, moe_layers
+from moevision.models import export as export_module
+from moevision.models.export import choice_margin, describe, export_onnx, export_torch
+from moevision.models.hub import SavedModel, load_model, save_model
+
+NAMES = ["cat", "dog", "Käuzchen"]
+EXPORTERS = {"onnx": export_onnx, "torch": export_torch}
+QUICK = {"vmoe_top_k", "expert_choice", "soft"}  # one of each kind of routing
+CASES = {
+    **{name: {"router": name} for name in ROUTERS if name != "label"},
+    "capacity": {"router": "vmoe_top_k", "eval_capacity_factor": 0.75},
+    "batch priority": {"router": "vmoe_top_k", "eval_capacity_factor": 0.75, "batch_priority": True},
+    "gates that sum to 1": {"router": "switch", "normalize_gates": True},
+    "shared expert": {"router": "sigmoid", "num_shared_experts": 1},
+    "another router in each layer": {"router": ["expert_choice", "sigmoid"], "num_experts": [4, 6], "top_k": [2, 1]},
+}
+
+
+def tiny(**options) -> SavedModel:
+    """Two MoE blocks of 32 px, with weights so large that one token at another expert changes logits by > 1e-3."""
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit_moe", num_classes=3, depth=2, moe_layers="all", **options).eval()
+    return SavedModel(with_character(net), NAMES, 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+def with_character(net: nn.Module) -> nn.Module:
+    for layer in moe_layers(net):
+        for parameter in [*layer.router.parameters(), *layer.experts.parameters()]:
+            nn.init.normal_(parameter, std=0.4)
+        if isinstance(layer.router, ColourRouter):
+            nn.init.normal_(layer.router.centroids)
+    return net
+
+
+def pictures(number: int, seed: int = 7) -> torch.Tensor:
+    return torch.randn(number, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(onnxruntime.InferenceSession(str(path)).run(["logits"], {"image": images.numpy()})[0])
+
+
+def run_torch(path: Path, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.export.load(path).module()(images)
+
+
+RUN = {"onnx": run_onnx, "torch": run_torch}
+
+
+@pytest.mark.parametrize("form", EXPORTERS)
+@pytest.mark.parametrize(
+    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_the_file_answers_as_the_model(case: str, form: str, tmp_path: Path) -> None:
+    model, path = tiny(**CASES[case]), tmp_path / "model"
+    before = copy.deepcopy(model.net.state_dict())
+    report = EXPORTERS[form](model, path)
+    assert (report.path, report.format, report.size_bytes) == (path, form, path.stat().st_size)
+    assert report.pictures == 4
+    assert report.max_logit_delta <= 1e-4
+    assert report.top1_agreement == 1
+
+    with torch.no_grad():  # other pictures and batch sizes than those that the exporter looked at
+        expected, routings = moevision.forward_routing(model.net, pictures(5))
+    assert all((routing.expert_weights().flatten(0, 1) > 0).any(0).sum() > 1 for routing in routings)
+    for batch in (1, 3, 5):
+        torch.testing.assert_close(RUN[form](path, pictures(5)[:batch]), expected[:batch], rtol=0, atol=1e-4)
+
+    assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
+    assert {layer.experts.backend for layer in moe_layers(model.net)} == {"auto"}
+    assert torch.equal(model.net(pictures(5)), expected)
+
+
+def test_a_wrong_expert_would_be_noticed() -> None:
+    """What the tests above rest on: sending one token of an image elsewhere changes a logit by more than they allow."""
+    model = tiny(router="vmoe_top_k")
+
+    def elsewhere(routing: Routing) -> Routing:
+        index = routing.expert_index.clone()
+        index[:, 0] = (index[:, 0] + 1) % routing.num_experts
+        return replace(routing, expert_index=index)
+
+    with torch.no_grad():
+        right = model.net(pictures(5))
+        moe_layers(model.net)[-1].intervention = elsewhere
+        assert (model.net(pictures(5)) - right).abs().amax(-1).min() > 1e-3
+
+
+def test_a_converted_timm_model_can_be_exported_after_saving(tmp_path: Path) -> None:
+    base = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
+    deit = timm.create_model("deit_tiny_patch16_224", **base).eval()
+    net = with_character(moevision.convert_to_moe(deit, "every2", 4, router="vmoe_top_k")).eval()
+    save_model(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.2,) * 3), tmp_path / "model")
+    model = load_model(str(tmp_path / "model"))
+    for form, exporter in EXPORTERS.items():
+        exporter(model, tmp_path / form)
+        torch.testing.assert_close(RUN[form](tmp_path / form, pictures(3)), net(pictures(3)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", EXPORTERS)
+def test_what_is_needed_to_use_a_model_travels_in_the_file(form: str, tmp_path: Path) -> None:
+    model, path = tiny(router="vmoe_top_k", top_k=1), tmp_path / "model"
+    EXPORTERS[form](model, path)
+    if form == "onnx":
+        session = onnxruntime.InferenceSession(str(path))
+        facts = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+        image, logits = session.get_inputs()[0], session.get_outputs()[0]
+        assert (image.name, image.shape, logits.name, logits.shape) == (
+            "image",
+            ["batch", 3, 32, 32],
+            "logits",
+            ["batch", 3],
+        )
+    else:
+        extra = {"moevision.json": ""}
+        torch.export.load(path, extra_files=extra)
+        facts = json.loads(extra["moevision.json"])
+    assert facts == describe(model)
+    assert (facts["class_names"], facts["image_size"]) == (NAMES, 32)
+    assert (facts["mean"], facts["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
+    assert (facts["interpolation"], facts["crop_pct"]) == ("bicubic", 1.0)
+    assert (facts["moe_config"]["router"], facts["moe_config"]["num_experts"]) == ("vmoe_top_k", 4)
+    assert facts["architecture"] == "test_vit_moe"
+    here = str(Path(moevision.__file__).parent).encode()
+    assert here not in path.read_bytes()  # exporters write stack traces, with the paths of whoever exported
+
+
+def test_a_torch_program_needs_neither_timm_nor_moevision(tmp_path: Path) -> None:
+    model, path = tiny(router="soft"), tmp_path / "model.pt2"
+    export_torch(model, path)
+    images = torch.ones(2, 3, 32, 32)
+    code = (
+        "import sys, torch\n"
+        f"print(torch.export.load({str(path)!r}).module()(torch.ones(2, 3, 32, 32)).tolist())\n"
+        "assert not {'timm', 'moevision'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), model.net(images), rtol=0, atol=1e-4)
+
+
+def test_an_open_recorder_neither_breaks_the_export_nor_sees_it(tmp_path: Path) -> None:
+    model = tiny(router="vmoe_top_k")
+    with moevision.record_routing(model.net) as routings:
+        export_torch(model, tmp_path / "model.pt2")
+        assert routings == []
+        model.net(pictures(1))
+    assert len(routings) == 2
+
+
+def test_given_pictures_are_compared_too(tmp_path: Path) -> None:
+    report = export_torch(tiny(router="vmoe_top_k"), tmp_path / "model.pt2", pictures=pictures(40))
+    assert (report.pictures, report.near_ties, report.top1_agreement) == (44, 0, 1)
+
+
+@pytest.mark.parametrize("form", EXPORTERS)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"router": "label"}, "must be told the class"),
+        (
+            {"router": "vmoe_top_k", "eval_capacity_factor": 1.0, "capacity_group": "batch"},
+            "which pictures share its batch",
+        ),
+    ],
+)
+def test_what_can_not_be_exported_says_why(options: dict, words: str, form: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        EXPORTERS[form](tiny(**options), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batch_capacity_in_training_only_is_no_obstacle(tmp_path: Path) -> None:
+    model = tiny(router="vmoe_top_k", capacity_factor=1.0, capacity_group="batch")
+    assert export_torch(model, tmp_path / "model.pt2").max_logit_delta <= 1e-4
+
+
+def test_a_router_whose_scores_tie_is_refused(tmp_path: Path) -> None:
+    net = timm.create_model("test_vit_moe", num_classes=3, router="noisy_top_k").eval()  # starts with zero weights
+    with pytest.raises(UserError, match=r"Scores of a router tie.*train the model"):
+        export_torch(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.2,) * 3), tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [2e-4, math.nan])
+def test_a_file_that_answers_differently_is_not_kept(error: float, tmp_path: Path, monkeypatch) -> None:
+    model, load = tiny(router="vmoe_top_k"), export_module.load_exported
+
+    def off_by_a_little(source, form):
+        run = load(source, form)
+        return lambda images: run(images) + torch.tensor([0, error, 0])
+
+    monkeypatch.setattr(export_module, "load_exported", off_by_a_little)
+    with pytest.raises(UserError, match=re.escape(f"differs from the model by {error:.2g} in a logit")):
+        export_torch(model, tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+    assert {layer.experts.backend for layer in moe_layers(model.net)} == {"auto"}
+
+
+def test_a_model_that_torch_can_not_trace_is_refused(tmp_path: Path) -> None:
+    class Asks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    model = tiny(router="vmoe_top_k")
+    model.net.norm = nn.Sequential(model.net.norm, Asks())
+    with pytest.raises(UserError, match="can't be exported as torch") as caught:
+        export_torch(model, tmp_path / "model.pt2")
+    assert caught.value.__cause__ is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None if name == package else json)
+    words = f'{package}, which is not installed: pip install "moevision[export]"'
+    with pytest.raises(UserError, match=re.escape(words)):
+        export_onnx(tiny(router="vmoe_top_k"), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("opset", [17, 24])
+def test_an_opset_that_can_not_be_written_is_refused(opset: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="choose 18 to 23"):
+        export_onnx(tiny(router="vmoe_top_k"), tmp_path / "model.onnx", opset=opset)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [18, 23])
+def test_the_smallest_and_the_largest_opset(opset: int, tmp_path: Path) -> None:
+    path, model = tmp_path / "model.onnx", tiny(router="expert_choice")
+    export_onnx(model, path, opset=opset)
+    assert [entry.version for entry in onnx.load(path).opset_import if entry.domain == ""] == [opset]
+    torch.testing.assert_close(run_onnx(path, pictures(3)), model.net(pictures(3)), rtol=0, atol=1e-4)
+
+
+def test_the_margin_of_a_choice() -> None:
+    # Two images of two tokens: K = 2 of 3, so what counts is second minus third place; the least of each image.
+    scores = torch.tensor([[[3.0, 2.0, 1.5], [0.0, 9.0, 0.25]], [[1.0, 1.0, 0.0], [5.0, 4.0, 4.0]]])
+    index = scores.topk(2).indices
+    routing = Routing(scores, scores, scores.softmax(-1), None, index, torch.ones(2, 2, 2), torch.ones(2, 2, 2) > 0)
+    assert choice_margin(routing).tolist() == [0.25, 0.0]

@@ -1,0 +1,359 @@
+"""An upcycled model starts as the dense model that it came from, saves and loads, and says what can't be upcycled."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+
+from moevision import UserError, dense_twin, forward_routing
+from moevision.efficiency import measure_cost
+from moevision.layers import ROUTERS, moe_layers
+from moevision.models.config import MoEConfig, build_model
+from moevision.models.hub import describe, load_model, save_model
+from moevision.models.source import create_from
+from moevision.models.upcycle import load_dense, step0_gap, upcycle
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+# Gates of these sum to 1 for every token, so that a mixture of equal experts is the expert.
+SUM_TO_ONE = [name for name in ROUTERS if name not in ("expert_choice", "soft")]
+
+
+def images(size: int = 32, count: int = 8) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def dense_vit(name: str = "vit_tiny_patch16_224", **options: Any) -> nn.Module:
+    """Weights far from their small initial values, so that an expert left out or scaled would show."""
+    torch.manual_seed(0)
+    net = timm.create_model(name, **{"num_classes": 5, **options}).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return net
+
+
+@pytest.fixture(scope="module")
+def vit() -> nn.Module:
+    return dense_vit(**SMALL)
+
+
+@pytest.mark.parametrize("router", SUM_TO_ONE)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_step_zero_is_the_dense_model(vit: nn.Module, router: str, top_k: int) -> None:
+    if router == "switch" and top_k == 2:
+        with pytest.raises(UserError, match="must be 1"):
+            upcycle(vit, router=router, top_k=top_k)
+        return
+    moe = upcycle(vit, router=router, top_k=top_k, num_experts=4, layers="all")
+    assert len(moe_layers(moe)) == 4
+    gap = step0_gap(vit, moe, images())
+    assert gap.logit_scale > 0.3, "the logits are no constants"
+    assert gap.max_logit < 1e-5
+    assert (gap.agreement, gap.images) == (1.0, 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"router": "expert_choice"},
+        {"router": "soft"},
+        {"eval_capacity_factor": 0.5},
+        {"normalize_gates": False},
+        {"noise": 0.1},
+        {"reinit": 0.5},
+    ],
+)
+def test_what_changes_the_output_reports_its_gap(vit: nn.Module, options: dict[str, Any]) -> None:
+    """The gap is that of the two models' logits, taken here by hand."""
+    moe = upcycle(vit, layers="all", num_experts=4, **options).eval()
+    gap = step0_gap(vit, moe, images())
+    difference = (moe(images()) - vit(images())).abs().max()
+    assert gap.max_logit == pytest.approx(float(difference.detach()), rel=1e-4)
+    assert gap.max_logit > 1e-3
+    agreement = (moe(images()).argmax(-1) == vit(images()).argmax(-1)).float().mean()
+    assert gap.agreement == float(agreement)
+
+
+def test_a_single_gate_of_one_still_learns(vit: nn.Module) -> None:
+    """k = 1: the gate's value is 1 and its gradient that of the probability, so the router moves."""
+    moe = upcycle(vit, top_k=1)
+    logits, routings = forward_routing(moe, images())
+    torch.testing.assert_close(routings[0].combine_weight, torch.ones(8, 17, 1))
+    logits.square().sum().backward()
+    assert all(layer.router.weight.grad.abs().max() > 0 for layer in moe_layers(moe))
+
+
+def test_one_expert_per_token_costs_what_the_mlp_cost(vit: nn.Module) -> None:
+    """E = 8: seven more copies of D·4D + 4D·D weights and 5 D biases in each of two blocks; the same active FLOPs."""
+    before, after = measure_cost(vit, 32), measure_cost(upcycle(vit), 32)
+    assert after.flops_per_image == before.flops_per_image
+    routers = 2 * 8 * 32
+    assert after.total_parameters - before.total_parameters == 2 * 7 * (8 * 32 * 32 + 5 * 32) + routers
+    assert after.active_parameters - before.active_parameters == routers
+
+
+# name, size, options, prefix tokens (class, distillation and register tokens)
+ARCHITECTURES = [
+    ("deit_tiny_patch16_224", 64, {}, 1),
+    ("deit_tiny_distilled_patch16_224", 64, {}, 2),
+    ("deit3_small_patch16_224", 64, {"depth": 4}, 1),
+    ("vit_tiny_patch16_224.augreg_in21k", 64, {}, 1),
+    ("vit_small_patch14_reg4_dinov2", 56, {"depth": 4}, 5),
+    ("vit_small_patch16_rope_224", 64, {"depth": 4}, 1),  # timm's Eva class
+    ("vit_betwixt_patch16_rope_reg4_gap_256", 64, {"depth": 2}, 4),
+    ("vit_tiny_patch16_dinov3_qkvb", 64, {"depth": 4}, 5),
+    ("beitv2_base_patch16_224", 64, {"depth": 2}, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "options", "prefix"), ARCHITECTURES, ids=[row[0] for row in ARCHITECTURES])
+def test_families_of_vits(name: str, size: int, options: dict[str, Any], prefix: int, tmp_path: Path) -> None:
+    """Equal at step 0, bit-equal after saving and loading, and routed over the patch grid."""
+    dense = dense_vit(name, img_size=size, **options)
+    moe = upcycle(dense, num_experts=4, top_k=2).eval()
+    assert step0_gap(dense, moe, images(size)).max_logit < 1e-5
+    save_model(describe(moe), tmp_path)
+    loaded = load_model(str(tmp_path)).net
+    assert torch.equal(loaded(images(size)), moe(images(size)))
+    assert (loaded.moe_config, loaded.num_classes) == (moe.moe_config, 5)
+    assert loaded.pretrained_cfg["architecture"] == "vit_moe"
+    _, (routing, *_) = forward_routing(loaded, images(size))
+    side = size // dense.patch_embed.patch_size[0]
+    assert (routing.grid, routing.num_prefix_tokens) == ((side, side), prefix)
+    assert routing.expert_weights().shape == (8, side * side + prefix, 4)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_saves_and_loads(vit: nn.Module, router: str, tmp_path: Path) -> None:
+    moe = upcycle(vit, router=router, num_experts=4, noise=0.1).eval()
+    save_model(describe(moe), tmp_path)
+    loaded = load_model(str(tmp_path)).net
+    assert loaded.moe_config == moe.moe_config
+    for name, value in moe.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert step0_gap(moe, loaded, images()).max_logit == 0
+
+
+def test_each_layer_can_have_its_own(vit: nn.Module, tmp_path: Path) -> None:
+    options = {"num_experts": [4, 2], "top_k": [2, 1], "router": ["vmoe_top_k", "sigmoid"]}
+    moe = upcycle(vit, layers=[0, 2], backend="dense", **options).eval()
+    assert step0_gap(vit, moe, images()).max_logit < 1e-5
+    save_model(describe(moe), tmp_path)
+    loaded = load_model(str(tmp_path)).net
+    assert [layer.router.num_experts for layer in moe_layers(loaded)] == [4, 2]
+    assert torch.equal(loaded(images()), moe(images()))
+
+
+@pytest.mark.parametrize("match", ["active_flops", "total_params"])
+def test_a_dense_twin_of_ours_is_upcycled_under_its_own_name(match: Any, tmp_path: Path) -> None:
+    """It was built under a registered name, with a convolutional stem, and keeps both."""
+    moe = timm.create_model("test_vit_moe", num_classes=3)  # E = 4, K = 2, hidden 64: twins of 128 and 256
+    save_model(describe(dense_twin(moe, match)), tmp_path / "twin")
+    up = upcycle(tmp_path / "twin", layers="every2").eval()
+    assert [layer.experts.fc1.out_features for layer in moe_layers(up)] == [
+        {"active_flops": 128, "total_params": 256}[match]
+    ] * 2
+    assert step0_gap(load_model(str(tmp_path / "twin")).net, up, images()).max_logit < 1e-5
+    save_model(describe(up), tmp_path / "up")
+    loaded = load_model(str(tmp_path / "up")).net
+    assert loaded.pretrained_cfg["architecture"] == "test_vit_moe"
+    assert torch.equal(loaded(images()), up(images()))
+    if match == "total_params":
+        with pytest.raises(UserError, match="upcycle all of those blocks"):
+            upcycle(tmp_path / "twin", layers=[3])
+
+
+def test_the_source_is_left_as_it_was(vit: nn.Module) -> None:
+    before = copy.deepcopy(vit.state_dict())
+    upcycle(vit, noise=1.0, num_classes=9)
+    assert vit.num_classes == 5
+    assert not moe_layers(vit)
+    assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
+
+
+def test_another_class_count_and_size_as_timm_does_it(vit: nn.Module, tmp_path: Path) -> None:
+    moe = upcycle(vit, num_classes=9, image_size=64).eval()
+    assert moe(images(64)).shape == (8, 9)
+    resampled = resample_abs_pos_embed(vit.pos_embed, [8, 8], [4, 4], num_prefix_tokens=1)
+    torch.testing.assert_close(moe.pos_embed, resampled)
+    save_model(describe(moe), tmp_path)
+    assert torch.equal(load_model(str(tmp_path)).net(images(64)), moe(images(64)))
+
+
+def test_noise_is_relative_to_the_weights(vit: nn.Module) -> None:
+    """std of (expert - dense) = noise · std of the dense matrix; 8 experts of 4096 weights leave 1 % of error."""
+    for layer in moe_layers(upcycle(vit, noise=0.3)):
+        dense = vit.blocks[layer.layer_index].mlp
+        for ours, theirs in ((layer.experts.fc1, dense.fc1), (layer.experts.fc2, dense.fc2)):
+            difference = (ours.weight - theirs.weight).detach()
+            assert float(difference.std() / theirs.weight.detach().std()) == pytest.approx(0.3, rel=0.03)
+            assert torch.equal(ours.bias, theirs.bias.expand_as(ours.bias))
+        assert not torch.equal(layer.experts.fc1.weight[0], layer.experts.fc1.weight[1])
+
+
+def test_reinit_draws_whole_hidden_units_anew(vit: nn.Module) -> None:
+    """A quarter of 128 units: their rows of fc1, biases and columns of fc2, with mean and spread of what was there."""
+    (layer, *_) = moe_layers(upcycle(vit, reinit=0.25))
+    dense, experts = vit.blocks[layer.layer_index].mlp, layer.experts
+    rows = (experts.fc1.weight != dense.fc1.weight).any(-1)
+    columns = (experts.fc2.weight != dense.fc2.weight).any(-2)
+    assert rows.sum(-1).tolist() == [32] * 8
+    assert torch.equal(rows, columns)
+    assert torch.equal(rows, experts.fc1.bias != dense.fc1.bias)
+    assert not torch.equal(rows[0], rows[1]), "each expert has a choice of its own"
+    for expert in range(8):
+        drawn = experts.fc1.weight[expert][rows[expert]].detach()
+        replaced = dense.fc1.weight[rows[expert]].detach()
+        assert float(drawn.std() / replaced.std()) == pytest.approx(1, abs=0.1)
+        assert (
+            float((drawn.mean() - replaced.mean()).abs() / replaced.std()) < 0.12
+        )  # 1024 numbers: 3.8 standard errors
+    torch.testing.assert_close(experts.fc2.bias, dense.fc2.bias.expand_as(experts.fc2.bias))
+
+
+def test_the_seed_decides_and_nothing_else_is_drawn(vit: nn.Module) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one = upcycle(vit, noise=0.1, reinit=0.1, num_classes=7, seed=1).state_dict()
+    assert torch.equal(torch.rand(3), expected), "the global generator goes on as if nothing had been drawn"
+    again, other = (upcycle(vit, noise=0.1, reinit=0.1, num_classes=7, seed=seed).state_dict() for seed in (1, 2))
+    assert all(torch.equal(value, again[name]) for name, value in one.items())
+    for name in ("blocks.1.mlp.router.weight", "blocks.1.mlp.experts.fc1.weight", "head.weight"):
+        assert not torch.equal(one[name], other[name])
+    drawn = [upcycle(vit, seed=None).state_dict()["blocks.1.mlp.router.weight"] for _ in range(2)]
+    assert not torch.equal(*drawn), "None goes on with the global generator"
+
+
+@pytest.fixture
+def weight_file(vit: nn.Module, tmp_path: Path) -> Path:
+    safetensors.torch.save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    return tmp_path / "vit.safetensors"
+
+
+@pytest.fixture
+def small_name(monkeypatch: pytest.MonkeyPatch) -> str:
+    """`vit_tiny_patch16_224` of the size of the tests, since a file says no size."""
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: real(name, **{**SMALL, **options}))
+    return "vit_tiny_patch16_224"
+
+
+def test_weights_from_a_file(vit: nn.Module, weight_file: Path, small_name: str) -> None:
+    moe = upcycle(small_name, weights=weight_file, image_size=32)
+    assert moe.num_classes == 5, "as many as the file has"
+    assert step0_gap(vit, moe, images()).max_logit < 1e-5
+    other = upcycle(small_name, weights=weight_file, image_size=32, num_classes=3)
+    assert other.num_classes == 3
+    assert torch.equal(other.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
+    first = load_dense(small_name, weight_file, image_size=32, num_classes=3)
+    assert torch.equal(first.head.weight, other.head.weight), "upcycling a loaded model is upcycling its name"
+
+
+def test_a_file_without_a_classifier(vit: nn.Module, small_name: str, tmp_path: Path) -> None:
+    body = {name: value for name, value in vit.state_dict().items() if not name.startswith("head")}
+    safetensors.torch.save_file(body, tmp_path / "body.safetensors")
+    moe = upcycle(small_name, weights=tmp_path / "body.safetensors", image_size=32, num_classes=3)
+    assert moe.num_classes == 3
+    assert torch.equal(moe.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
+
+
+def test_files_that_do_not_fit(weight_file: Path, small_name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not hold the weights of deit_tiny_patch16_224"):
+        create_from("deit_tiny_patch16_224", num_classes=3, image_size=32, weights=weight_file, depth=5)  # type: ignore[arg-type]
+    pickled = tmp_path / "weights.pth"
+    torch.save({}, pickled)
+    with pytest.raises(UserError, match="never pickles"):
+        create_from(small_name, weights=pickled)
+    with pytest.raises(UserError, match="There is no file"):
+        create_from(small_name, weights=tmp_path / "none.safetensors")
+    weight_file.write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="it is damaged, or no safetensors file"):
+        create_from(small_name, weights=weight_file)
+    with pytest.raises(UserError, match="name its architecture"):
+        create_from(weight_file)
+
+
+def test_folders(vit: nn.Module, tmp_path: Path) -> None:
+    """A model's folder, the run folder above it, and either with timm's prefix."""
+    save_model(describe(vit), tmp_path / "run" / "model")
+    for source in (tmp_path / "run", tmp_path / "run" / "model", f"local-dir:{tmp_path / 'run' / 'model'}"):
+        assert step0_gap(vit, upcycle(source), images()).max_logit < 1e-5
+    (tmp_path / "run" / "model" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="never pickles"):
+        create_from(tmp_path / "run")
+    assert create_from(tmp_path / "run", load_weights=False).num_classes == 5
+    with pytest.raises(UserError, match="is no saved model"):
+        create_from(tmp_path)
+    with pytest.raises(UserError, match="Did you mean deit_tiny_patch16_224"):
+        create_from("deit_tiny_patch16")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("eva02_tiny_patch14_224", {"img_size": 28}, "GluMlp .* such as SwiGLU"),
+        ("vit_small_plus_patch16_dinov3", {"img_size": 32, "depth": 2}, "SwiGLU"),
+        ("swin_tiny_patch4_window7_224", {}, "no list of transformer blocks"),
+        ("resnet18", {}, "no list of transformer blocks"),
+        ("hiera_tiny_224", {}, "hierarchical"),
+        ("vit_dpwee_patch16_reg1_gap_256", {}, "no MLP of its own"),
+        ("vit_tiny_patch16_224", {"scale_mlp_norm": True}, "LayerNorm inside"),
+        ("test_vit_moe", {}, "has experts already"),
+    ],
+)
+def test_what_cannot_be_upcycled_says_why(name: str, options: dict[str, Any], message: str) -> None:
+    net = timm.create_model(name, **options)
+    with pytest.raises(UserError, match=message):
+        upcycle(net)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise": -0.1}, "noise is -0.1"),
+        ({"reinit": 1.5}, "at most 1"),
+        ({"layers": []}, "name at least one"),
+        ({"layers": [9]}, "they are 0 to 3"),
+        ({"router": "nope"}, "no router 'nope'"),
+        ({"top_k": 9}, "between 1 and 8"),
+        ({"num_shared_experts": 1}, "double the output"),
+        ({"slots_per_expert": 2}, "has no use for slots_per_expert"),
+        ({"weights": "x.safetensors"}, "brings its own weights"),
+    ],
+)
+def test_options_that_do_not_fit(vit: nn.Module, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        upcycle(vit, **options)
+
+
+def test_fit_uses_the_same_code(vit: nn.Module, tmp_path: Path) -> None:
+    """`--pretrained` normalises V-MoE's gates too, takes the options of upcycling, and rebuilds without weights."""
+    save_model(describe(vit), tmp_path)
+    config = MoEConfig(pretrained=str(tmp_path), router="vmoe_top_k", top_k=1, moe_layers=[1, 2], drop_path_rate=0.1)
+    moe = build_model(config, num_classes=5, image_size=32)
+    assert step0_gap(vit, moe, images()).max_logit < 1e-5
+    assert moe.blocks[3].drop_path1.drop_prob == pytest.approx(0.1)
+    config.upcycle_noise, config.upcycle_reinit, config.noise = 0.1, 0.5, "none"
+    layer = moe_layers(build_model(config, num_classes=5, image_size=32))[0]
+    assert not torch.equal(layer.experts.fc1.weight[0], layer.experts.fc1.weight[1])
+    assert layer.router.noise == "none"
+    (tmp_path / "model.safetensors").unlink()
+    rebuilt = build_model(config, num_classes=5, image_size=32, load_pretrained=False)
+    rebuilt.load_state_dict(moe.state_dict())
+
+
+def test_fit_takes_a_file_with_its_architecture(weight_file: Path, small_name: str, vit: nn.Module) -> None:
+    config = MoEConfig(pretrained=str(weight_file), base=small_name)
+    moe = build_model(config, num_classes=5, image_size=32)
+    assert step0_gap(vit, moe, images()).max_logit < 1e-5
+    with pytest.raises(UserError, match="Say which architecture"):
+        build_model(MoEConfig(pretrained=str(weight_file)), num_classes=5, image_size=32)
+    weight_file.unlink()
+    assert build_model(config, num_classes=5, image_size=32, load_pretrained=False).num_classes == 5

@@ -1,0 +1,300 @@
+"""The model card says what was measured and what was not, and nothing that its reader has no business to know."""
+
+import io
+import json
+import re
+import shutil
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+import moevision
+from moevision import UserError
+from moevision.data.named import DATASET_NAMES
+from moevision.data.terms import UNKNOWN, terms_of
+from moevision.efficiency import measure_cost
+from moevision.models.hub import SavedModel, load_model
+from moevision.predict import predict_batch
+from moevision.train.card import model_card
+from moevision.train.card_facts import CardFacts, MoEBlock, Start, gather_facts, without_path
+from moevision.train.card_usage import usage_section
+from moevision.train.run_summary import read_summary
+
+ANALYSIS = {
+    "verdict": {
+        "headline": "No learned specialization found",
+        "layers": [{"layer": 1, "sentences": ["L1: the choice of expert tells 0.123 bits about the class."]}],
+    },
+    "data": {"n_images": 40},
+    "specialization": [
+        {
+            **{"about": "class", "name": "L1", "value_bits": 0.123, "low": -0.002, "high": 0.25, "p_value": 0.03},
+            "baselines": {"untrained": [0.1, 0.11], "kmeans_input": [0.2], "hash": []},
+            "seeds": [0.119, 0.4],
+        },
+        {"about": "position", "name": "L1"},
+    ],
+    "effects": {
+        "why": None,
+        "pictures_per_class": 7,
+        "experts": [
+            {"name": "L1·E0", "delta_logit": 0.1, "control_delta_logit": 0.0},
+            {"name": "L1·E2", "delta_logit": -0.5, "control_delta_logit": -0.25},
+        ],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def facts(tiny_run: Path) -> CardFacts:
+    return gather_facts(tiny_run)
+
+
+@pytest.fixture(scope="module")
+def bare() -> CardFacts:
+    """Of a model without a run."""
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit_moe", num_classes=2, router=["soft", "expert_choice"], capacity_factor=None)
+    return gather_facts(SavedModel(net.eval(), ["a", "b"], 32, (0.5,) * 3, (0.5,) * 3), name="bare")
+
+
+def header(card: str) -> dict[str, Any]:
+    found = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    assert found
+    return yaml.safe_load(found[1])
+
+
+def test_fit_leaves_the_card_beside_the_model(tiny_run: Path, facts: CardFacts) -> None:
+    """Written anew once the twin is known; the twin's own card is that of a dense model."""
+    written = (tiny_run / "model" / "README.md").read_text()
+    assert written == model_card(facts) == model_card(gather_facts(tiny_run / "model"))
+    assert "its dense twin: " in written
+    twin = (tiny_run / "twin" / "model" / "README.md").read_text()
+    assert "without experts" in twin
+    assert "mixture-of-experts" not in header(twin)["tags"]
+    assert "dense twin" not in twin
+
+
+def test_the_header_is_what_the_hub_expects(tiny_run: Path, facts: CardFacts) -> None:
+    card = ModelCard(model_card(replace(facts, licence="apache-2.0")))
+    test = json.loads((tiny_run / "summary.json").read_text())["test"]
+    (result,) = card.data.eval_results
+    assert result.metric_value == pytest.approx(test["correct"] / test["total"], abs=5e-5)
+    assert (result.task_type, result.metric_type, result.dataset_type) == (
+        "image-classification",
+        "accuracy",
+        "imagefolder",
+    )
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
+        "apache-2.0",
+        "timm",
+        "image-classification",
+    )
+    assert "datasets" not in header(str(card))
+    assert header(model_card(facts))["license"] == "unknown"
+
+
+def test_the_header_names_data_and_start_that_the_hub_knows(facts: CardFacts) -> None:
+    """Addresses as huggingface.co has them; timm's own record names the licence of its weights."""
+    start = Start("deit_tiny_patch16_224", "timm/deit_tiny_patch16_224.fb_in1k", "apache-2.0")
+    card = model_card(replace(facts, start=start, summary=replace(facts.summary, data="cifar10")))
+    assert header(card)["datasets"] == ["uoft-cs/cifar10"]
+    assert header(card)["base_model"] == "timm/deit_tiny_patch16_224.fb_in1k"
+    assert "the weights of deit_tiny_patch16_224 (their licence, as timm records it: apache-2.0)" in card
+    assert "states no licence and asks to cite Krizhevsky 2009" in card
+
+
+def test_what_was_measured_is_in_it(tiny_run: Path, facts: CardFacts) -> None:
+    card, summary = model_card(facts), json.loads((tiny_run / "summary.json").read_text())
+    test, cost = summary["test"], summary["cost"]
+    assert f"**{100 * test['correct'] / test['total']:.1f} % of {test['total']} test images recognised**" in card
+    assert f"| parameters, total | {cost['total_parameters']:,} |" in card
+    for layer in summary["layers"]:
+        assert f"| block {layer['layer']} | 4 | {layer['max_over_mean']:.2f} | {layer['cv_squared']:.2g} |" in card
+        assert f"| block {layer['layer']} | noisy_top_k | 4 | 2 |" in card
+    twin = summary["twin"]["difference"]
+    assert f"**{100 * twin['difference']:+.1f} percentage points**".replace("-", "−") in card
+    assert "Seed: 0." in card
+    assert f"| torch | {torch.__version__} |" in card
+    assert f"| moevision | {moevision.__version__} |" in card
+    assert "1 file of the data could not be read" in card
+    assert "Classes: cat, dog." in card
+
+
+def test_what_was_not_measured_is_said(facts: CardFacts, bare: CardFacts) -> None:
+    limits = model_card(bare).partition("## Limits")[2].partition("##")[0]
+    for words in ("Accuracy", "dense twin", "spread over seeds", "Load of the experts", "specialize", "Energy"):
+        assert re.search(f"^- .*{words}.*not measured", limits, re.M), words
+    card = model_card(bare)
+    assert "model-index" not in header(card)
+    assert "metrics" not in header(card)
+    assert "Its accuracy was not measured" in card
+    assert "Started from: not recorded." in card
+    assert UNKNOWN in card
+    limits = model_card(facts).partition("## Limits")[2].partition("##")[0]
+    assert "Accuracy, calibration" not in limits
+    assert "dense twin" not in limits
+    assert "specialize in: not measured" in limits
+    alone = model_card(replace(facts, summary=replace(facts.summary, twin=None)))
+    assert "how good a dense model of the same cost is" in alone
+
+
+def test_cost_of_a_model_without_a_run_is_measured(bare: CardFacts) -> None:
+    net = timm.create_model("test_vit_moe", num_classes=2, router=["soft", "expert_choice"])
+    assert bare.cost == measure_cost(net, 32)
+    card = model_card(bare)
+    assert "| block 1 | soft | 4 | 2 |" in card
+    assert "| block 3 | expert_choice | 4 | 2 |" in card
+    assert "| slots per expert | 8, – |" in card
+    assert "every token takes a part of all experts" in card
+
+
+def test_an_oracle_is_called_one(facts: CardFacts) -> None:
+    assert "its accuracy counts for nothing" in model_card(replace(facts, blocks=[MoEBlock(1, "label", 4, 2)]))
+    assert "its accuracy counts for nothing" not in model_card(facts)
+
+
+def test_specialization_stands_beside_its_comparisons(facts: CardFacts) -> None:
+    """The strongest baseline is the largest of all their seeds: 0.2, from k-means; the position entry has no row."""
+    card = model_card(replace(facts, analysis=ANALYSIS))
+    assert "**No learned specialization found.**" in card
+    assert "- L1: the choice of expert tells 0.123 bits about the class." in card
+    assert "| L1 | 0.123 | −0.002 to 0.250 | 0.03 | 0.200 (kmeans input) | 0.119, 0.400 |" in card
+    assert "L1·E2 matters most, and changes the logit of the true class by −0.50 on average" in card
+    assert "another expert taken away at random: −0.25" in card
+    assert "specialize in: not measured" not in card
+    lonely = {**ANALYSIS["specialization"][0], "baselines": {}, "seeds": []}
+    less = {**ANALYSIS, "specialization": [lonely], "effects": {"why": "too slow", "experts": []}}
+    card = model_card(replace(facts, analysis=less))
+    assert "| 0.03 | not measured | not measured |" in card
+    assert "Taking experts away: not measured (too slow)." in card
+
+
+def test_other_seeds(tiny_run: Path, facts: CardFacts) -> None:
+    other = replace(facts.summary, name="pets-2", seed=1)
+    card = model_card(replace(facts, others=[other]))
+    assert re.search(r"\| this model \| 0 \| [\d.]+ % \|.*\n\| pets-2 \| 1 \|", card)
+    assert "spread over seeds: not measured" not in card
+    assert gather_facts(tiny_run, others=[tiny_run / "twin"]).others == [
+        read_summary(tiny_run / "twin" / "summary.json")
+    ]
+
+
+def test_nothing_private(tiny_run: Path, facts: CardFacts) -> None:
+    """No path of this computer, no name of a picture; a class name can't break the table that it stands in."""
+    note = "3 pictures stand in several classes as byte-identical files (for example dog/jane doe.png): keep each"
+    odd = replace(facts, class_names=["a|b", "<script>"], summary=replace(facts.summary, notes=[note]))
+    card = model_card(odd)
+    assert str(tiny_run.parent) not in card
+    assert "broken.png" not in card
+    assert "jane" not in card
+    assert "3 pictures stand in several classes as byte-identical files: keep each" in card
+    assert "a folder called “pets”" in card
+    assert "moevision fit …/pets --model.arch.name=test_vit_moe" in card
+    assert r"Classes: a\|b, &lt;script>." in card
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("/home/jane/cats", "…/cats"),
+        ("--data.path=/home/jane/cats/", "--data.path=…/cats"),
+        (r"C:\Users\jane\cats", "…/cats"),
+        ("~/cats", "…/cats"),
+        ("local-dir:/home/jane/model", "…/model"),
+        ("hf-hub:timm/vit", "hf-hub:timm/vit"),
+        ("--trainer.max_epochs=3", "--trainer.max_epochs=3"),
+        ("quickstart", "quickstart"),
+    ],
+)
+def test_paths_are_shortened(word: str, shown: str) -> None:
+    assert without_path(word) == shown
+
+
+def test_terms_are_known_or_said_to_be_unknown() -> None:
+    """flowers102's page states no terms that could be repeated; a folder that bears a name is not the dataset."""
+    for name in DATASET_NAMES:
+        terms = terms_of(name)
+        assert terms.kind == name
+        assert (terms.terms == UNKNOWN) == (name == "flowers102"), name
+    assert "CC BY-SA 4.0" in terms_of("pets").terms
+    assert "non-commercial" in terms_of("imagenet").terms
+    assert "non-commercial" in terms_of("imagenette").terms
+    assert terms_of("./pets").terms == UNKNOWN
+    assert terms_of("/home/jane/cifar10").title == "own pictures (a folder called “cifar10”)"
+
+
+def test_the_program_in_the_card_works(
+    tiny_run: Path, drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run as a reader would, in the folder of the card: the same classes as `moevision predict`, and the routing."""
+    shutil.copytree(tiny_run / "model", tmp_path / "model")
+    picture = next((drawn_pets / "cat").iterdir())
+    shutil.copy(picture, tmp_path / "model" / "picture.jpg")
+    monkeypatch.chdir(tmp_path / "model")
+    program = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    with redirect_stdout(io.StringIO()) as out:
+        exec(compile(program[1], "README.md", "exec"), {})
+    (expected,) = predict_batch(load_model(str(tiny_run)), [picture])
+    lines = out.getvalue().splitlines()
+    for line, name, probability in zip(lines[:2], expected.classes, expected.probabilities, strict=True):
+        assert line == f"{name}: {probability:.1%}"
+    assert lines[2:] == ["1 (4, 4) torch.Size([1, 16, 4])", "3 (4, 4) torch.Size([1, 16, 4])"]
+
+
+def test_the_program_names_the_address(facts: CardFacts) -> None:
+    text = usage_section(replace(facts, address="hf-hub:me/pets"))
+    assert 'timm.create_model("hf-hub:me/pets", pretrained=True)' in text
+    assert "moevision predict hf-hub:me/pets picture.jpg" in text
+    assert "forward_routing" not in usage_section(replace(facts, blocks=[]))
+
+
+def test_a_damaged_run_is_said(tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("twin", "checkpoints"))
+    for name, text in (
+        ("summary.json", "{"),
+        ("summary.json", '{"name": "x"}'),
+        ("provenance.json", "[1]"),
+        ("config.yaml", "a: ["),
+    ):
+        kept = (tmp_path / "run" / name).read_text()
+        (tmp_path / "run" / name).write_text(text)
+        with pytest.raises(UserError, match=name):
+            gather_facts(tmp_path / "run")
+        (tmp_path / "run" / name).write_text(kept)
+    assert gather_facts(tmp_path / "run").start == Start()
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert gather_facts(tmp_path / "run").start is None
+
+
+def test_start_from_pretrained_weights(tiny_run: Path, tmp_path: Path) -> None:
+    """What timm's registry says of its own weights; of a folder only the name."""
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("twin", "checkpoints"))
+    config = tmp_path / "run" / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    record = timm.get_pretrained_cfg("deit_tiny_patch16_224")
+    expected = {
+        "deit_tiny_patch16_224": Start("deit_tiny_patch16_224", record.hf_hub_id, record.license),
+        "hf-hub:timm/vit_tiny@main": Start("hf-hub:timm/vit_tiny@main", "timm/vit_tiny"),
+        str(tmp_path / "secret" / "weights"): Start("…/weights"),
+    }
+    for source, start in expected.items():
+        settings["model"]["arch"]["pretrained"] = source
+        config.write_text(yaml.safe_dump(settings))
+        assert gather_facts(tmp_path / "run").start == start
+
+
+def test_a_summary_is_read_as_it_was_written(tiny_run: Path, facts: CardFacts) -> None:
+    given = json.loads((tiny_run / "summary.json").read_text())
+    assert facts.summary.test.correct == given["test"]["correct"]
+    assert facts.summary.twin.cost.total_parameters == given["twin"]["cost"]["total_parameters"]
+    assert [layer.counts for layer in facts.summary.layers] == [layer["counts"] for layer in given["layers"]]
+    with pytest.raises(UserError, match=r"can't be read as the summary of a run"):
+        read_summary(tiny_run / "nothing.json")

@@ -1,0 +1,209 @@
+"""Layer-wise learning rates are those that a reader computes by hand, and what is frozen does not move."""
+
+import math
+from typing import Any
+
+import lightning as L
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+import moevision  # noqa: F401  (registers the vit_moe names)
+from moevision.errors import UserError
+from moevision.layers import moe_layers
+from moevision.models.config import MoEConfig
+from moevision.train import task as task_module
+from moevision.train.optimizer import OptimizerConfig, build_optimizer, freeze_parameters, parameter_groups
+from moevision.train.task import ClassificationTask
+
+LR, DECAY = 0.01, 0.5
+# test_vit_moe: depth 4, MoE in blocks 1 and 3, a convolutional stem with BatchNorm.
+DEPTH = 4
+
+
+def tiny(name: str = "test_vit_moe", **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=3, **options)
+
+
+def rates(net: nn.Module, config: OptimizerConfig) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of every parameter that is optimized, by name."""
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    found = {}
+    for group in parameter_groups(net, config):
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in found, "a parameter is in one group only"
+            found[names[id(parameter)]] = (group.get("lr", config.lr), group["weight_decay"])
+    return found
+
+
+def test_layer_decay_by_hand() -> None:
+    """Classifier 1, block 3 DECAY, ..., block 0 DECAY⁴, embedding DECAY⁵; experts and routers go with their block."""
+    found = rates(tiny(), OptimizerConfig(lr=LR, layer_decay=DECAY))
+    expected = {
+        "head.weight": LR,
+        "fc_norm.weight": LR,  # after pooling, so no part of the last block
+        "blocks.3.mlp.experts.fc1.weight": LR * 0.5,
+        "blocks.3.mlp.experts.fc2.bias": LR * 0.5,
+        "blocks.3.attn.qkv.weight": LR * 0.5,
+        "blocks.2.mlp.fc1.weight": LR * 0.25,
+        "blocks.1.mlp.experts.fc1.weight": LR * 0.125,
+        "blocks.1.mlp.router.weight": LR * 0.125,
+        "blocks.0.norm1.weight": LR * 0.0625,
+        "pos_embed": LR * 0.03125,
+        "patch_embed.backbone.0.conv.weight": LR * 0.03125,
+    }
+    assert {name: found[name][0] for name in expected} == pytest.approx(expected)
+    assert set(found) == {name for name, _ in tiny().named_parameters()}
+
+
+def test_a_norm_before_pooling_belongs_to_the_last_block() -> None:
+    """The class-token ViT has `norm` where test_vit_moe has `fc_norm`; a distilled DeiT has two heads."""
+    net = tiny("deit_tiny_distilled_patch16_224", img_size=32, depth=2)
+    found = rates(net, OptimizerConfig(lr=LR, layer_decay=DECAY))
+    assert found["norm.weight"][0] == found["blocks.1.mlp.fc1.weight"][0] == LR * 0.5
+    assert found["head.weight"][0] == found["head_dist.weight"][0] == LR
+    assert found["dist_token"][0] == LR * DECAY**3
+
+
+def test_weight_decay_spares_biases_norms_and_embeddings_under_layer_decay() -> None:
+    found = rates(tiny(), OptimizerConfig(lr=LR, weight_decay=0.1, layer_decay=DECAY))
+    for name, parameter in tiny().named_parameters():
+        spared = parameter.ndim <= 1 or name.endswith(".bias") or name == "pos_embed"
+        assert found[name][1] == (0.0 if spared else 0.1), name
+    assert tiny().blocks[1].mlp.experts.fc1.bias.ndim == 2, "packed biases are matrices"
+
+
+def test_without_options_the_groups_are_timms() -> None:
+    net = tiny()
+    expected = param_groups_weight_decay(net, 0.05)
+    found = parameter_groups(net, OptimizerConfig())
+    assert [group.keys() for group in found] == [group.keys() for group in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["weight_decay"] == theirs["weight_decay"]
+        assert [id(p) for p in ours["params"]] == [id(p) for p in theirs["params"]]
+
+
+@pytest.mark.parametrize("layer_decay", [None, DECAY])
+def test_every_group_follows_the_one_cycle_schedule(layer_decay: float | None) -> None:
+    """OneCycleLR rises from peak / 25 along a cosine; at the end of the warm-up each group is at its own peak."""
+    config = OptimizerConfig(lr=LR, warmup_fraction=0.2, layer_decay=layer_decay)
+    optimizer, schedule = build_optimizer(tiny(), config, total_steps=11)
+    peaks = [group["max_lr"] for group in optimizer.param_groups]
+    assert max(peaks) == peaks[0] == LR, "the first group is the one that reports show"
+    assert min(peaks) == pytest.approx(LR if layer_decay is None else LR * DECAY ** (DEPTH + 1))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([peak / 25 for peak in peaks])
+    warmup_end = 0.2 * 11 - 1  # in steps, as torch places it
+    optimizer.step()
+    schedule.step()
+    share = (1 - math.cos(math.pi * 1 / warmup_end)) / 2
+    expected = [peak / 25 + (peak - peak / 25) * share for peak in peaks]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+
+
+def learning(net: nn.Module) -> set[str]:
+    return {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+
+
+def test_freezing_the_first_blocks() -> None:
+    net = freeze_parameters(tiny(), 2)
+    expected = {
+        name for name, _ in net.named_parameters() if name.startswith(("blocks.2", "blocks.3", "fc_norm", "head"))
+    }
+    assert learning(net) == expected
+    assert learning(freeze_parameters(tiny(), 0)) == {
+        name for name, _ in net.named_parameters() if not name.startswith(("patch_embed", "pos_embed"))
+    }
+    assert learning(freeze_parameters(tiny(), None)) == {name for name, _ in net.named_parameters()}
+
+
+def test_freezing_all_but() -> None:
+    net = freeze_parameters(tiny(), "all_but_head")
+    assert learning(net) == {"head.weight", "head.bias"}
+    net = freeze_parameters(tiny(), "all_but_experts")
+    assert learning(net) == {
+        name for name, _ in net.named_parameters() if name.startswith(("head", "blocks.1.mlp", "blocks.3.mlp"))
+    }
+    distilled = freeze_parameters(tiny("deit_tiny_distilled_patch16_224", img_size=32, depth=2), "all_but_head")
+    assert learning(distilled) == {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("layer_decay", [None, DECAY])
+def test_what_is_frozen_is_not_optimized(layer_decay: float | None) -> None:
+    net = freeze_parameters(tiny(), "all_but_experts")
+    assert set(rates(net, OptimizerConfig(layer_decay=layer_decay))) == learning(net)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OptimizerConfig(freeze=5), "freeze=5 does not fit 4 blocks"),
+        (OptimizerConfig(freeze=-1), "freeze=-1 does not fit"),
+        (OptimizerConfig(freeze="most"), "all_but_experts or all_but_head"),  # type: ignore[arg-type]
+        (OptimizerConfig(layer_decay=0.0), "above 0 and at most 1"),
+        (OptimizerConfig(layer_decay=1.5), "above 0 and at most 1"),
+    ],
+)
+def test_what_does_not_fit_is_said(config: OptimizerConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parameter_groups(freeze_parameters(tiny(), config.freeze), config)
+
+
+def test_experts_can_only_be_trained_where_there_are_some() -> None:
+    with pytest.raises(UserError, match="needs a model with experts"):
+        freeze_parameters(tiny(twin="active_flops"), "all_but_experts")
+
+
+def test_everything_frozen_is_no_training() -> None:
+    net = tiny().requires_grad_(False)
+    for layer_decay in (None, DECAY):
+        with pytest.raises(UserError, match="nothing to train"):
+            parameter_groups(net, OptimizerConfig(layer_decay=layer_decay))
+
+
+def one_step(config: OptimizerConfig) -> tuple[dict[str, torch.Tensor], ClassificationTask]:
+    """State before, and the task after one optimizer step on noise."""
+    L.seed_everything(0, verbose=False)
+    task = ClassificationTask(arch=MoEConfig(name="test_vit_moe"), optim=config, num_classes=3, image_size=32)
+    before = {name: value.clone() for name, value in task.net.state_dict().items()}
+    optimizer, _ = build_optimizer(task.net, config, total_steps=4)
+    task.train()
+    loss = task._cross_entropy(task.net(torch.randn(8, 3, 32, 32)), torch.arange(8) % 3)
+    loss.backward()
+    optimizer.step()
+    return before, task
+
+
+def test_a_frozen_stem_keeps_weights_and_statistics() -> None:
+    """BatchNorm of the stem would drift with every batch, though its weights are frozen; train() must not undo it."""
+    before, task = one_step(OptimizerConfig(lr=LR, freeze="all_but_experts"))
+    moved = {name for name, value in task.net.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved <= {name for name in before if name.startswith(("head", "blocks.1.mlp", "blocks.3.mlp"))}
+    assert "blocks.1.mlp.experts.fc1.weight" in moved
+    assert not any("running" in name for name in moved)
+    assert task.net.blocks[0].training, "dropout and stochastic depth stay as configured"
+    before, task = one_step(OptimizerConfig(lr=LR))
+    after = task.net.state_dict()
+    assert not torch.equal(
+        after["patch_embed.backbone.0.bn.running_mean"], before["patch_embed.backbone.0.bn.running_mean"]
+    )
+
+
+def test_a_checkpoint_brings_the_options_back() -> None:
+    """Hyperparameters are plain data; dicts come back as the dataclass."""
+    task = ClassificationTask(optim={"lr": LR, "layer_decay": DECAY, "freeze": 1})  # type: ignore[arg-type]
+    assert task.optim == OptimizerConfig(lr=LR, layer_decay=DECAY, freeze=1)
+    assert task.hparams["optim"]["freeze"] == 1
+    assert task_module.OptimizerConfig is OptimizerConfig
+    old = ClassificationTask(optim={"lr": LR, "weight_decay": 0.05, "warmup_fraction": 0.2, "beta2": 0.99})  # type: ignore[arg-type]
+    assert old.optim == OptimizerConfig(lr=LR), "a checkpoint from before these options"
+
+
+def test_the_first_group_holds_the_classifier() -> None:
+    net = tiny()
+    groups = parameter_groups(net, OptimizerConfig(layer_decay=DECAY))
+    head = {id(parameter) for parameter in net.head.parameters()}
+    assert head & {id(parameter) for parameter in groups[0]["params"]}
+    assert len(moe_layers(net)) == 2

@@ -1,0 +1,73 @@
+"""Two processes train like one: parameters, balance losses and router biases, over ranks and micro-batches."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.train import two_processes
+from tests.train.two_processes import CASES, IMAGES, train
+
+pytestmark = pytest.mark.dist
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
+    """What each of two processes had at the end of every case."""
+    folder = tmp_path_factory.mktemp("two")
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(2):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+        command = [sys.executable, two_processes.__file__, str(folder)]
+        with (folder / f"log-{rank}.txt").open("w") as log:
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join((folder / f"log-{rank}.txt").read_text()[-3000:] for rank in range(2))
+    return {case: [torch.load(folder / f"{case}-{rank}.pt") for rank in range(2)] for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(case: str, two: dict[str, list[dict[str, Tensor]]], tmp_path: Path) -> None:
+    """16 images per step: in one process at once, in two with one or two micro-batches each; float64, no noise."""
+    one, first, second = train(case, tmp_path), *two[case]
+    for name in one:
+        if name == "counts":  # a process's own in layers without a bias; see below
+            continue
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(first[name], one[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_the_bias_counts_all_ranks_and_micro_batches_of_a_step(two: dict[str, list[dict[str, Tensor]]]) -> None:
+    """16 images of 16 patches with K = 2 are 512 choices in each layer, and three steps of the bias were made of them.
+
+    One process's share, or the last micro-batch's, would be 256.
+    """
+    for state in two["bias"]:
+        assert state["counts"].sum(-1).tolist() == [IMAGES * 16 * 2] * 2
+        for name in ("blocks.1.mlp.router.bias", "blocks.3.mlp.router.bias"):
+            assert state[name].abs().max() > 0.01
+            assert float(state[name].sum()) == pytest.approx(0, abs=1e-6)
+
+
+def test_one_process_accumulates_the_bias_counts(tmp_path: Path) -> None:
+    """Four micro-batches of four images move the bias as 16 images at once do."""
+    whole, parts = train("bias", tmp_path), train("bias", tmp_path, micro_batches=4)
+    assert torch.equal(parts["counts"], whole["counts"])
+    for name in ("blocks.1.mlp.router.bias", "blocks.3.mlp.router.bias"):
+        assert torch.equal(parts[name], whole[name])

@@ -1,0 +1,93 @@
+"""Train a tiny model for a few optimizer steps; run as a script, as one of the processes of a DDP training.
+
+`RANK=r python two_processes.py FOLDER` with the environment of torch's launcher writes `FOLDER/CASE-r.pt`, one for
+each case of `CASES`. `train` in one process is what it has to equal.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from moevision.layers import moe_layers
+from moevision.losses import AuxLossWeights
+from moevision.models.config import MoEConfig
+from moevision.train.task import ClassificationTask
+
+STEPS, IMAGES, CLASSES = 3, 16, 4
+
+# name: options of the model, weights of the losses, micro-batches per optimizer step. The balance losses' gradients
+# are the full batch's over processes, but not over micro-batches (docs of `AuxLoss`), so those are not mixed.
+CASES: dict[str, tuple[dict[str, Any], dict[str, float], int]] = {
+    "bias": ({"router": "bias_balanced", "bias_rate": 0.05}, {}, 2),
+    "losses": ({"router": "vmoe_top_k", "noise": "none"}, {"importance": 0.5, "load_balancing": 0.5, "load": 0.0}, 1),
+    "soft": ({"router": "soft"}, {}, 2),
+    "expert choice": ({"router": "expert_choice", "noise": "none"}, {}, 1),
+}
+
+
+def batches(parts: int) -> list[dict[str, Tensor]]:
+    """STEPS batches of IMAGES pictures, each cut into parts in order."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(STEPS):
+        image = torch.randn(IMAGES, 3, 32, 32, generator=generator, dtype=torch.float64) + 0.5
+        label = torch.randint(CLASSES, (IMAGES,), generator=generator)
+        for rows in torch.arange(IMAGES).chunk(parts):
+            found.append({"image": image[rows], "label": label[rows], "index": rows})
+    return found
+
+
+def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batches: int = 1) -> dict[str, Tensor]:
+    """The network's state after STEPS optimizer steps in float64, and `counts`, what its last step counted [2, E]."""
+    options, weights, _ = CASES[case]
+    L.seed_everything(0, verbose=False)
+    task = ClassificationTask(
+        arch=MoEConfig(name="test_vit_moe", stem="patch", **options),
+        aux=AuxLossWeights(**weights),
+        num_classes=CLASSES,
+        image_size=32,
+    )
+    task.double()
+    # Micro-batches go round the processes: the batches of a process are every P-th of a step's M · P parts.
+    mine = batches(processes * micro_batches)[rank::processes]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        precision="64-true",
+        max_epochs=1,
+        limit_val_batches=0,
+        accumulate_grad_batches=micro_batches,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    loader = DataLoader(mine, batch_size=None)
+    trainer.fit(task, loader, loader)
+    assert trainer.global_step == STEPS
+    counts = torch.stack([count.to(torch.float64) for count in task.window_counts])
+    assert len(counts) == len(moe_layers(task.net))
+    return {**task.net.state_dict(), "counts": counts}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")  # Lightning's advice on speed
+    folder, rank, processes = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    for case, (_, _, micro_batches) in CASES.items():
+        torch.save(train(case, folder, processes, rank, micro_batches), folder / f"{case}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
