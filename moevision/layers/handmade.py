@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -101,9 +102,10 @@ class HashRouter(HandmadeRouter):
     """The position decides: neighbours get different experts, all experts equally many positions (± 1)."""
 
     def first_expert(self, x: Tensor) -> Tensor:
-        """By a Fibonacci hash of the position."""
+        """By the rank of a Fibonacci hash of the position: cut into E equal parts, the hashes alone are uneven."""
         position = torch.arange(x.shape[1], device=x.device)
-        return ((position * _GOLDEN_RATIO & _UINT32) * self.num_experts) >> 32
+        rank = (position * _GOLDEN_RATIO & _UINT32).argsort().argsort()
+        return rank * self.num_experts // x.shape[1]
 
 
 class RandomRouter(HandmadeRouter):
@@ -155,6 +157,8 @@ class ColourRouter(HandmadeRouter):
         from sklearn.cluster import KMeans
 
         sample = colours.flatten(0, 1)[:_MAX_COLOURS].cpu().numpy()
+        if len(np.unique(sample, axis=0)) < self.num_experts:
+            return  # a batch of few or blank pictures: the next one decides
         found = KMeans(self.num_experts, n_init=4, random_state=0).fit(sample).cluster_centers_
         centroids = torch.from_numpy(found).to(self.centroids)
         if dist.is_available() and dist.is_initialized():
@@ -185,9 +189,11 @@ class LabelRouter(HandmadeRouter):
 
     def first_expert(self, x: Tensor) -> Tensor:
         """The label that the open `label_oracle` tells."""
-        if self.labels is None:
+        if self.labels is None or len(self.labels) != len(x):
+            known = "none" if self.labels is None else f"{len(self.labels)}"
             raise UserError(
-                "The router 'label' is an oracle: open `with moevision.label_oracle(model, labels):` around the model."
+                f"The router 'label' is an oracle: open `with moevision.label_oracle(model, labels):` around the "
+                f"model, with a label for each of its {len(x)} images ({known} given)."
             )
         return (self.labels.to(x.device) % self.num_experts).view(-1, 1)
 

@@ -57,7 +57,7 @@ class ExpertChoiceRouting(Routing):
         weights = by_expert.scatter(-1, token_index, token_weight).mT
         taken = by_expert.scatter(-1, token_index, 1.0).mT
         # Taken ones first even where their weight has underflowed to 0; equal weights in the order of experts.
-        expert_index = (weights + taken).argsort(dim=-1, descending=True, stable=True)
+        expert_index = torch.where(taken > 0, weights, -1.0).argsort(dim=-1, descending=True, stable=True)
         return cls(
             logits=logits,
             noisy_logits=noisy_logits,

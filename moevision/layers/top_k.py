@@ -173,10 +173,12 @@ class TopKRouter(nn.Module):
 
     @torch.no_grad()
     def priority(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
-        """[B, N, k]: by what batch priority routing orders tokens; arguments as for `gates`."""
-        # A normalised gate of one expert is 1 and says nothing about how sure it is.
-        own = self._shares if top_logits.shape[-1] == 1 else self.gates
-        return own(gate_logits, top_logits)
+        """[B, N, k]: by what batch priority routing orders tokens; arguments as for `gates`.
+
+        The gates before normalisation, as in Tutel: .9 beside .09 is surer than .5 beside .01, and a normalised gate of
+        one expert is always 1.
+        """
+        return self._shares(gate_logits, top_logits)
 
     def _shares(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
         """Gates as they are before any normalisation: probabilities of the softmax over all experts."""

@@ -26,6 +26,7 @@ from moevision.train.callbacks import ScheduleCheck, Stopwatch
 from moevision.train.console import SentenceParser, quiet_lightning
 from moevision.train.finish import RunResult, finish_run, write_comparison
 from moevision.train.help import ALL
+from moevision.train.optimizer import freeze_parameters
 from moevision.train.plan import describe_plan, memory_advice
 from moevision.train.recipe import default_precision, expand_arguments
 from moevision.train.run_folder import check_checkpoint, new_run_folder
@@ -148,7 +149,8 @@ class TrainingCLI(LightningCLI):
         if self._get(self.config, "with_twin"):  # better now than after the first training
             twin = replace(self.model.arch, twin="active_flops")
             with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
-                build_model(twin, self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=False)
+                net = build_model(twin, self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=False)
+                freeze_parameters(net, self.model.optim.freeze)
         print(self.datamodule.describe())
         with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
             print(describe_plan(self.model, self.datamodule, self.trainer))

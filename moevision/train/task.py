@@ -166,7 +166,11 @@ class ClassificationTask(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Apply the update, then move the routers' biases by what the whole step asked of every expert."""
+        scaler: torch.amp.GradScaler | None = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = None if scaler is None else scaler.get_scale()
         super().optimizer_step(*args, **kwargs)
+        if scaler is not None and scale is not None and scaler.get_scale() < scale:
+            return  # fp16 gradients overflowed: the scaler left this update out
         if any(isinstance(layer.router, SigmoidRouter) for layer in moe_layers(self.net)):
             update_router_bias(self.net, [_sum_over_processes(count) for count in self.window_counts])
 

@@ -195,7 +195,7 @@ def summary() -> RunSummary:
 def one_dead_expert() -> LayerLoad:
     """8 experts over 17 500 tokens with 2 choices each: seven get 5 000 choices, one gets none."""
     counts = torch.tensor([0, *[5_000] * 7])
-    return LayerLoad.from_sums(1, counts, counts, torch.tensor(1.7 * 17_500), torch.tensor(17_500))
+    return LayerLoad.from_sums(1, counts, counts, torch.tensor(1.7 * 17_500), torch.tensor(17_500), torch.tensor(0))
 
 
 def _lines(summary: RunSummary, folder: Path) -> list[str]:

@@ -1,0 +1,141 @@
+"""Gates, capacity and shared experts on numbers that were derived by hand.
+
+Expert e multiplies its input by e + 1, and the token is its own logits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moevision.layers import MoEMlp
+from tests.layers.linear_experts import close, run, times_e_plus_1, tokens
+
+X = tokens([4.0, 2.0, 1.0]).log()  # softmax: 4/7, 2/7, 1/7
+
+
+def test_straight_through_gate_of_one_choice() -> None:
+    """Value 1, gradient of p_0 = 4/7: ∂p_0/∂logits = p_0 (δ - p) = 12/49, -8/49, -4/49."""
+    layer = times_e_plus_1("vmoe_top_k", 3, top_k=1, normalize_gates=True)
+    x = X.clone().requires_grad_()
+    out, routing = run(layer, x)
+    assert routing.combine_weight.tolist() == [[[1.0]]]
+    assert torch.equal(out, X)
+    routing.combine_weight.sum().backward()
+    close(x.grad, [[[12 / 49, -8 / 49, -4 / 49]]])
+
+
+@pytest.mark.parametrize(
+    ("router", "normalize", "expected"),
+    [
+        ("vmoe_top_k", None, [4 / 7, 2 / 7]),
+        ("vmoe_top_k", True, [4 / 6, 2 / 6]),
+        ("noisy_top_k", None, [4 / 6, 2 / 6]),
+        ("noisy_top_k", False, [4 / 7, 2 / 7]),
+    ],
+)
+def test_normalize_gates(router: str, normalize: bool | None, expected: list[float]) -> None:
+    """Softmax over all three is 4/7, 2/7, 1/7; the chosen two sum to 6/7."""
+    routing = run(times_e_plus_1(router, 3, top_k=2, normalize_gates=normalize), X)[1]
+    close(routing.combine_weight, [[expected]])
+
+
+# Four tokens that all prefer expert 0 of 2, with probabilities .6, .9, .7, .8.
+CROWD = tokens([6, 4], [9, 1], [7, 3], [8, 2]).log()
+
+
+@pytest.mark.parametrize(("priority", "kept"), [(False, [1, 1, 0, 0]), (True, [0, 1, 0, 1])])
+def test_capacity(priority: bool, kept: list[int]) -> None:
+    """C = ceil(1 · 4 · 1 / 2) = 2: the first two tokens stay, or with batch priority the two surest (.9 and .8)."""
+    layer = times_e_plus_1("vmoe_top_k", 2, top_k=1, eval_capacity_factor=1.0, batch_priority=priority)
+    out, routing = run(layer, CROWD)
+    assert routing.kept[0, :, 0].int().tolist() == kept
+    assert (routing.requested_counts().tolist(), routing.counts().tolist()) == ([4, 0], [2, 0])
+    close(routing.combine_weight[0, :, 0], [0.6, 0.9, 0.7, 0.8])  # a dropped choice keeps its weight on record
+    expected = torch.tensor([0.6, 0.9, 0.7, 0.8], dtype=torch.float64) * torch.tensor(kept)
+    close(out, expected.view(1, 4, 1) * CROWD)
+
+
+# Tenths; first choices are experts 0, 1, 0, second ones 1, 0, 2; largest gates .5, .6, .7.
+THREE = tokens([5, 4, 1], [3, 6, 1], [7, 1, 2]).log()
+
+
+@pytest.mark.parametrize(
+    ("priority", "kept"),
+    [
+        # First choices in order: 0 -> 0, 1 -> 1, and 2 finds 0 full. Then 0 -> 1 full, 1 -> 0 full, 2 -> 2.
+        # (Token by token instead, token 0 would also take expert 1, and token 1 would be lost.)
+        (False, [[1, 0], [1, 0], [0, 1]]),
+        # In the order 2, 1, 0: 2 -> 0, 1 -> 1, and 0 finds 0 full. Then 2 -> 2, 1 -> 0 full, 0 -> 1 full.
+        (True, [[0, 0], [1, 0], [1, 1]]),
+    ],
+)
+def test_first_choices_precede_second_ones(priority: bool, kept: list[list[int]]) -> None:
+    """C = ceil(.5 · 3 · 2 / 3) = 1. What is lost is not redistributed."""
+    options = {"top_k": 2, "eval_capacity_factor": 0.5, "batch_priority": priority}
+    routing = run(times_e_plus_1("vmoe_top_k", 3, **options), THREE)[1]
+    assert routing.expert_index.tolist() == [[[0, 1], [1, 0], [0, 2]]]
+    assert routing.kept[0].int().tolist() == kept
+    close(routing.combine_weight, [[[0.5, 0.4], [0.6, 0.3], [0.7, 0.2]]])
+
+
+@pytest.mark.parametrize(("group", "counts"), [("image", [1, 1]), ("batch", [2, 2])])
+def test_capacity_group(group: str, counts: list[int]) -> None:
+    """Two images of two tokens; one wants expert 0, the other expert 1, twice.
+
+    Within an image C = ceil(2 · 1 / 2) = 1 and one choice of each is lost; within the batch C = 2 and none is.
+    """
+    x = torch.stack([CROWD[0, :2], CROWD[0, :2].flip(-1)])
+    layer = times_e_plus_1("vmoe_top_k", 2, top_k=1, eval_capacity_factor=1.0, capacity_group=group)
+    routing = run(layer, x)[1]
+    assert routing.requested_counts().tolist() == [2, 2]
+    assert routing.counts().tolist() == counts
+
+
+def test_capacity_has_a_factor_for_training_and_one_for_evaluation() -> None:
+    """`eval_capacity_factor=None` is dropless, whatever training does."""
+    layer = times_e_plus_1("vmoe_top_k", 2, top_k=1, capacity_factor=0.5, noise="none")
+    assert run(layer, CROWD)[1].counts().tolist() == [4, 0]
+    assert run(layer.train(), CROWD)[1].counts().tolist() == [1, 0]  # ceil(.5 · 4 / 2)
+    both = times_e_plus_1("vmoe_top_k", 2, top_k=1, capacity_factor=0.5, eval_capacity_factor=1.5, noise="none")
+    assert run(both, CROWD)[1].counts().tolist() == [3, 0]
+    assert run(both.train(), CROWD)[1].counts().tolist() == [1, 0]
+
+
+def test_a_dropped_token_still_passes_the_shared_expert() -> None:
+    """shared(x) = x here, so the first token is .6 x + x, the last one only x."""
+    layer = times_e_plus_1("vmoe_top_k", 2, top_k=1, eval_capacity_factor=0.5, num_shared_experts=1)
+    with torch.no_grad():
+        layer.shared.fc1.weight.copy_(torch.eye(2))
+        layer.shared.fc2.weight.copy_(torch.eye(2))
+    out, routing = run(layer, CROWD)
+    assert routing.kept[0, :, 0].tolist() == [True, False, False, False]
+    close(out, torch.tensor([1.6, 1, 1, 1], dtype=torch.float64).view(1, 4, 1) * CROWD)
+
+
+def test_shared_experts_are_one_dense_mlp_of_their_width() -> None:
+    layer = MoEMlp(8, 6, num_experts=4, top_k=2, num_shared_experts=3)
+    assert (layer.shared.fc1.in_features, layer.shared.fc1.out_features) == (8, 18)
+    assert (layer.shared.fc2.in_features, layer.shared.fc2.out_features) == (18, 8)
+    assert MoEMlp(8, 6, num_experts=4).shared is None
+
+
+@pytest.mark.parametrize("normalize", [None, True])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("router", ["vmoe_top_k", "noisy_top_k", "sigmoid", "bias_balanced"])
+def test_batch_priority_is_by_affinity_before_any_normalisation(router: str, k: int, normalize: bool | None) -> None:
+    """Of the first choices that fall on an expert, the kept ones have the largest affinities.
+
+    Normalised gates would not say who is sure: those of k = 1 are all 1, and .5 beside .01 would come before .9 beside
+    .09. V-MoE's gates are not normalised; Tutel normalises and orders by the full softmax all the same.
+    """
+    options = {"top_k": k, "eval_capacity_factor": 0.5 / k, "batch_priority": True, "normalize_gates": normalize}
+    generator = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(1, 60, 4, dtype=torch.float64, generator=generator)
+    routing = run(times_e_plus_1(router, 4, **options), x)[1].detach()
+    affinity = x.sigmoid() if router in ("sigmoid", "bias_balanced") else x.softmax(-1)
+    sureness, first, stays = affinity.amax(-1)[0], routing.expert_index[0, :, 0], routing.kept[0, :, 0]
+    for expert in range(4):
+        asked = first == expert
+        assert (asked & ~stays).any()
+        assert sureness[asked & stays].min() > sureness[asked & ~stays].max()

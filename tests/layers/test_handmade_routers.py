@@ -1,0 +1,233 @@
+"""Gates that nobody learns: each rule, recomputed; what they look at and what they must not look at."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import moevision  # noqa: F401  (registers the models)
+from moevision.errors import UserError
+from moevision.layers import MoEMlp, Routing, forward_routing, label_oracle, moe_layers
+from tests.layers.linear_experts import run
+
+HANDMADE = ["hash", "random", "position", "label"]
+
+
+def layer_of(router: str, num_experts: int = 4, **options: Any) -> MoEMlp:
+    torch.manual_seed(0)
+    return MoEMlp(8, 8, num_experts=num_experts, router=router, **options).eval()
+
+
+def route(layer: MoEMlp, images: int, num_tokens: int) -> Routing:
+    """The decision about random tokens; the oracle is told the labels 0, 1, 2, ..."""
+    with label_oracle(layer, torch.arange(images)):
+        return run(layer, torch.randn(images, num_tokens, 8))[1]
+
+
+def net_of(router: str) -> nn.Module:
+    """Two MoE layers of four experts on a class token and 4 x 4 patches."""
+    torch.manual_seed(0)
+    return timm.create_model("test_vit_moe", router=router, top_k=1, class_token=True, global_pool="token")
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("router", HANDMADE)
+def test_gates_are_1_over_k_without_losses_or_parameters(router: str, k: int) -> None:
+    layer = layer_of(router, top_k=k)
+    routing = route(layer, 3, 17)
+    assert torch.equal(routing.combine_weight, torch.full((3, 17, k), 1 / k))
+    assert routing.noise_std is None
+    assert routing.kept.all()
+    assert layer.router.losses == frozenset()
+    assert layer.router.default_losses == {}
+    assert list(layer.router.parameters()) == []
+
+
+@pytest.mark.parametrize("router", ["hash", "position", "label"])
+def test_further_experts_are_the_next_ones(router: str) -> None:
+    """(e, e + 1, e + 2) mod E."""
+    index = route(layer_of(router, top_k=3), 3, 17).expert_index
+    assert torch.equal(index, (index[..., :1] + torch.arange(3)) % 4)
+
+
+@pytest.mark.parametrize(("num_experts", "k"), [(4, 2), (64, 16)])
+@pytest.mark.parametrize("router", HANDMADE)
+def test_scores_rank_the_experts_as_the_choice_did(router: str, num_experts: int, k: int) -> None:
+    """Interventions choose again by the scores: the K best must be the chosen ones, in their order."""
+    routing = route(layer_of(router, num_experts, top_k=k), 2, 17)
+    assert torch.equal(routing.noisy_logits.topk(k).indices, routing.expert_index)
+
+
+@pytest.mark.parametrize("router", ["hash", "random", "position"])
+def test_only_the_position_counts_in_evaluation(router: str) -> None:
+    """All images, whatever is on them, are routed alike."""
+    layer = layer_of(router, top_k=2)
+    index = torch.cat([route(layer, 3, 17).expert_index, route(layer, 2, 17).expert_index])
+    assert torch.equal(index, index[:1].expand_as(index))
+    assert len(index[0].unique()) == 4
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(16, 4), (65, 8), (196, 8), (197, 16), (256, 64), (7, 8)])
+def test_hash_gives_every_expert_as_many_positions(num_tokens: int, num_experts: int) -> None:
+    routing = route(layer_of("hash", num_experts, top_k=1), 1, num_tokens)
+    counts = routing.counts()
+    assert int(counts.max() - counts.min()) <= 1
+
+
+def test_hash_is_the_same_in_training_and_separates_neighbours() -> None:
+    layer = layer_of("hash", 8, top_k=1)
+    index = route(layer, 1, 196).expert_index.flatten()
+    assert torch.equal(route(layer.train(), 1, 196).expert_index.flatten(), index)
+    assert (index.diff() != 0).float().mean() > 0.8  # at random 7/8 of neighbours differ; bands would have 4 %
+
+
+def test_random_draws_anew_in_training_and_uniformly() -> None:
+    """60 000 draws of K = 2 of 5: each expert 24 000 times (standard deviation 120), each of 20 pairs 3 000 (53)."""
+    layer = layer_of("random", 5, top_k=2).train()
+    torch.manual_seed(0)
+    first, second = route(layer, 60, 1000), route(layer, 60, 1000)
+    assert not torch.equal(first.expert_index, second.expert_index)
+    assert (first.counts() - 24_000).abs().max() < 600
+    pairs = torch.zeros(5, 5, dtype=torch.int64)
+    index = first.expert_index.flatten(0, 1)
+    pairs.index_put_((index[:, 0], index[:, 1]), torch.ones(len(index), dtype=torch.int64), accumulate=True)
+    assert pairs.diagonal().tolist() == [0] * 5
+    assert (pairs[~torch.eye(5, dtype=torch.bool)] - 3000).abs().max() < 270
+
+
+@pytest.mark.parametrize(
+    ("patches", "num_experts", "bands"),
+    [
+        (16, 4, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]),
+        (10, 4, [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]),  # floor(4 p / 10)
+        (3, 4, [0, 1, 2]),
+    ],
+)
+def test_position_makes_bands(patches: int, num_experts: int, bands: list[int]) -> None:
+    assert route(layer_of("position", num_experts, top_k=1), 1, patches).expert_index.flatten().tolist() == bands
+
+
+def test_position_counts_patches_not_prefix_tokens() -> None:
+    """The class token comes first and joins the first band; the four rows of the grid are the bands of four experts."""
+    routing = forward_routing(net_of("position").eval(), torch.randn(2, 3, 32, 32))[1][0]
+    assert (routing.grid, routing.num_prefix_tokens) == ((4, 4), 1)
+    assert routing.expert_index[0, :, 0].tolist() == [0] + [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_label_is_the_class_modulo_e() -> None:
+    layer, x = layer_of("label", 4, top_k=1), torch.randn(3, 5, 8)
+    with label_oracle(layer, torch.tensor([2, 7, 0])):
+        index = run(layer, x)[1].expert_index
+        with label_oracle(layer, torch.tensor([1, 1, 1])):
+            inner = run(layer, x)[1].expert_index
+        again = run(layer, x)[1].expert_index
+    assert index[..., 0].tolist() == [[2] * 5, [3] * 5, [0] * 5]
+    assert inner.unique().tolist() == [1]
+    assert torch.equal(again, index)
+
+
+def test_label_must_be_told() -> None:
+    """Also after a scope that failed; copies don't know either."""
+    layer, x = layer_of("label"), torch.randn(3, 5, 8)
+    with pytest.raises(RuntimeError), label_oracle(layer, torch.tensor([0, 1, 2])):
+        layer(torch.randn(3, 5, 9))
+    with pytest.raises(UserError, match="label_oracle"):
+        layer(x)
+
+
+@pytest.mark.parametrize("told", [1, 2, 5])
+def test_labels_must_be_those_of_the_images(told: int) -> None:
+    """One label for three pictures would silently send them all to one expert."""
+    layer = layer_of("label")
+    with label_oracle(layer, torch.zeros(told, dtype=torch.int64)), pytest.raises((UserError, RuntimeError)):
+        layer(torch.randn(3, 5, 8))
+
+
+COLOURS = torch.tensor([[1.5, -1.0, 0.2], [-1.5, 0.3, 1.0], [0.1, 1.8, -0.4], [-0.2, -1.2, -1.7]])
+
+
+def mosaic(images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Pictures [B, 3, 32, 32] of 4 x 4 patches in one of four colours with a little noise, and which [B, 16]."""
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.randint(4, (images, 16), generator=generator)
+    flat = COLOURS[which].mT.reshape(images, 3, 4, 4)
+    pictures = flat.repeat_interleave(8, -1).repeat_interleave(8, -2)
+    return pictures + 0.3 * torch.randn(pictures.shape, generator=generator), which
+
+
+def test_colour_finds_the_clusters_of_the_first_training_batch() -> None:
+    """Four colours far apart and four experts: patches share an expert exactly if they share a colour."""
+    net, (pictures, which) = net_of("colour").train(), mosaic(8, 0)
+    net(pictures)
+    router = moe_layers(net)[0].router
+    distance = torch.cdist(COLOURS, router.centroids)
+    assert sorted(distance.argmin(-1).tolist()) == [0, 1, 2, 3]
+    assert distance.amin(-1).max() < 0.1
+    expert_of = distance.argmin(-1)
+    for index in (0, 1):
+        routing = forward_routing(net.eval(), pictures)[1][index]
+        assert torch.equal(routing.expert_index[:, 1:, 0], expert_of[which])
+    before = router.centroids.clone()
+    net.train()(mosaic(8, 1)[0] * 0.3)
+    assert torch.equal(router.centroids, before)
+
+
+def test_colour_is_the_nearest_centroid_in_numpy() -> None:
+    """Mean of every patch's pixels; the class token has the mean of the picture."""
+    net, (pictures, _) = net_of("colour").eval(), mosaic(4, 2)
+    centroids = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    for layer in moe_layers(net):
+        layer.router.centroids.copy_(torch.from_numpy(centroids))
+    routing = forward_routing(net, pictures)[1][1]
+    image = pictures.numpy()
+    for number in range(4):
+        means = [image[number, :, r : r + 8, c : c + 8].mean((1, 2)) for r in range(0, 32, 8) for c in range(0, 32, 8)]
+        colours = np.array([np.mean(means, axis=0), *means])
+        expected = ((colours[:, None] - centroids) ** 2).sum(-1).argmin(-1)
+        np.testing.assert_array_equal(routing.expert_index[number, :, 0], expected)
+
+
+def test_colours_of_copies_are_their_own() -> None:
+    """A copy, a pickle and a reloaded model look at their own pictures with the centroids that were found."""
+    net = net_of("colour").train()
+    net(mosaic(8, 0)[0])
+    fresh = net_of("colour").eval()
+    fresh.load_state_dict(net.state_dict())
+    pictures = mosaic(4, 3)[0]
+    expected = net.eval()(pictures)
+    for twin in (copy.deepcopy(net), pickle.load(io.BytesIO(pickle.dumps(net))), fresh):
+        net(mosaic(4, 4)[0])  # the original has other pictures in mind
+        assert torch.equal(twin(pictures), expected)
+
+
+def test_colour_does_not_depend_on_batch_mates_once_fitted() -> None:
+    net = net_of("colour").train()
+    net(mosaic(8, 0)[0])
+    pictures = mosaic(6, 5)[0]
+    together, alone = forward_routing(net.eval(), pictures)[1], forward_routing(net, pictures[2:3])[1]
+    assert torch.equal(together[0].expert_index[2:3], alone[0].expert_index)
+
+
+def test_colour_needs_a_picture() -> None:
+    with pytest.raises(UserError, match="picture"):
+        layer_of("colour")(torch.randn(1, 16, 8))
+
+
+@pytest.mark.parametrize("router", [*HANDMADE, "colour"])
+def test_the_rest_of_the_model_trains(router: str) -> None:
+    """Experts and head get gradients although nothing of the gate does."""
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit_moe", router=router).train()
+    with label_oracle(net, torch.tensor([0, 1])):
+        logits, routings = forward_routing(net, mosaic(2, 0)[0])
+    logits.square().sum().backward()
+    assert len(routings) == 2
+    assert all(parameter.grad is not None for parameter in net.parameters())

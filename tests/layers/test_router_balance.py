@@ -1,0 +1,147 @@
+"""What balances a router: its losses over the pieces of a batch, and the bias that moves instead of a loss."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moevision.errors import UserError
+from moevision.layers import ROUTERS, ExpertChoiceRouting, MoEMlp, Routing, build_router, update_router_bias
+from moevision.losses import AuxLoss, AuxLossWeights
+from tests.layers.linear_experts import run
+
+WIDTH, EXPERTS = 8, 4
+PAIRS = [
+    (router, loss)
+    for router in ROUTERS
+    for loss in sorted(build_router(router, WIDTH, EXPERTS, None).losses)
+    if router != "noisy_top_k"  # tests/test_losses.py
+]
+
+
+def images(routing: Routing, start: int, stop: int) -> Routing:
+    """Images start to stop of a decision, of whatever kind."""
+    tensors = {field.name: getattr(routing, field.name) for field in fields(routing)}
+    batch = routing.logits.shape[0]
+    parts = {n: x[start:stop] for n, x in tensors.items() if isinstance(x, Tensor) and x.shape[:1] == (batch,)}
+    return replace(routing, **parts)
+
+
+def decision(router: str) -> Routing:
+    """Of 12 images of 9 tokens, in training mode."""
+    torch.manual_seed(0)
+    module = build_router(router, WIDTH, EXPERTS, None, dtype=torch.float64)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    routing: Routing = module(torch.randn(12, 9, WIDTH, dtype=torch.float64))
+    return routing
+
+
+@pytest.mark.parametrize(("router", "loss"), PAIRS)
+def test_two_micro_batches_have_the_statistic_of_their_batch(router: str, loss: str) -> None:
+    """The second one's value is that of all 12 images; the first one's is that of its own 5."""
+    whole = decision(router)
+    aux = AuxLoss(AuxLossWeights(**{loss: 1.0}))
+    expected, _ = aux([whole])
+    aux.start_window()
+    first, _ = aux([images(whole, 0, 5)])
+    second, _ = aux([images(whole, 5, 12)])
+    torch.testing.assert_close(second, expected)
+    assert not torch.allclose(first, expected)
+
+
+def test_routers_that_need_no_loss_have_none() -> None:
+    """Balance is by construction, by the bias, or nobody's concern; every default can be supplied."""
+    for name in ROUTERS:
+        router = build_router(name, WIDTH, EXPERTS, None)
+        assert router.default_losses.keys() <= router.losses, name
+        needs_none = name not in ("noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "cosine")
+        assert (router.default_losses == {}) is needs_none, name
+
+
+def balanced_layer(**options: float) -> MoEMlp:
+    torch.manual_seed(0)
+    return MoEMlp(WIDTH, 8, num_experts=EXPERTS, top_k=2, router="bias_balanced", **options)
+
+
+def test_the_bias_is_a_persistent_float32_buffer_without_gradient() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        layer = MoEMlp(WIDTH, 8, num_experts=EXPERTS, router="bias_balanced", dtype=dtype)
+        assert layer.router.bias.dtype is torch.float32
+        assert not layer.router.bias.requires_grad
+        assert "router.bias" in layer.state_dict()
+        assert "router.bias" not in dict(layer.named_parameters())
+    assert "router.bias" not in MoEMlp(WIDTH, 8, router="sigmoid").state_dict()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_only_update_router_bias_moves_the_bias(training: bool) -> None:
+    """Not a forward or backward pass, nor an optimizer step, however unbalanced the load is."""
+    layer = balanced_layer().train(training)
+    start = torch.tensor([0.4, -0.1, -0.1, -0.2])
+    layer.router.bias.copy_(start)
+    out, routing = run(layer, torch.randn(4, 9, WIDTH))
+    assert routing.counts().max() > routing.counts().min()
+    out.square().sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    assert torch.equal(layer.router.bias, start)
+
+
+def test_counts_belong_to_layers() -> None:
+    """One tensor per MoE layer, in order; a layer without a bias takes part in the numbering only."""
+    layers = nn.Sequential(balanced_layer(), MoEMlp(WIDTH, 8, num_experts=EXPERTS, router="switch"), balanced_layer())
+    counts = [torch.tensor(c) for c in ([4, 2, 2, 0], [9, 0, 0, 0], [0, 2, 2, 4])]
+    update_router_bias(layers, counts)
+    torch.testing.assert_close(layers[0].router.bias, torch.tensor([-1e-3, 0, 0, 1e-3]))
+    torch.testing.assert_close(layers[2].router.bias, torch.tensor([1e-3, 0, 0, -1e-3]))
+    with pytest.raises(UserError, match="3"):
+        update_router_bias(layers, counts[:2])
+
+
+def test_the_bias_balances_a_skewed_router() -> None:
+    """Tokens with a common direction send nearly all to two experts; 500 steps of 0.002 spread them, without a loss."""
+    layer, x = balanced_layer(bias_rate=0.002).eval(), torch.randn(8, 64, WIDTH) + 1.0
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.tensor([[0.5], [0.4], [-0.2], [-0.4]]) + 0.3 * torch.randn(EXPERTS, WIDTH))
+        before = run(layer, x)[1].counts().float()
+        for _ in range(500):
+            update_router_bias(layer, [run(layer, x)[1].requested_counts()])
+        after = run(layer, x)[1].counts().float()
+    assert before.max() / before.mean() > 1.5
+    assert after.max() / after.mean() < 1.05
+
+
+def test_the_bias_leaves_weights_alone() -> None:
+    """A bias that is the same for all experts changes nothing at all; any other changes the choice only."""
+    layer, x = balanced_layer().eval(), torch.randn(2, 9, WIDTH)
+    plain, _ = run(layer, x)
+    layer.router.bias.fill_(0.25)
+    assert torch.equal(run(layer, x)[0], plain)
+    layer.router.bias.copy_(torch.tensor([2.0, 2.0, 0.0, 0.0]))  # more than any sigmoid: experts 0 and 1, always
+    routing = run(layer, x)[1].detach()
+    assert sorted(routing.expert_index.unique().tolist()) == [0, 1]
+    chosen = routing.logits.sigmoid()[..., :2]
+    torch.testing.assert_close(routing.expert_weights()[..., :2], chosen / chosen.sum(-1, keepdim=True))
+
+
+def test_expert_choice_view_is_best_first_for_small_weights_too() -> None:
+    """Both experts took the token, with 1e-9 and 1e-8: a difference that 1 + w does not have in float32."""
+    logits = torch.zeros(1, 1, 2)
+    weight = torch.tensor([[[1e-9], [1e-8]]])
+    routing = ExpertChoiceRouting.of(logits, logits, None, torch.zeros(1, 2, 1, dtype=torch.int64), weight)
+    assert routing.expert_index.tolist() == [[[1, 0]]]
+    assert routing.kept.tolist() == [[[True, True]]]
+
+
+def test_expert_choice_view_has_taken_experts_first_even_of_weight_0() -> None:
+    """A weight can underflow; expert 2 took the token all the same, experts 0 and 1 did not."""
+    logits = torch.zeros(1, 2, 3)
+    index = torch.tensor([[[1], [1], [0]]])
+    weight = torch.tensor([[[0.5], [0.4], [0.0]]])
+    routing = ExpertChoiceRouting.of(logits, logits, None, index, weight)
+    assert routing.expert_index[0, 0, 0] == 2
+    assert routing.kept.tolist() == [[[True, False, False], [True, True, False]]]
+    assert routing.counts().tolist() == [1, 1, 1]
