@@ -160,7 +160,7 @@ def cost_table(record: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any], out: Path) -> None:
-    """For each data set the accuracies and the worst layer's load, a dot per seed; routers in one order."""
+    """For each data set the accuracies and the worst layer's load max/mean, a dot per seed; routers in one order."""
     by_dataset = {name: rows for name in TITLES if (rows := rows_of(record, name))}
     names = [row.name for row in next(iter(by_dataset.values()))][::-1]
     figure = Figure(figsize=(5.6 * len(by_dataset), 4.6), dpi=150, layout="constrained")
@@ -186,7 +186,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
         accuracy.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
         accuracy.set_xlabel("test top-1", fontsize=8, color=INK)
         load.axvline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-        load.set_xlabel("load max/mean, worst layer", fontsize=8, color=INK)
+        load.set_xlabel("load max/mean", fontsize=8, color=INK)
         title(accuracy, TITLES[dataset], "a dot per seed, bar: mean; grey: ties with the twin")
     panels[0].set_yticks(range(len(names)), names)
     save(figure, out)

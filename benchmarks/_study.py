@@ -123,8 +123,7 @@ class Record:
 
     def read(self) -> dict[str, Any]:
         """What the file says now."""
-        empty = {"settings": self.settings, "runs": []}
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else empty
+        return read_record(self.path) if self.path.exists() else {"settings": self.settings, "runs": []}
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The run with that key, None if it has not been done."""
@@ -138,6 +137,14 @@ class Record:
     def put(self, name: str, value: Any) -> None:
         """Set an entry beside the runs."""
         write_json_atomic(self.path, {**self.read(), name: finite(value)})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a study, as it stands."""
+    if not path.exists():
+        raise UserError(f"There is no record {path}: run the study first, or name its --out.")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def finite(value: Any) -> Any:

@@ -24,7 +24,19 @@ from typing import Any
 
 import torch
 from _router_report import draw, tables
-from _study import BATCH, IMAGE_SIZE, MODEL, PRECISION, Record, evaluate, make_task, open_data, provenance, train
+from _study import (
+    BATCH,
+    IMAGE_SIZE,
+    MODEL,
+    PRECISION,
+    Record,
+    evaluate,
+    make_task,
+    open_data,
+    provenance,
+    read_record,
+    train,
+)
 from train_step import training_step
 
 from moevision.data import ImageDataModule
@@ -154,14 +166,17 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "img" / "routers.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = Record(options.out, {
+    if options.report:
+        found = read_record(options.out)
+        print(tables(found))
+        draw(found, options.figure)
+        return
+    settings = {
         "model": MODEL, "image_size": IMAGE_SIZE, "batch": BATCH, "steps": options.steps, "precision": PRECISION,
         "learning_rates": LEARNING_RATES, "pets": options.pets, "schedule": "AdamW, one cycle, 20 % warm-up",
-    })  # fmt: skip
-    if options.report:
-        print(tables(record.read()))
-        draw(record.read(), options.figure)
-    elif options.speed:
+    }  # fmt: skip
+    record = Record(options.out, settings)
+    if options.speed:
         record.put("speed", measure_speed(options.rows, options.rounds))
     else:
         study(record, options)
