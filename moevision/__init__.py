@@ -13,6 +13,7 @@ from moevision.layers import (
     update_router_bias,
 )
 from moevision.models import VisionTransformerMoE, convert_to_moe, dense_twin
+from moevision.models.upcycle import upcycle
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "forward_routing",
     "label_oracle",
     "record_routing",
+    "upcycle",
     "update_router_bias",
 ]

@@ -149,10 +149,16 @@ def _export(model: SavedModel, path: Path, format: Format, opset: int, pictures:
     if pictures is not None:
         images = torch.cat([images, pictures.cpu().float()])
     logits, margin = _answers(net, images)
-    data = to_bytes(_with_backend(net, "dense"), model.image_size, format, describe(model), opset)
-    run = load_exported(data, format)
-    batches = [images[:1], images[1:_CHECKED], *images[_CHECKED:].split(32)]
-    answers = torch.cat([run(batch) for batch in batches if len(batch)])
+    try:
+        data = to_bytes(_with_backend(net, "dense"), model.image_size, format, describe(model), opset)
+        run = load_exported(data, format)
+        batches = [images[:1], images[1:_CHECKED], *images[_CHECKED:].split(32)]
+        answers = torch.cat([run(batch) for batch in batches if len(batch)])
+    except Exception as error:  # exporters and runtimes fail in many ways; the cause stays attached
+        raise UserError(
+            f"{type(net).__name__} can't be exported as {format} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}): try the other format."
+        ) from error
     decided = margin > _TIE
     differences = (answers - logits).abs().amax(-1)
     delta = float(differences[decided].max())

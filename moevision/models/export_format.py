@@ -43,19 +43,10 @@ def to_bytes(net: nn.Module, side: int, format: Format, metadata: Mapping[str, A
         format: `onnx` or `torch`.
         metadata: JSON-ready facts that travel in the file.
         opset: version of ONNX's operators.
-
-    Raises:
-        UserError: if an exporter does not understand the network.
     """
-    try:
-        with _quiet(), torch.no_grad():
-            program = _trace(net, side)
-            return _to_onnx(program, metadata, opset) if format == "onnx" else _to_torch(program, metadata)
-    except Exception as error:  # the exporters fail in many ways; the cause stays attached
-        raise UserError(
-            f"{type(net).__name__} can't be exported as {format} ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}): try the other format."
-        ) from error
+    with _quiet(), torch.no_grad():
+        program = _trace(net, side)
+        return _to_onnx(program, metadata, opset) if format == "onnx" else _to_torch(program, metadata)
 
 
 def _trace(net: nn.Module, side: int) -> ExportedProgram:

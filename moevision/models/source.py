@@ -90,9 +90,11 @@ def _address(source: str, load_weights: bool) -> str:
         raise UserError(
             f"{path} is a file: name its architecture too, such as deit_tiny_patch16_224, and give it as weights."
         )
+    if ":" not in source and timm.is_model(source):
+        return source
     if path.is_dir() or source.startswith("local-dir:"):
         raise UserError(f"{path} is no saved model: give a folder with config.json and model.safetensors.")
-    if ":" not in source and not timm.is_model(source):
+    if ":" not in source:
         raise UserError(unknown_name(source))
     return source
 
@@ -103,8 +105,9 @@ def _create(address: str, name: str, pretrained: bool, options: dict[str, Any]) 
     except UserError:
         raise
     except Exception as error:  # hub, file and shape errors come in every type; the cause stays attached
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"The weights of {name!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"The weights of {name!r} could not be loaded ({type(error).__name__}: {reason}). "
             "Give a timm name with network access, or a folder with config.json and model.safetensors."
         ) from error
     return model
@@ -116,6 +119,8 @@ def _create_from_file(address: str, file: Path, num_classes: int | None, options
         raise UserError(f"{file} is no .safetensors file: only safetensors are read, never pickles.")
     if not file.is_file():
         raise UserError(f"There is no file {file}.")
+    if ":" in address:
+        raise UserError(f"{address} has weights of its own: give {file} with the timm name of their architecture.")
     classes = _classes_in(file, timm.get_pretrained_cfg(address))
     overlay = {"file": str(file), "num_classes": classes}
     try:
