@@ -28,7 +28,8 @@ VERBS = {
     "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.predict:main"),
     "info": Verb("parameters and FLOPs of a model, beside its dense twins", "moevision.info:main"),
     "upcycle": Verb(
-        "turn a pretrained dense ViT into a Mixture of Experts that computes the same", "moevision.commands.upcycle:main"
+        "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
+        "moevision.commands.upcycle:main",
     ),
     "surgery": Verb(
         "prune or merge experts, or collapse a model to a dense one, with what it costs",

@@ -16,7 +16,8 @@ from torch import nn
 
 from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError
-from moevision.layers import moe_layers
+from moevision.layers import describe_moe, moe_layers
+from moevision.models.convert import one_or_list
 from moevision.models.hub import SavedModel, load_model
 from moevision.models.twin import dense_twin
 from moevision.models.vit_moe import MOE_ARGUMENTS
@@ -40,8 +41,10 @@ def info(model: str, format: Literal["table", "json"] = "table") -> None:
         "classes": len(saved.class_names),
         "image_size": saved.image_size,
         "moe_blocks": [layer.layer_index for layer in layers],
-        "num_experts": layers[0].router.num_experts if layers else 0,
-        "top_k": layers[0].router.top_k if layers else 0,
+        "num_experts": one_or_list([layer.router.num_experts for layer in layers], 0),
+        "top_k": one_or_list([layer.router.top_k for layer in layers], 0),
+        "router": one_or_list([layer.router_name for layer in layers], None),
+        "moe": describe_moe(layers) if layers else "no MoE layers",
         "costs": {name: asdict(cost) for name, cost in costs.items()},
     }
     if format == "json":
@@ -95,10 +98,8 @@ def plain_vit(net: nn.Module) -> nn.Module:
 
 def _print_table(facts: dict[str, Any], costs: dict[str, ModelCost]) -> None:
     console = Console()
-    blocks = ", ".join(map(str, facts["moe_blocks"]))
     console.print(f"{facts['model']}: {facts['classes']} classes, {facts['image_size']} px")
-    if blocks:
-        console.print(f"{facts['num_experts']} experts, {facts['top_k']} per token, in blocks {blocks}")
+    console.print(facts["moe"])
     table = Table("", "parameters", "active", "MFLOPs / image", "routers' MFLOPs")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -35,7 +35,7 @@ def same_metrics(run, other):
 def test_the_output_says_what_happens(tiny_run):
     text = (tiny_run.parent.parent / "output.txt").read_text()
     assert re.search(r"^cat +12 +2 +6$", text, re.MULTILINE), text
-    assert "with 4 experts, 2 per token, in blocks 1, 3" in text
+    assert "with 4 experts, 2 per token by noisy_top_k, in blocks 1, 3" in text
     assert re.search(r"^device: .*, precision 32-true, batch 8$", text, re.MULTILINE)
     assert re.search(r"^plan: 2 epochs of 25 pictures, about \d+ min at [\d,]+ images/s$", text, re.MULTILINE)
     assert "25 pictures are few to learn from scratch; a pretrained start is usually far better: --pretrained" in text

@@ -93,7 +93,7 @@ def test_flops_by_formula(facts):
 def test_the_table_shows_the_same(cli, facts, tiny_run):
     out = cli("info", tiny_run).out
     assert "2 classes, 32 px" in out
-    assert "4 experts, 2 per token, in blocks 1, 3" in out
+    assert "4 experts, 2 per token by noisy_top_k, in blocks 1, 3" in out
     for cost in facts["costs"].values():
         assert f"{cost['total_parameters']:,}" in out
 

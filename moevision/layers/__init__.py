@@ -6,7 +6,7 @@ from moevision.layers.dispatch import Dispatched, LocalDispatcher
 from moevision.layers.expert_choice import ExpertChoiceRouter
 from moevision.layers.experts import Backend, Experts, PackedLinear
 from moevision.layers.handmade import ColourRouter, HandmadeRouter, LabelRouter, label_oracle
-from moevision.layers.moe import MoEMlp, SharedExperts, moe_layers
+from moevision.layers.moe import MoEMlp, SharedExperts, describe_moe, moe_layers
 from moevision.layers.options import RouterOptions
 from moevision.layers.routers import ROUTERS, Router, build_router, router_kind
 from moevision.layers.routing import Recordable, Routing, forward_routing, record_routing, routing_lock
@@ -39,6 +39,7 @@ __all__ = [
     "TopKRouter",
     "build_router",
     "capacity_of",
+    "describe_moe",
     "forward_routing",
     "label_oracle",
     "moe_layers",

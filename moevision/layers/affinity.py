@@ -134,7 +134,7 @@ def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
     Args:
         model: any module with MoE layers.
         counts: for each of its MoE layers in order of depth [E], the choices that fell on each expert in that step,
-            summed over micro-batches and processes; layers without a bias are left alone.
+            summed over micro-batches and processes; layers without a bias, or whose router is frozen, are left alone.
 
     Raises:
         UserError: if there are not as many counts as MoE layers.
@@ -143,7 +143,9 @@ def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
     if len(routers) != len(counts):
         raise UserError(f"Give the counts of all {len(routers)} MoE layers; these are {len(counts)}.")
     for router, load in zip(routers, counts, strict=True):
-        if isinstance(router, SigmoidRouter) and router.bias is not None and router.bias_rate is not None:
+        if not isinstance(router, SigmoidRouter) or not router.weight.requires_grad:
+            continue
+        if router.bias is not None and router.bias_rate is not None:
             load = load.to(router.bias.device, torch.float64)
             step = router.bias_rate * torch.sign(load.mean() - load)
             router.bias += (step - step.mean()).to(router.bias.dtype)

@@ -5,7 +5,7 @@ Axes: B images, N tokens, D width, E experts, K choices, T = B·N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,6 +86,7 @@ class MoEMlp(Recordable):
         sizes = (in_features, hidden, out_features or in_features)
         biases = bias if isinstance(bias, tuple) else (bias, bias)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.router_name = router
         self.router = build_router(
             router, in_features, num_experts, top_k, options=RouterOptions(**router_options), **place
         )
@@ -182,3 +183,19 @@ class SharedExperts(nn.Module):
 def moe_layers(model: nn.Module) -> list[MoEMlp]:
     """The MoE layers of a model, in order of depth; empty for a dense model."""
     return [module for module in model.modules() if isinstance(module, MoEMlp)]
+
+
+def describe_moe(layers: Sequence[MoEMlp]) -> str:
+    """What is mixed where, in words: "8 experts, 2 per token by vmoe_top_k, in blocks 1, 3"."""
+
+    def each(values: list[Any]) -> str:
+        words = [str(value) for value in values]
+        return words[0] if len(set(words)) == 1 else ", ".join(words[:-1]) + f" and {words[-1]}"
+
+    experts = each([layer.router.num_experts for layer in layers])
+    choices = each([layer.router.top_k for layer in layers])
+    routers = each([layer.router_name for layer in layers])
+    shared = max(layer.num_shared_experts for layer in layers)
+    extra = f" plus {shared} shared" if shared else ""
+    blocks = ", ".join(str(layer.layer_index) for layer in layers)
+    return f"{experts} experts, {choices} per token{extra} by {routers}, in blocks {blocks}"

@@ -95,11 +95,11 @@ def convert_to_moe(
     for index, plan in zip(indices, plans, strict=True):
         blocks[index].mlp = _moe_like(vit, index, plan, copy_weights)
     _show_picture(vit)
-    written = {name: _one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()}
+    written = {name: one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()}
     if not copy_weights and expert_hidden is None:
         written["hidden_features"] = None  # follows from the MLP
     if any("slots_per_expert" in plan for plan in plans):
-        options["slots_per_expert"] = _one_or_list([plan.get("slots_per_expert") for plan in plans], None)
+        options["slots_per_expert"] = one_or_list([plan.get("slots_per_expert") for plan in plans], None)
     _set_address(
         vit,
         moe_layers=indices,
@@ -164,7 +164,7 @@ def _per_layer(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def _one_or_list(values: list[Any], given: Any) -> Any:
+def one_or_list(values: list[Any], given: Any) -> Any:
     """What to write down: one value if all layers have the same."""
     if not values:
         return given

@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import warnings
-from argparse import Action
+from argparse import Action, HelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -47,12 +47,12 @@ class SentenceParser(LightningArgumentParser):
 
     show_all = False
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """The short help of a verb, or the long one."""
         if SentenceParser.show_all or " " not in self.prog:
-            return str(super().format_help())
+            return str(super().format_help(formatter))
         with only_short(self):
-            return f"{super().format_help()}\n{examples(verb_of(self))}"
+            return f"{super().format_help(formatter)}\n{examples(verb_of(self))}"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and leave with the exit code of a user's mistake."""

@@ -81,14 +81,16 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
         UserError: if nothing is left to learn, or layer_decay isn't in (0, 1].
     """
     if config.layer_decay is None:
-        groups: list[dict[str, Any]] = param_groups_weight_decay(net, config.weight_decay)
+        # By keyword: what the third place means differs between timm releases.
+        skip = cast(Any, net).no_weight_decay()
+        groups: list[dict[str, Any]] = param_groups_weight_decay(net, config.weight_decay, no_weight_decay_list=skip)
     else:
         if not 0 < config.layer_decay <= 1:
             raise UserError(f"layer_decay is {config.layer_decay}: it must be above 0 and at most 1, such as 0.75.")
         # timm spares vectors from weight decay; packed biases [E, H] are matrices, so they are named.
-        skip = [*cast(Any, net).no_weight_decay(), "*.bias"]
+        spared = [*cast(Any, net).no_weight_decay(), "*.bias"]
         groups = param_groups_layer_decay(
-            net, config.weight_decay, no_weight_decay_list=skip, layer_decay=config.layer_decay
+            net, config.weight_decay, no_weight_decay_list=spared, layer_decay=config.layer_decay
         )
         # Head first: reports that show one learning rate show the first group's.
         groups = [{**group, "lr": config.lr * group.pop("lr_scale")} for group in reversed(groups)]

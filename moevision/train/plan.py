@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from moevision.data import ImageDataModule
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
-from moevision.layers import moe_layers
+from moevision.layers import describe_moe, moe_layers
 from moevision.train.recipe import SCRATCH_MINIMUM
 from moevision.train.task import ClassificationTask
 
@@ -79,9 +79,7 @@ def describe_model(task: ClassificationTask) -> str:
     name = task.arch.base or task.arch.pretrained or task.arch.name
     if not layers:
         return f"dense twin of {name}"
-    router = layers[0].router
-    blocks = ", ".join(str(layer.layer_index) for layer in layers)
-    return f"{name} with {router.num_experts} experts, {router.top_k} per token, in blocks {blocks}"
+    return f"{name} with {describe_moe(layers)}"
 
 
 def device_name(trainer: L.Trainer) -> str:

@@ -7,7 +7,6 @@ import lightning as L
 import pytest
 import timm
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import moevision  # noqa: F401  (registers the vit_moe names)
@@ -68,22 +67,13 @@ def test_a_norm_before_pooling_belongs_to_the_last_block() -> None:
     assert found["dist_token"][0] == LR * DECAY**3
 
 
-def test_weight_decay_spares_biases_norms_and_embeddings_under_layer_decay() -> None:
-    found = rates(tiny(), OptimizerConfig(lr=LR, weight_decay=0.1, layer_decay=DECAY))
+@pytest.mark.parametrize("layer_decay", [None, DECAY])
+def test_weight_decay_spares_biases_norms_and_embeddings(layer_decay: float | None) -> None:
+    found = rates(tiny(), OptimizerConfig(lr=LR, weight_decay=0.1, layer_decay=layer_decay))
     for name, parameter in tiny().named_parameters():
         spared = parameter.ndim <= 1 or name.endswith(".bias") or name == "pos_embed"
         assert found[name][1] == (0.0 if spared else 0.1), name
     assert tiny().blocks[1].mlp.experts.fc1.bias.ndim == 2, "packed biases are matrices"
-
-
-def test_without_options_the_groups_are_timms() -> None:
-    net = tiny()
-    expected = param_groups_weight_decay(net, 0.05)
-    found = parameter_groups(net, OptimizerConfig())
-    assert [group.keys() for group in found] == [group.keys() for group in expected]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours["weight_decay"] == theirs["weight_decay"]
-        assert [id(p) for p in ours["params"]] == [id(p) for p in theirs["params"]]
 
 
 @pytest.mark.parametrize("layer_decay", [None, DECAY])

@@ -1,0 +1,137 @@
+"""`upcycle`: a folder in, a folder out that `fit` trains on, with what it costs and how far it is from the source."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from moevision.layers import moe_layers
+from moevision.models.hub import describe, load_model, save_model
+
+# vit of width 32, depth 4, 32 px in 8 px patches and a class token: 17 tokens; MLP 32 -> 128 -> 32.
+D, HIDDEN, TOKENS = 32, 128, 17
+SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": D, "depth": 4, "num_heads": 2}
+
+
+@pytest.fixture
+def dense(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_model(describe(timm.create_model("vit_tiny_patch16_224", num_classes=2, **SIZE)), Path("dense"))
+    return Path("dense")
+
+
+def test_upcycle_writes_a_model_and_what_it_costs(cli, dense):
+    outcome = cli("upcycle", dense, "--out", "moe", "--num-experts", "4")
+    assert outcome.code == 0, outcome.err
+    assert "dense: 2 classes, 32 px; 4 experts, top_k 1, router vmoe_top_k, in blocks 1, 3" in outcome.out
+    assert "same class for 100%" in outcome.out
+    assert "so training starts from other outputs" not in outcome.out
+    record = json.loads(Path("moe/upcycle.json").read_text())
+    before, after = record["costs"]["before"], record["costs"]["after"]
+    mlp, router = 2 * D * HIDDEN + HIDDEN + D, 4 * D
+    assert after["total_parameters"] - before["total_parameters"] == 2 * (3 * mlp + router)
+    assert after["flops_per_image"] == before["flops_per_image"]
+    assert after["router_flops_per_image"] == 2 * 2 * TOKENS * D * 4  # two layers; a multiply-add is two FLOPs
+    assert f"{after['total_parameters']:,}" in outcome.out
+    assert record["step0_gap"]["max_logit"] < 1e-5
+    net = load_model("moe").net
+    assert (net.num_classes, [layer.layer_index for layer in moe_layers(net)]) == (2, [1, 3])
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(net(x), load_model("dense").net(x), rtol=0, atol=1e-5)
+
+
+def test_the_next_command_trains_the_model(cli, dense, drawn_pets):
+    """The sizes and colours of the new model, as `fit` needs them; here with layer decay and a frozen block."""
+    outcome = cli("upcycle", dense, "--out", "my moe", "--layers", "2,3", "--top-k", "2")
+    assert outcome.code == 0, outcome.err
+    (command,) = re.findall(r"next: moevision (.*)", outcome.out)
+    expected = "fit FOLDER --pretrained 'my moe' --data.image_size 32"
+    assert command == f"{expected} --data.mean '[0.5, 0.5, 0.5]' --data.std '[0.5, 0.5, 0.5]'"  # AugReg's colours
+    options = ["--data.image_size=32", "--data.mean=[0.5,0.5,0.5]", "--data.std=[0.5,0.5,0.5]", "--name=run"]
+    options += ["--model.optim.layer_decay=0.7", "--model.optim.freeze=1", "--trainer.max_epochs=1"]
+    options += ["--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
+    fitted = cli("fit", drawn_pets, "--pretrained", "my moe", *options)
+    assert fitted.code == 0, fitted.err
+    start, end = (load_model(name).net.state_dict() for name in ("my moe", "runs/run"))
+    assert torch.equal(start["blocks.0.mlp.fc1.weight"], end["blocks.0.mlp.fc1.weight"])
+    assert not torch.equal(start["blocks.2.mlp.experts.fc1.weight"], end["blocks.2.mlp.experts.fc1.weight"])
+
+
+def test_a_twin_without_experts_to_train_is_refused_at_once(cli, dense, drawn_pets):
+    options = ("--data.image_size=32", "--model.optim.freeze=all_but_experts", "--with-twin", "--name=run")
+    outcome = cli("fit", drawn_pets, "--pretrained", dense, *options)
+    assert outcome.code == 2
+    assert "needs a model with experts" in outcome.err
+    assert not Path("runs/run").exists()
+
+
+def test_what_changes_outputs_is_said(cli, dense):
+    outcome = cli("upcycle", dense, "--out", "soft", "--router", "soft")
+    assert outcome.code == 0, outcome.err
+    assert "so training starts from other outputs than the dense model's" in outcome.out
+    options = ("--option", "noise=none", "--option", "capacity_factor=1.5", "--noise", "0.1", "--reinit", "0.5")
+    outcome = cli("upcycle", dense, "--out", "more", "--num-classes", "5", "--image-size", "64", *options)
+    assert outcome.code == 0, outcome.err
+    saved = load_model("more")
+    assert (saved.image_size, len(saved.class_names)) == (64, 5)
+    config = saved.net.moe_config
+    assert (config["noise"], config["capacity_factor"], config["normalize_gates"]) == ("none", 1.5, True)
+
+
+def test_the_same_seed_gives_the_same_file(cli, dense):
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        outcome = cli("upcycle", dense, "--out", name, "--noise", "0.1", "--num-classes", "7", "--seed", str(seed))
+        assert outcome.code == 0, outcome.err
+    one, again, other = (Path(name, "model.safetensors").read_bytes() for name in ("one", "again", "other"))
+    assert one == again
+    assert one != other
+
+
+def test_class_names_are_kept(cli, tiny_run, tmp_path, monkeypatch):
+    """The dense twin of a finished run: its classes are those of the folder."""
+    monkeypatch.chdir(tmp_path)
+    outcome = cli("upcycle", tiny_run / "twin", "--out", "moe")
+    assert outcome.code == 0, outcome.err
+    assert load_model("moe").class_names == ["cat", "dog"]
+
+
+def test_an_earlier_folder_is_left_alone(cli, dense):
+    Path("moe").mkdir()
+    Path("moe/notes.txt").write_text("mine")
+    outcome = cli("upcycle", dense, "--out", "moe")
+    assert (outcome.code, "--force" in outcome.err) == (2, True)
+    assert [path.name for path in Path("moe").iterdir()] == ["notes.txt"]
+    assert cli("upcycle", dense, "--out", "moe", "--force").code == 0
+    assert sorted(path.name for path in Path("moe").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "notes.txt",
+        "upcycle.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", "--out", "x"), "There is no model 'nowhere'"),
+        (("dense", "--out", "x", "--layers", "most"), "every2, last2, all"),
+        (("dense", "--out", "x", "--layers", "3,9"), "they are 0 to 3"),
+        (("dense", "--out", "x", "--router", "best"), "There is no router 'best'"),
+        (("dense", "--out", "x", "--option", "speed=2"), "There is no option 'speed'"),
+        (("dense", "--out", "x", "--option", "speed"), "NAME=VALUE"),
+        (("dense", "--out", "x", "--num-experts", "0"), "at least 1"),
+        (("dense", "--out", "x", "--weights", "w.pth"), "never pickles"),
+        (("dense", "--out", "dense/config.json"), "is there already"),
+        (("dense",), "--out"),
+    ],
+)
+def test_mistakes_are_said_in_one_sentence(cli, dense, arguments, message):
+    outcome = cli("upcycle", *arguments)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not Path("x").exists()
