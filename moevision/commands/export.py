@@ -1,0 +1,242 @@
+"""`moevision export MODEL --out FILE`: one ONNX file or torch.export program, and what it costs beside the model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from moevision.efficiency import measure_cost
+from moevision.errors import UserError
+from moevision.layers import Backend, ExpertChoiceRouter, SoftRouter, moe_layers
+from moevision.models.export import ExportReport, export_onnx, export_torch
+from moevision.models.export_format import SUFFIX, Format, Runner, load_exported
+from moevision.models.hub import SavedModel, load_model
+
+DESCRIPTION = """\
+Write a model as one file that runs without moevision: ONNX (for onnxruntime and many others), or a torch.export
+program (needs torch only). Any batch size, float32; class names and the preparation of a picture travel in the file.
+The file is run on seeded pictures and compared with the model: if a logit differs by more than 1e-4, no file is left.
+
+An exported file computes ALL experts for every token, the chosen and the others alike, and mixes them with the same
+weights: it answers as the model does, but has lost its saving. What that costs is measured and printed.
+"""
+
+EXAMPLES = """\
+examples
+  moevision export runs/pets --out pets.onnx
+  moevision export runs/pets --out pets.pt2                     the file's ending says which format
+  moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your pictures too
+  moevision export runs/pets --out pets.onnx --opset 18         for an older runtime
+
+ONNX needs three more packages: pip install "moevision[export]"
+"""
+
+SNIPPETS: dict[Format, str] = {
+    "onnx": """\
+import json, numpy as np, onnxruntime
+from PIL import Image, ImageOps
+session = onnxruntime.InferenceSession({file!r})
+about = {{name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}}
+size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]
+picture = Image.open("picture.jpg").convert("RGB")
+picture = ImageOps.fit(picture, size, method, bleed=(1 - about["crop_pct"]) / 2)
+pixels = (np.asarray(picture) / 255 - about["mean"]) / about["std"]
+logits = session.run(None, {{"image": pixels.transpose(2, 0, 1)[None].astype(np.float32)}})[0]
+print(about["class_names"][logits[0].argmax()])""",
+    "torch": """\
+import json, numpy as np, torch
+from PIL import Image, ImageOps
+program = torch.export.load({file!r}, extra_files=(extra := {{"moevision.json": ""}})).module()
+about = json.loads(extra["moevision.json"])
+size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]
+picture = Image.open("picture.jpg").convert("RGB")
+picture = ImageOps.fit(picture, size, method, bleed=(1 - about["crop_pct"]) / 2)
+pixels = (np.asarray(picture) / 255 - about["mean"]) / about["std"]
+logits = program(torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32)))
+print(about["class_names"][logits[0].argmax()])""",
+}
+
+BATCHES = (1, 8)
+_ROUNDS, _MIN_ROUNDS, _SECONDS = 20, 5, 10.0  # per batch size: 20 rounds, fewer if they take long
+
+
+def export(
+    model: str,
+    out: str | Path,
+    format: Format | None = None,
+    *,
+    data: str | None = None,
+    root: str | None = None,
+    limit: int = 32,
+    opset: int = 20,
+    force: bool = False,
+) -> None:
+    """Write a saved model to one file, check it, measure it, and print all that.
+
+    Raises:
+        UserError: if there is no such model, the file exists or has another ending, or the model can't be exported.
+    """
+    out = Path(out)
+    form = _format_of(out, format)
+    if out.exists() and not force:
+        raise UserError(f"{out} exists: give --out another name, or --force to replace it.")
+    with Console(stderr=True).status("loading the model") as status:
+        saved = load_model(model)
+        pictures = None if data is None else _prepared(model, saved, data, root, limit)
+        status.update("exporting and checking (half a minute for a small model)")
+        try:
+            if form == "onnx":
+                report = export_onnx(saved, out, opset=opset, pictures=pictures)
+            else:
+                report = export_torch(saved, out, pictures=pictures)
+        except OSError as error:
+            raise UserError(f"{out} can't be written ({error.strerror}): give --out another place.") from error
+        status.update("measuring")
+        net = saved.net.cpu().float()
+        runners: dict[str, Runner] = {"the model": torch.no_grad()(net.__call__), "this file": load_exported(out, form)}
+        rounds, latency_ms = measure_latency(runners, saved.image_size)
+        flops = {"the model": _flops(saved, "loop"), "this file": _flops(saved, "dense")}
+    _print(report, saved, flops, latency_ms, rounds)
+
+
+def _flops(saved: SavedModel, backend: Backend) -> int:
+    cost = measure_cost(saved.net, saved.image_size, backend=backend)
+    return cost.flops_per_image + cost.router_flops_per_image
+
+
+def _format_of(out: Path, format: Format | None) -> Format:
+    by_suffix = {suffix: name for name, suffix in SUFFIX.items()}
+    form = format or by_suffix.get(out.suffix)
+    if form is None:
+        raise UserError(f"{out} says no format: end it in .onnx or .pt2, or give --format.")
+    if out.suffix != SUFFIX[form]:
+        raise UserError(f"{out} is no name for the format {form}: end it in {SUFFIX[form]}.")
+    return form
+
+
+def _prepared(model: str, saved: SavedModel, data: str, root: str | None, limit: int) -> Tensor:
+    """The first pictures of `data`, as the model gets them: one file, a folder, or a dataset's name."""
+    from moevision.analysis.run_pictures import pictures_for  # scikit-learn comes along
+    from moevision.data.augment import normalize, square_pixels
+    from moevision.data.images import BadImageError, safe_open
+
+    pixels = []
+    if Path(data).is_file():
+        try:
+            pixels = [square_pixels(safe_open(data), saved.image_size)]
+        except BadImageError as error:
+            raise UserError(f"{data} can't be read ({error.reason}): give another picture.") from error
+    elif (pictures := pictures_for(model, saved, data, limit=limit, root=root)) is not None:
+        for index in range(len(pictures)):
+            try:
+                pixels.append(pictures.image(index))
+            except BadImageError:
+                continue  # a comparison needs pictures, not all of them; the report says how many there were
+    if not pixels:
+        raise UserError(f"{data} holds no picture that can be read: give another --data.")
+    stacked = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in pixels])
+    return normalize(stacked, saved.mean, saved.std)
+
+
+def measure_latency(
+    runners: Mapping[str, Runner], image_size: int, batches: Iterable[int] = BATCHES
+) -> tuple[dict[int, int], dict[str, dict[int, float]]]:
+    """Median milliseconds of one call, the runners taking turns so that what slows the machine slows all.
+
+    Returns:
+        For each batch size how many rounds were measured, and for each runner and batch size the median.
+    """
+    rounds: dict[int, int] = {}
+    medians: dict[str, dict[int, float]] = {name: {} for name in runners}
+    for batch in batches:
+        images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
+        for run in runners.values():
+            run(images)  # the first call allocates and picks kernels
+        times_ms: dict[str, list[float]] = {name: [] for name in runners}
+        begin = time.perf_counter()
+        while (done := len(times_ms[next(iter(runners))])) < _ROUNDS:
+            if done >= _MIN_ROUNDS and time.perf_counter() - begin > _SECONDS:
+                break
+            for name, run in runners.items():
+                start = time.perf_counter()
+                run(images)
+                times_ms[name].append(1e3 * (time.perf_counter() - start))
+        rounds[batch] = done
+        for name, values in times_ms.items():
+            medians[name][batch] = statistics.median(values)
+    return rounds, medians
+
+
+def _print(
+    report: ExportReport,
+    saved: SavedModel,
+    flops: Mapping[str, int],
+    latency_ms: Mapping[str, Mapping[int, float]],
+    rounds: Mapping[int, int],
+) -> None:
+    print(f"{report.path}: {report.size_bytes / 1e6:.1f} MB, {len(saved.class_names)} classes, {saved.image_size} px")
+    print(
+        f"compared on {report.pictures} pictures: logits differ by at most {report.max_logit_delta:.1g} (1e-4 passes), "
+        f"same class for {report.top1_agreement:.1%}"
+    )
+    if report.near_ties:
+        print(
+            f"left out of that difference: {report.near_ties} on which two scores of a router nearly tie, so that "
+            f"rounding chooses an expert (there it is {report.near_tie_delta:.1g})"
+        )
+    print(f"\n{experts_sentence(saved.net)}\n")
+    table = Table("", "MFLOPs / image", *(f"ms, batch {batch}" for batch in rounds))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, measured in latency_ms.items():
+        table.add_row(name, f"{flops[name] / 1e6:,.1f}", *(f"{value:.2f}" for value in measured.values()))
+    Console().print(table)
+    threads = f"{torch.get_num_threads()} CPU thread" + ("s" if torch.get_num_threads() > 1 else "")
+    turns = " and ".join(str(number) for number in dict.fromkeys(rounds.values()))
+    print(f"median of {turns} turns of each on {threads} of this machine; one multiply-add is two FLOPs")
+    print(f"\nRun it without moevision:\n\n{SNIPPETS[report.format].format(file=str(report.path))}")
+
+
+def experts_sentence(net: nn.Module) -> str:
+    """Says plainly which experts the file computes, and which the model does."""
+    layers = [layer for layer in moe_layers(net) if not isinstance(layer.router, SoftRouter)]
+    if not layers:
+        soft = "Soft MoE's experts each compute their slots" if moe_layers(net) else "The model has no experts"
+        return f"{soft}: the file does the same work as the model."
+    average = " on average" if any(isinstance(layer.router, ExpertChoiceRouter) for layer in layers) else ""
+    return (
+        f"The file computes ALL {_span(layer.router.num_experts for layer in layers)} experts of every MoE layer for "
+        f"every token; the model computes {_span(layer.router.top_k for layer in layers)} of them{average}."
+    )
+
+
+def _span(numbers: Iterable[Any]) -> str:
+    ordered = sorted(set(numbers))
+    return str(ordered[0]) if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
+
+
+def main(arguments: list[str]) -> None:
+    """Run with command-line arguments."""
+    parser = ArgumentParser(
+        prog="moevision export", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="a run folder, its model/ folder, or a timm address")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file to write: NAME.onnx or NAME.pt2")
+    parser.add_argument("--format", choices=tuple(SUFFIX), help="by default what FILE's ending says")
+    parser.add_argument(
+        "--data", metavar="PICTURES", help="compare on these too: a picture, a folder, or a dataset's name"
+    )
+    parser.add_argument("--root", help="folder of named datasets (the run's own, or data)")
+    parser.add_argument("--limit", type=int, default=32, metavar="N", help="at most N of --data (%(default)s)")
+    parser.add_argument("--opset", type=int, default=20, help="version of ONNX's operators, 18 to 23 (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace FILE")
+    export(**vars(parser.parse_args(arguments)))
