@@ -3,12 +3,17 @@
 One JSON object, `"schema": "moevision.atlas/1"`:
 
 - `data`, `model`, `n_images`, `class_names`, `num_experts`, `top_k`, `grid`, `accuracy`;
-- `layers`, in order of depth, each with `layer`, `name`, `loads` ([E] choices that each expert computed), `slowest`
-  (busiest ÷ mean), `map` (a `ClassExpertMap`), `information` (a list of `LayerSpecialization`) and `experts`: per
-  expert its `top` and `random` patches as `[picture name, index of the picture, patch, gate weight]`, its `classes`
-  (the five that prefer it most) and its `parts` (null where the pictures have none), largest excess first;
+- `layers`, in order of depth, each with `layer`, `name`, `kind` (who chooses), `num_experts`, `experts_per_patch`,
+  `loads` ([E] choices that each expert computed; Soft MoE: weight that patches took), `slowest` (busiest ÷ mean),
+  `map` (a `ClassExpertMap`), `information` (a list of `LayerSpecialization`) and `experts`: per expert its `top` and
+  `random` patches as `[picture name, index of the picture, patch, weight]`, its `classes` (the five that prefer it
+  most) and its `parts` (null where the pictures have none), largest excess first;
 - `paths`: patches by the experts that they went through, `{"path": [an expert per layer], "count": patches on it,
-  "patches": [[index of the picture, patch], ...]}`, most frequent first; `patches` is a random sample.
+  "patches": [[index of the picture, patch], ...]}`, most frequent first; `patches` is a random sample. A patch that no
+  expert of some layer took (expert choice) is on no path.
+
+`num_experts` and `top_k` are the first layer's; atlases of earlier versions have no `kind`, `num_experts` and
+`experts_per_patch` in a layer (all layers are then alike, and tokens choose).
 
 Floats are rounded to four decimals; null stands where there is no number, as for a class without pictures.
 Axes: I images, P patches, C classes, E experts, L MoE layers.
@@ -79,6 +84,9 @@ def build_atlas(
             {
                 "layer": layer.layer,
                 "name": layer.name,
+                "kind": layer.kind,
+                "num_experts": layer.num_experts,
+                "experts_per_patch": layer.experts_per_patch,
                 "loads": loads.tolist(),
                 "slowest": float(loads.max() / max(loads.mean(), 1e-12)),
                 "map": class_map.to_json(),
@@ -159,10 +167,11 @@ def sample_paths(trace: RoutingTrace, max_patches: int = 3000, seed: int = 0) ->
     """
     paths = first_choice_paths(trace)
     images, patches, depth = paths.shape
+    routed = np.flatnonzero((paths >= 0).all(-1))
     distinct, of_path, counts = np.unique(
-        paths.reshape(images * patches, depth), axis=0, return_inverse=True, return_counts=True
+        paths.reshape(images * patches, depth)[routed], axis=0, return_inverse=True, return_counts=True
     )
-    members = np.split(np.argsort(of_path.ravel(), kind="stable"), np.cumsum(counts)[:-1])
+    members = np.split(routed[np.argsort(of_path.ravel(), kind="stable")], np.cumsum(counts)[:-1])
     rng = np.random.default_rng(seed)
     found: list[Json] = []
     left = max_patches
@@ -184,7 +193,7 @@ def sample_paths(trace: RoutingTrace, max_patches: int = 3000, seed: int = 0) ->
 
 def _part_shares(layer: LayerTrace, fractions: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], ...]:
     """[parts, E]: which share of each part's area an expert got, and [E]: of all parts together."""
-    table = part_expert_table(np.asarray(layer.expert_index), fractions, layer.num_experts)
+    table = part_expert_table(np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted)
     area = table.sum(1, keepdims=True)
     return np.divide(table, area, out=np.zeros_like(table), where=area > 0), table.sum(0) / table.sum()
 

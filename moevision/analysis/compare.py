@@ -31,7 +31,7 @@ class ExpertDifference:
 
     Attributes:
         expert: index of the expert.
-        difference: of mean shares of the kept choices, between -1 and 1.
+        difference: of mean shares of the kept choices (weights, where tokens don't choose), between -1 and 1.
         low: lower end of the 95 % interval.
         high: upper end.
         p_value: of "both classes use it alike", two-sided.
@@ -124,7 +124,7 @@ def compare_classes(
                 f"A comparison needs at least {MIN_IMAGES} pictures of each class, and there are {len(side)} of "
                 f"{name}: give more pictures."
             )
-    shares = np.concatenate([image_shares(layer.counts()) for layer in trace.layers], axis=1)  # [I, sum of E]
+    shares = np.concatenate([image_shares(layer.image_takes()) for layer in trace.layers], axis=1)  # [I, sum of E]
     x, y = shares[side_a], shares[side_b]
     rng = np.random.default_rng(seed)
     difference = x.mean(0) - y.mean(0)

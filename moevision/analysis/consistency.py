@@ -98,7 +98,7 @@ def consistency(
                 "shift": overlap(choice, moved[layer], shift),
             }
             for change, (a, b) in pairs.items():
-                each = [pair_counts(x, y, num_experts) for x, y in zip(a, b, strict=True)]
+                each = [pair_counts(x, y, num_experts[layer] + 1) for x, y in zip(a, b, strict=True)]
                 tables.setdefault((layer, change), []).extend(each)
     rng = np.random.default_rng(seed)
     weight = rng.multinomial(len(indices), np.full(len(indices), 1 / len(indices)), size=num_resamples)
@@ -106,23 +106,28 @@ def consistency(
 
 
 @torch.inference_mode()
-def first_choices(model: SavedModel, images: Pixels) -> tuple[dict[int, Ints], tuple[int, int], int]:
-    """First choice of every patch, block index -> [B, rows, columns]; the grid; E.
+def first_choices(model: SavedModel, images: Pixels) -> tuple[dict[int, Ints], tuple[int, int], dict[int, int]]:
+    """First choice of every patch, block index -> [B, rows, columns]; the grid; block index -> E.
+
+    Where experts choose it is the largest weight of those that took the patch, and E (no expert) where none did.
 
     Raises:
         UserError: the model has no MoE layer or no grid of patches.
     """
     _, routings = forward_routing(model.net, network_input(model, images))
     choices: dict[int, Ints] = {}
-    grid, num_experts = (0, 0), 0
+    grid, num_experts = (0, 0), {}
     for place, routing in enumerate(routings):
         if routing.grid is None:
             raise UserError(
                 "This model's tokens are no single grid of patches: give a plain ViT, without patch dropping."
             )
-        grid, num_experts = routing.grid, routing.num_experts
-        first = routing.expert_index[:, routing.num_prefix_tokens :, 0].cpu().numpy()
-        choices[place if routing.layer is None else routing.layer] = first.reshape(len(images), *grid)
+        grid, block = routing.grid, place if routing.layer is None else routing.layer
+        num_experts[block] = routing.num_experts
+        first = routing.expert_index[..., 0]
+        if routing.kind == "expert_choice":
+            first = first.masked_fill(~routing.kept[..., 0], routing.num_experts)
+        choices[block] = first[:, routing.num_prefix_tokens :].cpu().numpy().reshape(len(images), *grid)
     if not choices:
         raise UserError("This model has no MoE layers: give a model that was converted by moevision.convert_to_moe.")
     return choices, grid, num_experts

@@ -16,13 +16,19 @@ Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
 
 
-def choice_counts(expert_index: Ints, num_experts: int, kept: npt.NDArray[np.bool_] | None = None) -> Floats:
-    """[I, P, E] float32: how many choices of each patch fall on each expert; dropped ones count only without `kept`."""
+def choice_counts(expert_index: Ints, num_experts: int, amount: npt.NDArray[Any] | None = None) -> Floats:
+    """[I, P, E] float32: how many choices of each patch fall on each expert.
+
+    Args:
+        expert_index: [I, P, K].
+        num_experts: E.
+        amount: [I, P, K] what a choice counts: whether it was kept, or a weight; 1 if None.
+    """
     chosen = np.asarray(expert_index)
     counts = np.zeros((*chosen.shape[:2], num_experts), np.float32)
     for choice in range(chosen.shape[2]):
         hit = chosen[:, :, choice, None] == np.arange(num_experts)
-        counts += hit if kept is None else hit & kept[:, :, choice, None]
+        counts += hit if amount is None else hit * np.asarray(amount[:, :, choice, None], np.float32)
     return counts
 
 

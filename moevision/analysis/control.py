@@ -17,33 +17,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moevision.analysis.effect_result import control_fill
+from moevision.analysis.decision import Decision, Edit, computed_pairs, each_row
+from moevision.analysis.effect_words import control_fill
 from moevision.analysis.intervention import Fill, Intervention, edited
-from moevision.analysis.ranking import Edit, Ranking, each_row
-from moevision.layers import MoEMlp, Routing
+from moevision.analysis.ranking import Capacity, Ranking
+from moevision.layers import ColourRouter, MoEMlp, moe_layers
 
 Taken = dict[MoEMlp, Tensor]  # in order of depth, [B, 2] int64: assignments of prefix tokens, and of patches
 
 
 def take_away_random(
-    ranking: Ranking,
+    decision: Decision,
     numbers: Sequence[Sequence[int]],
     keys: Sequence[Sequence[int]],
     num_prefix_tokens: int,
     fill: Fill,
-) -> Ranking:
+) -> Decision:
     """Take assignments away at random, from any expert; each image of the batch by its own draw.
 
     Args:
-        ranking: of B images.
+        decision: of B images.
         numbers: [B][2] how many assignments of prefix tokens, and of patches.
         keys: [B] seeds of the draws.
         num_prefix_tokens: tokens in front of the patches.
         fill: `next_best` or `zero`.
     """
-    routing = ranking.settle()
+    routing = decision.settle()
     kept, index = routing.kept.cpu().numpy(), routing.expert_index.cpu().numpy()
-    away = np.zeros(ranking.removed.shape, dtype=bool)
+    away = np.zeros(decision.removed.shape, dtype=bool)
     for image, (wanted, key) in enumerate(zip(numbers, keys, strict=True)):
         rng = np.random.default_rng(tuple(key))
         token, choice = kept[image].nonzero()
@@ -51,31 +52,32 @@ def take_away_random(
             candidates = np.flatnonzero(part)
             drawn = rng.choice(candidates, min(number, len(candidates)), replace=False)
             away[image, token[drawn], index[image, token[drawn], choice[drawn]]] = True
-    mask = torch.from_numpy(away).to(ranking.removed.device)
+    mask = torch.from_numpy(away).to(decision.removed.device)
     if fill == "zero":
-        return replace(ranking, silenced=ranking.silenced | mask)
-    return replace(ranking, removed=ranking.removed | mask)
+        return replace(decision, silenced=decision.silenced | mask)
+    return replace(decision, removed=decision.removed | mask)
 
 
 def run_under(net: nn.Module, x: Tensor, intervention: Intervention) -> tuple[Tensor, Taken]:
-    """Logits [B, C] under the intervention, and the assignments that it takes from their experts."""
+    """Logits [B, C] under the intervention, and the assignments that it takes from their experts.
+
+    Of an ablation only the expert's own count, not those that a capacity of the model then drops elsewhere: the control
+    has such consequences too.
+    """
     taken: Taken = {}
     prefix = int(getattr(net, "num_prefix_tokens", 0))
 
-    def counted(layer: MoEMlp, edit: Edit, ranking: Ranking) -> Ranking:
-        after = edit(ranking)
-        lost = (_computed(ranking.settle()) & ~_computed(after.settle())).sum(-1)
+    def counted(layer: MoEMlp, edit: Edit, decision: Decision) -> Decision:
+        after: Decision = edit(decision)
+        pairs = computed_pairs(decision.settle())
+        gone = (after.removed | after.silenced) if intervention.kind == "ablate" else ~computed_pairs(after.settle())
+        lost = (pairs & gone).sum(-1)
         taken[layer] = torch.stack([lost[:, :prefix].sum(1), lost[:, prefix:].sum(1)], -1)
         return after
 
     edits = {layer: partial(counted, layer, edit) for layer, edit in intervention.edits(net).items()}
     with edited(net, edits):
         return net(x).double(), taken
-
-
-def _computed(routing: Routing) -> Tensor:
-    """[B, N, E] bool: which expert computes which token."""
-    return torch.zeros_like(routing.logits, dtype=torch.bool).scatter(-1, routing.expert_index, routing.kept)
 
 
 def run_compared(
@@ -103,30 +105,37 @@ def run_compared(
     of_others = [other.edits(net) for other in others]
     count = len(others) + len(keys)
 
-    def edit(ranking: Ranking, layer: MoEMlp, place: int) -> Ranking:
+    def edit(decision: Decision, layer: MoEMlp, place: int) -> Decision:
         own = [edits[layer] for edits in of_others] + [_unchanged] * len(keys)
         numbers = taken[layer].expand(len(keys), 2).tolist()
         return take_away_random(
-            each_row(own)(ranking),
+            each_row(own)(decision),
             numbers=[[0, 0]] * len(others) + numbers,
             keys=[(0,)] * len(others) + [(*key, place) for key in keys],
             num_prefix_tokens=prefix,
             fill=control_fill(intervention),
         )
 
-    edits = {layer: partial(edit, layer=layer, place=place) for place, layer in enumerate(taken)}
-    with edited(net, edits):
-        return (_repeated(net, x, count, next(iter(taken))) if len(x) == 1 else net(x)).double()
+    edits: dict[MoEMlp, Edit] = {layer: partial(edit, layer=layer, place=place) for place, layer in enumerate(taken)}
+    if len(x) > 1:
+        with edited(net, edits):
+            logits: Tensor = net(x).double()
+        return logits
+    # Rows of one picture must not share a capacity that the model shares over its batch.
+    shared = [layer for layer in moe_layers(net) if (own := Capacity.own(layer.router)) and own.whole_batch]
+    with edited(net, dict.fromkeys(shared, Ranking.apart)), edited(net, edits):
+        return _repeated(net, x, count, next(iter(taken))).double()
 
 
-def _unchanged(ranking: Ranking) -> Ranking:
-    return ranking
+def _unchanged(decision: Decision) -> Decision:
+    return decision
 
 
 def _repeated(net: nn.Module, x: Tensor, times: int, first: MoEMlp) -> Tensor:
     """Run one picture `times` times, as one picture up to the block that holds `first`: until there all rows agree."""
     blocks, thread = getattr(net, "blocks", None), threading.get_ident()
-    if blocks is None or first.layer_index is None:
+    by_colour = any(isinstance(layer.router, ColourRouter) for layer in moe_layers(net))  # looks at the pictures again
+    if blocks is None or first.layer_index is None or by_colour:
         logits: Tensor = net(x.expand(times, -1, -1, -1))
         return logits
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from moevision.analysis.intervention import Fill, Intervention
+from moevision.analysis.effect_words import in_words
+from moevision.analysis.intervention import Intervention
+from moevision.layers.routing import Kind as RoutingKind
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Effect:
         control: the same number taken away at random.
         others: the same on every other expert of the layer; empty unless an expert was ablated or forced.
         class_effect: the effect on a whole class, if it was asked for.
+        routing: who chooses in the layers that it acts on.
     """
 
     intervention: Intervention
@@ -135,6 +138,7 @@ class Effect:
     control: Control
     others: tuple[OtherExpert, ...]
     class_effect: ClassEffect | None = None
+    routing: RoutingKind = "token_choice"
 
     @property
     def before(self) -> tuple[float, ...]:
@@ -160,9 +164,10 @@ class Effect:
     def sentence(self) -> str:
         """All of it in one sentence that names the kind of intervention."""
         before, after = self.before[self.target], self.after[self.target]
+        change = in_words(self.intervention, self.moved, self.routing)
         parts = [
-            f"For this picture: {in_words(self.intervention, self.moved)} {self.class_names[self.target]} "
-            f"{_change(before, after)} (logit {_signed(self.delta_logit)})"
+            f"For this picture: {change} {self.class_names[self.target]} {_change(before, after)} "
+            f"(logit {_signed(self.delta_logit)})"
         ]
         if self.moved or self.moved_prefix:
             spread = f"{_signed(self.control.mean)} ± {self.control.sd:.2f}"
@@ -178,6 +183,7 @@ class Effect:
         return {
             "schema": "moevision.effect/1",
             "intervention": self.intervention.to_json(),
+            "routing": self.routing,
             "before": self._top5(self.before),
             "after": self._top5(self.after),
             "target": self.class_names[self.target],
@@ -194,50 +200,6 @@ class Effect:
     def _top5(self, probabilities: Sequence[float]) -> list[dict[str, Any]]:
         best = sorted(range(len(probabilities)), key=lambda index: -probabilities[index])[:5]
         return [{"class": self.class_names[index], "p": probabilities[index]} for index in best]
-
-
-def in_words(intervention: Intervention, moved: int) -> str:
-    """What was changed, as the start of a sentence.
-
-    Args:
-        intervention: the change.
-        moved: patch assignments that it takes from their experts.
-    """
-    layer = "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
-    assignments = f"{moved} patch assignment{'' if moved == 1 else 's'}"
-    match intervention.kind:
-        case "ablate" if intervention.fill == "next_best":
-            where = "1 patch goes to its" if moved == 1 else f"{moved} patches go to their"
-            return f"without {layer}·E{intervention.expert} ({where} next-best expert)"
-        case "ablate":
-            patches = "1 patch" if moved == 1 else f"{moved} patches"
-            return f"without {layer}·E{intervention.expert} (its output set to zero for {patches})"
-        case "force":
-            return f"with every token of {layer} sent first to E{intervention.expert} ({assignments} moved)"
-        case "swap":
-            pair = f"E{intervention.expert} and E{intervention.other}"
-            return f"with {pair} of {layer} swapped ({assignments} moved)"
-        case "random":
-            return f"with random routing in {layer} (seed {intervention.seed}, {assignments} moved)"
-        case "top_k":
-            return f"with k = {intervention.top_k} in {layer} ({assignments} dropped)"
-        case "capacity":
-            return f"with capacity factor {intervention.factor:g} in {layer} ({assignments} dropped)"
-
-
-def control_in_words(intervention: Intervention, moved: int) -> str:
-    """What the control does, with its fill."""
-    layer = "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
-    assignments = f"{moved} random patch assignment{'' if moved == 1 else 's'} of {layer}"
-    if control_fill(intervention) == "zero":
-        return f"setting {assignments} to zero"
-    return f"moving {assignments} to the next-best expert"
-
-
-def control_fill(intervention: Intervention) -> Fill:
-    """The control takes away as the intervention does: what is dropped is dropped there, what is moved is moved."""
-    drops = intervention.kind in ("top_k", "capacity")
-    return "zero" if drops else intervention.fill
 
 
 def _change(before: float, after: float) -> str:

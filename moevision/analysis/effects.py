@@ -23,18 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from moevision.analysis.control import run_compared, run_under
+from moevision.analysis.decision import routing_kind
 from moevision.analysis.effect_result import (
     ClassEffect,
     Control,
     Effect,
     OtherExpert,
-    control_in_words,
 )
+from moevision.analysis.effect_words import control_in_words
 from moevision.analysis.intervention import Intervention, numbered_layers
 from moevision.analysis.tokens import network_input
 from moevision.data.images import BadImageError
 from moevision.errors import UserError
 from moevision.layers import routing_lock
+from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.hub import SavedModel
 
 if TYPE_CHECKING:
@@ -83,7 +85,8 @@ def effect(
     delta_logits = (logits - before)[:, index].tolist()
     delta_ps = (logits.softmax(-1) - before.softmax(-1))[:, index].tolist()
     moved_prefix, moved = (int(sum(counts[0, part] for counts in taken.values())) for part in (0, 1))
-    count = len(others)
+    count, routing = len(others), _kind_of(net, intervention)
+    control = control_in_words(intervention, moved, routing)
     return Effect(
         intervention=intervention,
         class_names=tuple(model.class_names),
@@ -92,12 +95,13 @@ def effect(
         after_logits=tuple(after[0].tolist()),
         moved=moved,
         moved_prefix=moved_prefix,
-        control=Control(control_in_words(intervention, moved), tuple(delta_logits[count:]), tuple(delta_ps[count:])),
+        control=Control(control, tuple(delta_logits[count:]), tuple(delta_ps[count:])),
         others=tuple(
             OtherExpert(other.expert or 0, other.where, delta_logit, delta_p)
             for other, delta_logit, delta_p in zip(others, delta_logits[:count], delta_ps[:count], strict=True)
         ),
         class_effect=class_effect,
+        routing=routing,
     )
 
 
@@ -165,6 +169,12 @@ def _on_other_experts(net: nn.Module, intervention: Intervention) -> list[Interv
         return []
     num_experts = numbered_layers(net)[intervention.layer].router.num_experts
     return [replace(intervention, expert=expert) for expert in range(num_experts) if expert != intervention.expert]
+
+
+def _kind_of(net: nn.Module, intervention: Intervention) -> RoutingKind:
+    """Who chooses in the layers that it acts on; where they differ, words for tokens are right in a wider sense."""
+    kinds = {routing_kind(layer.router) for layer in intervention.edits(net)}
+    return kinds.pop() if len(kinds) == 1 else "token_choice"
 
 
 def _to_input(model: SavedModel, images: Sequence[Pixels]) -> Tensor:

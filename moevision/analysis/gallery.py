@@ -1,8 +1,9 @@
 """Which patches show what an expert does: its heaviest patches, and random ones beside them.
 
 Top patches alone flatter: some eight of ten thousand patches will look alike for any expert, so a gallery shows as many
-random patches of the same expert. Everything here is a pure function of a trace; cutting the patches out of pictures is
-`pictures.patch_crop`, drawing them `plots.expert_gallery`.
+random patches of the same expert. An expert of Soft MoE reads something of every patch: its weight is how much of the
+patch it reads, and random patches are drawn in proportion. Everything here is a pure function of a trace; cutting the
+patches out of pictures is `pictures.patch_crop`, drawing them `plots.expert_gallery`.
 
 Axes: I images, P patches (row-major in the grid), K choices best first, E experts, L MoE layers.
 """
@@ -27,7 +28,7 @@ class GalleryPatch(NamedTuple):
     Attributes:
         image: index of the picture in the trace.
         patch: index of the patch in its grid.
-        weight: the gate weight that the expert has in it.
+        weight: the gate weight that the expert has in it; Soft MoE: how much of it the expert reads.
     """
 
     image: int
@@ -41,7 +42,7 @@ class ExpertGallery(NamedTuple):
     Attributes:
         expert: index of the expert in its layer.
         top: heaviest first, at most one of each picture.
-        random: drawn uniformly from all patches that the expert computed, in order of picture and patch.
+        random: drawn from all patches that the expert computed, in order of picture and patch.
     """
 
     expert: int
@@ -74,7 +75,7 @@ def top_patches(layer: LayerTrace, expert: int, count: int = 8) -> list[GalleryP
 
 
 def random_patches(layer: LayerTrace, expert: int, count: int = 8, seed: int = 0) -> list[GalleryPatch]:
-    """Patches drawn without replacement, each with the same chance, from all that an expert computed.
+    """Patches drawn without replacement from all that an expert computed: evenly, or (Soft MoE) as it reads them.
 
     Args:
         layer: the trace of one layer.
@@ -84,12 +85,16 @@ def random_patches(layer: LayerTrace, expert: int, count: int = 8, seed: int = 0
     """
     images, patches, weights = _routed(layer, expert)
     rng = np.random.default_rng([seed, layer.layer, expert])
-    drawn = np.sort(rng.choice(len(images), size=min(count, len(images)), replace=False))
+    chance = None
+    if layer.kind == "soft":
+        chance = weights.astype(np.float64) / max(float(weights.sum(dtype=np.float64)), 1e-12)
+    size = min(count, len(images) if chance is None else int((chance > 0).sum()))
+    drawn = np.sort(rng.choice(len(images), size=size, replace=False, p=chance))
     return _as_patches(images[drawn], patches[drawn], weights[drawn])
 
 
 def first_choice_paths(trace: RoutingTrace) -> npt.NDArray[np.int16]:
-    """[I, P, L]: the expert that each patch gave most weight to in each MoE layer, in order of depth."""
+    """[I, P, L]: the expert that each patch gave most weight to in each MoE layer, in order of depth; -1 for none."""
     return np.stack([np.asarray(layer.first_choice(), dtype=np.int16) for layer in trace.layers], axis=-1)
 
 
@@ -144,7 +149,8 @@ def _routed(
     if not 0 <= expert < layer.num_experts:
         raise UserError(f"There is no expert {expert}: the layer has experts 0 to {layer.num_experts - 1}.")
     images, patches, choices = np.nonzero((layer.expert_index == expert) & layer.kept)
-    return images, patches, np.asarray(layer.combine_weight)[images, patches, choices]
+    weights = layer.combine_weight if layer.read_weight is None else layer.read_weight
+    return images, patches, np.asarray(weights)[images, patches, choices]
 
 
 def _as_patches(

@@ -32,8 +32,8 @@ class ClassExpertMap:
         layer: block index.
         class_names: [C] rows of the table.
         n_images: [C] images of each class.
-        share: [C, E] expert e's share of the kept choices in an image, averaged over the images of class c; nan for a
-            class without images.
+        share: [C, E] expert e's share of the kept choices in an image (of the weights, where tokens don't choose),
+            averaged over the images of class c; nan for a class without images.
         mean_share: [E] the same, averaged over all images.
         excess: [C, E] `share` minus `mean_share`.
         threshold: how large an excess the largest cell of a table reaches by chance (`level` of the permuted tables).
@@ -85,7 +85,7 @@ def class_expert_map(
     Raises:
         UserError: that block has no MoE layer, or there are fewer than two labelled images.
     """
-    shares = image_shares(trace.layer(layer).counts())
+    shares = image_shares(trace.layer(layer).image_takes())
     labels = np.asarray(trace.labels)
     known = labels >= 0
     if known.sum() < 2:
@@ -108,10 +108,10 @@ def class_expert_map(
     )
 
 
-def image_shares(counts: npt.NDArray[np.integer[Any]]) -> Floats:
-    """[I, E] each expert's share of the kept choices of an image; equal shares where capacity has dropped all."""
-    total = counts.sum(1, keepdims=True)
-    shares: Floats = np.where(total > 0, counts / np.maximum(total, 1), 1 / counts.shape[1])
+def image_shares(takes: npt.NDArray[Any]) -> Floats:
+    """[I, E] each expert's share of what an image takes (`LayerTrace.image_takes`); equal shares where that is 0."""
+    total = takes.sum(1, keepdims=True)
+    shares: Floats = np.where(total > 0, takes / np.where(total > 0, total, 1), 1 / takes.shape[1])
     return shares
 
 

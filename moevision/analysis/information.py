@@ -17,6 +17,10 @@ everything is permuted over whole images:
 
 The estimate is the excess, plug-in minus the mean of the null; `estimate.py` says how its interval comes about.
 
+Counts may be weights (how much of a patch an expert reads, how much a patch takes from it): plug-in information depends
+on shares only, every null moves whole images, and bias and interval come from the spread over images, so none of them
+needs whole numbers. Corrections that do need them (Miller-Madow) aren't used.
+
 Axes: I images, P patches (row-major), E experts, G strata (positions that are conditioned on, or 1), V values of what
 the experts are asked about, R permutations.
 """
@@ -69,7 +73,7 @@ def class_information(
     """I(expert; class), or I(expert; class | position), against labels permuted over images.
 
     Args:
-        patch_counts: [I, P, E] kept choices of each patch.
+        patch_counts: [I, P, E] kept choices (or weights) of each patch.
         labels: [I] classes; images with a negative label are left out.
         given_position: condition on the position of the patch.
         num_permutations: R.
@@ -128,7 +132,7 @@ def position_information(
     """I(expert; position), against random signs of each image's deviation from the mean map.
 
     Args:
-        patch_counts: [I, P, E] kept choices of each patch, row-major over the grid.
+        patch_counts: [I, P, E] kept choices (or weights) of each patch, row-major over the grid.
         grid: (rows, columns), P = rows x columns.
         num_permutations: R, draws of the signs.
         seed: of the signs.
@@ -168,7 +172,7 @@ def part_information(
     """I(expert; part), against routing maps paired with the part map of another image.
 
     Args:
-        patch_counts: [I, P, E] kept choices of each patch.
+        patch_counts: [I, P, E] kept choices (or weights) of each patch.
         parts: [I, P] the part that each patch shows; patches with a negative part are left out.
         num_permutations: R.
         seed: of the pairing.

@@ -7,6 +7,7 @@
 | how sure is the router of it? | `plot_certainty` |
 | how busy is each expert? | `plot_load` |
 | how much weight does each choice get? | `plot_gate_weights` |
+| how many experts does a patch have? | `plot_experts_per_patch` |
 | which experts are chosen together? | `plot_co_activation` |
 | which classes use which expert? | `plot_class_experts` |
 | which parts of a picture go where? | `plot_part_experts` |
@@ -22,9 +23,11 @@ from __future__ import annotations
 
 from moevision.analysis.figures.evidence import plot_specialization
 from moevision.analysis.figures.gallery import plot_gallery
-from moevision.analysis.figures.load import plot_co_activation, plot_gate_weights, plot_load
+from moevision.analysis.figures.load import plot_gate_weights, plot_load
 from moevision.analysis.figures.map import plot_class_experts, plot_part_experts, plot_positions
-from moevision.analysis.figures.picture import plot_certainty, plot_overlay, plot_path
+from moevision.analysis.figures.path import plot_path
+from moevision.analysis.figures.picture import plot_certainty, plot_overlay
+from moevision.analysis.figures.sharing import plot_co_activation, plot_experts_per_patch
 from moevision.analysis.figures.style import figure_png, save_figure
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "plot_certainty",
     "plot_class_experts",
     "plot_co_activation",
+    "plot_experts_per_patch",
     "plot_gallery",
     "plot_gate_weights",
     "plot_load",

@@ -35,14 +35,21 @@ def data_settings(run: Path) -> Mapping[str, Any]:
 
 
 def pictures_for(
-    address: str, model: SavedModel, data: str | None = None, *, limit: int | None = None, root: str | None = None
+    address: str,
+    model: SavedModel,
+    data: str | None = None,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    root: str | None = None,
 ) -> PictureSet | None:
-    """Held-out pictures for a model: of `data`, or else of what its run was trained on.
+    """Pictures for a model, held-out ones by default: of `data`, or else of what its run was trained on.
 
     Args:
         address: a run folder, its model/ folder, or any other address.
         model: the model there.
         data: a folder or a dataset's name; None takes the run's own.
+        split: `test`, `val`, `train` or `all`, as in `open_pictures`.
         limit: at most so many, the same number of each class.
         root: folder of named datasets; the run's own if None.
 
@@ -61,6 +68,7 @@ def pictures_for(
         return open_pictures(
             str(path),
             model.image_size,
+            split=split,
             limit=limit,
             seed=int(trained_on.get("seed") or 0),
             class_names=model.class_names,

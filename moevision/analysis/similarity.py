@@ -3,7 +3,8 @@
 `expert_similarity` runs all experts of a layer on the same tokens, whoever they were routed to, and compares their
 outputs by linear CKA (Kornblith et al. 2019, arXiv:1905.00414, section 3), which a rotation or a rescaling of the
 outputs doesn't change. Comparing each expert on its own tokens would confuse experts with what they are given, and
-comparing weights would call two experts different that differ in the order of their hidden units only.
+comparing weights would call two experts different that differ in the order of their hidden units only. Experts of Soft
+MoE never see a token: they are run on the same slots, those of all experts.
 
 `match_experts` pairs the experts of two routers by what they chose (Hungarian method). The pairing is found on one half
 of the images and its agreement measured on the other, since the best of E! pairings agrees by chance too.
@@ -69,15 +70,19 @@ def match_experts(a: LayerTrace, b: LayerTrace, *, seed: int = 0) -> ExpertMatch
 
     half = np.random.default_rng(seed).permutation(len(first))
     fitted, measured = half[: len(half) // 2], half[len(half) // 2 :]
-    _, order = linear_sum_assignment(pair_counts(first[fitted], second[fitted], a.num_experts), maximize=True)
-    table = pair_counts(first[measured], second[measured], a.num_experts)[:, order]
+    # A patch that no expert took (-1) is an answer of its own, which is its own partner.
+    nobody = a.num_experts
+    first, second = (np.where(choice < 0, nobody, choice) for choice in (first, second))
+    pairs = pair_counts(first[fitted], second[fitted], nobody + 1)[:nobody, :nobody]
+    _, order = linear_sum_assignment(pairs, maximize=True)
+    table = pair_counts(first[measured], second[measured], nobody + 1)[:, [*order, nobody]]
     return ExpertMatch(
         tuple(int(e) for e in order), float(np.trace(table) / table.sum()), cohen_kappa(table), len(measured)
     )
 
 
 def pair_counts(a: npt.NDArray[Any], b: npt.NDArray[Any], num_experts: int) -> npt.NDArray[np.int64]:
-    """[E, E]: how many patches chose expert i in `a` and expert j in `b`."""
+    """[E, E]: how many patches chose expert i in `a` and expert j in `b`; give E + 1 where E stands for no expert."""
     pairs = a.astype(np.int64).ravel() * num_experts + b.ravel()
     return np.bincount(pairs, minlength=num_experts**2).reshape(num_experts, num_experts)
 
@@ -118,7 +123,7 @@ def linear_cka(x: Floats, y: Floats) -> float:
 def expert_similarity(
     model: SavedModel, pictures: PictureSet, layer: int, *, num_tokens: int = 4096, seed: int = 0
 ) -> Floats:
-    """[E, E] linear CKA of the experts' outputs on common tokens.
+    """[E, E] linear CKA of the experts' outputs on common tokens (Soft MoE: on common slots).
 
     Args:
         model: the model.
@@ -138,7 +143,7 @@ def expert_similarity(
     per_image, outputs = max(1, num_tokens // len(indices)), []
     for start in range(0, len(indices), _BATCH):
         images = read_images(pictures, indices[start : start + _BATCH])
-        tokens = layer_inputs(model.net, network_input(model, images))[layer]
+        tokens = layer_inputs(model.net, network_input(model, images), filled_slots=True)[layer]
         taken = rng.permuted(np.tile(np.arange(tokens.shape[1]), (len(tokens), 1)), axis=1)[:, :per_image]
         chosen = tokens[torch.arange(len(tokens))[:, None], torch.from_numpy(taken)].flatten(0, 1)
         outputs.append(moe.experts.on_all_tokens(chosen).float().cpu().numpy())

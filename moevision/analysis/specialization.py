@@ -13,6 +13,10 @@ counts as not passed, and the sentence says so. "Above a baseline" means that th
 estimates lies above 0; it is put together from their own intervals (Zou and Donner, Statistics in Medicine 27, 2008,
 1693-1702, "MOVER"), as if they were independent. They rest on the same images, which makes this a little strict.
 
+Where tokens don't choose (expert choice, Soft MoE) every expert reads equally much of every picture, which says nothing
+about the class: there the class is asked of how much the patches take from each expert, and place and part of what the
+experts read (`LayerTrace`). The estimators need no whole numbers, only whole pictures.
+
 Axes: I images, P patches, E experts.
 """
 
@@ -41,6 +45,7 @@ from moevision.errors import UserError
 
 About = Literal["class", "class_given_position", "position", "part"]
 ABOUTS: tuple[About, ...] = get_args(About)
+_OF_PICTURES: tuple[About, ...] = ("class", "class_given_position")
 _BASELINE_PERMUTATIONS = 100  # a baseline's null is only subtracted; its tail isn't needed
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -163,7 +168,8 @@ class _Asker:
 
     def layer(self, about: About, layer: LayerTrace) -> Estimate:
         """Of a router."""
-        counts = choice_counts(np.asarray(layer.expert_index), layer.num_experts, np.asarray(layer.kept))
+        amount = layer.takes if about in _OF_PICTURES else layer.reads
+        counts = choice_counts(np.asarray(layer.expert_index), layer.num_experts, np.asarray(amount))
         return self._estimate(about, counts, np.arange(len(counts)), self.num_permutations)
 
     def baseline(self, about: About, layer: int, baselines: Sequence[Assignments]) -> Iterator[Estimate]:
@@ -172,7 +178,8 @@ class _Asker:
             if each.layer in (None, layer):
                 key = (about, id(each))
                 if key not in self.known:
-                    self.known[key] = self._estimate(about, each.counts(), each.images, _BASELINE_PERMUTATIONS)
+                    counts = each.patch_takes() if about in _OF_PICTURES else each.counts()
+                    self.known[key] = self._estimate(about, counts, each.images, _BASELINE_PERMUTATIONS)
                 yield self.known[key]
 
     def _estimate(self, about: About, counts: Floats, images: Ints, num_permutations: int) -> Estimate:
@@ -209,7 +216,8 @@ def _result(
     bits = {name: tuple(each.value_bits for each in estimates) for name, estimates in baselines.items() if estimates}
     seed_bits = tuple(each.value_bits for each in seeds)
     above_seeds = all(again) if again else None
-    sentence = sentence_of(layer.name, about, own, bits, seed_bits, (above_null, above_baselines, above_seeds))
+    passed = (above_null, above_baselines, above_seeds)
+    sentence = sentence_of(layer.name, about, own, bits, seed_bits, passed, layer.kind)
     return LayerSpecialization(
         layer.layer, about, own, bits, seed_bits, kappas, above_null, above_baselines, above_seeds, sentence
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moevision.analysis.estimate import Estimate
+from moevision.layers.routing import Kind as RoutingKind
 
 ABOUT_WORDS = {
     "class": "the class",
@@ -28,6 +29,15 @@ NOT_FOUND = "no learned specialization found"
 Passed = tuple[bool, bool | None, bool | None]
 
 
+def teller(about: str, kind: RoutingKind) -> str:
+    """What tells something about the class, the position or the part, as the subject of a sentence."""
+    if kind == "token_choice":
+        return "the choice of expert tells"
+    if about in ("class", "class_given_position"):
+        return "how much patches take from each expert tells"
+    return "which expert takes a patch tells" if kind == "expert_choice" else "how much each expert reads tells"
+
+
 def sentence_of(
     layer: str,
     about: str,
@@ -35,6 +45,7 @@ def sentence_of(
     baselines: Mapping[str, tuple[float, ...]],
     seeds: tuple[float, ...],
     passed: Passed,
+    kind: RoutingKind = "token_choice",
 ) -> str:
     """The result in words.
 
@@ -45,9 +56,10 @@ def sentence_of(
         baselines: name -> excess in bits of each seed.
         seeds: excess in bits of other trainings.
         passed: whether the layer is above the null, the baselines and, in every other training, both.
+        kind: who chooses in the layer.
     """
     words, (above_null, above_baselines, above_seeds) = ABOUT_WORDS[about], passed
-    told = _told(layer, words, estimate)
+    told = _told(f"{layer}: {teller(about, kind)}", words, estimate)
     if not above_null:
         return f"{told} Shuffled pictures give as much: {NOT_FOUND} about {words}."
     if above_baselines is False:
@@ -84,10 +96,10 @@ def sentence_of(
     )
 
 
-def _told(layer: str, words: str, estimate: Estimate) -> str:
+def _told(tells: str, words: str, estimate: Estimate) -> str:
     interval, share = f"{_bits(estimate.low)} to {_bits(estimate.high)}", _percent(estimate.share_of_entropy)
     return (
-        f"{layer}: the choice of expert tells {_bits(estimate.value_bits)} bits about {words} (95 % interval "
+        f"{tells} {_bits(estimate.value_bits)} bits about {words} (95 % interval "
         f"{interval}; {share} of all there is to tell; {estimate.n_images:,} pictures)."
     )
 

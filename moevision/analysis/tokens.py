@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from moevision.analysis.pictures import PictureSet
 from moevision.data.augment import normalize
 from moevision.errors import UserError
-from moevision.layers import routing_lock
-from moevision.layers.moe import moe_layers
+from moevision.layers import MoEMlp, SoftRouter, moe_layers, routing_lock
 from moevision.models.hub import SavedModel
 
 Pixels = npt.NDArray[np.uint8]
@@ -85,17 +84,25 @@ def image_patches(image: Pixels, grid: tuple[int, int]) -> Pixels:
 
 
 @torch.no_grad()
-def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
+def layer_inputs(net: nn.Module, pixels: Tensor, *, filled_slots: bool = False) -> dict[int, Tensor]:
     """What each MoE layer receives of every patch: block index -> [B, P, D]; prefix tokens are left out.
 
     Args:
         net: a converted model in eval mode.
         pixels: [B, 3, S, S], see `network_input`.
+        filled_slots: of a Soft MoE layer what its experts receive instead, [B, slots of all experts, D].
     """
     received: dict[int, Tensor] = {}
 
-    def keep(block: int, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        received[block] = arguments[0]
+    prefix = int(getattr(net, "num_prefix_tokens", 0))
+
+    def keep(block: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        tokens = arguments[0]
+        if filled_slots and isinstance(module, MoEMlp) and isinstance(module.router, SoftRouter):
+            weight = module.router(tokens).dispatch_weight.flatten(2)
+            received[block] = weight.mT.to(tokens.dtype) @ tokens
+        else:
+            received[block] = tokens[:, prefix:]
 
     layers = {layer.layer_index: layer for layer in moe_layers(net) if layer.layer_index is not None}
     with routing_lock(net):  # so that no other thread's pictures pass the hooks
@@ -105,5 +112,4 @@ def layer_inputs(net: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
         finally:
             for handle in handles:
                 handle.remove()
-    prefix = int(getattr(net, "num_prefix_tokens", 0))
-    return {block: tokens[:, prefix:] for block, tokens in received.items()}
+    return received

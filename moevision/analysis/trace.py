@@ -31,7 +31,7 @@ from moevision.analysis.trace_layer import LayerTrace
 from moevision.analysis.trace_record import SCHEMA, RoutingTrace, describe_trace
 from moevision.analysis.trace_sink import Array, ArrayBuffer, TensorSink, TensorSpec
 from moevision.errors import UserError
-from moevision.layers import Routing, forward_routing
+from moevision.layers import LabelRouter, Routing, SoftRouting, forward_routing, label_oracle, moe_layers
 from moevision.models.hub import SavedModel, best_device
 
 __all__ = ["SCHEMA", "LayerTrace", "RoutingTrace", "collect_routing"]
@@ -54,7 +54,8 @@ def collect_routing(
     """Run a model over pictures and keep what each MoE layer decided about each patch.
 
     Runs in eval mode on the best device, as `moevision predict` does, and under whatever intervention is in force.
-    Pictures that can't be read are left out and counted in a `DataWarning`.
+    Routers by `label` are told the pictures' classes. Pictures that can't be read are left out and counted in a
+    `DataWarning`.
 
     Args:
         model: a run folder, its model/ folder or a timm address; a `SavedModel`; or any timm ViT with MoE layers. The
@@ -77,7 +78,8 @@ def collect_routing(
         The trace.
 
     Raises:
-        UserError: if there is no such model or data, the model has no MoE layer, or no picture can be read.
+        UserError: if there is no such model or data, the model has no MoE layer, no picture can be read, or the model
+            routes by the class and a picture has none.
 
     Example:
         >>> trace = collect_routing("runs/pets/model", "synthetic_pets", limit=400)
@@ -94,6 +96,9 @@ def collect_routing(
     about = _about(saved, pictures, name or model_title(model), settings)
     reader = PictureReader(pictures, saved, batch_size)
     net = saved.net.to(best_device())
+    oracles = any(isinstance(layer.router, LabelRouter) for layer in moe_layers(net))
+    if oracles and any(pictures.label(index) < 0 for index in range(len(pictures))):
+        raise UserError("The router 'label' routes by the class: give pictures whose classes are known.")
     sink: TensorSink | None = None
     with ExitStack() as stack:
         stack.enter_context(evaluating(net))
@@ -133,7 +138,8 @@ def _about(saved: SavedModel, pictures: PictureSet, title: str, settings: dict[s
 def _rows(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any]]:
     """One batch's rows of all arrays, and where they come from: layers and grid."""
     dtype = next(net.parameters()).dtype
-    output, routings = forward_routing(net, batch.images.to(best_device(), dtype))
+    with label_oracle(net, batch.labels):
+        output, routings = forward_routing(net, batch.images.to(best_device(), dtype))
     if not routings:
         raise UserError("This model has no MoE layers: give a model that was converted by moevision.convert_to_moe.")
     grids = {routing.grid for routing in routings}
@@ -150,7 +156,7 @@ def _rows(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any
     layers = [place if routing.layer is None else routing.layer for place, routing in enumerate(routings)]
     for layer, routing in zip(layers, routings, strict=True):
         rows |= {f"L{layer}.{key}": array for key, array in _layer_rows(routing).items()}
-    return rows, {"layers": layers, "grid": grid}
+    return rows, {"layers": layers, "kinds": [routing.kind for routing in routings], "grid": grid}
 
 
 def _layer_rows(routing: Routing) -> dict[str, Array]:
@@ -158,7 +164,11 @@ def _layer_rows(routing: Routing) -> dict[str, Array]:
     patches = slice(routing.num_prefix_tokens, None)
     probs = routing.probs[:, patches].float()
     best = probs.topk(min(2, routing.num_experts), dim=-1).values
-    return {
+    rows: dict[str, Array] = {}
+    if isinstance(routing, SoftRouting):
+        reads = routing.dispatch_weight.sum(-1).gather(-1, routing.expert_index)
+        rows["read_weight"] = _numpy(reads[:, patches].float())
+    return rows | {
         "expert_index": _numpy(routing.expert_index[:, patches].to(torch.int16)),
         "kept": _numpy(routing.kept[:, patches]),
         "combine_weight": _numpy(routing.combine_weight[:, patches].float()),

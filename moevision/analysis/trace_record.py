@@ -19,6 +19,7 @@ from moevision.analysis.trace_file import TensorFile, read_tensors
 from moevision.analysis.trace_layer import LAYER_ARRAYS, LayerTrace, chunks
 from moevision.analysis.trace_sink import Array, TensorSpec
 from moevision.errors import UserError
+from moevision.layers.routing import Kind as RoutingKind
 
 SCHEMA = "moevision.trace/1"
 """Version of the file; a change that an older reader would misread raises the number."""
@@ -62,7 +63,7 @@ class RoutingTrace:
             object.__setattr__(self, "prediction_names", self.class_names)
         images, patches = len(self.picture_names), self.grid[0] * self.grid[1]
         lengths = {len(array) for array in (self.labels, self.predictions, self.probabilities)}
-        shapes = {getattr(layer, name).shape[:2] for layer in self.layers for name in LAYER_ARRAYS}
+        shapes = {array.shape[:2] for layer in self.layers for array in layer.arrays().values()}
         if not self.layers or lengths != {images} or shapes != {(images, patches)}:
             raise UserError(
                 f"This trace's arrays are not all about {images} pictures of {patches} patches: collect it again."
@@ -111,14 +112,14 @@ class RoutingTrace:
         """All arrays under their names in the file, such as "L4.probs" and "labels"."""
         arrays: dict[str, Array] = {name: getattr(self, name) for name in IMAGE_ARRAYS}
         for layer in self.layers:
-            arrays |= {f"{layer.name}.{name}": getattr(layer, name) for name in LAYER_ARRAYS}
+            arrays |= {f"{layer.name}.{name}": array for name, array in layer.arrays().items()}
         return arrays
 
     def metadata(self) -> dict[str, str]:
         """What the file says beside the arrays."""
         fields = ("picture_names", "class_names", "prediction_names", "grid", "model", "data", "provenance")
-        layers = [layer.layer for layer in self.layers]
-        return describe_trace(layers=layers, **{name: getattr(self, name) for name in fields})
+        layers, kinds = [layer.layer for layer in self.layers], [layer.kind for layer in self.layers]
+        return describe_trace(layers=layers, kinds=kinds, **{name: getattr(self, name) for name in fields})
 
     def save(self, path: str | Path) -> None:
         """Write the trace to one safetensors file, whole or not at all.
@@ -153,9 +154,16 @@ class RoutingTrace:
     def from_arrays(cls, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> RoutingTrace:
         """Put a trace together from `arrays()` and `metadata()`."""
         words = {name: json.loads(value) for name, value in metadata.items() if name != "schema"}
+        indices = words.pop("layers")
+        kinds = words.pop("kinds", ["token_choice"] * len(indices))
         layers = tuple(
-            LayerTrace(index, **{name: arrays[f"L{index}.{name}"] for name in LAYER_ARRAYS})
-            for index in words.pop("layers")
+            LayerTrace(
+                index,
+                kind=kind,
+                read_weight=arrays[f"L{index}.read_weight"] if kind == "soft" else None,
+                **{name: arrays[f"L{index}.{name}"] for name in LAYER_ARRAYS},
+            )
+            for index, kind in zip(indices, kinds, strict=True)
         )
         images: dict[str, Any] = {name: arrays[name] for name in IMAGE_ARRAYS}
         tuples: dict[str, Any] = {
@@ -167,6 +175,7 @@ class RoutingTrace:
 def describe_trace(
     *,
     layers: Sequence[int],
+    kinds: Sequence[RoutingKind],
     picture_names: Sequence[str],
     class_names: Sequence[str],
     prediction_names: Sequence[str],
@@ -175,8 +184,11 @@ def describe_trace(
     data: str,
     provenance: Mapping[str, Any],
 ) -> dict[str, str]:
-    """The metadata of a trace's file: its schema, and the arguments (as in `RoutingTrace`) in JSON."""
-    words = {
+    """The metadata of a trace's file: its schema, and the arguments (as in `RoutingTrace`) in JSON.
+
+    `kinds` stands there only where tokens don't choose in some layer: all other traces are as they always were.
+    """
+    words: dict[str, Any] = {
         "layers": layers,
         "picture_names": picture_names,
         "class_names": class_names,
@@ -186,4 +198,6 @@ def describe_trace(
         "data": data,
         "provenance": provenance,
     }
+    if set(kinds) != {"token_choice"}:
+        words["kinds"] = kinds
     return {"schema": SCHEMA, **{name: json.dumps(value) for name, value in words.items()}}

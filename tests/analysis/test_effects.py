@@ -11,7 +11,8 @@ import torch
 
 from moevision import UserError, forward_routing
 from moevision.analysis.control import run_compared, run_under, take_away_random
-from moevision.analysis.effect_result import ClassEffect, Control, Effect, OtherExpert, in_words
+from moevision.analysis.effect_result import ClassEffect, Control, Effect, OtherExpert
+from moevision.analysis.effect_words import in_words
 from moevision.analysis.effects import class_effect, effect
 from moevision.analysis.intervention import Intervention, ablate, edited, intervene, use_top_k
 from moevision.analysis.ranking import Ranking

@@ -1,6 +1,7 @@
 """Interventions against NumPy transcriptions of what they say they do, and the promises of their scopes."""
 
 import copy
+import itertools
 import json
 import pickle
 import threading
@@ -68,6 +69,9 @@ def routed(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Routing]:
 def numpy_choice(logits: np.ndarray, allowed: list[int], top_k: int, router: str) -> tuple[list[int], np.ndarray]:
     """One token's experts and gates, from the definition of its router."""
     best = sorted(allowed, key=lambda expert: -logits[expert])[:top_k]
+    if router == "sigmoid":
+        affinity = 1 / (1 + np.exp(-logits))
+        return best, affinity[best] / (affinity[best].sum() if top_k > 1 else 1)
     if router == "noisy_top_k" and top_k > 1:
         weights = np.exp(logits[best])
         return best, weights / weights.sum()
@@ -76,7 +80,7 @@ def numpy_choice(logits: np.ndarray, allowed: list[int], top_k: int, router: str
 
 @pytest.mark.parametrize("away", [(2,), (2, 5), (0, 1, 2, 3)])
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", [*ROUTERS, "sigmoid"])
 def test_next_best_is_the_choice_among_the_others(router: str, top_k: int, away: tuple[int, ...]) -> None:
     """Nested ablations are one choice without all of them."""
     layer, x = make_layer(router, top_k), tokens()
@@ -156,16 +160,17 @@ def test_other_k_is_the_model_built_with_that_k(router: str, k: int) -> None:
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 6.0])
 @pytest.mark.parametrize(("router", "top_k"), [("noisy_top_k", 2), ("vmoe_top_k", 2), ("noisy_top_k", 1)])
 def test_capacity_is_a_greedy_choice_within_each_image(router: str, top_k: int, factor: float) -> None:
-    """The largest gates first, until the expert is full; 9 tokens, 6 experts."""
+    """First choices before second ones, the tokens surest of it first, until full; 9 tokens, 6 experts."""
     layer, x = make_layer(router, top_k), tokens()
     _, free = routed(layer, x)
     with limit_capacity(layer, factor):
         out, limited = routed(layer, x)
     capacity = int(np.ceil(factor * 9 * top_k / 6))
     for image in range(3):
-        gates, experts = free.combine_weight[image].detach().numpy(), free.expert_index[image].numpy()
+        likeliest, experts = free.probs[image].max(-1).values.detach().numpy(), free.expert_index[image].numpy()
         room, kept = [capacity] * 6, np.zeros((9, top_k), dtype=bool)
-        for token, choice in sorted(np.ndindex(9, top_k), key=lambda place: -gates[place]):
+        surest = np.argsort(-likeliest, kind="stable")
+        for choice, token in itertools.product(range(top_k), surest):
             if room[experts[token, choice]] > 0:
                 room[experts[token, choice]] -= 1
                 kept[token, choice] = True

@@ -90,7 +90,7 @@ def test_flipped_pictures_are_compared_patch_by_patch(model, pictures) -> None:
             return np.concatenate([half, half[:, ::-1]], axis=1)
 
     choices, grid, num_experts = first_choices(model, np.stack([Symmetric(pictures).image(i) for i in range(24)]))
-    assert (grid, num_experts) == ((4, 4), 4)
+    assert (grid, num_experts) == ((4, 4), {1: 4, 3: 4})
     # so their agreement is that of a routing map with its own mirror image
     for found in consistency(model, Symmetric(pictures), num_resamples=50):
         if found.change == "flip":
@@ -117,7 +117,7 @@ def test_shifted_crop_shows_the_same_patches() -> None:
 def test_a_router_that_follows_position_or_content(model, pictures, monkeypatch) -> None:
     def by(rule):
         monkeypatch.setattr(
-            "moevision.analysis.consistency.first_choices", lambda _, images: ({1: rule(images)}, (4, 4), 4)
+            "moevision.analysis.consistency.first_choices", lambda _, images: ({1: rule(images)}, (4, 4), {1: 4})
         )
         return {found.change: found.kappa for found in consistency(model, pictures, num_resamples=20)}
 

@@ -13,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 from moevision.analysis import collect_routing, open_pictures
-from moevision.analysis.baselines import NAMES, Assignments, fresh_copy, hashed_experts, measure_baselines
+from moevision.analysis.baselines import NAMES, Assignments, fresh_copy, hash_scores, measure_baselines
 from moevision.analysis.estimate import Estimate
 from moevision.analysis.specialization import exceeds, specialization
 from moevision.analysis.tokens import image_patches
@@ -162,11 +162,11 @@ def test_colour_clusters_are_the_nearest_means(measured) -> None:
 def test_hash_routing_depends_on_content_alone(measured) -> None:
     _, _, _, baselines = measured
     keys = np.array([3, 99, 3, 2**63], np.uint64)
-    experts = hashed_experts(keys, 8, 3, seed=0)
+    experts = hash_scores(keys, 8, seed=0).argsort(-1)
     assert (experts[0] == experts[2]).all()
-    assert not (hashed_experts(keys, 8, 3, seed=1) == experts).all()
-    many = hashed_experts(np.arange(8000, dtype=np.uint64), 8, 1, seed=5)
-    assert np.abs(np.bincount(many.ravel(), minlength=8) - 1000).max() < 4 * math.sqrt(8000 * 1 / 8 * 7 / 8)
+    assert not (hash_scores(keys, 8, seed=1).argsort(-1) == experts).all()
+    many = hash_scores(np.arange(8000, dtype=np.uint64), 8, seed=5).argmax(-1)
+    assert np.abs(np.bincount(many, minlength=8) - 1000).max() < 4 * math.sqrt(8000 * 1 / 8 * 7 / 8)
     assert (baselines["hash_position"][0].expert_index == baselines["hash_position"][0].expert_index[:1]).all()
 
 

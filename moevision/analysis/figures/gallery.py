@@ -58,7 +58,11 @@ def plot_gallery(
     axes = figure.add_subplot()
     axes.set(xlim=(0, units), ylim=(1.06 * len(shown), -0.5), aspect="equal")
     bare(axes)
-    for left, name in ((_NAME, "largest gate weight"), (_NAME + count + _GAP, "random patches")):
+    soft = routing.kind == "soft"
+    for left, name in (
+        (_NAME, "read most" if soft else "largest gate weight"),
+        (_NAME + count + _GAP, "random patches"),
+    ):
         axes.text(left + 0.03, -0.15, name, fontsize=SMALL + 0.5, fontweight="bold", color=INK)
     for row, expert in enumerate(shown):
         share = float(loads[expert] / max(1, loads.sum()))
@@ -67,10 +71,9 @@ def plot_gallery(
             for place, patch in enumerate(patches):
                 _draw_patch(axes, pictures, patch, trace.grid, context, start + place, 1.06 * row)
     fewer = "" if len(shown) == routing.num_experts else f" {len(shown)} of {routing.num_experts} experts."
-    note = (
-        "Left: at most one per picture. Right: drawn evenly from all that the expert computes. "
-        f"Under the number: its share of choices.{fewer}"
-    )
+    drawn = "drawn as much as the expert reads of them" if soft else "drawn evenly from all that the expert computes"
+    share_of = "the weight that patches take" if soft else "choices"
+    note = f"Left: at most one per picture. Right: {drawn}. Under the number: its share of {share_of}.{fewer}"
     heading(figure, f"{routing.name}: what each expert gets", note)
     return figure
 

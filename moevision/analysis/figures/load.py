@@ -1,4 +1,4 @@
-"""Figures of how the choices fall: load of each expert, gate weights by depth, which experts are chosen together.
+"""Figures of how the choices fall: load of each expert, gate weights by depth.
 
 Arrays in, a matplotlib Figure out. They describe; none of them tests anything.
 Axes: L MoE layers, E experts, K choices, Q quantiles.
@@ -11,76 +11,94 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moevision.analysis.figures.style import (
-    BELOW_ABOVE,
     COLUMN_INCHES,
     INK,
     PAGE_INCHES,
     SMALL,
     SOFT,
-    bare,
     calm,
-    colour_bar,
-    expert_chips,
     heading,
-    hex_of,
     new_figure,
     panel_title,
     percent,
 )
 from moevision.analysis.palette import EXPERT_COLOURS, expert_colours, ink_on
-from moevision.analysis.tables import QUANTILES, expected_co_activation
+from moevision.analysis.tables import QUANTILES
 from moevision.errors import UserError
+from moevision.layers.routing import Kind as RoutingKind
 
 Ints = npt.NDArray[np.integer]
 _NUMBERED = 16  # experts: up to here every bar and cell carries its number
+_RANKS = 4  # choices whose weights are drawn; Soft MoE has as many as experts
+_NOBODY = "#D55E00"
 
 
 def plot_load(
-    counts: npt.ArrayLike,
+    counts: Sequence[npt.ArrayLike],
     layer_names: Sequence[str],
     *,
-    requested: npt.ArrayLike | None = None,
+    requested: Sequence[npt.ArrayLike] | None = None,
     highlight: int | None = None,
+    kinds: Sequence[RoutingKind] | None = None,
 ) -> Figure:
     """Load bars, one panel per MoE layer, with the ideal line and how much busier the busiest expert is.
 
     Args:
-        counts: [L, E] choices that each expert computed, over all images.
+        counts: per layer [E] choices that each expert computed, over all images (Soft MoE: weight that patches took).
         layer_names: [L] such as "L4".
-        requested: [L, E] choices that fell on it before capacity; what was dropped stands hollow on top.
+        requested: per layer [E] choices that fell on it before capacity; what was dropped stands hollow on top.
         highlight: the one expert in colour.
+        kinds: who chooses in each layer; tokens if None.
 
     Raises:
         UserError: shapes that don't fit, or a layer without any choice.
     """
-    load = np.asarray(counts, dtype=np.float64)
-    wanted = load if requested is None else np.asarray(requested, dtype=np.float64)
-    if load.ndim != 2 or load.shape[0] != len(layer_names) or wanted.shape != load.shape:
-        raise UserError(f"Load bars need counts [layers, experts]; got {load.shape} for {len(layer_names)} layers.")
-    if (wanted.sum(1) <= 0).any() or (load.sum(1) <= 0).any():
+    loads = [np.asarray(load, dtype=np.float64) for load in counts]
+    wanted = loads if requested is None else [np.asarray(load, dtype=np.float64) for load in requested]
+    kinds = kinds or ["token_choice"] * len(loads)
+    shapes = [load.shape for load in loads]
+    if (
+        not len(loads) == len(layer_names) == len(kinds)
+        or [w.shape for w in wanted] != shapes
+        or {load.ndim for load in loads} != {1}
+    ):
+        raise UserError(f"Load bars need counts [layers, experts]; got {shapes} for {len(layer_names)} layers.")
+    if any(load.sum() <= 0 for load in (*loads, *wanted)):
         raise UserError("A layer without a single choice has no load to draw; give counts of at least one image.")
-    layers, experts = load.shape
+    layers, experts = len(loads), max(len(load) for load in loads)
     columns = min(layers, 2 if experts > 8 else 4)
     rows = -(-layers // columns)
     figure = new_figure(COLUMN_INCHES if columns == 1 and experts <= 8 else PAGE_INCHES, 0.25 + 1.5 * rows)
-    highest = float((wanted / wanted.sum(1, keepdims=True)).max())
-    for place, name in enumerate(layer_names):
+    highest = max(float((each / each.sum()).max()) for each in wanted)
+    for place, (name, load, kind) in enumerate(zip(layer_names, loads, kinds, strict=True)):
         axes = figure.add_subplot(rows, columns, place + 1)
-        _draw_load(axes, load[place], wanted[place], highest, highlight)
-        panel_title(axes, name, f"slowest ÷ mean {load[place].max() / load[place].mean():.2f}")
+        _draw_load(axes, load, wanted[place], highest, highlight)
+        ratio = "largest ÷ mean" if kind == "soft" else "slowest ÷ mean"
+        panel_title(axes, name, f"{ratio} {load.max() / load.mean():.2f}")
         if place % columns == 0:
-            axes.set_ylabel("share of choices", fontsize=SMALL, color=SOFT)
+            axes.set_ylabel("share of weight" if kind == "soft" else "share of choices", fontsize=SMALL, color=SOFT)
         if place >= layers - columns:
             axes.set_xlabel("expert", fontsize=SMALL, color=SOFT)
-    hollow = "" if requested is None else " Hollow: dropped by capacity."
-    note = f"Dashed: equal load, 1 ÷ {experts} = {1 / experts:.1%}. Expert numbers of two layers are unrelated.{hollow}"
-    heading(figure, "How busy each expert is", note)
+    heading(figure, "How busy each expert is" if set(kinds) != {"soft"} else "How much comes from each expert",
+            _load_note([len(load) for load in loads], set(kinds), requested is not None))  # fmt: skip
     return figure
+
+
+def _load_note(experts: Sequence[int], kinds: set[RoutingKind], dropped: bool) -> str:
+    """How to read the bars."""
+    equal = f", 1 ÷ {experts[0]} = {1 / experts[0]:.1%}" if len(set(experts)) == 1 else ""
+    words = [f"Dashed: equal load{equal}. Expert numbers of two layers are unrelated."]
+    if dropped:
+        words.append("Hollow: dropped by capacity.")
+    if "expert_choice" in kinds:
+        words.append("Where experts choose, all take as many tokens of every picture.")
+    if "soft" in kinds:
+        words.append("Soft MoE: all compute as many slots; bars show the weight that patches take from each.")
+    return " ".join(words)
 
 
 def _draw_load(
@@ -106,35 +124,40 @@ def _draw_load(
 
 
 def plot_gate_weights(
-    quantiles: npt.ArrayLike, layer_names: Sequence[str], *, levels: Sequence[float] = QUANTILES
+    quantiles: Sequence[npt.ArrayLike], layer_names: Sequence[str], *, levels: Sequence[float] = QUANTILES
 ) -> Figure:
     """Gate weights by depth: per MoE layer the distribution of the weight of the 1st .. Kth choice.
 
     Args:
-        quantiles: [L, 5, K] from `gate_weight_quantiles` of each layer.
+        quantiles: per layer [5, K] from `gate_weight_quantiles`; K may differ, nan for a rank that no patch has.
         layer_names: [L] such as "L4", in order of depth.
         levels: the five quantile levels, rising: a thin line spans the outer, a thick one the inner two.
     """
-    values = np.asarray(quantiles, dtype=np.float64)
-    if values.ndim != 3 or values.shape[:2] != (len(layer_names), 5) or len(levels) != 5:
-        raise UserError(
-            f"Gate weights need quantiles [layers, 5, choices]; got {values.shape}, {len(layer_names)} layers."
-        )
-    layers, _, choices = values.shape
+    values = [np.asarray(layer, dtype=np.float64) for layer in quantiles]
+    shapes = [layer.shape for layer in values]
+    if len(values) != len(layer_names) or any(len(s) != 2 or s[0] != 5 for s in shapes) or len(levels) != 5:
+        raise UserError(f"Gate weights need quantiles [layers, 5, choices]; got {shapes}, {len(layer_names)} layers.")
+    layers, most = len(values), max(layer.shape[1] for layer in values)
+    choices = min(most, _RANKS)
     figure = new_figure(COLUMN_INCHES if layers * choices <= 12 else PAGE_INCHES, 2.1)
     axes = figure.add_subplot()
     calm(axes)
     step = min(0.2, 0.7 / choices)
     for choice in range(choices):
-        x = np.arange(layers) + (choice - (choices - 1) / 2) * step
-        low, lower, middle, upper, high = values[:, :, choice].T
+        there = [place for place in range(layers) if choice < values[place].shape[1]]
+        there = [place for place in there if np.isfinite(values[place][:, choice]).all()]
+        if not there:
+            continue
+        x = np.array(there) + (choice - (choices - 1) / 2) * step
+        low, lower, middle, upper, high = np.stack([values[place][:, choice] for place in there], axis=-1)
         colour = EXPERT_COLOURS[choice % len(EXPERT_COLOURS)]
         axes.vlines(x, low, high, color=colour, linewidth=1.0)
         axes.vlines(x, lower, upper, color=colour, linewidth=4.5, alpha=0.45)
         axes.plot(x, middle, "o", markersize=4, color=colour, markeredgecolor="white", markeredgewidth=0.6,
                   label=_ordinal(choice + 1), zorder=4)  # fmt: skip
         axes.plot(x, middle, "-", color=colour, linewidth=0.8, alpha=0.5)
-    axes.set(ylim=(0, min(1.05, 1.1 * float(values.max()))), xlim=(-0.5, layers - 0.5))
+    highest = max(float(np.nanmax(layer)) for layer in values)
+    axes.set(ylim=(0, min(1.05, 1.1 * highest)), xlim=(-0.5, layers - 0.5))
     axes.set_xticks(range(layers), layer_names)
     axes.set_ylabel("gate weight", fontsize=SMALL, color=SOFT)
     axes.set_xlabel("MoE layer, from shallow to deep", fontsize=SMALL, color=SOFT)
@@ -143,64 +166,11 @@ def plot_gate_weights(
                              loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.0)  # fmt: skip
         legend.get_title().set_color(INK)
     spans = [f"{levels[4 - place] - levels[place]:.0%}" for place in (1, 0)]
-    note = f"Dot: median patch; thick: middle {spans[0]} of patches; thin: middle {spans[1]}."
+    fewer = "" if choices == most else f" The largest {choices} of {most} weights of a patch."
+    note = f"Dot: median patch; thick: middle {spans[0]} of patches; thin: middle {spans[1]}.{fewer}"
     heading(figure, "How much weight each choice gets", note)
     return figure
 
 
 def _ordinal(number: int) -> str:
     return f"{number}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(number, 'th') }"
-
-
-def plot_co_activation(counts: Ints, top_k: int, *, layer_name: str) -> Figure:
-    """Which experts are chosen for the same patch: conditional shares for all pairs, coloured by their excess.
-
-    Args:
-        counts: [E, E] from `co_activation`.
-        top_k: K of the layer, at least 2.
-        layer_name: such as "L4".
-    """
-    table = np.asarray(counts, dtype=np.float64)
-    experts = len(table)
-    if top_k < 2 or table.shape != (experts, experts):
-        raise UserError(
-            f"Co-activation needs counts [E, E] of a layer with at least two choices, not {table.shape}, k = {top_k}."
-        )
-    chosen = np.diagonal(table)[:, None]
-    share = np.divide(table, chosen, out=np.full_like(table, np.nan), where=chosen > 0)
-    expected = expected_co_activation(counts)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        times = np.log2(table / expected)
-    np.fill_diagonal(times, np.nan)
-    reach = 2.0  # a quarter to four times
-    side = float(np.clip(0.29 * experts, 1.7, 6.0))
-    figure = new_figure(max(COLUMN_INCHES, side + 1.1), side + 0.45)
-    axes = figure.add_subplot()
-    norm = TwoSlopeNorm(0, -reach, reach)
-    picture = axes.imshow(np.ma.masked_invalid(np.clip(times, -reach, reach)), cmap=BELOW_ABOVE, norm=norm)
-    bare(axes)
-    expert_chips(axes, experts)
-    expert_chips(axes, experts, "left")
-    if experts <= _NUMBERED:
-        for i, j in zip(*np.nonzero(np.isfinite(times) | (table == 0)), strict=True):
-            if i != j and np.isfinite(share[i, j]):
-                colour = hex_of(BELOW_ABOVE(norm(np.clip(times[i, j], -reach, reach))))
-                axes.text(
-                    j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=SMALL, color=ink_on(colour)
-                )
-    axes.set_ylabel("of the patches that chose ...", fontsize=SMALL, color=SOFT, labelpad=14)
-    axes.set_xlabel("... the share that also chose ... (%)", fontsize=SMALL, color=SOFT)
-    bar = colour_bar(axes, picture, "share ÷ share that the loads alone give", FuncFormatter(_times))
-    bar.set_ticks(list(range(-int(reach), int(reach) + 1)))
-    chance = (top_k - 1) / (experts - 1)
-    note = (
-        f"All pairs of the {top_k} choices. Were all pairs as frequent, every cell would be {chance:.1%}; "
-        "colour allows for unequal loads."
-    )
-    heading(figure, f"{layer_name}: experts chosen together", note)
-    return figure
-
-
-def _times(power: float, _position: int | None = None) -> str:
-    """A colour bar's label: 2 ** power as a factor."""
-    return f"{2.0**power:g}×"

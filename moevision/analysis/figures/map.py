@@ -35,6 +35,7 @@ from moevision.analysis.figures.style import (
 )
 from moevision.analysis.palette import expert_colour, ink_on
 from moevision.errors import UserError
+from moevision.layers.routing import Kind as RoutingKind
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -51,6 +52,7 @@ def plot_class_experts(
     excess: npt.ArrayLike | None = None,
     max_classes: int = 25,
     threshold: float | None = None,
+    kind: RoutingKind = "token_choice",
 ) -> Figure:
     """Class × expert heatmap of one layer: shares in the cells, colour only where a cell stands above the null.
 
@@ -65,6 +67,7 @@ def plot_class_experts(
         excess: [C, E] share minus what it is compared with; by default minus the mean over classes.
         max_classes: of more classes, those with the largest effect are shown.
         threshold: the smallest |excess| that counts as significant, to be stated.
+        kind: who chooses in the layer: where tokens don't, shares are of the weight that patches take.
     """
     shares, flags, above, names = _class_arrays(share, significant, excess, class_names)
     classes = len(shares)
@@ -76,8 +79,9 @@ def plot_class_experts(
     figure = _share_map(shares[order], above[order], flags[order], [names[row] for row in order])
     shown = "" if classes <= max_classes else f" {len(order)} of {classes} classes, those with the largest effect."
     limit = "" if threshold is None else f" by {100 * threshold:.1f} points or more"
+    what = "choices" if kind == "token_choice" else "weights"
     cells = (
-        "Cells: share of the class's choices (%)." if shares.shape[1] <= _NUMBERED else "Share of a class's choices."
+        f"Cells: share of the class's {what} (%)." if shares.shape[1] <= _NUMBERED else f"Share of a class's {what}."
     )
     if flags.any():
         note = (
@@ -94,7 +98,12 @@ def plot_class_experts(
 
 
 def plot_part_experts(
-    table: npt.ArrayLike, part_names: Sequence[str], *, layer_name: str, significant: npt.ArrayLike | None = None
+    table: npt.ArrayLike,
+    part_names: Sequence[str],
+    *,
+    layer_name: str,
+    significant: npt.ArrayLike | None = None,
+    kind: RoutingKind = "token_choice",
 ) -> Figure:
     """Part × expert heatmap of one layer: where the patches of each part of a picture go.
 
@@ -103,6 +112,7 @@ def plot_part_experts(
         part_names: in words; parts that don't occur are left out.
         layer_name: such as "L4".
         significant: [parts, E] bool; without it every cell is coloured and the figure says that nothing is tested.
+        kind: who chooses in the layer: where tokens don't, the table counts what experts read.
     """
     counts = np.asarray(table, dtype=np.float64)
     if counts.ndim != 2 or len(counts) != len(part_names) or counts.sum() <= 0:
@@ -118,18 +128,24 @@ def plot_part_experts(
     names = [f"{part_names[part]} ({_percent(area[part])})" for part in order]
     figure = _share_map(shares, above, flags, names)
     tested = "Nothing is tested here." if significant is None else "Grey cells don't stand above the null."
-    note = f"Cells: share of the part's area (%); colour: against all patches. In brackets: the part's area. {tested}"
+    of, bracket = ("the part's area", "the part's area")
+    if kind != "token_choice":
+        of, bracket = "what experts read of the part", "the part's share of all that they read"
+    note = f"Cells: share of {of} (%); colour: against all patches. In brackets: {bracket}. {tested}"
     heading(figure, f"{layer_name}: which parts go to which expert", note)
     return figure
 
 
-def plot_positions(share: npt.ArrayLike, grid: tuple[int, int], *, layer_name: str) -> Figure:
+def plot_positions(
+    share: npt.ArrayLike, grid: tuple[int, int], *, layer_name: str, kind: RoutingKind = "token_choice"
+) -> Figure:
     """Position × expert: one small map of the grid per expert, all on one scale.
 
     Args:
         share: [E, P] from `position_share`: share of the choices at each position that falls on the expert.
         grid: (rows, columns) of patches.
         layer_name: such as "L4".
+        kind: who chooses in the layer.
     """
     shares = np.asarray(share, dtype=np.float64)
     if shares.ndim != 2 or shares.shape[1] != grid[0] * grid[1]:
@@ -153,9 +169,13 @@ def plot_positions(share: npt.ArrayLike, grid: tuple[int, int], *, layer_name: s
                        bbox={"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "none"})  # fmt: skip
     scale = ScalarMappable(norm, AMOUNT)
     scale.set_array([])
-    bar = colour_bar(list(panels.flat), scale, "share of the choices made there", FuncFormatter(percent))
+    what = {"soft": "reading done there", "expert_choice": "takings made there"}.get(kind, "choices made there")
+    bar = colour_bar(list(panels.flat), scale, f"share of the {what}", FuncFormatter(percent))
     bar.ax.axhline(1 / experts, color=INK, linewidth=1.2)
-    note = f"One map of the picture per expert, one scale for all. Line in the bar: equal use, {1 / experts:.1%}."
+    note = (
+        f"One map of the picture per expert, one scale for all: {shares.min():.1%} to {shares.max():.1%}. "
+        f"Line in the bar: equal use, {1 / experts:.1%}."
+    )
     heading(figure, f"{layer_name}: where in the picture each expert works", note)
     return figure
 
@@ -175,12 +195,12 @@ def _share_map(shares: Floats, above: Floats, flags: Flags, names: Sequence[str]
     picture = axes.imshow(np.ma.masked_where(~flags, above), cmap=BELOW_ABOVE, norm=norm, aspect="auto")
     _rule_cells(axes, rows, experts)
     if experts <= _NUMBERED:
+        digits = 1 if float(np.ptp(shares)) < 0.03 else 0  # whole numbers would all be the same
         for row, column in np.ndindex(rows, experts):
             colour = hex_of(BELOW_ABOVE(norm(above[row, column]))) if flags[row, column] else BLANK
             ink = ink_on(colour) if flags[row, column] else SOFT
-            axes.text(
-                column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=SMALL, color=ink
-            )
+            text = f"{100 * shares[row, column]:.{digits}f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=ink)
     axes.set_yticks(range(rows), [_short(name) for name in names], parse_math=False)
     axes.tick_params(length=0, labelsize=SMALL, labelcolor=INK)
     expert_chips(axes, experts)

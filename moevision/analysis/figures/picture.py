@@ -1,4 +1,4 @@
-"""Figures of one picture: which expert each patch goes to, one patch's path, how sure the router is.
+"""Figures of one picture: which expert each patch goes to, how sure the router is.
 
 A picture and its trace in, a matplotlib Figure out.
 Axes: P patches (row-major in a grid of rows x columns), K choices, E experts, L MoE layers, S pixels of a side.
@@ -15,17 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from moevision.analysis.figures.style import (
     AMOUNT,
-    GRID,
-    INK,
     PAGE_INCHES,
-    SMALL,
-    SOFT,
     bare,
-    calm,
     colour_bar,
     heading,
     hex_of,
@@ -33,8 +27,8 @@ from moevision.analysis.figures.style import (
     panel_title,
     rgb_of,
 )
-from moevision.analysis.palette import EXPERT_COLOURS, expert_colour, expert_colours, ink_on
-from moevision.errors import UserError
+from moevision.analysis.palette import expert_colours, ink_on
+from moevision.layers.routing import Kind as RoutingKind
 
 if TYPE_CHECKING:
     from moevision.analysis.trace import LayerTrace, RoutingTrace
@@ -73,14 +67,33 @@ def plot_overlay(
     for place, layer in enumerate(shown, start=2):
         axes = figure.add_subplot(rows, columns, place)
         _draw_experts(axes, picture, layer, image, trace.grid, highlight)
-        used = np.unique(layer.expert_index[image, :, 0]).size
-        panel_title(axes, layer.name, f"{used} of {layer.num_experts} experts are a first choice")
-    note = (
-        "Colour and number: the patch's first choice; opacity: grows with its gate weight; × dropped by capacity. "
-        "Equal colours in two layers are unrelated experts."
-    )
-    heading(figure, f"Where each patch goes: {_verdict(trace, image)}", note)
+        panel_title(axes, layer.name, _first_choices(layer, image))
+    heading(figure, f"Where each patch goes: {verdict_on(trace, image)}", _overlay_note({each.kind for each in shown}))
     return figure
+
+
+def _first_choices(layer: LayerTrace, image: int) -> str:
+    """What there is to say about a panel."""
+    of_image = layer.select(slice(image, image + 1))
+    first = of_image.first_choice()
+    used = f"{np.unique(first[first >= 0]).size} of {layer.num_experts} experts"
+    if layer.kind == "expert_choice":
+        return f"no expert: {(first < 0).sum()} of {first.size} patches"
+    return f"{used} come first somewhere" if layer.kind == "soft" else f"{used} are a first choice"
+
+
+def _overlay_note(kinds: set[RoutingKind]) -> str:
+    """How to read the overlay."""
+    words = {
+        "token_choice": "Colour and number: the patch's first choice; opacity: grows with its gate weight; × dropped "
+        "by capacity.",
+        "expert_choice": "Experts choose: colour and number are the expert with the largest weight of those that took "
+        "the patch; opacity: grows with that weight; · no expert took it.",
+        "soft": "Soft MoE: colour and number are the expert that the patch takes most from; opacity: grows with that "
+        "weight, from an equal share to all of it.",
+    }
+    said = " ".join(text for kind, text in words.items() if kind in kinds)
+    return f"{said} Equal colours in two layers are unrelated experts."
 
 
 def _draw_experts(
@@ -91,6 +104,8 @@ def _draw_experts(
     kept = np.asarray(layer.kept[image, :, 0], dtype=bool)
     weight = np.clip(np.asarray(layer.combine_weight[image, :, 0], dtype=np.float64), 0, 1)
     palette = np.stack([rgb_of(colour) for colour in expert_colours(layer.num_experts, highlight)])
+    if layer.kind == "soft":  # the largest of E weights that sum to 1 is never below 1 / E
+        weight = np.clip((layer.num_experts * weight - 1) / max(1, layer.num_experts - 1), 0, 1)
     alpha = np.where(kept, 0.12 + 0.75 * weight, 0.0)
     pale = _pale(picture, 0.55)
     overlay = np.concatenate([palette[first], alpha[:, None]], axis=1).reshape(rows, columns, 4)
@@ -100,7 +115,7 @@ def _draw_experts(
     points = 72 * axes.figure.get_figure(root=True).get_size_inches()[0] / _PER_ROW / columns
     size = float(np.clip(0.5 * points, 4.5, 8.5))
     for patch, (row, column) in enumerate(np.ndindex(rows, columns)):
-        text = str(first[patch]) if kept[patch] else "×"
+        text = str(first[patch]) if kept[patch] else "·" if layer.kind == "expert_choice" else "×"
         axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink_on(hex_of(shade[patch])))
 
 
@@ -119,72 +134,6 @@ def _pale(picture: Picture, darkest: float) -> Floats:
     """[S, S] in [darkest, 1]: the picture without its colours, so that those on top mean one thing."""
     grey = picture.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
     return darkest + (1 - darkest) * grey
-
-
-def plot_path(picture: Picture, trace: RoutingTrace, image: int, patch: int) -> Figure:
-    """The path of one patch through the MoE layers: all K choices and the whole router distribution.
-
-    Args:
-        picture: uint8 [S, S, 3], the image as the model saw it.
-        trace: routing of one or more images.
-        image: which of them is `picture`.
-        patch: index of the patch, row-major.
-    """
-    rows, columns = trace.grid
-    if not 0 <= patch < rows * columns:
-        raise UserError(
-            f"There is no patch {patch}: the {rows} x {columns} grid has patches 0 to {rows * columns - 1}."
-        )
-    experts = max(layer.num_experts for layer in trace.layers)
-    height = float(np.clip(0.24 * experts, 1.9, 6.5))
-    figure = new_figure(PAGE_INCHES * (0.7 if len(trace.layers) <= 4 else 1), height)
-    left, right = figure.subplots(1, 2, width_ratios=(1.75, figure.get_size_inches()[0] - 1.75))
-    left.imshow(picture, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
-    for width, colour in ((3.0, "white"), (1.3, INK)):
-        left.add_patch(
-            Rectangle((patch % columns - 0.5, patch // columns - 0.5), 1, 1, fill=False, ec=colour, lw=width)
-        )
-    bare(left)
-    left.set_anchor("N")
-    panel_title(left, f"row {patch // columns + 1}, column {patch % columns + 1}")
-    _draw_path(right, trace, image, patch, experts)
-    note = (
-        "Discs: chosen experts and their gate weights; the thick line joins first choices, thin ones the others. "
-        "Grey dots: router probability (area). Equal numbers in two layers are unrelated experts."
-    )
-    heading(figure, f"The path of one patch: {_verdict(trace, image)}", note)
-    return figure
-
-
-def _draw_path(axes: Axes, trace: RoutingTrace, image: int, patch: int, experts: int) -> None:
-    calm(axes, "both")
-    x = np.arange(len(trace.layers))
-    dense = experts > 24
-    for place, layer in enumerate(trace.layers):
-        probs = np.asarray(layer.probs[image, patch], dtype=np.float64)
-        axes.scatter(np.full(len(probs), place), np.arange(len(probs)), s=60 * probs + 1.5, color="#B9BEC4", zorder=2)
-    for choice in reversed(range(trace.layers[0].top_k)):
-        at = np.array([layer.expert_index[image, patch, choice] for layer in trace.layers], dtype=np.int64)
-        axes.plot(x, at, color=INK if choice == 0 else "#9AA0A6", linewidth=1.8 if choice == 0 else 0.8, zorder=3)
-        for place, layer in enumerate(trace.layers):
-            lit = int(at[place]) if choice == 0 and layer.num_experts > len(EXPERT_COLOURS) else None
-            expert, weight = int(at[place]), float(layer.combine_weight[image, patch, choice])
-            colour, kept = expert_colour(expert, layer.num_experts, lit), bool(layer.kept[image, patch, choice])
-            size = (5.0 if dense else 8.0) + (3.0 if dense else 6.0) * weight
-            axes.plot(place, expert, "o", markersize=size, color=colour if kept else "white", zorder=4,
-                      markeredgecolor="white" if kept else INK, markeredgewidth=0.8)  # fmt: skip
-            axes.text(place, expert, str(expert), ha="center", va="center_baseline", zorder=5,
-                      fontsize=SMALL - (2.5 if dense else 0), color=ink_on(colour) if kept else INK)  # fmt: skip
-            label = f"{weight:.2f}" if kept else "dropped"
-            axes.annotate(label, (place, expert), (size / 2 + 1.5, 0), textcoords="offset points", va="center",
-                          fontsize=SMALL - 0.5, color=INK if choice == 0 else SOFT, zorder=4,
-                          bbox={"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"})  # fmt: skip
-    axes.set(xlim=(-0.35, len(x) - 0.45), ylim=(experts - 0.4, -0.6))
-    axes.set_xticks(x, [layer.name for layer in trace.layers])
-    axes.set_yticks(range(0, experts, 1 if experts <= 16 else 4))
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_ylabel("expert", fontsize=SMALL, color=SOFT)
-    axes.set_xlabel("MoE layer, from shallow to deep", fontsize=SMALL, color=SOFT)
 
 
 def plot_certainty(
@@ -208,7 +157,7 @@ def plot_certainty(
     axes.imshow(picture)
     bare(axes)
     panel_title(axes, "picture")
-    most = float(np.log2(shown[0].num_experts))
+    most = float(np.log2(max(layer.num_experts for layer in shown)))
     for row, (name, limit, label, form) in enumerate(
         (
             ("entropy", most, f"bits (0 decided, {most:.3g} undecided)", "%.1f"),
@@ -229,7 +178,7 @@ def plot_certainty(
         "Entropy of the router's probabilities over all experts, and how far the best is ahead of the second. "
         "Low entropy alone isn't specialization: a collapsed router is sure as well."
     )
-    heading(figure, f"How sure the router is: {_verdict(trace, image)}", note)
+    heading(figure, f"How sure the router is: {verdict_on(trace, image)}", note)
     return figure
 
 
@@ -237,7 +186,7 @@ def _layers(trace: RoutingTrace, blocks: Sequence[int] | None) -> list[LayerTrac
     return list(trace.layers) if blocks is None else [trace.layer(block) for block in blocks]
 
 
-def _verdict(trace: RoutingTrace, image: int) -> str:
+def verdict_on(trace: RoutingTrace, image: int) -> str:
     """What the picture is and what the model takes it for."""
     guess, label = int(trace.predictions[image]), int(trace.labels[image])
     words = [] if label < 0 else [trace.class_names[label]]

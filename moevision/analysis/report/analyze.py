@@ -36,7 +36,7 @@ from moevision.analysis.run_pictures import pictures_for
 from moevision.analysis.tokens import Remembered
 from moevision.analysis.trace import RoutingTrace, collect_routing
 from moevision.errors import UserError
-from moevision.layers import moe_layers
+from moevision.layers import LabelRouter, moe_layers
 from moevision.models.hub import SavedModel, load_model
 from moevision.versions import package_version
 
@@ -122,8 +122,14 @@ def analyze(settings: ReportSettings) -> Json:
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     model = load_model(settings.model)
-    if not moe_layers(model.net):
+    layers = moe_layers(model.net)
+    if not layers:
         raise UserError(f"{settings.model} has no MoE layers to look at: give a model with experts.")
+    if any(isinstance(layer.router, LabelRouter) for layer in layers):
+        raise UserError(
+            f"{settings.model} routes by the class (router 'label'), which it is told: its experts are the classes by "
+            "construction, and there is nothing to analyze. Give a model with another router."
+        )
     pictures = _open(settings, model)
     others = [(_title(address), load_model(address)) for address in settings.seeds]
     folder = claim_folder(settings.out)
@@ -134,10 +140,12 @@ def analyze(settings: ReportSettings) -> Json:
             pictures = Remembered(aligned_pictures(pictures, trace))
         results = measure(model, pictures, trace, others, settings, stages)
         material = Material(
-            trace, pictures, results.information, results.maps, results.parts, results.effects["rows"], settings.seed
-        )
+            trace, pictures, results.information, results.maps, results.parts, results.effects["rows"],
+            results.effects["what"], settings.seed,
+        )  # fmt: skip
         with stages.stage("drawing figures"):
-            drawn = [(item.entry(), figure_png(item.figure)) for item in draw_figures(material)]
+            kinds = [layer.kind for layer in trace.layers]
+            drawn = [(item.entry(kinds), figure_png(item.figure)) for item in draw_figures(material)]
     numbers: Json = as_json(
         {
             "schema": SCHEMA,

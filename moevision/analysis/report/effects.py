@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moevision.analysis.effects import class_effect
 from moevision.analysis.intervention import Intervention
+from moevision.layers.routing import Kind as RoutingKind
 
 if TYPE_CHECKING:
     from moevision.analysis.pictures import PictureSet
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 _LEAST, _MOST = 3, 40  # pictures of a class
+_WHAT: dict[RoutingKind, str] = {
+    "token_choice": "an expert's patches go to their next-best expert",
+    "expert_choice": "where experts choose, an expert's patches lose it and no other takes its place",
+    "soft": "in Soft MoE an expert's weight is shared out among the others",
+}
 
 
 def measure_effects(
@@ -46,7 +52,7 @@ def measure_effects(
         if name in model.class_names and (trace.labels == label).sum() >= _LEAST
     ]  # fmt: skip
     calls = len(classes) * sum(layer.num_experts for layer in trace.layers)
-    what = "an expert's patches go to their next-best expert"
+    what = "; ".join(_WHAT[kind] for kind in dict.fromkeys(layer.kind for layer in trace.layers))
     if not classes:
         return _nothing(what, f"no class of the model has {_LEAST} pictures here")
     first = Intervention("ablate", layer=trace.layers[0].layer, expert=0)
@@ -64,7 +70,9 @@ def measure_effects(
         for name in classes
     ]
     loads = {layer.layer: layer.counts().sum(0) for layer in trace.layers}
-    shares = {(layer, e): count / max(1, load.sum()) for layer, load in loads.items() for e, count in enumerate(load)}
+    shares = {
+        (layer, e): count / max(load.sum(), 1e-12) for layer, load in loads.items() for e, count in enumerate(load)
+    }
     return {
         "what": what,
         "why": None,

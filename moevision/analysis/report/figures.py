@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 
 from moevision.analysis import plots
 from moevision.analysis.figures.effect import plot_effects
-from moevision.analysis.report.text import CAPTIONS
+from moevision.analysis.report.numbers import kept_of
+from moevision.analysis.report.text import caption
 from moevision.analysis.tables import co_activation, gate_weight_quantiles, part_expert_table, position_share
+from moevision.layers.routing import Kind as RoutingKind
 
 if TYPE_CHECKING:
     from moevision.analysis.heatmap import ClassExpertMap
@@ -38,10 +40,10 @@ class Drawn(NamedTuple):
     title: str
     figure: Figure
 
-    def entry(self) -> dict[str, str]:
-        """How `report.json` lists it."""
-        caption = CAPTIONS[self.kind]
-        return {"file": self.file, "kind": self.kind, "title": self.title, **caption._asdict()}
+    def entry(self, kinds: Iterable[RoutingKind] = ("token_choice",)) -> dict[str, str]:
+        """How `report.json` lists it, of a model whose layers are of these kinds."""
+        words = caption(self.kind, kinds)
+        return {"file": self.file, "kind": self.kind, "title": self.title, **words._asdict()}
 
 
 class Material(NamedTuple):
@@ -54,6 +56,7 @@ class Material(NamedTuple):
         maps: block index -> class x expert map.
         parts: [I, P, parts] share of each patch that belongs to each part.
         effects: rows `layer`, `expert`, `class`, `delta_logit`, `control_delta_logit`.
+        effects_what: what was done to measure them, in words.
         seed: of the pictures and patches that are drawn at random.
     """
 
@@ -63,6 +66,7 @@ class Material(NamedTuple):
     maps: Mapping[int, ClassExpertMap]
     parts: npt.NDArray[np.float32] | None
     effects: Sequence[Mapping[str, Any]]
+    effects_what: str
     seed: int
 
 
@@ -74,9 +78,16 @@ def draw_figures(material: Material) -> Iterator[Drawn]:
         title = "What the experts tell, beside everything it must exceed"
         yield Drawn("comparisons", "specialization.png", title, plots.plot_specialization(material.information))
     yield from _draw_pictures(material)
-    counts = np.stack([layer.counts().sum(0) for layer in trace.layers])
-    yield Drawn("load", "load.png", "Load of each expert", plots.plot_load(counts, names, requested=_requested(trace)))
-    quantiles = np.stack([gate_weight_quantiles(np.asarray(layer.combine_weight)) for layer in trace.layers])
+    counts, kinds = [layer.counts().sum(0) for layer in trace.layers], [layer.kind for layer in trace.layers]
+    load = plots.plot_load(counts, names, requested=_requested(trace), kinds=kinds)
+    yield Drawn("load", "load.png", "Load of each expert", load)
+    uneven = [layer for layer in trace.layers if not np.asarray(layer.kept).all()]
+    if uneven:
+        figure = plots.plot_experts_per_patch(
+            [layer.kept_per_patch() for layer in uneven], [layer.name for layer in uneven]
+        )
+        yield Drawn("experts_per_patch", "experts_per_patch.png", "How many experts a patch has", figure)
+    quantiles = [_quantiles(layer) for layer in trace.layers]
     yield Drawn("gate_weights", "gate_weights.png", "Gate weights by depth", plots.plot_gate_weights(quantiles, names))
     for layer in trace.layers:
         yield from _draw_layer(material, layer)
@@ -108,32 +119,43 @@ def _draw_pictures(material: Material) -> Iterator[Drawn]:
 
 def _draw_layer(material: Material, layer: LayerTrace) -> Iterator[Drawn]:
     trace, name, index = material.trace, layer.name, np.asarray(layer.expert_index)
-    if layer.top_k > 1:
-        figure = plots.plot_co_activation(co_activation(index, layer.num_experts), layer.top_k, layer_name=name)
+    if layer.top_k > 1 and layer.kind != "soft":
+        counts, chooses = co_activation(index, layer.num_experts, kept_of(layer)), layer.kind == "token_choice"
+        figure = plots.plot_co_activation(counts, layer.top_k if chooses else None, layer_name=name)
         yield Drawn("co_activation", f"co_activation_{name}.png", f"{name}: experts chosen together", figure)
     if layer.layer in material.maps:
         found = material.maps[layer.layer]
         figure = plots.plot_class_experts(
             found.share, found.significant, trace.class_names,
-            layer_name=name, excess=found.excess, threshold=found.threshold,
+            layer_name=name, excess=found.excess, threshold=found.threshold, kind=layer.kind,
         )  # fmt: skip
         yield Drawn("class_experts", f"class_experts_{name}.png", f"{name}: which classes use which expert", figure)
-    figure = plots.plot_positions(position_share(index, layer.num_experts), trace.grid, layer_name=name)
+    share = position_share(index, layer.num_experts, layer.wanted)
+    figure = plots.plot_positions(share, trace.grid, layer_name=name, kind=layer.kind)
     yield Drawn("positions", f"positions_{name}.png", f"{name}: where in the picture each expert works", figure)
     if material.parts is not None:
-        table = part_expert_table(index, material.parts, layer.num_experts)
-        figure = plots.plot_part_experts(table, material.pictures.part_names, layer_name=name)
+        table = part_expert_table(index, material.parts, layer.num_experts, layer.wanted)
+        figure = plots.plot_part_experts(table, material.pictures.part_names, layer_name=name, kind=layer.kind)
         yield Drawn("parts", f"parts_{name}.png", f"{name}: which parts go to which expert", figure)
     figure = plots.plot_gallery(material.pictures, trace, layer.layer, seed=material.seed)
     yield Drawn("gallery", f"gallery_{name}.png", f"{name}: what each expert gets", figure)
 
 
-def _requested(trace: RoutingTrace) -> npt.NDArray[np.int64] | None:
-    """[L, E] choices before capacity; None where capacity dropped nothing."""
-    if all(np.asarray(layer.kept).all() for layer in trace.layers):
+def _requested(trace: RoutingTrace) -> list[npt.NDArray[Any]] | None:
+    """Per layer [E] choices before capacity; None where capacity dropped nothing."""
+    if not any(layer.kind == "token_choice" and not np.asarray(layer.kept).all() for layer in trace.layers):
         return None
-    experts = trace.layers[0].num_experts
-    return np.stack([np.bincount(np.asarray(layer.expert_index).ravel(), minlength=experts) for layer in trace.layers])
+    return [
+        np.bincount(np.asarray(layer.expert_index).ravel(), minlength=layer.num_experts)
+        if layer.kind == "token_choice"
+        else layer.counts().sum(0)
+        for layer in trace.layers
+    ]
+
+
+def _quantiles(layer: LayerTrace) -> npt.NDArray[np.float64]:
+    kept = None if layer.kind == "token_choice" else np.asarray(layer.kept)
+    return gate_weight_quantiles(np.asarray(layer.combine_weight), kept=kept)
 
 
 def _effects_figure(material: Material) -> Figure:
@@ -146,4 +168,4 @@ def _effects_figure(material: Material) -> Figure:
             tables.append(np.array(by_expert))
     names = [layer.name for layer in material.trace.layers]
     classes = list(dict.fromkeys(row["class"] for row in material.effects))
-    return plot_effects(deltas, controls, names, classes, what="its patches go to their next-best expert")
+    return plot_effects(deltas, controls, names, classes, what=material.effects_what)

@@ -11,7 +11,19 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from moevision.analysis.report.parts import definitions, figure, interval, number, paragraph, section, table, tag, text
+from moevision.analysis.report.parts import (
+    definitions,
+    each,
+    experts_per_patch,
+    figure,
+    interval,
+    number,
+    paragraph,
+    section,
+    table,
+    tag,
+    text,
+)
 from moevision.analysis.report.text import (
     ABOUT,
     BASELINE_COLUMNS,
@@ -52,8 +64,8 @@ def _header(numbers: Numbers) -> str:
         "test pictures" if "test" in data["name"] else "pictures": number(data["n_images"]),
         "classified correctly": number(data["accuracy"], ".1%"),
         "MoE layers": number(len(model["moe_blocks"])),
-        "experts per layer": number(model["num_experts"]),
-        "experts per patch": number(model["top_k"]),
+        "experts per layer": each(model["num_experts"]),
+        "experts per patch": experts_per_patch(model),
     }
     lead = (
         f"{text(model['name'])} on {text(data['name'])}. Which expert does each patch go to, what are the experts for, "
@@ -131,16 +143,21 @@ def _load(numbers: Numbers, pictures: Pictures) -> str:
             number(layer["cv_squared_floor"], ".1g"),
             number(layer["dead"]),
             number(layer["dropped"], ".1%"),
+            number(layer["unrouted"], ".1%"),
             f"{number(layer['entropy_bits'], '.2f')} of {number(layer['entropy_bits_most'], '.3g')}",
             number(layer["margin"], ".2f"),
         ]
         for layer in numbers["layers"]
     ]
-    header = ["layer", "slowest ÷ mean", "CV²", "CV² by chance", "dead experts", "dropped", "entropy, bits", "margin"]
+    header = ["layer", "slowest ÷ mean", "CV²", "CV² by chance", "dead experts", "choices dropped",
+              "patches without expert", "entropy, bits", "margin"]  # fmt: skip
     caption = (
         "Over all patches of all pictures, in evaluation. The health of the router; nothing here says what it does."
     )
-    return table(header, rows, caption) + _figures(numbers, pictures, "load", "gate_weights", "co_activation")
+    if any(layer["kind"] != "token_choice" for layer in numbers["layers"]):
+        caption += " Where tokens don't choose, every expert computes as much by construction, and nothing is dropped."
+    figures = _figures(numbers, pictures, "load", "experts_per_patch", "gate_weights", "co_activation")
+    return table(header, rows, caption) + figures
 
 
 def _effects(numbers: Numbers, pictures: Pictures) -> str:
@@ -164,7 +181,8 @@ def _effects(numbers: Numbers, pictures: Pictures) -> str:
         "at random",
     ]  # fmt: skip
     caption = (
-        f"Means over the classes; {numbers['effects']['what']}. “At random”: as many choices of the same layer moved."
+        f"Means over the classes; {numbers['effects']['what']}. “At random”: as many choices of the same layer "
+        "from all experts, treated alike."
     )
     return (
         paragraph(text(EFFECTS_TEXT)) + _figures(numbers, pictures, "effects") + table(header, rows, caption, words=[5])

@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from moevision.analysis.picture_sources import View
@@ -43,18 +44,24 @@ def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
 
 
 def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:
-    """What the model is."""
-    first = trace.layers[0]
+    """What the model is; numbers of experts are lists where layers differ."""
     return {
         "name": trace.model,
         "address": address,
         "image_size": image_size,
         "grid": list(trace.grid),
         "moe_blocks": [layer.layer for layer in trace.layers],
-        "num_experts": first.num_experts,
-        "top_k": first.top_k,
+        "num_experts": _one_or_each([layer.num_experts for layer in trace.layers]),
+        "top_k": _one_or_each([layer.top_k if layer.kind == "token_choice" else None for layer in trace.layers]),
+        "experts_per_patch": _one_or_each([round(layer.experts_per_patch, 2) for layer in trace.layers]),
+        "routing": _one_or_each([layer.kind for layer in trace.layers]),
         "class_names": list(trace.prediction_names or trace.class_names),
     }
+
+
+def _one_or_each(values: list[Any]) -> Any:
+    """The value that all layers have, or the list of them."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def data_numbers(trace: RoutingTrace) -> Json:
@@ -79,33 +86,54 @@ def data_numbers(trace: RoutingTrace) -> Json:
 
 
 def layer_numbers(layer: LayerTrace) -> Json:
-    """Load, certainty and gate weights of one layer, over the patches (class and register tokens are not traced)."""
+    """Load, certainty and gate weights of one layer, over the patches (class and register tokens are not traced).
+
+    Experts of Soft MoE all compute as many slots, so their load is equal by construction and `counts` is what patches
+    take from each; nothing is dropped where tokens don't choose.
+    """
     index, kept = np.asarray(layer.expert_index), np.asarray(layer.kept)
-    counts = np.bincount(index[kept], minlength=layer.num_experts)
-    requested = np.bincount(index.ravel(), minlength=layer.num_experts)
-    entropy = torch.tensor(float(np.asarray(layer.entropy_bits, dtype=np.float64).sum()))
-    tokens = torch.tensor(index.shape[0] * index.shape[1])
-    load = LayerLoad.from_sums(layer.layer, torch.from_numpy(counts), torch.from_numpy(requested), entropy, tokens)
-    quantiles = gate_weight_quantiles(np.asarray(layer.combine_weight))
+    counts = layer.counts().sum(0)
+    chooses = layer.kind == "token_choice"
+    requested = np.bincount(index.ravel(), minlength=layer.num_experts) if chooses else counts
+    computed = np.ones_like(counts) if layer.kind == "soft" else counts
+    load = LayerLoad.from_sums(
+        layer.layer,
+        torch.from_numpy(computed),
+        torch.from_numpy(requested if chooses else computed),
+        entropy_bits=torch.tensor(float(np.asarray(layer.entropy_bits, dtype=np.float64).sum())),
+        tokens=torch.tensor(index.shape[0] * index.shape[1]),
+        unrouted=torch.tensor(int((~kept.any(-1)).sum())),
+    )
+    quantiles = gate_weight_quantiles(np.asarray(layer.combine_weight), kept=None if chooses else kept)
+    pairs = layer.kind != "soft" and layer.top_k > 1
     return {
         "layer": layer.layer,
         "name": layer.name,
+        "kind": layer.kind,
         "num_experts": layer.num_experts,
-        "top_k": layer.top_k,
+        "top_k": layer.top_k if chooses else None,
+        "experts_per_patch": layer.experts_per_patch,
         "counts": counts.tolist(),
         "requested": requested.tolist(),
-        "share": (counts / max(1, counts.sum())).tolist(),
+        "share": (counts / max(counts.sum(), 1e-12)).tolist(),
         "slowest": load.max_over_mean,
         "cv_squared": load.cv_squared,
-        "cv_squared_floor": load.cv_squared_floor,
+        "cv_squared_floor": load.cv_squared_floor if chooses else None,
         "dead": load.dead,
-        "dropped": load.dropped,
+        "dropped": load.dropped if chooses else None,
+        "unrouted": load.unrouted,
+        "kept_per_patch": layer.kept_per_patch().tolist(),
         "entropy_bits": load.entropy_bits,
         "entropy_bits_most": math.log2(layer.num_experts),
         "margin": float(np.asarray(layer.margin, dtype=np.float64).mean()),
         "gate_weight_quantiles": {"levels": list(QUANTILES), "values": quantiles.tolist()},
-        "co_activation": co_activation(index, layer.num_experts).tolist() if layer.top_k > 1 else None,
+        "co_activation": co_activation(index, layer.num_experts, kept_of(layer)).tolist() if pairs else None,
     }
+
+
+def kept_of(layer: LayerTrace) -> npt.NDArray[np.bool_] | None:
+    """Which experts are chosen together: all that a token chose (None), or those that took it."""
+    return np.asarray(layer.kept) if layer.kind == "expert_choice" else None
 
 
 def as_json(value: Any) -> Any:

@@ -31,6 +31,21 @@ def number(value: float | int | None, form: str = ",", unit: str = "") -> str:
     return f'<data value="{text(json.dumps(value))}">{shown}</data>{unit}'
 
 
+def each(values: Any) -> str:
+    """A number, or one for each layer."""
+    return ", ".join(number(value) for value in values) if isinstance(values, list) else number(values)
+
+
+def experts_per_patch(model: Mapping[str, Any]) -> str:
+    """How many experts a patch has: chosen by it, on average where experts choose, all of them in Soft MoE."""
+    routing = model["routing"]
+    if routing == "soft":
+        return "all, weighted"
+    if routing == "expert_choice":
+        return f"{each(model['experts_per_patch'])} on average"
+    return each(model["top_k"] if routing == "token_choice" else model["experts_per_patch"])
+
+
 def interval(low: float | None, high: float | None, form: str = ".3f") -> str:
     """`low to high`, or a dash."""
     return number(None) if low is None or high is None else f"{number(low, form)} to {number(high, form)}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, NamedTuple
+
+from moevision.layers.routing import Kind as RoutingKind
 
 
 class Caption(NamedTuple):
@@ -30,6 +33,11 @@ CAPTIONS: Final = {
         "One bar per expert: its share of all choices. The dashed line is equal load. Slowest ÷ mean says how long the "
         "others wait for the busiest expert when they work in parallel.",
         "What an expert is for. A busy expert need not matter, and balanced experts need not differ.",
+    ),
+    "experts_per_patch": Caption(
+        "Share of the patches that 0, 1, 2, ... experts compute. One that no expert computes passes the layer by the "
+        "residual path alone.",
+        "Whether those patches are unimportant: the router left them out, or an expert was full.",
     ),
     "gate_weights": Caption(
         "How much of a patch's output its first, second, ... choice makes up, per layer.",
@@ -81,7 +89,56 @@ CAPTIONS: Final = {
         "matter where none does alone.",
     ),
 }
-"""Kind of figure -> its caption."""
+"""Kind of figure -> its caption, of a model in which tokens choose their experts."""
+
+_EXPERTS_CHOOSE: Final = {
+    "comparisons": "Where experts choose, all take as many patches of every picture; so the class is asked of how much "
+    "patches take from each expert (gate weights), place and part of which expert takes a patch.",
+    "load": "Where experts choose, loads are equal by construction; small differences are class tokens, which are not "
+    "shown.",
+    "gate_weights": "Where experts choose: the 1st, 2nd, ... largest weight of the patches that have so many experts.",
+    "co_activation": "Where experts choose: the experts that took the same patch.",
+    "overlay": "Where experts choose, a patch may have no expert (a dot) or several, of which the one with the largest "
+    "weight is shown.",
+    "path": "Where experts choose: the experts that took the patch.",
+    "class_experts": "Where experts choose, cells are shares of gate weights: all experts take as many patches of "
+    "every picture.",
+    "positions": "Where experts choose: of all takings of a place, the share that each expert has.",
+    "effects": "Where experts choose, the patches of the expert lose it and no other takes its place; grey: as many "
+    "choices are taken away.",
+}
+_SOFT: Final = {
+    "comparisons": "Soft MoE: the class is asked of how much patches take from each expert, place and part of how much "
+    "the experts read of a patch. Hashes and clusters are softened until they are as undecided as the layer.",
+    "load": "Soft MoE: every expert computes as many slots; bars show how much of the patches' output comes from each.",
+    "gate_weights": "Soft MoE: the 1st, 2nd, ... largest of the weights that a patch gives to all experts.",
+    "overlay": "Soft MoE: the expert that the patch takes most from; every other one contributes too.",
+    "path": "Soft MoE: all experts contribute, a large disc much; the line joins the largest.",
+    "class_experts": "Soft MoE: cells are shares of the weight that patches take from the experts.",
+    "positions": "Soft MoE: of all reading that is done at a place, the share that each expert does.",
+    "parts": "Soft MoE: what the experts read of each part.",
+    "gallery": "Soft MoE: an expert reads something of every patch. Left: those that it reads most; right: drawn in "
+    "proportion to what it reads.",
+    "effects": "Soft MoE: the expert's weight is shared out among the others; grey: as many weights of single patches "
+    "and experts, drawn at random, are.",
+}
+
+
+def caption(figure: str, kinds: Iterable[RoutingKind]) -> Caption:
+    """What stands below a figure of a model whose layers are of these kinds.
+
+    Args:
+        figure: kind of figure.
+        kinds: who chooses, of each layer.
+    """
+    read, not_shown = CAPTIONS[figure]
+    added = [
+        words[figure]
+        for kind, words in (("expert_choice", _EXPERTS_CHOOSE), ("soft", _SOFT))
+        if kind in set(kinds) and figure in words
+    ]
+    return Caption(" ".join([read, *added]), not_shown)
+
 
 ABOUT: Final = {
     "class": "class",
@@ -111,8 +168,8 @@ COMPARISONS_TEXT: Final = (
 EFFECTS_TEXT: Final = (
     "A pattern in the routing does not say that it matters. So every expert is taken away, one at a time, and the "
     "logit of the true class is followed on pictures of every class. Beside it stands its control: as many choices of"
-    " the same layer, drawn at random from all experts, are moved. An expert that changes no more than its control is"
-    " not needed by itself."
+    " the same layer, drawn at random from all experts, are treated alike. An expert that changes no more than its "
+    "control is not needed by itself."
 )
 
 STABLE_TEXT: Final = (

@@ -34,8 +34,8 @@ _OPEN_WORDS: Final = (
     "runs to --seeds."
 )
 _NOT_FOUND_WORDS: Final = (
-    "Patches do go to different experts, and that is not random: the galleries below show it. But what the choice of "
-    "expert tells is {reason}. This is a result, not a failure. Experts add room to a model whether or not any of them "
+    "Experts do get different patches, and that is not random: the galleries below show it. But what this tells is "
+    "{reason}. This is a result, not a failure. Experts add room to a model whether or not any of them "
     "stands for something that has a name, and a pattern that a router finds without learning is no evidence that it "
     "has learned one."
 )

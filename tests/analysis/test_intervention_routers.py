@@ -1,0 +1,351 @@
+"""What interventions mean for every router: identity bit for bit, experts that choose or mix tokens, own capacity."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from moevision import UserError, forward_routing
+from moevision.analysis.decision import routing_kind
+from moevision.analysis.effect_words import control_in_words, in_words
+from moevision.analysis.intervention import (
+    Intervention,
+    ablate,
+    edited,
+    force,
+    intervene,
+    limit_capacity,
+    random_route,
+    refusal,
+    swap,
+    use_top_k,
+)
+from moevision.layers import ROUTERS, ExpertChoiceRouting, MoEMlp, Routing, SoftRouting, moe_layers, record_routing
+
+WITHOUT_LABELS = [name for name in ROUTERS if name != "label"]
+TOKEN_CHOICE = [name for name in WITHOUT_LABELS if name not in ("expert_choice", "soft")]
+OPTIONS: list[tuple[str, dict[str, object]]] = [
+    *((name, {}) for name in WITHOUT_LABELS),
+    ("noisy_top_k", {"eval_capacity_factor": 0.75}),
+    ("vmoe_top_k", {"eval_capacity_factor": 0.75, "batch_priority": True, "normalize_gates": True}),
+    ("switch", {"eval_capacity_factor": 0.75, "batch_priority": True, "normalize_gates": True}),
+    ("sigmoid", {"eval_capacity_factor": 0.5, "batch_priority": True, "capacity_group": "batch"}),
+    ("expert_choice", {"normalize_gates": True}),
+    ("soft", {"slots_per_expert": 3}),
+]
+IDS = ["-".join([name, *options]) for name, options in OPTIONS]
+
+
+def make_model(router: str, **options: object) -> nn.Module:
+    """Two MoE layers (blocks 1 and 3) on a 4 x 4 grid; the routers are no longer the initial ones."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit_moe", num_classes=3, expert_hidden=24, router=router, **options)
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            for parameter in layer.router.parameters():
+                parameter.normal_()
+            if getattr(layer.router, "bias", None) is not None:
+                layer.router.bias.copy_(torch.tensor([0.3, -0.1, 0.0, -0.2]))
+    return model.eval()
+
+
+def images(count: int = 3) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+def layer_of(router: str, **options: object) -> MoEMlp:
+    """A float64 layer of 4 experts in eval mode with random weights."""
+    torch.manual_seed(0)
+    layer = MoEMlp(8, 6, num_experts=4, router=router, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.7)
+    return layer.eval()
+
+
+def tokens(count: int = 2) -> Tensor:
+    return torch.randn(count, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def routed(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Routing]:
+    with torch.no_grad(), record_routing(layer) as routings:
+        out = layer(x)
+    return out, routings[0]
+
+
+def outputs_of_all(layer: MoEMlp, x: Tensor) -> Tensor:
+    """[B, N, E, D]: what each expert makes of each token."""
+    with torch.no_grad():
+        return layer.experts.on_all_tokens(x.flatten(0, 1)).view(*x.shape[:2], 4, -1)
+
+
+def same_bits(one: Routing, other: Routing) -> bool:
+    tensors = {name: value for name, value in vars(one).items() if isinstance(value, Tensor)}
+    return all(torch.equal(value, getattr(other, name)) for name, value in tensors.items())
+
+
+@pytest.mark.parametrize(("router", "options"), OPTIONS, ids=IDS)
+def test_an_open_scope_that_changes_nothing_changes_no_bit(router: str, options: dict[str, object]) -> None:
+    model, x = make_model(router, **options), images()
+    expected, before = forward_routing(model, x)
+    with edited(model, dict.fromkeys(moe_layers(model), lambda decision: decision)):
+        actual, after = forward_routing(model, x)
+    assert torch.equal(actual, expected)
+    assert all(type(a) is type(b) and same_bits(a, b) for a, b in zip(before, after, strict=True))
+    dropped = any(not routing.kept.all() for routing in before)
+    assert dropped == ("eval_capacity_factor" in options or router == "expert_choice")
+
+
+@pytest.mark.parametrize("fill", ["next_best", "zero"])
+@pytest.mark.parametrize("router", [name for name in TOKEN_CHOICE if name != "colour"])  # which needs a picture
+def test_tokens_without_the_ablated_expert_keep_every_bit(router: str, fill: str) -> None:
+    """So an expert that no token uses changes nothing at all."""
+    layer = layer_of(router)
+    before, routing = routed(layer, tokens())
+    with ablate(layer, 0, 2, fill):
+        after, without = routed(layer, tokens())
+    uses = (routing.expert_index == 2).any(-1)
+    assert torch.equal(after[~uses], before[~uses])
+    assert uses.any()
+    assert without.counts()[2] == 0
+    if fill == "zero":
+        part = outputs_of_all(layer, tokens())[:, :, 2] * routing.expert_weights()[..., 2:3]
+        torch.testing.assert_close(after, before - part)
+
+
+def test_a_bias_chooses_and_makes_no_gate() -> None:
+    """bias_balanced: the next best is found by s + b, the gates are s over the sum of the chosen s."""
+    layer = layer_of("bias_balanced")
+    layer.router.bias.copy_(torch.tensor([0.5, 0.0, -0.5, 0.25]))
+    x = tokens()
+    with ablate(layer, 0, 0):
+        _, routing = routed(layer, x)
+    affinity = (x @ layer.router.weight.T).sigmoid().detach()
+    chosen_by = affinity + torch.tensor([-9.0, 0.0, -0.5, 0.25])  # without expert 0
+    index = chosen_by.argsort(-1, descending=True)[..., :2]
+    gates = affinity.gather(-1, index)
+    assert torch.equal(routing.expert_index, index)
+    torch.testing.assert_close(routing.combine_weight.detach(), gates / gates.sum(-1, keepdim=True))
+
+
+def choice_of_experts(x: Tensor, layer: MoEMlp, count: int) -> tuple[Tensor, Tensor]:
+    """By definition: affinities [B, N, E], and which tokens each expert takes, bool [B, N, E]."""
+    affinity = (x @ layer.router.weight.T).softmax(-1).detach()
+    rank = affinity.argsort(1, descending=True).argsort(1)
+    return affinity, rank < count
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("fill", ["next_best", "zero"])
+def test_an_ablated_expert_takes_no_token_and_nobody_takes_its_place(fill: str, normalize: bool) -> None:
+    """9 tokens, 4 experts, K = 2: each takes ceil(4.5) = 5."""
+    layer, x = layer_of("expert_choice", normalize_gates=normalize), tokens()
+    before, _ = routed(layer, x)
+    with ablate(layer, 0, 1, fill):
+        after, routing = routed(layer, x)
+    affinity, taken = choice_of_experts(x, layer, 5)
+    left = taken.clone()
+    left[..., 1] = False
+    among = left if fill == "next_best" else taken  # whose weights sum to 1, where they do
+    total = (affinity * among).sum(-1, keepdim=True) if normalize else torch.ones(1)
+    weights = torch.where(left, affinity / total, 0.0)
+    torch.testing.assert_close(routing.expert_weights(), weights)
+    assert routing.counts().tolist() == [10, 0, 10, 10]
+    torch.testing.assert_close(after, (outputs_of_all(layer, x) * weights.unsqueeze(-1)).sum(2))
+    assert torch.equal(after[~taken[..., 1]], before[~taken[..., 1]])
+    layer.experts.backend = "dense"
+    with ablate(layer, 0, 1, fill):
+        torch.testing.assert_close(routed(layer, x)[0], after)
+
+
+@pytest.mark.parametrize(("scope", "count"), [(use_top_k, {1: 3, 3: 7, 4: 9}), (limit_capacity, {0.5: 3, 1.5: 7})])
+def test_another_k_and_another_capacity_are_other_numbers_of_tokens(scope: object, count: dict[float, int]) -> None:
+    """9 tokens, 4 experts: ceil(9 k / 4) for another k, ceil(f · 9 · 2 / 4) for a factor."""
+    layer, x = layer_of("expert_choice"), tokens()
+    for value, wanted in count.items():
+        with scope(layer, value):
+            _, routing = routed(layer, x)
+        affinity, taken = choice_of_experts(x, layer, wanted)
+        assert isinstance(routing, ExpertChoiceRouting)
+        assert routing.token_index.shape == (2, 4, wanted)
+        torch.testing.assert_close(routing.expert_weights(), affinity * taken)
+    built = layer_of("expert_choice", top_k=3)
+    built.load_state_dict(layer.state_dict())
+    with use_top_k(layer, 3):
+        assert torch.equal(routed(layer, x)[0], routed(built, x)[0])
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_swap_is_exchanging_the_experts_weights(router: str) -> None:
+    layer, x = layer_of(router), tokens()
+    before, _ = routed(layer, x)
+    with swap(layer, 0, 1, 3):
+        actual, _ = routed(layer, x)
+    with torch.no_grad():
+        for parameter in layer.experts.parameters():
+            parameter[[1, 3]] = parameter[[3, 1]]
+    torch.testing.assert_close(actual, routed(layer, x)[0])
+    assert not torch.allclose(before, actual)
+
+
+def test_random_patches_for_experts() -> None:
+    """As many as before, the same for every picture, weights by rank, and other ones for another seed."""
+    layer, x = layer_of("expert_choice"), tokens()
+    _, free = routed(layer, x)
+    seen = set()
+    for seed in range(20):
+        with random_route(layer, seed=seed):
+            _, routing = routed(layer, x)
+        assert isinstance(routing, ExpertChoiceRouting)
+        assert torch.equal(routing.token_index[0], routing.token_index[1])
+        assert torch.equal(routing.token_weight, free.token_weight)
+        assert all(len(set(taken)) == 5 for taken in routing.token_index[0].tolist())
+        seen.add(tuple(routing.token_index[0].flatten().tolist()))
+    assert len(seen) == 20
+
+
+def soft_output(layer: MoEMlp, x: Tensor, reads: Tensor, takes: Tensor, expert_of_slot: Tensor) -> Tensor:
+    """Soft MoE by definition, slot after slot: reads and takes are [B, N, S], expert_of_slot [S]."""
+    out = torch.zeros_like(x)
+    for slot, expert in enumerate(expert_of_slot.tolist()):
+        read = torch.einsum("bn,bnd->bd", reads[..., slot], x)
+        made = layer.experts.on_all_tokens(read)[:, expert]
+        out += takes[..., slot, None] * made[:, None]
+    return out.detach()
+
+
+@pytest.mark.parametrize("fill", ["next_best", "zero"])
+def test_without_an_expert_of_soft_moe(fill: str) -> None:
+    """No token takes from its slots; `next_best` is the softmax over the other slots, `zero` leaves theirs."""
+    layer, x = layer_of("soft", slots_per_expert=3), tokens()
+    _, free = routed(layer, x)
+    assert isinstance(free, SoftRouting)
+    with ablate(layer, 0, 2, fill):
+        out, routing = routed(layer, x)
+    takes = free.slot_weight.clone()
+    takes[:, :, 2] = 0
+    if fill == "next_best":
+        takes /= takes.sum((2, 3), keepdim=True)
+    experts = torch.arange(4).repeat_interleave(3)
+    expected = soft_output(layer, x, free.dispatch_weight.flatten(2), takes.flatten(2), experts)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(routing.expert_weights(), takes.sum(-1))
+    assert (routing.expert_index[..., 3] == 2).all()  # the last, and not kept
+    assert (routing.kept == torch.tensor([True, True, True, False])).all()
+
+
+def test_slots_dealt_out_at_random() -> None:
+    """What slots read and give stays; which expert computes them changes, and every expert has as many as before."""
+    layer, x = layer_of("soft", slots_per_expert=3), tokens()
+    _, free = routed(layer, x)
+    assert isinstance(free, SoftRouting)
+    with random_route(layer, seed=5):
+        out, dealt = routed(layer, x)
+    assert isinstance(dealt, SoftRouting)
+    old, new = (routing.dispatch_weight[0].flatten(1).T for routing in (free, dealt))
+    place = torch.tensor([int((new == slot).all(-1).nonzero()) for slot in old])  # where each slot went
+    assert sorted(place.tolist()) == list(range(12))
+    assert (place != torch.arange(12)).any()
+    expected = soft_output(layer, x, free.dispatch_weight.flatten(2), free.slot_weight.flatten(2), place // 3)
+    torch.testing.assert_close(out, expected)
+
+
+SCOPES: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
+    "ablate": lambda model: ablate(model, 1, 0),
+    "swap": lambda model: swap(model, 3, 0, 2),
+    "random": lambda model: random_route(model, seed=4),
+    "several": lambda model: intervene(
+        model,
+        Intervention("random", layer=3),
+        Intervention("ablate", layer=3, expert=1),
+        Intervention("swap", layer=1, expert=0, other=3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCOPES)
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_batch_mates_change_nothing(router: str, name: str) -> None:
+    """Exact in float64; and every intervention changes something, and only inside its scope."""
+    model, x = make_model(router).double(), images().double()
+    plain = model(x)
+    with SCOPES[name](model):
+        together = model(x)
+        alone = torch.cat([model(x[index : index + 1]) for index in range(3)])
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-12)
+    assert (together - plain).abs().max() > 1e-6
+    assert torch.equal(model(x), plain)
+
+
+def test_an_ablated_expert_stays_away_whatever_else_is_open() -> None:
+    for router in ("expert_choice", "soft"):
+        layer = layer_of(router)
+        with ablate(layer, 0, 2), swap(layer, 0, 1, 2), random_route(layer, seed=1):
+            _, routing = routed(layer, tokens())
+        assert not routing.expert_weights()[..., 2].any()
+        assert routing.expert_weights()[..., 1].any()
+
+
+def test_a_capacity_of_the_models_own_is_applied_to_what_is_left() -> None:
+    """Tokens are their own logits; 4 tokens, 3 experts, k = 1, room for ceil(0.75 · 4 / 3) = 1; earlier ones first.
+
+    Experts wanted: 0, 0, 1, 1, then 2. Tokens 0 and 2 have a place. Without expert 0 the first two want 1 (their second
+    best): the place there goes to token 0 now, token 2 loses its own, and nobody's place is left unused by the scope.
+    """
+    layer = MoEMlp(3, 4, num_experts=3, router="switch", eval_capacity_factor=0.75, dtype=torch.float64).eval()
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(3))
+    x = torch.tensor([[[2.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 2.0, 1.0]]], dtype=torch.float64)
+    _, free = routed(layer, x)
+    assert free.kept[0, :, 0].tolist() == [True, False, True, False]
+    with ablate(layer, 0, 0):
+        _, without = routed(layer, x)
+    assert without.expert_index[0, :, 0].tolist() == [1, 1, 1, 1]
+    assert without.kept[0, :, 0].tolist() == [True, False, False, False]
+    with limit_capacity(layer, 1.5):  # in its place: room for 2
+        assert routed(layer, x)[1].kept.all()
+
+
+def test_what_has_no_meaning_is_refused_with_the_reason() -> None:
+    for router, kinds in {"expert_choice": ["force"], "soft": ["force", "top_k", "capacity"]}.items():
+        layer = layer_of(router)
+        scopes: dict[str, Callable[[], AbstractContextManager[None]]] = {
+            "force": lambda layer=layer: force(layer, 0, 1),
+            "top_k": lambda layer=layer: use_top_k(layer, 1),
+            "capacity": lambda layer=layer: limit_capacity(layer, 1.0),
+        }
+        for kind in kinds:
+            with pytest.raises(UserError, match=r"has no meaning in L0: .* choose another"), scopes[kind]():
+                pass
+            assert refusal(kind, routing_kind(layer.router)) is not None
+    assert refusal("force", "token_choice") is None
+    mixed = make_model(["soft", "noisy_top_k"])  # every layer, one of which can't
+    with pytest.raises(UserError, match="no meaning in L1"), use_top_k(mixed, 1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("routing", "words", "control"),
+    [
+        (
+            "expert_choice",
+            "without L1·E0 (3 patches lose it, and no expert takes its place)",
+            "taking 3 random patch assignments of L1 away",
+        ),
+        (
+            "soft",
+            "without L1·E0 (its weight in 3 patches shared out among the other experts)",
+            "taking 3 random patch assignments of L1 away, their weight shared out among the other experts,",
+        ),
+    ],
+)
+def test_sentences_say_what_happened(routing: str, words: str, control: str) -> None:
+    away = Intervention("ablate", layer=1, expert=0)
+    assert in_words(away, 3, routing) == words
+    assert control_in_words(away, 3, routing) == control
+    assert "next-best" not in words + control
+    for change in (Intervention("swap", layer=1, expert=0, other=1), Intervention("random", layer=1)):
+        assert ("slots of" in in_words(change, 0, routing)) == (routing == "soft")
