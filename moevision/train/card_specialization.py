@@ -14,9 +14,9 @@ from moevision.train.markdown import cell, table
 Json = Mapping[str, Any]
 _TITLE = "## What the experts do"
 _READING = (
-    "Bits that the choice of expert tells about the class, beyond what pictures with shuffled labels give. Routing "
-    "without learning is the strongest of: the same model untrained, hashes, and clusters of colour or of the layer's "
-    "input. Specialization is claimed only above all of these and where other trainings repeat it."
+    "Bits that the routing (the choice of expert, or its weights) tells about the class, beyond what pictures with "
+    "shuffled labels give. Routing without learning is the strongest of: the same model untrained, hashes, and clusters "
+    "of colour or of the layer's input. Specialization is claimed only above all of these and where other trainings repeat it."
 )
 
 
