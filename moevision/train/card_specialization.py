@@ -15,8 +15,9 @@ Json = Mapping[str, Any]
 _TITLE = "## What the experts do"
 _READING = (
     "Bits that the routing (the choice of expert, or its weights) tells about the class, beyond what pictures with "
-    "shuffled labels give. Routing without learning is the strongest of: the same model untrained, hashes, and clusters "
-    "of colour or of the layer's input. Specialization is claimed only above all of these and where other trainings repeat it."
+    "shuffled labels give. Routing without learning is the strongest of: the same model untrained, hashes, and "
+    "clusters of colour or of the layer's input. Specialization is claimed only above all of these and where other "
+    "trainings repeat it."
 )
 
 
