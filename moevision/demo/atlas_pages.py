@@ -9,6 +9,7 @@ import numpy as np
 
 from moevision.analysis.compare import compare_classes
 from moevision.analysis.gallery import patches_on_path
+from moevision.analysis.heatmap import image_shares
 from moevision.analysis.pictures import PictureSet, patch_crop
 from moevision.demo import requests as read
 from moevision.demo.atlas_source import Galleries, Gallery
@@ -96,11 +97,10 @@ class AtlasPages:
         given = read.fields(request, ("model", "variant", "layer", "expert", "class"))
         entry, variant = self.model(given)
         layer = read.whole(given, "layer", variant.facts.layers)
-        expert = read.whole(given, "expert", range(variant.facts.num_experts))
+        expert = read.whole(given, "expert", range(variant.facts.router(layer).num_experts))
         gallery = self._gallery(entry, variant)
         name = read.choice(given, "class", gallery.trace.class_names)
-        counts = gallery.trace.layer(layer).counts().astype(np.float64)
-        share = counts[:, expert] / np.maximum(counts.sum(1), 1)
+        share = image_shares(gallery.trace.layer(layer).image_takes())[:, expert]
         members = np.flatnonzero(gallery.trace.labels == gallery.trace.class_names.index(name))
         best = members[np.argsort(-share[members], kind="stable")][:CELL_PICTURES]
         pictures = [

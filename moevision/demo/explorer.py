@@ -82,16 +82,18 @@ def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[d
             example: instead of a picture, the id of an example such as "pets/test/0".
             model: id of a model.
             variant: trained, unbalanced or untrained.
-            top_k: experts per patch; null as trained.
-            capacity: capacity factor; null for no limit.
+            top_k: experts per patch (on average, where experts choose patches); null as trained.
+            capacity: capacity factor; null for the model's own limit, if it has one.
             intervention: {"kind": "ablate" | "force" | "random", "layer": int, "expert": int,
                 "fill": "next_best" | "zero", "seed": int}, or null.
 
         Returns:
-            A moevision.view/1 object: "prediction" (moe and dense, each [{"class", "p"}]) and "layers" (per MoE layer
-            "experts", "weights", "kept" [patches][choices], "probs" [patches][experts], "margin", "entropy", "counts",
-            "requested", "slowest"), beside "model", "picture" and "settings"; or {"error": a sentence, "code":
-            "bad_request" | "busy" | "bad_image" | "too_large"}.
+            A moevision.view/2 object: "prediction" (moe and dense, each [{"class", "p"}]) and "layers" (per MoE layer
+            "router", "kind" ("token_choice", "expert_choice" or "soft"), "num_experts", "top_k", "experts", "weights",
+            "kept" [patches][experts of the patch, best first], "probs" [patches][experts], "margin", "entropy",
+            "counts", "requested", "slowest", and for Soft MoE "slots" and "reads" [experts][patches], the mean over an
+            expert's slots of what they read), beside "model", "picture" and "settings"; or {"error": a sentence,
+            "code": "bad_request" | "busy" | "bad_image" | "too_large"}.
         """
         given = {"kind": "example", "id": example} if example else {"kind": "upload", "data": picture}
         request = {

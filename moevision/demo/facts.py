@@ -18,6 +18,7 @@ from torch import Tensor
 from moevision.analysis.tokens import network_input
 from moevision.data.augment import square_pixels
 from moevision.data.images import safe_open
+from moevision.demo.kinds import LayerFacts, check_not_an_oracle, common, layer_facts
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError
 from moevision.layers import Routing, forward_routing
@@ -29,24 +30,51 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a view says about the model that made it; see `describe`."""
+    """What a view says about the model that made it; see `describe`.
+
+    `routers` has one entry per MoE layer, in order of depth.
+    """
 
     id: str
     title: str
     image_size: int
     grid: tuple[int, int]
-    num_experts: int
-    top_k: int
-    layers: tuple[int, ...]
+    routers: tuple[LayerFacts, ...]
     class_names: tuple[str, ...]
     variant: str = "trained"
     accuracy_text: str = ""
     data_text: str = ""
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Block indices of the MoE layers."""
+        return tuple(router.layer for router in self.routers)
+
+    def router(self, layer: int) -> LayerFacts:
+        """What there is to know about the MoE layer in block `layer`."""
+        return self.routers[self.layers.index(layer)]
+
+    @property
+    def num_experts(self) -> int | None:
+        """E; None where layers differ."""
+        return common(router.num_experts for router in self.routers)
+
+    @property
+    def top_k(self) -> int | None:
+        """K; None where layers differ."""
+        return common(router.top_k for router in self.routers)
+
+    @property
+    def max_top_k(self) -> int:
+        """The largest k that a person may ask for; 0 if k has no meaning in any layer."""
+        return min((router.num_experts for router in self.routers if "top_k" not in router.refused), default=0)
+
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON."""
+        texts = {name: value for name, value in self.__dict__.items() if not isinstance(value, tuple)}
+        numbers = {"num_experts": self.num_experts, "top_k": self.top_k, "max_top_k": self.max_top_k}
         lists = {"grid": list(self.grid), "layers": list(self.layers), "class_names": list(self.class_names)}
-        return {**self.__dict__, **lists}
+        return {**texts, **numbers, **lists, "routers": [router.to_json() for router in self.routers]}
 
 
 @dataclass(frozen=True)
@@ -82,11 +110,12 @@ def describe(model: SavedModel, *, id: str = "model", title: str = "model", **te
     """What a view says about a model, read off the network.
 
     Raises:
-        UserError: if it has no MoE layer, or its patches aren't a grid.
+        UserError: if it has no MoE layer, its patches aren't a grid, or a router must be told the answer.
     """
     layers = moe_layers(model.net)
     if not layers:
         raise UserError("This model has no MoE layer, so there is no routing to see: give a model made by moevision.")
+    check_not_an_oracle(layers)
     _, routings = route_batch(model, np.zeros((1, model.image_size, model.image_size, 3), np.uint8))
     grid = routings[0].grid
     if grid is None or any(routing.layer is None for routing in routings):
@@ -96,9 +125,7 @@ def describe(model: SavedModel, *, id: str = "model", title: str = "model", **te
         title=title,
         image_size=model.image_size,
         grid=grid,
-        num_experts=routings[0].num_experts,
-        top_k=routings[0].top_k,
-        layers=tuple(int(routing.layer or 0) for routing in routings),
+        routers=layer_facts(model.net, layers, routings),
         class_names=tuple(model.class_names),
         **texts,
     )

@@ -19,7 +19,16 @@ from typing import Any, Final
 
 from moevision.analysis.palette import EXPERT_COLOURS, HIGHLIGHT, NEUTRAL
 
-CORE_SCRIPTS: Final = ("core_util.js", "core_state.js", "core_stage.js", "core_inspector.js", "core.js")
+CORE_SCRIPTS: Final = (
+    "core_util.js",
+    "core_kinds.js",
+    "core_state.js",
+    "core_stage.js",
+    "core_slots.js",
+    "core_inspector.js",
+    "core_answer.js",
+    "core.js",
+)
 APP_SCRIPTS: Final = (
     "app_server.js",
     "app_rail.js",
@@ -42,7 +51,7 @@ body, gradio-app { background: #fbfbf9 !important; }
 @media (prefers-color-scheme: dark) { body, gradio-app { background: #131417 !important; } }
 """
 """Style of gradio's page around the component, for `launch(css=...)`: the component brings its own margins."""
-VIEW_SCHEMA: Final = "moevision.view/1"
+VIEW_SCHEMA: Final = "moevision.view/2"
 
 _TEMPLATE_SIGNS: Final = ("{{", "${", "`", "\\", "@keyframes", ":root")
 _WAITING: Final = (
@@ -80,7 +89,7 @@ def view_html(view: Mapping[str, Any], *, full_page: bool) -> str:
     """One view as HTML that needs neither server nor network.
 
     Args:
-        view: JSON of a `moevision.view/1` object.
+        view: JSON of a `moevision.view/2` object.
         full_page: True for a document to save; False for a frame to show in a notebook. The frame keeps the page's
             style and script to itself, and is sandboxed: the script can't reach the notebook.
 

@@ -74,7 +74,9 @@ def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
     """The fields `top_k`, `capacity` and `intervention`, each of which may be null."""
     top_k = request.get("top_k")
     if top_k is not None:
-        top_k = whole(request, "top_k", range(1, facts.num_experts + 1))
+        if not facts.max_top_k:
+            raise RequestError(f"The field 'top_k' must be null here: {facts.routers[0].refused['top_k']}.")
+        top_k = whole(request, "top_k", range(1, facts.max_top_k + 1))
     capacity = request.get("capacity")
     if capacity is not None:
         capacity = _capacity(capacity)
@@ -92,10 +94,11 @@ def intervention(value: Any, facts: ModelFacts) -> Intervention:
     kind = choice(given, "kind", KINDS)
     every = kind == "random" and given.get("layer") is None
     layer = None if every else whole(given, "layer", facts.layers)
-    expert = None if kind == "random" else whole(given, "expert", range(facts.num_experts))
+    experts = 0 if layer is None else facts.router(layer).num_experts
+    expert = None if kind == "random" else whole(given, "expert", range(experts))
     fill = choice(given, "fill", FILLS, "next_best")
     seed = whole(given, "seed", range(2**31), 0)
-    if kind == "ablate" and facts.num_experts == 1 and fill == "next_best":
+    if kind == "ablate" and experts == 1 and fill == "next_best":
         raise RequestError("The only expert has no next-best one: take it away with the fill 'zero'.")
     return Intervention(cast(Kind, kind), layer=layer, expert=expert, fill=cast(Fill, fill), seed=seed)
 
@@ -105,12 +108,15 @@ def path(request: Mapping[str, Any], facts: ModelFacts) -> tuple[int, ...]:
     value = request.get("path")
     if (
         not isinstance(value, list)
-        or len(value) != len(facts.layers)
-        or any(type(expert) is not int or not 0 <= expert < facts.num_experts for expert in value)
+        or len(value) != len(facts.routers)
+        or any(
+            type(expert) is not int or not 0 <= expert < router.num_experts
+            for expert, router in zip(value, facts.routers, strict=True)
+        )
     ):
+        lasts = ", ".join(f"0 to {router.num_experts - 1} in {router.name}" for router in facts.routers)
         raise RequestError(
-            f"The field 'path' must be a list of {len(facts.layers)} experts from 0 to {facts.num_experts - 1}, "
-            "one for each MoE layer."
+            f"The field 'path' must be a list of {len(facts.routers)} experts, one for each MoE layer: {lasts}."
         )
     return tuple(value)
 

@@ -55,6 +55,7 @@ class Explorer:
         self.handlers: dict[str, Callable[[Any], Json]] = {
             "boot": self.boot,
             "route": self.route,
+            "slots": self.slots,
             "what_if": self.what_if,
             "export_html": self.export_html,
             "experts": self.pages.experts,
@@ -103,9 +104,20 @@ class Explorer:
         return self.route({"model": first["model"], "picture": {"kind": "example", "id": first["picture"]}})
 
     def route(self, request: Any) -> Json:
-        """Where every patch of a picture goes: `moevision.view/1`."""
+        """Where every patch of a picture goes: `moevision.view/2`."""
         entry, variant, found, settings = self._read(request)
         return self._view(entry, variant, found, settings).to_json()
+
+    def slots(self, request: Any) -> Json:
+        """What the slots of one expert of a Soft MoE layer read of a picture, and what its patches take from them."""
+        given = read.fields(request, (*ROUTE_FIELDS, "layer", "expert"))
+        entry, variant, found, settings = self._read({name: given[name] for name in ROUTE_FIELDS if name in given})
+        layer = read.whole(given, "layer", variant.facts.layers)
+        expert = read.whole(given, "expert", range(variant.facts.router(layer).num_experts))
+        view = self._view(entry, variant, found, settings).layer(layer)
+        if view.slots is None:
+            raise RequestError(f"{view.facts.name} has no slots: its router sends patches to experts, one by one.")
+        return {"layer": layer, "expert": expert, **view.slots.maps(expert)}
 
     def what_if(self, request: Any) -> Json:
         """What an intervention changes about the prediction, beside its control, with the view after it."""

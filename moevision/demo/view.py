@@ -1,15 +1,16 @@
 """What the explorer shows of one picture: `route_image(model, image) -> RoutingView`.
 
 Pure: a model and a picture in, numbers out; nothing of gradio, of visitors or of files. In a notebook the last line
-of a cell shows the same interactive view as the web page. `to_json` is the schema `moevision.view/1`.
+of a cell shows the same interactive view as the web page. `to_json` is the schema `moevision.view/2`.
 
-Axes: P patches (row-major, prefix tokens left out), K choices, E experts, C classes, L MoE layers.
+Axes: P patches (row-major, prefix tokens left out), K choices, E experts, C classes, L MoE layers. Where experts
+choose patches or mix them, K = E, best first, and `kept` says which of them computed the patch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,11 +28,13 @@ from moevision.demo.facts import (
     softmax,
     title_of,
 )
+from moevision.demo.kinds import LayerFacts
 from moevision.demo.settings import Settings, intervention_json
-from moevision.layers import Routing
+from moevision.demo.slots import SlotWeights
+from moevision.layers import Routing, SoftRouting
 from moevision.models.hub import SavedModel, load_model
 
-SCHEMA: Final = "moevision.view/1"
+SCHEMA: Final = "moevision.view/2"
 TOP: Final = 5
 
 
@@ -40,23 +43,21 @@ class LayerView:
     """Where one MoE layer sent the patches of the picture.
 
     Attributes:
-        layer: index of the transformer block.
-        expert_index: [P, K] chosen experts, best first.
-        combine_weight: [P, K] weight of each choice in the output.
-        kept: [P, K] False where a capacity limit dropped the choice.
-        probs: [P, E] the router's probabilities.
+        facts: which layer, and how it routes; `top_k` is what is shown, which may not be as trained.
+        expert_index: [P, K] experts of each patch, best first.
+        combine_weight: [P, K] weight of each of them in the output.
+        kept: [P, K] False where an expert didn't compute the patch: a capacity dropped the choice, or the expert chose
+            other patches.
+        probs: [P, E] the router's affinities, summing to 1.
+        slots: what slots read and patches take; None but for Soft MoE.
     """
 
-    layer: int
+    facts: LayerFacts
     expert_index: npt.NDArray[np.int64]
     combine_weight: npt.NDArray[np.float32]
     kept: npt.NDArray[np.bool_]
     probs: npt.NDArray[np.float32]
-
-    @property
-    def name(self) -> str:
-        """As in "L3"."""
-        return f"L{self.layer}"
+    slots: SlotWeights | None = None
 
     @property
     def margin(self) -> npt.NDArray[np.float32]:
@@ -76,29 +77,36 @@ class LayerView:
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """[E] choices that each expert computes."""
-        return np.bincount(self.expert_index[self.kept], minlength=self.probs.shape[1])
+        """[E] what each expert computes: patch choices, or slots."""
+        if self.facts.slots is not None:
+            return np.full(self.facts.num_experts, self.facts.slots, np.int64)
+        return np.bincount(self.expert_index[self.kept], minlength=self.facts.num_experts)
 
     @property
     def requested(self) -> npt.NDArray[np.int64]:
-        """[E] choices that fell on each expert, dropped ones too."""
-        return np.bincount(self.expert_index.ravel(), minlength=self.probs.shape[1])
+        """[E] what was asked of each expert, dropped choices too."""
+        if self.facts.kind != "token_choice":
+            return self.counts
+        return np.bincount(self.expert_index.ravel(), minlength=self.facts.num_experts)
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers as JSON, real ones with four decimals."""
-        counts = self.counts
+        """The numbers as JSON, real ones with four decimals; where experts choose, those that took the patch only."""
+        counts, facts = self.counts, self.facts.to_json()
+        del facts["refused"]  # about the model, not about this picture
+        choices: list[Any] = [self.expert_index.tolist(), _round(self.combine_weight), self.kept.tolist()]
+        if self.facts.kind == "expert_choice":
+            takers = [[rank for rank, taken in enumerate(row) if taken] for row in choices[2]]
+            choices = [[[row[rank] for rank in ranks] for row, ranks in zip(of, takers, strict=True)] for of in choices]
         return {
-            "layer": self.layer,
-            "name": self.name,
-            "experts": self.expert_index.tolist(),
-            "weights": _round(self.combine_weight),
-            "kept": self.kept.tolist(),
+            **facts,
+            **dict(zip(("experts", "weights", "kept"), choices, strict=True)),
             "probs": _round(self.probs),
             "margin": _round(self.margin),
             "entropy": _round(self.entropy_bits),
             "counts": counts.tolist(),
             "requested": self.requested.tolist(),
             "slowest": round(float(counts.max() / counts.mean()), 4) if counts.any() else 0.0,
+            "reads": None if self.slots is None else np.round(self.slots.reads, 5).tolist(),
         }
 
 
@@ -122,13 +130,16 @@ class RoutingView:
     dense_probabilities: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     settings: Settings = field(default_factory=Settings)
 
+    def layer(self, block_index: int) -> LayerView:
+        """The MoE layer in that block."""
+        return self.layers[self.model.layers.index(block_index)]
+
     def to_json(self) -> dict[str, Any]:
-        """The view in the schema `moevision.view/1`."""
+        """The view in the schema `moevision.view/2`."""
         names, dense = self.model.class_names, self.dense_probabilities
         settings = self.settings
         changed = settings.intervention
-        top_k = self.model.top_k if settings.top_k is None else settings.top_k
-        off = top_k != self.model.top_k or settings.capacity is not None or changed is not None
+        reason = settings.off_reason(self.model.routers)
         return {
             "schema": SCHEMA,
             "model": self.model.to_json(),
@@ -139,10 +150,11 @@ class RoutingView:
                 "dense": None if dense is None else top_classes(names, dense),
             },
             "settings": {
-                "top_k": top_k,
+                "top_k": self.model.top_k if settings.top_k is None else settings.top_k,
                 "capacity": settings.capacity,
                 "intervention": None if changed is None else intervention_json(changed),
-                "off_distribution": off,
+                "off_distribution": reason is not None or changed is not None,
+                "off_reason": reason,
             },
         }
 
@@ -184,7 +196,9 @@ def route_image(
     return RoutingView(
         model=facts,
         picture=PictureFacts(pixels, known.id, known.name, known.label, known.unlike),
-        layers=tuple(_layer_view(routing) for routing in routings),
+        layers=tuple(
+            _layer_view(routing, router, settings) for routing, router in zip(routings, facts.routers, strict=True)
+        ),
         probabilities=softmax(logits)[0],
         dense_probabilities=None if dense is None else _dense(dense, image, pixels),
         settings=settings,
@@ -204,14 +218,18 @@ def _dense(dense: SavedModel, image: Image.Image | Pixels | str | Path, pixels: 
     return probabilities
 
 
-def _layer_view(routing: Routing) -> LayerView:
+def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings) -> LayerView:
     first = routing.num_prefix_tokens
+    top_k = routing.top_k  # also what an intervention around us has made of it
+    if routing.kind != "token_choice":
+        top_k = facts.top_k if settings.top_k is None or "top_k" in facts.refused else settings.top_k
     return LayerView(
-        layer=int(routing.layer or 0),
+        facts=replace(facts, top_k=top_k),
         expert_index=routing.expert_index[0, first:].cpu().numpy(),
         combine_weight=routing.combine_weight[0, first:].float().cpu().numpy(),
         kept=routing.kept[0, first:].cpu().numpy(),
         probs=routing.probs[0, first:].float().cpu().numpy(),
+        slots=SlotWeights.of(routing) if isinstance(routing, SoftRouting) else None,
     )
 
 

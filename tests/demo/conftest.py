@@ -1,6 +1,7 @@
 """A tiny explorer: bundled models with random weights, made in a second; enough for everything but accuracy."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,19 +27,25 @@ def make_model(seed=0, *, num_classes=8, **arguments):
     """An untrained model of 16 patches with MoE layers in blocks 1 and 3, E = 4, k = 2."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = timm.create_model("test_vit_moe", num_classes=num_classes, router="vmoe_top_k", **arguments)
+        net = timm.create_model("test_vit_moe", num_classes=num_classes, **{"router": "vmoe_top_k", **arguments})
     return SavedModel(net.eval(), CLASSES[:num_classes], SIZE, *STATS)
 
 
-def write_bundle(home: Path, id="pets", data_kind="synthetic_pets", seed=0) -> Path:
-    """A bundled model in bfloat16, as the package carries them."""
+@cache
+def usual_pets():
+    """What drawn pets look like."""
+    pets = SyntheticPets(400, SIZE, split="val")
+    return typical_of((pets.image(index) for index in range(400)), SIZE).to_json()
+
+
+def write_bundle(home: Path, id="pets", data_kind="synthetic_pets", seed=0, twins=True, **arguments) -> Path:
+    """A bundled model in bfloat16, as the package carries them, with its dense and its unbalanced twin."""
     folder = home / id
     models = {"trained": {}, "unbalanced": {}, "dense": {"twin": "active_flops"}}
-    for offset, (name, arguments) in enumerate(models.items()):
-        model = make_model(seed + offset, **arguments)
+    for offset, (name, own) in enumerate(list(models.items())[: None if twins else 1]):
+        model = make_model(seed + offset, **arguments, **own)
         model.net.to(torch.bfloat16)
         save_model(model, folder / name)
-    pets = SyntheticPets(400, SIZE, split="val")
     card = {
         "id": id,
         "title": f"The {id}",
@@ -49,7 +56,7 @@ def write_bundle(home: Path, id="pets", data_kind="synthetic_pets", seed=0) -> P
         "accuracy": {"moe": 0.125, "dense": 0.13},
         "licence": "Apache-2.0",
         "data_kind": data_kind,
-        "typical": typical_of((pets.image(index) for index in range(400)), SIZE).to_json(),
+        "typical": usual_pets(),
     }
     (folder / "card.json").write_text(json.dumps(card))
     return folder

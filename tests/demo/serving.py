@@ -99,15 +99,16 @@ def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Runn
 
 
 def serve(home: str, *options: str) -> None:
-    """Serve the bundled models in `home`; options are `--auth USER:PASS`."""
+    """Serve the bundled models in `home`; options are `--auth USER:PASS` and `--gallery NUMBER`, of pictures."""
     from moevision.demo.atlas_source import Galleries
     from moevision.demo.bundle import DataOptions, open_entries
     from moevision.demo.server import Server, Serving
     from moevision.demo.service import Explorer
 
-    auth = tuple(options[1].split(":")) if options else None
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    auth = tuple(given["--auth"].split(":")) if "--auth" in given else None
     entries = open_entries(None, DataOptions(), home=Path(home))
-    explorer = Explorer(entries, Galleries(entries, limit=GALLERY))
+    explorer = Explorer(entries, Galleries(entries, limit=int(given.get("--gallery", GALLERY))))
     explorer.galleries.start(explorer.pages.prepare)
     explorer.galleries.wait(START_S)
     with Server(explorer, Serving(auth=auth)) as server:

@@ -36,7 +36,7 @@ def test_route_is_the_only_endpoint_and_documents_itself(client):
     route = info["named_endpoints"]["/route"]
     names = [parameter["parameter_name"] for parameter in route["parameters"]]
     assert names == ["picture", "example", "model", "variant", "top_k", "capacity", "intervention"]
-    assert "moevision.view/1" in route["description"]
+    assert "moevision.view/2" in route["description"]
 
 
 def test_gradio_client_gets_what_route_image_computes(client, explorer, pixels, picture):
@@ -113,7 +113,7 @@ def test_with_a_password_nothing_answers_without_it(home):
         cookie = "; ".join(f"{name}={value}" for name, value in right.cookies.items())
         assert ask(server.url, "boot", {}, cookie=cookie).json()["default"]["model"] == "pets"
         signed_in = Client(server.url, auth=("class", "secret"), verbose=False)
-        assert signed_in.predict(example="pets/test/1", api_name="/route")["schema"] == "moevision.view/1"
+        assert signed_in.predict(example="pets/test/1", api_name="/route")["schema"] == "moevision.view/2"
 
 
 def test_a_full_gate_says_busy():

@@ -117,8 +117,8 @@ def test_a_notebook_gets_the_same_page_in_a_frame_of_its_own(view):
 
 
 def test_a_view_of_another_schema_is_refused(view):
-    with pytest.raises(ValueError, match=r"moevision\.view/1"):
-        view_html({**view, "schema": "moevision.view/2"}, full_page=True)
+    with pytest.raises(ValueError, match=r"moevision\.view/2"):
+        view_html({**view, "schema": "moevision.view/1"}, full_page=True)
 
 
 def test_a_number_that_json_cannot_say_is_refused(view):

@@ -13,6 +13,7 @@ from moevision.analysis.intervention import Intervention
 from moevision.data.augment import normalize
 from moevision.demo import route_image
 from moevision.demo.facts import describe
+from moevision.demo.kinds import LayerFacts
 from moevision.demo.settings import Settings
 from moevision.demo.view import LayerView
 from moevision.errors import UserError
@@ -33,7 +34,8 @@ def raw(model, pixels):
 
 def layer_view(probs, expert_index=((0,),), kept=((True,),)):
     index = np.array(expert_index)
-    return LayerView(1, index, np.ones(index.shape, np.float32), np.array(kept), np.array(probs, np.float32))
+    facts = LayerFacts(1, "vmoe_top_k", "token_choice", True, len(probs[0]), index.shape[1])
+    return LayerView(facts, index, np.ones(index.shape, np.float32), np.array(kept), np.array(probs, np.float32))
 
 
 def test_the_view_is_what_the_model_computed(model, pixels):
@@ -57,7 +59,7 @@ def test_the_view_is_what_the_model_computed(model, pixels):
     assert [entry["class"] for entry in view["prediction"]["moe"]] == [model.class_names[i] for i in top.indices]
     assert [entry["p"] for entry in view["prediction"]["moe"]] == pytest.approx(top.values.tolist(), abs=5.1e-5)
     assert view["prediction"]["dense"] is None
-    off = {"top_k": 2, "capacity": None, "intervention": None, "off_distribution": False}
+    off = {"top_k": 2, "capacity": None, "intervention": None, "off_distribution": False, "off_reason": None}
     assert view["settings"] == off
 
 
@@ -94,13 +96,15 @@ def test_prefix_tokens_are_left_out(make, pixels):
 def test_the_schema_is_complete_and_plain_json(model, pixels):
     view = route_image(model, pixels).to_json()
     assert json.loads(json.dumps(view, allow_nan=False)) == view
-    assert view["schema"] == "moevision.view/1"
+    assert view["schema"] == "moevision.view/2"
     assert set(view) == {"schema", "model", "picture", "layers", "prediction", "settings"}
-    facts = {"id", "title", "image_size", "grid", "num_experts", "top_k", "layers", "class_names"}
-    assert set(view["model"]) == facts | {"variant", "accuracy_text", "data_text"}
+    facts = {"id", "title", "image_size", "grid", "num_experts", "top_k", "max_top_k", "layers", "class_names"}
+    assert set(view["model"]) == facts | {"routers", "variant", "accuracy_text", "data_text"}
     assert set(view["picture"]) == {"id", "name", "label", "src", "unlike"}
     numbers = {"experts", "weights", "kept", "probs", "margin", "entropy", "counts", "requested", "slowest"}
-    assert all(set(layer) == numbers | {"layer", "name"} for layer in view["layers"])
+    routing = {"layer", "name", "words", "router", "kind", "learned", "num_experts", "top_k", "num_shared_experts"}
+    limits = {"capacity", "train_capacity", "slots", "reads"}
+    assert all(set(layer) == numbers | routing | limits for layer in view["layers"])
     assert view["model"]["grid"] == [4, 4]
 
 
@@ -177,7 +181,7 @@ def test_the_dense_twin_stands_beside(make, model, pixels):
 
 def test_shown_in_a_notebook_without_a_network(model, pixels):
     html = route_image(model, pixels)._repr_html_()
-    assert "moevision.view/1" in html
+    assert "moevision.view/2" in html
     assert "<iframe" in html
 
 

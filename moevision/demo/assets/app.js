@@ -57,9 +57,10 @@ class App {
     this.pictures = [chosen ? { kind: "example", id: chosen } : { kind: "none" }];
     if (wish.picture2) this.pictures.push({ kind: "example", id: wish.picture2 });
     const k = Number(wish.k);
-    this.topK = Number.isInteger(k) && k >= 1 && k <= this.model.num_experts && k !== this.model.top_k ? k : null;
+    this.topK = Number.isInteger(k) && k >= 1 && k <= this.model.max_top_k ? otherK(this.model, k) : null;
     const capacity = Number(wish.capacity);
-    this.capacity = wish.capacity !== undefined && capacity >= 0.25 && capacity <= 2 ? capacity : null;
+    const limited = wish.capacity !== undefined && limitable(this.model).length > 0;
+    this.capacity = limited && capacity >= 0.25 && capacity <= 2 ? capacity : null;
     this.intervention = readIntervention(wish.do, this.model);
     if (["experts", "classes", "whatif", "compare", "about"].includes(wish.tab)) this.tab = wish.tab;
   }
@@ -184,7 +185,8 @@ class App {
     if (first) {
       const layer = views[0].layers.findIndex((entry) => String(entry.layer) === wish.layer);
       const patch = wish.patch === undefined ? centrePatch(views[0]) : Number(wish.patch);
-      this.state = new ViewState(views[0], { views, layer: layer < 0 ? null : layer, patch, mode: wish.mode });
+      this.state = new ViewState(views[0], { views, layer: layer < 0 ? null : layer, patch, mode: wish.mode, ...readSlot(wish.slot) });
+      this.state.slotMaps.ask = (place, number, expert) => this.asker.ask("slots", { ...this.question(place), layer: number, expert });
       this.core.attach(this.state);
       this.state.subscribe((changed) => this.follow(changed));
     } else {
@@ -204,7 +206,7 @@ class App {
   follow(changed) {
     if (["patch", "active", "views"].some((name) => changed.has(name))) this.drawSimilar();
     if (changed.has("layer")) this.refreshTab("layer");
-    if (["layer", "patch", "mode"].some((name) => changed.has(name))) this.remember();
+    if (["layer", "patch", "mode", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
   }
 
   /** Write the address a moment later: browsers refuse pages that rewrite it at every key press. */
@@ -263,7 +265,9 @@ class App {
   // ---- patches with the same path -----------------------------------------------------------------------------
 
   drawSimilar() {
-    const wanted = this.model.has_pictures && this.state.patch !== null;
+    const { patch, view } = this.state;
+    // A path needs an expert in every layer; where experts choose, a patch may have none.
+    const wanted = this.model.has_pictures && patch !== null && view.layers.every((layer) => layer.experts[patch].length);
     fillBox(this.core.box("similar"), wanted ? html`<button type="button" class="mv-button" data-action="similar" data-key="similar">Patches with the same path</button>` : "");
   }
 

@@ -1,8 +1,8 @@
 // The rail on the left: pictures to look at, the visitor's own, and what may be changed about the routing.
 
 const VARIANTS = {
-  trained: { label: "Trained", tip: "The model as it was trained, with losses that keep the experts balanced." },
-  unbalanced: { label: "Without balance loss", tip: "The same recipe without those losses: some experts take almost everything." },
+  trained: { label: "Trained", tip: "The model as it was trained." },
+  unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep the experts balanced." },
   untrained: { label: "Untrained", tip: "The same network before training: what the routing looks like before anything is learned." },
 };
 const LONGEST_SIDE = 512;
@@ -49,19 +49,52 @@ function examples(app) {
 
 function drawSettings(box, app) {
   const { model, topK, capacity } = app;
-  const k = topK ?? model.top_k;
   fillBox(box, html`<h2>Change the routing</h2>
-    <label class="mv-slider"><span>${term("topk", "Experts per patch")} <output data-box="k-value">${kWords(model, k)}</output></span>
-      <input type="range" min="1" max="${model.num_experts}" step="1" value="${k}" data-change="topk" data-key="topk" aria-label="Experts per patch"></label>
-    <p class="mv-off" data-box="k-mark" ${new Markup(k === model.top_k ? "hidden" : "")}>off the training distribution</p>
-    <label class="mv-check"><input type="checkbox" data-change="limit" data-key="limit" ${new Markup(capacity === null ? "" : "checked")}> Limit each expert's capacity</label>
-    <label class="mv-slider" ${new Markup(capacity === null ? "hidden" : "")}><span>${term("capacity", "Capacity factor")} <output data-box="capacity-value">${fixed(capacity ?? 1)}</output></span>
-      <input type="range" min="0.25" max="2" step="0.05" value="${capacity ?? 1}" data-change="capacity" data-key="capacity" aria-label="Capacity factor"></label>
-    <p class="mv-off" ${new Markup(capacity === null ? "hidden" : "")}>off the training distribution</p>
+    ${routingWords(model.routers).map(([where, words]) => html`<p class="mv-note"><b>${where}</b>: ${words}</p>`)}
+    ${changeable(model, "top_k").length > 0 && kControl(model, topK)}
+    ${limitable(model).length > 0 && capacityControl(model, capacity)}
+    ${refusals(model.routers, ["top_k", "capacity"]).map((sentence) => html`<p class="mv-note">${sentence}</p>`)}
     ${(topK !== null || capacity !== null) && html`<button type="button" class="mv-quiet" data-action="as-trained" data-key="as-trained">as trained</button>`}`);
 }
 
-const kWords = (model, k) => (k === model.top_k ? `${k}, as trained` : `${k} instead of ${model.top_k}`);
+/** The layers in which a change has a meaning, and why it has none in the others. */
+const changeable = (model, name) => model.routers.filter(({ refused }) => !(name in refused));
+/** Where experts choose, a capacity is nothing else than another k. */
+const limitable = (model) => changeable(model, "capacity").filter(({ kind }) => kind === "token_choice");
+function refusals(routers, names) {
+  const sentences = [...new Set(routers.flatMap(({ refused }) => names.flatMap((name) => refused[name] ?? [])))];
+  const where = (sentence) => routers.filter(({ refused }) => Object.values(refused).includes(sentence)).map(({ name }) => name);
+  return sentences.map((sentence) => (where(sentence).length < routers.length ? `${where(sentence).join(", ")}: ${sentence}.` : `${capital(sentence)}.`));
+}
+
+function kControl(model, topK) {
+  const [first] = changeable(model, "top_k");
+  const mean = changeable(model, "top_k").some(({ kind }) => kind === "expert_choice") ? " on average" : "";
+  return html`<label class="mv-slider"><span>${term(mean ? "taken" : "topk", `Experts per patch${mean}`)} <output data-box="k-value">${kWords(model, topK)}</output></span>
+      <input type="range" min="1" max="${model.max_top_k}" step="1" value="${topK ?? first.top_k}" data-change="topk" data-key="topk" aria-label="Experts per patch${mean}"></label>
+    <p class="mv-off" data-box="k-mark" ${new Markup(topK === null ? "hidden" : "")}>off the training distribution</p>`;
+}
+
+function capacityControl(model, capacity) {
+  const own = [...new Set(limitable(model).map((layer) => layer.capacity))].filter((factor) => factor !== null);
+  const hidden = new Markup(capacity === null ? "hidden" : "");
+  const trained = capacity === null || limitable(model).every((layer) => layer.train_capacity === capacity);
+  return html`<label class="mv-check"><input type="checkbox" data-change="limit" data-key="limit" ${new Markup(capacity === null ? "" : "checked")}>
+      ${own.length ? `Another capacity than the model's own (factor ${own.join(" and ")})` : "Limit each expert's capacity"}</label>
+    <label class="mv-slider" ${hidden}><span>${term("capacity", "Capacity factor")} <output data-box="capacity-value">${fixed(capacity ?? 1)}</output></span>
+      <input type="range" min="0.25" max="2" step="0.05" value="${capacity ?? 1}" data-change="capacity" data-key="capacity" aria-label="Capacity factor"></label>
+    <p class="mv-off" ${new Markup(trained ? "hidden" : "")}>off the training distribution</p>`;
+}
+
+/** k as it is wished, or null if that is what every layer was trained with. */
+const otherK = (model, k) => (changeable(model, "top_k").every((layer) => layer.top_k === k) ? null : k);
+
+function kWords(model, topK) {
+  const able = changeable(model, "top_k");
+  const trained = [...new Set(able.map((layer) => layer.top_k))];
+  if (topK !== null) return `${topK} instead of ${trained.join(" and ")}`;
+  return trained.length === 1 ? `${trained[0]}, as trained` : able.map((layer) => `${layer.top_k} in ${layer.name}`).join(", ");
+}
 
 /** What the handlers of header and rail do; `app` keeps the choices and asks the server. */
 function railHandlers(app) {
@@ -81,10 +114,10 @@ function railHandlers(app) {
       file: (input) => { takeFile(app, input.files[0]); input.value = ""; },
       limit: (input) => app.chooseSettings({ capacity: input.checked ? 1 : null }),
       topk: (input) => {
-        const k = Number(input.value);
-        app.core.box("k-value").textContent = kWords(app.model, k);
-        app.core.box("k-mark").hidden = k === app.model.top_k;
-        soon(() => app.chooseSettings({ topK: k === app.model.top_k ? null : k }));
+        const topK = otherK(app.model, Number(input.value));
+        app.core.box("k-value").textContent = kWords(app.model, topK);
+        app.core.box("k-mark").hidden = topK === null;
+        soon(() => app.chooseSettings({ topK }));
       },
       capacity: (input) => {
         app.core.box("capacity-value").textContent = fixed(Number(input.value));

@@ -1,7 +1,7 @@
 // Taking the view elsewhere: the address, and the three exports.
 
 const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share and export</summary><div class="mv-menu-list">
-  ${[["link", "Copy link", "opens this view"], ["png", "Picture (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/1"],
+  ${[["link", "Copy link", "opens this view"], ["png", "Picture (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/2"],
     ["page", "Page (HTML)", "one file, works without a network"]].map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}" data-key="export-${kind}">
     <b>${title}</b><span class="mv-soft">${hint}</span></button>`)}</div></details>`;
 
@@ -70,10 +70,12 @@ async function stagePng(state) {
   context.fillStyle = "#ffffff";
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.imageSmoothingEnabled = false;
+  if (GREY_MODES.includes(state.mode)) context.filter = "grayscale(1)";
   context.drawImage(await loadPicture(pictureSource(view.picture.src)), 0, 0, 1024, side * rows);
-  for (let patch = 0; patch < rows * columns; patch += 1) {
-    paintPatch(context, patchLook(state, layer, patch, view.model.num_experts), (patch % columns) * side, Math.floor(patch / columns) * side, side);
-  }
+  context.filter = "none";
+  patchLooks(state, view, layer).forEach((look, patch) => {
+    paintPatch(context, look, (patch % columns) * side, Math.floor(patch / columns) * side, side);
+  });
   paintCaption(context, state, side * rows);
   return new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("no PNG")))));
 }
@@ -103,15 +105,20 @@ function paintCaption(context, state, top) {
   const best = view.prediction.moe[0];
   context.fillStyle = "#1d1d1b";
   context.font = "600 22px Arial, sans-serif";
-  context.fillText(`${view.model.title}, ${view.model.variant} · ${layer.name} · ${MODES[state.mode].label.toLowerCase()} · ${pictureTitle(view)}`, 12, top + 32, 1000);
+  context.fillText(`${view.model.title}, ${view.model.variant} · ${layer.name} · ${modeWords(state)} · ${pictureTitle(view)}`, 12, top + 32, 1000);
   context.font = "18px Arial, sans-serif";
   context.fillStyle = "#5c5c57";
-  context.fillText(`prediction: ${best.class} ${percent(best.p)} · top-${view.settings.top_k} of ${view.model.num_experts} experts · moevision`, 12, top + 60, 1000);
+  context.fillText(`prediction: ${best.class} ${percent(best.p)} · ${layer.words} · moevision`, 12, top + 60, 1000);
+}
+
+function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
+  if (mode !== "slots") return MODES[mode].label.toLowerCase();
+  return `${slot === null ? "slots" : `slot ${slot}`} of ${layerExpert(layer, slotExpert)}, ${SIDES[slotSide].toLowerCase()}`;
 }
 
 // ---- the address --------------------------------------------------------------------------------------------
 
-const LINK_KEYS = ["model", "variant", "picture", "picture2", "layer", "patch", "mode", "k", "capacity", "do", "tab"];
+const LINK_KEYS = ["model", "variant", "picture", "picture2", "layer", "patch", "mode", "slot", "k", "capacity", "do", "tab"];
 
 /** An intervention as one word of the address, "ablate.3.1.next_best.0", and back; null if the word makes no sense. */
 const interventionWord = ({ kind, layer, expert, fill, seed }) => [kind, layer ?? "all", expert ?? "any", fill ?? "next_best", seed ?? 0].join(".");
@@ -120,9 +127,19 @@ function readIntervention(word, model) {
   const [kind, layerText, expertText, fill, seedText] = (word ?? "").split(".");
   const [layer, expert, seed] = [layerText, expertText, seedText].map(Number);
   const every = kind === "random" && layerText === "all";
+  const experts = model.routers.find((router) => router.layer === layer)?.num_experts ?? 0;
   const sound = ["ablate", "force", "random"].includes(kind) && ["next_best", "zero"].includes(fill) && Number.isInteger(seed) && seed >= 0
-    && (every || model.layers.includes(layer)) && (kind === "random" || (Number.isInteger(expert) && expert >= 0 && expert < model.num_experts));
+    && (every || model.layers.includes(layer)) && (kind === "random" || (Number.isInteger(expert) && expert >= 0 && expert < experts));
   return sound ? { kind, layer: every ? null : layer, expert: kind === "random" ? null : expert, fill, seed } : null;
+}
+
+/** Which slots are shown, as one word of the address, "2.5.reads" or "2.all.takes", and back. */
+const slotWord = ({ slotExpert, slot, slotSide }) => [slotExpert, slot ?? "all", slotSide].join(".");
+
+function readSlot(word) {
+  if (!word) return {};
+  const [expert, slot, side] = word.split(".");
+  return { slotExpert: Number(expert), slot: slot === "all" ? null : Number(slot), slotSide: side };
 }
 
 /** What the address asks for: texts, checked by whoever uses them. */
@@ -142,6 +159,7 @@ function writeAddress(app) {
     layer: state?.currentLayer.layer,
     patch: state?.patch,
     mode: state?.mode === "expert" ? null : state?.mode,
+    slot: state?.mode === "slots" ? slotWord(state) : null,
     k: app.topK,
     capacity: app.capacity,
     do: app.intervention && interventionWord(app.intervention),

@@ -13,7 +13,7 @@ const coreLayout = () => html`
         <div class="mv-toolbar">${modeSwitch()}
           <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
         <div class="mv-pictures"><div data-box="stage-0"></div><div data-box="stage-1" hidden></div></div>
-        ${box("legend")}${box("strip")}
+        ${box("legend")}${box("slots")}${box("strip")}
       </div>
       <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}</div>
     </div>
@@ -40,6 +40,7 @@ class Core {
   attach(state) {
     this.state = state;
     this.drawAll();
+    if (state.mode === "slots") this.fetchSlots();
     state.subscribe((changed) => this.update(changed));
   }
 
@@ -49,11 +50,16 @@ class Core {
     return {
       layer: (button) => this.goToLayer(Number(button.dataset.index)),
       mode: (button) => this.state.set({ mode: button.dataset.mode }),
+      "soft-expert": (button) => this.state.set({ slotExpert: Number(button.dataset.expert) }),
+      "soft-side": (button) => this.state.set({ slotSide: button.dataset.side }),
+      "soft-slot": (button) => this.state.set({ slot: button.dataset.pick === "all" ? null : Number(button.dataset.pick) }),
+      "soft-again": () => { this.state.slotMaps.forget(this.state.view, this.state.currentLayer, this.state.slotExpert); this.fetchSlots(); },
       unpin: () => this.state.set({ patch: null }),
       highlight: (button) => {
         const { state } = this;
         const expert = Number(button.dataset.expert);
-        state.set({ highlight: state.highlight === expert ? null : expert, mode: "expert" });
+        if (state.mode === "slots") return state.set({ slotExpert: expert });
+        return state.set({ highlight: state.highlight === expert ? null : expert, mode: "expert" });
       },
     };
   }
@@ -160,27 +166,50 @@ class Core {
   drawLayer() {
     drawLoads(this.box("loads"), this.state);
     drawLegend(this.box("legend"), this.state);
+    drawSlots(this.box("slots"), this.state);
     drawInspector(this.box("inspector"), this.state);
   }
 
   drawControls() {
     const { state, root } = this;
-    root.querySelectorAll("[data-mode]").forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.mode === state.mode)));
+    const modes = modesOf(state.currentLayer);
+    root.querySelectorAll("[data-mode]").forEach((button) => {
+      button.setAttribute("aria-pressed", String(button.dataset.mode === state.mode));
+      button.hidden = !modes.includes(button.dataset.mode);
+    });
     const slider = root.querySelector("[data-change=strength]");
     if (slider) slider.value = state.strength * 100;
   }
 
   update(changed) {
+    const { state } = this;
     const has = (...names) => names.some((name) => changed.has(name));
+    const slots = has("slotExpert", "slot", "slotSide", "slotsHere");
+    if (state.mode === "slots" && (has("views", "active", "layer", "mode", "slotExpert"))) this.fetchSlots();
     if (has("views")) return this.drawAll();
-    if (has("layer", "mode", "highlight", "strength")) this.stages.forEach((stage) => stage.colour());
+    if (has("layer", "mode", "highlight", "strength") || slots) this.stages.forEach((stage) => stage.colour());
     if (has("patch", "hover", "active")) this.stages.forEach((stage) => stage.outline());
     if (has("layer")) frameStrip(this.box("strip"), this.state);
     if (has("active")) drawStrip(this.box("strip"), this.state);
     if (has("layer", "highlight", "active")) drawLoads(this.box("loads"), this.state);
-    if (has("layer", "mode", "highlight", "active")) drawLegend(this.box("legend"), this.state);
-    if (has("layer", "patch", "hover", "active")) drawInspector(this.box("inspector"), this.state);
-    if (has("mode", "strength")) this.drawControls();
+    if (has("layer", "mode", "highlight", "active") || slots) drawLegend(this.box("legend"), this.state);
+    if (has("layer", "mode", "active") || slots) drawSlots(this.box("slots"), this.state);
+    if (has("layer", "patch", "hover", "active", "mode") || slots) drawInspector(this.box("inspector"), this.state);
+    if (has("layer", "mode", "strength")) this.drawControls();
+    return undefined;
+  }
+
+  /** Get the slots that are looked at, of every picture on the stage; the parts that show them draw when they come. */
+  fetchSlots() {
+    const { state } = this;
+    const { slotMaps: maps, slotExpert: expert } = state;
+    if (!maps.ask) return;
+    state.views.forEach(async (view, place) => {
+      const layer = view.layers[state.layer];
+      if (maps.get(view, layer, expert)) return;
+      await maps.need(view, place, layer, expert);
+      state.set({ slotsHere: state.slotsHere + 1 });
+    });
   }
 }
 

@@ -29,23 +29,55 @@ function drawZooms(view, patch) {
   })}</div>`;
 }
 
-/** All experts of the layer, best first; the chosen ones with rank, gate weight and whether capacity kept them. */
+/** The experts of the layer, best first; those that compute the patch with their weight, the others in grey. */
 function drawChoices(view, layer, patch) {
-  const experts = view.model.num_experts;
-  const order = [...Array(experts).keys()].sort((a, b) => layer.probs[patch][b] - layer.probs[patch][a]);
+  const experts = layer.num_experts;
+  const weights = patchWeights(layer, patch);
+  const values = layer.kind === "soft" ? weights : layer.probs[patch];
+  const full = layer.kind === "soft" ? Math.max(...values, 1e-6) : 1;
+  const order = layer.learned ? [...Array(experts).keys()].sort((a, b) => values[b] - values[a]) : layer.experts[patch];
   const row = (expert) => {
     const rank = layer.experts[patch].indexOf(expert);
-    const chosen = rank >= 0;
-    const state = !chosen ? "" : layer.kept[patch][rank] ? `weight ${fixed(layer.weights[patch][rank])}` : "dropped by capacity";
-    return html`<li class="${chosen ? "mv-chosen" : ""}">
+    const value = layer.learned ? values[expert] : weights[expert];
+    const dropped = rank >= 0 && !layer.kept[patch][rank];
+    return html`<li class="${rank >= 0 ? "mv-chosen" : ""}">
       ${chip(expert, experts)}
-      <span class="mv-bar"><i style="width:${layer.probs[patch][expert] * 100}%;background:${expertColour(expert, experts)}"></i></span>
-      <span class="mv-num">${percent(layer.probs[patch][expert])}</span>
-      <span class="mv-rank ${chosen && !layer.kept[patch][rank] ? "mv-dropped" : ""}">${chosen && html`<b>${ordinal(rank + 1)}</b> ${state}`}</span>
+      <span class="mv-bar"><i style="width:${(value / full) * 100}%;background:${expertColour(expert, experts)}"></i></span>
+      <span class="mv-num">${percent(value, layer.kind === "soft" ? 1 : 0)}</span>
+      <span class="mv-rank ${dropped ? "mv-dropped" : ""}">${rank >= 0 && rankWords(view, layer, patch, rank)}</span>
     </li>`;
   };
-  return html`<h3>${term("probability", "Router probability")} and ${term("gate", "gate weight")}</h3>
-    <ol class="mv-choices">${order.map(row)}</ol>`;
+  return html`<h3>${choicesHeading(layer)}</h3>
+    <ol class="mv-choices ${layer.kind === "soft" ? "mv-plain" : ""}">${order.map(row)}</ol>
+    ${patchNotes(layer, patch).map((note) => html`<p class="mv-note">${note}</p>`)}`;
+}
+
+function choicesHeading(layer) {
+  const [name, words] = affinity(layer);
+  if (layer.kind === "soft") return term(name, "What the patch takes from each expert");
+  if (!layer.learned) return html`Experts by a rule, not learned, and ${term("gate", "gate weight")}`;
+  return html`${term(name, capital(words))} and ${term("gate", "gate weight")}`;
+}
+
+function rankWords(view, layer, patch, rank) {
+  const kept = layer.kept[patch][rank];
+  const words = kept ? `weight ${fixed(layer.weights[patch][rank])}` : lostWords(view, layer, layer.experts[patch][rank]);
+  if (layer.kind === "soft") return kept ? "" : words;
+  return html`<b>${layer.kind === "expert_choice" ? "took it" : ordinal(rank + 1)}</b> ${words}`;
+}
+
+/** What the list alone doesn't say: nobody's patches, dropped choices, experts that compute every patch. */
+function patchNotes(layer, patch) {
+  const asked = layer.experts[patch].length;
+  const kept = layer.kept[patch].filter(Boolean).length;
+  const shared = sharedWords(layer);
+  const onward = shared ? "it gets the shared part only" : "the layer adds nothing to it, and it goes on as it came";
+  const notes = [];
+  if (!asked) notes.push(`No expert took this patch: ${onward}.`);
+  else if (!kept) notes.push(`No expert computes this patch: ${onward}.`);
+  else if (kept < asked && layer.kind === "token_choice") notes.push(`${asked} experts were asked, ${kept} computed it.`);
+  if (layer.router === "bias_balanced") notes.push("A balancing bias takes part in the choice, but not in these shares: the largest share needn't be chosen first.");
+  return shared ? [...notes, shared] : notes;
 }
 
 const ordinal = (number) => `${number}${["th", "st", "nd", "rd"][number % 10 < 4 && Math.floor(number / 10) !== 1 ? number % 10 : 0]}`;
@@ -53,28 +85,27 @@ const ordinal = (number) => `${number}${["th", "st", "nd", "rd"][number % 10 < 4
 /** The way of a patch through the MoE layers: first choice as a dot, second choice thin. Drawn by hand in SVG. */
 function drawPath(state, patch) {
   const { view } = state;
-  const experts = view.model.num_experts;
   const step = Math.min(96, 272 / view.layers.length);
   const width = step * view.layers.length;
-  const y = (expert) => 12 + (expert * 108) / Math.max(1, experts - 1);
+  const y = (layer, expert) => 12 + (expert * 108) / Math.max(1, layer.num_experts - 1);
   const x = (index) => step * (index + 0.5);
   const line = (rank, index) => {
     const [from, to] = [view.layers[index], view.layers[index + 1]];
-    if (from.experts[patch][rank] === undefined) return "";
-    return html`<line class="${rank ? "mv-thin" : ""}" x1="${x(index)}" y1="${y(from.experts[patch][rank])}"
-      x2="${x(index + 1)}" y2="${y(to.experts[patch][rank] ?? to.experts[patch][0])}"/>`;
+    const [start, end] = [from.experts[patch][rank], to.experts[patch][rank] ?? to.experts[patch][0]];
+    if (start === undefined || end === undefined) return "";
+    return html`<line class="${rank ? "mv-thin" : ""}" x1="${x(index)}" y1="${y(from, start)}" x2="${x(index + 1)}" y2="${y(to, end)}"/>`;
   };
   const dot = (layer, index, rank) => {
     const expert = layer.experts[patch][rank];
-    if (expert === undefined) return "";
-    const colour = expertColour(expert, experts);
+    if (expert === undefined) return rank ? "" : html`<circle class="mv-nobody" cx="${x(index)}" cy="66" r="9"/><text x="${x(index)}" y="70">–</text>`;
+    const colour = expertColour(expert, layer.num_experts);
     return rank
-      ? html`<circle class="mv-second" cx="${x(index)}" cy="${y(expert)}" r="5" stroke="${colour}"/>`
-      : html`<circle cx="${x(index)}" cy="${y(expert)}" r="10" fill="${colour}"/>
-          <text x="${x(index)}" y="${y(expert) + 4}" fill="${inkOn(colour)}">${expert}</text>`;
+      ? html`<circle class="mv-second" cx="${x(index)}" cy="${y(layer, expert)}" r="5" stroke="${colour}"/>`
+      : html`<circle cx="${x(index)}" cy="${y(layer, expert)}" r="10" fill="${colour}"/>
+          <text x="${x(index)}" y="${y(layer, expert) + 4}" fill="${inkOn(colour)}">${expert}</text>`;
   };
   const links = [...Array(Math.max(0, view.layers.length - 1)).keys()];
-  const spoken = view.layers.map((layer) => `${layer.name} expert ${layer.experts[patch][0]}`).join(", then ");
+  const spoken = view.layers.map((layer) => `${layer.name} ${layer.experts[patch].length ? `expert ${layer.experts[patch][0]}` : "no expert"}`).join(", then ");
   return html`<h3>Path through the layers</h3>
     <div class="mv-path" style="width:${width}px">
       <svg viewBox="0 0 ${width} 132" width="${width}" height="132" role="img" aria-label="Path: ${spoken}">
@@ -94,17 +125,18 @@ function drawInspector(box, state) {
   }
   const { view, currentLayer: layer } = state;
   const [row, column] = rowColumn(patch, view.model.grid[1]);
-  const first = layer.experts[patch][0];
+  const [first] = layer.experts[patch];
+  const nobody = first === undefined;
+  const facts = [...(layer.learned ? [[term("margin", "margin"), html`${fixed(layer.margin[patch], layer.kind === "soft" ? 3 : 2)}`],
+    [term("entropy", "entropy"), html`${fixed(layer.entropy[patch])} <small>of ${fixed(Math.log2(layer.num_experts), Number.isInteger(Math.log2(layer.num_experts)) ? 0 : 1)} bits</small>`]] : []),
+    ...slotFacts(state, layer, patch)];
   fillBox(box, html`
-    <p class="mv-where">${chip(first, view.model.num_experts, "mv-big")}
-      <span><b>${layerExpert(layer, first)}</b><br><span class="mv-soft">row ${row}, column ${column}${view === state.views[1] ? " · second picture" : ""}</span></span>
+    <p class="mv-where">${nobody ? html`<span class="mv-chip mv-big mv-none">–</span>` : chip(first, layer.num_experts, "mv-big")}
+      <span><b>${nobody ? `${layer.name}: no expert` : layerExpert(layer, first)}</b><br><span class="mv-soft">row ${row}, column ${column}${view === state.views[1] ? " · second picture" : ""}</span></span>
       ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin">unpin</button>`}</p>
     ${drawZooms(view, patch)}
     ${drawChoices(view, layer, patch)}
-    <dl class="mv-facts">
-      <div><dt>${term("margin", "margin")}</dt><dd>${fixed(layer.margin[patch])}</dd></div>
-      <div><dt>${term("entropy", "entropy")}</dt><dd>${fixed(layer.entropy[patch])} <small>of ${fixed(Math.log2(view.model.num_experts), 0)} bits</small></dd></div>
-    </dl>
+    ${facts.length > 0 && html`<dl class="mv-facts">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
     ${drawPath(state, patch)}
     <p class="mv-note">${contextSentence(state)}</p>`);
 }
@@ -115,82 +147,4 @@ function contextSentence(state) {
   const rounds = layer === 0 ? "one round of attention" : `${layer + 1} rounds of attention`;
   return `By ${name} this patch has been through ${rounds}: it carries context from the whole picture, so the expert
     doesn't answer to these pixels alone. A convolutional stem adds a little of the neighbours from the start.`;
-}
-
-// ---- prediction and load ------------------------------------------------------------------------------------
-
-function predictionColumn(title, top, label) {
-  const row = ({ class: name, p }) => html`<li><span class="mv-class">${name}${name === label && html` <small>label</small>`}</span>
-    <span class="mv-num">${percent(p)}</span><span class="mv-bar mv-accent"><i style="width:${p * 100}%"></i></span></li>`;
-  return html`<div><h3>${title}</h3><ol class="mv-top">${top.map(row)}</ol></div>`;
-}
-
-function drawPrediction(box, view) {
-  const { moe, dense } = view.prediction;
-  fillBox(box, html`<h2>Prediction</h2><div class="mv-two">
-    ${predictionColumn("with experts", moe, view.picture.label)}
-    ${dense && predictionColumn(term("dense", "dense twin"), dense, view.picture.label)}</div>`);
-}
-
-/** One line per picture that answers the first question before anything else is read. */
-function drawVerdict(box, state) {
-  fillBox(box, html`${state.views.map((view) => html`<div>${verdictLine(view)}${verdictNotes(view)}</div>`)}`);
-}
-
-function verdictLine(view) {
-  const best = view.prediction.moe[0];
-  const twin = view.prediction.dense?.[0];
-  const { label } = view.picture;
-  const tag = label === best.class ? html`<span class="mv-tag mv-right">✓ matches the label</span>`
-    : label && html`<span class="mv-tag mv-wrong">✗ the label is ${label}</span>`;
-  return html`<p class="mv-verdict"><span>The model sees</span> <b>${best.class}</b> <span class="mv-num">${percent(best.p)}</span>
-    ${tag}${twin && html`<span class="mv-soft">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
-}
-
-/** What makes this view less than the model on its own kind of picture. */
-function verdictNotes(view) {
-  const { unlike } = view.picture;
-  const { intervention } = view.settings;
-  const off = offReason(view);
-  return [
-    unlike && html`<p class="mv-warn" role="note"><b>Unlike the training data.</b> ${unlike}</p>`,
-    off && html`<p class="mv-warn" role="note"><b>Off the training distribution.</b> ${off}</p>`,
-    intervention && html`<p class="mv-warn" role="note"><b>Changed model.</b> ${interventionWords(intervention)}
-      <button type="button" class="mv-quiet" data-action="undo" data-key="undo">Undo</button></p>`,
-  ];
-}
-
-/** How top-k and capacity differ from the training; empty where they don't. */
-function offReason({ settings: { top_k: k, capacity }, model }) {
-  const reasons = [];
-  if (k !== model.top_k) reasons.push(`Trained with top-${model.top_k}, shown is top-${k}.`);
-  if (capacity !== null) reasons.push(`Trained without a capacity limit, shown is capacity factor ${capacity}.`);
-  return reasons.join(" ");
-}
-
-function interventionWords({ kind, layer, expert, fill }) {
-  const where = layer === null || layer === undefined ? "in every layer" : `in L${layer}`;
-  if (kind === "random") return `Patches go to random experts ${where}.`;
-  if (kind === "force") return `Every patch ${where} goes to L${layer}·E${expert}.`;
-  return `Without L${layer}·E${expert}: its patches ${fill === "zero" ? "get nothing in its place" : "go to their next-best expert"}.`;
-}
-
-function drawLoads(box, state) {
-  const { view, currentLayer: layer } = state;
-  const experts = view.model.num_experts;
-  const mean = layer.counts.reduce((sum, count) => sum + count, 0) / experts;
-  const top = Math.max(...layer.requested, ...layer.counts, 1);
-  const dropped = layer.requested.reduce((sum, count, expert) => sum + count - layer.counts[expert], 0);
-  const bar = (count, expert) => html`<button type="button" class="mv-loadbar" data-action="highlight" data-expert="${expert}"
-      data-key="load-${expert}" aria-pressed="${state.highlight === expert}"
-      aria-label="${layerExpert(layer, expert)} computes ${count} choices. Highlight its patches">
-    <span class="mv-loadtrack"><i class="mv-lost" style="height:${(layer.requested[expert] / top) * 100}%"></i>
-      <i style="height:${(count / top) * 100}%;background:${expertColour(expert, experts)}"></i></span>
-    <span class="mv-loadcount">${count}</span>${chip(expert, experts)}</button>`;
-  fillBox(box, html`<div class="mv-strip-head"><h2>${term("load", "Load")} in ${layer.name}</h2>
-      <span class="mv-soft">${term("slowest", "slowest ÷ mean")} <b class="mv-num">${fixed(layer.slowest)}</b></span></div>
-    <div class="mv-loads ${experts > 12 ? "mv-many" : ""}" style="--ideal:${mean / top}">${layer.counts.map(bar)}
-      <div class="mv-ideal" aria-hidden="true"></div></div>
-    <p class="mv-note">Choices of this picture's patches. Dashed: equal share, ${fixed(mean, mean % 1 ? 1 : 0)} each.
-      ${dropped > 0 && `Hatched: ${dropped} dropped by capacity.`} Click a bar to highlight its patches.</p>`);
 }

@@ -1,22 +1,46 @@
 // The stage: a picture under a grid of patches, and the strip of layers beneath it.
 
-/** Fill and label of one patch in the present colouring: {colour, alpha, text, note}. */
-function patchLook(state, layer, patch, experts) {
-  if (state.mode === "expert") return expertLook(state, layer, patch, experts);
+/** [patches] fill and label of every patch in the present colouring: {colour, alpha, text, chip, ...}. */
+function patchLooks(state, view, layer) {
+  if (state.mode === "slots") return slotLooks(state, view, layer);
+  const top = layer.kind === "soft" ? topWeight(layer, state.highlight) : 1;
+  return layer.experts.map((_, patch) => patchLook(state, layer, patch, top));
+}
+
+/** The largest weight of the picture: of one expert, or of any. In Soft MoE all are small, and opacity is relative to it. */
+const topWeight = (layer, expert) => (expert === null ? strongest(layer).high
+  : Math.max(...layer.experts.map((_, patch) => patchWeights(layer, patch)[expert]), 1e-6));
+
+function patchLook(state, layer, patch, top) {
+  if (state.mode === "expert") return state.highlight === null ? expertLook(state, layer, patch, top) : highlightLook(state, layer, patch, top);
   if (state.mode === "drops") return dropLook(layer, patch);
+  if (state.mode === "takers") return takersLook(layer, patch);
   const entropy = state.mode === "entropy";
   const value = entropy ? layer.entropy[patch] : layer.margin[patch];
-  const share = clamp(entropy ? value / Math.log2(experts) : value, 0, 1);
+  const share = clamp(entropy ? value / Math.log2(layer.num_experts) : value, 0, 1);
   return { colour: SCALE_COLOUR, alpha: 0.06 + 0.8 * share, text: fixed(value, 1), chip: null };
 }
 
-function expertLook(state, layer, patch, experts) {
-  const expert = layer.experts[patch][0];
-  const weight = layer.kept[patch][0] ? layer.weights[patch][0] : 0;
-  const standsOut = state.highlight === null || layer.experts[patch].includes(state.highlight);
-  const alpha = state.highlight === null ? weight * state.strength : standsOut ? 0.8 * state.strength : 0;
-  const shown = state.highlight !== null && standsOut ? state.highlight : expert;
-  return { colour: expertColour(shown, experts, state.highlight !== null && standsOut), alpha, text: String(shown), chip: shown, faint: !standsOut };
+function expertLook(state, layer, patch, top) {
+  const [expert] = layer.experts[patch];
+  if (expert === undefined) return { colour: NOBODY_COLOUR, alpha: 0.55 * state.strength, text: "–", chip: null };
+  const kept = layer.kept[patch][0];
+  const others = layer.kind === "expert_choice" ? layer.experts[patch].length - 1 : 0;
+  return { colour: expertColour(expert, layer.num_experts), alpha: kept ? (layer.weights[patch][0] / top) * state.strength : 0,
+    text: others ? `${expert}+${others}` : String(expert), chip: expert, hatched: !kept };
+}
+
+function highlightLook(state, layer, patch, top) {
+  const expert = state.highlight;
+  const uses = layer.experts[patch].includes(expert);
+  const alpha = layer.kind === "soft" ? patchWeights(layer, patch)[expert] / top : 1;
+  return { colour: expertColour(expert, layer.num_experts, uses), alpha: uses ? 0.8 * alpha * state.strength : 0, text: String(expert), chip: expert, faint: !uses };
+}
+
+function takersLook(layer, patch) {
+  const most = Math.max(1, ...layer.experts.map(({ length }) => length));
+  const { length } = layer.experts[patch];
+  return { colour: SCALE_COLOUR, alpha: length ? 0.06 + (0.8 * length) / most : 0, text: String(length), chip: null };
 }
 
 function dropLook(layer, patch) {
@@ -27,6 +51,9 @@ function dropLook(layer, patch) {
 
 const SCALE_COLOUR = "#4a3aa7";
 const DROP_COLOUR = "#b3261e";
+// A scale in one colour is read more easily on a grey picture.
+const GREY_MODES = ["slots", "takers"];
+const NOBODY_COLOUR = "#808080";
 
 const rgba = (hex, alpha) => {
   const part = (start) => parseInt(hex.slice(start, start + 2), 16);
@@ -63,8 +90,10 @@ class Stage {
   colour() {
     const { state, view } = this;
     const layer = view.layers[state.layer];
+    this.box.firstElementChild.classList.toggle("mv-grey", GREY_MODES.includes(state.mode));
+    const looks = patchLooks(state, view, layer);
     this.cells.forEach((cell, patch) => {
-      const look = patchLook(state, layer, patch, view.model.num_experts);
+      const look = looks[patch];
       const mark = cell.firstElementChild;
       cell.style.backgroundColor = rgba(look.colour, look.alpha);
       cell.classList.toggle("mv-hatched", Boolean(look.hatched));
@@ -101,16 +130,17 @@ function pictureTitle({ picture: { label, name } }) {
 // ---- the strip of layers ------------------------------------------------------------------------------------
 
 /** Thumbnails are drawn a cell per pixel and enlarged by the browser: cheap at any depth. */
-function drawThumbnail(canvas, layer, model) {
-  const [rows, columns] = model.grid;
+function drawThumbnail(canvas, layer, [rows, columns]) {
+  const top = layer.kind === "soft" ? strongest(layer).high : 1;
   canvas.width = columns;
   canvas.height = rows;
   const context = canvas.getContext("2d");
-  layer.experts.forEach((choice, patch) => {
-    context.fillStyle = hasColours(model.num_experts)
-      ? expertColour(choice[0], model.num_experts)
-      : `hsl(220 8% ${20 + (70 * choice[0]) / model.num_experts}%)`;
-    context.globalAlpha = layer.kept[patch][0] ? 0.35 + 0.65 * layer.weights[patch][0] : 0.1;
+  layer.experts.forEach(([first], patch) => {
+    if (first === undefined) return; // no expert took it
+    context.fillStyle = hasColours(layer.num_experts)
+      ? expertColour(first, layer.num_experts)
+      : `hsl(220 8% ${20 + (70 * first) / layer.num_experts}%)`;
+    context.globalAlpha = layer.kept[patch][0] ? 0.35 + (0.65 * layer.weights[patch][0]) / top : 0.1;
     context.fillRect(patch % columns, Math.floor(patch / columns), 1, 1);
   });
 }
@@ -127,8 +157,9 @@ function drawStrip(box, state) {
       <span class="mv-keys"><kbd>+</kbd> <kbd>−</kbd> change layer</span></div>
     <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
     <p class="mv-note">Colours aren't comparable across layers: ${layers.map((layer) => layerExpert(layer, 0)).join(" and ")}
-      are different networks.</p>`);
-  box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model));
+      are different networks.</p>
+    ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how"><b>${where}</b>: ${words}</p>`)}`);
+  box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model.grid));
 }
 
 /** A change of layer only moves the frame: nothing is drawn again, the focus stays. */
@@ -137,8 +168,8 @@ function frameStrip(box, state) {
 }
 
 function drawLegend(box, state) {
-  const { mode, view } = state;
-  const experts = view.model.num_experts;
+  const { mode, view, currentLayer: layer } = state;
+  const experts = layer.num_experts;
   const ramp = (low, high) => html`<span class="mv-ramp" aria-hidden="true"></span><span>${low} – ${high}</span>`;
   const key = {
     expert: () => hasColours(experts)
@@ -146,13 +177,21 @@ function drawLegend(box, state) {
       : html`<span>More than ${PALETTE.length} experts: read the numbers, or highlight one in the load bars.</span>`,
     entropy: () => ramp("0", `${fixed(Math.log2(experts), 1)} bits`),
     margin: () => ramp("0", "1"),
-    drops: () => html`<span>×1: one of ${view.settings.top_k} choices dropped</span>`,
+    drops: () => html`<span>×1: one of ${plural(layer.top_k, "choice")} dropped</span>`,
+    takers: () => ramp("0", Math.max(...layer.experts.map(({ length }) => length))),
+    slots: () => slotRamp(state, view, layer, ramp),
   }[mode]();
   fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint">${legendHint(state)}</span>`);
 }
 
 function legendHint(state) {
   if (state.highlight !== null) return `only patches of ${layerExpert(state.currentLayer, state.highlight)} are coloured`;
-  const quiet = state.mode === "drops" && !state.view.settings.capacity;
-  return quiet ? "no capacity limit is set, so nothing is dropped" : MODES[state.mode].hint;
+  return modeHint(state.view, state.currentLayer, state.mode);
+}
+
+function slotRamp(state, view, layer, ramp) {
+  const values = slotValues(state, view, layer);
+  if (!values) return "";
+  const { low, high } = rangeOf(values);
+  return ramp(...[low, high].map(ratioWords(state, layer, values)).map((ratio) => `${ratio} ×`));
 }

@@ -1,18 +1,13 @@
 // What is being looked at. Parts of the page subscribe and draw themselves; nobody else is told.
 
-const MODES = {
-  expert: { label: "Expert", hint: "colour and number: first-choice expert · stronger colour: higher gate weight" },
-  entropy: { label: "Entropy", hint: "bits: how undecided the router is about the patch" },
-  margin: { label: "Margin", hint: "best minus second-best router probability" },
-  drops: { label: "Drops", hint: "choices that an expert's capacity turned away" },
-};
-
 /**
  * State of the shared view.
  *
- * views: one or two `moevision.view/1` objects of the same model; active: the one whose patch is inspected;
+ * views: one or two `moevision.view/2` objects of the same model; active: the one whose patch is inspected;
  * layer: position in `layers` (0 is the first MoE layer); patch: the pinned one; hover: the one under the pointer;
  * highlight: an expert whose patches stand out; strength: opacity of a patch with gate weight 1.
+ * Of Soft MoE: slotExpert, whose slots are shown; slot: one of them, null for their mean; slotSide: "reads" or "takes";
+ * slotMaps: what the server said about them, slotsHere: how often it did.
  */
 class ViewState {
   constructor(view, start = {}) {
@@ -24,6 +19,11 @@ class ViewState {
     this.mode = "expert";
     this.highlight = null;
     this.strength = 0.65;
+    this.slotExpert = null;
+    this.slot = null;
+    this.slotSide = "reads";
+    this.slotMaps = new SlotMaps();
+    this.slotsHere = 0;
     this.listeners = [];
     Object.assign(this, start);
     this.settle();
@@ -36,7 +36,8 @@ class ViewState {
     const before = { ...this };
     Object.assign(this, change);
     this.settle();
-    const names = ["views", "active", "layer", "patch", "hover", "mode", "highlight", "strength"];
+    const names = ["views", "active", "layer", "patch", "hover", "mode", "highlight", "strength",
+      "slotExpert", "slot", "slotSide", "slotsHere"];
     const changed = new Set(names.filter((name) => before[name] !== this[name]));
     if (changed.size) this.listeners.forEach((listener) => listener(changed, this));
   }
@@ -50,8 +51,14 @@ class ViewState {
     this.patch = inside(this.patch, patches);
     this.hover = inside(this.hover, patches);
     this.active = this.views.length > 1 ? clamp(this.active, 0, 1) : 0;
-    this.highlight = inside(this.highlight, model.num_experts);
-    if (!(this.mode in MODES)) this.mode = "expert";
+    const layer = this.currentLayer;
+    this.highlight = inside(this.highlight, layer.num_experts);
+    if (!modesOf(layer).includes(this.mode)) this.mode = "expert";
+    if (this.mode !== "slots") return;
+    const here = this.patch === null ? 0 : layer.experts[this.patch][0];
+    this.slotExpert = inside(this.slotExpert, layer.num_experts) ?? here;
+    this.slot = inside(this.slot, layer.slots);
+    if (!(this.slotSide in SIDES)) this.slotSide = "reads";
   }
 
   get view() { return this.views[this.active]; }

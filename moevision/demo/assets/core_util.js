@@ -71,14 +71,6 @@ const layerExpert = (layer, expert) => `${layer.name}·E${expert}`;
 // ---- patches ------------------------------------------------------------------------------------------------
 const rowColumn = (patch, columns) => [Math.floor(patch / columns) + 1, (patch % columns) + 1];
 
-/** What a screen reader says about a patch. */
-function describePatch(view, layer, patch) {
-  const [row, column] = rowColumn(patch, view.model.grid[1]);
-  const dropped = layer.kept[patch][0] ? "" : ", dropped by capacity";
-  const weight = fixed(layer.weights[patch][0]);
-  return `row ${row}, column ${column}: expert ${layer.experts[patch][0]}, weight ${weight}${dropped}`;
-}
-
 // ---- words that need explaining -----------------------------------------------------------------------------
 const TERMS = {
   expert: "One of several small networks in a layer. Every patch is computed by only a few of them.",
@@ -86,6 +78,11 @@ const TERMS = {
   layer: "One step of the network. Only some layers have experts; L3 is the block with index 3, counted from 0.",
   gate: "The weight with which a chosen expert's answer enters the result. The chosen experts' weights together say how the patch is shared out.",
   probability: "What the router gives to each expert; the experts' probabilities add up to 1. The highest ones are chosen.",
+  share: "Every expert scores the patch on its own, by a sigmoid; shown is each one's part of their sum. Where a bias keeps the load balanced it takes part in the choice, so the largest share needn't come first.",
+  affinity: "How well the patch suits each expert; the numbers of one patch add up to 1. Every expert takes the patches in which its own number is largest.",
+  part: "Soft MoE makes no choice: a patch takes a weighted mean of all slots. Shown is the part that comes from this expert's slots.",
+  slot: "What an expert of Soft MoE computes: a weighted mean of all patches of the picture. Its result goes back to all patches, again by weights.",
+  taken: "Experts choose patches here, not patches experts. One patch may have several experts, or none; then it goes on as it came.",
   margin: "Highest minus second-highest router probability. Near 0 the choice could easily have been another one.",
   entropy: "How undecided the router is, in bits: 0 when one expert gets everything, log2 of the number of experts when all are equal.",
   capacity: "A limit on how many patches an expert takes. What comes too late is dropped: that expert adds nothing for it.",

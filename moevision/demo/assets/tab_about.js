@@ -9,6 +9,19 @@ function cardRows(card) {
     ["licence", card.licence], ...others];
 }
 
+const ROUTING_TEXTS = {
+  token_choice: "Every patch chooses its experts.",
+  expert_choice: "Every expert chooses the patches that suit it best, as many as every other expert. A patch may have several experts, or none.",
+  soft: "Nothing is chosen: a slot is a weighted mean of all patches, an expert computes its slots, and every patch takes a weighted mean of the results.",
+  rule: "Nobody trained this router: it is a rule to compare learned ones with.",
+};
+
+/** Which of these texts belongs to the layers that route in these words. */
+function routingText(routers, words) {
+  const { kind, learned } = routers.find((router) => router.words === words);
+  return learned ? kind : "rule";
+}
+
 class AboutTab {
   constructor(app) { Object.assign(this, { app, id: "about", label: "About", follows: ["model"] }); }
 
@@ -17,8 +30,9 @@ class AboutTab {
     const card = model.card ?? {};
     const rows = cardRows(card).filter(([, value]) => value !== null && value !== undefined && value !== "");
     fillBox(panel, html`<div class="mv-split"><section class="mv-prose"><h2>How to read this page</h2>
-      <p>A vision transformer cuts the picture into patches. In some of its layers a small router sends every patch to ${model.top_k} of
-        ${model.num_experts} experts. Colour and number of a patch name its first choice; stronger colour means a higher gate weight.</p>
+      <p>A vision transformer cuts the picture into patches. In some of its layers there are experts,
+        and a router shares the patches out among them. Colour and number of a patch name its first or strongest expert; stronger colour means a higher weight.</p>
+      ${routingWords(model.routers).map(([where, words]) => html`<p><b>${where}</b>: ${words}. ${ROUTING_TEXTS[routingText(model.routers, words)]}</p>`)}
       <p>L3·E2 is expert 2 of block 3. Experts of different layers have nothing to do with each other, even where they share a colour.</p>
       <h2>What routing does not show</h2><ul>
         <li><b>Not what the model attends to.</b> Attention mixes the patches in every block, and this page doesn't draw it.</li>
@@ -30,7 +44,7 @@ class AboutTab {
       <section><h2>${model.title}</h2><p class="mv-note">${model.accuracy_text}<br>${model.data_text}</p>
         <dl class="mv-card-table"><div><dt>shown</dt><dd>${VARIANTS[variant]?.label ?? variant}</dd></div>
           <div><dt>patches</dt><dd>${model.grid.join(" × ")} of ${fixed(model.image_size / model.grid[0], 0)} px</dd></div>
-          <div><dt>experts</dt><dd>${model.num_experts} in blocks ${model.layers.join(", ")}; top-${model.top_k}</dd></div>
+          <div><dt>experts</dt><dd>in blocks ${model.layers.join(", ")}; router ${[...new Set(model.routers.map(({ router }) => router))].join(", ")}</dd></div>
           ${rows.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
         <p class="mv-note">moevision ${boot.version}. Nothing leaves this server; no picture is kept.</p>
         <p><button type="button" class="mv-quiet" data-action="tour" data-key="tour">Take the tour again</button></p></section></div>`);

@@ -27,6 +27,7 @@ class ClassesTab {
     if (!wanted()) return;
     if (!answer.layers.length) return fillBox(panel, emptyBox("No pictures to count classes in", answer.note || NO_PICTURES));
     Object.assign(this, { panel, answer, layer: answer.layers.find(({ layer }) => layer === app.state.currentLayer.layer) ?? answer.layers[0] });
+    this.kind = app.model.routers.find(({ layer }) => layer === this.layer.layer).kind;
     fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div></div>
       <div>${this.information()}</div></div>`);
     this.drawTable();
@@ -40,7 +41,7 @@ class ClassesTab {
     const marked = layer.significant.flat().filter(Boolean).length;
     fillBox(this.panel.querySelector("[data-part=table]"), html`
       <h2>Class × expert in ${layer.name}</h2>
-      <p class="mv-note">Share of a class's patch choices that an expert computes. Coloured: further from the expert's mean share
+      <p class="mv-note">${this.kind === "token_choice" ? "Share of a class's patch choices that an expert computes." : "Of what a class's patches take from experts, the part that comes from one."} Coloured: further from the expert's mean share
         than ${fixed(layer.threshold * 100, 1)} points, which the most extreme cell exceeds by chance one time in twenty
         (labels shuffled over ${answer.n_images} pictures). ${marked ? `${marked} cells stand out.` : "No cell stands out: on these pictures the experts don't tell the classes apart."}</p>
       <div class="mv-scroll" tabindex="0" role="region" aria-label="Class by expert"><table class="mv-heat"><thead><tr><th scope="col"><span class="mv-soft">class</span></th>${columns.map((expert) => this.expertHead(expert))}</tr></thead>
@@ -64,8 +65,8 @@ class ClassesTab {
     const style = significant[row][expert] ? `background:color-mix(in srgb, ${colour} ${strength}%, transparent)` : "";
     const name = this.answer.class_names[row];
     return html`<td style="${style}"><button type="button" data-action="cell" data-class="${name}" data-expert="${expert}" data-key="cell-${row}-${expert}"
-      aria-label="${name}, expert ${expert}: ${percent(share[row][expert])}, ${signed(over * 100, 1)} points${significant[row][expert] ? ", stands out" : ""}">
-      ${fixed(share[row][expert] * 100, 0)}${significant[row][expert] && html`<sup>${over > 0 ? "+" : MINUS}</sup>`}</button></td>`;
+      aria-label="${name}, expert ${expert}: ${percent(share[row][expert], this.kind === "soft" ? 1 : 0)}, ${signed(over * 100, 1)} points${significant[row][expert] ? ", stands out" : ""}">
+      ${fixed(share[row][expert] * 100, this.kind === "soft" ? 1 : 0)}${significant[row][expert] && html`<sup>${over > 0 ? "+" : MINUS}</sup>`}</button></td>`;
   }
 
   async showCell(button) {

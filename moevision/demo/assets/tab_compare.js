@@ -16,7 +16,7 @@ class CompareTab {
     const pick = (name, label, chosen) => html`<label><span>${label}</span><select data-change="${name}" data-key="${name}">${names.map((entry) => html`
       <option ${new Markup(entry === chosen ? "selected" : "")}>${entry}</option>`)}</select></label>`;
     fillBox(panel, html`<div class="mv-split"><section><h2>Two classes</h2>
-        ${this.app.model.has_pictures ? html`<p class="mv-note">Share of patch choices per expert, first class minus second, over all pictures of both
+        ${this.app.model.has_pictures ? html`<p class="mv-note">Share of ${shareOf(this.app.model.routers)} per expert, first class minus second, over all pictures of both
           (at least 20 each), with 95 % intervals from resampling pictures.</p>
           <div class="mv-form">${pick("compare-a", "Class", this.a)}${pick("compare-b", "against", this.b)}
           <button type="button" class="mv-primary" data-action="compare-run" data-key="compare-run">Compare</button></div>
@@ -51,7 +51,7 @@ class CompareTab {
   interval({ expert, difference, low, high, q, significant }, layer, reach) {
     const at = (value) => 50 + (value / reach) * 48;
     const words = `L${layer.layer}·E${expert}: ${signed(difference * 100, 1)} points, ${signed(low * 100, 1)} to ${signed(high * 100, 1)}, q ${fixed(q, 3)}`;
-    return html`<li class="${significant ? "mv-stands" : ""}">${chip(expert, this.app.model.num_experts)}
+    return html`<li class="${significant ? "mv-stands" : ""}">${chip(expert, layer.experts.length)}
       <span class="mv-dots" role="img" aria-label="${words}"><i class="mv-zero" style="left:50%"></i><i class="mv-range" style="left:${at(low)}%;right:${100 - at(high)}%"></i>
       <i class="mv-dot ${significant ? "mv-main" : ""}" style="left:${at(difference)}%"></i></span>
       <span class="mv-num">${signed(difference * 100, 1)} pts</span></li>`;
@@ -65,17 +65,16 @@ class CompareTab {
       return html`<div class="mv-state"><p>Put a second picture beside the first to see where their patches go.</p>
         <button type="button" class="mv-button" data-action="compare-two" data-key="compare-two">Show two pictures</button></div>`;
     }
-    const experts = first.model.num_experts;
-    const share = (layer, expert) => layer.counts[expert] / Math.max(1, layer.counts.reduce((sum, count) => sum + count, 0));
     const block = (layer, index) => {
-      const other = second.layers[index];
-      const top = Math.max(...layer.counts.map((_, expert) => Math.max(share(layer, expert), share(other, expert))), 1e-6);
+      const experts = layer.num_experts;
+      const [here, there] = [expertShares(layer), expertShares(second.layers[index])];
+      const top = Math.max(...here, ...there, 1e-6);
       const bar = (value) => html`<span class="mv-bar mv-accent"><i style="width:${(value / top) * 100}%"></i></span>`;
       return html`<h3>${layer.name}</h3><ul class="mv-mirror">${[...Array(experts).keys()].map((expert) => html`<li>
-        <span class="mv-num">${percent(share(layer, expert))}</span>${bar(share(layer, expert))}${chip(expert, experts)}${bar(share(other, expert))}
-        <span class="mv-num">${percent(share(other, expert))}</span></li>`)}</ul>`;
+        <span class="mv-num">${percent(here[expert])}</span>${bar(here[expert])}${chip(expert, experts)}${bar(there[expert])}
+        <span class="mv-num">${percent(there[expert])}</span></li>`)}</ul>`;
     };
-    return html`<p class="mv-note">Share of each picture's patch choices. This describes two pictures: it has no interval and says nothing about their classes.</p>
+    return html`<p class="mv-note">Part of each picture that every expert computes. This describes two pictures: it has no interval and says nothing about their classes.</p>
       <p class="mv-mirror-head"><b>${pictureTitle(first)}</b><b>${pictureTitle(second)}</b></p>${first.layers.map(block)}`;
   }
 }

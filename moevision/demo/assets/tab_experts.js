@@ -10,27 +10,29 @@ function galleryPatch({ picture, patch, crop, box: [x, y, width, height], label,
 
 const gallery = (title, patches) => html`<h3>${title}</h3><ul class="mv-gallery">${patches.map(galleryPatch)}</ul>`;
 
-function shareRows(title, rows, name) {
+function shareRows(title, rows, name, digits) {
   if (!rows?.length) return "";
   // The strongest few: a card is no table, and the heatmap under Classes has every number.
   const shown = [...rows].sort((a, b) => b.above - a.above).slice(0, CARD_ROWS);
-  const row = (entry) => html`<li><span>${entry[name]}</span><span class="mv-num">${percent(entry.share)}</span>
-    <span class="mv-num mv-above ${entry.significant === false ? "mv-soft" : ""}">${signed(entry.above * 100, 0)} pts${entry.significant && html` <abbr title="above the null">●</abbr>`}</span></li>`;
+  const row = (entry) => html`<li><span>${entry[name]}</span><span class="mv-num">${percent(entry.share, digits)}</span>
+    <span class="mv-num mv-above ${entry.significant === false ? "mv-soft" : ""}">${signed(entry.above * 100, digits)} pts${entry.significant && html` <abbr title="above the null">●</abbr>`}</span></li>`;
   return html`<div><h3>${title}</h3><ul class="mv-shares">${shown.map(row)}</ul></div>`;
 }
 
-function expertCard(card, layer, experts) {
+function expertCard(card, layer, router) {
+  const experts = router.num_experts;
+  const soft = router.kind === "soft";
   const withoutPictures = layer.status === "no_pictures";
   const ratio = card.ideal_share > 0 ? card.load_share / card.ideal_share : 0;
   const none = card.top.length + card.random.length === 0;
   return html`<article class="mv-card" aria-label="${card.name}">
     <header>${chip(card.expert, experts, "mv-big")}<div><h2>${card.name}</h2>
-      <p class="mv-soft">${percent(card.load_share, 1)} of all choices, ${fixed(ratio, 1)} × an equal share</p></div></header>
+      <p class="mv-soft">${percent(card.load_share, 1)} of ${soft ? "what patches take" : "all choices"}, ${fixed(ratio, 1)} × an equal share</p></div></header>
     <span class="mv-bar mv-loadline" style="--mark:${Math.min(1, card.ideal_share * 2.5) * 100}%"><i style="width:${Math.min(100, card.load_share * 250)}%;
       background:${expertColour(card.expert, experts)}"></i></span>
     ${withoutPictures ? "" : none ? html`<p class="mv-note">No patch of the pictures goes to this expert.</p>`
-      : [gallery("Highest weight", card.top), gallery("Picked at random", card.random)]}
-    <div class="mv-two">${shareRows("Classes", card.classes, "class")}${shareRows("Drawn parts", card.parts, "part")}</div>
+      : [gallery(soft ? "Read most" : "Highest weight", card.top), gallery(soft ? "Drawn at random, as it reads them" : "Picked at random", card.random)]}
+    <div class="mv-two">${shareRows("Classes", card.classes, "class", soft ? 1 : 0)}${shareRows("Drawn parts", card.parts, "part", soft ? 1 : 0)}</div>
     <footer><button type="button" class="mv-button" data-action="take-away" data-layer="${layer.layer}" data-expert="${card.expert}"
       data-key="take-${card.expert}">Take it away</button>
       <button type="button" class="mv-quiet" data-action="highlight" data-expert="${card.expert}" data-key="show-${card.expert}">highlight in the picture</button></footer>
@@ -51,9 +53,10 @@ class ExpertsTab {
     if (!wanted()) return;
     if (!answer.experts.length) return fillBox(panel, emptyBox("No pictures to show experts by", answer.note || NO_PICTURES));
     this.fetchOtherLayers(layer.layer);
+    const router = app.model.routers.find((one) => one.layer === layer.layer);
     const hint = answer.status === "no_pictures" ? NO_PICTURES : "A click on a patch opens its picture.";
     return fillBox(panel, html`<p class="mv-note mv-lead">Experts of <b>${answer.name}</b>. ${answer.note} ${hint}</p>
-      <div class="mv-cards">${answer.experts.map((card) => expertCard(card, answer, app.model.num_experts))}</div>`);
+      <div class="mv-cards">${answer.experts.map((card) => expertCard(card, answer, router))}</div>`);
   }
 
   /** Ask ahead for the other layers, so that a change of layer finds its cards in the page. */

@@ -30,7 +30,6 @@ class WhatIfTab {
     this.result = null;
     if (form.kind !== "random" && !layers.includes(form.layer)) form.layer = app.state.currentLayer.layer;
     if (!this.touched) this.suggest();
-    form.expert = Math.min(form.expert, app.model.num_experts - 1);
     fillBox(panel, html`<div data-part="form"></div><div data-part="result" aria-live="polite"></div>`);
     this.drawForm();
   }
@@ -38,26 +37,47 @@ class WhatIfTab {
   /** Until somebody chooses: the expert of the pinned patch, in the layer that is shown. */
   suggest() {
     const { currentLayer: layer, patch } = this.app.state;
-    Object.assign(this.form, { layer: layer.layer, expert: patch === null ? 0 : layer.experts[patch][0] });
+    Object.assign(this.form, { layer: layer.layer, expert: patch === null ? 0 : layer.experts[patch][0] ?? 0 });
   }
 
   drawForm() {
     const { form, app } = this;
-    const { layers, num_experts: experts } = app.model;
+    const { layers } = app.model;
     if (form.kind !== "random" && form.layer === null) form.layer = app.state.currentLayer.layer;
+    const kinds = this.settle();
+    const [first] = this.chosenLayers();
     const choice = (value, label, chosen) => html`<option value="${value}" ${new Markup(String(value) === String(chosen) ? "selected" : "")}>${label}</option>`;
     const pick = (name, label, options) => html`<label><span>${label}</span><select data-change="${name}" data-key="${name}">${options}</select></label>`;
-    const kinds = [["ablate", "Take an expert away"], ["force", "Send every patch to one expert"], ["random", "Send patches to random experts"]];
     fillBox(this.panel.querySelector("[data-part=form]"), html`<div class="mv-form">
       ${pick("if-kind", "Change", kinds.map(([value, label]) => choice(value, label, form.kind)))}
       ${pick("if-layer", "Layer", [form.kind === "random" && choice("all", "every layer", form.layer ?? "all"), ...layers.map((layer) => choice(layer, `L${layer}`, form.layer))])}
-      ${form.kind !== "random" && pick("if-expert", "Expert", [...Array(experts).keys()].map((expert) => choice(expert, `E${expert}`, form.expert)))}
-      ${form.kind === "ablate" && pick("if-fill", "Its patches", [choice("next_best", "go to the next best", form.fill), choice("zero", "get nothing instead", form.fill)])}
-      <button type="button" class="mv-primary" data-action="if-run" data-key="if-run">Try it</button></div>`);
+      ${form.kind !== "random" && pick("if-expert", "Expert", [...Array(first.num_experts).keys()].map((expert) => choice(expert, `E${expert}`, form.expert)))}
+      ${form.kind === "ablate" && pick("if-fill", "Its patches", Object.entries(FILL_WORDS).map(([value, words]) => choice(value, words[first.kind], form.fill)))}
+      <button type="button" class="mv-primary" data-action="if-run" data-key="if-run">Try it</button></div>
+      ${Object.entries(first.refused).filter(([kind]) => kind in KIND_WORDS).map(([kind, why]) => html`<p class="mv-note">
+        "${KIND_WORDS[kind].token_choice}" has no meaning in ${first.name}: ${why}.</p>`)}`);
     if (!this.result) {
-      fillBox(this.panel.querySelector("[data-part=result]"), html`<p class="mv-note mv-lead">The answer for this picture comes beside two controls: as many
-        patch choices taken away at random in the same layer, and every other expert in turn.</p>`);
+      fillBox(this.panel.querySelector("[data-part=result]"), html`<p class="mv-note mv-lead">The answer for this picture comes beside two controls: as much
+        taken away at random in the same layer, and every other expert in turn.</p>`);
     }
+  }
+
+  /** The layers that the form is about. */
+  chosenLayers() {
+    const { routers } = this.app.model;
+    return this.form.layer === null ? routers : routers.filter(({ layer }) => layer === this.form.layer);
+  }
+
+  /** Bring the form to what the layer allows; returns the kinds of change that it does, with their words. */
+  settle() {
+    const { form } = this;
+    const layers = this.chosenLayers();
+    const way = form.layer === null ? "token_choice" : layers[0].kind;
+    const allowed = (kind) => layers.every(({ refused }) => !(kind in refused));
+    const kinds = Object.entries(KIND_WORDS).filter(([kind]) => allowed(kind)).map(([kind, words]) => [kind, words[way]]);
+    if (!kinds.some(([kind]) => kind === form.kind)) [[form.kind]] = kinds;
+    form.expert = Math.min(form.expert, layers[0].num_experts - 1);
+    return kinds;
   }
 
   async run() {
@@ -91,7 +111,7 @@ class WhatIfTab {
     return html`<p class="mv-sentence">${result.sentence}</p>
       <div class="mv-split"><div class="mv-two">${predictionColumn("before", before, label)}${predictionColumn("after", after, label)}</div>
       <div><h3>Change of the ${term("logit", "logit")} of ${result.target}</h3>${this.strip(result)}
-        <p class="mv-note">Grey: ${control.what ?? "the same number of patch choices changed at random"}, ${control.n} times, mean ${signed(control.mean, 3)} ± ${fixed(control.sd, 3)}.
+        <p class="mv-note">Grey: ${(control.what ?? "the same number of patch choices changed at random").replace(/,$/, "")}, ${control.n} times, mean ${signed(control.mean, 3)} ± ${fixed(control.sd, 3)}.
         Numbers: each other expert of the layer.</p>
         <p class="mv-note">${byClass ? classWords(byClass) : "One picture is one picture: without a set of pictures there is no effect over the class."}</p></div></div>
       <p class="mv-after"><button type="button" class="mv-button" data-action="if-show" data-key="if-show">Show the changed routing on the picture</button></p>`;
@@ -100,7 +120,7 @@ class WhatIfTab {
   /** Control dots, other experts and the change itself on one axis. */
   strip(result) {
     const { control, others } = result;
-    const experts = this.app.model.num_experts;
+    const experts = others.length + 1; // of the layer, where the change is about one of them
     const values = [0, result.delta_logit, ...control.deltas, ...others.map((other) => other.delta_logit)].filter(Number.isFinite);
     const [low, high] = [Math.min(...values), Math.max(...values)];
     const span = high - low || 1;

@@ -34,7 +34,7 @@ def test_the_stage_is_saved_as_png(visit, export):
 def test_the_view_is_saved_as_json(visit, export, ask):
     saved = export(visit().page, "json")
     data = json.loads(saved.path().read_text(encoding="utf-8"))
-    assert data["schema"] == "moevision.view/1"
+    assert data["schema"] == "moevision.view/2"
     assert data == ask("route", picture=FIRST)
 
 

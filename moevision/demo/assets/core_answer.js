@@ -1,0 +1,84 @@
+// The answer beside the picture: prediction, what makes it less than the model's own, and the work of the experts.
+
+function predictionColumn(title, top, label) {
+  const row = ({ class: name, p }) => html`<li><span class="mv-class">${name}${name === label && html` <small>label</small>`}</span>
+    <span class="mv-num">${percent(p)}</span><span class="mv-bar mv-accent"><i style="width:${p * 100}%"></i></span></li>`;
+  return html`<div><h3>${title}</h3><ol class="mv-top">${top.map(row)}</ol></div>`;
+}
+
+function drawPrediction(box, view) {
+  const { moe, dense } = view.prediction;
+  fillBox(box, html`<h2>Prediction</h2><div class="mv-two">
+    ${predictionColumn("with experts", moe, view.picture.label)}
+    ${dense && predictionColumn(term("dense", "dense twin"), dense, view.picture.label)}</div>`);
+}
+
+/** One line per picture that answers the first question before anything else is read. */
+function drawVerdict(box, state) {
+  fillBox(box, html`${state.views.map((view) => html`<div>${verdictLine(view)}${verdictNotes(view)}</div>`)}`);
+}
+
+function verdictLine(view) {
+  const best = view.prediction.moe[0];
+  const twin = view.prediction.dense?.[0];
+  const { label } = view.picture;
+  const tag = label === best.class ? html`<span class="mv-tag mv-right">✓ matches the label</span>`
+    : label && html`<span class="mv-tag mv-wrong">✗ the label is ${label}</span>`;
+  return html`<p class="mv-verdict"><span>The model sees</span> <b>${best.class}</b> <span class="mv-num">${percent(best.p)}</span>
+    ${tag}${twin && html`<span class="mv-soft">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
+}
+
+/** What makes this view less than the model on its own kind of picture. */
+function verdictNotes(view) {
+  const { unlike } = view.picture;
+  const { intervention } = view.settings;
+  const off = view.settings.off_reason;
+  return [
+    unlike && html`<p class="mv-warn" role="note"><b>Unlike the training data.</b> ${unlike}</p>`,
+    off && html`<p class="mv-warn" role="note"><b>Off the training distribution.</b> ${off}</p>`,
+    intervention && html`<p class="mv-warn" role="note"><b>Changed model.</b> ${interventionWords(intervention, view.model.routers)}
+      <button type="button" class="mv-quiet" data-action="undo" data-key="undo">Undo</button></p>`,
+  ];
+}
+
+function interventionWords({ kind, layer, expert, fill }, routers) {
+  const where = layer === null || layer === undefined ? "in every layer" : `in L${layer}`;
+  const way = routers.find((router) => router.layer === layer)?.kind ?? "token_choice";
+  if (kind === "random" && way !== "token_choice") return `${KIND_WORDS.random[way]}, ${where}.`;
+  if (kind === "random") return `Patches go to random experts ${where}.`;
+  if (kind === "force") return `Every patch ${where} goes to L${layer}·E${expert}.`;
+  return `Without L${layer}·E${expert}: its patches ${FILL_WORDS[fill][way]}.`;
+}
+
+/** The changes under What if, and what becomes of an absent expert's patches, by the way in which the layer routes. */
+const KIND_WORDS = {
+  ablate: { token_choice: "Take an expert away", expert_choice: "Take an expert away", soft: "Take an expert away" },
+  force: { token_choice: "Send every patch to one expert" },
+  random: { token_choice: "Send patches to random experts", expert_choice: "Let experts take random patches", soft: "Deal the slots out to random experts" },
+};
+const FILL_WORDS = {
+  next_best: { token_choice: "go to their next-best expert", expert_choice: "keep the other experts that took them", soft: "take more from the other slots" },
+  zero: { token_choice: "get nothing in its place", expert_choice: "get nothing in its place", soft: "get nothing in its place" },
+};
+
+/** Work of the experts; for Soft MoE, where all slots are alike, the part of the output that comes from them. */
+function drawLoads(box, state) {
+  const { view, currentLayer: layer } = state;
+  const experts = layer.num_experts;
+  const soft = layer.kind === "soft";
+  const [done, asked] = soft ? [expertShares(layer), expertShares(layer)] : [layer.counts, layer.requested];
+  const mean = done.reduce((sum, count) => sum + count, 0) / experts;
+  const top = Math.max(...asked, ...done, soft ? 1e-6 : 1);
+  const number = (count) => (soft ? fixed(count * 100, 1) : count);
+  const bar = (count, expert) => html`<button type="button" class="mv-loadbar" data-action="highlight" data-expert="${expert}"
+      data-key="load-${expert}" aria-pressed="${state.highlight === expert}"
+      aria-label="${layerExpert(layer, expert)} ${soft ? `gives ${number(count)} % of the output` : `computes ${number(count)} choices`}. Highlight its patches">
+    <span class="mv-loadtrack"><i class="mv-lost" style="height:${(asked[expert] / top) * 100}%"></i>
+      <i style="height:${(count / top) * 100}%;background:${expertColour(expert, experts)}"></i></span>
+    <span class="mv-loadcount">${number(count)}</span>${chip(expert, experts)}</button>`;
+  fillBox(box, html`<div class="mv-strip-head"><h2>${soft ? term("part", "Parts of the output") : term("load", "Load")} in ${layer.name}${soft && ", %"}</h2>
+      ${!soft && html`<span class="mv-soft">${term("slowest", "slowest ÷ mean")} <b class="mv-num">${fixed(layer.slowest)}</b></span>`}</div>
+    <div class="mv-loads ${experts > 12 ? "mv-many" : ""}" style="--ideal:${mean / top}">${done.map(bar)}
+      <div class="mv-ideal" aria-hidden="true"></div></div>
+    <p class="mv-note">${loadNote(view, layer)} ${sharedWords(layer)} Click a bar to highlight its patches.</p>`);
+}

@@ -1,0 +1,149 @@
+// How a layer routes, in words and numbers. The layers of one model may differ in router, experts and k, so everything
+// here asks a layer: patches choose experts, experts choose patches, or slots mix all patches (Soft MoE).
+
+const MODES = {
+  expert: { label: "Expert" },
+  slots: { label: "Slots" },
+  takers: { label: "How many" },
+  entropy: { label: "Entropy" },
+  margin: { label: "Margin" },
+  drops: { label: "Drops" },
+};
+
+/** The colourings that mean something in a layer; gates by a rule have no probabilities, so no entropy either. */
+function modesOf({ kind, learned }) {
+  if (kind === "soft") return ["expert", "slots", "entropy", "margin"];
+  if (kind === "expert_choice") return ["expert", "takers", "entropy", "margin"];
+  return learned ? ["expert", "entropy", "margin", "drops"] : ["expert", "drops"];
+}
+
+/** What the router's numbers are called: [term, words]. Sigmoids don't compete, so only their shares add up to 1. */
+function affinity({ kind, router }) {
+  if (kind === "soft") return ["part", "share of an expert"];
+  if (kind === "expert_choice") return ["affinity", "affinity"];
+  return ["sigmoid", "bias_balanced"].includes(router) ? ["share", "share of affinity"] : ["probability", "router probability"];
+}
+
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+const plural = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
+
+/** [E] the weight of every expert in a patch, 0 where it doesn't compute it. */
+function patchWeights(layer, patch) {
+  const weights = Array(layer.num_experts).fill(0);
+  layer.experts[patch].forEach((expert, rank) => { if (layer.kept[patch][rank]) weights[expert] = layer.weights[patch][rank]; });
+  return weights;
+}
+
+/** [E] parts of the picture that experts compute: of its choices, or for Soft MoE of what its patches take. */
+function expertShares(layer) {
+  const parts = layer.kind !== "soft" ? layer.counts
+    : layer.experts.reduce((sum, _, patch) => patchWeights(layer, patch).map((weight, expert) => weight + sum[expert]), Array(layer.num_experts).fill(0));
+  const total = parts.reduce((sum, part) => sum + part, 0);
+  return parts.map((part) => (total > 0 ? part / total : 0));
+}
+
+/** What shares of experts are shares of. */
+const shareOf = (layers) => (layers.every(({ kind }) => kind === "token_choice") ? "patch choices" : "what patches take from the experts");
+
+/** Smallest and largest weight of the strongest expert, over the patches that have one. */
+function strongest(layer) {
+  const first = layer.experts.flatMap((experts, patch) => (experts.length ? [layer.weights[patch][0]] : []));
+  return { low: Math.min(...first, 1), high: Math.max(...first, 0) };
+}
+
+/** How many patches have 0, 1, 2, ... experts. */
+function takerCounts(layer) {
+  const counts = [];
+  layer.experts.forEach(({ length }) => { counts[length] = (counts[length] ?? 0) + 1; });
+  return [...counts].map((count) => count ?? 0);
+}
+
+/** How many choices aren't computed, leaving out those of an expert that is taken away. */
+const droppedChoices = (layer, away = null) => layer.kept.reduce((sum, row, patch) => sum
+  + row.filter((kept, rank) => !kept && layer.experts[patch][rank] !== away).length, 0);
+
+/** The expert of a layer that the view's intervention takes away; null without one. */
+function awayExpert({ settings: { intervention } }, { layer }) {
+  return intervention?.kind === "ablate" && intervention.layer === layer ? intervention.expert : null;
+}
+
+/** The experts that compute every patch besides the routed ones; empty where there are none. */
+function sharedWords({ num_shared_experts: shared }) {
+  if (!shared) return "";
+  return shared === 1 ? "Besides, 1 shared expert computes every patch." : `Besides, ${shared} shared experts compute every patch.`;
+}
+
+// ---- sentences ----------------------------------------------------------------------------------------------
+
+/** How layers route, those alike together: [["L1, L3", "top-2 of 8 experts"], ...]. `layers` have `name` and `words`. */
+function routingWords(layers) {
+  const ways = [...new Set(layers.map(({ words }) => words))];
+  return ways.map((words) => [layers.filter((layer) => layer.words === words).map(({ name }) => name).join(", "), words]);
+}
+
+/** What a screen reader says about a patch. */
+function describePatch(view, layer, patch) {
+  const [row, column] = rowColumn(patch, view.model.grid[1]);
+  return `row ${row}, column ${column}: ${describeExperts(view, layer, patch)}`;
+}
+
+function describeExperts(view, layer, patch) {
+  const { kind } = layer;
+  const [experts, weights, kept] = [layer.experts[patch], layer.weights[patch], layer.kept[patch]];
+  if (!experts.length) return "no expert took it";
+  const first = `expert ${experts[0]}, weight ${fixed(weights[0])}`;
+  if (kind === "soft") return `mostly ${first}`;
+  if (kind === "expert_choice") return experts.length > 1 ? `${first}, and ${experts.length - 1} more` : first;
+  return kept[0] ? first : `${first}, ${lostWords(view, layer, experts[0])}`;
+}
+
+/** Why an expert that was chosen doesn't compute a patch. */
+const lostWords = (view, layer, expert) => (awayExpert(view, layer) === expert ? "taken away" : "dropped by capacity");
+
+/** What colour and number of a patch say in the present colouring. */
+function modeHint(view, layer, mode) {
+  const [, name] = affinity(layer);
+  return {
+    expert: () => expertHint(view, layer),
+    slots: () => "times an even share; the palest and the strongest patch of this map span the scale",
+    takers: () => "number of experts that took the patch",
+    entropy: () => (layer.kind === "soft" ? "bits: how evenly a patch takes from the experts"
+      : layer.kind === "expert_choice" ? "bits: how evenly the patch suits the experts" : "bits: how undecided the router is about the patch"),
+    margin: () => `best minus second-best ${name}`,
+    drops: () => (droppedChoices(layer, awayExpert(view, layer)) || layer.capacity !== null ? "choices that an expert's capacity turned away" : "no choice is dropped here"),
+  }[mode]();
+}
+
+function expertHint(view, layer) {
+  if (layer.kind === "soft") {
+    const { low, high } = strongest(layer);
+    return `every patch takes from all ${layer.num_experts * layer.slots} slots · colour and number: the expert with the largest share, `
+      + `${percent(low, 1)} to ${percent(high, 1)} here (even: ${percent(1 / layer.num_experts, 1)})`;
+  }
+  if (layer.kind === "expert_choice") {
+    const nobody = layer.experts.some(({ length }) => !length) ? " · –: no expert took it" : "";
+    return `colour and number: the expert with the largest weight · +1: one more took the patch${nobody}`;
+  }
+  const dropped = droppedFirst(view, layer) ? " · hatched: first choice dropped by capacity" : "";
+  return `colour and number: first-choice expert${layer.learned ? " · stronger colour: higher gate weight" : ", by a rule that nobody learned"}${dropped}`;
+}
+
+const droppedFirst = (view, layer) => layer.kept.some(([first], patch) => !first && layer.experts[patch][0] !== awayExpert(view, layer));
+
+/** What the bars of a layer's load mean. */
+function loadNote(view, layer) {
+  if (layer.kind === "soft") {
+    return `Every expert computes ${plural(layer.slots, "slot")}, so the load is even by construction. Bars: the part of the patches' output that comes
+      from each expert. Dashed: equal parts.`;
+  }
+  if (layer.kind === "expert_choice") {
+    const patches = takerCounts(layer).flatMap((count, number) => (count ? [`${count} with ${number || "no"} expert${number === 1 ? "" : "s"}`] : []));
+    return `Experts choose, and each takes as many of the picture's tokens as every other: the load is even by construction.
+      Patches: ${patches.join(", ")}.`;
+  }
+  const dropped = droppedChoices(layer, awayExpert(view, layer));
+  const whose = layer.capacity === null || view.settings.capacity !== null ? "" : ` (the model's own limit is capacity factor ${layer.capacity})`;
+  const mean = layer.counts.reduce((sum, count) => sum + count, 0) / layer.num_experts;
+  return `Choices of this picture's patches. Dashed: equal share, ${fixed(mean, mean % 1 ? 1 : 0)} each.
+    ${dropped > 0 ? `Hatched: ${dropped} dropped by capacity${whose}.` : ""}`;
+}

@@ -1,0 +1,225 @@
+"""Every router in a view: the numbers are the model's, the words are true of each layer, and what can't be is said."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import moevision
+from moevision.analysis.intervention import Intervention
+from moevision.data.augment import normalize
+from moevision.demo import requests as read
+from moevision.demo import route_image
+from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.facts import describe
+from moevision.demo.requests import RequestError
+from moevision.demo.service import Explorer
+from moevision.demo.settings import Settings
+from moevision.demo.slots import SlotWeights, spread
+from moevision.errors import UserError
+from moevision.layers import ROUTERS
+
+MIXED = {"router": ["vmoe_top_k", "soft"], "num_experts": [4, 6], "top_k": [2, 1]}
+SHOWN = [name for name in ROUTERS if name != "label"]
+
+
+def routings_of(model, pixels):
+    """What every MoE layer decides about a picture, without anything of the demo."""
+    x = normalize(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2), model.mean, model.std)
+    with torch.no_grad():
+        return moevision.forward_routing(model.net, x)[1]
+
+
+def weights_of(layer):
+    """[patches, experts] the weight of every expert, from the JSON of a layer."""
+    weights = np.zeros((len(layer["experts"]), layer["num_experts"]))
+    for patch, choices in enumerate(zip(layer["experts"], layer["weights"], layer["kept"], strict=True)):
+        for expert, weight, kept in zip(*choices, strict=True):
+            weights[patch, expert] = weight * kept
+    return weights
+
+
+@pytest.mark.parametrize("router", [*SHOWN, "mixed"])
+def test_a_view_of_every_router_has_the_weights_and_loads_of_the_model(make, pixels, router):
+    model = make(**(MIXED if router == "mixed" else {"router": router}))
+    view = route_image(model, pixels).to_json()
+    assert json.loads(json.dumps(view, allow_nan=False)) == view
+    routings, names = routings_of(model, pixels), MIXED["router"] if router == "mixed" else [router] * 2
+    for layer, routing, name in zip(view["layers"], routings, names, strict=True):
+        assert (layer["router"], layer["kind"], layer["num_experts"]) == (name, routing.kind, routing.num_experts)
+        assert weights_of(layer) == pytest.approx(routing.expert_weights()[0].numpy(), abs=5.1e-5)
+        assert layer["counts"] == routing.counts().tolist()
+        assert layer["requested"] == routing.requested_counts().tolist()
+        assert np.array(layer["probs"]) == pytest.approx(routing.probs[0].numpy(), abs=5.1e-5)
+        for weights in layer["weights"]:
+            assert weights == sorted(weights, reverse=True)
+    assert view["settings"]["off_distribution"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "top-2 of 4 experts"),
+        (
+            {"router": "switch", "num_shared_experts": 1},
+            "top-1 of 4 experts, plus 1 shared expert that computes every patch",
+        ),
+        ({"eval_capacity_factor": 0.5}, "top-2 of 4 experts, capacity factor 0.5"),
+        ({"router": "position", "top_k": 1}, "top-1 of 4 experts by position, not learned"),
+        ({"router": "hash"}, "top-2 of 4 experts by a hash of the position, not learned"),
+        (
+            {"router": "colour", "num_shared_experts": 2},
+            "top-2 of 4 experts by the patch's colour, not learned, plus 2 shared experts that compute every patch",
+        ),
+        ({"router": "expert_choice"}, "4 experts that choose patches, 2 per patch on average"),
+        ({"router": "soft", "slots_per_expert": 1}, "4 experts with 1 slot each, which read all patches"),
+    ],
+)
+def test_what_is_said_about_a_layer(make, arguments, words):
+    assert [router.words for router in describe(make(**arguments)).routers] == [words] * 2
+
+
+def test_layers_of_one_model_may_differ(make, pixels):
+    model = make(**MIXED)
+    facts = describe(model)
+    assert (facts.num_experts, facts.top_k) == (None, None)
+    # 16 patches at k = 1 are 16 slots, 3 for each of 6 experts when rounded up
+    assert [router.words for router in facts.routers] == [
+        "top-2 of 4 experts",
+        "6 experts with 3 slots each, which read all patches",
+    ]
+    assert facts.max_top_k == 4  # another k has a meaning in L1 only
+    for layer, last in ((1, 3), (3, 5)):
+        change = {"kind": "ablate", "layer": layer, "expert": last}
+        assert read.intervention(change, facts).expert == last
+        with pytest.raises(RequestError, match=f"from 0 to {last}"):
+            read.intervention({**change, "expert": last + 1}, facts)
+    assert read.path({"path": [3, 5]}, facts) == (3, 5)
+    with pytest.raises(RequestError, match="0 to 3 in L1, 0 to 5 in L3"):
+        read.path({"path": [4, 5]}, facts)
+    view = route_image(model, pixels, settings=Settings(top_k=3)).to_json()
+    assert [len(choices) for choices in view["layers"][0]["experts"]] == [3] * 16
+    assert [layer["top_k"] for layer in view["layers"]] == [3, 1]
+    assert view["settings"]["off_reason"] == "Trained with top-2, shown is top-3."
+
+
+def test_patches_that_no_expert_took_are_empty_and_not_dropped(make, pixels):
+    model = make(router="expert_choice", top_k=1)
+    routing = routings_of(model, pixels)[0]
+    layer = route_image(model, pixels).to_json()["layers"][0]
+    taken = [set() for _ in range(16)]
+    for expert, tokens in enumerate(routing.token_index[0].tolist()):
+        for token in tokens:
+            taken[token].add(expert)
+    assert [set(experts) for experts in layer["experts"]] == taken
+    assert set() in taken
+    assert all(kept == [True] * len(experts) for kept, experts in zip(layer["kept"], taken, strict=True))
+    assert layer["counts"] == [4] * 4  # 16 patches · 1 / 4 experts
+
+
+def test_k_of_expert_choice_is_a_mean(make, pixels):
+    model = make(router="expert_choice")
+    view = route_image(model, pixels, settings=Settings(top_k=1)).to_json()
+    assert view["layers"][0]["counts"] == [4] * 4
+    assert view["layers"][0]["top_k"] == 1
+    assert view["settings"]["off_reason"] == "Trained with 2 experts per patch on average, shown is 1."
+
+
+def test_slots_of_a_soft_layer(make, pixels):
+    model = make(router="soft", slots_per_expert=3, class_token=True, global_pool="token")
+    view = route_image(model, pixels)
+    routing = routings_of(model, pixels)[1]
+    dispatch, takes = routing.dispatch_weight[0, 1:].numpy(), routing.slot_weight[0, 1:].numpy()
+    layer = view.to_json()["layers"][1]
+    assert layer["slots"] == 3
+    assert layer["counts"] == [3] * 4
+    assert np.array(layer["reads"]) == pytest.approx(dispatch.mean(2).T, abs=5.1e-6)
+    maps = view.layer(3).slots.maps(2)
+    assert np.array(maps["reads"]) * maps["unit"] == pytest.approx(dispatch[:, 2].T, abs=5.1e-6)
+    assert np.array(maps["takes"]) * maps["unit"] == pytest.approx(takes[:, 2].T, abs=5.1e-6)
+    # a slot reads the class token too
+    assert maps["reads_prefix"] == pytest.approx(routing.dispatch_weight[0, 0, 2].tolist(), abs=5.1e-5)
+
+
+def test_over_how_many_patches_a_reading_is_spread():
+    # 2 to the entropy: 1.5 bits of (1/2, 1/4, 1/4); scaling doesn't matter
+    weights = np.array([[0.25, 0.25, 0.25, 0.25], [0, 0.9, 0, 0], [0.2, 0.1, 0.1, 0]])
+    assert spread(weights) == pytest.approx([4, 1, 2**1.5])
+    even = SlotWeights(np.full((4, 1, 1), 0.2, np.float32), np.full((4, 1, 1), 1, np.float32)).maps(0)
+    assert even["reads_patches"] == [4]
+    assert even["reads_prefix"] == pytest.approx([0.2])
+
+
+def test_requested_and_kept_under_a_capacity_of_the_models_own(make, pixels):
+    model = make(capacity_factor=1.25, eval_capacity_factor=0.5)
+    view = route_image(model, pixels).to_json()
+    for layer, routing in zip(view["layers"], routings_of(model, pixels), strict=True):
+        assert layer["kept"] == routing.kept[0].tolist()
+        assert max(layer["counts"]) <= 4  # 0.5 · 16 patches · 2 choices / 4 experts
+        assert sum(layer["requested"]) == 32 > sum(layer["counts"])
+        assert (layer["capacity"], layer["train_capacity"]) == (0.5, 1.25)
+    assert not view["settings"]["off_distribution"]
+    other = route_image(model, pixels, settings=Settings(capacity=0.75)).to_json()
+    assert 4 < max(max(layer["counts"]) for layer in other["layers"]) <= 6  # in the place of the model's own
+    assert other["settings"]["off_reason"] == "Trained with capacity factor 1.25, shown is 0.75."
+    as_trained = route_image(model, pixels, settings=Settings(capacity=1.25)).to_json()
+    assert not as_trained["settings"]["off_distribution"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "reason"),
+    [
+        ({"top_k": [2, 1]}, Settings(top_k=3), "Shown is k = 3; trained were top-2 in L1; top-1 in L3."),
+        ({"top_k": [2, 1]}, Settings(capacity=0.5), "Trained without a capacity limit, shown is capacity factor 0.5."),
+        ({"router": "expert_choice"}, Settings(capacity=0.5), "Experts take 0.5 times as many patches as trained."),
+        ({"router": "expert_choice"}, Settings(top_k=2), None),
+        (MIXED, Settings(top_k=2), None),
+    ],
+)
+def test_how_a_view_is_off_the_training_distribution(make, arguments, settings, reason):
+    assert settings.off_reason(describe(make(**arguments)).routers) == reason
+
+
+def test_what_has_no_meaning_is_refused_in_words(make, pixels):
+    soft, chooser = make(router="soft"), make(router="expert_choice")
+    assert [set(router.refused) for router in describe(soft).routers] == [{"top_k", "capacity", "force"}] * 2
+    assert [set(router.refused) for router in describe(chooser).routers] == [{"force"}] * 2
+    assert [set(router.refused) for router in describe(make()).routers] == [set()] * 2
+    with pytest.raises(RequestError, match="must be null here: every token takes from all slots"):
+        read.settings({"top_k": 2}, describe(soft))
+    force = Settings(intervention=Intervention("force", layer=1, expert=0))
+    for model, settings in ((soft, Settings(top_k=1)), (soft, Settings(capacity=1.0)), (soft, force), (chooser, force)):
+        with pytest.raises(UserError, match="has no meaning in L1"):
+            route_image(model, pixels, settings=settings)
+
+
+@pytest.mark.parametrize("router", ["soft", "expert_choice"])
+def test_an_absent_expert_has_no_weight(make, pixels, router):
+    change = Settings(intervention=Intervention("ablate", layer=3, expert=2, fill="zero"))
+    model = make(router=router)
+    before = weights_of(route_image(model, pixels).to_json()["layers"][1])
+    after = weights_of(route_image(model, pixels, settings=change).to_json()["layers"][1])
+    assert before[:, 2].any()
+    before[:, 2] = 0
+    assert after == pytest.approx(before, abs=1.1e-4)
+
+
+def test_an_oracle_is_refused_in_one_sentence(make, pixels):
+    with pytest.raises(UserError, match=r"'label' is an oracle.*another router\.$"):
+        route_image(make(router=["vmoe_top_k", "label"]), pixels)
+
+
+def test_the_slots_of_one_expert_come_when_asked_for(bundle, tmp_path):
+    bundle(tmp_path, twins=False, **MIXED)
+    entries = open_entries(None, DataOptions(), home=tmp_path)
+    explorer = Explorer(entries)
+    picture = {"kind": "example", "id": "pets/test/3"}
+    answer = explorer.answer("slots", {"picture": picture, "layer": 3, "expert": 5})
+    view = route_image(entries[0].variants["trained"].saved, entries[0].examples.find("pets/test/3").pixels)
+    assert answer == {"layer": 3, "expert": 5, **view.layer(3).slots.maps(5)}
+    assert len(json.dumps(answer)) < 2000  # 2 · 3 slots · 16 patches
+    for wrong, why in (({"layer": 1, "expert": 0}, "L1 has no slots"), ({"layer": 3, "expert": 6}, "from 0 to 5")):
+        refused = explorer.answer("slots", {"picture": picture, **wrong})
+        assert refused["code"] == "bad_request"
+        assert why in refused["error"]
