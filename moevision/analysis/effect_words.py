@@ -57,7 +57,7 @@ def control_in_words(intervention: Intervention, moved: int, routing: RoutingKin
     if control_fill(intervention) == "zero":
         return f"setting {assignments} to zero"
     if routing == "soft":
-        return f"taking {assignments} away, their weight shared out among the other experts,"
+        return f"taking {assignments} away and sharing out their weight among the other experts"
     if routing == "expert_choice":
         return f"taking {assignments} away"
     return f"moving {assignments} to the next-best expert"

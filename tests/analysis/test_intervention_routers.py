@@ -338,7 +338,7 @@ def test_what_has_no_meaning_is_refused_with_the_reason() -> None:
         (
             "soft",
             "without L1·E0 (its weight in 3 patches shared out among the other experts)",
-            "taking 3 random patch assignments of L1 away, their weight shared out among the other experts,",
+            "taking 3 random patch assignments of L1 away and sharing out their weight among the other experts",
         ),
     ],
 )

@@ -111,7 +111,7 @@ class WhatIfTab {
     return html`<p class="mv-sentence">${result.sentence}</p>
       <div class="mv-split"><div class="mv-two">${predictionColumn("before", before, label)}${predictionColumn("after", after, label)}</div>
       <div><h3>Change of the ${term("logit", "logit")} of ${result.target}</h3>${this.strip(result)}
-        <p class="mv-note">Grey: ${(control.what ?? "the same number of patch choices changed at random").replace(/,$/, "")}, ${control.n} times, mean ${signed(control.mean, 3)} ± ${fixed(control.sd, 3)}.
+        <p class="mv-note">Grey: ${control.what ?? "the same number of patch choices changed at random"}, ${control.n} times, mean ${signed(control.mean, 3)} ± ${fixed(control.sd, 3)}.
         Numbers: each other expert of the layer.</p>
         <p class="mv-note">${byClass ? classWords(byClass) : "One picture is one picture: without a set of pictures there is no effect over the class."}</p></div></div>
       <p class="mv-after"><button type="button" class="mv-button" data-action="if-show" data-key="if-show">Show the changed routing on the picture</button></p>`;
