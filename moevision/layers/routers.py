@@ -21,6 +21,9 @@ from moevision.layers.routing import Routing
 from moevision.layers.soft import SoftRouter
 from moevision.layers.top_k import TopKRouter
 
+# arXiv:2101.03961, §2.2 has 0.01 for each layer's sum; ours is a mean over layers, and 0.01 of that left max/mean loads of
+# 1.3 to 1.6 where 0.05 gave 1.2, at the same accuracy (docs/routers.md, drawn pets, 1 500 steps).
+_LOAD_BALANCING = 0.05
 _BIAS_RATE = 1e-3  # γ of arXiv:2412.19437, §4.2
 _CAPACITY = ("capacity_factor", "eval_capacity_factor", "batch_priority", "capacity_group")
 
@@ -77,14 +80,14 @@ def _vmoe(
 def _switch(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> TopKRouter:
     if top_k != 1:
         raise UserError(f"The router 'switch' sends a token to one expert: top_k={top_k} must be 1, or left out.")
-    losses = {"load_balancing": 0.01}  # α of arXiv:2101.03961, §2.2
+    losses = {"load_balancing": _LOAD_BALANCING}
     return TopKRouter(
         dim, num_experts, top_k, noise="none", softmax_over="all", options=options, default_losses=losses, **place
     )
 
 
 def _sigmoid(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> SigmoidRouter:
-    return SigmoidRouter(dim, num_experts, top_k, options=options, default_losses={"load_balancing": 0.01}, **place)
+    return SigmoidRouter(dim, num_experts, top_k, options=options, default_losses={"load_balancing": _LOAD_BALANCING}, **place)
 
 
 def _bias_balanced(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> SigmoidRouter:

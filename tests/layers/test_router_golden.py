@@ -32,7 +32,7 @@ def test_switch() -> None:
 def test_switch_is_top_1_without_noise_and_with_its_own_loss() -> None:
     layer = times_e_plus_1("switch", 3).train()
     assert run(layer, X)[1].noise_std is None
-    assert layer.router.default_losses == {"load_balancing": 0.01}
+    assert layer.router.default_losses == {"load_balancing": 0.05}
     assert "load_balancing" in layer.router.losses
     with pytest.raises(UserError, match="top_k"):
         MoEMlp(3, 3, num_experts=3, router="switch", top_k=2)
@@ -58,7 +58,7 @@ def test_a_sigmoid_can_be_large_for_all_experts() -> None:
     """Unlike a softmax, an affinity knows nothing of the others: raising one score leaves the weight of k = 1."""
     layer = times_e_plus_1("sigmoid", 3, top_k=1)
     close(run(layer, tokens([math.log(4), math.log(3), math.log(3)]))[1].combine_weight, [[[0.8]]])
-    assert layer.router.default_losses == {"load_balancing": 0.01}
+    assert layer.router.default_losses == {"load_balancing": 0.05}
 
 
 def test_bias_balanced_chooses_by_s_plus_b_and_weighs_by_s() -> None:
