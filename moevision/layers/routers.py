@@ -21,8 +21,8 @@ from moevision.layers.routing import Routing
 from moevision.layers.soft import SoftRouter
 from moevision.layers.top_k import TopKRouter
 
-# arXiv:2101.03961, §2.2 has 0.01 for every layer, added up; ours is a mean over layers. 0.01 of that left max/mean loads
-# of 1.3 to 1.6 where 0.05 gave 1.2, at the same accuracy (docs/routers.md, drawn pets, 1 500 steps).
+# arXiv:2101.03961, §2.2 has 0.01 for every layer, added up; ours is a mean over layers. 0.01 of that left max/mean
+# loads of 1.3 to 1.6 where 0.05 gave 1.2, at the same accuracy (docs/routers.md, drawn pets, 1 500 steps).
 _LOAD_BALANCING = 0.05
 _BIAS_RATE = 1e-3  # γ of arXiv:2412.19437, §4.2
 _CAPACITY = ("capacity_factor", "eval_capacity_factor", "batch_priority", "capacity_group")
