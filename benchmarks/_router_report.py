@@ -1,9 +1,10 @@
 """Tables and figure of `routers.py`, from its record alone.
 
 Two rows are called a tie unless their means differ by more than Tukey's honest significant difference
-q(0.95; rows, df) · s / √n, with the pooled SD s over the seeds of all rows: if all rows were equally good and spread
-alike, the chance of *any* false difference in a table would be 5 %. It covers the luck of training (three seeds per row
-tell an SD only together, so it is pooled), not that of the choice of test pictures, which all rows share.
+q(0.95; rows, df) · s / √n: if all rows were equally good and spread alike, the chance of *any* false difference in a
+table would be 5 %. A seed fixes initial weights, order and augmentation for all rows alike, so it is a block: s² is what
+is left after the means of rows and of seeds, with (rows - 1)(seeds - 1) degrees of freedom. It covers the luck of
+training, not that of the choice of test pictures, which all rows share.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import studentized_range
 
 from moevision.train.markdown import flops, points, table
@@ -64,13 +66,14 @@ def rows_of(record: dict[str, Any], dataset: str) -> list[Row]:
 
 
 def tie_width(rows: Sequence[Row]) -> float:
-    """Tukey's honest significant difference between two means, for the smallest number of seeds; inf with one."""
-    df = sum(len(row.runs) - 1 for row in rows)
-    seeds = min((len(row.runs) for row in rows), default=1)
-    if seeds < 2 or len(rows) < 2:
+    """Tukey's honest significant difference of two means, blocked by the seeds that all rows have; inf with one."""
+    shared = set.intersection(*({run["seed"] for run in row.runs} for row in rows)) if rows else set()
+    if len(shared) < 2 or len(rows) < 2:
         return math.inf
-    variance = sum((len(row.runs) - 1) * statistics.variance(row.accuracies) for row in rows) / df
-    return float(studentized_range.ppf(0.95, len(rows), df)) * math.sqrt(variance / seeds)
+    found = np.array([[run["test_top1"] for run in row.runs if run["seed"] in shared] for row in rows])
+    left = found - found.mean(0) - found.mean(1, keepdims=True) + found.mean()
+    df = (len(rows) - 1) * (len(shared) - 1)
+    return float(studentized_range.ppf(0.95, len(rows), df) * math.sqrt((left**2).sum() / df / len(shared)))
 
 
 def tables(record: dict[str, Any]) -> str:
@@ -108,7 +111,7 @@ def verdict(rows: Sequence[Row]) -> str:
     near = ", ".join(row.name for row in rows[1:] if rows[0].mean - row.mean <= width) or "none"
     return (
         f"Two rows differ if their means are more than {100 * width:.1f} points apart (Tukey, {len(rows)} rows, "
-        f"{min(len(row.runs) for row in rows)} seeds each). The best, {rows[0].name}, ties with: {near}."
+        f"{min(len(row.runs) for row in rows)} seeds as blocks). The best, {rows[0].name}, ties with: {near}."
     )
 
 
@@ -183,6 +186,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
         width = tie_width(rows)
         if twin is not None and math.isfinite(width):
             accuracy.axvspan(twin.mean - width, twin.mean + width, color="#f2f2f2", zorder=0)
+        accuracy.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         accuracy.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
         accuracy.set_xlabel("test top-1", fontsize=8, color=INK)
         load.axvline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)

@@ -70,11 +70,15 @@ def test_router_study_resumes_and_reports(run_script, tmp_path, capsys) -> None:
 
 
 def test_tie_width_is_tukeys(run_script) -> None:
-    """q(0.95; 3 means, 6 degrees of freedom) = 4.34 in printed tables of the studentized range."""
+    """Rows and seeds that only add up leave nothing; what is left here has the sum of squares 6 · .01², 4 degrees of
+    freedom, and q(0.95; 3 means, 4 degrees of freedom) = 5.04 in printed tables of the studentized range."""
     report = __import__("_router_report")
-    runs = [[{"test_top1": centre + step} for step in (-0.01, 0.0, 0.01)] for centre in (0.5, 0.6, 0.7)]
-    rows = [report.Row(str(number), 1e-3, own) for number, own in enumerate(runs)]
-    assert report.tie_width(rows) == pytest.approx(4.34 * 0.01 / 3**0.5, rel=2e-3)
+    left = ((1, -1, 0), (-1, 0, 1), (0, 1, -1))  # rows and columns sum to 0
+    rows = []
+    for centre, own in zip((0.5, 0.6, 0.7), left, strict=True):
+        values = [centre + block + 0.01 * rest for block, rest in zip((0.0, 0.05, -0.1), own, strict=True)]
+        rows.append(report.Row("", 1e-3, [{"seed": seed, "test_top1": value} for seed, value in enumerate(values)]))
+    assert report.tie_width(rows) == pytest.approx(5.04 * (6 * 0.01**2 / 4 / 3) ** 0.5, rel=2e-3)
 
 
 def test_upcycling_study(run_script, photos, tmp_path, capsys) -> None:
