@@ -2,8 +2,8 @@
 
 Two rows are called a tie unless their means differ by more than Tukey's honest significant difference
 q(0.95; rows, df) · s / √n: if all rows were equally good and spread alike, the chance of *any* false difference in a
-table would be 5 %. A seed fixes initial weights, order and augmentation for all rows alike, so it is a block: s² is what
-is left after the means of rows and of seeds, with (rows - 1)(seeds - 1) degrees of freedom. It covers the luck of
+table would be 5 %. A seed fixes initial weights, order and augmentation for all rows alike, so it is a block: s² is
+what is left after the means of rows and of seeds, with (rows - 1)(seeds - 1) degrees of freedom. It covers the luck of
 training, not that of the choice of test pictures, which all rows share.
 """
 
