@@ -171,7 +171,7 @@ def test_checkpoints_that_can_not_be_used(cli, tiny_run):
         "list": ["not written by moevision", "runs/NAME/checkpoints/"],
     }.items():
         refused(cli("test", *config, "--ckpt_path", f"{name}.ckpt"), f"{name}.ckpt", *words)
-        refused(cli("fit", *config, f"--ckpt_path={name}.ckpt"), f"{name}.ckpt", *words)
+    refused(cli("fit", *config, "--ckpt_path", "runs/pets/checkpoints/last.ckpt"), "fit --resume runs/pets")
 
 
 def test_evaluation_without_a_checkpoint(cli, tiny_run):
@@ -180,11 +180,13 @@ def test_evaluation_without_a_checkpoint(cli, tiny_run):
 
 
 def test_resuming_beyond_the_schedule(cli, tiny_run):
-    outcome = cli(
-        *("fit", "--config", tiny_run / "config.yaml", "--runs_root=runs", "--trainer.max_epochs=9"),
-        *("--ckpt_path", tiny_run / "checkpoints" / "last.ckpt"),
-    )
-    refused(outcome, "learning rate ends", "--pretrained")
+    unfinished = Path(shutil.copytree(tiny_run, "unfinished"))
+    (unfinished / "summary.json").unlink()
+    outcome = cli("fit", "--resume", unfinished, "--trainer.max_epochs=9")
+    assert outcome.code == 2
+    assert "--trainer.max_epochs is 2 in this run and can't become 9" in outcome.err
+    assert "--pretrained" in outcome.err
+    assert (unfinished / "metrics.csv").read_bytes() == (tiny_run / "metrics.csv").read_bytes()
 
 
 def test_a_failed_start_leaves_earlier_runs_alone(cli, drawn_pets):

@@ -182,17 +182,26 @@ def test_evaluating_the_checkpoint_again(cli, tiny_run):
         assert (folder / "splits.csv").read_text() == (tiny_run / "splits.csv").read_text()
 
 
-def test_the_split_of_the_checkpoint_is_used_again(cli, tiny, tiny_run):
-    """Pictures that came after the first run are in no split of a run that goes on from its checkpoint."""
+def unfinished_copy(run: Path) -> Path:
+    """A copy of a finished run as if it had been killed before the report."""
+    copy = Path(shutil.copytree(run, "runs/copy"))
+    (copy / "summary.json").unlink()
+    return copy
+
+
+def test_the_split_of_the_run_is_used_again(cli, tiny_run):
+    """Pictures that came after the first start are in no split of the run that goes on."""
     pets = Path(shutil.copytree(tiny_run.parent.parent / "pets", "pets"))
     shutil.copy(pets / "cat" / "0000.png", pets / "cat" / "new.png")
-    options = ("--data.max_bad_fraction=0.2", "--ckpt_path", tiny_run / "checkpoints" / "last.ckpt")
-    outcome = cli("fit", "./pets", *tiny, *options)
+    run = unfinished_copy(tiny_run)
+    outcome = cli("fit", "--resume", run, "--data.path=./pets", "--without-twin")
     assert outcome.code == 0, outcome.err
     assert re.search(r"warning: 1 images came after .*splits.csv was written and are left out", outcome.out)
     assert "came after" not in outcome.err  # said once
-    listed = [tuple(row.values()) for row in rows(Path("runs/pets/splits.csv"))]
+    assert "changed: --data.path was" in outcome.err
+    listed = [tuple(row.values()) for row in rows(run / "splits.csv")]
     assert listed == [tuple(row.values()) for row in rows(tiny_run / "splits.csv")]
+    assert same_metrics(run, tiny_run)
 
 
 def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn_pets):
@@ -204,7 +213,8 @@ def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn
     )
     assert first.code == 0, first.err
     Path("dense/model.safetensors").unlink()
-    again = cli("fit", "--config=runs/up/config.yaml", "--ckpt_path=runs/up/checkpoints/last.ckpt")
+    Path("runs/up/summary.json").unlink()
+    again = cli("fit", "--resume=runs/up")
     assert again.code == 0, again.err
 
 

@@ -130,8 +130,8 @@ def flip_name(file):
 
 
 DAMAGE = {
-    "config cut short": ("config.json", cut_short, "can't be loaded"),
-    "config empty": ("config.json", lambda file: file.write_text(""), "can't be loaded"),
+    "config cut short": ("config.json", cut_short, "is damaged, or no JSON file"),
+    "config empty": ("config.json", lambda file: file.write_text(""), "is damaged, or no JSON file"),
     "config of another model": ("config.json", flip_name, "can't be loaded"),
     "no config": ("config.json", Path.unlink, "is no saved model"),
     "weights cut short": ("model.safetensors", cut_short, "can't be loaded"),

@@ -34,6 +34,7 @@ from moevision.analysis.gallery import GalleryPatch, first_choice_paths, layer_g
 from moevision.analysis.tables import part_expert_table, part_fractions
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
+from moevision.models.safe_files import read_json
 
 if TYPE_CHECKING:
     from moevision.analysis.heatmap import ClassExpertMap
@@ -133,10 +134,10 @@ def load_atlas(path: str | Path) -> Json:
         UserError: if there is none, it is damaged, or another version wrote it.
     """
     try:
-        atlas = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
+        atlas = read_json(path)
+    except FileNotFoundError as error:
         raise UserError(f"There is no atlas at {path} ({error.strerror}): build it with build_atlas.") from error
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"The atlas {path} is damaged ({error}): build it again.") from error
     schema = atlas.get("schema") if isinstance(atlas, dict) else None
     if schema != SCHEMA:

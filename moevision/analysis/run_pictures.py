@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from moevision.analysis.pictures import PictureSet, open_pictures
 from moevision.errors import UserError
 from moevision.models.hub import SavedModel
+from moevision.models.safe_files import read_yaml
 
 
 def run_folder(address: str) -> Path | None:
@@ -28,8 +27,8 @@ def data_settings(run: Path) -> Mapping[str, Any]:
     """
     file = run / "config.yaml"
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        data = read_yaml(file)["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} can't be read ({type(error).__name__}): mend it or move it away.") from error
     return data if isinstance(data, dict) else {}
 

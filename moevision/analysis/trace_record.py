@@ -20,6 +20,7 @@ from moevision.analysis.trace_layer import LAYER_ARRAYS, LayerTrace, chunks
 from moevision.analysis.trace_sink import Array, TensorSpec
 from moevision.errors import UserError
 from moevision.layers.routing import Kind as RoutingKind
+from moevision.models.safe_files import parse_json
 
 SCHEMA = "moevision.trace/1"
 """Version of the file; a change that an older reader would misread raises the number."""
@@ -153,7 +154,7 @@ class RoutingTrace:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> RoutingTrace:
         """Put a trace together from `arrays()` and `metadata()`."""
-        words = {name: json.loads(value) for name, value in metadata.items() if name != "schema"}
+        words = {name: parse_json(value.encode(), name) for name, value in metadata.items() if name != "schema"}
         indices = words.pop("layers")
         kinds = words.pop("kinds", ["token_choice"] * len(indices))
         layers = tuple(

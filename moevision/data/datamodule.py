@@ -10,6 +10,7 @@ Axis legend: B batch, C classes, S = ``image_size``.
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -285,6 +286,7 @@ class ImageDataModule(LightningDataModule):
             "collate_fn": Collate(self.mean, self.std, self.seed, mixer),
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": _leave_signals_to_the_main_process,
             # own generator: otherwise every new iterator would draw from, and so move, the global one
             "generator": torch.Generator().manual_seed(self.seed),
             "on_bad": self.contents.quarantine.add,
@@ -351,3 +353,10 @@ class ImageDataModule(LightningDataModule):
                     "the pictures can't be repeated exactly"
                 )
         self._start = (int(state_dict["epoch"]), int(state_dict["batch"] * state_dict["batch_size"]))
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A terminal or a cluster signals every process: workers go on until the main process, which may save, ends."""
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

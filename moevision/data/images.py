@@ -7,6 +7,7 @@ the reason. What a bare `PIL.Image.open(path).convert("RGB")` gets wrong, and is
 - 16-bit grey is clipped at 255, so that nearly every pixel turns white;
 - the hidden colour under transparent pixels shows up;
 - a 15 KB file may announce 121 megapixels and only a warning is given;
+- a progressive JPEG of 8 MB may hold 250,000 scans, each of which goes over the whole picture: hours of work;
 - every installed decoder may be reached, rare and little-tested ones among them.
 
 The file's first bytes (never its name) choose one of six Pillow decoders; the size is read from the header
@@ -18,6 +19,8 @@ turns warnings into errors; then it is a `BadImageError`.
 from __future__ import annotations
 
 import io
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -38,8 +41,9 @@ __all__ = ["IMAGE_SUFFIXES", "BadImageError", "is_image_path", "safe_open"]
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """File name endings, in lower case, that a folder scan takes for pictures."""
 
+_JPEG: Final = b"\xff\xd8\xff"
 _DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], ...]] = (
-    (b"\xff\xd8\xff", JpegImageFile),
+    (_JPEG, JpegImageFile),
     (b"\x89PNG\r\n\x1a\n", PngImageFile),
     (b"GIF87a", GifImageFile),
     (b"GIF89a", GifImageFile),
@@ -59,6 +63,14 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+# Encoders write about ten scans for a progressive JPEG. A scan costs 0.01 s at 16 megapixels, however short it is.
+_MAX_SCANS: Final = 100
+# Pillow takes such prefixes away one by one, each time copying what is left: minutes for 8 MB (CVE-2026-96643).
+_REPEATED_EXIF: Final = b"Exif\0\0" * 4
+_MAX_SEGMENTS: Final = 20_000  # 256 MB in pieces of 64 KB, as large metadata are written, are 4,000
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # 0 is a stuffed byte, D0-D7 restart within a scan
 
 
 class BadImageError(UserError):
@@ -115,6 +127,12 @@ def safe_open(
     data = _read(source, name, max_bytes)
     # Broad on purpose: on damaged bytes Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError,
     # struct.error, zlib.error, MemoryError, SystemError ... and all of them mean "this file is damaged".
+    if _REPEATED_EXIF in data:
+        raise BadImageError(name, "its metadata are malformed (repeated Exif headers); save it anew")
+    if data.startswith(_JPEG) and _has_too_many_scans(data):
+        raise BadImageError(
+            name, f"it is a JPEG of more than {_MAX_SCANS} scans, or of countless segments; save it anew"
+        )
     try:
         image = _open_header(data)
     except Exception as error:
@@ -146,20 +164,37 @@ def _read(source: str | Path | BinaryIO, name: str, max_bytes: int) -> bytes:
             if path.exists() and not path.is_file():
                 raise BadImageError(name, "it is not a regular file; give the path of an image file")
             with path.open("rb") as handle:
-                data = handle.read(max_bytes + 1)
+                # Not more than there is: Python sets the memory that is asked for aside before it reads.
+                data = handle.read(min(max_bytes, os.fstat(handle.fileno()).st_size) + 1)
         else:
             data = source.read(max_bytes + 1)
     except FileNotFoundError as error:
         raise BadImageError(name, "there is no such file; check the path") from error
     except BadImageError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, a closed stream
+    except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL in the path, a closed stream
         raise BadImageError(name, f"it can't be read ({error}); check its permissions") from error
     if not data:
         raise BadImageError(name, "the file is empty; replace or remove it")
     if len(data) > max_bytes:
         raise BadImageError(name, f"the file is larger than {max_bytes:,} bytes; save it smaller")
     return data
+
+
+def _has_too_many_scans(data: bytes) -> bool:
+    """Counts a JPEG's scans (ITU-T T.81, B.1.1) up to its end; what lies behind, such as a video, isn't looked at."""
+    position, scans = 2, 0
+    for _ in range(_MAX_SEGMENTS):
+        marker = _JPEG_MARKER.search(data, position)
+        if marker is None or marker[1] == b"\xd9":
+            return False
+        position = marker.end()
+        if marker[1] not in (b"\x01", b"\xd8"):  # the two others without a length
+            position += int.from_bytes(data[position : position + 2], "big")
+        scans += marker[1] == b"\xda"
+        if scans > _MAX_SCANS:
+            return True
+    return True
 
 
 def _open_header(data: bytes) -> ImageFile.ImageFile | None:

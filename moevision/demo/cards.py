@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moevision.demo.typical import Typical
 from moevision.errors import UserError
+from moevision.models.safe_files import read_json
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,28 @@ def read_card(file: Path) -> Card:
         UserError: if it isn't one.
     """
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))
+        given = read_json(file)
         typical = given.pop("typical", None)
+        _check_types(given)
         return Card(**given, typical=None if typical is None else Typical.from_json(typical))
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{file} is no model card ({error}): put back the file that the package came with.") from error
+
+
+def _check_types(given: dict[str, Any]) -> None:
+    """Raise a TypeError where a field of a card isn't of its kind; unknown ones are the constructor's to refuse."""
+    for name, value in given.items():
+        if name in ("seed", "test_images"):
+            right = value is None or type(value) is int
+        elif name == "validation_top1":
+            right = isinstance(value, list) and all(isinstance(share, int | float) for share in value)
+        elif name in ("accuracy", "recipes"):
+            kind = str if name == "recipes" else int | float
+            right = isinstance(value, dict) and all(isinstance(inner, kind) for inner in value.values())
+        else:
+            right = isinstance(value, str)
+        if not right:
+            raise TypeError(f"{name} has the wrong type")
 
 
 def _percent(share: float) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from moevision.analysis.run_pictures import run_folder
 from moevision.demo.cards import Card
 from moevision.demo.facts import title_of
 from moevision.errors import UserError
+from moevision.models.safe_files import read_json
 
 
 def card_of_run(address: str) -> Card:
@@ -17,7 +16,7 @@ def card_of_run(address: str) -> Card:
         return Card(id="own", title=title_of(address) or address, subtitle="your model")
     file = run / "summary.json"
     try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
+        summary = read_json(file)
         test, twin = summary["test"], summary["twin"]
         accuracy = {"moe": test["correct"] / test["total"]}
         if twin is not None:

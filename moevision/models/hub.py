@@ -6,6 +6,7 @@ Such a folder opens with timm alone, once `moevision` is imported:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from torch import nn
 
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
+from moevision.models.fetch import open_model
+
+# Characters that would steer a terminal, or show a name in another order than it has.
+_NO_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True)
@@ -89,16 +94,27 @@ def load_model(address: str) -> SavedModel:
         )
     if folder is None and ":" not in address and not timm.is_model(address):
         raise UserError(f"There is no model at {address!r}: give a folder such as runs/NAME/model, or a timm name.")
-    if folder is not None and not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} has no model.safetensors: only safetensors are read, never pickles.")
     try:
-        net = timm.create_model(address if folder is None else f"local-dir:{folder}", pretrained=True)
+        saved = describe(open_model(address if folder is None else f"local-dir:{folder}").eval())
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can fail in many ways; the cause stays attached
         raise UserError(
             f"The model {address!r} can't be loaded ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
             "its files are damaged, or it was not saved by timm or moevision."
         ) from error
-    return describe(net.eval())
+    _check_usable(saved, address)
+    return saved
+
+
+def _check_usable(saved: SavedModel, address: str) -> None:
+    if len(saved.mean) != 3 or len(saved.std) != 3 or getattr(saved.net, "in_chans", 3) != 3:
+        raise UserError(
+            f"The model {address!r} can't be used: it takes pictures with other channels than red, green, blue."
+        )
+    for name, weight in saved.net.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(f"The model {address!r} can't be used: its weight {name} holds NaN or infinity.")
 
 
 def model_folder(path: Path) -> Path | None:
@@ -115,6 +131,8 @@ def describe(net: nn.Module) -> SavedModel:
     words = _class_names(cast(dict[str, Any], net.pretrained_cfg), cast(int, net.num_classes))
     # The size that a ViT was built for or changed to; timm's configuration still has that of its first weights.
     size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"]
+    if size[-1] != size[-2]:
+        raise UserError(f"The model takes pictures of {size[-2]} x {size[-1]} px: only square ones are supported.")
     return SavedModel(net, words, int(size[-1]), tuple(config["mean"]), tuple(config["std"]))
 
 
@@ -129,7 +147,7 @@ def _class_names(config: dict[str, Any], classes: int) -> list[str]:
     if not isinstance(names, dict):
         names = dict(enumerate(names)) if len(names) == classes else {}
     by_index = {int(index): words.get(name, name) for index, name in names.items()}
-    return [by_index.get(index, f"class {index}") for index in range(classes)]
+    return [_NO_CONTROL.sub("\ufffd", by_index.get(index, f"class {index}")) for index in range(classes)]
 
 
 def best_device() -> torch.device:

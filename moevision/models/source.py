@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from moevision.errors import UserError
+from moevision.models.fetch import open_model
 from moevision.models.hub import model_folder
+from moevision.models.safe_files import read_header
 
 ImageSize = int | tuple[int, int]
 
@@ -42,7 +43,7 @@ def create_from(
         UserError: if the name or folder doesn't exist, or its weights can't be loaded.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size, **rates}
-    address = _address(str(source), load_weights)
+    address = _address(str(source))
     if weights is not None and load_weights:
         return _create_from_file(address, Path(weights), num_classes, options)
     return _create(address, str(source), load_weights, options)
@@ -79,12 +80,10 @@ def unknown_name(name: str) -> str:
     return f"There is no model {name!r}.{hint}"
 
 
-def _address(source: str, load_weights: bool) -> str:
+def _address(source: str) -> str:
     path = Path(source.removeprefix("local-dir:"))
     folder = model_folder(path)
     if folder is not None:
-        if load_weights and not (folder / "model.safetensors").is_file():
-            raise UserError(f"{folder} has no model.safetensors: only safetensors are read, never pickles.")
         return f"local-dir:{folder}"
     if path.is_file():
         raise UserError(
@@ -101,7 +100,7 @@ def _address(source: str, load_weights: bool) -> str:
 
 def _create(address: str, name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     try:
-        model: nn.Module = timm.create_model(address, pretrained=pretrained, **options)
+        return open_model(address, weights=pretrained, **options)
     except UserError:
         raise
     except Exception as error:  # hub, file and shape errors come in every type; the cause stays attached
@@ -110,7 +109,6 @@ def _create(address: str, name: str, pretrained: bool, options: dict[str, Any]) 
             f"The weights of {name!r} could not be loaded ({type(error).__name__}: {reason}). "
             "Give a timm name with network access, or a folder with config.json and model.safetensors."
         ) from error
-    return model
 
 
 def _create_from_file(address: str, file: Path, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
@@ -137,9 +135,5 @@ def _classes_in(file: Path, config: Any) -> int:
     """Rows of the classifier in a file; 0 if it has none."""
     classifier = getattr(config, "classifier", None) or "head"
     name = classifier if isinstance(classifier, str) else classifier[0]
-    try:
-        with safe_open(file, "pt") as weights:
-            keys = set(weights.keys())
-            return int(weights.get_slice(f"{name}.weight").get_shape()[0]) if f"{name}.weight" in keys else 0
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} can't be read ({error}): it is damaged, or no safetensors file.") from error
+    found = read_header(file).get(f"{name}.weight")
+    return found.shape[0] if found is not None and found.shape else 0

@@ -6,7 +6,6 @@ tells where files lie on the computer that trained the model: of a path only the
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-import yaml  # type: ignore[import-untyped]
 from torch import nn
 
 from moevision import __version__
@@ -22,6 +20,7 @@ from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.hub import SavedModel, load_model, model_folder
+from moevision.models.safe_files import read_json, read_yaml
 from moevision.train.provenance import LIBRARIES
 from moevision.train.run_summary import RunSummary, read_summary
 from moevision.versions import package_version
@@ -176,7 +175,7 @@ def _read_json(file: Path) -> Json:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(read_json(file))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} can't be read ({type(error).__name__}): mend it or move it away.") from error
 
@@ -209,8 +208,8 @@ def _start(run: Path | None) -> Start | None:
     if run is None or not (run / "config.yaml").is_file():
         return None
     try:
-        source = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["arch"]["pretrained"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        source = read_yaml(run / "config.yaml")["model"]["arch"]["pretrained"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{run / 'config.yaml'} can't be read ({type(error).__name__}): mend it or move it away."
         ) from error

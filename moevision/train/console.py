@@ -25,6 +25,7 @@ _UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)", re.IGNORECASE)
 _KEY = re.compile(r'Parser key "([^"]+)":')
 _VALUE = re.compile(r"(?:Got|Given) value: (.*)")
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value.*)?$", re.MULTILINE)
+_DENIED = re.compile(r"Importing '([^']+)' is not allowed")
 _NOT_ACCEPTED = re.compile(r"does not accept option '([^']+)'")
 # What Lightning says about things that the verbs chose on purpose, or that nobody at the command line can change.
 _CHATTER = (
@@ -34,7 +35,8 @@ _CHATTER = (
     "The number of training batches .* is smaller than the logging interval",
     r"(?s)\s.*(JsonargparseDeprecationWarning|was deprecated in v\d|instantiate_classes)",  # Lightning's own calls
     "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # evaluation needs none
-    "The dirpath has changed from",  # a resumed run has a folder of its own
+    "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
+    "You're resuming from a checkpoint that ended before the epoch ended",  # ImageDataModule can
     r".isinstance\(treespec, LeafSpec\). is deprecated",
 )
 
@@ -81,6 +83,11 @@ def explain(message: str, options: list[str]) -> str:
         message: what the parser found, in one or more lines.
         options: all options there are, without dashes.
     """
+    if match := _DENIED.search(message):
+        return (
+            f"{match[1]!r} is not imported: options and configurations name only parts of Lightning and of "
+            "moevision.train; use your own classes from Python."
+        )
     if (match := _UNRECOGNIZED.search(message)) and not match[1].startswith("-"):
         return f"{match[1]!r} stands where an option is expected: a folder comes right after the verb."
     if match := match or _NOT_ACCEPTED.search(message):

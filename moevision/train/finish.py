@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,10 @@ from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.hub import SavedModel, save_model
 from moevision.train.card import model_card
 from moevision.train.card_facts import gather_facts
+from moevision.train.checkpoint_io import final_checkpoint
 from moevision.train.confusion import plot_confusion
+from moevision.train.ema import WeightEMA
+from moevision.train.guard import StabilityGuard
 from moevision.train.intervals import paired_difference
 from moevision.train.plan import describe_model, device_name
 from moevision.train.plots import plot_curves
@@ -63,6 +66,7 @@ def finish_run(
     command: Sequence[str],
     started: datetime,
     seed: int | None,
+    duration_s: float,
     train_s: float,
     images: int,
 ) -> RunResult:
@@ -76,11 +80,14 @@ def finish_run(
         command: the command line as typed.
         started: when the run began.
         seed: seed of the run.
+        duration_s: seconds that the run took, interruptions left out.
         train_s: seconds of training without validation.
         images: training images seen.
     """
-    epochs, steps = trainer.current_epoch, trainer.global_step
-    trainer.test(task, data, ckpt_path="best", weights_only=True, verbose=False)
+    watched = StabilityGuard.record_of(trainer)
+    epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
+    checkpoint, weights = final_checkpoint(run_dir / "checkpoints", cast(Any, trainer.strategy.checkpoint_io))
+    trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     _export(task, data, run_dir)
     rows = _predictions(task, data)
     _write_predictions(rows, data.class_names, run_dir / "predictions_test.csv")
@@ -95,19 +102,22 @@ def finish_run(
         image_size=data.image_size,
         split_note=data.split_note,
         class_counts=data.class_counts,
-        test=_scores(rows, data, trainer.callback_metrics),
+        test=replace(
+            _scores(rows, data, trainer.callback_metrics),
+            weights=weights if WeightEMA.of(trainer) is None else f"the moving average (EMA) of {weights}",
+        ),
         cost=measure_cost(task.net, data.image_size),
         epochs=epochs,
         steps=steps,
         batch_size=data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
-        duration_s=(datetime.now(UTC) - started).total_seconds(),
+        duration_s=duration_s,
         images_per_s=images / train_s if train_s else 0.0,
         device=device_name(trainer),
         precision=str(trainer.precision),
         seed=seed,
         layers=task.test_loads,
         bad_images=data.bad_images,
-        notes=data.warnings,
+        notes=[*data.warnings, *watched.sentences()],
     )
     _write_summary(summary, run_dir)
     return RunResult(summary, run_dir, {row.sample: row.prediction == row.label for row in rows})

@@ -20,6 +20,7 @@ SHORT = frozenset(
         "with_twin",
         "runs_root",
         "ckpt_path",
+        "resume",
         "trainer.max_epochs",
         "trainer.accelerator",
         "trainer.devices",

@@ -42,11 +42,16 @@ def default_precision() -> str:
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "32-true"
 
 
-def expand_arguments(verb: str, arguments: Sequence[str]) -> list[str]:
+def expand_arguments(verb: str, arguments: Sequence[str], *, recorded: bool = False) -> list[str]:
     """Rewrite what people type into what LightningCLI reads.
 
     `FOLDER` (or a dataset's name) in front becomes `--data.path`, with a recipe for it unless `--config` is given;
     `--config NAME` finds shipped configs; `--pretrained X` becomes `--model.arch.pretrained X`.
+
+    Args:
+        verb: the verb.
+        arguments: what follows it.
+        recorded: the run has a config already, so that nothing needs to be said and no recipe is chosen.
 
     Raises:
         UserError: if a config does not exist, or nothing says what to train on.
@@ -58,7 +63,7 @@ def expand_arguments(verb: str, arguments: Sequence[str]) -> list[str]:
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
     has_config = any(_is(argument, "--config") or _is(argument, "-c") for argument in rest)
     says_what = has_config or path is not None or any(_is(argument, "--data.path") for argument in rest)
-    if not says_what and not any(argument in _ASKS for argument in rest):
+    if not (says_what or recorded) and not any(argument in _ASKS for argument in rest):
         raise UserError(
             f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name, or "
             f"--config with one of {', '.join(shipped_configs())}."
@@ -68,7 +73,8 @@ def expand_arguments(verb: str, arguments: Sequence[str]) -> list[str]:
         front = ["--config", path]
     elif path is not None:
         pretrained = any(_is(argument, "--model.arch.pretrained") for argument in rest)
-        chosen = choose_recipe(path, pretrained=pretrained) if verb == "fit" and not has_config else []
+        chooses = verb == "fit" and not has_config and not recorded
+        chosen = choose_recipe(path, pretrained=pretrained) if chooses else []
         front = [*chosen, "--data.path", path]
     return _with_found_configs([*front, *rest] if not has_config else [*rest, *front])
 

@@ -28,6 +28,7 @@ RUN_FILES = {
     "checkpoints": "training states to resume from",
     "metrics.csv": "all logged numbers, one row per logging step",
     "splits.csv": "which image is in which split; reused when the run goes on",
+    "guard.csv": "updates that were left out and returns to an earlier state, with the reason and the images",
     "bad_images.csv": "files that could not be read, with the reason",
     "twin": "the dense twin's own run",
     "provenance.json": "version, commit, command, seed, machine and libraries behind these numbers",
@@ -68,18 +69,11 @@ def write_summary(summary: RunSummary, out: Path) -> None:
 
 def default_next_commands(run: Path) -> list[tuple[str, str]]:
     """What a person wants after a run, as (purpose, command) with this run's own paths."""
-    config, best, last, model = (
-        shlex.quote(str(run / name))
-        for name in ("config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "model")
-    )
+    config, best, model = (shlex.quote(str(run / name)) for name in ("config.yaml", "checkpoints/best.ckpt", "model"))
     return [
         ("Classify your own pictures", f"moevision predict {model} IMAGE_OR_FOLDER"),
         ("See size and cost beside a dense model", f"moevision info {model}"),
         ("Test once more", f"moevision test --config {config} --ckpt_path {best}"),
-        (
-            "Go on with an interrupted training",
-            f"moevision fit --config {config} --ckpt_path {last}",
-        ),
     ]
 
 

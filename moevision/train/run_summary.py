@@ -3,7 +3,6 @@
 All shares are fractions in [0, 1], all times seconds, all counts whole numbers.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from moevision.efficiency import ModelCost
 from moevision.errors import UserError
 from moevision.metrics import LayerLoad
+from moevision.models.safe_files import read_json
 from moevision.train.intervals import PairedDifference
 
 
@@ -99,7 +99,7 @@ def read_summary(file: Path) -> RunSummary:
         UserError: if it isn't there, is damaged, or was written by a version with other fields.
     """
     try:
-        given: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        given: dict[str, Any] = read_json(file)
         return RunSummary(
             **{
                 **given,

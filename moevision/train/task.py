@@ -9,13 +9,12 @@ Axes: B images, C classes, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Self, cast
 
 import lightning as L
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -28,8 +27,12 @@ from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.optimizer import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
+from moevision.train.plain_data import make_plain
+from moevision.train.processes import sum_over_processes
 
 Batch = dict[str, Tensor]
+UpdateGate = Callable[[Tensor], bool]
+"""Whether the update of this step is refused, by the norm of its gradients; asked once per optimizer step."""
 
 
 class ClassificationTask(L.LightningModule):
@@ -81,6 +84,10 @@ class ClassificationTask(L.LightningModule):
         )
         self.aux_loss = AuxLoss(self.aux_weights)
         self.window_counts: list[Tensor] = []
+        # What the micro-batches of this optimizer step computed, by name: the stability guard judges by it.
+        self.evidence: list[dict[str, Tensor]] = []
+        self.update_gate: UpdateGate | None = None
+        self.update_refused = self.update_applied = False
         self.class_weight: Tensor | None = None
         self.test_outputs: list[dict[str, Tensor]] = []
         self.test_loads: list[LayerLoad] = []
@@ -109,7 +116,8 @@ class ClassificationTask(L.LightningModule):
         )
         self.val_metrics = _metrics(num_classes, "val/")
         self.test_metrics = _metrics(num_classes, "test/")
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        # By default a MeanMetric leaves NaN out, and a loss that isn't finite would pass as a good one.
+        self.val_loss, self.test_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
 
     def setup(self, stage: str) -> None:
         """Build the model for the classes of the data module, unless it is built already."""
@@ -129,6 +137,10 @@ class ClassificationTask(L.LightningModule):
             for block in cast(Any, self.net).blocks:
                 block.compile()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was given in Python, such as NumPy's numbers, from making the checkpoint unreadable."""
+        make_plain(checkpoint)
+
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode; frozen BatchNorm layers stay in evaluation mode."""
         super().train(mode)
@@ -143,20 +155,30 @@ class ClassificationTask(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy (soft targets under Mixup/CutMix) plus weighted balance losses."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.aux_loss.start_window()
-            self.window_counts = []
+            self.start_window()
         with label_oracle(self.net, batch["label"]):
             logits, routings = forward_routing(self.net, batch["image"])
         self._count(routings)
         cross_entropy = self._cross_entropy(logits, batch.get("target", batch["label"]))
         aux, values = self.aux_loss(routings)
         loss = cross_entropy if aux is None else cross_entropy + aux
+        self.evidence.append(
+            {f"router of block {routing.layer}": routing.logits.detach() for routing in routings}
+            | {f"{name} loss": value for name, value in values.items()}
+            | {"cross-entropy": cross_entropy.detach(), "loss": loss.detach()}
+        )
         size = len(batch["label"])
         top1 = (logits.argmax(-1) == batch["label"]).float().mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log_dict({"train/cross_entropy": cross_entropy, "train/top1": top1}, batch_size=size)
         self.log_dict({f"train/{name}_loss": value for name, value in values.items()}, batch_size=size)
         return loss
+
+    def start_window(self) -> None:
+        """Forget what earlier micro-batches computed: the next one is the first of an optimizer step."""
+        self.aux_loss.start_window()
+        self.window_counts, self.evidence = [], []
+        self.update_refused = self.update_applied = False
 
     def _count(self, routings: Sequence[Routing]) -> None:
         """Add what this micro-batch asked of every expert to the counts of the optimizer step."""
@@ -165,14 +187,20 @@ class ClassificationTask(L.LightningModule):
         self.window_counts = [before + count for before, count in zip(earlier, counts, strict=True)]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Apply the update, then move the routers' biases by what the whole step asked of every expert."""
+        """Apply the update; if it was not refused, move the routers' biases by what it asked of every expert."""
         scaler: torch.amp.GradScaler | None = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = None if scaler is None else scaler.get_scale()
         super().optimizer_step(*args, **kwargs)
-        if scaler is not None and scale is not None and scaler.get_scale() < scale:
-            return  # fp16 gradients overflowed: the scaler left this update out
-        if any(isinstance(layer.router, SigmoidRouter) for layer in moe_layers(self.net)):
-            update_router_bias(self.net, [_sum_over_processes(count) for count in self.window_counts])
+        # Where fp16 gradients overflow, the scaler leaves the update out.
+        overflowed = scaler is not None and scale is not None and scaler.get_scale() < scale
+        self.update_applied = not (self.update_refused or overflowed)
+        if self.update_applied and any(isinstance(layer.router, SigmoidRouter) for layer in moe_layers(self.net)):
+            update_router_bias(self.net, [sum_over_processes(count) for count in self.window_counts])
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Move the schedule by applied updates only."""
+        if self.update_applied:
+            super().lr_scheduler_step(scheduler, metric)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
         weight = None if self.class_weight is None else self.class_weight.to(logits)
@@ -243,16 +271,19 @@ class ClassificationTask(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm of all gradients and log it.
+        """Clip the global norm of all gradients and log it; an update that the stability guard refuses has none.
 
         Lightning's own clipping refuses fused optimizers, for the sake of loss scaling, which they don't meet here.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if gradient_clip_val:
+        self.log("train/grad_norm", norm)
+        if self.update_gate is not None and self.update_gate(norm):
+            self.update_refused = True
+            optimizer.zero_grad(set_to_none=True)  # zeros would still decay weights and move moments
+        elif gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        self.log("train/grad_norm", norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW (fused, except under fp16 loss scaling) and a one-cycle schedule over all optimizer steps."""
@@ -261,12 +292,6 @@ class ClassificationTask(L.LightningModule):
         steps = max(2, int(self.trainer.estimated_stepping_batches))
         optimizer, schedule = build_optimizer(self.net, self.optim, total_steps=steps, fused=fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _sum_over_processes(counts: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts)
-    return counts
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:

@@ -8,13 +8,13 @@ figures/*.png       its pictures
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
+from moevision.models.safe_files import read_json
 
 SCHEMA = "moevision.report/1"
 """Version of report.json; a change that an older reader would misread raises the number."""
@@ -50,7 +50,7 @@ def claim_folder(out: str | Path) -> Path:
 def former_report(folder: Path) -> dict[str, Any] | None:
     """The numbers of the report that lies in a folder; None where none does."""
     try:
-        found = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+        found = read_json(folder / NUMBERS)
     except (OSError, ValueError):
         return None  # absent, or not ours: both mean that there is no report to replace
     ours = isinstance(found, dict) and str(found.get("schema", "")).startswith("moevision.report/")

@@ -1,0 +1,261 @@
+"""`moevision fit | validate | test` for LightningCLI: a run folder, where training begins, and what watches it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from moevision.data import ImageDataModule
+from moevision.errors import UserError
+from moevision.models.config import build_model
+from moevision.train.allowlist import restrict_configurations
+from moevision.train.callbacks import ScheduleCheck, Stopwatch
+from moevision.train.checkpoint_io import SafeCheckpointIO
+from moevision.train.console import SentenceParser
+from moevision.train.fingerprint import differences, fingerprint
+from moevision.train.finish import RunResult, finish_run
+from moevision.train.messages import tell
+from moevision.train.metrics_file import RunLogger
+from moevision.train.optimizer import freeze_parameters
+from moevision.train.plan import describe_plan, memory_advice
+from moevision.train.recipe import default_precision
+from moevision.train.resume import Start, note_session, resume_command
+from moevision.train.resume_point import EpochEnd, ResumePoint
+from moevision.train.run_folder import check_checkpoint, new_run_folder
+from moevision.train.run_options import add_run_options, watching
+from moevision.train.session import Session
+from moevision.train.task import ClassificationTask
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 10,
+    "devices": 1,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # the plan says it in one line
+    "use_distributed_sampler": False,  # ImageDataModule shards by itself, and resumes where it stopped
+}
+
+
+class TrainingCLI(LightningCLI):
+    """The three training verbs; one run folder holds everything that a `fit` leaves.
+
+    Args:
+        arguments: what LightningCLI reads.
+        session: this process's share of the run.
+        start: where training begins; None: the session finds out.
+    """
+
+    run_dir: Path | None = None
+
+    def __init__(self, arguments: list[str], session: Session, start: Start | None = None) -> None:
+        self.session, self.start = session, start
+        self.files = SafeCheckpointIO()
+        self.stopwatch = Stopwatch(session.clock)
+        self.started = datetime.now(UTC)
+        restrict_configurations()
+        with self._no_trace_of_a_failed_start():
+            super().__init__(
+                ClassificationTask,
+                ImageDataModule,
+                args=arguments,
+                trainer_defaults={**TRAINER_DEFAULTS, "precision": default_precision()},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                save_config_kwargs={"overwrite": True},
+                parser_class=SentenceParser,
+                parser_kwargs={"prog": "moevision"},
+            )
+
+    @contextmanager
+    def _no_trace_of_a_failed_start(self) -> Iterator[None]:
+        """Take a new run folder away again if all ends before one batch was trained on: nothing of worth is in it."""
+        try:
+            yield
+        except BaseException:
+            if self.run_dir is not None and self.stopwatch.images == 0 and self.start is None:
+                shutil.rmtree(self.run_dir, ignore_errors=True)
+                self.session.interruption.command = None
+            raise
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, and the Trainer arguments that the command line supplies itself."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only"},
+            "test": {"model", "dataloaders", "datamodule", "weights_only"},
+        }
+
+    @property
+    def fast_dev_run(self) -> bool:
+        """Whether this is only a test that everything runs, which leaves nothing to report."""
+        return bool(self._get(self.config, "trainer")["fast_dev_run"])
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of our own."""
+        add_run_options(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the arguments; a checkpoint among them is looked at before anything is made of it."""
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config["subcommand"]]
+        name = settings["ckpt_path"]
+        if settings["resume"] is not None:
+            raise UserError("resume belongs on the command line, not into a config: moevision fit --resume RUN.")
+        if name is not None and self.config["subcommand"] == "fit":
+            run_dir = Path(name).parent.parent
+            raise UserError(f"To go on with a training, give its folder: moevision fit --resume {run_dir}.")
+        if name is not None:
+            check_checkpoint(str(name))
+        if self.start is None and self.config["subcommand"] == "fit":
+            self.config, self.start = self.session.begin(parser, self.config)
+        if self.start is not None and self.start.checkpoint is not None:  # the run's config stays as it is
+            count = len(list(self.start.run_dir.glob("config*.yaml"))) + 1
+            self.save_config_kwargs["config_filename"] = f"config-{count}.yaml"
+            if not self.session.notes:
+                self.save_config_callback = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A Trainer that logs to and saves in the run folder."""
+        name = self._get(self.config, "name") or Path(self._get(self.config, "data")["path"]).resolve().name
+        verb = str(self.subcommand)
+        if self.start is not None:
+            self.run_dir = self.start.run_dir
+        else:
+            self.run_dir = new_run_folder(
+                name if verb == "fit" else f"{name}-{verb}", Path(self._get(self.config, "runs_root"))
+            )
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        trainer_config = self._get(self.config_init, "trainer")
+        callbacks = list(trainer_config.get("callbacks") or [])
+        if verb == "fit":
+            self.session.claim(self.run_dir)
+            self.point = self._resume_point()
+            callbacks += [self.stopwatch, ScheduleCheck(), LearningRateMonitor("step"), self._checkpoints()]
+            callbacks += watching(**{name: self._get(self.config_init, name) for name in ("fault", "ema", "guard")})
+            callbacks = [self.point, *callbacks, EpochEnd(self.point)]
+        try:
+            return super().instantiate_trainer(
+                default_root_dir=str(self.run_dir),
+                logger=trainer_config.get("logger") or RunLogger(self.run_dir),
+                callbacks=callbacks,
+                plugins=[*_as_list(trainer_config.get("plugins")), self.files],
+                **kwargs,
+            )
+        except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
+            raise UserError(f"The Trainer does not take these options: {error}") from error
+
+    def _checkpoints(self) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            dirpath=cast(Path, self.run_dir) / "checkpoints",
+            filename="best",
+            monitor="val/top1",
+            mode="max",
+            enable_version_counter=False,
+        )
+
+    def _resume_point(self) -> ResumePoint:
+        run_dir, interruption = cast(Path, self.run_dir), self.session.interruption
+        if interruption.command is None:  # the twin's turn comes when the run itself goes on
+            interruption.command = resume_command(run_dir)
+        every = self._get(self.config_init, "checkpoint")
+        return ResumePoint(run_dir / "checkpoints", self.files, every, interruption, self.session.clock)
+
+    def before_fit(self) -> None:
+        """Read the data, build the model, and say what is going to happen."""
+        self.datamodule.run_dir = self._split_folder()
+        self.datamodule.setup("fit")
+        fresh = self.start is None or self.start.checkpoint is None
+        if not hasattr(self.model, "net"):  # what goes on from a checkpoint needs no pretrained weights
+            self.model.build(self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=fresh)
+        if self._get(self.config, "with_twin"):  # better now than after the first training
+            twin = replace(self.model.arch, twin="active_flops")
+            with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
+                net = build_model(twin, self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=False)
+                freeze_parameters(net, self.model.optim.freeze)
+        print(self.datamodule.describe())
+        with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+            print(describe_plan(self.model, self.datamodule, self.trainer))
+        print(f"run folder: {self.run_dir}\n", flush=True)
+        if not self.fast_dev_run:
+            self._compare_with_start()
+
+    def _compare_with_start(self) -> None:
+        """Say what can't be as it was, before anything starts; and write down that training starts."""
+        start = self.start or Start(cast(Path, self.run_dir))
+        self.point.fingerprint = fingerprint(self.trainer, self.model, self.datamodule.file_list_sha256())
+        other = differences(start.fingerprint, self.point.fingerprint)
+        if other:
+            tell(f"warning: this can't end bit-identical to an uninterrupted run: {'; '.join(other)}.")
+        if self.trainer.is_global_zero:
+            note_session(start, self.session.command, [*self.session.notes, *other])
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; a checkpoint is never unpickled."""
+        kwargs["ckpt_path"] = None if self.start is None else self.start.checkpoint
+        with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+            self.trainer.fit(**kwargs, weights_only=True)
+
+    def before_validate(self) -> None:
+        """Read the data."""
+        self._before_evaluation()
+
+    def before_test(self) -> None:
+        """Read the data."""
+        self._before_evaluation()
+
+    def _before_evaluation(self) -> None:
+        if not self._get(self.config, "ckpt_path"):
+            raise UserError(f"Say which weights to {self.subcommand}: --ckpt_path runs/NAME/checkpoints/best.ckpt.")
+        self.datamodule.run_dir = self._split_folder()
+
+    def _split_folder(self) -> Path:
+        """The run folder, with the split of the run whose checkpoint is used, if there is one."""
+        run_dir = cast(Path, self.run_dir)
+        checkpoint = self._get(self.config, "ckpt_path")
+        origin = Path(checkpoint).parent.parent / "splits.csv" if checkpoint else None
+        if origin is not None and origin.is_file():
+            shutil.copy(origin, run_dir / "splits.csv")
+        return run_dir
+
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate on the validation images."""
+        self.trainer.validate(**kwargs, weights_only=True)
+
+    def test(self, **kwargs: Any) -> None:
+        """Evaluate on the test images."""
+        self.trainer.test(**kwargs, weights_only=True)
+
+    def finish(self, command: Sequence[str]) -> RunResult:
+        """Test the best checkpoint, export the model and write the report."""
+        return finish_run(
+            task=self.model,
+            data=self.datamodule,
+            trainer=self.trainer,
+            run_dir=cast(Path, self.run_dir),
+            command=command,
+            started=self.started,
+            seed=self._get(self.config, "seed_everything"),
+            duration_s=self.stopwatch.run_s,
+            train_s=self.stopwatch.train_s,
+            images=self.stopwatch.images,
+        )
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,559 @@
+"""Files and configurations from elsewhere: nothing in them is run, and none takes memory that it doesn't hold.
+
+What must be refused is made here byte by byte from the format's description, not by the code under test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import resource
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from moevision import UserError
+from moevision.analysis.atlas import load_atlas
+from moevision.cli import VERBS
+from moevision.demo.cards import read_card
+from moevision.models import fetch
+from moevision.models.fetch import open_model
+from moevision.models.hub import load_model
+from moevision.models.safe_config import MAX_SIDE, read_config
+from moevision.models.safe_files import (
+    MAX_HEADER_BYTES,
+    MAX_JSON_VALUES,
+    elements,
+    parse_json,
+    parse_yaml,
+    read_header,
+    read_json,
+    read_yaml,
+)
+from moevision.models.source import create_from
+from tests.models.fake_hub import fake_hub
+
+Cli = Callable[..., Any]
+
+
+class Payload:
+    """What a malicious pickle does: call something when it is loaded."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("a pickle was run"),)
+
+
+def evil_checkpoint(path: Path) -> Path:
+    """A file as torch.save writes it, whose pickle calls a function."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"state_dict": Payload(), "hyper_parameters": {"arch": {}}}))
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    return path
+
+
+def tensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file: header's length, header, data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(shape: list[object], begin: object, end: object, dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def refused(outcome: Any, *words: str) -> None:
+    """Exit code 2 and one sentence, not a traceback."""
+    assert outcome.code == 2, outcome.out + outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("moevision: "), outcome.err
+    for word in words:
+        assert word in outcome.err
+
+
+# --- pickles
+
+ON_MODELS = ("predict", "info", "analyze", "demo", "export", "surgery", "push", "upcycle")
+
+
+@pytest.mark.parametrize("verb", [verb for verb in ON_MODELS if find_spec(VERBS[verb].target.split(":")[0])])
+def test_no_verb_on_models_reads_a_pickle(
+    verb: str, cli: Cli, saved_model: Path, drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a checkpoint, under timm's name for pickled weights, and under a false name."""
+    monkeypatch.chdir(tmp_path)
+    evil = evil_checkpoint(tmp_path / "evil.ckpt")
+    rest: dict[str, list[str | Path]] = {
+        "predict": [drawn_pets],
+        "push": ["me/pets", "--dry-run"],
+        "surgery": ["--prune", "1", "--out", "new"],
+        "export": ["--out", "new.onnx"],
+        "upcycle": ["--out", "new"],
+    }
+    refused(cli(verb, evil, *rest.get(verb, [])))
+    weights = saved_model / "model.safetensors"
+    weights.write_bytes(evil.read_bytes())
+    refused(cli(verb, saved_model, *rest.get(verb, [])))
+    weights.rename(saved_model / "pytorch_model.bin")
+    refused(cli(verb, saved_model, *rest.get(verb, [])))
+    assert not Path("a pickle was run").exists()
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_a_checkpoint_is_data_only(
+    verb: str, cli: Cli, tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where a .ckpt is taken, nothing in it is called."""
+    monkeypatch.chdir(tmp_path)
+    evil = evil_checkpoint(tmp_path / "evil.ckpt")
+    refused(cli(verb, drawn_pets, *tiny, "--ckpt_path", evil), "evil.ckpt")
+    assert not Path("a pickle was run").exists()
+
+
+def test_the_payload_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpickled, it does run: the tests above would see it."""
+    monkeypatch.chdir(tmp_path)
+    torch.load(evil_checkpoint(tmp_path / "evil.ckpt"), weights_only=False)
+    assert Path("a pickle was run").exists()
+
+
+def test_the_hub_is_asked_for_safetensors_only(
+    saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a real client and a hub of our own: a repository that has only a pickle, then one with both."""
+    from huggingface_hub import constants
+
+    with fake_hub() as hub:
+        address = "{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{address}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        config = (saved_model / "config.json").read_bytes()
+        pickled = evil_checkpoint(tmp_path / "evil.bin").read_bytes()
+        hub.private |= {"you/pickled": False, "you/both": False}
+        hub.files["you/pickled"] = {"config.json": config, "pytorch_model.bin": pickled}
+        weights = (saved_model / "model.safetensors").read_bytes()
+        hub.files["you/both"] = {**hub.files["you/pickled"], "model.safetensors": weights}
+        with pytest.raises(UserError, match="only safetensors are read, never pickles"):
+            load_model("hf-hub:you/pickled")
+        loaded, local = load_model("hf-hub:you/both"), load_model(str(saved_model))
+        assert all(torch.equal(a, b) for a, b in zip(loaded.net.parameters(), local.net.parameters(), strict=True))
+        assert str(tmp_path) not in json.dumps(loaded.net.pretrained_cfg, default=str)
+        assert not any("pytorch_model" in path for _, path in hub.asked)
+
+
+def test_a_timm_name_means_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is fetched, checked and given to timm; what is published only as a pickle or archive is refused."""
+    net = timm.create_model("test_vit", num_classes=1000)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    asked: list[tuple[str, ...]] = []
+
+    def download(repository: str, file: str, revision: str | None = None) -> str:
+        asked.append((repository, file))
+        return str(tmp_path / "model.safetensors")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    same = open_model("test_vit.r160_in1k")
+    assert asked == [("timm/test_vit.r160_in1k", "model.safetensors")]
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), same.parameters(), strict=True))
+    known = timm.get_pretrained_cfg("test_vit.r160_in1k")
+    for change in ({"hf_hub_id": None, "url": "https://x/y.pth"}, {"hf_hub_filename": "w.npz"}):
+        changed = type(known)(**{**known.to_dict(), **change})
+        monkeypatch.setattr(fetch.timm, "get_pretrained_cfg", lambda name, changed=changed: changed)
+        with pytest.raises(UserError, match="not published as safetensors, and pickles are never read"):
+            open_model("test_vit.r160_in1k")
+    (tmp_path / "model.safetensors").write_bytes(b"rubbish")
+    monkeypatch.setattr(fetch.timm, "get_pretrained_cfg", lambda name: known)
+    with pytest.raises(UserError, match="no safetensors file"):
+        open_model("test_vit.r160_in1k")
+
+
+# --- safetensors
+
+
+def test_a_header_says_what_safetensors_says(saved_model: Path) -> None:
+    """Independent source: the safetensors library."""
+    found = read_header(saved_model / "model.safetensors")
+    stored = load_file(saved_model / "model.safetensors")
+    assert {name: each.shape for name, each in found.items()} == {name: tuple(t.shape) for name, t in stored.items()}
+    assert elements(found) == sum(tensor.numel() for tensor in stored.values())
+
+
+GOOD = {"a": entry([2, 2], 0, 16), "b": entry([3], 16, 19, "U8")}
+BOMBS = {
+    "a header of 2^62 bytes": tensors(b"{}", length=2**62),
+    "a header longer than the file": tensors(b"{}", length=100),
+    "a header over the limit": tensors(b'{"a":1}' + b" " * MAX_HEADER_BYTES),
+    "no header": b"\x01",
+    "nothing": b"",
+    "no JSON": tensors(b"{]"),
+    "no object": tensors([1]),
+    "a tensor of an exabyte": tensors({"a": entry([2**30, 2**28], 0, 2**60)}, b"1234"),
+    "sizes that overflow 64 bits to a small number": tensors({"a": entry([2**32, 2**32], 0, 0)}),
+    "more dimensions than torch has names for": tensors({"a": entry([1] * 10_000, 0, 4)}, b"1234"),
+    "a negative size": tensors({"a": entry([-1, -1], 0, 4)}, b"1234"),
+    "a broken size": tensors({"a": entry([1.0], 0, 4)}, b"1234"),
+    "a switch for a size": tensors({"a": entry([True], 0, 4)}, b"1234"),
+    "an unknown type": tensors({"a": entry([1], 0, 4, "F31")}, b"1234"),
+    "a list for a type": tensors({"a": entry([1], 0, 4, ["F32"])}, b"1234"),
+    "another size than its shape": tensors({"a": entry([2], 0, 4)}, b"1234"),
+    "tensors over one another": tensors({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, b"1234"),
+    "a hidden gap": tensors({"a": entry([1], 4, 8)}, b"12345678"),
+    "hidden bytes at the end": tensors(GOOD, b"x" * 40),
+    "the end cut off": tensors(GOOD, b"x" * 18),
+    "a name twice": tensors(b'{"a":%s,"a":%s}' % ((json.dumps(entry([1], 0, 4)).encode(),) * 2), b"1234"),
+    "an unknown field": tensors({"a": {**entry([1], 0, 4), "file": "/etc/passwd"}}, b"1234"),
+    "metadata of numbers": tensors({"__metadata__": {"a": 1}}),
+    "lists in lists": tensors(b"[" * 100_000),
+    "a million tensors": tensors(b"{" + b",".join(b'"%d":0' % n for n in range(500_001)) + b"}"),
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_header_bombs(what: str, saved_model: Path) -> None:
+    weights = saved_model / "model.safetensors"
+    weights.write_bytes(BOMBS[what])
+    with pytest.raises(UserError, match=r"can't be loaded|damaged|values"):
+        read_header(weights)
+    with pytest.raises(UserError, match=r"can't be loaded|damaged|values"):
+        load_model(str(saved_model))
+
+
+def test_what_the_bombs_differ_from_is_read(tmp_path: Path) -> None:
+    (tmp_path / "good.safetensors").write_bytes(tensors(GOOD, b"x" * 19))
+    assert {name: each.shape for name, each in read_header(tmp_path / "good.safetensors").items()} == {
+        "a": (2, 2),
+        "b": (3,),
+    }
+
+
+def test_weights_that_are_no_numbers_are_refused(saved_model: Path) -> None:
+    weights = load_file(saved_model / "model.safetensors")
+    name = "blocks.1.mlp.experts.fc1.weight"
+    weights[name][2, 0, 0] = float("nan")
+    save_file(weights, saved_model / "model.safetensors")
+    with pytest.raises(UserError, match=f"its weight {name} holds NaN or infinity"):
+        load_model(str(saved_model))
+
+
+# --- config.json
+
+
+def change_config(folder: Path, where: str = "", **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (config[where] if where else config).update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+HUGE: dict[str, dict[str, object]] = {
+    "experts": {"num_experts": 60_000, "expert_hidden": 60_000},
+    "more experts than numbers have digits": {"num_experts": 10**30},
+    "width": {"embed_dim": 32_768},
+    "depth": {"depth": 10**9},
+    "picture": {"img_size": [10**6, 10**6]},
+    "tokens": {"img_size": MAX_SIDE, "patch_size": 1},
+    "classes": {"num_classes": 10**9},
+    "hidden": {"mlp_ratio": 1e30},
+}
+
+
+@pytest.mark.parametrize("what", HUGE)
+def test_a_config_takes_no_more_memory_than_its_weights(what: str, saved_model: Path) -> None:
+    """The limit of the process would stop the allocation, and with it the test: 700 MB for what holds 0.1 million."""
+    change_config(saved_model, "model_args", **HUGE[what])
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20, hard))
+    try:
+        with pytest.raises(UserError, match="can't be loaded"):
+            load_model(str(saved_model))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+FOREIGN: list[tuple[str, dict[str, object], str]] = [
+    ("", {"architecture": "../../evil"}, "architecture is no name"),
+    ("", {"architecture": "hf-hub:evil/model"}, "architecture is no name"),
+    ("", {"num_classes": 5}, "two numbers of classes"),
+    ("", {"label_names": {"first": "cat"}}, "no index"),
+    ("", {"label_names": [1, 2]}, "no text"),
+    ("model_args", {"base": "hf-hub:evil/model"}, "base is no name"),
+    ("model_args", {"base": "local-dir:/tmp/evil"}, "base is no name"),
+    ("model_args", {"checkpoint_path": "evil.pth"}, "may not hold 'checkpoint_path'"),
+    ("model_args", {"pretrained_cfg_overlay": {"file": "evil.pth"}}, "may not hold"),
+    ("model_args", {"features_only": True}, "may not hold"),
+    ("model_args", {"in_chans": 1}, ""),
+    ("model_args", {"x": {"a": {"b": {"c": {"d": [1]}}}}}, "too deeply nested"),
+    ("pretrained_cfg", {"state_dict": {}}, "state_dict"),
+    ("pretrained_cfg", {"std": [0.0, 0.1, 0.1]}, "no list of usable numbers"),
+    ("pretrained_cfg", {"mean": "half"}, "no list of usable numbers"),
+]
+
+
+@pytest.mark.parametrize(("where", "changes", "words"), FOREIGN)
+def test_what_a_config_may_not_say(where: str, changes: dict[str, object], words: str, saved_model: Path) -> None:
+    change_config(saved_model, where, **changes)
+    with pytest.raises(UserError, match=r"can't be (loaded|used)") as caught:
+        load_model(str(saved_model))
+    assert words in str(caught.value)
+    if words:
+        with pytest.raises(UserError):
+            create_from(saved_model, load_weights=False)
+
+
+def test_where_weights_are_said_to_lie_is_not_looked_at(saved_model: Path, tmp_path: Path) -> None:
+    """The folder's own safetensors are read, whatever config.json says about files and addresses."""
+    evil = str(evil_checkpoint(tmp_path / "evil.pth"))
+    places = {
+        "file": evil,
+        "url": f"file://{evil}",
+        "hf_hub_id": "evil/x",
+        "hf_hub_filename": "x.bin",
+        "source": "file",
+    }
+    expected = load_model(str(saved_model)).net.state_dict()
+    change_config(saved_model, "pretrained_cfg", **places, custom_load=True)
+    found = load_model(str(saved_model)).net.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_names_cannot_steer_a_terminal(saved_model: Path) -> None:
+    change_config(saved_model, label_names=["\x1b[2Jcat", "dog\u202egod"])
+    assert load_model(str(saved_model)).class_names == ["\ufffd[2Jcat", "dog\ufffdgod"]
+
+
+ODD: list[object] = [None, True, -1, 0, 3, 10**9, 2**70, 1e308, "", "x", "hf-hub:a/b", [], [1], {"a": 1}, [64, 32]]
+ODD += [[[[[[1]]]]]]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, each in inner for found in places(each, (*path, key)))]
+
+
+def test_a_mutated_config_gives_a_model_or_a_user_error(saved_model: Path) -> None:
+    """Any value anywhere; a model that loads also takes a picture."""
+    rng, file = random.Random(0), saved_model / "config.json"
+    kept, refusals = file.read_text(), 0
+    paths = [path for path in places(json.loads(kept)) if path]
+    for _ in range(60):
+        config = json.loads(kept)
+        *above, last = rng.choice(paths)
+        target = config
+        for key in above:
+            target = target[key]
+        target[last] = rng.choice(ODD)
+        file.write_text(json.dumps(config))
+        try:
+            model = load_model(str(saved_model))
+        except UserError:
+            refusals += 1
+        else:
+            logits = model.net(torch.zeros(1, 3, model.image_size, model.image_size))
+            assert logits.shape == (1, len(model.class_names))
+    assert 20 <= refusals < 60
+
+
+@pytest.mark.slow
+def test_a_mutated_weights_file_gives_a_model_or_a_user_error(saved_model: Path) -> None:
+    """Flipped, cut and inserted bytes, most of them in the header."""
+    rng, weights = random.Random(0), saved_model / "model.safetensors"
+    kept = weights.read_bytes()
+    header = 8 + int.from_bytes(kept[:8], "little")
+    refusals = 0
+    for _ in range(150):
+        data = bytearray(kept)
+        place = rng.randrange(header if rng.random() < 0.9 else len(data))
+        match rng.randrange(4):
+            case 0:
+                data[place] = rng.randrange(256)
+            case 1:
+                del data[place:]
+            case 2:
+                del data[place : place + rng.randrange(1, 9)]
+            case _:
+                data[place:place] = rng.randbytes(rng.randrange(1, 9))
+        weights.write_bytes(data)
+        try:
+            load_model(str(saved_model))
+        except UserError:
+            refusals += 1
+    assert refusals >= 100
+
+
+# --- JSON, YAML and what lies in a folder
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"", b"{", b"\xff\xfe{}", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1, "a": 2}', b"[" * 100_000,
+        b'{"a":' * 99_999, b"[" + b"[]," * MAX_JSON_VALUES + b"0]", b"1" * 5_000,
+    ],
+    ids=lambda text: f"{text[:12]!r} x {len(text)}",
+)  # fmt: skip
+def test_json_that_is_refused(text: bytes, tmp_path: Path) -> None:
+    """Each kind of file that is read says so in its own words."""
+    file = tmp_path / "x.json"
+    file.write_bytes(text)
+    for read in (read_json, read_config, load_atlas, read_card):
+        with pytest.raises(UserError, match=r"x\.json"):
+            read(file)
+
+
+def test_json_limits() -> None:
+    assert parse_json('[1, {"ü": null}]'.encode(), "x") == [1, {"ü": None}]
+    with pytest.raises(UserError, match="1,000,000 values"):
+        parse_json(b"[" + b"1," * MAX_JSON_VALUES + b"1]", "x")
+
+
+def test_large_json_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(2**40)  # a terabyte of zeros that takes no room
+    with pytest.raises(UserError, match="larger than"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX files")
+def test_only_regular_files_are_read(name: str, saved_model: Path, tmp_path: Path) -> None:
+    """A pipe would wait for ever, a device never ends; a link is followed, and what it leads to is judged."""
+    file = saved_model / name
+    kept = tmp_path / "kept"
+    file.rename(kept)
+    for kind in ("pipe", "folder", "device", "link to a device", "link in a circle", "link to another file"):
+        match kind:
+            case "pipe":
+                os.mkfifo(file)
+            case "folder":
+                file.mkdir()
+            case "device" | "link to a device":
+                file.symlink_to("/dev/zero")
+            case "link in a circle":
+                file.symlink_to(file)
+            case _:
+                file.symlink_to("../../../../../../etc/passwd")
+        with pytest.raises(UserError) as caught:
+            load_model(str(saved_model))
+        assert "root:" not in str(caught.value)
+        file.rmdir() if kind == "folder" else file.unlink()
+    file.symlink_to(kept)  # as the hub's cache is built
+    assert load_model(str(saved_model)).image_size == 32
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+
+
+def test_yaml_that_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    for text in (LAUGHS, "[" * 50_000, "a: !!python/object/apply:os.system [ls]", "a: [", "x" * 2**21, "\x00"):
+        file.write_text(text)
+        with pytest.raises(UserError):
+            read_yaml(file)
+    file.write_text("data: {path: '2 * 3', note: a & b}\n")
+    assert read_yaml(file) == {"data": {"path": "2 * 3", "note": "a & b"}}
+    with pytest.raises(UserError, match="anchors"):
+        parse_yaml("a: &b 1\nc: *b")
+
+
+# --- configurations
+
+CONFIG = """
+data: {{path: synthetic_pets, image_size: 32, train_size: 16, val_size: 8, test_size: 8, batch_size: 4}}
+model: {{arch: {{name: test_vit_moe, patch_size: 8}}}}
+trainer: {{fast_dev_run: 1, enable_progress_bar: false, {0}}}
+"""
+EVIL = """
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+Path("a class was imported").touch()
+class Evil(Callback): pass
+def function(*arguments): Path("a function was called").touch()
+"""
+NAMED = {
+    "a callback": "callbacks: [{class_path: evilmod.Evil}]",
+    "a logger": "logger: {class_path: evilmod.Evil}",
+    "a strategy": "strategy: {class_path: evilmod.Evil}",
+    "a plugin": "plugins: [{class_path: evilmod.Evil}]",
+    "a profiler": "profiler: {class_path: evilmod.Evil}",
+    "a function": "callbacks: [{class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: "
+    "{on_fit_start: evilmod.function}}]",
+    "a system call": "callbacks: [{class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: "
+    "{on_fit_start: os.system}}]",
+    "an import through a friend": "callbacks: [{class_path: moevision.train.fit.shutil.rmtree}]",
+    "jsonargparse": "callbacks: [{class_path: jsonargparse.set_parsing_settings}]",
+}
+
+
+@pytest.fixture
+def evil_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evilmod.py").write_text(EVIL)
+    return tmp_path
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_a_configuration_imports_nothing_foreign(what: str, cli: Cli, evil_module: Path) -> None:
+    (evil_module / "evil.yaml").write_text(CONFIG.format(NAMED[what]))
+    refused(cli("fit", "--config", "evil.yaml"))
+    assert "evilmod" not in sys.modules
+    assert not list(evil_module.glob("a *"))
+    assert not (evil_module / "runs").exists()
+
+
+def test_nor_does_an_option_and_the_sentence_says_why(cli: Cli, evil_module: Path) -> None:
+    outcome = cli("fit", "synthetic_pets", "--trainer.callbacks+=evilmod.Evil")
+    refused(outcome, "'evilmod.Evil' is not imported", "use your own classes from Python")
+    assert "evilmod" not in sys.modules
+
+
+def test_lightnings_own_parts_may_be_named(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stopping = "callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val/top1}}]"
+    (tmp_path / "good.yaml").write_text(CONFIG.format(stopping))
+    outcome = cli("fit", "--config", "good.yaml")
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("text", [LAUGHS, "a: " + "[" * 20_000, "model: http://localhost:1/evil.yaml", "x" * 2**21])
+def test_configuration_bombs(text: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few lines that stand for billions of values, nesting, an address, and a long file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.yaml").write_text(text)
+    refused(cli("fit", "--config", "evil.yaml"))
+
+
+def test_a_card_of_wrong_types(tmp_path: Path) -> None:
+    good = {"id": "x", "title": "X"}
+    (tmp_path / "card.json").write_text(json.dumps(good))
+    assert read_card(tmp_path / "card.json").title == "X"
+    for name, value in {"title": 1, "accuracy": {"moe": "x"}, "seed": 1.5, "validation_top1": "x", "x": "y"}.items():
+        (tmp_path / "card.json").write_text(json.dumps({**good, name: value}))
+        with pytest.raises(UserError, match=r"card\.json is no model card"):
+            read_card(tmp_path / "card.json")
+
+
+def test_safe_files_need_no_torch() -> None:
+    """The checks come before the heavy machinery, so that they can be read and used alone."""
+    code = (
+        "import importlib.util, sys; sys.modules['moevision'] = type(sys)('moevision'); "
+        "sys.modules['moevision'].__path__ = [sys.argv[1]]; sys.modules['moevision.models'] = type(sys)('models'); "
+        "sys.modules['moevision.models'].__path__ = [sys.argv[1] + '/models']; "
+        "import moevision.models.safe_files; print('torch' in sys.modules)"
+    )
+    package = str(Path(fetch.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code, package], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "False"

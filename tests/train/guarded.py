@@ -1,0 +1,176 @@
+"""What the tests of the stability guard share: a tiny training with everything that a forward pass can move.
+
+Run as a script (`python guarded.py FOLDER`, with the environment of torch's launcher) it is one of two processes: it
+writes `FOLDER/CASE-RANK.pt`, one for each case of `TWO_PROCESS_CASES`.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from moevision.models.config import MoEConfig
+from moevision.train.diagnosis import GuardRecord
+from moevision.train.ema import EmaConfig, WeightEMA
+from moevision.train.faults import FaultInjector
+from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.task import ClassificationTask, OptimizerConfig
+
+CLASSES = 4
+# Router noise, dropout in three places, stochastic depth, and a BatchNorm stem; or a router with a bias beside it.
+NOISY = {"router": "noisy_top_k"}
+BIASED = {"router": "bias_balanced", "bias_rate": 0.05}
+TWO_PROCESS_CASES = {
+    "clean": "",
+    "loss": "nan_loss@3:rank1",
+    "gradient": "inf_grad@3:expert2:rank1",
+    "weight": "nan_weight@3:rank1",
+}
+
+
+def batches(count: int, size: int = 8) -> list[dict[str, Tensor]]:
+    """Pictures with a colour per class, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for batch in range(count):
+        label = torch.randint(CLASSES, (size,), generator=generator)
+        image = torch.randn(size, 3, 32, 32, generator=generator)
+        image[torch.arange(size), label % 3] += 1.0 + (label > 2).float().view(-1, 1, 1)
+        found.append({"image": image, "label": label, "index": torch.arange(size) + size * batch})
+    return found
+
+
+def tiny_task(lr: float = 3e-3, **options: Any) -> ClassificationTask:
+    """4 experts in blocks 1 and 3, from seed 0."""
+    L.seed_everything(0, verbose=False)
+    always = {"name": "test_vit_moe", "stem": "conv"}
+    drops = {"proj_drop_rate": 0.1, "drop_path_rate": 0.1, "expert_drop": 0.1}
+    arch = MoEConfig(**{**always, **drops, **NOISY, **options})
+    return ClassificationTask(arch=arch, optim=OptimizerConfig(lr=lr), num_classes=CLASSES, image_size=32)
+
+
+class Epochs:
+    """A loader that goes on through the batches from epoch to epoch, instead of repeating them; it draws no number."""
+
+    def __init__(self, every: list[dict[str, Tensor]], per_epoch: int) -> None:
+        self.every, self.per_epoch, self.epoch = every, per_epoch, 0
+
+    def __len__(self) -> int:
+        return self.per_epoch
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        first = self.epoch * self.per_epoch
+        self.epoch += 1
+        yield from self.every[first : first + self.per_epoch]
+
+
+class States(L.Callback):
+    """Keeps the whole state after a number of applied updates; comes last, so that it sees what all others did."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.applied = after, 0
+        self.state: dict[str, Any] = {}
+        self.last: dict[str, Any] = {}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, ClassificationTask)
+        self.applied += pl_module.update_applied
+        if pl_module.update_applied and self.applied == self.after:
+            self.state = whole_state(trainer, pl_module)
+        if trainer.is_last_batch:
+            self.last = whole_state(trainer, pl_module)
+
+
+def whole_state(trainer: L.Trainer, task: ClassificationTask) -> dict[str, Any]:
+    """Weights, buffers, moments and step counts, schedule, average, and the random generator."""
+    average = WeightEMA.of(trainer)
+    network = None if average is None else average.network
+    return deepcopy(
+        {
+            "net": dict(task.net.state_dict()),
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+            "average": {} if network is None else dict(network.state_dict()),
+            "updates": 0 if average is None else average.updates,
+            "random": torch.get_rng_state(),
+        }
+    )
+
+
+class Run:
+    """A finished fit: its task, and the callbacks that say what happened."""
+
+    def __init__(
+        self,
+        folder: Path,
+        data: list[dict[str, Tensor]],
+        *,
+        faults: str = "",
+        guard: GuardConfig | None = GuardConfig(),  # noqa: B008
+        task: ClassificationTask | None = None,
+        ema: bool = True,
+        after: int = 0,
+        val: list[dict[str, Tensor]] | None = None,
+        callbacks: tuple[L.Callback, ...] = (),
+        processes: int = 1,
+        **options: Any,
+    ) -> None:
+        self.task = task or tiny_task()
+        self.injector, self.states = FaultInjector(faults), States(after)
+        self.guard = None if guard is None else StabilityGuard(guard)
+        average = [WeightEMA(EmaConfig(decay=0.9))] if ema else []
+        watching = [] if self.guard is None else [self.guard]
+        defaults = {"max_epochs": 1, "gradient_clip_val": 1.0, "enable_checkpointing": False, "devices": processes}
+        self.trainer = L.Trainer(
+            accelerator="cpu",
+            strategy="ddp" if processes > 1 else "auto",
+            default_root_dir=folder,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=None if val else 0,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[self.injector, *average, *watching, *callbacks, self.states],
+            **{**defaults, **options},
+        )
+        epochs = self.trainer.max_epochs or 1
+        seen = val or data[:1]  # none of them without `val`
+        self.trainer.fit(self.task, Epochs(data, len(data) // epochs), Epochs(seen * (epochs + 1), len(seen)))
+
+    @property
+    def record(self) -> GuardRecord:
+        assert self.guard is not None
+        return self.guard.record
+
+
+def main() -> None:
+    """One process of two."""
+    warnings.simplefilter("ignore")  # Lightning's advice, and the guard's own words
+    folder, rank, world = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    for case, faults in TWO_PROCESS_CASES.items():
+        mine = batches(12)[rank::world]
+        run = Run(folder / case, mine, faults=faults, task=tiny_task(**BIASED), processes=world)
+        torch.save(
+            {
+                "net": dict(run.task.net.state_dict()),
+                "record": run.record.state_dict(),
+                "injected": dict(run.injector.injected),
+            },
+            folder / f"{case}-{rank}.pt",
+        )
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

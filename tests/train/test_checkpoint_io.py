@@ -1,0 +1,198 @@
+"""Checkpoints: whole or not at all, verified when they are read, and patient with a disk that refuses."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from moevision.errors import UserError
+from moevision.train import checkpoint_io
+from moevision.train.checkpoint_io import BEST, LAST, PREVIOUS, SafeCheckpointIO, final_checkpoint, remove_leftovers
+from moevision.train.manifest import newest_valid, read_manifest, verify
+
+
+def state(step: int, value: float = 1.0) -> dict[str, object]:
+    return {"global_step": step, "epoch": 0, "state_dict": {"w": torch.full((1000,), value)}}
+
+
+@pytest.fixture
+def files() -> SafeCheckpointIO:
+    return SafeCheckpointIO()
+
+
+def damage(path: Path, at: int = 2000) -> None:
+    """Flip one bit."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_is_written_is_read(files, tmp_path):
+    files.save_checkpoint(state(3), tmp_path / LAST)
+    assert torch.equal(files.load_checkpoint(tmp_path / LAST)["state_dict"]["w"], torch.ones(1000))
+    (entry,) = read_manifest(tmp_path)
+    assert entry.sha256 == hashlib.sha256((tmp_path / LAST).read_bytes()).hexdigest()
+    assert (entry.name, entry.step, entry.size, entry.finite) == (LAST, 3, (tmp_path / LAST).stat().st_size, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, "manifest.json"]
+
+
+def test_two_points_to_go_on_from_are_kept(files, tmp_path):
+    for step in (1, 2, 3):
+        files.save_checkpoint(state(step), tmp_path / LAST)
+    steps = {name: torch.load(tmp_path / name, weights_only=True)["global_step"] for name in (LAST, PREVIOUS)}
+    assert steps == {LAST: 3, PREVIOUS: 2}
+    assert {entry.name: entry.step for entry in read_manifest(tmp_path)} == steps
+
+
+def test_the_newest_valid_one_is_found_and_the_others_are_named(files, tmp_path):
+    for step in (1, 2):
+        files.save_checkpoint(state(step), tmp_path / LAST)
+    damage(tmp_path / LAST)
+    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 2, "torch.load does not notice"
+    found, (refused,) = newest_valid(tmp_path)
+    assert (found.path.name, found.step) == (PREVIOUS, 1)
+    assert (refused.path.name, refused.step) == (LAST, 2)
+    assert "differs from its SHA-256" in refused.fault
+    with pytest.raises(UserError, match=r"last.ckpt differs from its SHA-256 .* use another one"):
+        files.load_checkpoint(tmp_path / LAST)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1500, -1])
+def test_a_cut_off_file_is_never_chosen(files, tmp_path, keep):
+    """Also without a manifest, which then can't help."""
+    files.save_checkpoint(state(1), tmp_path / PREVIOUS)
+    files.save_checkpoint(state(2), tmp_path / BEST)
+    whole = (tmp_path / BEST).read_bytes()
+    (tmp_path / BEST).write_bytes(whole[:keep])
+    for _ in range(2):
+        found, (refused,) = newest_valid(tmp_path)
+        assert (found.path.name, refused.path.name) == (PREVIOUS, BEST)
+        (tmp_path / "manifest.json").unlink(missing_ok=True)
+
+
+def test_without_a_manifest_the_archives_own_checksums_find_a_flipped_bit(files, tmp_path):
+    files.save_checkpoint(state(1), tmp_path / LAST)
+    (tmp_path / "manifest.json").unlink()
+    assert verify(tmp_path / LAST).fault is None
+    damage(tmp_path / LAST)
+    assert "is damaged in" in verify(tmp_path / LAST).fault
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": [{"name": "last.ckpt"}]}', '{"files": 3}'])
+def test_a_damaged_manifest_is_as_good_as_none(files, tmp_path, text):
+    files.save_checkpoint(state(1), tmp_path / LAST)
+    (tmp_path / "manifest.json").write_text(text)
+    assert verify(tmp_path / LAST).fault is None
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_killed_at_any_moment_of_a_save_there_is_a_valid_one(files, tmp_path, monkeypatch, moment):
+    """A save replaces three names (manifest, previous, last) and the manifest again; it dies before the n-th."""
+    files.save_checkpoint(state(1), tmp_path / LAST)
+    files.save_checkpoint(state(2), tmp_path / LAST)
+    count = iter(range(10))
+    real = os.replace
+
+    def dying(*names):
+        if next(count) == moment:
+            raise KeyboardInterrupt
+        real(*names)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        files.save_checkpoint(state(3), tmp_path / LAST)
+    found, refused = newest_valid(tmp_path)
+    assert (found.step, refused) == (3 if moment == 3 else 2, [])
+
+
+def test_weights_that_are_not_finite_are_not_gone_on_from(files, tmp_path):
+    files.save_checkpoint(state(1), tmp_path / LAST)
+    files.save_checkpoint(state(2, float("nan")), tmp_path / LAST)
+    files.save_checkpoint(state(3, float("inf")), tmp_path / LAST)
+    found, (refused,) = newest_valid(tmp_path)
+    assert (found.path.name, found.step) == (PREVIOUS, 1), "NaN does not push out what is finite"
+    assert "not finite" in refused.fault
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_waited_for(files, tmp_path, monkeypatch, capsys):
+    files.save_checkpoint(state(1), tmp_path / LAST)
+    before = (tmp_path / LAST).read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        files.save_checkpoint(state(2), tmp_path / LAST)
+        assert not files.retry(now=True)
+        assert files.load_checkpoint(tmp_path / LAST)["global_step"] == 2, "from memory"
+    assert (tmp_path / LAST).read_bytes() == before
+    assert capsys.readouterr().err.count("No space left on device") == 1, "said once"
+    assert not list(tmp_path.glob(".*"))
+    assert not files.retry(), "not again within half a minute"
+    assert files.retry(now=True)
+    assert newest_valid(tmp_path)[0].step == 2
+    assert "could be written now" in capsys.readouterr().err
+
+
+def test_the_last_free_bytes_are_left_alone(files, tmp_path, monkeypatch):
+    usage = checkpoint_io.shutil._ntuple_diskusage(100, 99, 1)
+    monkeypatch.setattr(checkpoint_io.shutil, "disk_usage", lambda _: usage)
+    files.save_checkpoint(state(1), tmp_path / LAST)
+    assert files.waiting == [tmp_path / LAST]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_waited_for(files, tmp_path):
+    tmp_path.chmod(0o500)
+    files.save_checkpoint(state(1), tmp_path / LAST)
+    tmp_path.chmod(0o700)
+    assert files.retry(now=True)
+
+
+def test_no_pickle_is_ever_run(files, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    torch.save({"global_step": 9, "state_dict": {}, "evil": Evil()}, tmp_path / LAST)
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Evil()))
+    assert newest_valid(tmp_path)[0] is None
+    with pytest.raises(UserError):
+        files.load_checkpoint(tmp_path / LAST)
+    with pytest.raises(UserError):
+        files.load_checkpoint(tmp_path / LAST, weights_only=False)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_removing(files, tmp_path):
+    for name in (LAST, BEST):
+        files.save_checkpoint(state(1), tmp_path / name)
+    files.remove_checkpoint(tmp_path / BEST)
+    assert [entry.name for entry in read_manifest(tmp_path)] == [LAST]
+    assert not (tmp_path / BEST).exists()
+    assert json.loads((tmp_path / "manifest.json").read_text())["files"][0]["step"] == 1
+
+
+def test_leftovers_of_a_killed_process(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoints/.last.ckpt.7.tmp", ".metrics.csv.7.tmp", "kept.tmp"):
+        (tmp_path / name).write_text("half")
+    assert remove_leftovers(tmp_path) == 2
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["kept.tmp"]
+
+
+def test_a_damaged_best_is_replaced_by_the_last(files, tmp_path):
+    for name in (LAST, BEST):
+        files.save_checkpoint(state(1), tmp_path / name)
+    assert final_checkpoint(tmp_path, files) == (tmp_path / BEST, "the weights of the best validation epoch")
+    damage(tmp_path / BEST)
+    path, words = final_checkpoint(tmp_path, files)
+    assert path == tmp_path / LAST
+    assert "best.ckpt was damaged" in words

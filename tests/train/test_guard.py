@@ -1,0 +1,145 @@
+"""Tier 1 of the stability guard: a refused update is one that never was, bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moevision.errors import UserError
+from moevision.train.guard import GuardConfig, StabilityGuard
+from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
+
+# name: (fault, which batches are left out with it, epochs, batches per epoch and per update, compared after so many
+# applied updates, first seen in)
+CASES: dict[str, tuple[str, list[int], int, int, int, int, str]] = {
+    "first step": ("nan_input@1", [0], 1, 6, 1, 5, "router of block 1"),
+    "loss": ("nan_loss@4", [3], 1, 6, 1, 5, "cross-entropy"),
+    "one expert's gradient": ("inf_grad@3:expert3", [2], 1, 6, 1, 5, "blocks.1.mlp.experts.fc1.weight (expert 3)"),
+    "last step of an epoch": ("nan_router@4:block3", [3], 2, 4, 1, 7, "router of block 3"),
+    "last step of all": ("nan_grad@6", [5], 1, 6, 1, 5, "gradient of head.weight"),
+    "first of a window": ("nan_input@3", [2, 3], 1, 8, 2, 3, "router of block 1"),
+    "last of a window": ("nan_loss@4", [2, 3], 1, 8, 2, 3, "cross-entropy"),
+    # Windows [0 1] [2 3] [4], then [5 6] [7 8] [9]; the fifth update that is applied has one batch only.
+    "a window that the epoch cuts short": ("nan_loss@5", [4], 2, 5, 2, 4, "cross-entropy"),
+    "three faults": ("nan_loss@2, nan_input@3, inf_grad@5:block3", [1, 2, 4], 1, 9, 1, 6, "cross-entropy"),
+}
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Equal in every bit, through dictionaries and lists."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key, value in one.items():
+            assert_same(value, other[key], f"{where}/{key}")
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize("router", [NOISY, BIASED], ids=["noise", "bias"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_refused_update_never_existed(
+    case: str, router: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run without those batches, which then has others at its end, is in the same state after as many updates.
+
+    State: weights, BatchNorm statistics, router biases, moments, step counts, schedule, moving average, random
+    generator; with router noise or a router bias, dropout, stochastic depth and the average on.
+    """
+    faults, left_out, epochs, per_epoch, window, after, source = CASES[case]
+    number = len(faults.split(","))
+    every = batches(epochs * per_epoch)
+    updates = epochs * -(-per_epoch // window)
+    options: dict[str, Any] = {"after": after, "accumulate_grad_batches": window}
+    struck = Run(tmp_path, every, faults=faults, max_epochs=epochs, task=tiny_task(**router), **options)
+    assert capsys.readouterr().err.count("update left out") == number
+    assert (struck.record.skipped, struck.record.rollbacks) == (number, 0)
+    assert sum(struck.injector.injected.values()) == number
+    assert source in struck.record.events[0].source
+    rest = [batch for index, batch in enumerate(every) if index not in left_out]
+    filled = (rest + every)[: updates * window]  # as many updates are planned, so the schedule is the same
+    clean = Run(tmp_path, filled, task=tiny_task(**router), **options)
+    assert clean.record.skipped == 0
+    assert struck.states.applied == updates - number
+    assert struck.states.state["net"]
+    assert_same(struck.states.state, clean.states.state)
+
+
+def test_without_the_guard_one_nan_is_in_every_weight(tmp_path: Path) -> None:
+    """What the guard is for: clipping multiplies every gradient by NaN, and training goes on without a word."""
+    run = Run(tmp_path, batches(4), faults="nan_grad@2", guard=None, ema=False)
+    assert not any(bool(weight.isfinite().all()) for weight in run.task.net.parameters())
+
+
+def test_every_refused_update_is_written_down(tmp_path: Path) -> None:
+    """guard.csv names the step, the source and the eight pictures of the batch; batch 3 holds the numbers 16 to 23."""
+    Run(tmp_path, batches(4), faults="nan_loss@3")
+    rows = (tmp_path / "guard.csv").read_text().splitlines()
+    assert rows == ["step,epoch,kind,source,samples", "3,0,skip,cross-entropy,16 17 18 19 20 21 22 23"]
+
+
+def test_the_schedule_counts_applied_updates(tmp_path: Path) -> None:
+    """Of six planned updates one is refused, so the schedule has made five steps."""
+    run = Run(tmp_path, batches(6), faults="inf_grad@2")
+    assert run.trainer.global_step == 6
+    assert run.trainer.lr_scheduler_configs[0].scheduler.state_dict()["last_epoch"] == 5
+
+
+def test_a_guard_that_does_nothing_changes_nothing(tmp_path: Path) -> None:
+    """Without a fault the run with the guard ends where the run without it ends."""
+    watched, alone = (
+        Run(tmp_path, batches(4), guard=guard, after=4) for guard in (GuardConfig(snapshot_every=2), None)
+    )
+    assert_same(watched.states.state, alone.states.state)
+
+
+def test_a_threshold_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--guard\.snapshot_every is 0: it must be at least 1"):
+        StabilityGuard(GuardConfig(snapshot_every=0))
+
+
+def test_weights_that_are_not_finite_are_no_beginning(tmp_path: Path) -> None:
+    task = tiny_task()
+    torch.nn.init.constant_(task.net.head.weight, float("nan"))
+    with pytest.raises(UserError, match=r"begin with numbers that are not finite \(weight of head\.weight"):
+        Run(tmp_path, batches(2), task=task)
+
+
+def test_the_command_line_says_what_was_left_out(
+    cli: Callable[..., Any], tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path
+) -> None:
+    """Two updates of six (24 pictures in batches of 8, two epochs) are refused, and one return takes one back."""
+    faults = "nan_loss@1, nan_input@2, nan_weight@4"
+    outcome = cli("fit", drawn_pets, *tiny, "--runs_root", tmp_path, "--ema.decay=0.9", "--fault", faults)
+    assert outcome.code == 0, outcome.err
+    run = tmp_path / "pets"
+    summary = (run / "summary.md").read_text()
+    assert "- 2 updates left out because a number was not finite." in summary
+    assert "- 1 return to an earlier state of this training" in summary
+    assert "moving average (EMA)" in summary
+    assert [row.split(",")[2] for row in (run / "guard.csv").read_text().splitlines()] == [
+        "kind",
+        "skip",
+        "skip",
+        "rollback",
+    ]
+    last = (run / "metrics.csv").read_text().splitlines()
+    names = last[0].split(",")
+    rows = [dict(zip(names, row.split(","), strict=True)) for row in last[1:]]
+    assert [row["guard/skipped"] for row in rows if row["guard/skipped"]][:4] == ["1.0", "2.0", "2.0", "2.0"]
+
+
+def test_the_guard_can_be_switched_off(
+    cli: Callable[..., Any], tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path
+) -> None:
+    outcome = cli(
+        "fit", drawn_pets, *tiny, "--runs_root", tmp_path, "--guard.enabled=false", "--trainer.max_epochs=1",
+        "--name=off",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "guard/skipped" not in (tmp_path / "off" / "metrics.csv").read_text()
+    assert "train/update_norm" in (tmp_path / "off" / "metrics.csv").read_text()

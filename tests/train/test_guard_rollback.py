@@ -1,0 +1,164 @@
+"""Tier 2 of the stability guard: back to the last good snapshot, forward with the data, and an end to it."""
+
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from moevision.train.diagnosis import GuardRecord
+from moevision.train.guard import GuardConfig
+from moevision.train.recovery import TrainingDiverged
+from moevision.train.spikes import LossHistory
+from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
+from tests.train.test_guard import assert_same
+
+EVERY_4 = GuardConfig(snapshot_every=4)
+ONE_SNAPSHOT = GuardConfig(snapshot_every=4, snapshots=1)
+SPIKES = GuardConfig(snapshot_every=5, spike_warmup=10, spike_updates=5)
+
+# name: (fault, guard, router, batches in all, batches whose updates are left, the cause)
+CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] = {
+    "a weight, at the first step": ("nan_weight@1", EVERY_4, NOISY, 6, [1, 2, 3, 4, 5], "weight of head.weight"),
+    # Batch 7 computes NaN: back to the snapshot after four updates, so 5 and 6 are taken back and 7 is left out.
+    "a weight": ("nan_weight@7", EVERY_4, NOISY, 12, [0, 1, 2, 3, 7, 8, 9, 10, 11], "weight of head.weight"),
+    "a weight of an expert": (
+        "nan_weight@7:expert1",
+        EVERY_4,
+        NOISY,
+        12,
+        [0, 1, 2, 3, 7, 8, 9, 10, 11],
+        "weight of blocks.1.mlp.experts.fc1.weight (expert 1)",
+    ),
+    "twice to the same snapshot": (
+        "nan_weight@7, nan_weight@9",
+        ONE_SNAPSHOT,
+        NOISY,
+        12,
+        [0, 1, 2, 3, 9, 10, 11],
+        "weight of head.weight",
+    ),
+    # After the same snapshot did not help, the one before it: the beginning.
+    "further back the second time": (
+        "nan_weight@7, nan_weight@9",
+        EVERY_4,
+        NOISY,
+        12,
+        [9, 10, 11],
+        "weight of head.weight",
+    ),
+    # Nothing that training computes uses a running mean: it is found when the next snapshot is due, after update 8.
+    "a BatchNorm statistic": ("nan_buffer@7", EVERY_4, NOISY, 12, [0, 1, 2, 3, 8, 9, 10, 11], "buffer of patch_embed"),
+    "a router bias": (
+        "nan_buffer@7:block1",
+        EVERY_4,
+        BIASED,
+        12,
+        [0, 1, 2, 3, 8, 9, 10, 11],
+        "buffer of blocks.1.mlp.router.bias",
+    ),
+    "the average only": ("nan_ema@7", EVERY_4, NOISY, 12, [0, 1, 2, 3, 8, 9, 10, 11], "ema.weight of head.weight"),
+    # Updates 20 to 24 are suspicious; the last snapshot before them was taken after 15.
+    "a lasting spike": ("spike@20x50", SPIKES, NOISY, 32, [*range(15), *range(24, 32)], "loss spike"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_return_is_to_what_was(case: str, tmp_path: Path) -> None:
+    """The run is in the state of one that never saw the batches between the snapshot and the return, bit for bit."""
+    faults, config, router, count, left, cause = CASES[case]
+    every = batches(count)
+    applied: list[int] = []
+
+    class Applied(L.Callback):
+        def on_train_batch_end(
+            self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            applied.append(int(pl_module.update_applied))
+
+    struck = Run(
+        tmp_path, every, faults=faults, guard=config, task=tiny_task(lr=1e-3, **router), callbacks=(Applied(),)
+    )
+    assert struck.record.skipped == 0
+    assert struck.record.rollbacks == len(faults.split(",")) == sum(struck.injector.injected.values())
+    assert struck.record.events[0].source.startswith(cause)
+    assert struck.record.lost == sum(applied) - len(left)
+    filled = ([every[index] for index in left] + every)[:count]
+    clean = Run(tmp_path, filled, guard=config, task=tiny_task(lr=1e-3, **router), after=len(left))
+    assert clean.record.rollbacks == 0
+    assert struck.states.last["net"]
+    assert_same(struck.states.last, clean.states.state)
+
+
+def test_a_training_that_never_recovers_ends_with_a_diagnosis(tmp_path: Path) -> None:
+    """Two returns are one too many; what is left is finite, and it loads as plain data."""
+    faults = "nan_weight@3, nan_weight@5:expert2"
+    config = GuardConfig(max_rollbacks=1)
+    with pytest.raises(TrainingDiverged, match=r"expert 2.*divergence\.md"):
+        Run(tmp_path, batches(8), faults=faults, guard=config)
+    checkpoint = torch.load(tmp_path / "checkpoints" / "diverged.ckpt", weights_only=True)
+    assert finite(checkpoint)
+    record = GuardRecord.from_state(checkpoint["callbacks"]["StabilityGuard"]["record"])
+    assert (record.rollbacks, record.skipped) == (2, 0)
+    text = (tmp_path / "divergence.md").read_text()
+    assert "after 2 returns" in text
+    assert "suspect the memory" in text
+    assert "weight of blocks.1.mlp.experts.fc1.weight (expert 2)" in text
+
+
+def test_refusing_again_and_again_is_a_reason_to_return(tmp_path: Path) -> None:
+    """Two refused updates of the last 100 are allowed here, and three were injected."""
+    run = Run(tmp_path, batches(6), faults="nan_loss@2, nan_loss@3, nan_loss@4", guard=GuardConfig(max_skips=2))
+    assert (run.record.skipped, run.record.rollbacks, run.record.lost) == (3, 1, 1)
+    assert run.record.events[-1].source == "3 of the last 4 updates refused, mostly for: cross-entropy"
+
+
+def test_a_bad_validation_is_only_noted(tmp_path: Path) -> None:
+    """The weights are finite, and they end as those of a run whose validation was good."""
+    struck = Run(tmp_path, batches(4), faults="nan_val@1", val=batches(2), after=4)
+    clean = Run(tmp_path, batches(4), val=batches(2), after=4)
+    assert (struck.record.skipped, struck.record.rollbacks, struck.record.validations) == (0, 0, 1)
+    assert_same(struck.states.state, clean.states.state)
+
+
+@pytest.mark.parametrize("fault", ["nan_buffer@3", "nan_ema@3", "nan_weight@4:expert3"])
+def test_no_checkpoint_ever_holds_nan(fault: str, tmp_path: Path) -> None:
+    """A checkpoint after every step: the fault is found at the latest when it would be saved."""
+    saving = ModelCheckpoint(tmp_path / "all", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    run = Run(tmp_path, batches(6), faults=fault, callbacks=(saving,), enable_checkpointing=True)
+    files = sorted((tmp_path / "all").glob("*.ckpt"))
+    assert len(files) == 6
+    assert all(finite(torch.load(file, weights_only=True)) for file in files)
+    assert run.record.rollbacks == 1
+
+
+def finite(state: Any) -> bool:
+    """Whether all tensors of a checkpoint are, but those of callbacks (ModelCheckpoint's worst score is ∞)."""
+    if isinstance(state, Tensor):
+        return bool(state.isfinite().all())
+    if isinstance(state, dict):
+        return all(finite(value) for name, value in state.items() if name != "callbacks")
+    return all(map(finite, state)) if isinstance(state, (list, tuple)) else True
+
+
+def test_when_a_loss_is_a_spike() -> None:
+    """Mean 2 and deviation 0.1 of twenty losses: 6 σ is 2.6; the floors are 2.5 and 2.1, and σ = 0 leaves the 25 %."""
+    history = LossHistory(sigmas=6, patience=2, warmup=20)
+    assert not history.add(1e9)  # nothing is known yet ...
+    history = LossHistory(sigmas=6, patience=2, warmup=20)
+    assert not any(history.add(2 + 0.1 * (-1) ** index) for index in range(20))
+    assert history.threshold == pytest.approx(2.6)
+    assert not history.add(2.7)
+    assert not history.add(2.5)  # in between a good one: not lasting
+    good = [2.1, 1.9] * 10 + [2.5]  # 2.7 is not in the statistics
+    assert history.threshold == pytest.approx(fmean(good) + 6 * pstdev(good))
+    assert not history.add(9)
+    assert history.add(9)
+    flat = LossHistory(sigmas=6, patience=1, warmup=2)
+    assert not any(flat.add(2) for _ in range(2))
+    assert flat.threshold == 2.5
+    assert LossHistory(sigmas=0, patience=1, warmup=0).threshold == float("inf")

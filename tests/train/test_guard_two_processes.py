@@ -1,0 +1,72 @@
+"""The guard over two processes: a fault on one of them alone, and both do the same about it."""
+
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from moevision.train.diagnosis import GuardRecord
+from tests.train import guarded
+from tests.train.guarded import TWO_PROCESS_CASES
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+# case: (skipped, rollbacks, updates that were taken back, where it came from)
+EXPECTED = {
+    "clean": (0, 0, 0, ""),
+    "loss": (1, 0, 0, "cross-entropy"),
+    "gradient": (1, 0, 0, "gradient of blocks.1.mlp.experts.fc1.weight (expert 2)"),
+    "weight": (0, 1, 2, "weight of head.weight"),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each of two processes had at the end of every case."""
+    folder = tmp_path_factory.mktemp("guarded")
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = str(opened.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(2):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+        with (folder / f"log-{rank}.txt").open("w") as log:
+            command = [sys.executable, guarded.__file__, str(folder)]
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join((folder / f"log-{rank}.txt").read_text()[-3000:] for rank in range(2))
+    return {
+        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for case in TWO_PROCESS_CASES
+    }
+
+
+@pytest.mark.parametrize("case", EXPECTED)
+def test_both_processes_decide_alike(case: str, two: dict[str, list[dict[str, Any]]]) -> None:
+    """One process was struck; both count the same, and end finite with the same weights."""
+    skipped, rollbacks, lost, source = EXPECTED[case]
+    for state in two[case]:
+        record = GuardRecord.from_state(state["record"])
+        assert (record.skipped, record.rollbacks, record.lost) == (skipped, rollbacks, lost)
+        assert [event.source for event in record.events] == ([source] if source else [])
+        assert all(bool(tensor.isfinite().all()) for tensor in state["net"].values())
+    first, second = (state["net"] for state in two[case])
+    for name, tensor in first.items():
+        if "running" not in name:  # each process has BatchNorm statistics of its own; rank 0's are used
+            assert torch.equal(tensor, second[name]), name
+    assert [sum(state["injected"].values()) for state in two[case]] == ([0, 1] if source else [0, 0])
+
+
+def test_the_pictures_of_both_processes_are_named(two: dict[str, list[dict[str, Any]]]) -> None:
+    """The third batch of process 0 is the fifth of all, pictures 32 to 39; process 1 had the sixth."""
+    (event,) = GuardRecord.from_state(two["loss"][0]["record"]).events
+    assert event.samples == tuple(str(number) for number in range(32, 48))

@@ -1,0 +1,185 @@
+"""Signals, sleep, and the file of metrics that only grows."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from moevision.train import clock as clocks
+from moevision.train.clock import AwakeClock
+from moevision.train.interrupt import Interrupted, Interruption
+from moevision.train.metrics_file import MetricsFile
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """Listen to signals even where the tests were started by nohup or in the background, which ignore some."""
+    handlers = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL, "SIGTERM": signal.SIG_DFL}
+    earlier = {name: signal.signal(getattr(signal, name), handler) for name, handler in handlers.items()}
+    yield
+    for name, handler in earlier.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+def send(name: str) -> None:
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGHUP", 129), ("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_outside_training_a_signal_ends_at_once(name, code):
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(Interrupted) as stopped, Interruption():
+        send(name)
+    assert (stopped.value.code, stopped.value.signal_name) == (code, name)
+    assert signal.getsignal(getattr(signal, name)) == before
+
+
+def test_in_training_it_is_noted_and_the_second_one_does_not_wait(capsys):
+    with Interruption() as interruption:
+        interruption.training = True
+        send("SIGTERM")
+        assert interruption.requested == signal.SIGTERM
+        assert "SIGTERM: saving when this step is done" in capsys.readouterr().err
+        with pytest.raises(Interrupted) as stopped:
+            send("SIGINT")
+        assert stopped.value.code == 130
+
+
+def test_nohup_is_respected():
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            send("SIGHUP")
+            assert interruption.requested is None
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
+def test_a_forked_worker_leaves_the_decision_to_the_main_process():
+    with Interruption() as interruption:
+        worker = os.fork()
+        if worker == 0:
+            send("SIGTERM")
+            os._exit(7 if interruption.requested is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
+
+
+def test_a_stopped_process_is_not_a_slow_one(monkeypatch):
+    """Steps of 2 s; in the third the process is stopped for 100 s."""
+    now = [1000.0]
+    monkeypatch.setattr(clocks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(clocks, "_boot_s", lambda: now[0])
+    with AwakeClock() as clock:
+        begun = clock.now()
+        assert clock.tick() == 0
+        for _ in range(2):
+            now[0] += 2
+            assert clock.tick() == 0
+        now[0] += 102
+        send("SIGCONT")
+        assert clock.tick() == 100
+        assert clock.now() - begun == 6
+        now[0] += 102  # slow, but never stopped
+        assert clock.tick() == 0
+        assert clock.now() - begun == 108
+
+
+def test_sleep_is_noticed_and_does_not_count(monkeypatch):
+    """The monotonic clock stands still while the machine sleeps, the other one runs on."""
+    awake, asleep = [1000.0], [0.0]
+    monkeypatch.setattr(clocks.time, "monotonic", lambda: awake[0])
+    monkeypatch.setattr(clocks, "_boot_s", lambda: awake[0] + asleep[0])
+    with AwakeClock() as clock:
+        begun = clock.now()
+        awake[0] += 2
+        asleep[0] += 8 * 3600
+        assert clock.tick() == 8 * 3600
+        assert clock.now() - begun == 2
+        awake[0] += 2
+        assert clock.tick() == 0
+
+
+def test_a_really_stopped_process():
+    """SIGSTOP from a child for 1.2 s; ticks of 10 ms before."""
+    with AwakeClock() as clock:
+        for _ in range(5):
+            time.sleep(0.01)
+            clock.tick()
+        begun = clock.now()
+        parent = os.getpid()
+        child = os.fork()
+        if child == 0:
+            os.kill(parent, signal.SIGSTOP)
+            time.sleep(1.2)
+            os.kill(parent, signal.SIGCONT)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert clock.tick() > 0.9
+        assert clock.now() - begun < 0.6
+
+
+# metrics.csv
+
+
+def written(path):
+    return path.read_bytes().decode().split("\r\n")
+
+
+def test_rows_are_kept_and_columns_may_come_later(tmp_path):
+    path = tmp_path / "metrics.csv"
+    first = MetricsFile(path)
+    first.log_metrics({"b": 1.5}, 0)
+    first.save()
+    again = MetricsFile(path)
+    assert again.rows == 1
+    again.log_metrics({"b": 2.5}, 1)
+    again.log_metrics({"a": 3}, 1)
+    again.save()
+    assert written(path) == ["a,b,step", ",1.5,0", ",2.5,1", "3,,1", ""]
+    assert MetricsFile(path).rows == 3
+
+
+def test_rows_after_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsFile(path)
+    for step in range(5):
+        metrics.log_metrics({"a": step / 3}, step)
+        metrics.save()
+        if step == 2:
+            known = metrics.sync()
+    whole = written(path)
+    assert MetricsFile(path).cut(known) == 2
+    assert written(path) == [*whole[:4], ""]
+    assert MetricsFile(path).cut(known) == 0
+
+
+def test_half_a_row_of_a_killed_process_goes(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"a,step\r\n1,0\r\n2,")
+    assert MetricsFile(path).rows == 1
+    assert written(path) == ["a,step", "1,0", ""]
+
+
+def test_a_full_disk_costs_no_row(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsFile(path)
+    metrics.log_metrics({"a": 1}, 0)
+    metrics.save()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricsFile, "_append", full)
+        patched.setattr(MetricsFile, "_write_all", full)
+        for step, name in enumerate(("a", "a", "b"), 1):
+            metrics.log_metrics({name: 1}, step)
+            metrics.save()
+        assert metrics.sync() == 4
+    assert capsys.readouterr().err.count("No space left") == 1
+    metrics.log_metrics({"a": 1}, 4)
+    metrics.save()
+    assert written(path) == ["a,b,step", "1,,0", "1,,1", "1,,2", ",1,3", "1,,4", ""]

@@ -1,0 +1,363 @@
+"""A run that was interrupted and gone on with is the run that never was, and every change of it is said or refused."""
+
+import csv
+import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+import moevision
+from moevision.data import ImageDataModule
+from moevision.errors import UserError
+from moevision.models.config import MoEConfig
+from moevision.train import checkpoint_io
+from moevision.train.callbacks import Stopwatch
+from moevision.train.manifest import newest_valid
+from moevision.train.optimizer import OptimizerConfig
+from moevision.train.plain_data import plain
+from moevision.train.random_state import random_state, restore_random_state
+from moevision.train.resume import claim, take_resume
+from moevision.train.task import ClassificationTask
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv")
+# 24 training pictures, batches of 8, two epochs: six steps.
+LATE = 5
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def send_signal(monkeypatch):
+    """Let the process get a signal after this step; afterwards no more."""
+
+    def after(step: int, number: int = signal.SIGTERM) -> None:
+        real = Stopwatch.on_train_batch_end
+
+        def once(self, trainer, *rest):
+            real(self, trainer, *rest)
+            if trainer.global_step == step:
+                monkeypatch.setattr(Stopwatch, "on_train_batch_end", real)
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Stopwatch, "on_train_batch_end", once)
+
+    return after
+
+
+@pytest.fixture(scope="module")
+def whole(cli, tiny, drawn_pets, tmp_path_factory) -> Path:
+    """The run folder of a training that nobody interrupted; not to be changed."""
+    root = tmp_path_factory.mktemp("whole")
+    outcome = cli("fit", drawn_pets, *tiny, f"--runs_root={root}")
+    assert outcome.code == 0, outcome.err
+    return root / "pets"
+
+
+@pytest.fixture
+def interrupted(cli, tiny, drawn_pets, send_signal) -> Path:
+    """A run folder whose training was asked to stop in the second epoch."""
+    send_signal(LATE)
+    outcome = cli("fit", drawn_pets, *tiny)
+    assert outcome.code == 143, outcome.err
+    assert outcome.err.splitlines()[-2:] == ["Stopped by SIGTERM. To go on:", "moevision fit --resume runs/pets"]
+    return Path("runs/pets")
+
+
+def differing(run: Path, other: Path) -> list[str]:
+    def content(path):
+        text = path.read_bytes()
+        return re.sub(rb"(?m)^ *(runs_root|cache_mb): .*$", b"", text) if path.suffix == ".yaml" else text
+
+    return [name for name in COMPARED if content(run / name) != content(other / name)]
+
+
+# The whole matrix is benchmarks/resume_matrix.py; this is its hardest part.
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("EMA, bias, bf16, accumulate 2, mixup", "mid-epoch"),
+        ("EMA, bias, bf16, accumulate 2, mixup", "last batch of an epoch"),
+        ("EMA, bias, bf16, accumulate 2, mixup", "epoch 1"),
+        ("0 workers, then 2", "epoch 1"),
+        ("validation twice an epoch", "at a validation"),
+        ("plain", "in validation"),
+    ],
+)
+def test_interrupted_and_resumed_is_uninterrupted(name, place, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import resume_matrix
+
+    from moevision.train.console import quiet_lightning
+
+    setting = next(each for each in resume_matrix.SETTINGS if each.name == name)
+    with quiet_lightning():
+        baseline = resume_matrix.train(tmp_path / "whole", setting)
+        found = resume_matrix.run_cell(setting, place, baseline, tmp_path)
+        other = resume_matrix.train(tmp_path / "other", resume_matrix.Setting("other", arch={"proj_drop_rate": 0.2}))
+    assert (found["differs"], found["leaked"]) == ([], [])
+    assert resume_matrix.unequal(resume_matrix.compared(baseline), resume_matrix.compared(other)), "it can fail"
+
+
+def test_the_last_line_goes_on_with_the_run(cli, interrupted, whole):
+    config = (interrupted / "config.yaml").read_bytes()
+    outcome = cli(*shlex.split("fit --resume runs/pets"))
+    assert outcome.code == 0, outcome.err
+    assert f"Going on with runs/pets from last.ckpt, step {LATE} (verified)." in outcome.err
+    assert "bit-identical" not in outcome.err
+    assert differing(interrupted, whole) == []
+    assert (interrupted / "config.yaml").read_bytes() == config
+    first, second = json.loads((interrupted / "sessions.json").read_text())
+    assert first["from"] is None
+    assert second["from"]["step"] == LATE
+    assert second["command"] == ["moevision", "fit", "--resume", "runs/pets"]
+    assert [path.name for path in Path("runs").iterdir()] == ["pets"], "the same run folder"
+    again = cli("fit", "--resume", "runs/pets")
+    assert again.code == 0
+    assert "is finished" in again.err
+
+
+def test_auto_starts_afresh_then_goes_on_then_rests(cli, tiny, drawn_pets, send_signal, whole):
+    command = ("fit", drawn_pets, *tiny, "--resume", "auto")
+    send_signal(2, signal.SIGINT)
+    outcome = cli(*command)
+    assert outcome.code == 130
+    assert "runs/pets has no checkpoint to go on from: starting afresh." in outcome.err
+    outcome = cli(*command)
+    assert outcome.code == 0, outcome.err
+    assert "from last.ckpt, step 2" in outcome.err
+    assert "changed:" not in outcome.err, "a recipe that would choose otherwise today is no change"
+    assert differing(Path("runs/pets"), whole) == []
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+    outcome = cli(*command)
+    assert (outcome.code, {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}) == (0, before)
+    assert "nothing to do" in outcome.err
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(cli, tiny, drawn_pets, monkeypatch):
+    monkeypatch.setattr(
+        "moevision.train.training_cli.describe_plan", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "never seen"
+    )
+    outcome = cli("fit", drawn_pets, *tiny)
+    assert outcome.code == 143
+    assert outcome.err.endswith("Stopped by SIGTERM. Nothing was trained yet.\n")
+    assert not list(Path("runs").iterdir())
+
+
+def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
+    before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
+    for option in ("--data.batch_size=4", "--model.optim.lr=0.1", "--seed_everything=3", "--data.mixup=0.2"):
+        outcome = cli("fit", "--resume", interrupted, option)
+        assert outcome.code == 2
+        assert f"moevision: {option.split('=')[0]} is " in outcome.err
+        assert "start a new run from its weights with --pretrained" in outcome.err
+    assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        outcome = cli("fit", "--resume", interrupted, "--data.num_workers=1", "--data.seed=0")
+    finally:
+        torch.set_num_threads(threads)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("changed:") == 1
+    assert "changed: --data.num_workers was 0, now 1" in outcome.err
+    assert f"uninterrupted run: the number of threads (OMP_NUM_THREADS) was {threads}, now" in outcome.err
+    notes = json.loads((interrupted / "sessions.json").read_text())[1]["notes"]
+    assert notes[0] == "--data.num_workers was 0, now 1"
+    assert "num_workers: 0" in (interrupted / "config.yaml").read_text()
+    assert "num_workers: 1" in (interrupted / "config-2.yaml").read_text()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(cli, interrupted, whole):
+    last = interrupted / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    outcome = cli("fit", "--resume", interrupted)
+    assert outcome.code == 0, outcome.err
+    assert "last.ckpt differs from its SHA-256 in manifest.json: it is damaged or cut off" in outcome.err
+    assert "from previous.ckpt, step 3" in outcome.err
+    assert differing(interrupted, whole) == []
+
+
+def test_nothing_valid(cli, interrupted, tiny, drawn_pets):
+    for path in (interrupted / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(b"")
+    outcome = cli("fit", "--resume", interrupted)
+    assert outcome.code == 2
+    assert "Nothing in runs/pets can be gone on from" in outcome.err
+    assert interrupted.is_dir(), "a run is never deleted"
+    assert cli("fit", "--resume", "nowhere").code == 2
+    assert "no run folder" in cli("fit", "--resume", interrupted / "checkpoints" / "last.ckpt").err
+    assert "use it with fit" in cli("test", drawn_pets, "--resume", interrupted).err
+
+
+def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, send_signal, whole):
+    pets = Path(shutil.copytree(drawn_pets, "pets"))
+    send_signal(LATE)
+    assert cli("fit", "./pets", *tiny).code == 143
+    moved = Path(shutil.move("runs/pets", "elsewhere"))
+    with (moved / "splits.csv").open(newline="") as file:
+        gone = next(row["path"] for row in csv.DictReader(file) if row["split"] == "test")
+    (pets / gone).unlink()
+    outcome = cli("fit", "--resume", moved)
+    assert outcome.code == 0, outcome.err
+    assert "the list of pictures is another one" in outcome.err
+    scores = [state["best_model_score"] for state in _checkpoint_states(moved / "checkpoints" / "last.ckpt")]
+    assert scores
+    assert all(score is not None for score in scores)
+
+
+def _checkpoint_states(path):
+    callbacks = torch.load(path, weights_only=True)["callbacks"]
+    return [state for name, state in callbacks.items() if name.startswith("ModelCheckpoint")]
+
+
+def test_training_outlives_a_full_disk(cli, tiny, drawn_pets, monkeypatch, whole):
+    """Checkpoints find no room, all else does: the best weights are tested and exported from memory."""
+    nothing = checkpoint_io.shutil._ntuple_diskusage(1, 1, 0)
+    monkeypatch.setattr(checkpoint_io.shutil, "disk_usage", lambda _: nothing)
+    outcome = cli("fit", drawn_pets, *tiny)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("can't be written (No space left on device)") == 2, "one sentence for each file"
+    assert not list(Path("runs").rglob("*.ckpt"))
+    assert differing(Path("runs/pets"), whole) == []
+
+
+def test_a_twin_is_gone_on_with(cli, tiny, drawn_pets, send_signal):
+    send_signal(10**6)
+    assert cli("fit", drawn_pets, *tiny, "--with-twin", "--name=one").code == 0
+    real, calls = Stopwatch.on_train_batch_end, iter(range(100))
+
+    def in_the_twin(self, trainer, *rest):
+        real(self, trainer, *rest)
+        if next(calls) == 6 + 3:  # the run's six steps, and four of its twin
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Stopwatch, "on_train_batch_end", in_the_twin)
+        outcome = cli("fit", drawn_pets, *tiny, "--with-twin", "--name=two")
+    assert outcome.code == 143
+    assert outcome.err.splitlines()[-1] == "moevision fit --resume runs/two"
+    outcome = cli("fit", "--resume", "runs/two")
+    assert outcome.code == 0, outcome.err
+    assert "Going on with runs/two/twin from last.ckpt, step 4" in outcome.err
+    for name in ("metrics.csv", "predictions_test.csv", "model/model.safetensors"):
+        for folder in ("", "twin/"):
+            assert Path(f"runs/one/{folder}{name}").read_bytes() == Path(f"runs/two/{folder}{name}").read_bytes()
+    assert "is finished" in cli("fit", "--resume", "runs/two").err
+
+
+def test_one_process_at_a_time(tmp_path):
+    held = claim(tmp_path)
+    with pytest.raises(UserError, match="Another process is training"):
+        claim(tmp_path)
+    os.close(held)
+    os.close(claim(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_closed_terminal(drawn_pets, tiny):
+    """The terminal is closed while steps are done: the run is saved and ends with 129."""
+    master, slave = pty.openpty()
+    options = [option for option in tiny if "max_epochs" not in option]
+    command = [sys.executable, "-m", "moevision", "fit", str(drawn_pets), *options, "--trainer.max_epochs=5000"]
+    found = {**os.environ, "PYTHONPATH": str(Path(moevision.__file__).parents[1])}
+    terminal = {
+        "env": found,
+        "stdin": slave,
+        "stdout": slave,
+        "stderr": slave,
+        "start_new_session": True,
+        "preexec_fn": _own,
+    }
+    process = subprocess.Popen(command, **terminal)
+    os.close(slave)
+    last, until = Path("runs/pets/checkpoints/last.ckpt"), time.monotonic() + 120
+    try:
+        while not last.is_file() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        os.close(master)
+        assert process.wait(timeout=120) == 129
+    finally:
+        process.kill()
+        process.wait()
+    found, refused = newest_valid(Path("runs/pets/checkpoints"))
+    assert (found.path.name, refused) == ("last.ckpt", [])
+
+
+def _own() -> None:
+    """Make the terminal the process's own, so that its end is heard, also where nohup started the tests."""
+    import fcntl
+    import termios
+
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_the_argument():
+    assert take_resume(["a", "--resume", "runs/x", "-b"]) == ("runs/x", ["a", "-b"])
+    assert take_resume(["--resume=auto"]) == ("auto", [])
+    assert take_resume(["a"]) == (None, ["a"])
+    for wrong in (["--resume"], ["--resume="], ["--resume", "--data.path"]):
+        with pytest.raises(UserError, match="run folder"):
+            take_resume(wrong)
+
+
+def test_random_generators_come_back():
+    import random
+
+    def draw():
+        return random.random(), np.random.rand(), np.random.randn(), torch.rand(3).tolist(), random.gauss(0, 1)
+
+    draw()
+    state = random_state()
+    expected = draw()
+    torch.save(state, "state.pt")
+    draw()
+    restore_random_state(torch.load("state.pt", weights_only=True))
+    assert draw() == expected
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+def test_plain_data():
+    given = {"a": np.float64(1.5), "b": [Path("x/y"), np.arange(2)], "c": (Colour.RED, None), 3: {"d": np.int64(4)}}
+    assert plain(given) == {"a": 1.5, "b": ["x/y", [0, 1]], "c": ("red", None), 3: {"d": 4}}
+    tensor = torch.ones(2)
+    assert plain({"t": tensor})["t"] is tensor
+
+
+def test_checkpoints_of_a_model_made_in_a_notebook_load(tmp_path):
+    """NumPy's numbers as hyperparameters, and Lightning's own way of writing."""
+    data = ImageDataModule("synthetic_pets", image_size=32, batch_size=8, train_size=8, val_size=8, test_size=8)
+    optim = OptimizerConfig(lr=np.float64(1e-3), weight_decay=np.float32(0.05))
+    task = ClassificationTask(MoEConfig(name="test_vit_moe", num_experts=4), optim)
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, enable_checkpointing=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(task, data)
+    trainer.save_checkpoint(tmp_path / "notebook.ckpt")
+    loaded = torch.load(tmp_path / "notebook.ckpt", weights_only=True)
+    assert loaded["hyper_parameters"]["optim"]["lr"] == 1e-3
+    again = ClassificationTask.load_from_checkpoint(tmp_path / "notebook.ckpt", weights_only=True)
+    assert torch.equal(next(again.parameters()), next(task.parameters()))

@@ -1,0 +1,66 @@
+"""What is logged about updates and loads, and when a collapse of experts is said."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from moevision.layers import moe_layers
+from moevision.train.router_health import RouterHealth
+from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
+
+
+class Seen(L.Callback):
+    """Weights and counts around every update."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+        self.loads: list[list[Tensor]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._keep(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._keep(pl_module)
+        self.loads.append([count.clone() for count in pl_module.window_counts])
+
+    def _keep(self, pl_module: L.LightningModule) -> None:
+        self.weights.append(torch.cat([p.detach().double().flatten() for p in pl_module.parameters()]))
+
+
+def test_the_logged_numbers_by_hand(tmp_path: Path) -> None:
+    """‖w₃ - w₂‖, its share of ‖w₂‖, and max / mean - 1 of the counts of the third update."""
+    seen = Seen()
+    run = Run(tmp_path, batches(3), callbacks=(seen, RouterHealth()), log_every_n_steps=3)
+    logged = {name: float(value) for name, value in run.trainer.callback_metrics.items()}
+    update = float((seen.weights[3] - seen.weights[2]).norm())
+    assert logged["train/update_norm"] == pytest.approx(update, rel=1e-4)
+    assert logged["train/update_ratio"] == pytest.approx(update / float(seen.weights[2].norm()), rel=1e-4)
+    for block, load in zip((1, 3), seen.loads[2], strict=True):
+        assert logged[f"moe/{block}/max_violation"] == pytest.approx(float(load.max() / load.double().mean() - 1))
+
+
+@pytest.mark.parametrize(
+    ("router", "advice"), [(NOISY, "--model.aux.importance or --model.aux.load"), (BIASED, "--model.arch.bias_rate")]
+)
+def test_a_collapse_is_said_with_advice(
+    router: dict[str, Any], advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of loads 50, 52, 0, 2 the last two lie below a tenth of the mean, 26; it is said once for the layer."""
+    task = tiny_task(**router)
+    monkeypatch.setattr("moevision.train.router_health._PATIENCE", 2)
+    task.trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", log_every_n_steps=10**6)
+    task.update_applied = True
+    task.window_counts = [torch.tensor([25, 26, 0, 1]), torch.tensor([13, 13, 13, 13])]
+    assert len(moe_layers(task.net)) == 2
+    health = RouterHealth()
+    monkeypatch.setattr(task, "log", lambda *_: None)
+    for _ in range(4):
+        health.on_train_batch_end(task.trainer, task, None, None, 0)
+    said = capsys.readouterr().err
+    assert said.count("experts collapse in block 1: 2 of 4 experts (2, 3) got less than a tenth") == 1
+    assert "block 3" not in said
+    assert advice in said
