@@ -1,12 +1,12 @@
 """The MoE layer in pure torch: no timm, no Lightning, no files."""
 
-from moevision.layers.affinity import CosineRouter, SigmoidRouter, update_router_bias
+from moevision.layers.affinity import CosineRouter, SigmoidRouter
 from moevision.layers.capacity import capacity_of, within_capacity
 from moevision.layers.dispatch import Dispatched, LocalDispatcher
 from moevision.layers.expert_choice import ExpertChoiceRouter
 from moevision.layers.experts import Backend, Experts, PackedLinear
 from moevision.layers.handmade import ColourRouter, HandmadeRouter, LabelRouter, label_oracle
-from moevision.layers.moe import MoEMlp, SharedExperts, describe_moe, moe_layers
+from moevision.layers.moe import MoEMlp, SharedExperts, describe_moe, moe_layers, update_router_bias
 from moevision.layers.options import RouterOptions
 from moevision.layers.routers import ROUTERS, Router, build_router, router_kind
 from moevision.layers.routing import Recordable, Routing, forward_routing, record_routing, routing_lock

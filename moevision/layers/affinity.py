@@ -9,7 +9,7 @@ Axes: B images, N tokens, D width, E experts, K choices.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -122,30 +122,3 @@ class SigmoidRouter(TopKRouter):
     def _normalized(self, top_logits: Tensor) -> Tensor:
         affinity = top_logits.sigmoid()
         return affinity / affinity.sum(-1, keepdim=True)
-
-
-@torch.no_grad()
-def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
-    """Move the biases of `bias_balanced` routers towards balance; call it once per applied optimizer step.
-
-    `b += δ - mean(δ)`, δ = γ · sign(mean load - load) (arXiv:2408.15664, algorithm 1; re-centred, so that the biases
-    keep their mean of 0).
-
-    Args:
-        model: any module with MoE layers.
-        counts: for each of its MoE layers in order of depth [E], the choices that fell on each expert in that step,
-            summed over micro-batches and processes; layers without a bias, or whose router is frozen, are left alone.
-
-    Raises:
-        UserError: if there are not as many counts as MoE layers.
-    """
-    routers = [module.router for module in model.modules() if hasattr(module, "router") and hasattr(module, "experts")]
-    if len(routers) != len(counts):
-        raise UserError(f"Give the counts of all {len(routers)} MoE layers; these are {len(counts)}.")
-    for router, load in zip(routers, counts, strict=True):
-        if not isinstance(router, SigmoidRouter) or not router.weight.requires_grad:
-            continue
-        if router.bias is not None and router.bias_rate is not None:
-            load = load.to(router.bias.device, torch.float64)
-            step = router.bias_rate * torch.sign(load.mean() - load)
-            router.bias += (step - step.mean()).to(router.bias.dtype)

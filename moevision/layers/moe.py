@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moevision.errors import UserError
+from moevision.layers.affinity import SigmoidRouter
 from moevision.layers.dispatch import LocalDispatcher
 from moevision.layers.experts import Backend, Experts
 from moevision.layers.options import RouterOptions
@@ -183,6 +184,34 @@ class SharedExperts(nn.Module):
 def moe_layers(model: nn.Module) -> list[MoEMlp]:
     """The MoE layers of a model, in order of depth; empty for a dense model."""
     return [module for module in model.modules() if isinstance(module, MoEMlp)]
+
+
+@torch.no_grad()
+def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
+    """Move the biases of `bias_balanced` routers towards balance; call it once per applied optimizer step.
+
+    `b += δ - mean(δ)`, δ = γ · sign(mean load - load) (arXiv:2408.15664, algorithm 1; re-centred, so that the biases
+    keep their mean of 0).
+
+    Args:
+        model: any module with MoE layers.
+        counts: for each of its MoE layers in order of depth [E], the choices that fell on each expert in that step,
+            summed over micro-batches and processes; layers without a bias, or whose router is frozen, are left alone.
+
+    Raises:
+        UserError: if there are not as many counts as MoE layers.
+    """
+    layers = moe_layers(model)
+    if len(layers) != len(counts):
+        raise UserError(f"Give the counts of all {len(layers)} MoE layers; these are {len(counts)}.")
+    for layer, load in zip(layers, counts, strict=True):
+        router = layer.router
+        if not isinstance(router, SigmoidRouter) or not router.weight.requires_grad:
+            continue
+        if router.bias is not None and router.bias_rate is not None:
+            load = load.to(router.bias.device, torch.float64)
+            step = router.bias_rate * torch.sign(load.mean() - load)
+            router.bias += (step - step.mean()).to(router.bias.dtype)
 
 
 def describe_moe(layers: Sequence[MoEMlp]) -> str:

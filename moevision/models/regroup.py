@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moevision.errors import UserError
 from moevision.layers import HandmadeRouter, MoEMlp, TopKRouter, moe_layers
 from moevision.models.alignment import State, average_experts, shares
-from moevision.models.convert import convert_to_moe
+from moevision.models.convert import convert_to_moe, one_or_list
 from moevision.models.expert_use import ExpertUse
 from moevision.models.twin import make_dense
 from moevision.models.vit_moe import MOE_ARGUMENTS
@@ -86,9 +86,9 @@ def _check_groups(block: int, layer: MoEMlp, groups: Groups) -> None:
 def _with_experts(model: nn.Module, num_experts: Sequence[int]) -> nn.Module:
     """A copy with so many experts in each MoE layer, freshly drawn; it saves and reloads under the model's name."""
     given = {
-        "num_experts": _one_or_list(num_experts),
+        "num_experts": one_or_list(list(num_experts), None),
         # As a number: by default it would follow from K and the width of the dense MLP.
-        "expert_hidden": _one_or_list([layer.experts.fc1.out_features for layer in moe_layers(model)]),
+        "expert_hidden": one_or_list([layer.experts.fc1.out_features for layer in moe_layers(model)], None),
     }
     new = copy.deepcopy(model)
     config = {**cast(Any, model).moe_config, **given}
@@ -185,7 +185,3 @@ def use_of(use: Use | None, block: int, layer: MoEMlp) -> ExpertUse:
 def state_of(module: nn.Module) -> State:
     """A module's state, detached."""
     return {name: tensor.detach() for name, tensor in module.state_dict().items()}
-
-
-def _one_or_list(values: Sequence[int]) -> int | list[int]:
-    return values[0] if len(set(values)) == 1 else list(values)
