@@ -22,6 +22,7 @@ import yaml
 
 from moevision.layers import forward_routing
 from moevision.losses import AuxLossWeights
+from moevision.models.attention import set_fused_attention
 from moevision.models.config import MoEConfig
 from moevision.train.provenance import cpu_model
 from moevision.train.run_folder import find_config
@@ -33,6 +34,7 @@ def training_step(
 ) -> Callable[[], None]:
     """A function that does one optimizer step of `task` on these images."""
     task.net.train()
+    set_fused_attention(task.net, not bf16)
     optimizer = torch.optim.AdamW(task.net.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
 
     def step() -> None:

@@ -77,9 +77,13 @@ class _LoopedMlps(torch.autograd.Function):
 
 
 def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tensor:
-    """rows_e · weight_eᵀ + bias_e: one product for each expert, since those add the bias on the way."""
+    """rows_e · weight_eᵀ + bias_e: [R, I] -> [R, O]."""
     if bias is None:
         return _product(rows, counts, weight.mT)
+    if _equal(counts):
+        out = _product(rows, counts, weight.mT)
+        _batched(out, counts).add_(bias.unsqueeze(1))
+        return out
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     for group, place, w, b in zip(rows.split(counts), out.split(counts), weight.unbind(), bias.unbind(), strict=True):
         torch.addmm(b, group, w.t(), out=place)

@@ -93,5 +93,5 @@ class _SumRows(torch.autograd.Function):
         of_rows = _sum(gradient, token.unsqueeze(1), of_row.unsqueeze(1))  # [R, D], gathered and scaled at once
         of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient.index_select(0, token).mul_(rows)).sum(-1).index_select(0, position.flatten())
+            of_weight = (gradient.index_select(0, token) * rows).sum(-1).index_select(0, position.flatten())
         return of_rows, None if of_weight is None else of_weight.view_as(weight), None, None
