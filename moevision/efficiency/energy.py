@@ -98,9 +98,10 @@ class EnergyMeter:
         self._reason = ""
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._reading: EnergyReading | None = None
+        self._lost: NotMeasured | None = None
 
     def __enter__(self) -> Self:
-        self._reading, self._reason, self._idle_w = None, "", math.nan
+        self._reading, self._reason, self._idle_w, self._lost = None, "", math.nan, None
         self._stop.clear()
         try:
             self._counter = open_counter(self.device, powercap=self._powercap, nvml=self._nvml)
@@ -136,6 +137,8 @@ class EnergyMeter:
         """What has been used since the start, as often as you like."""
         if self._counter is not None:
             try:
+                if self._lost is not None:
+                    raise self._lost
                 joules, now = self._now()
             except NotMeasured as error:  # a counter that falls silent takes the whole figure with it
                 self._counter, self._reason = None, str(error)
@@ -165,8 +168,9 @@ class EnergyMeter:
                 try:
                     with self._lock:
                         counter.joules()
-                except NotMeasured:
-                    return  # the next read() meets it too, and says so
+                except NotMeasured as error:
+                    self._lost = error  # a turn of the counter may be missed from now on
+                    return
 
         threading.Thread(target=poll, name="energy counter", daemon=True).start()
 

@@ -23,7 +23,16 @@ Source = Literal["nvml", "rapl", "not measured"]
 
 
 class NotMeasured(Exception):  # noqa: N818 (no error: most machines have no counter)
-    """Why energy can't be read here, with what to do about it."""
+    """Energy can't be read here.
+
+    Args:
+        reason: why.
+        advice: what to do about it.
+    """
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}; {advice}")
+        self.reason, self.advice = reason, advice
 
 
 class Counter(Protocol):
@@ -78,7 +87,8 @@ class RaplCounter:
         self._zones = [_open(path, name) for name, path in sorted(_packages(root).items())]
         if not self._zones:
             raise NotMeasured(
-                f"{root} has no CPU package: virtual machines and containers usually hide RAPL; measure on the host"
+                f"{root} has no CPU package, which virtual machines and containers usually hide",
+                "measure on the machine itself",
             )
         self.domain = f"CPU {' + '.join(zone.name for zone in self._zones)}, without memory"
 
@@ -115,7 +125,7 @@ class NvmlCounter:
             self._handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{card.uuid}")
         except self._nvml.NVMLError as error:
             raise NotMeasured(
-                f"NVML doesn't answer for {card.name} ({error}): the driver isn't loaded, or this is a MIG slice"
+                f"NVML doesn't answer for {card.name} ({error})", "load the driver; a MIG slice has no counter"
             ) from error
         self.domain = f"GPU board {card.name}, without the host"
         self.joules()
@@ -126,7 +136,7 @@ class NvmlCounter:
             return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
         except self._nvml.NVMLError as error:
             raise NotMeasured(
-                f"{self.domain} has no energy counter ({error}): cards before Volta and MIG slices have none"
+                f"{self.domain}: no energy counter ({error})", "cards before Volta and MIG slices have none"
             ) from error
 
 
@@ -140,7 +150,7 @@ def open_counter(device: torch.device, *, powercap: Path = POWERCAP, nvml: Modul
         return RaplCounter(powercap)
     if device.type == "cuda" and torch.version.hip is None:
         return NvmlCounter(device, nvml)
-    raise NotMeasured(f"moevision reads no energy counter of {device.type} devices")
+    raise NotMeasured(f"moevision reads no energy counter of {device.type} devices", "use the vendor's own tools")
 
 
 def _packages(root: Path) -> dict[str, Path]:
@@ -152,7 +162,7 @@ def _packages(root: Path) -> dict[str, Path]:
             if name.startswith("package-"):
                 packages.setdefault(name, path)
     except OSError as error:
-        raise NotMeasured(f"{error.filename} can't be read ({error.strerror})") from error
+        raise NotMeasured(f"{error.filename} can't be read ({error.strerror})", "look at its permissions") from error
     return packages
 
 
@@ -166,16 +176,16 @@ def _read(file: Path) -> int:
     except PermissionError as error:
         # Since CVE-2020-8694 kernels let only root read it: power betrays what other users compute.
         raise NotMeasured(
-            f"{file} may be read by root only: on a machine of your own, `sudo chmod a+r {POWERCAP}/*rapl:*/energy_uj` "
-            "opens it until the next boot"
+            f"{file} may be read by root only",
+            f"on a machine of your own, `sudo chmod a+r {POWERCAP}/*rapl:*/energy_uj` opens it until the next boot",
         ) from error
     except (OSError, ValueError) as error:
-        raise NotMeasured(f"{file} can't be read ({error})") from error
+        raise NotMeasured(f"{file} can't be read ({error})", "look at the kernel's messages") from error
 
 
 def _import_nvml() -> ModuleType:
     try:
         import pynvml
     except ImportError as error:
-        raise NotMeasured("nvidia-ml-py isn't installed: pip install 'moevision[energy]'") from error
+        raise NotMeasured("nvidia-ml-py isn't installed", "pip install 'moevision[energy]'") from error
     return pynvml  # type: ignore[no-any-return]

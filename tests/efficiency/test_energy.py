@@ -1,6 +1,8 @@
 """Energy from counters that the tests make: a powercap tree, a module like pynvml. No real counter is needed."""
 
+import os
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,9 @@ def zone(root, folder, name, energy_uj, range_uj=RANGE_UJ):
 
 def spend(path, joules):
     file, limit = path / "energy_uj", int((path / "max_energy_range_uj").read_text())
-    file.write_text(f"{(int(file.read_text()) + round(joules * 1e6)) % (limit + 1)}\n")
+    # Renamed into place: a reader in another thread never sees half a file, as it never does in sysfs.
+    (path / "new").write_text(f"{(int(file.read_text()) + round(joules * 1e6)) % (limit + 1)}\n")
+    os.replace(path / "new", file)
 
 
 class Machine:
@@ -140,7 +144,7 @@ def test_a_machine_without_rapl(tmp_path, exists):
     machine = Machine()
     with machine.meter(root) as meter:
         machine.now += 3
-    not_measured(meter.reading, str(root), "no CPU package", "host")
+    not_measured(meter.reading, str(root), "no CPU package", "; measure on the machine itself")
     assert meter.reading.seconds == 3
 
 
@@ -167,6 +171,20 @@ def test_a_counter_that_falls_silent(tmp_path):
         spend(package, 10)
         assert meter.read().energy_j == pytest.approx(10)
         (package / "energy_uj").write_text("garbage")
+    not_measured(meter.reading, "energy_uj")
+
+
+def test_a_failure_between_readings_is_remembered(tmp_path, monkeypatch):
+    """The thread that watches for wraps could not read once: the counter may have turned unseen."""
+    package = zone(tmp_path, "intel-rapl:0", "package-0", 7)
+    monkeypatch.setattr(RaplCounter, "poll_s", 0.001)
+    with Machine().meter(tmp_path) as meter:
+        (package / "energy_uj").rename(package / "away")
+        deadline = time.monotonic() + 10
+        while any(thread.name == "energy counter" for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        (package / "away").rename(package / "energy_uj")
     not_measured(meter.reading, "energy_uj")
 
 
