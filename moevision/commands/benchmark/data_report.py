@@ -24,7 +24,7 @@ def show(record: Json) -> None:
         rate = row["images_per_s"]
         rows.append(
             [
-                "in memory" if row["cached"] else "from files",
+                "in memory" if row["cached"] else "made each time",
                 "yes" if row["augmented"] else "no",
                 str(row["workers"]),
                 f"{rate['median']:,.0f} ({rate['quartile_1']:,.0f}–{rate['quartile_3']:,.0f})",
@@ -70,7 +70,7 @@ def draw(record: Json, out: Path) -> None:
         text = f"{rate['median']:,.0f}"
         axes.text(rate["quartile_3"] + 0.015 * longest, place, text, va="center", fontsize=8, color=INK)
     labels = [
-        f"{'in memory' if row['cached'] else 'from files'}, "
+        f"{'in memory' if row['cached'] else 'made each time'}, "
         + (f"{row['workers']} workers" if row["augmented"] else "no augmentation, 0 workers")
         for row in rows
     ]
