@@ -67,17 +67,28 @@ def test_idle_power_is_subtracted(tmp_path):
 
 
 def test_the_counter_wraps(tmp_path):
-    """It jumps back by its range in the idle time and again in the work."""
-    package = zone(tmp_path, "intel-rapl:0", "package-0", RANGE_UJ - 50_000_000)
-    machine = Machine((package, 20))  # 100 J idle in 5 s: more than the 50 J that are left
+    """It turns in the idle time, 100 J before its end at 40 W for 5 s, and again in the work."""
+    package = zone(tmp_path, "intel-rapl:0", "package-0", RANGE_UJ - 100_000_000)
+    machine = Machine((package, 40))
     with machine.meter(tmp_path) as meter:
-        (package / "energy_uj").write_text(str(RANGE_UJ))
-        assert meter.read().energy_j == pytest.approx(RANGE_UJ / 1e6 - 50, rel=1e-9)
-        machine.now += 1
-        spend(package, 1e-6)  # from its last value to 0
-        assert int((package / "energy_uj").read_text()) == 0
-        spend(package, 220)
-    assert meter.reading.energy_j == pytest.approx(RANGE_UJ / 1e6 - 50 + 1e-6 + 220 - 20, rel=1e-9)
+        assert int((package / "energy_uj").read_text()) < 100_000_000
+        spend(package, 262_000)
+        assert meter.read().energy_j == pytest.approx(262_000)
+        machine.now += 50
+        spend(package, 500)
+        assert int((package / "energy_uj").read_text()) < 500_000_000
+    assert meter.reading.idle_power_w == pytest.approx(40)
+    assert meter.reading.energy_j == pytest.approx(262_000 + 500 - 40 * 50)
+
+
+def test_a_turn_has_one_value_more_than_the_largest(tmp_path):
+    """It counts 0 to 99: from 90, 25 more is 15."""
+    package = zone(tmp_path, "intel-rapl:0", "package-0", 90, range_uj=99)
+    counter = RaplCounter(tmp_path)
+    (package / "energy_uj").write_text("15")
+    assert counter.joules() == pytest.approx(25e-6, abs=1e-12)
+    (package / "energy_uj").write_text("14")
+    assert counter.joules() == pytest.approx(124e-6, abs=1e-12)
 
 
 def test_polling_sees_every_wrap(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import moevision  # noqa: F401 (registers the names)
 from moevision import MoEMlp, dense_twin, forward_routing
-from moevision.efficiency import count_flops, inference_flops, measure_cost, training_flops
+from moevision.efficiency import count_flops, flop_counter, inference_flops, measure_cost, training_flops
+from moevision.efficiency.counter import recomputed_attention_flops
 from moevision.layers import ROUTERS, LocalDispatcher, moe_layers
 
 BACKENDS = [
@@ -239,3 +240,37 @@ def test_a_layer_alone_is_counted():
     layer = MoEMlp(16, 24, num_experts=4, top_k=1, router="switch", backend="loop").eval()
     flops = count_flops(lambda: layer(torch.randn(2, 5, 16)))
     assert flops == 10 * (2 * 16 * 4 + 2 * 2 * 16 * 24)
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments"),
+    [
+        ("_scaled_dot_product_flash_attention", ()),
+        ("_scaled_dot_product_efficient_attention", (None, True)),
+        ("_scaled_dot_product_cudnn_attention", (None, True)),
+        ("_scaled_dot_product_flash_attention_for_cpu", ()),
+    ],
+)
+def test_every_fused_attention_is_counted(operation, arguments):
+    """Those of CUDA too, on tensors without data: 2 products forward, 5 backward of which one computes scores again."""
+    batch, heads, tokens, width = 2, 3, 64, 16
+    product = 2 * batch * heads * tokens * tokens * width
+    query = torch.empty(batch, heads, tokens, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with flop_counter() as counter:
+        getattr(torch.ops.aten, operation)(query, query, query, *arguments)[0].square().sum().backward()
+    assert counter.get_total_flops() == 7 * product
+    assert recomputed_attention_flops(counter) == product
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_models_are_counted_too(whole):
+    """On an uncompiled copy, since compiled code shows its products to nobody."""
+    model = build(backend="loop")
+    expected = training_flops(model, pictures())
+    if whole:
+        model = torch.compile(model, backend="eager")
+    else:
+        for block in model.blocks:
+            block.compile(backend="eager")
+    assert training_flops(model, pictures()) == expected
+    assert inference_flops(model, pictures()).useful == sum(closed_form("vmoe_top_k", "loop", training=False))
