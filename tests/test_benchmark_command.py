@@ -2,10 +2,13 @@
 
 import json
 import statistics
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 
 from moevision.commands.benchmark import layer as layer_module
+from moevision.commands.benchmark.options import build_parser
 from moevision.commands.benchmark.peers import PEERS, build_peer
 
 KINDS = ("layer", "train", "infer", "data")
@@ -186,17 +189,40 @@ def test_data_tells_rates_decoding_and_wait(records):
     record = records["data"][0]
     variants = [(row["cached"], row["augmented"], row["workers"]) for row in record["rows"]]
     assert variants == [
-        *((True, True, workers) for workers in (0,)),
+        (True, True, 0),
+        (True, True, 1),
         (True, False, 0),
-        *((False, True, workers) for workers in (0,)),
+        (False, True, 0),
+        (False, True, 1),
         (False, False, 0),
     ]
     rounds = {row_key: row["rounds"] for row_key, row in zip(variants, record["rows"], strict=True)}
     cost = [1e3 / made - 1e3 / kept for made, kept in zip(rounds[False, False, 0], rounds[True, False, 0], strict=True)]
     assert record["decode"]["ms_per_image"]["median"] == pytest.approx(statistics.median(cost), rel=1e-4)
     assert record["decode"]["ms_per_image"]["median"] > 0  # drawing a picture costs more than copying it
-    (wait,) = record["data_wait"]
-    assert 0 < wait["share"] < 1
+    assert [wait["workers"] for wait in record["data_wait"]] == [0, 1]
+    assert all(0 < wait["share"] < 1 and wait["cached"] for wait in record["data_wait"])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "kinds"),
+    [
+        ("moe_layer", ("--out", "o", "--repetitions", "40"), [("layer", "bars"), ("layer", "growth")]),
+        ("train_step", ("cifar10", "quickstart", "--out", "o"), [("train", "cifar10"), ("train", "quickstart")]),
+    ],
+)
+def test_scripts_call_the_command(script, arguments, kinds, monkeypatch):
+    spec = spec_from_file_location(script, Path(__file__).parents[1] / "benchmarks" / f"{script}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    calls = []
+    monkeypatch.setattr(module, "benchmark", calls.append)
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
+    module.main()
+    parsed = [build_parser().parse_args(call) for call in calls]
+    assert [(options.kind, getattr(options, "preset", None) or options.model) for options in parsed] == kinds
+    assert [options.out.as_posix() for options in parsed] == [f"o/{name}" for _, name in kinds]
+    assert all(options.repetitions == (40 if script == "moe_layer" else 30) for options in parsed)
 
 
 class BrokenError(Exception):

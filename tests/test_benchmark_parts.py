@@ -1,12 +1,14 @@
 """What `moevision benchmark` is made of: turns, phases, memory, load, and other libraries' layers."""
 
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 
-from moevision.commands.benchmark import phases
+from moevision.commands.benchmark import layer_report, phases
+from moevision.commands.benchmark.layer import LayerSettings, shapes_of
 from moevision.commands.benchmark.load import measure_load
 from moevision.commands.benchmark.memory import beside_twin, peak_bytes, saved_bytes
 from moevision.commands.benchmark.peers import PEERS, build_peer, chosen_peers, flops_beside_ours, gated_width
@@ -263,6 +265,35 @@ def test_gated_peers_compute_a_gated_mixture(name):
     expected = (every * routing.expert_weights().unsqueeze(-1)).sum(2)
     found = peer(x).float()
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_growth_is_drawn_at_the_centre_s_other_sizes(tmp_path):
+    """One line per router and k against E, one each against T and D; other shapes don't belong to a line."""
+    growth = LayerSettings(preset="growth", precision=("bf16",))
+    ratio = {"quartile_1": 0.9, "median": 1.0, "quartile_3": 1.1, "n": 3}
+    comparisons = [
+        {**asdict(shape), "rows": [{"name": "moevision vmoe_top_k", "ratio_to": {"dense k·H": ratio}}]}
+        for shape in shapes_of(growth)
+    ]
+    record = {"settings": {"preset": "growth", "precision": ["bf16"]}, "comparisons": comparisons}
+    experts = layer_report._sweep(record, "experts", (1, 2))
+    assert {name: sorted(points) for name, points in experts.items()} == {
+        "vmoe_top_k, k = 1": [1, 2, 4, 8, 16, 32, 64],
+        "vmoe_top_k, k = 2": [2, 4, 8, 16, 32, 64],
+    }
+    assert sorted(layer_report._sweep(record, "tokens", (2,))["vmoe_top_k, k = 2"]) == [256, 1024, 4096, 16384, 65536]
+    assert sorted(layer_report._sweep(record, "width", (2,))["vmoe_top_k, k = 2"]) == [96, 192, 384, 768]
+    layer_report.draw(record, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_the_shapes_of_the_bars():
+    shapes = shapes_of(LayerSettings(preset="bars", experts=(8,), precision=("bf16",)))
+    assert [(shape.tokens, shape.width, shape.top_k, shape.hidden) for shape in shapes] == [
+        (4160, 192, 2, 384),
+        (8192, 384, 1, 1536),
+        (8192, 384, 2, 768),
+    ]
 
 
 def test_subjects():

@@ -8,15 +8,16 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from moevision.commands.benchmark.options import QUICK, build_parser
+from moevision.commands.benchmark.options import build_parser
 
 
 def main(arguments: list[str]) -> None:
     """Run with command-line arguments."""
     options = vars(build_parser().parse_args(arguments))
+    if options["quick"]:
+        options = vars(build_parser(quick=True).parse_args(arguments))
     kind = options.pop("kind")
-    if options.pop("quick"):
-        options |= QUICK[kind]
+    del options["quick"]
     options["command"] = shlex.join(["moevision", "benchmark", *arguments])
     record = run(kind, options)
     report = _report(kind)

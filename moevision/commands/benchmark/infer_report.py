@@ -72,10 +72,18 @@ def draw(record: Json, out: Path) -> None:
                     zorder=2,
                     label=name if place == 0 else None,
                 )
+                ends = [1e3 * comparison["batch_size"] / row["time_ms"][end] for end in ("quartile_3", "quartile_1")]
+                axes.plot([x, x], ends, color=INK, linewidth=1.0, zorder=3)
+                top = (x, max(row["images_per_s"], *ends))
                 axes.annotate(
-                    f"{row['images_per_s']:.0f}", (x, row["images_per_s"]), (0, 2), textcoords="offset points",
-                    ha="center", fontsize=7, color=INK,
-                )  # fmt: skip
+                    f"{row['images_per_s']:.0f}",
+                    top,
+                    (0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=7,
+                    color=INK,
+                )
         axes.set_xticks(range(len(comparisons)), [f"batch {entry['batch_size']}" for entry in comparisons])
         title(axes, f"images/s, {precision}")
     panels[0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")

@@ -10,8 +10,10 @@ Axes: T tokens, D width, H hidden width of one expert, E experts, K choices.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +40,7 @@ GROWTH_WIDTHS = (96, 192, 384, 768)
 MLP_RATIO = 4  # hidden width of the dense MLP of equal active FLOPs over D, as in a ViT
 _TOTAL_PARAMS_UP_TO = 8  # times the active FLOPs: a larger dense MLP of equal parameters is left out
 _IMAGE_TOKENS = 64
+COMPILED = ", compiled"
 _GIVE_UP = 50.0  # times the dense MLP in the first round, kernels' compilation included: a peer isn't waited for longer
 
 
@@ -90,6 +93,7 @@ class LayerSettings:
         preset: `bars` or `growth` in the place of tokens, width and top_k.
         peers: other libraries' layers to time.
         total_params: also time the dense MLP of equal total parameters.
+        compile: also time ours and the dense ones compiled by torch.compile.
         repetitions: measured rounds.
         warm_up: rounds before them.
         device: where.
@@ -108,6 +112,7 @@ class LayerSettings:
     preset: str | None = None
     peers: Sequence[str] = tuple(PEERS)
     total_params: bool = True
+    compile: bool = False
     repetitions: int = 20
     warm_up: int = 5
     device: str = "cpu"
@@ -166,7 +171,7 @@ def _compare(shape: Shape, settings: LayerSettings, device: torch.device) -> dic
     layers, left_out = _layers(shape, settings, device)
     turn = _Turn(shape, device)
     candidates = [
-        Candidate(name, lambda layer=layer: turn.run(layer), turn.reset, optional=name in PEERS)  # type: ignore[misc]
+        Candidate(name, partial(turn.run, layer), turn.reset, optional=name in PEERS or name.endswith(COMPILED))
         for name, layer in layers.items()
     ]
     rounds = settings.warm_up + settings.repetitions
@@ -210,6 +215,11 @@ def _layers(shape: Shape, settings: LayerSettings, device: torch.device) -> tupl
         )
     for layer in layers.values():
         layer.to(device).train()
+    if settings.compile:
+        layers |= {name + COMPILED: copy.deepcopy(layer) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            if name.endswith(COMPILED):
+                layer.compile()
     for name in settings.peers:
         # The same router with the same weights, and its own gradients.
         ours = MoEMlp(shape.width, 8, router=settings.router[0], **cast(Any, sizes)).to(device).train().router
@@ -274,7 +284,7 @@ def _facts(name: str, layer: nn.Module, shape: Shape, turn: _Turn) -> dict[str, 
     facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in layer.parameters())}
     if name in PEERS:
         facts["active_flops_beside_ours"] = rounded(flops_beside_ours(name, shape.hidden))
-    if isinstance(layer, MoEMlp):
+    if isinstance(layer, MoEMlp) and not name.endswith(COMPILED):
         with torch.no_grad():
             load = measure_load(layer, lambda: turn.forward(layer))
         facts |= {key: load[0][key] for key in ("slowest_over_mean", "padding_waste")}

@@ -28,6 +28,7 @@ from moevision.commands.benchmark.step import TrainingStep, noise_batch
 from moevision.commands.benchmark.subject import Subject, Which
 from moevision.commands.benchmark.timing import rounded
 from moevision.errors import UserError
+from moevision.train.run_folder import PACKAGE
 
 RUNS = 3
 STEPS = 3  # the optimizer's moments exist from the first on
@@ -55,13 +56,15 @@ def memory_of(
 
 
 def _in_a_process(task: Mapping[str, Any]) -> dict[str, float]:
+    paths = (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))
     try:
         done = subprocess.run(
             [sys.executable, "-m", __name__, json.dumps(task)],
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            # The same moevision as here, also where it isn't installed.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(f"it took longer than {_TIMEOUT_S} s") from error

@@ -79,8 +79,12 @@ QUICK: Mapping[str, Mapping[str, Any]] = {
 """What --quick sets: small sizes and few rounds, to see that everything runs. Its figures mean nothing."""
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of all four kinds."""
+def build_parser(*, quick: bool = False) -> ArgumentParser:
+    """The parser of all four kinds.
+
+    Args:
+        quick: take the defaults of `QUICK`.
+    """
     parser = ArgumentParser(
         prog="moevision benchmark", description=DESCRIPTION, formatter_class=RawDescriptionHelpFormatter
     )
@@ -96,6 +100,7 @@ def build_parser() -> ArgumentParser:
         )
         add(kind)
         _common(kind, name)
+        kind.set_defaults(**(QUICK[name] if quick else {}))
     return parser
 
 
@@ -134,6 +139,9 @@ def _layer(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--peers", nargs="+", metavar="NAME", help="none, all, or some of them by name (all; none with --preset growth)"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="also ours and the dense ones compiled; takes tens of seconds a shape"
+    )
     parser.add_argument("--no-total-params", action="store_true", help="leave the dense MLP of equal parameters out")
     parser.add_argument("--repetitions", type=_positive, default=20, metavar="N", help="measured rounds (%(default)s)")
 
@@ -149,6 +157,9 @@ def _train(parser: ArgumentParser) -> None:
     _precision(parser)
     parser.add_argument(
         "--peer", dest="peers", nargs="+", choices=("lightning",), default=[], help="also plain timm in Lightning"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="also with compiled blocks; takes a minute or more to begin"
     )
     parser.add_argument(
         "--memory-runs",

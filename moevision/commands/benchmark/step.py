@@ -10,6 +10,7 @@ Axes: B images, C classes.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,17 @@ class TrainingStep:
         which: the MoE model or one of its twins.
         precision: `bf16` (autocast) or `fp32`.
         device: where.
+        compiled: compile each block at the first steps, as `--model.compile` does.
     """
 
-    def __init__(self, subject: Subject, which: Which, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, subject: Subject, which: Which, precision: str, device: torch.device, *, compiled: bool = False
+    ) -> None:
         self.subject, self.device, self.bf16 = subject, device, precision == "bf16"
         self.net: nn.Module = subject.build(which).to(device)
+        if compiled:
+            for block in cast(Any, self.net).blocks:
+                block.compile()
         self.aux_loss = subject.aux_loss()
         self.optimizer, self.schedule = build_optimizer(
             self.net, subject.optimizer_config(), total_steps=_TOTAL_STEPS, fused=True

@@ -24,6 +24,7 @@ from moevision.data import ImageDataModule
 from moevision.efficiency import training_flops
 
 Batch = tuple[Tensor, Tensor]
+COMPILED = ", compiled"
 _LOADER_BATCHES = 4  # fetched before the data wait is measured: workers start
 
 
@@ -40,6 +41,7 @@ class TrainSettings:
         root: folder of named data sets.
         precision: `bf16` or `fp32`.
         peers: `lightning`, or nothing.
+        compile: also time all three with compiled blocks.
         memory_runs: processes per model in which peak memory is measured; 0: not at all.
         energy: measure joules per image where there is a counter.
         repetitions: measured steps.
@@ -59,6 +61,7 @@ class TrainSettings:
     root: str | None = None
     precision: str = "bf16"
     peers: Sequence[str] = ()
+    compile: bool = False
     memory_runs: int = RUNS
     energy: bool = True
     repetitions: int = 30
@@ -96,8 +99,11 @@ def benchmark_train(settings: TrainSettings) -> dict[str, Any]:
     record["model"] = subject.as_json()
     record["measured_peak_flops"] = dict(settings.peak or {})
     steps = {NAMES[which]: TrainingStep(subject, which, settings.precision, device) for which in get_args(Which)}
-    rows = _measure_steps(steps, subject, batches, settings, device)
-    record["rows"] = [_with_flops(row, steps, subject, settings, device) for row in rows]
+    every = {**steps, **_compiled(subject, settings, device)}
+    rows = _measure_steps(every, subject, batches, settings, device)
+    record["rows"] = [_with_flops(row, every, subject, settings, device) for row in rows if "error" not in row]
+    record["failures"] = {row["name"]: row["error"] for row in rows if "error" in row}
+    del every
     record["load"] = _load(steps[NAMES["moe"]], subject, device)
     record["breakdown"] = {name: _breakdown(step, subject, batches, settings, device) for name, step in steps.items()}
     record["energy"] = _energies(steps, subject, settings, device)
@@ -105,6 +111,15 @@ def benchmark_train(settings: TrainSettings) -> dict[str, Any]:
     record["memory"] = _memories(subject, settings, device)
     record["peers"] = _peers(subject, settings, device)
     return record
+
+
+def _compiled(subject: Subject, settings: TrainSettings, device: torch.device) -> dict[str, TrainingStep]:
+    if not settings.compile:
+        return {}
+    return {
+        name + COMPILED: TrainingStep(subject, which, settings.precision, device, compiled=True)
+        for which, name in NAMES.items()
+    }
 
 
 def open_data(subject: Subject, root: str | None) -> ImageDataModule:
@@ -139,7 +154,7 @@ def _measure_steps(
             batch[:] = [tensor.to(device) for tensor in next(batches)]
 
     candidates = [
-        Candidate(name, lambda step=step: step(*batch))  # type: ignore[misc]
+        Candidate(name, lambda step=step: step(*batch), optional=name.endswith(COMPILED))  # type: ignore[misc]
         for name, step in steps.items()
     ]
     with progress_bar("training steps", (settings.warm_up + settings.repetitions) * len(steps)) as on_step:

@@ -72,6 +72,8 @@ def _settings(record: Json) -> str:
 
 
 def _show_speed(record: Json) -> None:
+    for name, why in record["failures"].items():
+        print_line(f"  {name}: {why}")
     rows = []
     for row in record["rows"]:
         mfu = row["mfu"]
