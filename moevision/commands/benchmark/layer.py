@@ -11,6 +11,7 @@ Axes: T tokens, D width, H hidden width of one expert, E experts, K choices.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -41,7 +42,7 @@ MLP_RATIO = 4  # hidden width of the dense MLP of equal active FLOPs over D, as 
 _TOTAL_PARAMS_UP_TO = 8  # times the active FLOPs: a larger dense MLP of equal parameters is left out
 _IMAGE_TOKENS = 64
 COMPILED = ", compiled"
-_GIVE_UP = 50.0  # times the dense MLP in the first round, kernels' compilation included: a peer isn't waited for longer
+_PATIENCE = 50.0  # times the dense MLP: no peer is waited for longer
 
 
 @dataclass(frozen=True, order=True)
@@ -171,7 +172,13 @@ def _compare(shape: Shape, settings: LayerSettings, device: torch.device) -> dic
     layers, left_out = _layers(shape, settings, device)
     turn = _Turn(shape, device)
     candidates = [
-        Candidate(name, partial(turn.run, layer), turn.reset, optional=name in PEERS or name.endswith(COMPILED))
+        Candidate(
+            name,
+            partial(turn.run, layer),
+            turn.reset,
+            optional=name in PEERS or name.endswith(COMPILED),
+            patience=_PATIENCE if name in PEERS else math.inf,
+        )
         for name, layer in layers.items()
     ]
     rounds = settings.warm_up + settings.repetitions
@@ -183,7 +190,6 @@ def _compare(shape: Shape, settings: LayerSettings, device: torch.device) -> dic
             device=device,
             prepare=turn.prepare,
             on_step=step,
-            give_up=_GIVE_UP,
         )
     timings.failures.update(left_out)
     facts = {name: _facts(name, layer, shape, turn) for name, layer in layers.items() if name in timings.seconds}

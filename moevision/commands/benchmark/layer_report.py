@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from moevision.commands.benchmark.record import print_line, print_machine, print_table, ratio_text
 from moevision.train.plots import BLUE, GREEN, INK, OKABE_ITO, ORANGE, SOFT, calm, save, title
@@ -118,6 +118,7 @@ def _draw_bars(axes: Axes, ratios: Mapping[str, Json]) -> None:
     axes.set_yticks(range(len(ratios)), list(ratios), fontsize=8)
     axes.set_ylim(len(ratios) - 0.4, -0.6)
     axes.set_xlim(0, 1.14 * max(1.0, longest))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def _growth(record: Json) -> Figure:
@@ -125,7 +126,7 @@ def _growth(record: Json) -> Figure:
     figure = Figure(figsize=(11.4, 3.5), dpi=150, layout="constrained")
     sweeps = (("experts", "experts E", (1, 2)), ("tokens", "tokens T", (2,)), ("width", "width D", (2,)))
     for place, (key, label, choices) in enumerate(sweeps, start=1):
-        axes = figure.add_subplot(1, 3, place)
+        axes = figure.add_subplot(1, 3, place, sharey=figure.axes[0] if figure.axes else None)
         calm(axes)
         lines = _sweep(record, key, choices)
         for number, (name, points) in enumerate(lines.items()):
@@ -168,6 +169,7 @@ def _sweep(record: Json, key: str, choices: Sequence[int]) -> dict[str, dict[int
 def _fixed(record: Json, key: str) -> str:
     names = {"experts": "E", "tokens": "T", "width": "D"}
     fixed = ", ".join(f"{names[other]} = {value:,}" for other, value in CENTRE.items() if other != key)
+    fixed = fixed.replace("16,384", "16 384")
     return f"{fixed}, {record['settings']['precision'][0]}; band: quartiles"
 
 

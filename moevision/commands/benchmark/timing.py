@@ -31,12 +31,15 @@ class Candidate:
         run: does the work once; what it returns is thrown away.
         reset: called before each run, outside the measured time.
         optional: a failure is reported and the others go on; for libraries that aren't ours.
+        patience: an optional one that takes more than this times the first candidate's time in the second round (the
+            first one compiles kernels) is left out and reported.
     """
 
     name: str
     run: Callable[[], object]
     reset: Callable[[], object] = lambda: None
     optional: bool = False
+    patience: float = math.inf
 
 
 @dataclass
@@ -60,7 +63,6 @@ def interleave(
     device: torch.device | str = "cpu",
     prepare: Callable[[int], object] = lambda repetition: None,
     on_step: Callable[[], object] = lambda: None,
-    give_up: float = math.inf,
 ) -> Timings:
     """Time candidates in turns.
 
@@ -71,8 +73,6 @@ def interleave(
         device: where the work is done; an accelerator is waited for before a clock is read.
         prepare: called before each round with its number, the same for all candidates, such as to make a new input.
         on_step: called after each run, for a progress bar.
-        give_up: an optional candidate that takes more than this times the first one's time is left out after its first
-            round, and reported.
 
     Returns:
         The times of each candidate in seconds, in the order of rounds.
@@ -98,22 +98,22 @@ def interleave(
                 timings.seconds[candidate.name].append(latest[candidate.name])
             candidate.reset()
             on_step()
-        if repetition == 0:
-            timings.failures.update(_too_slow(running, latest, give_up))
+        if repetition == 1:
+            timings.failures.update(_too_slow(running, latest))
         running = [candidate for candidate in running if candidate.name not in timings.failures]
         gc.collect()  # between rounds, not within somebody's turn
     timings.seconds = {candidate.name: timings.seconds[candidate.name] for candidate in running}
     return timings
 
 
-def _too_slow(candidates: Sequence[Candidate], latest: Mapping[str, float], give_up: float) -> dict[str, str]:
+def _too_slow(candidates: Sequence[Candidate], latest: Mapping[str, float]) -> dict[str, str]:
     """Optional candidates to leave out, and what is said of each."""
     first = candidates[0].name
     return {
-        candidate.name: f"left out: {latest[candidate.name]:.3g} s in the first round, "
+        candidate.name: f"left out: {latest[candidate.name]:.3g} s in the second round, "
         f"{latest[candidate.name] / latest[first]:.0f} times {first}"
         for candidate in candidates
-        if candidate.optional and candidate.name in latest and latest[candidate.name] > give_up * latest[first]
+        if candidate.optional and latest.get(candidate.name, 0.0) > candidate.patience * latest[first]
     }
 
 
