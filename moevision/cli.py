@@ -38,6 +38,11 @@ VERBS = {
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:main"),
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:main"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report.command:main"),
+    "doctor": Verb("what this machine has, what limits it, and what to change", "moevision.commands.doctor:main"),
+    "benchmark": Verb(
+        "how fast a layer, a training step, inference or the data are, beside dense models and other libraries",
+        "moevision.commands.benchmark.command:main",
+    ),
     "demo": Verb("see in a browser which expert every patch of a picture goes to", "moevision.demo.launch:main"),
 }
 
