@@ -19,9 +19,11 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from moevision.data.augment import Augment, BatchMixer, CropMode, TrainTransform
+from moevision.data.augment import Augment, CropMode, TrainTransform
 from moevision.data.contents import Contents, split_collection
-from moevision.data.dataset import Collate, ImageDataset, ImageLoader
+from moevision.data.dataset import ImageDataset
+from moevision.data.loader import Collate, ImageLoader
+from moevision.data.mix import BatchMixer
 from moevision.data.named import open_collection
 from moevision.data.overview import (
     ClassCounts,

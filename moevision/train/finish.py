@@ -19,10 +19,12 @@ from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.hub import SavedModel, save_model
+from moevision.train.callbacks import Stopwatch
 from moevision.train.card import model_card
 from moevision.train.card_facts import gather_facts
 from moevision.train.checkpoint_io import final_checkpoint
 from moevision.train.confusion import plot_confusion
+from moevision.train.data_wait import data_wait_advice
 from moevision.train.ema import WeightEMA
 from moevision.train.guard import StabilityGuard
 from moevision.train.intervals import paired_difference
@@ -85,6 +87,8 @@ def finish_run(
         images: training images seen.
     """
     watched = StabilityGuard.record_of(trainer)
+    stopwatch = Stopwatch.of(trainer)
+    data_wait = None if stopwatch is None else stopwatch.data_wait
     epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
     checkpoint, weights = final_checkpoint(run_dir / "checkpoints", cast(Any, trainer.strategy.checkpoint_io))
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
@@ -115,9 +119,10 @@ def finish_run(
         device=device_name(trainer),
         precision=str(trainer.precision),
         seed=seed,
+        data_wait=data_wait,
         layers=task.test_loads,
         bad_images=data.bad_images,
-        notes=[*data.warnings, *watched.sentences()],
+        notes=[*data.warnings, *watched.sentences(), *data_wait_advice(data_wait, data)],
     )
     _write_summary(summary, run_dir)
     return RunResult(summary, run_dir, {row.sample: row.prediction == row.label for row in rows})
