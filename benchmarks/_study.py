@@ -70,12 +70,13 @@ def quiet_trainer(**options: Any) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     fixed = {"accelerator": "cpu", "devices": 1, "precision": PRECISION, "num_sanity_val_steps": 0}
-    return L.Trainer(**silent, **fixed, gradient_clip_val=1.0, use_distributed_sampler=False, **options)
+    return L.Trainer(**{**silent, **fixed, "gradient_clip_val": 1.0, "use_distributed_sampler": False, **options})
 
 
 def train(
-    task: ClassificationTask, data: ImageDataModule, steps: int, seed: int, callbacks: Sequence[L.Callback] = ()
-) -> None:
+    task: ClassificationTask, data: ImageDataModule, steps: int, seed: int, callbacks: Sequence[L.Callback] = (),
+    precision: str = PRECISION,
+) -> None:  # fmt: skip
     """Train for exactly `steps` steps; validation is left to `evaluate`.
 
     Raises:
@@ -83,7 +84,9 @@ def train(
     """
     data.seed = data.contents.datasets["train"].seed = seed
     L.seed_everything(seed, verbose=False)
-    trainer = quiet_trainer(max_steps=steps, max_epochs=-1, limit_val_batches=0, callbacks=list(callbacks))
+    trainer = quiet_trainer(
+        max_steps=steps, max_epochs=-1, limit_val_batches=0, callbacks=list(callbacks), precision=precision
+    )
     trainer.fit(task, data)
     if trainer.global_step != steps:
         raise UserError(f"Training stopped after {trainer.global_step} of {steps} steps: start the same command again.")

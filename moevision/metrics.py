@@ -112,13 +112,14 @@ class RoutingStatistics(Metric):
 
     def layer_loads(self) -> list[LayerLoad]:
         """What the sums say about each MoE layer, over all ranks."""
-        sums = self.compute()
+        # torchmetrics squeezes a state of one element, such as the tokens of the only layer.
+        sums = {name: value.reshape(len(self.layers), -1) for name, value in self.compute().items()}
         return [
             LayerLoad.from_sums(
                 layer,
                 sums["counts"][row, :num_experts],
                 sums["requested"][row, :num_experts],
-                *(sums[name][row] for name in ("entropy_bits", "tokens", "unrouted")),
+                *(sums[name][row, 0] for name in ("entropy_bits", "tokens", "unrouted")),
             )
             for row, (layer, num_experts) in enumerate(zip(self.layers, self.num_experts, strict=True))
         ]

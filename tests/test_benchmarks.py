@@ -94,3 +94,79 @@ def test_upcycling_study(run_script, photos, tmp_path, capsys) -> None:
     run_script("upcycling", "--out", out, "--report", "--figure", tmp_path / "upcycling.png")
     assert "upcycled, m |" in capsys.readouterr().out
     assert (tmp_path / "upcycling.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def small_saving(run_script, monkeypatch):
+    """The script of the saving study on a model of width 32 and two classes."""
+    script = __import__("saving")
+    recipe = script.recipe()
+    recipe["arch"] |= {"embed_dim": 32, "depth": 2, "num_heads": 1, "num_experts": 4}
+    monkeypatch.setattr(script, "recipe", lambda: recipe)
+    monkeypatch.setattr(script, "CLASSES", 2)
+    return script
+
+
+def test_saving_study_measures_resumes_and_reports(run_script, small_saving, photos, tmp_path, capsys) -> None:
+    out = tmp_path / "saving.json"
+    common = ("--out", out, "--cifar", photos)
+    with pytest.raises(UserError, match="--stage speed"):
+        run_script("saving", *common, "--stage", "train")
+    run_script("saving", *common, "--stage", "speed", "--rounds", 2)
+    (speed,) = json.loads(out.read_text())["speed"]
+    budget_ms = 12 * speed["train"]["MoE"]["cpu_ms"][1]
+    common += ("--budget-s", budget_ms / 1000)
+    assert speed["train"]["MoE"]["cpu_ratio"] == [1.0, 1.0, 1.0]
+    assert min(arm["wall_ms"][0] for phase in ("train", "infer") for arm in speed[phase].values()) > 0
+    run_script("saving", *common, "--stage", "train", "--seeds", 1)
+    first = json.loads(out.read_text())
+    # Every arm gets the steps that fit into the budget, and half the patches dropped is tried at both counts.
+    steps = {arm: round(budget_ms / speed["train"][arm]["cpu_ms"][1]) for arm in small_saving.ARMS}
+    assert first["budget"]["steps"] == steps
+    trained = [(run["arm"], run["steps"]) for run in first["runs"]]
+    assert trained[:3] == [(arm, steps[arm]) for arm in ("MoE", "dense, equal FLOPs", "dense, equal parameters")]
+    assert {("patch drop 50 %", steps["MoE"]), ("patch drop 50 %", steps["patch drop 50 %"])} <= set(trained)
+    counts = [sum(layer["counts"]) for layer in first["runs"][0]["layers"]]
+    assert counts == [16 * 64 * 2]  # test pictures x patches x K in the one MoE layer
+    run_script("saving", *common, "--stage", "speed", "--rounds", 2)
+    run_script("saving", *common, "--stage", "train", "--seeds", 2)
+    record = json.loads(out.read_text())
+    assert record["runs"][: len(trained)] == first["runs"]  # kept, not trained again
+    assert record["budget"] == first["budget"]  # a later measurement moves no steps
+    assert len(record["speed"]) == 2
+    with pytest.raises(UserError, match="holds trainings of"):
+        run_script("saving", *common, "--budget-s", budget_ms, "--stage", "train")
+    capsys.readouterr()
+    run_script("saving", "--out", out, "--stage", "report", "--figures", tmp_path)
+    text = capsys.readouterr().out
+    assert "“MoE” minus “dense, equal parameters”" in text
+    assert "| 0* |" in text
+    assert "| 1 |" in text
+    assert min((tmp_path / name).stat().st_size for name in ("saving.png", "levers.png")) > 1000
+
+
+def test_saving_report_states_what_the_record_says(run_script) -> None:
+    """Three arms whose accuracies are means of rows and seeds plus the residuals of `test_tie_width_is_tukeys`."""
+    report = __import__("_saving_report")
+    left = ((1, -1, 0), (-1, 0, 1), (0, 1, -1))
+    runs = [
+        {"arm": arm, "steps": steps, "seed": seed, "test_top1": centre + block + 0.01 * left[row][seed]}
+        for row, (arm, steps, centre) in enumerate(zip(report.SAVING, (9, 8, 7), (0.7, 0.69, 0.5), strict=True))
+        for seed, block in enumerate((0.0, 0.05, -0.1))
+    ]
+    runs.append({"arm": "MoE", "steps": 5, "seed": 0, "test_top1": 0.0})  # of another budget: left out
+    steps = dict(zip(report.SAVING, (9, 8, 7), strict=True))
+    rows = report.equal_time({"runs": runs, "budget": {"steps": steps}}, report.SAVING)
+    half = 100 * 5.04 * (6 * 0.01**2 / 4 / 3) ** 0.5  # 3.56 points
+    tie, _, below = report.differences(rows)
+    assert f"mean +1.0 (−{half - 1:.1f} to +{1 + half:.1f}): a tie" in tie
+    assert "by seed, mean +19.0" in below
+    assert "above" in below
+
+
+def test_memory_of_an_arm_is_measured_in_its_own_process(run_script) -> None:
+    """Training must at least hold the weights, their gradients and AdamW's two moments: 16 bytes per parameter."""
+    measure = __import__("_saving_measure")
+    found = measure.measure_memory(["MoE"], 1)["MoE"]
+    parameters = sum(p.numel() for p in __import__("saving").build("MoE", 0).net.parameters())
+    assert found["peak_mib"][0] - found["before_mib"][0] > 12 * parameters / 2**20  # the weights were there before
