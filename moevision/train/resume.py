@@ -59,6 +59,17 @@ class Start:
     sha256: str = ""
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
+    def plain(self) -> dict[str, Any]:
+        """JSON primitives, for the other processes of the training."""
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        return {**vars(self), "run_dir": str(self.run_dir), "checkpoint": checkpoint}
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> Start:
+        """What `plain` gave."""
+        checkpoint = None if values["checkpoint"] is None else Path(values["checkpoint"])
+        return cls(**{**values, "run_dir": Path(values["run_dir"]), "checkpoint": checkpoint})
+
 
 def take_resume(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """Separate `--resume X` (or `--resume=X`) from the other arguments.

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 
 from moevision.errors import UserError
@@ -25,7 +24,8 @@ from moevision.train.clock import AwakeClock
 from moevision.train.interrupt import Interruption
 from moevision.train.messages import tell
 from moevision.train.metrics_file import RunLogger
-from moevision.train.random_state import random_state, restore_random_state
+from moevision.train.processes import gather
+from moevision.train.random_state import part_random_state, random_state, restore_random_state
 
 MARK = "moevision"  # where a checkpoint keeps what is ours
 
@@ -80,6 +80,8 @@ class ResumePoint(L.Callback):
         """Put the random generators back; from here on signals wait for the end of a step."""
         if self._states is not None and len(self._states) == trainer.world_size:
             restore_random_state(self._states[trainer.global_rank])
+        elif trainer.world_size > 1:
+            part_random_state(trainer.global_rank)
         self._states = None
         self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
         self.clock.tick()
@@ -151,7 +153,7 @@ class ResumePoint(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random generators of all processes, the place in metrics.csv, and what the numbers depend on."""
         checkpoint[MARK] = {
-            "random": _of_all_processes(trainer, random_state()),
+            "random": gather(random_state()),
             "metrics_rows": _logged_rows(trainer),
             "fingerprint": self.fingerprint,
         }
@@ -204,14 +206,6 @@ def _between_batches(trainer: L.Trainer) -> Iterator[None]:
         progress.current.ready += 1
         progress.total.ready += 1
         progress.is_last_batch = last
-
-
-def _of_all_processes(trainer: L.Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
-    if trainer.world_size == 1:
-        return [state]
-    states: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(states, state)
-    return states
 
 
 def _logged_rows(trainer: L.Trainer) -> int | None:
