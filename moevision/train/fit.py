@@ -17,6 +17,7 @@ from moevision.train.finish import RunResult, write_comparison
 from moevision.train.help import ALL
 from moevision.train.interrupt import Interrupted
 from moevision.train.messages import tell
+from moevision.train.processes import several_processes
 from moevision.train.recovery import TrainingDiverged
 from moevision.train.resume import Start, find_start
 from moevision.train.session import Session
@@ -52,6 +53,16 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             raise
         command = session.interruption.command
         raise UserError(f"The disk is full: make room, then go on with {command or 'the same command'}.") from error
+    except RuntimeError as error:
+        if not several_processes() or "by peer" not in str(error):  # gloo's words for a connection that has gone
+            raise
+        if not session.processes.first:
+            raise SystemExit(1) from None
+        command = session.interruption.command
+        raise UserError(
+            "Another process of this training has ended, see above if it said why."
+            + (f" To go on:\n{command}" if command else "")
+        ) from error
     finally:
         session.close()
 

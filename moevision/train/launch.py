@@ -106,6 +106,8 @@ class Processes:
     def close(self) -> None:
         """Let the processes that Lightning started come to their end, and end those that don't."""
         os.environ.pop(HANDED_ON, None)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # whoever still waits for this process hears that it has gone
         for trainer in self._trainers:
             started: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
             others = list(started)
@@ -115,8 +117,6 @@ class Processes:
                     process.wait(_PATIENCE_S)
                 except subprocess.TimeoutExpired:
                     process.kill()
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _meet() -> None:
