@@ -18,6 +18,7 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.train.checkpoint_io import LAST, SafeCheckpointIO
 from moevision.train.clock import AwakeClock
@@ -165,6 +166,7 @@ class ResumePoint(L.Callback):
                 checkpoint["callbacks"][name] = _moved(state, self.path.parent.resolve())
         if trainer.state.fn != "fit":
             return
+        _stay_in_epoch(trainer, checkpoint)
         ours = checkpoint.get(MARK, {})
         self._states = ours.get("random")
         rows = ours.get("metrics_rows")
@@ -206,6 +208,32 @@ def _between_batches(trainer: L.Trainer) -> Iterator[None]:
         progress.current.ready += 1
         progress.total.ready += 1
         progress.is_last_batch = last
+
+
+def _stay_in_epoch(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Go back to an epoch's last step if it has become shorter than where it was interrupted.
+
+    Pictures may have vanished since. With nothing left to train, Lightning would leave out its validation too.
+    """
+    data = cast(Any, trainer).datamodule
+    state = checkpoint.get(type(data).__qualname__)
+    if state is None or not isinstance(data, ImageDataModule):
+        return
+    batches = min(data.train_batches(), _limit(trainer, data.train_batches()))
+    if state["batch"] < batches or not batches:
+        return
+    window = trainer.accumulate_grad_batches
+    batch = (batches - 1) // window * window
+    tell("note: the epoch is shorter now than where it was interrupted: its last step is done again.")
+    data.load_state_dict({**state, "batch": batch})
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    progress["current"] = dict.fromkeys(progress["current"], batch)
+    progress["is_last_batch"] = False
+
+
+def _limit(trainer: L.Trainer, batches: int) -> int:
+    limit = trainer.limit_train_batches
+    return limit if isinstance(limit, int) else int(limit * batches)
 
 
 def _logged_rows(trainer: L.Trainer) -> int | None:
