@@ -153,7 +153,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
 
 def test_torchrun_starts_and_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str]) -> None:
-    """Where all processes begin at once they still agree; what Lightning's launcher began, torchrun ends; and a twin."""
+    """Where all processes begin at once they still agree; what Lightning's launcher began, torchrun ends; a twin."""
     interrupt(work, "launched", rows=10, number=signal.SIGTERM, everybody=False)
     fit(work, "--resume", "runs/launched", launcher=TORCHRUN)
     assert differing(work / "runs" / "launched", whole[0]) == []
