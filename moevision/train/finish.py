@@ -26,6 +26,7 @@ from moevision.train.confusion import plot_confusion
 from moevision.train.ema import WeightEMA
 from moevision.train.guard import StabilityGuard
 from moevision.train.intervals import paired_difference
+from moevision.train.manifest import sha256_of
 from moevision.train.plan import describe_model, device_name
 from moevision.train.plots import plot_curves
 from moevision.train.processes import gather
@@ -231,6 +232,10 @@ def _write_provenance(
         seed=seed,
         data_sha256=data.file_list_sha256(),
         started=started,
-        extra={"backend": task.arch.backend or "auto", "compile": task.compile_blocks},
+        extra={
+            "backend": task.arch.backend or "auto",
+            "compile": task.compile_blocks,
+            "model_sha256": sha256_of(run_dir / "model" / "model.safetensors"),
+        },
     )
     write_json_atomic(run_dir / "provenance.json", provenance)
