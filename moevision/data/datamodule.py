@@ -317,6 +317,11 @@ class ImageDataModule(LightningDataModule):
             **self._loader_options(mixer),
         )
 
+    def train_batches(self) -> int:
+        """Batches of a training epoch, for each process."""
+        own = len(self.contents.datasets["train"]) // self._rank_and_world()[1]
+        return max(own // self.batch_size, int(own > 0))  # see drop_last above
+
     def _eval_dataloader(self, split: str) -> ImageLoader:
         dataset = self.contents.datasets.get(split)
         if dataset is None:
