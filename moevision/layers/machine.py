@@ -17,5 +17,5 @@ def has_matrix_unit() -> bool:
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
     if allowed not in ("DEFAULT", "ALL") and "AMX" not in allowed:
         return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that we allow
-    return bool(capabilities.get("amx_bf16", False))
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in every torch that we allow
+    return capabilities is not None and bool(capabilities().get("amx_bf16", False))

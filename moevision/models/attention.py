@@ -36,4 +36,10 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
     """
     for module in model.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):
-            module.fused_attn = fused
+            setattr(module, "fused_attn", fused)  # noqa: B010 (torch's Module says that its attributes are tensors)
+
+
+def num_patches(model: nn.Module) -> int | None:
+    """Patches of an image, before any are dropped; None for a model without a patch embedding."""
+    count = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    return count if isinstance(count, int) else None

@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 
+from moevision.allocator import keep_freed_memory
 from moevision.errors import UserError
 from moevision.train.console import SentenceParser, quiet_lightning
 from moevision.train.finish import RunResult, write_comparison
@@ -31,6 +32,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         UserError: for anything that the user can mend.
     """
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
     SentenceParser.show_all = ALL in arguments
     arguments = ["--help" if argument == ALL else argument for argument in arguments]
     session = Session(verb, arguments)

@@ -25,7 +25,7 @@ from moevision.errors import UserError
 from moevision.layers import Routing, SigmoidRouter, forward_routing, label_oracle, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
-from moevision.models.attention import set_fused_attention, trains_unfused
+from moevision.models.attention import num_patches, set_fused_attention, trains_unfused
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.optimizer import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.plain_data import make_plain
@@ -178,9 +178,8 @@ class ClassificationTask(L.LightningModule):
 
     @property
     def _trains_unfused(self) -> bool:
-        tokens = getattr(getattr(self.net, "patch_embed", None), "num_patches", None)
-        reduced = self.trainer.precision in ("bf16-mixed", "bf16-true")
-        dtype = torch.bfloat16 if reduced else torch.float32
+        tokens = num_patches(self.net)
+        dtype = torch.bfloat16 if self.trainer.precision in ("bf16-mixed", "bf16-true") else torch.float32
         return tokens is not None and trains_unfused(self.device, dtype, tokens)
 
     def start_window(self) -> None:

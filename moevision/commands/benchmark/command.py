@@ -43,6 +43,7 @@ def run(kind: str, options: dict[str, Any]) -> dict[str, Any]:
 
     device = machine.find_device(options.pop("device"))
     machine.use_threads(options.pop("threads"))
+    machine.keep_memory_as_fit_does()
     settings: dict[str, Any] = {**options, "device": str(device)}
     if kind in ("train", "data") and settings["precision"] is None:
         settings["precision"] = machine.usual_precision()

@@ -115,7 +115,7 @@ class LayerSettings:
     total_params: bool = True
     compile: bool = False
     repetitions: int = 20
-    warm_up: int = 5
+    warm_up: int = 20
     device: str = "cpu"
     peak: dict[str, float] = field(default_factory=dict)
     out: Path | None = None

@@ -1,10 +1,10 @@
 """Two real Trainers beside each other: `moevision fit`'s, and what one would write with timm and Lightning alone.
 
 The peer is the dense twin of equal active FLOPs in an ordinary LightningModule: cross-entropy, AdamW, `bf16-mixed`,
-gradient clipping, one logged loss. Ours is `ClassificationTask` with the callbacks that `moevision fit` adds by default
-(guard and router health). Both get the same batches, all patches, and float32 master weights. A Trainer can't be
-stopped between two steps, so they take turns in short trainings, whose first steps aren't counted; a step is the time
-from one batch being asked for to the next.
+gradient clipping, one logged loss, in a process of its own that is set up as torch leaves it. Ours is
+`ClassificationTask` with the callbacks that `moevision fit` adds by default (guard and router health). Both get the same
+batches, all patches, and float32 master weights. A Trainer can't be stopped between two steps, so they take turns in
+short trainings, whose first steps aren't counted; a step is the time from one batch being asked for to the next.
 
 Axes: B images.
 """
@@ -16,7 +16,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from typing import Any
 
 import lightning as L
@@ -110,13 +112,37 @@ def compare_in_lightning(
     """
     subject = subject.without_patch_drop()
     timings = Timings({OURS: [], PLAIN: []})
-    batches = _Batches(subject, BLOCK + _SKIPPED + 1)
-    modules = {OURS: _ours(subject), PLAIN: _plain(subject)}
-    for round_number in range(-(-repetitions // BLOCK)):
-        for name in list(modules)[:: 1 if round_number % 2 else -1]:
-            timings.seconds[name] += _train(modules[name], batches, precision, device, guarded=name == OURS)
-            on_step()
+    task = _ours(subject)
+    # An own process: freed memory is kept in this one, and that can't be taken back.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        process.submit(_begin_plain, subject, torch.get_num_threads()).result()
+
+        def ours() -> list[float]:
+            return _train(task, subject, precision, device, guarded=True)
+
+        def plain() -> list[float]:
+            return process.submit(_turn_of_plain, precision, str(device)).result()
+
+        for round_number in range(-(-repetitions // BLOCK)):
+            for name, turn in ((OURS, ours), (PLAIN, plain))[:: 1 if round_number % 2 else -1]:
+                timings.seconds[name] += turn()
+                on_step()
     return timings
+
+
+_plain: dict[str, Any] = {}  # of the peer's process: what it trains
+
+
+def _begin_plain(subject: Subject, threads: int) -> None:
+    torch.set_num_threads(threads)
+    optim = subject.optimizer_config()
+    net = subject.build("active_flops")
+    _plain["module"] = PlainModule(net, optim.lr, optim.weight_decay, subject.label_smoothing)
+    _plain["subject"] = subject
+
+
+def _turn_of_plain(precision: str, device: str) -> list[float]:
+    return _train(_plain["module"], _plain["subject"], precision, torch.device(device), guarded=False)
 
 
 def turns(repetitions: int) -> int:
@@ -137,15 +163,11 @@ def _ours(subject: Subject) -> L.LightningModule:
     )
 
 
-def _plain(subject: Subject) -> L.LightningModule:
-    optim = subject.optimizer_config()
-    return PlainModule(subject.build("active_flops"), optim.lr, optim.weight_decay, subject.label_smoothing)
-
-
 def _train(
-    module: L.LightningModule, batches: _Batches, precision: str, device: torch.device, *, guarded: bool
+    module: L.LightningModule, subject: Subject, precision: str, device: torch.device, *, guarded: bool
 ) -> list[float]:
     """One turn: a short training, and the seconds of its counted steps."""
+    batches = _Batches(subject, BLOCK + _SKIPPED + 1)
     clock = _StepClock(device)
     watchers = watching(None, EmaConfig(), GuardConfig()) if guarded else []
     with _silence(), tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moevision import allocator
 from moevision.commands.benchmark.timing import rounded
 from moevision.efficiency import matmul_peak
 from moevision.errors import UserError
@@ -38,6 +39,11 @@ def use_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")
+
+
+def keep_memory_as_fit_does() -> None:
+    """Everything that is measured in this process keeps the memory that it frees, as in `moevision fit`."""
+    allocator.keep_freed_memory()
 
 
 def usual_precision() -> str:

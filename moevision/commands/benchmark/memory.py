@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moevision.commands.benchmark.machine import keep_memory_as_fit_does
 from moevision.commands.benchmark.step import TrainingStep, noise_batch
 from moevision.commands.benchmark.subject import Subject, Which
 from moevision.commands.benchmark.timing import rounded
@@ -31,7 +32,7 @@ from moevision.errors import UserError
 from moevision.train.run_folder import PACKAGE
 
 RUNS = 3
-STEPS = 3  # the optimizer's moments exist from the first on
+STEPS = 6  # the optimizer's moments exist from the first on; what is kept between steps has settled by then
 _TIMEOUT_S = 600
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): set the high-water mark of the resident set to its present value
@@ -95,6 +96,7 @@ def beside_twin(moe: Mapping[str, Any], twin: Mapping[str, Any]) -> dict[str, fl
 def measure(task: Mapping[str, Any]) -> dict[str, float]:
     """What the process of its own does; see `memory_of`."""
     torch.set_num_threads(task["threads"])
+    keep_memory_as_fit_does()
     subject, device = Subject(**task["subject"]), torch.device(task["device"])
     tiny = Subject("tiny", {"name": "test_vit_moe"}, image_size=32, batch_size=4)
     TrainingStep(tiny, "moe", task["precision"], device)(*noise_batch(tiny, device))

@@ -106,7 +106,13 @@ def build_parser(*, quick: bool = False) -> ArgumentParser:
 
 def _common(parser: ArgumentParser, kind: str) -> None:
     if kind != "data":
-        parser.add_argument("--warm-up", type=_count, default=5, metavar="N", help="rounds before them (%(default)s)")
+        parser.add_argument(
+            "--warm-up",
+            type=_count,
+            default=20,
+            metavar="N",
+            help="rounds before them, in which a CPU compiles its kernels for the shapes that occur (%(default)s)",
+        )
         parser.add_argument("--no-peak", action="store_true", help="don't measure the matmul peak; tells no MFU")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s: CUDA if it is there)")
     parser.add_argument("--threads", type=_positive, metavar="N", help="threads of torch on the CPU (its own choice)")

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moevision import __version__
+from moevision import __version__, allocator
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
+from moevision.layers.machine import has_matrix_unit
 from moevision.train.provenance import cpu_model, gpu_names, total_memory_bytes
 from moevision.versions import package_version
 
@@ -50,6 +51,8 @@ def new_record(kind: str, command: str, device: torch.device, settings: Mapping[
             "memory_gib": None if memory is None else round(memory / 2**30, 1),
             "gpus": gpu_names(),
             "device": str(device),
+            "freed_memory_is_kept": allocator.is_kept(),
+            "matrix_unit": has_matrix_unit(),
             # Load of others spoils times: a reader should see it.
             "load_average_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         },

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moevision.commands.benchmark.phases import PhaseClock
 from moevision.commands.benchmark.subject import Subject, Which
 from moevision.layers import forward_routing, label_oracle, update_router_bias
+from moevision.models.attention import num_patches, set_fused_attention, trains_unfused
 from moevision.train.optimizer import build_optimizer
 
 CLIP_NORM = 1.0  # as in `moevision fit`
@@ -44,6 +45,8 @@ class TrainingStep:
         if compiled:
             for block in cast(Any, self.net).blocks:
                 block.compile()
+        tokens, dtype = num_patches(self.net), torch.bfloat16 if self.bf16 else torch.float32
+        set_fused_attention(self.net, tokens is None or not trains_unfused(device, dtype, tokens))
         self.aux_loss = subject.aux_loss()
         self.optimizer, self.schedule = build_optimizer(
             self.net, subject.optimizer_config(), total_steps=_TOTAL_STEPS, fused=True

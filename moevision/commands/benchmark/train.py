@@ -65,7 +65,7 @@ class TrainSettings:
     memory_runs: int = RUNS
     energy: bool = True
     repetitions: int = 30
-    warm_up: int = 5
+    warm_up: int = 20
     breakdown_steps: int = 10
     device: str = "cpu"
     peak: Mapping[str, float] | None = None
