@@ -43,19 +43,19 @@ class LocalDispatcher:
 
     A choice that the router did not keep is computed and given weight 0, so that shapes stay static.
 
-    On a CPU groups are padded once they are large. Matrix kernels are compiled there for each shape that occurs, and
-    counts change with every batch: each group is rounded up to a multiple of 16 rows, or 32 with a matrix unit, whose
-    kernels take the longest to compile. With such a unit the experts' products are so quick that starting them counts:
-    where loads are so even that it adds at most a quarter, all groups are made equally long, and their products are
-    one batched product. Elsewhere the padding would cost more than it saves (docs/performance.md).
+    On a CPU groups are padded once they are large. Matrix kernels are compiled there for each shape that occurs, for
+    1 to 2 ms and 0.6 MB each, and counts change with every batch: sizes are rounded up to a multiple of 32 rows. A
+    matrix unit makes the experts' products so quick that starting them counts: where loads are so even that it adds at
+    most a quarter, all groups are made equally long there, and their products are one batched product. Elsewhere that
+    padding would cost more than it saves (docs/performance.md).
     Padding rows copy token 0; nothing reads their result, so their gradient is zero.
 
     Args:
-        row_multiple: what group sizes are rounded up to; 1 turns padding off; None: the rule above.
+        row_multiple: what group sizes are rounded up to; 1 turns padding off.
         max_padding: rows over choices up to which groups are made equally long; 1 turns that off; None: the rule above.
     """
 
-    def __init__(self, row_multiple: int | None = None, max_padding: float | None = None) -> None:
+    def __init__(self, row_multiple: int = 32, max_padding: float | None = None) -> None:
         self.row_multiple, self.max_padding = row_multiple, max_padding
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
@@ -86,12 +86,8 @@ class LocalDispatcher:
         order = _stable_order(expert, routing.num_experts)
         place = torch.arange(order.numel(), device=order.device)
         position = torch.empty_like(order)
-        multiple, max_padding = self._padding(order.numel(), routing.num_experts, x)
-        if multiple > 1:
-            rounded = (counts + multiple - 1) // multiple * multiple
-            equal = rounded.max().expand_as(rounded)
-            if int(equal.sum()) <= max_padding * order.numel():
-                rounded = equal
+        if self._pads(order.numel(), routing.num_experts, x):
+            rounded = self._padded(counts, order.numel(), x.dtype)
             padding = (rounded - counts).cumsum(0) - (rounded - counts)  # in front of each group
             place += padding.index_select(0, expert.index_select(0, order))
             token = order.new_zeros(int(rounded.sum())).index_copy_(0, place, order // top_k)
@@ -120,15 +116,17 @@ class LocalDispatcher:
         by_expert = rows.view(num_experts, images, slots, -1)
         return torch.einsum("bnep,ebpd->bnd", routing.slot_weight.to(rows.dtype), by_expert).flatten(0, 1)
 
-    def _padding(self, num_rows: int, num_experts: int, x: Tensor) -> tuple[int, float]:
-        """What group sizes are rounded up to, and what making them equal may cost."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return 1, 1.0
-        tiles = x.dtype == torch.bfloat16 and has_matrix_unit()
-        multiple = self.row_multiple or (32 if tiles else 16)
-        if num_rows < 8 * multiple * num_experts:  # from there on rounding costs at most about 6 %
-            return 1, 1.0
-        return multiple, self.max_padding or (1.25 if tiles else 1.0)
+    def _pads(self, num_rows: int, num_experts: int, x: Tensor) -> bool:
+        if self.row_multiple == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return num_rows >= 8 * self.row_multiple * num_experts  # from there on it costs at most about 6 %
+
+    def _padded(self, counts: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+        """Group sizes [E] with padding, of group sizes without."""
+        rounded = (counts + self.row_multiple - 1) // self.row_multiple * self.row_multiple
+        equal = rounded.max().expand_as(rounded)
+        default = 1.25 if dtype == torch.bfloat16 and has_matrix_unit() else 1.0
+        return equal if int(equal.sum()) <= (self.max_padding or default) * num_rows else rounded
 
 
 def _stable_order(expert: Tensor, num_experts: int) -> Tensor:

@@ -9,12 +9,16 @@ Axes: R rows, D width, H hidden width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+BLOCK = 512
+"""Rows of a product at most: together with groups of 32, 64, ... rows this leaves sixteen shapes to compile kernels for,
+however loads are spread."""
 
 
 def looped_mlps(
@@ -85,8 +89,9 @@ def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tens
         _batched(out, counts).add_(bias.unsqueeze(1))
         return out
     out = rows.new_empty(rows.shape[0], weight.shape[1])
-    for group, place, w, b in zip(rows.split(counts), out.split(counts), weight.unbind(), bias.unbind(), strict=True):
-        torch.addmm(b, group, w.t(), out=place)
+    transposed, biases = weight.mT.unbind(), bias.unbind()
+    for e, group, place in _blocks(rows, out, counts):
+        torch.addmm(biases[e], group, transposed[e], out=place)
     return out
 
 
@@ -95,9 +100,17 @@ def _product(rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
     if _equal(counts):
         return torch.bmm(_batched(rows, counts), weight).flatten(0, 1)
     out = rows.new_empty(rows.shape[0], weight.shape[2])
-    for group, place, w in zip(rows.split(counts), out.split(counts), weight.unbind(), strict=True):
-        torch.mm(group, w, out=place)
+    weights = weight.unbind()
+    for e, group, place in _blocks(rows, out, counts):
+        torch.mm(group, weights[e], out=place)
     return out
+
+
+def _blocks(rows: Tensor, out: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Expert, rows and place of the result, at most `BLOCK` rows at a time."""
+    for e, (group, place) in enumerate(zip(rows.split(counts), out.split(counts), strict=True)):
+        for part, part_of_place in zip(group.split(BLOCK), place.split(BLOCK), strict=True):
+            yield e, part, part_of_place
 
 
 def _weight_gradient(of_out: Tensor, rows: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -127,7 +140,9 @@ def _batched(rows: Tensor, counts: Sequence[int]) -> Tensor:
 
 def _activation_gradient(act: nn.Module, hidden: Tensor, of_active: Tensor) -> Tensor:
     if isinstance(act, nn.GELU):
-        of_hidden: Tensor = torch.ops.aten.gelu_backward(of_active, hidden, approximate=act.approximate)
+        # Into the same memory: nobody else reads `of_active`.
+        gelu_backward = torch.ops.aten.gelu_backward.grad_input
+        of_hidden: Tensor = gelu_backward(of_active, hidden, approximate=act.approximate, grad_input=of_active)
         return of_hidden
     with torch.enable_grad():
         hidden = hidden.detach().requires_grad_()
