@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 BLOCK = 512
-"""Rows of a product at most: together with groups of 32, 64, ... rows this leaves sixteen shapes to compile kernels for,
-however loads are spread."""
+"""Rows of a product at most: with groups of 32, 64, ... rows this leaves sixteen shapes to compile kernels for, however
+loads are spread."""
 
 
 def looped_mlps(

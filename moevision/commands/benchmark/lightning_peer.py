@@ -2,9 +2,9 @@
 
 The peer is the dense twin of equal active FLOPs in an ordinary LightningModule: cross-entropy, AdamW, `bf16-mixed`,
 gradient clipping, one logged loss, in a process of its own that is set up as torch leaves it. Ours is
-`ClassificationTask` with the callbacks that `moevision fit` adds by default (guard and router health). Both get the same
-batches, all patches, and float32 master weights. A Trainer can't be stopped between two steps, so they take turns in
-short trainings, whose first steps aren't counted; a step is the time from one batch being asked for to the next.
+`ClassificationTask` with the callbacks that `moevision fit` adds by default (guard and router health). Both get the
+same batches, all patches, and float32 master weights. A Trainer can't be stopped between two steps, so they take turns
+in short trainings, whose first steps aren't counted; a step is the time from one batch being asked for to the next.
 
 Axes: B images.
 """
