@@ -39,8 +39,8 @@ from moevision.train.run_options import watching
 from moevision.train.task import ClassificationTask
 
 OURS, PLAIN = "MoE, moevision fit", "dense twin, plain timm in Lightning"
-BLOCK = 5  # counted steps of one turn
-_SKIPPED = 2  # steps at its beginning: the first makes the moments, and the loop sets itself up
+BLOCK = 20  # counted steps of one turn
+_SKIPPED = 5  # steps at its beginning: moments are made, a first snapshot is taken, the loop sets itself up
 _PRECISION = {"bf16": "bf16-mixed", "fp32": "32-true"}
 
 
