@@ -17,8 +17,7 @@ SWITCH = "MOEVISION_KEEP_MEMORY"
 
 # Of <malloc.h>, unchanged since glibc 2.0.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_NEVER = 2**31 - 1
-
+_NEVER = -1  # 2**31 - 1 would still trim 2 GiB
 
 _SETTINGS = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER))
 _kept = False

@@ -48,7 +48,7 @@ class LocalDispatcher:
     matrix unit makes the experts' products so quick that starting them counts: where loads are so even that it adds at
     most a quarter, all groups are made equally long there, and their products are one batched product. Elsewhere that
     padding would cost more than it saves (docs/performance.md).
-    Padding rows copy token 0; nothing reads their result, so their gradient is zero.
+    Padding rows copy token 0; nothing reads their result, so their gradient is zero (if that of token 0 is finite).
 
     Args:
         row_multiple: what group sizes are rounded up to; 1 turns padding off.
@@ -119,7 +119,7 @@ class LocalDispatcher:
     def _pads(self, num_rows: int, num_experts: int, x: Tensor) -> bool:
         if self.row_multiple == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
             return False
-        return num_rows >= 8 * self.row_multiple * num_experts  # from there on it costs at most about 6 %
+        return num_rows >= 8 * self.row_multiple * num_experts  # from there on it costs about 6 % at most, on average
 
     def _padded(self, counts: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
         """Group sizes [E] with padding, of group sizes without."""

@@ -119,7 +119,8 @@ class Experts(nn.Module):
         self.num_experts, self.backend = num_experts, backend
         self.fc1 = PackedLinear(num_experts, in_features, hidden_features, bias=bias[0], device=device, dtype=dtype)
         self.act = act_layer()
-        self._act_is_plain = isinstance(self.act, _PLAIN_ACTIVATIONS)
+        # A subclass may do anything, and an in-place one overwrites what the backward pass needs.
+        self._act_is_plain = type(self.act) in _PLAIN_ACTIVATIONS and not getattr(self.act, "inplace", False)
         self.drop = nn.Dropout(drop)
         self.fc2 = PackedLinear(num_experts, hidden_features, out_features, bias=bias[1], device=device, dtype=dtype)
 

@@ -35,7 +35,7 @@ def looped_mlps(
     Args:
         rows: [R, D], sorted by expert.
         counts: length of each of the E groups; they sum to R.
-        act: an elementwise activation without parameters, state and randomness.
+        act: an elementwise activation without parameters, state and randomness, not in place.
         weight1: [E, H, D], in any dtype; it is computed with in that of the rows.
         bias1: [E, H] or None.
         weight2: [E, out, H].

@@ -32,11 +32,14 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
 
     Args:
         model: any timm model.
-        fused: whether `scaled_dot_product_attention` is used.
+        fused: whether `scaled_dot_product_attention` is used, where the model used it before the first call: timm
+            leaves it off where it is untested (Swin), and where the environment says `TIMM_FUSED_ATTN=0`.
     """
     for module in model.modules():
-        if isinstance(getattr(module, "fused_attn", None), bool):
-            setattr(module, "fused_attn", fused)  # noqa: B010 (torch's Module says that its attributes are tensors)
+        before = getattr(module, "fused_attn", None)
+        if isinstance(before, bool):
+            allowed: bool = vars(module).setdefault("_fused_attn_allowed", before)
+            setattr(module, "fused_attn", fused and allowed)  # noqa: B010 (torch says that attributes are tensors)
 
 
 def num_patches(model: nn.Module) -> int | None:
