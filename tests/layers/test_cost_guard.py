@@ -88,11 +88,12 @@ def test_rows_are_moved_five_times_and_scattered_never(layer: MoEMlp) -> None:
     assert calls["_embedding_bag"] + calls["_embedding_bag_forward_only"] == 3
     gathers_of_rows = 2  # dispatch, and the gradient of the weights
     assert calls["index_select"] == gathers_of_rows + 3  # and three of numbers, one a row
-    assert not calls["index_add"] and not calls["index_put"] and not calls["cat"] and not calls["slice_backward"]
+    for scattering in ("index_add", "index_put", "cat", "slice_backward"):
+        assert not calls[scattering]
 
 
 def test_copies_are_no_more_than_autocasts(layer: MoEMlp) -> None:
-    """Numbers written by copies: casts of x, its gradient, the output and each weight, back and forth; no further one."""
+    """Numbers written by copies: casts of x, of the output and of each weight, there and back, and none besides."""
     written = operations_of(layer).written
     weights = sum(parameter.numel() for parameter in layer.experts.parameters())
     tokens = TOKENS * WIDTH
