@@ -59,7 +59,16 @@ def turn(config: str, which: Any, fused: bool, steps: int) -> None:
 
 def in_a_process(config: str, which: str, kept: bool, fused: bool, steps: int) -> dict[str, float]:
     """One turn."""
-    command = [sys.executable, __file__, config, "--turn", which, "--steps", str(steps), *(["--fused"] if fused else [])]
+    command = [
+        sys.executable,
+        __file__,
+        config,
+        "--turn",
+        which,
+        "--steps",
+        str(steps),
+        *(["--fused"] if fused else []),
+    ]
     environment = {**os.environ, SWITCH: "1" if kept else "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -97,7 +106,9 @@ def main() -> None:
             for name, all_found in turns.items()
         }
         for name, found in record[which].items():
-            print(f"{which:12} {name:18} x {found['speed_against_neither']:.2f}, {found['page_faults']:.0f} page faults")
+            print(
+                f"{which:12} {name:18} x {found['speed_against_neither']:.2f}, {found['page_faults']:.0f} page faults"
+            )
     if options.out:
         write_json_atomic(options.out, record)
 
