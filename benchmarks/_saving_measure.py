@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _study import provenance
-from train_step import training_step
+from _study import provenance, training_step
 
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost

@@ -15,7 +15,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
+from moevision.layers import forward_routing
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
 from moevision.train.provenance import cpu_model, git_state
@@ -90,6 +91,27 @@ def train(
     trainer.fit(task, data)
     if trainer.global_step != steps:
         raise UserError(f"Training stopped after {trainer.global_step} of {steps} steps: start the same command again.")
+
+
+def training_step(
+    task: ClassificationTask, images: torch.Tensor, labels: torch.Tensor, *, bf16: bool = True
+) -> Callable[[], None]:
+    """A function that does one optimizer step of `task` on these images [B, 3, H, W] and labels [B], for timing."""
+    task.net.train()
+    optimizer = torch.optim.AdamW(task.net.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
+
+    def step() -> None:
+        task.aux_loss.start_window()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits, routings = forward_routing(task.net, images)
+        loss = task._cross_entropy(logits, labels)
+        aux, _ = task.aux_loss(routings)
+        (loss if aux is None else loss + aux).backward()
+        torch.nn.utils.clip_grad_norm_(task.net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def evaluate(task: ClassificationTask, data: ImageDataModule) -> dict[str, Any]:

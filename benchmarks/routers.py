@@ -36,8 +36,8 @@ from _study import (
     provenance,
     read_record,
     train,
+    training_step,
 )
-from train_step import training_step
 
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost

@@ -38,6 +38,11 @@ VERBS = {
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:main"),
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:main"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report.command:main"),
+    "doctor": Verb("what this machine has, what limits it, and what to change", "moevision.commands.doctor:main"),
+    "benchmark": Verb(
+        "how fast a layer, a training step, inference or the data are, beside dense models and other libraries",
+        "moevision.commands.benchmark.command:main",
+    ),
     "demo": Verb("see in a browser which expert every patch of a picture goes to", "moevision.demo.launch:main"),
 }
 
@@ -55,6 +60,13 @@ begin with
   moevision demo                         the explorer, with models that come along
 
 --traceback after the verb's arguments shows where an error came from.
+
+exit codes
+  0    done
+  2    something that you can mend; the last line says what to do
+  3    fit: the training diverged and was given up, see divergence.md in its folder
+  130  fit: stopped by Ctrl-C, 129 by a closed terminal, 143 by SIGTERM, 138 by SIGUSR1; saved, unless nothing was
+       trained yet; the last line goes on with it
 """
 
 
@@ -65,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; `sys.argv[1:]` if None.
 
     Returns:
-        The exit code: 0, or 2 after an error that the user can mend.
+        The exit code, as `moevision --help` lists them.
     """
     rest = list(sys.argv[1:] if arguments is None else arguments)
     if not rest or rest[0] in ("-h", "--help", "help"):
@@ -97,7 +109,7 @@ def _run(verb: Verb, arguments: list[str], show_traceback: bool) -> int:
         if show_traceback:
             traceback.print_exc()
         print(f"moevision: {error}", file=sys.stderr)
-        return USER_ERROR
+        return error.exit_code
     except SystemExit as stop:  # the argument parser has said what is wrong
         return stop.code if isinstance(stop.code, int) else USER_ERROR
     return 0

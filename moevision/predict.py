@@ -109,7 +109,7 @@ def predict_batch(model: SavedModel, files: Sequence[Path]) -> list[Prediction]:
     pixels: dict[Path, torch.Tensor] = {}
     for file in files:
         try:
-            image = square_pixels(safe_open(file), model.image_size)
+            image = square_pixels(safe_open(file, model.image_size), model.image_size)
             pixels[file] = torch.from_numpy(image).permute(2, 0, 1)
         except BadImageError as error:
             errors[file] = error.reason

@@ -1,5 +1,6 @@
 """The command line as a person meets it: help, and one sentence with the remedy for every mistake."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -57,6 +58,23 @@ def test_help_all_shows_every_option(cli):
     assert "--model.arch.capacity_factor" in out
     assert "in training an expert computes at most this times its fair share" in out
     assert "--trainer.profiler" in out
+
+
+@pytest.mark.parametrize("help_of", [(), ("fit",)])
+def test_help_lists_the_exit_codes(cli, help_of):
+    """128 plus the numbers of the signals: SIGINT 2, SIGHUP 1, SIGTERM 15, SIGUSR1 10 (on Linux)."""
+    out = cli(*help_of, "--help").out.partition("exit codes")[2]
+    assert sorted(map(int, re.findall(r"\b\d+\b", out.partition("--help-all")[0]))) == [0, 2, 3, 129, 130, 138, 143]
+
+
+def test_a_diverged_training_has_an_exit_code_of_its_own(cli, drawn_pets, tiny):
+    """No return is allowed and one is needed: 3, which a job script can tell from a mistake in the command."""
+    outcome = cli("fit", drawn_pets, *tiny, "--fault", "nan_weight@2", "--guard.max_rollbacks=0")
+    assert outcome.code == 3
+    assert "Traceback" not in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("moevision: The training diverged (weight of head.weight)")
+    assert Path("runs/pets/divergence.md").is_file()
+    assert Path("runs/pets/checkpoints/diverged.ckpt").is_file()
 
 
 def test_version(cli):

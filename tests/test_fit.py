@@ -1,6 +1,7 @@
 """One whole tiny `fit --with-twin`: every promised file of the run folder exists and says what it should."""
 
 import csv
+import hashlib
 import json
 import re
 import shutil
@@ -114,6 +115,11 @@ def test_summary_has_loads_twin_and_next_commands(tiny_run):
     ):
         assert command in summary
     assert "train: 25 images, cut from all images at random by class, seed 0." in summary
+
+
+def test_the_hash_of_the_model_is_recorded(tiny_run):
+    recorded = json.loads((tiny_run / "provenance.json").read_text())["run"]["model_sha256"]
+    assert recorded == hashlib.sha256((tiny_run / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
 def test_the_bad_image_is_listed(tiny_run):

@@ -13,14 +13,15 @@ import moevision
 PACKAGE = Path(moevision.__file__).parent
 
 # layers -> {models, losses, metrics} -> efficiency; data -> {train, analysis} -> demo -> cli.
-# errors, files and versions are the floor that everyone stands on. Units of one brace don't import each other, but for
-# one arrow: metrics takes the definition of CV² from losses, so that there is one of it.
-_FLOOR = {"errors", "files", "versions"}
+# allocator, errors, files and versions are the floor that everyone stands on. Units of one brace don't import each
+# other, but for one arrow: metrics takes the definition of CV² from losses, so that there is one of it.
+_FLOOR = {"allocator", "errors", "files", "versions"}
 _MODELS = _FLOOR | {"layers"}
 _NUMBERS = _MODELS | {"models", "losses", "metrics"}
 _TRAIN = _NUMBERS | {"efficiency", "data", "__init__"}
 _DEMO = _TRAIN | {"train", "analysis"}
 MAY_IMPORT: dict[str, set[str]] = {
+    "allocator": set(),
     "errors": set(),
     "versions": set(),
     "files": {"errors"},

@@ -5,6 +5,7 @@ What must be refused is made here byte by byte from the format's description, no
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -55,9 +56,10 @@ class Payload:
 
 
 def evil_checkpoint(path: Path) -> Path:
-    """A file as torch.save writes it, whose pickle calls a function."""
+    """A file as torch.save writes it, in torch's own pickle protocol, whose pickle calls a function."""
+    content = {"state_dict": Payload(), "hyper_parameters": {"arch": {}}}
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({"state_dict": Payload(), "hyper_parameters": {"arch": {}}}))
+        archive.writestr("archive/data.pkl", pickle.dumps(content, protocol=2))
         archive.writestr("archive/version", "3\n")
         archive.writestr("archive/byteorder", "little")
     return path
@@ -118,6 +120,34 @@ def test_a_checkpoint_is_data_only(
     monkeypatch.chdir(tmp_path)
     evil = evil_checkpoint(tmp_path / "evil.ckpt")
     refused(cli(verb, drawn_pets, *tiny, "--ckpt_path", evil), "evil.ckpt")
+    assert not Path("a pickle was run").exists()
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_going_on_with_a_run_never_runs_a_pickle(
+    listed: bool,
+    cli: Cli,
+    tiny: tuple[str, ...],
+    tiny_run: Path,
+    drawn_pets: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the place of last.ckpt, with its hash in the manifest as whoever may write there can do, and without."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "pets"
+    (run / "checkpoints").mkdir(parents=True)
+    config = (tiny_run / "config.yaml").read_text().replace("with_twin: true", "with_twin: false")
+    (run / "config.yaml").write_text(config)
+    evil = evil_checkpoint(run / "checkpoints" / "last.ckpt").read_bytes()
+    if listed:
+        known = {"name": "last.ckpt", "sha256": hashlib.sha256(evil).hexdigest(), "step": 5, "epoch": 0}
+        known |= {"size": len(evil), "finite": True, "written_utc": "2026-01-01T00:00:00+00:00"}
+        (run / "checkpoints" / "manifest.json").write_text(json.dumps({"files": [known]}))
+    refused(cli("fit", "--resume", run), "last.ckpt")
+    outcome = cli("fit", drawn_pets, *tiny, f"--runs_root={run.parent}", "--name=pets", "--resume=auto")
+    assert outcome.code == (2 if listed else 0), outcome.err  # what is no checkpoint is named, and auto begins afresh
+    assert "last.ckpt" in outcome.err
     assert not Path("a pickle was run").exists()
 
 

@@ -54,7 +54,7 @@ class Collected:
 
     def image(self, index: int) -> Pixels:
         """The picture as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
-        return square_pixels(self.collection.open(self.samples[index]), self.image_size)
+        return square_pixels(self.collection.open(self.samples[index], self.image_size), self.image_size)
 
     def label(self, index: int) -> int:
         """The class."""

@@ -132,7 +132,7 @@ def _prepared(model: str, saved: SavedModel, data: str, root: str | None, limit:
     pixels = []
     if Path(data).is_file():
         try:
-            pixels = [square_pixels(safe_open(data), saved.image_size)]
+            pixels = [square_pixels(safe_open(data, saved.image_size), saved.image_size)]
         except BadImageError as error:
             raise UserError(f"{data} can't be read ({error.reason}): give another picture.") from error
     elif (pictures := pictures_for(model, saved, data, limit=limit, root=root)) is not None:

@@ -19,9 +19,11 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from moevision.data.augment import Augment, BatchMixer, CropMode, TrainTransform
+from moevision.data.augment import Augment, CropMode, TrainTransform
 from moevision.data.contents import Contents, split_collection
-from moevision.data.dataset import Collate, ImageDataset, ImageLoader
+from moevision.data.dataset import ImageDataset
+from moevision.data.loader import Collate, ImageLoader
+from moevision.data.mix import BatchMixer
 from moevision.data.named import open_collection
 from moevision.data.overview import (
     ClassCounts,
@@ -314,6 +316,11 @@ class ImageDataModule(LightningDataModule):
             drop_last=len(self.sampler) >= self.batch_size,
             **self._loader_options(mixer),
         )
+
+    def train_batches(self) -> int:
+        """Batches of a training epoch, for each process."""
+        own = len(self.contents.datasets["train"]) // self._rank_and_world()[1]
+        return max(own // self.batch_size, int(own > 0))  # see drop_last above
 
     def _eval_dataloader(self, split: str) -> ImageLoader:
         dataset = self.contents.datasets.get(split)

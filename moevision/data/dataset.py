@@ -1,33 +1,29 @@
-"""One split as a torch dataset: decoded or cached pixels in, augmented records and normalised batches out.
+"""One split as a torch dataset: decoded or cached pixels in, augmented batches out.
 
-Work per picture is kept to the random transforms on uint8; conversion to float and normalisation happen once
-per batch. A file that can't be decoded never stops a run: its record carries the reason instead of pixels,
-the batch goes on without it, and the main process is told.
+A batch is fetched as a whole (``__getitems__``), so that its random numbers are drawn at once. A file that can't be
+decoded never stops a run: its reason travels with the batch, which goes on without it, and the main process is told.
 
-Axis legend: B batch, C classes, H height, W width, S = ``image_size``.
+Axis legend: B batch, H height, W width, S = ``image_size``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from moevision.data.augment import BatchMixer, TrainTransform, base_pixels, normalize, square_pixels
+from moevision.data.augment import TrainTransform, base_pixels, base_side, square_pixels
 from moevision.data.cache import PixelCache
 from moevision.data.images import BadImageError
 from moevision.data.sources import Collection, Sample
-
-Batch = dict[str, Tensor]
 
 # where all files are unreadable the run should say so soon, instead of trying every one for one picture
 _MAX_STAND_INS = 100
@@ -43,17 +39,25 @@ class BadImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One picture of a batch to be: uint8 pixels [3, S, S], or None, and the bad ones met on the way."""
+class Pictures:
+    """The good pictures of a batch to be, and the bad ones met on the way.
 
-    pixels: Tensor | None
-    label: int
-    index: int
-    epoch: int
-    bad: tuple[BadImage, ...] = ()
+    Attributes:
+        pixels: uint8 [B, 3, S, S].
+        label: class of each.
+        index: index of each in its split.
+        epoch: epoch number of each; 0 in evaluation.
+        bad: pictures that couldn't be used.
+    """
+
+    pixels: Tensor
+    label: list[int]
+    index: list[int]
+    epoch: list[int]
+    bad: list[BadImage]
 
 
-class ImageDataset(Dataset[Record]):
+class ImageDataset(Dataset[Pictures]):
     """Pictures of one split.
 
     Keys are ``(epoch, index)`` when a transform is given (training) and plain indices otherwise. In training
@@ -98,8 +102,8 @@ class ImageDataset(Dataset[Record]):
 
     def decode(self, index: int) -> npt.NDArray[np.uint8]:
         """Read and prepare one picture, uint8 [H, W, 3]; raises `BadImageError`."""
-        prepare = square_pixels if self.square else base_pixels
-        return prepare(self.collection.open(self.samples[index]), self.image_size)
+        prepare, side = (square_pixels, self.image_size) if self.square else (base_pixels, base_side(self.image_size))
+        return prepare(self.collection.open(self.samples[index], side), self.image_size)
 
     def fill_cache(self, on_progress: Callable[[int], None], chunk_size: int = 512) -> dict[int, str]:
         """Decode everything into memory, on all processor cores that this process may use.
@@ -111,7 +115,7 @@ class ImageDataset(Dataset[Record]):
         Returns:
             Index and reason of the pictures that can't be used.
         """
-        cache = PixelCache()
+        cache = PixelCache(planar=self.square)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with ThreadPoolExecutor(min(16, cores)) as pool:
             for start in range(0, len(self), chunk_size):
@@ -133,96 +137,44 @@ class ImageDataset(Dataset[Record]):
                 results.append(error.reason)
         return results
 
-    def pixels(self, index: int) -> Tensor:
+    def pixels(self, index: int) -> npt.NDArray[np.uint8]:
         """Prepared pixels uint8 [3, H, W], from the cache if there is one; raises `BadImageError`."""
         if self.cache is None:
-            return torch.from_numpy(self.decode(index)).permute(2, 0, 1)
+            return self.decode(index).transpose(2, 0, 1)
         if index in self.cache.bad:
             raise BadImageError(self.samples[index].sample_id, self.cache.bad[index])
         return self.cache[index]
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Record:
-        """The record of one key; see the class for what a bad picture yields."""
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        bad: list[BadImage] = []
+    def _find(self, index: int, bad: list[BadImage]) -> tuple[int, npt.NDArray[np.uint8]] | None:
+        """The picture with this index or the one that stands in for it; bad ones met on the way go into ``bad``."""
         tries = _MAX_STAND_INS if self.transform is not None else 1
         for candidate in islice(chain(range(index, len(self)), range(index)), tries):
             try:
-                pixels = self.pixels(candidate)
+                return candidate, self.pixels(candidate)
             except BadImageError as error:
                 bad.append(BadImage(self.split, candidate, error.reason))
-                continue
-            if self.transform is not None:
-                # the key stays the drawn one: a stand-in doesn't repeat its own augmentation in this epoch
-                pixels = self.transform(pixels, self.seed, epoch, index)
-            return Record(pixels, self.samples[candidate].label, candidate, epoch, tuple(bad))
-        return Record(None, self.samples[index].label, index, epoch, tuple(bad))
+        return None
 
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> Pictures:
+        """The pictures of a batch; see the class for what a bad one yields. DataLoader calls this."""
+        bad: list[BadImage] = []
+        found, epochs, drawn = [], [], []
+        for key in keys:
+            epoch, index = key if isinstance(key, tuple) else (0, key)
+            if (picture := self._find(index, bad)) is not None:
+                found.append(picture)
+                epochs.append(epoch)
+                drawn.append(index)
+        indices, pictures = [index for index, _ in found], [pixels for _, pixels in found]
+        if self.transform is not None:
+            # the key stays the drawn one: a stand-in doesn't repeat its own augmentation in this epoch
+            pixels = self.transform(pictures, self.seed, epochs, drawn)
+        else:
+            pixels = torch.empty(len(pictures), 3, self.image_size, self.image_size, dtype=torch.uint8)
+            for row, prepared in zip(pixels.numpy(), pictures, strict=True):
+                row[:] = prepared
+        return Pictures(pixels, [self.samples[index].label for index in indices], indices, epochs, bad)
 
-class Collate:
-    """Turns records into a batch: stack, normalise, mix."""
-
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], seed: int = 0, mixer: BatchMixer | None = None
-    ) -> None:
-        """Remember the normalisation (per channel, in units of [0, 1]), the seed and the mixer."""
-        self.mean, self.std, self.seed, self.mixer = mean, std, seed, mixer
-
-    def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Build the batch dict.
-
-        Returns:
-            ``image`` float32 [B, 3, S, S], ``label`` int64 [B], ``index`` int64 [B], with a mixer ``target``
-            float32 [B, C], and ``bad``, a list of `BadImage` that `ImageLoader` takes out. Without a single
-            good picture only ``bad`` is there.
-        """
-        bad = [entry for record in records for entry in record.bad]
-        good = [(record.pixels, record) for record in records if record.pixels is not None]
-        if not good:
-            return {"bad": bad}
-        image = normalize(torch.stack([pixels for pixels, _ in good]), self.mean, self.std)
-        batch: dict[str, Any] = {
-            "image": image,
-            "label": torch.tensor([record.label for _, record in good]),
-            "index": torch.tensor([record.index for _, record in good]),
-            "bad": bad,
-        }
-        if self.mixer is not None:
-            first = good[0][1]
-            batch["image"], batch["target"] = self.mixer(image, batch["label"], self.seed, first.epoch, first.index)
-        return batch
-
-
-class ImageLoader(DataLoader[Record]):
-    """A DataLoader that reports bad pictures in the main process and skips batches without a good one."""
-
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        *,
-        on_bad: Callable[[list[BadImage]], None] | None = None,
-        **options: Any,  # DataLoader's own
-    ) -> None:
-        """Pass on DataLoader's options; ``on_bad`` is called with the bad pictures of a batch."""
-        super().__init__(dataset, **options)
-        self.on_bad = on_bad
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # collation turns records into batches
-        """Yield batches of tensors only."""
-        for batch in super().__iter__():
-            bad = batch.pop("bad")
-            if bad and self.on_bad is not None:
-                self.on_bad(bad)
-            if batch:
-                yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: the position is in `ImageDataModule`'s state.
-
-        That this method and the next exist tells Lightning that a resumed epoch goes on where it stopped;
-        otherwise it warns that it doesn't.
-        """
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore, see `state_dict`."""
+    def __getitem__(self, key: int | tuple[int, int]) -> Pictures:
+        """A batch of one key."""
+        return self.__getitems__([key])

@@ -16,28 +16,7 @@ from itertools import pairwise
 import torch
 from torch.utils.data import Sampler
 
-_MASK = (1 << 64) - 1
-
-
-def hash_u64(*values: int) -> int:
-    """Mix integers into one unsigned 64-bit number, the same on every machine and in every process.
-
-    The finaliser is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-    OOPSLA 2014, fig. 16), chained over the values; Python's ``hash`` is not promised to be stable.
-
-    Args:
-        values: any integers; their order matters.
-
-    Returns:
-        An integer in [0, 2**64), fit for ``torch.Generator.manual_seed``.
-    """
-    state = 0
-    for value in values:
-        state = (state + value + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
+from moevision.data.keyed import hash_u64
 
 
 class PositionSampler(Sampler[tuple[int, int]]):

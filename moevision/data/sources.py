@@ -46,8 +46,11 @@ class Collection(ABC):
     notes: list[str] = field(default_factory=list)
 
     @abstractmethod
-    def open(self, sample: Sample) -> Image.Image:
-        """Return the RGB picture; raises `BadImageError` if it can't be used."""
+    def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
+        """Return the RGB picture; raises `BadImageError` if it can't be used.
+
+        A ``short_side`` in pixels allows a large photo to come reduced, see `safe_open`.
+        """
 
     @abstractmethod
     def size_bytes(self, sample: Sample) -> int:
@@ -68,9 +71,9 @@ class FileCollection(Collection):
 
     root: Path = Path()
 
-    def open(self, sample: Sample) -> Image.Image:
+    def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Decode the file through `safe_open`."""
-        return safe_open(self.root / sample.sample_id)
+        return safe_open(self.root / sample.sample_id, short_side)
 
     def size_bytes(self, sample: Sample) -> int:
         """Size of the file; 0 if it has vanished since the folder was read."""
@@ -107,7 +110,7 @@ class ArrayCollection(Collection):
         pixels: npt.NDArray[np.uint8] = self.arrays[split][int(number)]
         return pixels
 
-    def open(self, sample: Sample) -> Image.Image:
+    def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Wrap the pixels."""
         return Image.fromarray(self._pixels(sample))
 
@@ -126,7 +129,7 @@ class DrawnCollection(Collection):
 
     pets: dict[str, SyntheticPets] = field(default_factory=dict)
 
-    def open(self, sample: Sample) -> Image.Image:
+    def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Draw the picture."""
         split, number = sample.sample_id.rsplit("/", 1)
         return Image.fromarray(self.pets[split].image(int(number)))

@@ -144,7 +144,7 @@ def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pi
             raise UserError(f"A picture is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}.")
         image = Image.fromarray(image)
     elif not isinstance(image, Image.Image):
-        image = safe_open(image)
+        image = safe_open(image, image_size)
     return square_pixels(image.convert("RGB"), image_size)
 
 

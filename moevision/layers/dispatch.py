@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moevision.layers.machine import has_matrix_unit
 from moevision.layers.routing import Routing
+from moevision.layers.rows import sum_rows, take_rows
 from moevision.layers.slots import ExpertChoiceRouting, SoftRouting
 
 
@@ -25,13 +28,14 @@ class Dispatched:
     Attributes:
         rows: [R, D] copies of tokens (or slots), sorted by expert; R = T·K plus padding, B·E·C or B·E·P.
         counts: [E] int64, rows of each expert, padding included; they sum to R.
-        position: the way back. Token choice: [T·K] int64, `rows[position]` is in the order token 0 choice 0, token 0
-            choice 1, ... Expert choice: [R] int64, the token of each row. Soft: None.
+        token: [R] int64, the token that each row is a copy of (padding: token 0); None for slots, which mix tokens.
+        position: [T, K] int64, the rows of each token, where every token has K of them (token choice); else None.
     """
 
     rows: Tensor
     counts: Tensor
-    position: Tensor | None
+    token: Tensor | None = None
+    position: Tensor | None = None
 
 
 class LocalDispatcher:
@@ -39,17 +43,20 @@ class LocalDispatcher:
 
     A choice that the router did not keep is computed and given weight 0, so that shapes stay static.
 
-    On a CPU each expert's group is rounded up to a multiple of `row_multiple` rows once groups are large. Matrix
-    kernels are compiled there for each shape that occurs, and counts change with every batch: without rounding a
-    layer's forward and backward took 1.1 to 1.4 times as long (`benchmarks/moe_layer.py`, recorded beside it).
-    Padding rows copy token 0; nothing reads their result, so their gradient is zero.
+    On a CPU groups are padded once they are large. Matrix kernels are compiled there for each shape that occurs, for
+    1 to 2 ms and 0.6 MB each, and counts change with every batch: sizes are rounded up to a multiple of 32 rows. A
+    matrix unit makes the experts' products so quick that starting them counts: where loads are so even that it adds at
+    most a quarter, all groups are made equally long there, and their products are one batched product. Elsewhere that
+    padding would cost more than it saves (docs/performance.md).
+    Padding rows copy token 0; nothing reads their result, so their gradient is zero (if that of token 0 is finite).
 
     Args:
-        row_multiple: what group sizes are rounded up to; 1 turns rounding off.
+        row_multiple: what group sizes are rounded up to; 1 turns padding off.
+        max_padding: rows over choices up to which groups are made equally long; 1 turns that off; None: the rule above.
     """
 
-    def __init__(self, row_multiple: int = 16) -> None:
-        self.row_multiple = row_multiple
+    def __init__(self, row_multiple: int = 32, max_padding: float | None = None) -> None:
+        self.row_multiple, self.max_padding = row_multiple, max_padding
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         """Bring the tokens x [T, D] of a batch into rows sorted by expert."""
@@ -60,41 +67,35 @@ class LocalDispatcher:
         return self._send_choices(x, routing)
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
-        """Weighted sum [T, D] of the experts' rows [R, D], in the rows' dtype.
-
-        The weights are rounded to the rows' dtype first: under bf16 autocast that costs no more precision than the
-        rounding of the product does, and spares float32 copies of the rows.
-        """
+        """Weighted sum [T, D] of the experts' rows [R, D], in the rows' dtype."""
         if isinstance(routing, SoftRouting):
             return self._read_slots(rows, routing)
-        assert dispatched.position is not None  # only soft rows have no single token
+        assert dispatched.token is not None  # only slots have no single token
         if isinstance(routing, ExpertChoiceRouting):
             weight = _by_expert(routing.token_weight).to(rows.dtype).unsqueeze(-1)
             tokens = rows.new_zeros(routing.logits.shape[0] * routing.logits.shape[1], rows.shape[-1])
-            return tokens.index_add(0, dispatched.position, rows * weight)
-        # The gather and a sum over K give the same bits every time, unlike a scatter-add on a GPU.
-        weight = (routing.combine_weight * routing.kept).to(rows.dtype).view(-1, routing.top_k, 1)
-        by_token = rows.index_select(0, dispatched.position).view(weight.shape[0], routing.top_k, -1)
-        combined = by_token * weight
-        return combined.squeeze(1) if routing.top_k == 1 else combined.sum(1)
+            return tokens.index_add(0, dispatched.token, rows * weight)
+        assert dispatched.position is not None
+        weight = (routing.combine_weight * routing.kept).flatten(0, 1)
+        return sum_rows(rows, weight, dispatched.token, dispatched.position)
 
     def _send_choices(self, x: Tensor, routing: Routing) -> Dispatched:
         """Token choice: copy each token once for every expert that it chose."""
-        counts = routing.requested_counts()
+        counts, top_k = routing.requested_counts(), routing.top_k
         expert = routing.expert_index.flatten()
-        order = expert.argsort(stable=True)
-        position = torch.empty_like(order)
+        order = _stable_order(expert, routing.num_experts)
         place = torch.arange(order.numel(), device=order.device)
-        # index_select, not x[...]: on CPU its backward is about twice as fast.
-        if not self._rounds(order.numel(), routing.num_experts, x):
-            position.scatter_(0, order, place)
-            return Dispatched(x.index_select(0, order // routing.top_k), counts, position)
-        rounded = (counts + self.row_multiple - 1) // self.row_multiple * self.row_multiple
-        shift = (rounded - counts).cumsum(0) - (rounded - counts)  # padding in front of each group
-        place += shift.repeat_interleave(counts, output_size=order.numel())
-        position.scatter_(0, order, place)
-        token = order.new_zeros(int(rounded.sum())).scatter_(0, place, order // routing.top_k)
-        return Dispatched(x.index_select(0, token), rounded, position)
+        position = torch.empty_like(order)
+        if self._pads(order.numel(), routing.num_experts, x):
+            rounded = self._padded(counts, order.numel(), x.dtype)
+            padding = (rounded - counts).cumsum(0) - (rounded - counts)  # in front of each group
+            place += padding.index_select(0, expert.index_select(0, order))
+            token = order.new_zeros(int(rounded.sum())).index_copy_(0, place, order // top_k)
+            counts = rounded
+        else:
+            token = order // top_k
+        position = position.index_copy_(0, order, place).view(-1, top_k)
+        return Dispatched(take_rows(x, token, position), counts, token, position)
 
     def _take_tokens(self, x: Tensor, routing: ExpertChoiceRouting) -> Dispatched:
         """Expert choice: every expert's tokens, image after image."""
@@ -108,17 +109,32 @@ class LocalDispatcher:
         """Soft MoE: slot inputs, expert after expert."""
         weight = routing.dispatch_weight.to(x.dtype)
         slots = torch.einsum("bnd,bnep->ebpd", x.view(*weight.shape[:2], -1), weight)
-        return Dispatched(slots.flatten(0, 2), routing.counts(), None)
+        return Dispatched(slots.flatten(0, 2), routing.counts())
 
     def _read_slots(self, rows: Tensor, routing: SoftRouting) -> Tensor:
         images, _, num_experts, slots = routing.slot_weight.shape
         by_expert = rows.view(num_experts, images, slots, -1)
         return torch.einsum("bnep,ebpd->bnd", routing.slot_weight.to(rows.dtype), by_expert).flatten(0, 1)
 
-    def _rounds(self, num_rows: int, num_experts: int, x: Tensor) -> bool:
+    def _pads(self, num_rows: int, num_experts: int, x: Tensor) -> bool:
         if self.row_multiple == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
             return False
-        return num_rows >= 8 * self.row_multiple * num_experts  # at most about 6 % of padding
+        return num_rows >= 8 * self.row_multiple * num_experts  # from there on it costs about 6 % at most, on average
+
+    def _padded(self, counts: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+        """Group sizes [E] with padding, of group sizes without."""
+        rounded = (counts + self.row_multiple - 1) // self.row_multiple * self.row_multiple
+        equal = rounded.max().expand_as(rounded)
+        default = 1.25 if dtype == torch.bfloat16 and has_matrix_unit() else 1.0
+        return equal if int(equal.sum()) <= (self.max_padding or default) * num_rows else rounded
+
+
+def _stable_order(expert: Tensor, num_experts: int) -> Tensor:
+    """[R] int64: the order that sorts `expert` [R], equal ones as they stand."""
+    if expert.device.type != "cpu" or torch.compiler.is_compiling() or num_experts > 256:
+        return expert.argsort(stable=True)
+    # NumPy sorts single bytes by counting them: a tenth of the time of torch's comparisons.
+    return torch.from_numpy(np.argsort(expert.to(torch.uint8).numpy(), kind="stable"))
 
 
 def _by_expert(x: Tensor) -> Tensor:

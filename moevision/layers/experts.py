@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moevision.errors import UserError
+from moevision.layers.looped import looped_mlps
 
 Backend = Literal["auto", "loop", "grouped", "dense"]
+_PLAIN_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid)  # elementwise, without parameters or randomness
 
 
 class PackedLinear(nn.Module):
@@ -117,6 +119,8 @@ class Experts(nn.Module):
         self.num_experts, self.backend = num_experts, backend
         self.fc1 = PackedLinear(num_experts, in_features, hidden_features, bias=bias[0], device=device, dtype=dtype)
         self.act = act_layer()
+        # A subclass may do anything, and an in-place one overwrites what the backward pass needs.
+        self._act_is_plain = type(self.act) in _PLAIN_ACTIVATIONS and not getattr(self.act, "inplace", False)
         self.drop = nn.Dropout(drop)
         self.fc2 = PackedLinear(num_experts, hidden_features, out_features, bias=bias[1], device=device, dtype=dtype)
 
@@ -137,8 +141,12 @@ class Experts(nn.Module):
         return self._loop(rows, counts)
 
     def _loop(self, rows: Tensor, counts: Tensor) -> Tensor:
-        dtype = rows.dtype
-        groups = rows.split(counts.tolist())
+        lengths = counts.tolist()
+        dropping = self.training and self.drop.p > 0
+        if self._act_is_plain and not dropping and not torch.compiler.is_compiling():
+            fc1, fc2 = self.fc1, self.fc2
+            return looped_mlps(rows, lengths, self.act, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        dtype, groups = rows.dtype, rows.split(lengths)
         experts = zip(groups, self.fc1.each(dtype), self.fc2.each(dtype), strict=True)
         return torch.cat(
             [F.linear(self.drop(self.act(F.linear(group, w1, b1))), w2, b2) for group, (w1, b1), (w2, b2) in experts]

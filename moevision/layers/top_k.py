@@ -143,7 +143,7 @@ class TopKRouter(nn.Module):
 
     def _affinity(self, scores: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """What the choice is made on, and the clean affinities that sum to 1."""
-        return scores, logits.softmax(-1)
+        return scores, softmax_over_experts(logits)
 
     def _gate_logits(
         self, noisy_logits: Tensor, top_scores: Tensor, logits: Tensor, expert_index: Tensor
@@ -224,3 +224,10 @@ def check_top_k(top_k: int, num_experts: int) -> None:
         raise UserError(
             f"top_k={top_k} does not fit num_experts={num_experts}: choose top_k between 1 and {num_experts}."
         )
+
+
+def softmax_over_experts(logits: Tensor) -> Tensor:
+    """Softmax of logits [B, N, E] over E; on a CPU across tokens, since E numbers don't fill a vector register."""
+    if logits.device.type != "cpu":
+        return logits.softmax(-1)
+    return logits.mT.contiguous().softmax(-2).mT

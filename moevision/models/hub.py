@@ -6,6 +6,7 @@ Such a folder opens with timm alone, once `moevision` is imported:
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
@@ -47,10 +49,19 @@ def save_model(model: SavedModel, folder: Path) -> None:
     """Write a model that was created under a timm name (or converted by `convert_to_moe`) to `folder`.
 
     A weight keeps its dtype in the file; loading gives fp32, which holds a bf16 or fp16 weight's exact value.
+
+    Raises:
+        OSError: if the folder can't be written or the disk is full; no half file of weights is left then.
     """
     hook = model.net.register_state_dict_post_hook(_contiguous)
     try:
         _save_for_timm(model, folder)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # what the system said is in the words only
+        if number is None:
+            raise
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
     finally:
         hook.remove()
 

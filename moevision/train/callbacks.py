@@ -1,13 +1,20 @@
-"""What the command line hangs onto Lightning's Trainer: a stopwatch, and a check of a resumed schedule."""
+"""What the command line hangs onto Lightning's Trainer: a stopwatch, and a check of a resumed schedule.
+
+Times differ from run to run, so they stand in summary.md and never in metrics.csv, which a resumed run repeats exactly.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 
 from moevision.errors import UserError
 from moevision.train.clock import AwakeClock
+from moevision.train.data_wait import data_wait_advice
+from moevision.train.messages import tell
+
+_SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
 
 
 class Stopwatch(L.Callback):
@@ -19,14 +26,29 @@ class Stopwatch(L.Callback):
     Attributes:
         train_s: seconds of training without validation.
         images: training images seen, over all processes.
+        data_wait_s: seconds of `train_s` in which this process waited for a batch; None where the loader doesn't say
+            (`moevision.data.loader.ImageLoader` does).
     """
 
     def __init__(self, clock: AwakeClock) -> None:
         self.train_s = 0.0
         self.images = 0
+        self.data_wait_s: float | None = 0.0
         self._clock = clock
         self._started = 0.0
+        self._waited: float | None = 0.0
+        self._advised = False
         self._run_started, self._earlier_s = clock.now(), 0.0
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> Stopwatch | None:
+        """The stopwatch of this training, if it has one."""
+        return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, cls)), None)
+
+    @property
+    def data_wait(self) -> float | None:
+        """Share of the training time in which the process waited for data, in [0, 1]; None if it isn't known."""
+        return None if self.data_wait_s is None or not self.train_s else self.data_wait_s / self.train_s
 
     @property
     def run_s(self) -> float:
@@ -35,29 +57,46 @@ class Stopwatch(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on counting from."""
-        return {"train_s": self.train_s, "images": self.images, "run_s": self.run_s}
+        counts = {"train_s": self.train_s, "images": self.images, "run_s": self.run_s}
+        return {**counts, "data_wait_s": self.data_wait_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.train_s, self.images = float(state_dict["train_s"]), int(state_dict["images"])
         self._earlier_s = float(state_dict["run_s"])
+        self.data_wait_s = state_dict.get("data_wait_s")  # earlier versions didn't count it
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start."""
-        self._started = self._clock.now()
+        self._start(trainer)
+
+    def _start(self, trainer: L.Trainer) -> None:
+        self._started, self._waited = self._clock.now(), getattr(trainer.train_dataloader, "wait_s", None)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the images of this batch, over all ranks."""
         self.images += len(batch["label"]) * trainer.world_size
-        now = self._clock.now()
-        self.train_s += now - self._started
-        self._started = now
+        began, waited = self._started, self._waited
+        self._start(trainer)
+        self.train_s += self._started - began
+        if self.data_wait_s is None or waited is None or self._waited is None:
+            self.data_wait_s = None
+        else:
+            self.data_wait_s += self._waited - waited
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on after validation."""
-        self._started = self._clock.now()
+        self._start(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say once, while it can still be mended, that training waits for its data."""
+        if self._advised or self.train_s < _SETTLED_S or not trainer.is_global_zero:
+            return
+        self._advised = True
+        for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
+            tell(sentence)
 
 
 class ScheduleCheck(L.Callback):

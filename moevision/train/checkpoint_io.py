@@ -23,6 +23,7 @@ from lightning.fabric.plugins import CheckpointIO
 from moevision.errors import UserError
 from moevision.train.manifest import Entry, read_manifest, sync_folder, verify, write_manifest
 from moevision.train.messages import tell
+from moevision.train.processes import from_first
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 RETRY_S = 30.0
@@ -95,12 +96,15 @@ class SafeCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint, never by unpickling; `weights_only` is there for Lightning's sake.
 
+        Every process of a training must call it: one that the disk has refused is in the first one's memory only.
+
         Raises:
             UserError: if the file is missing, damaged or no checkpoint.
         """
         path = Path(path).resolve()
-        if path in self._unwritten:  # the disk is full, and the best weights are only here
-            source: Any = io.BytesIO(self._unwritten[path].data)
+        held = from_first(self._unwritten[path].data if path in self._unwritten else None)
+        if held is not None:  # the disk is full, and the best weights are only here
+            source: Any = io.BytesIO(held)
         else:
             fault = verify(path).fault if path.is_file() else "is missing"
             if fault is not None:

@@ -8,26 +8,30 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import numpy as np
-import torch
 
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.hub import SavedModel, save_model
+from moevision.train.callbacks import Stopwatch
 from moevision.train.card import model_card
 from moevision.train.card_facts import gather_facts
 from moevision.train.checkpoint_io import final_checkpoint
 from moevision.train.confusion import plot_confusion
+from moevision.train.data_wait import data_wait_advice
 from moevision.train.ema import WeightEMA
 from moevision.train.guard import StabilityGuard
 from moevision.train.intervals import paired_difference
+from moevision.train.manifest import sha256_of
 from moevision.train.plan import describe_model, device_name
 from moevision.train.plots import plot_curves
+from moevision.train.processes import gather
 from moevision.train.provenance import collect_provenance
 from moevision.train.report import write_summary
 from moevision.train.run_summary import RunSummary, TestScores, TwinComparison
@@ -69,8 +73,10 @@ def finish_run(
     duration_s: float,
     train_s: float,
     images: int,
-) -> RunResult:
+) -> RunResult | None:
     """Test the best checkpoint, export the model, and write every file of the run folder.
+
+    Several processes test together; the first one writes, and the others get None.
 
     Args:
         task: the trained task.
@@ -85,11 +91,16 @@ def finish_run(
         images: training images seen.
     """
     watched = StabilityGuard.record_of(trainer)
+    stopwatch = Stopwatch.of(trainer)
+    data_wait = None if stopwatch is None else stopwatch.data_wait
     epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
     checkpoint, weights = final_checkpoint(run_dir / "checkpoints", cast(Any, trainer.strategy.checkpoint_io))
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    _export(task, data, run_dir)
     rows = _predictions(task, data)
+    bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
+    if not trainer.is_global_zero:
+        return None
+    _export(task, data, run_dir)
     _write_predictions(rows, data.class_names, run_dir / "predictions_test.csv")
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     labels, predictions = np.array([row.label for row in rows]), np.array([row.prediction for row in rows])
@@ -112,12 +123,13 @@ def finish_run(
         batch_size=data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
         duration_s=duration_s,
         images_per_s=images / train_s if train_s else 0.0,
-        device=device_name(trainer),
+        device=device_name(trainer) + (f", {trainer.world_size} processes" if trainer.world_size > 1 else ""),
         precision=str(trainer.precision),
         seed=seed,
+        data_wait=data_wait,
         layers=task.test_loads,
-        bad_images=data.bad_images,
-        notes=[*data.warnings, *watched.sentences()],
+        bad_images=bad_images,
+        notes=[*data.warnings, *watched.sentences(), *data_wait_advice(data_wait, data)],
     )
     _write_summary(summary, run_dir)
     return RunResult(summary, run_dir, {row.sample: row.prediction == row.label for row in rows})
@@ -168,13 +180,12 @@ class _Prediction:
 
 
 def _predictions(task: ClassificationTask, data: ImageDataModule) -> list[_Prediction]:
-    columns = {
-        name: torch.cat([batch[name] for batch in task.test_outputs]).tolist()
-        for name in ("index", "label", "prediction", "probability")
-    }
+    """Of all processes, in the order of the test images."""
+    names = ("index", "label", "prediction", "probability")
+    own = [row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
     return [
         _Prediction(data.sample_id("test", index), label, prediction, probability)
-        for index, label, prediction, probability in zip(*columns.values(), strict=True)
+        for index, label, prediction, probability in sorted(chain.from_iterable(gather(own)))
     ]
 
 
@@ -226,6 +237,10 @@ def _write_provenance(
         seed=seed,
         data_sha256=data.file_list_sha256(),
         started=started,
-        extra={"backend": task.arch.backend or "auto", "compile": task.compile_blocks},
+        extra={
+            "backend": task.arch.backend or "auto",
+            "compile": task.compile_blocks,
+            "model_sha256": sha256_of(run_dir / "model" / "model.safetensors"),
+        },
     )
     write_json_atomic(run_dir / "provenance.json", provenance)

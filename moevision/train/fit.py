@@ -11,12 +11,15 @@ from typing import cast
 
 import torch
 
+from moevision.allocator import keep_freed_memory
 from moevision.errors import UserError
 from moevision.train.console import SentenceParser, quiet_lightning
 from moevision.train.finish import RunResult, write_comparison
 from moevision.train.help import ALL
 from moevision.train.interrupt import Interrupted
 from moevision.train.messages import tell
+from moevision.train.processes import several_processes
+from moevision.train.recovery import TrainingDiverged
 from moevision.train.resume import Start, find_start
 from moevision.train.session import Session
 from moevision.train.training_cli import TrainingCLI
@@ -29,13 +32,18 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         UserError: for anything that the user can mend.
     """
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
     SentenceParser.show_all = ALL in arguments
     arguments = ["--help" if argument == ALL else argument for argument in arguments]
     session = Session(verb, arguments)
     try:
         with session.interruption, session.clock, quiet_lightning():
             _run(verb, session)
-    except Interrupted as stopped:
+    except (Interrupted, TrainingDiverged) as stopped:
+        if not session.processes.first:
+            raise SystemExit(0) from None  # the first process says it, and its exit code counts
+        if isinstance(stopped, TrainingDiverged):
+            raise
         command = session.interruption.command
         tell(
             f"Stopped by {stopped.signal_name}."
@@ -47,6 +55,16 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             raise
         command = session.interruption.command
         raise UserError(f"The disk is full: make room, then go on with {command or 'the same command'}.") from error
+    except RuntimeError as error:
+        if not several_processes() or "by peer" not in str(error):  # gloo's words for a connection that has gone
+            raise
+        if not session.processes.first:
+            raise SystemExit(1) from None
+        command = session.interruption.command
+        raise UserError(
+            "Another process of this training has ended, see above if it said why."
+            + (f" To go on:\n{command}" if command else "")
+        ) from error
     finally:
         session.close()
 
@@ -55,26 +73,34 @@ def _run(verb: str, session: Session) -> None:
     cli = TrainingCLI([verb, *session.arguments], session)
     run_dir = cast(Path, cli.run_dir)
     if cli.fast_dev_run:  # logs nothing and saves nothing
-        shutil.rmtree(run_dir)
+        if session.processes.first:
+            shutil.rmtree(run_dir)
         return
     if verb != "fit":
         return
     result = cli.finish(session.command)
     if cli._get(cli.config, "with_twin"):
         result = _train_twin(cli, session, result)
-    print(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md", file=sys.stderr)
+    if result is not None:
+        print(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md", file=sys.stderr)
 
 
-def _train_twin(cli: TrainingCLI, session: Session, result: RunResult) -> RunResult:
-    run_dir = cast(Path, cli.run_dir)
+def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) -> RunResult | None:
+    start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir)).plain()))
+    options = ["--model.arch.twin", "active_flops", "--without-twin"]
+    twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
+    # Experts that start as copies have the full width each, and the twin is the dense model they are copies of.
+    match = "active FLOPs" if cli.model.arch.pretrained is None else "pretrained weights, but fewer FLOPs"
+    other = twin.finish([*session.command, *options])
+    return None if result is None or other is None else write_comparison(result, other, match)
+
+
+def _twin_start(run_dir: Path) -> Start:
+    """Where the twin's training begins, in a folder that is made for it."""
     folder = run_dir / "twin"
     start = find_start(folder, fresh_if_none=True) if folder.is_dir() else Start(folder)
     folder.mkdir(exist_ok=True)
     if (run_dir / "splits.csv").is_file():
         shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
     print("\nNow the dense twin, by the same recipe.", flush=True)
-    options = ["--model.arch.twin", "active_flops", "--without-twin"]
-    twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
-    # Experts that start as copies have the full width each, and the twin is the dense model they are copies of.
-    match = "active FLOPs" if cli.model.arch.pretrained is None else "pretrained weights, but fewer FLOPs"
-    return write_comparison(result, twin.finish([*session.command, *options]), match)
+    return start

@@ -51,6 +51,9 @@ examples
   moevision {verb} path/to/images --model.arch.router expert_choice
   moevision {verb} path/to/images --model.arch.num_experts 16 --model.arch.top_k 2 --with-twin
 
+exit codes: 0 done; 2 something to mend, the last line says what; {diverged}130 Ctrl-C,
+129 terminal closed, 143 SIGTERM, 138 SIGUSR1{saved}.
+
 {all} shows every option: other routers' knobs (capacity, noise, shared experts), balance losses, data, Trainer.
 """
 
@@ -86,4 +89,10 @@ def verb_of(parser: LightningArgumentParser) -> str:
 
 def examples(verb: str) -> str:
     """What stands below the short help."""
-    return _EXAMPLES.format(verb=verb, all=ALL)
+    trains = verb == "fit"
+    return _EXAMPLES.format(
+        verb=verb,
+        all=ALL,
+        diverged="3 diverged, see divergence.md; " if trains else "",
+        saved=": saved, the last line goes on with it" if trains else "",
+    )

@@ -28,14 +28,15 @@ def describe_plan(task: ClassificationTask, data: ImageDataModule, trainer: L.Tr
     lines = [
         f"model: {describe_model(task)}, {total / 1e6:.2f} M parameters of which {active / 1e6:.2f} M are active",
         f"device: {device_name(trainer)}, precision {trainer.precision}, batch {data.batch_size}"
-        + (f" x {trainer.accumulate_grad_batches}" if trainer.accumulate_grad_batches > 1 else ""),
+        + (f" x {trainer.accumulate_grad_batches}" if trainer.accumulate_grad_batches > 1 else "")
+        + (f" x {trainer.world_size} processes" if trainer.world_size > 1 else ""),
     ]
     epochs = trainer.max_epochs or 0
     seconds = seconds_per_batch(task, data, trainer)
-    batches = max(1, train_images // data.batch_size) * max(0, epochs)
+    batches = max(1, train_images // (data.batch_size * trainer.world_size)) * max(0, epochs)
     if batches:
         minutes = batches * seconds / 60 * 1.1  # validation and loading, about a tenth
-        speed = f"about {minutes:.0f} min at {data.batch_size / seconds:.0f} images/s"
+        speed = f"about {minutes:.0f} min at {data.batch_size * trainer.world_size / seconds:.0f} images/s"
         lines.append(f"plan: {epochs} epochs of {train_images:,} pictures, {speed}")
     if task.arch.pretrained is None and train_images < SCRATCH_MINIMUM and data.path != "synthetic_pets":
         lines.append(

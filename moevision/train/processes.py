@@ -29,6 +29,15 @@ def sum_numbers(values: list[float], device: torch.device) -> list[float]:
     return cast(list[float], total.tolist())
 
 
+def from_first(value: Any) -> Any:
+    """What the first process has here."""
+    if not several_processes():
+        return value
+    found = [value]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
 def gather(value: Any) -> list[Any]:
     """What every process has here, in order of rank."""
     if not several_processes():

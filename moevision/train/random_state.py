@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moevision.data.keyed import hash_u64
+
 
 def random_state() -> dict[str, Any]:
     """The generators' states of this process: tensors, lists, numbers and strings only."""
@@ -23,6 +25,14 @@ def random_state() -> dict[str, Any]:
         "torch": torch.random.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
+
+
+def part_random_state(rank: int) -> None:
+    """Let this process draw other numbers than those that began with the same seed: its dropout is its own."""
+    seed = hash_u64(torch.initial_seed(), rank)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def restore_random_state(state: dict[str, Any]) -> None:

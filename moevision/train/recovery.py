@@ -13,7 +13,7 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from moevision.errors import UserError
+from moevision.errors import DIVERGED, UserError
 from moevision.files import write_text_atomic
 from moevision.train.diagnosis import GuardRecord, all_finite, nonfinite_states
 from moevision.train.ema import WeightEMA
@@ -26,7 +26,12 @@ _BUDGET = 1000  # steps over which returns are counted
 
 
 class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
-    """The training was given up: it went bad again and again, and the budget of returns is used up."""
+    """The training was given up: it went bad again and again, and the budget of returns is used up.
+
+    Its exit code is its own, so that a job script doesn't start the same training again and again.
+    """
+
+    exit_code = DIVERGED
 
 
 class Recovery:

@@ -173,6 +173,7 @@ def cost_section(summary: RunSummary) -> str:
         *cost_rows(summary.cost),
         ["training time", duration(summary.duration_s)],
         ["training speed", f"{summary.images_per_s:,.0f} images/s"],
+        ["waiting for data", _data_wait(summary.data_wait)],
         [
             "epochs; optimizer steps; images per step",
             f"{summary.epochs}; {summary.steps:,}; {summary.batch_size:,}",
@@ -180,6 +181,10 @@ def cost_section(summary: RunSummary) -> str:
         ["device; precision", f"{summary.device}; {summary.precision}"],
     ]
     return "## Size, cost and time\n\n" + table(["quantity", "value"], rows)
+
+
+def _data_wait(share: float | None) -> str:
+    return "not measured" if share is None else f"{percent(share)} of the training steps' time"
 
 
 def twin_section(summary: RunSummary, twin: TwinComparison) -> str:

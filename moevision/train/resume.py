@@ -59,6 +59,17 @@ class Start:
     sha256: str = ""
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
+    def plain(self) -> dict[str, Any]:
+        """JSON primitives, for the other processes of the training."""
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        return {**vars(self), "run_dir": str(self.run_dir), "checkpoint": checkpoint}
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> Start:
+        """What `plain` gave."""
+        checkpoint = None if values["checkpoint"] is None else Path(values["checkpoint"])
+        return cls(**{**values, "run_dir": Path(values["run_dir"]), "checkpoint": checkpoint})
+
 
 def take_resume(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """Separate `--resume X` (or `--resume=X`) from the other arguments.
@@ -97,7 +108,7 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
     """The newest valid checkpoint of a run folder; says which ones can't be used, and why.
 
     Raises:
-        UserError: if there is none and `fresh_if_none` isn't set.
+        UserError: if there is none and `fresh_if_none` isn't set, or it holds something else than data.
     """
     remove_leftovers(run_dir)
     found, refused = newest_valid(run_dir / "checkpoints")
@@ -109,9 +120,20 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
             return Start(run_dir)
         why = "; ".join(f"{other.path.name} {other.fault}" for other in refused) or "no step was saved yet"
         raise UserError(f"Nothing in {run_dir} can be gone on from ({why}): start anew, or with {OPTION} {AUTO}.")
+    saved = _read_mark(found.path)
     tell(f"Going on with {run_dir} from {found.path.name}, step {found.step:,} (verified).")
-    saved = torch.load(found.path, map_location="cpu", weights_only=True, mmap=True).get(MARK, {})
     return Start(run_dir, found.path, found.step, found.sha256, saved.get("fingerprint", {}))
+
+
+def _read_mark(path: Path) -> dict[str, Any]:
+    """What `ResumePoint` has added to a checkpoint; nothing in the file is run."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(MARK, {}))
+    except Exception as error:  # pickle, zip, type and OS errors alike; the cause stays attached
+        raise UserError(
+            f"{path} holds something else than the data of a training ({type(error).__name__}) and is not used, "
+            "although manifest.json lists it: moevision has not written it. Remove it to go on from another one."
+        ) from error
 
 
 def is_finished(run_dir: Path, *, with_twin: bool) -> bool:

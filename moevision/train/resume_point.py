@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 
+from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.train.checkpoint_io import LAST, SafeCheckpointIO
 from moevision.train.clock import AwakeClock
 from moevision.train.interrupt import Interruption
 from moevision.train.messages import tell
 from moevision.train.metrics_file import RunLogger
-from moevision.train.random_state import random_state, restore_random_state
+from moevision.train.processes import gather
+from moevision.train.random_state import part_random_state, random_state, restore_random_state
 
 MARK = "moevision"  # where a checkpoint keeps what is ours
 
@@ -80,6 +81,8 @@ class ResumePoint(L.Callback):
         """Put the random generators back; from here on signals wait for the end of a step."""
         if self._states is not None and len(self._states) == trainer.world_size:
             restore_random_state(self._states[trainer.global_rank])
+        elif trainer.world_size > 1:
+            part_random_state(trainer.global_rank)
         self._states = None
         self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
         self.clock.tick()
@@ -151,7 +154,7 @@ class ResumePoint(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the random generators of all processes, the place in metrics.csv, and what the numbers depend on."""
         checkpoint[MARK] = {
-            "random": _of_all_processes(trainer, random_state()),
+            "random": gather(random_state()),
             "metrics_rows": _logged_rows(trainer),
             "fingerprint": self.fingerprint,
         }
@@ -163,6 +166,7 @@ class ResumePoint(L.Callback):
                 checkpoint["callbacks"][name] = _moved(state, self.path.parent.resolve())
         if trainer.state.fn != "fit":
             return
+        _stay_in_epoch(trainer, checkpoint)
         ours = checkpoint.get(MARK, {})
         self._states = ours.get("random")
         rows = ours.get("metrics_rows")
@@ -206,12 +210,30 @@ def _between_batches(trainer: L.Trainer) -> Iterator[None]:
         progress.is_last_batch = last
 
 
-def _of_all_processes(trainer: L.Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
-    if trainer.world_size == 1:
-        return [state]
-    states: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(states, state)
-    return states
+def _stay_in_epoch(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Go back to an epoch's last step if it has become shorter than where it was interrupted.
+
+    Pictures may have vanished since. With nothing left to train, Lightning would leave out its validation too.
+    """
+    data = cast(Any, trainer).datamodule
+    state = checkpoint.get(type(data).__qualname__)
+    if state is None or not isinstance(data, ImageDataModule):
+        return
+    batches = min(data.train_batches(), _limit(trainer, data.train_batches()))
+    if state["batch"] < batches or not batches:
+        return
+    window = trainer.accumulate_grad_batches
+    batch = (batches - 1) // window * window
+    tell("note: the epoch is shorter now than where it was interrupted: its last step is done again.")
+    data.load_state_dict({**state, "batch": batch})
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    progress["current"] = dict.fromkeys(progress["current"], batch)
+    progress["is_last_batch"] = False
+
+
+def _limit(trainer: L.Trainer, batches: int) -> int:
+    limit = trainer.limit_train_batches
+    return limit if isinstance(limit, int) else int(limit * batches)
 
 
 def _logged_rows(trainer: L.Trainer) -> int | None:

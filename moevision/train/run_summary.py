@@ -82,6 +82,8 @@ class RunSummary:
     device: str
     precision: str
     seed: int | None
+    data_wait: float | None = None
+    """Share of the training time in which the process waited for data; None where it wasn't measured."""
     layers: Sequence[LayerLoad] = ()
     bad_images: Sequence[tuple[str, str, str]] = ()
     """(path, reason, split) of files that could not be read."""

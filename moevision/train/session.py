@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -12,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from moevision.errors import UserError
 from moevision.train.clock import AwakeClock
 from moevision.train.interrupt import Interruption
+from moevision.train.launch import Processes
 from moevision.train.messages import tell
 from moevision.train.recipe import expand_arguments
 from moevision.train.resume import (
@@ -36,11 +38,12 @@ class Session:
         interruption: listens to signals.
         clock: time in which the process ran.
         notes: what differs from the run that is gone on with, a phrase each.
+        processes: this process among those of the training.
     """
 
     def __init__(self, verb: str, arguments: Sequence[str]) -> None:
         self.command = ["moevision", verb, *arguments]
-        self.interruption, self.clock = Interruption(), AwakeClock()
+        self.interruption, self.clock, self.processes = Interruption(), AwakeClock(), Processes()
         self.notes: list[str] = []
         self._claims: list[int] = []
         self._target, self._typed = take_resume(arguments)
@@ -54,13 +57,14 @@ class Session:
         )
 
     def claim(self, run_dir: Path) -> None:
-        """Keep other processes from training in this folder, until `close`."""
-        held = claim(run_dir)
+        """Keep other trainings out of this folder, until `close`."""
+        held = claim(run_dir) if self.processes.first else None
         if held is not None:
             self._claims.append(held)
 
     def close(self) -> None:
-        """Give the claimed folders up."""
+        """Give the claimed folders up, and end what was started."""
+        self.processes.close()
         while self._claims:
             os.close(self._claims.pop())
 
@@ -86,11 +90,15 @@ class Session:
             return config, None
         automatic = self._target == AUTO
         run_dir = folder_of(config) if automatic else Path(self._target)
-        known = (run_dir / "config.yaml").is_file()
-        if known and is_finished(run_dir, with_twin=bool(config.fit.with_twin)):
-            tell(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
-            raise SystemExit(0)
-        start = find_start(run_dir, fresh_if_none=automatic)
+
+        def find() -> dict[str, Any]:
+            known = (run_dir / "config.yaml").is_file()
+            if known and is_finished(run_dir, with_twin=bool(config.fit.with_twin)):
+                tell(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
+                raise SystemExit(0)
+            return find_start(run_dir, fresh_if_none=automatic).plain()
+
+        start = Start.from_plain(self.processes.decide(find))
         if start.checkpoint is None:
             return config, start
         recorded = parser.parse_args(["fit", "--config", str(recorded_config(run_dir))])

@@ -25,6 +25,7 @@ from moevision.errors import UserError
 from moevision.layers import Routing, SigmoidRouter, forward_routing, label_oracle, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
+from moevision.models.attention import num_patches, set_fused_attention, trains_unfused
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.optimizer import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.plain_data import make_plain
@@ -156,6 +157,7 @@ class ClassificationTask(L.LightningModule):
         """Cross-entropy (soft targets under Mixup/CutMix) plus weighted balance losses."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.start_window()
+        set_fused_attention(self.net, not self._trains_unfused)
         with label_oracle(self.net, batch["label"]):
             logits, routings = forward_routing(self.net, batch["image"])
         self._count(routings)
@@ -173,6 +175,12 @@ class ClassificationTask(L.LightningModule):
         self.log_dict({"train/cross_entropy": cross_entropy, "train/top1": top1}, batch_size=size)
         self.log_dict({f"train/{name}_loss": value for name, value in values.items()}, batch_size=size)
         return loss
+
+    @property
+    def _trains_unfused(self) -> bool:
+        tokens = num_patches(self.net)
+        dtype = torch.bfloat16 if self.trainer.precision in ("bf16-mixed", "bf16-true") else torch.float32
+        return tokens is not None and trains_unfused(self.device, dtype, tokens)
 
     def start_window(self) -> None:
         """Forget what earlier micro-batches computed: the next one is the first of an optimizer step."""
@@ -235,6 +243,7 @@ class ClassificationTask(L.LightningModule):
         self.test_loads = self._log_epoch("test", self.test_metrics, self.test_loss)
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric) -> Tensor:
+        set_fused_attention(self.net, True)
         with label_oracle(self.net, batch["label"]):
             logits, routings = forward_routing(self.net, batch["image"])
         metrics.update(logits.float().softmax(-1), batch["label"])

@@ -86,7 +86,8 @@ class TrainingCLI(LightningCLI):
             yield
         except BaseException:
             if self.run_dir is not None and self.stopwatch.images == 0 and self.start is None:
-                shutil.rmtree(self.run_dir, ignore_errors=True)
+                if self.session.processes.first:
+                    shutil.rmtree(self.run_dir, ignore_errors=True)
                 self.session.interruption.command = None
             raise
 
@@ -135,9 +136,8 @@ class TrainingCLI(LightningCLI):
         if self.start is not None:
             self.run_dir = self.start.run_dir
         else:
-            self.run_dir = new_run_folder(
-                name if verb == "fit" else f"{name}-{verb}", Path(self._get(self.config, "runs_root"))
-            )
+            name, root = name if verb == "fit" else f"{name}-{verb}", Path(self._get(self.config, "runs_root"))
+            self.run_dir = Path(self.session.processes.decide(lambda: str(new_run_folder(name, root))))
         self.run_dir.mkdir(parents=True, exist_ok=True)
         trainer_config = self._get(self.config_init, "trainer")
         callbacks = list(trainer_config.get("callbacks") or [])
@@ -148,7 +148,7 @@ class TrainingCLI(LightningCLI):
             callbacks += watching(**{name: self._get(self.config_init, name) for name in ("fault", "ema", "guard")})
             callbacks = [self.point, *callbacks, EpochEnd(self.point)]
         try:
-            return super().instantiate_trainer(
+            trainer = super().instantiate_trainer(
                 default_root_dir=str(self.run_dir),
                 logger=trainer_config.get("logger") or RunLogger(self.run_dir),
                 callbacks=callbacks,
@@ -157,6 +157,8 @@ class TrainingCLI(LightningCLI):
             )
         except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
             raise UserError(f"The Trainer does not take these options: {error}") from error
+        self.session.processes.watch(trainer)
+        return trainer
 
     def _checkpoints(self) -> ModelCheckpoint:
         return ModelCheckpoint(
@@ -177,7 +179,8 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Read the data, build the model, and say what is going to happen."""
         self.datamodule.run_dir = self._split_folder()
-        self.datamodule.setup("fit")
+        with self.session.processes.first_one_first():
+            self.datamodule.setup("fit")
         fresh = self.start is None or self.start.checkpoint is None
         if not hasattr(self.model, "net"):  # what goes on from a checkpoint needs no pretrained weights
             self.model.build(self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=fresh)
@@ -186,10 +189,11 @@ class TrainingCLI(LightningCLI):
             with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
                 net = build_model(twin, self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=False)
                 freeze_parameters(net, self.model.optim.freeze)
-        print(self.datamodule.describe())
-        with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
-            print(describe_plan(self.model, self.datamodule, self.trainer))
-        print(f"run folder: {self.run_dir}\n", flush=True)
+        if self.trainer.is_global_zero:
+            print(self.datamodule.describe())
+            with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+                print(describe_plan(self.model, self.datamodule, self.trainer))
+            print(f"run folder: {self.run_dir}\n", flush=True)
         if not self.fast_dev_run:
             self._compare_with_start()
 
@@ -239,8 +243,8 @@ class TrainingCLI(LightningCLI):
         """Evaluate on the test images."""
         self.trainer.test(**kwargs, weights_only=True)
 
-    def finish(self, command: Sequence[str]) -> RunResult:
-        """Test the best checkpoint, export the model and write the report."""
+    def finish(self, command: Sequence[str]) -> RunResult | None:
+        """Test the best checkpoint, export the model and write the report; None on all processes but the first."""
         return finish_run(
             task=self.model,
             data=self.datamodule,

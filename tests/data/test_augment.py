@@ -1,21 +1,20 @@
-"""Pixels and mixtures are functions of (seed, epoch, index) and of nothing else."""
+"""Pixels are functions of (seed, epoch, index) and of nothing else, and each step does what torchvision's does."""
 
-import contextlib
 import random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
-from moevision.data.augment import (
-    BatchMixer,
-    TrainTransform,
-    base_pixels,
-    normalize,
-    seeded_torch,
-    square_pixels,
-)
+from moevision.data import augment, mix
+from moevision.data.augment import TrainTransform, base_pixels, normalize, square_pixels
+from moevision.data.crops import TRIES, erasing_boxes, pad_shifts, resized_crop_boxes
+from moevision.data.keyed import seeded_torch, uniform
 
 MEAN = (0.5, 0.25, 0.75)
 
@@ -32,8 +31,13 @@ def transform(size: int = 16, **options) -> TrainTransform:
     return TrainTransform(size, **(defaults | options))
 
 
-def noise(height: int = 16, width: int = 16) -> torch.Tensor:
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def noise(height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def one(chain: TrainTransform, pixels: torch.Tensor, seed: int, epoch: int, index: int) -> torch.Tensor:
+    """A batch of one picture."""
+    return chain([pixels.numpy()], seed, [epoch], [index])[0]
 
 
 ALL = [
@@ -47,9 +51,9 @@ ALL = [
 def test_pixels_follow_from_the_key_alone(options):
     chain, pixels = transform(**options), noise()
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
-    first = [chain(pixels, 5, epoch, index) for epoch in range(3) for index in range(6)]
+    first = [one(chain, pixels, 5, epoch, index) for epoch in range(3) for index in range(6)]
     torch.manual_seed(2), random.seed(2), np.random.seed(2)
-    again = [transform(**options)(pixels, 5, epoch, index) for epoch in range(3) for index in range(6)]
+    again = [one(transform(**options), pixels, 5, epoch, index) for epoch in range(3) for index in range(6)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(result.shape == (3, 16, 16) and result.dtype == torch.uint8 for result in first)
     assert len({result.numpy().tobytes() for result in first}) > 6  # epochs and indices do make a difference
@@ -60,19 +64,111 @@ def test_global_generators_are_left_alone():
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
     expected = torch.rand(4), random.random(), np.random.rand()
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
-    chain(noise(), 1, 2, 3)
+    one(chain, noise(), 1, 2, 3)
     assert torch.equal(torch.rand(4), expected[0])
     assert (random.random(), np.random.rand()) == expected[1:]
 
 
-def test_the_generator_is_put_back_after_an_error():
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    with contextlib.suppress(RuntimeError), seeded_torch(7):
-        torch.rand(1)
-        raise RuntimeError
-    assert torch.equal(torch.rand(1), expected)
+def photos(count: int = 6, square: bool = False) -> list[np.ndarray]:
+    """Pictures of different sizes, in both orders that a cache keeps them in."""
+    made = [noise(16, 16, n) if square else noise(20 + n, 40 - 3 * n, n) for n in range(count)]
+    return [
+        p.permute(1, 2, 0).contiguous().permute(2, 0, 1).numpy() if n % 2 else p.numpy() for n, p in enumerate(made)
+    ]
+
+
+@pytest.mark.parametrize("options", ALL, ids=lambda options: f"{options['augment']}-{options['crop']}")
+@given(data=st.data())
+def test_a_batch_is_its_pictures_however_it_is_put_together(options, data):
+    """Any division of any order of the pictures into batches gives each the pixels it has alone."""
+    chain, pictures = transform(**options), photos(square="pad" in options["crop"] or options["augment"] == "none")
+    epochs = data.draw(st.lists(st.integers(0, 2**31), min_size=6, max_size=6))
+    order = data.draw(st.permutations(range(6)))
+    cut = data.draw(st.integers(0, 6))
+    alone = [chain([pictures[n]], 9, [epochs[n]], [n])[0] for n in range(6)]
+    before = [picture.copy() for picture in pictures]
+    for part in (order[:cut], order[cut:]):
+        batch = chain([pictures[n] for n in part], 9, [epochs[n] for n in part], part)
+        assert batch.shape == (len(part), 3, 16, 16)
+        for row, n in zip(batch, part, strict=True):
+            assert torch.equal(row, alone[n])
+    assert all(np.array_equal(*pair) for pair in zip(pictures, before, strict=True)), "a cache is only read"
+
+
+def test_rows_of_a_batch_have_decisions_of_their_own():
+    """The trap: torchvision's v2 on a batched tensor decides once for all."""
+    same, keys = [noise().numpy()] * 64, (3, [1] * 64, list(range(64)))
+    for options in ({"crop": "pad"}, {"crop": "random_resized"}, {"augment": "none", "random_erasing": 1.0}):
+        rows = transform(**options)(same, *keys)
+        assert len({row.numpy().tobytes() for row in rows}) > 30, options
+
+
+# torchvision's functions, given the same numbers. Expected streams: 3 crop, 4 flip, 5 and 6 erasing.
+
+EPOCHS, INDICES = [2] * 40, list(range(100, 140))
+KEY = (np.array(EPOCHS), np.array(INDICES))
+
+
+def flipped(rows: list[torch.Tensor], seed: int) -> torch.Tensor:
+    mirrored = uniform(1, seed, 4, *KEY)[:, 0] < 0.5
+    assert 10 < mirrored.sum() < 30
+    return torch.stack([functional.horizontal_flip(r) if flip else r for r, flip in zip(rows, mirrored, strict=True)])
+
+
+def test_light_pad_is_torchvision_s_pad_crop_and_flip():
+    pictures = [noise(seed=n) for n in range(40)]
+    shifts = pad_shifts(uniform(2, 7, 3, *KEY), 2)
+    padded = [functional.pad(p, [2], fill=[128, 64, 191]) for p in pictures]
+    rows = [functional.crop(p, 2 + y, 2 + x, 16, 16) for p, (y, x) in zip(padded, shifts.tolist(), strict=True)]
+    found = transform()([p.numpy() for p in pictures], 7, EPOCHS, INDICES)
+    assert torch.equal(found, flipped(rows, 7))
+
+
+def test_light_resized_is_torchvision_s_resized_crop_and_flip():
+    pictures = [noise(24 + n, 60 - n, n) for n in range(40)]
+    u = uniform(4 * TRIES, 7, 3, *KEY).reshape(-1, TRIES, 4)
+    boxes = resized_crop_boxes(u, np.array([p.shape[1:] for p in pictures]), (0.25, 1.0))
+    bicubic = v2.InterpolationMode.BICUBIC
+    rows = [
+        functional.resized_crop(p, *box, [16, 16], interpolation=bicubic, antialias=True)
+        for p, box in zip(pictures, boxes.tolist(), strict=True)
+    ]
+    found = transform(crop="random_resized")([p.numpy() for p in pictures], 7, EPOCHS, INDICES)
+    assert torch.equal(found, flipped(rows, 7))
+
+
+def test_erasing_is_torchvision_s_erase():
+    pictures = [noise(seed=n) for n in range(40)]
+    chosen = uniform(1, 7, 5, *KEY)[:, 0] < 0.6
+    assert 15 < chosen.sum() < 33
+    boxes = erasing_boxes(uniform(4 * TRIES, 7, 6, *KEY).reshape(-1, TRIES, 4), 16).tolist()
+    fill = torch.tensor([128, 64, 191], dtype=torch.uint8).view(3, 1, 1)
+    rows = [
+        functional.erase(p, *box, fill) if erased else p for p, box, erased in zip(pictures, boxes, chosen, strict=True)
+    ]
+    found = transform(augment="none", random_erasing=0.6)([p.numpy() for p in pictures], 7, EPOCHS, INDICES)
+    assert torch.equal(found, torch.stack(rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [("randaugment", v2.RandAugment), ("trivialaugment", v2.TrivialAugmentWide)]
+)
+def test_a_policy_is_torchvision_s_on_each_picture(name, policy):
+    """On a picture that is only shifted and mirrored before, drawn from the generator that its key seeds (stream 1)."""
+    pictures = [noise(seed=n).numpy() for n in range(20)]
+    keys = (7, EPOCHS[:20], INDICES[:20])
+    light, found = transform()(pictures, *keys), transform(augment=name)(pictures, *keys)
+    chain = policy(interpolation=v2.InterpolationMode.BILINEAR, fill=[128, 64, 191])
+    for row, before, epoch, index in zip(found, light, *keys[1:], strict=True):
+        with seeded_torch(7, 1, epoch, index):
+            expected = chain(functional.to_pil_image(before))
+        assert torch.equal(row, functional.pil_to_tensor(expected))
+    assert (found != light).flatten(1).any(dim=1).sum() > 10
+
+
+def test_streams_are_apart():
+    streams = [augment._POLICY, augment._CROP, augment._FLIP, augment._ERASE, augment._RECTANGLE, mix._STREAM]
+    assert len(set(streams)) == len(streams)
 
 
 def test_pad_crop_is_a_shift_by_at_most_an_eighth_filled_with_the_mean_colour():
@@ -85,7 +181,7 @@ def test_pad_crop_is_a_shift_by_at_most_an_eighth_filled_with_the_mean_colour():
         for top in range(5)
         for left in range(5)
     }
-    seen = {windows[transform(hflip=False)(pixels, 0, 0, index).numpy().tobytes()] for index in range(300)}
+    seen = {windows[one(transform(hflip=False), pixels, 0, 0, index).numpy().tobytes()] for index in range(300)}
     assert seen == set(windows.values())  # each of the 25 shifts, and nothing else
 
 
@@ -94,7 +190,7 @@ def test_hflip_mirrors_about_half():
     mirrored = [
         # the whole square is cropped in most draws; those are the picture or its mirror image
         (torch.equal(result, pixels.flip(2)), torch.equal(result, pixels))
-        for result in (chain(pixels, 0, 0, index) for index in range(400))
+        for result in (one(chain, pixels, 0, 0, index) for index in range(400))
     ]
     flips, stays = (sum(column) for column in zip(*mirrored, strict=True))
     assert flips + stays > 50
@@ -112,7 +208,7 @@ def test_min_crop_scale_bounds_the_area():
         chain = transform(32, crop="random_resized", min_crop_scale=scale)
         areas = []
         for index in range(200):
-            out = chain(pixels, 0, 0, index).float()
+            out = one(chain, pixels, 0, 0, index).float()
             # pixel centres of a crop of width w span w - w/32
             width = (out[0].max() - out[0].min()) / (1 - 1 / 32)
             height = (out[1].max() - out[1].min()) / (1 - 1 / 32)
@@ -123,12 +219,12 @@ def test_min_crop_scale_bounds_the_area():
 
 def test_augment_none_changes_nothing():
     pixels = noise()
-    assert torch.equal(transform(augment="none")(pixels, 0, 0, 0), pixels)
+    assert torch.equal(one(transform(augment="none"), pixels, 0, 0, 0), pixels)
 
 
 def test_random_erasing_fills_with_the_mean_colour():
     pixels = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    out = transform(augment="none", random_erasing=1.0)(pixels, 0, 0, 0)
+    out = one(transform(augment="none", random_erasing=1.0), pixels, 0, 0, 0)
     erased = out[0] > 0
     assert 0 < erased.sum() < 256
     assert out[:, erased].unique(dim=1).flatten().tolist() == [128, 64, 191]
@@ -171,51 +267,3 @@ def test_normalize_by_hand():
     # (0 - 0.5) / 0.25, (0.2 - 0.2) / 0.5, (1 - 0) / 2
     torch.testing.assert_close(out.flatten(), torch.tensor([-2.0, 0.0, 0.5]))
     assert out.dtype == torch.float32
-
-
-def batch(size: int = 6, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) % classes
-
-
-def test_mixup_by_hand():
-    image, label = batch()
-    mixed, target = BatchMixer(0.8, 0.0, 4)(image, label, 3, 2, 17)
-    # The share is drawn from Beta(0.8, 0.8) with the generator that the key seeds (stream 2 is mixing).
-    with seeded_torch(3, 2, 2, 17):
-        share = torch.distributions.Beta(torch.tensor([0.8]), torch.tensor([0.8])).sample().item()
-    neighbour = image.roll(1, 0)
-    torch.testing.assert_close(mixed, share * image + (1 - share) * neighbour)
-    one_hot = torch.nn.functional.one_hot(label, 4).float()
-    torch.testing.assert_close(target, share * one_hot + (1 - share) * one_hot.roll(1, 0))
-
-
-@pytest.mark.parametrize(("mixup", "cutmix"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
-def test_targets_sum_to_one_and_depend_on_the_key(mixup, cutmix):
-    image, label = batch()
-    mixer = BatchMixer(mixup, cutmix, 4)
-    results = [mixer(image, label, 0, epoch, index) for epoch in range(2) for index in range(4)]
-    for _, target in results:
-        assert target.dtype == torch.float32
-        torch.testing.assert_close(target.sum(dim=1), torch.ones(6))
-        assert (target >= 0).all()
-    assert len({mixed.numpy().tobytes() for mixed, _ in results}) > 6  # an empty CutMix box may come twice
-    torch.manual_seed(5)
-    assert torch.equal(mixer(image, label, 0, 1, 3)[0], results[-1][0])
-
-
-def test_cutmix_target_is_the_pasted_area():
-    image, label = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone(), torch.arange(4)
-    mixed, target = BatchMixer(0.0, 1.0, 4)(image, label, 0, 0, 1)
-    for row in range(4):
-        kept = (mixed[row, 0] == row).float().mean()
-        torch.testing.assert_close(target[row, row], kept)
-    assert 0 < kept < 1
-
-
-def test_with_both_each_batch_gets_one_of_the_two():
-    image, label = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone(), torch.arange(4)
-    mixer = BatchMixer(1.0, 1.0, 4)
-    # CutMix copies pixels, so only whole numbers remain; Mixup blends them.
-    pasted = [bool((out == out.round()).all()) for out, _ in (mixer(image, label, 0, 0, i) for i in range(60))]
-    assert 15 < sum(pasted) < 45

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -120,6 +122,52 @@ def test_pixels_depend_neither_on_workers_nor_on_the_cache(image_folder, options
     assert equal(expected, epoch_of(ready(root, num_workers=2, cache_mb=0, **options), 1))
     assert equal(expected, epoch_of(ready(root, cache_mb=0, **options), 1))
     assert equal(list(data.test_dataloader()), list(ready(root, cache_mb=0, **options).test_dataloader()))
+
+
+def by_index(batches: list[dict[str, torch.Tensor]]) -> dict[int, bytes]:
+    return {int(i): image.numpy().tobytes() for b in batches for i, image in zip(b["index"], b["image"], strict=True)}
+
+
+@pytest.fixture(scope="module")
+def forty_photos(tmp_path_factory) -> tuple[Path, dict[int, bytes]]:
+    """Photos of several sizes, and the training pixels of their epoch 1, one picture a batch."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number in range(40):
+        folder = root / ("cat" if number % 2 else "dog")
+        folder.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root, by_index(epoch_of(ready(root, batch_size=1, crop="random_resized", random_erasing=0.5), 1))
+
+
+@given(batch_size=st.integers(1, 32), start=st.integers(0, 31), cached=st.booleans())
+@settings(deadline=None, max_examples=25)
+def test_pixels_depend_on_neither_batch_size_nor_starting_point(forty_photos, batch_size, start, cached):
+    root, alone = forty_photos
+    options = {"crop": "random_resized", "random_erasing": 0.5, "cache_mb": 64 * cached}
+    data = ready(root, batch_size=batch_size, **options)
+    data.load_state_dict({"epoch": 1, "batch": start // batch_size, "batch_size": batch_size, "world_size": 1})
+    found = by_index(list(data.train_dataloader()))
+    assert len(found) == (32 // batch_size - start // batch_size) * batch_size
+    assert found == {index: alone[index] for index in found}
+
+
+def test_the_loader_counts_the_time_it_is_waited_for(image_folder, monkeypatch):
+    """A slow decoder's time is waiting; what the caller does between two batches isn't."""
+    data = ready(image_folder({"cat": 10, "dog": 10}), cache_mb=0, num_workers=0)
+    loader = data.train_dataloader()
+    assert loader.wait_s == 0
+    clock = [0.0]
+    monkeypatch.setattr("moevision.data.loader.time.monotonic", lambda: clock[0])
+
+    def slow(self, index):
+        clock[0] += 0.25
+        return np.zeros((16, 16, 3), np.uint8)
+
+    monkeypatch.setattr("moevision.data.dataset.ImageDataset.decode", slow)
+    for _ in loader:
+        clock[0] += 100  # a training step
+    assert loader.wait_s == 16 * 0.25  # two batches of 8 of the 16 training pictures
 
 
 def test_the_same_picture_changes_from_epoch_to_epoch(image_folder):

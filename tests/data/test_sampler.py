@@ -7,22 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moevision.data.sampler import PositionSampler, eval_batches, hash_u64
+from moevision.data.sampler import PositionSampler, eval_batches
 
 
 def indices(sampler: PositionSampler) -> list[int]:
     return [index for _, index in sampler]
-
-
-def test_hash_is_splitmix64():
-    # First output of SplitMix64 seeded with 0 and with 1234567 (published test vectors, e.g. Rosetta Code).
-    assert hash_u64(0) == 0xE220A8397B1DCDAF
-    assert hash_u64(1234567) == 6457827717110365317
-
-
-def test_hash_depends_on_every_value_and_their_order():
-    keys = [(a, b, c) for a in range(10) for b in range(10) for c in range(10)]
-    assert len({hash_u64(*key) for key in keys}) == len(keys)
 
 
 def test_each_epoch_is_another_permutation_and_a_seed_repeats_it():

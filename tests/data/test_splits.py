@@ -162,7 +162,7 @@ def test_only_files_of_equal_size_are_hashed(tmp_path):
             super().__init__(["a"], {})
             self.contents, self.hashed = contents, []
 
-        def open(self, sample):
+        def open(self, sample, short_side=None):
             raise AssertionError("no picture needs to be decoded")
 
         def size_bytes(self, sample):

@@ -32,7 +32,13 @@ TWO_PROCESS_CASES = {
     "loss": "nan_loss@3:rank1",
     "gradient": "inf_grad@3:expert2:rank1",
     "weight": "nan_weight@3:rank1",
+    "buffer of the first": "nan_buffer@3:block1:rank0",
+    "buffer of another": "nan_buffer@3:block1:rank1",
+    "average": "nan_ema@3:rank1",
+    "spike": "spike@7x1000:rank1",
 }
+# Snapshots and spikes within the 12 batches of a process.
+TWO_PROCESS_GUARD = GuardConfig(snapshot_every=2, spike_warmup=4, spike_updates=2)
 
 
 def batches(count: int, size: int = 8) -> list[dict[str, Tensor]]:
@@ -159,11 +165,14 @@ def main() -> None:
     folder, rank, world = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     for case, faults in TWO_PROCESS_CASES.items():
-        mine = batches(12)[rank::world]
-        run = Run(folder / case, mine, faults=faults, task=tiny_task(**BIASED), processes=world)
+        mine = batches(24)[rank::world]
+        run = Run(
+            folder / case, mine, faults=faults, task=tiny_task(**BIASED), processes=world, guard=TWO_PROCESS_GUARD
+        )
         torch.save(
             {
                 "net": dict(run.task.net.state_dict()),
+                "average": run.states.last["average"],
                 "record": run.record.state_dict(),
                 "injected": dict(run.injector.injected),
             },

@@ -203,6 +203,13 @@ def _lines(summary: RunSummary, folder: Path) -> list[str]:
     return (folder / "summary.md").read_text(encoding="utf-8").splitlines()
 
 
+def test_summary_says_how_long_training_waited_for_data(summary: RunSummary, tmp_path: Path) -> None:
+    row = "| waiting for data | {} |"
+    assert row.format("not measured") in _lines(summary, tmp_path)
+    text = _lines(replace(summary, data_wait=0.0123), tmp_path)
+    assert row.format("1.2 % of the training steps' time") in text
+
+
 def test_summary_states_result_interval_and_baseline(summary: RunSummary, tmp_path: Path) -> None:
     text = "\n".join(_lines(summary, tmp_path))
     low, high = accuracy_interval(150, 200)

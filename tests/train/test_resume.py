@@ -224,6 +224,24 @@ def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, se
     assert all(score is not None for score in scores)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_an_epoch_that_became_too_short_is_validated_all_the_same(cli, tiny, drawn_pets, send_signal, accumulated):
+    """Two of three batches of the second epoch are done; then there are pictures for two batches only, or for one."""
+    pets, options = Path(shutil.copytree(drawn_pets, "pets")), [f"--trainer.accumulate_grad_batches={accumulated}"]
+    send_signal(LATE if accumulated == 1 else 3)
+    assert cli("fit", "./pets", *tiny, *options).code == 143
+    with Path("runs/pets/splits.csv").open(newline="") as file:
+        gone = [row["path"] for row in csv.DictReader(file) if row["split"] == "train"]
+    for path in gone[:1] if accumulated == 1 else [*gone[:5], *gone[-5:]]:
+        (pets / path).unlink()
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 0, outcome.err
+    with Path("runs/pets/metrics.csv").open(newline="") as file:
+        validated = [row["epoch"] for row in csv.DictReader(file) if row["val/top1"]]
+    assert validated == ["0", "1"]
+    assert "the epoch is shorter now than where it was interrupted" in outcome.err
+
+
 def _checkpoint_states(path):
     callbacks = torch.load(path, weights_only=True)["callbacks"]
     return [state for name, state in callbacks.items() if name.startswith("ModelCheckpoint")]

@@ -1,8 +1,8 @@
 """What a model weighs and what one image costs.
 
-Parameters are counted; FLOPs are measured by torch's counter on one image, with a formula for the fused CPU
-attention that the counter leaves out. A multiply-add is two FLOPs, as in torch. Active FLOPs are what one image
-really computes (K experts per token); the router's are reported apart.
+Parameters are counted; FLOPs are counted on one image (`counter.py`). A multiply-add is two FLOPs, as in torch. Active
+FLOPs are what one image asks for (K experts per token), without rows that a dispatcher adds; the router's are reported
+apart.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from moevision.efficiency.counter import flop_counter
+from moevision.efficiency.layer_flops import count_layers
 from moevision.layers import Backend, MoEMlp, SoftRouter, label_oracle, moe_layers
 
 
@@ -45,21 +45,24 @@ def measure_cost(
         model: an image model, MoE or dense.
         image_size: side(s) of the input in pixels.
         in_chans: channels of the input.
-        backend: whose FLOPs to count: `loop` computes the chosen experts only, `dense` all of them, as exported files
-            do (`flops_per_image` is then no longer what is active).
+        backend: whose FLOPs to count: `dense` computes all experts, as exported files do (`flops_per_image` is then no
+            longer what is active); the others compute the chosen ones and agree.
     """
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     parameter = next(model.parameters())
     image = torch.zeros(1, in_chans, height, width, device=parameter.device, dtype=parameter.dtype)
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with torch.no_grad(), _eval_with(model, backend), label_oracle(model, torch.zeros(1, dtype=torch.int64)), counter:
-        model(image)
-    by_module = counter.get_flop_counts()
-    router = sum(
-        sum(counts.values()) for name, counts in by_module.items() if name.endswith(".router") and ".mlp." in name
+    labels = torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad(), _eval_with(model, backend), label_oracle(model, labels), flop_counter() as counter:
+        _, layers = count_layers(model, counter, lambda: model(image))
+    router = sum(layer.router for layer in layers)
+    executed = int(counter.get_total_flops())
+    padding = (
+        0
+        if backend == "dense"
+        else sum((layer.rows() - layer.requested_rows()) * layer.per_row(backward=False) for layer in layers)
     )
     total, active = parameter_counts(model)
-    return ModelCost(total, active, int(counter.get_total_flops()) - router, router)
+    return ModelCost(total, active, executed - padding - router, router)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -80,7 +83,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 @contextmanager
 def _eval_with(model: nn.Module, backend: Backend) -> Iterator[None]:
-    """Eval mode with one backend; `loop` computes the chosen experts only, in operations that torch counts."""
+    """Eval mode with one backend; `loop` computes the chosen experts only."""
     training = {module: module.training for module in model.modules()}
     experts = [module.experts for module in model.modules() if isinstance(module, MoEMlp)]
     backends = [module.backend for module in experts]
@@ -94,12 +97,3 @@ def _eval_with(model: nn.Module, backend: Backend) -> Iterator[None]:
             expert.backend = backend
         for module, was_training in training.items():
             module.training = was_training
-
-
-def _cpu_attention_flops(
-    query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}

@@ -1,0 +1,184 @@
+"""Peak memory of training one model, in a process of its own, beyond what the process held before.
+
+On a CPU it is the high-water mark of the resident set (VmHWM, set back through /proc/self/clear_refs) over the resident
+set before the model was built, libraries and kernels loaded by a tiny step beforehand; on CUDA the allocator's peak.
+Most of the peak is known exactly: weights, their gradients, the optimizer's moments, and the activations that autograd
+keeps for the backward pass, which are counted in one more step. The rest is temporary copies, kernels that are compiled
+for the shapes that occur, and what the allocator holds in reserve.
+
+    python -m moevision.commands.benchmark.memory '{"subject": {...}, "which": "moe", ...}'
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moevision.commands.benchmark.machine import keep_memory_as_fit_does
+from moevision.commands.benchmark.step import TrainingStep, noise_batch
+from moevision.commands.benchmark.subject import Subject, Which
+from moevision.commands.benchmark.timing import rounded
+from moevision.errors import UserError
+from moevision.train.run_folder import PACKAGE
+
+RUNS = 3
+STEPS = 6  # the optimizer's moments exist from the first on; what is kept between steps has settled by then
+_TIMEOUT_S = 600
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # proc(5): set the high-water mark of the resident set to its present value
+
+
+def memory_of(
+    subject: Subject, which: Which, *, precision: str, device: torch.device, runs: int = RUNS
+) -> dict[str, Any]:
+    """Measure one model, each time in a fresh process.
+
+    Returns:
+        `peak_mib` (the median) and its parts `weights_mib`, `gradients_mib`, `optimizer_mib`, `activations_mib` and
+        `other_mib`, and `peaks_mib` of all runs; or `error`.
+    """
+    task: dict[str, Any] = {"subject": subject.as_json(), "which": which, "precision": precision, "device": str(device)}
+    task["threads"] = torch.get_num_threads()
+    try:
+        found = sorted((_in_a_process(task) for _ in range(runs)), key=lambda run: run["peak_mib"])
+    except UserError as error:
+        return {"error": f"not measured: {error}"}
+    return {**found[(len(found) - 1) // 2], "peaks_mib": [run["peak_mib"] for run in found]}
+
+
+def _in_a_process(task: Mapping[str, Any]) -> dict[str, float]:
+    paths = (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, json.dumps(task)],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            # The same moevision as here, also where it isn't installed.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"it took longer than {_TIMEOUT_S} s") from error
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise UserError(last[0][:240])
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def beside_twin(moe: Mapping[str, Any], twin: Mapping[str, Any]) -> dict[str, float]:
+    """The MoE model's peak ÷ its twin's, whole, and without what its extra weights themselves need.
+
+    Returns:
+        `whole`; `beyond_extra_weights_and_optimizer`: less the extra weights and their moments; and
+        `beyond_extra_state`: less their gradients too.
+    """
+    extra = {name: moe[f"{name}_mib"] - twin[f"{name}_mib"] for name in ("weights", "optimizer", "gradients")}
+    stored = extra["weights"] + extra["optimizer"]
+    peak = twin["peak_mib"]
+    return {
+        "whole": rounded(moe["peak_mib"] / peak),
+        "beyond_extra_weights_and_optimizer": rounded((moe["peak_mib"] - stored) / peak),
+        "beyond_extra_state": rounded((moe["peak_mib"] - stored - extra["gradients"]) / peak),
+    }
+
+
+def measure(task: Mapping[str, Any]) -> dict[str, float]:
+    """What the process of its own does; see `memory_of`."""
+    torch.set_num_threads(task["threads"])
+    keep_memory_as_fit_does()
+    subject, device = Subject(**task["subject"]), torch.device(task["device"])
+    tiny = Subject("tiny", {"name": "test_vit_moe"}, image_size=32, batch_size=4)
+    TrainingStep(tiny, "moe", task["precision"], device)(*noise_batch(tiny, device))
+    kept: list[TrainingStep] = []
+
+    def train() -> None:
+        kept.append(TrainingStep(subject, task["which"], task["precision"], device))
+        for seed in range(STEPS):
+            kept[0](*noise_batch(subject, device, seed))
+
+    peak = peak_bytes(train, device)
+    parts = _parts(kept[0].net, kept[0].optimizer)
+    parts["activations"] = saved_bytes(lambda: kept[0](*noise_batch(subject, device)), kept[0].net)
+    sizes = {"peak": peak, **parts, "other": peak - sum(parts.values())}
+    return {f"{name}_mib": rounded(size / 2**20) for name, size in sizes.items()}
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Peak memory of `work` beyond what is held before it, in bytes.
+
+    Raises:
+        UserError: on a system that doesn't tell.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not _STATUS.is_file():
+        raise UserError("Peak memory is read from /proc, which this system does not have.")
+    _give_back()
+    try:
+        _CLEAR.write_text(_RESET_PEAK)
+    except OSError as error:
+        raise UserError(f"The peak of memory can't be set back ({error.strerror}).") from error
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def saved_bytes(work: Callable[[], object], net: nn.Module) -> int:
+    """Bytes of the tensors that autograd keeps for a backward pass; weights don't count, views of one tensor once."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in weights:
+            kept[place] = tensor  # held, so that its address isn't used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, so that work doesn't begin on pages that count already."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+def _status(name: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _parts(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state."""
+    weights = [*net.parameters(), *net.buffers()]
+    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return {
+        "weights": sum(tensor.nbytes for tensor in weights),
+        "gradients": sum(tensor.nbytes for tensor in learning),
+        "optimizer": sum(tensor.nbytes for tensor in moments),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

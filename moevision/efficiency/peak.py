@@ -1,0 +1,116 @@
+"""How fast this machine really multiplies matrices and copies memory, and what share of that a model gets.
+
+A vendor's peak says nothing of a laptop, of two cores of a shared server or of a card under a power cap; a matrix
+product of torch's own on the same machine does. So MFU here is the share of a measured peak: never above 1 but for
+noise, and to be compared between programs on one machine, not between machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moevision.errors import UserError
+
+_CPU_SIZES = (512, 1024, 2048)
+_GPU_SIZES = (2048, 4096, 8192)
+_CPU_COPY_BYTES, _GPU_COPY_BYTES = 2**28, 2**30  # more than any core keeps near it
+
+
+@dataclass(frozen=True)
+class MatmulPeak:
+    """The best rate of square matrix products.
+
+    Attributes:
+        flops_per_s: FLOPs per second, median of the best size.
+        dtype: dtype of both factors and the product, e.g. `bfloat16`.
+        device: `cpu`, or the card's name.
+        size: side of the matrices that gave it.
+        repetitions: products that the median is of.
+        threads: threads of torch on a CPU.
+    """
+
+    flops_per_s: float
+    dtype: str
+    device: str
+    size: int
+    repetitions: int
+    threads: int
+
+
+def matmul_peak(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    sizes: Sequence[int] | None = None,
+    seconds: float = 1.0,
+) -> MatmulPeak:
+    """Measure the matmul peak of a device.
+
+    Args:
+        device: where to multiply.
+        dtype: float32 follows `torch.set_float32_matmul_precision`, as a model does.
+        sizes: sides of the square matrices; 512 to 2048 on a CPU, 2048 to 8192 on a GPU if None.
+        seconds: measuring time, shared by the sizes; the first product of each comes on top.
+
+    Raises:
+        UserError: for float16 on a CPU, which torch multiplies about 30 times slower than float32.
+    """
+    device = torch.device(device)
+    if device.type == "cpu" and dtype == torch.float16:
+        raise UserError(
+            "float16 has no fast matrix product on a CPU (about 30 times slower than float32): use bfloat16 or float32."
+        )
+    sizes = sizes or (_CPU_SIZES if device.type == "cpu" else _GPU_SIZES)
+    return max((_rate(device, dtype, size, seconds / len(sizes)) for size in sizes), key=lambda peak: peak.flops_per_s)
+
+
+def model_flops_utilization(useful_flops_per_image: float, images_per_s: float, peak: MatmulPeak) -> float:
+    """MFU: the useful FLOPs that a model does per second over the measured peak.
+
+    PaLM, arXiv:2204.02311, appendix B, with a measured peak in the place of the vendor's.
+
+    Args:
+        useful_flops_per_image: `FlopCount.useful_per_image` of the same pass (training with training).
+        images_per_s: throughput.
+        peak: in the dtype that most of the model's products have.
+    """
+    return useful_flops_per_image * images_per_s / peak.flops_per_s
+
+
+def copy_bandwidth(device: torch.device | str = "cpu", *, seconds: float = 0.3) -> float:
+    """Bytes per second that a copy of a large tensor reads and writes, both counted."""
+    device = torch.device(device)
+    size = _CPU_COPY_BYTES if device.type == "cpu" else _GPU_COPY_BYTES
+    source = torch.zeros(size // 4, device=device)
+    return (
+        2 * size / _median_s("target.copy_(source)", {"source": source, "target": torch.empty_like(source)}, seconds)[0]
+    )
+
+
+def _rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> MatmulPeak:
+    # Ones would do for speed on a CPU; on a GPU equal bits draw less power and clock higher than real data does.
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    median_s, repetitions = _median_s("torch.mm(a, b, out=out)", {"a": a, "b": b, "out": out}, seconds)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return MatmulPeak(
+        flops_per_s=2 * size**3 / median_s,
+        dtype=str(dtype).removeprefix("torch."),
+        device=name,
+        size=size,
+        repetitions=repetitions,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _median_s(statement: str, names: dict[str, torch.Tensor], seconds: float) -> tuple[float, int]:
+    """Median seconds of a statement, synchronised on a GPU, and how often it ran."""
+    from torch.utils.benchmark import Timer
+
+    # Timer sets one thread unless it is told otherwise.
+    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    measured = timer.blocked_autorange(min_run_time=seconds)
+    return measured.median, len(measured.times) * measured.number_per_run

@@ -1,0 +1,149 @@
+"""One expert after the other on its slice of the rows, with a backward pass that writes each gradient once.
+
+Autograd would do the same work and then copy every slice again: into zero-filled halves of a split, into a stack of
+weight gradients, into their float32 version. Where all experts have equally many rows, the backward products of all of
+them are one batched product each: small products leave a fast matrix unit waiting (docs/performance.md).
+
+Axes: R rows, D width, H hidden width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+BLOCK = 512
+"""Rows of a product at most: with groups of 32, 64, ... rows this leaves sixteen shapes to compile kernels for, however
+loads are spread."""
+
+
+def looped_mlps(
+    rows: Tensor,
+    counts: Sequence[int],
+    act: nn.Module,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+) -> Tensor:
+    """Apply expert e, `fc2(act(fc1(x)))`, to the e-th group of rows.
+
+    Args:
+        rows: [R, D], sorted by expert.
+        counts: length of each of the E groups; they sum to R.
+        act: an elementwise activation without parameters, state and randomness, not in place.
+        weight1: [E, H, D], in any dtype; it is computed with in that of the rows.
+        bias1: [E, H] or None.
+        weight2: [E, out, H].
+        bias2: [E, out] or None.
+
+    Returns:
+        [R, out]. Gradients can be taken once, not of gradients.
+    """
+    parameters = (weight1, bias1, weight2, bias2)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, *parameters)):
+        out: Tensor = _LoopedMlps.apply(rows, counts, act, *parameters)  # type: ignore[no-untyped-call]
+        return out
+    cast = [None if x is None else x.to(rows.dtype) for x in parameters]
+    return _linear(act(_linear(rows, counts, cast[0], cast[1])), counts, cast[2], cast[3])
+
+
+class _LoopedMlps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], act: nn.Module, *parameters: Tensor | None) -> Tensor:
+        weight1, bias1, weight2, bias2 = (None if x is None else x.to(rows.dtype) for x in parameters)
+        hidden = _linear(rows, counts, weight1, bias1)
+        active = act(hidden)
+        ctx.counts, ctx.act = counts, act
+        ctx.dtypes = [None if x is None else x.dtype for x in parameters]
+        ctx.save_for_backward(rows, hidden, active, weight1, weight2)
+        return _linear(active, counts, weight2, bias2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, hidden, active, weight1, weight2 = ctx.saved_tensors
+        counts, gradient, needed = ctx.counts, gradient.contiguous(), ctx.needs_input_grad[3:]
+        of_hidden = _activation_gradient(ctx.act, hidden, _product(gradient, counts, weight2))
+        return (
+            _product(of_hidden, counts, weight1) if ctx.needs_input_grad[0] else None,
+            None,
+            None,
+            _weight_gradient(of_hidden, rows, counts, ctx.dtypes[0]) if needed[0] else None,
+            _bias_gradient(of_hidden, counts, ctx.dtypes[1]) if needed[1] else None,
+            _weight_gradient(gradient, active, counts, ctx.dtypes[2]) if needed[2] else None,
+            _bias_gradient(gradient, counts, ctx.dtypes[3]) if needed[3] else None,
+        )
+
+
+def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tensor:
+    """rows_e · weight_eᵀ + bias_e: [R, I] -> [R, O]."""
+    if bias is None:
+        return _product(rows, counts, weight.mT)
+    if _equal(counts):
+        out = _product(rows, counts, weight.mT)
+        _batched(out, counts).add_(bias.unsqueeze(1))
+        return out
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    transposed, biases = weight.mT.unbind(), bias.unbind()
+    for e, group, place in _blocks(rows, out, counts):
+        torch.addmm(biases[e], group, transposed[e], out=place)
+    return out
+
+
+def _product(rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
+    """rows_e · weight_e: rows [R, I], weight [E, I, O] -> [R, O]."""
+    if _equal(counts):
+        return torch.bmm(_batched(rows, counts), weight).flatten(0, 1)
+    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    weights = weight.unbind()
+    for e, group, place in _blocks(rows, out, counts):
+        torch.mm(group, weights[e], out=place)
+    return out
+
+
+def _blocks(rows: Tensor, out: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Expert, rows and place of the result, at most `BLOCK` rows at a time."""
+    for e, (group, place) in enumerate(zip(rows.split(counts), out.split(counts), strict=True)):
+        for part, part_of_place in zip(group.split(BLOCK), place.split(BLOCK), strict=True):
+            yield e, part, part_of_place
+
+
+def _weight_gradient(of_out: Tensor, rows: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """of_out_eᵀ · rows_e: [E, O, I]."""
+    if _equal(counts):
+        return torch.bmm(_batched(of_out, counts).mT, _batched(rows, counts)).to(dtype)
+    of_weight = rows.new_empty(len(counts), of_out.shape[1], rows.shape[1], dtype=dtype)
+    for place, out, group in zip(of_weight.unbind(), of_out.split(counts), rows.split(counts), strict=True):
+        place.copy_(out.t() @ group)
+    return of_weight
+
+
+def _bias_gradient(of_out: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Sum of each group: [E, O]."""
+    if _equal(counts):
+        return _batched(of_out, counts).sum(1).to(dtype)
+    return torch.stack([group.sum(0) for group in of_out.split(counts)]).to(dtype)
+
+
+def _equal(counts: Sequence[int]) -> bool:
+    return min(counts) == max(counts)
+
+
+def _batched(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    return rows.view(len(counts), counts[0], rows.shape[1])
+
+
+def _activation_gradient(act: nn.Module, hidden: Tensor, of_active: Tensor) -> Tensor:
+    if isinstance(act, nn.GELU):
+        # Into the same memory: nobody else reads `of_active`.
+        gelu_backward = torch.ops.aten.gelu_backward.grad_input
+        of_hidden: Tensor = gelu_backward(of_active, hidden, approximate=act.approximate, grad_input=of_active)
+        return of_hidden
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_()
+        return torch.autograd.grad(act(hidden), hidden, of_active)[0]

@@ -1,0 +1,57 @@
+"""The measured peak: what it is made of, and what it refuses."""
+
+import time
+
+import pytest
+import torch
+
+from moevision import UserError
+from moevision.efficiency import MatmulPeak, copy_bandwidth, matmul_peak, model_flops_utilization
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_is_a_rate_that_a_product_has(dtype):
+    """A product timed by hand can't be far above the peak: not ten times, on however busy a machine."""
+    peak = matmul_peak("cpu", dtype, sizes=(64, 256), seconds=0.1)
+    a = torch.randn(256, 256).to(dtype)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - start)
+    by_hand = 2 * 256**3 / sorted(times)[len(times) // 2]
+    assert by_hand / 10 < peak.flops_per_s < 10 * by_hand
+    assert peak.size in (64, 256)
+    assert peak.repetitions >= 1
+    assert (peak.dtype, peak.device) == (str(dtype)[6:], "cpu")
+    assert peak.threads == torch.get_num_threads()
+
+
+def test_the_best_size_wins(monkeypatch):
+    """Times of 8, 2 and 64 s for sizes 2, 4 and 8 are 2, 64 and 16 FLOPs per second."""
+    seconds = {2: 8.0, 4: 2.0, 8: 64.0}
+    monkeypatch.setattr("moevision.efficiency.peak._median_s", lambda _, names, __: (seconds[len(names["a"])], 5))
+    peak = matmul_peak("cpu", sizes=(2, 4, 8))
+    assert (peak.flops_per_s, peak.size, peak.repetitions) == (64.0, 4, 5)
+
+
+def test_half_precision_is_refused_on_a_cpu():
+    with pytest.raises(UserError, match="bfloat16"):
+        matmul_peak("cpu", torch.float16)
+
+
+def test_utilization():
+    """2 GFLOPs per image at 50 images/s are 100 of 400 GFLOP/s."""
+    peak = MatmulPeak(400e9, "bfloat16", "cpu", 1024, 10, 2)
+    assert model_flops_utilization(2e9, 50, peak) == 0.25
+
+
+def test_bandwidth_counts_both_directions():
+    """A copy of as much memory by hand takes about as long; again not ten times."""
+    rate = copy_bandwidth("cpu", seconds=0.05)
+    source = torch.zeros(2**26)
+    target = torch.zeros(2**26)
+    start = time.perf_counter()
+    target.copy_(source)
+    by_hand = 2 * 4 * 2**26 / (time.perf_counter() - start)
+    assert by_hand / 10 < rate < 10 * by_hand

@@ -1,0 +1,187 @@
+"""The experts' loop with a backward pass of its own, against the same products left to autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moevision.layers import looped
+from moevision.layers.looped import looped_mlps
+
+Function = Callable[..., Tensor]
+WIDTH, HIDDEN, OUT = 5, 7, 4
+COUNTS = {
+    "unequal": [3, 7, 1],
+    "with empty groups": [0, 4, 0, 2, 0],
+    "equal": [4, 4, 4],
+    "all empty": [0, 0],
+    "one expert": [6],
+    "longer than a block": [2 * looped.BLOCK + 1, 1, looped.BLOCK],
+    "equal and longer than a block": [looped.BLOCK + 1, looped.BLOCK + 1],
+}
+every_counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+both_paths = pytest.mark.parametrize("counts", [COUNTS["unequal"], COUNTS["equal"]], ids=["looped", "batched"])
+every_activation = pytest.mark.parametrize(
+    "act", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.Tanh(), nn.Sigmoid()], ids=str
+)
+
+
+def plain(rows: Tensor, counts: Sequence[int], act: nn.Module, *parameters: Tensor | None) -> Tensor:
+    """The definition, with autograd's gradients."""
+    weight1, bias1, weight2, bias2 = (len(counts) * [None] if x is None else x for x in parameters)
+    return torch.cat(
+        [
+            F.linear(act(F.linear(group, weight1[e], bias1[e])), weight2[e], bias2[e])
+            for e, group in enumerate(rows.split(counts))
+        ]
+    )
+
+
+def leaves(counts: Sequence[int], biases: tuple[bool, bool] = (True, True)) -> list[Tensor | None]:
+    """Rows, weight1, bias1, weight2, bias2."""
+    experts, generator = len(counts), torch.Generator().manual_seed(3)
+    shapes = [(sum(counts), WIDTH), (experts, HIDDEN, WIDTH), (experts, HIDDEN), (experts, OUT, HIDDEN), (experts, OUT)]
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    return [made[0], made[1], made[2] if biases[0] else None, made[3], made[4] if biases[1] else None]
+
+
+def results(
+    function: Function, counts: Sequence[int], act: nn.Module, inputs: list[Tensor | None]
+) -> list[Tensor | None]:
+    """The value and the five gradients, of a sum in which every element has another weight."""
+    rows, *parameters = [None if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    out = function(rows, counts, act, *parameters)
+    factor = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    out.backward(factor)
+    return [out.detach(), *(None if x is None else x.grad for x in (rows, *parameters))]
+
+
+def check(counts: Sequence[int], act: nn.Module, inputs: list[Tensor | None], function: Function = looped_mlps) -> None:
+    pairs = zip(results(function, counts, act, inputs), results(plain, counts, act, inputs), strict=True)
+    for actual, expected in pairs:
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+@every_counts
+def test_values_and_all_five_gradients_are_autograds(counts: list[int]) -> None:
+    check(counts, nn.GELU(), leaves(counts))
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+@every_counts
+def test_the_length_of_a_block_changes_nothing(counts: list[int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if max(counts) > 100:
+        counts = [count % 11 for count in counts]
+    monkeypatch.setattr(looped, "BLOCK", block)
+    check(counts, nn.GELU(), leaves(counts))
+
+
+@pytest.mark.parametrize("biases", [(False, False), (True, False), (False, True)])
+@both_paths
+def test_without_biases(counts: list[int], biases: tuple[bool, bool]) -> None:
+    check(counts, nn.GELU(), leaves(counts, biases))
+
+
+@every_activation
+@both_paths
+def test_every_plain_activation(counts: list[int], act: nn.Module) -> None:
+    check(counts, act, leaves(counts))
+
+
+@every_activation
+@both_paths
+def test_gradcheck(counts: list[int], act: nn.Module) -> None:
+    """Against finite differences, which know nothing of autograd."""
+    rows, *parameters = leaves(counts)
+    hidden = torch.cat([F.linear(x, w, b) for x, w, b in zip(rows.split(counts), *parameters[:2], strict=True)])
+    assert hidden.abs().min() > 1e-4  # no step crosses the kink of ReLU
+    assert torch.autograd.gradcheck(lambda *x: looped_mlps(x[0], counts, act, *x[1:]), (rows, *parameters))
+
+
+@pytest.mark.parametrize("learned", [[0], [1], [2], [3], [4], [0, 4], [1, 2], [3, 4]])
+@both_paths
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(counts: list[int], learned: list[int]) -> None:
+    inputs = leaves(counts)
+    for index, x in enumerate(inputs):
+        x.requires_grad_(index in learned)
+    gradients = results(looped_mlps, counts, nn.GELU(), inputs)[1:]
+    assert [index for index, gradient in enumerate(gradients) if gradient is not None] == learned
+    check(counts, nn.GELU(), inputs)
+
+
+@both_paths
+def test_nothing_is_kept_where_nothing_is_learned(counts: list[int]) -> None:
+    inputs, kept = leaves(counts), []
+    frozen = [x.detach() for x in inputs]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        with torch.no_grad():
+            without = looped_mlps(inputs[0], counts, nn.GELU(), *inputs[1:])
+        still = looped_mlps(frozen[0], counts, nn.GELU(), *frozen[1:])
+        assert kept == []
+        learning = looped_mlps(inputs[0], counts, nn.GELU(), *inputs[1:])
+    assert len(kept) == 5  # rows, hidden values before and after the activation, both weights
+    assert without.grad_fn is None
+    assert still.grad_fn is None
+    assert torch.equal(without, learning)
+    assert torch.equal(still, learning)
+
+
+@both_paths
+def test_gradients_of_gradients_are_refused(counts: list[int]) -> None:
+    inputs = leaves(counts)
+    out = looped_mlps(inputs[0], counts, nn.GELU(), *inputs[1:])
+    (gradient,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("finish", [Tensor.sum, lambda out: (out.t() @ out).sum()], ids=["expanded", "transposed"])
+@both_paths
+def test_any_layout_of_the_incoming_gradient(counts: list[int], finish: Callable[[Tensor], Tensor]) -> None:
+    """The sum's gradient is one number expanded to [R, out]."""
+    actual, expected = leaves(counts), leaves(counts)
+    finish(looped_mlps(actual[0], counts, nn.GELU(), *actual[1:])).backward()
+    finish(plain(expected[0], counts, nn.GELU(), *expected[1:])).backward()
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-11, atol=1e-11)
+
+
+@every_activation
+@both_paths
+def test_a_backward_pass_leaves_everything_as_it_was(counts: list[int], act: nn.Module) -> None:
+    """GELU's gradient is written over another tensor: that must be nobody else's."""
+    inputs = leaves(counts)
+    out = looped_mlps(inputs[0], counts, act, *inputs[1:])
+    given = torch.randn(out.shape, dtype=torch.float64)
+    before = [x.detach().clone() for x in (*inputs, out, given)]
+    first = torch.autograd.grad(out, inputs, given, retain_graph=True)
+    second = torch.autograd.grad(out, inputs, given)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip((*inputs, out, given), before, strict=True))
+
+
+@both_paths
+def test_activation_checkpointing_gives_the_same_gradients(counts: list[int]) -> None:
+    def checkpointed(*arguments: object) -> Tensor:
+        return checkpoint(looped_mlps, *arguments, use_reentrant=False)
+
+    check(counts, nn.GELU(), leaves(counts), checkpointed)
+
+
+@both_paths
+def test_float32_weights_of_bfloat16_rows_get_float32_gradients(counts: list[int]) -> None:
+    """As under autocast; bfloat16 keeps 8 bits, and about five roundings follow one another."""
+    rows, *parameters = [x.detach().float().bfloat16().float().requires_grad_() for x in leaves(counts)]
+    expected = results(plain, counts, nn.GELU(), [rows, *parameters])
+    actual = results(looped_mlps, counts, nn.GELU(), [rows.detach().bfloat16().requires_grad_(), *parameters])
+    dtypes = [x.dtype for x in actual]
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32, torch.float32]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours.float() - theirs).norm() < 5 * 2**-8 * theirs.norm()

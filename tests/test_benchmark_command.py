@@ -1,0 +1,303 @@
+"""`moevision benchmark`: what it records can be computed again, and what others break is reported."""
+
+import json
+import statistics
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from moevision.commands.benchmark import layer as layer_module
+from moevision.commands.benchmark.options import build_parser
+from moevision.commands.benchmark.peers import PEERS, build_peer
+
+KINDS = ("layer", "train", "infer", "data")
+TRAINING = """
+data: {path: synthetic_pets, image_size: 32, batch_size: 8, train_size: 64, val_size: 8, test_size: 8}
+model:
+  arch: {name: test_vit_moe, router: vmoe_top_k}
+  aux: {importance: 0.05}
+trainer: {max_epochs: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TRAINING)
+    return path
+
+
+@pytest.fixture(scope="module")
+def records(cli, config, tiny_run, tmp_path_factory):
+    """Record and printed text of one quick run of each kind."""
+    out = tmp_path_factory.mktemp("benchmark")
+    calls = {
+        "layer": ("--router", "vmoe_top_k", "noisy_top_k"),
+        "train": (config, "--data", "own", "--peer", "lightning"),
+        "infer": (tiny_run,),
+        "data": (config, "--workers", 0, 1),
+    }
+    found = {}
+    for kind, options in calls.items():
+        outcome = cli("benchmark", kind, *options, "--quick", "--out", out / kind)
+        assert outcome.code == 0, outcome.err
+        assert "Traceback" not in outcome.err
+        assert (out / kind / f"benchmark-{kind}.png").stat().st_size > 5000
+        found[kind] = (json.loads((out / kind / f"benchmark-{kind}.json").read_text()), outcome.out)
+    return found
+
+
+def rows_with_times(value):
+    """Every list of rows in a record that have times."""
+    if isinstance(value, list) and value and all(isinstance(row, dict) and "name" in row for row in value):
+        yield [row for row in value if "seconds" in row]
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from rows_with_times(inner)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_says_where_it_comes_from(records, kind):
+    record, out = records[kind]
+    assert (record["benchmark"], record["format"]) == (kind, 1)
+    assert record["command"].startswith(f"moevision benchmark {kind} ")
+    assert {"cpu", "usable_cores", "torch_threads", "memory_gib", "gpus", "device"} <= set(record["machine"])
+    assert {"moevision", "python", "torch", "timm"} <= set(record["versions"])
+    assert record["cuda"] in ("measured", "not measured: no CUDA device")
+    assert f"torch {record['versions']['torch']}" in out
+
+
+@pytest.mark.parametrize("kind", ["layer", "train", "infer"])
+def test_ratios_follow_from_the_recorded_times(records, kind):
+    """Pair by pair, then the median: by the standard library from `seconds` alone."""
+    tables = list(rows_with_times(records[kind][0]))
+    assert tables
+    for rows in tables:
+        seconds = {row["name"]: row["seconds"] for row in rows}
+        for row in rows:
+            assert row["time_ms"]["n"] == len(row["seconds"]) >= 3
+            assert row["time_ms"]["median"] == pytest.approx(1e3 * statistics.median(row["seconds"]), rel=1e-4)
+            assert row["ratio_to"]
+            for other, ratio in row["ratio_to"].items():
+                pairs = [own / its for own, its in zip(row["seconds"], seconds[other], strict=True)]
+                assert ratio["median"] == pytest.approx(statistics.median(pairs), rel=1e-4)
+                assert ratio["quartile_1"] <= ratio["median"] <= ratio["quartile_3"]
+                speed = [1 / pair for pair in pairs]
+                assert row["speed_to"][other]["median"] == pytest.approx(statistics.median(speed), rel=1e-4)
+
+
+def test_layer_names_what_it_compared(records):
+    """FLOPs of two matrix products of [T, D] and [D, k H], forward and twice in the backward pass."""
+    comparison = records["layer"][0]["comparisons"][0]
+    sizes = {name: comparison[name] for name in ("tokens", "width", "experts", "top_k", "hidden")}
+    assert sizes == {"tokens": 128, "width": 32, "experts": 4, "top_k": 2, "hidden": 64}
+    assert comparison["flops"] == 3 * 2 * (2 * 128 * 32 * (2 * 64))
+    rows = {row["name"]: row for row in comparison["rows"]}
+    assert rows["dense k·H"]["parameters"] == 32 * 128 + 128 + 128 * 32 + 32
+    assert rows["dense E·H (total parameters)"]["parameters"] == 32 * 256 + 256 + 256 * 32 + 32
+    ours = rows["moevision vmoe_top_k"]
+    assert ours["parameters"] == 4 * (32 * 64 + 64 + 64 * 32 + 32) + 4 * 32  # four experts and the router
+    assert ours["slowest_over_mean"] >= 1
+    rate = comparison["flops"] / (ours["time_ms"]["median"] / 1e3)
+    assert ours["active_flops_per_s"] == pytest.approx(rate, rel=1e-4)
+    assert ours["mfu"] == pytest.approx(rate / records["layer"][0]["measured_peak_flops"]["bf16"], rel=1e-4)
+    assert set(PEERS) <= set(rows)  # measured, or with the reason why not
+
+
+def test_train_accounts_for_the_whole_step(records):
+    record = records["train"][0]
+    for part in record["breakdown"].values():
+        assert sum(phase["ms"] for phase in part["phases"].values()) == pytest.approx(part["step_ms"], rel=1e-4)
+        assert sum(phase["share"] for phase in part["phases"].values()) == pytest.approx(1, abs=1e-4)
+        assert sum(part["operators"].values()) == pytest.approx(1, abs=1e-4)
+        assert part["phases"]["data wait"]["ms"] > 0
+    moe, twin, large = record["breakdown"].values()
+    assert {"router", "dispatch and combine", "experts"} <= set(moe["phases"])
+    assert not {"router", "experts"} & (set(twin["phases"]) | set(large["phases"]))
+    assert "attention" in twin["phases"]
+    assert "matrix products" in twin["operators"]
+
+
+def test_train_tells_speed_and_load(records):
+    record = records["train"][0]
+    for row in record["rows"]:
+        assert row["images_per_s"] == pytest.approx(4e3 / row["time_ms"]["median"], rel=1e-4)
+        mfu = row["images_per_s"] * row["training_flops_per_image"] / record["measured_peak_flops"]["bf16"]
+        if record["settings"]["precision"] == "bf16":
+            assert row["mfu"] == pytest.approx(mfu, rel=1e-4)
+    moe, twin, large = record["rows"]
+    assert twin["parameters"] < moe["parameters"]
+    assert twin["training_flops_per_image"] < large["training_flops_per_image"]
+    assert [layer["block"] for layer in record["load"]] == [1, 3]
+    for layer in record["load"]:
+        assert sum(layer["counts"]) == 4 * 16 * 2  # pictures x patches x k
+        assert layer["slowest_over_mean"] == pytest.approx(max(layer["counts"]) / (sum(layer["counts"]) / 4), rel=1e-4)
+    assert [row["name"] for row in record["peers"]["lightning"]] == [
+        "MoE, moevision fit",
+        "dense twin, plain timm in Lightning",
+    ]
+
+
+def test_train_explains_memory(records):
+    """Weights and moments are float32: twice as many bytes of moments as of weights, and as many of gradients."""
+    memory = records["train"][0]["memory"]
+    parameters = {row["name"]: row["parameters"] for row in records["train"][0]["rows"]}
+    for name, model in memory["models"].items():
+        parts = ("weights", "gradients", "optimizer", "activations", "other")
+        assert sum(model[f"{part}_mib"] for part in parts) == pytest.approx(model["peak_mib"], rel=1e-3)
+        assert model["gradients_mib"] == pytest.approx(4 * parameters[name] / 2**20, rel=1e-3)
+        assert model["weights_mib"] >= model["gradients_mib"] * (1 - 1e-4)  # and buffers
+        assert model["optimizer_mib"] == pytest.approx(2 * model["gradients_mib"], rel=1e-2)  # and step counters
+        assert model["activations_mib"] > 0
+    moe, twin, _ = memory["models"].values()
+    extra = sum(moe[f"{part}_mib"] - twin[f"{part}_mib"] for part in ("weights", "optimizer"))
+    beside = memory["moe_beside"]["dense twin, same active FLOPs"]
+    assert beside["whole"] == pytest.approx(moe["peak_mib"] / twin["peak_mib"], rel=1e-4)
+    assert beside["beyond_extra_weights_and_optimizer"] == pytest.approx(
+        (moe["peak_mib"] - extra) / twin["peak_mib"], rel=1e-4
+    )
+
+
+def test_energy_is_measured_or_says_why_not(records):
+    for kind in ("train", "infer"):
+        for energy in records[kind][0]["energy"].values():
+            if energy["energy"] == "measured":
+                assert len(energy["joules_per_image"]) >= 3
+            else:
+                assert energy["energy"] == "not measured"
+                assert energy["reason"]
+                assert "joules_per_image" not in energy
+
+
+def test_infer_tells_latency(records):
+    comparisons = records["infer"][0]["comparisons"]
+    assert [(entry["batch_size"], entry["precision"]) for entry in comparisons] == [
+        (batch, precision) for batch in (1, 2) for precision in ("fp32", "bf16")
+    ]
+    for comparison in comparisons:
+        assert len(comparison["rows"]) == 3
+        for row in comparison["rows"]:
+            assert row["latency_ms"]["p50"] == pytest.approx(row["time_ms"]["median"], rel=1e-4)
+            assert row["latency_ms"]["p50"] <= row["latency_ms"]["p95"] <= 1e3 * max(row["seconds"]) * 1.0001
+            assert row["images_per_s"] == pytest.approx(
+                1e3 * comparison["batch_size"] / row["latency_ms"]["p50"], rel=1e-3
+            )
+
+
+def test_data_tells_rates_decoding_and_wait(records):
+    record = records["data"][0]
+    variants = [(row["cached"], row["augmented"], row["workers"]) for row in record["rows"]]
+    assert variants == [
+        (True, True, 0),
+        (True, True, 1),
+        (True, False, 0),
+        (False, True, 0),
+        (False, True, 1),
+        (False, False, 0),
+    ]
+    rounds = {row_key: row["rounds"] for row_key, row in zip(variants, record["rows"], strict=True)}
+    cost = [1e3 / made - 1e3 / kept for made, kept in zip(rounds[False, False, 0], rounds[True, False, 0], strict=True)]
+    assert record["decode"]["ms_per_image"]["median"] == pytest.approx(statistics.median(cost), rel=1e-4)
+    assert record["decode"]["ms_per_image"]["median"] > 0  # drawing a picture costs more than copying it
+    assert [wait["workers"] for wait in record["data_wait"]] == [0, 1]
+    assert all(0 < wait["share"] < 1 and wait["cached"] for wait in record["data_wait"])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "kinds"),
+    [
+        ("moe_layer", ("--out", "o", "--repetitions", "40"), [("layer", "bars"), ("layer", "growth")]),
+        ("train_step", ("cifar10", "quickstart", "--out", "o"), [("train", "cifar10"), ("train", "quickstart")]),
+    ],
+)
+def test_scripts_call_the_command(script, arguments, kinds, monkeypatch):
+    spec = spec_from_file_location(script, Path(__file__).parents[1] / "benchmarks" / f"{script}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    calls = []
+    monkeypatch.setattr(module, "benchmark", calls.append)
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
+    module.main()
+    parsed = [build_parser().parse_args(call) for call in calls]
+    assert [(options.kind, getattr(options, "preset", None) or options.model) for options in parsed] == kinds
+    assert [options.out.as_posix() for options in parsed] == [f"o/{name}" for _, name in kinds]
+    assert all(options.repetitions == (40 if script == "moe_layer" else 30) for options in parsed)
+
+
+class BrokenError(Exception):
+    """What another library might raise."""
+
+
+@pytest.mark.parametrize("where", ["build", "run"])
+def test_a_broken_peer_is_reported_and_the_rest_goes_on(cli, tmp_path, monkeypatch, where):
+    def build(name, router, **sizes):
+        if where == "build":
+            raise BrokenError("no such kernel")
+        return build_broken(router)
+
+    def build_broken(router):
+        class Peer(type(router)):
+            def forward(self, x):
+                raise BrokenError("no such kernel")
+
+        router.__class__ = Peer
+        return router
+
+    monkeypatch.setattr(layer_module, "build_peer", build)
+    outcome = cli("benchmark", "layer", "--quick", "--no-peak", "--peers", "torchtitan", "--out", tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert "torchtitan: BrokenError: no such kernel" in outcome.out
+    rows = json.loads((tmp_path / "benchmark-layer.json").read_text())["comparisons"][0]["rows"]
+    assert [row["name"] for row in rows if "error" in row] == ["torchtitan"]
+    assert len([row for row in rows if "seconds" in row]) == 3
+
+
+def test_our_own_fault_ends_the_benchmark(cli, monkeypatch):
+    from moevision.layers import MoEMlp
+
+    def forward(self, x):
+        raise BrokenError("ours")
+
+    monkeypatch.setattr(MoEMlp, "forward", forward)
+    with pytest.raises(BrokenError):
+        cli("benchmark", "layer", "--quick", "--no-peak", "--peers", "none")
+
+
+def test_what_is_not_installed_is_said(monkeypatch):
+    from moevision.commands.benchmark import peers
+    from moevision.errors import UserError
+
+    monkeypatch.setattr(peers, "package_version", lambda name: None)
+    with pytest.raises(UserError, match="transformers is not installed"):
+        build_peer("mixtral eager", None, **dict.fromkeys(
+            ("tokens", "width", "hidden", "num_experts", "top_k", "dtype", "device")))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_has_help_that_teaches(cli, kind):
+    outcome = cli("benchmark", kind, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"moevision benchmark {kind} " in outcome.out
+    assert "examples" in outcome.out
+    assert "--repetitions" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("layer", "--top-k", 9), ("--top-k 9", "--experts 8")),
+        (("layer", "--peers", "tutel"), ("no peer 'tutel'", "mixtral")),
+        (("layer", "--device", "tpu"), ("device",)),
+        (("train", "cifar"), ("'cifar'", "cifar10")),
+        (("infer", "nowhere"), ("'nowhere'",)),
+        (("data", "nowhere"), ("nowhere",)),
+    ],
+)
+def test_mistakes_are_one_sentence(cli, arguments, words, tmp_path):
+    outcome = cli("benchmark", *arguments, *([] if arguments[0] == "data" else ["--no-peak"]), "--out", tmp_path / "o")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1, outcome.err
+    for word in words:
+        assert word in outcome.err
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,195 @@
+"""`moevision fit` with two processes (gloo, CPU): one run folder, and a resumed run that is the uninterrupted one.
+
+Each case is the real command in processes of its own. Dropout, router noise, stochastic depth, Mixup, TrivialAugment
+and a moving average are on, and the two processes draw different numbers, so that each one's generators must come back.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import moevision
+from moevision.data import ImageDataModule
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+PYTHON = [sys.executable, "-m"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+# 96 pictures, 2 x 8 of them in a step: 6 steps an epoch, 3 epochs. 33 test pictures can't be halved.
+OPTIONS = (
+    *("--model.arch.name=test_vit_moe", "--model.arch.proj_drop_rate=0.1", "--model.arch.drop_path_rate=0.1"),
+    *("--data.image_size=32", "--data.batch_size=8", "--data.train_size=96", "--data.val_size=33"),
+    *("--data.test_size=33", "--data.augment=trivialaugment", "--data.mixup=0.3", "--ema.decay=0.9"),
+    *("--trainer.precision=32-true", "--trainer.max_epochs=3", "--trainer.log_every_n_steps=1"),
+    *("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"),
+)
+TWO = (*OPTIONS, "--trainer.devices=2")
+SAME = ("metrics.csv", "predictions_test.csv", "model/model.safetensors")
+WAIT_S = 900  # of patience with a busy machine; a run takes 12 s of CPU
+
+
+def start(folder: Path, launcher: list[str], *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(moevision.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*launcher, "moevision", "fit", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def fit(folder: Path, *arguments: str, launcher: list[str] = PYTHON, code: int = 0) -> str:
+    """Run to the end; what all processes said."""
+    process = start(folder, launcher, *arguments)
+    try:
+        said, _ = process.communicate(timeout=WAIT_S)
+    finally:
+        _end(process)
+    assert process.returncode == code, said[-3000:]
+    return said
+
+
+def interrupt(folder: Path, name: str, *, rows: int, number: int, everybody: bool) -> tuple[int, str]:
+    """Train until metrics.csv has so many rows, then signal; the exit code and what was said."""
+    process = start(folder, PYTHON, "synthetic_pets", *TWO, f"--name={name}", "--trainer.max_epochs=3")
+    metrics, until = folder / "runs" / name / "metrics.csv", time.monotonic() + WAIT_S
+    try:
+        while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > rows):
+            assert process.poll() is None, process.communicate()[0][-3000:]
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        (os.killpg if everybody else os.kill)(process.pid, number)
+        said, _ = process.communicate(timeout=WAIT_S)
+    finally:
+        _end(process)
+    return process.returncode, said
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Whatever happens, leave none of the processes behind."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def whole(work: Path) -> tuple[Path, str]:
+    """The run folder of a training by two processes that nobody interrupted, and what was said."""
+    return work / "runs" / "whole", fit(work, "synthetic_pets", *TWO, "--name=whole")
+
+
+def differing(run: Path, other: Path) -> list[str]:
+    return [name for name in SAME if (run / name).read_bytes() != (other / name).read_bytes()]
+
+
+def test_one_run_folder_and_one_voice(work: Path, whole: tuple[Path, str]) -> None:
+    """Every file is there once, as from one process, and nothing is said twice."""
+    run, said = whole
+    assert not [path for path in (work / "runs").iterdir() if path.name.startswith("whole-")]
+    for name in ("config.yaml", "sessions.json", "provenance.json", "summary.md", "checkpoints/last.ckpt", *SAME):
+        assert (run / name).is_file(), name
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert sorted(line for line in set(lines) if lines.count(line) > 1) == []
+    assert "batch 8 x 2 processes" in said
+    assert len(json.loads((run / "sessions.json").read_text())) == 1
+
+
+def test_every_test_picture_is_predicted_once(whole: tuple[Path, str]) -> None:
+    """33 pictures over two processes, in the order of one; the summary counts what predictions_test.csv says."""
+    with (whole[0] / "predictions_test.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    data = ImageDataModule("synthetic_pets", image_size=32, train_size=8, val_size=8, test_size=33)
+    data.setup("test")
+    assert [row["image"] for row in rows] == [data.sample_id("test", index) for index in range(33)]
+    test = json.loads((whole[0] / "summary.json").read_text())["test"]
+    assert (test["correct"], test["total"]) == (sum(int(row["correct"]) for row in rows), 33)
+
+
+def test_each_process_draws_numbers_of_its_own(whole: tuple[Path, str]) -> None:
+    """Both states are in the checkpoint, and they are not the same."""
+    first, second = torch.load(whole[0] / "checkpoints" / "last.ckpt", weights_only=True)["moevision"]["random"]
+    assert not torch.equal(first["torch"], second["torch"])
+    assert first["python"] != second["python"]
+    assert first["numpy"] != second["numpy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "number", "everybody", "code"),
+    [
+        ("mid-epoch", 3, signal.SIGTERM, False, 143),
+        ("later", 18, signal.SIGINT, True, 130),
+        ("killed", 25, signal.SIGKILL, False, -9),
+    ],
+)
+def test_interrupted_and_resumed_is_uninterrupted(
+    work: Path, whole: tuple[Path, str], name: str, rows: int, number: int, everybody: bool, code: int
+) -> None:
+    """One process, or both as by Ctrl-C, are signalled; the command that is printed goes on, both processes again."""
+    found, said = interrupt(work, name, rows=rows, number=number, everybody=everybody)
+    assert found == code, said[-3000:]
+    if code > 0:
+        assert said.splitlines()[-1] == f"moevision fit --resume runs/{name}"
+        assert said.count("Stopped by") == 1
+    again = fit(work, "--resume", f"runs/{name}")
+    assert again.count(f"Going on with runs/{name} from ") == 1
+    assert "bit-identical" not in again
+    assert differing(work / "runs" / name, whole[0]) == []
+
+
+def test_torchrun_starts_and_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str]) -> None:
+    """Where all processes begin at once they still agree; what Lightning's launcher began, torchrun ends; a twin."""
+    interrupt(work, "launched", rows=10, number=signal.SIGTERM, everybody=False)
+    fit(work, "--resume", "runs/launched", launcher=TORCHRUN)
+    assert differing(work / "runs" / "launched", whole[0]) == []
+    fit(work, "synthetic_pets", *TWO, "--name=torchrun", "--with-twin", launcher=TORCHRUN)
+    assert differing(work / "runs" / "torchrun", whole[0]) == []
+    assert (work / "runs" / "torchrun" / "twin" / "summary.md").is_file()
+    assert not (work / "runs" / "torchrun-2").exists()
+    said = fit(work, "synthetic_pets", *OPTIONS, "--trainer.devices=1", "--name=one", launcher=TORCHRUN, code=1)
+    assert "2 processes were started and the Trainer expects 1" in said
+    assert not (work / "runs" / "one").exists()
+
+
+def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path, whole: tuple[Path, str]) -> None:
+    """Resumed by one process, the order of the pictures is another one."""
+    interrupt(work, "fewer", rows=10, number=signal.SIGTERM, everybody=False)
+    said = fit(work, "--resume", "runs/fewer", "--trainer.devices=1")
+    assert "the number of processes (--trainer.devices) was 2, now 1" in said
+    assert said.index("can't end bit-identical") < said.index("test/top1")
+
+
+def test_another_process_that_dies_is_said_in_one_sentence(work: Path) -> None:
+    """The second process is killed; the first one ends with the command that goes on, not with a traceback."""
+    process = start(work, PYTHON, "synthetic_pets", *TWO, "--name=lost", "--trainer.max_epochs=300")
+    last = work / "runs" / "lost" / "checkpoints" / "last.ckpt"
+    try:
+        while not last.is_file():
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+        os.kill(int(children.split()[0]), signal.SIGKILL)
+        said, _ = process.communicate(timeout=WAIT_S)
+    finally:
+        _end(process)
+    assert process.returncode == 2, said[-3000:]
+    assert "Traceback" not in said
+    assert said.splitlines()[-2:] == [
+        "moevision: Another process of this training has ended, see above if it said why. To go on:",
+        "moevision fit --resume runs/lost",
+    ]

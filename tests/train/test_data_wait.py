@@ -1,0 +1,100 @@
+"""The share of the training time in which the process waited for its data: measured, added up over sessions, told."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from moevision.data import ImageDataModule
+from moevision.train.callbacks import Stopwatch
+from moevision.train.clock import AwakeClock
+from moevision.train.data_wait import data_wait_advice
+
+
+class Hand(AwakeClock):
+    """A clock that is set by hand."""
+
+    time_s = 0.0
+
+    def now(self) -> float:
+        """Seconds."""
+        return self.time_s
+
+
+def train(watch: Stopwatch, clock: Hand, batches: int, *, wait_s: float, step_s: float, validate: bool = True) -> None:
+    """An epoch in which every batch is waited for and then trained on, and a validation of 1000 s in its middle."""
+    loader = SimpleNamespace(wait_s=500.0)  # of earlier epochs
+    trainer = cast(Any, SimpleNamespace(train_dataloader=loader, world_size=1))
+    watch.on_train_epoch_start(trainer, cast(Any, None))
+    for number in range(batches):
+        loader.wait_s += wait_s
+        clock.time_s += wait_s + step_s
+        watch.on_train_batch_end(trainer, cast(Any, None), None, {"label": [0] * 8}, number)
+        if validate and number == batches // 2:
+            clock.time_s += 1000
+            watch.on_validation_end(trainer, cast(Any, None))
+
+
+def test_share_by_hand() -> None:
+    clock = Hand()
+    watch = Stopwatch(clock)
+    assert watch.data_wait is None, "nothing was trained yet"
+    train(watch, clock, 10, wait_s=1.0, step_s=3.0)
+    assert (watch.train_s, watch.data_wait_s, watch.data_wait) == (40.0, 10.0, 0.25)
+    resumed = Stopwatch(clock)
+    resumed.load_state_dict(watch.state_dict())
+    train(resumed, clock, 10, wait_s=0.0, step_s=4.0)
+    assert resumed.data_wait == 10 / 80
+    assert resumed.images == 160
+
+
+def test_what_was_not_counted_is_not_known() -> None:
+    """A checkpoint of a version that didn't count, and a loader that doesn't."""
+    clock = Hand()
+    watch = Stopwatch(clock)
+    watch.load_state_dict({"train_s": 5.0, "images": 8, "run_s": 5.0})
+    train(watch, clock, 2, wait_s=1.0, step_s=1.0)
+    assert watch.data_wait is None
+    other = Stopwatch(clock)
+    trainer = cast(Any, SimpleNamespace(train_dataloader=object(), world_size=1))
+    other.on_train_epoch_start(trainer, cast(Any, None))
+    clock.time_s += 1
+    other.on_train_batch_end(trainer, cast(Any, None), None, {"label": [0]}, 0)
+    assert (other.train_s, other.data_wait) == (1.0, None)
+
+
+def pets(**options: Any) -> ImageDataModule:
+    data = ImageDataModule(image_size=16, train_size=8, val_size=8, test_size=8, **options)
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.03])
+def test_no_advice_where_none_is_needed(share: float | None) -> None:
+    assert data_wait_advice(share, pets()) == []
+
+
+def test_advice_names_what_helps() -> None:
+    (sentence,) = data_wait_advice(0.0312, pets(num_workers=1))
+    assert sentence == "Training waited for data during 3 % of its time: raise --data.num_workers (now 1)."
+    (sentence,) = data_wait_advice(0.4, pets(cache_mb=0, augment="randaugment"))
+    assert "during 40 % of its time: let the decoded pictures stay in memory (--data.cache_mb above 0)" in sentence
+    assert "or raise --data.num_workers (now 0), or choose --data.augment light." in sentence
+
+
+def test_advice_is_given_once_and_early(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Hand()
+    watch = Stopwatch(clock)
+    trainer = cast(Any, SimpleNamespace(is_global_zero=True, datamodule=pets()))
+    for batches, told in ((5, 0), (5, 1), (5, 0)):  # 20 s, 40 s and 60 s of training
+        train(watch, clock, batches, wait_s=1.0, step_s=3.0)
+        watch.on_train_epoch_end(trainer, cast(Any, None))
+        assert capsys.readouterr().err.count("Training waited for data during 25 %") == told
+
+
+def test_a_run_reports_it(tiny_run: Any) -> None:
+    summary = (tiny_run / "summary.md").read_text()
+    assert "| waiting for data | " in summary
+    assert "of the training steps' time |" in summary
+    header = (tiny_run / "metrics.csv").read_text().splitlines()[0]
+    assert "wait" not in header, "a resumed run repeats metrics.csv byte by byte, and no clock does"
