@@ -84,6 +84,12 @@ def with_spread(row: Row) -> str:
     return f"{100 * row.mean:.1f}{spread} ({', '.join(f'{100 * value:.1f}' for value in row.accuracies)})"
 
 
+def cpu_time(row: Row) -> str:
+    """What the trainings really took, by CPU time: lowest to highest."""
+    spent = [run["cpu_s"] for run in row.runs]
+    return f"{min(spent):.0f} to {max(spent):.0f} s" if spent else ""
+
+
 def images_per_s(record: dict[str, Any], phase: str, arm: str) -> float:
     """Images/s of one thread by CPU time, the median over the measurements that set the budget."""
     step_ms = [speed[phase][arm]["cpu_ms"][1] for speed in of_budget(record)]
@@ -115,9 +121,9 @@ def memory(record: dict[str, Any], arm: str) -> float:
 
 def saving_table(record: dict[str, Any]) -> str:
     """Cost and accuracy of the MoE and its two twins."""
-    lines = []
+    steps, lines = record.get("budget", {}).get("steps", {}), []
     for arm in SAVING:
-        cost = record["cost"][arm]
+        cost, row = record["cost"][arm], row_of(record, arm, steps.get(arm))
         lines.append([
             arm,
             f"{cost['total_parameters'] / 1e6:.2f} M",
@@ -126,12 +132,13 @@ def saving_table(record: dict[str, Any]) -> str:
             *(f"{images_per_s(record, phase, arm):.0f} ({speed_ratio(record, phase, arm):.2f})" for phase in PHASES),
             f"{memory(record, arm):.0f} MiB",
             f"{OPTIMIZER_BYTES * cost['total_parameters'] / 2**20:.0f} MiB",
-            str(record.get("budget", {}).get("steps", {}).get(arm, "")),
-            with_spread(row_of(record, arm, record.get("budget", {}).get("steps", {}).get(arm))),
+            str(steps.get(arm, "")),
+            cpu_time(row),
+            with_spread(row),
         ])  # fmt: skip
     heads = ["model", "parameters", "active", "FLOPs/image", "training images/s (÷ the MoE's)", "inference",
              "peak training memory", "of that weights, gradients, AdamW", "steps in the budget",
-             "test top-1, % ± SD (seeds)"]  # fmt: skip
+             "took, CPU time", "test top-1, % ± SD (seeds)"]  # fmt: skip
     return table(heads, lines)
 
 
@@ -150,30 +157,35 @@ def levers_table(record: dict[str, Any]) -> str:
             with_spread(same) if trained else "same gradients",
             f"{with_spread(timed)}" if trained else "",
             str(steps.get(arm, "")),
+            cpu_time(timed) if trained else "",
         ])  # fmt: skip
     heads = ["lever", "training images/s ÷ without", "peak memory ÷ without", "peak memory",
              f"test top-1, %, all {steps.get(MOE, '')} steps", "test top-1, %, same time",
-             "steps in the time"]  # fmt: skip
+             "steps in the time", "took, CPU time"]  # fmt: skip
     return table(heads, lines)
 
 
 def speed_table(record: dict[str, Any]) -> str:
-    """Each measurement: the MoE's images/s by both clocks, and the ratio of every other arm to it."""
-    lines = []
+    """Each measurement: the MoE's images/s by both clocks, and every other arm's ratio to it, with quartiles."""
+    others, lines = (*SAVING[1:], *LEVERS), []
+    used = record.get("budget", {}).get("measurements", [])
     for number, speed in enumerate(record.get("speed", [])):
-        used = number in record.get("budget", {}).get("measurements", [])
         for phase, name in PHASES.items():
-            batch, moe = 1000 * record["settings"]["batch"], speed[phase][MOE]
-            others = [arm for arm in speed[phase] if arm != MOE and (phase == "train" or arm in SAVING)]
-            ratios = "; ".join(f"{arm} {quartiles(speed[phase][arm]['cpu_ratio'])}" for arm in others)
+            moe, batch = speed[phase][MOE], 1000 * record["settings"]["batch"]
             lines.append([
-                f"{number}{'*' if used else ''}", speed["started_utc"], name, str(speed["threads"]),
+                f"{number}{'*' if number in used else ''}",
+                speed["started_utc"],
+                name,
+                str(speed["threads"]),
                 f"{speed['load_average']:.1f}",
-                f"{batch / moe['wall_ms'][1]:.0f}", f"{batch / moe['cpu_ms'][1]:.0f}", ratios,
+                f"{batch / moe['wall_ms'][1]:.0f}",
+                f"{batch / moe['cpu_ms'][1]:.0f}",
+                # Both levers act in training only.
+                *(quartiles(speed[phase][a]["cpu_ratio"]) if phase == "train" or a in SAVING else "" for a in others),
             ])  # fmt: skip
     heads = ["measurement", "when (UTC)", "phase", "threads", "load average", "MoE images/s, wall", "by CPU time",
-             "images/s ÷ the MoE's, by CPU time (quartiles)"]  # fmt: skip
-    return table(heads, lines, "lllrrrrl") + "\n\n\\* these set the step budget."
+             *(f"{arm} ÷ MoE" for arm in others)]  # fmt: skip
+    return table(heads, lines, "lllrrrr" + "r" * len(others)) + "\n\n\\* these set the step budget."
 
 
 def quartiles(values: Sequence[float]) -> str:
