@@ -58,7 +58,7 @@ def _sum(rows: Tensor, position: Tensor, weight: Tensor | None = None) -> Tensor
     """[T, D]: Σ_k weight[t, k] · rows[position[t, k]], in the same order every time."""
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
         return F.embedding_bag(position, rows, mode="sum", per_sample_weights=weight)
-    by_token = rows.index_select(0, position.flatten()).view(*position.shape, -1)
+    by_token = rows.index_select(0, position.flatten()).view(*position.shape, rows.shape[1])
     if weight is not None:
         by_token = by_token * weight.unsqueeze(-1)
     return by_token.squeeze(1) if position.shape[1] == 1 else by_token.sum(1)

@@ -76,9 +76,7 @@ def test_values_and_all_five_gradients_are_autograds(counts: list[int]) -> None:
 
 @pytest.mark.parametrize("block", [1, 2, 3])
 @every_counts
-def test_the_length_of_a_block_changes_nothing(
-    counts: list[int], block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_length_of_a_block_changes_nothing(counts: list[int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if max(counts) > 100:
         counts = [count % 11 for count in counts]
     monkeypatch.setattr(looped, "BLOCK", block)
