@@ -69,7 +69,7 @@ def test_memory_that_is_kept_is_not_handed_out_again(monkeypatch: pytest.MonkeyP
 def test_no_size_is_too_large_to_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """3 GiB: more than an int's 2 GiB, which the threshold once was."""
     grown, left = (int(word) for word in run(TRIMMED, monkeypatch))
-    if grown < 3 << 30:
+    if grown < 2.5 * 2**30:  # a part may have been free before
         pytest.skip("the system gave no 3 GiB of address space to the heap")
     assert left == grown
 

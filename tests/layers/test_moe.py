@@ -69,22 +69,29 @@ def test_every_backend_is_the_nested_loop(backend: str, num_experts: int, top_k:
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_rounded_groups_change_nothing(top_k: int) -> None:
-    """Large groups are padded to 16 rows on a CPU; 300 tokens on 2 experts are large enough to be."""
+def test_padded_groups_change_nothing(top_k: int) -> None:
+    """Large groups are padded to 16 rows, or to the longest; 300 tokens on 2 experts are large enough to be."""
     layer = make(torch.float64, num_experts=2, top_k=top_k, backend="loop")
-    x = torch.randn(4, 75, 16, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():  # more to expert 0 than to expert 1
+        uneven = 0.05 * (layer.router.weight[0] - layer.router.weight[1])
+    x = (torch.randn(4, 75, 16, dtype=torch.float64) + uneven).requires_grad_()
     results = []
-    for row_multiple in (16, 1):
-        layer.dispatcher = LocalDispatcher(row_multiple)
-        dispatched = layer.dispatcher.dispatch(x.flatten(0, 1), layer.router(x))
-        assert bool((dispatched.counts % 16).any()) == (row_multiple == 1)
+    for row_multiple, max_padding, expected in ((1, None, ""), (16, 1, "rounded"), (16, 2, "equal")):
+        layer.dispatcher = LocalDispatcher(row_multiple, max_padding)
+        counts = layer.dispatcher.dispatch(x.flatten(0, 1), layer.router(x)).counts
+        if top_k == 1:  # with two of two all counts are 300
+            assert len(counts.unique()) == (1 if expected == "equal" else 2)
+        assert bool((counts % 16).any()) == (expected == "")
         layer.zero_grad()
         x.grad = None
         out = layer(x)
         out.square().sum().backward()
-        results.append([out.detach(), x.grad, layer.experts.fc1.weight.grad, layer.router.weight.grad])
-    for padded, plain in zip(*results, strict=True):
-        torch.testing.assert_close(padded, plain)
+        learned = [parameter.grad for name, parameter in layer.named_parameters() if "noise" not in name]
+        results.append([out.detach(), x.grad, *learned])
+    plain, *padded = results
+    for result in padded:
+        for actual, wanted in zip(result, plain, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)
 
 
 def test_gradcheck_in_float64() -> None:
@@ -197,6 +204,58 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(layer(x), layer(x))
     layer.train()
     assert not torch.equal(layer(x), layer(x))
+
+
+class Scaled(nn.GELU):
+    """A GELU by its type only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
+@pytest.mark.parametrize("act", [nn.PReLU, Scaled])
+def test_an_activation_with_a_parameter_learns(act: type[nn.Module]) -> None:
+    """The gradient is that of the dense backend, which is autograd's."""
+    gradients = []
+    for backend in ("loop", "dense"):
+        layer = make(torch.float64, act_layer=act, backend=backend).double()  # an activation's own dtype is float32
+        x = torch.randn(2, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        layer(x).square().sum().backward()
+        gradients.append([x.grad, layer.experts.fc1.weight.grad, *(p.grad for p in layer.experts.act.parameters())])
+    assert gradients[0][2].any()
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
+def test_an_activation_in_place_has_the_same_gradients(act: type[nn.Module]) -> None:
+    gradients = []
+    for inplace in (True, False):
+        layer = make(torch.float64, act_layer=lambda inplace=inplace: act(inplace=inplace), backend="loop")
+        x = torch.randn(2, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        layer(x).square().sum().backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in layer.experts.parameters())])
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_dropout_inside_experts_drops_hidden_values_with_their_gradients() -> None:
+    """With p = 1/2 a hidden value, here always 1, is 0 or 2; its row of fc2's gradient is the mask times 1."""
+    layer = make(torch.float64, num_experts=1, top_k=1, hidden=24, bias=False, expert_drop=0.5, act_layer=nn.ReLU)
+    layer.train().router.noise = "none"
+    with torch.no_grad():
+        layer.experts.fc1.weight.fill_(1 / 16)
+        layer.experts.fc2.weight.fill_(1.0)
+    out = layer(torch.ones(1, 1, 16, dtype=torch.float64))
+    out.sum().backward()
+    mask = layer.experts.fc2.weight.grad[0, 0]
+    assert set(mask.tolist()) == {0.0, 2.0}
+    torch.testing.assert_close(out, mask.sum().expand(1, 1, 16))
+    torch.testing.assert_close(layer.experts.fc1.weight.grad[0], 16 * mask.unsqueeze(1).expand(24, 16))
 
 
 def test_arguments_that_experts_cannot_honour() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moevision.errors import UserError
 from moevision.layers import TopKRouter, build_router
+from moevision.layers.top_k import softmax_over_experts
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -159,3 +160,20 @@ def test_counts_and_weights_agree_with_a_loop() -> None:
 
 def _close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5), (1, 1, 8), (3, 4, 1), (0, 4, 3)])
+def test_the_softmax_across_tokens_is_the_softmax_over_experts(shape: tuple[int, int, int]) -> None:
+    """Value and gradient, also of logits so large that exp would overflow."""
+    logits = 300 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for softmax in (softmax_over_experts, lambda x: x.softmax(-1)):
+        for scale in (1, 1 / 300):
+            x = (scale * logits).requires_grad_()
+            probs = softmax(x)
+            probs.backward(given)
+            results.append((probs.detach(), x.grad))
+    for actual, expected in zip(results[:2], results[2:], strict=True):
+        assert actual[0].shape == shape
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-15)

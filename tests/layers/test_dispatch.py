@@ -1,0 +1,174 @@
+"""The way of tokens to experts' rows and back, for any choices, with every kind of padding."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moevision.layers import LocalDispatcher, Routing, dispatch
+from moevision.layers.dispatch import Dispatched
+
+
+def routing_of(expert_index: Tensor, num_experts: int) -> Routing:
+    """The decision with these choices [B, N, K]; nothing else of it counts here."""
+    scores = torch.zeros(*expert_index.shape[:2], num_experts)
+    weight = torch.rand(expert_index.shape, generator=torch.Generator().manual_seed(2))
+    return Routing(scores, scores, scores, None, expert_index, weight, weight > 0.1)
+
+
+class Case(NamedTuple):
+    """What to dispatch, and how."""
+
+    num_experts: int
+    top_k: int
+    tokens: int
+    skew: float
+    row_multiple: int
+    max_padding: float | None
+    matrix_unit: bool
+    dtype: torch.dtype
+    seed: int
+
+    def expert_index(self) -> Tensor:
+        """[1, T, K]; the larger `skew`, the more choices fall on the first experts."""
+        share = torch.rand(1, self.tokens, self.top_k, generator=torch.Generator().manual_seed(self.seed))
+        return (share**self.skew * self.num_experts).long().clamp(max=self.num_experts - 1)
+
+    def x(self) -> Tensor:
+        """[T, 2]: every token is its own number, below 256 and so exact in bfloat16."""
+        number = torch.arange(self.tokens, dtype=self.dtype)
+        return torch.stack([number, -number], -1)
+
+    @property
+    def limit(self) -> float:
+        """Rows over choices up to which groups are made equally long, by the documented rule."""
+        if self.max_padding is not None:
+            return self.max_padding
+        return 1.25 if self.matrix_unit and self.dtype is torch.bfloat16 else 1.0
+
+    def dispatch(self) -> Dispatched:
+        """As on a machine with or without a matrix unit."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "has_matrix_unit", lambda: self.matrix_unit)
+            dispatcher = LocalDispatcher(self.row_multiple, self.max_padding)
+            return dispatcher.dispatch(self.x(), routing_of(self.expert_index(), self.num_experts))
+
+
+cases = st.builds(
+    Case,
+    num_experts=st.integers(1, 7),
+    top_k=st.integers(1, 3),
+    tokens=st.integers(0, 255),
+    skew=st.sampled_from([1.0, 1.2, 3.0]),
+    row_multiple=st.sampled_from([1, 2, 5]),
+    max_padding=st.sampled_from([None, 1, 1.1, 2.5]),
+    matrix_unit=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 10_000),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(cases)
+@example(Case(4, 2, 0, 1.0, 2, None, True, torch.bfloat16, 0))
+@example(Case(4, 2, 200, 1.0, 5, None, True, torch.bfloat16, 0))
+@example(Case(4, 2, 200, 1.0, 5, None, False, torch.bfloat16, 0))
+def test_every_choice_is_computed_once_by_its_expert(case: Case) -> None:
+    dispatched, expert_index, x = case.dispatch(), case.expert_index()[0], case.x()
+    rows, counts, token, position = dispatched.rows, dispatched.counts, dispatched.token, dispatched.position
+    assert token is not None
+    assert position is not None
+    assert position.shape == expert_index.shape
+    assert len(position.unique()) == position.numel()  # no row is two choices'
+    assert int(counts.sum()) == len(rows) == len(token)
+    assert torch.equal(rows, x[token])
+    assert torch.equal(token[position], torch.arange(case.tokens).unsqueeze(1).expand_as(position))
+    computed_by = torch.arange(case.num_experts).repeat_interleave(counts)
+    assert torch.equal(computed_by[position], expert_index)
+    in_a_group = [position.flatten()[expert_index.flatten() == e] for e in range(case.num_experts)]
+    assert all(bool((places.diff() > 0).all()) for places in in_a_group)  # stable: in the order of the tokens
+    is_padding = torch.ones(len(rows), dtype=torch.bool)
+    is_padding[position] = False
+    assert not token[is_padding].any()
+
+
+@settings(deadline=None, max_examples=300)
+@given(cases)
+@example(Case(4, 2, 200, 1.0, 5, None, True, torch.bfloat16, 0))
+@example(Case(4, 2, 200, 1.0, 5, None, False, torch.bfloat16, 0))
+@example(Case(4, 2, 200, 1.0, 5, None, True, torch.float32, 0))
+@example(Case(4, 2, 200, 3.0, 5, None, True, torch.bfloat16, 0))
+def test_groups_are_as_long_as_the_rule_says(case: Case) -> None:
+    """The rule in Python's integers."""
+    choices = case.tokens * case.top_k
+    wanted = [case.expert_index().flatten().tolist().count(e) for e in range(case.num_experts)]
+    if case.row_multiple > 1 and choices >= 8 * case.row_multiple * case.num_experts:
+        rounded = [-(-count // case.row_multiple) * case.row_multiple for count in wanted]
+        fits = max(rounded) * case.num_experts <= case.limit * choices
+        wanted = [max(rounded)] * case.num_experts if fits else rounded
+    assert case.dispatch().counts.tolist() == wanted
+
+
+def test_the_examples_take_every_path() -> None:
+    """800 choices on 8 experts are padded to 10 rows; 70 to 130 each is not even enough for a quarter more."""
+    even = Case(4, 2, 200, 1.0, 5, None, True, torch.bfloat16, 0)
+    lengths = {
+        name: case.dispatch().counts.tolist()
+        for name, case in {
+            "equal": even,
+            "rounded": even._replace(matrix_unit=False),
+            "float32": even._replace(dtype=torch.float32),
+            "uneven": even._replace(skew=3.0),
+            "unpadded": even._replace(row_multiple=1),
+        }.items()
+    }
+    assert len(set(lengths["equal"])) == 1
+    assert lengths["rounded"] == lengths["float32"] != lengths["equal"]
+    assert len(set(lengths["uneven"])) > 1
+    assert sum(lengths["unpadded"]) == 400 < sum(lengths["rounded"]) < sum(lengths["equal"]) <= 500
+
+
+@settings(deadline=None)
+@given(cases)
+def test_experts_that_change_nothing_give_the_weighted_token(case: Case) -> None:
+    """There and back: Σ_k weight_k · token over kept choices."""
+    case = case._replace(dtype=torch.float32)
+    routing = routing_of(case.expert_index(), case.num_experts)
+    dispatched = case.dispatch()
+    mixed = LocalDispatcher().combine(dispatched.rows, dispatched, routing)
+    factor = (routing.combine_weight * routing.kept).sum(-1)[0].unsqueeze(1)
+    torch.testing.assert_close(mixed, case.x() * factor)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 255, 256, 257, 1000])
+def test_the_order_is_that_of_a_stable_sort(num_experts: int) -> None:
+    """A byte holds 256 experts; above that torch sorts. 300 was 44 in a byte."""
+    expert = torch.randint(num_experts, (5000,), generator=torch.Generator().manual_seed(0))
+    expert[:2] = num_experts - 1
+    order = dispatch._stable_order(expert, num_experts)
+    assert order.dtype == torch.int64
+    assert order.tolist() == sorted(range(5000), key=expert.tolist().__getitem__)  # Python's sort is stable
+    assert torch.equal(order, dispatch._stable_order(expert, num_experts))
+
+
+def test_compiled_code_sorts_and_pads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(4, 2, 200, 1.0, 5, 2.5, True, torch.float32, 0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(dispatch, "np", None)  # nothing may call it
+    plain = case.dispatch()
+    monkeypatch.undo()
+    unpadded = case._replace(row_multiple=1).dispatch()
+    for name in ("rows", "counts", "token", "position"):
+        assert torch.equal(getattr(plain, name), getattr(unpadded, name))
+
+
+def test_the_same_choices_give_the_same_rows() -> None:
+    case = Case(7, 3, 255, 1.2, 5, None, True, torch.bfloat16, 4)
+    first, second = case.dispatch(), case.dispatch()
+    for name in ("rows", "counts", "token", "position"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
