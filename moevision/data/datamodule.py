@@ -359,7 +359,8 @@ class ImageDataModule(LightningDataModule):
                     f"the run began with {name} {state_dict[name]} and goes on with {value}: the order of "
                     "the pictures can't be repeated exactly"
                 )
-        self._start = (int(state_dict["epoch"]), int(state_dict["batch"] * state_dict["batch_size"]))
+        read = state_dict["batch"] * state_dict["batch_size"] * state_dict["world_size"]  # by all processes
+        self._start = (int(state_dict["epoch"]), int(read // now["world_size"]))
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -285,6 +286,24 @@ def test_state_is_the_next_position_and_a_changed_batch_size_is_told(image_folde
     assert rest == whole[16:]
     fresh = [index for batch in epoch_of(smaller) for index in batch["index"].tolist()]
     assert fresh == [index for batch in epoch_of(data) for index in batch["index"].tolist()]
+
+
+def test_what_all_processes_have_read_is_read_by_none_of_another_number(image_folder):
+    """Two processes read two batches of 4 each, 16 pictures; one goes on behind them. And the other way round."""
+    root = image_folder({"cat": 20, "dog": 20})  # 32 of them for training
+    whole = [index for batch in epoch_of(ready(root), 1) for index in batch["index"].tolist()]
+    alone = ready(root, batch_size=4)
+    with pytest.warns(UserWarning, match="began with world_size 2 and goes on with 1"):
+        alone.load_state_dict({"epoch": 1, "batch": 2, "batch_size": 4, "world_size": 2})
+    assert [index for batch in alone.train_dataloader() for index in batch["index"].tolist()] == whole[16:]
+    seen = []
+    for rank in (0, 1):
+        one_of_two = ready(root)
+        one_of_two.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        with pytest.warns(UserWarning, match="began with world_size 1 and goes on with 2"):
+            one_of_two.load_state_dict({"epoch": 1, "batch": 2, "batch_size": 8, "world_size": 1})  # 16 as well
+        seen += [index for batch in one_of_two.train_dataloader() for index in batch["index"].tolist()]
+    assert sorted(seen) == sorted(whole[16:])
 
 
 # Classes
