@@ -94,9 +94,10 @@ class Processes:
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise UserError("Several processes train by --trainer.strategy ddp here, not by spawned or forked ones.")
         met = dist.get_world_size() if several_processes() else None
-        if met is not None and met != trainer.world_size:
+        expected = trainer.num_nodes * trainer.num_devices  # its world_size is what torchrun or SLURM says
+        if met is not None and met != expected:
             raise UserError(
-                f"{met} processes were started and the Trainer expects {trainer.world_size}: say --trainer.devices "
+                f"{met} processes were started and the Trainer expects {expected}: say --trainer.devices "
                 "(processes per machine), --trainer.num_nodes (machines) and --trainer.strategy ddp."
             )
         if met is None and trainer.num_nodes > 1:
