@@ -60,9 +60,9 @@ def fit(folder: Path, *arguments: str, launcher: list[str] = PYTHON, code: int =
     return said
 
 
-def interrupt(folder: Path, name: str, *, rows: int, number: int, everybody: bool) -> tuple[int, str]:
+def interrupt(folder: Path, name: str, *arguments: str, rows: int, number: int, everybody: bool) -> tuple[int, str]:
     """Train until metrics.csv has so many rows, then signal; the exit code and what was said."""
-    process = start(folder, PYTHON, "synthetic_pets", *TWO, f"--name={name}", "--trainer.max_epochs=3")
+    process = start(folder, PYTHON, "synthetic_pets", *TWO, f"--name={name}", *arguments)
     metrics, until = folder / "runs" / name / "metrics.csv", time.monotonic() + WAIT_S
     try:
         while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > rows):
@@ -166,11 +166,18 @@ def test_torchrun_starts_and_goes_on_with_the_same_run(work: Path, whole: tuple[
     assert not (work / "runs" / "one").exists()
 
 
-def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path, whole: tuple[Path, str]) -> None:
-    """Resumed by one process, the order of the pictures is another one."""
+def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path) -> None:
+    """With another number the order of the pictures is another one; one process instead of two takes twice the steps.
+
+    A step of two processes is 16 pictures, 18 steps in all; of one 8 pictures, 36 steps, and no schedule for them.
+    """
     interrupt(work, "fewer", rows=10, number=signal.SIGTERM, everybody=False)
-    said = fit(work, "--resume", "runs/fewer", "--trainer.devices=1")
+    said = fit(work, "--resume", "runs/fewer", "--trainer.devices=1", code=2)
     assert "the number of processes (--trainer.devices) was 2, now 1" in said
+    assert said.splitlines()[-1].startswith("moevision: The checkpoint's learning rate ends after 18 steps")
+    interrupt(work, "more", "--trainer.devices=1", rows=10, number=signal.SIGTERM, everybody=False)
+    said = fit(work, "--resume", "runs/more", "--trainer.devices=2")
+    assert "the number of processes (--trainer.devices) was 1, now 2" in said
     assert said.index("can't end bit-identical") < said.index("test/top1")
 
 
