@@ -103,9 +103,8 @@ def test_copies_are_no_more_than_autocasts(layer: MoEMlp) -> None:
 
 @pytest.mark.slow
 def test_the_ratio_to_a_dense_mlp_stays_in_bounds() -> None:
-    """Twice the ratio that was recorded (1.3 to 1.7, docs/performance.md): far from noise, near enough for a mistake.
-
-    Scatter-adds and one product after the other had 2.4 on a machine with a matrix unit.
+    """Recorded are 1.3 to 1.7 (docs/performance.md). Scatter-adds and one product after the other had 2.4 on a machine
+    with a matrix unit, the only kind on which they can be told from noise.
     """
     torch.manual_seed(0)
     moe, dense = MoEMlp(192, 384, num_experts=8, top_k=2, router="vmoe_top_k"), Mlp(192, 768)
@@ -120,4 +119,4 @@ def test_the_ratio_to_a_dense_mlp_stays_in_bounds() -> None:
             seconds.append(time.perf_counter() - start)
             module.zero_grad()
     ratios = [m / d for m, d in zip(times[moe][15:], times[dense][15:], strict=True)]
-    assert statistics.median(ratios) < 3.4
+    assert statistics.median(ratios) < 2.3
