@@ -20,6 +20,9 @@ from moevision.layers.routing import Routing
 from moevision.layers.rows import sum_rows, take_rows
 from moevision.layers.slots import ExpertChoiceRouting, SoftRouting
 
+SMALL_MULTIPLE = 16
+"""What sizes of small groups are rounded up to in bfloat16."""
+
 
 @dataclass(frozen=True)
 class Dispatched:
@@ -43,11 +46,11 @@ class LocalDispatcher:
 
     A choice that the router did not keep is computed and given weight 0, so that shapes stay static.
 
-    On a CPU groups are padded once they are large. Matrix kernels are compiled there for each shape that occurs, for
-    1 to 2 ms and 0.6 MB each, and counts change with every batch: sizes are rounded up to a multiple of 32 rows. A
-    matrix unit makes the experts' products so quick that starting them counts: where loads are so even that it adds at
-    most a quarter, all groups are made equally long there, and their products are one batched product. Elsewhere that
-    padding would cost more than it saves (docs/performance.md).
+    On a CPU groups are padded: in bfloat16 always, else once they are large. Matrix kernels are compiled there for each
+    shape that occurs, for 1 to 2 ms and 0.6 MB each, and counts change with every batch: sizes are rounded up to a
+    multiple of 32 rows (small ones: 16). A matrix unit makes the experts' products so quick that starting them counts:
+    where loads are so even that it adds at most a quarter, all groups are made equally long there, and their products
+    are one batched product. Elsewhere that padding would cost more than it saves (docs/performance.md).
     Padding rows copy token 0; nothing reads their result, so their gradient is zero (if that of token 0 is finite).
 
     Args:
@@ -86,8 +89,9 @@ class LocalDispatcher:
         order = _stable_order(expert, routing.num_experts)
         place = torch.arange(order.numel(), device=order.device)
         position = torch.empty_like(order)
-        if self._pads(order.numel(), routing.num_experts, x):
-            rounded = self._padded(counts, order.numel(), x.dtype)
+        step = self._step(order.numel(), routing.num_experts, x)
+        if step > 1:
+            rounded = self._padded(counts, step, order.numel(), x.dtype)
             padding = (rounded - counts).cumsum(0) - (rounded - counts)  # in front of each group
             place += padding.index_select(0, expert.index_select(0, order))
             token = order.new_zeros(int(rounded.sum())).index_copy_(0, place, order // top_k)
@@ -116,14 +120,18 @@ class LocalDispatcher:
         by_expert = rows.view(num_experts, images, slots, -1)
         return torch.einsum("bnep,ebpd->bnd", routing.slot_weight.to(rows.dtype), by_expert).flatten(0, 1)
 
-    def _pads(self, num_rows: int, num_experts: int, x: Tensor) -> bool:
+    def _step(self, num_rows: int, num_experts: int, x: Tensor) -> int:
+        """What group sizes are rounded up to; 1 for not at all."""
         if self.row_multiple == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        return num_rows >= 8 * self.row_multiple * num_experts  # from there on it costs about 6 % at most, on average
+            return 1
+        if num_rows >= 8 * self.row_multiple * num_experts:  # costs about 6 % at most, on average
+            return self.row_multiple
+        # In float32 small products need no new kernel for a new shape, and padding is only work.
+        return min(SMALL_MULTIPLE, self.row_multiple) if x.dtype == torch.bfloat16 else 1
 
-    def _padded(self, counts: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    def _padded(self, counts: Tensor, step: int, num_rows: int, dtype: torch.dtype) -> Tensor:
         """Group sizes [E] with padding, of group sizes without."""
-        rounded = (counts + self.row_multiple - 1) // self.row_multiple * self.row_multiple
+        rounded = (counts + step - 1) // step * step
         equal = rounded.max().expand_as(rounded)
         default = 1.25 if dtype == torch.bfloat16 and has_matrix_unit() else 1.0
         return equal if int(equal.sum()) <= (self.max_padding or default) * num_rows else rounded

@@ -65,7 +65,7 @@ cases = st.builds(
     top_k=st.integers(1, 3),
     tokens=st.integers(0, 255),
     skew=st.sampled_from([1.0, 1.2, 3.0]),
-    row_multiple=st.sampled_from([1, 2, 5]),
+    row_multiple=st.sampled_from([1, 2, 5, 32]),
     max_padding=st.sampled_from([None, 1, 1.1, 2.5]),
     matrix_unit=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -107,8 +107,10 @@ def test_groups_are_as_long_as_the_rule_says(case: Case) -> None:
     """The rule in Python's integers."""
     choices = case.tokens * case.top_k
     wanted = [case.expert_index().flatten().tolist().count(e) for e in range(case.num_experts)]
-    if case.row_multiple > 1 and choices >= 8 * case.row_multiple * case.num_experts:
-        rounded = [-(-count // case.row_multiple) * case.row_multiple for count in wanted]
+    large = choices >= 8 * case.row_multiple * case.num_experts
+    if case.row_multiple > 1 and (large or case.dtype is torch.bfloat16):
+        step = case.row_multiple if large else min(16, case.row_multiple)
+        rounded = [-(-count // step) * step for count in wanted]
         fits = max(rounded) * case.num_experts <= case.limit * choices
         wanted = [max(rounded)] * case.num_experts if fits else rounded
     assert case.dispatch().counts.tolist() == wanted
