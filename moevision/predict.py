@@ -46,6 +46,7 @@ def predict(
     format: Literal["csv", "json"] = "csv",
     out: str | None = None,
     batch_size: int = 64,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> None:
     """Classify images with a saved model.
 
@@ -58,6 +59,8 @@ def predict(
         format: csv or json.
         out: File to write to; standard output if not given.
         batch_size: Pictures per forward pass.
+        precision: fp32, or bf16 autocast: for many pictures on a machine that multiplies bf16 faster; probabilities
+            then have two to three digits.
 
     Raises:
         UserError: If there is no such model or path, no image in the folders, or no place to write to.
@@ -68,7 +71,7 @@ def predict(
     files = list(find_images(paths))
     batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
-    predictions = [prediction for batch in progress for prediction in predict_batch(saved, batch)]
+    predictions = [prediction for batch in progress for prediction in predict_batch(saved, batch, precision)]
     text = to_json(predictions) if format == "json" else to_csv(predictions)
     if out is None:
         print(text, end="")
@@ -102,7 +105,9 @@ def find_images(paths: Sequence[str]) -> Iterator[Path]:
 
 
 @torch.inference_mode()
-def predict_batch(model: SavedModel, files: Sequence[Path]) -> list[Prediction]:
+def predict_batch(
+    model: SavedModel, files: Sequence[Path], precision: Literal["fp32", "bf16"] = "fp32"
+) -> list[Prediction]:
     """Classify one batch of files, in their order; unreadable ones are reported, not raised."""
     device = best_device()
     errors: dict[Path, str] = {}
@@ -116,7 +121,9 @@ def predict_batch(model: SavedModel, files: Sequence[Path]) -> list[Prediction]:
     top: dict[Path, tuple[list[float], list[int]]] = {}
     if pixels:
         images = normalize(torch.stack(list(pixels.values())), model.mean, model.std).to(device)
-        probabilities = model.net.to(device)(images).float().softmax(-1).cpu()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model.net.to(device)(images)
+        probabilities = logits.float().softmax(-1).cpu()
         values, indices = probabilities.topk(min(5, len(model.class_names)))
         top = dict(zip(pixels, zip(values.tolist(), indices.tolist(), strict=True), strict=True))
     return [
@@ -166,4 +173,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--format", choices=("csv", "json"), default="csv", help="form of the answer (%(default)s)")
     parser.add_argument("--out", metavar="FILE", help="write to FILE instead of standard output")
     parser.add_argument("--batch_size", type=int, default=64, help="pictures per forward pass (%(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="bf16: twice the pictures a second where a processor multiplies bf16 faster, probabilities to two or "
+        "three digits (%(default)s)",
+    )
     predict(**vars(parser.parse_args(arguments)))

@@ -147,3 +147,16 @@ def test_a_damaged_model(cli, saved_model, drawn_pets, damage):
     refused(cli("predict", saved_model, drawn_pets), str(saved_model), words)
     with pytest.raises(UserError, match="model"):
         load_model(str(saved_model))
+
+
+def test_bf16_says_nearly_the_same(cli, tiny_run, drawn_pets):
+    """bfloat16 keeps 8 bits: probabilities move by a hundredth, not by nothing."""
+    files = sorted(drawn_pets.rglob("*.png"))[:8]
+    said = {}
+    for precision in ("fp32", "bf16"):
+        said[precision] = json.loads(cli("predict", tiny_run, *files, "--format=json", "--precision", precision).out)
+    moved = []
+    for row, other in zip(said["fp32"], said["bf16"], strict=True):
+        by_class = {entry["class"]: entry["probability"] for entry in other["top5"]}
+        moved += [abs(entry["probability"] - by_class[entry["class"]]) for entry in row["top5"]]
+    assert 0 < max(moved) < 0.02
