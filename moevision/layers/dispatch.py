@@ -48,9 +48,10 @@ class LocalDispatcher:
 
     On a CPU groups are padded: in bfloat16 always, else once they are large. Matrix kernels are compiled there for each
     shape that occurs, for 1 to 2 ms and 0.6 MB each, and counts change with every batch: sizes are rounded up to a
-    multiple of 32 rows (small ones: 16). A matrix unit makes the experts' products so quick that starting them counts:
-    where loads are so even that it adds at most a quarter, all groups are made equally long there, and their products
-    are one batched product. Elsewhere that padding would cost more than it saves (docs/performance.md).
+    multiple of 32 rows (small ones: 16; large ones: a sixteenth of a power of two). A matrix unit makes the experts'
+    products so quick that starting them counts: where loads are so even that it adds at most a quarter (two fifths to
+    less than 1 024 rows an expert), all groups are made equally long there, and their products are one batched
+    product. Elsewhere that padding would cost more than it saves (docs/performance.md).
     Padding rows copy token 0; nothing reads their result, so their gradient is zero (if that of token 0 is finite).
 
     Args:
@@ -131,10 +132,18 @@ class LocalDispatcher:
 
     def _padded(self, counts: Tensor, step: int, num_rows: int, dtype: torch.dtype) -> Tensor:
         """Group sizes [E] with padding, of group sizes without."""
-        rounded = (counts + step - 1) // step * step
+        rounded = counts.new_tensor([_rounded(count, step) for count in counts.tolist()])
         equal = rounded.max().expand_as(rounded)
-        default = 1.25 if dtype == torch.bfloat16 and has_matrix_unit() else 1.0
+        default = 1.0
+        if dtype == torch.bfloat16 and has_matrix_unit():
+            default = 1.4 if num_rows < 1024 * len(counts) else 1.25
         return equal if int(equal.sum()) <= (self.max_padding or default) * num_rows else rounded
+
+
+def _rounded(count: int, step: int) -> int:
+    """The next multiple of `step`, or of a sixteenth of the power of two below `count`: large groups have few sizes too."""
+    step = max(step, (1 << count.bit_length()) // 32)
+    return -(-count // step) * step
 
 
 def _stable_order(expert: Tensor, num_experts: int) -> Tensor:

@@ -117,14 +117,14 @@ def test_grouped_mm_costs_what_a_loop_costs(dtype):
 
 
 def test_rows_that_the_dispatcher_adds_are_waste():
-    """Groups rounded up to 8 rows; how long they were, the routing says."""
+    """Groups rounded up to 32 rows; how long they were, the routing says."""
     torch.manual_seed(0)
     model = build(backend="loop", patch_size=2).eval()
     for layer in moe_layers(model):
-        layer.dispatcher = LocalDispatcher(row_multiple=8)
+        layer.dispatcher = LocalDispatcher(row_multiple=32)
     images = pictures(2)
     _, routings = forward_routing(model, images)
-    executed = sum(-(-count // 8) * 8 for routing in routings for count in routing.counts().tolist())
+    executed = sum(-(-count // 32) * 32 for routing in routings for count in routing.counts().tolist())
     kept = 2 * 2 * 256 * 2  # layers · images · tokens · K
     assert executed > kept
     for found, passes in ((inference_flops(model, images), 1), (training_flops(model, images), 3)):

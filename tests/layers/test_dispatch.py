@@ -49,7 +49,8 @@ class Case(NamedTuple):
         """Rows over choices up to which groups are made equally long, by the documented rule."""
         if self.max_padding is not None:
             return self.max_padding
-        return 1.25 if self.matrix_unit and self.dtype is torch.bfloat16 else 1.0
+        few = self.tokens * self.top_k < 1024 * self.num_experts
+        return (1.4 if few else 1.25) if self.matrix_unit and self.dtype is torch.bfloat16 else 1.0
 
     def dispatch(self) -> Dispatched:
         """As on a machine with or without a matrix unit."""
@@ -97,6 +98,34 @@ def test_every_choice_is_computed_once_by_its_expert(case: Case) -> None:
     assert not token[is_padding].any()
 
 
+def lengths_of(wanted: list[int]) -> list[int]:
+    """Lengths of the groups where so many tokens choose each expert, in bfloat16 with a matrix unit."""
+    index = torch.arange(len(wanted)).repeat_interleave(torch.tensor(wanted)).view(1, -1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "has_matrix_unit", lambda: True)
+        dispatched = LocalDispatcher().dispatch(
+            torch.zeros(index.shape[1], 1).bfloat16(), routing_of(index, len(wanted))
+        )
+    return dispatched.counts.tolist()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ([1000, 300], [1024, 320]),  # 512 and 256 below them: steps of 32
+        ([1025, 300], [1088, 320]),  # 1024 / 16 = 64
+        ([9000, 1], [9216, 32]),  # 8192 / 16 = 512
+        ([600, 400], [608, 608]),  # 1 216 for 1 000 rows, less than 1.4
+        ([720, 280], [736, 288]),  # 1 472
+        ([2600, 1600], [2688, 1600]),  # 5 376 for 4 200 would be 1.28, and so many rows may become 1.25 times as many
+        ([2500, 1700], [2560, 2560]),  # 1.22
+    ],
+)
+def test_lengths_computed_by_hand(wanted: list[int], expected: list[int]) -> None:
+    """Sixteen sizes from one power of two to the next, and no fewer than 32 rows apart."""
+    assert lengths_of(wanted) == expected
+
+
 @settings(deadline=None, max_examples=300)
 @given(cases)
 @example(Case(4, 2, 200, 1.0, 5, None, True, torch.bfloat16, 0))
@@ -110,14 +139,15 @@ def test_groups_are_as_long_as_the_rule_says(case: Case) -> None:
     large = choices >= 8 * case.row_multiple * case.num_experts
     if case.row_multiple > 1 and (large or case.dtype is torch.bfloat16):
         step = case.row_multiple if large else min(16, case.row_multiple)
-        rounded = [-(-count // step) * step for count in wanted]
+        steps = [max(step, 2 ** (count.bit_length() - 1) // 16) if count else step for count in wanted]
+        rounded = [-(-count // one) * one for count, one in zip(wanted, steps, strict=True)]
         fits = max(rounded) * case.num_experts <= case.limit * choices
         wanted = [max(rounded)] * case.num_experts if fits else rounded
     assert case.dispatch().counts.tolist() == wanted
 
 
 def test_the_examples_take_every_path() -> None:
-    """800 choices on 8 experts are padded to 10 rows; 70 to 130 each is not even enough for a quarter more."""
+    """400 choices on 4 experts, 85 to 115 each; the skewed ones aren't even enough for two fifths more."""
     even = Case(4, 2, 200, 1.0, 5, None, True, torch.bfloat16, 0)
     lengths = {
         name: case.dispatch().counts.tolist()

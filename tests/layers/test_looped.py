@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moevision.layers import looped
 from moevision.layers.looped import looped_mlps
 
 Function = Callable[..., Tensor]
@@ -21,8 +20,7 @@ COUNTS = {
     "equal": [4, 4, 4],
     "all empty": [0, 0],
     "one expert": [6],
-    "longer than a block": [2 * looped.BLOCK + 1, 1, looped.BLOCK],
-    "equal and longer than a block": [looped.BLOCK + 1, looped.BLOCK + 1],
+    "hundreds": [1025, 1, 512],
 }
 every_counts = pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 both_paths = pytest.mark.parametrize("counts", [COUNTS["unequal"], COUNTS["equal"]], ids=["looped", "batched"])
@@ -42,10 +40,13 @@ def plain(rows: Tensor, counts: Sequence[int], act: nn.Module, *parameters: Tens
     )
 
 
-def leaves(counts: Sequence[int], biases: tuple[bool, bool] = (True, True)) -> list[Tensor | None]:
+def leaves(
+    counts: Sequence[int], biases: tuple[bool, bool] = (True, True), sizes: tuple[int, int, int] = (WIDTH, HIDDEN, OUT)
+) -> list[Tensor | None]:
     """Rows, weight1, bias1, weight2, bias2."""
     experts, generator = len(counts), torch.Generator().manual_seed(3)
-    shapes = [(sum(counts), WIDTH), (experts, HIDDEN, WIDTH), (experts, HIDDEN), (experts, OUT, HIDDEN), (experts, OUT)]
+    width, hidden, out = sizes
+    shapes = [(sum(counts), width), (experts, hidden, width), (experts, hidden), (experts, out, hidden), (experts, out)]
     made = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     return [made[0], made[1], made[2] if biases[0] else None, made[3], made[4] if biases[1] else None]
 
@@ -74,13 +75,32 @@ def test_values_and_all_five_gradients_are_autograds(counts: list[int]) -> None:
     check(counts, nn.GELU(), leaves(counts))
 
 
-@pytest.mark.parametrize("block", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "hidden", "out"), [(8, 16, 24), (8, 12, 8), (5, 16, 8), (16, 8, 3), (5, 7, 4)])
 @every_counts
-def test_the_length_of_a_block_changes_nothing(counts: list[int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if max(counts) > 100:
-        counts = [count % 11 for count in counts]
-    monkeypatch.setattr(looped, "BLOCK", block)
-    check(counts, nn.GELU(), leaves(counts))
+def test_grouped_mm_or_not_every_width_is_right(
+    counts: list[int], width: int, hidden: int, out: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`grouped_mm` wants rows of whole 16 bytes, no float64: widths that fit, those that don't, against float64."""
+    used: list[torch.Size] = []
+    grouped_mm = F.grouped_mm
+    monkeypatch.setattr(
+        F, "grouped_mm", lambda rows, *rest, **named: used.append(rows.shape) or grouped_mm(rows, *rest, **named)
+    )
+    inputs = [x.detach().to(dtype).requires_grad_() for x in leaves(counts, sizes=(width, hidden, out))]
+    actual = results(looped_mlps, counts, nn.GELU(), inputs)
+    expected = results(plain, counts, nn.GELU(), [x.detach().double().requires_grad_() for x in inputs])
+    tolerance = 16 * torch.finfo(dtype).eps  # five roundings follow one another, and sums of 1 025 numbers
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
+    fits = all(size * dtype.itemsize % 16 == 0 for size in (width, hidden, out))
+    if len(set(counts)) == 1:
+        assert used == []  # batched
+    elif fits:
+        assert len(used) == 4  # rows' and hidden gradient, both weights'; the first two products add a bias
+    else:
+        assert len(used) < 4
 
 
 @pytest.mark.parametrize("biases", [(False, False), (True, False), (False, True)])
