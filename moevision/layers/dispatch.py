@@ -141,7 +141,7 @@ class LocalDispatcher:
 
 
 def _rounded(count: int, step: int) -> int:
-    """The next multiple of `step`, or of a sixteenth of the power of two below `count`: large groups have few sizes too."""
+    """The next multiple of `step`, or for large groups of a sixteenth of the power of two below `count`."""
     step = max(step, (1 << count.bit_length()) // 32)
     return -(-count // step) * step
 

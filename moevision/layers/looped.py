@@ -118,7 +118,7 @@ def _weight_gradient(of_out: Tensor, rows: Tensor, counts: Sequence[int], dtype:
 
 
 def _fits_grouped_mm(*matrices: Tensor) -> bool:
-    """Whether `grouped_mm` takes them, and loops in C++: on a CPU. (A GPU's loop would ask the device for the counts.)"""
+    """Whether `grouped_mm` takes them and loops in C++, on a CPU; a GPU's loop would ask the device for the counts."""
     return all(
         x.is_cpu
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)

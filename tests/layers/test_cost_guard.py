@@ -60,8 +60,9 @@ def layer() -> MoEMlp:
 
 
 def test_equal_groups_cost_six_batched_products(layer: MoEMlp, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two forward, with their biases; in the backward pass one for each input and each weight. Only the router uses plain
-    ones, three.
+    """Two forward, with their biases; in the backward pass one for each input and each weight.
+
+    Only the router uses plain ones, three.
     """
     monkeypatch.setattr(dispatch, "has_matrix_unit", lambda: True)
     layer.dispatcher.max_padding = EXPERTS  # whatever the loads are
