@@ -150,6 +150,8 @@ def test_train_explains_memory(records):
         assert model["weights_mib"] >= model["gradients_mib"] * (1 - 1e-4)  # and buffers
         assert model["optimizer_mib"] == pytest.approx(2 * model["gradients_mib"], rel=1e-2)  # and step counters
         assert model["activations_mib"] > 0
+        state = model["weights_mib"] + model["optimizer_mib"]
+        assert state + model["activations_mib"] < model["tensors_mib"] < model["peak_mib"] + model["activations_mib"]
     moe, twin, _ = memory["models"].values()
     extra = sum(moe[f"{part}_mib"] - twin[f"{part}_mib"] for part in ("weights", "optimizer"))
     beside = memory["moe_beside"]["dense twin, same active FLOPs"]

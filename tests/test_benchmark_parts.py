@@ -10,7 +10,7 @@ from torch import nn
 from moevision.commands.benchmark import layer_report, phases
 from moevision.commands.benchmark.layer import LayerSettings, shapes_of
 from moevision.commands.benchmark.load import measure_load
-from moevision.commands.benchmark.memory import beside_twin, peak_bytes, saved_bytes
+from moevision.commands.benchmark.memory import beside_twin, peak_bytes, saved_bytes, tensors_peak_bytes
 from moevision.commands.benchmark.peers import PEERS, build_peer, chosen_peers, flops_beside_ours, gated_width
 from moevision.commands.benchmark.phases import PhaseClock, kind_of, named_phases
 from moevision.commands.benchmark.step import TrainingStep, noise_batch
@@ -160,6 +160,19 @@ def test_peak_memory_of_a_known_allocation():
     assert peak_bytes(lambda: torch.ones(32 * MIB, dtype=torch.uint8)) / MIB == pytest.approx(32, abs=3)
 
 
+def test_the_peak_of_tensors_by_hand():
+    """64 MiB held, then 128 more for a moment, then 32; what is freed from before doesn't count."""
+    kept = [torch.ones(256 * MIB, dtype=torch.uint8)]
+
+    def work():
+        kept[0] = torch.ones(64 * MIB, dtype=torch.uint8)
+        torch.ones(128 * MIB, dtype=torch.uint8)
+        torch.ones(32 * MIB, dtype=torch.uint8)
+
+    assert tensors_peak_bytes(work) == 192 * MIB
+    assert tensors_peak_bytes(lambda: None) == 0
+
+
 def test_kept_activations_by_hand():
     """Of exp(linear(x)) autograd keeps x and the result, 8 x 4 float32 numbers each; the weight isn't an activation."""
     net = nn.Linear(4, 4)
@@ -168,12 +181,13 @@ def test_kept_activations_by_hand():
 
 
 def test_memory_beside_the_twin_by_hand():
-    moe = {"peak_mib": 200, "weights_mib": 20, "gradients_mib": 20, "optimizer_mib": 40}
-    twin = {"peak_mib": 100, "weights_mib": 10, "gradients_mib": 10, "optimizer_mib": 20}
+    moe = {"peak_mib": 200, "weights_mib": 20, "gradients_mib": 20, "optimizer_mib": 40, "tensors_mib": 130}
+    twin = {"peak_mib": 100, "weights_mib": 10, "gradients_mib": 10, "optimizer_mib": 20, "tensors_mib": 80}
     assert beside_twin(moe, twin) == {
         "whole": 2.0,
         "beyond_extra_weights_and_optimizer": 1.7,  # (200 - 10 - 20) / 100
         "beyond_extra_state": 1.6,
+        "tensors_beyond_extra_weights_and_optimizer": 1.25,  # (130 - 10 - 20) / 80
     }
 
 

@@ -6,6 +6,9 @@ Most of the peak is known exactly: weights, their gradients, the optimizer's mom
 keeps for the backward pass, which are counted in one more step. The rest is temporary copies, kernels that are compiled
 for the shapes that occur, and what the allocator holds in reserve.
 
+How much of it is tensors is measured besides: the most bytes of them at any one moment of a step, by torch's profiler.
+On CUDA the allocator counts just that, so this is the figure to compare between a CPU and a GPU.
+
     python -m moevision.commands.benchmark.memory '{"subject": {...}, "which": "moe", ...}'
 """
 
@@ -17,12 +20,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from moevision.commands.benchmark.machine import keep_memory_as_fit_does
 from moevision.commands.benchmark.step import TrainingStep, noise_batch
@@ -45,7 +50,7 @@ def memory_of(
 
     Returns:
         `peak_mib` (the median) and its parts `weights_mib`, `gradients_mib`, `optimizer_mib`, `activations_mib` and
-        `other_mib`, and `peaks_mib` of all runs; or `error`.
+        `other_mib`; `tensors_mib`, the peak of tensors alone; and `peaks_mib` of all runs; or `error`.
     """
     task: dict[str, Any] = {"subject": subject.as_json(), "which": which, "precision": precision, "device": str(device)}
     task["threads"] = torch.get_num_threads()
@@ -80,8 +85,9 @@ def beside_twin(moe: Mapping[str, Any], twin: Mapping[str, Any]) -> dict[str, fl
     """The MoE model's peak ÷ its twin's, whole, and without what its extra weights themselves need.
 
     Returns:
-        `whole`; `beyond_extra_weights_and_optimizer`: less the extra weights and their moments; and
-        `beyond_extra_state`: less their gradients too.
+        `whole`; `beyond_extra_weights_and_optimizer`: less the extra weights and their moments;
+        `beyond_extra_state`: less their gradients too; and `tensors_beyond_extra_weights_and_optimizer`: of the peak of
+        tensors alone.
     """
     extra = {name: moe[f"{name}_mib"] - twin[f"{name}_mib"] for name in ("weights", "optimizer", "gradients")}
     stored = extra["weights"] + extra["optimizer"]
@@ -90,6 +96,7 @@ def beside_twin(moe: Mapping[str, Any], twin: Mapping[str, Any]) -> dict[str, fl
         "whole": rounded(moe["peak_mib"] / peak),
         "beyond_extra_weights_and_optimizer": rounded((moe["peak_mib"] - stored) / peak),
         "beyond_extra_state": rounded((moe["peak_mib"] - stored - extra["gradients"]) / peak),
+        "tensors_beyond_extra_weights_and_optimizer": rounded((moe["tensors_mib"] - stored) / twin["tensors_mib"]),
     }
 
 
@@ -110,7 +117,10 @@ def measure(task: Mapping[str, Any]) -> dict[str, float]:
     peak = peak_bytes(train, device)
     parts = _parts(kept[0].net, kept[0].optimizer)
     parts["activations"] = saved_bytes(lambda: kept[0](*noise_batch(subject, device)), kept[0].net)
-    sizes = {"peak": peak, **parts, "other": peak - sum(parts.values())}
+    sizes = {"peak": peak, **parts, "other": peak - sum(parts.values()), "tensors": peak}
+    if device.type == "cpu":
+        in_a_step = tensors_peak_bytes(lambda: kept[0](*noise_batch(subject, device, STEPS)))
+        sizes["tensors"] = parts["weights"] + parts["optimizer"] + in_a_step
     return {f"{name}_mib": rounded(size / 2**20) for name, size in sizes.items()}
 
 
@@ -137,6 +147,19 @@ def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before
+
+
+def tensors_peak_bytes(work: Callable[[], object]) -> int:
+    """The most bytes of tensors on a CPU that `work` held at any one moment, those from before it not counted."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        run.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    cpu = 0  # c10::DeviceType
+    held = (event["args"] for event in events if event["name"] == "[memory]")
+    return max((one["Total Allocated"] for one in held if one["Device Type"] == cpu), default=0)
 
 
 def saved_bytes(work: Callable[[], object], net: nn.Module) -> int:

@@ -124,18 +124,26 @@ def _show_memory(memory: Json) -> None:
             print_line(f"peak memory, {name}: {model['error']}")
             continue
         beside = memory["moe_beside"].get(name)
-        parts = [f"{model[f'{part}_mib']:.0f}" for part in ("peak", *PART_COLOURS)]
-        rows.append(
-            [name, *parts, *(["", "", ""] if beside is None else [f"{value:.2f}" for value in beside.values()])]
-        )
+        parts = [f"{model[f'{part}_mib']:.0f}" for part in ("peak", *PART_COLOURS, "tensors")]
+        rows.append([name, *parts, *(4 * [""] if beside is None else [f"{value:.2f}" for value in beside.values()])])
     print_table(
         "peak memory of training, MiB",
-        ["", "peak", *PART_COLOURS, "MoE ÷ this", "− extra weights, optimizer", "− gradients too"],
+        [
+            "",
+            "peak",
+            *PART_COLOURS,
+            "tensors",
+            "MoE ÷ this",
+            "− extra weights, optimizer",
+            "− gradients too",
+            "tensors",
+        ],
         rows,
     )
     print_line(
         "activations: what autograd keeps; other: temporaries, kernels compiled for the shapes that occur, the "
-        "allocator's reserve. MoE ÷ this: its whole peak, and without what its extra weights themselves need."
+        "allocator's reserve; tensors: the peak of tensors alone, as on CUDA. MoE ÷ this: its whole peak, and without "
+        "what its extra weights themselves need; at last of tensors alone, without extra weights and optimizer."
     )
 
 
