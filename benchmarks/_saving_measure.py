@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from _study import provenance, training_step
 
+from moevision.allocator import keep_freed_memory
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.train.task import ClassificationTask
 
-WARM_UP = 3  # rounds that allocate, and in which oneDNN compiles kernels
+WARM_UP = 10  # rounds that allocate, and in which oneDNN compiles kernels
 MEMORY_STEPS = 3  # the optimizer's moments are allocated at the end of the first
 Clock = tuple[float, float]
 """Wall and CPU seconds; CPU seconds count all threads of the process."""
@@ -173,6 +174,7 @@ def main() -> None:
     from saving import BATCH, CLASSES, IMAGE_SIZE, build
 
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `moevision fit` does
     # What importing needed must not hide what training needs: everything is loaded before the first reading.
     task = build(sys.argv[1], seed=0)
     images, labels = torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE), torch.randint(CLASSES, (BATCH,))

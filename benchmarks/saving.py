@@ -36,6 +36,7 @@ from _saving_measure import measure_costs, measure_memory, measure_speed
 from _saving_report import MOE, SAVING, TRAINED_LEVERS, draw_levers, draw_saving, tables
 from _study import BATCH, IMAGE_SIZE, Record, open_data, provenance, quiet_trainer, read_record, train
 
+from moevision.allocator import keep_freed_memory
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.losses import AuxLossWeights
@@ -136,6 +137,7 @@ def one_run(key: dict[str, Any], cifar: str, stop_at: float) -> dict[str, Any] |
     if time.time() > stop_at:
         return None
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `moevision fit` does
     data, about = data_of(cifar), provenance()
     task = build(key["arm"], key["seed"])
     start, cpu = time.monotonic(), time.process_time()
@@ -199,6 +201,7 @@ def main() -> None:
     })  # fmt: skip
     if options.stage == "speed":
         torch.set_num_threads(options.threads)
+        keep_freed_memory()
         tasks = {arm: build(arm, seed=0) for arm in ARMS}
         record.put("cost", measure_costs(tasks, IMAGE_SIZE))
         speed = measure_speed(tasks, data_of(options.cifar), options.rounds)

@@ -20,8 +20,8 @@ from moevision.layers.routing import Routing
 from moevision.layers.rows import sum_rows, take_rows
 from moevision.layers.slots import ExpertChoiceRouting, SoftRouting
 
-SMALL_MULTIPLE = 16
-"""What sizes of small groups are rounded up to in bfloat16."""
+MULTIPLE, SMALL_MULTIPLE = 32, 16
+"""What sizes of large and small groups are rounded up to in bfloat16: 6 % of additional rows at most, on average."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,20 @@ class LocalDispatcher:
 
     A choice that the router did not keep is computed and given weight 0, so that shapes stay static.
 
-    On a CPU groups are padded: in bfloat16 always, else once they are large. Matrix kernels are compiled there for each
-    shape that occurs, for 1 to 2 ms and 0.6 MB each, and counts change with every batch: sizes are rounded up to a
-    multiple of 32 rows (small ones: 16; large ones: a sixteenth of a power of two). A matrix unit makes the experts'
+    In bfloat16 on a CPU groups are padded. Matrix kernels are compiled there for each shape that occurs, for 1 to 2 ms
+    and 0.6 MB each (in float32 they aren't), and counts change with every batch: sizes are rounded up to a multiple of
+    32 rows (small ones: 16; large ones: a sixteenth of a power of two). A matrix unit makes the experts'
     products so quick that starting them counts: where loads are so even that it adds at most a quarter (two fifths to
     less than 1 024 rows an expert), all groups are made equally long there, and their products are one batched
     product. Elsewhere that padding would cost more than it saves (docs/performance.md).
     Padding rows copy token 0; nothing reads their result, so their gradient is zero (if that of token 0 is finite).
 
     Args:
-        row_multiple: what group sizes are rounded up to; 1 turns padding off.
+        row_multiple: what group sizes are rounded up to on a CPU; 1 turns padding off; None: the rule above.
         max_padding: rows over choices up to which groups are made equally long; 1 turns that off; None: the rule above.
     """
 
-    def __init__(self, row_multiple: int = 32, max_padding: float | None = None) -> None:
+    def __init__(self, row_multiple: int | None = None, max_padding: float | None = None) -> None:
         self.row_multiple, self.max_padding = row_multiple, max_padding
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
@@ -123,12 +123,13 @@ class LocalDispatcher:
 
     def _step(self, num_rows: int, num_experts: int, x: Tensor) -> int:
         """What group sizes are rounded up to; 1 for not at all."""
-        if self.row_multiple == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return 1
-        if num_rows >= 8 * self.row_multiple * num_experts:  # costs about 6 % at most, on average
+        if self.row_multiple is not None:
             return self.row_multiple
-        # In float32 small products need no new kernel for a new shape, and padding is only work.
-        return min(SMALL_MULTIPLE, self.row_multiple) if x.dtype == torch.bfloat16 else 1
+        if x.dtype != torch.bfloat16:
+            return 1
+        return MULTIPLE if num_rows >= 8 * MULTIPLE * num_experts else SMALL_MULTIPLE
 
     def _padded(self, counts: Tensor, step: int, num_rows: int, dtype: torch.dtype) -> Tensor:
         """Group sizes [E] with padding, of group sizes without."""

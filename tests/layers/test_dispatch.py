@@ -28,7 +28,7 @@ class Case(NamedTuple):
     top_k: int
     tokens: int
     skew: float
-    row_multiple: int
+    row_multiple: int | None
     max_padding: float | None
     matrix_unit: bool
     dtype: torch.dtype
@@ -66,7 +66,7 @@ cases = st.builds(
     top_k=st.integers(1, 3),
     tokens=st.integers(0, 255),
     skew=st.sampled_from([1.0, 1.2, 3.0]),
-    row_multiple=st.sampled_from([1, 2, 5, 32]),
+    row_multiple=st.sampled_from([None, 1, 2, 5, 32]),
     max_padding=st.sampled_from([None, 1, 1.1, 2.5]),
     matrix_unit=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -136,9 +136,11 @@ def test_groups_are_as_long_as_the_rule_says(case: Case) -> None:
     """The rule in Python's integers."""
     choices = case.tokens * case.top_k
     wanted = [case.expert_index().flatten().tolist().count(e) for e in range(case.num_experts)]
-    large = choices >= 8 * case.row_multiple * case.num_experts
-    if case.row_multiple > 1 and (large or case.dtype is torch.bfloat16):
-        step = case.row_multiple if large else min(16, case.row_multiple)
+    step = case.row_multiple
+    if step is None:
+        large = choices >= 8 * 32 * case.num_experts
+        step = 1 if case.dtype is not torch.bfloat16 else 32 if large else 16
+    if step > 1:
         steps = [max(step, 2 ** (count.bit_length() - 1) // 16) if count else step for count in wanted]
         rounded = [-(-count // one) * one for count, one in zip(wanted, steps, strict=True)]
         fits = max(rounded) * case.num_experts <= case.limit * choices
@@ -155,12 +157,14 @@ def test_the_examples_take_every_path() -> None:
             "equal": even,
             "rounded": even._replace(matrix_unit=False),
             "float32": even._replace(dtype=torch.float32),
+            "float32 by rule": even._replace(dtype=torch.float32, row_multiple=None),
             "uneven": even._replace(skew=3.0),
             "unpadded": even._replace(row_multiple=1),
         }.items()
     }
     assert len(set(lengths["equal"])) == 1
     assert lengths["rounded"] == lengths["float32"] != lengths["equal"]
+    assert lengths["float32 by rule"] == lengths["unpadded"]
     assert len(set(lengths["uneven"])) > 1
     assert sum(lengths["unpadded"]) == 400 < sum(lengths["rounded"]) < sum(lengths["equal"]) <= 500
 
