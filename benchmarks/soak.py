@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py --out benchmarks/soak.json
 
-- training: one `moevision fit` of 2 000 steps on drawn pets (tiny model, batch 16, 50 epochs with validation and
+- training: one `moevision fit` of 4 000 steps on drawn pets (tiny model, batch 16, 100 epochs with validation and
   checkpoints), observed from outside through /proc, from its first checkpoint to its last;
 - predictions: 500 calls of `moevision predict` in one process, each of which opens the model's files and one of three
   pictures anew, a damaged one among them.
@@ -139,7 +139,7 @@ def main() -> None:
     """Run both and write the result."""
     parser = ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--predictions", type=int, default=500)
     parser.add_argument(PHASE, type=Path, metavar="RUN", dest="run", help="used by this script itself")
     chosen = parser.parse_args()
