@@ -133,12 +133,12 @@ class LocalDispatcher:
 
     def _padded(self, counts: Tensor, step: int, num_rows: int, dtype: torch.dtype) -> Tensor:
         """Group sizes [E] with padding, of group sizes without."""
-        rounded = counts.new_tensor([_rounded(count, step) for count in counts.tolist()])
-        equal = rounded.max().expand_as(rounded)
+        lengths = [_rounded(count, step) for count in counts.tolist()]
         default = 1.0
         if dtype == torch.bfloat16 and has_matrix_unit():
-            default = 1.4 if num_rows < 1024 * len(counts) else 1.25
-        return equal if int(equal.sum()) <= (self.max_padding or default) * num_rows else rounded
+            default = 1.4 if num_rows < 1024 * len(lengths) else 1.25
+        equal = len(lengths) * [max(lengths)]
+        return counts.new_tensor(equal if sum(equal) <= (self.max_padding or default) * num_rows else lengths)
 
 
 def _rounded(count: int, step: int) -> int:

@@ -176,7 +176,7 @@ def test_any_layout_of_the_incoming_gradient(counts: list[int], finish: Callable
 @every_activation
 @both_paths
 def test_a_backward_pass_leaves_everything_as_it_was(counts: list[int], act: nn.Module) -> None:
-    """GELU's gradient is written over another tensor: that must be nobody else's."""
+    """Nothing is written over a tensor that somebody else holds."""
     inputs = leaves(counts)
     out = looped_mlps(inputs[0], counts, act, *inputs[1:])
     given = torch.randn(out.shape, dtype=torch.float64)

@@ -136,7 +136,7 @@ def _show_memory(memory: Json) -> None:
             "MoE ÷ this",
             "− extra weights, optimizer",
             "− gradients too",
-            "tensors",
+            "tensors − extra weights, optimizer",
         ],
         rows,
     )
