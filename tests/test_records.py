@@ -17,7 +17,6 @@ WITHOUT_MODULE = {
     "docs/explorer.md",
     "docs/export.md",
     "docs/levers.md",
-    "docs/performance.md",
     "docs/reliability.md",
     "docs/results.md",
     "docs/routers.md",
@@ -30,8 +29,20 @@ WITHOUT_MODULE = {
 DIRTY: set[str] = set()
 """Quoted records of a tree with uncommitted changes, which are to be measured again."""
 
-WITHOUT_COMMIT: set[str] = set()
-"""Quoted records from before they named the commit that they were made from."""
+WITHOUT_COMMIT: set[str] = {
+    "benchmarks/data/quickstart/benchmark-data.json",
+    "benchmarks/infer/cifar10/benchmark-infer.json",
+    "benchmarks/layer/bars-32/benchmark-layer.json",
+    "benchmarks/layer/bars-fp32/benchmark-layer.json",
+    "benchmarks/layer/bars-without-matrix-unit/benchmark-layer.json",
+    "benchmarks/layer/bars/benchmark-layer.json",
+    "benchmarks/layer/growth-65k/benchmark-layer.json",
+    "benchmarks/layer/growth-without-matrix-unit/benchmark-layer.json",
+    "benchmarks/layer/growth/benchmark-layer.json",
+    "benchmarks/train/cifar10-without-matrix-unit/benchmark-train.json",
+    "benchmarks/train/cifar10/benchmark-train.json",
+}
+"""Quoted records from before they named the commit that they were made from: gone once they are measured again."""
 
 PAGES = checked_pages()
 CLAIMS = [(page, claim) for page in PAGES for claim in page.claims]
@@ -48,7 +59,8 @@ def _name(value: Any) -> str:
 def test_a_page_says_what_its_record_says(page: Page, claim: Claim) -> None:
     for text in claim.rendered():
         assert re.search(r"[^\W\d_]{2}", text), "a claim without words would be found anywhere"
-        assert pattern(text).search(page.text), f"{page.path.name} lacks what {claim.records} says: {text}"
+        found = pattern(text).search(page.text)
+        assert found is not None, f"{page.path.name} lacks what {claim.records} says: {text}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
