@@ -40,8 +40,8 @@ CLAIMS = [
     Claim(GUARD, "cost less than 2 points of accuracy (the margin): {shown}", mean_difference),
     Claim(
         GUARD,
-        "{epochs} epochs, {left_out} updates skipped or taken back in each run: {difference:+.1f} points (95 % interval "
-        "of the mean over {seeds} seeds: {low:+.1f} to {high:+.1f})",
+        "{epochs} epochs, {left_out} updates skipped or taken back in each run: {difference:+.1f} points (95 % "
+        "interval of the mean over {seeds} seeds: {low:+.1f} to {high:+.1f})",
         mean_difference,
     ),
     Claim(
@@ -60,7 +60,8 @@ CLAIMS = [
     Claim(
         SOAK,
         "| {predictions[calls]} predictions, each with a freshly opened model | {predictions[rss_mb]:.0f} MB at the "
-        "end, {predictions[rss_growth_mb]:+.1f} MB since the second quarter; {predictions[files]} open files, unchanged |",
+        "end, {predictions[rss_growth_mb]:+.1f} MB since the second quarter; {predictions[files]} open "
+        "files, unchanged |",
     ),
 ]
 
