@@ -12,7 +12,6 @@ from tests.records import ROOT, Claim, Definition, Page, all_pages, checked_page
 
 WITHOUT_MODULE = {
     "docs/levers.md",
-    "docs/results.md",
     "docs/routers.md",
     "docs/saving.md",
     "docs/surgery.md",
@@ -24,19 +23,13 @@ DIRTY: set[str] = set()
 """Quoted records of a tree with uncommitted changes, which are to be measured again."""
 
 WITHOUT_COMMIT: set[str] = {
+    "benchmarks/data/quickstart/benchmark-data.json",
     "benchmarks/demo_latency.json",
     "benchmarks/demo_load.json",
-    "benchmarks/unlike_cifar10.json",
-    "benchmarks/unlike_pets.json",
-    "moevision/demo/models/pets/atlas_unbalanced.json",
     "benchmarks/guard_accuracy.json",
     "benchmarks/guard_cost.json",
-    "benchmarks/soak.json",
-    "benchmarks/interval_coverage.json",
-    "moevision/demo/models/pets/atlas.json",
-    "moevision/demo/models/pets/card.json",
-    "benchmarks/data/quickstart/benchmark-data.json",
     "benchmarks/infer/cifar10/benchmark-infer.json",
+    "benchmarks/interval_coverage.json",
     "benchmarks/layer/bars-32/benchmark-layer.json",
     "benchmarks/layer/bars-fp32/benchmark-layer.json",
     "benchmarks/layer/bars-without-matrix-unit/benchmark-layer.json",
@@ -44,10 +37,21 @@ WITHOUT_COMMIT: set[str] = {
     "benchmarks/layer/growth-65k/benchmark-layer.json",
     "benchmarks/layer/growth-without-matrix-unit/benchmark-layer.json",
     "benchmarks/layer/growth/benchmark-layer.json",
+    "benchmarks/soak.json",
     "benchmarks/train/cifar10-without-matrix-unit/benchmark-train.json",
     "benchmarks/train/cifar10/benchmark-train.json",
+    "benchmarks/unlike_cifar10.json",
+    "benchmarks/unlike_pets.json",
+    "moevision/demo/models/cifar10/atlas.json",
+    "moevision/demo/models/cifar10/card.json",
+    "moevision/demo/models/pets/atlas.json",
+    "moevision/demo/models/pets/atlas_unbalanced.json",
+    "moevision/demo/models/pets/card.json",
 }
-"""Quoted records from before they named the commit that they were made from: gone once they are measured again."""
+"""Quoted records from before they named the commit that they were made from: each goes when it is measured again.
+
+The bundled models' cards and atlases need new trainings; `tests/demo/test_bundle.py` measures the drawn pets' card again.
+"""
 
 PAGES = checked_pages()
 CLAIMS = [(page, claim) for page in PAGES for claim in page.claims]
@@ -86,8 +90,9 @@ def test_every_page_has_a_module() -> None:
 
 @cache
 def _trees(path: str) -> list[dict[str, Any]]:
-    """Each commit with its dirty flag that a record names."""
-    found, waiting = [], [json.loads((ROOT / path).read_text())]
+    """Each commit with its dirty flag that a record names, or the provenance.json beside it."""
+    beside = (ROOT / path).with_name("provenance.json")
+    found, waiting = [], [json.loads(file.read_text()) for file in (ROOT / path, beside) if file.is_file()]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
