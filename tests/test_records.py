@@ -50,7 +50,7 @@ WITHOUT_COMMIT: set[str] = {
 }
 """Quoted records from before they named the commit that they were made from: each goes when it is measured again.
 
-The bundled models' cards and atlases need new trainings; `tests/demo/test_bundle.py` measures the drawn pets' card again.
+The bundled models' cards and atlases need new trainings; `tests/demo/test_bundle.py` measures one card again.
 """
 
 PAGES = checked_pages()
