@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.records import Claim
+from tests.records import Claim, Definition
 from tests.records.analysis import ATLAS, CARD
 
 Json = dict[str, Any]
@@ -69,4 +69,12 @@ CLAIMS = [
     ),
     Claim(LOAD, "memory went from {server_rss[start_mb]:.1f} MB to {server_rss[end_mb]:.1f} MB"),
     Claim((PETS, CIFAR), "| {kind} | {cells} |", unlike),
+]
+
+DEFINITIONS = [
+    Definition("An image may have 8 MB and 50 megapixels", "limits in the code"),
+    Definition("more than 20 times as long as wide", "a limit in the code"),
+    Definition("is dropped after 10 minutes", "a limit in the code"),
+    Definition("must arrive within 10 s", "a limit in the code"),
+    Definition("(1 s up to 15 s)", "limits in the code"),
 ]
