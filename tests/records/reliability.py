@@ -10,6 +10,7 @@ from tests.records import Claim, Definition
 Json = dict[str, Any]
 GUARD, COST, SOAK = "benchmarks/guard_accuracy.json", "benchmarks/guard_cost.json", "benchmarks/soak.json"
 RESUME, KILLS = "benchmarks/resume_matrix.json", "benchmarks/kill_loop.json"
+FILES = "benchmarks/file_operations.json"
 
 
 def mean_difference(record: Json) -> Json:
@@ -36,6 +37,19 @@ def kills(record: Json) -> list[Json]:
     return [{"kills": sum(kill["killed"] for kill in part["kills"]), "runs": len(part["runs"])} for part in parts]
 
 
+def file_operations(record: Json) -> Json:
+    """Operations of the saves, what was tried after each, and how many of them lose something without their fsync."""
+    operations = [operation for save in record["starts"].values() for operation in save]
+    outcomes = [operation[end] for operation in operations for end in ("full", "EIO", "EIO for good", "killed")]
+    states = [operation["power cut"] for operation in operations]
+    assert set(outcomes) == {"nothing"}
+    assert all(set(each) == {"nothing"} for each in states)
+    return {
+        "operations": len(operations), "cases": len(outcomes), "states": sum(each["nothing"] for each in states),
+        "needed": sum(bool(operation.get("without it")) for operation in operations),
+    }  # fmt: skip
+
+
 CLAIMS = [
     Claim(GUARD, "cost less than 2 points of accuracy (the margin): {shown}", mean_difference),
     Claim(
@@ -50,6 +64,9 @@ CLAIMS = [
         "tell it from 0 ({pair_ratio_median:.3f}, quartiles {pair_ratio_quartiles[0]:.3f} to "
         "{pair_ratio_quartiles[1]:.3f})",
     ),
+    Claim(FILES, "{operations} operations of three saves", file_operations),
+    Claim(FILES, "Nothing was lost in {cases} cases and {states} states", file_operations),
+    Claim(FILES, "something is lost, at {needed} of the operations", file_operations),
     Claim(RESUME, "{equal} of {cells} cells identical", equal_cells),
     Claim(KILLS, "{kills} kills in {runs} run", kills),
     Claim(
