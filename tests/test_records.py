@@ -40,8 +40,6 @@ WITHOUT_COMMIT: set[str] = {
     "benchmarks/soak.json",
     "benchmarks/train/cifar10-without-matrix-unit/benchmark-train.json",
     "benchmarks/train/cifar10/benchmark-train.json",
-    "benchmarks/unlike_cifar10.json",
-    "benchmarks/unlike_pets.json",
     "moevision/demo/models/cifar10/atlas.json",
     "moevision/demo/models/cifar10/card.json",
     "moevision/demo/models/pets/atlas.json",
