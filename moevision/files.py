@@ -4,10 +4,11 @@ The text goes to a neighbour in the same folder, is flushed to the disk and then
 `os.replace` is atomic on POSIX and on Windows as long as both names lie on one file system.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from moevision.names import json_text
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:
@@ -36,10 +37,10 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """Replace `path` by `obj` as indented JSON.
+    """Replace `path` by `obj` as indented JSON, in which names from outside are escaped and read back exactly.
 
     Raises:
         TypeError: `obj` holds something other than JSON primitives.
         ValueError: `obj` holds NaN or infinity, which JSON can't say.
     """
-    write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text_atomic(path, json_text(obj, indent=2) + "\n")

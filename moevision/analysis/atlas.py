@@ -21,7 +21,6 @@ Axes: I images, P patches, C classes, E experts, L MoE layers.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from moevision.analysis.tables import part_expert_table, part_fractions
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
+from moevision.names import json_text
 
 if TYPE_CHECKING:
     from moevision.analysis.heatmap import ClassExpertMap
@@ -124,7 +124,7 @@ def build_atlas(
 
 def save_atlas(atlas: Json, path: str | Path) -> None:
     """Write an atlas, whole or not at all, without white space."""
-    write_text_atomic(path, json.dumps(atlas, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
+    write_text_atomic(path, json_text(atlas, separators=(",", ":")) + "\n")
 
 
 def load_atlas(path: str | Path) -> Json:

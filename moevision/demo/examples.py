@@ -23,6 +23,7 @@ from moevision.data.synthetic import SyntheticPets
 from moevision.demo.facts import Pixels, model_input
 from moevision.demo.requests import RequestError
 from moevision.demo.wire import data_uri
+from moevision.names import shown
 
 T = TypeVar("T")
 EXAMPLES = 12
@@ -101,7 +102,7 @@ class Examples:
         if self.prefix == "pets":  # "test/000012", as the data package names it
             split, _, number = name.partition("/")
             return f"pets/{split}/{int(number)}"
-        return f"data/{name}"
+        return f"data/{shown(name)}"  # an id goes through JSON, which has no bytes that are no UTF-8
 
     @property
     def names(self) -> set[str]:

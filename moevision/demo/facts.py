@@ -24,6 +24,7 @@ from moevision.errors import UserError
 from moevision.layers import Routing, forward_routing
 from moevision.layers.moe import moe_layers
 from moevision.models.hub import SavedModel
+from moevision.names import shown
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -134,7 +135,7 @@ def describe(model: SavedModel, *, id: str = "model", title: str = "model", **te
 def title_of(address: str | Path) -> str:
     """What a model is called after where it lies: its run's folder."""
     path = Path(address)
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
+    return shown(path.parent.name if path.name == "model" and path.parent.name else path.name)
 
 
 def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pixels:

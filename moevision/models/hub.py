@@ -21,9 +21,7 @@ from torch import nn
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
 from moevision.models.fetch import open_model
-
-# Characters that would steer a terminal, or show a name in another order than it has.
-_NO_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from moevision.names import shown
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def _class_names(config: dict[str, Any], classes: int) -> list[str]:
     if not isinstance(names, dict):
         names = dict(enumerate(names)) if len(names) == classes else {}
     by_index = {int(index): words.get(name, name) for index, name in names.items()}
-    return [_NO_CONTROL.sub("\ufffd", by_index.get(index, f"class {index}")) for index in range(classes)]
+    return [shown(by_index.get(index, f"class {index}")) for index in range(classes)]
 
 
 def best_device() -> torch.device:
