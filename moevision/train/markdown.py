@@ -15,7 +15,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], align: str | None
 
 def cell(text: str) -> str:
     """Text that can't break a table or a line of Markdown or become a link (class names come from folder names)."""
-    return " ".join(shown(text).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(").split())
+    text = shown(" ".join(text.split()))
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
 
 
 def percent(share: float) -> str:
