@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from moevision.analysis import RoutingTrace
+from moevision.analysis.picture_sources import labels_in
 from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder
 from moevision.data.split_file import read_splits
@@ -287,3 +288,7 @@ def test_shown(name: str, seen: str) -> None:
 def test_hashes_of_ordinary_names_are_as_ever() -> None:
     assert name_bytes("Käfer 雪.png") == "Käfer 雪.png".encode()
     assert len({name_bytes(name) for name in ("\udcc3\udca4", "ä", "\ud800", "\udcff")}) == 4
+
+
+def test_class_names_of_a_dataset_in_python_compare_equal() -> None:
+    assert labels_in(("\x1bcat", "dog"), ["\\x1bcat", "dog"]) == (("\\x1bcat", "dog"), [0, 1])

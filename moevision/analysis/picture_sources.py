@@ -219,7 +219,7 @@ def labels_in(own: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[tuple
 
 
 def _plain(name: str) -> str:
-    return name.casefold().replace("_", " ")
+    return shown(name).casefold().replace("_", " ")
 
 
 def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:

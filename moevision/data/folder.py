@@ -180,6 +180,7 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
     """
     classes: dict[str, list[str]] = {}
     ignored: Counter[str] = Counter()
+    above = 0 if root == Path() else len(os.path.join(root, ""))
     links["met"] += folder.is_symlink()
     links["repeated"] += sum(map(_leads_up, folder.iterdir()))
     for class_folder in _subfolders(folder):
@@ -194,7 +195,7 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
         files = real + _others(linked, real)
         links["met"] += len(linked)
         links["repeated"] += len(real) + len(linked) - len(files)
-        classes[class_folder.name] = sorted(Path(file).relative_to(root).as_posix() for file in files)
+        classes[class_folder.name] = sorted(file[above:].replace(os.sep, "/") for file in files)
     if ignored:
         kinds = ", ".join(f"{count} x {suffix}" for suffix, count in ignored.most_common(5))
         notes.append(f"files in {folder} that are not images were left out: {kinds}")
