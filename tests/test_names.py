@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 from PIL import Image
 
 from moevision.analysis import RoutingTrace
+from moevision.analysis.figures.effect import plot_effects
+from moevision.analysis.figures.style import figure_png
 from moevision.analysis.picture_sources import labels_in
 from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder
@@ -292,3 +295,9 @@ def test_hashes_of_ordinary_names_are_as_ever() -> None:
 
 def test_class_names_of_a_dataset_in_python_compare_equal() -> None:
     assert labels_in(("\x1bcat", "dog"), ["\\x1bcat", "dog"]) == (("\\x1bcat", "dog"), [0, 1])
+
+
+def test_dollar_signs_in_a_class_name_are_no_mathematics() -> None:
+    effect = np.array([[1.0, 0.1], [0.2, 2.0]])
+    figure = plot_effects([effect], [np.zeros_like(effect)], ["L1"], ["$^{$", "dog"], what="tokens move")
+    assert figure_png(figure).startswith(b"\x89PNG")
