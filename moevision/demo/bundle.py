@@ -102,7 +102,7 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
 
 
 def open_entries(model: str | None, options: DataOptions, *, home: Path | None = None) -> list[Entry]:
-    """The model of that address, or all bundled ones; those with pictures to show come first, the user's own before all.
+    """The model of that address, or all bundled ones; those with pictures to show come first, above all the user's.
 
     Raises:
         UserError: if there is none, or the data don't exist.
@@ -181,7 +181,7 @@ def _entry(
 
 
 def _pictures(options: DataOptions, saved: SavedModel) -> PictureSet | None:
-    """What `--data` names: the test set of a known dataset, and all of a folder, from which the model learned nothing."""
+    """What `--data` names: the test set of a known dataset; all of a folder, from which the model learned nothing."""
     if options.data is None:
         return None
     return open_pictures(
