@@ -213,8 +213,9 @@ def _parts_of(
 
 
 def _favourite_classes(class_map: ClassExpertMap, expert: int, class_names: Sequence[str]) -> list[Json]:
-    """The classes that send an expert more than the others do, largest excess first."""
-    order = np.argsort(-class_map.excess[:, expert], kind="stable")[:_CLASSES_SHOWN]
+    """The classes that send an expert more than the others do, largest excess first; those without pictures don't."""
+    seen = int((class_map.n_images > 0).sum())  # nan sorts last
+    order = np.argsort(-class_map.excess[:, expert], kind="stable")[: min(seen, _CLASSES_SHOWN)]
     return [
         {
             "class": class_names[index],

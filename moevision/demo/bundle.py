@@ -52,12 +52,14 @@ class Entry:
         variants: by name; `trained` comes first and is always there.
         dense: its dense twin, if there is one.
         examples: the pictures that it can show.
+        foreign: whether those are other data than the model's own kind, as far as that is known.
     """
 
     card: Card
     variants: dict[str, Variant]
     dense: SavedModel | None
     examples: Examples
+    foreign: bool = False
 
     @property
     def facts(self) -> ModelFacts:
@@ -157,7 +159,7 @@ def _open_own(address: str, options: DataOptions) -> Entry:
             raise
         warnings.warn(f"no pictures of the model's own: {error}", DataWarning, stacklevel=2)
         pictures = None
-    return _entry(card, nets, dense, pictures, None)
+    return replace(_entry(card, nets, dense, pictures, None), foreign=not own)
 
 
 def _entry(

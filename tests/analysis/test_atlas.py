@@ -127,6 +127,10 @@ def test_a_class_without_pictures_is_null(trace, pictures):
     assert built["layers"][0]["experts"][0]["parts"] is None
     for entry in built["layers"][0]["experts"]:
         assert SyntheticPets.classes[3] not in [row["class"] for row in entry["classes"]]
+    two = trace.select(trace.labels < 2)
+    maps = {layer.layer: class_expert_map(two, layer.layer, num_permutations=50) for layer in two.layers}
+    for entry in build_atlas(two, None, [], maps)["layers"][0]["experts"]:
+        assert {row["class"] for row in entry["classes"]} == set(SyntheticPets.classes[:2])
     json.dumps(built, allow_nan=False)
 
 
