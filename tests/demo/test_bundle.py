@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moevision.analysis.atlas import load_atlas
 from moevision.analysis.run_pictures import data_settings
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
@@ -30,6 +31,20 @@ def test_what_the_package_carries_fits_in_25_mb():
         assert card.licence
         assert card.recipe
         assert {"moe", "dense"} <= set(card.accuracy)
+
+
+def test_bundled_numbers_and_their_sentences_round_alike():
+    files = [file for folder in bundled_folders() for file in folder.glob("atlas*.json")]
+    assert len(files) >= 3
+    for file in files:
+        for entry in [entry for layer in load_atlas(file)["layers"] for entry in layer["information"]]:
+            told = [entry["value_bits"], entry["low"], entry["high"]]
+            if entry["above"]["baselines"] is False or entry["above"]["seeds"] is not None:  # else none is named
+                told.append(max(max(values) for values in entry["baselines"].values()))
+            if entry["above"]["baselines"] and entry["seeds"]:
+                told.append(min(entry["seeds"]))
+            for value in told:
+                assert f"{value:.3f}" in entry["sentence"]
 
 
 def test_accuracy_in_words():
