@@ -15,7 +15,8 @@ One JSON object, `"schema": "moevision.atlas/1"`:
 `num_experts` and `top_k` are the first layer's; atlases of earlier versions have no `kind`, `num_experts` and
 `experts_per_patch` in a layer (all layers are then alike, and tokens choose).
 
-Floats are rounded to four decimals, those of `information` to seven, since its sentences tell three of them; null stands where there is no number, as for a class without pictures.
+Floats are rounded to four decimals, and to seven in `information`, whose sentences tell three; null stands where there
+is no number, as for a class without pictures.
 Axes: I images, P patches, C classes, E experts, L MoE layers.
 """
 

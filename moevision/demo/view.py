@@ -192,7 +192,7 @@ def route_image(
     pixels = model_input(image, saved.image_size)
     with settings.applied(saved.net):
         logits, routings = route_batch(saved, pixels[None])
-    known = picture or PictureFacts(pixels, name=str(image) if isinstance(image, str | Path) else "one image")
+    known = picture or PictureFacts(pixels, name=Path(image).name if isinstance(image, str | Path) else "one image")
     return RoutingView(
         model=facts,
         picture=PictureFacts(pixels, known.id, known.name, known.label, known.unlike),
