@@ -15,7 +15,7 @@ from moevision.data import SyntheticPets
 from moevision.demo import route_image
 from moevision.demo.atlas_source import Galleries, Held
 from moevision.demo.bundle import DataOptions, open_entries
-from moevision.demo.examples import Recent, photo_files
+from moevision.demo.examples import Examples, Recent, photo_files
 from moevision.demo.service import Explorer
 from moevision.demo.settings import Settings
 from moevision.demo.wire import open_data_uri
@@ -318,6 +318,25 @@ def test_data_of_the_users_own_are_not_taken_for_training_data(tiny_run, drawn_p
         galleries.start()
         assert galleries.wait(60)
         assert (galleries.typical(entries[0]) is not None) == known
+
+
+def test_examples_are_of_all_classes_of_a_large_folder():
+    class Large:
+        """A folder as it is read: one class after the other."""
+
+        class_names, name, part_names = ("cat", "dog"), "large", ()
+
+        def __len__(self):
+            return 12_000
+
+        def label(self, index):
+            return index // 6000
+
+        def picture_name(self, index):
+            return f"{self.class_names[self.label(index)]}/{index}.png"
+
+    shown = [id for id in Examples(Large(), 32).ids if id.startswith("data/")]
+    assert [id.split("/")[1] for id in shown] == ["cat", "dog"] * 6
 
 
 def test_pictures_in_memory_leave_out_what_can_not_be_read(drawn_pets, tmp_path):
