@@ -154,7 +154,7 @@ def photo_files() -> dict[str, Path]:
 def _spread(pictures: PictureSet) -> list[int]:
     """Indices of a few pictures: the first of each class, then the second, until there are enough."""
     of_class: dict[int, list[int]] = {}
-    for index in range(min(len(pictures), 5000)):
+    for index in range(len(pictures)):
         of_class.setdefault(pictures.label(index), []).append(index)
     turns = [members[turn] for turn in range(EXAMPLES) for members in of_class.values() if turn < len(members)]
     return turns[:EXAMPLES]
