@@ -58,9 +58,13 @@ class Visit:
         """Names of the server functions that the page called."""
         return [name for name, _ in self._calls()]
 
+    def questions(self, name):
+        """What the page asked the server function `name`, in that order."""
+        return [data for called, data in self._calls() if called == name]
+
     def question(self, name):
-        """What the page asked the server function `name` last."""
-        return [data for called, data in self._calls() if called == name][-1]
+        """What it asked last."""
+        return self.questions(name)[-1]
 
     def strangers(self, home):
         """Addresses elsewhere that were asked for."""
