@@ -51,7 +51,10 @@ def test_bandwidth_counts_both_directions():
     rate = copy_bandwidth("cpu", seconds=0.05)
     source = torch.zeros(2**26)
     target = torch.zeros(2**26)
-    start = time.perf_counter()
-    target.copy_(source)
-    by_hand = 2 * 4 * 2**26 / (time.perf_counter() - start)
+    times = []
+    for _ in range(5):  # the first one also has to find memory for the target
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    by_hand = 2 * 4 * 2**26 / sorted(times)[2]
     assert by_hand / 10 < rate < 10 * by_hand
