@@ -30,6 +30,7 @@ class Visit:
         self.context = browser.new_context(**{"viewport": WIDE, "accept_downloads": True, **options})
         if not tour:  # somebody who has been here before
             self.context.add_init_script("localStorage.setItem('moevision.tour.seen', '1')")
+        self.context.set_default_timeout(120_000)  # ms; a busy machine may take most of it
         self.page = self.context.new_page()
         self.requests, self.complaints = [], []
         self.page.on("request", lambda request: self.requests.append(request))

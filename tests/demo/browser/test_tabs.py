@@ -39,8 +39,11 @@ def test_a_patch_on_a_card_opens_its_picture(visit, ask):
 def test_a_change_of_layer_finds_its_cards_in_the_page(visit):
     one = visit()
     one.page.wait_for_selector(".mv-card")
-    while one.asked.count("experts") < 2:  # the other layer is fetched ahead
+    for _ in range(1200):  # the other layer is fetched ahead
+        if one.asked.count("experts") == 2:
+            break
         one.page.wait_for_timeout(50)
+    one.page.wait_for_timeout(1500)  # and answered
     before = len(one.asked)
     one.page.click(".mv-layer[data-index='0']")
     one.page.wait_for_selector(".mv-card h2:has-text('L1·E0')")
