@@ -141,6 +141,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
         return
     fails = os.environ.get(_COMPLETE) == "1"
     terminalreporter.section("not run here", red=fails, yellow=not fails)
-    listed = (f"{count} need {NEEDS[name].name} ({NEEDS[name].command})" for name, count in sorted(missing.items()))
+    listed = (f"{count} for want of {NEEDS[name].name} ({NEEDS[name].command})" for name, count in missing.items())
     verdict = f" {_COMPLETE} is set, so this is a failure." if fails else ""
-    terminalreporter.write_line(f"{sum(missing.values())} tests were skipped: {', '.join(listed)}.{verdict}")
+    terminalreporter.write_line(f"Skipped tests: {', '.join(listed)}.{verdict}")

@@ -30,8 +30,8 @@ def test_a_missing_browser_is_one_sentence_at_the_end():
     one = ("tests/demo/browser/test_tabs.py", "-k", "heatmap")
     done = run_tests(*one)
     assert done.returncode == 0, done.stdout
-    told = [line for line in done.stdout.splitlines() if "were skipped" in line]
-    assert told == ["2 tests were skipped: 2 need Chromium (apt-get install chromium)."]
+    told = [line for line in done.stdout.splitlines() if line.startswith("Skipped tests")]
+    assert told == ["Skipped tests: 2 for want of Chromium (apt-get install chromium)."]
     complete = run_tests(*one, "-n", "1", MOEVISION_TESTS_COMPLETE="1")
     assert complete.returncode == 1, complete.stdout
     assert "MOEVISION_TESTS_COMPLETE is set, so this is a failure." in complete.stdout
@@ -42,4 +42,4 @@ def test_without_the_export_extra_its_tests_are_collected_and_the_others_run(tmp
     search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     done = run_tests("tests/models/test_export.py", "-k", "opset and 17 or margin", PYTHONPATH=search)
     assert done.returncode == 0, done.stdout
-    assert '1 tests were skipped: 1 need ONNX (pip install ".[export]").' in done.stdout
+    assert 'Skipped tests: 1 for want of ONNX (pip install ".[export]").' in done.stdout

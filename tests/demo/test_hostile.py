@@ -11,7 +11,7 @@ from moevision.demo.web import Guard
 from tests.demo import hostile
 
 CODES = {"bad_request", "bad_image", "too_large"}
-SECONDS = 30  # none takes 3 on an idle machine; a decoder without bounds would take minutes
+SECONDS = 30  # on a busy machine; a decoder without bounds would take minutes
 
 
 @pytest.fixture(scope="module")
