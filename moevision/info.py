@@ -94,7 +94,7 @@ def plain_vit(net: nn.Module) -> nn.Module:
         raise UserError("The plain ViT of a model without a timm name is not known.")
     for name in (*MOE_ARGUMENTS, "twin"):
         arguments.pop(name, None)
-    return timm.create_model(config["architecture"], **{**arguments, "moe_layers": []})
+    return timm.create_model(config["architecture"], **{**arguments, "num_classes": net.num_classes, "moe_layers": []})
 
 
 def _print_table(facts: dict[str, Any], costs: dict[str, ModelCost]) -> None:

@@ -585,5 +585,7 @@ def test_safe_files_need_no_torch() -> None:
         "import moevision.models.safe_files; print('torch' in sys.modules)"
     )
     package = str(Path(fetch.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code, package], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, package], capture_output=True, text=True, check=True, timeout=600
+    )
     assert done.stdout.strip() == "False"

@@ -6,6 +6,7 @@ Such a folder opens with timm alone, once `moevision` is imported:
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import nn
 
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
+from moevision.files import write_text_atomic
 from moevision.models.fetch import open_model
 from moevision.names import shown
 
@@ -84,6 +86,11 @@ def _save_for_timm(model: SavedModel, folder: Path) -> None:
         },
         safe_serialization=True,
     )
+    # timm gives the number of classes a second time, among the arguments. timm takes both; transformers hands both to
+    # timm.create_model, which is a TypeError.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    write_text_atomic(folder / "config.json", json.dumps(config, indent=2))
 
 
 def load_model(address: str) -> SavedModel:

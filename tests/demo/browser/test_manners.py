@@ -5,6 +5,8 @@ import re
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
 PHONE = {"width": 390, "height": 844}
 SERVER_CALL = re.compile(r"/component_server\b")

@@ -3,13 +3,21 @@
 import base64
 import io
 import json
+from pathlib import Path
+from urllib.parse import parse_qsl
 
 import pytest
 from PIL import Image
 
 from moevision.data import SyntheticPets
 
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
+FORMATS = Path(__file__).parents[2] / "fixtures" / "formats"
+OLD_LINKS = {}
+for _file in sorted(FORMATS.glob("*/links.json")):
+    OLD_LINKS |= json.loads(_file.read_text())
 SENT = "() => !location.search.includes('picture=')"  # one's own picture is in no link
 
 
@@ -208,6 +216,16 @@ def test_a_link_from_elsewhere_still_opens(visit, ask, look, query):
     page = visit(query).page
     layer = ask("route", picture=FIRST)["layers"][1]
     assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+
+
+@pytest.mark.parametrize("link", OLD_LINKS)
+def test_a_link_of_an_earlier_version_opens_what_it_names(visit, link):
+    """The page asks the server for just that, and its own link still names all of it."""
+    one = visit(link)
+    asked = one.questions("route")
+    for request, named in zip(asked, OLD_LINKS[link], strict=True):
+        assert {key: request[key] for key in named} == named
+    assert dict(parse_qsl(link[1:])).items() <= dict(parse_qsl(one.page.url.partition("?")[2])).items()
 
 
 def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):

@@ -4,6 +4,8 @@ import pytest
 
 from moevision.analysis.palette import EXPERT_COLOURS
 
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
 STRENGTH = 0.65  # of the overlay when nobody has moved its slider
 

@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
 SERVER_CALL = re.compile(r"/component_server\b")
 ABLATION = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
@@ -37,7 +39,11 @@ def test_a_patch_on_a_card_opens_its_picture(visit, ask):
 def test_a_change_of_layer_finds_its_cards_in_the_page(visit):
     one = visit()
     one.page.wait_for_selector(".mv-card")
-    one.page.wait_for_timeout(1500)  # the other layer is fetched ahead
+    for _ in range(1200):  # the other layer is fetched ahead
+        if one.asked.count("experts") == 2:
+            break
+        one.page.wait_for_timeout(50)
+    one.page.wait_for_timeout(1500)  # and answered
     before = len(one.asked)
     one.page.click(".mv-layer[data-index='0']")
     one.page.wait_for_selector(".mv-card h2:has-text('L1·E0')")
