@@ -1,9 +1,14 @@
 """M12 to M14: errors, keyboard, screen readers, contrast, small screens, and what the page owns up to."""
 
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+
+from tests.demo import serving
+from tests.demo.serving import running
 
 pytestmark = pytest.mark.needs("chromium")
 
@@ -81,6 +86,54 @@ def test_the_grid_is_told_to_a_screen_reader(visit):
     assert grid.locator("> [role=row] > [role=gridcell]").count() == 16
     labels = page.eval_on_selector_all("[role=gridcell]", "cells => cells.map(cell => cell.getAttribute('aria-label'))")
     assert all(re.fullmatch(r"row \d, column \d: expert \d, weight \d\.\d\d", label) for label in labels)
+
+
+def test_who_may_show_the_page_in_a_frame(new_visit, server):
+    """A notebook on this computer may, another website may not (clickjacking)."""
+
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(f"<!doctype html><iframe src='{server.url}' width=1200 height=800></iframe>".encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        thread = threading.Thread(target=site.serve_forever)
+        thread.start()
+        try:
+            for name, allowed in (("localhost", True), ("evil.localhost", False)):
+                one = new_visit()
+                one.page.goto(f"http://{name}:{site.server_address[1]}/")
+                if allowed:
+                    one.page.frame_locator("iframe").locator(".mv-cell").first.wait_for()
+                assert any("frame-ancestors" in complaint for complaint in one.complaints) is not allowed
+        finally:
+            site.shutdown()
+            thread.join()
+
+
+def test_a_login_works_and_complains_about_nothing(new_visit, home):
+    with running(serving.__file__, str(home), "--auth", "class:secret") as server:
+        one = new_visit()
+        one.page.goto(server.url)
+        for password, then in (("guess", "text=Incorrect credentials"), ("secret", ".mv-cell")):
+            one.page.fill("input >> nth=0", "class")
+            one.page.fill("input[type=password]", password)
+            one.page.click("button.primary")
+            one.page.wait_for_selector(then)
+        assert not any("Content Security Policy" in complaint for complaint in one.complaints)
+        assert one.strangers(server.url) == []
+
+
+def test_a_shared_page_asks_no_server_of_gradios(new_visit, home):
+    with running(serving.__file__, str(home), "--tunnel", "https://abc.tunnel.example") as server:
+        one = new_visit()
+        one.open(server.url)
+        one.page.click("[data-action=example] >> nth=2")
+        one.page.wait_for_selector(".mv-picture[alt*=rabbit]")
+        assert one.complaints == []
+        assert one.strangers(server.url) == []
 
 
 def test_the_tour_comes_once(visit):
