@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/accumulation.py --out benchmarks/accumulation.json
 
-A batch of drawn pets (or of white noise, which leaves experts nearly balanced) goes through the model of `_study.py` (plain patches, since BatchNorm in a convolutional stem sees
-micro-batches one by one) in one piece, and in K micro-batches on one or two processes, with gradients divided by K and
-averaged over processes as Lightning and DDP do. Noise is drawn once for the whole batch and replayed. Router weights
-are drawn too (those of learned noise start at 0, where nothing is unbalanced). Compared are the gradients of all router
-parameters, in float64: the projection on the whole batch's gradient (1 is right; without the micro-batch's number it is
-about (1 + 1/2 + ... + 1/K) / K), the ratio of norms and the cosine, each the mean over draws of weights and images.
+A batch of drawn pets (or of white noise, which leaves experts nearly balanced) goes through the model of `_study.py`
+(plain patches, since BatchNorm in a convolutional stem sees micro-batches one by one) in one piece, and in K
+micro-batches on one or two processes, with gradients divided by K and averaged over processes as Lightning and DDP do.
+The routers' noise is drawn once for the whole batch and replayed. Their weights are drawn too (those of learned noise
+start at 0, where nothing is unbalanced). Compared are the gradients of all router parameters, in float64: the
+projection on the whole batch's gradient (1 is right; without the factor m it is about (1 + 1/2 + ... + 1/K) / K), the
+ratio of norms and the cosine, each the mean over draws of weights and images.
 
 Axes: B images, N tokens, E experts, K micro-batches.
 """
@@ -84,7 +85,7 @@ def _process(rank: int, folder: Path, images: list[int], draws: int) -> None:
 
 
 def _measure(folder: Path, images: list[int], draws: int, rank: int = 0, processes: int = 1) -> list[dict[str, Any]]:
-    """A row for each kind, size, loss and number of parts; one process alone leaves the whole batches' gradients behind."""
+    """A row for each batch, loss and number of parts; one process alone leaves the whole batches' gradients behind."""
     rows = []
     for kind, size, (loss, router) in product(KINDS, images, CASES.items()):
         batches = [Batch(loss, router, seed, kind, size) for seed in range(draws)]
@@ -112,9 +113,8 @@ class Batch:
 
     def __init__(self, loss: str, router: str, seed: int, kind: str, images: int) -> None:
         torch.manual_seed(seed)
-        self.net: nn.Module = (
-            build_model(MoEConfig(**MODEL, router=router, stem="patch"), 8, IMAGE_SIZE).double().train()
-        )
+        net = build_model(MoEConfig(**MODEL, router=router, stem="patch"), 8, IMAGE_SIZE)
+        self.net: nn.Module = net.double().train()
         self.layers = moe_layers(self.net)
         for layer in self.layers:
             for parameter in layer.router.parameters():
