@@ -133,6 +133,13 @@ def test_vanishing_noise_keeps_gradients_finite() -> None:
     assert torch.isfinite(router.noise_weight.grad).all()
 
 
+def test_noise_below_a_millionth_counts_as_a_millionth() -> None:
+    """Two scores 5e-7 apart without noise: Φ(± .5) = .6915, .3085, CV² = (.1915 / .5)² = .1466; a step would have 1."""
+    logits = torch.tensor([[0.0, -5e-7]], dtype=torch.float64)
+    routing = routing_from(logits, torch.zeros_like(logits), 0.0, 1)
+    assert float(load_loss(routing)) == pytest.approx(0.146631, abs=1e-6)
+
+
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (4, 4)])
 def test_load_loss_is_zero_where_it_is_undefined(num_experts: int, top_k: int) -> None:
     routing = build_router("noisy_top_k", 8, num_experts, top_k)(torch.randn(2, 5, 8))
