@@ -206,6 +206,8 @@ def accumulated_gradient(whole: Routing, name: str, parts: int, router: nn.Modul
     The noise is the whole batch's; beside it stands the last micro-batch's value.
     """
     aux, total, size = AuxLoss(AuxLossWeights(**{name: 1.0})), torch.zeros(()), len(whole.logits) // parts
+    aux([whole])  # of an earlier window
+    aux.start_window()
     router.zero_grad()
     for start in range(0, size * parts, size):
         value, _ = aux([part_of(whole, start, start + size)])
