@@ -172,20 +172,26 @@ def test_memory_of_an_arm_is_measured_in_its_own_process(run_script) -> None:
     assert found["peak_mib"][0] - found["before_mib"][0] > 12 * parameters / 2**20  # the weights were there before
 
 
+@pytest.mark.slow
 def test_accumulation_is_measured_in_one_and_two_processes(run_script, tmp_path) -> None:
-    """Exact at once and for z; the record's lines stand in the docs, and no mean of it leaves .9 to 1.1."""
+    """Exact at once, and for z in parts."""
     out = tmp_path / "accumulation.json"
-    script = run_script("accumulation", "--images", 32, "--draws", 1, "--out", out)
-    for row in json.loads(out.read_text())["rows"]:
-        if row["parts"] == 1 or row["loss"] == "z":
-            assert row["projection"] == row["cosine"] == pytest.approx(1)
-    record = json.loads((BENCHMARKS / "accumulation.json").read_text())
+    run_script("accumulation", "--images", 32, "--draws", 1, "--out", out)
+    exact = [row for row in json.loads(out.read_text())["rows"] if row["parts"] == 1 or row["loss"] == "z"]
+    assert [row["projection"] for row in exact] == pytest.approx([1] * len(exact))
+    assert [row["cosine"] for row in exact] == pytest.approx([1] * len(exact))
+
+
+def test_accumulation_page_has_the_lines_of_its_record(monkeypatch) -> None:
+    """No mean leaves .9 to 1.1; with 256 images no draw leaves .92 to 1.08."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    record = json.loads((BENCHMARKS / "accumulation.json").read_text(encoding="utf-8"))
     assert not record["provenance"]["code"]["dirty"]
-    assert all(0.9 < row["projection"] < 1.1 for row in record["rows"])
+    rows = record["rows"]
+    assert all(0.9 < row["projection"] < 1.1 for row in rows)
+    assert round(min(row["least"] for row in rows if row["images"] == 256), 2) == 0.92
+    assert round(max(row["most"] for row in rows if row["images"] == 256), 2) == 1.08
     page = (BENCHMARKS.parent / "docs" / "concepts.md").read_text(encoding="utf-8").splitlines()
     shown = [line for line in page if " pets | " in line or " noise | " in line]
     assert len(shown) == 9
-    assert set(shown) <= set(script.table(record["rows"]).splitlines())
-    at_256 = [row for row in record["rows"] if row["images"] == 256]
-    assert min(row["least"] for row in at_256) > 0.915
-    assert max(row["most"] for row in at_256) < 1.085
+    assert set(shown) <= set(__import__("accumulation").table(rows).splitlines())
