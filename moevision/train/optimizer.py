@@ -80,15 +80,14 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
     Raises:
         UserError: if nothing is left to learn, or layer_decay isn't in (0, 1].
     """
+    spared = cast(Any, net).no_weight_decay()
+    groups: list[dict[str, Any]]
     if config.layer_decay is None:
         # By keyword: what the third place means differs between timm releases.
-        skip = cast(Any, net).no_weight_decay()
-        groups: list[dict[str, Any]] = param_groups_weight_decay(net, config.weight_decay, no_weight_decay_list=skip)
+        groups = param_groups_weight_decay(net, config.weight_decay, no_weight_decay_list=spared)
     else:
         if not 0 < config.layer_decay <= 1:
             raise UserError(f"layer_decay is {config.layer_decay}: it must be above 0 and at most 1, such as 0.75.")
-        # timm spares vectors from weight decay; packed biases [E, H] are matrices, so they are named.
-        spared = [*cast(Any, net).no_weight_decay(), "*.bias"]
         groups = param_groups_layer_decay(
             net, config.weight_decay, no_weight_decay_list=spared, layer_decay=config.layer_decay
         )

@@ -1,15 +1,18 @@
 """Layer-wise learning rates are those that a reader computes by hand, and what is frozen does not move."""
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-import moevision  # noqa: F401  (registers the vit_moe names)
+import moevision
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig
@@ -197,3 +200,35 @@ def test_the_first_group_holds_the_classifier() -> None:
     head = {id(parameter) for parameter in net.head.parameters()}
     assert head & {id(parameter) for parameter in groups[0]["params"]}
     assert len(moe_layers(net)) == 2
+
+
+def models_with_packed_biases() -> list[nn.Module]:
+    """Under a registered name, converted in two steps, and a copy of that."""
+    converted = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+    for block in (0, 1):
+        moevision.convert_to_moe(converted, [block], num_experts=4)
+    return [tiny(), converted, copy.deepcopy(converted)]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        param_groups_layer_decay,
+        param_groups_weight_decay,
+        lambda net, decay, **_: create_optimizer_v2(net, "adamw", weight_decay=decay, layer_decay=0.5).param_groups,
+        lambda net, decay, **_: create_optimizer_v2(net, "adamw", weight_decay=decay).param_groups,
+    ],
+    ids=["layer decay", "one rate", "optimizer with layer decay", "optimizer"],
+)
+def test_timms_optimizers_spare_packed_biases(groups: Callable[..., list[dict[str, Any]]]) -> None:
+    """They are [E, out], which timm's layer-wise groups take for weights unless the model names them."""
+    for net in models_with_packed_biases():
+        decayed = {
+            id(parameter)
+            for group in groups(net, 0.1, no_weight_decay_list=net.no_weight_decay())
+            for parameter in group["params"]
+            if group["weight_decay"]
+        }
+        for name, parameter in net.named_parameters():
+            spared = parameter.ndim <= 1 or name.endswith(".bias") or name in ("pos_embed", "cls_token")
+            assert (id(parameter) in decayed) is not spared, name
