@@ -21,7 +21,8 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from moevision.errors import UserError
-from moevision.train.manifest import Entry, read_manifest, sync_folder, verify, write_manifest
+from moevision.files import make_folder, rename, sync_folder, written_beside
+from moevision.train.manifest import Entry, read_manifest, verify, write_manifest
 from moevision.train.messages import tell
 from moevision.train.processes import from_first
 
@@ -124,26 +125,19 @@ class SafeCheckpointIO(CheckpointIO):
 
 def _write_safely(path: Path, unwritten: _Unwritten) -> None:
     folder = path.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if shutil.disk_usage(folder).free < len(unwritten.data) + _MARGIN_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before the last free bytes are used up
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(unwritten.data)
-            file.flush()
-            os.fsync(file.fileno())
+    with written_beside(path, unwritten.data) as temporary:
         known = read_manifest(folder)
         write_manifest(folder, [*known, unwritten.entry])
         # Weights that are not finite don't push out finite ones.
         before = [entry for entry in known if entry.name == path.name]
         rotates = path.name == LAST and path.is_file() and all(entry.finite for entry in before)
         if rotates:
-            os.replace(path, folder / PREVIOUS)
-        os.replace(temporary, path)
+            rename(path, folder / PREVIOUS)
+        rename(temporary, path)
         sync_folder(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
     replaced = {path.name, PREVIOUS} if rotates else {path.name}
     moved = [replace(entry, name=PREVIOUS) for entry in before] if rotates else []
     write_manifest(folder, [*(entry for entry in known if entry.name not in replaced), *moved, unwritten.entry])
@@ -160,10 +154,3 @@ def final_checkpoint(folder: Path, files: SafeCheckpointIO) -> tuple[Path, str]:
     tell(f"warning: {best} {verify(best).fault}: {LAST} is tested instead.")
     return folder / LAST, "the weights of the last epoch, because best.ckpt was damaged"
 
-
-def remove_leftovers(run_dir: Path) -> int:
-    """Delete temporary files that a killed process left in a run folder; the number of them."""
-    leftovers = [path for path in run_dir.rglob(".*.tmp") if path.is_file()]
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)

@@ -137,12 +137,11 @@ class TrainingCLI(LightningCLI):
             self.run_dir = self.start.run_dir
         else:
             name, root = name if verb == "fit" else f"{name}-{verb}", Path(self._get(self.config, "runs_root"))
-            self.run_dir = Path(self.session.processes.decide(lambda: str(new_run_folder(name, root))))
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+            new = self.session.processes.decide(lambda: str(self.session.claim(new_run_folder(name, root))))
+            self.run_dir = Path(new)
         trainer_config = self._get(self.config_init, "trainer")
         callbacks = list(trainer_config.get("callbacks") or [])
         if verb == "fit":
-            self.session.claim(self.run_dir)
             self.point = self._resume_point()
             callbacks += [self.stopwatch, ScheduleCheck(), LearningRateMonitor("step"), self._checkpoints()]
             callbacks += watching(**{name: self._get(self.config_init, name) for name in ("fault", "ema", "guard")})
