@@ -146,10 +146,12 @@ def _write_safely(path: Path, unwritten: _Unwritten) -> None:
 def final_checkpoint(folder: Path, files: SafeCheckpointIO) -> tuple[Path, str]:
     """The checkpoint that a finished training is tested with, and which weights these are.
 
-    Those of the best validation epoch; those of the last one if `best.ckpt` got damaged.
+    Those of the best validation epoch; those of the last step if there is none, or `best.ckpt` got damaged.
     """
     best = folder / BEST
-    if best.resolve() in files.waiting or not best.is_file() or verify(best).fault is None:
+    if best.resolve() not in files.waiting and not best.is_file():  # a training that ends within its first epoch
+        return folder / LAST, "the weights of the last step, because there is no best.ckpt"
+    if best.resolve() in files.waiting or verify(best).fault is None:
         return best, "the weights of the best validation epoch"
     tell(f"warning: {best} {verify(best).fault}: {LAST} is tested instead.")
     return folder / LAST, "the weights of the last epoch, because best.ckpt was damaged"

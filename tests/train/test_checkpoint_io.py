@@ -225,3 +225,7 @@ def test_a_damaged_best_is_replaced_by_the_last(files, tmp_path):
     path, words = final_checkpoint(tmp_path, files)
     assert path == tmp_path / LAST
     assert "best.ckpt was damaged" in words
+    (tmp_path / BEST).unlink()
+    path, words = final_checkpoint(tmp_path, files)
+    assert path == tmp_path / LAST
+    assert "no best.ckpt" in words

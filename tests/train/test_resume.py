@@ -242,6 +242,15 @@ def test_an_epoch_that_became_too_short_is_validated_all_the_same(cli, tiny, dra
     assert "the epoch is shorter now than where it was interrupted" in outcome.err
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_training_of_few_steps(cli, tiny, drawn_pets, steps):
+    """Five are the ones of which a fifth, the warm-up, is one step."""
+    outcome = cli("fit", drawn_pets, *tiny, f"--trainer.max_steps={steps}")
+    assert outcome.code == 0, outcome.err
+    found, _ = newest_valid(Path("runs/pets/checkpoints"))
+    assert found.step == steps
+
+
 def _checkpoint_states(path):
     callbacks = torch.load(path, weights_only=True)["callbacks"]
     return [state for name, state in callbacks.items() if name.startswith("ModelCheckpoint")]
