@@ -60,11 +60,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             raise
         if not session.processes.first:
             raise SystemExit(1) from None
-        command = session.interruption.command
-        raise UserError(
-            "Another process of this training has ended, see above if it said why."
-            + (f" To go on:\n{command}" if command else "")
-        ) from error
+        raise UserError(session.another_ended()) from error
     finally:
         session.close()
 

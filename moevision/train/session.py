@@ -76,6 +76,11 @@ class Session:
             self._claims.append(held)
         return run_dir
 
+    def another_ended(self) -> str:
+        """What to say when another process of this training has gone."""
+        sentence = "Another process of this training has ended, see above if it said why."
+        return sentence + (f" To go on:\n{self.interruption.command}" if self.interruption.command else "")
+
     def close(self) -> None:
         """Give the claimed folders up, and end what was started."""
         self.processes.close()

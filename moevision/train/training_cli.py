@@ -85,11 +85,18 @@ class TrainingCLI(LightningCLI):
         try:
             yield
         except BaseException:
-            if self.run_dir is not None and self.stopwatch.images == 0 and self.start is None:
-                if self.session.processes.first:
-                    shutil.rmtree(self.run_dir, ignore_errors=True)
-                self.session.interruption.command = None
+            self._forget_failed_start()
             raise
+
+    def _forget_failed_start(self) -> None:
+        if self.run_dir is not None and self.stopwatch.images == 0 and self.start is None:
+            if self.session.processes.first:
+                shutil.rmtree(self.run_dir, ignore_errors=True)
+            self.session.interruption.command = None
+
+    def _another_ended(self) -> str:
+        self._forget_failed_start()
+        return self.session.another_ended()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -156,7 +163,7 @@ class TrainingCLI(LightningCLI):
             )
         except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
             raise UserError(f"The Trainer does not take these options: {error}") from error
-        self.session.processes.watch(trainer)
+        self.session.processes.watch(trainer, self._another_ended)
         return trainer
 
     def _checkpoints(self) -> ModelCheckpoint:
