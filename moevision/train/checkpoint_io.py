@@ -22,7 +22,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from moevision.errors import UserError
 from moevision.files import make_folder, rename, sync_folder, written_beside
-from moevision.train.manifest import Entry, read_manifest, verify, write_manifest
+from moevision.train.manifest import Entry, read_manifest, sha256_of, verify, write_manifest
 from moevision.train.messages import tell
 from moevision.train.processes import from_first
 
@@ -125,21 +125,25 @@ class SafeCheckpointIO(CheckpointIO):
 
 def _write_safely(path: Path, unwritten: _Unwritten) -> None:
     folder = path.parent
+    known = read_manifest(folder)
+    if unwritten.entry in known and path.is_file() and sha256_of(path) == unwritten.entry.sha256:
+        sync_folder(folder)  # an earlier attempt failed behind the renames: done again they would lose previous.ckpt
+        return
     make_folder(folder)
     if shutil.disk_usage(folder).free < len(unwritten.data) + _MARGIN_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before the last free bytes are used up
     with written_beside(path, unwritten.data) as temporary:
-        known = read_manifest(folder)
         write_manifest(folder, [*known, unwritten.entry])
         # Weights that are not finite don't push out finite ones.
         before = [entry for entry in known if entry.name == path.name]
-        rotates = path.name == LAST and path.is_file() and all(entry.finite for entry in before)
+        moves = path.name == LAST and all(entry.finite for entry in before)
+        rotates = moves and path.is_file()  # else a process died right here, or somebody deleted it
         if rotates:
             rename(path, folder / PREVIOUS)
         rename(temporary, path)
         sync_folder(folder)
     replaced = {path.name, PREVIOUS} if rotates else {path.name}
-    moved = [replace(entry, name=PREVIOUS) for entry in before] if rotates else []
+    moved = [replace(entry, name=PREVIOUS) for entry in before] if moves else []
     write_manifest(folder, [*(entry for entry in known if entry.name not in replaced), *moved, unwritten.entry])
 
 
@@ -155,4 +159,3 @@ def final_checkpoint(folder: Path, files: SafeCheckpointIO) -> tuple[Path, str]:
         return best, "the weights of the best validation epoch"
     tell(f"warning: {best} {verify(best).fault}: {LAST} is tested instead.")
     return folder / LAST, "the weights of the last epoch, because best.ckpt was damaged"
-

@@ -141,4 +141,3 @@ def newest_valid(folder: Path) -> tuple[Verified | None, list[Verified]]:
     valid = [each for each in seen if each.fault is None]
     newest = max(valid, key=lambda each: (each.step, _PREFERRED.get(each.path.name, 0)), default=None)
     return newest, [each for each in seen if each.fault is not None]
-

@@ -103,9 +103,7 @@ class MetricsFile(ExperimentWriter):
             else:
                 self._append()
         except OSError as error:
-            if not self._failed:
-                tell(f"warning: {self.path} can't be written ({error.strerror}); its rows are kept for later.")
-            self._failed = True
+            self._warn(error)
             return
         self.rows += len(self._unwritten)
         self._unwritten, self._failed = [], False
@@ -113,9 +111,17 @@ class MetricsFile(ExperimentWriter):
     def sync(self) -> int:
         """Flush to the disk what is written; the number of rows in the file and waiting, for a checkpoint."""
         self.save()
-        if self.path.is_file():
-            sync_file(self.path)
+        try:
+            if self.path.is_file():
+                sync_file(self.path)
+        except OSError as error:
+            self._warn(error)
         return self.rows + len(self._unwritten)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._failed:
+            tell(f"warning: {self.path} can't be written ({error.strerror}); its rows are kept for later.")
+        self._failed = True
 
     def _read(self) -> list[dict[str, Any]]:
         with self.path.open(newline="", encoding="utf-8") as file:

@@ -37,6 +37,7 @@ from moevision.train.run_options import add_run_options, watching
 from moevision.train.session import Session
 from moevision.train.task import ClassificationTask
 
+_NO_SUBTYPE = "Does not validate against any of the Union subtypes"  # jsonargparse's words
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 10,
     "devices": 1,
@@ -136,6 +137,20 @@ class TrainingCLI(LightningCLI):
             if not self.session.notes:
                 self.save_config_callback = None
 
+    def instantiate_classes(self) -> None:
+        """Make what the configuration names, such as a strategy by the path of its class.
+
+        Raises:
+            UserError: if one of them doesn't take its arguments.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if _NO_SUBTYPE not in str(error):
+                raise
+            reasons = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
+            raise UserError(f"The Trainer does not take these options: {'; '.join(reasons)}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer that logs to and saves in the run folder."""
         name = self._get(self.config, "name") or Path(self._get(self.config, "data")["path"]).resolve().name
@@ -216,8 +231,18 @@ class TrainingCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train; a checkpoint is never unpickled."""
         kwargs["ckpt_path"] = None if self.start is None else self.start.checkpoint
-        with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
-            self.trainer.fit(**kwargs, weights_only=True)
+        strategy = self._get(self.config, "trainer")["strategy"]
+        try:
+            with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+                self.trainer.fit(**kwargs, weights_only=True)
+        except Exception as error:  # a class of Lightning's fails in every type on arguments that don't fit
+            if self.point.began or isinstance(strategy, str) or isinstance(error, (UserError, OSError)):
+                raise
+            name, reason = type(self.trainer.strategy).__name__, " ".join(str(error).split())[:200]
+            raise UserError(
+                f"The training can't begin under {name} ({type(error).__name__}: {reason}): mend its arguments, or say "
+                "--trainer.strategy auto or ddp."
+            ) from error
 
     def before_validate(self) -> None:
         """Read the data."""

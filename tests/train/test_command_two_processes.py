@@ -194,9 +194,7 @@ def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path, 
     finally:
         _end(process)
     assert process.returncode == 2, said[-3000:]
-    assert said.splitlines()[-1] == (
-        "moevision: Another process of this training has ended, see above if it said why."
-    )
+    assert said.splitlines()[-1] == ("moevision: Another process of this training has ended, see above if it said why.")
     assert not list((work / "runs").glob("unborn*")), "nothing of worth was in it"
 
 

@@ -116,7 +116,7 @@ def test_any_number_of_steps_has_a_schedule(total_steps: int, warmup_fraction: f
 
 @pytest.mark.parametrize("warmup_fraction", [-0.1, 1.1, math.nan])
 def test_an_impossible_warm_up_is_said(warmup_fraction: float) -> None:
-    with pytest.raises(UserError, match="warmup_fraction is .*: it must lie between 0 and 1"):
+    with pytest.raises(UserError, match=r"warmup_fraction is .*: it must lie between 0 and 1"):
         build_optimizer(tiny(), OptimizerConfig(warmup_fraction=warmup_fraction), total_steps=5)
 
 
