@@ -221,7 +221,10 @@ class TrainingCLI(LightningCLI):
     def _compare_with_start(self) -> None:
         """Say what can't be as it was, before anything starts; and write down that training starts."""
         start = self.start or Start(cast(Path, self.run_dir))
-        self.point.fingerprint = fingerprint(self.trainer, self.model, self.datamodule.file_list_sha256())
+        data = self.datamodule
+        self.point.fingerprint = fingerprint(
+            self.trainer, self.model, data.file_list_sha256(), data.file_sizes_sha256()
+        )
         other = differences(start.fingerprint, self.point.fingerprint)
         if other:
             tell(f"warning: this can't end bit-identical to an uninterrupted run: {'; '.join(other)}.")

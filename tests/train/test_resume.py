@@ -224,6 +224,18 @@ def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, se
     assert all(score is not None for score in scores)
 
 
+def test_other_images_under_the_same_names_are_said(cli, tiny, drawn_pets, send_signal):
+    """By the sizes of their files: contents aren't read again."""
+    pets = Path(shutil.copytree(drawn_pets, "pets"))
+    send_signal(LATE)
+    assert cli("fit", "./pets", *tiny).code == 143
+    changed = sorted(pets.rglob("*.png"))[0]
+    changed.write_bytes(changed.read_bytes() + b"0")
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 0, outcome.err
+    assert "uninterrupted run: image files have other sizes than then, so other contents." in outcome.err
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_an_epoch_that_became_too_short_is_validated_all_the_same(cli, tiny, drawn_pets, send_signal, accumulated):
     """Two of three batches of the second epoch are done; then there are pictures for two batches only, or for one."""
