@@ -236,6 +236,25 @@ def test_other_images_under_the_same_names_are_said(cli, tiny, drawn_pets, send_
     assert "uninterrupted run: image files have other sizes than then, so other contents." in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("SingleDeviceStrategy", {"init_args": {"device": "nonsense"}}, "The Trainer does not take these options"),
+        ("DDPStrategy", {"dict_kwargs": {"nonsense": 1}}, "The training can't begin under DDPStrategy (TypeError"),
+    ],
+)
+def test_a_strategy_by_its_class_path_that_takes_no_such_arguments(cli, tiny, drawn_pets, name, arguments, said):
+    strategy = json.dumps({"class_path": f"lightning.pytorch.strategies.{name}", **arguments})
+    try:
+        outcome = cli("fit", drawn_pets, *tiny, "--trainer.accelerator=cpu", f"--trainer.strategy={strategy}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith(f"moevision: {said}")
+    assert not list(Path("runs").iterdir())
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_an_epoch_that_became_too_short_is_validated_all_the_same(cli, tiny, drawn_pets, send_signal, accumulated):
     """Two of three batches of the second epoch are done; then there are pictures for two batches only, or for one."""
