@@ -7,7 +7,6 @@ can be made to fail in a test (`tests/train/test_file_operations.py`).
 """
 
 import errno
-import json
 import os
 import platform
 import time
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from moevision.names import json_text
 
 # What file systems say that don't flush folders (FUSE, CIFS), or don't let this user open one.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
@@ -177,10 +178,10 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """Replace `path` by `obj` as indented JSON.
+    """Replace `path` by `obj` as indented JSON, in which names from outside are escaped and read back exactly.
 
     Raises:
         TypeError: `obj` holds something other than JSON primitives.
         ValueError: `obj` holds NaN or infinity, which JSON can't say.
     """
-    write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text_atomic(path, json_text(obj, indent=2) + "\n")

@@ -397,7 +397,7 @@ def test_where_weights_are_said_to_lie_is_not_looked_at(saved_model: Path, tmp_p
 
 def test_names_cannot_steer_a_terminal(saved_model: Path) -> None:
     change_config(saved_model, label_names=["\x1b[2Jcat", "dog\u202egod"])
-    assert load_model(str(saved_model)).class_names == ["\ufffd[2Jcat", "dog\ufffdgod"]
+    assert load_model(str(saved_model)).class_names == ["\\x1b[2Jcat", "dog\\u202egod"]
 
 
 ODD: list[object] = [None, True, -1, 0, 3, 10**9, 2**70, 1e308, "", "x", "hf-hub:a/b", [], [1], {"a": 1}, [64, 32]]
@@ -623,5 +623,7 @@ def test_safe_files_need_no_torch() -> None:
         "import moevision.models.safe_files; print('torch' in sys.modules)"
     )
     package = str(Path(fetch.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code, package], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, package], capture_output=True, text=True, check=True, timeout=600
+    )
     assert done.stdout.strip() == "False"

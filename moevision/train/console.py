@@ -19,6 +19,7 @@ from typing import NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moevision.errors import USER_ERROR, DataWarning
+from moevision.names import shown
 from moevision.train.help import examples, only_short, verb_of
 
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)", re.IGNORECASE)
@@ -64,7 +65,7 @@ class SentenceParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         verb = parser.prog.replace(" [options]", "")
-        print(f"moevision: {explain(message, options_of(parser))} See {verb} --help.", file=sys.stderr)
+        print(shown(f"moevision: {explain(message, options_of(parser))} See {verb} --help."), file=sys.stderr)
         self.exit(USER_ERROR)
 
 

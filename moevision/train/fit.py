@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -34,6 +33,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     SentenceParser.show_all = ALL in arguments
+    _check_encoding(arguments)
     arguments = ["--help" if argument == ALL else argument for argument in arguments]
     session = Session(verb, arguments)
     try:
@@ -65,6 +65,18 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         session.close()
 
 
+def _check_encoding(arguments: Sequence[str]) -> None:
+    """Files below the data may have any names, but config.yaml and safetensors have no other texts than UTF-8."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{argument} is not UTF-8 and can't stand in a run's config.yaml: rename the folder, or give a link to "
+                "it that has a plain name."
+            ) from None
+
+
 def _run(verb: str, session: Session) -> None:
     cli = TrainingCLI([verb, *session.arguments], session)
     run_dir = cast(Path, cli.run_dir)
@@ -78,7 +90,7 @@ def _run(verb: str, session: Session) -> None:
     if cli._get(cli.config, "with_twin"):
         result = _train_twin(cli, session, result)
     if result is not None:
-        print(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md", file=sys.stderr)
+        tell(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
 
 
 def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) -> RunResult | None:

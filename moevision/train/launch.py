@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from moevision.data.contents import is_main_process
 from moevision.errors import USER_ERROR, UserError
+from moevision.train.messages import tell
 from moevision.train.processes import several_processes
 
 HANDED_ON = "MOEVISION_DECISIONS"
@@ -146,7 +146,7 @@ class Processes:
                 sentence = give_up()
                 for process in self._others:
                     process.kill()
-                print(f"moevision: {sentence}", file=sys.stderr, flush=True)
+                tell(f"moevision: {sentence}")
                 os._exit(USER_ERROR)
 
     def close(self) -> None:

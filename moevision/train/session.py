@@ -27,6 +27,7 @@ from moevision.train.resume import (
     release,
     take_resume,
 )
+from moevision.train.run_folder import run_name
 
 
 class Session:
@@ -132,4 +133,4 @@ class Session:
 def folder_of(config: Namespace) -> Path:
     """The folder of a fit, before anything is added because an earlier run has it."""
     settings = config.fit
-    return Path(settings.runs_root) / (settings.name or Path(settings.data.path).resolve().name)
+    return Path(settings.runs_root) / (settings.name or run_name(settings.data.path))

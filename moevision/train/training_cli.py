@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.models.config import build_model
+from moevision.names import shown
 from moevision.train.allowlist import restrict_configurations
 from moevision.train.callbacks import ScheduleCheck, Stopwatch
 from moevision.train.checkpoint_io import SafeCheckpointIO
@@ -32,7 +33,7 @@ from moevision.train.plan import describe_plan, memory_advice
 from moevision.train.recipe import default_precision
 from moevision.train.resume import Start, note_session, resume_command
 from moevision.train.resume_point import EpochEnd, ResumePoint
-from moevision.train.run_folder import check_checkpoint, new_run_folder
+from moevision.train.run_folder import check_checkpoint, new_run_folder, run_name
 from moevision.train.run_options import add_run_options, watching
 from moevision.train.session import Session
 from moevision.train.task import ClassificationTask
@@ -153,7 +154,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer that logs to and saves in the run folder."""
-        name = self._get(self.config, "name") or Path(self._get(self.config, "data")["path"]).resolve().name
+        name = self._get(self.config, "name") or run_name(self._get(self.config, "data")["path"])
         verb = str(self.subcommand)
         if self.start is not None:
             self.run_dir = self.start.run_dir
@@ -214,7 +215,7 @@ class TrainingCLI(LightningCLI):
             print(self.datamodule.describe())
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
                 print(describe_plan(self.model, self.datamodule, self.trainer))
-            print(f"run folder: {self.run_dir}\n", flush=True)
+            print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
         if not self.fast_dev_run:
             self._compare_with_start()
 

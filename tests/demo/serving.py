@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-START_S = 90
+START_S = 300
 GALLERY = 160
 
 
@@ -60,8 +60,8 @@ class Running:
         """Interrupt it as Ctrl-C does, and give back its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        code = self.process.wait(timeout=30)
-        self._reader.join(timeout=10)
+        code = self.process.wait(timeout=120)
+        self._reader.join(timeout=60)
         while not self._queue.empty():
             line = self._queue.get_nowait()
             if line is not None:

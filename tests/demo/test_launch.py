@@ -99,12 +99,12 @@ def test_the_help_loads_no_gradio():
         "import sys; from moevision.cli import main; main(['demo', '--help']); main(['demo', '--share'])\n"
         "print([name for name in ('gradio', 'scipy', 'sklearn', 'matplotlib') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 def get(url):
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         return answer.read().decode()
 
 
@@ -135,7 +135,7 @@ def test_a_model_of_ones_own_from_start_to_stop(mine):
         assert "moevision" in get(server.url)
         port = server.url.rstrip("/").rpartition(":")[2]
         second = [sys.executable, "-m", "moevision", "demo", str(mine), "--port", port, "--no-browser"]
-        taken = subprocess.run(second, capture_output=True, text=True, timeout=120)
+        taken = subprocess.run(second, capture_output=True, text=True, timeout=600)
         assert taken.returncode == 2
         assert "give another --port" in taken.stderr.splitlines()[-1]
         assert server.stop() == 0

@@ -466,12 +466,12 @@ def test_a_closed_terminal(drawn_pets, tiny):
     }
     process = subprocess.Popen(command, **terminal)
     os.close(slave)
-    last, until = Path("runs/pets/checkpoints/last.ckpt"), time.monotonic() + 120
+    last, until = Path("runs/pets/checkpoints/last.ckpt"), time.monotonic() + 600
     try:
         while not last.is_file() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.1)
         os.close(master)
-        assert process.wait(timeout=120) == 129
+        assert process.wait(timeout=600) == 129
     finally:
         process.kill()
         process.wait()

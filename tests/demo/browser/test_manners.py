@@ -5,9 +5,12 @@ import re
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
 PHONE = {"width": 390, "height": 844}
 SERVER_CALL = re.compile(r"/component_server\b")
+VARIANTS = ("trained", "unbalanced", "untrained")
 TABS = ("experts", "classes", "whatif", "compare", "about")
 
 
@@ -86,9 +89,28 @@ def test_the_tour_comes_once(visit):
         assert f"{step} of 4" in page.text_content(".mv-tour")
         page.click("[data-action=tour-next]")
     assert page.locator(".mv-tour").count() == 0
+    assert_stage_is_seen(page)
     page.reload()
     page.wait_for_selector(".mv-card")
     assert page.locator(".mv-tour").count() == 0
+
+
+@pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
+def test_the_tour_does_not_leave_one_below_the_stage(visit, size):
+    page = visit(tour=True, **size).page
+    for _ in range(3):
+        page.click("[data-action=tour-next]")
+    assert "4 of 4" in page.text_content(".mv-tour")
+    page.evaluate("document.activeElement.blur()")  # as after a click beside everything
+    page.keyboard.press("Escape")
+    assert page.locator(".mv-tour").count() == 0
+    assert_stage_is_seen(page)
+
+
+def assert_stage_is_seen(page):
+    top = page.evaluate("document.querySelector('.mv-verdict').getBoundingClientRect().top")
+    assert 0 <= top < page.viewport_size["height"] / 2
+    assert page.evaluate("document.activeElement.matches('.mv-cell')")
 
 
 def test_the_tour_can_be_skipped_with_escape(visit):
@@ -151,6 +173,23 @@ def test_the_first_screen_says_what_the_model_is_and_sees(visit, ask):
     bars = page.locator(".mv-box-prediction .mv-class").all_text_contents()
     top = [one["class"] for side in ("moe", "dense") for one in view["prediction"][side]]
     assert [bar.split()[0] for bar in bars] == top
+
+
+def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, look, ask):
+    page = visit("?tab=about").page
+    texts = {name: ask("route", picture=FIRST, variant=name)["model"]["accuracy_text"] for name in VARIANTS}
+    assert len(set(texts.values())) == 3
+    for name, text in texts.items():
+        page.click(f"[data-variant={name}]")
+        page.wait_for_selector("[data-box=progress]", state="hidden")
+        others = set(texts.values()) - {text}
+        for part in (".mv-header", ".mv-panel"):
+            shown = page.text_content(part)
+            assert text in shown
+            assert not [other for other in others if other in shown]
+        rows = page.locator(".mv-card-table dt").all_text_contents()
+        assert ("seed" in rows) == ("recipe" in rows) == (name == "trained")  # this card has one recipe only
+        assert ("recipe, trained" in rows) == (name != "trained")
 
 
 def test_about_says_what_the_page_does_not_show(visit):
