@@ -113,6 +113,15 @@ class Contents:
         )
         return hashlib.sha256(name_bytes("".join(lines))).hexdigest()
 
+    def file_sizes_sha256(self) -> str:
+        """SHA-256 over the sorted (split, relative path, stored bytes) of all pictures, in hexadecimal."""
+        lines = sorted(
+            f"{split}\t{sample.sample_id}\t{dataset.collection.size_bytes(sample)}\n"
+            for split, dataset in self.datasets.items()
+            for sample in dataset.samples
+        )
+        return hashlib.sha256(name_bytes("".join(lines))).hexdigest()
+
     def describe(self, title: str, augmentation: str) -> str:
         """What the data are, in lines: splits, images per class, pixels, warnings.
 

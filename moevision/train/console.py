@@ -37,6 +37,7 @@ _CHATTER = (
     r"(?s)\s.*(JsonargparseDeprecationWarning|was deprecated in v\d|instantiate_classes)",  # Lightning's own calls
     "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # evaluation needs none
     "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
+    r".ModelCheckpoint\(monitor='val/top1'\). could not find the monitored key",  # a training of less than an epoch
     "You're resuming from a checkpoint that ended before the epoch ended",  # ImageDataModule can
     r"It is recommended to use .self\.log\('(val|test|moe)/.*, sync_dist=True",  # torchmetrics has summed them up
     r".isinstance\(treespec, LeafSpec\). is deprecated",

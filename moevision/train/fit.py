@@ -60,11 +60,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             raise
         if not session.processes.first:
             raise SystemExit(1) from None
-        command = session.interruption.command
-        raise UserError(
-            "Another process of this training has ended, see above if it said why."
-            + (f" To go on:\n{command}" if command else "")
-        ) from error
+        raise UserError(session.another_ended()) from error
     finally:
         session.close()
 
@@ -85,7 +81,7 @@ def _run(verb: str, session: Session) -> None:
     cli = TrainingCLI([verb, *session.arguments], session)
     run_dir = cast(Path, cli.run_dir)
     if cli.fast_dev_run:  # logs nothing and saves nothing
-        if session.processes.first:
+        if session.processes.first and cli.start is None:  # else the folder may be an earlier run's
             shutil.rmtree(run_dir)
         return
     if verb != "fit":
@@ -98,7 +94,7 @@ def _run(verb: str, session: Session) -> None:
 
 
 def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) -> RunResult | None:
-    start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir)).plain()))
+    start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir), session).plain()))
     options = ["--model.arch.twin", "active_flops", "--without-twin"]
     twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
     # Experts that start as copies have the full width each, and the twin is the dense model they are copies of.
@@ -107,11 +103,12 @@ def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) ->
     return None if result is None or other is None else write_comparison(result, other, match)
 
 
-def _twin_start(run_dir: Path) -> Start:
+def _twin_start(run_dir: Path, session: Session) -> Start:
     """Where the twin's training begins, in a folder that is made for it."""
     folder = run_dir / "twin"
-    start = find_start(folder, fresh_if_none=True) if folder.is_dir() else Start(folder)
-    folder.mkdir(exist_ok=True)
+    known = folder.is_dir()
+    session.claim(folder)
+    start = find_start(folder, fresh_if_none=True) if known else Start(folder)
     if (run_dir / "splits.csv").is_file():
         shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
     print("\nNow the dense twin, by the same recipe.", flush=True)

@@ -96,6 +96,33 @@ def test_every_group_follows_the_one_cycle_schedule(layer_decay: float | None) -
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("warmup_fraction", [0.0, 0.05, 0.1, 0.2, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("total_steps", range(1, 13))
+def test_any_number_of_steps_has_a_schedule(total_steps: int, warmup_fraction: float) -> None:
+    """It ends where it should, no rate is above the peak, and something is learned."""
+    net = nn.Linear(1, 1)
+    net.no_weight_decay = set  # type: ignore[assignment]
+    config = OptimizerConfig(lr=LR, warmup_fraction=warmup_fraction)
+    optimizer, schedule = build_optimizer(net, config, total_steps=total_steps)
+    rates = []
+    for _ in range(total_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert all(0 < rate <= LR * (1 + 1e-9) for rate in rates)
+    assert max(rates) >= LR / 25 * (1 - 1e-9)
+    if warmup_fraction * total_steps == 1 < total_steps:  # the first step is the whole warm-up
+        assert rates[0] == pytest.approx(LR)
+    if total_steps > 1:
+        assert rates[-1] == pytest.approx(LR / 25 / 1e4), "the last step's rate is next to nothing"
+
+
+@pytest.mark.parametrize("warmup_fraction", [-0.1, 1.1, math.nan])
+def test_an_impossible_warm_up_is_said(warmup_fraction: float) -> None:
+    with pytest.raises(UserError, match=r"warmup_fraction is .*: it must lie between 0 and 1"):
+        build_optimizer(tiny(), OptimizerConfig(warmup_fraction=warmup_fraction), total_steps=5)
+
+
 def learning(net: nn.Module) -> set[str]:
     return {name for name, parameter in net.named_parameters() if parameter.requires_grad}
 
