@@ -37,7 +37,6 @@ WITHOUT_COMMIT: set[str] = {
     "benchmarks/layer/growth-65k/benchmark-layer.json",
     "benchmarks/layer/growth-without-matrix-unit/benchmark-layer.json",
     "benchmarks/layer/growth/benchmark-layer.json",
-    "benchmarks/soak.json",
     "benchmarks/train/cifar10-without-matrix-unit/benchmark-train.json",
     "benchmarks/train/cifar10/benchmark-train.json",
     "moevision/demo/models/cifar10/atlas.json",
