@@ -110,7 +110,8 @@ def make_folder(folder: Path) -> None:
     """Make a folder and those above it, so that the disk doesn't forget them either."""
     if folder.is_dir():
         return
-    make_folder(folder.parent)
+    if folder.parent != folder:  # a drive of Windows that isn't there has none above it
+        make_folder(folder.parent)
     try:
         os.mkdir(folder)
     except FileExistsError:
