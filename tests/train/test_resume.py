@@ -538,3 +538,13 @@ def test_checkpoints_of_a_model_made_in_a_notebook_load(tmp_path):
     assert loaded["hyper_parameters"]["optim"]["lr"] == 1e-3
     again = ClassificationTask.load_from_checkpoint(tmp_path / "notebook.ckpt", weights_only=True)
     assert torch.equal(next(again.parameters()), next(task.parameters()))
+
+
+def test_the_config_is_on_the_disk_before_the_first_step(cli, tiny, drawn_pets, monkeypatch):
+    """After a power cut a checkpoint is worth nothing without it."""
+    happened = []
+    sync, step = training_cli.sync_file, Stopwatch.on_train_batch_end
+    monkeypatch.setattr(training_cli, "sync_file", lambda path: (happened.append(path.name), sync(path)))
+    monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *given: (happened.append("step"), step(*given)))
+    assert cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1").code == 0
+    assert happened == ["config.yaml", "step"]
