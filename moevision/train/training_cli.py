@@ -196,6 +196,14 @@ class TrainingCLI(LightningCLI):
             )
         except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
             raise UserError(f"The Trainer does not take these options: {error}") from error
+        device = trainer.strategy.root_device
+        try:  # one that a strategy's arguments name, which Lightning doesn't look at
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA has an assertion for it
+            raise UserError(
+                f"The device {device} can't be used ({' '.join(str(error).split())[:200]}): choose another one by "
+                "--trainer.strategy, --trainer.accelerator or --trainer.devices."
+            ) from error
         self.session.processes.watch(trainer, self._another_ended)
         return trainer
 
