@@ -1,9 +1,9 @@
 """Write a file whole or not at all, so that a crash never leaves half a report where a whole one stood.
 
 The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed over the target;
-`os.replace` is atomic on POSIX and on Windows as long as both names lie on one file system. The folder is flushed then:
-until that the disk may forget the new name. Everything that training writes goes through this module, so that one place
-can be made to fail in a test (`tests/train/test_file_operations.py`).
+`os.replace` is atomic on POSIX and on Windows as long as both names lie on one file system. Then the folder is
+flushed: until then the disk may forget the new name. Checkpoints, metrics and reports all go through this module, so
+that one place can be made to fail in a test (`tests/train/test_file_operations.py`).
 """
 
 import errno
@@ -110,7 +110,8 @@ def make_folder(folder: Path) -> None:
     """Make a folder and those above it, so that the disk doesn't forget them either."""
     if folder.is_dir():
         return
-    make_folder(folder.parent)
+    if folder.parent != folder:  # a drive of Windows that isn't there has none above it
+        make_folder(folder.parent)
     try:
         os.mkdir(folder)
     except FileExistsError:

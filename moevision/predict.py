@@ -87,7 +87,9 @@ def predict(
 
 
 def find_images(paths: Sequence[str]) -> Iterator[Path]:
-    """The files themselves, and every image below the folders; links are followed, each folder is entered once.
+    """The files themselves, and every image below the folders, but for hidden subfolders (`.git`, `@eaDir`).
+
+    Links are followed; each folder is entered once.
 
     Raises:
         UserError: if a path does not exist or a folder holds no image.

@@ -114,7 +114,7 @@ class Contents:
         return hashlib.sha256(name_bytes("".join(lines))).hexdigest()
 
     def file_sizes_sha256(self) -> str:
-        """SHA-256 over the sorted (split, relative path, stored bytes) of all pictures, in hexadecimal."""
+        """SHA-256 over the sorted (split, relative path, stored bytes) of all images, in hexadecimal."""
         lines = sorted(
             f"{split}\t{sample.sample_id}\t{dataset.collection.size_bytes(sample)}\n"
             for split, dataset in self.datasets.items()

@@ -271,7 +271,7 @@ class ImageDataModule(LightningDataModule):
         return self.contents.file_list_sha256()
 
     def file_sizes_sha256(self) -> str:
-        """SHA-256 over the sorted (split, relative path, stored bytes) of all pictures, in hexadecimal."""
+        """SHA-256 over the sorted (split, relative path, stored bytes) of all images, in hexadecimal."""
         return self.contents.file_sizes_sha256()
 
     def class_weight_tensor(self) -> Tensor | None:

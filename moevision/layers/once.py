@@ -1,4 +1,4 @@
-"""What gradients the sorted rows of the routed backends have: one, taken by `backward`. More of them need "dense"."""
+"""The routed backends can be differentiated once, by `backward`; the errors for all else name `backend="dense"`."""
 
 from __future__ import annotations
 

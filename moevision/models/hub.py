@@ -21,7 +21,7 @@ from torch import nn
 
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
-from moevision.files import write_text_atomic
+from moevision.files import sync_file, write_text_atomic
 from moevision.models.fetch import open_model
 from moevision.names import shown
 
@@ -86,6 +86,7 @@ def _save_for_timm(model: SavedModel, folder: Path) -> None:
         },
         safe_serialization=True,
     )
+    sync_file(folder / "model.safetensors")  # nobody else does; the folder is flushed with config.json
     # timm gives the number of classes a second time, among the arguments. timm takes both; transformers hands both to
     # timm.create_model, which is a TypeError.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -111,6 +111,7 @@ def gather_facts(
     licence: str = UNKNOWN_LICENCE,
     others: Sequence[str | Path] = (),
     analysis: Json | None = None,
+    summary: RunSummary | None = None,
 ) -> CardFacts:
     """Gather what is known about a saved model.
 
@@ -121,13 +122,15 @@ def gather_facts(
         licence: of the weights.
         others: run folders of the same recipe with other seeds.
         analysis: what report.json of `moevision analyze` holds.
+        summary: of the run whose folder `model` is, before its summary.json is written; by default that file's.
 
     Raises:
         UserError: if there is no model, or a file of the run is damaged.
     """
     saved = model if isinstance(model, SavedModel) else load_model(str(model))
-    run = None if isinstance(model, SavedModel) else _run_of(Path(model))
-    summary = read_summary(run / "summary.json") if run is not None else None
+    run = None if isinstance(model, SavedModel) else Path(model) if summary is not None else _run_of(Path(model))
+    if run is not None and summary is None:
+        summary = read_summary(run / "summary.json")
     provenance = _read_json(run / "provenance.json") if run is not None else {}
     architecture, options = _architecture(saved.net)
     blocks = _moe_blocks(saved.net)

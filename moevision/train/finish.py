@@ -167,9 +167,10 @@ def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResul
 
 
 def _write_summary(summary: RunSummary, run_dir: Path) -> None:
-    write_json_atomic(run_dir / "summary.json", json.loads(json.dumps(asdict(summary), default=list)))
     write_summary(summary, run_dir / "summary.md")
-    write_text_atomic(run_dir / "model" / "README.md", model_card(gather_facts(run_dir)))
+    write_text_atomic(run_dir / "model" / "README.md", model_card(gather_facts(run_dir, summary=summary)))
+    # Last: a run that has it is finished (`resume.is_finished`).
+    write_json_atomic(run_dir / "summary.json", json.loads(json.dumps(asdict(summary), default=list)))
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Processes:
         self.first = is_main_process()
         self._decisions: list[Any] = []
         self._others: list[subprocess.Popen[bytes]] = []  # that Lightning started for this one
+        self._watched: tuple[L.Trainer, Callable[[], str]]  # the newest: a twin's training follows the run's
         self._closed = threading.Event()
         handed_on = os.environ.pop(HANDED_ON, None)
         if handed_on is not None and not self.first:
@@ -112,12 +113,11 @@ class Processes:
             )
         if met is None and trainer.num_nodes > 1:
             raise UserError("On several machines let torchrun or SLURM's srun start all the processes.")
+        self._watched = trainer, give_up
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-            self._observe_started(trainer, trainer.strategy.launcher, give_up)
+            self._observe_started(trainer.strategy.launcher)
 
-    def _observe_started(
-        self, trainer: L.Trainer, launcher: _SubprocessScriptLauncher, give_up: Callable[[], str]
-    ) -> None:
+    def _observe_started(self, launcher: _SubprocessScriptLauncher) -> None:
         """Look after the processes that the launcher starts; its own observer kills this one without a word."""
         start_them = launcher._call_children_scripts
 
@@ -125,11 +125,11 @@ class Processes:
             start_them()
             self._others += launcher.procs
             launcher.procs = []  # nothing for Lightning's observer to look at
-            threading.Thread(target=self._observe, args=(trainer, give_up), daemon=True).start()
+            threading.Thread(target=self._observe, daemon=True).start()
 
         launcher._call_children_scripts = start  # type: ignore[method-assign]
 
-    def _observe(self, trainer: L.Trainer, give_up: Callable[[], str]) -> None:
+    def _observe(self) -> None:
         """End this process if another one has gone and the main thread can't notice.
 
         In starting up it waits for all of them in a call that nothing interrupts. Later it hears of the loss in the
@@ -141,6 +141,7 @@ class Processes:
             starting = not dist.is_initialized() and any(code is not None for code in codes)
             if failed_s is None and any(codes):
                 failed_s = time.monotonic()
+            trainer, give_up = self._watched
             late = failed_s is not None and time.monotonic() - failed_s > _PATIENCE_S
             if (starting or late) and trainer.state.status is TrainerStatus.RUNNING:
                 sentence = give_up()

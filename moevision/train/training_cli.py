@@ -14,10 +14,11 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
+from moevision.files import sync_file, sync_folder
 from moevision.models.config import build_model
 from moevision.names import shown
 from moevision.train.allowlist import restrict_configurations
@@ -50,6 +51,21 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+class _KeptConfig(SaveConfigCallback):
+    """Flushes the config to the disk: after a power cut a checkpoint without it could not be gone on from."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write it as Lightning does, and flush it."""
+        saves = not self.already_saved
+        super().setup(trainer, pl_module, stage)
+        if not saves:
+            return
+        file = Path(cast(str, trainer.log_dir)) / self.config_filename  # asking for it is a broadcast
+        if trainer.is_global_zero:
+            sync_file(file)
+            sync_folder(file.parent)
+
+
 class TrainingCLI(LightningCLI):
     """The three training verbs; one run folder holds everything that a `fit` leaves.
 
@@ -76,6 +92,7 @@ class TrainingCLI(LightningCLI):
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
+                save_config_callback=_KeptConfig,
                 save_config_kwargs={"overwrite": True},
                 parser_class=SentenceParser,
                 parser_kwargs={"prog": "moevision"},
@@ -179,6 +196,14 @@ class TrainingCLI(LightningCLI):
             )
         except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
             raise UserError(f"The Trainer does not take these options: {error}") from error
+        device = trainer.strategy.root_device
+        try:  # one that a strategy's arguments name, which Lightning doesn't look at
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA has an assertion for it
+            raise UserError(
+                f"The device {device} can't be used ({' '.join(str(error).split())[:200]}): choose another one by "
+                "--trainer.strategy, --trainer.accelerator or --trainer.devices."
+            ) from error
         self.session.processes.watch(trainer, self._another_ended)
         return trainer
 

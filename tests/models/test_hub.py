@@ -1,6 +1,7 @@
 """A saved model is the model: bit-equal logits, the same choices and weights, for everything that can be built."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -156,6 +157,15 @@ def test_weights_in_another_memory_order(tmp_path: Path) -> None:
     assert not net.patch_embed.backbone[0].conv.weight.is_contiguous()
     back = load_model(str(tmp_path)).net
     assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in back.state_dict().items())
+
+
+def test_weights_are_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut after a finished run, whose summary is flushed, could leave an empty file of weights."""
+    flushed: list[tuple[int, int]] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(os.fstat(file)[1:3]), real(file)))
+    save_model(as_saved(timm.create_model("test_vit_moe", num_classes=3)), tmp_path)
+    assert [name for name in os.listdir(tmp_path) if os.stat(tmp_path / name)[1:3] not in flushed] == []
 
 
 def test_timm_alone_opens_it_in_a_new_interpreter(tmp_path: Path) -> None:

@@ -240,6 +240,7 @@ def test_other_images_under_the_same_names_are_said(cli, tiny, drawn_pets, send_
     ("name", "arguments", "said"),
     [
         ("SingleDeviceStrategy", {"init_args": {"device": "nonsense"}}, "The Trainer does not take these options"),
+        ("SingleDeviceStrategy", {"init_args": {"device": "cuda:99"}}, "The device cuda:99 can't be used ("),
         ("DDPStrategy", {"dict_kwargs": {"nonsense": 1}}, "The training can't begin under DDPStrategy (TypeError"),
     ],
 )
@@ -538,3 +539,13 @@ def test_checkpoints_of_a_model_made_in_a_notebook_load(tmp_path):
     assert loaded["hyper_parameters"]["optim"]["lr"] == 1e-3
     again = ClassificationTask.load_from_checkpoint(tmp_path / "notebook.ckpt", weights_only=True)
     assert torch.equal(next(again.parameters()), next(task.parameters()))
+
+
+def test_the_config_is_on_the_disk_before_the_first_step(cli, tiny, drawn_pets, monkeypatch):
+    """After a power cut a checkpoint is worth nothing without it."""
+    happened = []
+    sync, step = training_cli.sync_file, Stopwatch.on_train_batch_end
+    monkeypatch.setattr(training_cli, "sync_file", lambda path: (happened.append(path.name), sync(path)))
+    monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *given: (happened.append("step"), step(*given)))
+    assert cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1").code == 0
+    assert happened == ["config.yaml", "step"]
