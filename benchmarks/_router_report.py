@@ -74,7 +74,13 @@ def rate_beyond(tried: dict[float, float]) -> float | None:
 
 
 def chosen_rates(tried: dict[str, dict[float, float]]) -> dict[str, float]:
-    """The rate of every row: the one best on average, unless the row's own best is better by more than TOLERANCE."""
+    """The rate of every row: the one best on average, unless the row's own best is better by more than TOLERANCE.
+
+    A row whose best rate so far is the largest or the smallest one that it tried has none.
+    """
+    tried = {row: rates for row, rates in tried.items() if rate_beyond(rates) is None}
+    if not tried:
+        return {}
     shared = set.intersection(*(set(rates) for rates in tried.values()))
     common = max(sorted(shared), key=lambda lr: statistics.fmean(rates[lr] for rates in tried.values()))
     chosen = {}
@@ -86,9 +92,8 @@ def chosen_rates(tried: dict[str, dict[float, float]]) -> dict[str, float]:
 
 def rows_of(record: dict[str, Any], dataset: str) -> list[Row]:
     """Every row with a finished tuning, best mean first."""
-    rates = chosen_rates(tuned(record["runs"], dataset)) if tuned(record["runs"], dataset) else {}
     rows = []
-    for name, lr in rates.items():
+    for name, lr in chosen_rates(tuned(record["runs"], dataset)).items():
         keys = {"dataset": dataset, "row": name, "lr": lr}
         rows.append(Row(name, lr, [run for run in record["runs"] if keys.items() <= run.items()]))
     return sorted(rows, key=lambda row: -row.mean)

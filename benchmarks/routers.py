@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _router_report import TOLERANCE, chosen_rates, draw, rate_beyond, tables, tuned
+from _router_report import chosen_rates, draw, rate_beyond, tables, tuned
 from _study import (
     BATCH,
     IMAGE_SIZE,
@@ -50,7 +50,7 @@ from moevision.train.task import ClassificationTask
 
 HERE = Path(__file__).parent
 DATASETS = ("cifar10", "synthetic_pets")
-LEARNING_RATES = (2e-3, 4e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 ROWS: dict[str, dict[str, Any]] = {
     "dense twin": {"twin": "active_flops"},
     **{name: {"router": name} for name in ROUTERS if name != "label"},
@@ -68,7 +68,7 @@ def plan(record: Record, options: Namespace) -> Iterator[dict[str, Any]]:
                 yield {"dataset": dataset, "row": row, "lr": lr, "seed": 0}
             while (further := rate_beyond(tuned(record.read()["runs"], dataset)[row])) is not None:
                 yield {"dataset": dataset, "row": row, "lr": further, "seed": 0}
-        for seed in range(1, options.seeds):
+        for seed in options.seeds:
             for row in options.rows:
                 rates = chosen_rates(tuned(record.read()["runs"], dataset))
                 yield {"dataset": dataset, "row": row, "lr": rates[row], "seed": seed}
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "routers.json", help="the record (%(default)s)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all")
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
-    parser.add_argument("--seeds", type=int, default=6, help="seeds of the chosen learning rate (%(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(6), help="seeds of the chosen rate (0 to 5)")
     parser.add_argument("--steps", type=int, default=500, help=f"optimizer steps of {BATCH} images (%(default)s)")
     parser.add_argument("--pets", nargs=3, type=int, default=(16_384, 2_000, 4_000), help="drawn images per split")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
@@ -166,8 +166,7 @@ def main() -> None:
         return
     settings = {
         "model": MODEL, "image_size": IMAGE_SIZE, "batch": BATCH, "steps": options.steps, "precision": PRECISION,
-        "learning_rates": LEARNING_RATES, "tolerance": TOLERANCE, "pets": options.pets,
-        "schedule": "AdamW, one cycle, 20 % warm-up",
+        "pets": options.pets, "schedule": "AdamW, one cycle, 20 % warm-up",
     }  # fmt: skip
     record = Record(options.out, settings)
     if options.speed:
