@@ -20,7 +20,7 @@ from moevision import __version__, allocator
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers.machine import has_matrix_unit
-from moevision.train.provenance import cpu_model, gpu_names, total_memory_bytes
+from moevision.train.provenance import cpu_model, git_state, gpu_names, total_memory_bytes
 from moevision.versions import package_version
 
 FORMAT = 1
@@ -43,6 +43,7 @@ def new_record(kind: str, command: str, device: torch.device, settings: Mapping[
         "benchmark": kind,
         "format": FORMAT,
         "command": command,
+        "code": git_state(Path(__file__).parents[2]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": cpu_model(),
