@@ -1,24 +1,23 @@
 """Tables and figures of `saving.py`, from its record alone.
 
-Differences of accuracy come with simultaneous 95 % intervals, mean ± Tukey's honest significant difference with the
-seeds as blocks (see `_router_report.py`); an interval that holds 0 is a tie. Speeds are quartiles over rounds.
+Differences of accuracy are called by the rule of `_paired.py`; speeds are quartiles over rounds.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _router_report import Row, tie_width
+from _paired import contrasts
+from _router_report import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moevision.train.markdown import flops, points, table
+from moevision.train.markdown import flops, table
 from moevision.train.plots import BLUE, GREEN, GRID, INK, ORANGE, SOFT, calm, save, title
 
 MOE = "MoE"
@@ -35,7 +34,7 @@ def tables(record: dict[str, Any]) -> str:
     parts = ["### What sparsity saves", saving_table(record), *differences(equal_time(record, SAVING)),
              "### What the levers cost", levers_table(record)]  # fmt: skip
     for label, rows in (("same time", equal_time(record, (MOE, *TRAINED_LEVERS))), ("same steps", same_steps(record))):
-        parts += [f"At the {label}: {text}" for text in differences(rows)]
+        parts += [f"At the {label}: {text}" for text in differences(rows, minus_first=True)]
     return "\n\n".join([*parts, "### Measurements of speed", speed_table(record)])
 
 
@@ -57,23 +56,12 @@ def same_steps(record: dict[str, Any]) -> list[Row]:
     return [row for arm in (MOE, *TRAINED_LEVERS) if (row := row_of(record, arm, steps)).runs]
 
 
-def differences(rows: Sequence[Row]) -> list[str]:
-    """A sentence per pair of rows, over the seeds that all rows have."""
-    seeds = set.intersection(*({run["seed"] for run in row.runs} for row in rows)) if rows else set()
-    rows = [Row(row.name, row.lr, [run for run in row.runs if run["seed"] in seeds]) for row in rows]
-    width = tie_width(rows)
-    if math.isinf(width):
-        return ["too few runs so far: no difference can be told from luck."]
-    sentences = []
-    for first, second in itertools.combinations(rows, 2):
-        gaps = [own - other for own, other in zip(first.accuracies, second.accuracies, strict=True)]
-        mean = statistics.fmean(gaps)
-        word = "a tie" if abs(mean) <= width else "above" if mean > 0 else "below"
-        sentences.append(
-            f"“{first.name}” minus “{second.name}”: {', '.join(points(gap) for gap in gaps)} points by seed, mean "
-            f"{points(mean)} ({points(mean - width)} to {points(mean + width)}): {word}."
-        )
-    return sentences
+def differences(rows: Sequence[Row], *, minus_first: bool = False) -> list[str]:
+    """A sentence on the first row minus each other one, or on each other one minus the first."""
+    first, *others = [row.name for row in rows] or [""]
+    pairs = [(other, first) if minus_first else (first, other) for other in others]
+    accuracies = {row.name: {run["seed"]: run["test_top1"] for run in row.runs} for row in rows}
+    return [contrast.sentence for contrast in contrasts(accuracies, pairs)]
 
 
 def with_spread(row: Row) -> str:
