@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,16 +137,10 @@ def load_table(rows: Sequence[Row]) -> str:
         lines.append([
             f"`{row.name}`",
             each(row.layers("max_over_mean"), "{:.2f}"),
-            each(row.layers("cv_squared"), "{:.2g}"),
-            f"{max(row.layers('cv_squared_floor')):.1g}",
-            each([100 * share for share in row.layers("dropped")], "{:.1f}"),
             each([100 * share for share in row.layers("unrouted")], "{:.1f}"),
             f"{max(max(layer['dead'] for layer in run['layers']) for run in row.runs)} of {experts}",
-            f"{each(row.layers('entropy_bits'), '{:.2f}')} of {math.log2(experts):.0f}",
         ])  # fmt: skip
-    heads = ["router", "load max/mean", "CV²", "by chance", "choices dropped, %", "tokens without expert, %",
-             "dead experts", "router entropy, bits"]  # fmt: skip
-    return table(heads, lines)
+    return table(["router", "load max/mean", "tokens without expert, %", "dead experts"], lines)
 
 
 def each(values: Sequence[float], form: str) -> str:

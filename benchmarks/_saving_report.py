@@ -26,16 +26,23 @@ LEVERS = ("checkpointing", "patch drop 25 %", "patch drop 50 %")
 TRAINED_LEVERS = LEVERS[1:]
 COLORS = dict(zip((*SAVING, *LEVERS), (ORANGE, SOFT, INK, GREEN, BLUE, BLUE), strict=True))
 PHASES = {"train": "training", "infer": "inference"}
-WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 16  # per parameter in fp32; with its gradient and AdamW's two moments
+WEIGHT_BYTES = 4  # per parameter in fp32
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Markdown: both questions, and every measurement of speed."""
-    parts = ["### What sparsity saves", saving_table(record), *differences(equal_time(record, SAVING)),
-             "### What the levers cost", levers_table(record)]  # fmt: skip
-    for label, rows in (("same time", equal_time(record, (MOE, *TRAINED_LEVERS))), ("same steps", same_steps(record))):
-        parts += [f"At the {label}: {text}" for text in differences(rows, minus_first=True)]
-    return "\n\n".join([*parts, "### Measurements of speed", speed_table(record)])
+    """Markdown: both questions, how equal the times were, and every measurement of speed."""
+    return "\n\n".join([
+        "### What sparsity saves", saving_table(record), *differences(equal_time(record, SAVING)),
+        "### The same time", time_table(record),
+        "### What the levers cost", levers_table(record), *lever_differences(record),
+        "### Measurements of speed", speed_table(record),
+    ])  # fmt: skip
+
+
+def lever_differences(record: dict[str, Any]) -> list[str]:
+    """What leaving patches out changes, at the same time and at the same steps."""
+    kinds = (("time", equal_time(record, (MOE, *TRAINED_LEVERS))), ("steps", same_steps(record)))
+    return [f"At the same {kind}: {text}" for kind, rows in kinds for text in differences(rows, minus_first=True)]
 
 
 def row_of(record: dict[str, Any], arm: str, steps: int | None) -> Row:
@@ -111,7 +118,7 @@ def saving_table(record: dict[str, Any]) -> str:
     """Cost and accuracy of the MoE and its two twins."""
     steps, lines = record.get("budget", {}).get("steps", {}), []
     for arm in SAVING:
-        cost, row = record["cost"][arm], row_of(record, arm, steps.get(arm))
+        cost = record["cost"][arm]
         lines.append([
             arm,
             f"{cost['total_parameters'] / 1e6:.2f} M",
@@ -119,15 +126,19 @@ def saving_table(record: dict[str, Any]) -> str:
             flops(cost["flops_per_image"] + cost["router_flops_per_image"]),
             *(f"{images_per_s(record, phase, arm):.0f} ({speed_ratio(record, phase, arm):.2f})" for phase in PHASES),
             f"{memory(record, arm):.0f} MiB",
-            f"{OPTIMIZER_BYTES * cost['total_parameters'] / 2**20:.0f} MiB",
-            str(steps.get(arm, "")),
-            cpu_time(row),
-            with_spread(row),
+            with_spread(row_of(record, arm, steps.get(arm))),
         ])  # fmt: skip
     heads = ["model", "parameters", "active", "FLOPs/image", "training images/s (÷ the MoE's)", "inference",
-             "peak training memory", "of that weights, gradients, AdamW", "steps in the budget",
-             "took, CPU time", "test top-1, % ± SD (seeds)"]  # fmt: skip
+             "peak memory, whole process", "test top-1, % ± SD (seeds)"]  # fmt: skip
     return table(heads, lines)
+
+
+def time_table(record: dict[str, Any]) -> str:
+    """The steps that fitted into the budget, and what they really took."""
+    steps, lines = record.get("budget", {}).get("steps", {}), []
+    for arm in (*SAVING, *TRAINED_LEVERS):
+        lines.append([arm, str(steps.get(arm, "")), cpu_time(row_of(record, arm, steps.get(arm)))])
+    return table(["training", "steps in the budget", "CPU time they took"], lines)
 
 
 def levers_table(record: dict[str, Any]) -> str:
@@ -141,15 +152,11 @@ def levers_table(record: dict[str, Any]) -> str:
             "none" if arm == MOE else arm,
             f"{speed_ratio(record, 'train', arm):.2f}",
             f"{memory(record, arm) / memory(record, MOE):.2f}",
-            f"{memory(record, arm):.0f} MiB",
             with_spread(same) if trained else "same gradients",
-            f"{with_spread(timed)}" if trained else "",
-            str(steps.get(arm, "")),
-            cpu_time(timed) if trained else "",
+            with_spread(timed) if trained else "",
         ])  # fmt: skip
-    heads = ["lever", "training images/s ÷ without", "peak memory ÷ without", "peak memory",
-             f"test top-1, %, all {steps.get(MOE, '')} steps", "test top-1, %, same time",
-             "steps in the time", "took, CPU time"]  # fmt: skip
+    heads = ["lever", "training images/s ÷ without", "peak memory ÷ without",
+             f"test top-1, %, all {steps.get(MOE, '')} steps", "test top-1, %, same time"]  # fmt: skip
     return table(heads, lines)
 
 

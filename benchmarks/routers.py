@@ -120,16 +120,19 @@ def measure_rows(rows: list[str]) -> dict[str, dict[str, int]]:
 
 
 def measure_speed(rows: list[str], rounds: int) -> dict[str, Any]:
-    """Training images/s of every row and its ratio to the dense twin, taken round by round in one process."""
+    """Training images/s of every row and its ratio to the dense twin, taken round by round in one process.
+
+    By CPU time: on one thread of an idle machine that is the wall time, on a busy one what an idle one would take.
+    """
     images, labels = torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE), torch.randint(10, (BATCH,))
     steps = {row: training_step(build(row), images, labels, bf16=PRECISION != "32-true") for row in rows}
     times: dict[str, list[float]] = {row: [] for row in rows}
     for count in range(rounds + 3):
         for row, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
             if count >= 3:  # the first steps allocate
-                times[row].append(time.perf_counter() - start)
+                times[row].append(time.process_time() - start)
     found = {}
     for row, seconds in times.items():
         ratios = [twin / own for twin, own in zip(times["dense twin"], seconds, strict=True)]
@@ -153,7 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help=f"optimizer steps of {BATCH} images (%(default)s)")
     parser.add_argument("--pets", nargs=3, type=int, default=(16_384, 2_000, 4_000), help="drawn images per split")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
-    parser.add_argument("--speed", action="store_true", help="measure images/s instead (idle machine, 2 to 3 minutes)")
+    parser.add_argument("--speed", action="store_true", help="measure images/s instead (about a minute)")
     parser.add_argument("--rounds", type=int, default=40, help="steps of each row for --speed (%(default)s)")
     parser.add_argument("--report", action="store_true", help="print tables and draw the figure instead")
     parser.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "img" / "routers.png")

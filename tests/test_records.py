@@ -21,16 +21,15 @@ WITHOUT_MODULE = {
     "docs/reliability.md",
     "docs/results.md",
     "docs/routers.md",
-    "docs/saving.md",
     "docs/surgery.md",
     "docs/upcycling.md",
 }
 """Pages whose numbers are not checked yet."""
 
-DIRTY: set[str] = set()
+DIRTY: set[str] = {"benchmarks/saving.json"}
 """Quoted records of a tree with uncommitted changes, which are to be measured again."""
 
-WITHOUT_COMMIT: set[str] = set()
+WITHOUT_COMMIT: set[str] = {"benchmarks/train/cifar10/benchmark-train.json"}
 """Quoted records from before they named the commit that they were made from."""
 
 PAGES = checked_pages()
