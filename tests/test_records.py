@@ -16,7 +16,6 @@ WITHOUT_MODULE = {
     "docs/concepts.md",
     "docs/explorer.md",
     "docs/export.md",
-    "docs/levers.md",
     "docs/performance.md",
     "docs/reliability.md",
     "docs/results.md",
