@@ -40,6 +40,11 @@ def spent(record: dict[str, Any], run: dict[str, Any]) -> tuple[float, float, fl
 
 def tables(record: dict[str, Any]) -> str:
     """Markdown: accuracy and cost of every arm, and the two differences that matter."""
+    return "\n\n".join([accuracy_table(record), *differences(record)])
+
+
+def accuracy_table(record: dict[str, Any]) -> str:
+    """Accuracy and cost of every arm."""
     lines = []
     for arm, (label, _) in LABELS.items():
         runs = list(runs_of(record, arm).values())
@@ -59,7 +64,7 @@ def tables(record: dict[str, Any]) -> str:
         ])  # fmt: skip
     heads = ["training", "test top-1, % ± SD", "seeds", "training FLOPs", "CPU time", "active parameters",
              "load max/mean, worst layer"]  # fmt: skip
-    return "\n\n".join([table(heads, lines), *differences(record)])
+    return table(heads, lines)
 
 
 def with_spread(values: list[float]) -> str:
@@ -97,7 +102,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
         axes.set_xlabel(unit, fontsize=9, color=INK)
         axes.set_xlim(left=0)
     pictures = record["settings"]["pictures"]
-    title(panels[0], "validation top-1", f"the same {pictures} pictures; thin: seeds, thick: mean")
+    title(panels[0], "validation top-1", f"the same {pictures} images; thin: seeds, thick: mean")
     panels[1].legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
     save(figure, out)
 
