@@ -62,6 +62,7 @@ def test_a_record_says_where_it_comes_from(records, kind):
     record, out = records[kind]
     assert (record["benchmark"], record["format"]) == (kind, 1)
     assert record["command"].startswith(f"moevision benchmark {kind} ")
+    assert record["code"] is None or set(record["code"]) == {"git_commit", "dirty"}  # None: installed from a wheel
     assert {"cpu", "usable_cores", "torch_threads", "memory_gib", "gpus", "device"} <= set(record["machine"])
     assert {"moevision", "python", "torch", "timm"} <= set(record["versions"])
     assert record["cuda"] in ("measured", "not measured: no CUDA device")

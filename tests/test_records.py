@@ -10,23 +10,42 @@ import pytest
 
 from tests.records import ROOT, Claim, Definition, Page, all_pages, checked_pages, pattern, unclaimed
 
-WITHOUT_MODULE = {
-    "README.md",
-    "docs/analysis.md",
-    "docs/concepts.md",
-    "docs/explorer.md",
-    "docs/export.md",
-    "docs/performance.md",
-    "docs/reliability.md",
-    "docs/results.md",
-}
+WITHOUT_MODULE: set[str] = set()
 """Pages whose numbers are not checked yet."""
 
 DIRTY: set[str] = {"benchmarks/saving.json"}
 """Quoted records of a tree with uncommitted changes, which are to be measured again."""
 
-WITHOUT_COMMIT: set[str] = {"benchmarks/train/cifar10/benchmark-train.json"}
-"""Quoted records from before they named the commit that they were made from."""
+WITHOUT_COMMIT: set[str] = {
+    "benchmarks/data/quickstart/benchmark-data.json",
+    "benchmarks/demo_latency.json",
+    "benchmarks/demo_load.json",
+    "benchmarks/guard_accuracy.json",
+    "benchmarks/guard_cost.json",
+    "benchmarks/infer/cifar10/benchmark-infer.json",
+    "benchmarks/interval_coverage.json",
+    "benchmarks/layer/bars-32/benchmark-layer.json",
+    "benchmarks/layer/bars-fp32/benchmark-layer.json",
+    "benchmarks/layer/bars-without-matrix-unit/benchmark-layer.json",
+    "benchmarks/layer/bars/benchmark-layer.json",
+    "benchmarks/layer/growth-65k/benchmark-layer.json",
+    "benchmarks/layer/growth-without-matrix-unit/benchmark-layer.json",
+    "benchmarks/layer/growth/benchmark-layer.json",
+    "benchmarks/soak.json",
+    "benchmarks/train/cifar10-without-matrix-unit/benchmark-train.json",
+    "benchmarks/train/cifar10/benchmark-train.json",
+    "benchmarks/unlike_cifar10.json",
+    "benchmarks/unlike_pets.json",
+    "moevision/demo/models/cifar10/atlas.json",
+    "moevision/demo/models/cifar10/card.json",
+    "moevision/demo/models/pets/atlas.json",
+    "moevision/demo/models/pets/atlas_unbalanced.json",
+    "moevision/demo/models/pets/card.json",
+}
+"""Quoted records from before they named the commit that they were made from: each goes when it is measured again.
+
+The bundled models' cards and atlases need new trainings; `tests/demo/test_bundle.py` measures one card again.
+"""
 
 PAGES = checked_pages()
 CLAIMS = [(page, claim) for page in PAGES for claim in page.claims]
@@ -43,7 +62,8 @@ def _name(value: Any) -> str:
 def test_a_page_says_what_its_record_says(page: Page, claim: Claim) -> None:
     for text in claim.rendered():
         assert re.search(r"[^\W\d_]{2}", text), "a claim without words would be found anywhere"
-        assert pattern(text).search(page.text), f"{page.path.name} lacks what {claim.records} says: {text}"
+        found = pattern(text).search(page.text)
+        assert found is not None, f"{page.path.name} lacks what {claim.records} says: {text}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
@@ -64,8 +84,9 @@ def test_every_page_has_a_module() -> None:
 
 @cache
 def _trees(path: str) -> list[dict[str, Any]]:
-    """Each commit with its dirty flag that a record names."""
-    found, waiting = [], [json.loads((ROOT / path).read_text())]
+    """Each commit with its dirty flag that a record names, or the provenance.json beside it."""
+    beside = (ROOT / path).with_name("provenance.json")
+    found, waiting = [], [json.loads(file.read_text()) for file in (ROOT / path, beside) if file.is_file()]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):

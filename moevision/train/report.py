@@ -37,9 +37,9 @@ RUN_FILES = {
 
 _READING_LOADS = """\
 Max/mean load is 1.00 when every expert gets the same work; CV² (variance ÷ mean² of the loads) is 0 then.
-Choices thrown at random would still give the CV² by chance, (experts − 1) ÷ number of choices. A dead expert
-was chosen by no token. Entropy is near its maximum when the router hardly prefers any expert, and near 0
-when each token has one clear choice."""
+A perfectly balanced router would still give about the CV² by chance on so many images: choices of one image go
+together, so it follows from how much the images' own loads differ. A dead expert was chosen by no token. Entropy
+is near its maximum when the router hardly prefers any expert, and near 0 when each token has one clear choice."""
 
 _READING_TWIN = """\
 One seed: no ranking. The interval says what other test images could change; another seed can move both

@@ -120,7 +120,7 @@ def test_evaluation_counts_every_choice(tmp_path: Path) -> None:
     trainer.test(task, data, verbose=False)
     assert [load.layer for load in task.test_loads] == [1, 3]
     assert all(sum(load.counts) == 512 for load in task.test_loads)
-    assert all(load.cv_squared_floor == pytest.approx(3 / 512) for load in task.test_loads)
+    assert all(load.cv_squared_floor == 0 for load in task.test_loads)  # untrained scores tie: all images route alike
     data.setup("test")
     batch = next(iter(data.test_dataloader()))
     _, routings = forward_routing(task.net.eval(), batch["image"])
