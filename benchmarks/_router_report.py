@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moevision.train.markdown import flops, table
-from moevision.train.plots import BLUE, INK, ORANGE, calm, save, title
+from moevision.train.plots import BLUE, INK, ORANGE, SOFT, calm, save, title
 
 TWIN, HASH = "dense twin", "hash"
 TOLERANCE = 0.01
@@ -161,10 +161,9 @@ def cost_table(record: dict[str, Any]) -> str:
             f"{cost['total_parameters'] / 1e6:.2f} M",
             flops(cost["flops_per_image"]),
             flops(cost["router_flops_per_image"]),
-            f"{own['images_per_s']:.0f}" if own else "",
             f"{own['to_twin']:.2f} ({low:.2f} to {high:.2f})" if own else "",
         ])  # fmt: skip
-    heads = ["router", "active parameters", "all", "active FLOPs/image", "router's", "training images/s", "to the twin"]
+    heads = ["router", "active parameters", "all", "active FLOPs/image", "router's", "training images/s ÷ the twin's"]
     return table(heads, lines)
 
 
@@ -178,7 +177,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
         names = sorted(found, key=lambda name: found[name].mean)
         for y, name in enumerate(names):
             contrast, runs = found[name], next(row.runs for row in rows if row.name == name)
-            color = INK if contrast.verdict == "not told apart" else BLUE
+            color = SOFT if contrast.verdict == "not told apart" else BLUE
             dots = {"s": 14, "alpha": 0.75, "linewidths": 0}
             accuracy.scatter([100 * gap for gap in contrast.gaps], [y] * len(contrast.gaps), color=color, **dots)
             accuracy.plot([100 * contrast.mean] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2)

@@ -78,7 +78,6 @@ def study(record: Record, options: Namespace) -> None:
     """Do the runs that the record lacks, until the minutes are over."""
     start, about = time.monotonic(), provenance()
     data = {name: open_data(name, options.cifar, pets=options.pets) for name in options.datasets}
-    record.put("cost", {**record.read().get("cost", {}), **measure_rows(options.rows)})
     for key in plan(record, options):
         if record.find(**key) is not None:
             continue
@@ -172,6 +171,7 @@ def main() -> None:
         "pets": options.pets, "schedule": "AdamW, one cycle, 20 % warm-up",
     }  # fmt: skip
     record = Record(options.out, settings)
+    record.put("cost", {**record.read().get("cost", {}), **measure_rows(options.rows)})
     if options.speed:
         record.put("speed", measure_speed(options.rows, options.rounds))
     else:
