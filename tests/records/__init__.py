@@ -105,7 +105,7 @@ _CODE_AND_HEADINGS = re.compile(r"^```.*?^```|^ {4}[^\n]*|^#+ [^\n]*|<!--.*?-->"
 _NAMES = re.compile(r"`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv:[\d.]+")
 _UNITS = r"%|percent|ms|s|min|minutes?|seconds?|hours?|images/s|[kMGT]i?B|points?|times|bits?|×|[MGTP]?FLOPs?|GFLOP/s"
 _WORDS = "two|three|four|five|six|seven|eight|nine|ten|fifteen|twenty|thirty|forty|fifty|sixty|ninety|hundred"
-_MEASURED = re.compile(rf"\d+\.\d+|\d+ of \d+|(?:\d|\b(?:{_WORDS}))\s?(?:{_UNITS})(?!\w)")
+_MEASURED = re.compile(rf"(?<![\w.])\d*\.\d+|\d+ of \d+|(?:\d|\b(?:{_WORDS}))\s?(?:{_UNITS})(?!\w)")
 
 
 def unclaimed(page: Page) -> list[str]:
