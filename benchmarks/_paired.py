@@ -1,10 +1,9 @@
 """The one rule by which every study here calls a difference of accuracy.
 
 A seed fixes initial weights, order and augmentation for all rows alike, so rows are compared seed by seed: Student's t
-of the gaps, from that pair's own spread alone (rows differ in theirs by ten times, so a pooled one would be wrong for
-most). Intervals are of 95 %, each for itself. The verdict is Holm's over all contrasts of a list: if no row differed,
-the chance of any "above" or "below" in it would be 5 %. It covers the luck of training, not the choice of test images,
-which all rows share.
+of the gaps, from that pair's own spread alone, since rows differ in theirs. Intervals are of 95 %, each for itself. The
+verdict is Holm's over all contrasts of a list: if no row differed, the chance of any "above" or "below" in it would be
+5 %. It covers the luck of training, not the choice of test images, which all rows share.
 """
 
 from __future__ import annotations
