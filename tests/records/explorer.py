@@ -75,6 +75,5 @@ DEFINITIONS = [
     Definition("An image may have 8 MB and 50 megapixels", "limits in the code"),
     Definition("more than 20 times as long as wide", "a limit in the code"),
     Definition("is dropped after 10 minutes", "a limit in the code"),
-    Definition("must arrive within 10 s", "a limit in the code"),
-    Definition("(1 s up to 15 s)", "limits in the code"),
+    Definition("(1 s up to 15 s", "limits in the code"),
 ]
