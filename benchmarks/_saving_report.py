@@ -1,24 +1,23 @@
 """Tables and figures of `saving.py`, from its record alone.
 
-Differences of accuracy come with simultaneous 95 % intervals, mean ± Tukey's honest significant difference with the
-seeds as blocks (see `_router_report.py`); an interval that holds 0 is a tie. Speeds are quartiles over rounds.
+Differences of accuracy are called by the rule of `_paired.py`; speeds are quartiles over rounds.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _router_report import Row, tie_width
+from _paired import contrasts
+from _router_report import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moevision.train.markdown import flops, points, table
+from moevision.train.markdown import flops, table
 from moevision.train.plots import BLUE, GREEN, GRID, INK, ORANGE, SOFT, calm, save, title
 
 MOE = "MoE"
@@ -27,16 +26,23 @@ LEVERS = ("checkpointing", "patch drop 25 %", "patch drop 50 %")
 TRAINED_LEVERS = LEVERS[1:]
 COLORS = dict(zip((*SAVING, *LEVERS), (ORANGE, SOFT, INK, GREEN, BLUE, BLUE), strict=True))
 PHASES = {"train": "training", "infer": "inference"}
-WEIGHT_BYTES, OPTIMIZER_BYTES = 4, 16  # per parameter in fp32; with its gradient and AdamW's two moments
+WEIGHT_BYTES = 4  # per parameter in fp32
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Markdown: both questions, and every measurement of speed."""
-    parts = ["### What sparsity saves", saving_table(record), *differences(equal_time(record, SAVING)),
-             "### What the levers cost", levers_table(record)]  # fmt: skip
-    for label, rows in (("same time", equal_time(record, (MOE, *TRAINED_LEVERS))), ("same steps", same_steps(record))):
-        parts += [f"At the {label}: {text}" for text in differences(rows)]
-    return "\n\n".join([*parts, "### Measurements of speed", speed_table(record)])
+    """Markdown: both questions, how equal the times were, and every measurement of speed."""
+    return "\n\n".join([
+        "### What sparsity saves", saving_table(record), *differences(equal_time(record, SAVING)),
+        "### The same time", time_table(record),
+        "### What the levers cost", levers_table(record), *lever_differences(record),
+        "### Measurements of speed", speed_table(record),
+    ])  # fmt: skip
+
+
+def lever_differences(record: dict[str, Any]) -> list[str]:
+    """What leaving patches out changes, at the same time and at the same steps."""
+    kinds = (("time", equal_time(record, (MOE, *TRAINED_LEVERS))), ("steps", same_steps(record)))
+    return [f"At the same {kind}: {text}" for kind, rows in kinds for text in differences(rows, minus_first=True)]
 
 
 def row_of(record: dict[str, Any], arm: str, steps: int | None) -> Row:
@@ -57,23 +63,12 @@ def same_steps(record: dict[str, Any]) -> list[Row]:
     return [row for arm in (MOE, *TRAINED_LEVERS) if (row := row_of(record, arm, steps)).runs]
 
 
-def differences(rows: Sequence[Row]) -> list[str]:
-    """A sentence per pair of rows, over the seeds that all rows have."""
-    seeds = set.intersection(*({run["seed"] for run in row.runs} for row in rows)) if rows else set()
-    rows = [Row(row.name, row.lr, [run for run in row.runs if run["seed"] in seeds]) for row in rows]
-    width = tie_width(rows)
-    if math.isinf(width):
-        return ["too few runs so far: no difference can be told from luck."]
-    sentences = []
-    for first, second in itertools.combinations(rows, 2):
-        gaps = [own - other for own, other in zip(first.accuracies, second.accuracies, strict=True)]
-        mean = statistics.fmean(gaps)
-        word = "a tie" if abs(mean) <= width else "above" if mean > 0 else "below"
-        sentences.append(
-            f"“{first.name}” minus “{second.name}”: {', '.join(points(gap) for gap in gaps)} points by seed, mean "
-            f"{points(mean)} ({points(mean - width)} to {points(mean + width)}): {word}."
-        )
-    return sentences
+def differences(rows: Sequence[Row], *, minus_first: bool = False) -> list[str]:
+    """A sentence on the first row minus each other one, or on each other one minus the first."""
+    first, *others = [row.name for row in rows] or [""]
+    pairs = [(other, first) if minus_first else (first, other) for other in others]
+    accuracies = {row.name: {run["seed"]: run["test_top1"] for run in row.runs} for row in rows}
+    return [contrast.sentence for contrast in contrasts(accuracies, pairs)]
 
 
 def with_spread(row: Row) -> str:
@@ -123,7 +118,7 @@ def saving_table(record: dict[str, Any]) -> str:
     """Cost and accuracy of the MoE and its two twins."""
     steps, lines = record.get("budget", {}).get("steps", {}), []
     for arm in SAVING:
-        cost, row = record["cost"][arm], row_of(record, arm, steps.get(arm))
+        cost = record["cost"][arm]
         lines.append([
             arm,
             f"{cost['total_parameters'] / 1e6:.2f} M",
@@ -131,15 +126,19 @@ def saving_table(record: dict[str, Any]) -> str:
             flops(cost["flops_per_image"] + cost["router_flops_per_image"]),
             *(f"{images_per_s(record, phase, arm):.0f} ({speed_ratio(record, phase, arm):.2f})" for phase in PHASES),
             f"{memory(record, arm):.0f} MiB",
-            f"{OPTIMIZER_BYTES * cost['total_parameters'] / 2**20:.0f} MiB",
-            str(steps.get(arm, "")),
-            cpu_time(row),
-            with_spread(row),
+            with_spread(row_of(record, arm, steps.get(arm))),
         ])  # fmt: skip
     heads = ["model", "parameters", "active", "FLOPs/image", "training images/s (÷ the MoE's)", "inference",
-             "peak training memory", "of that weights, gradients, AdamW", "steps in the budget",
-             "took, CPU time", "test top-1, % ± SD (seeds)"]  # fmt: skip
+             "peak memory, whole process", "test top-1, % ± SD (seeds)"]  # fmt: skip
     return table(heads, lines)
+
+
+def time_table(record: dict[str, Any]) -> str:
+    """The steps that fitted into the budget, and what they really took."""
+    steps, lines = record.get("budget", {}).get("steps", {}), []
+    for arm in (*SAVING, *TRAINED_LEVERS):
+        lines.append([arm, str(steps.get(arm, "")), cpu_time(row_of(record, arm, steps.get(arm)))])
+    return table(["training", "steps in the budget", "CPU time they took"], lines)
 
 
 def levers_table(record: dict[str, Any]) -> str:
@@ -153,15 +152,11 @@ def levers_table(record: dict[str, Any]) -> str:
             "none" if arm == MOE else arm,
             f"{speed_ratio(record, 'train', arm):.2f}",
             f"{memory(record, arm) / memory(record, MOE):.2f}",
-            f"{memory(record, arm):.0f} MiB",
             with_spread(same) if trained else "same gradients",
-            f"{with_spread(timed)}" if trained else "",
-            str(steps.get(arm, "")),
-            cpu_time(timed) if trained else "",
+            with_spread(timed) if trained else "",
         ])  # fmt: skip
-    heads = ["lever", "training images/s ÷ without", "peak memory ÷ without", "peak memory",
-             f"test top-1, %, all {steps.get(MOE, '')} steps", "test top-1, %, same time",
-             "steps in the time", "took, CPU time"]  # fmt: skip
+    heads = ["lever", "training images/s ÷ without", "peak memory ÷ without",
+             f"test top-1, %, all {steps.get(MOE, '')} steps", "test top-1, %, same time"]  # fmt: skip
     return table(heads, lines)
 
 

@@ -1,18 +1,17 @@
-"""Table and figure of `upcycling.py`, from its record alone."""
+"""Table and figure of `upcycling.py`, from its record alone; differences are called by the rule of `_paired.py`."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _paired import contrasts
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from scipy.stats import t as student
 
-from moevision.train.markdown import points, table
+from moevision.train.markdown import table
 from moevision.train.plots import GREEN, INK, ORANGE, SOFT, calm, save, title
 
 LABELS = {
@@ -41,6 +40,11 @@ def spent(record: dict[str, Any], run: dict[str, Any]) -> tuple[float, float, fl
 
 def tables(record: dict[str, Any]) -> str:
     """Markdown: accuracy and cost of every arm, and the two differences that matter."""
+    return "\n\n".join([accuracy_table(record), *differences(record)])
+
+
+def accuracy_table(record: dict[str, Any]) -> str:
+    """Accuracy and cost of every arm."""
     lines = []
     for arm, (label, _) in LABELS.items():
         runs = list(runs_of(record, arm).values())
@@ -60,8 +64,7 @@ def tables(record: dict[str, Any]) -> str:
         ])  # fmt: skip
     heads = ["training", "test top-1, % ± SD", "seeds", "training FLOPs", "CPU time", "active parameters",
              "load max/mean, worst layer"]  # fmt: skip
-    parts = [table(heads, lines), *(difference(record, "upcycled", other) for other in ("continued", "in one"))]
-    return "\n\n".join(filter(None, parts))
+    return table(heads, lines)
 
 
 def with_spread(values: list[float]) -> str:
@@ -70,19 +73,14 @@ def with_spread(values: list[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f}{spread}"
 
 
-def difference(record: dict[str, Any], arm: str, other: str) -> str:
-    """One sentence on test accuracy, paired over seeds: Student's t with (seeds − 1) degrees of freedom."""
-    own, others = runs_of(record, arm), runs_of(record, other)
-    gaps = [own[seed]["test_top1"] - others[seed]["test_top1"] for seed in sorted(own.keys() & others.keys())]
-    if len(gaps) < 2:
-        return ""
-    mean = statistics.fmean(gaps)
-    half = float(student.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    word = "a tie" if abs(mean) <= half else "above" if mean > 0 else "below"
-    return (
-        f"“{LABELS[arm][0]}” minus “{LABELS[other][0]}”: {', '.join(points(gap) for gap in gaps)} points by seed, mean "
-        f"{points(mean)} (95 % interval {points(mean - half)} to {points(mean + half)}, {len(gaps)} seeds): {word}."
-    )
+def differences(record: dict[str, Any]) -> list[str]:
+    """A sentence on the upcycled model minus each of its two rivals."""
+    accuracies = {
+        label: {seed: run["test_top1"] for seed, run in runs_of(record, arm).items()}
+        for arm, (label, _) in LABELS.items()
+    }
+    pairs = [(LABELS["upcycled"][0], LABELS[other][0]) for other in ("continued", "in one")]
+    return [contrast.sentence for contrast in contrasts(accuracies, pairs)]
 
 
 def draw(record: dict[str, Any], out: Path) -> None:
@@ -104,7 +102,7 @@ def draw(record: dict[str, Any], out: Path) -> None:
         axes.set_xlabel(unit, fontsize=9, color=INK)
         axes.set_xlim(left=0)
     pictures = record["settings"]["pictures"]
-    title(panels[0], "validation top-1", f"the same {pictures} pictures; thin: seeds, thick: mean")
+    title(panels[0], "validation top-1", f"the same {pictures} images; thin: seeds, thick: mean")
     panels[1].legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
     save(figure, out)
 

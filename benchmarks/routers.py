@@ -4,11 +4,13 @@
     OMP_NUM_THREADS=1 python benchmarks/routers.py --speed                     # images/s, interleaved in one process
     python benchmarks/routers.py --report > tables.md                          # tables, and docs/img/routers.png
 
-All rows share the model, E = 8 (32 in the fine-grained row), the steps, the batch, the schedule and the pictures; one
+All rows share the model, E = 8 (32 in the fine-grained row), the steps, the batch, the schedule and the images; one
 expert's width follows from K so that active FLOPs are those of the dense twin (measured and recorded; the report shows
-what difference is left). Balance losses are each router's own defaults. Every row is tuned alike: both learning rates
-with seed 0, the better one on the validation split; then further seeds of that one. Test accuracies select nothing.
-First all rows are tuned on both data sets, then comes seed 1 of all, then seed 2: stopped early, it compares alike.
+what difference is left). Balance losses are each router's own defaults. Every row is tuned alike on the validation
+split with seed 0: the learning rates of `LEARNING_RATES`, and further ones by factors of 2 until the row's best lies
+between two worse ones. All rows then take one rate, the best on average; a row keeps its own only if that is better by
+more than `TOLERANCE`. Test accuracies select nothing. One data set comes after the other, and within it seed 1 of all
+rows before seed 2 of any: stopped early, it compares alike.
 
 The router `label`, an oracle that is told the class, has no place in a table of accuracies.
 """
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _router_report import draw, tables
+from _router_report import chosen_rates, draw, rate_beyond, tables, tuned
 from _study import (
     BATCH,
     IMAGE_SIZE,
@@ -48,7 +50,7 @@ from moevision.train.task import ClassificationTask
 
 HERE = Path(__file__).parent
 DATASETS = ("cifar10", "synthetic_pets")
-LEARNING_RATES = (1e-3, 2e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 ROWS: dict[str, dict[str, Any]] = {
     "dense twin": {"twin": "active_flops"},
     **{name: {"router": name} for name in ROUTERS if name != "label"},
@@ -59,33 +61,23 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def plan(record: Record, options: Namespace) -> Iterator[dict[str, Any]]:
-    """Keys of all runs in order; which rate the further seeds have is looked up when their turn comes."""
-    for row in options.rows:
-        for dataset in options.datasets:
+    """Keys of all runs in order; which rates come next is looked up when their turn comes."""
+    for dataset in options.datasets:
+        for row in options.rows:
             for lr in LEARNING_RATES:
                 yield {"dataset": dataset, "row": row, "lr": lr, "seed": 0}
-    for seed in range(1, options.seeds):
-        for row in options.rows:
-            for dataset in options.datasets:
-                yield {
-                    "dataset": dataset,
-                    "row": row,
-                    "lr": chosen_rate(record.read()["runs"], dataset, row),
-                    "seed": seed,
-                }
-
-
-def chosen_rate(runs: list[dict[str, Any]], dataset: str, row: str) -> float:
-    """The learning rate with the better validation accuracy at seed 0."""
-    tried = [run for run in runs if (run["dataset"], run["row"], run["seed"]) == (dataset, row, 0)]
-    return max(tried, key=lambda run: run["val_top1"])["lr"]
+            while (further := rate_beyond(tuned(record.read()["runs"], dataset)[row])) is not None:
+                yield {"dataset": dataset, "row": row, "lr": further, "seed": 0}
+        for seed in options.seeds:
+            for row in options.rows:
+                rates = chosen_rates(tuned(record.read()["runs"], dataset))
+                yield {"dataset": dataset, "row": row, "lr": rates[row], "seed": seed}
 
 
 def study(record: Record, options: Namespace) -> None:
     """Do the runs that the record lacks, until the minutes are over."""
     start, about = time.monotonic(), provenance()
     data = {name: open_data(name, options.cifar, pets=options.pets) for name in options.datasets}
-    record.put("cost", {**record.read().get("cost", {}), **measure_rows(options.rows)})
     for key in plan(record, options):
         if record.find(**key) is not None:
             continue
@@ -127,16 +119,19 @@ def measure_rows(rows: list[str]) -> dict[str, dict[str, int]]:
 
 
 def measure_speed(rows: list[str], rounds: int) -> dict[str, Any]:
-    """Training images/s of every row and its ratio to the dense twin, taken round by round in one process."""
+    """Training images/s of every row and its ratio to the dense twin, taken round by round in one process.
+
+    By CPU time: on one thread of an idle machine that is the wall time, on a busy one what an idle one would take.
+    """
     images, labels = torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE), torch.randint(10, (BATCH,))
     steps = {row: training_step(build(row), images, labels, bf16=PRECISION != "32-true") for row in rows}
     times: dict[str, list[float]] = {row: [] for row in rows}
     for count in range(rounds + 3):
         for row, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
             if count >= 3:  # the first steps allocate
-                times[row].append(time.perf_counter() - start)
+                times[row].append(time.process_time() - start)
     found = {}
     for row, seconds in times.items():
         ratios = [twin / own for twin, own in zip(times["dense twin"], seconds, strict=True)]
@@ -156,11 +151,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "routers.json", help="the record (%(default)s)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all")
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of the chosen learning rate (%(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help=f"optimizer steps of {BATCH} pictures (%(default)s)")
-    parser.add_argument("--pets", nargs=3, type=int, default=(16_384, 2_000, 4_000), help="drawn pictures per split")
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(6), help="seeds of the chosen rate (0 to 5)")
+    parser.add_argument("--steps", type=int, default=500, help=f"optimizer steps of {BATCH} images (%(default)s)")
+    parser.add_argument("--pets", nargs=3, type=int, default=(16_384, 2_000, 4_000), help="drawn images per split")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
-    parser.add_argument("--speed", action="store_true", help="measure images/s instead (idle machine, 2 to 3 minutes)")
+    parser.add_argument("--speed", action="store_true", help="measure images/s instead (about a minute)")
     parser.add_argument("--rounds", type=int, default=40, help="steps of each row for --speed (%(default)s)")
     parser.add_argument("--report", action="store_true", help="print tables and draw the figure instead")
     parser.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "img" / "routers.png")
@@ -173,9 +168,10 @@ def main() -> None:
         return
     settings = {
         "model": MODEL, "image_size": IMAGE_SIZE, "batch": BATCH, "steps": options.steps, "precision": PRECISION,
-        "learning_rates": LEARNING_RATES, "pets": options.pets, "schedule": "AdamW, one cycle, 20 % warm-up",
+        "pets": options.pets, "schedule": "AdamW, one cycle, 20 % warm-up",
     }  # fmt: skip
     record = Record(options.out, settings)
+    record.put("cost", {**record.read().get("cost", {}), **measure_rows(options.rows)})
     if options.speed:
         record.put("speed", measure_speed(options.rows, options.rounds))
     else:

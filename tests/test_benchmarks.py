@@ -1,6 +1,7 @@
 """The studies in benchmarks/ run, go on where they stopped, call ties as they say, and tell it in a table."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -46,20 +47,29 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def test_router_study_resumes_and_reports(run_script, tmp_path, capsys) -> None:
+def test_router_study_tunes_resumes_and_reports(run_script, tmp_path, capsys, monkeypatch) -> None:
+    script = __import__("routers")
+    best = {"dense twin": 2e-3, "vmoe_top_k": 8e-3}  # the second one lies beyond the rates that are always tried
+
+    def trained(data, key, steps):
+        found = real(data, key, steps)
+        return {**found, "val_top1": 0.5 - 0.1 * abs(math.log2(key["lr"] / best[key["row"]]))}
+
+    real = script.one_run
+    monkeypatch.setattr(script, "one_run", trained)
     out = tmp_path / "routers.json"
     common = ("--out", out, "--steps", 2, "--pets", 128, 64, 64, "--datasets", "synthetic_pets", "--rows")
-    run_script("routers", *common, "dense twin", "--seeds", 1)
+    run_script("routers", *common, "dense twin", "--seeds", 0)
     first = json.loads(out.read_text())["runs"]
-    assert [(run["lr"], run["seed"]) for run in first] == [(1e-3, 0), (2e-3, 0)]
-    script = run_script("routers", *common, "dense twin", "vmoe_top_k", "--seeds", 2)
+    assert [(run["lr"], run["seed"]) for run in first] == [(1e-3, 0), (2e-3, 0), (4e-3, 0)]
+    run_script("routers", *common, "dense twin", "vmoe_top_k", "--seeds", 1)
     record = json.loads(out.read_text())
-    assert record["runs"][:2] == first  # kept, not trained again
-    assert len(record["runs"]) == 2 * 3
-    best = max(first, key=lambda run: run["val_top1"])["lr"]
-    assert [run["lr"] for run in record["runs"] if run["row"] == "dense twin" and run["seed"] == 1] == [best]
+    assert record["runs"][:3] == first  # kept, not trained again
+    runs = {row: [(run["lr"], run["seed"]) for run in record["runs"] if run["row"] == row] for row in best}
+    assert runs["dense twin"] == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (2e-3, 1)]
+    assert runs["vmoe_top_k"] == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (8e-3, 0), (16e-3, 0), (8e-3, 1)]
     counts = [sum(layer["counts"]) for run in record["runs"] for layer in run["layers"]]
-    assert counts == [64 * 16 * 2] * 2 * 3  # test pictures x patches x K, two layers, three runs
+    assert counts == [64 * 16 * 2] * 2 * 6  # test images x patches x K, two layers, six runs
     capsys.readouterr()
     run_script("routers", "--out", out, "--report", "--figure", tmp_path / "routers.png")
     assert "| `vmoe_top_k` |" in capsys.readouterr().out
@@ -69,16 +79,45 @@ def test_router_study_resumes_and_reports(run_script, tmp_path, capsys) -> None:
     assert "label" not in script.ROWS
 
 
-def test_tie_width_is_tukeys(run_script) -> None:
-    """Rows and seeds that only add up leave nothing; what is left here has the sum of squares 6 · .01², 4 degrees of
-    freedom, and q(0.95; 3 means, 4 degrees of freedom) = 5.04 in printed tables of the studentized range."""
+def test_rows_take_one_learning_rate_unless_their_own_is_clearly_better(run_script) -> None:
+    """A tenth of a point of validation accuracy once gave a router another rate than all others, and the last place."""
     report = __import__("_router_report")
-    left = ((1, -1, 0), (-1, 0, 1), (0, 1, -1))  # rows and columns sum to 0
-    rows = []
-    for centre, own in zip((0.5, 0.6, 0.7), left, strict=True):
-        values = [centre + block + 0.01 * rest for block, rest in zip((0.0, 0.05, -0.1), own, strict=True)]
-        rows.append(report.Row("", 1e-3, [{"seed": seed, "test_top1": value} for seed, value in enumerate(values)]))
-    assert report.tie_width(rows) == pytest.approx(5.04 * (6 * 0.01**2 / 4 / 3) ** 0.5, rel=2e-3)
+    tried = {
+        "one": {1e-3: 0.44, 2e-3: 0.46, 4e-3: 0.45},
+        "by luck": {0.5e-3: 0.45, 1e-3: 0.467, 2e-3: 0.466, 4e-3: 0.46},
+        "clearly": {1e-3: 0.44, 2e-3: 0.455, 4e-3: 0.466, 8e-3: 0.46},
+        "at the edge": {1e-3: 0.44, 2e-3: 0.45, 4e-3: 0.47},
+    }
+    assert report.chosen_rates(tried) == {"one": 2e-3, "by luck": 2e-3, "clearly": 4e-3}
+    assert report.rate_beyond(tried["at the edge"]) == 8e-3
+    assert report.rate_beyond({1e-3: 0.4, 2e-3: 0.3}) == 0.5e-3
+
+
+def test_a_contrast_is_judged_by_its_own_spread(run_script) -> None:
+    """Gaps of 1, 2 and 3 points: t = 2 √3 with 2 degrees of freedom, where p = 1 - t / √(t² + 2) = .0742 exactly, and
+    the interval reaches 4.303 / √3 = 2.48 points (printed tables). A row that scatters widely must not blur it."""
+    paired = __import__("_paired")
+    reference = {0: 0.50, 1: 0.55, 2: 0.40}
+    rows = {
+        "twin": reference,
+        "near": {seed: value + 0.01 * (seed + 1) for seed, value in reference.items()},
+        "sure": {seed: value + 0.02 + 0.0001 * seed for seed, value in reference.items()},
+        "wild": {seed: value + 0.1 * (-1) ** seed for seed, value in reference.items()},
+        "once": {0: 0.9},
+    }
+    near, sure, wild, once = paired.contrasts(rows, [(name, "twin") for name in list(rows)[1:]])
+    assert near.own_p == pytest.approx(1 - 2 * 3**0.5 / 14**0.5)
+    assert near.interval == "+2.0 (−0.5 to +4.5)"
+    assert near.p == pytest.approx(2 * near.own_p)  # the second smallest of three
+    assert sure.p == pytest.approx(3 * sure.own_p)
+    assert [each.verdict for each in (near, sure, wild)] == ["not told apart", "above", "not told apart"]
+    assert (once.interval, once.verdict) == ("+40.0", "not told apart")
+
+
+def test_holms_adjustment(run_script) -> None:
+    """Worked through by hand: 4 · .005, 3 · .01, then never less than the one before."""
+    paired = __import__("_paired")
+    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def test_upcycling_study(run_script, photos, tmp_path, capsys) -> None:
@@ -146,22 +185,21 @@ def test_saving_study_measures_resumes_and_reports(run_script, small_saving, pho
 
 
 def test_saving_report_states_what_the_record_says(run_script) -> None:
-    """Three arms whose accuracies are means of rows and seeds plus the residuals of `test_tie_width_is_tukeys`."""
+    """Gaps of 1, 2, 3 and of 20.0, 20.1, 20.2 points; seeds and budgets that only one arm has are left out."""
     report = __import__("_saving_report")
-    left = ((1, -1, 0), (-1, 0, 1), (0, 1, -1))
-    runs = [
-        {"arm": arm, "steps": steps, "seed": seed, "test_top1": centre + block + 0.01 * left[row][seed]}
-        for row, (arm, steps, centre) in enumerate(zip(report.SAVING, (9, 8, 7), (0.7, 0.69, 0.5), strict=True))
-        for seed, block in enumerate((0.0, 0.05, -0.1))
-    ]
-    runs.append({"arm": "MoE", "steps": 5, "seed": 0, "test_top1": 0.0})  # of another budget: left out
     steps = dict(zip(report.SAVING, (9, 8, 7), strict=True))
+    found = ((0.70, 0.75, 0.60), (0.69, 0.73, 0.57), (0.50, 0.549, 0.398))
+    runs = [
+        {"arm": arm, "steps": steps[arm], "seed": seed, "test_top1": value}
+        for arm, values in zip(report.SAVING, found, strict=True)
+        for seed, value in enumerate(values)
+    ]
+    runs.append({"arm": "MoE", "steps": 5, "seed": 0, "test_top1": 0.0})  # of another budget
+    runs.append({"arm": "MoE", "steps": 9, "seed": 3, "test_top1": 0.0})  # of a seed that the others lack
     rows = report.equal_time({"runs": runs, "budget": {"steps": steps}}, report.SAVING)
-    half = 100 * 5.04 * (6 * 0.01**2 / 4 / 3) ** 0.5  # 3.56 points
-    tie, _, below = report.differences(rows)
-    assert f"mean +1.0 (−{half - 1:.1f} to +{1 + half:.1f}): a tie" in tie
-    assert "by seed, mean +19.0" in below
-    assert "above" in below
+    near, far = report.differences(rows)
+    assert "+1.0, +2.0, +3.0 points by seed, mean +2.0 (−0.5 to +4.5), p = 0.074: not told apart." in near
+    assert "mean +20.1 (+19.9 to +20.3), p = 0.000: above." in far
 
 
 def test_memory_of_an_arm_is_measured_in_its_own_process(run_script) -> None:

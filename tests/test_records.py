@@ -10,16 +10,10 @@ import pytest
 
 from tests.records import ROOT, Claim, Definition, Page, all_pages, checked_pages, pattern, unclaimed
 
-WITHOUT_MODULE = {
-    "docs/levers.md",
-    "docs/routers.md",
-    "docs/saving.md",
-    "docs/surgery.md",
-    "docs/upcycling.md",
-}
+WITHOUT_MODULE: set[str] = set()
 """Pages whose numbers are not checked yet."""
 
-DIRTY: set[str] = set()
+DIRTY: set[str] = {"benchmarks/saving.json"}
 """Quoted records of a tree with uncommitted changes, which are to be measured again."""
 
 WITHOUT_COMMIT: set[str] = {

@@ -45,7 +45,8 @@ def test_the_new_model_is_there(pruned):
     assert [layer.router.num_experts for layer in moe_layers(net)] == [3, 3]
     assert load_model(str(out)).class_names == ["cat", "dog"]
     assert record["operation"] == {"kind": "prune", "amount": 1, "align": True}
-    assert record["command"].startswith("moevision surgery ")
+    assert record["provenance"]["command_line"].startswith("moevision surgery ")
+    assert "code" in record["provenance"]
 
 
 def test_accuracy_is_that_of_the_test_pictures(pruned, tiny_run):

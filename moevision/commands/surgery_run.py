@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from moevision.models.hub import SavedModel, best_device, load_model, save_model
 from moevision.models.regroup import numbered_layers
 from moevision.models.surgery import collapse_to_dense, merge_experts, most_used, prune_experts, similar_groups
 from moevision.train.intervals import accuracy_interval, paired_difference
+from moevision.train.provenance import collect_provenance
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def surgery(settings: SurgerySettings) -> dict[str, Any]:
         "use": {"pictures": used_on.name, "layers": layers},
         "accuracy": {"pictures": tested_on.name, **_compare(saved, after, tested_on, settings.batch_size)},
         "costs": _costs(saved, after),
-        "command": settings.command,
+        "provenance": collect_provenance(command=shlex.split(settings.command), seed=None, data_sha256=None),
     }
     _write(after, record, settings.out)
     return record

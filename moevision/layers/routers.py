@@ -22,7 +22,7 @@ from moevision.layers.soft import SoftRouter
 from moevision.layers.top_k import TopKRouter
 
 # arXiv:2101.03961, §2.2 has 0.01 for every layer, added up; ours is a mean over layers. 0.01 of that left max/mean
-# loads of up to 2.0 where 0.05 keeps them below 1.5, at the same accuracy (docs/routers.md).
+# loads of up to 2.0 where 0.05 keeps them below 1.5 (docs/routers.md).
 _LOAD_BALANCING = 0.05
 _BIAS_RATE = 1e-3  # γ of arXiv:2412.19437, §4.2
 _CAPACITY = ("capacity_factor", "eval_capacity_factor", "batch_priority", "capacity_group")

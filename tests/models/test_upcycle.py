@@ -100,9 +100,10 @@ def pets() -> tuple[nn.Module, torch.Tensor]:
 
 @pytest.mark.parametrize(("options", "delta", "same"), GAPS, ids=[row[0] for row in GAPS])
 def test_the_table_in_the_docs(pets: tuple[nn.Module, torch.Tensor], options: str, delta: str, same: str) -> None:
-    """Two digits of the gap; one picture may be a near tie that another machine rounds the other way."""
+    """Two digits of the gap; one image may be a near tie that another machine rounds the other way."""
     dense, x = pets
     gap = step0_gap(dense, upcycle(dense, **eval(f"dict({options})")), x)
+    assert gap.logit_scale == pytest.approx(1.5, abs=0.05)
     if delta == "< 1e-5":
         assert gap.max_logit < 1e-5
     else:
@@ -110,8 +111,31 @@ def test_the_table_in_the_docs(pets: tuple[nn.Module, torch.Tensor], options: st
     assert 100 * gap.agreement == pytest.approx(float(same), abs=100 / 128 + 0.05)
 
 
-def test_the_docs_have_a_table() -> None:
+COSTS = re.findall(
+    r"^\| (.+) \| ([\d.]+) M \| ([\d.]+) M \| ([\d.]+) \| ([\d.]+) \|$", DOCS.read_text(encoding="utf-8"), re.M
+)
+
+
+@pytest.fixture(scope="module")
+def deit() -> nn.Module:
+    return timm.create_model("deit_tiny_patch16_224").eval()
+
+
+@pytest.mark.parametrize("row", COSTS, ids=[row[0] for row in COSTS])
+def test_the_costs_in_the_docs(deit: nn.Module, row: tuple[str, ...]) -> None:
+    options: dict[str, Any] = {
+        name.replace("-", "_"): int(value) if value.isdigit() else value
+        for name, value in re.findall(r"--([\w-]+) (\w+)", row[0])
+    }
+    cost = measure_cost(upcycle(deit, **options) if row[0] != "the dense model" else deit, 224)
+    parameters = [round(count / 1e6, 2) for count in (cost.total_parameters, cost.active_parameters)]
+    flops = [round(cost.flops_per_image / 1e9, 2), round(cost.router_flops_per_image / 1e6, 1)]
+    assert [float(cell) for cell in row[1:]] == [*parameters, *flops]
+
+
+def test_the_docs_have_tables() -> None:
     assert len(GAPS) >= 15
+    assert len(COSTS) == 7
 
 
 def test_a_single_gate_of_one_still_learns(vit: nn.Module) -> None:
