@@ -328,12 +328,14 @@ def _change(names: dict[str, int | None], change: Operation) -> None:
 
 def power_cuts(
     root: Path, run: Path, operations: list[Operation], written: list[bytes], least: int, tried: dict[str, str]
-) -> list[Counter]:
+) -> Iterator[Counter]:
     """What was lost after each operation, over all states that a power cut may leave then; "" is nothing.
+
+    One operation after the other: without flushes the states double with every new name.
 
     `tried` remembers states, for the same `root` and `run`.
     """
-    replay, data, found = Replay(root), iter(written), list[Counter]()
+    replay, data = Replay(root), iter(written)
     for operation in operations:
         replay.do(operation, next(data) if operation[0] == "write" else b"")
         if operation == ("saved", LAST):
@@ -344,8 +346,7 @@ def power_cuts(
             if key not in tried:
                 tried[key] = _lost_in(state, root, run, least)
             outcomes[tried[key]] += 1
-        found.append(outcomes)
-    return found
+        yield outcomes
 
 
 def _lost_in(state: dict[str, bytes | None], root: Path, run: Path, least: int) -> str:
@@ -458,7 +459,7 @@ def record(root: Path) -> dict[str, Any]:
         operations, written = recorded_with_bytes(run, columns)
         shutil.rmtree(place / "runs")
         shutil.move(place / "before", place / "runs")
-        cuts = power_cuts(place / "runs", run, operations, written, least, tried := {})
+        cuts = list(power_cuts(place / "runs", run, operations, written, least, tried := {}))
         rows, at = [], 0
         for number, (operation, states) in enumerate(zip(operations, cuts, strict=True)):
             if operation[0] == "saved":
@@ -473,8 +474,8 @@ def record(root: Path) -> dict[str, Any]:
             row["power cut"] = {words or "nothing": states[words] for words in states}
             if operation[0] == "fsync":
                 without = [each for index, each in enumerate(operations) if index != number]
-                kinds = power_cuts(place / "runs", run, without, written, least, tried)
-                row["without it"] = dict(sum(kinds, Counter()) - Counter({"": sum(kinds, Counter())[""]}))
+                kinds = sum(power_cuts(place / "runs", run, without, written, least, tried), Counter())
+                row["without it"] = {words: kinds[words] for words in kinds if words}
             rows.append(row)
             print(name, row, flush=True)
         found[name] = rows
