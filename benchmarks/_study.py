@@ -23,6 +23,7 @@ from typing import Any
 import lightning as L
 import torch
 
+import moevision
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
@@ -186,7 +187,7 @@ def provenance() -> dict[str, Any]:
     libraries = ("torch", "timm", "lightning", "numpy")
     return {
         "command": " ".join(["python", *sys.argv]),
-        "code": git_state(Path(__file__).parent),
+        "code": git_state(Path(moevision.__file__).parent, Path(__file__).with_name("*.py")),
         "machine": f"{cpu_model()}, {torch.get_num_threads()} thread",
         "python": platform.python_version(),
         "libraries": {name: package_version(name) for name in libraries},

@@ -33,7 +33,8 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from moevision.train.provenance import cpu_model
+import moevision
+from moevision.train.provenance import cpu_model, git_state
 
 LIMIT_MS = {"first_page": 3000, "layer_change": 50, "patch_click": 150, "new_picture": 700, "own_picture": 700}
 WAIT_S = 120
@@ -161,6 +162,7 @@ def main() -> None:
                 page.context.close()
         browser.close()
     result = {
+        "code": git_state(Path(moevision.__file__).parent, Path(__file__)),
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "load_average_before": round(load, 2),

@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 import torch
 
+import moevision
 from moevision.data import SyntheticPets
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.service import Explorer
@@ -176,7 +177,7 @@ def ask(url: str, name: str, request: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Measure and print."""
-    from moevision.train.provenance import cpu_model
+    from moevision.train.provenance import cpu_model, git_state
 
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", help="a run folder (the bundled models)")
@@ -200,8 +201,9 @@ def main() -> None:
     settings = {"visitors": options.visitors, "seconds": options.seconds, "different_questions": len(tasks)}
     memory = {"start_mb": before, "end_mb": after}
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    machine = {"cpu": cpu_model(), "cpus": os.cpu_count(), "load_average_before": load_average}
     text = json.dumps(
-        {"cpu": cpu_model(), "cpus": os.cpu_count(), "load_average_before": load_average, **versions, **settings}
+        {"code": git_state(Path(moevision.__file__).parent, Path(__file__)), **machine, **versions, **settings}
         | {**outcome.summary(options.seconds), "server_rss": memory},
         indent=1,
     )

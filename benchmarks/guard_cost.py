@@ -29,10 +29,11 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+import moevision
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
 from moevision.train.guard import GuardConfig, StabilityGuard
-from moevision.train.provenance import cpu_model
+from moevision.train.provenance import cpu_model, git_state
 from moevision.train.recipe import default_precision
 from moevision.train.router_health import RouterHealth
 from moevision.train.run_folder import find_config
@@ -199,6 +200,7 @@ def main() -> None:
     hooks_percent = 100 * sum(ends[1].guard_s) / sum(ends[1].cpu_s)
     snapshots_percent = 100 * snapshot_s / (every * step_s)
     result = {
+        "code": git_state(Path(moevision.__file__).parent, Path(__file__)),
         "config": options.config,
         "batch": config["data"]["batch_size"],
         "precision": config.get("trainer", {}).get("precision", default_precision()),

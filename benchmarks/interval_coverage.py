@@ -25,12 +25,14 @@ import numpy as np
 from rich.progress import track
 from scipy.stats import norm
 
+import moevision
 from moevision.analysis.information import (
     class_information,
     mutual_information_bits,
     part_information,
     position_information,
 )
+from moevision.train.provenance import git_state
 
 EXPERTS, PATCHES, GRID, PARTS = 8, 16, (4, 4), 5
 Array = np.ndarray
@@ -219,6 +221,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     lowest = {m: min(r["methods"][m]["coverage"] for r in rows if m in r["methods"]) for m in rows[0]["methods"]}
     result = {
+        "code": git_state(Path(moevision.__file__).parent, Path(__file__)),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "seconds": round(time.perf_counter() - start),

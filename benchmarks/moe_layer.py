@@ -4,7 +4,6 @@
 
 `moevision benchmark layer` with the two presets, at E = 8 and 32, in bf16 and fp32; further options are passed on to
 both, such as `--repetitions 40` or `--threads 2`. Writes OUT/bars/ and OUT/growth/ with a record and a figure each.
-(`moe_layer.json` beside this file is from an earlier version, which also timed the layer without rounded groups.)
 """
 
 from __future__ import annotations

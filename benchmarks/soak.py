@@ -27,8 +27,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import moevision
 from moevision.files import write_json_atomic
-from moevision.train.provenance import cpu_model
+from moevision.train.provenance import cpu_model, git_state
 
 LIMIT_MB = 8.0
 INTERVAL_S = 0.25
@@ -147,7 +148,11 @@ def main() -> None:
         print(json.dumps(predict_here(chosen.run, chosen.predictions)))
         return
     with tempfile.TemporaryDirectory() as home:
-        result: dict[str, Any] = {"cpu": cpu_model(), "load_average_before": round(os.getloadavg()[0], 2)}
+        result: dict[str, Any] = {
+            "code": git_state(Path(moevision.__file__).parent, Path(__file__)),
+            "cpu": cpu_model(),
+            "load_average_before": round(os.getloadavg()[0], 2),
+        }
         result["training"] = train(Path(home), chosen.steps)
         result["predictions"] = predict(Path(home), chosen.predictions)
     print(json.dumps(result, indent=2))

@@ -3,8 +3,7 @@
     python benchmarks/train_step.py cifar10 quickstart --out benchmarks/train
 
 `moevision benchmark train CONFIG --peer lightning` for each config; further options are passed on, such as
-`--repetitions 60`. Writes OUT/CONFIG/ with a record and a figure. (`train_step_cifar10.json` and
-`train_step_quickstart.json` beside this file are from an earlier version.)
+`--repetitions 60`. Writes OUT/CONFIG/ with a record and a figure.
 """
 
 from __future__ import annotations

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
+import moevision
 from moevision.analysis.pictures import open_pictures
 from moevision.analysis.tokens import network_input
 from moevision.demo.bundle import bundled_folders, bundled_model
 from moevision.demo.cards import read_card
 from moevision.files import write_json_atomic
 from moevision.models.hub import SavedModel
+from moevision.train.provenance import git_state
 
 
 def main() -> None:
@@ -60,7 +62,8 @@ def main() -> None:
     }
     print(json.dumps(rows, indent=2))
     if options.out:
-        write_json_atomic(options.out, {"model": options.model, "rows": rows})
+        code = git_state(Path(moevision.__file__).parent, Path(__file__))
+        write_json_atomic(options.out, {"code": code, "model": options.model, "rows": rows})
 
 
 def _pictures(data: str, model: SavedModel, limit: int) -> np.ndarray:

@@ -1,4 +1,10 @@
-"""The exception, and the warning, that a user of the package is meant to read."""
+"""The exception, and the warning, that a user of the package is meant to read.
+
+Their sentences name files and folders, whose names may hold anything: both show them harmless from the start, for the
+command line as for a notebook.
+"""
+
+from moevision.names import shown_lines
 
 USER_ERROR = 2  # exit code of the command line after a UserError
 DIVERGED = 3  # after a training that the stability guard has given up
@@ -12,6 +18,12 @@ class UserError(ValueError):
 
     exit_code = USER_ERROR
 
+    def __init__(self, sentence: str) -> None:
+        super().__init__(shown_lines(sentence))
+
 
 class DataWarning(UserWarning):
     """Something about the images that the user should know; the command line prints it with the data's description."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(shown_lines(sentence))

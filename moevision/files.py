@@ -1,33 +1,175 @@
 """Write a file whole or not at all, so that a crash never leaves half a report where a whole one stood.
 
-The text goes to a neighbour in the same folder, is flushed to the disk and then renamed over the target;
-`os.replace` is atomic on POSIX and on Windows as long as both names lie on one file system.
+The bytes go to a temporary file in the same folder, are flushed to the disk, and the file is renamed over the target;
+`os.replace` is atomic on POSIX and on Windows as long as both names lie on one file system. The folder is flushed then:
+until that the disk may forget the new name. Everything that training writes goes through this module, so that one place
+can be made to fail in a test (`tests/train/test_file_operations.py`).
 """
 
-import json
+import errno
 import os
+import platform
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from moevision.names import json_text
+
+# What file systems say that don't flush folders (FUSE, CIFS), or don't let this user open one.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
+_SILENT_S = 3600.0  # a temporary file to which nobody has written for so long is taken for a leftover
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:
     """Replace `path` by a file with these bytes; missing parent folders are made.
 
+    When it returns, the file is on the disk under its name.
+
     Raises:
         OSError: the folder can't be written or the disk is full; an older `path` is then untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are readable by their owner only, and the mode would survive the rename.
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with written_beside(path, data) as temporary:
+        rename(temporary, path)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def written_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file in the folder of `path`, with these bytes, on the disk; gone at the end if it wasn't renamed.
+
+    Raises:
+        OSError: the folder can't be written or the disk is full.
+    """
+    make_folder(path.parent)
+    temporary = temporary_for(path)
     try:
-        with neighbour.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(neighbour, path)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            _write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        yield temporary
     finally:
-        neighbour.unlink(missing_ok=True)
+        if temporary.exists():
+            os.unlink(temporary)
+
+
+def rename(path: Path, target: Path) -> None:
+    """Give a file another name in its folder, over what has that name; `sync_folder` makes it last."""
+    os.replace(path, target)
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Add bytes to the end of a file, all or none; `sync_file` makes them last.
+
+    Raises:
+        OSError: the file can't be written or the disk is full.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            _write_all(descriptor, data)
+        except OSError:
+            os.ftruncate(descriptor, size)  # half a row is worse than none
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's bytes to the disk."""
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk, where the system can (not on Windows)."""
+    if os.name == "nt":
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that the disk doesn't forget them either."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+    sync_folder(folder.parent)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def temporary_for(path: Path) -> Path:
+    """The name under which `path` is written, in its folder; it says which process of which machine writes."""
+    # Not tempfile: its files are readable by their owner only, and the mode would survive the rename.
+    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Delete the temporary files that processes which have ended left in a folder, not below it; the number of them.
+
+    A file stays while its process may live: as long as this machine has a process of that number, or if the name is of
+    another machine. For numbers that were given again, and machines that were given up, an hour of silence is the end.
+    """
+    leftovers = [path for path in folder.glob(".*.tmp") if path.is_file() and _has_ended(path)]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def _has_ended(temporary: Path) -> bool:
+    *_, machine, process, _ = temporary.name.rsplit(".", 3)
+    if machine == _machine() and process.isdecimal() and not _lives(int(process)):
+        return True
+    try:
+        return time.time() - temporary.stat().st_mtime > _SILENT_S
+    except FileNotFoundError:  # it was renamed a moment ago
+        return False
+
+
+def _lives(process: int) -> bool:
+    """Whether a process other than this one has that number: in a container the next one often has the same."""
+    if process == os.getpid():
+        return False
+    if os.name == "nt":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -36,10 +178,10 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """Replace `path` by `obj` as indented JSON.
+    """Replace `path` by `obj` as indented JSON, in which names from outside are escaped and read back exactly.
 
     Raises:
         TypeError: `obj` holds something other than JSON primitives.
         ValueError: `obj` holds NaN or infinity, which JSON can't say.
     """
-    write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text_atomic(path, json_text(obj, indent=2) + "\n")

@@ -21,6 +21,7 @@ from moevision.models.convert import one_or_list
 from moevision.models.hub import SavedModel, load_model
 from moevision.models.twin import dense_twin
 from moevision.models.vit_moe import MOE_ARGUMENTS
+from moevision.names import shown
 
 
 def info(model: str, format: Literal["table", "json"] = "table") -> None:
@@ -93,12 +94,12 @@ def plain_vit(net: nn.Module) -> nn.Module:
         raise UserError("The plain ViT of a model without a timm name is not known.")
     for name in (*MOE_ARGUMENTS, "twin"):
         arguments.pop(name, None)
-    return timm.create_model(config["architecture"], **{**arguments, "moe_layers": []})
+    return timm.create_model(config["architecture"], **{**arguments, "num_classes": net.num_classes, "moe_layers": []})
 
 
 def _print_table(facts: dict[str, Any], costs: dict[str, ModelCost]) -> None:
     console = Console()
-    console.print(f"{facts['model']}: {facts['classes']} classes, {facts['image_size']} px")
+    console.print(f"{shown(facts['model'])}: {facts['classes']} classes, {facts['image_size']} px", markup=False)
     console.print(facts["moe"])
     table = Table("", "parameters", "active", "MFLOPs / image", "routers' MFLOPs")
     for column in table.columns[1:]:

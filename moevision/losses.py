@@ -5,8 +5,9 @@
 - load balancing: GShard, arXiv:2006.16668, algorithm 1; Switch Transformer, arXiv:2101.03961, eq. 4-6.
 - router z-loss: ST-MoE, arXiv:2202.08906, eq. 5.
 
-Every loss is a function of sums over tokens. That is what makes it exact for a batch that arrives in pieces, from
-several processes or several micro-batches: `AuxLoss` adds up the sums and only then applies the function.
+Every loss is a function of sums over tokens. That is what makes its value exact for a batch that arrives in pieces,
+from several processes or several micro-batches: `AuxLoss` adds up the sums and only then applies the function. Its
+gradient is exact over processes; over micro-batches `AuxLoss` says what is approximate.
 
 Axes: B images, N tokens, E experts, K choices.
 """
@@ -162,6 +163,13 @@ class AuxLoss:
     its own; `start_window` begins a new one. With `torch.distributed` it is summed over ranks by an all-reduce whose
     backward also sums, which makes DDP's mean over ranks the gradient of the whole batch.
 
+    The m-th micro-batch has about 1/m of a part in that statistic, so its own part's gradient counts m times: divided
+    by the number K of micro-batches (as Lightning does), the gradients then add up to the whole batch's, where they
+    would fade to (1 + 1/2 + ... + 1/K) / K of it. That is exact for the z loss of equally large micro-batches, and for
+    all losses where micro-batches have the same statistic. Otherwise the direction is approximate, because earlier
+    micro-batches can't know what later ones will add (docs/concepts.md has measured values). A window that the end of
+    an epoch cuts short counts as much of a whole one as its cross-entropy does.
+
     Args:
         weights: the weight of each loss, and the rule.
     """
@@ -171,7 +179,7 @@ class AuxLoss:
         self.rule: Rule = values.pop("rule")
         self.given = {name: float(weight) for name, weight in values.items() if weight is not None}
         self._of_layer: list[dict[str, float]] = []
-        self._window: dict[tuple[str, int], Tensor] = {}
+        self.start_window()
 
     def check(self, model: nn.Module) -> None:
         """Take the weights that were left out from the routers of `model`.
@@ -193,10 +201,12 @@ class AuxLoss:
 
     def start_window(self) -> None:
         """Forget earlier micro-batches; call it once per optimizer step."""
-        self._window = {}
+        self._window: dict[tuple[str, int], Tensor] = {}
+        self._micro_batches = 0
 
     def __call__(self, routings: Sequence[Routing]) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The weighted sum (None without MoE layers or weights), and each loss's detached mean over its layers."""
+        self._micro_batches += 1
         of_layer = self._of_layer or [_positive(self.given)] * len(routings)
         values: dict[str, list[Tensor]] = {}
         weighted = []
@@ -214,7 +224,9 @@ class AuxLoss:
         loss = _LOSSES[name]
         sums = loss.sums(routing, self.rule)
         earlier = self._window.get((name, layer))
-        sums = sums if earlier is None else earlier + sums
+        if earlier is not None:
+            # The value of the sum, and m times the gradient of the own part.
+            sums = earlier + sums + (self._micro_batches - 1) * (sums - sums.detach())
         self._window[name, layer] = sums.detach()
         return loss.value(_sum_over_ranks(sums))
 
@@ -241,6 +253,5 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
+        total: Tensor = _AllReduce.apply(gradients[0])  # type: ignore[no-untyped-call]
         return total

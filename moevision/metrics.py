@@ -25,7 +25,10 @@ class LayerLoad:
         counts: choices that each expert computed.
         max_over_mean: load of the slowest expert over the mean load; 1 is perfect, and what the others wait for.
         cv_squared: variance over squared mean of the counts.
-        cv_squared_floor: what CV² is expected to be if each choice fell on a random expert: (E - 1) / choices.
+        cv_squared_floor: CV² that chance alone is expected to give on so many images, if over all possible images every
+            expert were chosen equally often: Σ_e I · var(c_e) / E ÷ mean load², with c_e the counts of expert e in
+            each of I images. Choices of one image go together; only independent ones would give (E - 1) / choices,
+            which is said of a single image.
         dead: experts that no token chose.
         entropy_bits: mean entropy of a token's router probabilities; log2(E) is undecided.
         dropped: share of choices that capacity dropped.
@@ -44,17 +47,31 @@ class LayerLoad:
 
     @classmethod
     def from_sums(
-        cls, layer: int, counts: Tensor, requested: Tensor, entropy_bits: Tensor, tokens: Tensor, unrouted: Tensor
+        cls,
+        layer: int,
+        counts: Tensor,
+        requested: Tensor,
+        entropy_bits: Tensor,
+        tokens: Tensor,
+        unrouted: Tensor,
+        *,
+        count_squares: Tensor,
+        images: Tensor,
     ) -> LayerLoad:
-        """Summarise counts [E], requested [E] choices, and the sums over `tokens` tokens of entropy and unrouted."""
+        """Summarise sums over images: counts [E], requested [E] choices, squares of the counts [E] of each image.
+
+        `entropy_bits` and `unrouted` are sums over `tokens` tokens.
+        """
         load = counts.double()
         total = load.sum()
+        spread = (count_squares.double() - load.square() / images) / (images - 1)  # [E] variance of an image's counts
+        floor = images * spread.mean() / load.mean().square() if images > 1 else (len(load) - 1) / total
         return cls(
             layer=layer,
             counts=counts.tolist(),
             max_over_mean=float(load.max() / load.mean()),
             cv_squared=float(cv_squared(load)),
-            cv_squared_floor=float((len(load) - 1) / total),
+            cv_squared_floor=float(floor),
             dead=int((load == 0).sum()),
             entropy_bits=float(entropy_bits / tokens),
             dropped=float(1 - total / requested.sum()),
@@ -72,9 +89,11 @@ class RoutingStatistics(Metric):
 
     full_state_update = False
     counts: Tensor
+    count_squares: Tensor
     requested: Tensor
     entropy_bits: Tensor
     tokens: Tensor
+    images: Tensor
     unrouted: Tensor
 
     def __init__(self, layers: Sequence[int], num_experts: int | Sequence[int]) -> None:
@@ -85,9 +104,11 @@ class RoutingStatistics(Metric):
         )
         shape = (len(self.layers), max(self.num_experts, default=0))  # a layer with fewer experts has zeros behind
         self.add_state("counts", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("count_squares", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("requested", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("entropy_bits", torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros(len(self.layers), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(len(self.layers), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("unrouted", torch.zeros(len(self.layers), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, routings: Sequence[Routing]) -> None:
@@ -95,18 +116,26 @@ class RoutingStatistics(Metric):
         for row, routing in enumerate(routings):
             probs = routing.probs.detach()
             self.counts[row, : routing.num_experts] += routing.counts()
+            self.count_squares[row, : routing.num_experts] += routing.image_counts().square().sum(0)
             self.requested[row, : routing.num_experts] += routing.requested_counts()
             self.entropy_bits[row] += torch.special.entr(probs).sum().double() / torch.log(torch.tensor(2.0))
             self.tokens[row] += probs.shape[0] * probs.shape[1]
+            self.images[row] += probs.shape[0]
             self.unrouted[row] += (~routing.kept.any(-1)).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Sums per MoE layer: `counts`, `requested` [L, E]; over tokens `entropy_bits`, `tokens`, `unrouted` [L]."""
+        """Sums per MoE layer.
+
+        Over images `counts`, `count_squares`, `requested` [L, E] and `images` [L]; over tokens `entropy_bits`, `tokens`
+        and `unrouted` [L].
+        """
         return {
             "counts": self.counts,
+            "count_squares": self.count_squares,
             "requested": self.requested,
             "entropy_bits": self.entropy_bits,
             "tokens": self.tokens,
+            "images": self.images,
             "unrouted": self.unrouted,
         }
 
@@ -120,6 +149,8 @@ class RoutingStatistics(Metric):
                 sums["counts"][row, :num_experts],
                 sums["requested"][row, :num_experts],
                 *(sums[name][row, 0] for name in ("entropy_bits", "tokens", "unrouted")),
+                count_squares=sums["count_squares"][row, :num_experts],
+                images=sums["images"][row, 0],
             )
             for row, (layer, num_experts) in enumerate(zip(self.layers, self.num_experts, strict=True))
         ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,12 @@ from rich.console import Console
 from rich.progress import track
 
 from moevision.data.augment import normalize, square_pixels
+from moevision.data.folder import walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.models.hub import SavedModel, best_device, load_model
+from moevision.names import csv_name, json_text
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def predict(
 
 
 def find_images(paths: Sequence[str]) -> Iterator[Path]:
-    """The files themselves, and every image below the folders.
+    """The files themselves, and every image below the folders; links are followed, each folder is entered once.
 
     Raises:
         UserError: if a path does not exist or a folder holds no image.
@@ -94,7 +95,7 @@ def find_images(paths: Sequence[str]) -> Iterator[Path]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            images = sorted(file for file in path.rglob("*") if is_image_path(file) and file.is_file())
+            images = sorted(Path(file.path) for file in walk(path) if is_image_path(file.name))
             if not images:
                 raise UserError(f"The folder {path} holds no image.")
             yield from images
@@ -141,9 +142,9 @@ def to_csv(predictions: Sequence[Prediction]) -> str:
     writer.writerow(["path", "class", "probability", "top5", "error"])
     for row in predictions:
         pairs = zip(row.classes, row.probabilities, strict=True)
-        top5 = "; ".join(f"{name}={probability:.4f}" for name, probability in pairs)
-        best = (row.classes[0], f"{row.probabilities[0]:.4f}") if row.classes else ("", "")
-        writer.writerow([row.path, *best, top5, row.error])
+        top5 = csv_name("; ".join(f"{name}={probability:.4f}" for name, probability in pairs))
+        best = (csv_name(row.classes[0]), f"{row.probabilities[0]:.4f}") if row.classes else ("", "")
+        writer.writerow([csv_name(row.path), *best, top5, csv_name(row.error)])
     return text.getvalue()
 
 
@@ -162,7 +163,7 @@ def to_json(predictions: Sequence[Prediction]) -> str:
         }
         for row in predictions
     ]
-    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+    return json_text(rows, indent=2) + "\n"
 
 
 def main(arguments: list[str]) -> None:

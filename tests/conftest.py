@@ -1,17 +1,25 @@
-"""What the command-line tests share: drawn pictures in a folder, and one tiny finished run."""
+"""What the command-line tests share, drawn pictures in a folder and one tiny finished run; and what tests need."""
 
 import io
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 from PIL import Image
 
 from moevision.cli import main
 from moevision.data import SyntheticPets
+from tests.needs import NEEDS
+
+# A busy machine may take any time for an example.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 # 32 px pictures, four experts: one epoch on 40 pictures takes a tenth of a second. fp32, so that a saved model, which
 # computes in fp32, can be compared with the run that made it.
@@ -95,3 +103,44 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def saved_model(tiny_run: Path, tmp_path: Path) -> Path:
     """A copy of the tiny run's exported model, to be damaged."""
     return Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
+
+
+# ---- what is missing here: skipped, and summed up at the end
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `needs(NAME, ...)` where one of those isn't here."""
+    for name in (name for mark in item.iter_markers("needs") for name in mark.args):
+        if not NEEDS[name].is_here():
+            pytest.skip(_MISSING + name)
+
+
+_MISSING, _COMPLETE = "not here: ", "MOEVISION_TESTS_COMPLETE"
+
+
+def _missing(reporter: pytest.TerminalReporter) -> Counter[str]:
+    """How many tests were skipped for each missing thing."""
+    reasons = (str(report.longrepr[2]) for report in reporter.stats.get("skipped", ()))
+    return Counter(reason.partition(_MISSING)[2] for reason in reasons if _MISSING in reason)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where nothing may be missing, a test that was skipped for it is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get(_COMPLETE) == "1" and reporter is not None and _missing(reporter):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+    """One paragraph on what could not run here, below everything else."""
+    yield
+    missing = _missing(terminalreporter)
+    if not missing:
+        return
+    fails = os.environ.get(_COMPLETE) == "1"
+    terminalreporter.section("not run here", red=fails, yellow=not fails)
+    listed = (f"{count} for want of {NEEDS[name].name} ({NEEDS[name].command})" for name, count in missing.items())
+    verdict = f" {_COMPLETE} is set, so this is a failure." if fails else ""
+    terminalreporter.write_line(f"Skipped tests: {', '.join(listed)}.{verdict}")

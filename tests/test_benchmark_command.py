@@ -62,6 +62,7 @@ def test_a_record_says_where_it_comes_from(records, kind):
     record, out = records[kind]
     assert (record["benchmark"], record["format"]) == (kind, 1)
     assert record["command"].startswith(f"moevision benchmark {kind} ")
+    assert record["code"] is None or set(record["code"]) == {"git_commit", "dirty"}  # None: installed from a wheel
     assert {"cpu", "usable_cores", "torch_threads", "memory_gib", "gpus", "device"} <= set(record["machine"])
     assert {"moevision", "python", "torch", "timm"} <= set(record["versions"])
     assert record["cuda"] in ("measured", "not measured: no CUDA device")
@@ -123,9 +124,10 @@ def test_train_tells_speed_and_load(records):
     record = records["train"][0]
     for row in record["rows"]:
         assert row["images_per_s"] == pytest.approx(4e3 / row["time_ms"]["median"], rel=1e-4)
-        mfu = row["images_per_s"] * row["training_flops_per_image"] / record["measured_peak_flops"]["bf16"]
-        if record["settings"]["precision"] == "bf16":
-            assert row["mfu"] == pytest.approx(mfu, rel=1e-4)
+        # bf16 where the processor multiplies it, else fp32: the peak is that of the precision that was measured.
+        peak = record["measured_peak_flops"][record["settings"]["precision"]]
+        mfu = row["images_per_s"] * row["training_flops_per_image"] / peak
+        assert row["mfu"] == pytest.approx(mfu, rel=1e-4)
     moe, twin, large = record["rows"]
     assert twin["parameters"] < moe["parameters"]
     assert twin["training_flops_per_image"] < large["training_flops_per_image"]

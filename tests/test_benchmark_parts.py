@@ -1,13 +1,12 @@
 """What `moevision benchmark` is made of: turns, phases, memory, load, and other libraries' layers."""
 
-import time
 from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 
-from moevision.commands.benchmark import layer_report, phases
+from moevision.commands.benchmark import layer_report, phases, timing
 from moevision.commands.benchmark.layer import LayerSettings, shapes_of
 from moevision.commands.benchmark.load import measure_load
 from moevision.commands.benchmark.memory import beside_twin, peak_bytes, saved_bytes, tensors_peak_bytes
@@ -30,11 +29,19 @@ def test_candidates_take_turns_in_an_order_that_rotates():
     assert {name: len(values) for name, values in timings.seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_time_is_that_of_the_run_alone():
-    """10 ms of work beside 50 ms of resetting and preparing."""
-    candidate = Candidate("a", lambda: time.sleep(0.01), reset=lambda: time.sleep(0.05))
-    (seconds,) = interleave([candidate], repetitions=3, warm_up=0).seconds.values()
-    assert all(0.01 <= value < 0.05 for value in seconds)
+@pytest.fixture
+def work(monkeypatch):
+    """Work of so many seconds by the clock of `interleave`, which stands still otherwise."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_time_is_that_of_the_run_alone(work):
+    """1 s of work beside 5 s of resetting and 7 s of preparing."""
+    candidate = Candidate("a", lambda: work(1), reset=lambda: work(5))
+    (seconds,) = interleave([candidate], repetitions=3, warm_up=0, prepare=lambda _: work(7)).seconds.values()
+    assert seconds == [1, 1, 1]
 
 
 def test_what_fails_later_is_left_out_whole():
@@ -58,12 +65,12 @@ def _raise():
     raise ValueError("too late")
 
 
-def test_nobody_waits_for_a_very_slow_peer():
+def test_nobody_waits_for_a_very_slow_peer(work):
     slow, calls = [], []
     candidates = [
-        Candidate("ours", lambda: time.sleep(0.002)),
-        Candidate("slow", lambda: (slow.append(1), time.sleep(0.2)), optional=True, patience=20),
-        Candidate("own and slow", lambda: (calls.append(1), time.sleep(0.2))),
+        Candidate("ours", lambda: work(2)),
+        Candidate("slow", lambda: (slow.append(1), work(41)), optional=True, patience=20),
+        Candidate("own and slow", lambda: (calls.append(1), work(41))),
     ]
     timings = interleave(candidates, repetitions=2, warm_up=1)
     assert (len(slow), len(calls)) == (2, 3)
@@ -235,11 +242,11 @@ def test_peers_are_chosen_by_family():
 SIZES = {"tokens": 64, "width": 32, "hidden": 64, "num_experts": 4, "top_k": 2}
 
 
+@pytest.mark.needs("transformers")
 @pytest.mark.parametrize("name", [name for name in PEERS if name.startswith("nemotron_h")])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_nemotron_s_experts_compute_our_function(name):
     """An independent implementation of the same layer: equal outputs and gradients in float32."""
-    pytest.importorskip("transformers")
     torch.manual_seed(0)
     ours = MoEMlp(32, 64, num_experts=4, top_k=2, router="vmoe_top_k", bias=False).eval()
     peer = build_peer(name, ours.router, dtype=torch.float32, device=torch.device("cpu"), **SIZES)

@@ -170,3 +170,28 @@ def test_memory_of_an_arm_is_measured_in_its_own_process(run_script) -> None:
     found = measure.measure_memory(["MoE"], 1)["MoE"]
     parameters = sum(p.numel() for p in __import__("saving").build("MoE", 0).net.parameters())
     assert found["peak_mib"][0] - found["before_mib"][0] > 12 * parameters / 2**20  # the weights were there before
+
+
+@pytest.mark.slow
+def test_accumulation_is_measured_in_one_and_two_processes(run_script, tmp_path) -> None:
+    """Exact at once, and for z in parts."""
+    out = tmp_path / "accumulation.json"
+    run_script("accumulation", "--images", 32, "--draws", 1, "--out", out)
+    exact = [row for row in json.loads(out.read_text())["rows"] if row["parts"] == 1 or row["loss"] == "z"]
+    assert [row["projection"] for row in exact] == pytest.approx([1] * len(exact))
+    assert [row["cosine"] for row in exact] == pytest.approx([1] * len(exact))
+
+
+def test_accumulation_page_has_the_lines_of_its_record(monkeypatch) -> None:
+    """No mean leaves .9 to 1.1; with 256 images no draw leaves .92 to 1.08."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    record = json.loads((BENCHMARKS / "accumulation.json").read_text(encoding="utf-8"))
+    assert not record["provenance"]["code"]["dirty"]
+    rows = record["rows"]
+    assert all(0.9 < row["projection"] < 1.1 for row in rows)
+    assert round(min(row["least"] for row in rows if row["images"] == 256), 2) == 0.92
+    assert round(max(row["most"] for row in rows if row["images"] == 256), 2) == 1.08
+    page = (BENCHMARKS.parent / "docs" / "concepts.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for line in page if " pets | " in line or " noise | " in line]
+    assert len(shown) == 9
+    assert set(shown) <= set(__import__("accumulation").table(rows).splitlines())

@@ -14,7 +14,9 @@ from moevision.predict import predict_batch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "suffix"), [("onnx", ".onnx"), ("torch", ".pt2")])
+@pytest.mark.parametrize(
+    ("form", "suffix"), [pytest.param("onnx", ".onnx", marks=pytest.mark.needs("onnx")), ("torch", ".pt2")]
+)
 def test_export_says_what_it_costs_and_how_to_run_it(form, suffix, cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcome = cli("export", tiny_run, "--out", f"pets{suffix}", "--data", drawn_pets, "--limit", 2)

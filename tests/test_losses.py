@@ -133,6 +133,13 @@ def test_vanishing_noise_keeps_gradients_finite() -> None:
     assert torch.isfinite(router.noise_weight.grad).all()
 
 
+def test_noise_below_a_millionth_counts_as_a_millionth() -> None:
+    """Two scores 5e-7 apart without noise: Φ(± .5) = .6915, .3085, CV² = (.1915 / .5)² = .1466; a step would have 1."""
+    logits = torch.tensor([[0.0, -5e-7]], dtype=torch.float64)
+    routing = routing_from(logits, torch.zeros_like(logits), 0.0, 1)
+    assert float(load_loss(routing)) == pytest.approx(0.146631, abs=1e-6)
+
+
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (4, 4)])
 def test_load_loss_is_zero_where_it_is_undefined(num_experts: int, top_k: int) -> None:
     routing = build_router("noisy_top_k", 8, num_experts, top_k)(torch.randn(2, 5, 8))
@@ -193,6 +200,81 @@ def test_last_micro_batch_has_the_statistic_of_the_whole_window(name: str) -> No
     torch.testing.assert_close(first, again)
 
 
+def accumulated_gradient(whole: Routing, name: str, parts: int, router: nn.Module) -> tuple[Tensor, Tensor]:
+    """Gradient of the router's parameters that a window of micro-batches, each divided by their number, adds up to.
+
+    The noise is the whole batch's; beside it stands the last micro-batch's value.
+    """
+    aux, total, size = AuxLoss(AuxLossWeights(**{name: 1.0})), torch.zeros(()), len(whole.logits) // parts
+    aux([whole])  # of an earlier window
+    aux.start_window()
+    router.zero_grad()
+    for start in range(0, size * parts, size):
+        value, _ = aux([part_of(whole, start, start + size)])
+        assert value is not None
+        (value / parts).backward(retain_graph=True)
+        total = value.detach()
+    return torch.cat([p.grad.flatten() for p in router.parameters() if p.grad is not None]), total
+
+
+@pytest.mark.parametrize("name", ["importance", "load", "load_balancing", "z"])
+def test_micro_batches_that_are_alike_have_the_gradient_of_the_whole_window(name: str) -> None:
+    """K copies of 3 images: without the factor m the gradient would be (1 + 1/2 + ... + 1/K) / K of it, .21 for 16."""
+    router, x = random_router(), torch.randn(3, 5, 8, dtype=torch.float64)
+    routing: Routing = router(x)
+    expected, value = accumulated_gradient(routing, name, 1, router)
+    for copies in range(2, 17):
+        index = torch.arange(3).repeat(copies)
+        found, last = accumulated_gradient(part_of(routing, index), name, copies, router)
+        torch.testing.assert_close(found, expected, msg=f"{copies} micro-batches")
+        torch.testing.assert_close(last, value)
+
+
+def test_micro_batches_of_equal_size_have_the_z_gradient_of_the_whole_batch() -> None:
+    router = random_router()
+    whole: Routing = router(torch.randn(48, 5, 8, dtype=torch.float64))
+    expected, _ = accumulated_gradient(whole, "z", 1, router)
+    for parts in (2, 3, 4, 6, 8, 12, 16):
+        torch.testing.assert_close(accumulated_gradient(whole, "z", parts, router)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["importance", "load", "load_balancing"])
+def test_accumulated_gradient_is_about_that_of_the_whole_batch(name: str) -> None:
+    """512 images of tokens with a common direction, so that experts are unbalanced, in up to 16 micro-batches.
+
+    Its projection on the gradient of the whole batch; without the factor m it would fall to a fifth for 16.
+    """
+    router = random_router()
+    whole: Routing = router(torch.randn(512, 16, 8, dtype=torch.float64) + 0.5)
+    expected, _ = accumulated_gradient(whole, name, 1, router)
+    for parts in (2, 4, 8, 16):
+        found, _ = accumulated_gradient(whole, name, parts, router)
+        assert 0.9 < float(found @ expected / expected.square().sum()) < 1.1, parts
+
+
+def test_a_window_that_is_cut_short_counts_as_its_cross_entropy() -> None:
+    """3 of 8 micro-batches, each divided by 8 as Lightning does: 3/8 of the gradient of those three alone."""
+    router = random_router()
+    three: Routing = router(torch.randn(12, 5, 8, dtype=torch.float64))
+    aux = AuxLoss(AuxLossWeights(z=1.0))
+    for start in (0, 4, 8):
+        value, _ = aux([part_of(three, start, start + 4)])
+        assert value is not None
+        (value / 8).backward(retain_graph=True)
+    found = router.weight.grad.clone()
+    router.zero_grad()
+    (z_loss(three) * 3 / 8).backward()
+    torch.testing.assert_close(found, router.weight.grad)
+
+
+def random_router() -> nn.Module:
+    torch.manual_seed(0)
+    router = build_router("noisy_top_k", 8, 4, 2, dtype=torch.float64)
+    for parameter in router.parameters():
+        nn.init.normal_(parameter)
+    return router
+
+
 def example_batch() -> Routing:
     torch.manual_seed(0)
     router = build_router("noisy_top_k", 8, 4, 2, dtype=torch.float64)
@@ -201,10 +283,11 @@ def example_batch() -> Routing:
     return routing
 
 
-def part_of(routing: Routing, start: int, stop: int) -> Routing:
-    """Images start to stop of a decision."""
+def part_of(routing: Routing, *rows: int | Tensor) -> Routing:
+    """Images start to stop of a decision, or those of an index."""
+    images = rows[0] if isinstance(rows[0], Tensor) else slice(*rows)
     tensors = {
-        name: getattr(routing, name)[start:stop]
+        name: getattr(routing, name)[images]
         for name in ("logits", "noisy_logits", "probs", "noise_std", "expert_index", "combine_weight", "kept")
     }
     return Routing(**tensors)

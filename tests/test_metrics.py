@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moevision import MoEMlp
-from moevision.layers import record_routing
+from moevision.layers import Routing, record_routing
 from moevision.metrics import RoutingStatistics
 
 
@@ -28,3 +28,28 @@ def test_loads_of_one_layer_and_of_one_expert(num_layers: int, num_experts: int)
     assert [load.counts for load in loads] == counts.tolist()
     assert counts.sum(1).tolist() == [2 * 3 * 5] * num_layers
     assert [load.unrouted for load in loads] == [0.0] * num_layers
+
+
+def _floor(images: int, tokens: int, together: bool) -> tuple[float, float]:
+    """(CV², its floor) of so many images whose choices fall on 4 experts at random: all of an image alike, or each."""
+    expert = torch.randint(4, (images, 1 if together else tokens, 1)).expand(images, tokens, 1)
+    zeros = torch.zeros(images, tokens, 4)
+    ones = torch.ones(images, tokens, 1)
+    statistics = RoutingStatistics([0], 4)
+    statistics.update([Routing(zeros, zeros, zeros + 0.25, None, expert, ones, ones.bool())])
+    (load,) = statistics.layer_loads()
+    return load.cv_squared, load.cv_squared_floor
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_floor_of_cv_squared_is_its_mean_under_balance(together: bool) -> None:
+    """400 draws of 50 images with 16 tokens: 3/800 if independent, 16 times that if an image's agree."""
+    torch.manual_seed(0)
+    measured, floor = torch.tensor([_floor(50, 16, together) for _ in range(400)]).mean(0).tolist()
+    expected = 3 / (50 * 16) * (16 if together else 1)
+    assert measured == pytest.approx(expected, rel=0.1)
+    assert floor == pytest.approx(expected, rel=0.1)
+
+
+def test_the_floor_of_one_image_takes_its_choices_as_independent() -> None:
+    assert _floor(1, 16, together=False)[1] == pytest.approx(3 / 16)

@@ -1,21 +1,21 @@
-"""Every notebook runs from top to bottom on what the package carries, in under a minute."""
+"""Every notebook runs from top to bottom on what the package carries, in under a minute of CPU time."""
 
 import ast
+import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-nbformat = pytest.importorskip("nbformat", reason="pip install 'moevision[test]'")
-nbclient = pytest.importorskip("nbclient", reason="pip install 'moevision[test]'")
-
+pytestmark = pytest.mark.needs("notebooks")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 LIMIT_S = 60
 SMALL = 600_000  # bytes, saved outputs included
 
 
 def read(path):
+    import nbformat
+
     return nbformat.read(path, as_version=4)
 
 
@@ -54,9 +54,12 @@ def test_a_notebook_is_saved_with_its_results_and_stays_small(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path):
+    import nbclient
+
     notebook = read(path)
-    start = time.perf_counter()
-    nbclient.NotebookClient(notebook, timeout=2 * LIMIT_S, kernel_name="python3").execute()
-    assert time.perf_counter() - start < LIMIT_S
+    before = os.times()
+    nbclient.NotebookClient(notebook, timeout=10 * LIMIT_S, kernel_name="python3").execute()
+    after = os.times()  # those of children count when a child, such as the kernel, has ended
+    assert 0 < (after.children_user + after.children_system) - (before.children_user + before.children_system) < LIMIT_S
     shown = [output for cell in code_cells(notebook) for output in cell.get("outputs", ())]
     assert any("text/html" in output.get("data", {}) for output in shown) or "02" in path.stem  # the explorer's view

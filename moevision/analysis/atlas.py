@@ -15,13 +15,13 @@ One JSON object, `"schema": "moevision.atlas/1"`:
 `num_experts` and `top_k` are the first layer's; atlases of earlier versions have no `kind`, `num_experts` and
 `experts_per_patch` in a layer (all layers are then alike, and tokens choose).
 
-Floats are rounded to four decimals; null stands where there is no number, as for a class without pictures.
+Floats are rounded to four decimals, and to seven in `information`, whose sentences tell three; null stands where there
+is no number, as for a class without pictures.
 Axes: I images, P patches, C classes, E experts, L MoE layers.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +35,7 @@ from moevision.analysis.tables import part_expert_table, part_fractions
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
+from moevision.names import json_text
 
 if TYPE_CHECKING:
     from moevision.analysis.heatmap import ClassExpertMap
@@ -46,7 +47,7 @@ SCHEMA = "moevision.atlas/1"
 """Version of the file; a change that an older reader would misread raises the number."""
 
 Json = dict[str, Any]
-_DIGITS = 4
+_DIGITS, _INFORMATION_DIGITS = 4, 7
 _CLASSES_SHOWN = 5
 _PATCHES_PER_PATH = 24
 
@@ -124,7 +125,7 @@ def build_atlas(
 
 def save_atlas(atlas: Json, path: str | Path) -> None:
     """Write an atlas, whole or not at all, without white space."""
-    write_text_atomic(path, json.dumps(atlas, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n")
+    write_text_atomic(path, json_text(atlas, separators=(",", ":")) + "\n")
 
 
 def load_atlas(path: str | Path) -> Json:
@@ -213,8 +214,9 @@ def _parts_of(
 
 
 def _favourite_classes(class_map: ClassExpertMap, expert: int, class_names: Sequence[str]) -> list[Json]:
-    """The classes that send an expert more than the others do, largest excess first."""
-    order = np.argsort(-class_map.excess[:, expert], kind="stable")[:_CLASSES_SHOWN]
+    """The classes that send an expert more than the others do, largest excess first; those without pictures don't."""
+    seen = int((class_map.n_images > 0).sum())  # nan sorts last
+    order = np.argsort(-class_map.excess[:, expert], kind="stable")[: min(seen, _CLASSES_SHOWN)]
     return [
         {
             "class": class_names[index],
@@ -230,11 +232,14 @@ def _named(patches: Sequence[GalleryPatch], trace: RoutingTrace) -> list[list[An
     return [[trace.picture_names[patch.image], patch.image, patch.patch, patch.weight] for patch in patches]
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: Any, digits: int = _DIGITS) -> Any:
     if isinstance(value, float):
-        return round(value, _DIGITS) if math.isfinite(value) else None
+        return round(value, digits) if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
+        return {
+            name: _rounded(item, _INFORMATION_DIGITS if name == "information" else digits)
+            for name, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
+        return [_rounded(item, digits) for item in value]
     return value

@@ -18,6 +18,7 @@ from moevision.data.images import BadImageError
 from moevision.data.sources import Collection, DrawnCollection, Sample
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import DataWarning, UserError
+from moevision.names import name_bytes, shown
 
 if TYPE_CHECKING:
     from moevision.analysis.pictures import PictureSet
@@ -102,7 +103,7 @@ class FromDataset:
         names = getattr(dataset, "classes", None) or class_names
         if names is None:
             names = [f"class {label}" for label in range(1 + max(map(self._label, range(self._size)), default=-1))]
-        self.class_names: tuple[str, ...] = tuple(str(name) for name in names)
+        self.class_names: tuple[str, ...] = tuple(shown(str(name)) for name in names)
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -218,7 +219,7 @@ def labels_in(own: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[tuple
 
 
 def _plain(name: str) -> str:
-    return name.casefold().replace("_", " ")
+    return shown(name).casefold().replace("_", " ")
 
 
 def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:
@@ -228,7 +229,7 @@ def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:
     """
     members: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
     for index in range(len(pictures)):
-        key = hashlib.sha256(f"{seed}:{pictures.picture_name(index)}".encode(errors="surrogateescape")).digest()
+        key = hashlib.sha256(name_bytes(f"{seed}:{pictures.picture_name(index)}")).digest()
         members[pictures.label(index)].append((key, index))
     turns = [(turn, label, index) for label, keyed in members.items() for turn, (_, index) in enumerate(sorted(keyed))]
     return sorted(index for _, _, index in sorted(turns)[:limit])

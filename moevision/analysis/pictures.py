@@ -25,6 +25,7 @@ from moevision.data.split_file import read_splits
 from moevision.data.splits import Cut, make_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import DataWarning, UserError
+from moevision.names import shown
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -129,7 +130,7 @@ def _from_collection(
     samples, class_names, sentences = _samples(collection, split, seed, run_dir)
     for sentence in [*collection.notes, *sentences]:
         warnings.warn(sentence, DataWarning, stacklevel=4)
-    what = Path(data).expanduser().resolve().name if isinstance(collection, FileCollection) else str(data)
+    what = shown(Path(data).expanduser().resolve().name) if isinstance(collection, FileCollection) else str(data)
     which = "all pictures" if split == "all" else f"{split} set"
     return Collected(collection, samples, image_size, tuple(class_names), f"{what}, {which}, seed {seed}")
 

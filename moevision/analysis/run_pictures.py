@@ -33,6 +33,12 @@ def data_settings(run: Path) -> Mapping[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def is_data_of(run: Path, data: str) -> bool:
+    """Whether `data` names what a run was trained on, however its path is written."""
+    path = data_settings(run).get("path")
+    return path is not None and Path(str(path)).expanduser().resolve() == Path(data).expanduser().resolve()
+
+
 def pictures_for(
     address: str,
     model: SavedModel,
@@ -72,7 +78,7 @@ def pictures_for(
             seed=int(trained_on.get("seed") or 0),
             class_names=model.class_names,
             root=root or str(trained_on.get("root") or "data"),
-            run_dir=run if path == trained_on.get("path") else None,
+            run_dir=run if run is not None and is_data_of(run, str(path)) else None,
         )
     except UserError as error:
         hint = "" if data else " (the run was trained on it; --data names other pictures)"

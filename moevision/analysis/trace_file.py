@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from moevision.analysis.trace_sink import Array, TensorSink, TensorSpec
 from moevision.errors import UserError
+from moevision.files import rename, sync_folder, temporary_for
 
 _LENGTH_BYTES = 8
 _MOVED_BYTES = 2**20  # at once, where arrays are moved together
@@ -48,7 +49,7 @@ class TensorFile(TensorSink):
     def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
         super().__init__(specs, metadata)
         self.path = Path(path)
-        self.partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.partial = temporary_for(self.path)
         self._header, self._starts = _header(self.specs, metadata)
 
     def __enter__(self) -> Self:
@@ -111,7 +112,8 @@ class TensorFile(TensorSink):
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self.partial, self.path)
+        rename(self.partial, self.path)
+        sync_folder(self.path.parent)
 
     @contextmanager
     def _disk(self) -> Iterator[None]:

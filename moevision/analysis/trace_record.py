@@ -21,6 +21,7 @@ from moevision.analysis.trace_sink import Array, TensorSpec
 from moevision.errors import UserError
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.safe_files import parse_json
+from moevision.names import shown
 
 SCHEMA = "moevision.trace/1"
 """Version of the file; a change that an older reader would misread raises the number."""
@@ -170,6 +171,8 @@ class RoutingTrace:
         tuples: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in words.items()
         }
+        for name in {"class_names", "prediction_names"} & tuples.keys():  # an older trace has folder names as they are
+            tuples[name] = tuple(map(shown, tuples[name]))
         return cls(layers=layers, **images, **tuples)
 
 

@@ -20,6 +20,7 @@ from moevision.layers import Backend, ExpertChoiceRouter, SoftRouter, moe_layers
 from moevision.models.export import ExportReport, export_onnx, export_torch
 from moevision.models.export_format import SUFFIX, Format, Runner, load_exported
 from moevision.models.hub import SavedModel, load_model
+from moevision.names import shown
 
 DESCRIPTION = """\
 Write a model as one file that runs without moevision: ONNX (for onnxruntime and many others), or a torch.export
@@ -183,7 +184,8 @@ def _print(
     latency_ms: Mapping[str, Mapping[int, float]],
     rounds: Mapping[int, int],
 ) -> None:
-    print(f"{report.path}: {report.size_bytes / 1e6:.1f} MB, {len(saved.class_names)} classes, {saved.image_size} px")
+    file = shown(str(report.path))
+    print(f"{file}: {report.size_bytes / 1e6:.1f} MB, {len(saved.class_names)} classes, {saved.image_size} px")
     print(
         f"compared on {report.pictures} pictures: logits differ by at most {report.max_logit_delta:.1g} (1e-4 passes), "
         f"same class for {report.top1_agreement:.1%}"
@@ -203,7 +205,7 @@ def _print(
     threads = f"{torch.get_num_threads()} CPU thread" + ("s" if torch.get_num_threads() > 1 else "")
     turns = " and ".join(str(number) for number in dict.fromkeys(rounds.values()))
     print(f"median of {turns} turns of each on {threads} of this machine; one multiply-add is two FLOPs")
-    print(f"\nRun it without moevision:\n\n{SNIPPETS[report.format].format(file=str(report.path))}")
+    print(f"\nRun it without moevision:\n\n{SNIPPETS[report.format].format(file=file)}")
 
 
 def experts_sentence(net: nn.Module) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moevision.errors import UserError
+from moevision.names import shown
 
 if TYPE_CHECKING:
     from moevision.models.hub import SavedModel
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> None:
         return
     if chosen.public and chosen.license is None and chosen.card is None:
         print("No --license was given, so others may look at the model but not use it.", file=sys.stderr)
-    print(f"Uploading {chosen.model} to {chosen.repo} …", file=sys.stderr)
+    print(f"Uploading {shown(chosen.model)} to {chosen.repo} …", file=sys.stderr)
     page = push_to_hub(chosen.model, chosen.repo, card=card, private=not chosen.public, update=chosen.force)
     print(f"{page} ({'everyone' if chosen.public else 'only you'} can see it)")
     print(f"Try it: moevision predict hf-hub:{chosen.repo} picture.jpg")
@@ -151,4 +152,4 @@ def _dry_run(chosen: Namespace, card: str) -> str:
     files = stage_model(chosen.model, card, folder)
     lines = [f"  {file.name:18} {file.stat().st_size:>12,} bytes" for file in files]
     seen = "everyone" if chosen.public else "you alone"
-    return "\n".join([f"Would be uploaded to {chosen.repo}, seen by {seen}, from {folder}:", *lines])
+    return "\n".join([f"Would be uploaded to {chosen.repo}, seen by {seen}, from {shown(str(folder))}:", *lines])

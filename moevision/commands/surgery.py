@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moevision.names import shown
+
 SPLITS = ("train", "val", "test")
 DESCRIPTION = """\
 Take experts out of a trained model, without training it again, and see what it costs.
@@ -38,7 +40,8 @@ examples
 def print_report(record: dict[str, Any]) -> None:
     """What was done, and what it cost, beside each other."""
     console = Console(highlight=False)
-    console.print(f"use of experts on {record['use']['pictures']}, in percent of choices:", soft_wrap=True)
+    used_on, tested_on = (shown(record[part]["pictures"]) for part in ("use", "accuracy"))
+    console.print(f"use of experts on {used_on}, in percent of choices:", markup=False, soft_wrap=True)
     for block, layer in record["use"]["layers"].items():
         total = sum(layer["counts"])
         shares = " ".join(f"{100 * count / total:.1f}" for count in layer["counts"])
@@ -59,7 +62,8 @@ def print_report(record: dict[str, Any]) -> None:
     change = {name: 100 * accuracy["difference"][name] for name in ("difference", "low", "high")}
     console.print(
         f"accuracy changed by {change['difference']:+.2f} points ({change['low']:+.2f} to {change['high']:+.2f}, "
-        f"paired, 95 %) on {accuracy['n']} pictures: {accuracy['pictures']}",
+        f"paired, 95 %) on {accuracy['n']} pictures: {tested_on}",
+        markup=False,
         soft_wrap=True,
     )
 
@@ -111,7 +115,7 @@ def main(arguments: list[str]) -> None:
         **options,
     )
     print_report(surgery(settings))
-    print(f"The new model is in {settings.out}")
+    print(f"The new model is in {shown(str(settings.out))}")
 
 
 def _positive(text: str) -> int:

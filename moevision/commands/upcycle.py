@@ -16,6 +16,7 @@ from rich.table import Table
 
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
+from moevision.names import shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> None:
         record = {"source": chosen.model, "moe_config": moe.moe_config, **measure(dense, saved)}
     _write(saved, record, out)
     print_report(console, record)
-    console.print(f"\nnext: {next_command(saved, out)}", soft_wrap=True)
+    console.print(f"\nnext: {shown(next_command(saved, out))}", markup=False, soft_wrap=True)
 
 
 def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
@@ -105,8 +106,9 @@ def print_report(console: Console, record: dict[str, Any]) -> None:
     config, gap = record["moe_config"], record["step0_gap"]
     blocks = ", ".join(map(str, config["moe_layers"]))
     console.print(
-        f"{record['source']}: {record['classes']} classes, {record['image_size']} px; {config['num_experts']} experts, "
-        f"top_k {config['top_k']}, router {config['router']}, in blocks {blocks}",
+        f"{shown(record['source'])}: {record['classes']} classes, {record['image_size']} px; "
+        f"{config['num_experts']} experts, top_k {config['top_k']}, router {config['router']}, in blocks {blocks}",
+        markup=False,
         soft_wrap=True,
     )
     table = Table("", "parameters", "active", "MFLOPs / image", "routers' MFLOPs")

@@ -17,6 +17,7 @@ from moevision.data.quarantine import Quarantine
 from moevision.data.sources import SPLITS, Collection, DrawnCollection
 from moevision.data.split_file import read_splits, write_splits
 from moevision.data.splits import Cut, Splits, make_splits
+from moevision.names import name_bytes, shown
 
 _MANY_IMAGES = 2000  # decoding more than this takes long enough for a progress bar
 
@@ -75,7 +76,7 @@ class Contents:
         self.class_names = class_names
         self.counts = count_classes(splits.samples, class_names)
         self.sentences = splits.sentences()
-        self.warnings = list(warnings)
+        self.warnings = list(map(shown, warnings))
         self.cache_mb = cache_mb
         sizes = {split: len(samples) for split, samples in splits.samples.items()}
         table = run_dir / "bad_images.csv" if run_dir is not None and is_main_process() else None
@@ -110,7 +111,16 @@ class Contents:
             for split, dataset in self.datasets.items()
             for sample in dataset.samples
         )
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return hashlib.sha256(name_bytes("".join(lines))).hexdigest()
+
+    def file_sizes_sha256(self) -> str:
+        """SHA-256 over the sorted (split, relative path, stored bytes) of all pictures, in hexadecimal."""
+        lines = sorted(
+            f"{split}\t{sample.sample_id}\t{dataset.collection.size_bytes(sample)}\n"
+            for split, dataset in self.datasets.items()
+            for sample in dataset.samples
+        )
+        return hashlib.sha256(name_bytes("".join(lines))).hexdigest()
 
     def describe(self, title: str, augmentation: str) -> str:
         """What the data are, in lines: splits, images per class, pixels, warnings.
@@ -128,4 +138,4 @@ class Contents:
         if bad:
             path, reason, split = bad[0]
             lines.append(f"warning: {len(bad)} images can't be used, the first ({split}) is {path}: {reason}")
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))

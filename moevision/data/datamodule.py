@@ -270,6 +270,10 @@ class ImageDataModule(LightningDataModule):
         """SHA-256 over the sorted (split, relative path, label) of all pictures, in hexadecimal."""
         return self.contents.file_list_sha256()
 
+    def file_sizes_sha256(self) -> str:
+        """SHA-256 over the sorted (split, relative path, stored bytes) of all pictures, in hexadecimal."""
+        return self.contents.file_sizes_sha256()
+
     def class_weight_tensor(self) -> Tensor | None:
         """Weights of the loss per class, float32 [C], or None; "auto" has mean 1 over the training images."""
         return self._class_weights

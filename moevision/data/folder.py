@@ -1,6 +1,11 @@
 """A dataset that is a folder: one subfolder per class, with or without train / val / test above them.
 
 Every way in which a folder may be laid out otherwise ends in one sentence that says what to change.
+
+Symbolic links are followed, as many datasets are farms of links to a store. A folder is entered once whatever leads to
+it, so links in a circle end, and a link to a folder that holds it leads nowhere. In a class a link to a file that the
+class has already is left out; what stands in several classes or splits is for ``leaks.py``. Hard links are files of
+their own, as a copy on another disk would have them, and count as the byte-identical files that they are.
 """
 
 from __future__ import annotations
@@ -9,11 +14,13 @@ import difflib
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from moevision.data.images import is_image_path
-from moevision.data.sources import SPLITS, FileCollection, Sample
+from moevision.data.sources import SPLITS, FileCollection, Sample, file_identity
 from moevision.errors import UserError
+from moevision.names import csv_name, shown
 
 _SPLIT_FOLDERS = {
     "train": "train",
@@ -29,12 +36,12 @@ _LAYOUT = "expected one subfolder per class (cat/1.jpg, dog/7.jpg, ...), or trai
 
 
 def words_of(class_folders: list[str]) -> list[str]:
-    """Class names in words: WordNet ids become their first lemma (n01440764 -> tench), others stay.
+    """Class names in words: WordNet ids become their first lemma (n01440764 -> tench), others are shown names.
 
     Two ids with one lemma (ImageNet has two "crane"s) keep their id in brackets.
     """
     if not all(_WORDNET_ID.fullmatch(name) for name in class_folders):
-        return class_folders
+        return list(map(shown, class_folders))
     from timm.data import ImageNetInfo  # timm is needed for nothing else in this package
 
     info = ImageNetInfo("imagenet-22k")
@@ -62,12 +69,13 @@ def read_folder(root: Path) -> FileCollection:
         raise UserError(_missing_folder(root))
     splits = _split_folders(root)
     notes: list[str] = []
+    links: Counter[str] = Counter()
     if not splits:
-        classes = _class_files(root, root, notes)
+        classes = _class_files(root, root, notes, links)
         _check_classes(root, classes)
         given = {"all": classes}
     else:
-        given = {split: _class_files(folder, root, notes) for split, folder in splits.items()}
+        given = {split: _class_files(folder, root, notes, links) for split, folder in splits.items()}
         if "test" in given and not given["test"]:
             notes.append(f"{splits['test']} has no class folders, so it can't be used for testing")
             del given["test"]
@@ -80,12 +88,72 @@ def read_folder(root: Path) -> FileCollection:
         split: [Sample(file, label) for label, name in enumerate(folders) for file in found[name]]
         for split, found in given.items()
     }
-    return FileCollection(words_of(folders), samples, notes, root)
+    _check_distinct(folders)
+    _check_distinct([sample.sample_id for members in samples.values() for sample in members])
+    if links["repeated"]:
+        notes.append(
+            f"{links['repeated']} links in {root} were left out: they lead to a folder that holds them, or to what "
+            "their class has already"
+        )
+    return FileCollection(words_of(folders), samples, notes, root, has_links=links["met"] > 0)
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """Subfolders in order, without hidden and system ones (__MACOSX, @eaDir)."""
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] not in "._@")
+    """Subfolders in order, without hidden and system ones (__MACOSX, @eaDir) and links to a folder that holds them."""
+    return sorted(
+        entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] not in "._@" and not _leads_up(entry)
+    )
+
+
+def _leads_up(entry: Path) -> bool:
+    """Whether it is a link to a folder that holds it."""
+    return entry.is_symlink() and entry.is_dir() and entry.parent.resolve().is_relative_to(entry.resolve())
+
+
+def walk(folder: Path, links: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:
+    """Every file below a folder, with each subfolder entered once, whatever links lead to it.
+
+    What is reached without a link comes first, so that a link never takes the place of a real path. Hidden subfolders
+    are left out, and so are folders above `folder`: a link to one of them goes in a circle.
+
+    Args:
+        folder: where to start.
+        links: counts the links to subfolders: `met` all of them, `repeated` those that lead nowhere new.
+    """
+    links = Counter() if links is None else links
+    entered = {file_identity(above) for above in folder.resolve().parents}
+    waiting = [str(folder)]  # the folder itself, then links to others
+    while waiting:
+        below = [waiting.pop(0)]
+        if file_identity(below[0]) in entered:
+            links["repeated"] += 1
+        while below:
+            directory = below.pop()
+            identity = file_identity(directory)
+            if identity in entered:
+                continue
+            entered.add(identity)
+            try:
+                entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+            except OSError:  # not readable
+                continue
+            for entry in entries:
+                if not _is_folder(entry):
+                    yield entry
+                elif entry.name[0] in ".@":
+                    continue
+                elif entry.is_symlink():
+                    links["met"] += 1
+                    waiting.append(entry.path)
+                else:
+                    below.append(entry.path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -105,20 +173,29 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def _class_files(folder: Path, root: Path, notes: list[str]) -> dict[str, list[str]]:
-    """Image files of every class folder, searched to any depth, as sorted paths relative to ``root``."""
+def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]) -> dict[str, list[str]]:
+    """Image files of every class folder, searched to any depth, as sorted paths relative to ``root``.
+
+    ``links`` counts the links that were met, and those that led to nothing new.
+    """
     classes: dict[str, list[str]] = {}
     ignored: Counter[str] = Counter()
+    above = 0 if root == Path() else len(os.path.join(root, ""))
+    links["met"] += folder.is_symlink()
+    links["repeated"] += sum(map(_leads_up, folder.iterdir()))
     for class_folder in _subfolders(folder):
-        files = []
-        for directory, subdirectories, names in os.walk(class_folder, followlinks=True):
-            subdirectories[:] = [name for name in subdirectories if name[0] not in ".@"]
-            for name in names:
-                if is_image_path(name):
-                    files.append((Path(directory) / name).relative_to(root).as_posix())
-                elif not name.startswith("."):
-                    ignored[Path(name).suffix.lower() or name] += 1
-        classes[class_folder.name] = sorted(files)
+        links["met"] += class_folder.is_symlink()
+        real: list[str] = []
+        linked: list[str] = []
+        for entry in walk(class_folder, links):
+            if is_image_path(entry.name):
+                (linked if entry.is_symlink() else real).append(entry.path)
+            elif not entry.name.startswith("."):
+                ignored[Path(entry.name).suffix.lower() or entry.name] += 1
+        files = real + _others(linked, real)
+        links["met"] += len(linked)
+        links["repeated"] += len(real) + len(linked) - len(files)
+        classes[class_folder.name] = sorted(file[above:].replace(os.sep, "/") for file in files)
     if ignored:
         kinds = ", ".join(f"{count} x {suffix}" for suffix, count in ignored.most_common(5))
         notes.append(f"files in {folder} that are not images were left out: {kinds}")
@@ -126,6 +203,26 @@ def _class_files(folder: Path, root: Path, notes: list[str]) -> dict[str, list[s
     if classes and loose:
         notes.append(f"{loose} images directly in {folder} belong to no class and were left out")
     return classes
+
+
+def _others(linked: list[str], real: list[str]) -> list[str]:
+    """The links to files that are neither among the real ones nor behind an earlier link."""
+    found = set(map(file_identity, real)) if linked else set()
+    others = []
+    for path in sorted(linked):
+        if (identity := file_identity(path)) not in found:
+            found.add(identity)
+            others.append(path)
+    return others
+
+
+def _check_distinct(names: list[str]) -> None:
+    """Names must differ when they are written into a file, too."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(csv_name(name), name)
+        if other != name:
+            raise UserError(f"{other!r} and {name!r} look the same when they are written down: rename one of them")
 
 
 def _check_classes(folder: Path, classes: dict[str, list[str]]) -> None:

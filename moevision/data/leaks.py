@@ -1,4 +1,4 @@
-"""Pictures that must stay on one side of a split: byte-identical copies, and files of one group.
+"""Images that must stay on one side of a split: byte-identical copies, links to one file, and files of one group.
 
 A copy of a training picture in the test set is rewarded for memory, and so is a second photo of the same
 patient, video or scene. 3.3 % of CIFAR-10's test images have a near-duplicate in its training set
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from moevision.data.sources import Collection, Sample
 from moevision.errors import UserError
@@ -22,8 +22,6 @@ def group_samples(
     samples = [sample for part in given.values() for sample in part]
     group_of = _named_groups(samples, group_by)
     warnings: list[str] = []
-    if not check_duplicates:
-        return group_of, warnings
     parent: dict[str, str] = {}
 
     def root(group: str) -> str:
@@ -32,7 +30,7 @@ def group_samples(
         return group
 
     contradictions = []
-    for copies in identical(collection, samples):
+    for copies in identical(collection, samples) if check_duplicates else _alike(samples, [collection.identity]):
         if len({sample.label for sample in copies}) > 1:
             contradictions.append(copies[0].sample_id)
         keys = [group_of.setdefault(sample.sample_id, sample.sample_id) for sample in copies]
@@ -42,7 +40,7 @@ def group_samples(
                 parent[other] = first
     if contradictions:
         warnings.append(
-            f"{len(contradictions)} pictures stand in several classes as byte-identical files (for example "
+            f"{len(contradictions)} pictures stand in several classes as byte-identical files or links (for example "
             f"{contradictions[0]}): keep each in its right class"
         )
     return {sample_id: root(group) for sample_id, group in group_of.items()}, warnings
@@ -74,11 +72,17 @@ def _named_groups(samples: Sequence[Sample], group_by: str | None) -> dict[str, 
 def identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sample]]:
     """Sets of two or more byte-identical samples; only samples of equal size are read, large ones twice."""
     # empty files are equal, and no pictures
-    sets = [[sample for sample in samples if collection.size_bytes(sample) > 0]]
-    for key in (collection.size_bytes, collection.probe, collection.digest):
+    stored = [sample for sample in samples if collection.size_bytes(sample) > 0]
+    return _alike(stored, (collection.size_bytes, collection.probe, collection.digest))
+
+
+def _alike(samples: list[Sample], keys: Sequence[Callable[[Sample], Hashable]]) -> list[list[Sample]]:
+    """Sets of two or more samples that agree in every key; the next key is asked only of those that agree so far."""
+    sets = [samples]
+    for key in keys:
         finer: list[list[Sample]] = []
         for members in sets:
-            buckets: dict[int | bytes, list[Sample]] = defaultdict(list)
+            buckets: dict[Hashable, list[Sample]] = defaultdict(list)
             for sample in members:
                 buckets[key(sample)].append(sample)
             finer += [bucket for bucket in buckets.values() if len(bucket) > 1]
@@ -105,7 +109,7 @@ def without_leaks(
         if dropped:
             others = sorted({reserved[groups[sample.sample_id]] for sample in dropped})
             warnings.append(
-                f"{len(dropped)} {split} images are not used: byte-identical copies, or files of their "
+                f"{len(dropped)} {split} images are not used: byte-identical copies, links to them, or files of their "
                 f"group, are in {' and '.join(others)} (for example {dropped[0].sample_id})"
             )
         for sample in kept[split]:

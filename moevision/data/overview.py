@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moevision.data.sources import Sample
 from moevision.errors import UserError
+from moevision.names import shown
 
 ClassCounts = dict[str, dict[str, int]]
 _MAX_RATIO = 3  # between the largest and the smallest class, before it is worth a warning
@@ -54,6 +55,7 @@ def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int
     counts = torch.tensor(list(train.values()))
     if not isinstance(weights, dict):
         return counts.sum() / (len(train) * counts)
+    weights = {shown(name): weight for name, weight in weights.items()}
     for name, weight in weights.items():
         if name not in train:
             raise UserError(f"--data.class_weights names {name!r}: the classes are {', '.join(train)}")

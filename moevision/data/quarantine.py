@@ -11,6 +11,7 @@ from pathlib import Path
 from moevision.data.dataset import BadImage
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
+from moevision.names import csv_name
 
 
 class Quarantine:
@@ -69,5 +70,5 @@ class Quarantine:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["path", "reason", "split"])
-        writer.writerows(self.entries())
+        writer.writerows([csv_name(path), csv_name(reason), split] for path, reason, split in self.entries())
         write_text_atomic(table, text.getvalue())

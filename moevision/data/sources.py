@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from PIL import Image
 
 from moevision.data.images import safe_open
 from moevision.data.synthetic import SyntheticPets
+from moevision.names import name_bytes
 
 SPLITS = ("train", "val", "test")
 
@@ -64,12 +66,17 @@ class Collection(ABC):
     def digest(self, sample: Sample) -> bytes:
         """SHA-256 of the stored bytes."""
 
+    def identity(self, sample: Sample) -> Hashable:
+        """What two samples share only if one file is behind both, which links can bring about."""
+        return sample.sample_id
+
 
 @dataclass
 class FileCollection(Collection):
-    """Image files below ``root``."""
+    """Image files below ``root``; ``has_links`` says whether a symbolic link leads to any of them."""
 
     root: Path = Path()
+    has_links: bool = False
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
         """Decode the file through `safe_open`."""
@@ -96,7 +103,20 @@ class FileCollection(Collection):
         try:
             return hashlib.sha256((self.root / sample.sample_id).read_bytes()).digest()
         except OSError:
-            return hashlib.sha256(sample.sample_id.encode()).digest()
+            return hashlib.sha256(name_bytes(sample.sample_id)).digest()
+
+    def identity(self, sample: Sample) -> Hashable:
+        """Device and number of the file; nothing is read where there are no links."""
+        return file_identity(self.root / sample.sample_id) if self.has_links else sample.sample_id
+
+
+def file_identity(path: str | Path) -> Hashable:
+    """What tells whether two paths lead to one file or folder; the path itself where the system doesn't say."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return str(path)
+    return (found.st_dev, found.st_ino) if found.st_ino else str(path)
 
 
 @dataclass
@@ -140,4 +160,4 @@ class DrawnCollection(Collection):
 
     def digest(self, sample: Sample) -> bytes:
         """SHA-256 of the sample id: every picture is drawn from a random seed of its own."""
-        return hashlib.sha256(sample.sample_id.encode()).digest()
+        return hashlib.sha256(name_bytes(sample.sample_id)).digest()

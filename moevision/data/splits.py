@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from moevision.data.leaks import group_samples, without_leaks
 from moevision.data.sources import SPLITS, Collection, Sample
 from moevision.errors import UserError
+from moevision.names import name_bytes
 
 
 @dataclass
@@ -70,7 +71,7 @@ def make_splits(collection: Collection, cut: Cut) -> Splits:
     """Split a collection, keeping what it came with.
 
     Raises:
-        UserError: if a class has too few images (or groups) to be cut.
+        UserError: if a class has too few images (or groups) to be cut, or a split none of its own.
     """
     given = _merged(collection.given)
     groups, warnings = group_samples(collection, given, cut.group_by, cut.check_duplicates)
@@ -82,7 +83,15 @@ def make_splits(collection: Collection, cut: Cut) -> Splits:
         return Splits({split: parts[split] for split in SPLITS if split in parts}, notes, warnings)
     if "test" not in given:
         given["test"] = given.pop("val")
+    before = given
     given, unused = without_leaks(given, groups, warnings)
+    for split, members in given.items():
+        lost = {sample.label for sample in before[split]} - {sample.label for sample in members}
+        if lost:
+            raise UserError(
+                f"every {split} image of the class {collection.class_names[min(lost)]!r} is in another split too (as a "
+                f"copy, by a link, or by its group), so no score would count: give {split} images of its own"
+            )
     if "val" not in given:
         given |= stratified_cut(given["train"], groups, {"val": cut.val_fraction}, cut.seed, collection.class_names)
     return Splits({split: given[split] for split in SPLITS}, notes, warnings, unused)
@@ -136,7 +145,7 @@ def stratified_cut(
     sizes: dict[str, Counter[int]] = defaultdict(Counter)
     for sample in samples:
         sizes[groups.get(sample.sample_id, sample.sample_id)][sample.label] += 1
-    order = sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    order = sorted(sizes, key=lambda group: hashlib.sha256(name_bytes(f"{seed}:{group}")).digest())
     by_label: dict[int, list[str]] = defaultdict(list)
     for group in order:
         for label in sizes[group]:

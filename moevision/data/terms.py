@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
+from moevision.names import shown
 
 UNKNOWN = "unknown: check before you publish"
 
@@ -73,4 +74,4 @@ def terms_of(path: str) -> DataTerms:
         return DataTerms(title, terms, hub_id, path)
     if path in DATASET_NAMES:
         return DataTerms(path, kind=path)
-    return DataTerms(f"own pictures (a folder called “{Path(path).expanduser().resolve().name}”)")
+    return DataTerms(f"own pictures (a folder called “{shown(Path(path).expanduser().resolve().name)}”)")

@@ -166,7 +166,8 @@ class Galleries:
 
     def _hold(self, entry: Entry, pictures: PictureSet) -> Held:
         held = Held(open_pictures(pictures, entry.facts.image_size, limit=self.limit))
-        if entry.card.id not in self._typical and len(held) >= MIN_PICTURES:
+        # Other data's usual look is not that of the data which the model learned from.
+        if not entry.foreign and entry.card.id not in self._typical and len(held) >= MIN_PICTURES:
             images = (held.image(index) for index in range(len(held)))
             self._typical[entry.card.id] = typical_of(images, entry.facts.image_size)
         return held

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from moevision.analysis.baselines import fresh_copy
 from moevision.analysis.pictures import PictureSet, open_pictures
-from moevision.analysis.run_pictures import pictures_for, run_folder
-from moevision.data.named import SYNTHETIC
+from moevision.analysis.run_pictures import is_data_of, pictures_for, run_folder
+from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.cards import Card, read_card
 from moevision.demo.examples import Examples
 from moevision.demo.facts import ModelFacts, describe
@@ -52,12 +52,14 @@ class Entry:
         variants: by name; `trained` comes first and is always there.
         dense: its dense twin, if there is one.
         examples: the pictures that it can show.
+        foreign: whether those are other data than the model's own kind, as far as that is known.
     """
 
     card: Card
     variants: dict[str, Variant]
     dense: SavedModel | None
     examples: Examples
+    foreign: bool = False
 
     @property
     def facts(self) -> ModelFacts:
@@ -102,7 +104,7 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
 
 
 def open_entries(model: str | None, options: DataOptions, *, home: Path | None = None) -> list[Entry]:
-    """The model of that address, or all bundled ones; those with pictures to show come first.
+    """The model of that address, or all bundled ones; those with pictures to show come first, above all the user's.
 
     Raises:
         UserError: if there is none, or the data don't exist.
@@ -117,7 +119,11 @@ def open_entries(model: str | None, options: DataOptions, *, home: Path | None =
         _open_bundled(folder, card, replace(options, data=_data_for(card, options.data, cards)))
         for folder, card in zip(folders, cards, strict=True)
     ]
-    return sorted(entries, key=lambda entry: (not entry.examples.has_pictures, entry.card.data_kind != SYNTHETIC))
+    drawn_first = options.data in (None, SYNTHETIC)
+    return sorted(
+        entries,
+        key=lambda entry: (not entry.examples.has_pictures, (entry.card.data_kind == SYNTHETIC) != drawn_first),
+    )
 
 
 def _data_for(card: Card, data: str | None, cards: Sequence[Card]) -> str | None:
@@ -145,14 +151,15 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     run = run_folder(address)
     twin = None if run is None else run / "twin"
     dense = load_model(str(twin)) if twin is not None and (twin / "model" / "config.json").is_file() else None
-    if options.data is not None:
-        return _entry(card, nets, dense, _pictures(options, trained), None)
+    own = options.data is None or (run is not None and is_data_of(run, options.data))
     try:
-        pictures = pictures_for(address, trained)
+        pictures = pictures_for(address, trained) if own else _pictures(options, trained)
     except UserError as error:  # routing one's own pictures works all the same
+        if options.data is not None:
+            raise
         warnings.warn(f"no pictures of the model's own: {error}", DataWarning, stacklevel=2)
         pictures = None
-    return _entry(card, nets, dense, pictures, None)
+    return replace(_entry(card, nets, dense, pictures, None), foreign=not own)
 
 
 def _entry(
@@ -176,10 +183,16 @@ def _entry(
 
 
 def _pictures(options: DataOptions, saved: SavedModel) -> PictureSet | None:
+    """What `--data` names: the test set of a known dataset; all of a folder, from which the model learned nothing."""
     if options.data is None:
         return None
     return open_pictures(
-        options.data, saved.image_size, class_names=saved.class_names, root=options.root, download=True
+        options.data,
+        saved.image_size,
+        split="test" if options.data in DATASET_NAMES else "all",
+        class_names=saved.class_names,
+        root=options.root,
+        download=True,
     )
 
 

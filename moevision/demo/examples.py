@@ -23,6 +23,7 @@ from moevision.data.synthetic import SyntheticPets
 from moevision.demo.facts import Pixels, model_input
 from moevision.demo.requests import RequestError
 from moevision.demo.wire import data_uri
+from moevision.names import shown
 
 T = TypeVar("T")
 EXAMPLES = 12
@@ -101,7 +102,7 @@ class Examples:
         if self.prefix == "pets":  # "test/000012", as the data package names it
             split, _, number = name.partition("/")
             return f"pets/{split}/{int(number)}"
-        return f"data/{name}"
+        return f"data/{shown(name)}"  # an id goes through JSON, which has no bytes that are no UTF-8
 
     @property
     def names(self) -> set[str]:
@@ -153,7 +154,7 @@ def photo_files() -> dict[str, Path]:
 def _spread(pictures: PictureSet) -> list[int]:
     """Indices of a few pictures: the first of each class, then the second, until there are enough."""
     of_class: dict[int, list[int]] = {}
-    for index in range(min(len(pictures), 5000)):
+    for index in range(len(pictures)):
         of_class.setdefault(pictures.label(index), []).append(index)
     turns = [members[turn] for turn in range(EXAMPLES) for members in of_class.values() if turn < len(members)]
     return turns[:EXAMPLES]

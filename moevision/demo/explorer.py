@@ -42,7 +42,8 @@ def build_page(explorer: Explorer, gate: Gate) -> gr.Blocks:
         )
         route = _route_endpoint(explorer, gate)
         gr.api(route, api_name="route", api_description=inspect.getdoc(route), concurrency_limit=gate.workers)
-    page.queue(max_size=QUEUE, default_concurrency_limit=gate.workers)
+    # At "auto" the loop that starts the calls also tells who waits how long they will, and ends for good if it can't.
+    page.queue(max_size=QUEUE, default_concurrency_limit=gate.workers, status_update_rate=2.0)
     return page
 
 
@@ -77,8 +78,8 @@ def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[d
         """Send a picture through a model and get the route of every patch.
 
         Args:
-            picture: the picture itself as base64 text, with or without "data:image/...;base64," in front. Paths and
-                addresses are never opened.
+            picture: gradio_client.handle_file("cat.jpg"), or the picture itself as base64 text, with or without
+                "data:image/...;base64," in front. Paths and addresses are never opened.
             example: instead of a picture, the id of an example such as "pets/test/0".
             model: id of a model.
             variant: trained, unbalanced or untrained.

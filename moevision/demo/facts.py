@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +17,20 @@ from torch import Tensor
 
 from moevision.analysis.tokens import network_input
 from moevision.data.augment import square_pixels
-from moevision.data.images import safe_open
+from moevision.data.images import BadImageError, safe_open
 from moevision.demo.kinds import LayerFacts, check_not_an_oracle, common, layer_facts
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError
 from moevision.layers import Routing, forward_routing
 from moevision.layers.moe import moe_layers
 from moevision.models.hub import SavedModel
+from moevision.names import shown
 
 Pixels = npt.NDArray[np.uint8]
+MIN_SIDE: Final = 16
+"""Shortest side of an image in pixels: below it a patch would show one or two pixels, enlarged."""
+MAX_ASPECT: Final = 20
+"""Longest side ÷ shortest side: beyond it the central square is less than 5 % of the image."""
 
 
 @dataclass(frozen=True)
@@ -134,18 +139,35 @@ def describe(model: SavedModel, *, id: str = "model", title: str = "model", **te
 def title_of(address: str | Path) -> str:
     """What a model is called after where it lies: its run's folder."""
     path = Path(address)
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
+    return shown(path.parent.name if path.name == "model" and path.parent.name else path.name)
 
 
 def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pixels:
-    """The central square of a picture as the model sees it, uint8 [S, S, 3]."""
+    """The central square of a picture as the model sees it, uint8 [S, S, 3].
+
+    Raises:
+        BadImageError: if it can't be read, or is too small or too narrow to show anything.
+        UserError: if an array isn't uint8 [H, W, 3].
+    """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"A picture is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}.")
         image = Image.fromarray(image)
     elif not isinstance(image, Image.Image):
         image = safe_open(image, image_size)
+    _check_shape(image, image_size)
     return square_pixels(image.convert("RGB"), image_size)
+
+
+def _check_shape(image: Image.Image, image_size: int) -> None:
+    width, height = image.size
+    short, long = min(image.size), max(image.size)
+    if image.size != (image_size, image_size) and (short < MIN_SIDE or long > MAX_ASPECT * short):
+        raise BadImageError(
+            "given",
+            f"it has {width} × {height} px, and the model would see too little in it; its shorter side must have at "
+            f"least {MIN_SIDE} px, and its longer side at most {MAX_ASPECT} times as many",
+        )
 
 
 @torch.inference_mode()

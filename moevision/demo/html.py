@@ -10,7 +10,6 @@ component's id (gradio 6.31, components/html.py); `_read_css` refuses what eithe
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from importlib.resources import files
 from typing import Any, Final
 
 from moevision.analysis.palette import EXPERT_COLOURS, HIGHLIGHT, NEUTRAL
+from moevision.names import json_text
 
 CORE_SCRIPTS: Final = (
     "core_util.js",
@@ -101,10 +101,10 @@ def view_html(view: Mapping[str, Any], *, full_page: bool) -> str:
     page = _page(view)
     if full_page:
         return page
-    # The frame can't tell its height to a notebook from inside the sandbox: the tallest usual layout fits.
+    # The frame can't tell its height to a notebook from inside the sandbox; the style of `.mv-framed` fits into it.
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
-        'style="width:100%;height:820px;border:1px solid #8884;border-radius:8px"></iframe>'
+        'style="width:100%;height:900px;border:1px solid #8884;border-radius:8px"></iframe>'
     )
 
 
@@ -134,8 +134,8 @@ def _script(names: tuple[str, ...], last: str, **constants: Any) -> str:
 
 def _inline_json(value: Any) -> str:
     """JSON that may stand inside a script element, whatever texts it holds."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for sign in "<>&\u2028\u2029":
+    text = json_text(value, separators=(",", ":"))
+    for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
 

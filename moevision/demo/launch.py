@@ -98,7 +98,16 @@ def _serving(chosen: Namespace) -> Serving:
         auth = (user, password)
     if chosen.port is not None and not 0 < chosen.port < 65536:
         raise UserError(f"--port is {chosen.port}: give a number from 1 to 65535.")
-    return Serving(chosen.host, chosen.port, auth, chosen.share, chosen.public, chosen.browser)
+    return Serving(
+        chosen.host,
+        chosen.port,
+        auth,
+        chosen.share,
+        chosen.public,
+        chosen.browser,
+        tuple(chosen.allow_host),
+        tuple(chosen.allow_embed),
+    )
 
 
 def _parser() -> ArgumentParser:
@@ -130,6 +139,21 @@ def _parser() -> ArgumentParser:
         "--share",
         action="store_true",
         help="open a public address through a server of gradio's (the first time it downloads a program for that)",
+    )
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name under which the page is opened, such as a proxy's: lab.example.org or *.example.org "
+        "(addresses, localhost and this computer's own name always work; repeat it for more)",
+    )
+    add(
+        "--allow-embed",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a website that may show the page in a frame, such as https://lab.example.org (repeat it for more)",
     )
     add("--no-browser", dest="browser", action="store_false", help="don't open a browser")
     return parser

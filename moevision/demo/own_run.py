@@ -7,13 +7,14 @@ from moevision.demo.cards import Card
 from moevision.demo.facts import title_of
 from moevision.errors import UserError
 from moevision.models.safe_files import read_json
+from moevision.names import shown
 
 
 def card_of_run(address: str) -> Card:
     """What a model's run folder tells about it; any other address is its own title."""
     run = run_folder(address)
     if run is None or not (run / "summary.json").is_file():
-        return Card(id="own", title=title_of(address) or address, subtitle="your model")
+        return Card(id="own", title=title_of(address) or shown(address), subtitle="your model")
     file = run / "summary.json"
     try:
         summary = read_json(file)
@@ -24,10 +25,10 @@ def card_of_run(address: str) -> Card:
         seed = summary["seed"]
         return Card(
             id="own",
-            title=str(summary["name"]),
+            title=shown(str(summary["name"])),
             subtitle=str(summary["model"]),
-            data=f"{summary['data']}: {sum(summary['class_counts']['train'].values()):,} training pictures",
-            recipe=f"moevision fit --config {run.name}/config.yaml",
+            data=f"{shown(str(summary['data']))}: {sum(summary['class_counts']['train'].values()):,} training pictures",
+            recipe=f"moevision fit --config {shown(run.name)}/config.yaml",
             seed=seed if type(seed) is int else None,
             accuracy=accuracy,
             data_kind=str(summary["data"]),

@@ -5,14 +5,18 @@ The models, gradio and torch are imported when a server is made, so that `moevis
 
 from __future__ import annotations
 
+import fnmatch
 import ipaddress
 import os
+import re
+import socket
 import sys
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from moevision.errors import DataWarning, UserError
 
@@ -43,6 +47,8 @@ class Serving:
         share: open a tunnel of gradio's.
         public: the user said that anyone may use it.
         browser: open a browser.
+        allow_host: further names that the page goes by, as a proxy's; `*` stands for any characters.
+        allow_embed: websites that may show the page in a frame, as `https://lab.example.org`.
     """
 
     host: str = "127.0.0.1"
@@ -51,6 +57,8 @@ class Serving:
     share: bool = False
     public: bool = False
     browser: bool = False
+    allow_host: tuple[str, ...] = ()
+    allow_embed: tuple[str, ...] = ()
 
     @property
     def local(self) -> bool:
@@ -61,14 +69,42 @@ class Serving:
         """Refuse to open the page to others by accident.
 
         Raises:
-            UserError: if others could use it without a password and the user didn't say that they may.
+            UserError: if others could use it without a password and the user didn't say that they may, or a name or a
+                website is not written as one.
         """
+        for name in self.allow_host:
+            if not re.fullmatch(r"[\w.*-]+", name, re.ASCII):
+                raise UserError(f"--allow-host is {name!r}: give a host name without a port, as in lab.example.org.")
+        for site in self.allow_embed:
+            if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*:(//[\w.*-]+(:(\d+|\*))?)?", site, re.ASCII):
+                raise UserError(f"--allow-embed is {site!r}: give a website's origin, as in https://lab.example.org.")
         if not self.local and self.auth is None and not self.public:
             way = "--share" if self.share else f"--host {self.host}"
             raise UserError(
                 f"{way} lets other people use the explorer on this computer: add --auth USER:PASS, or --public if "
                 "anyone may."
             )
+
+    def known(self, name: str) -> bool:
+        """Whether the page goes by this host name.
+
+        A website that has its own name point to this computer (DNS rebinding) is refused; an IP address in the place of
+        a name can't come from one. A Space is for everyone, and which names Hugging Face uses inside is its own affair.
+        """
+        own = {"localhost", self.host, socket.gethostname(), f"{socket.gethostname()}.local"}
+        if _on_space() or name in {one.lower() for one in own}:
+            return True
+        try:
+            ipaddress.ip_address(name.partition("%")[0])
+        except ValueError:
+            return any(fnmatch.fnmatchcase(name, one.lower()) for one in self.allow_host)
+        return True
+
+    def frames(self) -> str:
+        """Who may show the page in a frame: a notebook on this computer, Hugging Face for a Space, who was named."""
+        here = ("http://localhost:*", "http://127.0.0.1:*") if self.local else ()
+        space = ("https://huggingface.co", "https://*.hf.space") if _on_space() else ()
+        return " ".join((*here, *space, *self.allow_embed))
 
 
 class Server(AbstractContextManager["Server"]):
@@ -94,10 +130,14 @@ class Server(AbstractContextManager["Server"]):
         from moevision.demo.explorer import WAITING, build_page
         from moevision.demo.gate import Gate
         from moevision.demo.html import PAGE_CSS
-        from moevision.demo.web import MAX_BODY, Guard
+        from moevision.demo.web import Connection, Guard
+        from moevision.demo.wire import MAX_BYTES
 
         self.explorer, self._gate = explorer, Gate(workers=cpu_workers(), waiting=WAITING)
         self._page = build_page(explorer, self._gate)
+        proxied = serving.share or bool(serving.allow_host) or _on_space()
+        guard = Middleware(Guard, known=self._known, frames=serving.frames(), proxied=proxied)
+        self._serving, self._tunnel = serving, ""
         try:
             _, self.url, self.share_url = self._page.launch(
                 server_name=serving.host,
@@ -112,22 +152,26 @@ class Server(AbstractContextManager["Server"]):
                 run_history=False,
                 enable_monitoring=False,
                 strict_cors=True,
-                max_file_size=MAX_BODY,
+                max_file_size=MAX_BYTES,
                 allowed_paths=[],
                 mcp_server=False,
                 ssr_mode=False,
                 pwa=False,
                 state_session_capacity=SESSIONS,
-                app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
+                app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None, "openapi_url": None},
                 css=PAGE_CSS,
             )
         except (OSError, ValueError) as error:  # ValueError: gradio can't reach itself, behind a proxy for instance
             self._gate.close()
             where = f"{serving.host}:{serving.port or 7860}"
             raise UserError(f"{where} can't be used ({error}): give another --port.") from error
+        self._page.server.config.http_protocol_class = Connection  # uvicorn asks for it at every connection
         if serving.share and not self.share_url:
             self.close()
             raise UserError("The tunnel could not be opened: check the network, or use --host on your own network.")
+        if self.share_url:
+            self._tunnel = urlsplit(self.share_url).hostname or ""
+            self._page.share = False  # the shared page would load its scripts from a server of gradio's
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -135,11 +179,19 @@ class Server(AbstractContextManager["Server"]):
         """Stop serving."""
         self.close()
 
+    def _known(self, name: str) -> bool:
+        return self._serving.known(name) or name == self._tunnel
+
     def close(self) -> None:
         """Stop serving."""
         self._page.close(verbose=False)
         self._gate.close()
         self.explorer.close()
+
+
+def _on_space() -> bool:
+    """Whether this is a Space of Hugging Face, which sets the variable."""
+    return "SPACE_ID" in os.environ
 
 
 def cpu_workers() -> int:

@@ -21,7 +21,7 @@ from moevision.demo.atlas_pages import AtlasPages
 from moevision.demo.atlas_source import Galleries
 from moevision.demo.bundle import Entry, Variant
 from moevision.demo.examples import Found, Recent
-from moevision.demo.facts import PictureFacts, model_input
+from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, PictureFacts, model_input
 from moevision.demo.html import view_html
 from moevision.demo.requests import RequestError
 from moevision.demo.settings import Settings
@@ -198,7 +198,12 @@ class Explorer:
             "version": __version__,
             "local": self.local,
             "models": [_about(entry) for entry in entries],
-            "limits": {"max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS},
+            "limits": {
+                "max_bytes": MAX_BYTES,
+                "max_pixels": MAX_PIXELS,
+                "min_side": MIN_SIDE,
+                "max_aspect": MAX_ASPECT,
+            },
             "default": {"model": entries[0].card.id, "picture": first[0] if first else None},
         }
 
@@ -216,9 +221,10 @@ def _about(entry: Entry) -> Json:
         found = entry.examples.find(id)
         examples.append({"id": id, "name": found.name, "label": found.label, "thumb": entry.examples.thumb(id)})
     return {
-        **{name: value for name, value in facts.items() if name != "variant"},
+        **{name: value for name, value in facts.items() if name not in ("variant", "accuracy_text")},
         "subtitle": card.subtitle,
         "variants": list(entry.variants),
+        "accuracy_texts": {name: variant.facts.accuracy_text for name, variant in entry.variants.items()},
         "has_dense": entry.dense is not None,
         "has_pictures": entry.examples.has_pictures,
         "has_parts": pictures is not None and bool(pictures.part_names),

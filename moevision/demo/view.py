@@ -188,11 +188,11 @@ def route_image(
     """
     saved = model if isinstance(model, SavedModel) else load_model(str(model))
     settings = settings or Settings()
-    facts = facts or describe(saved, title="model" if isinstance(model, SavedModel) else title_of(model))
+    facts = facts or describe(saved, title="" if isinstance(model, SavedModel) else title_of(model))
     pixels = model_input(image, saved.image_size)
     with settings.applied(saved.net):
         logits, routings = route_batch(saved, pixels[None])
-    known = picture or PictureFacts(pixels, name=image if isinstance(image, str) else "picture")
+    known = picture or PictureFacts(pixels, name=Path(image).name if isinstance(image, str | Path) else "one image")
     return RoutingView(
         model=facts,
         picture=PictureFacts(pixels, known.id, known.name, known.label, known.unlike),

@@ -1,22 +1,36 @@
-"""What stands between the network and gradio: limits on bodies, closed doors, and headers. An ASGI middleware.
+"""What stands between the network and gradio: connections, hosts, routes, bodies, uploads, logins, and headers.
 
 gradio 6.31 serves the calls of the page at `/gradio_api/component_server`, behind the login if there is one, with any
 body of any size, and keeps a session for every `session_hash` that it hears of. So here
 
+- a connection that doesn't complete a request's header in time is closed, and there are only so many (`Connection`);
+- a request must name a host that the explorer goes by, or any website could reach it by DNS rebinding;
+- only the routes that the page and gradio's clients use exist, for GET as for POST;
 - a body is read up to a limit, within a time, and only as long as all bodies together fit;
-- it must be a JSON object (the login form aside) whose names of sessions and functions are short;
-- routes that the explorer doesn't use (uploads, files, proxy, editing) don't exist.
+- it must be a JSON object (forms aside) whose names of sessions and functions are short, and not empty: an empty
+  `session_hash` ends the loop of gradio's queue, and with it the API for everyone;
+- an uploaded file stays in memory for one request (`Uploads`), so that gradio opens no path and no address;
+- wrong logins are slowed down (`Brake`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from typing import Any, Final
+from urllib.parse import urlsplit
 
-from moevision.demo.wire import MAX_CHARACTERS
+from starlette.datastructures import Headers
+from starlette.formparsers import MultiPartException, MultiPartParser
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from moevision.demo.gate import Brake, client_address
+from moevision.demo.server import is_loopback
+from moevision.demo.wire import MAX_BYTES, MAX_CHARACTERS
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -28,26 +42,53 @@ MAX_BODIES: Final = 16 * MAX_BODY
 READ_S: Final = 60.0
 MAX_WORD: Final = 100
 API: Final = "/gradio_api"
-# Calls of the page, of the API, and what gradio's own client and page need besides.
-_POST: Final = ("/component_server", "/queue/join", "/call/", "/run/", "/api/", "/cancel", "/reset")
-_FORMS: Final = ("/login",)
-_CLOSED: Final = (
-    "/upload",
-    "/file",
-    "/proxy=",
-    "/stream/",
-    "/process_recording",
-    "/vibe",
-    "/undo-vibe",
-    "/run-history",
-    "/runs",
-    "/custom_component",
-    "/profiling",
-    "/dev/",
-    "/deep_link",
+LOGIN: Final = ("/login", "/login/")
+UPLOAD: Final = f"{API}/upload"
+MAX_LOGIN: Final = 4096
+MAX_UPLOADS: Final = 8 * MAX_BYTES
+UPLOAD_S: Final = 600.0
+HEADER_S: Final = 10.0
+MAX_CONNECTIONS: Final = 512  # a browser keeps up to 6, of which one stays open
+MAX_CONNECTIONS_EACH: Final = 128  # of one address
+# What the page and gradio's clients use; a name that ends in "/" stands for all that begins with it.
+_GET: Final = (
+    "/assets/",
+    "/static/",
+    "/config",
+    "/theme.css",
+    "/favicon.ico",
+    "/robots.txt",
+    "/manifest.json",
+    f"{API}/info",
+    f"{API}/theme.css",
+    f"{API}/login_check",
+    f"{API}/startup-events",
+    f"{API}/heartbeat/",
+    f"{API}/queue/data",
+    f"{API}/queue/status",
+    f"{API}/call/",
 )
-_CLOSED_ROOT: Final = ("/monitoring", "/gradio_api/deep_link", "/svelte")
+_POST: Final = (
+    *LOGIN,
+    UPLOAD,
+    f"{API}/component_server",
+    f"{API}/queue/join",
+    f"{API}/call/",
+    f"{API}/run/",
+    f"{API}/api/",
+    f"{API}/cancel",
+    f"{API}/reset",
+)
+# gradio answers these without a login, or they are ours.
+_PRIVATE: Final = (UPLOAD, f"{API}/heartbeat/", f"{API}/cancel", f"{API}/reset")
 log = logging.getLogger(__name__)
+# gradio's page has scripts inside its HTML and makes functions from the component's templates ("unsafe-inline" and
+# "unsafe-eval"); everything else, pictures and answers above all, comes from here and goes nowhere else.
+POLICY: Final = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; "
+    "frame-ancestors 'self' "
+)
 HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -69,15 +110,28 @@ class Guard:
 
     Args:
         app: what it protects.
+        known: whether a host name is one of the explorer's own.
+        frames: who may show the page in a frame besides itself, as sources of a Content-Security-Policy.
+        proxied: whether `X-Forwarded-For` tells visitors apart: a proxy that sets it is known to be there.
         max_body: largest body of one request, in bytes.
         max_bodies: of all bodies that are being read or answered.
         read_s: how long reading a body may take.
     """
 
     def __init__(
-        self, app: App, max_body: int = MAX_BODY, max_bodies: int = MAX_BODIES, read_s: float = READ_S
+        self,
+        app: App,
+        known: Callable[[str], bool],
+        frames: str = "",
+        proxied: bool = False,
+        max_body: int = MAX_BODY,
+        max_bodies: int = MAX_BODIES,
+        read_s: float = READ_S,
     ) -> None:
-        self.app, self.max_body, self.max_bodies, self.read_s = app, max_body, max_bodies, read_s
+        self.app, self.known, self.proxied = app, known, proxied
+        self.max_body, self.max_bodies, self.read_s = max_body, max_bodies, read_s
+        self.headers = (*HEADERS, (b"content-security-policy", (POLICY + frames).strip().encode()))
+        self.uploads, self.brake = Uploads(), Brake()
         self._held = 0  # bytes; touched by the event loop's thread only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,20 +142,59 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(send)
+        answer = _Answer(send, self.headers, scope["method"] == "POST")
         body = bytearray()
         try:
             path = scope["path"]
+            self._check_host(scope)
             _check_route(scope["method"], path)
+            if path.startswith(_PRIVATE) and not await self._may_enter(scope, receive):
+                raise Refused(401, "This explorer asks for a login first.")
             if scope["method"] == "POST":
                 await self._read(scope, receive, body)
-                _check_body(path, bytes(body))
-                receive = _replayed(bytes(body), receive)
-            await self._run(scope, receive, answer)
+                if path == UPLOAD:
+                    await answer.json(200, [await self.uploads.keep(scope, bytes(body))])
+                    return
+                login = path in LOGIN
+                receive = _replayed(bytes(body) if login else _check_body(bytes(body), self.uploads), receive)
+                await (self._log_in if login else self._run)(scope, receive, answer)
+            else:
+                await self._run(scope, receive, answer)
         except Refused as refused:
             await answer.refuse(refused)
         finally:
             self._held -= len(body)
+
+    def _check_host(self, scope: Scope) -> None:
+        given = Headers(scope=scope).get("host", "")
+        try:
+            name = (urlsplit(f"//{given}").hostname or "").rstrip(".")
+        except ValueError:
+            name = ""
+        if not name or not self.known(name):
+            raise Refused(421, f"The explorer doesn't go by the name {name[:99]!r}: start it with --allow-host NAME.")
+
+    async def _may_enter(self, scope: Scope, receive: Receive) -> bool:
+        """Whether gradio takes the visitor for logged in; there may be no login."""
+        path, found = f"{API}/login_check", 0
+
+        async def hear(message: MutableMapping[str, Any]) -> None:
+            nonlocal found
+            found = message.get("status", found)
+
+        await self.app({**scope, "method": "GET", "path": path, "raw_path": path.encode()}, receive, hear)
+        return found == 200
+
+    async def _log_in(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        """Let gradio check a login when its address may have one checked."""
+        address = client_address(scope["client"], self.proxied, "x-forwarded-for" in Headers(scope=scope))
+        wait_s = self.brake.pause(address)
+        if wait_s is None:
+            raise Refused(429, "Too many wrong logins from this address: wait a minute and try again.", "busy")
+        await asyncio.sleep(wait_s)
+        await self._run(scope, receive, answer)
+        if answer.status < 400:
+            self.brake.release(address)
 
     async def _run(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         try:
@@ -109,15 +202,18 @@ class Guard:
         except Exception as error:
             # gradio looks up components, functions and arguments without asking whether they exist; what fails in our
             # own handlers is told in their answer and doesn't come this way.
-            if answer.started or scope["method"] != "POST":
+            if answer.status or scope["method"] != "POST":
                 raise
             log.warning("gradio could not answer %s", scope["path"], exc_info=True)
-            raise Refused(400, "This request fits nothing here: look at /gradio_api/info.") from error
+            raise _misfit() from error
+        if answer.misfit:
+            raise _misfit()
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
-        too_large = Refused(413, f"A request has at most {self.max_body:,} bytes: send a smaller picture.", "too_large")
+        most = MAX_LOGIN if scope["path"] in LOGIN else self.max_body
+        too_large = Refused(413, f"A request has at most {most:,} bytes here: send less.", "too_large")
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if not announced.isdigit() or len(announced) > 18 or int(announced) > self.max_body:
+        if not announced.isdigit() or len(announced) > 18 or int(announced) > most:
             raise too_large
         try:
             async with asyncio.timeout(self.read_s):
@@ -128,7 +224,7 @@ class Guard:
                     chunk = message.get("body", b"")
                     body += chunk
                     self._held += len(chunk)
-                    if len(body) > self.max_body:
+                    if len(body) > most:
                         raise too_large
                     if self._held > self.max_bodies:
                         raise Refused(503, "Many people are sending pictures: try again in a few seconds.", "busy")
@@ -139,54 +235,176 @@ class Guard:
 
 
 class _Answer:
-    """`send` with our headers, which knows whether the answer has begun."""
+    """`send` with our headers, which knows whether the answer has begun, and with which status.
 
-    def __init__(self, send: Send) -> None:
-        self.send, self.started = send, False
+    An answer to a POST with 422 (a list of pydantic's complaints) or 500 (no handler of ours fails so) is held back:
+    the body didn't fit.
+    """
+
+    def __init__(self, send: Send, headers: tuple[tuple[bytes, bytes], ...], post: bool) -> None:
+        self.send, self.headers, self.post = send, headers, post
+        self.status, self.misfit = 0, False
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            self.started = True
-            names = {name for name, _ in HEADERS}
-            kept = [(name, value) for name, value in message.get("headers", []) if name.lower() not in names]
-            message["headers"] = [*kept, *HEADERS]
-        await self.send(message)
+            self.misfit = self.post and not self.status and message["status"] in (422, 500)
+            if not self.misfit:
+                self.status = message["status"]
+                names = {name for name, _ in self.headers}
+                kept = [(name, value) for name, value in message.get("headers", []) if name.lower() not in names]
+                message["headers"] = [*kept, *self.headers]
+        if not self.misfit:
+            await self.send(message)
+
+    async def json(self, status: int, content: Any) -> None:
+        body = json.dumps(content).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        if status in (408, 413, 503):  # what is left of the body is not read
+            headers.append((b"connection", b"close"))
+        await self({"type": "http.response.start", "status": status, "headers": headers})
+        await self({"type": "http.response.body", "body": body})
 
     async def refuse(self, refused: Refused) -> None:
-        body = json.dumps({"error": refused.sentence, "code": refused.code}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if refused.status in (408, 413, 503):  # what is left of the body is not read
-            headers.append((b"connection", b"close"))
-        await self({"type": "http.response.start", "status": refused.status, "headers": headers})
-        await self({"type": "http.response.body", "body": body})
+        self.misfit = False
+        await self.json(refused.status, {"error": refused.sentence, "code": refused.code})
+
+
+class Uploads:
+    """Files that gradio's clients send ahead of a request, in memory, each for one request and at most 10 minutes.
+
+    gradio would write them to a folder and later open the path that a request names, or fetch it if it is an address.
+    Here the "path" of a file is a random word, and `text_of` puts the file itself in its place.
+
+    Args:
+        limit: bytes of all files; the oldest make room.
+    """
+
+    def __init__(self, limit: int = MAX_UPLOADS) -> None:
+        self.limit = limit
+        self._files: dict[str, bytes] = {}
+
+    async def keep(self, scope: Scope, body: bytes) -> str:
+        """Take the one file of a multipart form.
+
+        Returns:
+            The name by which a request may ask for it.
+        """
+
+        async def stream() -> AsyncGenerator[bytes, None]:
+            yield body
+
+        headers = Headers(scope=scope)
+        if not headers.get("content-type", "").startswith("multipart/form-data"):
+            raise Refused(400, "A file is sent as multipart/form-data.")
+        parser = MultiPartParser(headers, stream(), max_files=1, max_fields=0)
+        parser.spool_max_size = len(body) + 1  # nothing is written to disk
+        try:
+            form = await parser.parse()
+        except (MultiPartException, KeyError, UnicodeError) as error:
+            raise Refused(400, "The form must hold one file, named 'files'.") from error
+        file = form.get("files")
+        if file is None or isinstance(file, str):
+            raise Refused(400, "The form must hold one file, named 'files'.")
+        data = await file.read()
+        await form.close()
+        if len(data) > MAX_BYTES:
+            raise Refused(413, f"The file is larger than {MAX_BYTES // 2**20} MB: save it smaller.", "too_large")
+        name = f"upload:{secrets.token_urlsafe(16)}"
+        self._files[name] = data
+        while sum(map(len, self._files.values())) > self.limit:
+            del self._files[next(iter(self._files))]
+        asyncio.get_running_loop().call_later(UPLOAD_S, self._files.pop, name, None)
+        return name
+
+    def text_of(self, path: str) -> str:
+        """The file of this name as base64 text, once; any other path as it is, which nothing opens."""
+        data = self._files.pop(path, None)
+        return path if data is None else base64.b64encode(data).decode("ascii")
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection with a time limit for headers, and a limit on connections.
+
+    uvicorn 0.54 waits for the rest of a header forever, and its `limit_concurrency` lets one client with unfinished
+    headers shut out everyone else.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, or turn it away."""
+        super().connection_made(transport)
+        address = self.client[0] if self.client else ""
+        each = sum((getattr(other, "client", None) or ("",))[0] == address for other in self.connections)
+        crowd = each > MAX_CONNECTIONS_EACH and not is_loopback(address)  # a proxy on this computer stands for everyone
+        if crowd or len(self.connections) > MAX_CONNECTIONS:
+            transport.write(b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+            transport.close()
+        else:
+            self._expect_header()
+
+    def handle_events(self) -> None:
+        """Stop the clock when a request has begun."""
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_clock()
+
+    def on_response_complete(self) -> None:
+        """Expect the next request."""
+        self._expect_header()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def _expect_header(self) -> None:
+        self._stop_clock()
+        self._late = self.loop.call_later(HEADER_S, self.transport.abort)
+
+    def _stop_clock(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+
+
+def _misfit() -> Refused:
+    return Refused(400, "The body doesn't have the form that this route takes: look at /gradio_api/info.")
 
 
 def _check_route(method: str, path: str) -> None:
-    inner = path.removeprefix(API) if path.startswith(API) else None
-    closed = path.startswith(_CLOSED_ROOT) if inner is None else inner.startswith(_CLOSED)
-    if closed:
+    if method not in ("GET", "HEAD", "POST"):
+        raise Refused(405, f"The method {method[:20]} isn't used here.")
+    routes = _POST if method == "POST" else _GET
+    found = any(path.startswith(one) if one.endswith("/") else path in (one, f"{one}/") for one in routes)
+    if not found and not (path == "/" and method != "POST"):
         raise Refused(404, "There is nothing here: pictures are sent inside a request, files are never opened.")
-    if method not in ("GET", "HEAD", "POST", "OPTIONS"):
-        raise Refused(405, f"The method {method} isn't used here.")
-    if method == "POST" and not (path.startswith(_FORMS) if inner is None else inner.startswith(_POST)):
-        raise Refused(404, "There is nothing to post to here.")
 
 
-def _check_body(path: str, body: bytes) -> None:
-    if path.startswith(_FORMS):
-        if len(body) > 4096:
-            raise Refused(413, "A login form is shorter than this.", "too_large")
-        return
+def _check_body(body: bytes, uploads: Uploads) -> bytes:
+    """Check a JSON body, and put an uploaded file in the place of its name."""
+    files = 0
+
+    def exchanged(found: dict[str, Any]) -> Any:
+        nonlocal files
+        if not ("meta" in found and isinstance(found.get("path"), str)):
+            return found
+        files += 1
+        return uploads.text_of(found["path"])
+
     try:
-        found = json.loads(body)
+        found = json.loads(body, object_hook=exchanged)
     except (ValueError, RecursionError) as error:
         raise Refused(400, "The body must be a JSON object.") from error
     if not isinstance(found, dict):
         raise Refused(400, "The body must be a JSON object.")
+    if files > 1:
+        raise Refused(400, "A request holds one file.")
     for name in ("session_hash", "fn_name", "event_id"):
         value = found.get(name)
-        if value is not None and not (isinstance(value, str) and len(value) <= MAX_WORD):
-            raise Refused(400, f"{name} must be a text of at most {MAX_WORD} characters.")
+        if value is not None and not (isinstance(value, str) and value.isascii() and 0 < len(value) <= MAX_WORD):
+            raise Refused(400, f"{name} must be a text of 1 to {MAX_WORD} ASCII characters.")
+    return json.dumps(found).encode() if files else body
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

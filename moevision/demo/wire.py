@@ -60,7 +60,9 @@ def open_data_uri(text: str) -> Image.Image:
         data = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadImageError(
-            "<upload>", "it is not base64 text; a path or an address is never opened, send the picture itself"
+            "<upload>",
+            "it is neither base64 text nor a file that was just uploaded, which serves one request; a path or an "
+            "address is never opened, send the picture itself",
         ) from error
     if len(data) > MAX_BYTES:
         raise TooLargeError(f"The picture is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")

@@ -113,12 +113,12 @@ class LocalDispatcher:
     def _fill_slots(self, x: Tensor, routing: SoftRouting) -> Dispatched:
         """Soft MoE: slot inputs, expert after expert."""
         weight = routing.dispatch_weight.to(x.dtype)
-        slots = torch.einsum("bnd,bnep->ebpd", x.view(*weight.shape[:2], -1), weight)
+        slots = torch.einsum("bnd,bnep->ebpd", x.view(*weight.shape[:2], x.shape[-1]), weight)
         return Dispatched(slots.flatten(0, 2), routing.counts())
 
     def _read_slots(self, rows: Tensor, routing: SoftRouting) -> Tensor:
         images, _, num_experts, slots = routing.slot_weight.shape
-        by_expert = rows.view(num_experts, images, slots, -1)
+        by_expert = rows.view(num_experts, images, slots, rows.shape[-1])
         return torch.einsum("bnep,ebpd->bnd", routing.slot_weight.to(rows.dtype), by_expert).flatten(0, 1)
 
     def _step(self, num_rows: int, num_experts: int, x: Tensor) -> int:

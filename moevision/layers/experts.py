@@ -27,7 +27,11 @@ _PLAIN_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid)  # element
 
 
 class PackedLinear(nn.Module):
-    """E linear maps in one weight [E, out, in] and one bias [E, out] (names ending in `.bias` escape weight decay)."""
+    """E linear maps in one weight [E, out, in] and one bias [E, out].
+
+    A bias of two dimensions is a weight to timm's `param_groups_layer_decay` (and to any rule that goes by dimensions):
+    `convert_to_moe` names it in the model's `no_weight_decay()`.
+    """
 
     def __init__(
         self,

@@ -115,7 +115,7 @@ class RandomRouter(HandmadeRouter):
         """A random order of all experts."""
         if self.training:
             return torch.rand(*x.shape[:2], self.num_experts, device=x.device).argsort(-1)
-        number = torch.arange(x.shape[1] * self.num_experts, device=x.device).view(1, x.shape[1], -1)
+        number = torch.arange(x.shape[1] * self.num_experts, device=x.device).view(1, x.shape[1], self.num_experts)
         return _scrambled(number).argsort(dim=-1, stable=True).expand(x.shape[0], -1, -1)
 
 

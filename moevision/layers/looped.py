@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from moevision.layers.once import differentiable_once
 
 _ALIGNMENT = 16
 """Bytes that the start and the strides of a matrix must be multiples of for `grouped_mm`."""
@@ -66,7 +67,7 @@ class _LoopedMlps(torch.autograd.Function):
         return _linear(active, counts, weight2, bias2)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, hidden, active, weight1, weight2 = ctx.saved_tensors
         counts, gradient, needed = ctx.counts, gradient.contiguous(), ctx.needs_input_grad[3:]

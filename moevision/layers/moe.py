@@ -16,6 +16,7 @@ from moevision.errors import UserError
 from moevision.layers.affinity import SigmoidRouter
 from moevision.layers.dispatch import LocalDispatcher
 from moevision.layers.experts import Backend, Experts
+from moevision.layers.once import refuse_transforms
 from moevision.layers.options import RouterOptions
 from moevision.layers.routers import build_router
 from moevision.layers.routing import Recordable, Routing
@@ -117,10 +118,11 @@ class MoEMlp(Recordable):
         mixed = self._mix_all(flat, routing) if self.experts.backend == "dense" else self._mix_routed(flat, routing)
         if self.shared is not None:
             mixed = mixed + self.shared(flat)
-        out: Tensor = self.drop(mixed.view(*x.shape[:-1], -1))
+        out: Tensor = self.drop(mixed.view(*x.shape[:-1], mixed.shape[-1]))
         return out
 
     def _mix_routed(self, x: Tensor, routing: Routing) -> Tensor:
+        refuse_transforms()
         # Cast before the copy: the rows are then half as large under bf16 autocast.
         dispatched = self.dispatcher.dispatch(x.to(self.experts.compute_dtype(x)), routing)
         rows = self.experts(dispatched.rows, dispatched.counts)

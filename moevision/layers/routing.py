@@ -80,6 +80,11 @@ class Routing:
         """[E] int64: how many choices each expert computes (the load)."""
         return _count(self.expert_index.flatten(), self.kept.flatten(), self.num_experts)
 
+    def image_counts(self) -> Tensor:
+        """[B, E] int64: `counts()` of each image."""
+        zeros = torch.zeros(len(self.kept), self.num_experts, dtype=torch.int64, device=self.kept.device)
+        return zeros.scatter_add(1, self.expert_index.flatten(1), self.kept.flatten(1).to(torch.int64))
+
     def detach(self) -> Self:
         """The same decision without its autograd graph, for metrics and traces."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

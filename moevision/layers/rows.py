@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moevision.layers.once import differentiable_once
 
 
 def take_rows(x: Tensor, token: Tensor, position: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class _TakeRows(torch.autograd.Function):
         return x.index_select(0, token)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (position,) = ctx.saved_tensors
         return _sum(gradient.contiguous(), position), None, None
@@ -84,7 +85,7 @@ class _SumRows(torch.autograd.Function):
         return _sum(rows, position, weight)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         rows, weight, token, position = ctx.saved_tensors
         gradient = gradient.contiguous()

@@ -118,6 +118,11 @@ class SoftRouting(Routing):
         images, _, num_experts, slots = self.slot_weight.shape
         return torch.full((num_experts,), images * slots, dtype=torch.int64, device=self.logits.device)
 
+    def image_counts(self) -> Tensor:
+        """[B, E] int64: slots that each expert computes in each image, the same everywhere."""
+        images, _, num_experts, slots = self.slot_weight.shape
+        return torch.full((images, num_experts), slots, dtype=torch.int64, device=self.logits.device)
+
     def requested_counts(self) -> Tensor:
         """[E] int64: as `counts()`; no slot is ever dropped."""
         return self.counts()

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,16 @@ from timm.layers import Mlp
 from torch import nn
 
 from moevision.errors import UserError
-from moevision.layers import ColourRouter, HandmadeRouter, MoEMlp, RouterOptions, capacity_of, moe_layers, router_kind
+from moevision.layers import (
+    ColourRouter,
+    HandmadeRouter,
+    MoEMlp,
+    PackedLinear,
+    RouterOptions,
+    capacity_of,
+    moe_layers,
+    router_kind,
+)
 from moevision.layers.experts import Backend
 
 
@@ -76,7 +86,8 @@ def convert_to_moe(
         **router_options: see `moevision.layers.RouterOptions`; a router ignores what only another layer's can use.
 
     Returns:
-        `vit` itself. It carries a JSON-ready `moe_config` and saves under the registered name `vit_moe`.
+        `vit` itself. It carries a JSON-ready `moe_config`, saves under the registered name `vit_moe`, and its
+        `no_weight_decay()` names the experts' biases.
 
     Raises:
         UserError: if the model has no such blocks, a block's MLP is not a plain one, or an option doesn't fit.
@@ -95,6 +106,7 @@ def convert_to_moe(
     for index, plan in zip(indices, plans, strict=True):
         blocks[index].mlp = _moe_like(vit, index, plan, copy_weights)
     _show_picture(vit)
+    _spare_biases(vit)
     written = {name: one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()}
     if not copy_weights and expert_hidden is None:
         written["hidden_features"] = None  # follows from the MLP
@@ -207,6 +219,14 @@ def _show_picture(vit: nn.Module) -> None:
         if isinstance(layer.router, ColourRouter):
             # A hook on this module, once per forward pass: it is outside compiled and checkpointed blocks.
             cast(Any, vit).patch_embed.register_forward_pre_hook(layer.router.look)
+
+
+def _spare_biases(vit: nn.Module) -> None:
+    """Name the experts' biases among what timm's optimizers must not decay: two dimensions are a weight to them."""
+    spared: set[str] = getattr(vit, "no_weight_decay", set)()
+    packed = [name for name, module in vit.named_modules() if isinstance(module, PackedLinear)]
+    # A plain function of names: one that holds the model would be a reference cycle.
+    cast(Any, vit).no_weight_decay = partial(set, {*spared, *(f"{name}.bias" for name in packed)})
 
 
 def _set_address(vit: nn.Module, **moe_config: Any) -> None:

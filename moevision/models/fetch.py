@@ -52,25 +52,16 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
 
 def _fetch_folder(repository: str, weights: bool) -> Path:
     """The files of a repository on the Hugging Face hub, both of one commit, in the hub's cache."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
     name, _, revision = repository.partition("@")
-    config = Path(hf_hub_download(name, CONFIG, revision=revision or None))
+    config = _fetch(name, CONFIG, revision or None)
     read_config(config)  # before gigabytes are fetched for nothing
     if weights:
-        try:
-            hf_hub_download(name, WEIGHTS, revision=config.parent.name)  # the cache names a folder after its commit
-        except EntryNotFoundError as error:
-            raise UserError(f"{name} has no {WEIGHTS} on the hub: only safetensors are read, never pickles.") from error
+        _fetch(name, WEIGHTS, config.parent.name)  # the cache names a folder after its commit
     return config.parent
 
 
 def _fetch_weights(name: str) -> Path:
     """The published weights of a timm name, as safetensors."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
     known = timm.get_pretrained_cfg(name)
     asked = "" if known is None else str(known.hf_hub_filename or "")
     file = asked if asked.endswith(".safetensors") else _SAFE_NAMES.get(asked)
@@ -79,9 +70,42 @@ def _fetch_weights(name: str) -> Path:
     if not known.hf_hub_id or file is None:
         raise UserError(f"The weights of {name} are not published as safetensors, and pickles are never read.")
     repository, _, revision = str(known.hf_hub_id).partition("@")
-    try:
-        path = Path(hf_hub_download(repository, file, revision=revision or None))
-    except EntryNotFoundError as error:
-        raise UserError(f"{repository} has no {file} on the hub: only safetensors are read, never pickles.") from error
+    path = _fetch(repository, file, revision or None)
     read_header(path)
     return path
+
+
+def _fetch(repository: str, file: str, revision: str | None) -> Path:
+    """One file of a repository on the hub, in the hub's cache.
+
+    Raises:
+        UserError: if the hub can't be reached, or has no such repository or file.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(
+            f"The hub can't be reached, and {file} of {repository} is not in its cache on this computer: connect it to "
+            "the network (without HF_HUB_OFFLINE), or give a folder with config.json and model.safetensors."
+        ) from error
+    except EntryNotFoundError as error:
+        only = (
+            "give a model that timm or moevision saved"
+            if file == CONFIG
+            else "only safetensors are read, never pickles"
+        )
+        raise UserError(f"{repository} has no {file} on the hub: {only}.") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(
+            f"The hub has no {repository} in this revision, or hides it from you: check the name, or log in there with "
+            "`hf auth login`."
+        ) from error

@@ -6,6 +6,7 @@ Such a folder opens with timm alone, once `moevision` is imported:
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -20,10 +21,9 @@ from torch import nn
 
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
+from moevision.files import write_text_atomic
 from moevision.models.fetch import open_model
-
-# Characters that would steer a terminal, or show a name in another order than it has.
-_NO_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from moevision.names import shown
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ def _save_for_timm(model: SavedModel, folder: Path) -> None:
         },
         safe_serialization=True,
     )
+    # timm gives the number of classes a second time, among the arguments. timm takes both; transformers hands both to
+    # timm.create_model, which is a TypeError.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    write_text_atomic(folder / "config.json", json.dumps(config, indent=2))
 
 
 def load_model(address: str) -> SavedModel:
@@ -158,7 +163,7 @@ def _class_names(config: dict[str, Any], classes: int) -> list[str]:
     if not isinstance(names, dict):
         names = dict(enumerate(names)) if len(names) == classes else {}
     by_index = {int(index): words.get(name, name) for index, name in names.items()}
-    return [_NO_CONTROL.sub("\ufffd", by_index.get(index, f"class {index}")) for index in range(classes)]
+    return [shown(by_index.get(index, f"class {index}")) for index in range(classes)]
 
 
 def best_device() -> torch.device:

@@ -21,7 +21,7 @@ from torch import nn
 
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
-from moevision.models.safe_files import TensorEntry, elements, read_header, read_json
+from moevision.models.safe_files import INTEGERS, TensorEntry, elements, read_header, read_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_CLASSES: Final = 200_000
@@ -62,7 +62,8 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
             entries = read_header(folder / WEIGHTS)
         except FileNotFoundError as error:
             raise UserError(f"{folder} has no {WEIGHTS}: only safetensors are read, never pickles.") from error
-        check_size(folder, entries)
+        net = check_size(folder, entries)
+        check_types(folder / WEIGHTS, net, entries)
     return config
 
 
@@ -83,8 +84,28 @@ def read_config(file: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
+def check_types(file: Path, net: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse whole numbers for weights: torch would load them without a word, also int8 ones without their scale.
+
+    Counters, masks and tables that are whole numbers in the model (`num_batches_tracked`) may be so in the file.
+
+    Raises:
+        UserError: if a tensor that is floating-point in the model, or goes by a weight's name, holds whole numbers.
+    """
+    floating = {name: tensor.is_floating_point() for name, tensor in net.state_dict().items()}
+    for name, entry in entries.items():
+        if entry.dtype in INTEGERS and floating.get(name, name.endswith((".weight", ".bias"))):
+            raise UserError(
+                f"{file} can't be loaded: {name[:80]!r} holds whole numbers ({entry.dtype}), and the model has weights "
+                "there: save them in fp32, bf16 or fp16."
+            )
+
+
+def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
     """Refuse a config.json that describes a larger model than its weights are; nothing is allocated to find out.
+
+    Returns:
+        The model, without memory.
 
     Raises:
         UserError: if so, or if the model can't be built at all.
@@ -104,6 +125,7 @@ def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> None:
             f"The model in {folder} can't be loaded: {CONFIG} describes {described:,} weights and {WEIGHTS} holds "
             f"{held:,}. One of them is damaged, or belongs to another model."
         )
+    return net
 
 
 def _check_config(config: Any) -> None:

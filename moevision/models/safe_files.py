@@ -41,6 +41,7 @@ _DTYPE_BYTES: Final = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
+INTEGERS: Final = frozenset(("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import nn
 from moevision.errors import UserError
 from moevision.models.fetch import open_model
 from moevision.models.hub import model_folder
+from moevision.models.safe_config import check_types
 from moevision.models.safe_files import read_header
 
 ImageSize = int | tuple[int, int]
@@ -128,6 +129,7 @@ def _create_from_file(address: str, file: Path, num_classes: int | None, options
     except Exception as error:  # files and shapes are wrong in every type; the cause stays attached
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} does not hold the weights of {address} ({type(error).__name__}: {reason}).") from error
+    check_types(file, model, read_header(file))
     return reshape(model, num_classes, None)
 
 

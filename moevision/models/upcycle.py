@@ -223,7 +223,8 @@ def _keep_address(model: nn.Module) -> None:
     state._model_args = {**{name: value for name, value in arguments.items() if name not in others}, **given}
     if "twin" not in arguments:
         return
-    rebuilt = timm.create_model(state.pretrained_cfg["architecture"], **state._model_args, device="meta")
+    built = {**state._model_args, "num_classes": state.num_classes}  # a saved model's arguments leave it out
+    rebuilt = timm.create_model(state.pretrained_cfg["architecture"], **built, device="meta")
     widths = ({name: value.shape for name, value in net.state_dict().items()} for net in (model, rebuilt))
     if next(widths) != next(widths):
         raise UserError(

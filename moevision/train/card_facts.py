@@ -21,6 +21,7 @@ from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.hub import SavedModel, load_model, model_folder
 from moevision.models.safe_files import read_json, read_yaml
+from moevision.names import shown
 from moevision.train.provenance import LIBRARIES
 from moevision.train.run_summary import RunSummary, read_summary
 from moevision.versions import package_version
@@ -131,7 +132,7 @@ def gather_facts(
     architecture, options = _architecture(saved.net)
     blocks = _moe_blocks(saved.net)
     return CardFacts(
-        name=name or (summary.name if summary else architecture.split()[0]),
+        name=shown(name or (summary.name if summary else architecture.split()[0])),
         address=address,
         architecture=architecture,
         blocks=blocks,
@@ -142,7 +143,7 @@ def gather_facts(
         cost=summary.cost if summary else measure_cost(saved.net, saved.image_size),
         licence=licence,
         summary=summary,
-        command=[without_path(word) for word in provenance.get("command", [])],
+        command=[shown(without_path(word)) for word in provenance.get("command", [])],
         start=_start(run),
         versions=_versions(provenance),
         others=[read_summary(Path(other) / "summary.json") for other in others],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from moevision.names import shown
 from moevision.train.card_facts import CardFacts
 
 _NEVER_MEASURED = (
@@ -33,7 +34,7 @@ def limits_section(facts: CardFacts) -> str:
 
 def without_example(sentence: str) -> str:
     """A sentence about the data without the file name that it gives as an example, which may be private."""
-    return re.sub(r" \(for example [^)]*\)", "", sentence)
+    return re.sub(r" \(for example .*\)", "", shown(sentence))  # to the last bracket: names have brackets too
 
 
 def _not_measured(facts: CardFacts) -> Iterator[str]:

@@ -21,7 +21,8 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from moevision.errors import UserError
-from moevision.train.manifest import Entry, read_manifest, sync_folder, verify, write_manifest
+from moevision.files import make_folder, rename, sync_folder, written_beside
+from moevision.train.manifest import Entry, read_manifest, sha256_of, verify, write_manifest
 from moevision.train.messages import tell
 from moevision.train.processes import from_first
 
@@ -124,46 +125,37 @@ class SafeCheckpointIO(CheckpointIO):
 
 def _write_safely(path: Path, unwritten: _Unwritten) -> None:
     folder = path.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    known = read_manifest(folder)
+    if unwritten.entry in known and path.is_file() and sha256_of(path) == unwritten.entry.sha256:
+        sync_folder(folder)  # an earlier attempt failed behind the renames: done again they would lose previous.ckpt
+        return
+    make_folder(folder)
     if shutil.disk_usage(folder).free < len(unwritten.data) + _MARGIN_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before the last free bytes are used up
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(unwritten.data)
-            file.flush()
-            os.fsync(file.fileno())
-        known = read_manifest(folder)
+    with written_beside(path, unwritten.data) as temporary:
         write_manifest(folder, [*known, unwritten.entry])
         # Weights that are not finite don't push out finite ones.
         before = [entry for entry in known if entry.name == path.name]
-        rotates = path.name == LAST and path.is_file() and all(entry.finite for entry in before)
+        moves = path.name == LAST and all(entry.finite for entry in before)
+        rotates = moves and path.is_file()  # else a process died right here, or somebody deleted it
         if rotates:
-            os.replace(path, folder / PREVIOUS)
-        os.replace(temporary, path)
+            rename(path, folder / PREVIOUS)
+        rename(temporary, path)
         sync_folder(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
     replaced = {path.name, PREVIOUS} if rotates else {path.name}
-    moved = [replace(entry, name=PREVIOUS) for entry in before] if rotates else []
+    moved = [replace(entry, name=PREVIOUS) for entry in before] if moves else []
     write_manifest(folder, [*(entry for entry in known if entry.name not in replaced), *moved, unwritten.entry])
 
 
 def final_checkpoint(folder: Path, files: SafeCheckpointIO) -> tuple[Path, str]:
     """The checkpoint that a finished training is tested with, and which weights these are.
 
-    Those of the best validation epoch; those of the last one if `best.ckpt` got damaged.
+    Those of the best validation epoch; those of the last step if there is none, or `best.ckpt` got damaged.
     """
     best = folder / BEST
-    if best.resolve() in files.waiting or not best.is_file() or verify(best).fault is None:
+    if best.resolve() not in files.waiting and not best.is_file():  # a training that ends within its first epoch
+        return folder / LAST, "the weights of the last step, because there is no best.ckpt"
+    if best.resolve() in files.waiting or verify(best).fault is None:
         return best, "the weights of the best validation epoch"
     tell(f"warning: {best} {verify(best).fault}: {LAST} is tested instead.")
     return folder / LAST, "the weights of the last epoch, because best.ckpt was damaged"
-
-
-def remove_leftovers(run_dir: Path) -> int:
-    """Delete temporary files that a killed process left in a run folder; the number of them."""
-    leftovers = [path for path in run_dir.rglob(".*.tmp") if path.is_file()]
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)

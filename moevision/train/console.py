@@ -19,6 +19,7 @@ from typing import NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moevision.errors import USER_ERROR, DataWarning
+from moevision.names import shown
 from moevision.train.help import examples, only_short, verb_of
 
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)", re.IGNORECASE)
@@ -36,6 +37,7 @@ _CHATTER = (
     r"(?s)\s.*(JsonargparseDeprecationWarning|was deprecated in v\d|instantiate_classes)",  # Lightning's own calls
     "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # evaluation needs none
     "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
+    r".ModelCheckpoint\(monitor='val/top1'\). could not find the monitored key",  # a training of less than an epoch
     "You're resuming from a checkpoint that ended before the epoch ended",  # ImageDataModule can
     r"It is recommended to use .self\.log\('(val|test|moe)/.*, sync_dist=True",  # torchmetrics has summed them up
     r".isinstance\(treespec, LeafSpec\). is deprecated",
@@ -63,7 +65,7 @@ class SentenceParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         verb = parser.prog.replace(" [options]", "")
-        print(f"moevision: {explain(message, options_of(parser))} See {verb} --help.", file=sys.stderr)
+        print(shown(f"moevision: {explain(message, options_of(parser))} See {verb} --help."), file=sys.stderr)
         self.exit(USER_ERROR)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moevision.files import write_text_atomic
+from moevision.names import csv_name
 from moevision.train.messages import tell
 from moevision.train.processes import gather
 
@@ -103,7 +104,7 @@ class GuardRecord:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for event in self.events:
-            writer.writerow([event.step, event.epoch, event.kind, event.source, " ".join(event.samples)])
+            writer.writerow([event.step, event.epoch, event.kind, event.source, csv_name(" ".join(event.samples))])
         write_text_atomic(folder / GUARD_CSV, text.getvalue())
 
     def state_dict(self) -> dict[str, Any]:

@@ -29,17 +29,22 @@ _WORDS = {
     "compile": "compilation",
     "python": "Python",
     "moevision": "moevision",
-    "data": "the list of pictures",
+}
+# Of these only a hash is known. Old checkpoints have no sizes, which are then not compared.
+_OTHERS = {
+    "data": "the list of pictures is another one",
+    "sizes": "image files have other sizes than then, so other contents",
 }
 
 
-def fingerprint(trainer: L.Trainer, task: Any, data_sha256: str) -> dict[str, str | int | bool]:
+def fingerprint(trainer: L.Trainer, task: Any, data_sha256: str, sizes_sha256: str) -> dict[str, str | int | bool]:
     """What this process would compute with, as primitives.
 
     Args:
         trainer: the trainer.
         task: the ClassificationTask; its backend and compilation count.
-        data_sha256: hash over the list of pictures with their splits.
+        data_sha256: hash over the list of images with their splits and labels.
+        sizes_sha256: hash over their sizes in bytes: another image of the same size isn't noticed.
     """
     device = trainer.strategy.root_device
     return {
@@ -54,6 +59,7 @@ def fingerprint(trainer: L.Trainer, task: Any, data_sha256: str) -> dict[str, st
         "python": platform.python_version(),
         "moevision": __version__,
         "data": data_sha256,
+        "sizes": sizes_sha256,
         **{name: package_version(name) or "none" for name in LIBRARIES},
     }
 
@@ -63,6 +69,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
     for name, value in now.items():
         if name in then and then[name] != value:
-            words = _WORDS.get(name, name)
-            found.append(f"{words} is another one" if name == "data" else f"{words} was {then[name]}, now {value}")
+            found.append(_OTHERS.get(name) or f"{_WORDS.get(name, name)} was {then[name]}, now {value}")
+    if _OTHERS["data"] in found and _OTHERS["sizes"] in found:  # follows from it
+        found.remove(_OTHERS["sizes"])
     return found

@@ -19,6 +19,7 @@ from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.hub import SavedModel, save_model
+from moevision.names import csv_name
 from moevision.train.callbacks import Stopwatch
 from moevision.train.card import model_card
 from moevision.train.card_facts import gather_facts
@@ -195,7 +196,8 @@ def _write_predictions(rows: Sequence[_Prediction], class_names: Sequence[str], 
     writer.writerow(["image", "label", "prediction", "probability", "correct"])
     for row in rows:
         words = class_names[row.label], class_names[row.prediction]
-        writer.writerow([row.sample, *words, f"{row.probability:.4f}", int(row.label == row.prediction)])
+        names = map(csv_name, (row.sample, *words))
+        writer.writerow([*names, f"{row.probability:.4f}", int(row.label == row.prediction)])
     write_text_atomic(out, text.getvalue())
 
 

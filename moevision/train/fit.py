@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -34,6 +33,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     SentenceParser.show_all = ALL in arguments
+    _check_encoding(arguments)
     arguments = ["--help" if argument == ALL else argument for argument in arguments]
     session = Session(verb, arguments)
     try:
@@ -60,20 +60,28 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             raise
         if not session.processes.first:
             raise SystemExit(1) from None
-        command = session.interruption.command
-        raise UserError(
-            "Another process of this training has ended, see above if it said why."
-            + (f" To go on:\n{command}" if command else "")
-        ) from error
+        raise UserError(session.another_ended()) from error
     finally:
         session.close()
+
+
+def _check_encoding(arguments: Sequence[str]) -> None:
+    """Files below the data may have any names, but config.yaml and safetensors have no other texts than UTF-8."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{argument} is not UTF-8 and can't stand in a run's config.yaml: rename the folder, or give a link to "
+                "it that has a plain name."
+            ) from None
 
 
 def _run(verb: str, session: Session) -> None:
     cli = TrainingCLI([verb, *session.arguments], session)
     run_dir = cast(Path, cli.run_dir)
     if cli.fast_dev_run:  # logs nothing and saves nothing
-        if session.processes.first:
+        if session.processes.first and cli.start is None:  # else the folder may be an earlier run's
             shutil.rmtree(run_dir)
         return
     if verb != "fit":
@@ -82,11 +90,11 @@ def _run(verb: str, session: Session) -> None:
     if cli._get(cli.config, "with_twin"):
         result = _train_twin(cli, session, result)
     if result is not None:
-        print(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md", file=sys.stderr)
+        tell(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
 
 
 def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) -> RunResult | None:
-    start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir)).plain()))
+    start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir), session).plain()))
     options = ["--model.arch.twin", "active_flops", "--without-twin"]
     twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
     # Experts that start as copies have the full width each, and the twin is the dense model they are copies of.
@@ -95,11 +103,12 @@ def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) ->
     return None if result is None or other is None else write_comparison(result, other, match)
 
 
-def _twin_start(run_dir: Path) -> Start:
+def _twin_start(run_dir: Path, session: Session) -> Start:
     """Where the twin's training begins, in a folder that is made for it."""
     folder = run_dir / "twin"
-    start = find_start(folder, fresh_if_none=True) if folder.is_dir() else Start(folder)
-    folder.mkdir(exist_ok=True)
+    known = folder.is_dir()
+    session.claim(folder)
+    start = find_start(folder, fresh_if_none=True) if known else Start(folder)
     if (run_dir / "splits.csv").is_file():
         shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
     print("\nNow the dense twin, by the same recipe.", flush=True)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,14 +21,17 @@ import lightning as L
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
 
 from moevision.data.contents import is_main_process
-from moevision.errors import UserError
+from moevision.errors import USER_ERROR, UserError
+from moevision.train.messages import tell
 from moevision.train.processes import several_processes
 
 HANDED_ON = "MOEVISION_DECISIONS"
 _PATIENCE_S = 20.0  # for processes that are about to end by themselves
+_LOOK_S = 0.5  # between two looks at the processes that Lightning started
 
 
 class Processes:
@@ -39,7 +44,8 @@ class Processes:
     def __init__(self) -> None:
         self.first = is_main_process()
         self._decisions: list[Any] = []
-        self._trainers: list[L.Trainer] = []
+        self._others: list[subprocess.Popen[bytes]] = []  # that Lightning started for this one
+        self._closed = threading.Event()
         handed_on = os.environ.pop(HANDED_ON, None)
         if handed_on is not None and not self.first:
             self._decisions = json.loads(handed_on)
@@ -85,8 +91,12 @@ class Processes:
             if together and self.first:
                 dist.barrier()
 
-    def watch(self, trainer: L.Trainer) -> None:
-        """Take note of a trainer, which may start processes.
+    def watch(self, trainer: L.Trainer, give_up: Callable[[], str]) -> None:
+        """Take note of a trainer, which may start processes, and end this one if it would wait for ever for theirs.
+
+        Args:
+            trainer: the trainer.
+            give_up: called in another thread, before this process ends; what it says last.
 
         Raises:
             UserError: if it expects other processes than there are, or such as can't agree on a run folder.
@@ -102,22 +112,54 @@ class Processes:
             )
         if met is None and trainer.num_nodes > 1:
             raise UserError("On several machines let torchrun or SLURM's srun start all the processes.")
-        self._trainers.append(trainer)
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            self._observe_started(trainer, trainer.strategy.launcher, give_up)
+
+    def _observe_started(
+        self, trainer: L.Trainer, launcher: _SubprocessScriptLauncher, give_up: Callable[[], str]
+    ) -> None:
+        """Look after the processes that the launcher starts; its own observer kills this one without a word."""
+        start_them = launcher._call_children_scripts
+
+        def start() -> None:
+            start_them()
+            self._others += launcher.procs
+            launcher.procs = []  # nothing for Lightning's observer to look at
+            threading.Thread(target=self._observe, args=(trainer, give_up), daemon=True).start()
+
+        launcher._call_children_scripts = start  # type: ignore[method-assign]
+
+    def _observe(self, trainer: L.Trainer, give_up: Callable[[], str]) -> None:
+        """End this process if another one has gone and the main thread can't notice.
+
+        In starting up it waits for all of them in a call that nothing interrupts. Later it hears of the loss in the
+        next exchange; a backend that doesn't say it, or a long time without one, is waited for `_PATIENCE_S`.
+        """
+        failed_s: float | None = None
+        while not self._closed.wait(_LOOK_S):
+            codes = [process.poll() for process in self._others]
+            starting = not dist.is_initialized() and any(code is not None for code in codes)
+            if failed_s is None and any(codes):
+                failed_s = time.monotonic()
+            late = failed_s is not None and time.monotonic() - failed_s > _PATIENCE_S
+            if (starting or late) and trainer.state.status is TrainerStatus.RUNNING:
+                sentence = give_up()
+                for process in self._others:
+                    process.kill()
+                tell(f"moevision: {sentence}")
+                os._exit(USER_ERROR)
 
     def close(self) -> None:
         """Let the processes that Lightning started come to their end, and end those that don't."""
+        self._closed.set()
         os.environ.pop(HANDED_ON, None)
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # whoever still waits for this process hears that it has gone
-        for trainer in self._trainers:
-            started: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
-            others = list(started)
-            started.clear()  # otherwise Lightning's observer kills this process too when one of them has failed
-            for process in others:
-                try:
-                    process.wait(_PATIENCE_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+        for process in self._others:
+            try:
+                process.wait(_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _meet() -> None:

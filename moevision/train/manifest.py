@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -142,14 +141,3 @@ def newest_valid(folder: Path) -> tuple[Verified | None, list[Verified]]:
     valid = [each for each in seen if each.fault is None]
     newest = max(valid, key=lambda each: (each.step, _PREFERRED.get(each.path.name, 0)), default=None)
     return newest, [each for each in seen if each.fault is not None]
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where the system can (not on Windows)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from moevision.names import shown
+
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], align: str | None = None) -> str:
     """A Markdown table; `align` holds l or r per column, by default text left and all figures right."""
@@ -12,8 +14,9 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], align: str | None
 
 
 def cell(text: str) -> str:
-    """Text that can't break a table or a line of Markdown (class names come from folder names)."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    """Text that can't break a table or a line of Markdown or become a link (class names come from folder names)."""
+    text = shown(" ".join(text.split()))
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
 
 
 def percent(share: float) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import sys
 
 from moevision.data.contents import is_main_process
+from moevision.names import shown_lines
 
 
 def tell(sentence: str) -> None:
@@ -13,4 +14,4 @@ def tell(sentence: str) -> None:
     if not is_main_process():
         return
     with contextlib.suppress(OSError, ValueError):  # EIO from a hung-up terminal; ValueError from a closed file
-        print(sentence, file=sys.stderr, flush=True)
+        print(shown_lines(sentence), file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
 
-from moevision.files import write_text_atomic
+from moevision.files import append_bytes, sync_file, write_text_atomic
 from moevision.train.messages import tell
 
 
@@ -104,9 +103,7 @@ class MetricsFile(ExperimentWriter):
             else:
                 self._append()
         except OSError as error:
-            if not self._failed:
-                tell(f"warning: {self.path} can't be written ({error.strerror}); its rows are kept for later.")
-            self._failed = True
+            self._warn(error)
             return
         self.rows += len(self._unwritten)
         self._unwritten, self._failed = [], False
@@ -114,10 +111,17 @@ class MetricsFile(ExperimentWriter):
     def sync(self) -> int:
         """Flush to the disk what is written; the number of rows in the file and waiting, for a checkpoint."""
         self.save()
-        if self.path.is_file():
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
+        try:
+            if self.path.is_file():
+                sync_file(self.path)
+        except OSError as error:
+            self._warn(error)
         return self.rows + len(self._unwritten)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._failed:
+            tell(f"warning: {self.path} can't be written ({error.strerror}); its rows are kept for later.")
+        self._failed = True
 
     def _read(self) -> list[dict[str, Any]]:
         with self.path.open(newline="", encoding="utf-8") as file:
@@ -135,10 +139,4 @@ class MetricsFile(ExperimentWriter):
         write_text_atomic(self.path, self._text(rows, header=True))
 
     def _append(self) -> None:
-        size = self.path.stat().st_size
-        try:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                file.write(self._text(self._unwritten, header=False))
-        except OSError:
-            os.truncate(self.path, size)  # half a row is worse than none
-            raise
+        append_bytes(self.path, self._text(self._unwritten, header=False).encode("utf-8"))

@@ -59,17 +59,23 @@ def build_optimizer(
     Args:
         net: a timm model; what is frozen is left out.
         config: rates, decay and warm-up.
-        total_steps: optimizer steps of the whole training, at least 2.
+        total_steps: optimizer steps of the whole training, at least 1; a single one is the first of two, since the
+            last step's rate is next to nothing.
         fused: use the fused kernel of the device.
 
     Raises:
-        UserError: if nothing is left to learn, or layer_decay isn't in (0, 1].
+        UserError: if nothing is left to learn, layer_decay isn't in (0, 1], or warmup_fraction not in [0, 1].
     """
+    warmup, total_steps = config.warmup_fraction, max(2, total_steps)
+    if not 0 <= warmup <= 1:
+        raise UserError(f"warmup_fraction is {warmup}: it must lie between 0 and 1, such as 0.2.")
+    if warmup * total_steps in (1, total_steps):
+        warmup *= 1 - 1e-9  # a phase of no steps: OneCycleLR (torch 2.13) would divide by its length
     groups = parameter_groups(net, config)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
     highest = [float(group["lr"]) for group in optimizer.param_groups]
     schedule = OneCycleLR(
-        optimizer, max_lr=highest, total_steps=total_steps, pct_start=config.warmup_fraction, cycle_momentum=False
+        optimizer, max_lr=highest, total_steps=total_steps, pct_start=float(warmup), cycle_momentum=False
     )
     return optimizer, schedule
 
@@ -80,15 +86,14 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
     Raises:
         UserError: if nothing is left to learn, or layer_decay isn't in (0, 1].
     """
+    spared = cast(Any, net).no_weight_decay()
+    groups: list[dict[str, Any]]
     if config.layer_decay is None:
         # By keyword: what the third place means differs between timm releases.
-        skip = cast(Any, net).no_weight_decay()
-        groups: list[dict[str, Any]] = param_groups_weight_decay(net, config.weight_decay, no_weight_decay_list=skip)
+        groups = param_groups_weight_decay(net, config.weight_decay, no_weight_decay_list=spared)
     else:
         if not 0 < config.layer_decay <= 1:
             raise UserError(f"layer_decay is {config.layer_decay}: it must be above 0 and at most 1, such as 0.75.")
-        # timm spares vectors from weight decay; packed biases [E, H] are matrices, so they are named.
-        spared = [*cast(Any, net).no_weight_decay(), "*.bias"]
         groups = param_groups_layer_decay(
             net, config.weight_decay, no_weight_decay_list=spared, layer_decay=config.layer_decay
         )

@@ -57,7 +57,10 @@ def _has_idle_nvidia_card() -> bool:
 
 @contextmanager
 def memory_advice(batch_size: int, accumulated: int) -> Iterator[None]:
-    """Turn "out of memory" into advice that trains alike: half the batch, twice the accumulation.
+    """Turn "out of memory" into advice that trains nearly alike: half the batch, twice the accumulation.
+
+    The gradient of the cross-entropy and of the z loss stays the same; that of the other balance losses is approximate
+    (`moevision.losses.AuxLoss`), and BatchNorm, as in the convolutional stem, normalises each micro-batch on its own.
 
     Raises:
         UserError: if memory runs out, on whatever device.
@@ -70,7 +73,8 @@ def memory_advice(batch_size: int, accumulated: int) -> Iterator[None]:
             raise
         raise UserError(
             f"Memory is too small for a batch of {batch_size}: use --data.batch_size {max(1, batch_size // 2)} "
-            f"--trainer.accumulate_grad_batches {2 * accumulated}, which trains alike."
+            f"--trainer.accumulate_grad_batches {2 * accumulated}, which trains nearly alike (balance losses and "
+            "BatchNorm see the batch in parts)."
         ) from error
 
 

@@ -70,17 +70,18 @@ def collect_provenance(
     }
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
+def git_state(folder: Path, *others: Path) -> dict[str, Any] | None:
     """Commit and dirty flag of the checkout that `folder` is a tracked part of; None if there is none.
 
     Tracked is the point: a wheel installed into a virtual environment inside somebody else's repository
-    must not be labelled with that repository's commit. `dirty` means that a file below `folder` differs
-    from the commit or is new; edits elsewhere (a README, a notebook) don't change what ran.
+    must not be labelled with that repository's commit. `dirty` means that a file below `folder`, or one of
+    `others` in the same checkout, differs from the commit or is new; edits elsewhere (a README, a record that
+    a study has just written) don't change what ran.
     """
     if not _git(folder, "ls-files", "--", "."):
         return None
     commit = _git(folder, "rev-parse", "HEAD")
-    status = _git(folder, "status", "--porcelain", "--", ".")
+    status = _git(folder, "status", "--porcelain", "--", ".", *map(str, others))
     if not commit or status is None:
         return None
     return {"git_commit": commit, "dirty": bool(status)}

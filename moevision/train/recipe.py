@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from moevision.data.folder import walk
 from moevision.data.images import is_image_path
 from moevision.errors import UserError
 from moevision.train.provenance import total_memory_bytes
@@ -124,7 +125,7 @@ def choose_recipe(path: str, *, pretrained: bool) -> list[str]:
 
 def count_images(folder: Path) -> int:
     """Image files below `folder`, by their suffix; 0 if there is no such folder."""
-    return sum(is_image_path(name) for _, _, names in os.walk(folder) for name in names)
+    return sum(is_image_path(entry.name) for entry in walk(folder))
 
 
 def free_memory_bytes() -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from moevision.efficiency import ModelCost
 from moevision.files import write_text_atomic
 from moevision.metrics import LayerLoad
+from moevision.names import shown
 from moevision.train.intervals import accuracy_interval
 from moevision.train.markdown import cell, duration, flops, percent, points, table
 from moevision.train.run_summary import RunSummary, TestScores, TwinComparison
@@ -37,9 +38,9 @@ RUN_FILES = {
 
 _READING_LOADS = """\
 Max/mean load is 1.00 when every expert gets the same work; CV² (variance ÷ mean² of the loads) is 0 then.
-Choices thrown at random would still give the CV² by chance, (experts − 1) ÷ number of choices. A dead expert
-was chosen by no token. Entropy is near its maximum when the router hardly prefers any expert, and near 0
-when each token has one clear choice."""
+A perfectly balanced router would still give about the CV² by chance on so many images: choices of one image go
+together, so it follows from how much the images' own loads differ. A dead expert was chosen by no token. Entropy
+is near its maximum when the router hardly prefers any expert, and near 0 when each token has one clear choice."""
 
 _READING_TWIN = """\
 One seed: no ranking. The interval says what other test images could change; another seed can move both
@@ -219,11 +220,11 @@ def twin_section(summary: RunSummary, twin: TwinComparison) -> str:
 
 def _left_out(summary: RunSummary) -> str:
     bad = list(summary.bad_images)
-    lines = [f"- {note}" for note in summary.notes]
+    lines = [f"- {cell(note)}" for note in summary.notes]
     if bad:
         files = "1 file" if len(bad) == 1 else f"{len(bad):,} files"
         lines.append(f"- {files} could not be read and took no part (all in bad_images.csv):")
-        lines += [f"  - `{path}` ({split}): {reason}" for path, reason, split in bad[:_MAX_LISTED_BAD_IMAGES]]
+        lines += [f"  - {cell(f'{path} ({split}): {reason}')}" for path, reason, split in bad[:_MAX_LISTED_BAD_IMAGES]]
     else:
         lines.append("- Bad images: none.")
     return "## Skipped or not as usual\n\n" + "\n".join(lines)
@@ -235,4 +236,4 @@ def _files(run: Path) -> str:
 
 
 def _next(commands: Iterable[tuple[str, str]]) -> str:
-    return "## What next\n\n" + "\n\n".join(f"{purpose}:\n\n    {command}" for purpose, command in commands)
+    return "## What next\n\n" + "\n\n".join(f"{purpose}:\n\n    {shown(command)}" for purpose, command in commands)

@@ -19,8 +19,7 @@ import torch
 from jsonargparse import Namespace
 
 from moevision.errors import UserError
-from moevision.files import write_json_atomic
-from moevision.train.checkpoint_io import remove_leftovers
+from moevision.files import remove_leftovers, write_json_atomic
 from moevision.train.manifest import newest_valid
 from moevision.train.messages import tell
 from moevision.train.resume_point import MARK
@@ -105,12 +104,13 @@ def recorded_config(run_dir: Path) -> Path:
 
 
 def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
-    """The newest valid checkpoint of a run folder; says which ones can't be used, and why.
+    """The newest valid checkpoint of a run folder that this process has claimed; says which can't be used, and why.
 
     Raises:
         UserError: if there is none and `fresh_if_none` isn't set, or it holds something else than data.
     """
-    remove_leftovers(run_dir)
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "model"):  # where training writes; twin/ has its turn
+        remove_leftovers(folder)
     found, refused = newest_valid(run_dir / "checkpoints")
     for other in refused:
         tell(f"warning: {other.path} {other.fault}.")
@@ -201,8 +201,10 @@ def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> 
 def claim(run_dir: Path) -> int | None:
     """Keep other processes from training in the same folder; ends with this process, however it ends.
 
+    The lock is one of this machine's kernel: a training of another machine, on a file system that both see, isn't seen.
+
     Returns:
-        An open descriptor that holds the claim; None where the system has no such locks.
+        An open descriptor that holds the claim, for `release`; None where the system has no such locks.
 
     Raises:
         UserError: if another process has it.
@@ -220,4 +222,24 @@ def claim(run_dir: Path) -> int | None:
     except OSError:  # a file system without locks
         os.close(descriptor)
         return None
+    _claims.add(descriptor)
     return descriptor
+
+
+def release(descriptor: int) -> None:
+    """Give up a claim."""
+    _claims.remove(descriptor)
+    os.close(descriptor)
+
+
+_claims: set[int] = set()
+
+
+def _give_up_in_a_fork() -> None:
+    """The workers of the data loader outlive a killed training by seconds, and must not hold its claim meanwhile."""
+    while _claims:
+        os.close(_claims.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_give_up_in_a_fork)

@@ -60,6 +60,10 @@ class ResumePoint(L.Callback):
         config: how often.
         interruption: listens to signals.
         clock: notices that the machine slept.
+
+    Attributes:
+        fingerprint: what the numbers depend on, for the checkpoint.
+        began: whether training has begun, so that nothing of its setting up can fail any more.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class ResumePoint(L.Callback):
         self.path, self.files, self.config = folder / LAST, files, config
         self.interruption, self.clock = interruption, clock
         self.fingerprint: dict[str, Any] = {}
+        self.began = False
         self._saved_s, self._saved_step = time.monotonic(), -1
         self._states: list[dict[str, Any]] | None = None
         self._slept = False
@@ -83,7 +88,7 @@ class ResumePoint(L.Callback):
             restore_random_state(self._states[trainer.global_rank])
         elif trainer.world_size > 1:
             part_random_state(trainer.global_rank)
-        self._states = None
+        self._states, self.began = None, True
         self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
         self.clock.tick()
         self.interruption.listen()  # Lightning took SIGTERM, and SIGUSR1 on a cluster, a moment ago

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from moevision.errors import UserError
+from moevision.names import shown
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -26,6 +27,12 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
             ) from error
         return folder
     raise UserError(f"There are 10,000 runs named {name!r} in {root}: choose another --name.")
+
+
+def run_name(data: str) -> str:
+    """What a run is called after its data: the name of the folder, without signs that a terminal can't show."""
+    name = Path(data).resolve().name
+    return name if shown(name) == name else shown(name).replace("\\", "_")
 
 
 def check_checkpoint(name: str) -> None:

@@ -20,7 +20,8 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         type=str | None,
         default=None,
         help="Go on with an interrupted run: its folder, such as runs/pets; or auto: the run folder of this very "
-        "command, if a valid checkpoint is there, else a fresh start. For fit, on the command line only.",
+        "command, if a valid checkpoint is there, else a fresh start. Images are compared with the run's by path, "
+        "label and file size, not by content. For fit, on the command line only.",
     )
     parser.add_class_arguments(CheckpointConfig, "checkpoint")
     parser.add_class_arguments(GuardConfig, "guard")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ from moevision.train.resume import (
     find_start,
     is_finished,
     recorded_config,
+    release,
     take_resume,
 )
+from moevision.train.run_folder import run_name
 
 
 class Session:
@@ -56,17 +57,36 @@ class Session:
             expand_arguments(verb, self._typed) if self._target == AUTO else self._as_recorded(Path(self._target))
         )
 
-    def claim(self, run_dir: Path) -> None:
-        """Keep other trainings out of this folder, until `close`."""
-        held = claim(run_dir) if self.processes.first else None
+    def claim(self, run_dir: Path) -> Path:
+        """Keep other trainings out of this folder, until `close`; for the first process, before it touches anything.
+
+        Returns:
+            The folder, which is made if need be.
+
+        Raises:
+            UserError: if another process trains in it, or it can't be made.
+        """
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"The run folder {run_dir} can't be made ({error.strerror}): start where you may write."
+            ) from error
+        held = claim(run_dir)
         if held is not None:
             self._claims.append(held)
+        return run_dir
+
+    def another_ended(self) -> str:
+        """What to say when another process of this training has gone."""
+        sentence = "Another process of this training has ended, see above if it said why."
+        return sentence + (f" To go on:\n{self.interruption.command}" if self.interruption.command else "")
 
     def close(self) -> None:
         """Give the claimed folders up, and end what was started."""
         self.processes.close()
         while self._claims:
-            os.close(self._claims.pop())
+            release(self._claims.pop())
 
     def _as_recorded(self, run_dir: Path) -> list[str]:
         """The run's own config, and after it what was typed."""
@@ -96,7 +116,7 @@ class Session:
             if known and is_finished(run_dir, with_twin=bool(config.fit.with_twin)):
                 tell(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
                 raise SystemExit(0)
-            return find_start(run_dir, fresh_if_none=automatic).plain()
+            return find_start(self.claim(run_dir), fresh_if_none=automatic).plain()
 
         start = Start.from_plain(self.processes.decide(find))
         if start.checkpoint is None:
@@ -113,4 +133,4 @@ class Session:
 def folder_of(config: Namespace) -> Path:
     """The folder of a fit, before anything is added because an earlier run has it."""
     settings = config.fit
-    return Path(settings.runs_root) / (settings.name or Path(settings.data.path).resolve().name)
+    return Path(settings.runs_root) / (settings.name or run_name(settings.data.path))

@@ -298,7 +298,7 @@ class ClassificationTask(L.LightningModule):
         """AdamW (fused, except under fp16 loss scaling) and a one-cycle schedule over all optimizer steps."""
         # With a loss scaler the fused step unscales by itself, and clipping would see scaled gradients.
         fused = self.trainer.precision != "16-mixed"
-        steps = max(2, int(self.trainer.estimated_stepping_batches))
+        steps = int(self.trainer.estimated_stepping_batches)
         optimizer, schedule = build_optimizer(self.net, self.optim, total_steps=steps, fused=fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.models.config import build_model
+from moevision.names import shown
 from moevision.train.allowlist import restrict_configurations
 from moevision.train.callbacks import ScheduleCheck, Stopwatch
 from moevision.train.checkpoint_io import SafeCheckpointIO
@@ -32,11 +33,12 @@ from moevision.train.plan import describe_plan, memory_advice
 from moevision.train.recipe import default_precision
 from moevision.train.resume import Start, note_session, resume_command
 from moevision.train.resume_point import EpochEnd, ResumePoint
-from moevision.train.run_folder import check_checkpoint, new_run_folder
+from moevision.train.run_folder import check_checkpoint, new_run_folder, run_name
 from moevision.train.run_options import add_run_options, watching
 from moevision.train.session import Session
 from moevision.train.task import ClassificationTask
 
+_NO_SUBTYPE = "Does not validate against any of the Union subtypes"  # jsonargparse's words
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 10,
     "devices": 1,
@@ -85,11 +87,18 @@ class TrainingCLI(LightningCLI):
         try:
             yield
         except BaseException:
-            if self.run_dir is not None and self.stopwatch.images == 0 and self.start is None:
-                if self.session.processes.first:
-                    shutil.rmtree(self.run_dir, ignore_errors=True)
-                self.session.interruption.command = None
+            self._forget_failed_start()
             raise
+
+    def _forget_failed_start(self) -> None:
+        if self.run_dir is not None and self.stopwatch.images == 0 and self.start is None:
+            if self.session.processes.first:
+                shutil.rmtree(self.run_dir, ignore_errors=True)
+            self.session.interruption.command = None
+
+    def _another_ended(self) -> str:
+        self._forget_failed_start()
+        return self.session.another_ended()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -129,20 +138,33 @@ class TrainingCLI(LightningCLI):
             if not self.session.notes:
                 self.save_config_callback = None
 
+    def instantiate_classes(self) -> None:
+        """Make what the configuration names, such as a strategy by the path of its class.
+
+        Raises:
+            UserError: if one of them doesn't take its arguments.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if _NO_SUBTYPE not in str(error):
+                raise
+            reasons = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
+            raise UserError(f"The Trainer does not take these options: {'; '.join(reasons)}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer that logs to and saves in the run folder."""
-        name = self._get(self.config, "name") or Path(self._get(self.config, "data")["path"]).resolve().name
+        name = self._get(self.config, "name") or run_name(self._get(self.config, "data")["path"])
         verb = str(self.subcommand)
         if self.start is not None:
             self.run_dir = self.start.run_dir
         else:
             name, root = name if verb == "fit" else f"{name}-{verb}", Path(self._get(self.config, "runs_root"))
-            self.run_dir = Path(self.session.processes.decide(lambda: str(new_run_folder(name, root))))
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+            new = self.session.processes.decide(lambda: str(self.session.claim(new_run_folder(name, root))))
+            self.run_dir = Path(new)
         trainer_config = self._get(self.config_init, "trainer")
         callbacks = list(trainer_config.get("callbacks") or [])
         if verb == "fit":
-            self.session.claim(self.run_dir)
             self.point = self._resume_point()
             callbacks += [self.stopwatch, ScheduleCheck(), LearningRateMonitor("step"), self._checkpoints()]
             callbacks += watching(**{name: self._get(self.config_init, name) for name in ("fault", "ema", "guard")})
@@ -157,7 +179,7 @@ class TrainingCLI(LightningCLI):
             )
         except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
             raise UserError(f"The Trainer does not take these options: {error}") from error
-        self.session.processes.watch(trainer)
+        self.session.processes.watch(trainer, self._another_ended)
         return trainer
 
     def _checkpoints(self) -> ModelCheckpoint:
@@ -193,14 +215,17 @@ class TrainingCLI(LightningCLI):
             print(self.datamodule.describe())
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
                 print(describe_plan(self.model, self.datamodule, self.trainer))
-            print(f"run folder: {self.run_dir}\n", flush=True)
+            print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
         if not self.fast_dev_run:
             self._compare_with_start()
 
     def _compare_with_start(self) -> None:
         """Say what can't be as it was, before anything starts; and write down that training starts."""
         start = self.start or Start(cast(Path, self.run_dir))
-        self.point.fingerprint = fingerprint(self.trainer, self.model, self.datamodule.file_list_sha256())
+        data = self.datamodule
+        self.point.fingerprint = fingerprint(
+            self.trainer, self.model, data.file_list_sha256(), data.file_sizes_sha256()
+        )
         other = differences(start.fingerprint, self.point.fingerprint)
         if other:
             tell(f"warning: this can't end bit-identical to an uninterrupted run: {'; '.join(other)}.")
@@ -210,8 +235,18 @@ class TrainingCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train; a checkpoint is never unpickled."""
         kwargs["ckpt_path"] = None if self.start is None else self.start.checkpoint
-        with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
-            self.trainer.fit(**kwargs, weights_only=True)
+        strategy = self._get(self.config, "trainer")["strategy"]
+        try:
+            with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+                self.trainer.fit(**kwargs, weights_only=True)
+        except Exception as error:  # a class of Lightning's fails in every type on arguments that don't fit
+            if self.point.began or isinstance(strategy, str) or isinstance(error, (UserError, OSError)):
+                raise
+            name, reason = type(self.trainer.strategy).__name__, " ".join(str(error).split())[:200]
+            raise UserError(
+                f"The training can't begin under {name} ({type(error).__name__}: {reason}): mend its arguments, or say "
+                "--trainer.strategy auto or ddp."
+            ) from error
 
     def before_validate(self) -> None:
         """Read the data."""

@@ -1,6 +1,7 @@
 """The atlas: its numbers against brute-force counts, its size, and its way through a file."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,16 @@ def test_the_file_is_small_and_comes_back(atlas, trace, pictures, tmp_path):
     assert (tmp_path / "atlas.json").stat().st_size < 300_000
 
 
+def test_numbers_of_information_round_as_in_their_sentence(trace, pictures):
+    """0.02153 was stored as 0.0215, which a page wrote as 0.021 beside a sentence with 0.022."""
+    (entry, *_) = specialization(trace, num_permutations=50)
+    changed = replace(entry, estimate=replace(entry.estimate, high=0.02153))
+    maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=50) for layer in trace.layers}
+    built = build_atlas(trace, None, [changed], maps)
+    found = next(each for layer in built["layers"] for each in layer["information"])
+    assert f"{found['high']:.3f}" == "0.022"
+
+
 def test_a_class_without_pictures_is_null(trace, pictures):
     some = trace.select(trace.labels != 3)
     maps = {layer.layer: class_expert_map(some, layer.layer, num_permutations=50) for layer in some.layers}
@@ -127,6 +138,10 @@ def test_a_class_without_pictures_is_null(trace, pictures):
     assert built["layers"][0]["experts"][0]["parts"] is None
     for entry in built["layers"][0]["experts"]:
         assert SyntheticPets.classes[3] not in [row["class"] for row in entry["classes"]]
+    two = trace.select(trace.labels < 2)
+    maps = {layer.layer: class_expert_map(two, layer.layer, num_permutations=50) for layer in two.layers}
+    for entry in build_atlas(two, None, [], maps)["layers"][0]["experts"]:
+        assert {row["class"] for row in entry["classes"]} == set(SyntheticPets.classes[:2])
     json.dumps(built, allow_nan=False)
 
 

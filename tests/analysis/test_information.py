@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import mutual_info_score
 
+from moevision.analysis import information
 from moevision.analysis.contingency import pointwise_bits, second_order_bias
 from moevision.analysis.estimate import excess_estimate, score_interval
 from moevision.analysis.information import (
@@ -170,6 +171,60 @@ def test_score_interval_solves_its_equation() -> None:
     for end in (low, high):
         assert (0.2 - end) ** 2 == pytest.approx(1.96**2 * (0.001 + 0.03 * end))
     assert score_interval(-1.0, 0.001, 0.03, 1.96)[0] == score_interval(-1.0, 0.001, 0.03, 1.96)[1]
+
+
+def test_position_null_has_the_spread_of_an_unbiased_variance() -> None:
+    """Two images around a table of fours, ± 1 each: signs that differ add twice √(2 / 1) to the diagonal, or take it.
+
+    Then 4 ± 2 √2 of 8 choices are on it, and the information is 1 - h(6.828 / 8) = .3991 bits (without the root
+    1 - h(6 / 8) = .1887); signs that agree leave 0. A share f of draws at `a` has mean a f and variance a² f (1 - f).
+    """
+    one = np.array([[3, 1], [1, 3]])
+    estimate = position_information(np.stack([one, 4 - one]), (1, 2), num_permutations=400)
+    variance = estimate.null_sd**2 * 399 / 400
+    assert variance / estimate.null_mean + estimate.null_mean == pytest.approx(0.39912, abs=1e-4)
+
+
+def test_bias_is_the_mean_over_the_first_32_permutations(monkeypatch) -> None:
+    """In chunks of 10 of them, 40 are drawn; of 10, all count. The last call is that of the labels themselves."""
+    rows: list[int] = []
+
+    def counted(sums, squares, images):
+        rows.append(len(sums))
+        return second_order_bias(sums, squares, images)
+
+    monkeypatch.setattr(information, "second_order_bias", counted)
+    maps, labels = np.random.default_rng(0).integers(1, 5, size=(12, 4, 2)), np.arange(12) % 3
+    monkeypatch.setattr(information, "_CHUNK_CELLS", 10 * 3 * 12)
+    information.class_information(maps, labels, num_permutations=40)
+    assert rows == [10, 10, 10, 2, 1]
+    rows.clear()
+    information.class_information(maps, labels, num_permutations=10)
+    assert rows == [10, 1]
+
+
+@pytest.mark.parametrize(("null", "variance"), [([0.1, 0.3], 0.02 * 4 / 3), ([0.0, 0.4], 0.08)])
+def test_a_null_that_keeps_a_part_of_the_effect_has_a_normal_interval(null, variance) -> None:
+    """Influences of 4 images with squares that sum to .02: .02 · 4 / 3 by the delta method, .02 or .08 of the null.
+
+    The larger one counts, times 1.95996 (1 + (1.95996² + 1) / (4 · 3)) = 2.75071, on both sides of .5 - .2.
+    """
+    influence = np.array([0.1, -0.1, 0.0, 0.0])
+    estimate = excess_estimate(0.5, np.array(null), influence, entropy=1.0, keeps_effect=True)
+    half = 2.75071 * math.sqrt(variance)
+    assert (estimate.low, estimate.high) == (pytest.approx(0.3 - half, abs=1e-5), pytest.approx(0.3 + half, abs=1e-5))
+    plain = excess_estimate(0.5, np.array(null), influence, entropy=1.0)
+    assert plain.low + plain.high > 0.6 + 0.01
+
+
+def test_only_the_null_of_parts_keeps_a_part_of_the_effect() -> None:
+    """Pairing maps with other part maps keeps what position explains; its interval alone is symmetric."""
+    rng = np.random.default_rng(0)
+    parts = rng.integers(4, size=(40, 16))
+    maps = one_hot(np.where(rng.random((40, 16)) < 0.5, parts, rng.integers(4, size=(40, 16))), 4)
+    by_part, by_position = part_information(maps, parts), position_information(maps, (4, 4))
+    assert by_part.low + by_part.high == pytest.approx(2 * by_part.value_bits)
+    assert by_position.low + by_position.high > 2 * by_position.value_bits + 1e-6
 
 
 def test_p_value_counts_ties_and_the_observation() -> None:

@@ -29,7 +29,7 @@ from moevision.analysis.intervention import (
 from moevision.layers import MoEMlp, Routing, moe_layers, record_routing
 
 ROUTERS = ("noisy_top_k", "vmoe_top_k")
-WAIT_S = 20.0
+WAIT_S = 120.0
 
 
 def make_layer(router: str = "noisy_top_k", top_k: int = 2, num_experts: int = 6) -> MoEMlp:

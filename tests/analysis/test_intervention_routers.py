@@ -101,14 +101,14 @@ def test_an_open_scope_that_changes_nothing_changes_no_bit(router: str, options:
 
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
 @pytest.mark.parametrize("router", [name for name in TOKEN_CHOICE if name != "colour"])  # which needs a picture
-def test_tokens_without_the_ablated_expert_keep_every_bit(router: str, fill: str) -> None:
-    """So an expert that no token uses changes nothing at all."""
+def test_tokens_without_the_ablated_expert_keep_their_output(router: str, fill: str) -> None:
+    """So an expert that no token uses changes nothing; the others' products have more rows, and may round otherwise."""
     layer = layer_of(router)
     before, routing = routed(layer, tokens())
     with ablate(layer, 0, 2, fill):
         after, without = routed(layer, tokens())
     uses = (routing.expert_index == 2).any(-1)
-    assert torch.equal(after[~uses], before[~uses])
+    torch.testing.assert_close(after[~uses], before[~uses], rtol=0, atol=1e-6)
     assert uses.any()
     assert without.counts()[2] == 0
     if fill == "zero":
@@ -155,7 +155,7 @@ def test_an_ablated_expert_takes_no_token_and_nobody_takes_its_place(fill: str, 
     torch.testing.assert_close(routing.expert_weights(), weights)
     assert routing.counts().tolist() == [10, 0, 10, 10]
     torch.testing.assert_close(after, (outputs_of_all(layer, x) * weights.unsqueeze(-1)).sum(2))
-    assert torch.equal(after[~taken[..., 1]], before[~taken[..., 1]])
+    torch.testing.assert_close(after[~taken[..., 1]], before[~taken[..., 1]], rtol=0, atol=1e-6)
     layer.experts.backend = "dense"
     with ablate(layer, 0, 1, fill):
         torch.testing.assert_close(routed(layer, x)[0], after)

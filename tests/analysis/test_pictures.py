@@ -265,5 +265,5 @@ from moevision.analysis import collect_routing, open_pictures
 open_pictures("synthetic_pets", 32).image(0)
 print(json.dumps([m for m in ("lightning", "matplotlib", "scipy", "sklearn", "gradio") if m in sys.modules]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     assert json.loads(done.stdout) == []

@@ -135,7 +135,7 @@ def test_copies_are_dropped_from_train_where_the_splits_are_given(image_folder):
     assert len(splits.samples["test"]) == 8
     assert [s.sample_id for s in splits.unused] == ["train/cat/000.png", "train/cat/leak.png"]
     assert splits.warnings == [
-        "2 train images are not used: byte-identical copies, or files of their group, are in test "
+        "2 train images are not used: byte-identical copies, links to them, or files of their group, are in test "
         "(for example train/cat/000.png)"
     ]
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import random
 import struct
 import zlib
@@ -160,6 +161,42 @@ def calls() -> list[str]:
     found.append(body(json.dumps({"model": "pets", "path": list(range(100_000))}), "similar"))
     found.append(body(json.dumps({**ROUTE, "intervention": {**CHANGE, "fill": "rm -rf"}}), "what_if"))
     return list(dict.fromkeys(found))
+
+
+def misfits() -> list[tuple[str, bytes]]:
+    """(path, body) of JSON that fits no route, among it what gradio alone answers with 500, 422 or not at all."""
+    seven, file = [None] * 7, {"_type": "gradio.FileData"}
+    bodies = [
+        *({"data": value} for value in (None, 1, "x", {}, [], [1], [[]] * 9, [math.nan], [10**400])),
+        *({"data": seven, "fn_index": value} for value in (99, -1, 1.5, "x", [], {}, None, 2**70)),
+        *({"data": seven, "fn_index": 0, "session_hash": value} for value in ("", [], {}, 1, "\ud800", "x" * 999)),
+        {"data": [], "fn_index": 0, "session_hash": "x"},
+        {"data": [{"path": "/etc/passwd", "meta": 1}], "fn_index": 0, "session_hash": "x"},
+        {"data": [{"path": "/etc/passwd", "meta": file}] * 7, "fn_index": 0, "session_hash": "x"},
+        {"data": [{"path": 1, "meta": file}], "fn_index": 0, "session_hash": "x"},
+        {"data": seven, "batched": "x"},
+        {"data": seven, "simple_format": 1.5},
+        {"data": seven, "oauth_token": []},
+        {"data": seven, "trigger_id": "x"},
+        {"nothing": 1},
+    ]
+    texts = [json.dumps(one).encode() for one in bodies]
+    texts += [
+        b"",
+        b"null",
+        b"[]",
+        b'"x"',
+        b"{",
+        b"\xff",
+        b"[" * 900 + b"]" * 900,
+        b'{"data": ' * 300 + b"1" + b"}" * 300,
+    ]
+    paths = ("queue/join", "call/nothing", "call/v2/nothing", "run/predict", "api/predict", "upload")
+    found = [(f"gradio_api/{path}", text) for path in paths for text in texts]
+    fitting = ("run/route", "api/route", "call/route")  # where a list of seven is what is asked for
+    lists = [text for text in texts if b"null, null, null, null, null, null, null]" not in text]
+    found += [(f"gradio_api/{path}", text) for path in fitting for text in lists]
+    return [*found, ("login", b""), ("login", b"username=x"), ("login", b"{}")]
 
 
 def raw() -> list[tuple[str, str, bytes]]:

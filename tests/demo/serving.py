@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-START_S = 90
+START_S = 300  # of a machine that does much else
 GALLERY = 160
 
 
@@ -60,8 +60,8 @@ class Running:
         """Interrupt it as Ctrl-C does, and give back its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        code = self.process.wait(timeout=30)
-        self._reader.join(timeout=10)
+        code = self.process.wait(timeout=120)
+        self._reader.join(timeout=60)
         while not self._queue.empty():
             line = self._queue.get_nowait()
             if line is not None:
@@ -99,7 +99,13 @@ def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Runn
 
 
 def serve(home: str, *options: str) -> None:
-    """Serve the bundled models in `home`; options are `--auth USER:PASS` and `--gallery NUMBER`, of pictures."""
+    """Serve the bundled models in `home`.
+
+    Options are `--auth USER:PASS`, `--gallery NUMBER` of pictures, `--allow-host NAME`, and `--tunnel ADDRESS`, which
+    stands for what gradio's tunnel for `--share` would be.
+    """
+    from gradio import networking
+
     from moevision.demo.atlas_source import Galleries
     from moevision.demo.bundle import DataOptions, open_entries
     from moevision.demo.server import Server, Serving
@@ -111,7 +117,10 @@ def serve(home: str, *options: str) -> None:
     explorer = Explorer(entries, Galleries(entries, limit=int(given.get("--gallery", GALLERY))))
     explorer.galleries.start(explorer.pages.prepare)
     explorer.galleries.wait(START_S)
-    with Server(explorer, Serving(auth=auth)) as server:
+    networking.setup_tunnel = lambda **options: given["--tunnel"]
+    names = (given["--allow-host"],) if "--allow-host" in given else ()
+    serving = Serving(auth=auth, share="--tunnel" in given, public=True, allow_host=names)
+    with Server(explorer, serving) as server:
         print(f"The explorer is at {server.url}", flush=True)
         try:
             threading.Event().wait()

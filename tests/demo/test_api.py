@@ -1,19 +1,27 @@
 """The one public endpoint, over HTTP: gradio_client, curl's two steps, the login, and what is not public."""
 
+import asyncio
 import base64
 import io
 import json
+import tempfile
 import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
-from gradio_client import Client
+from gradio_client import Client, handle_file
 from PIL import Image
 
-from moevision.demo import route_image
+from moevision.demo import gate, route_image
 from moevision.demo.gate import Gate
 from moevision.demo.requests import RequestError
-from tests.demo import serving
+from moevision.demo.web import Uploads
+from tests.demo import hostile, serving
 from tests.demo.serving import running
 
 
@@ -72,8 +80,8 @@ def test_mistakes_come_back_as_a_sentence(client):
 )
 def test_curl(server, explorer, picture, path, body):
     """The two steps that gradio documents for curl; by names the others keep their defaults."""
-    answer = httpx.post(f"{server.url}gradio_api/{path}", json=body(picture), timeout=20)
-    lines = httpx.get(f"{server.url}gradio_api/call/route/{answer.json()['event_id']}", timeout=20).text.splitlines()
+    answer = httpx.post(f"{server.url}gradio_api/{path}", json=body(picture), timeout=120)
+    lines = httpx.get(f"{server.url}gradio_api/call/route/{answer.json()['event_id']}", timeout=120).text.splitlines()
     assert lines[0] == "event: complete"
     request = {"picture": {"kind": "upload", "data": picture}}
     assert json.loads(lines[1].removeprefix("data: ")) == [explorer.answer("route", request)]
@@ -81,7 +89,7 @@ def test_curl(server, explorer, picture, path, body):
 
 def ask(url, name, data, **headers):
     body = {"data": data, "component_id": 1, "session_hash": "test", "fn_name": name}
-    return httpx.post(f"{url}gradio_api/component_server", json=body, headers=headers, timeout=20)
+    return httpx.post(f"{url}gradio_api/component_server", json=body, headers=headers, timeout=120)
 
 
 def test_the_page_asks_the_same_explorer(server, explorer):
@@ -92,28 +100,212 @@ def test_the_page_asks_the_same_explorer(server, explorer):
 
 
 def test_headers_and_monitoring(server):
-    answer = httpx.get(server.url, timeout=20)
+    answer = httpx.get(server.url, timeout=120)
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["referrer-policy"] == "no-referrer"
-    assert httpx.get(f"{server.url}monitoring/summary", timeout=20).status_code == 404
-    foreign = httpx.get(f"{server.url}config", headers={"origin": "https://evil.example"}, timeout=20)
+    assert httpx.get(f"{server.url}monitoring/summary", timeout=120).status_code == 404
+    foreign = httpx.get(f"{server.url}config", headers={"origin": "https://evil.example"}, timeout=120)
     assert "access-control-allow-origin" not in foreign.headers
 
 
-def test_with_a_password_nothing_answers_without_it(home):
-    with running(serving.__file__, str(home), "--auth", "class:secret") as server:
+@pytest.fixture
+def file(tmp_path, pixels):
+    path = tmp_path / "bear.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_a_file_is_taken_as_everyones_client_sends_it(client, explorer, file, picture):
+    answer = client.predict(picture=handle_file(file), api_name="/route")
+    assert answer == explorer.answer("route", {"picture": {"kind": "upload", "data": picture}})
+
+
+def upload(url, data, name="x.png", **headers):
+    return httpx.post(f"{url}gradio_api/upload", files={"files": (name, data)}, headers=headers, timeout=120)
+
+
+def route_file(server, path, **more):
+    """What `route` answers about a file object, as gradio's clients write it."""
+    given = {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
+    call = httpx.post(f"{server.url}gradio_api/call/v2/route", json={"picture": given}, timeout=120)
+    lines = httpx.get(f"{server.url}gradio_api/call/route/{call.json()['event_id']}", timeout=120).text.splitlines()
+    assert lines[0] == "event: complete"
+    return json.loads(lines[1].removeprefix("data: "))[0]
+
+
+def test_a_file_serves_one_request(server, file):
+    (path,) = upload(server.url, file.read_bytes()).json()
+    assert route_file(server, path)["schema"] == "moevision.view/2"
+    assert route_file(server, path)["code"] == "bad_image"
+
+
+@pytest.fixture
+def counted():
+    """A web server on this computer, and the paths that it was asked for."""
+    hits = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            hits.append(self.path)
+            self.send_error(404)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{web.server_address[1]}/x.png", hits
+        web.shutdown()
+        thread.join()
+
+
+def test_a_file_object_opens_no_path_and_no_address(server, file, counted, client):
+    address, hits = counted
+    folder = Path(tempfile.gettempdir()) / "gradio"  # where gradio alone would look
+    link = folder / "moevision-test" / "link.png"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(file)
+    found = [
+        route_file(server, path, **more)
+        for path in (str(file), f"{folder}/../{file}", str(link), address, "/nothing/here.png", "upload:", "")
+        for more in ({}, {"url": address}, {"is_stream": True}, {"orig_name": str(file), "mime_type": "image/png"})
+    ]
+    link.unlink()
+    assert {answer["code"] for answer in found} == {"bad_image", "bad_request"}  # "" is no picture at all
+    assert client.predict(picture=handle_file(address), api_name="/route")["code"] == "bad_image"
+    assert hits == []
+
+
+def test_a_file_has_the_limits_of_a_picture(server):
+    for data in (hostile.png_bomb(11_000, 11_000), b"%PDF-1.7", b"", hostile.picture_bytes("PNG")[:30]):
+        (path,) = upload(server.url, data).json()
+        assert route_file(server, path)["code"] in ("bad_image", "bad_request")
+    for size in (8 * 2**20 + 1, 12 * 2**20):
+        assert upload(server.url, b"x" * size).status_code == 413
+    two = [("files", ("a", b"a")), ("files", ("b", b"b"))]
+    for wrong in ({"files": two}, {"data": {"files": "x"}}, {"files": {"other": b"x"}}, {"json": {}}):
+        assert httpx.post(f"{server.url}gradio_api/upload", timeout=20, **wrong).status_code == 400
+
+
+def test_uploads_make_room_and_a_request_holds_one():
+    async def two():
+        uploads = Uploads(limit=10)
+        form = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n1234567\r\n--b--\r\n'
+        scope = {"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=b")]}
+        return uploads, [await uploads.keep(scope, form) for _ in range(2)]
+
+    uploads, (old, new) = asyncio.run(two())
+    assert uploads.text_of(old) == old
+    assert uploads.text_of(new) == base64.b64encode(b"1234567").decode()
+
+
+def log_in(url, password, address="127.0.0.1", **headers):
+    """The status of a login that comes from one of this computer's addresses."""
+    with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=120) as client:
+        data = {"username": "class", "password": password}
+        return client.post(f"{url}login", data=data, headers=headers).status_code
+
+
+def test_with_a_password_nothing_answers_without_it(home, file, tmp_path):
+    env = {"GRADIO_TEMP_DIR": str(tmp_path / "gradio")}
+    with running(serving.__file__, str(home), "--auth", "class:secret", env=env) as server:
         assert ask(server.url, "boot", {}).status_code == 401
-        for path in ("config", "gradio_api/info", "gradio_api/queue/status"):
-            assert httpx.get(server.url + path, timeout=20).status_code == 401
-        call = httpx.post(f"{server.url}gradio_api/call/route", json={"data": ["", "pets/test/1"]}, timeout=20)
+        for path in ("config", "gradio_api/info", "gradio_api/queue/status", "gradio_api/heartbeat/x"):
+            assert httpx.get(server.url + path, timeout=120).status_code == 401
+        assert httpx.get(server.url + "openapi.json", timeout=120).status_code == 404
+        assert upload(server.url, b"x").status_code == 401
+        cancel = {"session_hash": "x", "fn_index": 0, "event_id": "x"}
+        assert httpx.post(f"{server.url}gradio_api/cancel", json=cancel, timeout=120).status_code == 401
+        call = httpx.post(f"{server.url}gradio_api/call/route", json={"data": ["", "pets/test/1"]}, timeout=120)
         assert call.status_code == 401
-        wrong = httpx.post(f"{server.url}login", data={"username": "class", "password": "guess"}, timeout=20)
+        wrong = httpx.post(f"{server.url}login", data={"username": "class", "password": "guess"}, timeout=120)
         assert wrong.status_code == 400
-        right = httpx.post(f"{server.url}login", data={"username": "class", "password": "secret"}, timeout=20)
+        right = httpx.post(f"{server.url}login", data={"username": "class", "password": "secret"}, timeout=120)
         cookie = "; ".join(f"{name}={value}" for name, value in right.cookies.items())
         assert ask(server.url, "boot", {}, cookie=cookie).json()["default"]["model"] == "pets"
+        assert upload(server.url, b"x", cookie=cookie).status_code == 200
         signed_in = Client(server.url, auth=("class", "secret"), verbose=False)
         assert signed_in.predict(example="pets/test/1", api_name="/route")["schema"] == "moevision.view/2"
+        assert signed_in.predict(picture=handle_file(file), api_name="/route")["schema"] == "moevision.view/2"
+        assert [path for path in tmp_path.glob("gradio/**/*") if path.is_file()] == []  # pictures are not kept
+        # 60 guesses in 5.7 s; a made-up header doesn't make them come from elsewhere
+        with ThreadPoolExecutor(60) as pool:
+            guesses = [
+                pool.submit(log_in, server.url, "guess", "127.0.0.1", **{"x-forwarded-for": f"203.0.113.{number}"})
+                for number in range(60)
+            ]
+            assert log_in(server.url, "secret", "127.0.0.2") == 200  # the others of the class notice nothing
+            found = Counter(guess.result() for guess in guesses)
+        assert set(found) == {400, 429}
+        assert found[400] <= 10
+        assert log_in(server.url, "secret", "127.0.0.1") == 200  # and it is the made-up header that waits
+
+
+def test_the_brake_waits_ever_longer_and_forgets(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(gate.time, "monotonic", lambda: now)
+    brake = gate.Brake()
+    assert [brake.pause("a") for _ in range(10)] == [0, 0, 0, 0, 0, 1, 3, 7, 15, None]
+    assert brake.pause("b") == 0
+    now += 30
+    assert brake.pause("a") == 0  # one after a while
+    assert brake.pause("a") == 15
+    brake.release("a")
+    assert brake.pause("a") == 0
+    for _ in range(6):
+        brake.pause("c")
+    now += gate.FORGET_S + 60
+    assert [brake.pause("c") for _ in range(6)] == [0, 0, 0, 0, 0, 1]
+
+
+def test_the_brake_remembers_so_many_addresses():
+    brake = gate.Brake()
+    for number in range(gate.MAX_ADDRESSES + 50):
+        brake.pause(str(number))
+    assert len(brake._tries) == gate.MAX_ADDRESSES
+
+
+@pytest.mark.parametrize(
+    ("client", "proxied", "forwarded", "expected"),
+    [
+        ("192.0.2.7", False, False, "192.0.2.7"),
+        ("192.0.2.7", True, True, "192.0.2.7"),
+        ("192.0.2.7", False, True, "forwarded"),
+        ("2001:db8:1:2:3:4:5:6", False, False, "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", False, False, "fe80::/64"),
+        ("::ffff:192.0.2.7", False, False, "192.0.2.7"),
+        ("no address", True, True, "no address"),
+        (None, False, False, "unknown"),
+    ],
+)
+def test_what_counts_as_one_address(client, proxied, forwarded, expected):
+    assert gate.client_address(client and (client, 9), proxied, forwarded) == expected
+
+
+def test_behind_a_proxy_or_a_tunnel(home):
+    """`--share` with a password, as a tunnel's requests look: its name, visitors' addresses in a header."""
+    options = ("--auth", "class:secret", "--tunnel", "https://abc.tunnel.example", "--allow-host", "*.lab.example")
+    with running(serving.__file__, str(home), *options) as server:
+
+        def get(name):
+            return httpx.get(server.url, headers={"host": name}, timeout=120)
+
+        assert [get(name).status_code for name in ("abc.tunnel.example", "moe.lab.example:80", "evil.example")] == [
+            200,
+            200,
+            421,
+        ]
+        shared = get("abc.tunnel.example")
+        assert "gradio.s3" not in shared.text  # its scripts come from here, not from a server of gradio's
+        assert "frame-ancestors 'self'" in shared.headers["content-security-policy"].split(";")[-1]
+        assert "localhost" not in shared.headers["content-security-policy"]
+        visitors = ["198.51.100.1", "203.0.113.9, 198.51.100.1", "1.2.3.4, 198.51.100.1"]  # what they claim comes first
+        for visitor in visitors * 2:
+            assert log_in(server.url, "guess", **{"x-forwarded-for": visitor}) == 400
+        begin = time.monotonic()
+        assert log_in(server.url, "secret", **{"x-forwarded-for": "198.51.100.2"}) == 200
+        assert time.monotonic() - begin < 1.9
+        assert log_in(server.url, "secret", **{"x-forwarded-for": visitors[0]}) == 200
+        assert time.monotonic() - begin > 0.5  # the sixth wrong one waited a second, this one two more
 
 
 def test_a_full_gate_says_busy():

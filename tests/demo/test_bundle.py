@@ -3,9 +3,13 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 
+from moevision.analysis import collect_routing
+from moevision.analysis.atlas import load_atlas
+from moevision.analysis.run_pictures import data_settings
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
 from moevision.demo.bundle import DataOptions, bundled_folders, open_entries
@@ -28,6 +32,20 @@ def test_what_the_package_carries_fits_in_25_mb():
         assert card.licence
         assert card.recipe
         assert {"moe", "dense"} <= set(card.accuracy)
+
+
+def test_bundled_numbers_and_their_sentences_round_alike():
+    files = [file for folder in bundled_folders() for file in folder.glob("atlas*.json")]
+    assert len(files) >= 3
+    for file in files:
+        for entry in [entry for layer in load_atlas(file)["layers"] for entry in layer["information"]]:
+            told = [entry["value_bits"], entry["low"], entry["high"]]
+            if entry["above"]["baselines"] is False or entry["above"]["seeds"] is not None:  # else none is named
+                told.append(max(max(values) for values in entry["baselines"].values()))
+            if entry["above"]["baselines"] and entry["seeds"]:
+                told.append(min(entry["seeds"]))
+            for value in told:
+                assert f"{value:.3f}" in entry["sentence"]
 
 
 def test_accuracy_in_words():
@@ -66,10 +84,35 @@ def test_own_model_with_own_data(drawn_pets, tiny_run):
 
 
 def test_data_goes_to_the_model_of_photos(home, drawn_pets):
-    pets, photos = sorted(open_entries(None, DataOptions(str(drawn_pets)), home=home), key=lambda entry: entry.card.id)
+    photos, pets = open_entries(None, DataOptions(str(drawn_pets)), home=home)
+    assert (photos.card.id, pets.card.id) == ("photos", "pets")  # the page opens on what the user brought
     assert pets.examples.ids[0].startswith("pets/")
     assert photos.examples.ids[0].startswith("data/")
     assert photos.examples.pictures.class_names == tuple(SyntheticPets.classes)
+    boot = Explorer([photos, pets]).answer("boot", {})
+    assert boot["default"] == {"model": "photos", "picture": photos.examples.ids[0]}
+
+
+def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn_pets, tiny_run):
+    files = {file.relative_to(drawn_pets).as_posix() for file in drawn_pets.rglob("*.png")}
+    assert len(files) == 40
+    photos = open_entries(None, DataOptions(str(drawn_pets)), home=home)[0]
+    assert photos.examples.names == files
+    assert open_entries(str(tiny_run), DataOptions(str(drawn_pets)))[0].examples.names == files
+    # A dataset known by name has a test set of its own, and the bundled model learned from the rest.
+    drawn = open_entries(None, DataOptions("synthetic_pets"), home=home)[0]
+    assert drawn.card.id == "pets"
+    assert len(drawn.examples.pictures) == 2000
+
+
+@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about the broken image in the folder
+def test_a_run_shows_what_it_held_out_when_its_own_folder_is_named(tiny_run, tmp_path, monkeypatch):
+    held_out = open_entries(str(tiny_run), DataOptions())[0].examples.names
+    folder = Path(data_settings(tiny_run)["path"])
+    assert 0 < len(held_out) < len(list(folder.rglob("*.png")))
+    monkeypatch.chdir(folder.parent)
+    for name in (str(folder), f"{folder}/", folder.name):
+        assert open_entries(str(tiny_run), DataOptions(name))[0].examples.names == held_out
 
 
 def test_a_run_shows_the_pictures_that_it_held_out(tiny_run):
@@ -107,3 +150,14 @@ def test_a_damaged_summary(tiny_run, tmp_path):
     summary = json.loads((tiny_run / "summary.json").read_text())
     assert card_of_run(str(tiny_run)).accuracy["moe"] == summary["test"]["correct"] / summary["test"]["total"]
     assert card_of_run("hf-hub:user/name").title == "name"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "key"), [("trained", "moe"), ("unbalanced", "unbalanced")])
+def test_the_card_of_drawn_pets_says_what_is_measured(variant, key):
+    """All 2 000 test images again; another processor may round one or two of them to another answer."""
+    folder = next(folder for folder in bundled_folders() if folder.name == "pets")
+    card = read_card(folder / "card.json")
+    trace = collect_routing(load_model(str(folder / variant)), "synthetic_pets")
+    assert len(trace.labels) == card.test_images == 2_000
+    assert trace.accuracy == pytest.approx(card.accuracy[key], abs=0.00101)

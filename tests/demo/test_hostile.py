@@ -2,21 +2,26 @@
 
 import asyncio
 import json
+import socket
+import threading
 import time
 
 import httpx
 import pytest
+import uvicorn
 
-from moevision.demo.web import Guard
+from moevision.demo import web
+from moevision.demo.server import Serving
+from moevision.demo.web import HEADER_S, Connection, Guard
 from tests.demo import hostile
 
 CODES = {"bad_request", "bad_image", "too_large"}
-SECONDS = 10
+SECONDS = 30  # on a busy machine; a decoder without bounds would take minutes
 
 
 @pytest.fixture(scope="module")
 def http(server):
-    with httpx.Client(base_url=server.url, timeout=30) as http:
+    with httpx.Client(base_url=server.url, timeout=120) as http:
         yield http
 
 
@@ -70,6 +75,164 @@ def test_past_the_page(http, still_right):
         assert 400 <= answer.status_code < 500, (answer.status_code, method, path, body[:80])
         assert "root:" not in answer.text
         assert "Traceback" not in answer.text
+
+
+@pytest.mark.slow
+def test_a_body_that_fits_no_route_is_a_4xx_with_one_sentence(http, still_right):
+    for path, body in hostile.misfits():
+        answer = http.post(path, content=body, headers={"content-type": "application/json"})
+        what = (path, body[:100], answer.status_code, answer.text[:200])
+        if answer.status_code == 200:  # the queue takes it and tells the mistake later, or `route` tells it itself
+            told = answer.json()
+            if "event_id" in told:
+                told = http.get(f"gradio_api/call/route/{told['event_id']}").text
+                assert told.startswith(("event: error", "event: complete")), what
+            else:
+                assert set(told["data"][0]) == {"error", "code"}, what
+            continue
+        assert 400 <= answer.status_code < 500, what
+        told = answer.json()
+        sentence = told.get("error") or told["detail"]  # "detail" is gradio's own
+        assert isinstance(sentence, str), what
+        assert len(sentence) > 8, what
+
+
+def test_no_body_stops_the_queue(server, http):
+    """gradio 6.31 keys a session by "" and looks it up by another name, which ends the loop that starts all calls."""
+    for _ in range(24):
+        answer = http.post("gradio_api/call/route", json={"data": ["", "pets/test/1"], "session_hash": ""})
+        assert answer.status_code == 400
+    call = http.post("gradio_api/call/route", json={"data": ["", "pets/test/1", "pets", "trained", None, None, None]})
+    lines = http.get(f"gradio_api/call/route/{call.json()['event_id']}").text
+    assert lines.startswith("event: complete")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "openapi.json"),
+        ("GET", "gradio_api/openapi.json"),
+        ("GET", "logout"),  # would log out everyone who shares the account
+        ("GET", "gradio_api/token"),
+        ("GET", "gradio_api/user"),
+        ("GET", "gradio_api/app_id"),
+        ("GET", "gradio_api/upload_progress?upload_id=x"),
+        ("GET", "gradio_api/infox"),
+        ("GET", "configx"),
+        ("GET", "pwa_icon"),
+        ("GET", "gradio_api/vibe-code"),
+        ("POST", "loginx"),
+        ("POST", "gradio_api/queue/joinx"),
+        ("OPTIONS", ""),
+    ],
+)
+def test_a_route_that_nobody_uses_does_not_exist(http, method, path):
+    assert http.request(method, path).status_code in (404, 405)
+
+
+@pytest.fixture
+def unfinished():
+    """Opens connections that have begun a request's header and say no more."""
+    found = []
+
+    def begin(url, times=1):
+        host, port = url.split("/")[2].rsplit(":", 1)
+        new = [socket.create_connection((host, int(port)), timeout=20) for _ in range(times)]
+        found.extend(new)
+        for one in new:
+            one.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+        return new
+
+    yield begin
+    for one in found:
+        one.close()
+
+
+def drip(connection, piece, seconds, every):
+    """Send a piece again and again; whether the other side closed the connection within that time."""
+    connection.settimeout(every)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            connection.sendall(piece)
+            if not connection.recv(65536):
+                return True
+        except TimeoutError:
+            continue
+        except OSError:
+            return True
+    return False
+
+
+@pytest.mark.slow
+def test_an_unfinished_header_is_given_up(server, http, unfinished):
+    slow = unfinished(server.url, times=20)
+    assert http.get("").status_code == 200
+    begin = time.monotonic()
+    assert all(drip(one, b"x", HEADER_S + SECONDS, 0.2) for one in slow)
+    assert time.monotonic() - begin < HEADER_S + SECONDS
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """uvicorn alone, with our connections and small limits, before an app that says "fine"."""
+    monkeypatch.setattr(web, "HEADER_S", 0.6)
+    monkeypatch.setattr(web, "MAX_CONNECTIONS", 4)
+
+    async def app(scope, receive, send):
+        if scope["path"] == "/long":
+            await asyncio.sleep(1.5)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"fine"})
+
+    own = socket.socket()
+    own.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http=Connection, lifespan="off", log_level="critical", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [own]})
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{own.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(20)
+    own.close()
+    assert not thread.is_alive()
+
+
+def test_a_header_has_a_time_and_a_long_answer_has_not(tiny, unfinished):
+    (slow,) = unfinished(tiny)
+    assert drip(slow, b"x", 5, 0.1)
+    with httpx.Client(base_url=tiny, timeout=20) as http:
+        assert http.get("long").text == "fine"
+
+
+def test_a_body_that_nobody_reads_is_given_up(tiny, unfinished):
+    (slow,) = unfinished(tiny)
+    slow.sendall(b"1\r\nContent-Length: 99999\r\n\r\n")
+    assert drip(slow, b"x", 5, 0.1)
+
+
+def test_connections_are_counted(tiny, unfinished):
+    kept = unfinished(tiny, times=4)
+    with socket.create_connection(kept[0].getpeername(), timeout=20) as one_more:
+        assert b"503" in one_more.recv(100)
+    assert all(drip(one, b"x", 5, 0.1) for one in kept)  # and when those are gone there is room again
+    with httpx.Client(base_url=tiny, timeout=20) as http:
+        assert http.get("").text == "fine"
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "evil.example:7860", "", "a b", "["])
+def test_a_name_that_is_not_ours_is_refused(http, host):
+    """Or a website could have its name point to this computer, and read the answers."""
+    answer = http.get("config", headers={"host": host})
+    assert answer.status_code == 421
+    assert "--allow-host" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9", "127.0.0.1", "[::1]:7860", "localhost.", "192.168.1.7"])
+def test_localhost_and_addresses_are_names_of_ours(http, host):
+    assert http.get("config", headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize("data", hostile.PATHS + hostile.ADDRESSES)
@@ -140,8 +303,9 @@ def ask_guard(chunks, *, path="/gradio_api/component_server", method="POST", hea
         async def send(message):
             sent.append(message)
 
-        guard = Guard(app, **limits)
-        scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
+        guard = Guard(app, Serving().known, **limits)
+        given = [(b"host", b"localhost"), *headers]
+        scope = {"type": "http", "method": method, "path": path, "headers": given, "client": ("192.0.2.1", 9)}
         await guard(scope, receive, send)
         return guard
 
@@ -170,7 +334,7 @@ def test_an_announced_length_is_believed_before_a_byte_is_read(length):
 
 
 def test_a_slow_body_is_given_up():
-    start, reached, guard = ask_guard([b"{"] * 50, delay=0.02, read_s=0.1)
+    start, reached, guard = ask_guard([b"{"] * 500, delay=0.02, read_s=0.1)
     assert (start["status"], reached, guard._held) == (408, [], 0)
 
 
@@ -179,11 +343,16 @@ def test_all_bodies_together_are_bounded():
     assert (start["status"], reached, guard._held) == (503, [], 0)
 
 
+def test_a_short_form_is_enough_for_a_login():
+    start, reached, _ = ask_guard([b"x" * 5000], path="/login")
+    assert (start["status"], reached) == (413, [])
+
+
 def test_sockets_are_closed():
     sent = []
 
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Guard(None)({"type": "websocket", "path": "/"}, None, send))
+    asyncio.run(Guard(None, Serving().known)({"type": "websocket", "path": "/"}, None, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]

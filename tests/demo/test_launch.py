@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -66,6 +67,11 @@ def test_others_may_come_in_when_that_is_said():
         (["--auth", ":x"], "colon"),
         (["--auth", "x:"], "colon"),
         (["--port", "0"], "--port is 0"),
+        (["--allow-host", "https://lab.example.org"], "a host name without a port"),
+        (["--allow-host", "lab.example.org:80"], "a host name without a port"),
+        (["--allow-embed", "lab.example.org"], "https://lab.example.org"),
+        (["--allow-embed", "https://x; script-src *"], "a website's origin"),
+        (["--allow-embed", "https://lab.example.org/page"], "a website's origin"),
         (["--port", "99999"], "--port is 99999"),
         (["no/such/model"], "no/such/model"),
         (["--no-such-option"], "--no-such-option"),
@@ -75,6 +81,41 @@ def test_mistakes_in_one_sentence(arguments, words, cli):
     outcome = cli("demo", *arguments)
     assert outcome.code == 2
     assert words in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("serving", "name", "expected"),
+    [
+        (Serving(), "localhost", True),
+        (Serving(), "127.0.0.1", True),
+        (Serving(), "::1", True),
+        (Serving(), "192.168.1.7", True),  # a website with a name of its own can't send that
+        (Serving(), "evil.example", False),
+        (Serving(), "127.0.0.1.evil.example", False),
+        (Serving(), f"{socket.gethostname()}.evil.example".lower(), False),
+        (Serving(host="0.0.0.0"), socket.gethostname().lower(), True),
+        (Serving(host="0.0.0.0"), f"{socket.gethostname()}.local".lower(), True),
+        (Serving(host="0.0.0.0"), "evil.example", False),
+        (Serving(host="moe.lab.example"), "moe.lab.example", True),
+        (Serving(allow_host=("Moe.lab.example",)), "moe.lab.example", True),
+        (Serving(allow_host=("*.lab.example",)), "moe.lab.example", True),
+        (Serving(allow_host=("*.lab.example",)), "lab.example.evil.example", False),
+        (Serving(allow_host=("*",)), "anything", True),
+        (Serving(share=True), "abc.gradio.live", False),  # that of one's own tunnel is added when it is known
+    ],
+)
+def test_names_that_the_page_goes_by(serving, name, expected):
+    assert serving.known(name) is expected
+
+
+def test_who_may_show_the_page_in_a_frame(monkeypatch):
+    assert Serving().frames() == "http://localhost:* http://127.0.0.1:*"  # a notebook
+    assert Serving(host="0.0.0.0").frames() == Serving(share=True).frames() == ""
+    assert Serving(share=True, allow_embed=("https://lab.example", "*")).frames() == "https://lab.example *"
+    monkeypatch.setenv("SPACE_ID", "me/moevision")
+    space = Serving(host="0.0.0.0", public=True)
+    assert space.frames() == "https://huggingface.co https://*.hf.space"
+    assert space.known("me-moevision.hf.space")
 
 
 def test_the_help_teaches(cli):
@@ -87,6 +128,8 @@ def test_the_help_teaches(cli):
         "--auth",
         "--public",
         "--share",
+        "--allow-host",
+        "--allow-embed",
         "--no-browser",
         "moevision demo runs/pets",
     ):
@@ -99,12 +142,12 @@ def test_the_help_loads_no_gradio():
         "import sys; from moevision.cli import main; main(['demo', '--help']); main(['demo', '--share'])\n"
         "print([name for name in ('gradio', 'scipy', 'sklearn', 'matplotlib') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 def get(url):
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         return answer.read().decode()
 
 
@@ -135,7 +178,7 @@ def test_a_model_of_ones_own_from_start_to_stop(mine):
         assert "moevision" in get(server.url)
         port = server.url.rstrip("/").rpartition(":")[2]
         second = [sys.executable, "-m", "moevision", "demo", str(mine), "--port", port, "--no-browser"]
-        taken = subprocess.run(second, capture_output=True, text=True, timeout=120)
+        taken = subprocess.run(second, capture_output=True, text=True, timeout=600)
         assert taken.returncode == 2
         assert "give another --port" in taken.stderr.splitlines()[-1]
         assert server.stop() == 0
@@ -164,6 +207,11 @@ def test_app_py_serves_a_class(mine):
         port = server.url.rstrip("/").rpartition(":")[2]
         with pytest.raises(urllib.error.HTTPError, match="401"):
             get(f"http://127.0.0.1:{port}/config")
+        address = launch._address_for_others("0.0.0.0", server.url)  # as the QR code says
+        assert "moevision" in get(address)
+        evil = urllib.request.Request(address, headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="421"):
+            get(evil)
         server.stop()
     said = "\n".join(server.lines)
     assert "and log in" in said

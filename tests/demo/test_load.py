@@ -31,7 +31,7 @@ def test_five_seconds_of_visitors(demo_load, explorer, server):
     found = outcome.summary(5)
     assert found["mixed_up"] == found["busy"] == found["error"] == 0
     assert found["answers"] >= 16
-    assert found["latency"]["new picture"]["p95_ms"] < 10_000
+    assert found["latency"]["new picture"]["p95_ms"] < 30_000
 
 
 def test_a_mixed_up_answer_would_be_seen(demo_load, explorer, server):

@@ -15,10 +15,11 @@ from moevision.data import SyntheticPets
 from moevision.demo import route_image
 from moevision.demo.atlas_source import Galleries, Held
 from moevision.demo.bundle import DataOptions, open_entries
-from moevision.demo.examples import Recent, photo_files
+from moevision.demo.examples import Examples, Recent, photo_files
 from moevision.demo.service import Explorer
 from moevision.demo.settings import Settings
 from moevision.demo.wire import open_data_uri
+from moevision.errors import UserError
 
 PICTURE = {"kind": "example", "id": "pets/test/3"}
 ABLATE = {"kind": "ablate", "layer": 3, "expert": 1}
@@ -50,7 +51,11 @@ def test_boot_tells_everything_that_the_page_needs(explorer):
     assert pets["variants"] == ["trained", "unbalanced", "untrained"]
     assert {pets["has_dense"], pets["has_pictures"], pets["has_parts"]} == {True}
     assert not photos["has_pictures"]
-    assert pets["accuracy_text"] == "12.5 % of test pictures right (dense twin: 13.0 %)"
+    assert "accuracy_text" not in pets  # each variant has its own
+    texts = {name: variant.facts.accuracy_text for name, variant in explorer.entries["pets"].variants.items()}
+    assert pets["accuracy_texts"] == texts
+    assert texts["trained"] == "12.5 % of test pictures right (dense twin: 13.0 %)"
+    assert len(set(texts.values())) == 3
     assert "typical" not in pets["card"]
     # classes take turns: the first eight examples show the eight classes
     assert [example["label"] for example in pets["examples"][:8]] == list(SyntheticPets.classes)
@@ -77,6 +82,24 @@ def test_an_upload_is_routed_like_the_example(explorer, pixels):
     assert ours["layers"] == theirs["layers"]
     assert ours["picture"]["id"] is None
     assert ours["picture"]["label"] is None
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [((1, 1), "1 × 1"), ((15, 40), "15 × 40"), ((3000, 3), "3000 × 3"), ((336, 16), "336 × 16")]
+)
+def test_an_image_that_shows_nothing_is_refused_with_a_sentence(explorer, make, size, said):
+    image = Image.new("RGB", size, (200, 60, 20))
+    answer = explorer.answer("route", {"picture": {"kind": "upload", "data": png(np.asarray(image))}})
+    assert answer["code"] == "bad_image"
+    assert f"{said} px" in answer["error"]
+    with pytest.raises(UserError, match=f"{said} px"):
+        route_image(make(), image)
+
+
+def test_an_icon_and_a_panorama_are_routed(explorer):
+    for height, width in ((16, 16), (20, 400)):
+        good(explorer, "route", picture={"kind": "upload", "data": png(np.zeros((height, width, 3), np.uint8))})
+    assert good(explorer, "boot")["limits"]["min_side"] == 16
 
 
 @pytest.mark.parametrize("variant", ["trained", "unbalanced", "untrained"])
@@ -283,6 +306,37 @@ def test_an_atlas_of_other_pictures_is_not_shown_with_these(explorer, home, tmp_
 
     _, _, after = stored_atlas(explorer, home, tmp_path, bundle, foreign)
     assert after["n_images"] == 32
+
+
+@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about the broken image in the run's folder
+def test_data_of_the_users_own_are_not_taken_for_training_data(tiny_run, drawn_pets, monkeypatch):
+    for module in ("typical", "atlas_source"):  # the run held out 12 images only
+        monkeypatch.setattr(f"moevision.demo.{module}.MIN_PICTURES", 10)
+    for data, known in ((None, True), (str(drawn_pets), False)):
+        entries = open_entries(str(tiny_run), DataOptions(data))
+        galleries = Galleries(entries, limit=32)
+        galleries.start()
+        assert galleries.wait(60)
+        assert (galleries.typical(entries[0]) is not None) == known
+
+
+def test_examples_are_of_all_classes_of_a_large_folder():
+    class Large:
+        """A folder as it is read: one class after the other."""
+
+        class_names, name, part_names = ("cat", "dog"), "large", ()
+
+        def __len__(self):
+            return 12_000
+
+        def label(self, index):
+            return index // 6000
+
+        def picture_name(self, index):
+            return f"{self.class_names[self.label(index)]}/{index}.png"
+
+    shown = [id for id in Examples(Large(), 32).ids if id.startswith("data/")]
+    assert [id.split("/")[1] for id in shown] == ["cat", "dog"] * 6
 
 
 def test_pictures_in_memory_leave_out_what_can_not_be_read(drawn_pets, tmp_path):

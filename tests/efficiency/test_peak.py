@@ -9,18 +9,32 @@ from moevision import UserError
 from moevision.efficiency import MatmulPeak, copy_bandwidth, matmul_peak, model_flops_utilization
 
 
+def median_s(work):
+    """Seconds that it takes, by hand."""
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[4]
+
+
+def agree(measured, by_hand):
+    """Whether two rates are within ten times of each other, in one of ten tries: a busy machine may halt either."""
+    return any(0.1 < measured() / by_hand() < 10 for _ in range(10))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_is_a_rate_that_a_product_has(dtype):
-    """A product timed by hand can't be far above the peak: not ten times, on however busy a machine."""
-    peak = matmul_peak("cpu", dtype, sizes=(64, 256), seconds=0.1)
-    a = torch.randn(256, 256).to(dtype)
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        times.append(time.perf_counter() - start)
-    by_hand = 2 * 256**3 / sorted(times)[len(times) // 2]
-    assert by_hand / 10 < peak.flops_per_s < 10 * by_hand
+    """A product timed by hand is not ten times faster or slower."""
+    a, peaks = torch.randn(256, 256).to(dtype), []
+
+    def measured():
+        peaks.append(matmul_peak("cpu", dtype, sizes=(64, 256), seconds=0.1))
+        return peaks[-1].flops_per_s
+
+    assert agree(measured, lambda: 2 * 256**3 / median_s(lambda: torch.mm(a, a)))
+    peak = peaks[-1]
     assert peak.size in (64, 256)
     assert peak.repetitions >= 1
     assert (peak.dtype, peak.device) == (str(dtype)[6:], "cpu")
@@ -47,11 +61,8 @@ def test_utilization():
 
 
 def test_bandwidth_counts_both_directions():
-    """A copy of as much memory by hand takes about as long; again not ten times."""
-    rate = copy_bandwidth("cpu", seconds=0.05)
-    source = torch.zeros(2**26)
-    target = torch.zeros(2**26)
-    start = time.perf_counter()
-    target.copy_(source)
-    by_hand = 2 * 4 * 2**26 / (time.perf_counter() - start)
-    assert by_hand / 10 < rate < 10 * by_hand
+    """A copy of as much memory by hand takes about as long."""
+    source, target = torch.zeros(2**26), torch.ones(2**26)
+    assert agree(
+        lambda: copy_bandwidth("cpu", seconds=0.05), lambda: 2 * 4 * 2**26 / median_s(lambda: target.copy_(source))
+    )

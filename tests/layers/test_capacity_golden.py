@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moevision.layers import MoEMlp
+from moevision.layers import MoEMlp, within_capacity
 from tests.layers.linear_experts import close, run, times_e_plus_1, tokens
 
 X = tokens([4.0, 2.0, 1.0]).log()  # softmax: 4/7, 2/7, 1/7
@@ -139,3 +139,20 @@ def test_batch_priority_is_by_affinity_before_any_normalisation(router: str, k: 
         asked = first == expert
         assert (asked & ~stays).any()
         assert sureness[asked & stays].min() > sureness[asked & ~stays].max()
+
+
+@pytest.mark.parametrize("priority", [False, True])
+@pytest.mark.parametrize("whole_batch", [False, True])
+def test_choices_that_were_dropped_before_take_no_room(priority: bool, whole_batch: bool) -> None:
+    """All four want expert 0 of 2, which computes C = ceil(1 · 4 / 2) = 2; without the first one the next two fit."""
+    kept = torch.tensor([[[False], [True], [True], [True]]])
+    left = within_capacity(
+        torch.zeros(1, 4, 1, dtype=torch.int64),
+        torch.tensor([[[0.9], [0.8], [0.7], [0.6]]]),
+        kept,
+        num_experts=2,
+        factor=1.0,
+        priority=priority,
+        whole_batch=whole_batch,
+    )
+    assert left.flatten().tolist() == [False, True, True, False]

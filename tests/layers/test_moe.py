@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
@@ -12,7 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moevision.errors import UserError
-from moevision.layers import LocalDispatcher, MoEMlp, Routing, record_routing
+from moevision.layers import (
+    ROUTERS,
+    ColourRouter,
+    LocalDispatcher,
+    MoEMlp,
+    Routing,
+    label_oracle,
+    record_routing,
+    router_kind,
+)
 
 
 def make(dtype: torch.dtype = torch.float32, width: int = 16, hidden: int = 24, **options: object) -> MoEMlp:
@@ -315,3 +326,73 @@ def test_weights_and_biases_have_names_that_weight_decay_understands() -> None:
     names = dict(make().named_parameters())
     assert {"experts.fc1.weight", "experts.fc1.bias", "experts.fc2.weight", "experts.fc2.bias"} < set(names)
     assert names["experts.fc1.weight"].shape == (5, 24, 16)
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop", "grouped", "dense"])
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_images_and_no_tokens_give_an_empty_output(router: str, backend: str, dtype: torch.dtype) -> None:
+    """A batch that a filter left empty, in training and evaluation; parameters get gradients of 0."""
+    capacity = {"capacity_factor": 1.0} if "capacity_factor" in router_kind(router).options else {}
+    options = {"num_experts": 4, "router": router, "backend": backend, "num_shared_experts": 1, **capacity}
+    layer = MoEMlp(8, 16, 24, dtype=dtype, **options)
+    for shape in ((0, 5, 8), (2, 0, 8), (0, 0, 8), (0, 8), (0, 2, 3, 8)):
+        layer.train(not layer.training)
+        images, tokens = (1, 0) if len(shape) == 2 else (shape[0], prod(shape[1:-1]))
+        x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+        if isinstance(layer.router, ColourRouter):
+            layer.router._colours = torch.zeros(images, tokens, 3)
+        with label_oracle(layer, torch.zeros(images, dtype=torch.long)):
+            out = layer(x)
+        assert (out.shape, out.dtype) == ((*shape[:-1], 24), dtype)
+        out.sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == shape
+        assert not any(p.grad.any() for p in layer.parameters() if p.grad is not None)
+
+
+def transforms(layer: MoEMlp, x: Tensor) -> dict[str, Callable[[], object]]:
+    """What torch can do beside one backward pass, x [B, N, D]."""
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    def twice() -> Tensor:
+        inputs = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(layer(inputs).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), inputs)[0]
+
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    return {
+        "torch.func.grad": lambda: torch.func.grad(loss)(parameters, x),
+        "vmap": lambda: torch.vmap(layer)(x.unsqueeze(1)),
+        "gradients per image": lambda: torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x.unsqueeze(1)),
+        "gradients of gradients": twice,
+    }
+
+
+@pytest.mark.parametrize("router", ["noisy_top_k", "vmoe_top_k", "sigmoid", "expert_choice", "soft"])
+@pytest.mark.parametrize("name", ["torch.func.grad", "vmap", "gradients per image", "gradients of gradients"])
+def test_transforms_work_on_dense_and_elsewhere_say_so(name: str, router: str) -> None:
+    torch.manual_seed(0)
+    layer = MoEMlp(8, 16, num_experts=4, router=router, dtype=torch.float64).eval()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    with pytest.raises(UserError, match='backend="dense"'):
+        transforms(layer, x)[name]()
+    layer.experts.backend = "dense"
+    result = transforms(layer, x)[name]()
+    if name == "vmap":
+        torch.testing.assert_close(result.squeeze(1), layer(x))
+    if name == "gradients of gradients":
+        assert torch.isfinite(result).all()
+        assert result.abs().sum() > 0
+    if name == "gradients per image":
+        whole = transforms(layer, x)["torch.func.grad"]()
+        torch.testing.assert_close({key: value.sum(0) for key, value in result.items()}, whole)
+
+
+def test_a_graph_of_the_gradient_is_refused_only_when_it_is_used() -> None:
+    layer, x = make(torch.float64), torch.randn(2, 7, 16, dtype=torch.float64, requires_grad=True)
+    (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (with_graph,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(with_graph, plain)

@@ -71,7 +71,7 @@ def test_pushed_and_loaded_it_is_the_same_model(
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.save(images, tmp_path / "images.pt")
     place = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run([sys.executable, "-c", LOAD, tmp_path], env={**os.environ, **place}, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", LOAD, tmp_path], env={**os.environ, **place}, check=True, timeout=600)
     expected = load_model(str(tiny_run)).net(images)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
     assert torch.equal(torch.load(tmp_path / "offline.pt"), expected)

@@ -1,5 +1,6 @@
 """Expert surgery: exact where it can be, by its stated rules elsewhere, and every result saves and reloads."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ def without_tokens(model: nn.Module, expert: int) -> nn.Module:
     return model
 
 
+def assert_same_function(one: nn.Module, other: nn.Module) -> None:
+    """Equal logits, of two models whose products have other shapes, which no processor promises to round alike.
+
+    In float64: logits of order 1 may differ by some 1e-15, while an expert that left a trace moves them by far more.
+    """
+    one, other = copy.deepcopy(one).double(), copy.deepcopy(other).double()
+    torch.testing.assert_close(one(images().double()), other(images().double()), rtol=0, atol=1e-12)
+
+
 def use_from(counts: list[int], gates: list[float] | None = None, tokens: int = 100) -> ExpertUse:
     gate_sum = torch.tensor(counts if gates is None else gates, dtype=torch.float64)
     return ExpertUse(torch.tensor(counts), gate_sum, tokens, torch.eye(len(counts), dtype=torch.float64))
@@ -105,7 +115,7 @@ def test_an_expert_that_no_token_uses_leaves_without_a_trace(expert: int) -> Non
     keep = [other for other in range(4) if other != expert]
     pruned = prune_experts(model, dict.fromkeys(BLOCKS, keep))
     assert [layer.router.num_experts for layer in moe_layers(pruned)] == [3, 3]
-    assert torch.equal(pruned(images()), model(images()))
+    assert_same_function(pruned, model)
 
 
 def test_an_unused_expert_of_shazeers_router_too() -> None:
@@ -119,7 +129,7 @@ def test_an_unused_expert_of_shazeers_router_too() -> None:
             layer_of(model, block).router.weight.copy_(rows.expand(-1, 32))
     assert all(use.counts.tolist() == [64, 0, 64, 0] for use in measure_use(model, [images()]).values())
     pruned = prune_experts(model, remove=2, use=measure_use(model, [images()]))
-    assert torch.equal(pruned(images()), model(images()))
+    assert_same_function(pruned, model)
 
 
 @pytest.mark.parametrize("router", LEARNED)

@@ -5,14 +5,18 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from moevision.errors import UserError
+from moevision.files import remove_leftovers, temporary_for
 from moevision.train import checkpoint_io
-from moevision.train.checkpoint_io import BEST, LAST, PREVIOUS, SafeCheckpointIO, final_checkpoint, remove_leftovers
+from moevision.train.checkpoint_io import BEST, LAST, PREVIOUS, SafeCheckpointIO, final_checkpoint
 from moevision.train.manifest import newest_valid, read_manifest, verify
 
 
@@ -180,12 +184,37 @@ def test_removing(files, tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["files"][0]["step"] == 1
 
 
-def test_leftovers_of_a_killed_process(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    for name in ("checkpoints/.last.ckpt.7.tmp", ".metrics.csv.7.tmp", "kept.tmp"):
-        (tmp_path / name).write_text("half")
-    assert remove_leftovers(tmp_path) == 2
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["kept.tmp"]
+def test_leftovers_of_ended_processes_go_and_unfinished_files_stay(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    here = temporary_for(tmp_path / LAST).name.split(".")[3]
+
+    def unfinished(machine, process, folder=tmp_path, hours=0):
+        path = folder / f".{LAST}.{machine}.{process}.tmp"
+        path.write_text("half")
+        os.utime(path, (time.time() - 3600 * hours - 60,) * 2)
+        return path
+
+    (tmp_path / "twin").mkdir()
+    gone = [
+        unfinished(here, ended.stdout.strip()),
+        unfinished(here, os.getpid()),  # of an earlier process with this number: this one has begun nothing yet
+        unfinished(here, 10**30),
+        unfinished(here, 1, hours=1),  # the number was given again
+        unfinished("another", 2, hours=1),
+    ]
+    stay = [
+        unfinished(here, os.getppid()),
+        unfinished("another", ended.stdout.strip()),
+        unfinished("another", os.getpid()),
+        unfinished(here, ended.stdout.strip(), folder=tmp_path / "twin"),  # which may be training on its own
+        tmp_path / "kept.tmp",
+        tmp_path / ".kept",
+    ]
+    for path in stay[-2:]:
+        path.write_text("whole")
+    assert remove_leftovers(tmp_path) == len(gone)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(stay)
+    assert remove_leftovers(tmp_path / "nowhere") == 0
 
 
 def test_a_damaged_best_is_replaced_by_the_last(files, tmp_path):
@@ -196,3 +225,7 @@ def test_a_damaged_best_is_replaced_by_the_last(files, tmp_path):
     path, words = final_checkpoint(tmp_path, files)
     assert path == tmp_path / LAST
     assert "best.ckpt was damaged" in words
+    (tmp_path / BEST).unlink()
+    path, words = final_checkpoint(tmp_path, files)
+    assert path == tmp_path / LAST
+    assert "no best.ckpt" in words

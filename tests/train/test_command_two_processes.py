@@ -181,6 +181,23 @@ def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path
     assert said.index("can't end bit-identical") < said.index("test/top1")
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path, number: int) -> None:
+    """Before it can join the first one, which waits for it in a call that no signal interrupts."""
+    process = start(work, PYTHON, "synthetic_pets", *TWO, f"--name=unborn-{number}")
+    try:
+        while not (found := subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(int(found.split()[0]), number)
+        said, _ = process.communicate(timeout=WAIT_S)
+    finally:
+        _end(process)
+    assert process.returncode == 2, said[-3000:]
+    assert said.splitlines()[-1] == ("moevision: Another process of this training has ended, see above if it said why.")
+    assert not list((work / "runs").glob("unborn*")), "nothing of worth was in it"
+
+
 def test_another_process_that_dies_is_said_in_one_sentence(work: Path) -> None:
     """The second process is killed; the first one ends with the command that goes on, not with a traceback."""
     process = start(work, PYTHON, "synthetic_pets", *TWO, "--name=lost", "--trainer.max_epochs=300")

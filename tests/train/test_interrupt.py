@@ -103,7 +103,7 @@ def test_sleep_is_noticed_and_does_not_count(monkeypatch):
 
 
 def test_a_really_stopped_process():
-    """SIGSTOP from a child for 1.2 s; ticks of 10 ms before."""
+    """SIGSTOP from a child for 3 s; ticks of 10 ms before, or of ten times that on a busy machine."""
     with AwakeClock() as clock:
         for _ in range(5):
             time.sleep(0.01)
@@ -113,12 +113,12 @@ def test_a_really_stopped_process():
         child = os.fork()
         if child == 0:
             os.kill(parent, signal.SIGSTOP)
-            time.sleep(1.2)
+            time.sleep(3)
             os.kill(parent, signal.SIGCONT)
             os._exit(0)
         os.waitpid(child, 0)
-        assert clock.tick() > 0.9
-        assert clock.now() - begun < 0.6
+        assert clock.tick() > 2
+        assert clock.now() - begun < 2
 
 
 # metrics.csv

@@ -1,15 +1,18 @@
 """Layer-wise learning rates are those that a reader computes by hand, and what is frozen does not move."""
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-import moevision  # noqa: F401  (registers the vit_moe names)
+import moevision
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig
@@ -91,6 +94,33 @@ def test_every_group_follows_the_one_cycle_schedule(layer_decay: float | None) -
     share = (1 - math.cos(math.pi * 1 / warmup_end)) / 2
     expected = [peak / 25 + (peak - peak / 25) * share for peak in peaks]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup_fraction", [0.0, 0.05, 0.1, 0.2, 0.25, 1 / 3, 0.5, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("total_steps", range(1, 13))
+def test_any_number_of_steps_has_a_schedule(total_steps: int, warmup_fraction: float) -> None:
+    """It ends where it should, no rate is above the peak, and something is learned."""
+    net = nn.Linear(1, 1)
+    net.no_weight_decay = set  # type: ignore[assignment]
+    config = OptimizerConfig(lr=LR, warmup_fraction=warmup_fraction)
+    optimizer, schedule = build_optimizer(net, config, total_steps=total_steps)
+    rates = []
+    for _ in range(total_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert all(0 < rate <= LR * (1 + 1e-9) for rate in rates)
+    assert max(rates) >= LR / 25 * (1 - 1e-9)
+    if warmup_fraction * total_steps == 1 < total_steps:  # the first step is the whole warm-up
+        assert rates[0] == pytest.approx(LR)
+    if total_steps > 1:
+        assert rates[-1] == pytest.approx(LR / 25 / 1e4), "the last step's rate is next to nothing"
+
+
+@pytest.mark.parametrize("warmup_fraction", [-0.1, 1.1, math.nan])
+def test_an_impossible_warm_up_is_said(warmup_fraction: float) -> None:
+    with pytest.raises(UserError, match=r"warmup_fraction is .*: it must lie between 0 and 1"):
+        build_optimizer(tiny(), OptimizerConfig(warmup_fraction=warmup_fraction), total_steps=5)
 
 
 def learning(net: nn.Module) -> set[str]:
@@ -197,3 +227,35 @@ def test_the_first_group_holds_the_classifier() -> None:
     head = {id(parameter) for parameter in net.head.parameters()}
     assert head & {id(parameter) for parameter in groups[0]["params"]}
     assert len(moe_layers(net)) == 2
+
+
+def models_with_packed_biases() -> list[nn.Module]:
+    """Under a registered name, converted in two steps, and a copy of that."""
+    converted = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
+    for block in (0, 1):
+        moevision.convert_to_moe(converted, [block], num_experts=4)
+    return [tiny(), converted, copy.deepcopy(converted)]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        param_groups_layer_decay,
+        param_groups_weight_decay,
+        lambda net, decay, **_: create_optimizer_v2(net, "adamw", weight_decay=decay, layer_decay=0.5).param_groups,
+        lambda net, decay, **_: create_optimizer_v2(net, "adamw", weight_decay=decay).param_groups,
+    ],
+    ids=["layer decay", "one rate", "optimizer with layer decay", "optimizer"],
+)
+def test_timms_optimizers_spare_packed_biases(groups: Callable[..., list[dict[str, Any]]]) -> None:
+    """They are [E, out], which timm's layer-wise groups take for weights unless the model names them."""
+    for net in models_with_packed_biases():
+        decayed = {
+            id(parameter)
+            for group in groups(net, 0.1, no_weight_decay_list=net.no_weight_decay())
+            for parameter in group["params"]
+            if group["weight_decay"]
+        }
+        for name, parameter in net.named_parameters():
+            spared = parameter.ndim <= 1 or name.endswith(".bias") or name in ("pos_embed", "cls_token")
+            assert (id(parameter) in decayed) is not spared, name

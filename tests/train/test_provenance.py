@@ -92,6 +92,7 @@ def test_git_state_of_a_checkout(tmp_path: Path) -> None:
     assert git_state(package) == clean
     (tmp_path / "README.md").write_text("changed\n")
     assert git_state(package) == clean  # not part of the code that runs
+    assert git_state(package, tmp_path / "README.md") == clean | {"dirty": True}
     (package / "new.py").write_text("y = 2\n")
     assert git_state(package) == clean | {"dirty": True}
 

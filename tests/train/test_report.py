@@ -193,9 +193,15 @@ def summary() -> RunSummary:
 
 
 def one_dead_expert() -> LayerLoad:
-    """8 experts over 17 500 tokens with 2 choices each: seven get 5 000 choices, one gets none."""
+    """8 experts over 17 500 tokens of 100 images with 2 choices each: seven get 5 000 choices, one gets none.
+
+    In half of the images these seven get 49 choices each, in the others 51.
+    """
     counts = torch.tensor([0, *[5_000] * 7])
-    return LayerLoad.from_sums(1, counts, counts, torch.tensor(1.7 * 17_500), torch.tensor(17_500), torch.tensor(0))
+    return LayerLoad.from_sums(
+        1, counts, counts, torch.tensor(1.7 * 17_500), torch.tensor(17_500), torch.tensor(0),
+        count_squares=torch.tensor([0, *[50 * 49**2 + 50 * 51**2] * 7]), images=torch.tensor(100),
+    )  # fmt: skip
 
 
 def _lines(summary: RunSummary, folder: Path) -> list[str]:
@@ -224,8 +230,11 @@ def test_summary_states_result_interval_and_baseline(summary: RunSummary, tmp_pa
 
 
 def test_summary_sets_loads_beside_their_chance_floor(summary: RunSummary, tmp_path: Path) -> None:
-    """Mean 4 375, so max/mean is 8/7 and CV² (1 + 7/49) / 8 = 1/7; chance gives 7 / 35 000; log2 of 8 is 3."""
-    assert "| block 1 | 8 | 1.14 | 0.14 | 0.0002 | 1 | 1.70 of 3.00 |" in _lines(summary, tmp_path)
+    """Mean 4 375, so max/mean is 8/7 and CV² (1 + 7/49) / 8 = 1/7; log2 of 8 is 3.
+
+    Chance: variance 100/99 of the counts of an image for 7 of 8 experts, 100 · 7/8 · 100/99 ÷ 4 375² = 0.0000046.
+    """
+    assert "| block 1 | 8 | 1.14 | 0.14 | 5e-06 | 1 | 1.70 of 3.00 |" in _lines(summary, tmp_path)
     assert "no Mixture-of-Experts layer" in "\n".join(_lines(replace(summary, layers=()), tmp_path))
 
 

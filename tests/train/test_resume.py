@@ -23,13 +23,13 @@ import moevision
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
-from moevision.train import checkpoint_io
+from moevision.train import checkpoint_io, training_cli
 from moevision.train.callbacks import Stopwatch
 from moevision.train.manifest import newest_valid
 from moevision.train.optimizer import OptimizerConfig
 from moevision.train.plain_data import plain
 from moevision.train.random_state import random_state, restore_random_state
-from moevision.train.resume import claim, take_resume
+from moevision.train.resume import claim, release, take_resume
 from moevision.train.task import ClassificationTask
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -224,6 +224,37 @@ def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, se
     assert all(score is not None for score in scores)
 
 
+def test_other_images_under_the_same_names_are_said(cli, tiny, drawn_pets, send_signal):
+    """By the sizes of their files: contents aren't read again."""
+    pets = Path(shutil.copytree(drawn_pets, "pets"))
+    send_signal(LATE)
+    assert cli("fit", "./pets", *tiny).code == 143
+    changed = sorted(pets.rglob("*.png"))[0]
+    changed.write_bytes(changed.read_bytes() + b"0")
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 0, outcome.err
+    assert "uninterrupted run: image files have other sizes than then, so other contents." in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("SingleDeviceStrategy", {"init_args": {"device": "nonsense"}}, "The Trainer does not take these options"),
+        ("DDPStrategy", {"dict_kwargs": {"nonsense": 1}}, "The training can't begin under DDPStrategy (TypeError"),
+    ],
+)
+def test_a_strategy_by_its_class_path_that_takes_no_such_arguments(cli, tiny, drawn_pets, name, arguments, said):
+    strategy = json.dumps({"class_path": f"lightning.pytorch.strategies.{name}", **arguments})
+    try:
+        outcome = cli("fit", drawn_pets, *tiny, "--trainer.accelerator=cpu", f"--trainer.strategy={strategy}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith(f"moevision: {said}")
+    assert not list(Path("runs").glob("*"))
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_an_epoch_that_became_too_short_is_validated_all_the_same(cli, tiny, drawn_pets, send_signal, accumulated):
     """Two of three batches of the second epoch are done; then there are pictures for two batches only, or for one."""
@@ -240,6 +271,15 @@ def test_an_epoch_that_became_too_short_is_validated_all_the_same(cli, tiny, dra
         validated = [row["epoch"] for row in csv.DictReader(file) if row["val/top1"]]
     assert validated == ["0", "1"]
     assert "the epoch is shorter now than where it was interrupted" in outcome.err
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_training_of_few_steps(cli, tiny, drawn_pets, steps):
+    """Five are the ones of which a fifth, the warm-up, is one step."""
+    outcome = cli("fit", drawn_pets, *tiny, f"--trainer.max_steps={steps}")
+    assert outcome.code == 0, outcome.err
+    found, _ = newest_valid(Path("runs/pets/checkpoints"))
+    assert found.step == steps
 
 
 def _checkpoint_states(path):
@@ -286,8 +326,127 @@ def test_one_process_at_a_time(tmp_path):
     held = claim(tmp_path)
     with pytest.raises(UserError, match="Another process is training"):
         claim(tmp_path)
-    os.close(held)
-    os.close(claim(tmp_path))
+    release(held)
+    release(claim(tmp_path))
+
+
+def start_real(*arguments, code=None, own_group=False):
+    """The command in a process of its own."""
+    command = [sys.executable, *(["-m", "moevision"] if code is None else ["-c", code]), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(moevision.__file__).parents[1])}
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=own_group,
+    )
+
+
+def test_a_claim_ends_with_its_process_and_not_with_its_forks(tmp_path):
+    """A training with workers is killed; they find out seconds later, and hold nothing until then."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from moevision.train.resume import claim\n"
+        "claim(Path(sys.argv[1]))\n"
+        "if os.fork() == 0: time.sleep(60)\n"
+        "print('claimed', flush=True); time.sleep(60)"
+    )
+    process = start_real(tmp_path, code=code, own_group=True)
+    try:
+        assert process.stdout.readline() == "claimed\n"
+        with pytest.raises(UserError, match="Another process is training"):
+            claim(tmp_path)
+        process.kill()
+        process.wait()
+        release(claim(tmp_path))
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+# Saves take half a second, so that there is a temporary file most of the time.
+SLOW_SAVES = """
+import os, sys, time
+real = os.fsync
+os.fsync = lambda descriptor: (time.sleep(0.5), real(descriptor))
+from moevision.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def stop_while_saving(process, run):
+    """Stop the process at a moment when it has an unfinished file beside its first checkpoint."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None:
+        if (run / "checkpoints" / "last.ckpt").is_file() and list((run / "checkpoints").glob(".*.tmp")):
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            if unfinished := list((run / "checkpoints").glob(".*.tmp")):
+                return unfinished
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+def files_of(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_refused_resume_touches_nothing(cli, tiny, drawn_pets, whole):
+    """A watchdog repeats its command while the training that it started still lives: that one doesn't notice."""
+    command = ("fit", drawn_pets, *tiny, "--checkpoint.every_steps=1")
+    process, run = start_real(*command, code=SLOW_SAVES), Path("runs/pets")
+    try:
+        (unfinished,) = stop_while_saving(process, run)
+        before = files_of(run)
+        for again in (["--resume", run], ["--resume", run, "--data.num_workers=1"]):
+            outcome = cli("fit", *again)
+            assert (outcome.code, files_of(run)) == (2, before)
+            assert outcome.err.splitlines()[-1].startswith("moevision: Another process is training in runs/pets")
+        outcome = cli(*command, "--resume=auto")
+        assert (outcome.code, files_of(run)) == (2, before)
+        assert unfinished in before
+        process.send_signal(signal.SIGCONT)
+        said, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, said
+    assert "can't be written" not in said
+    assert differing(run, whole) == ["config.yaml"], "which has another --checkpoint.every_steps"
+
+
+def test_a_refused_resume_leaves_a_training_twin_alone(cli, tiny, drawn_pets):
+    """The run is finished, and somebody trains in its twin's folder."""
+    assert cli("fit", drawn_pets, *tiny).code == 0
+    twin = Path("runs/pets/twin")
+    twin.mkdir()
+    (twin / ".metrics.csv.7.tmp").write_text("of another process")
+    (twin / "splits.csv").write_text("as it was")
+    before = files_of(twin)
+    held = claim(twin)
+    outcome = cli("fit", "--resume", "runs/pets", "--with-twin")
+    release(held)
+    assert (outcome.code, files_of(twin)) == (2, before)
+    assert "Another process is training in runs/pets/twin" in outcome.err
+
+
+def test_a_new_folder_that_another_process_took_is_left_alone(cli, tiny, drawn_pets, monkeypatch):
+    """Between the making of a folder and the claim on it `--resume auto` may begin there."""
+    real, held = training_cli.new_run_folder, []
+
+    def taken(name, root):
+        folder = real(name, root)
+        held.append(claim(folder))
+        (folder / "metrics.csv").write_text("of another process")
+        return folder
+
+    monkeypatch.setattr(training_cli, "new_run_folder", taken)
+    outcome = cli("fit", drawn_pets, *tiny)
+    release(held[0])
+    assert outcome.code == 2
+    assert Path("runs/pets/metrics.csv").read_text() == "of another process"
 
 
 @pytest.mark.slow
@@ -307,12 +466,12 @@ def test_a_closed_terminal(drawn_pets, tiny):
     }
     process = subprocess.Popen(command, **terminal)
     os.close(slave)
-    last, until = Path("runs/pets/checkpoints/last.ckpt"), time.monotonic() + 120
+    last, until = Path("runs/pets/checkpoints/last.ckpt"), time.monotonic() + 600
     try:
         while not last.is_file() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.1)
         os.close(master)
-        assert process.wait(timeout=120) == 129
+        assert process.wait(timeout=600) == 129
     finally:
         process.kill()
         process.wait()

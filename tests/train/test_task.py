@@ -120,7 +120,7 @@ def test_evaluation_counts_every_choice(tmp_path: Path) -> None:
     trainer.test(task, data, verbose=False)
     assert [load.layer for load in task.test_loads] == [1, 3]
     assert all(sum(load.counts) == 512 for load in task.test_loads)
-    assert all(load.cv_squared_floor == pytest.approx(3 / 512) for load in task.test_loads)
+    assert all(load.cv_squared_floor == 0 for load in task.test_loads)  # untrained scores tie: all images route alike
     data.setup("test")
     batch = next(iter(data.test_dataloader()))
     _, routings = forward_routing(task.net.eval(), batch["image"])
@@ -151,7 +151,7 @@ def gradients(task: ClassificationTask, batches: list[torch.Tensor]) -> tuple[di
     aux = torch.zeros(())
     for batch in batches:
         logits, routings = forward_routing(task.net, batch)
-        labels = torch.arange(len(batch)) % 8
+        labels = torch.arange(len(batch)) % 4
         total, _ = task.aux_loss(routings)
         aux = torch.zeros(()) if total is None else total
         ((task._cross_entropy(logits, labels) + aux) / len(batches)).backward()
@@ -169,27 +169,19 @@ def deterministic(aux: AuxLossWeights) -> ClassificationTask:
     return task
 
 
-def test_accumulation_has_the_gradient_of_the_full_batch() -> None:
-    """The cross-entropy gradient is equal; the balance statistic of the last micro-batch is that of the full batch.
-
-    The gradient of the balance losses differs, since earlier micro-batches saw partial sums: by 38 to 145 % of its
-    norm over ten seeds of so small a batch, by 56 % for the one used here, bounded so that a change is noticed.
-    """
+@pytest.mark.parametrize(("weights", "alike"), [({}, False), ({"z": 1.0}, False), ({"importance": 1.0}, True)])
+def test_accumulation_has_the_gradient_of_the_full_batch(weights: dict[str, float], alike: bool) -> None:
+    """Four micro-batches of 4 images; importance is exact where they have the same load (else see test_losses.py)."""
     torch.manual_seed(2)
     x = torch.randn(16, 3, 32, 32, dtype=torch.float64)
-    halves = [x[:8], x[8:]]
-    plain = deterministic(AuxLossWeights(importance=0, load=0))
-    full, _ = gradients(plain, [x])
-    parts, _ = gradients(plain, halves)
+    if alike:
+        x = x[:4].repeat(4, 1, 1, 1)
+    task = deterministic(AuxLossWeights(**{"importance": 0.0, "load": 0.0, **weights}))
+    full, value = gradients(task, [x])
+    parts, last_value = gradients(task, list(x.chunk(4)))
+    assert last_value == pytest.approx(value)
     for name, gradient in full.items():
         torch.testing.assert_close(parts[name], gradient, msg=name)
-    balanced = deterministic(AuxLossWeights(importance=1.0, load=0))
-    full_aux, value = gradients(balanced, [x])
-    parts_aux, last_value = gradients(balanced, halves)
-    assert last_value == pytest.approx(value)
-    weight = "blocks.1.mlp.router.weight"
-    aux_full, aux_parts = full_aux[weight] - full[weight], parts_aux[weight] - parts[weight]
-    assert 0 < (aux_parts - aux_full).norm() / aux_full.norm() < 0.6
 
 
 def test_class_counts_must_agree(tmp_path: Path) -> None:

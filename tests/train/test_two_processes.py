@@ -34,7 +34,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Te
         with (folder / f"log-{rank}.txt").open("w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout=180) for process in processes]
+        codes = [process.wait(timeout=900) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -23,22 +23,30 @@ from moevision.train.task import ClassificationTask
 STEPS, IMAGES, CLASSES = 3, 16, 4
 
 # name: options of the model, weights of the losses, micro-batches per optimizer step. The balance losses' gradients
-# are the full batch's over processes, but not over micro-batches (docs of `AuxLoss`), so those are not mixed.
+# are the full batch's over processes; over micro-batches only the z loss's is, and all where those are alike.
 CASES: dict[str, tuple[dict[str, Any], dict[str, float], int]] = {
     "bias": ({"router": "bias_balanced", "bias_rate": 0.05}, {}, 2),
     "losses": ({"router": "vmoe_top_k", "noise": "none"}, {"importance": 0.5, "load_balancing": 0.5, "load": 0.0}, 1),
+    "z over micro-batches": ({"router": "switch"}, {"load_balancing": 0.0, "z": 0.5}, 2),
+    "micro-batches alike": (
+        {"router": "vmoe_top_k", "noise": "none"},
+        {"importance": 0.5, "load_balancing": 0.5, "load": 0.0},
+        2,
+    ),
     "soft": ({"router": "soft"}, {}, 2),
     "expert choice": ({"router": "expert_choice", "noise": "none"}, {}, 1),
 }
 
 
-def batches(parts: int) -> list[dict[str, Tensor]]:
-    """STEPS batches of IMAGES pictures, each cut into parts in order."""
+def batches(parts: int, alike: bool = False) -> list[dict[str, Tensor]]:
+    """STEPS batches of IMAGES images, each cut into parts in order; `alike`: its quarters are the same images."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(STEPS):
         image = torch.randn(IMAGES, 3, 32, 32, generator=generator, dtype=torch.float64) + 0.5
         label = torch.randint(CLASSES, (IMAGES,), generator=generator)
+        if alike:
+            image, label = image[: IMAGES // 4].repeat(4, 1, 1, 1), label[: IMAGES // 4].repeat(4)
         for rows in torch.arange(IMAGES).chunk(parts):
             found.append({"image": image[rows], "label": label[rows], "index": rows})
     return found
@@ -56,7 +64,7 @@ def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batc
     )
     task.double()
     # Micro-batches go round the processes: the batches of a process are every P-th of a step's M · P parts.
-    mine = batches(processes * micro_batches)[rank::processes]
+    mine = batches(processes * micro_batches, case == "micro-batches alike")[rank::processes]
     trainer = L.Trainer(
         accelerator="cpu",
         devices=processes,

@@ -91,7 +91,7 @@ def _name_largest(axes: Axes, effect: npt.NDArray[np.float64], class_names: Sequ
         if abs(row[label]) >= max(least, 1e-6):
             place = (expert - 0.12 + spread[label], row[label])
             style = {"textcoords": "offset points", "va": "center", "fontsize": SMALL - 0.5, "color": SOFT}
-            axes.annotate(class_names[label], place, (4, 0), **style)  # type: ignore[arg-type]
+            axes.annotate(class_names[label], place, (4, 0), parse_math=False, **style)  # type: ignore[arg-type]
 
 
 def _spread(classes: int) -> npt.NDArray[np.float64]:

@@ -96,7 +96,8 @@ def _draw_panel(axes: Axes, table: Sequence[Row], layers: Sequence[int], names: 
     """One row per layer: the trained model and other seeds on the upper lane, each comparison on one below."""
     calm(axes, "x")
     lanes = np.linspace(-0.28, 0.32, 1 + len(names)) if names else np.zeros(1)
-    # One comparison far off (a hash of the position tells all about it) must not squeeze the rest: it goes to the edge.
+    # One comparison far off (a hash of the position tells all about it) must not squeeze the rest: it goes to the edge,
+    # with the largest of its values, which is the one that sentence and table tell.
     edge = 2.5 * max(max(row["high"], row["value_bits"], *row["seeds"]) for row in table)
     for row in table:
         place, learned, seeds = layers.index(int(row["layer"])), bool(row["verdict"]), list(row["seeds"])
@@ -114,7 +115,7 @@ def _draw_panel(axes: Axes, table: Sequence[Row], layers: Sequence[int], names: 
             axes.plot(near, [place + lane] * len(near), marker, markersize=3.6, color=colour, alpha=0.85,
                       markeredgewidth=1.0 if marker in "x+" else 0.0, linestyle="none", zorder=4)  # fmt: skip
             if far:
-                axes.annotate(f"{np.median(far):.2f} →", (edge, place + lane), (-4, 0), textcoords="offset points",
+                axes.annotate(f"{max(far):.2f} →", (edge, place + lane), (-4, 0), textcoords="offset points",
                               ha="right", va="center", fontsize=SMALL - 0.5, color=colour)  # fmt: skip
         axes.annotate(
             f"{row['value_bits']:.3f} bits\n{'learned' if learned else 'learned: not shown'}".replace("-", "−"),

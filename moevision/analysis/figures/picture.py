@@ -29,6 +29,7 @@ from moevision.analysis.figures.style import (
 )
 from moevision.analysis.palette import expert_colours, ink_on
 from moevision.layers.routing import Kind as RoutingKind
+from moevision.names import shown
 
 if TYPE_CHECKING:
     from moevision.analysis.trace import LayerTrace, RoutingTrace
@@ -193,4 +194,4 @@ def verdict_on(trace: RoutingTrace, image: int) -> str:
     if guess >= 0:  # a model without a head predicts nothing
         names = trace.prediction_names or trace.class_names
         words.append(f"predicted {names[guess]} ({float(trace.probabilities[image, guess]):.0%})")
-    return ", ".join(words) or trace.picture_names[image]
+    return ", ".join(words) or shown(trace.picture_names[image])

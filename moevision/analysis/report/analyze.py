@@ -38,6 +38,7 @@ from moevision.analysis.trace import RoutingTrace, collect_routing
 from moevision.errors import UserError
 from moevision.layers import LabelRouter, moe_layers
 from moevision.models.hub import SavedModel, load_model
+from moevision.names import shown
 from moevision.versions import package_version
 
 Json = dict[str, Any]
@@ -179,7 +180,8 @@ def _open(settings: ReportSettings, model: SavedModel) -> PictureSet:
 def _title(address: str) -> str:
     """What a model is called: its run's name, or its address."""
     path = Path(address)
-    return (path.resolve().parent.name if path.name == "model" else path.resolve().name) if path.exists() else address
+    own = path.resolve().parent if path.name == "model" else path.resolve()
+    return shown(own.name if path.exists() else address)
 
 
 def _provenance(

@@ -6,6 +6,8 @@ import shlex
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+from moevision.names import shown
+
 DESCRIPTION = """\
 Look at what the experts of a trained model do, and say it straight.
 
@@ -71,7 +73,7 @@ def main(arguments: list[str]) -> None:
         command=shlex.join(["moevision", "analyze", *arguments]),
     )
     numbers = analyze(settings)
-    print(numbers["verdict"]["headline"])
+    print(shown(numbers["verdict"]["headline"]))
     for layer in numbers["verdict"]["layers"]:
-        print("\n".join(f"  {sentence}" for sentence in layer["sentences"]))
-    print(f"The report is {settings.out / 'report.html'}")
+        print("\n".join(f"  {shown(sentence)}" for sentence in layer["sentences"]))
+    print(f"The report is {shown(str(settings.out / 'report.html'))}")

@@ -92,7 +92,8 @@ def layer_numbers(layer: LayerTrace) -> Json:
     take from each; nothing is dropped where tokens don't choose.
     """
     index, kept = np.asarray(layer.expert_index), np.asarray(layer.kept)
-    counts = layer.counts().sum(0)
+    image_counts = layer.counts()
+    counts = image_counts.sum(0)
     chooses = layer.kind == "token_choice"
     requested = np.bincount(index.ravel(), minlength=layer.num_experts) if chooses else counts
     computed = np.ones_like(counts) if layer.kind == "soft" else counts
@@ -103,6 +104,8 @@ def layer_numbers(layer: LayerTrace) -> Json:
         entropy_bits=torch.tensor(float(np.asarray(layer.entropy_bits, dtype=np.float64).sum())),
         tokens=torch.tensor(index.shape[0] * index.shape[1]),
         unrouted=torch.tensor(int((~kept.any(-1)).sum())),
+        count_squares=torch.from_numpy((image_counts**2).sum(0)),
+        images=torch.tensor(len(image_counts)),
     )
     quantiles = gate_weight_quantiles(np.asarray(layer.combine_weight), kept=None if chooses else kept)
     pairs = layer.kind != "soft" and layer.top_k > 1

@@ -13,12 +13,14 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moevision.names import shown
+
 _SHOWN_PER_PIXEL = 0.6  # figures are drawn at 200 dots per inch; this shows 7.2 inches as 864 CSS pixels
 
 
 def text(value: object) -> str:
-    """The text with HTML's special letters escaped."""
-    return html.escape(str(value))
+    """The text shown harmless, with HTML's special letters escaped."""
+    return html.escape(shown(str(value)))
 
 
 def number(value: float | int | None, form: str = ",", unit: str = "") -> str:

@@ -20,7 +20,8 @@ from moevision import __version__, allocator
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers.machine import has_matrix_unit
-from moevision.train.provenance import cpu_model, gpu_names, total_memory_bytes
+from moevision.names import shown_lines
+from moevision.train.provenance import cpu_model, git_state, gpu_names, total_memory_bytes
 from moevision.versions import package_version
 
 FORMAT = 1
@@ -43,6 +44,7 @@ def new_record(kind: str, command: str, device: torch.device, settings: Mapping[
         "benchmark": kind,
         "format": FORMAT,
         "command": command,
+        "code": git_state(Path(__file__).parents[2]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": cpu_model(),
@@ -103,7 +105,7 @@ def print_machine(record: Mapping[str, Any]) -> None:
 
 def print_line(text: str) -> None:
     """A line of prose that isn't wrapped or coloured."""
-    Console(highlight=False).print(text, soft_wrap=True, markup=False)
+    Console(highlight=False).print(shown_lines(text), soft_wrap=True, markup=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -15,7 +15,8 @@ const appLayout = () => html`
 
 class App {
   constructor(root, server) {
-    Object.assign(this, { root, asker: new Asker(server), state: null, slot: 0, topK: null, capacity: null, intervention: null, tab: "experts", tickets: [0, 0] });
+    Object.assign(this, { root, asker: new Asker(server), state: null, slot: 0, topK: null, capacity: null, intervention: null, tab: "experts", tickets: [0, 0],
+      place: history.state?.[PLACE] ?? 0, page: null, trail: [] });
   }
 
   async start(value) {
@@ -85,6 +86,7 @@ class App {
     Object.assign(this.core.changes, rail.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
     listenForFiles(this, this.root);
     this.root.addEventListener("keydown", (event) => this.onTabKey(event));
+    window.addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && this.goTo(state[PLACE]));
     document.addEventListener("click", (event) => {
       const menu = this.root.querySelector(".mv-menu[open]");
       if (menu && !menu.contains(event.target)) menu.open = false;
@@ -99,6 +101,9 @@ class App {
     const picture = kind === "example" ? { kind, id } : { kind, data };
     return { model: this.model.id, variant: this.variant, picture, top_k: this.topK, capacity: this.capacity, intervention: this.intervention };
   }
+
+  /** All of that, as text that can be compared. */
+  questions() { return JSON.stringify(this.pictures.map((_, slot) => this.question(slot))); }
 
   choosePicture(picture) {
     this.pictures[this.slot] = picture;
@@ -138,24 +143,24 @@ class App {
     this.slot = 0;
     this.drawFrame();
     if (!this.hasPicture()) return this.showBlank();
-    return this.load([0], {}, {}, "model");
+    return this.load([0], {}, null, "model");
   }
 
   chooseVariant(variant) {
     this.variant = variant;
-    return this.load([...this.pictures.keys()], {}, {}, "model");
+    return this.load([...this.pictures.keys()], {}, null, "model");
   }
 
   chooseSettings(change) {
     Object.assign(this, change);
     this.drawFrame();
-    return this.load([...this.pictures.keys()], {}, {}, "settings");
+    return this.load([...this.pictures.keys()], {}, null, "settings");
   }
 
   // ---- views --------------------------------------------------------------------------------------------------
 
   /** Get the views of some slots and show them; an answer that a newer question has overtaken is dropped. */
-  async load(slots, ready = {}, wish = {}, kind = "picture") {
+  async load(slots, ready = {}, wish = null, kind = "picture") {
     if (!this.hasPicture()) return this.showBlank();
     this.drawFrame();
     slots.forEach((slot) => { this.tickets[slot] += 1; });
@@ -177,20 +182,34 @@ class App {
     return undefined;
   }
 
-  show(views, kind, wish = {}) {
+  /** Back and Forward: show what the address says, with the pictures that were there. */
+  goTo(place) {
+    clearTimeout(this.remembering);
+    const wish = readAddress();
+    const before = this.questions();
+    this.tab = "experts"; // unless the address names another
+    this.choose(wish);
+    Object.assign(this, { place, page: null, slot: 0, pictures: this.trail[place] ? [...this.trail[place]] : this.pictures });
+    this.drawTabs();
+    this.drawFrame();
+    if (this.state && this.questions() === before) return this.show(this.state.views, null, wish);
+    return this.load([...this.pictures.keys()], {}, wish, "model");
+  }
+
+  show(views, kind, wish = null) {
     if (!views[0]) return;
     this.core.box("blank").hidden = true;
     this.core.box("view").hidden = false;
     const first = this.state === null;
+    const start = first || wish ? readPlace(wish ?? {}, views[0]) : {};
     if (first) {
-      const layer = views[0].layers.findIndex((entry) => String(entry.layer) === wish.layer);
-      const patch = wish.patch === undefined ? centrePatch(views[0]) : Number(wish.patch);
-      this.state = new ViewState(views[0], { views, layer: layer < 0 ? null : layer, patch, mode: wish.mode, ...readSlot(wish.slot) });
+      if (wish?.patch === undefined) start.patch = centrePatch(views[0]);
+      this.state = new ViewState(views[0], { views, ...start });
       this.state.slotMaps.ask = (place, number, expert) => this.asker.ask("slots", { ...this.question(place), layer: number, expert });
       this.core.attach(this.state);
       this.state.subscribe((changed) => this.follow(changed));
     } else {
-      this.state.set({ views, active: Math.min(this.slot, views.length - 1) });
+      this.state.set({ views, active: Math.min(this.slot, views.length - 1), ...start });
     }
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
     this.drawSimilar();
@@ -219,12 +238,12 @@ class App {
   showChanged(intervention, view) {
     this.intervention = intervention;
     this.core.box("main").scrollIntoView({ block: "start" });
-    return this.load([...this.pictures.keys()], { 0: view }, {}, "shown");
+    return this.load([...this.pictures.keys()], { 0: view }, null, "shown");
   }
 
   undo() {
     this.intervention = null;
-    return this.load([...this.pictures.keys()], {}, {}, "shown");
+    return this.load([...this.pictures.keys()], {}, null, "shown");
   }
 
   showBlank() {

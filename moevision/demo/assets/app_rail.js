@@ -15,7 +15,7 @@ function drawHeader(box, app) {
   fillBox(box, html`
     <div class="mv-title"><h1>moevision explorer</h1><p class="mv-soft">Which expert looks at which part of a picture</p></div>
     <div class="mv-model"><label><span class="mv-hidden">Model</span><select data-change="model" data-key="model">${options}</select></label>
-      <p class="mv-soft"><b>${model.accuracy_text}</b><br>${model.data_text}</p></div>
+      <p class="mv-soft"><b>${model.accuracy_texts[variant]}</b><br>${model.data_text}</p></div>
     <div class="mv-tools"><div class="mv-switch" role="group" aria-label="Version of the model">${switches}</div>${shareMenu()}</div>`);
 }
 
@@ -149,7 +149,7 @@ async function takeFile(app, file) {
   const message = app.core.box("rail-error");
   fillBox(message, "");
   try {
-    const data = await shrinkPicture(file);
+    const data = await shrinkPicture(file, app.boot.limits);
     await app.choosePicture({ kind: "upload", data, name: file.name });
   } catch (error) {
     const shown = error instanceof AskError ? error : new AskError("That file is no picture that this browser can read. JPEG, PNG and WebP work.");
@@ -158,12 +158,18 @@ async function takeFile(app, file) {
 }
 
 /** The picture as a data address, at most 512 px on its longer side: enough for any of the models, quick to send. */
-async function shrinkPicture(file) {
+async function shrinkPicture(file, { min_side: side, max_aspect: aspect }) {
   const bitmap = await createImageBitmap(file);
+  const [short, long] = [bitmap.width, bitmap.height].sort((a, b) => a - b);
+  // Asked here, where the image has its own size still; the server asks the same of what it gets.
+  if (short < side || long > aspect * short) {
+    throw new AskError(`This image has ${bitmap.width} × ${bitmap.height} px, and the model would see too little in it. Its shorter side must have
+      at least ${side} px, and its longer side at most ${aspect} times as many.`);
+  }
   const scale = Math.min(1, LONGEST_SIDE / Math.max(bitmap.width, bitmap.height));
   const canvas = document.createElement("canvas");
-  canvas.width = Math.max(1, Math.round(bitmap.width * scale));
-  canvas.height = Math.max(1, Math.round(bitmap.height * scale));
+  canvas.width = Math.round(bitmap.width * scale);
+  canvas.height = Math.round(bitmap.height * scale);
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
   // Transparent parts become white, as on paper, and not black.

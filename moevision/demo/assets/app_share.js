@@ -118,6 +118,8 @@ function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
 
 // ---- the address --------------------------------------------------------------------------------------------
 
+/** Which entry of the history this is; `app.trail` keeps its pictures, since an address can't carry a visitor's own. */
+const PLACE = "moevision.place";
 const LINK_KEYS = ["model", "variant", "picture", "picture2", "layer", "patch", "mode", "slot", "k", "capacity", "do", "tab"];
 
 /** An intervention as one word of the address, "ablate.3.1.next_best.0", and back; null if the word makes no sense. */
@@ -142,13 +144,22 @@ function readSlot(word) {
   return { slotExpert: Number(expert), slot: slot === "all" ? null : Number(slot), slotSide: side };
 }
 
+/** Layer, patch and colouring that the address asks for, as fields of the state; nonsense becomes null. */
+function readPlace(wish, view) {
+  const layer = view.layers.findIndex((entry) => String(entry.layer) === wish.layer);
+  return { layer: layer < 0 ? null : layer, patch: Number(wish.patch), mode: wish.mode ?? "expert", ...readSlot(wish.slot) };
+}
+
 /** What the address asks for: texts, checked by whoever uses them. */
 function readAddress() {
   const found = new URLSearchParams(location.search);
   return Object.fromEntries(LINK_KEYS.filter((key) => found.has(key)).map((key) => [key, found.get(key)]));
 }
 
-/** Write the view into the address without a new entry in the browser's history; foreign keys stay. */
+/**
+ * Write the view into the address; foreign keys stay. Another picture, model, intervention or tab is a new entry in the
+ * browser's history, to which Back returns; layer, patch, colouring and sliders only change the entry.
+ */
 function writeAddress(app) {
   const { state, pictures } = app;
   const values = {
@@ -171,5 +182,10 @@ function writeAddress(app) {
     if (value === null || value === undefined) address.searchParams.delete(key);
     else address.searchParams.set(key, value);
   });
-  history.replaceState(history.state, "", address);
+  const page = JSON.stringify([app.model.id, app.variant, pictures, app.intervention, app.tab]);
+  const moved = app.page !== null && app.page !== page;
+  if (moved) app.place += 1;
+  history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place }, "", address);
+  app.page = page;
+  app.trail[app.place] = [...pictures];
 }

@@ -26,7 +26,7 @@ class Tour {
     core.actions["tour-next"] = () => this.show(this.step + 1);
     core.actions["tour-end"] = () => this.end();
     this.onKey = (event) => { if (event.key === "Escape") this.end(); };
-    core.root.addEventListener("keydown", this.onKey);
+    document.addEventListener("keydown", this.onKey);
     this.show(0);
   }
 
@@ -62,8 +62,10 @@ class Tour {
   end() {
     tourMemory.keep();
     this.target?.classList.remove("mv-spot");
-    this.core.root.removeEventListener("keydown", this.onKey);
+    document.removeEventListener("keydown", this.onKey);
     this.bubble.remove();
+    // The last step is far below: what the tour was about is on the screen when it is over.
+    this.core.box("verdict").scrollIntoView({ block: "nearest" });
     this.core.box("stage-0").querySelector(".mv-cell[tabindex='0']")?.focus({ preventScroll: true });
   }
 }

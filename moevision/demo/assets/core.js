@@ -67,7 +67,8 @@ class Core {
   listen() {
     const { root } = this;
     root.addEventListener("click", (event) => this.onClick(event));
-    root.addEventListener("keydown", (event) => this.onKey(event));
+    // A key that is pressed before anything has the focus comes from the body.
+    document.addEventListener("keydown", (event) => (event.target === document.body || root.contains(event.target)) && this.onKey(event));
     root.addEventListener("pointerover", (event) => this.onPoint(event));
     root.addEventListener("pointerleave", () => this.state?.set({ hover: null }));
     ["input", "change"].forEach((kind) => root.addEventListener(kind, (event) => {
@@ -227,7 +228,7 @@ class Tooltip {
     root.addEventListener("focusin", follow);
     root.addEventListener("focusout", () => this.show(null));
     root.addEventListener("pointerleave", () => this.show(null));
-    root.addEventListener("keydown", (event) => event.key === "Escape" && this.show(null));
+    document.addEventListener("keydown", (event) => event.key === "Escape" && this.show(null));
   }
 
   show(target) {
@@ -246,8 +247,11 @@ class Tooltip {
 
 /** A page of one view without a server: export and notebook. */
 function startStatic(root, view) {
+  // In a notebook's frame there is less room, and its height is fixed.
+  root.classList.toggle("mv-framed", window.self !== window.top);
+  const about = [view.model.title, view.model.accuracy_text, ...routingWords(view.layers).map(([where, words]) => `${where}: ${words}`)];
   root.innerHTML = String(html`<header class="mv-header"><h1>Routing of ${pictureTitle(view)}</h1>
-      <p class="mv-soft">${view.model.title} · ${view.model.accuracy_text}</p></header>
+      <p class="mv-soft">${about.filter(Boolean).join(" · ")}</p></header>
     <div class="mv-columns mv-static">${coreLayout()}</div>
     <p class="mv-note mv-footnote">Routing shows which expert computes a patch. It doesn't show what attention or the residual path
       contribute, nor what caused the prediction. Schema ${view.schema}.</p>

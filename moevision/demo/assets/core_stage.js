@@ -32,9 +32,10 @@ function expertLook(state, layer, patch, top) {
 
 function highlightLook(state, layer, patch, top) {
   const expert = state.highlight;
-  const uses = layer.experts[patch].includes(expert);
-  const alpha = layer.kind === "soft" ? patchWeights(layer, patch)[expert] / top : 1;
-  return { colour: expertColour(expert, layer.num_experts, uses), alpha: uses ? 0.8 * alpha * state.strength : 0, text: String(expert), chip: expert, faint: !uses };
+  const rank = layer.experts[patch].indexOf(expert);
+  const uses = rank >= 0;
+  return { colour: expertColour(expert, layer.num_experts, uses), alpha: (patchWeights(layer, patch)[expert] / top) * state.strength,
+    text: String(expert), chip: expert, faint: !uses, hatched: uses && !layer.kept[patch][rank] };
 }
 
 function takersLook(layer, patch) {
@@ -185,7 +186,7 @@ function drawLegend(box, state) {
 }
 
 function legendHint(state) {
-  if (state.highlight !== null) return `only patches of ${layerExpert(state.currentLayer, state.highlight)} are coloured`;
+  if (state.highlight !== null) return `only patches of ${layerExpert(state.currentLayer, state.highlight)} are coloured, stronger where its weight is higher`;
   return modeHint(state.view, state.currentLayer, state.mode);
 }
 

@@ -1,12 +1,14 @@
 // Tab "About": how to read the page, what it doesn't show, and where the model comes from.
 
-/** What the card says about the training, in words: [name, value]. */
-function cardRows(card) {
+/** What the card says about the training of a variant, in words, and by which commands the others came about: [name, value]. */
+function cardRows(card, variant) {
+  const recipes = { trained: card.recipe, ...card.recipes };
   const epochs = (card.validation_top1 ?? []).map((top1) => fixed(100 * top1, 1)).join(", ");
-  const others = Object.entries(card.recipes ?? {}).filter(([name]) => name !== "trained").map(([name, command]) => [`recipe, ${name}`, command]);
-  return [["recipe", card.recipe], ["note", card.note], ["validation by epoch", epochs && `${epochs} %`],
-    ["tested on", card.test_images && `${card.test_images.toLocaleString("en")} pictures`], ["seed", card.seed], ["data", card.data],
-    ["licence", card.licence], ...others];
+  const others = Object.entries(recipes).filter(([name]) => name !== variant).map(([name, command]) => [`recipe, ${name}`, command]);
+  // The card tells epochs and seed of the trained model only.
+  const trained = variant === "trained" ? [["validation by epoch", epochs && `${epochs} %`], ["seed", card.seed]] : [];
+  const tested = variant !== "untrained" && card.test_images && `${card.test_images.toLocaleString("en")} pictures`;
+  return [["recipe", recipes[variant]], ["note", card.note], ...trained, ["tested on", tested], ["data", card.data], ["licence", card.licence], ...others];
 }
 
 const ROUTING_TEXTS = {
@@ -28,7 +30,7 @@ class AboutTab {
   async draw(panel) {
     const { model, boot, variant } = this.app;
     const card = model.card ?? {};
-    const rows = cardRows(card).filter(([, value]) => value !== null && value !== undefined && value !== "");
+    const rows = cardRows(card, variant).filter(([, value]) => value || value === 0);
     fillBox(panel, html`<div class="mv-split"><section class="mv-prose"><h2>How to read this page</h2>
       <p>A vision transformer cuts the picture into patches. In some of its layers there are experts,
         and a router shares the patches out among them. Colour and number of a patch name its first or strongest expert; stronger colour means a higher weight.</p>
@@ -41,7 +43,7 @@ class AboutTab {
         <li><b>Not a cause.</b> Where patches go doesn't say what matters for the answer. Take an expert away under What if, and read the effect beside its controls.</li>
         <li><b>Not a law from one picture.</b> A pattern counts when it stands above shuffled labels, an untrained router and plain clusters: see Classes.</li>
         <li><b>Not a meaning.</b> Part and class names on cards are counts on one set of pictures. Another training run gives other experts.</li></ul></section>
-      <section><h2>${model.title}</h2><p class="mv-note">${model.accuracy_text}<br>${model.data_text}</p>
+      <section><h2>${model.title}</h2><p class="mv-note">${model.accuracy_texts[variant]}<br>${model.data_text}</p>
         <dl class="mv-card-table"><div><dt>shown</dt><dd>${VARIANTS[variant]?.label ?? variant}</dd></div>
           <div><dt>patches</dt><dd>${model.grid.join(" × ")} of ${fixed(model.image_size / model.grid[0], 0)} px</dd></div>
           <div><dt>experts</dt><dd>in blocks ${model.layers.join(", ")}; router ${[...new Set(model.routers.map(({ router }) => router))].join(", ")}</dd></div>

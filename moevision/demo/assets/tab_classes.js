@@ -36,7 +36,8 @@ class ClassesTab {
   drawTable() {
     const { answer, layer } = this;
     const order = (size, value) => [...Array(size).keys()].sort((a, b) => (value ? value(b) - value(a) : 0) || a - b);
-    const rows = order(answer.class_names.length, this.byExpert === RESET ? null : (row) => layer.excess[row][this.byExpert]);
+    const empty = (row) => layer.share[row][0] === null; // no image of the class, so no share either
+    const rows = order(answer.class_names.length, this.byExpert === RESET ? null : (row) => layer.excess[row][this.byExpert] ?? -Infinity);
     const columns = order(layer.share[0].length, this.byClass === RESET ? null : (column) => layer.excess[this.byClass][column]);
     const marked = layer.significant.flat().filter(Boolean).length;
     fillBox(this.panel.querySelector("[data-part=table]"), html`
@@ -47,7 +48,7 @@ class ClassesTab {
       <div class="mv-scroll" tabindex="0" role="region" aria-label="Class by expert"><table class="mv-heat"><thead><tr><th scope="col"><span class="mv-soft">class</span></th>${columns.map((expert) => this.expertHead(expert))}</tr></thead>
       <tbody>${rows.map((row) => html`<tr><th scope="row"><button type="button" data-action="sort-class" data-class="${row}" data-key="class-${row}"
         aria-pressed="${this.byClass === row}" data-tip="Sort experts by ${answer.class_names[row]}">${answer.class_names[row]}</button></th>
-        ${columns.map((expert) => this.cell(row, expert))}</tr>`)}</tbody></table></div>
+        ${empty(row) ? html`<td class="mv-none" colspan="${columns.length}">no images</td>` : columns.map((expert) => this.cell(row, expert))}</tr>`)}</tbody></table></div>
       <p class="mv-note"><i class="mv-key mv-more"></i> more than its mean share (+) <i class="mv-key mv-less"></i> less (−). Click a head to sort, a cell for its pictures.</p>`);
   }
 
@@ -91,17 +92,19 @@ class ClassesTab {
   information() {
     const { layer } = this;
     return html`<h2>How much does ${layer.name} know?</h2>
-      <p class="mv-note">What knowing the expert tells, in ${term("bits", "bits")} beyond shuffled labels. "Learned" is said only when the trained
-        router lies above every comparison.</p>
+      <p class="mv-note">What knowing the expert tells, in ${term("bits", "bits")} beyond shuffled labels. "Learned" is said only when this
+        router and every other training lie above every comparison.</p>
       ${layer.information.map((entry) => this.measure(entry))}`;
   }
 
   measure(entry) {
-    const lines = [["this router", [entry.value_bits], [entry.low, entry.high], "The trained router, with its 95 % interval."]];
-    if (entry.seeds?.length) lines.push(["other training seeds", entry.seeds, null, "The same training from other random starts."]);
+    const lines = [["this router", [entry.value_bits], [entry.low, entry.high], "The router of this model, with its 95 % interval."]];
+    // Of several dots the number is the one that the sentence below turns on: every other training has to exceed, and
+    // every comparison to be exceeded.
+    if (entry.seeds?.length) lines.push(["other training seeds", entry.seeds, null, "The same training from other random starts.", "min"]);
     Object.entries(entry.baselines ?? {}).forEach(([name, values]) => {
       const [label, tip] = COMPARISONS[name] ?? [name.replaceAll("_", " "), ""];
-      lines.push([label, values, null, tip]);
+      lines.push([label, values, null, tip, "max"]);
     });
     return html`<section class="mv-measure"><h3>expert ↔ ${entry.about.replaceAll("_", " ")} <b class="mv-num">${fixed(entry.value_bits, 3)} bits</b>
       <span>(${fixed(entry.low, 3)} to ${fixed(entry.high, 3)}${Number.isFinite(entry.share_of_entropy) && `, ${percent(entry.share_of_entropy, 1)} of what there is to know`})</span></h3>
@@ -109,15 +112,16 @@ class ClassesTab {
   }
 }
 
-/** Named rows of dots on one axis: [label, values, interval or null, explanation]. */
+/** Named rows of dots on one axis: [label, values, interval or null, explanation, "min" or "max": which of several is told]. */
 function dotLines(lines) {
   const every = lines.flatMap(([, values, interval]) => [...values, ...(interval ?? [])]).filter(Number.isFinite);
   const [low, high] = [Math.min(0, ...every), Math.max(1e-3, ...every)];
   const at = (value) => `${((value - low) / (high - low)) * 96 + 2}%`;
-  const line = ([label, values, interval, tip], index) => html`<li><span data-tip="${tip}">${label}</span><span class="mv-dots">
+  const told = (values, which) => html`${values.length > 1 && html`<small>${which}</small> `}${fixed(Math[which](...values), 3)}`;
+  const line = ([label, values, interval, tip, which = "max"], index) => html`<li><span data-tip="${tip}">${label}</span><span class="mv-dots">
     <i class="mv-zero" style="left:${at(0)}"></i>
     ${interval && html`<i class="mv-range" style="left:${at(interval[0])};right:calc(100% - ${at(interval[1])})"></i>`}
     ${values.filter(Number.isFinite).map((value) => html`<i class="mv-dot ${index ? "" : "mv-main"}" style="left:${at(value)}"></i>`)}</span>
-    <span class="mv-num mv-soft">${fixed(values.reduce((sum, value) => sum + value, 0) / values.length, 3)}</span></li>`;
+    <span class="mv-num mv-soft">${told(values, which)}</span></li>`;
   return html`<ul class="mv-lines">${lines.map(line)}</ul>`;
 }

@@ -3,6 +3,7 @@
 class CompareTab {
   constructor(app) {
     Object.assign(this, { app, id: "compare", label: "Compare", follows: ["model", "picture", "settings"], a: null, b: null });
+    this.results = new Map(); // the last comparison of each variant: it is still there when somebody comes back
     const choose = (side) => (select) => { this[side] = select.value; };
     this.changes = { "compare-a": choose("a"), "compare-b": choose("b") };
     this.actions = { "compare-run": () => this.run(), "compare-two": () => app.choosePictureCount(2) };
@@ -22,22 +23,34 @@ class CompareTab {
           <button type="button" class="mv-primary" data-action="compare-run" data-key="compare-run">Compare</button></div>
           <div data-part="classes" aria-live="polite"></div>` : emptyBox("No pictures to compare classes with", NO_PICTURES)}</section>
       <section><h2>Two pictures</h2>${this.pictures()}</section></div>`);
+    const result = this.results.get(this.subject());
+    if (result) this.tell(this.differences(result));
   }
+
+  /** Which model's classes are compared. */
+  subject() { return `${this.app.model.id} ${this.app.variant}`; }
+
+  /** The tab may have been drawn anew, or left, since the question was asked. */
+  tell(markup) { fillBox(this.panel.querySelector("[data-part=classes]"), markup); }
 
   async run() {
-    const place = this.panel.querySelector("[data-part=classes]");
     const { app, a, b } = this;
-    if (a === b) return fillBox(place, errorBox(new AskError("Choose two different classes.")));
-    fillBox(place, waitingBox(`Comparing ${a} with ${b}…`));
+    if (a === b) return this.tell(errorBox(new AskError("Choose two different classes.")));
+    const subject = this.subject();
+    const token = (this.token = Symbol("run"));
+    this.tell(waitingBox(`Comparing ${a} with ${b}…`));
     try {
       const answer = await app.asker.remember("compare", { model: app.model.id, variant: app.variant, a, b });
-      fillBox(place, this.differences(answer, a, b));
+      this.results.set(subject, answer);
+      if (this.token === token && this.subject() === subject) this.tell(this.differences(answer));
     } catch (error) {
-      fillBox(place, errorBox(asAskError(error), "compare-run"));
+      if (this.token === token && this.subject() === subject) this.tell(errorBox(asAskError(error), "compare-run"));
     }
+    return undefined;
   }
 
-  differences(answer, a, b) {
+  differences(answer) {
+    const { class_a: a, class_b: b } = answer;
     const all = answer.layers.flatMap(({ experts }) => experts);
     const reach = Math.max(...all.flatMap(({ low, high }) => [Math.abs(low), Math.abs(high)]), 1e-6);
     const found = all.some(({ significant }) => significant);

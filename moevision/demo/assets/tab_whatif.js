@@ -27,11 +27,13 @@ class WhatIfTab {
     const { form, app } = this;
     const { layers } = app.model;
     this.panel = panel;
-    this.result = null;
     if (form.kind !== "random" && !layers.includes(form.layer)) form.layer = app.state.currentLayer.layer;
     if (!this.touched) this.suggest();
     fillBox(panel, html`<div data-part="form"></div><div data-part="result" aria-live="polite"></div>`);
+    // Coming back to the tab finds the result that was left there, as long as it answers the same question.
+    if (this.asked !== this.wish()) this.result = null;
     this.drawForm();
+    if (this.result) this.tell(this.story(this.result));
   }
 
   /** Until somebody chooses: the expert of the pinned patch, in the layer that is shown. */
@@ -57,7 +59,7 @@ class WhatIfTab {
       ${Object.entries(first.refused).filter(([kind]) => kind in KIND_WORDS).map(([kind, why]) => html`<p class="mv-note">
         "${KIND_WORDS[kind].token_choice}" has no meaning in ${first.name}: ${why}.</p>`)}`);
     if (!this.result) {
-      fillBox(this.panel.querySelector("[data-part=result]"), html`<p class="mv-note mv-lead">The answer for this picture comes beside two controls: as much
+      this.tell(html`<p class="mv-note mv-lead">The answer for this picture comes beside two controls: as much
         taken away at random in the same layer, and every other expert in turn.</p>`);
     }
   }
@@ -81,24 +83,31 @@ class WhatIfTab {
   }
 
   async run() {
-    const { app, form } = this;
-    const place = this.panel.querySelector("[data-part=result]");
+    const { app } = this;
     const button = this.panel.querySelector("[data-action=if-run]");
     const token = (this.token = Symbol("run"));
+    this.touched = true; // what was asked stays in the form
     button.disabled = true;
-    fillBox(place, waitingBox("Trying it, and the controls…"));
+    this.tell(waitingBox("Trying it, and the controls…"));
+    const asked = this.wish();
+    const wanted = () => this.token === token && asked === this.wish();
     try {
-      const question = { ...app.question(0), intervention: this.intervention() };
-      const result = await app.asker.ask("what_if", question, (words) => fillBox(place, waitingBox(words)));
-      if (this.token !== token) return;
-      this.result = result;
-      fillBox(place, this.story(result, form));
+      const result = await app.asker.ask("what_if", JSON.parse(asked), (words) => wanted() && this.tell(waitingBox(words)));
+      if (!wanted()) return;
+      Object.assign(this, { result, asked });
+      this.tell(this.story(result));
     } catch (error) {
-      if (this.token === token) fillBox(place, errorBox(asAskError(error), "if-run"));
+      if (wanted()) this.tell(errorBox(asAskError(error), "if-run"));
     } finally {
       button.disabled = false;
     }
   }
+
+  /** What the form asks about the first picture, as text that can be compared. */
+  wish() { return JSON.stringify({ ...this.app.question(0), intervention: this.intervention() }); }
+
+  /** The tab may have been drawn anew, or left, since the question was asked. */
+  tell(markup) { fillBox(this.panel.querySelector("[data-part=result]"), markup); }
 
   intervention() {
     const { kind, layer, expert, fill, seed } = this.form;

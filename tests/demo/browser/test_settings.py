@@ -2,6 +2,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
 OFF = "off the training distribution"
 

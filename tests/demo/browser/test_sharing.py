@@ -3,11 +3,21 @@
 import base64
 import io
 import json
+from pathlib import Path
+from urllib.parse import parse_qsl
 
 import pytest
 from PIL import Image
 
+from moevision.data import SyntheticPets
+
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
+FORMATS = Path(__file__).parents[2] / "fixtures" / "formats"
+OLD_LINKS = {}
+for _file in sorted(FORMATS.glob("*/links.json")):
+    OLD_LINKS |= json.loads(_file.read_text())
 SENT = "() => !location.search.includes('picture=')"  # one's own picture is in no link
 
 
@@ -66,7 +76,27 @@ def test_a_notebook_shows_the_same_view(new_visit, pixels, make, look):
     marks = frame.locator("[data-slot='0'] .mv-mark").all_text_contents()
     assert marks == [str(choices[0]) for choices in view.to_json()["layers"][-1]["experts"]]
     assert frame.locator("[data-live]").text_content().startswith("row 2, column 2")
+    assert "· " not in frame.locator(".mv-header p").text_content()  # nothing is told of an unnamed model's accuracy
+    assert "top-2 of 4 experts" in frame.locator(".mv-header").text_content()
     assert one.complaints == []
+
+
+@pytest.mark.parametrize("width", [760, 940, 1200, 1440])
+def test_a_notebook_shows_all_of_the_view_at_once(new_visit, width):
+    """The bundled model: with 64 patches, 8 experts and a dense twin there is most to show."""
+    from moevision.demo import route_image
+    from moevision.demo.bundle import bundled_model
+
+    image = SyntheticPets(1, 64, split="test").image(0)
+    view = route_image(bundled_model("pets"), image, dense=bundled_model("pets", "dense"))
+    page = new_visit(offline=True, viewport={"width": width, "height": 1000}).page
+    page.set_content(f"<style>body {{ margin: 0 }}</style>{view._repr_html_()}")
+    page.frame_locator("iframe").locator(".mv-cell").first.wait_for()
+    page_of_view = page.frames[1]
+    assert page_of_view.evaluate("document.documentElement.scrollHeight <= window.innerHeight")
+    assert page_of_view.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    wide = "elements => elements.filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.className)"
+    assert page_of_view.eval_on_selector_all(".mv-inspector *, .mv-side div, .mv-side ol", wide) == []
 
 
 def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, look, tmp_path):
@@ -121,6 +151,44 @@ def test_a_link_reproduces_the_view(visit, look):
         assert other.text_content(box) == page.text_content(box)
 
 
+def test_back_and_forward_walk_through_what_was_looked_at(visit, look, tmp_path):
+    file = tmp_path / "own.png"
+    Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 60).convert("RGB").save(file)
+    page = visit("?patch=3").page
+    start = page.evaluate("history.length")
+
+    def settled(words):
+        page.wait_for_function("words => words.every(word => location.search.includes(word))", arg=words)
+        page.wait_for_selector("[data-box=progress]", state="hidden")
+        return page.get_attribute(".mv-picture", "src")
+
+    first = settled(["picture=pets%2Ftest%2F0"])
+    page.click("[data-action=example] >> nth=4")
+    second = settled(["picture=pets%2Ftest%2F4"])
+    page.click(".mv-layer[data-index='0']")  # no place of its own
+    settled(["layer=1"])
+    page.set_input_files("[data-box=file]", file)
+    page.wait_for_function(SENT)
+    own = page.get_attribute(".mv-picture", "src")
+    assert len({first, second, own}) == 3
+    look.open_tab(page, "about")
+    settled(["tab=about"])
+    assert page.evaluate("history.length") == start + 3
+    page.go_back()
+    page.wait_for_selector(".mv-card")
+    assert page.get_attribute(".mv-picture", "src") == own
+    page.go_back()
+    assert settled(["picture=pets%2Ftest%2F4", "layer=1"]) == second
+    page.go_back()
+    assert settled(["picture=pets%2Ftest%2F0", "layer=3", "patch=3"]) == first
+    assert page.locator(".mv-pinned").get_attribute("data-patch") == "3"
+    page.go_forward()
+    assert settled(["picture=pets%2Ftest%2F4"]) == second
+    page.go_forward()
+    page.wait_for_function(SENT)
+    page.wait_for_function("own => document.querySelector('.mv-picture').src === own", arg=own)
+
+
 def test_a_link_reproduces_two_pictures(visit, look):
     page = visit("?picture=pets/test/2&picture2=pets/test/5").page
     assert page.locator("[data-slot]").count() >= 2
@@ -148,6 +216,16 @@ def test_a_link_from_elsewhere_still_opens(visit, ask, look, query):
     page = visit(query).page
     layer = ask("route", picture=FIRST)["layers"][1]
     assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+
+
+@pytest.mark.parametrize("link", OLD_LINKS)
+def test_a_link_of_an_earlier_version_opens_what_it_names(visit, link):
+    """The page asks the server for just that, and its own link still names all of it."""
+    one = visit(link)
+    asked = one.questions("route")
+    for request, named in zip(asked, OLD_LINKS[link], strict=True):
+        assert {key: request[key] for key in named} == named
+    assert dict(parse_qsl(link[1:])).items() <= dict(parse_qsl(one.page.url.partition("?")[2])).items()
 
 
 def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):
@@ -182,6 +260,16 @@ def test_a_picture_can_be_pasted_and_dropped(visit, way):
     )
     one.page.wait_for_function(SENT)
     assert one.question("route")["picture"]["kind"] == "upload"
+
+
+def test_an_image_that_shows_nothing_gets_a_sentence(visit, tmp_path):
+    file = tmp_path / "line.png"
+    Image.new("RGB", (3000, 3)).save(file)
+    one = visit()
+    one.page.set_input_files("[data-box=file]", file)
+    one.page.wait_for_selector("[role=alert]")
+    assert "3000 × 3 px" in one.page.text_content("[role=alert]")
+    assert "route" not in one.asked
 
 
 def test_a_file_that_is_no_picture_gets_a_sentence(visit, tmp_path):

@@ -4,6 +4,8 @@ import pytest
 
 from moevision.analysis.palette import EXPERT_COLOURS
 
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
 STRENGTH = 0.65  # of the overlay when nobody has moved its slider
 
@@ -66,6 +68,18 @@ def test_a_click_pins_and_arrows_move(quiet, layers, look):
     assert page.locator(".mv-pinned").count() == 0
 
 
+def test_plus_and_minus_need_no_focus(visit, layers, look):
+    page = visit().page
+    assert page.evaluate("document.activeElement === document.body")
+    page.keyboard.press("-")
+    assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
+    page.click("[role=tab][data-tab=whatif]")
+    page.wait_for_selector("[data-change=if-kind]")
+    page.focus("[data-change=if-kind]")  # a field keeps its keys
+    page.keyboard.press("+")
+    assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
+
+
 def test_plus_and_minus_change_the_layer(quiet, layers, look):
     page = quiet.page
     page.click(".mv-cell[data-patch='10']")
@@ -110,9 +124,13 @@ def test_hover_outlines_a_patch_and_draws_its_path(quiet, layers):
 def test_one_expert_can_be_highlighted(quiet, layers, look):
     page = quiet.page
     page.click(".mv-loadbar[data-expert='3']")
-    uses = [3 in choices for choices in layers[1]["experts"]]
+    layer = layers[1]
+    uses = [3 in choices for choices in layer["experts"]]
     assert 0 < sum(uses) < 16
-    assert [fill[3] > 0 for fill in look.fills(page)] == uses
+    weight = [dict(zip(*both, strict=True)).get(3, 0) for both in zip(layer["experts"], layer["weights"], strict=True)]
+    assert len(set(weight)) > 2
+    # As without highlighting: the stronger, the more of the patch is the expert's.
+    assert [fill[3] for fill in look.fills(page)] == pytest.approx([one * STRENGTH for one in weight], abs=0.005)
     page.click(".mv-loadbar[data-expert='3']")
     assert all(fill[3] > 0 for fill in look.fills(page))
 

@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.needs("chromium")
+
 FIRST = {"kind": "example", "id": "pets/test/0"}
 SERVER_CALL = re.compile(r"/component_server\b")
 ABLATION = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
@@ -37,11 +39,75 @@ def test_a_patch_on_a_card_opens_its_picture(visit, ask):
 def test_a_change_of_layer_finds_its_cards_in_the_page(visit):
     one = visit()
     one.page.wait_for_selector(".mv-card")
-    one.page.wait_for_timeout(1500)  # the other layer is fetched ahead
+    for _ in range(1200):  # the other layer is fetched ahead
+        if one.asked.count("experts") == 2:
+            break
+        one.page.wait_for_timeout(50)
+    one.page.wait_for_timeout(1500)  # and answered
     before = len(one.asked)
     one.page.click(".mv-layer[data-index='0']")
     one.page.wait_for_selector(".mv-card h2:has-text('L1·E0')")
     assert len(one.asked) == before
+
+
+def open_changed_classes(page, change):
+    """Open the tab Classes with an answer of the service that `change` has changed."""
+
+    def answer(route):
+        if route.request.post_data_json["fn_name"] != "classes":
+            return route.continue_()
+        response = route.fetch()
+        data = response.json()
+        change(data)
+        return route.fulfill(response=response, json=data)
+
+    page.route(SERVER_CALL, answer)
+    page.click("[data-tab=classes]")
+    page.wait_for_selector(".mv-heat td")
+
+
+def test_a_class_without_images_has_no_numbers(visit, ask):
+    answer = ask("classes")
+
+    def empty_the_dogs(data):
+        for layer in data["layers"]:
+            layer["share"][1] = layer["excess"][1] = [None] * 4
+
+    page = visit().page
+    open_changed_classes(page, empty_the_dogs)
+    row = page.locator(".mv-heat tbody tr").nth(1)
+    assert row.locator("th").text_content().strip() == answer["class_names"][1] == "dog"
+    assert row.locator("td").all_text_contents() == ["no images"]
+    page.click("[data-action=sort-expert][data-expert='2']")
+    assert page.locator(".mv-heat tbody tr").last.locator("td").all_text_contents() == ["no images"]
+    page.click("[data-action=sort-class][data-class='1']")
+    assert page.locator(".mv-heat thead .mv-chip").all_text_contents() == ["0", "1", "2", "3"]
+
+
+def test_a_row_of_dots_tells_the_number_that_the_sentence_turns_on(visit):
+    sentence = "more than shuffled pictures give, but clusters of the layer's input give 0.501 bits"
+
+    def compare(data):
+        entry = data["layers"][1]["information"][0]
+        entry.update(
+            sentence=sentence, seeds=[0.62, 0.514], baselines={"kmeans_input": [0.443, 0.501], "hash": [0.002]}
+        )
+
+    page = visit().page
+    open_changed_classes(page, compare)
+    shown = dict(
+        zip(
+            *(
+                page.locator(f".mv-measure >> nth=0 >> .mv-lines li > span:{place}-child").all_text_contents()
+                for place in ("first", "last")
+            ),
+            strict=True,
+        )
+    )
+    assert shown["clusters of the layer's input"] == "max 0.501"
+    assert shown["other training seeds"] == "min 0.514"
+    assert shown["hash routing"] == "0.002"
+    assert sentence in page.text_content(".mv-measure >> nth=0")
 
 
 def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
@@ -49,18 +115,11 @@ def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
     # Random weights know no class, so nothing stands out: let the service say that every third cell does.
     flags = [[(row + expert) % 3 == 0 for expert in range(4)] for row in range(8)]
 
-    def say_so(route):
-        if route.request.post_data_json["fn_name"] != "classes":
-            return route.continue_()
-        answer = route.fetch()
-        data = answer.json()
+    def say_so(data):
         data["layers"][1]["significant"] = flags
-        return route.fulfill(response=answer, json=data)
 
     page = visit().page
-    page.route(SERVER_CALL, say_so)
-    page.click("[data-tab=classes]")
-    page.wait_for_selector(".mv-heat td")
+    open_changed_classes(page, say_so)
     styles = page.eval_on_selector_all(".mv-heat td", "cells => cells.map(cell => cell.getAttribute('style'))")
     assert [bool(style) for style in styles] == [flag for row in flags for flag in row]
     signs = page.eval_on_selector_all(
@@ -130,6 +189,32 @@ def test_two_classes_get_intervals_or_plain_words(visit, ask):
     assert points == pytest.approx([100 * row["difference"] for row in rows], abs=0.051)
     assert page.text_content(".mv-panel .mv-sentence") == answer["sentence"]
     assert ("That is a result too" in page.text_content(".mv-panel")) == (not any(stands))
+
+
+def test_results_are_still_there_after_a_look_elsewhere(visit, look):
+    one = visit("?tab=compare")
+    page = one.page
+    page.select_option("[data-change=compare-b]", "pig")
+    page.click("[data-action=compare-run]")
+    page.wait_for_selector(".mv-forest")
+    compared = page.text_content("[data-part=classes]")
+    look.open_tab(page, "whatif")
+    page.click("[data-action=if-run]")
+    page.wait_for_selector(".mv-stripplot")
+    tried = page.text_content("[data-part=result]")
+    look.open_tab(page, "compare")
+    assert page.text_content("[data-part=classes]") == compared
+    page.click("[data-variant=untrained]")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    page.wait_for_selector(".mv-forest", state="detached")  # that was another network
+    page.click("[data-variant=trained]")
+    page.wait_for_selector(".mv-forest")
+    assert page.text_content("[data-part=classes]") == compared
+    look.open_tab(page, "whatif")
+    assert page.text_content("[data-part=result]") == tried
+    assert one.asked.count("compare") == one.asked.count("what_if") == 1
+    page.click("[data-action=example] >> nth=3")
+    page.wait_for_selector(".mv-stripplot", state="detached")  # that was another image
 
 
 def test_a_class_is_not_compared_with_itself(visit):

@@ -1,0 +1,177 @@
+"""Symbolic links in a folder of images: circles end, a file counts once in its class, conflicts and leaks are told."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moevision.data.folder import read_folder, walk
+from moevision.data.sources import FileCollection
+from moevision.data.splits import Cut, make_splits
+from moevision.errors import UserError
+from moevision.predict import find_images
+from moevision.train.recipe import count_images
+from tests.conftest import TINY, run_cli
+
+
+def counts(collection: FileCollection, split: str = "all") -> dict[str, int]:
+    labels = [sample.label for sample in collection.given[split]]
+    return {name: labels.count(label) for label, name in enumerate(collection.class_names)}
+
+
+@pytest.fixture
+def pets(image_folder) -> Path:
+    return image_folder({"cat": 20, "dog": 20})
+
+
+@pytest.mark.parametrize(
+    ("place", "target"),
+    [
+        ("cat/self", "."),
+        ("cat/up", ".."),
+        ("cat/root", "/"),
+        ("cat/a/deep", "../../cat"),
+        ("cat/a/deeper", "../.."),
+        ("all", "."),
+        ("all", ".."),
+        ("cat/again.png", "000.png"),
+        ("cat/twice.png", "again.png"),
+    ],
+)
+def test_a_link_that_leads_back_changes_nothing(pets, place, target):
+    plain = read_folder(pets)
+    (pets / "cat" / "a").mkdir()
+    (pets / "cat" / "again.png").symlink_to("000.png")
+    (pets / place).unlink(missing_ok=True)
+    (pets / place).symlink_to(target, target_is_directory=(pets / place).parent.joinpath(target).is_dir())
+    linked = read_folder(pets)
+    assert linked.given == plain.given
+    assert linked.class_names == ["cat", "dog"]
+    assert "links" in linked.notes[-1]
+    assert linked.notes[-1].endswith("or to what their class has already")
+
+
+def test_links_in_a_circle_end(pets):
+    for here, there in (("cat", "dog"), ("dog", "cat")):
+        (pets / here / "other").symlink_to(f"../{there}")
+    collection = read_folder(pets)
+    assert counts(collection) == {"cat": 40, "dog": 40}
+    [warning] = make_splits(collection, Cut()).warnings
+    assert warning.startswith("40 pictures stand in several classes as byte-identical files or links")
+    [warning] = make_splits(collection, Cut(check_duplicates=False)).warnings
+    assert warning.startswith("40 pictures stand in several classes as byte-identical files or links")
+
+
+def test_a_link_to_itself_is_a_bad_image(pets):
+    (pets / "cat" / "loop.png").symlink_to("loop.png")
+    (pets / "cat" / "gone.png").symlink_to("missing")
+    (pets / "cat" / "loop").symlink_to("loop")
+    assert counts(read_folder(pets)) == {"cat": 22, "dog": 20}  # they can't be read, which the run will say
+
+
+def test_two_names_of_one_folder_are_a_conflict(pets):
+    (pets / "puppy").symlink_to("dog")
+    for check in (True, False):
+        collection = read_folder(pets)
+        assert counts(collection) == {"cat": 20, "dog": 20, "puppy": 20}
+        splits = make_splits(collection, Cut(check_duplicates=check))
+        assert splits.warnings[0].startswith("20 pictures stand in several classes")
+        sides = {s.sample_id.split("/")[1]: set() for s in collection.given["all"] if s.label}
+        for split, samples in splits.samples.items():
+            for sample in samples:
+                if sample.label:
+                    sides[sample.sample_id.split("/")[1]].add(split)
+        assert {len(side) for side in sides.values()} == {1}, "a file and its other name stay on one side"
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_val_that_leads_to_train_is_refused(image_folder, check):
+    root = image_folder({"train/cat": 4, "train/dog": 4})
+    (root / "val").symlink_to("train")
+    with pytest.raises(UserError, match="every train image of the class 'cat' is in another split too"):
+        make_splits(read_folder(root), Cut(check_duplicates=check))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_linked_image_of_another_split_is_a_leak(image_folder, check):
+    root = image_folder({"train/cat": 6, "train/dog": 6, "test/cat": 3, "test/dog": 3})
+    (root / "train" / "cat" / "leak.png").symlink_to("../../test/cat/000.png")
+    (root / "train" / "dog" / "more").symlink_to("../../test/dog")
+    splits = make_splits(read_folder(root), Cut(check_duplicates=check))
+    assert sorted(sample.sample_id for sample in splits.unused) == [
+        "train/cat/leak.png",
+        *(f"train/dog/more/00{number}.png" for number in range(3)),
+    ]
+    assert splits.warnings[0].startswith("4 train images are not used: byte-identical copies, links to them")
+
+
+def test_farms_of_links_are_as_the_files_behind_them(pets, tmp_path):
+    """Every image a link to a store, every class a link to a folder: as content-addressed caches have them."""
+    plain = read_folder(pets)
+    farm = tmp_path / "farm"
+    for sample in plain.given["all"]:
+        (farm / sample.sample_id).parent.mkdir(parents=True, exist_ok=True)
+        (farm / sample.sample_id).symlink_to(pets / sample.sample_id)
+    classes = tmp_path / "classes"
+    classes.mkdir()
+    for name in plain.class_names:
+        (classes / name).symlink_to(pets / name)
+    for root in (farm, classes):
+        linked = read_folder(root)
+        assert (linked.given, linked.notes) == (plain.given, [])
+        assert make_splits(linked, Cut()).samples == make_splits(plain, Cut()).samples
+        assert count_images(root) == 40
+        assert list(find_images([str(root)])) == [root / sample.sample_id for sample in plain.given["all"]]
+
+
+def test_a_real_path_goes_before_a_link(pets, tmp_path):
+    """An id must not depend on a link beside it."""
+    shutil.move(pets / "cat" / "000.png", pets / "cat" / "z.png")
+    (pets / "cat" / "000.png").symlink_to("z.png")
+    (pets / "dog" / "z").mkdir()
+    shutil.move(pets / "dog" / "000.png", pets / "dog" / "z" / "000.png")
+    (pets / "dog" / "a").symlink_to("z")
+    ids = {sample.sample_id for sample in read_folder(pets).given["all"]}
+    assert {"cat/z.png", "dog/z/000.png"} <= ids
+    assert len(ids) == 40
+
+
+def test_hard_links_are_files_of_their_own(pets):
+    """A copy of the folder on another disk has two files; both must have the same ids there and here."""
+    os.link(pets / "cat" / "000.png", pets / "cat" / "hard.png")
+    os.link(pets / "cat" / "001.png", pets / "dog" / "hard.png")
+    collection = read_folder(pets)
+    assert counts(collection) == {"cat": 21, "dog": 21}
+    [warning] = make_splits(collection, Cut()).warnings
+    assert warning.startswith("1 pictures stand in several classes")
+
+
+def test_hidden_folders_stay_hidden(pets):
+    for name in (".thumbnails", "@eaDir"):
+        shutil.copytree(pets / "dog", pets / "cat" / name)
+    assert counts(read_folder(pets)) == {"cat": 20, "dog": 20}
+    assert sum(1 for _ in walk(pets)) == 40
+
+
+def test_predict_ends_and_tells_of_every_name(pets):
+    (pets / "cat" / "self").symlink_to("..")
+    (pets / "cat" / "again.png").symlink_to("000.png")
+    (pets / "cat" / "gone.png").symlink_to("missing")
+    assert len(list(find_images([str(pets)]))) == 42
+
+
+def test_a_path_with_dots_is_read(pets, monkeypatch):
+    assert read_folder(pets / "cat" / "..").given == read_folder(pets).given
+    monkeypatch.chdir(pets)
+    assert read_folder(Path()).given == read_folder(pets).given
+
+
+def test_fit_of_a_folder_that_holds_itself(drawn_pets, tmp_path):
+    """Twenty cats once were 820, and the test accuracy 1.0000."""
+    root = Path(shutil.copytree(drawn_pets, tmp_path / "pets"))
+    (root / "cat" / "self").symlink_to(".")
+    outcome = run_cli("fit", root, *TINY, f"--runs_root={tmp_path / 'runs'}", "--trainer.max_epochs=1")
+    assert outcome.code == 0, outcome.err
+    assert "1 links in" in outcome.out
+    assert len((tmp_path / "runs" / "pets" / "splits.csv").read_text().splitlines()) == 1 + 40

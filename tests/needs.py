@@ -1,0 +1,35 @@
+"""What tests need beyond `pip install ".[test]"`, with the command that brings it; without it they are skipped.
+
+`conftest.py` sums those skips up at the end. With MOEVISION_TESTS_COMPLETE=1 they fail the run, as in `.ci/run`.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+
+class Need(NamedTuple):
+    """Something that tests need."""
+
+    name: str
+    command: str
+    is_here: Callable[[], object]
+
+
+def chromium() -> str | None:
+    """The browser's program, as MOEVISION_CHROMIUM or the search path names it."""
+    return os.environ.get("MOEVISION_CHROMIUM") or shutil.which("chromium")
+
+
+def _has(*packages: str) -> bool:
+    return all(find_spec(package) is not None for package in packages)
+
+
+NEEDS = {
+    "chromium": Need("Chromium", "apt-get install chromium", chromium),
+    "onnx": Need("ONNX", 'pip install ".[export]"', lambda: _has("onnx", "onnxscript", "onnxruntime")),
+    "transformers": Need("transformers", 'pip install ".[test]"', lambda: _has("transformers")),
+    "notebooks": Need("a notebook runner", 'pip install ".[test]"', lambda: _has("nbformat", "nbclient", "ipykernel")),
+}

@@ -1,0 +1,57 @@
+"""docs/analysis.md."""
+
+from typing import Any
+
+from tests.records import Claim, Definition
+
+Json = dict[str, Any]
+ATLAS, CARD = "moevision/demo/models/pets/atlas.json", "moevision/demo/models/pets/card.json"
+COVERAGE = "benchmarks/interval_coverage.json"
+QUESTIONS = {
+    "class": "class", "class_given_position": "class at a place", "position": "place",
+    "part": "drawn part, beyond place",
+}  # fmt: skip
+
+
+def of_layer(record: Json, number: int, about: str) -> Json:
+    """What one layer's experts tell about something, with each baseline's largest value."""
+    layer = next(layer for layer in record["layers"] if layer["layer"] == number)
+    entry = next(entry for entry in layer["information"] if entry["about"] == about)
+    baselines = {name: max(*values, 0.0) for name, values in entry["baselines"].items()}
+    return {**entry, **baselines, "about": QUESTIONS[about], "learned": "yes" if entry["verdict"] else "no"}
+
+
+def table(record: Json) -> list[Json]:
+    """Every layer and question."""
+    return [of_layer(record, layer["layer"], about) for layer in record["layers"] for about in QUESTIONS]
+
+
+CLAIMS = [
+    Claim(CARD, "seed {seed}; {accuracy[moe]:.1%} of {test_images:,} test images right"),
+    Claim(ATLAS, "{n_images:,} of the test images"),
+    Claim(
+        ATLAS,
+        "| {name}, {about} | **{value_bits:.3f}** ({low:.3f} to {high:.3f}) | {share_of_entropy:.1%} | {null_mean:.3f} "
+        "| {untrained:.3f} | {hash:.3f} | {hash_position:.3f} | {kmeans_colour:.3f} | {kmeans_input:.3f} "
+        "| {seeds[0]:.3f}, {seeds[1]:.3f} | {learned} |",
+        table,
+    ),
+    Claim(
+        ATLAS,
+        "In L3 seed 0 tells the least about the class of the three trainings: {value_bits:.2f} bits, the others "
+        "{seeds[0]:.2f} and {seeds[1]:.2f}",
+        lambda record: of_layer(record, 3, "class"),
+    ),
+    Claim(
+        COVERAGE,
+        "Lowest coverage over {settings} settings: {score:.1%} for the interval in use; for class, {basic:.1%} for the "
+        "basic bootstrap, {normal:.1%} for a normal interval, {percentile:.1%} for the percentile bootstrap",
+        lambda record: {"settings": len(record["rows"]), **record["lowest_coverage"]},
+    ),
+]
+
+DEFINITIONS = [
+    Definition("| **interval** | 95 %, over other images |", "the level of the intervals"),
+    Definition("bits (95 %)", "the level of the intervals"),
+    Definition("0, 0.05 and 0.25 bit", "what the simulations draw"),
+]

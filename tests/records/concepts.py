@@ -1,0 +1,1 @@
+"""docs/concepts.md: nothing in it was measured."""

@@ -1,0 +1,93 @@
+"""docs/reliability.md."""
+
+from typing import Any
+
+import numpy as np
+from scipy.stats import sem, t
+
+from tests.records import Claim, Definition
+
+Json = dict[str, Any]
+GUARD, COST, SOAK = "benchmarks/guard_accuracy.json", "benchmarks/guard_cost.json", "benchmarks/soak.json"
+RESUME, KILLS = "benchmarks/resume_matrix.json", "benchmarks/kill_loop.json"
+FILES = "benchmarks/file_operations.json"
+
+
+def mean_difference(record: Json) -> Json:
+    """Points of accuracy that the faults cost, with Student's interval over seeds, and if it excludes a loss of 2."""
+    points = 100 * np.array([run["difference"] for run in record["runs"]])
+    low, high = t.interval(0.95, len(points) - 1, points.mean(), sem(points))
+    (left_out,) = {run["skipped"] + run["updates_taken_back"] for run in record["runs"]}
+    return {
+        "difference": points.mean(), "low": low, "high": high, "seeds": len(points), "left_out": left_out,
+        "epochs": record["epochs"], "shown": "**not shown**" if low < -2 else "shown",
+    }  # fmt: skip
+
+
+def equal_cells(record: Json) -> Json:
+    """Cells of the matrix, and those in which nothing differs."""
+    cells = record["cells"].values()
+    return {"equal": sum(not cell["differs"] and not cell["leaked"] for cell in cells), "cells": len(cells)}
+
+
+def kills(record: Json) -> list[Json]:
+    """Kills that struck, and runs, in each part; no checkpoint was damaged."""
+    parts = [record[name] for name in ("own file system, one run", "own file system", "TMPDIR in /dev/shm")]
+    assert not any(kill["damaged"] for part in parts for kill in part["kills"])
+    return [{"kills": sum(kill["killed"] for kill in part["kills"]), "runs": len(part["runs"])} for part in parts]
+
+
+def file_operations(record: Json) -> Json:
+    """Operations of the saves, what was tried after each, and how many of them lose something without their fsync."""
+    operations = [operation for save in record["starts"].values() for operation in save]
+    outcomes = [operation[end] for operation in operations for end in ("full", "EIO", "EIO for good", "killed")]
+    states = [operation["power cut"] for operation in operations]
+    assert set(outcomes) == {"nothing"}
+    assert all(set(each) == {"nothing"} for each in states)
+    return {
+        "operations": len(operations), "cases": len(outcomes), "states": sum(each["nothing"] for each in states),
+        "needed": sum(bool(operation.get("without it")) for operation in operations),
+    }  # fmt: skip
+
+
+CLAIMS = [
+    Claim(GUARD, "cost less than 2 points of accuracy (the margin): {shown}", mean_difference),
+    Claim(
+        GUARD,
+        "{epochs} epochs, {left_out} updates skipped or taken back in each run: {difference:+.1f} points (95 % "
+        "interval of the mean over {seeds} seeds: {low:+.1f} to {high:+.1f})",
+        mean_difference,
+    ),
+    Claim(
+        COST,
+        "{cost_percent:.2f} % of the CPU time of a step, router health included; the ratio of interleaved steps can't "
+        "tell it from 0 ({pair_ratio_median:.3f}, quartiles {pair_ratio_quartiles[0]:.3f} to "
+        "{pair_ratio_quartiles[1]:.3f})",
+    ),
+    Claim(FILES, "{operations} operations of three saves", file_operations),
+    Claim(FILES, "Nothing was lost in {cases} cases and {states} states", file_operations),
+    Claim(FILES, "something is lost, at {needed} of the operations", file_operations),
+    Claim(RESUME, "{equal} of {cells} cells identical", equal_cells),
+    Claim(KILLS, "{kills} kills in {runs} run", kills),
+    Claim(
+        SOAK,
+        "| {training[steps]:,} training steps, with validation and checkpoints | {training[rss_mb]:.0f} MB at the end, "
+        "{training[rss_growth_mb]:+.1f} MB since the second quarter; {training[files]} open files, unchanged |",
+    ),
+    Claim(
+        SOAK,
+        "| {predictions[calls]} predictions, each with a freshly opened model | {predictions[rss_mb]:.0f} MB at the "
+        "end, {predictions[rss_growth_mb]:+.1f} MB since the second quarter; {predictions[files]} open "
+        "files, unchanged |",
+    ),
+]
+
+DEFINITIONS = [
+    Definition("It costs at most 2 % of a step", "the promise"),
+    Definition("more memory than 1.25 × the numbers in its weights and 64 MB", "the limit in the code"),
+    Definition("a file of 0.3 MB, under a limit of 700 MB", "what the test sets up"),
+    Definition("under 900 MB", "the bound that the test asserts"),
+    Definition("unfold to 200 MB: under 100 MB", "the bound that the test asserts"),
+    Definition("refused within 2 s of CPU time", "the bound that the test asserts"),
+    Definition("200 MB asked for, 100 MB left", "what the test sets up"),
+]
