@@ -1,0 +1,512 @@
+"""Do the tests notice a wrong line? A seeded sample of small changes, each against the tests that run that line.
+
+    pip install coverage
+    OMP_NUM_THREADS=1 python benchmarks/mutation.py map                 # which test runs which line
+    OMP_NUM_THREADS=1 python benchmarks/mutation.py run --jobs 2        # goes on where it stopped
+    python benchmarks/mutation.py table                                 # killed, survived, equivalent by area
+
+A change (mutant) swaps a comparison, an arithmetic or a boolean operator, min and max, moves a number, turns a
+condition round, or leaves a statement out. It is killed when a test fails, or runs far longer than it did. A mutant
+that no test can tell from the original is equivalent: it stands in `mutation_equivalent.json` with the reason.
+
+Not mutated: annotations, docstrings, strings, decorators and what is raised. Tests that start processes of their own
+count for no line, and the slow tests and the browser's are left out: what only they notice is reported as survived.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "mutation.json"
+EQUIVALENT = ROOT / "benchmarks" / "mutation_equivalent.json"
+AREAS = {
+    "layers": ["layers/*.py"],
+    "losses": ["losses.py"],
+    "metrics": ["metrics.py"],
+    "guard": ["train/guard.py", "train/diagnosis.py", "train/recovery.py", "train/snapshot.py", "train/spikes.py"],
+    "resume": ["train/resume.py", "train/resume_point.py", "train/fingerprint.py", "train/random_state.py"],
+    "checkpoint writing": ["files.py", "train/checkpoint_io.py", "train/manifest.py"],
+    "sampler": ["data/sampler.py", "data/keyed.py"],
+    "safe readers": ["models/safe_files.py", "models/safe_config.py", "data/images.py", "data/jpeg.py"],
+}
+TESTS = (
+    *("layers", "models", "train", "data", "golden", "efficiency", "analysis", "test_losses.py", "test_metrics.py"),
+    *("test_safety.py", "test_fit.py", "test_predict.py", "test_configs.py", "test_info.py"),
+)
+SKIPPED_FOLDERS = shutil.ignore_patterns(".git", "__pycache__", "runs", ".*cache", "*.png", "*.jpg")
+FIRST_S, ALL_S = 12.0, 90.0  # seconds of tests that a mutant meets: the first pass, and all that a survivor meets
+
+_LOADED_BEFORE = (
+    "ignore::pytest.PytestAssertRewriteWarning"  # of a plugin that came with what was loaded before forking
+)
+
+_COMPARE: dict[type, type] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+_ARITHMETIC: dict[type, type] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+}  # fmt: skip
+_NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "amin": "amax", "amax": "amin"}
+_NAMES |= {"floor": "ceil", "ceil": "floor", "clamp_min": "clamp_max", "clamp_max": "clamp_min"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file.
+
+    Attributes:
+        area: the part of the package, a key of `AREAS`.
+        file: the file below the repository.
+        line: where the change begins, from 1.
+        start: first byte of the text that is replaced.
+        stop: the byte after it.
+        old: the text.
+        new: what stands there instead.
+        function: the function or class around it.
+    """
+
+    area: str
+    file: str
+    line: int
+    start: int
+    stop: int
+    old: str
+    new: str
+    function: str
+
+    @property
+    def key(self) -> str:
+        """A name that outlives changes elsewhere in the file."""
+        text = f"{self.file}:{self.function}:{self.old}->{self.new}"
+        return text if len(text) < 160 else f"{text[:140]}…{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+class _Finder(ast.NodeVisitor):
+    """Collects the changes that one file allows."""
+
+    def __init__(self, area: str, file: str, source: bytes) -> None:
+        self.area, self.file, self.source = area, file, source
+        self.starts = [0]
+        for line in source.splitlines(keepends=True):
+            self.starts.append(self.starts[-1] + len(line))
+        self.scope: list[str] = []
+        self.found: list[Mutant] = []
+
+    def add(self, node: ast.AST, new: str) -> None:
+        start, stop = (self.starts[n - 1] + c for n, c in _span(node))
+        old = self.source[start:stop].decode()
+        function = ".".join(self.scope)
+        if new != old:
+            self.found.append(Mutant(self.area, self.file, node.lineno, start, stop, old, new, function))  # type: ignore[attr-defined]
+
+    def swap(self, node: Any, **fields: Any) -> None:
+        """The same expression with other fields, in brackets."""
+        self.add(node, f"({ast.unparse(type(node)(**{**{f: getattr(node, f) for f in node._fields}, **fields}))})")
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.scope.append(node.name)
+        for default in (*node.args.defaults, *(d for d in node.args.kw_defaults if d)):
+            self.visit(default)
+        for statement in node.body:
+            self.visit(statement)
+        self.scope.pop()
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        self.scope.append(node.name)
+        for statement in node.body:
+            self.visit(statement)
+        self.scope.pop()
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if not (isinstance(node.value, ast.Subscript) and ast.unparse(node.value).startswith(("Literal", "Callable"))):
+            self.visit(node.value)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.add(node, "pass")
+        self.visit(node.value)
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        self.add(node, "pass")
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if isinstance(node.value, ast.Call):
+            self.add(node, "pass")
+            self.visit(node.value)
+
+    def visit_If(self, node: ast.If) -> None:
+        if "TYPE_CHECKING" not in ast.unparse(node.test):
+            self.add(node.test, f"(not ({ast.unparse(node.test)}))")
+            self.generic_visit(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        self.add(node.test, f"(not ({ast.unparse(node.test)}))")
+        self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        self.swap(node, ops=[_COMPARE[type(node.ops[0])](), *node.ops[1:]])
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        text = any(
+            isinstance(side, ast.JoinedStr | ast.Constant) and not _is_number(side) for side in (node.left, node.right)
+        )
+        if type(node.op) in _ARITHMETIC and not text:
+            self.swap(node, op=_ARITHMETIC[type(node.op)]())
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        self.swap(node, op=ast.Or() if isinstance(node.op, ast.And) else ast.And())
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        if isinstance(node.op, ast.Not) or (isinstance(node.op, ast.USub) and not _is_number(node.operand)):
+            self.add(node, f"({ast.unparse(node.operand)})")
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, bool):
+            self.add(node, str(not node.value))
+        elif isinstance(node.value, int):
+            self.add(node, str(node.value + 1))
+        elif isinstance(node.value, float):
+            self.add(node, repr(node.value * 2 if node.value else 1.0))
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if node.attr in _NAMES:
+            self.add(node, f"{ast.unparse(node.value)}.{_NAMES[node.attr]}")
+        self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if node.id in _NAMES:
+            self.add(node, _NAMES[node.id])
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        """Texts stay as they are."""
+
+
+def _span(node: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
+
+
+def _is_number(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, int | float)
+
+
+def all_mutants() -> list[Mutant]:
+    """Every change that the areas allow."""
+    found = []
+    for area, patterns in AREAS.items():
+        for path in sorted(p for pattern in patterns for p in (ROOT / "moevision").glob(pattern)):
+            source = path.read_bytes()
+            finder = _Finder(area, str(path.relative_to(ROOT)), source)
+            finder.visit(ast.parse(source))
+            found += finder.found
+    return list({mutant.key: mutant for mutant in found}.values())
+
+
+def sample(number: int, seed: int) -> list[Mutant]:
+    """A third of the sample shared evenly by the areas, so that small ones count too, the rest from all lines alike."""
+    chance = random.Random(seed)
+    everything = all_mutants()
+    chosen: dict[str, Mutant] = {}
+    for area in AREAS:
+        of_area = [mutant for mutant in everything if mutant.area == area]
+        chosen |= {m.key: m for m in chance.sample(of_area, min(len(of_area), number // 3 // len(AREAS)))}
+    rest = [mutant for mutant in everything if mutant.key not in chosen]
+    chosen |= {m.key: m for m in chance.sample(rest, number - len(chosen))}
+    return sorted(chosen.values(), key=lambda m: (m.file, m.start))
+
+
+class _Watch:
+    """Switches coverage to each test's name and notes the CPU seconds it took."""
+
+    def __init__(self, coverage: Any) -> None:
+        self.coverage, self.seconds, self.failed = coverage, {}, set()
+
+    def pytest_runtest_logstart(self, nodeid: str, location: Any) -> None:
+        self.coverage.switch_context(nodeid)
+        self.began = time.process_time()
+
+    def pytest_runtest_logfinish(self, nodeid: str, location: Any) -> None:
+        self.seconds[nodeid] = time.process_time() - self.began
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid)
+
+
+def make_map(file: Path) -> None:
+    """Run the tests once and write which of them run which lines; tests that fail as it is are left out."""
+    import coverage
+    import pytest
+
+    files = [str(ROOT / "moevision" / pattern) for patterns in AREAS.values() for pattern in patterns]
+    measure = coverage.Coverage(data_file=None, include=files)
+    watch = _Watch(measure)
+    sys.path.insert(0, str(ROOT))
+    measure.start()
+    measure.switch_context("import")
+    paths = [f"tests/{name}" for name in TESTS if (ROOT / "tests" / name).exists()]
+    pytest.main(["-q", "-m", "not slow", "-p", "no:cacheprovider", *paths], plugins=[watch])
+    measure.stop()
+    data = measure.get_data()
+    lines = {}
+    for path in data.measured_files():
+        by_line = data.contexts_by_lineno(path)
+        lines[str(Path(path).relative_to(ROOT))] = {line: sorted(set(c) - {""}) for line, c in by_line.items()}
+    names = sorted(watch.seconds.keys() - watch.failed)
+    number = {name: i for i, name in enumerate(names)}
+    for of_file in lines.values():
+        for line, contexts in of_file.items():
+            imported = "import" in contexts
+            of_file[line] = [-1] * imported + [number[c] for c in contexts if c in number]
+    file.write_text(json.dumps({"tests": names, "seconds": [watch.seconds[n] for n in names], "lines": lines}))
+    print(f"{len(names)} tests, {len(watch.failed)} left out because they fail: {sorted(watch.failed)}")
+
+
+def covering(known: dict[str, Any], mutant: Mutant) -> list[str]:
+    """The tests that run the mutant's line, those of its own folder first, then the quick ones.
+
+    A line that runs at import is run by every test that runs any line of the file.
+    """
+    lines = known["lines"].get(mutant.file, {})
+    numbers = set(lines.get(str(mutant.line), []))
+    if numbers <= {-1}:
+        numbers = {n for of_line in lines.values() for n in of_line}
+    folder = mutant.file.removeprefix("moevision/").split("/")[0].removesuffix(".py")
+
+    def order(n: int) -> tuple[bool, float]:
+        return folder not in known["tests"][n], known["seconds"][n]
+
+    return [known["tests"][n] for n in sorted(numbers - {-1}, key=order)]
+
+
+def budgeted(known: dict[str, Any], tests: list[str], seconds: float) -> tuple[list[str], float]:
+    """As many of the tests as take at most this long, at least one; and how long they take."""
+    time_of = dict(zip(known["tests"], known["seconds"], strict=True))
+    total, taken = 0.0, []
+    for test in tests:
+        if taken and total + time_of[test] > seconds:
+            continue
+        taken.append(test)
+        total += time_of[test]
+    return taken, total
+
+
+def _in_child(tree: Path, tests: list[str], seconds: float) -> str:
+    """Run tests in a fork of this process, which has torch loaded but nothing of moevision."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        silent = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(silent, descriptor)
+        os.chdir(tree)
+        os.environ["PYTHONPATH"] = str(tree)
+        sys.path.insert(0, str(tree))
+        code = 99
+        try:
+            import pytest
+
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-W", _LOADED_BEFORE, *tests]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    limit = time.monotonic() + 40 + 4 * seconds
+    while time.monotonic() < limit:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            _end_group(child)
+            return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
+        time.sleep(0.05)
+    _end_group(child)
+    os.waitpid(child, 0)
+    return "timeout"
+
+
+def _end_group(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+
+
+def judge(known: dict[str, Any], mutant: Mutant, tree: Path) -> dict[str, Any]:
+    """Put the change into `tree`, run the tests that cover it, and take it back."""
+    target = tree / mutant.file
+    original = target.read_bytes()
+    if original[mutant.start : mutant.stop].decode() != mutant.old:
+        raise SystemExit(f"{mutant.file} has changed since the sample was drawn: begin a new record.")
+    tests = covering(known, mutant)
+    outcome, ran = "not covered", 0
+    began = time.monotonic()
+    try:
+        target.write_bytes(original[: mutant.start] + mutant.new.encode() + original[mutant.stop :])
+        for budget in (FIRST_S, ALL_S):
+            some, seconds = budgeted(known, tests, budget)
+            some = some[ran:] if some[:ran] == tests[:ran] else some
+            if not some:
+                break
+            outcome = _in_child(tree, some, seconds)
+            ran += len(some)
+            if outcome != "survived":
+                break
+    finally:
+        target.write_bytes(original)
+    facts = {k: v for k, v in asdict(mutant).items() if k not in ("start", "stop")}
+    return {"key": mutant.key, **facts, "outcome": outcome, "covering_tests": len(tests), "ran": ran,
+            "wall_s": round(time.monotonic() - began, 1)}  # fmt: skip
+
+
+def run(options: Namespace) -> None:
+    """Judge the whole sample; each worker has a copy of the tree of its own."""
+    known = json.loads(options.map.read_text())
+    record = json.loads(options.out.read_text()) if options.out.exists() else {"mutants": []}
+    done = {row["key"] for row in record["mutants"]}
+    left = [mutant for mutant in sample(options.number, options.seed) if mutant.key not in done]
+    if options.only:
+        left = [mutant for mutant in left if options.only in mutant.key]
+    random.Random(options.seed).shuffle(left)
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    for name in ("torch", "torchvision", "timm", "lightning", "torchmetrics", "scipy.stats", "hypothesis", "pytest"):
+        importlib.import_module(name)
+    workers = {}
+    with tempfile.TemporaryDirectory() as home:
+        shares = [left[i :: options.jobs] for i in range(options.jobs)]
+        for number, share in enumerate(shares):
+            out = Path(home) / f"{number}.jsonl"
+            pid = os.fork()
+            if pid == 0:
+                tree = Path(home) / f"tree{number}"
+                shutil.copytree(ROOT, tree, ignore=SKIPPED_FOLDERS)
+                os._exit(_work(known, share, tree, out))
+            workers[pid] = out
+        seen = {out: 0 for out in workers.values()}
+        while workers:
+            time.sleep(1)
+            ended, _ = os.waitpid(-1, os.WNOHANG)
+            for out in list(seen):
+                rows = out.read_text().splitlines() if out.exists() else []
+                for row in map(json.loads, rows[seen[out] :]):
+                    record["mutants"].append(row)
+                    print(
+                        f"{len(record['mutants']):4d} {row['outcome']:11s} {row['wall_s']:6.1f} s {row['key'][:110]}",
+                        flush=True,
+                    )
+                if len(rows) > seen[out]:
+                    seen[out] = len(rows)
+                    _save(record, options)
+            workers.pop(ended, None)
+
+
+def _work(known: dict[str, Any], share: list[Mutant], tree: Path, out: Path) -> int:
+    """One worker; ends with 0. Nothing is judged unless tests pass on the tree as it is."""
+    try:
+        tests, seconds = budgeted(known, known["tests"], 1.0)
+        if _in_child(tree, tests, seconds) != "survived":
+            raise RuntimeError(f"these tests don't pass on an unchanged copy: {tests}")
+        with out.open("w") as file:
+            for mutant in share:
+                file.write(json.dumps(judge(known, mutant, tree)) + "\n")
+                file.flush()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _save(record: dict[str, Any], options: Namespace) -> None:
+    from moevision.files import write_json_atomic
+    from moevision.train.provenance import git_state
+
+    record |= {"seed": options.seed, "number": options.number, "of": len(all_mutants()), "code": git_state(ROOT)}
+    record["mutants"].sort(key=lambda row: row["key"])
+    write_json_atomic(options.out, record)
+
+
+def rows_of(record: dict[str, Any], reasons: dict[str, str]) -> Iterator[tuple[str, Counter[str]]]:
+    """Outcomes by area, equivalents by their reason, and their sum."""
+    total: Counter[str] = Counter()
+    for area in AREAS:
+        counted = Counter(
+            "equivalent" if row["key"] in reasons and row["outcome"] == "survived" else row["outcome"]
+            for row in record["mutants"] if row["area"] == area
+        )  # fmt: skip
+        total += counted
+        yield area, counted
+    yield "all", total
+
+
+def table(options: Namespace) -> str:
+    """Markdown of the record."""
+    record = json.loads(options.out.read_text())
+    reasons = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
+    lines = ["| area | mutants | killed | survived | equivalent | killed of the others |", "|---|--:|--:|--:|--:|--:|"]
+    for area, counted in rows_of(record, reasons):
+        killed = counted["killed"] + counted["timeout"]
+        others = counted.total() - counted["equivalent"]
+        lines.append(
+            f"| {area} | {counted.total()} | {killed} | {others - killed} | {counted['equivalent']} | "
+            f"{killed / others if others else 1:.0%} |"
+        )
+    survivors = [row for row in record["mutants"] if row["outcome"] in ("survived", "not covered")]
+    for row in survivors:
+        if row["key"] not in reasons:
+            print(
+                f"{row['outcome']}: {row['file']}:{row['line']} {row['function']}: {row['old']} -> {row['new']}",
+                file=sys.stderr,
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["map", "run", "table"])
+    parser.add_argument(
+        "--map", type=Path, default=ROOT / "runs" / "mutation-map.json", help="which test runs which line"
+    )
+    parser.add_argument("--out", type=Path, default=RECORD, help="the record")
+    parser.add_argument("--number", type=int, default=300, help="mutants in the sample")
+    parser.add_argument("--seed", type=int, default=0, help="draws the sample")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants judged at a time")
+    parser.add_argument("--only", default="", help="only mutants whose key holds this text")
+    options = parser.parse_args()
+    options.map.parent.mkdir(parents=True, exist_ok=True)
+    if options.what == "map":
+        make_map(options.map)
+    elif options.what == "run":
+        run(options)
+    else:
+        print(table(options))
+
+
+if __name__ == "__main__":
+    main()
