@@ -231,3 +231,10 @@ def test_the_rest_of_the_model_trains(router: str) -> None:
     logits.square().sum().backward()
     assert len(routings) == 2
     assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("router", HANDMADE)
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_token_has_as_many_experts_as_there_are_at_most(router: str, top_k: int) -> None:
+    with pytest.raises(UserError, match=f"top_k={top_k} does not fit num_experts=4"):
+        layer_of(router, top_k=top_k)

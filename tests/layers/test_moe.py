@@ -20,6 +20,7 @@ from moevision.layers import (
     LocalDispatcher,
     MoEMlp,
     Routing,
+    describe_moe,
     label_oracle,
     record_routing,
     router_kind,
@@ -396,3 +397,11 @@ def test_a_graph_of_the_gradient_is_refused_only_when_it_is_used() -> None:
     (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
     (with_graph,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     torch.testing.assert_close(with_graph, plain)
+
+
+def test_the_layers_of_a_model_in_words() -> None:
+    one, two = make(num_experts=4, num_shared_experts=1, router="vmoe_top_k"), make(num_experts=8, router="vmoe_top_k")
+    one.layer_index, two.layer_index = 1, 3
+    assert describe_moe([one]) == "4 experts, 2 per token plus 1 shared by vmoe_top_k, in blocks 1"
+    assert describe_moe([two, two]) == "8 experts, 2 per token by vmoe_top_k, in blocks 3, 3"
+    assert describe_moe([two, one]).startswith("8 and 4 experts, 2 per token plus 1 shared")

@@ -144,6 +144,24 @@ def test_a_full_disk_is_waited_for(files, tmp_path, monkeypatch, capsys):
     assert "could be written now" in capsys.readouterr().err
 
 
+def test_a_refused_save_is_tried_again_after_half_a_minute(files, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        files.save_checkpoint(state(1), tmp_path / LAST)
+    refused_s = files._tried_s
+    monkeypatch.setattr(checkpoint_io.time, "monotonic", lambda: refused_s + 29.9)
+    assert not files.retry()
+    monkeypatch.setattr(checkpoint_io.time, "monotonic", lambda: refused_s + 30)
+    assert files.retry()
+
+
+def test_tensors_go_where_they_are_asked_for(files, tmp_path):
+    files.save_checkpoint(state(1), tmp_path / LAST)
+    for place, device in ((None, "cpu"), ("meta", "meta")):
+        loaded = files.load_checkpoint(tmp_path / LAST, map_location=place)
+        assert {value.device.type for value in loaded["state_dict"].values()} == {device}
+
+
 def test_the_last_free_bytes_are_left_alone(files, tmp_path, monkeypatch):
     usage = checkpoint_io.shutil._ntuple_diskusage(100, 99, 1)
     monkeypatch.setattr(checkpoint_io.shutil, "disk_usage", lambda _: usage)
