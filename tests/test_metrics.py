@@ -53,3 +53,15 @@ def test_the_floor_of_cv_squared_is_its_mean_under_balance(together: bool) -> No
 
 def test_the_floor_of_one_image_takes_its_choices_as_independent() -> None:
     assert _floor(1, 16, together=False)[1] == pytest.approx(3 / 16)
+
+
+def test_tokens_without_an_expert_are_those_whose_choices_all_were_dropped() -> None:
+    """Of 2 images with 3 tokens and 2 choices: one token lost both choices, two lost one."""
+    expert = torch.tensor([0, 1]).expand(2, 3, 2)
+    kept = torch.tensor([[[1, 1], [0, 0], [0, 1]], [[1, 1], [1, 1], [1, 0]]]).bool()
+    zeros = torch.zeros(2, 3, 4)
+    statistics = RoutingStatistics([0], 4)
+    statistics.update([Routing(zeros, zeros, zeros + 0.25, None, expert, torch.ones(2, 3, 2), kept)])
+    (load,) = statistics.layer_loads()
+    assert load.unrouted == pytest.approx(1 / 6)
+    assert load.counts == [4, 4, 0, 0]

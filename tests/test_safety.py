@@ -628,3 +628,11 @@ def test_safe_files_need_no_torch() -> None:
         [sys.executable, "-c", code, package], capture_output=True, text=True, check=True, timeout=600
     )
     assert done.stdout.strip() == "False"
+
+
+def test_limits_hold_to_the_last_one() -> None:
+    """As many values and characters as are allowed, and one more."""
+    most = b"[" + b"1," * (MAX_JSON_VALUES - 1) + b"1]"
+    assert len(parse_json(most, "x")) == MAX_JSON_VALUES
+    with pytest.raises(UserError, match="more than the 1,000,000 values"):
+        parse_json(b"[1," + most[1:], "x")

@@ -97,6 +97,13 @@ def test_a_guard_that_does_nothing_changes_nothing(tmp_path: Path) -> None:
     assert_same(watched.states.state, alone.states.state)
 
 
+def test_thresholds_are_those_of_the_page() -> None:
+    """docs/stability.md: 10 losses above the mean by 6 standard deviations; a snapshot in 100 updates, two are kept."""
+    config = GuardConfig()
+    assert (config.spike_updates, config.spike_sigmas) == (10, 6.0)
+    assert (config.snapshot_every, config.snapshots, config.max_skips, config.max_rollbacks) == (100, 2, 10, 3)
+
+
 def test_a_threshold_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--guard\.snapshot_every is 0: it must be at least 1"):
         StabilityGuard(GuardConfig(snapshot_every=0))

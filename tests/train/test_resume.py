@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 
 import lightning as L
@@ -549,3 +550,9 @@ def test_the_config_is_on_the_disk_before_the_first_step(cli, tiny, drawn_pets, 
     monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *given: (happened.append("step"), step(*given)))
     assert cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1").code == 0
     assert happened == ["config.yaml", "step"]
+
+
+def test_a_checkpoint_names_what_it_was_computed_with(tiny_run):
+    found = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)["moevision"]["fingerprint"]
+    assert {name: found[name] for name in ("torch", "numpy")} == {name: version(name) for name in ("torch", "numpy")}
+    assert (found["world_size"], found["precision"], found["threads"]) == (1, "32-true", torch.get_num_threads())
