@@ -356,6 +356,8 @@ FOREIGN: list[tuple[str, dict[str, object], str]] = [
     ("", {"num_classes": 5}, ""),
     ("", {"label_names": {"first": "cat"}}, "no index"),
     ("", {"label_names": [1, 2]}, "no text"),
+    ("", {"model_args": []}, "model_args is no object"),
+    ("", {"pretrained_cfg": "none"}, "pretrained_cfg is no object"),
     ("model_args", {"base": "hf-hub:evil/model"}, "base is no name"),
     ("model_args", {"base": "local-dir:/tmp/evil"}, "base is no name"),
     ("model_args", {"checkpoint_path": "evil.pth"}, "may not hold 'checkpoint_path'"),

@@ -88,3 +88,8 @@ def test_eval_batches_cover_all_once_in_equally_many_batches(n, batch, world):
 
 def test_eval_batches_of_one_process_are_consecutive():
     assert eval_batches(5, 2) == [[0, 1], [2, 3], [4]]
+
+
+def test_every_image_has_a_label_to_balance_by():
+    with pytest.raises(ValueError, match="expected 4 balanced_labels, got 3"):
+        PositionSampler(4, balanced_labels=[0, 1, 1])

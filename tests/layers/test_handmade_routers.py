@@ -245,3 +245,16 @@ def test_hash_is_the_rank_of_a_fibonacci_hash_of_32_bits() -> None:
     golden = np.arange(16, dtype=np.uint32) * np.uint32(2654435769)  # wraps
     routing = route(layer_of("hash", 8, top_k=1), 1, 16)
     assert routing.expert_index[0, :, 0].tolist() == (golden.argsort().argsort() * 8 // 16).tolist()
+
+
+def test_random_is_murmur_hash_in_evaluation() -> None:
+    """fmix32 of MurmurHash3 (A. Appleby, public domain) over E · position + expert + 1: a saved model routes alike."""
+
+    def fmix32(h: int) -> int:
+        h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+        h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+        return h ^ h >> 16
+
+    routing = route(layer_of("random", 5, top_k=2), 1, 6)
+    scores = [[fmix32(5 * position + expert + 1) for expert in range(5)] for position in range(6)]
+    assert routing.expert_index[0].tolist() == [sorted(range(5), key=row.__getitem__)[:2] for row in scores]

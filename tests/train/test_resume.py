@@ -556,3 +556,19 @@ def test_a_checkpoint_names_what_it_was_computed_with(tiny_run):
     found = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)["moevision"]["fingerprint"]
     assert {name: found[name] for name in ("torch", "numpy")} == {name: version(name) for name in ("torch", "numpy")}
     assert (found["world_size"], found["precision"], found["threads"]) == (1, "32-true", torch.get_num_threads())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no forks")
+def test_a_claim_that_was_given_up_is_forgotten(tmp_path):
+    """A forked worker gives up the claims that it inherited, not another file that has their number by now."""
+    release(claim(tmp_path))
+    other = os.open(tmp_path, os.O_RDONLY)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.fstat(other)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(other)
