@@ -369,3 +369,10 @@ def test_a_text_in_a_foreign_picture_is_not_its_size():
     image.info["full_size"] = "1x1"
     assert full_size(image) == ((16, 8), 1)
     assert square_pixels(image, 8).shape == (8, 8, 3)
+
+
+def test_sixteen_bits_are_rounded_to_the_nearest_of_eight(tmp_path):
+    """257 steps of 16 bits are one of 8: 128 is nearer to 0, 129 to 1."""
+    values = np.array([[0, 128, 129, 257, 65_406, 65_407, 65_535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert np.asarray(safe_open(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 0, 1, 1, 254, 255, 255]

@@ -19,6 +19,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from jsonargparse import Namespace
 
 import moevision
 from moevision.data import ImageDataModule
@@ -30,7 +31,8 @@ from moevision.train.manifest import newest_valid
 from moevision.train.optimizer import OptimizerConfig
 from moevision.train.plain_data import plain
 from moevision.train.random_state import random_state, restore_random_state
-from moevision.train.resume import claim, release, take_resume
+from moevision.train.resume import changed_options, claim, release, take_resume
+from moevision.train.resume_point import CheckpointConfig
 from moevision.train.task import ClassificationTask
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -572,3 +574,15 @@ def test_a_claim_that_was_given_up_is_forgotten(tmp_path):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     os.close(other)
+
+
+def test_how_often_a_point_may_be_saved():
+    assert CheckpointConfig(every_minutes=0.1, every_steps=1).every_steps == 1
+    for wrong in ({"every_steps": 0}, {"every_minutes": 0}):
+        with pytest.raises(UserError, match=r"must be above 0, and --checkpoint\.every_steps at least 1"):
+            CheckpointConfig(**wrong)
+
+
+def test_an_option_that_had_no_value_is_called_null():
+    before, now = Namespace(checkpoint=Namespace(every_steps=None)), Namespace(checkpoint=Namespace(every_steps=3))
+    assert changed_options(before, now) == ["--checkpoint.every_steps was null, now 3"]
