@@ -16,6 +16,7 @@ from moevision.errors import UserError
 
 _CPU_SIZES = (512, 1024, 2048)
 _GPU_SIZES = (2048, 4096, 8192)
+_PATIENCE = 2.0
 _CPU_COPY_BYTES, _GPU_COPY_BYTES = 2**28, 2**30  # more than any core keeps near it
 
 
@@ -53,7 +54,8 @@ def matmul_peak(
         device: where to multiply.
         dtype: float32 follows `torch.set_float32_matmul_precision`, as a model does.
         sizes: sides of the square matrices; 512 to 2048 on a CPU, 2048 to 8192 on a GPU if None.
-        seconds: measuring time, shared by the sizes; the first product of each comes on top.
+        seconds: measuring time, shared by the sizes; the first product of each comes on top. A size is left out if one
+            product would take more than twice as long by the rate so far.
 
     Raises:
         UserError: for float16 on a CPU, which torch multiplies about 30 times slower than float32.
@@ -63,8 +65,14 @@ def matmul_peak(
         raise UserError(
             "float16 has no fast matrix product on a CPU (about 30 times slower than float32): use bfloat16 or float32."
         )
-    sizes = sizes or (_CPU_SIZES if device.type == "cpu" else _GPU_SIZES)
-    return max((_rate(device, dtype, size, seconds / len(sizes)) for size in sizes), key=lambda peak: peak.flops_per_s)
+    sizes = sorted(sizes or (_CPU_SIZES if device.type == "cpu" else _GPU_SIZES))
+    best = _rate(device, dtype, sizes[0], seconds / len(sizes))
+    for size in sizes[1:]:
+        # bfloat16 on a processor without AVX512 takes minutes for a large product and gets no faster.
+        if 2 * size**3 / best.flops_per_s > _PATIENCE * seconds:
+            break
+        best = max(best, _rate(device, dtype, size, seconds / len(sizes)), key=lambda peak: peak.flops_per_s)
+    return best
 
 
 def model_flops_utilization(useful_flops_per_image: float, images_per_s: float, peak: MatmulPeak) -> float:

@@ -45,8 +45,23 @@ def test_the_best_size_wins(monkeypatch):
     """Times of 8, 2 and 64 s for sizes 2, 4 and 8 are 2, 64 and 16 FLOPs per second."""
     seconds = {2: 8.0, 4: 2.0, 8: 64.0}
     monkeypatch.setattr("moevision.efficiency.peak._median_s", lambda _, names, __: (seconds[len(names["a"])], 5))
-    peak = matmul_peak("cpu", sizes=(2, 4, 8))
+    peak = matmul_peak("cpu", sizes=(2, 4, 8), seconds=100)
     assert (peak.flops_per_s, peak.size, peak.repetitions) == (64.0, 4, 5)
+
+
+def test_a_size_that_would_take_long_is_left_out(monkeypatch):
+    """At 16 FLOPs in 8 s, 128 FLOPs take 64 s: more than twice 30 s, less than twice 32 s."""
+    tried = []
+
+    def slow(_, names, __):
+        tried.append(len(names["a"]))
+        return 8.0 * (len(names["a"]) / 2) ** 3, 1
+
+    monkeypatch.setattr("moevision.efficiency.peak._median_s", slow)
+    assert matmul_peak("cpu", sizes=(4, 2), seconds=30).size == 2
+    assert tried == [2]
+    matmul_peak("cpu", sizes=(4, 2), seconds=32)
+    assert tried == [2, 2, 4]
 
 
 def test_half_precision_is_refused_on_a_cpu():
