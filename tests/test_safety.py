@@ -29,7 +29,7 @@ from moevision import UserError
 from moevision.analysis.atlas import load_atlas
 from moevision.cli import VERBS
 from moevision.demo.cards import read_card
-from moevision.models import fetch
+from moevision.models import fetch, safe_config
 from moevision.models.fetch import open_model
 from moevision.models.hub import load_model
 from moevision.models.safe_config import MAX_SIDE, read_config
@@ -638,3 +638,6 @@ def test_limits_hold_to_the_last_one() -> None:
     assert len(parse_json(most, "x")) == MAX_JSON_VALUES
     with pytest.raises(UserError, match="more than the 1,000,000 values"):
         parse_json(b"[1," + most[1:], "x")
+    safe_config._text("x" * safe_config.MAX_TEXT, "x")
+    with pytest.raises(ValueError, match="at most 2000 characters"):
+        safe_config._text("x" * 2001, "x")

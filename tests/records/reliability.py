@@ -50,6 +50,24 @@ def file_operations(record: Json) -> Json:
     }  # fmt: skip
 
 
+MUTANTS = ("benchmarks/mutation.json", "benchmarks/mutation_equivalent.json")
+
+
+def mutants(record: dict[str, Any], reasons: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each area and one for all: how many were killed, survived, are equivalent; and the share killed."""
+    rows = []
+    for area in [*dict.fromkeys(row["area"] for row in record["mutants"]), "all"]:
+        of_area = [row for row in record["mutants"] if area in (row["area"], "all")]
+        killed = sum(row["outcome"] == "killed" for row in of_area)
+        equivalent = sum(row["outcome"] != "killed" and row["key"] in reasons for row in of_area)
+        others = len(of_area) - equivalent
+        rows.append(
+            {"area": area, "mutants": len(of_area), "killed": killed, "survived": others - killed}
+            | {"equivalent": equivalent, "share": killed / others}
+        )
+    return rows
+
+
 CLAIMS = [
     Claim(GUARD, "cost less than 2 points of accuracy (the margin): {shown}", mean_difference),
     Claim(
@@ -67,6 +85,8 @@ CLAIMS = [
     Claim(FILES, "{operations} operations of three saves", file_operations),
     Claim(FILES, "Nothing was lost in {cases} cases and {states} states", file_operations),
     Claim(FILES, "something is lost, at {needed} of the operations", file_operations),
+    Claim(MUTANTS, "| {area} | {mutants} | {killed} | {survived} | {equivalent} | {share:.0%} |", mutants),
+    Claim("benchmarks/mutation.json", "by seed from {of:,} possible changes"),
     Claim(RESUME, "{equal} of {cells} cells identical", equal_cells),
     Claim(KILLS, "{kills} kills in {runs} run", kills),
     Claim(

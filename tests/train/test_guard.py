@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moevision.errors import UserError
+from moevision.train.diagnosis import Event, GuardRecord
 from moevision.train.guard import GuardConfig, StabilityGuard
 from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
 
@@ -150,3 +151,22 @@ def test_the_guard_can_be_switched_off(
     assert outcome.code == 0, outcome.err
     assert "guard/skipped" not in (tmp_path / "off" / "metrics.csv").read_text()
     assert "train/update_norm" in (tmp_path / "off" / "metrics.csv").read_text()
+
+
+def test_what_the_summary_says_of_each_kind() -> None:
+    record = GuardRecord()
+    assert record.sentences() == []
+    record.add(Event(7, 0, "skip", "loss"))
+    assert [sentence.split(".")[0] for sentence in record.sentences()] == [
+        "1 update left out because a number was not finite",
+        "Where it came from: loss (1)",
+    ]
+    record.add(Event(9, 0, "validation", "val/loss"))
+    assert record.sentences()[1] == "1 validation had a loss that is not finite."
+
+
+def test_so_many_events_are_kept_and_all_are_counted(tmp_path: Path) -> None:
+    record = GuardRecord()
+    for step in range(1002):
+        record.add(Event(step, 0, "skip", "loss"))
+    assert (record.skipped, record.sources["loss"], len(record.events)) == (1002, 1002, 1000)

@@ -31,7 +31,7 @@ from moevision.train.manifest import newest_valid
 from moevision.train.optimizer import OptimizerConfig
 from moevision.train.plain_data import plain
 from moevision.train.random_state import random_state, restore_random_state
-from moevision.train.resume import changed_options, claim, release, take_resume
+from moevision.train.resume import changed_options, claim, recorded_config, release, take_resume
 from moevision.train.resume_point import CheckpointConfig
 from moevision.train.task import ClassificationTask
 
@@ -586,3 +586,11 @@ def test_how_often_a_point_may_be_saved():
 def test_an_option_that_had_no_value_is_called_null():
     before, now = Namespace(checkpoint=Namespace(every_steps=None)), Namespace(checkpoint=Namespace(every_steps=3))
     assert changed_options(before, now) == ["--checkpoint.every_steps was null, now 3"]
+
+
+def test_a_checkpoint_in_the_place_of_its_run_folder(tmp_path):
+    checkpoint = tmp_path / "runs" / "pets" / "checkpoints" / "last.ckpt"
+    with pytest.raises(UserError, match=rf"no config\.yaml: give its folder, {re.escape(str(tmp_path))}/runs/pets\."):
+        recorded_config(checkpoint)
+    with pytest.raises(UserError, match=r"it has no config\.yaml\.$"):
+        recorded_config(tmp_path)
