@@ -53,7 +53,7 @@ TESTS = (
     *("test_safety.py", "test_fit.py", "test_predict.py", "test_configs.py", "test_info.py"),
 )
 SKIPPED_FOLDERS = shutil.ignore_patterns(".git", "__pycache__", "runs", ".*cache", "*.png", "*.jpg")
-BUDGET_S = 20.0  # CPU seconds of tests that a mutant meets, as measured by `map`
+BUDGET_S = 10.0  # CPU seconds of tests that a mutant meets, as measured by `map`
 
 _LOADED_BEFORE = (
     "ignore::pytest.PytestAssertRewriteWarning"  # of a plugin that came with what was loaded before forking
