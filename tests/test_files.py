@@ -33,3 +33,8 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, code, counts):
             files.sync_folder(tmp_path)
     else:
         files.sync_folder(tmp_path)
+
+
+def test_json_is_indented_by_two_and_ends_its_line(tmp_path):
+    files.write_json_atomic(tmp_path / "x.json", {"a": ["ü"]})
+    assert (tmp_path / "x.json").read_bytes() == '{\n  "a": [\n    "ü"\n  ]\n}\n'.encode()

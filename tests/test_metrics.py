@@ -65,3 +65,12 @@ def test_tokens_without_an_expert_are_those_whose_choices_all_were_dropped() -> 
     (load,) = statistics.layer_loads()
     assert load.unrouted == pytest.approx(1 / 6)
     assert load.counts == [4, 4, 0, 0]
+
+
+def test_entropy_is_in_bits() -> None:
+    """Half of the tokens are undecided between 4 experts (2 bits), half between 2 (1 bit)."""
+    probs = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]]])
+    zeros, expert, ones = torch.zeros(1, 2, 4), torch.tensor([[[0], [1]]]), torch.ones(1, 2, 1)
+    statistics = RoutingStatistics([0], 4)
+    statistics.update([Routing(zeros, zeros, probs, None, expert, ones, ones.bool())])
+    assert statistics.layer_loads()[0].entropy_bits == pytest.approx(1.5)

@@ -368,6 +368,8 @@ FOREIGN: list[tuple[str, dict[str, object], str]] = [
     ("pretrained_cfg", {"state_dict": {}}, "state_dict"),
     ("pretrained_cfg", {"std": [0.0, 0.1, 0.1]}, "no list of usable numbers"),
     ("pretrained_cfg", {"mean": "half"}, "no list of usable numbers"),
+    ("pretrained_cfg", {"mean": [0.5] * 17}, "no list of usable numbers"),
+    ("pretrained_cfg", {"mean": [0.5, 0.5, 1001]}, "no list of usable numbers"),
 ]
 
 
