@@ -405,3 +405,9 @@ def test_the_layers_of_a_model_in_words() -> None:
     assert describe_moe([one]) == "4 experts, 2 per token plus 1 shared by vmoe_top_k, in blocks 1"
     assert describe_moe([two, two]) == "8 experts, 2 per token by vmoe_top_k, in blocks 3, 3"
     assert describe_moe([two, one]).startswith("8 and 4 experts, 2 per token plus 1 shared")
+
+
+@pytest.mark.parametrize("bias", [(True, False), (False, True)])
+def test_each_product_of_the_shared_experts_has_its_own_bias_or_none(bias: tuple[bool, bool]) -> None:
+    shared = MoEMlp(8, 16, num_experts=4, num_shared_experts=1, bias=bias).shared
+    assert (shared.fc1.bias is not None, shared.fc2.bias is not None) == bias
