@@ -64,4 +64,4 @@ def within_capacity(
     fits = alive & (place <= capacity_of(factor, tokens, top_k, num_experts))
     if priority:
         fits = torch.zeros_like(fits).scatter(1, order, fits)
-    return fits.view(len(fits), top_k, tokens).mT.reshape(shape)
+    return fits.view(fits.shape[0], top_k, tokens).mT.reshape(shape)  # not len(): it would fix the size of an export

@@ -85,6 +85,7 @@ CLAIMS = [
     Claim(FILES, "{operations} operations of three saves", file_operations),
     Claim(FILES, "Nothing was lost in {cases} cases and {states} states", file_operations),
     Claim(FILES, "something is lost, at {needed} of the operations", file_operations),
+    Claim("benchmarks/avx2_tests.json", "{parts[0][passed]:,} and {parts[1][passed]:,} tests in two runs"),
     Claim(MUTANTS, "| {area} | {mutants} | {killed} | {survived} | {equivalent} | {share:.0%} |", mutants),
     Claim("benchmarks/mutation.json", "by seed from {of:,} possible changes"),
     Claim(RESUME, "{equal} of {cells} cells identical", equal_cells),
