@@ -53,7 +53,7 @@ TESTS = (
     *("test_safety.py", "test_fit.py", "test_predict.py", "test_configs.py", "test_info.py"),
 )
 SKIPPED_FOLDERS = shutil.ignore_patterns(".git", "__pycache__", "runs", ".*cache", "*.png", "*.jpg")
-FIRST_S, ALL_S = 12.0, 90.0  # seconds of tests that a mutant meets: the first pass, and all that a survivor meets
+FIRST_S, ALL_S = 10.0, 40.0  # seconds of tests that a mutant meets: the first pass, and all that a survivor meets
 
 _LOADED_BEFORE = (
     "ignore::pytest.PytestAssertRewriteWarning"  # of a plugin that came with what was loaded before forking
