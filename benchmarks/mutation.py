@@ -53,7 +53,7 @@ TESTS = (
     *("test_safety.py", "test_fit.py", "test_predict.py", "test_configs.py", "test_info.py"),
 )
 SKIPPED_FOLDERS = shutil.ignore_patterns(".git", "__pycache__", "runs", ".*cache", "*.png", "*.jpg")
-FIRST_S, ALL_S = 10.0, 40.0  # seconds of tests that a mutant meets: the first pass, and all that a survivor meets
+FIRST_S, ALL_S = 5.0, 15.0  # seconds of tests that a mutant meets: the first pass, and all that a survivor meets
 
 _LOADED_BEFORE = (
     "ignore::pytest.PytestAssertRewriteWarning"  # of a plugin that came with what was loaded before forking
@@ -340,7 +340,7 @@ def _in_child(tree: Path, tests: list[str], seconds: float) -> str:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    limit = time.monotonic() + 40 + 4 * seconds
+    limit = time.monotonic() + 60 + 4 * seconds
     while time.monotonic() < limit:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
