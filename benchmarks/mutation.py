@@ -53,7 +53,7 @@ TESTS = (
     *("test_safety.py", "test_fit.py", "test_predict.py", "test_configs.py", "test_info.py"),
 )
 SKIPPED_FOLDERS = shutil.ignore_patterns(".git", "__pycache__", "runs", ".*cache", "*.png", "*.jpg")
-FIRST_S, ALL_S = 5.0, 15.0  # seconds of tests that a mutant meets: the first pass, and all that a survivor meets
+BUDGET_S = 10.0  # CPU seconds of tests that a mutant meets, as measured by `map`
 
 _LOADED_BEFORE = (
     "ignore::pytest.PytestAssertRewriteWarning"  # of a plugin that came with what was loaded before forking
@@ -340,7 +340,7 @@ def _in_child(tree: Path, tests: list[str], seconds: float) -> str:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    limit = time.monotonic() + 60 + 4 * seconds
+    limit = time.monotonic() + 40 + 4 * seconds
     while time.monotonic() < limit:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -357,30 +357,22 @@ def _end_group(child: int) -> None:
         os.killpg(child, signal.SIGKILL)
 
 
-def judge(known: dict[str, Any], mutant: Mutant, tree: Path) -> dict[str, Any]:
-    """Put the change into `tree`, run the tests that cover it, and take it back."""
+def judge(known: dict[str, Any], mutant: Mutant, tree: Path, again: list[str]) -> dict[str, Any]:
+    """Put the change into `tree`, run the tests that cover it (or those of `again`), and take it back."""
     target = tree / mutant.file
     original = target.read_bytes()
     if original[mutant.start : mutant.stop].decode() != mutant.old:
         raise SystemExit(f"{mutant.file} has changed since the sample was drawn: begin a new record.")
     tests = covering(known, mutant)
-    outcome, ran = "not covered", 0
+    some, seconds = (again, BUDGET_S) if again else budgeted(known, tests, BUDGET_S)
     began = time.monotonic()
     try:
         target.write_bytes(original[: mutant.start] + mutant.new.encode() + original[mutant.stop :])
-        for budget in (FIRST_S, ALL_S):
-            some, seconds = budgeted(known, tests, budget)
-            some = some[ran:] if some[:ran] == tests[:ran] else some
-            if not some:
-                break
-            outcome = _in_child(tree, some, seconds)
-            ran += len(some)
-            if outcome != "survived":
-                break
+        outcome = _in_child(tree, some, seconds) if some else "not covered"
     finally:
         target.write_bytes(original)
     facts = {k: v for k, v in asdict(mutant).items() if k not in ("start", "stop")}
-    return {"key": mutant.key, **facts, "outcome": outcome, "covering_tests": len(tests), "ran": ran,
+    return {"key": mutant.key, **facts, "outcome": outcome, "covering_tests": len(tests), "ran": len(some),
             "wall_s": round(time.monotonic() - began, 1)}  # fmt: skip
 
 
@@ -388,8 +380,12 @@ def run(options: Namespace) -> None:
     """Judge the whole sample; each worker has a copy of the tree of its own."""
     known = json.loads(options.map.read_text())
     record = json.loads(options.out.read_text()) if options.out.exists() else {"mutants": []}
-    done = {row["key"] for row in record["mutants"]}
-    left = [mutant for mutant in sample(options.number, options.seed) if mutant.key not in done]
+    if options.again:  # survivors alone; the code around them may have changed
+        alive = {row["key"] for row in record["mutants"] if row["outcome"] in ("survived", "not covered")}
+        left = [mutant for mutant in all_mutants() if mutant.key in alive]
+    else:
+        done = {row["key"] for row in record["mutants"]}
+        left = [mutant for mutant in sample(options.number, options.seed) if mutant.key not in done]
     if options.only:
         left = [mutant for mutant in left if options.only in mutant.key]
     random.Random(options.seed).shuffle(left)
@@ -406,7 +402,7 @@ def run(options: Namespace) -> None:
             if pid == 0:
                 tree = Path(home) / f"tree{number}"
                 shutil.copytree(ROOT, tree, ignore=SKIPPED_FOLDERS)
-                os._exit(_work(known, share, tree, out))
+                os._exit(_work(known, share, tree, out, options.again))
             workers[pid] = out
         seen = {out: 0 for out in workers.values()}
         while workers:
@@ -415,7 +411,7 @@ def run(options: Namespace) -> None:
             for out in list(seen):
                 rows = out.read_text().splitlines() if out.exists() else []
                 for row in map(json.loads, rows[seen[out] :]):
-                    record["mutants"].append(row)
+                    record["mutants"] = [*(old for old in record["mutants"] if old["key"] != row["key"]), row]
                     print(
                         f"{len(record['mutants']):4d} {row['outcome']:11s} {row['wall_s']:6.1f} s {row['key'][:110]}",
                         flush=True,
@@ -426,15 +422,15 @@ def run(options: Namespace) -> None:
             workers.pop(ended, None)
 
 
-def _work(known: dict[str, Any], share: list[Mutant], tree: Path, out: Path) -> int:
+def _work(known: dict[str, Any], share: list[Mutant], tree: Path, out: Path, again: list[str]) -> int:
     """One worker; ends with 0. Nothing is judged unless tests pass on the tree as it is."""
     try:
-        tests, seconds = budgeted(known, known["tests"], 1.0)
+        tests, seconds = (again, BUDGET_S) if again else budgeted(known, known["tests"], 1.0)
         if _in_child(tree, tests, seconds) != "survived":
             raise RuntimeError(f"these tests don't pass on an unchanged copy: {tests}")
         with out.open("w") as file:
             for mutant in share:
-                file.write(json.dumps(judge(known, mutant, tree)) + "\n")
+                file.write(json.dumps(judge(known, mutant, tree, again)) + "\n")
                 file.flush()
     except BaseException:
         traceback.print_exc()
@@ -498,6 +494,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws the sample")
     parser.add_argument("--jobs", type=int, default=1, help="mutants judged at a time")
     parser.add_argument("--only", default="", help="only mutants whose key holds this text")
+    parser.add_argument("--again", nargs="+", default=[], metavar="TEST", help="judge survivors again, by these tests")
     options = parser.parse_args()
     options.map.parent.mkdir(parents=True, exist_ok=True)
     if options.what == "map":
