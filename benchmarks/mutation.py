@@ -445,7 +445,9 @@ def _save(record: dict[str, Any], options: Namespace) -> None:
     from moevision.files import write_json_atomic
     from moevision.train.provenance import git_state
 
-    record |= {"seed": options.seed, "number": options.number, "of": len(all_mutants()), "code": git_state(ROOT)}
+    record["code"] = git_state(ROOT)
+    if not options.again:  # else the sample was drawn before, from what there was then
+        record |= {"seed": options.seed, "number": options.number, "of": len(all_mutants())}
     record["mutants"].sort(key=lambda row: row["key"])
     write_json_atomic(options.out, record)
 
