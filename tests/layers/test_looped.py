@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moevision.errors import UserError
-from moevision.layers.looped import looped_mlps
+from moevision.layers.cpu import looped_mlps
 
 Function = Callable[..., Tensor]
 WIDTH, HIDDEN, OUT = 5, 7, 4
