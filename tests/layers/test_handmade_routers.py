@@ -216,8 +216,8 @@ def test_colour_does_not_depend_on_batch_mates_once_fitted() -> None:
     assert torch.equal(together[0].expert_index[2:3], alone[0].expert_index)
 
 
-def test_colour_needs_a_picture() -> None:
-    with pytest.raises(UserError, match="picture"):
+def test_colour_needs_an_image() -> None:
+    with pytest.raises(UserError, match="image"):
         layer_of("colour")(torch.randn(1, 16, 8))
 
 
