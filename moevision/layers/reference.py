@@ -97,5 +97,6 @@ def load_loss(choice: Choice) -> Tensor:
     noisy, top_k = choice.noisy_logits, choice.expert.shape[-1]
     others = [torch.cat([noisy[:, :e], noisy[:, e + 1 :]], dim=-1) for e in range(noisy.shape[-1])]
     threshold = torch.stack([other.topk(top_k, dim=-1).values[:, -1] for other in others], dim=-1)  # [T, E]
-    load = torch.special.ndtr((choice.logits - threshold) / choice.noise_std).sum(0)  # [E]
+    chance: Tensor = torch.special.ndtr((choice.logits - threshold) / choice.noise_std)  # [T, E]
+    load = chance.sum(0)  # [E]
     return load.var(correction=0) / load.mean() ** 2
