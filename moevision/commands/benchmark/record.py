@@ -19,7 +19,7 @@ from rich.table import Table
 from moevision import __version__, allocator
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
-from moevision.layers.machine import has_matrix_unit
+from moevision.layers.cpu import has_matrix_unit
 from moevision.names import shown_lines
 from moevision.train.provenance import cpu_model, git_state, gpu_names, total_memory_bytes
 from moevision.versions import package_version
