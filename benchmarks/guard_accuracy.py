@@ -25,10 +25,10 @@ import moevision
 from moevision.data import ImageDataModule
 from moevision.files import write_json_atomic
 from moevision.models.config import MoEConfig
-from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.faults import FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.intervals import paired_difference
+from moevision.train.optim import EmaConfig, WeightEMA
 from moevision.train.provenance import git_state
 from moevision.train.task import ClassificationTask, OptimizerConfig
 

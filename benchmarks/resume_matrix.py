@@ -35,11 +35,11 @@ from moevision.train.callbacks import Stopwatch
 from moevision.train.checkpoint_io import SafeCheckpointIO
 from moevision.train.clock import AwakeClock
 from moevision.train.console import quiet_lightning
-from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.guard import StabilityGuard
 from moevision.train.interrupt import Interrupted, Interruption
 from moevision.train.manifest import newest_valid
 from moevision.train.metrics_file import RunLogger
+from moevision.train.optim import EmaConfig, WeightEMA
 from moevision.train.provenance import collect_provenance
 from moevision.train.resume_point import CheckpointConfig, EpochEnd, ResumePoint
 from moevision.train.task import ClassificationTask

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers
-from moevision.train.ema import WeightEMA
+from moevision.train.optim import WeightEMA
 
 if TYPE_CHECKING:
     from moevision.train.task import ClassificationTask

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from moevision.errors import DIVERGED, UserError
 from moevision.files import write_text_atomic
 from moevision.train.diagnosis import GuardRecord, all_finite, nonfinite_states
-from moevision.train.ema import WeightEMA
+from moevision.train.optim import WeightEMA
 from moevision.train.processes import gather, sum_numbers
 from moevision.train.snapshot import TrainingSnapshot, lasting_tensors
 from moevision.train.task import ClassificationTask

@@ -6,9 +6,9 @@ import lightning as L
 from jsonargparse import ActionYesNo
 from lightning.pytorch.cli import LightningArgumentParser
 
-from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.faults import KINDS, FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.optim import EmaConfig, WeightEMA
 from moevision.train.resume_point import CheckpointConfig
 from moevision.train.router_health import RouterHealth
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from moevision.train.ema import WeightEMA
+from moevision.train.optim import WeightEMA
 from moevision.train.random_state import random_state, restore_random_state
 
 if TYPE_CHECKING:

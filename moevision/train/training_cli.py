@@ -29,7 +29,7 @@ from moevision.train.fingerprint import differences, fingerprint
 from moevision.train.finish import RunResult, finish_run
 from moevision.train.messages import tell
 from moevision.train.metrics_file import RunLogger
-from moevision.train.optimizer import freeze_parameters
+from moevision.train.optim import freeze_parameters
 from moevision.train.plan import describe_plan, memory_advice
 from moevision.train.recipe import default_precision
 from moevision.train.resume import Start, note_session, resume_command

@@ -28,7 +28,7 @@ from moevision.models.config import MoEConfig
 from moevision.train import checkpoint_io, training_cli
 from moevision.train.callbacks import Stopwatch
 from moevision.train.manifest import newest_valid
-from moevision.train.optimizer import OptimizerConfig
+from moevision.train.optim import OptimizerConfig
 from moevision.train.plain_data import plain
 from moevision.train.random_state import random_state, restore_random_state
 from moevision.train.resume import changed_options, claim, recorded_config, release, take_resume

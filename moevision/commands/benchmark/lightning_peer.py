@@ -33,8 +33,8 @@ from moevision.commands.benchmark.subject import Subject
 from moevision.commands.benchmark.timing import Timings, synchronize
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
-from moevision.train.ema import EmaConfig
 from moevision.train.guard import GuardConfig
+from moevision.train.optim import EmaConfig
 from moevision.train.run_options import watching
 from moevision.train.task import ClassificationTask
 
