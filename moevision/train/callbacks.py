@@ -10,9 +10,8 @@ from typing import Any, cast
 import lightning as L
 
 from moevision.errors import UserError
-from moevision.train.clock import AwakeClock
 from moevision.train.data_wait import data_wait_advice
-from moevision.train.messages import tell
+from moevision.train.processes import AwakeClock, tell
 
 _SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
 

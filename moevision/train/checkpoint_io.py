@@ -23,8 +23,7 @@ from lightning.fabric.plugins import CheckpointIO
 from moevision.errors import UserError
 from moevision.files import make_folder, rename, sync_folder, written_beside
 from moevision.train.manifest import Entry, read_manifest, sha256_of, verify, write_manifest
-from moevision.train.messages import tell
-from moevision.train.processes import from_first
+from moevision.train.processes import from_first, tell
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 RETRY_S = 30.0

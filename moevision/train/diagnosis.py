@@ -19,8 +19,7 @@ from torch import Tensor
 
 from moevision.files import write_text_atomic
 from moevision.names import csv_name
-from moevision.train.messages import tell
-from moevision.train.processes import gather
+from moevision.train.processes import gather, tell
 
 GUARD_CSV = "guard.csv"
 _COLUMNS = ("step", "epoch", "kind", "source", "samples")

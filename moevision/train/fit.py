@@ -15,9 +15,7 @@ from moevision.errors import UserError
 from moevision.train.console import SentenceParser, quiet_lightning
 from moevision.train.finish import RunResult, write_comparison
 from moevision.train.help import ALL
-from moevision.train.interrupt import Interrupted
-from moevision.train.messages import tell
-from moevision.train.processes import several_processes
+from moevision.train.processes import Interrupted, several_processes, tell
 from moevision.train.recovery import TrainingDiverged
 from moevision.train.resume import Start, find_start
 from moevision.train.session import Session

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
 
 from moevision.files import append_bytes, sync_file, write_text_atomic
-from moevision.train.messages import tell
+from moevision.train.processes import tell
 
 
 class RunLogger(CSVLogger):

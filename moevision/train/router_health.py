@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from moevision.layers import MoEMlp, moe_layers
-from moevision.train.messages import tell
-from moevision.train.processes import sum_over_processes
+from moevision.train.processes import sum_over_processes, tell
 from moevision.train.task import ClassificationTask
 
 _PATIENCE = 100  # updates that are summed before a layer is judged

@@ -10,10 +10,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moevision.errors import UserError
-from moevision.train.clock import AwakeClock
-from moevision.train.interrupt import Interruption
-from moevision.train.launch import Processes
-from moevision.train.messages import tell
+from moevision.train.processes import AwakeClock, Interruption, Processes, tell
 from moevision.train.recipe import expand_arguments
 from moevision.train.resume import (
     AUTO,

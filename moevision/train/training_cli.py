@@ -27,10 +27,10 @@ from moevision.train.checkpoint_io import SafeCheckpointIO
 from moevision.train.console import SentenceParser
 from moevision.train.fingerprint import differences, fingerprint
 from moevision.train.finish import RunResult, finish_run
-from moevision.train.messages import tell
 from moevision.train.metrics_file import RunLogger
 from moevision.train.optim import freeze_parameters
 from moevision.train.plan import describe_plan, memory_advice
+from moevision.train.processes import tell
 from moevision.train.recipe import default_precision
 from moevision.train.resume import Start, note_session, resume_command
 from moevision.train.resume_point import EpochEnd, ResumePoint

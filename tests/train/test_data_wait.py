@@ -7,8 +7,8 @@ import pytest
 
 from moevision.data import ImageDataModule
 from moevision.train.callbacks import Stopwatch
-from moevision.train.clock import AwakeClock
 from moevision.train.data_wait import data_wait_advice
+from moevision.train.processes import AwakeClock
 
 
 class Hand(AwakeClock):
