@@ -32,10 +32,9 @@ from moevision.data import ImageDataModule
 from moevision.files import write_json_atomic
 from moevision.models.config import MoEConfig
 from moevision.train.callbacks import Stopwatch
-from moevision.train.checkpoint_io import SafeCheckpointIO
+from moevision.train.checkpoint import SafeCheckpointIO, newest_valid
 from moevision.train.console import quiet_lightning
 from moevision.train.guard import StabilityGuard
-from moevision.train.manifest import newest_valid
 from moevision.train.metrics_file import RunLogger
 from moevision.train.optim import EmaConfig, WeightEMA
 from moevision.train.processes import AwakeClock, Interrupted, Interruption

@@ -23,12 +23,11 @@ from moevision.names import csv_name
 from moevision.train.callbacks import Stopwatch
 from moevision.train.card import model_card
 from moevision.train.card_facts import gather_facts
-from moevision.train.checkpoint_io import final_checkpoint
+from moevision.train.checkpoint import final_checkpoint, sha256_of
 from moevision.train.confusion import plot_confusion
 from moevision.train.data_wait import data_wait_advice
 from moevision.train.guard import StabilityGuard
 from moevision.train.intervals import paired_difference
-from moevision.train.manifest import sha256_of
 from moevision.train.optim import WeightEMA
 from moevision.train.plan import describe_model, device_name
 from moevision.train.plots import plot_curves

@@ -25,9 +25,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from moevision.errors import UserError
+from moevision.train.checkpoint import random_state, restore_random_state
 from moevision.train.diagnosis import GuardRecord, note, source_of
 from moevision.train.processes import sum_numbers
-from moevision.train.random_state import random_state, restore_random_state
 from moevision.train.recovery import Recovery
 from moevision.train.spikes import LossHistory
 from moevision.train.task import ClassificationTask

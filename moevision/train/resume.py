@@ -20,9 +20,8 @@ from jsonargparse import Namespace
 
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
-from moevision.train.manifest import newest_valid
+from moevision.train.checkpoint import MARK, newest_valid
 from moevision.train.processes import tell
-from moevision.train.resume_point import MARK
 
 OPTION, AUTO = "--resume", "auto"
 SESSIONS = "sessions.json"

@@ -20,12 +20,16 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
-from moevision.train.checkpoint_io import LAST, SafeCheckpointIO
+from moevision.train.checkpoint import (
+    LAST,
+    MARK,
+    SafeCheckpointIO,
+    part_random_state,
+    random_state,
+    restore_random_state,
+)
 from moevision.train.metrics_file import RunLogger
 from moevision.train.processes import AwakeClock, Interruption, gather, tell
-from moevision.train.random_state import part_random_state, random_state, restore_random_state
-
-MARK = "moevision"  # where a checkpoint keeps what is ours
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-import torch
-
 from moevision.errors import UserError
 from moevision.names import shown
 
@@ -33,21 +31,6 @@ def run_name(data: str) -> str:
     """What a run is called after its data: the name of the folder, without signs that a terminal can't show."""
     name = Path(data).resolve().name
     return name if shown(name) == name else shown(name).replace("\\", "_")
-
-
-def check_checkpoint(name: str) -> None:
-    """Raise a UserError if this is a file that is missing, damaged, or of another program."""
-    if not Path(name).is_file():
-        raise UserError(f"There is no checkpoint {name}: look in runs/NAME/checkpoints/.")
-    try:
-        checkpoint = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and OS errors alike; the cause stays attached
-        raise UserError(
-            f"The checkpoint {name} can't be read ({type(error).__name__}): it is damaged, or no checkpoint. "
-            "Use another one of the run, such as last.ckpt or best.ckpt."
-        ) from error
-    if not isinstance(checkpoint, dict) or "arch" not in checkpoint.get("hyper_parameters", {}):
-        raise UserError(f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/.")
 
 
 def shipped_configs() -> dict[str, Path]:

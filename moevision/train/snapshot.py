@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from moevision.train.checkpoint import random_state, restore_random_state
 from moevision.train.optim import WeightEMA
-from moevision.train.random_state import random_state, restore_random_state
 
 if TYPE_CHECKING:
     from moevision.train.task import ClassificationTask

@@ -23,7 +23,7 @@ from moevision.models.config import build_model
 from moevision.names import shown
 from moevision.train.allowlist import restrict_configurations
 from moevision.train.callbacks import ScheduleCheck, Stopwatch
-from moevision.train.checkpoint_io import SafeCheckpointIO
+from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
 from moevision.train.console import SentenceParser
 from moevision.train.fingerprint import differences, fingerprint
 from moevision.train.finish import RunResult, finish_run
@@ -34,7 +34,7 @@ from moevision.train.processes import tell
 from moevision.train.recipe import default_precision
 from moevision.train.resume import Start, note_session, resume_command
 from moevision.train.resume_point import EpochEnd, ResumePoint
-from moevision.train.run_folder import check_checkpoint, new_run_folder, run_name
+from moevision.train.run_folder import new_run_folder, run_name
 from moevision.train.run_options import add_run_options, watching
 from moevision.train.session import Session
 from moevision.train.task import ClassificationTask

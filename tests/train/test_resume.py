@@ -25,12 +25,10 @@ import moevision
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
-from moevision.train import checkpoint_io, training_cli
+from moevision.train import checkpoint, training_cli
 from moevision.train.callbacks import Stopwatch
-from moevision.train.manifest import newest_valid
+from moevision.train.checkpoint import newest_valid, plain, random_state, restore_random_state
 from moevision.train.optim import OptimizerConfig
-from moevision.train.plain_data import plain
-from moevision.train.random_state import random_state, restore_random_state
 from moevision.train.resume import changed_options, claim, recorded_config, release, take_resume
 from moevision.train.resume_point import CheckpointConfig
 from moevision.train.task import ClassificationTask
@@ -293,8 +291,8 @@ def _checkpoint_states(path):
 
 def test_training_outlives_a_full_disk(cli, tiny, drawn_pets, monkeypatch, whole):
     """Checkpoints find no room, all else does: the best weights are tested and exported from memory."""
-    nothing = checkpoint_io.shutil._ntuple_diskusage(1, 1, 0)
-    monkeypatch.setattr(checkpoint_io.shutil, "disk_usage", lambda _: nothing)
+    nothing = checkpoint.shutil._ntuple_diskusage(1, 1, 0)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: nothing)
     outcome = cli("fit", drawn_pets, *tiny)
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("can't be written (No space left on device)") == 2, "one sentence for each file"
