@@ -29,10 +29,10 @@ from moevision.train.data_wait import data_wait_advice
 from moevision.train.guard import StabilityGuard
 from moevision.train.intervals import paired_difference
 from moevision.train.optim import WeightEMA
-from moevision.train.plan import describe_model, device_name
 from moevision.train.plots import plot_curves
 from moevision.train.processes import gather
-from moevision.train.provenance import collect_provenance
+from moevision.train.provenance import collect_provenance, device_name
+from moevision.train.recipe import describe_model
 from moevision.train.report import write_summary
 from moevision.train.run_summary import RunSummary, TestScores, TwinComparison
 from moevision.train.task import ClassificationTask

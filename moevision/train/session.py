@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from moevision.errors import UserError
 from moevision.train.processes import AwakeClock, Interruption, Processes, tell
-from moevision.train.recipe import expand_arguments
+from moevision.train.recipe import expand_arguments, run_name
 from moevision.train.resume import (
     AUTO,
     OPTION,
@@ -24,7 +24,6 @@ from moevision.train.resume import (
     release,
     take_resume,
 )
-from moevision.train.run_folder import run_name
 
 
 class Session:
