@@ -44,7 +44,6 @@ from moevision.train.processes import from_first, tell
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 MANIFEST = "manifest.json"
-MARK = "moevision"  # where a checkpoint keeps what is ours
 RETRY_S = 30.0
 _MARGIN_BYTES = 1 << 20  # left free for the manifest, the metrics and the file system's own tables
 _BLOCK_BYTES = 1 << 20  # read at a time

@@ -20,12 +20,11 @@ from moevision.efficiency import measure_cost
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.hub import SavedModel, save_model
 from moevision.names import csv_name
-from moevision.train.callbacks import Stopwatch
+from moevision.train.callbacks import Stopwatch, data_wait_advice
 from moevision.train.card import model_card
 from moevision.train.card_facts import gather_facts
 from moevision.train.checkpoint import final_checkpoint, sha256_of
 from moevision.train.confusion import plot_confusion
-from moevision.train.data_wait import data_wait_advice
 from moevision.train.guard import StabilityGuard
 from moevision.train.intervals import paired_difference
 from moevision.train.optim import WeightEMA

@@ -17,8 +17,7 @@ from moevision.train.finish import RunResult, write_comparison
 from moevision.train.help import ALL
 from moevision.train.processes import Interrupted, several_processes, tell
 from moevision.train.recovery import TrainingDiverged
-from moevision.train.resume import Start, find_start
-from moevision.train.session import Session
+from moevision.train.resume import Session, Start, find_start
 from moevision.train.training_cli import TrainingCLI
 
 

@@ -1,7 +1,7 @@
 """The processes of a training: signals that stop one, its clock, and what several of them agree on.
 
 Stopping: before and after training a signal ends the process at once. During training it is only noted;
-`callbacks.ResumePoint` saves and stops between two optimizer steps, and a second signal doesn't wait for that. The exit
+`resume.ResumePoint` saves and stops between two optimizer steps, and a second signal doesn't wait for that. The exit
 code is 128 plus the signal's number, as in a shell: 130 Ctrl-C, 129 terminal closed, 143 SIGTERM, 138 SIGUSR1 (Linux).
 
 Several processes start in two ways. Lightning starts the others when the first one begins to train (`--trainer.devices

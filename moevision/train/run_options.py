@@ -6,11 +6,11 @@ import lightning as L
 from jsonargparse import ActionYesNo
 from lightning.pytorch.cli import LightningArgumentParser
 
+from moevision.train.callbacks import RouterHealth
 from moevision.train.faults import KINDS, FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.optim import EmaConfig, WeightEMA
-from moevision.train.resume_point import CheckpointConfig
-from moevision.train.router_health import RouterHealth
+from moevision.train.resume import CheckpointConfig
 
 
 def add_run_options(parser: LightningArgumentParser) -> None:

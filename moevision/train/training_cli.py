@@ -22,19 +22,16 @@ from moevision.files import sync_file, sync_folder
 from moevision.models.config import build_model
 from moevision.names import shown
 from moevision.train.allowlist import restrict_configurations
-from moevision.train.callbacks import ScheduleCheck, Stopwatch
+from moevision.train.callbacks import RunLogger, ScheduleCheck, Stopwatch
 from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
 from moevision.train.console import SentenceParser
 from moevision.train.finish import RunResult, finish_run
-from moevision.train.metrics_file import RunLogger
 from moevision.train.optim import freeze_parameters
 from moevision.train.processes import tell
 from moevision.train.provenance import differences, fingerprint
 from moevision.train.recipe import default_precision, describe_plan, memory_advice, new_run_folder, run_name
-from moevision.train.resume import Start, note_session, resume_command
-from moevision.train.resume_point import EpochEnd, ResumePoint
+from moevision.train.resume import EpochEnd, ResumePoint, Session, Start, note_session, resume_command
 from moevision.train.run_options import add_run_options, watching
-from moevision.train.session import Session
 from moevision.train.task import ClassificationTask
 
 _NO_SUBTYPE = "Does not validate against any of the Union subtypes"  # jsonargparse's words

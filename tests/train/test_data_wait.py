@@ -6,8 +6,7 @@ from typing import Any, cast
 import pytest
 
 from moevision.data import ImageDataModule
-from moevision.train.callbacks import Stopwatch
-from moevision.train.data_wait import data_wait_advice
+from moevision.train.callbacks import Stopwatch, data_wait_advice
 from moevision.train.processes import AwakeClock
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from moevision.train import processes
-from moevision.train.metrics_file import MetricsFile
+from moevision.train.callbacks import MetricsFile
 from moevision.train.processes import AwakeClock, Interrupted, Interruption
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

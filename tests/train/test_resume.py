@@ -29,8 +29,7 @@ from moevision.train import checkpoint, training_cli
 from moevision.train.callbacks import Stopwatch
 from moevision.train.checkpoint import newest_valid, plain, random_state, restore_random_state
 from moevision.train.optim import OptimizerConfig
-from moevision.train.resume import changed_options, claim, recorded_config, release, take_resume
-from moevision.train.resume_point import CheckpointConfig
+from moevision.train.resume import CheckpointConfig, changed_options, claim, recorded_config, release, take_resume
 from moevision.train.task import ClassificationTask
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
