@@ -14,9 +14,9 @@ from moevision.allocator import keep_freed_memory
 from moevision.errors import UserError
 from moevision.train.console import SentenceParser, quiet_lightning
 from moevision.train.finish import RunResult, write_comparison
+from moevision.train.guard import TrainingDiverged
 from moevision.train.help import ALL
 from moevision.train.processes import Interrupted, several_processes, tell
-from moevision.train.recovery import TrainingDiverged
 from moevision.train.resume import Session, Start, find_start
 from moevision.train.training_cli import TrainingCLI
 

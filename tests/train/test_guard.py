@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from moevision.errors import UserError
-from moevision.train.diagnosis import Event, GuardRecord
-from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard
 from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
 
 # name: (fault, which batches are left out with it, epochs, batches per epoch and per update, compared after so many

@@ -10,10 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from moevision.train.diagnosis import GuardRecord
-from moevision.train.guard import GuardConfig
-from moevision.train.recovery import TrainingDiverged
-from moevision.train.spikes import LossHistory
+from moevision.train.guard import GuardConfig, GuardRecord, LossHistory, TrainingDiverged
 from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
 from tests.train.test_guard import assert_same
 
