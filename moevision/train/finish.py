@@ -24,11 +24,10 @@ from moevision.train.callbacks import Stopwatch, data_wait_advice
 from moevision.train.card import model_card
 from moevision.train.card_facts import gather_facts
 from moevision.train.checkpoint import final_checkpoint, sha256_of
-from moevision.train.confusion import plot_confusion
 from moevision.train.guard import StabilityGuard
 from moevision.train.intervals import paired_difference
 from moevision.train.optim import WeightEMA
-from moevision.train.plots import plot_curves
+from moevision.train.plots import plot_confusion, plot_curves
 from moevision.train.processes import gather
 from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
