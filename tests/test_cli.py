@@ -9,7 +9,7 @@ import torch
 
 import moevision
 from moevision.cli import VERBS
-from moevision.train.console import explain
+from moevision.train.cli import explain
 from moevision.train.recipe import memory_advice
 
 

@@ -25,7 +25,8 @@ import moevision
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
-from moevision.train import checkpoint, training_cli
+from moevision.train import checkpoint
+from moevision.train import cli as training_cli
 from moevision.train.callbacks import Stopwatch
 from moevision.train.checkpoint import newest_valid, plain, random_state, restore_random_state
 from moevision.train.optim import OptimizerConfig
@@ -106,7 +107,7 @@ def test_interrupted_and_resumed_is_uninterrupted(name, place, tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import resume_matrix
 
-    from moevision.train.console import quiet_lightning
+    from moevision.train.cli import quiet_lightning
 
     setting = next(each for each in resume_matrix.SETTINGS if each.name == name)
     with quiet_lightning():
@@ -154,7 +155,7 @@ def test_auto_starts_afresh_then_goes_on_then_rests(cli, tiny, drawn_pets, send_
 
 def test_a_signal_before_the_first_step_leaves_nothing(cli, tiny, drawn_pets, monkeypatch):
     monkeypatch.setattr(
-        "moevision.train.training_cli.describe_plan", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "never seen"
+        "moevision.train.cli.describe_plan", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "never seen"
     )
     outcome = cli("fit", drawn_pets, *tiny)
     assert outcome.code == 143

@@ -1,10 +1,16 @@
-"""What a finished `fit` leaves: test of the best checkpoint, exported model, plots, predictions, summary."""
+"""`moevision fit | validate | test`, from the command line to the finished run folder, with the dense twin after it.
+
+A finished `fit` tests the best checkpoint, exports the model, and writes predictions, plots, provenance, model card
+and summary.
+"""
 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -14,9 +20,12 @@ from typing import Any, cast
 
 import lightning as L
 import numpy as np
+import torch
 
+from moevision.allocator import keep_freed_memory
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
+from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.hub import SavedModel, save_model
 from moevision.names import csv_name
@@ -24,16 +33,125 @@ from moevision.train.callbacks import Stopwatch, data_wait_advice
 from moevision.train.card import model_card
 from moevision.train.card_facts import gather_facts
 from moevision.train.checkpoint import final_checkpoint, sha256_of
-from moevision.train.guard import StabilityGuard
+from moevision.train.cli import ALL, SentenceParser, TrainingCLI, quiet_lightning
+from moevision.train.guard import StabilityGuard, TrainingDiverged
 from moevision.train.intervals import paired_difference
 from moevision.train.optim import WeightEMA
 from moevision.train.plots import plot_confusion, plot_curves
-from moevision.train.processes import gather
+from moevision.train.processes import Interrupted, gather, several_processes, tell
 from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
 from moevision.train.report import write_summary
+from moevision.train.resume import Session, Start, find_start
 from moevision.train.run_summary import RunSummary, TestScores, TwinComparison
 from moevision.train.task import ClassificationTask
+
+
+def run(verb: str, arguments: Sequence[str]) -> None:
+    """Run `fit`, `validate` or `test` with command-line arguments.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
+    SentenceParser.show_all = ALL in arguments
+    _check_encoding(arguments)
+    arguments = ["--help" if argument == ALL else argument for argument in arguments]
+    session = Session(verb, arguments)
+    try:
+        with session.interruption, session.clock, quiet_lightning():
+            _train(verb, session)
+    except (Interrupted, TrainingDiverged) as stopped:
+        if not session.processes.first:
+            raise SystemExit(0) from None  # the first process says it, and its exit code counts
+        if isinstance(stopped, TrainingDiverged):
+            raise
+        command = session.interruption.command
+        tell(
+            f"Stopped by {stopped.signal_name}."
+            + (f" To go on:\n{command}" if command else " Nothing was trained yet.")
+        )
+        raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        command = session.interruption.command
+        raise UserError(f"The disk is full: make room, then go on with {command or 'the same command'}.") from error
+    except RuntimeError as error:
+        if not several_processes() or "by peer" not in str(error):  # gloo's words for a connection that has gone
+            raise
+        if not session.processes.first:
+            raise SystemExit(1) from None
+        raise UserError(session.another_ended()) from error
+    finally:
+        session.close()
+
+
+def _check_encoding(arguments: Sequence[str]) -> None:
+    """Files below the data may have any names, but config.yaml and safetensors have no other texts than UTF-8."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{argument} is not UTF-8 and can't stand in a run's config.yaml: rename the folder, or give a link to "
+                "it that has a plain name."
+            ) from None
+
+
+def _train(verb: str, session: Session) -> None:
+    cli = TrainingCLI([verb, *session.arguments], session)
+    run_dir = cast(Path, cli.run_dir)
+    if cli.fast_dev_run:  # logs nothing and saves nothing
+        if session.processes.first and cli.start is None:  # else the folder may be an earlier run's
+            shutil.rmtree(run_dir)
+        return
+    if verb != "fit":
+        return
+    result = _finish(cli, session.command)
+    if cli._get(cli.config, "with_twin"):
+        result = _train_twin(cli, session, result)
+    if result is not None:
+        tell(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
+
+
+def _finish(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
+    """Test the best checkpoint, export the model and write the report; None on all processes but the first."""
+    return finish_run(
+        task=cli.model,
+        data=cli.datamodule,
+        trainer=cli.trainer,
+        run_dir=cast(Path, cli.run_dir),
+        command=command,
+        started=cli.started,
+        seed=cli._get(cli.config, "seed_everything"),
+        duration_s=cli.stopwatch.run_s,
+        train_s=cli.stopwatch.train_s,
+        images=cli.stopwatch.images,
+    )
+
+
+def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) -> RunResult | None:
+    start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir), session).plain()))
+    options = ["--model.arch.twin", "active_flops", "--without-twin"]
+    twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
+    # Experts that start as copies have the full width each, and the twin is the dense model they are copies of.
+    match = "active FLOPs" if cli.model.arch.pretrained is None else "pretrained weights, but fewer FLOPs"
+    other = _finish(twin, [*session.command, *options])
+    return None if result is None or other is None else write_comparison(result, other, match)
+
+
+def _twin_start(run_dir: Path, session: Session) -> Start:
+    """Where the twin's training begins, in a folder that is made for it."""
+    folder = run_dir / "twin"
+    known = folder.is_dir()
+    session.claim(folder)
+    start = find_start(folder, fresh_if_none=True) if known else Start(folder)
+    if (run_dir / "splits.csv").is_file():
+        shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
+    print("\nNow the dense twin, by the same recipe.", flush=True)
+    return start
 
 
 @dataclass(frozen=True)
