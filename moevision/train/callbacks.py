@@ -181,11 +181,6 @@ class Stopwatch(L.Callback):
         self._advised = False
         self._run_started, self._earlier_s = clock.now(), 0.0
 
-    @classmethod
-    def of(cls, trainer: L.Trainer) -> Stopwatch | None:
-        """The stopwatch of this training, if it has one."""
-        return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, cls)), None)
-
     @property
     def data_wait(self) -> float | None:
         """Share of the training time in which the process waited for data, in [0, 1]; None if it isn't known."""

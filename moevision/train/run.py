@@ -13,12 +13,10 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import numpy as np
 import torch
 
@@ -29,7 +27,7 @@ from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.hub import SavedModel, save_model
 from moevision.names import csv_name
-from moevision.train.callbacks import Stopwatch, data_wait_advice
+from moevision.train.callbacks import data_wait_advice
 from moevision.train.card import model_card
 from moevision.train.card_facts import gather_facts
 from moevision.train.checkpoint import final_checkpoint, sha256_of
@@ -109,27 +107,11 @@ def _train(verb: str, session: Session) -> None:
         return
     if verb != "fit":
         return
-    result = _finish(cli, session.command)
+    result = finish_run(cli, session.command)
     if cli._get(cli.config, "with_twin"):
         result = _train_twin(cli, session, result)
     if result is not None:
         tell(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
-
-
-def _finish(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
-    """Test the best checkpoint, export the model and write the report; None on all processes but the first."""
-    return finish_run(
-        task=cli.model,
-        data=cli.datamodule,
-        trainer=cli.trainer,
-        run_dir=cast(Path, cli.run_dir),
-        command=command,
-        started=cli.started,
-        seed=cli._get(cli.config, "seed_everything"),
-        duration_s=cli.stopwatch.run_s,
-        train_s=cli.stopwatch.train_s,
-        images=cli.stopwatch.images,
-    )
 
 
 def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) -> RunResult | None:
@@ -138,7 +120,7 @@ def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) ->
     twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
     # Experts that start as copies have the full width each, and the twin is the dense model they are copies of.
     match = "active FLOPs" if cli.model.arch.pretrained is None else "pretrained weights, but fewer FLOPs"
-    other = _finish(twin, [*session.command, *options])
+    other = finish_run(twin, [*session.command, *options])
     return None if result is None or other is None else write_comparison(result, other, match)
 
 
@@ -177,51 +159,42 @@ class RunResult:
         return f"test/top1 {test.correct / test.total:.4f} on {test.total:,} test images{balance}"
 
 
-def finish_run(
-    *,
-    task: ClassificationTask,
-    data: ImageDataModule,
-    trainer: L.Trainer,
-    run_dir: Path,
-    command: Sequence[str],
-    started: datetime,
-    seed: int | None,
-    duration_s: float,
-    train_s: float,
-    images: int,
-) -> RunResult | None:
+def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
     """Test the best checkpoint, export the model, and write every file of the run folder.
 
     Several processes test together; the first one writes, and the others get None.
 
     Args:
-        task: the trained task.
-        data: its data module.
-        trainer: its trainer, after `fit`.
-        run_dir: the run folder.
+        cli: after its `fit`.
         command: the command line as typed.
-        started: when the run began.
-        seed: seed of the run.
-        duration_s: seconds that the run took, interruptions left out.
-        train_s: seconds of training without validation.
-        images: training images seen.
     """
-    watched = StabilityGuard.record_of(trainer)
-    stopwatch = Stopwatch.of(trainer)
-    data_wait = None if stopwatch is None else stopwatch.data_wait
+    task: ClassificationTask = cli.model
+    data: ImageDataModule = cli.datamodule
+    trainer, run_dir, stopwatch = cli.trainer, cast(Path, cli.run_dir), cli.stopwatch
+    seed: int | None = cli._get(cli.config, "seed_everything")
+    watched, duration_s = StabilityGuard.record_of(trainer), stopwatch.run_s
     epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
-    checkpoint, weights = final_checkpoint(run_dir / "checkpoints", cast(Any, trainer.strategy.checkpoint_io))
+    checkpoint, weights = final_checkpoint(run_dir / "checkpoints", cli.files)
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     rows = _predictions(task, data)
     bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
     if not trainer.is_global_zero:
         return None
-    _export(task, data, run_dir)
+    mean, std = cast(Any, data.mean), cast(Any, data.std)
+    save_model(SavedModel(task.net, data.class_names, data.image_size, mean, std), run_dir / "model")
     _write_predictions(rows, data.class_names, run_dir / "predictions_test.csv")
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     labels, predictions = np.array([row.label for row in rows]), np.array([row.prediction for row in rows])
     plot_confusion(labels, predictions, data.class_names, run_dir / "confusion.png")
-    _write_provenance(task, data, run_dir, command, started, seed)
+    chosen = {
+        "backend": task.arch.backend or "auto",
+        "compile": task.compile_blocks,
+        "model_sha256": sha256_of(run_dir / "model" / "model.safetensors"),
+    }
+    provenance = collect_provenance(
+        command=list(command), seed=seed, data_sha256=data.file_list_sha256(), started=cli.started, extra=chosen
+    )
+    write_json_atomic(run_dir / "provenance.json", provenance)
     summary = RunSummary(
         name=run_dir.name,
         model=describe_model(task),
@@ -238,14 +211,14 @@ def finish_run(
         steps=steps,
         batch_size=data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
         duration_s=duration_s,
-        images_per_s=images / train_s if train_s else 0.0,
+        images_per_s=stopwatch.images / stopwatch.train_s if stopwatch.train_s else 0.0,
         device=device_name(trainer) + (f", {trainer.world_size} processes" if trainer.world_size > 1 else ""),
         precision=str(trainer.precision),
         seed=seed,
-        data_wait=data_wait,
+        data_wait=stopwatch.data_wait,
         layers=task.test_loads,
         bad_images=bad_images,
-        notes=[*data.warnings, *watched.sentences(), *data_wait_advice(data_wait, data)],
+        notes=[*data.warnings, *watched.sentences(), *data_wait_advice(stopwatch.data_wait, data)],
     )
     _write_summary(summary, run_dir)
     return RunResult(summary, run_dir, {row.sample: row.prediction == row.label for row in rows})
@@ -335,30 +308,3 @@ def _scores(rows: Sequence[_Prediction], data: ImageDataModule, metrics: dict[st
         top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
         per_class=per_class,
     )
-
-
-def _export(task: ClassificationTask, data: ImageDataModule, run_dir: Path) -> None:
-    mean, std = cast(Any, data.mean), cast(Any, data.std)
-    save_model(SavedModel(task.net, data.class_names, data.image_size, mean, std), run_dir / "model")
-
-
-def _write_provenance(
-    task: ClassificationTask,
-    data: ImageDataModule,
-    run_dir: Path,
-    command: Sequence[str],
-    started: datetime,
-    seed: int | None,
-) -> None:
-    provenance = collect_provenance(
-        command=list(command),
-        seed=seed,
-        data_sha256=data.file_list_sha256(),
-        started=started,
-        extra={
-            "backend": task.arch.backend or "auto",
-            "compile": task.compile_blocks,
-            "model_sha256": sha256_of(run_dir / "model" / "model.safetensors"),
-        },
-    )
-    write_json_atomic(run_dir / "provenance.json", provenance)
