@@ -28,20 +28,17 @@ from moevision.files import write_json_atomic, write_text_atomic
 from moevision.models.hub import SavedModel, save_model
 from moevision.names import csv_name
 from moevision.train.callbacks import data_wait_advice
-from moevision.train.card import model_card
-from moevision.train.card_facts import gather_facts
+from moevision.train.card import gather_facts, model_card
 from moevision.train.checkpoint import final_checkpoint, sha256_of
 from moevision.train.cli import ALL, SentenceParser, TrainingCLI, quiet_lightning
 from moevision.train.guard import StabilityGuard, TrainingDiverged
-from moevision.train.intervals import paired_difference
 from moevision.train.optim import WeightEMA
 from moevision.train.plots import plot_confusion, plot_curves
 from moevision.train.processes import Interrupted, gather, several_processes, tell
 from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
-from moevision.train.report import write_summary
+from moevision.train.report import RunSummary, TestScores, TwinComparison, paired_difference, write_summary
 from moevision.train.resume import Session, Start, find_start
-from moevision.train.run_summary import RunSummary, TestScores, TwinComparison
 from moevision.train.task import ClassificationTask
 
 

@@ -22,10 +22,8 @@ from moevision.data.terms import UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
 from moevision.models.hub import SavedModel, load_model
 from moevision.predict import predict_batch
-from moevision.train.card import model_card
-from moevision.train.card_facts import CardFacts, MoEBlock, Start, gather_facts, without_path
-from moevision.train.card_usage import usage_section
-from moevision.train.run_summary import read_summary
+from moevision.train.card import CardFacts, MoEBlock, Start, gather_facts, model_card, without_path
+from moevision.train.report import read_summary
 
 ANALYSIS = {
     "verdict": {
@@ -250,10 +248,10 @@ def test_the_program_in_the_card_works(
 
 
 def test_the_program_names_the_address(facts: CardFacts) -> None:
-    text = usage_section(replace(facts, address="hf-hub:me/pets"))
+    text = model_card(replace(facts, address="hf-hub:me/pets"))
     assert 'timm.create_model("hf-hub:me/pets", pretrained=True)' in text
     assert "moevision predict hf-hub:me/pets picture.jpg" in text
-    assert "forward_routing" not in usage_section(replace(facts, blocks=[]))
+    assert "forward_routing" not in model_card(replace(facts, blocks=[]))
 
 
 def test_a_damaged_run_is_said(tiny_run: Path, tmp_path: Path) -> None:
