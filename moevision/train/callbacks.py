@@ -266,7 +266,7 @@ def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
         return []
     remedies = [f"raise --data.num_workers (now {data.num_workers})"]
     if not data.contents.fits_memory:
-        remedies.insert(0, f"let the decoded pictures stay in memory (--data.cache_mb above {data.cache_mb})")
+        remedies.insert(0, f"keep the decoded images in memory (--data.cache_mb above {data.cache_mb})")
     if data.augment in ("randaugment", "trivialaugment"):
         remedies.append("choose --data.augment light")
     return [f"Training waited for data during {100 * share:.0f} % of its time: {', or '.join(remedies)}."]

@@ -310,7 +310,7 @@ def watching(fault: str | None, ema: EmaConfig, guard: GuardConfig) -> list[L.Ca
 
 
 class _KeptConfig(SaveConfigCallback):
-    """Flushes the config to the disk: after a power cut a checkpoint without it could not be gone on from."""
+    """Flushes the config to the disk: without it a checkpoint could not be resumed after a power cut."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write it as Lightning does, and flush it."""

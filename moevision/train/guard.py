@@ -122,7 +122,7 @@ class StabilityGuard(L.Callback):
         self._recent: deque[int] = deque(maxlen=_RECENT)  # 1 for a refused update
         self._recovery = Recovery(config.snapshots, config.max_rollbacks)
         self._before: tuple[dict[str, Any], list[Tensor]] | None = None  # randomness and buffers before the window
-        self._indices: list[Tensor] = []  # pictures of the window
+        self._indices: list[Tensor] = []  # images of the window
         self._loss: float | None = None  # of the window, if it was decided and applied
         self._bad_state: str | None = None
 
@@ -300,8 +300,8 @@ class StabilityGuard(L.Callback):
         self._recovery.give_up_if_in_vain(trainer, self.record, cause)
 
     def _note(self, trainer: L.Trainer, kind: str, source: str | None) -> None:
-        pictures = torch.cat(self._indices).tolist() if self._indices and kind == "skip" else []
-        note(self.record, trainer, kind, source, pictures)
+        images = torch.cat(self._indices).tolist() if self._indices and kind == "skip" else []
+        note(self.record, trainer, kind, source, images)
 
 
 def _looks_for_scale(trainer: L.Trainer) -> bool:
@@ -607,18 +607,18 @@ class GuardRecord:
         )
 
 
-def note(record: GuardRecord, trainer: L.Trainer, kind: str, source: str | None, pictures: Sequence[int]) -> None:
-    """Count an event on every process, with the pictures of all of them; write guard.csv and say so.
+def note(record: GuardRecord, trainer: L.Trainer, kind: str, source: str | None, images: Sequence[int]) -> None:
+    """Count an event on every process, with the images of all of them; write guard.csv and tell the user.
 
     Args:
         record: what is counted in.
         trainer: the trainer, at the step of the event.
         kind: of the `Event`.
         source: where it came from, as far as this process knows.
-        pictures: indices of this process's training pictures in the window.
+        images: indices of this process's training images in the window.
     """
     data = cast(Any, trainer).datamodule
-    own = [data.sample_id("train", index) if hasattr(data, "sample_id") else str(index) for index in pictures]
+    own = [data.sample_id("train", index) if hasattr(data, "sample_id") else str(index) for index in images]
     found = gather((source, own))
     # The process with the fault itself knows the loss that was bad; the others see at most its gradients.
     sources = sorted(filter(None, (source for source, _ in found)), key=lambda name: name.startswith("gradient"))

@@ -44,7 +44,7 @@ _WORDS = {
 }
 # Of these only a hash is known. Old checkpoints have no sizes, which are then not compared.
 _OTHERS = {
-    "data": "the list of pictures is another one",
+    "data": "the list of images is another one",
     "sizes": "image files have other sizes than then, so other contents",
 }
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parent.parent
 SCRATCH_MINIMUM = 20_000  # images below which a pretrained start is usually far better
 _ASKS = ("-h", "--help", "--print_config")
-# Pictures in the datasets known by name, which may have to be fetched before they can be counted.
+# Images in the datasets known by name, which may have to be fetched before they can be counted.
 _NAMED_IMAGES = {
     "synthetic_pets": 16_000,
     "cifar10": 60_000,
@@ -48,7 +48,7 @@ _NAMED_IMAGES = {
     "food101": 101_000,
     "imagenet": 1_331_167,
 }
-_CACHE_SHARE = 0.25  # of the free memory may hold decoded pictures
+_CACHE_SHARE = 0.25  # of the free memory may hold decoded images
 
 
 def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
@@ -163,8 +163,8 @@ def _with_found_configs(arguments: Sequence[str]) -> list[str]:
 def choose_recipe(path: str, *, pretrained: bool) -> list[str]:
     """Command-line options for a folder of images or a dataset's name, from their number, free memory and device.
 
-    From scratch: the micro model, on 64 px pictures in 8 x 8 patches (64 tokens), with a convolutional stem; it
-    learns on a CPU. Pretrained: 224 px, as the weights were trained. Epochs aim at 200 000 pictures seen, at least
+    From scratch: the micro model, on 64 px images in 8 x 8 patches (64 tokens), with a convolutional stem; it
+    learns on a CPU. Pretrained: 224 px, as the weights were trained. Epochs aim at 200 000 images seen, at least
     10 and at most 100 epochs.
     """
     named = path in _NAMED_IMAGES
@@ -218,10 +218,10 @@ def describe_plan(task: ClassificationTask, data: ImageDataModule, trainer: L.Tr
     if batches:
         minutes = batches * seconds / 60 * 1.1  # validation and loading, about a tenth
         speed = f"about {minutes:.0f} min at {data.batch_size * trainer.world_size / seconds:.0f} images/s"
-        lines.append(f"plan: {epochs} epochs of {train_images:,} pictures, {speed}")
+        lines.append(f"plan: {epochs} epochs of {train_images:,} images, {speed}")
     if task.arch.pretrained is None and train_images < SCRATCH_MINIMUM and data.path != "synthetic_pets":
         lines.append(
-            f"note: {train_images:,} pictures are few to learn from scratch; a pretrained start is usually far "
+            f"note: {train_images:,} images are few to learn from scratch; a pretrained start is usually far "
             "better: --pretrained NAME_OR_FOLDER (any timm ViT, e.g. deit_tiny_patch16_224)."
         )
     if _has_idle_nvidia_card():

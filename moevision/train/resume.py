@@ -63,7 +63,7 @@ _claims: set[int] = set()  # open descriptors of the run folders that this proce
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a point to go on from is saved, besides the end of every epoch.
+    """How often a point to resume from is saved, besides the end of every epoch.
 
     Attributes:
         every_minutes: minutes between two of them.
@@ -248,7 +248,7 @@ def _between_batches(trainer: L.Trainer) -> Iterator[None]:
 def _stay_in_epoch(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     """Go back to an epoch's last step if it has become shorter than where it was interrupted.
 
-    Pictures may have vanished since. With nothing left to train, Lightning would leave out its validation too.
+    Images may have vanished since. With nothing left to train, Lightning would skip the validation too.
     """
     data = cast(Any, trainer).datamodule
     state = checkpoint.get(type(data).__qualname__)
@@ -300,7 +300,7 @@ class Start:
 
     Attributes:
         run_dir: its folder.
-        checkpoint: what it goes on from; None for a fresh start.
+        checkpoint: what it resumes from; None for a fresh start.
         step: optimizer steps that the checkpoint has done.
         sha256: hash of the checkpoint.
         fingerprint: what its numbers depended on (`fingerprint.py`).
@@ -373,7 +373,7 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
             tell(f"{run_dir} has no checkpoint to go on from: starting afresh.")
             return Start(run_dir)
         why = "; ".join(f"{other.path.name} {other.fault}" for other in refused) or "no step was saved yet"
-        raise UserError(f"Nothing in {run_dir} can be gone on from ({why}): start anew, or with {OPTION} {AUTO}.")
+        raise UserError(f"Nothing in {run_dir} can be resumed ({why}): start anew, or with {OPTION} {AUTO}.")
     saved = _read_mark(found.path)
     tell(f"Going on with {run_dir} from {found.path.name}, step {found.step:,} (verified).")
     return Start(run_dir, found.path, found.step, found.sha256, saved.get("fingerprint", {}))
@@ -432,7 +432,7 @@ def _plain(value: Any) -> str:
 
 
 def resume_command(run_dir: Path) -> str:
-    """What goes on with a run, to be typed as it is."""
+    """The command that resumes a run, to be typed as it is."""
     return f"moevision fit {OPTION} {shlex.quote(str(run_dir))}"
 
 
@@ -504,7 +504,7 @@ class Session:
         arguments: what LightningCLI is to read.
         interruption: listens to signals.
         clock: time in which the process ran.
-        notes: what differs from the run that is gone on with, a phrase each.
+        notes: what differs from the run that is resumed, a phrase each.
         processes: this process among those of the training.
     """
 

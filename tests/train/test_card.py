@@ -235,7 +235,7 @@ def test_the_program_in_the_card_works(
     """Run as a reader would, in the folder of the card: the same classes as `moevision predict`, and the routing."""
     shutil.copytree(tiny_run / "model", tmp_path / "model")
     picture = next((drawn_pets / "cat").iterdir())
-    shutil.copy(picture, tmp_path / "model" / "picture.jpg")
+    shutil.copy(picture, tmp_path / "model" / "image.jpg")
     monkeypatch.chdir(tmp_path / "model")
     program = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     with redirect_stdout(io.StringIO()) as out:
@@ -250,7 +250,7 @@ def test_the_program_in_the_card_works(
 def test_the_program_names_the_address(facts: CardFacts) -> None:
     text = model_card(replace(facts, address="hf-hub:me/pets"))
     assert 'timm.create_model("hf-hub:me/pets", pretrained=True)' in text
-    assert "moevision predict hf-hub:me/pets picture.jpg" in text
+    assert "moevision predict hf-hub:me/pets image.jpg" in text
     assert "forward_routing" not in model_card(replace(facts, blocks=[]))
 
 

@@ -202,7 +202,7 @@ def test_nothing_valid(cli, interrupted, tiny, drawn_pets):
         path.write_bytes(b"")
     outcome = cli("fit", "--resume", interrupted)
     assert outcome.code == 2
-    assert "Nothing in runs/pets can be gone on from" in outcome.err
+    assert "Nothing in runs/pets can be resumed" in outcome.err
     assert interrupted.is_dir(), "a run is never deleted"
     assert cli("fit", "--resume", "nowhere").code == 2
     assert "no run folder" in cli("fit", "--resume", interrupted / "checkpoints" / "last.ckpt").err
@@ -219,7 +219,7 @@ def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, se
     (pets / gone).unlink()
     outcome = cli("fit", "--resume", moved)
     assert outcome.code == 0, outcome.err
-    assert "the list of pictures is another one" in outcome.err
+    assert "the list of images is another one" in outcome.err
     scores = [state["best_model_score"] for state in _checkpoint_states(moved / "checkpoints" / "last.ckpt")]
     assert scores
     assert all(score is not None for score in scores)
