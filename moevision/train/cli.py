@@ -108,13 +108,18 @@ SHORT = frozenset(
         "data.group_by",
     ]
 )
-_EXAMPLES = """\
+_TRAIN = """\
+  moevision fit --config quickstart
+  moevision fit path/to/images --model.arch.router expert_choice
+  moevision fit path/to/images --model.arch.num_experts 16 --model.arch.top_k 2 --with-twin
+"""
+_EVALUATE = """\
+  moevision {verb} --config runs/pets/config.yaml --ckpt_path runs/pets/checkpoints/best.ckpt
+"""
+_BELOW = """\
 examples
-  moevision {verb} --config quickstart
-  moevision {verb} path/to/images --model.arch.router expert_choice
-  moevision {verb} path/to/images --model.arch.num_experts 16 --model.arch.top_k 2 --with-twin
-
-exit codes: 0 done; 2 something to mend, the last line says what; {diverged}130 Ctrl-C,
+{examples}
+exit codes: 0 done; 2 something that you can mend, the last line says what; {diverged}130 Ctrl-C,
 129 terminal closed, 143 SIGTERM, 138 SIGUSR1{saved}.
 
 {all} shows every option: other routers' knobs (capacity, noise, shared experts), balance losses, data, Trainer.
@@ -174,8 +179,8 @@ def verb_of(parser: LightningArgumentParser) -> str:
 def examples(verb: str) -> str:
     """What stands below the short help."""
     trains = verb == "fit"
-    return _EXAMPLES.format(
-        verb=verb,
+    return _BELOW.format(
+        examples=(_TRAIN if trains else _EVALUATE).format(verb=verb),
         all=ALL,
         diverged="3 diverged, see divergence.md; " if trains else "",
         saved=": saved, the last line goes on with it" if trains else "",

@@ -159,7 +159,7 @@ class ClassificationTask(L.LightningModule):
             self.start_window()
         set_fused_attention(self.net, not self._trains_unfused)
         with label_oracle(self.net, batch["label"]):
-            logits, routings = forward_routing(self.net, batch["image"])  # [B, C]; one Routing per MoE layer
+            logits, routings = forward_routing(self.net, batch["image"])
         self._count(routings)
         cross_entropy = self._cross_entropy(logits, batch.get("target", batch["label"]))  # target: [B] or soft [B, C]
         aux, values = self.aux_loss(routings)  # a scalar, or None without balance losses; each loss by name
