@@ -192,12 +192,12 @@ class Stopwatch(L.Callback):
         return self._earlier_s + self._clock.now() - self._run_started
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on counting from."""
+        """The counts that a resumed run continues."""
         counts = {"train_s": self.train_s, "images": self.images, "run_s": self.run_s}
         return {**counts, "data_wait_s": self.data_wait_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue the counts."""
         self.train_s, self.images = float(state_dict["train_s"]), int(state_dict["images"])
         self._earlier_s = float(state_dict["run_s"])
         self.data_wait_s = state_dict.get("data_wait_s")  # earlier versions didn't count it
@@ -227,7 +227,7 @@ class Stopwatch(L.Callback):
         self._start(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say once, while it can still be mended, that training waits for its data."""
+        """Warn once, early, that training waits for its data."""
         if self._advised or self.train_s < _SETTLED_S or not trainer.is_global_zero:
             return
         self._advised = True

@@ -74,7 +74,7 @@ def plain(value: Any) -> Any:
 
 
 def make_plain(checkpoint: dict[str, Any]) -> None:
-    """Make all of a checkpoint plain, in place."""
+    """Make a checkpoint plain, in place."""
     for key in list(checkpoint):
         checkpoint[key] = plain(checkpoint[key])
 

@@ -130,7 +130,7 @@ _VALUE = re.compile(r"(?:Got|Given) value: (.*)")
 _EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value.*)?$", re.MULTILINE)
 _DENIED = re.compile(r"Importing '([^']+)' is not allowed")
 _NOT_ACCEPTED = re.compile(r"does not accept option '([^']+)'")
-# What Lightning says about things that the verbs chose on purpose, or that nobody at the command line can change.
+# Lightning's warnings about what the verbs chose on purpose, or what nobody at the command line can change.
 _CHATTER = (
     "LightningCLI's args parameter",  # we read the command line ourselves and hand it on
     "Experiment logs directory .* exists and is not empty",  # splits.csv lies there already; no log is deleted
@@ -261,7 +261,7 @@ def _unknown_option(key: str, options: list[str]) -> str:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's advertising and its remarks on deliberate choices off the screen; warnings stay."""
+    """Hide Lightning's advertising and its remarks on deliberate choices; other warnings stay."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -307,7 +307,7 @@ def add_run_options(parser: LightningArgumentParser) -> None:
 
 
 def watching(fault: str | None, ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
-    """Faults, moving average, guard and router health; the order matters, each sees what the ones before it did."""
+    """Faults, moving average, guard, router health, in this order: each sees what those before it did."""
     faults = [FaultInjector(fault)] if fault else []
     average = [WeightEMA(ema)] if ema.decay is not None else []
     guards = [StabilityGuard(guard)] if guard.enabled else []
@@ -363,7 +363,7 @@ class TrainingCLI(LightningCLI):
 
     @contextmanager
     def _no_trace_of_a_failed_start(self) -> Iterator[None]:
-        """Take a new run folder away again if all ends before one batch was trained on: nothing of worth is in it."""
+        """Remove a new run folder if everything ends before one batch was trained on."""
         try:
             yield
         except BaseException:
@@ -487,7 +487,7 @@ class TrainingCLI(LightningCLI):
         return ResumePoint(run_dir / "checkpoints", self.files, every, interruption, self.session.clock)
 
     def before_fit(self) -> None:
-        """Read the data, build the model, and say what is going to happen."""
+        """Read the data, build the model, and print the plan."""
         self.datamodule.run_dir = self._split_folder()
         with self.session.processes.first_one_first():
             self.datamodule.setup("fit")
@@ -508,7 +508,7 @@ class TrainingCLI(LightningCLI):
             self._compare_with_start()
 
     def _compare_with_start(self) -> None:
-        """Say what can't be as it was, before anything starts; and write down that training starts."""
+        """Warn about what prevents a bit-identical result, and record this start in sessions.json."""
         start = self.start or Start(cast(Path, self.run_dir))
         data = self.datamodule
         self.point.fingerprint = fingerprint(

@@ -135,7 +135,7 @@ class StabilityGuard(L.Callback):
     # -- Lightning's hooks, in the order in which they come
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stand at the gate of the task's updates.
+        """Let this guard decide about the task's updates.
 
         Raises:
             UserError: for another module than a `ClassificationTask`.
@@ -148,7 +148,7 @@ class StabilityGuard(L.Callback):
         self._recovery.clear()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the gate, and the memory."""
+        """Stop deciding, and free the snapshots."""
         if stage == "fit":
             cast(ClassificationTask, pl_module).update_gate = None
             self._recovery.clear()
@@ -160,7 +160,7 @@ class StabilityGuard(L.Callback):
             UserError: if the weights to begin with are not finite.
         """
         task = cast(ClassificationTask, pl_module)
-        if (source := self._recovery.sickness(trainer, task)) is not None:
+        if (source := self._recovery.find_nonfinite(trainer, task)) is not None:
             raise UserError(f"The training would begin with numbers that are not finite ({source}).")
         self._keep(trainer, task)
 
@@ -175,7 +175,7 @@ class StabilityGuard(L.Callback):
         self._indices.append(batch["index"])
 
     def _refuses(self, trainer: L.Trainer, task: ClassificationTask, norm: Tensor) -> bool:
-        """Decide over the update of this window; asked after its last backward pass, before clipping."""
+        """Decide about the update of this window, after its last backward pass and before clipping."""
         losses = [micro_batch["loss"].to(norm.device, torch.float32) for micro_batch in task.evidence]
         norm_value, *values = torch.stack([norm.detach().float(), *losses]).tolist()
         finite_loss = all(map(isfinite, values))
@@ -191,7 +191,7 @@ class StabilityGuard(L.Callback):
         self._undo_forward(task)
         task.aux_loss.start_window()
         task.window_counts = []
-        self._bad_state = self._recovery.sickness(trainer, task)
+        self._bad_state = self._recovery.find_nonfinite(trainer, task)
         self.record.not_applied += 1
         if self._bad_state is None and not bad_losses and _looks_for_scale(trainer):
             self.record.overflows += 1
@@ -224,7 +224,7 @@ class StabilityGuard(L.Callback):
             if self._losses.add(loss):
                 cause = f"loss spike: {loss:.3g} against a mean of {self._losses.mean:.3g} (limit {threshold:.3g})"
             elif self._losses.suspicious == 0 and self._applied % self.config.snapshot_every == 0:
-                cause = self._recovery.sickness(trainer, task)
+                cause = self._recovery.find_nonfinite(trainer, task)
                 if cause is None:
                     self._keep(trainer, task)
         elif cause is None and sum(self._recent) > self.config.max_skips:
@@ -237,21 +237,21 @@ class StabilityGuard(L.Callback):
             task.log_dict({name: float(count) for name, count in counts.items()})
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Never evaluate a state that isn't finite."""
+        """Return to a snapshot rather than evaluate a state that isn't finite."""
         self._check(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note a validation loss that isn't finite: the weights are, so it's no reason to go back."""
+        """Record a validation loss that isn't finite; the weights are finite, so training does not return."""
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.state.fn is TrainerFn.FITTING and loss is not None and not isfinite(float(loss)):
             self._note(trainer, "validation", "validation loss")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Never end with a state that isn't finite."""
+        """Return to a snapshot rather than end with a state that isn't finite."""
         self._check(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Never save a state that isn't finite; the tensors of `state_dict` are the live ones, and follow."""
+        """Return to a snapshot rather than save a state that isn't finite; `state_dict` holds the live tensors."""
         if self._check(trainer, pl_module):
             checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
             checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
@@ -268,21 +268,21 @@ class StabilityGuard(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting from a checkpoint."""
+        """Continue the counts from a checkpoint."""
         self.record = GuardRecord.from_state(state_dict["record"])
         self._losses.load_state_dict(state_dict["losses"])
         self._applied = int(state_dict["applied"])
         self._recent = deque(state_dict["recent"], maxlen=_RECENT)
         self._recovery.returns = list(state_dict["returns"])
 
-    # -- what they use
+    # -- helpers
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Return to a snapshot if the state isn't finite; whether that was done."""
-        if not self._recovery.can_look(trainer):
+        if not self._recovery.can_check(trainer):
             return False
         task = cast(ClassificationTask, pl_module)
-        cause = self._recovery.sickness(trainer, task)
+        cause = self._recovery.find_nonfinite(trainer, task)
         if cause is not None:
             self._roll_back(trainer, task, cause)
         return cause is not None
@@ -297,7 +297,7 @@ class StabilityGuard(L.Callback):
         self._losses.load_state_dict(losses)
         self._recent.clear()
         self._note(trainer, "rollback", cause)
-        self._recovery.give_up_if_in_vain(trainer, self.record, cause)
+        self._recovery.give_up_over_budget(trainer, self.record, cause)
 
     def _note(self, trainer: L.Trainer, kind: str, source: str | None) -> None:
         images = torch.cat(self._indices).tolist() if self._indices and kind == "skip" else []
@@ -361,9 +361,9 @@ class LossHistory:
 
 
 class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
-    """The training was given up: it went bad again and again, and the budget of returns is used up.
+    """The training diverged again and again, and the budget of returns to a snapshot is used up.
 
-    Its exit code is its own, so that a job script doesn't start the same training again and again.
+    It has its own exit code, so that a job script doesn't start the same training again and again.
     """
 
     exit_code = DIVERGED
@@ -394,10 +394,10 @@ class Recovery:
         self._ring.clear()
 
     def keep(self, trainer: L.Trainer, task: ClassificationTask, extra: Any) -> None:
-        """Take a snapshot of a state that is known to be well; `extra` comes back with it."""
+        """Take a snapshot of a state that is known to be finite; `extra` comes back with it."""
         self._ring.append(TrainingSnapshot(trainer, task, extra))
 
-    def sickness(self, trainer: L.Trainer, task: ClassificationTask) -> str | None:
+    def find_nonfinite(self, trainer: L.Trainer, task: ClassificationTask) -> str | None:
         """Which lasting numbers (weights, saved buffers, average) aren't finite on any process; None if all are."""
         state = lasting_tensors(trainer, task)
         (bad,) = sum_numbers([not all_finite(state.values())], task.device)
@@ -406,8 +406,8 @@ class Recovery:
         buffers = frozenset(name for name, _ in task.net.named_buffers())
         return cast(str, next(filter(None, gather(nonfinite_states(state, buffers)))))
 
-    def can_look(self, trainer: L.Trainer) -> bool:
-        """Whether the state may be judged now, outside of a training step."""
+    def can_check(self, trainer: L.Trainer) -> bool:
+        """Whether the state may be checked now, outside of a training step."""
         average = WeightEMA.of(trainer)
         swapped = average is not None and average.swapped  # a validation was interrupted: nothing was trained in it
         alone = trainer.state.status is TrainerStatus.INTERRUPTED  # the other processes won't answer
@@ -422,7 +422,7 @@ class Recovery:
         self.returns.append(trainer.global_step)
         return self._ring[-1].extra
 
-    def give_up_if_in_vain(self, trainer: L.Trainer, record: GuardRecord, cause: str) -> None:
+    def give_up_over_budget(self, trainer: L.Trainer, record: GuardRecord, cause: str) -> None:
         """Stop if the budget is used up; the good state that was just restored is saved, and a diagnosis beside it.
 
         Raises:
@@ -473,7 +473,7 @@ class TrainingSnapshot:
 
     @torch.no_grad()
     def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
-        """Put the training back to where it was; gradients are dropped. It can be done again and again."""
+        """Restore the training and drop its gradients; may be called repeatedly."""
         for tensor, saved in zip(_tensors(trainer, task), self._tensors, strict=True):
             tensor.copy_(saved)
         for optimizer, state in zip(trainer.optimizers, self._optimizers, strict=True):
@@ -646,7 +646,7 @@ def source_of(evidence: Sequence[Mapping[str, Tensor]], gradients: Iterable[tupl
 
 
 def nonfinite_states(named: Mapping[str, Tensor], buffers: frozenset[str]) -> str | None:
-    """The weights or buffers among these that are not finite, in words; None if all are well."""
+    """The weights or buffers among these that are not finite, in words; None if all are finite."""
     bad = [(name, tensor) for name, tensor in named.items() if not bool(tensor.isfinite().all())]
     if not bad:
         return None

@@ -245,7 +245,7 @@ class WeightEMA(L.Callback):
             self._swap(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on with the weights."""
+        """Put the weights back."""
         if self.swapped:
             self._swap(pl_module)
 
@@ -275,7 +275,7 @@ class WeightEMA(L.Callback):
         return {"updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self.updates = int(state_dict["updates"])
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -290,7 +290,7 @@ class WeightEMA(L.Callback):
         )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the average out of the model, which has just loaded it, and give the model its weights."""
+        """Take the average, which the model has just loaded, and load the weights that training continues with."""
         if trainer.state.fn is not TrainerFn.FITTING:
             return
         self._begin(pl_module)

@@ -51,7 +51,7 @@ def several_processes() -> bool:
 
 
 def sum_over_processes(counts: Tensor) -> Tensor:
-    """Add up over the processes of a training, in place."""
+    """Sum over the processes of a training, in place."""
     if several_processes():
         dist.all_reduce(counts)
     return counts
@@ -217,7 +217,7 @@ class Interruption:
 
 
 def _leave_terminal() -> None:
-    """Let what is printed go nowhere: writing to a terminal that is gone would be an error in the middle of a step."""
+    """Discard what is printed: writing to a terminal that is gone would raise in the middle of a step."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         if os.isatty(descriptor):

@@ -80,7 +80,7 @@ class CheckpointConfig:
 
 
 class ResumePoint(L.Callback):
-    """Saves `last.ckpt` between steps, stops there when asked to, and puts back what Lightning doesn't.
+    """Saves `last.ckpt` between steps, stops there when asked to, and restores what Lightning doesn't.
 
     It must be the first callback, and `EpochEnd` the last.
 
@@ -89,11 +89,11 @@ class ResumePoint(L.Callback):
         files: what writes them.
         config: how often.
         interruption: listens to signals.
-        clock: notices that the machine slept.
+        clock: notices that the machine was suspended.
 
     Attributes:
         fingerprint: what the numbers depend on, for the checkpoint.
-        began: whether training has begun, so that nothing of its setting up can fail any more.
+        began: whether training has begun, so that setup can't fail any more.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ResumePoint(L.Callback):
         self._slept = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the random generators back; from here on signals wait for the end of a step."""
+        """Restore the random generators; from here on signals wait for the end of a step."""
         if self._states is not None and len(self._states) == trainer.world_size:
             restore_random_state(self._states[trainer.global_rank])
         elif trainer.world_size > 1:
@@ -497,7 +497,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Session:
-    """The command line of a training verb, understood as far as resuming goes.
+    """The command line of a training verb: what LightningCLI is to read, and where training begins.
 
     Attributes:
         command: the command line as typed.
@@ -549,7 +549,7 @@ class Session:
         return sentence + (f" To go on:\n{self.interruption.command}" if self.interruption.command else "")
 
     def close(self) -> None:
-        """Give the claimed folders up, and end what was started."""
+        """Release the claimed folders, and end the processes that were started."""
         self.processes.close()
         while self._claims:
             release(self._claims.pop())

@@ -84,7 +84,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
 
 
 def _check_encoding(arguments: Sequence[str]) -> None:
-    """Files below the data may have any names, but config.yaml and safetensors have no other texts than UTF-8."""
+    """Files below the data may have any names, but config.yaml and safetensors can only hold UTF-8."""
     for argument in arguments:
         try:
             argument.encode()
