@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from scipy.stats import t as student
 
-from moevision.train.markdown import points
+from moevision.train.report import points
 
 Accuracies = Mapping[str, Mapping[int, float]]
 """Row -> seed -> test accuracy."""

@@ -12,8 +12,8 @@ from _paired import Contrast, contrasts
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moevision.train.markdown import flops, table
 from moevision.train.plots import BLUE, INK, ORANGE, SOFT, calm, save, title
+from moevision.train.report import flops, table
 
 TWIN, HASH = "dense twin", "hash"
 TOLERANCE = 0.01

@@ -32,12 +32,10 @@ from torch.utils.data import DataLoader
 import moevision
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
-from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.callbacks import RouterHealth
+from moevision.train.guard import GuardConfig, StabilityGuard, TrainingSnapshot
 from moevision.train.provenance import cpu_model, git_state
-from moevision.train.recipe import default_precision
-from moevision.train.router_health import RouterHealth
-from moevision.train.run_folder import find_config
-from moevision.train.snapshot import TrainingSnapshot
+from moevision.train.recipe import default_precision, find_config
 from moevision.train.task import ClassificationTask
 
 WARM_UP = 5  # the first steps allocate the moments

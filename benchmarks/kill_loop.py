@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from moevision.files import write_json_atomic
-from moevision.train.manifest import newest_valid
+from moevision.train.checkpoint import newest_valid
 from moevision.train.provenance import collect_provenance
 from moevision.train.resume import is_finished
 

@@ -41,7 +41,7 @@ from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
-from moevision.train.run_folder import find_config
+from moevision.train.recipe import find_config
 from moevision.train.task import ClassificationTask, OptimizerConfig
 
 HERE = Path(__file__).parent

@@ -9,8 +9,8 @@ import torch
 
 import moevision
 from moevision.cli import VERBS
-from moevision.train.console import explain
-from moevision.train.plan import memory_advice
+from moevision.train.cli import explain
+from moevision.train.recipe import memory_advice
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moevision.cli import VERBS
-from moevision.train.run_folder import shipped_configs
+from moevision.train.recipe import shipped_configs
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

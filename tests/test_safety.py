@@ -607,7 +607,7 @@ NAMED = {
     "{on_fit_start: evilmod.function}}]",
     "a system call": "callbacks: [{class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: "
     "{on_fit_start: os.system}}]",
-    "an import through a friend": "callbacks: [{class_path: moevision.train.fit.shutil.rmtree}]",
+    "an import through a friend": "callbacks: [{class_path: moevision.train.run.shutil.rmtree}]",
     "jsonargparse": "callbacks: [{class_path: jsonargparse.set_parsing_settings}]",
 }
 

@@ -91,8 +91,7 @@ def _card(chosen: Namespace, saved: SavedModel) -> str:
     """
     if chosen.card is not None:
         return _own_card(chosen)
-    from moevision.train.card import model_card
-    from moevision.train.card_facts import UNKNOWN_LICENCE, gather_facts
+    from moevision.train.card import UNKNOWN_LICENCE, gather_facts, model_card
 
     licence = chosen.license or UNKNOWN_LICENCE
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):

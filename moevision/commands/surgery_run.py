@@ -30,8 +30,8 @@ from moevision.models.expert_use import ExpertUse, measure_use
 from moevision.models.hub import SavedModel, best_device, load_model, save_model
 from moevision.models.regroup import numbered_layers
 from moevision.models.surgery import collapse_to_dense, merge_experts, most_used, prune_experts, similar_groups
-from moevision.train.intervals import accuracy_interval, paired_difference
 from moevision.train.provenance import collect_provenance
+from moevision.train.report import accuracy_interval, paired_difference
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moevision.train.fit import run
+from moevision.train.run import run
 
 
 def fit(arguments: list[str]) -> None:

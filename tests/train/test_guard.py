@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from moevision.errors import UserError
-from moevision.train.diagnosis import Event, GuardRecord, note
-from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, note
 from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
 
 # name: (fault, which batches are left out with it, epochs, batches per epoch and per update, compared after so many

@@ -12,12 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
-from moevision.train.diagnosis import GuardRecord
-from moevision.train.ema import EmaConfig, WeightEMA
-from moevision.train.guard import GuardConfig
-from moevision.train.recovery import Recovery, TrainingDiverged
-from moevision.train.snapshot import TrainingSnapshot
-from moevision.train.spikes import LossHistory
+from moevision.train.guard import GuardConfig, GuardRecord, LossHistory, Recovery, TrainingDiverged, TrainingSnapshot
+from moevision.train.optim import EmaConfig, WeightEMA
 from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
 from tests.train.test_guard import assert_same
 

@@ -22,7 +22,7 @@ from moevision.commands.benchmark.step import TrainingStep
 from moevision.commands.benchmark.subject import Subject, find_subject
 from moevision.commands.benchmark.timing import rounded, spread, synchronize
 from moevision.data import ImageDataModule
-from moevision.train.run_folder import shipped_configs
+from moevision.train.recipe import shipped_configs
 
 _SKIPPED = 2  # batches before a round's clock starts, besides those that workers have prefetched by then
 _WAIT_WARM_UP = 3  # steps before the data wait is measured

@@ -33,9 +33,9 @@ from moevision.commands.benchmark.subject import Subject
 from moevision.commands.benchmark.timing import Timings, synchronize
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
-from moevision.train.ema import EmaConfig
+from moevision.train.cli import watching
 from moevision.train.guard import GuardConfig
-from moevision.train.run_options import watching
+from moevision.train.optim import EmaConfig
 from moevision.train.task import ClassificationTask
 
 OURS, PLAIN = "MoE, moevision fit", "dense twin, plain timm in Lightning"

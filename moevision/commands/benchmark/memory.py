@@ -34,7 +34,7 @@ from moevision.commands.benchmark.step import TrainingStep, noise_batch
 from moevision.commands.benchmark.subject import Subject, Which
 from moevision.commands.benchmark.timing import rounded
 from moevision.errors import UserError
-from moevision.train.run_folder import PACKAGE
+from moevision.train.recipe import PACKAGE
 
 RUNS = 3
 STEPS = 6  # the optimizer's moments exist from the first on; what is kept between steps has settled by then

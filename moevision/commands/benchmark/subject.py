@@ -20,8 +20,8 @@ from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.source import unknown_name
 from moevision.models.twin import dense_twin
-from moevision.train.optimizer import OptimizerConfig
-from moevision.train.run_folder import find_config, shipped_configs
+from moevision.train.optim import OptimizerConfig
+from moevision.train.recipe import find_config, shipped_configs
 
 Which = Literal["moe", "active_flops", "total_params"]
 NAMES: dict[Which, str] = {

@@ -1,42 +1,51 @@
-"""`moevision fit | validate | test` for LightningCLI: a run folder, where training begins, and what watches it."""
+"""`moevision fit | validate | test` for LightningCLI: what the command line reads, and the training that it sets up.
+
+A configuration is data, not a program. jsonargparse imports whatever a `class_path` or a function-valued option
+names, and importing a module runs it. Here only Lightning's own parts and `moevision.train` may be imported; anything
+else is refused before its import. A configuration can't be fetched from an address, nor use YAML's anchors, whose few
+lines can stand for billions of values. Own classes work from Python: `Trainer(callbacks=[Mine()])`.
+"""
 
 from __future__ import annotations
 
+import difflib
+import logging
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+import warnings
+from argparse import SUPPRESS, Action, HelpFormatter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import lightning as L
 import torch
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ActionYesNo, get_loader, set_loader, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from moevision.data import ImageDataModule
-from moevision.errors import UserError
+from moevision.errors import USER_ERROR, DataWarning, UserError
 from moevision.files import sync_file, sync_folder
 from moevision.models.config import build_model
+from moevision.models.safe_files import parse_yaml
 from moevision.names import shown
-from moevision.train.allowlist import restrict_configurations
-from moevision.train.callbacks import ScheduleCheck, Stopwatch
-from moevision.train.checkpoint_io import SafeCheckpointIO
-from moevision.train.console import SentenceParser
-from moevision.train.fingerprint import differences, fingerprint
-from moevision.train.finish import RunResult, finish_run
-from moevision.train.messages import tell
-from moevision.train.metrics_file import RunLogger
-from moevision.train.optimizer import freeze_parameters
-from moevision.train.plan import describe_plan, memory_advice
-from moevision.train.recipe import default_precision
-from moevision.train.resume import Start, note_session, resume_command
-from moevision.train.resume_point import EpochEnd, ResumePoint
-from moevision.train.run_folder import check_checkpoint, new_run_folder, run_name
-from moevision.train.run_options import add_run_options, watching
-from moevision.train.session import Session
+from moevision.train.callbacks import RouterHealth, RunLogger, ScheduleCheck, Stopwatch
+from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
+from moevision.train.faults import KINDS, FaultInjector
+from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.optim import EmaConfig, WeightEMA, freeze_parameters
+from moevision.train.processes import tell
+from moevision.train.provenance import differences, fingerprint
+from moevision.train.recipe import default_precision, describe_plan, memory_advice, new_run_folder, run_name
+from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session, resume_command
 from moevision.train.task import ClassificationTask
 
 _NO_SUBTYPE = "Does not validate against any of the Union subtypes"  # jsonargparse's words
@@ -49,10 +58,264 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,  # the plan says it in one line
     "use_distributed_sampler": False,  # ImageDataModule shards by itself, and resumes where it stopped
 }
+# A class is imported by the name that is written and checked again by the module that it is defined in, hence fabric.
+ALLOWED = (
+    "moevision.train",
+    "lightning.pytorch.accelerators",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    "lightning.fabric.plugins",
+    "lightning.fabric.loggers",
+)
+_load_plain_yaml = partial(parse_yaml, load=get_loader("yaml"))
+ALL = "--help-all"
+# What most people change; `--help-all` shows the rest.
+SHORT = frozenset(
+    [
+        "help",
+        "config",
+        "print_config",
+        "seed_everything",
+        "name",
+        "with_twin",
+        "runs_root",
+        "ckpt_path",
+        "resume",
+        "trainer.max_epochs",
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.precision",
+        "trainer.accumulate_grad_batches",
+        "model.arch.name",
+        "model.arch.pretrained",
+        "model.arch.num_experts",
+        "model.arch.top_k",
+        "model.arch.router",
+        "model.arch.moe_layers",
+        "model.optim.lr",
+        "model.optim.freeze",
+        "model.compile",
+        "data.path",
+        "data.image_size",
+        "data.batch_size",
+        "data.num_workers",
+        "data.augment",
+        "data.crop",
+        "data.mixup",
+        "data.group_by",
+    ]
+)
+_TRAIN = """\
+  moevision fit --config quickstart
+  moevision fit path/to/images --model.arch.router expert_choice
+  moevision fit path/to/images --model.arch.num_experts 16 --model.arch.top_k 2 --with-twin
+"""
+_EVALUATE = """\
+  moevision {verb} --config runs/pets/config.yaml --ckpt_path runs/pets/checkpoints/best.ckpt
+"""
+_BELOW = """\
+examples
+{examples}
+exit codes: 0 done; 2 something that you can mend, the last line says what; {diverged}130 Ctrl-C,
+129 terminal closed, 143 SIGTERM, 138 SIGUSR1{saved}.
+
+{all} shows every option: other routers' knobs (capacity, noise, shared experts), balance losses, data, Trainer.
+"""
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)", re.IGNORECASE)
+_KEY = re.compile(r'Parser key "([^"]+)":')
+_VALUE = re.compile(r"(?:Got|Given) value: (.*)")
+_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value.*)?$", re.MULTILINE)
+_DENIED = re.compile(r"Importing '([^']+)' is not allowed")
+_NOT_ACCEPTED = re.compile(r"does not accept option '([^']+)'")
+# Lightning's warnings about what the verbs chose on purpose, or what nobody at the command line can change.
+_CHATTER = (
+    "LightningCLI's args parameter",  # we read the command line ourselves and hand it on
+    "Experiment logs directory .* exists and is not empty",  # splits.csv lies there already; no log is deleted
+    "The '.*dataloader' does not have many workers",
+    "The number of training batches .* is smaller than the logging interval",
+    r"(?s)\s.*(JsonargparseDeprecationWarning|was deprecated in v\d|instantiate_classes)",  # Lightning's own calls
+    "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # evaluation needs none
+    "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
+    r".ModelCheckpoint\(monitor='val/top1'\). could not find the monitored key",  # a training of less than an epoch
+    "You're resuming from a checkpoint that ended before the epoch ended",  # ImageDataModule can
+    r"It is recommended to use .self\.log\('(val|test|moe)/.*, sync_dist=True",  # torchmetrics has summed them up
+    r".isinstance\(treespec, LeafSpec\). is deprecated",
+)
+
+
+def restrict_configurations() -> None:
+    """Let this process's configurations name nothing but `ALLOWED`, and hold nothing but plain values.
+
+    It holds for all of jsonargparse in this process, so that only the command line calls it.
+    """
+    set_parsing_settings(
+        config_read_mode_urls_enabled=False,
+        config_read_mode_fsspec_enabled=False,  # Lightning's command line turns it on
+        import_path_denylist=["*"],
+        import_path_allowlist=list(ALLOWED),
+    )
+    set_loader("yaml", _load_plain_yaml, exceptions=(yaml.YAMLError, RecursionError))
+
+
+def hide_rare_options(parser: LightningArgumentParser) -> None:
+    """Leave only the options in `SHORT` in the help of a training verb."""
+    for action in parser._actions:
+        if action.dest not in SHORT:
+            action.help = SUPPRESS
+    for group in parser._action_groups:
+        if not any(action.dest in SHORT for action in group._group_actions):
+            group.description = None
+    parser.usage = f"moevision {verb_of(parser)} [FOLDER] [--config NAME] [options]"
+
+
+def verb_of(parser: LightningArgumentParser) -> str:
+    """`fit`, `validate` or `test`."""
+    return parser.prog.split()[-1]
+
+
+def examples(verb: str) -> str:
+    """What stands below the short help."""
+    trains = verb == "fit"
+    return _BELOW.format(
+        examples=(_TRAIN if trains else _EVALUATE).format(verb=verb),
+        all=ALL,
+        diverged="3 diverged, see divergence.md; " if trains else "",
+        saved=": saved, the last line goes on with it" if trains else "",
+    )
+
+
+class SentenceParser(LightningArgumentParser):
+    """A parser that names the mistake in one sentence, with the option that was probably meant.
+
+    Its help shows what most people need, unless `show_all` is set.
+    """
+
+    show_all = False
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """The short help of a verb, or the long one."""
+        if SentenceParser.show_all or " " not in self.prog:
+            return str(super().format_help(formatter))
+        hide_rare_options(self)
+        return f"{super().format_help(formatter)}\n{examples(verb_of(self))}"
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and leave with the exit code of a user's mistake."""
+        if not self.exit_on_error:  # a helper parser of jsonargparse's own, whose caller tries something else then
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        verb = parser.prog.replace(" [options]", "")
+        print(shown(f"moevision: {explain(message, options_of(parser))} See {verb} --help."), file=sys.stderr)
+        self.exit(USER_ERROR)
+
+
+def options_of(parser: LightningArgumentParser) -> list[str]:
+    """All long options of a parser and of its verbs, without their dashes."""
+    actions: list[Action] = list(parser._actions)
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            actions += [inner for verb in action.choices.values() for inner in verb._actions]
+    names = {name.removeprefix("--") for action in actions for name in action.option_strings if name.startswith("--")}
+    return sorted(names)
+
+
+def explain(message: str, options: list[str]) -> str:
+    """The parser's message as one sentence; for an unknown option with its near ones.
+
+    Args:
+        message: what the parser found, in one or more lines.
+        options: all options there are, without dashes.
+    """
+    if match := _DENIED.search(message):
+        return (
+            f"{match[1]!r} is not imported: options and configurations name only parts of Lightning and of "
+            "moevision.train; use your own classes from Python."
+        )
+    if (match := _UNRECOGNIZED.search(message)) and not match[1].startswith("-"):
+        return f"{match[1]!r} stands where an option is expected: a folder comes right after the verb."
+    if match := match or _NOT_ACCEPTED.search(message):
+        return _unknown_option(match[1].split("=")[0].lstrip("-"), options)
+    if (key := _KEY.search(message)) and (value := _VALUE.search(message)):
+        kinds = dict.fromkeys(_kind(kind) for kind in _EXPECTED.findall(message))
+        return f"--{key[1]} is {value[1]!r}: it must be {' or '.join(kinds)}."
+    return " ".join(message.split()).rstrip(".") + "."
+
+
+def _kind(kind: str) -> str:
+    """A type as people write its values: `<class 'int'>` -> int, `typing.Literal['a', 'b']` -> 'a', 'b'."""
+    inner = re.fullmatch(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", kind)
+    name = next(filter(None, inner.groups())) if inner else kind
+    return "null" if name == "NoneType" else name
+
+
+def _unknown_option(key: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(key, options, n=3)
+    if not near:  # a mistyped group has its last part in common with the right one
+        near = [name for name in options if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:3]
+    hint = f", did you mean {', '.join(near)}?" if near else "."
+    return f"there is no option {key!r}{hint}"
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Hide Lightning's advertising and its remarks on deliberate choices; other warnings stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in _CHATTER:
+            warnings.filterwarnings("ignore", message=message)
+        warnings.simplefilter("ignore", DataWarning)  # the description of the data says it too
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def add_run_options(parser: LightningArgumentParser) -> None:
+    """Resuming, checkpoints, guard, moving average, faults, the name of the run and its twin."""
+    parser.add_argument(
+        "--resume",
+        type=str | None,
+        default=None,
+        help="Go on with an interrupted run: its folder, such as runs/pets; or auto: the run folder of this very "
+        "command, if a valid checkpoint is there, else a fresh start. Images are compared with the run's by path, "
+        "label and file size, not by content. For fit, on the command line only.",
+    )
+    parser.add_class_arguments(CheckpointConfig, "checkpoint")
+    parser.add_class_arguments(GuardConfig, "guard")
+    parser.add_class_arguments(EmaConfig, "ema")
+    parser.add_argument(
+        "--fault",
+        type=str | None,
+        default=None,
+        help="Faults to inject, to see what the guard does about them: KIND@BATCH, ... such as 'nan_loss@7, "
+        f"inf_grad@9:expert3, spike@20x50, nan_weight@12'. Kinds: {', '.join(KINDS)}.",
+    )
+    parser.add_argument("--name", type=str, default=None, help="Name of the run folder, runs/NAME.")
+    parser.add_argument(
+        "--with-twin",
+        action=ActionYesNo(yes_prefix="with-", no_prefix="without-"),
+        help="Train the dense twin by the same recipe too, and compare both on the same test images.",
+    )
+    parser.add_argument("--runs_root", type=str, default="runs", help="The folder in which run folders are made.")
+
+
+def watching(fault: str | None, ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
+    """Faults, moving average, guard, router health, in this order: each sees what those before it did."""
+    faults = [FaultInjector(fault)] if fault else []
+    average = [WeightEMA(ema)] if ema.decay is not None else []
+    guards = [StabilityGuard(guard)] if guard.enabled else []
+    return [*faults, *average, *guards, RouterHealth()]
 
 
 class _KeptConfig(SaveConfigCallback):
-    """Flushes the config to the disk: after a power cut a checkpoint without it could not be gone on from."""
+    """Flushes the config to the disk: without it a checkpoint could not be resumed after a power cut."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write it as Lightning does, and flush it."""
@@ -100,7 +363,7 @@ class TrainingCLI(LightningCLI):
 
     @contextmanager
     def _no_trace_of_a_failed_start(self) -> Iterator[None]:
-        """Take a new run folder away again if all ends before one batch was trained on: nothing of worth is in it."""
+        """Remove a new run folder if everything ends before one batch was trained on."""
         try:
             yield
         except BaseException:
@@ -224,7 +487,7 @@ class TrainingCLI(LightningCLI):
         return ResumePoint(run_dir / "checkpoints", self.files, every, interruption, self.session.clock)
 
     def before_fit(self) -> None:
-        """Read the data, build the model, and say what is going to happen."""
+        """Read the data, build the model, and print the plan."""
         self.datamodule.run_dir = self._split_folder()
         with self.session.processes.first_one_first():
             self.datamodule.setup("fit")
@@ -245,7 +508,7 @@ class TrainingCLI(LightningCLI):
             self._compare_with_start()
 
     def _compare_with_start(self) -> None:
-        """Say what can't be as it was, before anything starts; and write down that training starts."""
+        """Warn about what prevents a bit-identical result, and record this start in sessions.json."""
         start = self.start or Start(cast(Path, self.run_dir))
         data = self.datamodule
         self.point.fingerprint = fingerprint(
@@ -302,21 +565,6 @@ class TrainingCLI(LightningCLI):
     def test(self, **kwargs: Any) -> None:
         """Evaluate on the test images."""
         self.trainer.test(**kwargs, weights_only=True)
-
-    def finish(self, command: Sequence[str]) -> RunResult | None:
-        """Test the best checkpoint, export the model and write the report; None on all processes but the first."""
-        return finish_run(
-            task=self.model,
-            data=self.datamodule,
-            trainer=self.trainer,
-            run_dir=cast(Path, self.run_dir),
-            command=command,
-            started=self.started,
-            seed=self._get(self.config, "seed_everything"),
-            duration_s=self.stopwatch.run_s,
-            train_s=self.stopwatch.train_s,
-            images=self.stopwatch.images,
-        )
 
 
 def _as_list(value: Any) -> list[Any]:
