@@ -15,7 +15,7 @@ import torch
 
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, temporary_for
-from moevision.train import checkpoint, checkpoint_io
+from moevision.train import checkpoint
 from moevision.train.checkpoint import (
     BEST,
     LAST,
@@ -196,7 +196,7 @@ def test_a_checkpoint_is_written_if_a_megabyte_stays_free(files, tmp_path, monke
     need = (tmp_path / BEST).stat().st_size + 2**20
     free = [need - 1, need]
     monkeypatch.setattr(
-        checkpoint_io.shutil, "disk_usage", lambda _: checkpoint_io.shutil._ntuple_diskusage(2**40, 0, free.pop(0))
+        checkpoint.shutil, "disk_usage", lambda _: checkpoint.shutil._ntuple_diskusage(2**40, 0, free.pop(0))
     )
     files.save_checkpoint(state(2), tmp_path / LAST)
     assert files.waiting == [tmp_path / LAST]
