@@ -20,7 +20,7 @@ from moevision.data.folder import walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
-from moevision.models.hub import SavedModel, best_device, load_model
+from moevision.models.io import SavedModel, best_device, load_model
 from moevision.names import csv_name, json_text
 
 

@@ -37,7 +37,7 @@ from moevision.data.images import BadImageError
 from moevision.errors import UserError
 from moevision.layers import routing_lock
 from moevision.layers.routing import Kind as RoutingKind
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 if TYPE_CHECKING:
     from moevision.analysis.pictures import PictureSet

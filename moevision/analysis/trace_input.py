@@ -20,7 +20,7 @@ from moevision.data.augment import normalize
 from moevision.data.images import BadImageError
 from moevision.errors import DataWarning, UserError
 from moevision.layers import routing_lock
-from moevision.models.hub import SavedModel, load_model
+from moevision.models.io import SavedModel, load_model
 
 
 class Batch(NamedTuple):

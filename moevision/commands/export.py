@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.layers import Backend, ExpertChoiceRouter, SoftRouter, moe_layers
-from moevision.models.export import ExportReport, export_onnx, export_torch
-from moevision.models.export_format import SUFFIX, Format, Runner, load_exported
-from moevision.models.hub import SavedModel, load_model
+from moevision.models.export import SUFFIX, ExportReport, Format, Runner, export_onnx, export_torch, load_exported
+from moevision.models.io import SavedModel, load_model
 from moevision.names import shown
 
 DESCRIPTION = """\

@@ -23,7 +23,7 @@ from moevision.demo.wire import data_uri
 from moevision.errors import UserError
 from moevision.layers import Routing, forward_routing
 from moevision.layers.moe import moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 from moevision.names import shown
 
 Pixels = npt.NDArray[np.uint8]

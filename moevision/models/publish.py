@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
-from moevision.models.hub import SavedModel, load_model, model_folder, save_model
+from moevision.models.io import SavedModel, load_model, model_folder, save_model
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, label_oracle, moe_layers, router_kind
 from moevision.models.convert import convert_to_moe, moe_layer_indices
-from moevision.models.source import ImageSize, create_from, reshape
+from moevision.models.io import ImageSize, create_from, reshape
 from moevision.models.vit_moe import MOE_ARGUMENTS
 
 

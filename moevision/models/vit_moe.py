@@ -1,26 +1,32 @@
 """Vision transformers with Mixture-of-Experts MLPs, under names that timm can create, save and load.
 
 Sources: V-MoE (Riquelme et al. 2021, arXiv:2106.05974) for sparse MLPs in a ViT and where to put them;
+"Early convolutions help transformers see better" (Xiao et al. 2021, arXiv:2106.14881, §3) for the convolutional stem;
 timm's VisionTransformer for everything else. Names exist after `import moevision`.
+
+Axes: B images, C classes, D width, N tokens of an image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, cast
 
 import timm
+import torch
+from timm.layers import HybridEmbed
 from timm.layers.config import use_reentrant_ckpt
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, RouterOptions, Routing, forward_routing
 from moevision.layers.experts import Backend
 from moevision.models.convert import convert_to_moe, scale_by_depth, scale_outputs_by_depth
-from moevision.models.stem import conv_stem
 from moevision.models.twin import Match, make_dense
 
 ROUTER_OPTIONS = tuple(field.name for field in fields(RouterOptions))
@@ -139,6 +145,48 @@ def check_patches(img_size: int | tuple[int, int], patch_size: int) -> None:
         )
 
 
+def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
+    """A constructor for timm's `embed_layer`: stride-2 convolutions with the patch grid of plain patches.
+
+    3x3 convolutions halve the picture until one place is one patch, doubling the channels up to D, and a 1x1
+    convolution follows, with BatchNorm and GELU between them (the paper has ReLU). In eval mode BatchNorm uses its
+    running statistics, so a prediction does not depend on batch-mates; in training it does. That was measured to be
+    worth it: on SyntheticPets two epochs gave 97.5 % with BatchNorm, 93.0 % with one GroupNorm over all channels and
+    87.4 % with LayerNorm over channels (one seed, 1 000 test pictures, `configs/quickstart.yaml`).
+
+    Args:
+        embed_dim: D.
+        patch_size: side of a patch in pixels, a power of two.
+
+    Raises:
+        UserError: if patch_size is not a power of two of at least 2.
+    """
+    steps = patch_size.bit_length() - 1
+    if steps < 1 or 2**steps != patch_size:
+        raise UserError(f"stem='conv' halves the picture step by step: patch_size={patch_size} is no power of two.")
+    channels = (*(max(16, embed_dim // 2 ** (steps - 1 - step)) for step in range(steps)), embed_dim)
+    return partial(_conv_embed, channels=channels)
+
+
+def _conv_embed(
+    *, channels: tuple[int, ...], in_chans: int, patch_size: int, embed_dim: int, bias: bool, **kwargs: Any
+) -> HybridEmbed:
+    # patch_size, embed_dim and bias are how timm calls an embed_layer; the channels already say the first two, and
+    # the last convolution always has its bias.
+    factory = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
+    steps = len(channels) - 1
+    backbone = ConvStem(
+        in_chans,
+        depth=steps + 1,
+        channels=channels,
+        kernel_size=(*[3] * steps, 1),
+        stride=(*[2] * steps, 1),
+        act_layer=nn.GELU,
+        **factory,
+    )
+    return HybridEmbed(backbone, patch_size=1, in_chans=in_chans, embed_dim=embed_dim, proj=False, **kwargs)
+
+
 def _build(make: Callable[..., Any], variant: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
     feature_cfg = {"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"}
     return build_model_with_cfg(
@@ -243,3 +291,43 @@ def _convert_base(base: str, twin: Match | Sequence[int] | None = None, **kwargs
     if twin is not None:
         make_dense(vit, twin)
     return vit
+
+
+# Attention in timm is torch's fused kernel, or products one after the other. The fused one is the faster at inference
+# everywhere, and in training on a GPU. On a CPU its backward pass falls behind in bfloat16 as long as there are few
+# tokens: forward and backward of 64 images of 65 tokens took 3.4 times as long as the plain products, of 32 images of
+# 197 tokens 1.6 times; in float32 both are alike (docs/performance.md).
+SHORT = 300
+"""N up to which plain products were the faster in bfloat16 with and without a matrix unit; at 577 that turns."""
+
+
+def trains_unfused(device: torch.device | str, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether attention is trained faster without the fused kernel.
+
+    Args:
+        device: where the model is.
+        dtype: dtype of queries, keys and values.
+        tokens: N.
+    """
+    return torch.device(device).type == "cpu" and dtype == torch.bfloat16 and tokens <= SHORT
+
+
+def set_fused_attention(model: nn.Module, fused: bool) -> None:
+    """Choose for every attention of `model` that has timm's switch; both compute the same up to rounding.
+
+    Args:
+        model: any timm model.
+        fused: whether `scaled_dot_product_attention` is used, where the model used it before the first call: timm
+            leaves it off where it is untested (Swin), and where the environment says `TIMM_FUSED_ATTN=0`.
+    """
+    for module in model.modules():
+        before = getattr(module, "fused_attn", None)
+        if isinstance(before, bool):
+            allowed: bool = vars(module).setdefault("_fused_attn_allowed", before)
+            setattr(module, "fused_attn", fused and allowed)  # noqa: B010 (torch says that attributes are tensors)
+
+
+def num_patches(model: nn.Module) -> int | None:
+    """Patches of an image, before any are dropped; None for a model without a patch embedding."""
+    count = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    return count if isinstance(count, int) else None

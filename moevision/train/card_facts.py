@@ -19,7 +19,7 @@ from moevision import __version__
 from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.models.hub import SavedModel, load_model, model_folder
+from moevision.models.io import SavedModel, load_model, model_folder
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import shown
 from moevision.train.provenance import LIBRARIES

@@ -18,7 +18,7 @@ import numpy as np
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.files import write_json_atomic, write_text_atomic
-from moevision.models.hub import SavedModel, save_model
+from moevision.models.io import SavedModel, save_model
 from moevision.names import csv_name
 from moevision.train.callbacks import Stopwatch
 from moevision.train.card import model_card

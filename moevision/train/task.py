@@ -25,8 +25,8 @@ from moevision.errors import UserError
 from moevision.layers import Routing, SigmoidRouter, forward_routing, label_oracle, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
-from moevision.models.attention import num_patches, set_fused_attention, trains_unfused
 from moevision.models.config import MoEConfig, build_model
+from moevision.models.vit_moe import num_patches, set_fused_attention, trains_unfused
 from moevision.train.optimizer import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.plain_data import make_plain
 from moevision.train.processes import sum_over_processes

@@ -19,7 +19,7 @@ from moevision.analysis.ranking import Ranking
 from moevision.data.augment import normalize
 from moevision.data.images import BadImageError
 from moevision.layers import Routing, build_router, moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 CLASSES = ["cat", "dog", "fox"]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

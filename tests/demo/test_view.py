@@ -17,7 +17,7 @@ from moevision.demo.kinds import LayerFacts
 from moevision.demo.settings import Settings
 from moevision.demo.view import LayerView
 from moevision.errors import UserError
-from moevision.models.hub import SavedModel, save_model
+from moevision.models.io import SavedModel, save_model
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from moevision.errors import UserError
 from moevision.layers import ROUTERS, ColourRouter, Routing, moe_layers
 from moevision.models import export as export_module
 from moevision.models.export import choice_margin, describe, export_onnx, export_torch
-from moevision.models.hub import SavedModel, load_model, save_model
+from moevision.models.io import SavedModel, load_model, save_model
 
 NAMES = ["cat", "dog", "Käuzchen"]
 EXPORTERS = {"onnx": export_onnx, "torch": export_torch}
