@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from moevision.analysis import RoutingTrace
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.models.io import load_model
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moevision.analysis.pictures import PictureSet
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, SoftRouter, moe_layers, routing_lock
 from moevision.models.io import SavedModel

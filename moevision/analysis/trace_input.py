@@ -16,8 +16,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from moevision.analysis.pictures import PictureSet
-from moevision.data.augment import normalize
 from moevision.data.images import BadImageError
+from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 from moevision.layers import routing_lock
 from moevision.models.io import SavedModel, load_model

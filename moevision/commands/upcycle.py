@@ -84,7 +84,7 @@ def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
     import torch
 
     from moevision.data import SyntheticPets
-    from moevision.data.augment import normalize
+    from moevision.data.transforms import normalize
     from moevision.efficiency import measure_cost
     from moevision.models.upcycle import step0_gap
 

@@ -19,22 +19,21 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from moevision.data.augment import Augment, CropMode, TrainTransform
-from moevision.data.contents import Contents, split_collection
-from moevision.data.dataset import ImageDataset
-from moevision.data.loader import Collate, ImageLoader
-from moevision.data.mix import BatchMixer
-from moevision.data.named import open_collection
-from moevision.data.overview import (
+from moevision.data.contents import (
     ClassCounts,
+    Contents,
     balance_warnings,
+    choose_crop,
     class_weight_tensor,
     count_classes,
+    split_collection,
 )
-from moevision.data.probe import choose_crop
-from moevision.data.sampler import PositionSampler, eval_batches
+from moevision.data.dataset import ImageDataset
+from moevision.data.loader import Collate, ImageLoader, PositionSampler, eval_batches
+from moevision.data.named import open_collection
 from moevision.data.sources import SPLITS, Collection
 from moevision.data.splits import Cut
+from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
 from moevision.errors import DataWarning, UserError
 
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}

@@ -4,7 +4,7 @@ Every way in which a folder may be laid out otherwise ends in one sentence that 
 
 Symbolic links are followed, as many datasets are farms of links to a store. A folder is entered once whatever leads to
 it, so links in a circle end, and a link to a folder that holds it leads nowhere. In a class a link to a file that the
-class has already is left out; what stands in several classes or splits is for ``leaks.py``. Hard links are files of
+class has already is left out; what stands in several classes or splits is for ``splits.py``. Hard links are files of
 their own, as a copy on another disk would have them, and count as the byte-identical files that they are.
 """
 

@@ -1,7 +1,7 @@
 """Where pictures come from: files below a folder, arrays in memory, or pictures drawn by code.
 
 A `Collection` lists its samples per given split and opens them one by one; it decides nothing about
-training, validation and test (see ``splits.py``) and nothing about pixels (see ``augment.py``). A sample is
+training, validation and test (see ``splits.py``) and nothing about pixels (see ``transforms.py``). A sample is
 named by its path relative to the collection's root, which stays the same across runs and machines.
 """
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from moevision.analysis.tokens import network_input
-from moevision.data.augment import square_pixels
 from moevision.data.images import BadImageError, safe_open
+from moevision.data.transforms import square_pixels
 from moevision.demo.kinds import LayerFacts, check_not_an_oracle, common, layer_facts
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError

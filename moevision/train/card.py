@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from moevision.data.terms import UNKNOWN, DataTerms, terms_of
+from moevision.data.named import UNKNOWN, DataTerms, terms_of
 from moevision.train.card_facts import UNKNOWN_LICENCE, CardFacts, Start
 from moevision.train.card_limits import limits_section, without_example
 from moevision.train.card_specialization import specialization_section

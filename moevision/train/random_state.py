@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moevision.data.keyed import hash_u64
+from moevision.data.transforms import hash_u64
 
 
 def random_state() -> dict[str, Any]:

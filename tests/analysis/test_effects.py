@@ -16,8 +16,8 @@ from moevision.analysis.effect_words import in_words
 from moevision.analysis.effects import class_effect, effect
 from moevision.analysis.intervention import Intervention, ablate, edited, intervene, use_top_k
 from moevision.analysis.ranking import Ranking
-from moevision.data.augment import normalize
 from moevision.data.images import BadImageError
+from moevision.data.transforms import normalize
 from moevision.layers import Routing, build_router, moe_layers
 from moevision.models.io import SavedModel
 

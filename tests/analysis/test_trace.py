@@ -20,7 +20,7 @@ from moevision.analysis import LayerTrace, RoutingTrace, collect_routing, open_p
 from moevision.analysis.trace import SCHEMA
 from moevision.analysis.trace_record import LAYER_ARRAYS
 from moevision.data import BadImageError, SyntheticPets
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, load_model

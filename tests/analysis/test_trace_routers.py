@@ -17,7 +17,7 @@ from moevision.analysis.similarity import match_experts
 from moevision.analysis.tables import co_activation, gate_weight_quantiles, part_expert_table, position_share
 from moevision.analysis.tokens import Remembered
 from moevision.data import SyntheticPets
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.errors import UserError
 from moevision.layers import ROUTERS, moe_layers
 from moevision.models.io import SavedModel

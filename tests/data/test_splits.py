@@ -10,10 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moevision.data.folder import read_folder
-from moevision.data.leaks import identical
 from moevision.data.sources import Collection, Sample
-from moevision.data.split_file import read_splits, write_splits
-from moevision.data.splits import Cut, Splits, make_splits, stratified_cut
+from moevision.data.splits import Cut, Splits, identical, make_splits, read_splits, stratified_cut, write_splits
 from moevision.errors import UserError
 
 

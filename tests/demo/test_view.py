@@ -10,7 +10,7 @@ from PIL import Image
 
 import moevision
 from moevision.analysis.intervention import Intervention
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.demo import route_image
 from moevision.demo.facts import describe
 from moevision.demo.kinds import LayerFacts

@@ -16,7 +16,7 @@ from torch import nn
 import moevision
 from moevision import UserError, dense_twin, forward_routing
 from moevision.data import SyntheticPets
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.efficiency import measure_cost
 from moevision.layers import ROUTERS, moe_layers
 from moevision.models.config import MoEConfig, build_model

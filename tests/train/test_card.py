@@ -17,8 +17,7 @@ from huggingface_hub import ModelCard
 
 import moevision
 from moevision import UserError
-from moevision.data.named import DATASET_NAMES
-from moevision.data.terms import UNKNOWN, terms_of
+from moevision.data.named import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
 from moevision.models.io import SavedModel, load_model
 from moevision.predict import predict_batch

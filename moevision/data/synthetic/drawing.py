@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from moevision.data.faces import Face, face
-from moevision.data.shapes import PARTS, Group, Points, Slot, region_id
+from moevision.data.synthetic.faces import PARTS, Face, Group, Points, Slot, face, region_id
 
 OVERSAMPLING: Final = 3
 _MAX_CLUTTER: Final = 8

@@ -16,9 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moevision.data.drawing import Scene, part_mask, picture, sample_scene
-from moevision.data.faces import CLASSES
-from moevision.data.shapes import PARTS
+from moevision.data.synthetic.drawing import Scene, part_mask, picture, sample_scene
+from moevision.data.synthetic.faces import CLASSES, PARTS
 from moevision.errors import UserError
 
 __all__ = ["SyntheticPets"]
