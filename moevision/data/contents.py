@@ -30,7 +30,7 @@ _MANY_IMAGES = 2000  # decoding more than this takes long enough for a progress 
 _MAX_RATIO = 3  # between the largest and the smallest class, before it is worth a warning
 _MAX_ROWS = 20
 _NUM_PROBES = 32
-_SMALL_PICTURE = 96  # px; up to here objects fill the frame and are shifted (pad) rather than cropped
+_SMALL_SIDE = 96  # px; up to here objects fill the frame and are shifted (pad) rather than cropped
 
 
 def is_main_process() -> bool:
@@ -42,9 +42,9 @@ def split_collection(collection: Collection, cut: Cut, run_dir: Path | None) -> 
     """Split a collection, or take its split from ``splits.csv`` of the run folder.
 
     Args:
-        collection: the labelled pictures.
+        collection: the labelled images.
         cut: how to cut what the collection doesn't come with.
-        run_dir: the run folder; None keeps no record. Drawn pictures need none.
+        run_dir: the run folder; None keeps no record. Drawn images need none.
 
     Returns:
         The splits and the class names that their labels index.
@@ -94,7 +94,7 @@ class Contents:
         self.quarantine = Quarantine(self.sample_id, sizes, max_bad_fraction, table)
 
     def sample_id(self, split: str, index: int) -> str:
-        """Stable name of a picture: its path relative to the dataset."""
+        """Stable name of an image: its path relative to the dataset."""
         return self.datasets[split].samples[index].sample_id
 
     @cached_property
@@ -116,7 +116,7 @@ class Contents:
                 self.quarantine.add([BadImage(dataset.split, i, reason) for i, reason in bad.items()])
 
     def file_list_sha256(self) -> str:
-        """SHA-256 over the sorted (split, relative path, label) of all pictures, in hexadecimal."""
+        """SHA-256 over the sorted (split, relative path, label) of all images, in hexadecimal."""
         lines = sorted(
             f"{split}\t{sample.sample_id}\t{sample.label}\n"
             for split, dataset in self.datasets.items()
@@ -138,7 +138,7 @@ class Contents:
 
         Args:
             title: first line, after the number of classes.
-            augmentation: how training pictures are changed, in words.
+            augmentation: how training images are changed, in words.
         """
         size = self.datasets["train"].image_size
         where = "kept in memory" if self.fits_memory else "decoded as needed"
@@ -153,7 +153,7 @@ class Contents:
 
 
 class Quarantine:
-    """Counts the bad pictures of a run once each, and stops it when they pass a share of a split."""
+    """Counts the bad images of a run once each, and stops it when they pass a share of a split."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class Quarantine:
 
         Args:
             name_of: (split, index) -> sample id.
-            sizes: number of pictures per split.
+            sizes: number of images per split.
             max_fraction: largest share of a split that may be bad.
             table: file to write them to (columns path, reason, split), None for nowhere.
         """
@@ -174,14 +174,14 @@ class Quarantine:
         self._reasons: dict[tuple[str, int], str] = {}
 
     def entries(self) -> list[tuple[str, str, str]]:
-        """(path, reason, split) of every bad picture, in the order they were met."""
+        """(path, reason, split) of every bad image, in the order they were met."""
         return [(self.name_of(split, index), reason, split) for (split, index), reason in self._reasons.items()]
 
     def add(self, bad: Sequence[BadImage]) -> None:
-        """Take note of bad pictures.
+        """Take note of bad images.
 
         Args:
-            bad: the pictures; known ones are ignored.
+            bad: the images; known ones are ignored.
 
         Raises:
             UserError: if more than ``max_fraction`` of a split is bad.
@@ -276,7 +276,7 @@ def count_table(counts: ClassCounts) -> list[str]:
 
 
 def choose_crop(collection: Collection, samples: Sequence[Sample]) -> CropMode:
-    """The crop that suits the pictures: "pad" for small and drawn ones, "random_resized" for photos."""
+    """The crop that suits the images: "pad" for small and drawn ones, "random_resized" for photos."""
     if isinstance(collection, DrawnCollection):
         return "pad"
     short_sides = []
@@ -285,11 +285,11 @@ def choose_crop(collection: Collection, samples: Sequence[Sample]) -> CropMode:
             short_sides.append(min(collection.open(sample).size))
         except BadImageError:  # counted when it is decoded in its turn
             continue
-    return "random_resized" if short_sides and median(short_sides) > _SMALL_PICTURE else "pad"
+    return "random_resized" if short_sides and median(short_sides) > _SMALL_SIDE else "pad"
 
 
 def estimate_bytes(datasets: Iterable[ImageDataset]) -> float:
-    """Bytes of all prepared pictures; exact for square ones, else scaled up from a few."""
+    """Bytes of all prepared images; exact for square ones, else scaled up from a few."""
     total = 0.0
     for dataset in datasets:
         mean_bytes = 3.0 * dataset.image_size**2

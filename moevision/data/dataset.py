@@ -24,13 +24,13 @@ from moevision.data.images import BadImageError
 from moevision.data.sources import Collection, Sample
 from moevision.data.transforms import TrainTransform, base_pixels, base_side, square_pixels
 
-# where all files are unreadable the run should say so soon, instead of trying every one for one picture
+# where all files are unreadable the run should say so soon, instead of trying every one for one image
 _MAX_STAND_INS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class BadImage:
-    """A picture that couldn't be used: its split, its index there, and why."""
+    """An image that couldn't be used: its split, its index there, and why."""
 
     split: str
     index: int
@@ -38,15 +38,15 @@ class BadImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """The good pictures of a batch to be, and the bad ones met on the way.
+class RawBatch:
+    """The good images of a batch to be, and the bad ones met on the way.
 
     Attributes:
         pixels: uint8 [B, 3, S, S].
         label: class of each.
         index: index of each in its split.
         epoch: epoch number of each; 0 in evaluation.
-        bad: pictures that couldn't be used.
+        bad: images that couldn't be used.
     """
 
     pixels: Tensor
@@ -56,12 +56,12 @@ class Pictures:
     bad: list[BadImage]
 
 
-class ImageDataset(Dataset[Pictures]):
-    """Pictures of one split.
+class ImageDataset(Dataset[RawBatch]):
+    """Images of one split.
 
     Keys are ``(epoch, index)`` when a transform is given (training) and plain indices otherwise. In training
-    the next readable picture stands in for a bad one, so that batches keep their size and a resumed run its
-    position; in evaluation a bad picture is left out of its batch.
+    the next readable image stands in for a bad one, so that batches keep their size and a resumed run its
+    position; in evaluation a bad image is left out of its batch.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class ImageDataset(Dataset[Pictures]):
 
         Args:
             split: "train", "val" or "test".
-            collection: where pictures are opened.
-            samples: the split's pictures.
-            image_size: side of the pictures, S.
-            square: whether pictures are prepared to S x S, or kept larger for random resized crops.
+            collection: where images are opened.
+            samples: the split's images.
+            image_size: side of the images, S.
+            square: whether images are prepared to S x S, or kept larger for random resized crops.
             seed: seed of the augmentation.
             transform: augmentation; None for evaluation.
         """
@@ -96,11 +96,11 @@ class ImageDataset(Dataset[Pictures]):
         self.cache: PixelCache | None = None
 
     def __len__(self) -> int:
-        """Number of pictures, bad ones included."""
+        """Number of images, bad ones included."""
         return len(self.samples)
 
     def decode(self, index: int) -> npt.NDArray[np.uint8]:
-        """Read and prepare one picture, uint8 [H, W, 3]; raises `BadImageError`."""
+        """Read and prepare one image, uint8 [H, W, 3]; raises `BadImageError`."""
         prepare, side = (square_pixels, self.image_size) if self.square else (base_pixels, base_side(self.image_size))
         return prepare(self.collection.open(self.samples[index], side), self.image_size)
 
@@ -108,18 +108,18 @@ class ImageDataset(Dataset[Pictures]):
         """Decode everything into memory, on all processor cores that this process may use.
 
         Args:
-            on_progress: called with the number of pictures done since the last call.
-            chunk_size: pictures per buffer.
+            on_progress: called with the number of images done since the last call.
+            chunk_size: images per buffer.
 
         Returns:
-            Index and reason of the pictures that can't be used.
+            Index and reason of the images that can't be used.
         """
         cache = PixelCache(planar=self.square)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with ThreadPoolExecutor(min(16, cores)) as pool:
             for start in range(0, len(self), chunk_size):
                 indices = range(start, min(start + chunk_size, len(self)))
-                # a few pictures per task: handing over small ones costs as much as decoding them
+                # a few images per task: handing over small ones costs as much as decoding them
                 tasks = [indices[i : i + 32] for i in range(0, len(indices), 32)]
                 cache.extend(list(chain.from_iterable(pool.map(self._attempt, tasks))))
                 on_progress(len(indices))
@@ -127,7 +127,7 @@ class ImageDataset(Dataset[Pictures]):
         return cache.bad
 
     def _attempt(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | str]:
-        """Pictures, or the reasons why they can't be used."""
+        """Images, or the reasons why they can't be used."""
         results: list[npt.NDArray[np.uint8] | str] = []
         for index in indices:
             try:
@@ -145,7 +145,7 @@ class ImageDataset(Dataset[Pictures]):
         return self.cache[index]
 
     def _find(self, index: int, bad: list[BadImage]) -> tuple[int, npt.NDArray[np.uint8]] | None:
-        """The picture with this index or the one that stands in for it; bad ones met on the way go into ``bad``."""
+        """The image with this index or the one that stands in for it; bad ones met on the way go into ``bad``."""
         tries = _MAX_STAND_INS if self.transform is not None else 1
         for candidate in islice(chain(range(index, len(self)), range(index)), tries):
             try:
@@ -154,33 +154,33 @@ class ImageDataset(Dataset[Pictures]):
                 bad.append(BadImage(self.split, candidate, error.reason))
         return None
 
-    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> Pictures:
-        """The pictures of a batch; see the class for what a bad one yields. DataLoader calls this."""
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> RawBatch:
+        """The images of a batch; see the class for what a bad one yields. DataLoader calls this."""
         bad: list[BadImage] = []
         found, epochs, drawn = [], [], []
         for key in keys:
             epoch, index = key if isinstance(key, tuple) else (0, key)
-            if (picture := self._find(index, bad)) is not None:
-                found.append(picture)
+            if (image := self._find(index, bad)) is not None:
+                found.append(image)
                 epochs.append(epoch)
                 drawn.append(index)
-        indices, pictures = [index for index, _ in found], [pixels for _, pixels in found]
+        indices, images = [index for index, _ in found], [pixels for _, pixels in found]
         if self.transform is not None:
             # the key stays the drawn one: a stand-in doesn't repeat its own augmentation in this epoch
-            pixels = self.transform(pictures, self.seed, epochs, drawn)
+            pixels = self.transform(images, self.seed, epochs, drawn)
         else:
-            pixels = torch.empty(len(pictures), 3, self.image_size, self.image_size, dtype=torch.uint8)
-            for row, prepared in zip(pixels.numpy(), pictures, strict=True):
+            pixels = torch.empty(len(images), 3, self.image_size, self.image_size, dtype=torch.uint8)
+            for row, prepared in zip(pixels.numpy(), images, strict=True):
                 row[:] = prepared
-        return Pictures(pixels, [self.samples[index].label for index in indices], indices, epochs, bad)
+        return RawBatch(pixels, [self.samples[index].label for index in indices], indices, epochs, bad)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Pictures:
+    def __getitem__(self, key: int | tuple[int, int]) -> RawBatch:
         """A batch of one key."""
         return self.__getitems__([key])
 
 
 class PixelCache:
-    """Decoded pictures of one split in a few large uint8 buffers.
+    """Decoded images of one split in a few large uint8 buffers.
 
     Thousands of small tensors would be copied into every worker process as soon as their reference counts
     are touched; views into a few large buffers are shared. The buffers are torch's, which workers that are not
@@ -191,7 +191,7 @@ class PixelCache:
         """Start empty.
 
         Args:
-            planar: whether the channels of a picture lie one after the other, [3, H, W], the fast order for shifted
+            planar: whether the channels of an image lie one after the other, [3, H, W], the fast order for shifted
                 copies; otherwise together, [H, W, 3], the fast order for resizing. Only time depends on it.
         """
         self._planar = planar
@@ -204,24 +204,24 @@ class PixelCache:
         """Bytes held."""
         return sum(chunk.numel() for chunk in self._chunks)
 
-    def extend(self, pictures: Sequence[npt.NDArray[np.uint8] | str]) -> None:
-        """Add the next pictures, uint8 [H, W, 3] each, or the reason why one is missing."""
-        chunk = torch.empty(sum(p.size for p in pictures if not isinstance(p, str)), dtype=torch.uint8)
+    def extend(self, images: Sequence[npt.NDArray[np.uint8] | str]) -> None:
+        """Add the next images, uint8 [H, W, 3] each, or the reason why one is missing."""
+        chunk = torch.empty(sum(p.size for p in images if not isinstance(p, str)), dtype=torch.uint8)
         offset = 0
-        for picture in pictures:
-            if isinstance(picture, str):
-                self.bad[len(self._where)] = picture
+        for image in images:
+            if isinstance(image, str):
+                self.bad[len(self._where)] = image
                 self._where.append((0, 0, 0, 0))
                 continue
-            height, width, _ = picture.shape
-            stored = picture.transpose(2, 0, 1) if self._planar else picture
-            chunk.numpy()[offset : offset + picture.size].reshape(stored.shape)[:] = stored
+            height, width, _ = image.shape
+            stored = image.transpose(2, 0, 1) if self._planar else image
+            chunk.numpy()[offset : offset + image.size].reshape(stored.shape)[:] = stored
             self._where.append((len(self._chunks), offset, height, width))
-            offset += picture.size
+            offset += image.size
         self._chunks.append(chunk)
 
     def __len__(self) -> int:
-        """Number of pictures, bad ones included."""
+        """Number of images, bad ones included."""
         return len(self._where)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.uint8]:

@@ -159,7 +159,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _split_folders(root: Path) -> dict[str, Path]:
     """The train / val / test folders of a dataset that came split; empty if it did not.
 
-    A folder "train" that holds pictures and no folders is a class of that name (trains exist).
+    A folder "train" that holds images and no folders is a class of that name (trains exist).
     """
     found: dict[str, Path] = {}
     for folder in _subfolders(root):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from moevision.data.dataset import BadImage, ImageDataset, Pictures
+from moevision.data.dataset import BadImage, ImageDataset, RawBatch
 from moevision.data.transforms import BatchMixer, hash_u64, normalize
 
 Batch = dict[str, Tensor]
@@ -144,7 +144,7 @@ def eval_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: i
 
 
 class Collate:
-    """Turns pictures into a batch: normalise, mix."""
+    """Turns images into a batch: normalise, mix."""
 
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], seed: int = 0, mixer: BatchMixer | None = None
@@ -152,31 +152,31 @@ class Collate:
         """Remember the normalisation (per channel, in units of [0, 1]), the seed and the mixer."""
         self.mean, self.std, self.seed, self.mixer = mean, std, seed, mixer
 
-    def __call__(self, pictures: Pictures) -> dict[str, Any]:
+    def __call__(self, raw: RawBatch) -> dict[str, Any]:
         """Build the batch dict.
 
         Returns:
             ``image`` float32 [B, 3, S, S], ``label`` int64 [B], ``index`` int64 [B], with a mixer ``target``
             float32 [B, C], and ``bad``, a list of `BadImage` that `ImageLoader` takes out. Without a single
-            good picture only ``bad`` is there.
+            good image only ``bad`` is there.
         """
-        if not pictures.index:
-            return {"bad": pictures.bad}
+        if not raw.index:
+            return {"bad": raw.bad}
         batch: dict[str, Any] = {
-            "image": normalize(pictures.pixels, self.mean, self.std),
-            "label": torch.tensor(pictures.label),
-            "index": torch.tensor(pictures.index),
-            "bad": pictures.bad,
+            "image": normalize(raw.pixels, self.mean, self.std),
+            "label": torch.tensor(raw.label),
+            "index": torch.tensor(raw.index),
+            "bad": raw.bad,
         }
         if self.mixer is not None:
             batch["image"], batch["target"] = self.mixer(
-                batch["image"], batch["label"], self.seed, pictures.epoch[0], pictures.index[0]
+                batch["image"], batch["label"], self.seed, raw.epoch[0], raw.index[0]
             )
         return batch
 
 
-class ImageLoader(DataLoader[Pictures]):
-    """A DataLoader that reports bad pictures in the main process and skips batches without a good one.
+class ImageLoader(DataLoader[RawBatch]):
+    """A DataLoader that reports bad images in the main process and skips batches without a good one.
 
     Attributes:
         wait_s: seconds that the main process has waited for batches, over all iterations.
@@ -189,7 +189,7 @@ class ImageLoader(DataLoader[Pictures]):
         on_bad: Callable[[list[BadImage]], None] | None = None,
         **options: Any,  # DataLoader's own
     ) -> None:
-        """Pass on DataLoader's options; ``on_bad`` is called with the bad pictures of a batch."""
+        """Pass on DataLoader's options; ``on_bad`` is called with the bad images of a batch."""
         super().__init__(dataset, **options)
         self.on_bad = on_bad
         self.wait_s = 0.0

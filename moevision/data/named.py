@@ -44,9 +44,9 @@ def open_collection(
         path: one of `DATASET_NAMES`, or a folder (write ``./pets`` for a folder that bears such a name).
         root: folder in which named datasets live.
         download: fetch a named dataset that isn't there.
-        image_size: side of the drawn pictures, in pixels.
-        seed: seed of the drawn pictures.
-        sizes: number of drawn pictures per split.
+        image_size: side of the drawn images, in pixels.
+        seed: seed of the drawn images.
+        sizes: number of drawn images per split.
 
     Raises:
         UserError: if it isn't there, can't be fetched, or isn't laid out as a dataset.
@@ -83,7 +83,7 @@ def open_collection(
 
 
 def synthetic_pets(image_size: int, seed: int, sizes: dict[str, int]) -> DrawnCollection:
-    """The drawn dataset, ``sizes[split]`` pictures per split."""
+    """The drawn dataset, ``sizes[split]`` images per split."""
     pets = {split: SyntheticPets(sizes[split], image_size, seed, split) for split in SPLITS}
     given = {
         split: [Sample(f"{split}/{number:06d}", pets[split].label(number)) for number in range(sizes[split])]
@@ -243,4 +243,4 @@ def terms_of(path: str) -> DataTerms:
         return DataTerms(title, terms, hub_id, path)
     if path in DATASET_NAMES:
         return DataTerms(path, kind=path)
-    return DataTerms(f"own pictures (a folder called “{shown(Path(path).expanduser().resolve().name)}”)")
+    return DataTerms(f"own images (a folder called “{shown(Path(path).expanduser().resolve().name)}”)")

@@ -58,7 +58,7 @@ class Cut:
         test_fraction: share for the test where the collection came unsplit, in [0, 1).
         seed: seed of the cut.
         group_by: None, "parent", or a regular expression with one group, searched in the sample id.
-        check_duplicates: whether to look for byte-identical pictures.
+        check_duplicates: whether to look for byte-identical images.
     """
 
     val_fraction: float = 0.1
@@ -229,7 +229,7 @@ def group_samples(
                 parent[other] = first
     if contradictions:
         warnings.append(
-            f"{len(contradictions)} pictures stand in several classes as byte-identical files or links (for example "
+            f"{len(contradictions)} images stand in several classes as byte-identical files or links (for example "
             f"{contradictions[0]}): keep each in its right class"
         )
     return {sample_id: root(group) for sample_id, group in group_of.items()}, warnings
@@ -260,7 +260,7 @@ def _named_groups(samples: Sequence[Sample], group_by: str | None) -> dict[str, 
 
 def identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sample]]:
     """Sets of two or more byte-identical samples; only samples of equal size are read, large ones twice."""
-    # empty files are equal, and no pictures
+    # empty files are equal, and no images
     stored = [sample for sample in samples if collection.size_bytes(sample) > 0]
     return _alike(stored, (collection.size_bytes, collection.probe, collection.digest))
 
@@ -322,7 +322,7 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
 
     Args:
         path: the file written by `write_splits`.
-        collection: the pictures as they are now.
+        collection: the images as they are now.
 
     Returns:
         The splits, and the class names of the file (labels are renumbered to them).

@@ -44,11 +44,11 @@ BASE_SCALE = 1.15
 """Short side, in units of ``image_size``, at which photos are kept for random resized crops: large enough
 that crops are not enlarged much, small enough that tens of thousands of photos fit into memory."""
 TRIES: Final = 10
-"""How often a rectangle is drawn anew that doesn't fit into its picture."""
+"""How often a rectangle is drawn anew that doesn't fit into its image."""
 CROP_RATIO: Final = (3 / 4, 4 / 3)
 """Width / height of a random resized crop."""
 ERASED_SHARE: Final = (0.02, 0.33)
-"""Area of an erased rectangle, as a share of the picture's."""
+"""Area of an erased rectangle, as a share of the image's."""
 ERASED_RATIO: Final = (0.3, 3.3)
 """Height / width of an erased rectangle."""
 # Streams of random numbers that must never coincide for equal (seed, epoch, index).
@@ -56,18 +56,18 @@ _POLICY, _MIX, _CROP, _FLIP, _ERASE, _RECTANGLE = range(1, 7)
 
 
 def base_side(image_size: int) -> int:
-    """Short side of the pictures that random resized crops are cut from, in pixels: 1.15 S."""
+    """Short side of the images that random resized crops are cut from, in pixels: 1.15 S."""
     return round(BASE_SCALE * image_size)
 
 
 def square_pixels(image: Image.Image, image_size: int) -> Pixels:
-    """The picture as evaluation sees it: its central square, resized to S x S (bicubic, antialiased).
+    """The image as evaluation sees it: its central square, resized to S x S (bicubic, antialiased).
 
-    Equal to resizing the short side and then cropping the centre, but a picture of 10 x 10 000 pixels never
-    becomes a huge one in between. A picture that is S x S already is returned as it is.
+    Equal to resizing the short side and then cropping the centre, but an image of 10 x 10 000 pixels never
+    becomes a huge one in between. An image that is S x S already is returned as it is.
 
     Args:
-        image: an RGB picture of any size, perhaps decoded at a reduced size by `safe_open`.
+        image: an RGB image of any size, perhaps decoded at a reduced size by `safe_open`.
         image_size: side of the result, S, in pixels.
 
     Returns:
@@ -84,7 +84,7 @@ def square_pixels(image: Image.Image, image_size: int) -> Pixels:
 
 
 def base_pixels(image: Image.Image, image_size: int) -> Pixels:
-    """The picture as random resized crops are cut from it: short side at most 1.15 S, never enlarged.
+    """The image as random resized crops are cut from it: short side at most 1.15 S, never enlarged.
 
     A long side beyond four times the short one is cut off around the centre (a strip would fill the memory).
 
@@ -105,13 +105,13 @@ def base_pixels(image: Image.Image, image_size: int) -> Pixels:
 
 
 def _resized(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], reduction: int) -> Image.Image:
-    """The box, given in pixels of the full picture, as a picture of ``size`` (width, height)."""
+    """The box, given in pixels of the full image, as an image of ``size`` (width, height)."""
     left, top, right, bottom = (edge / reduction for edge in box)
     return image.resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
 
 
 class TrainTransform:
-    """Random crop, flip, policy and erasing of a batch; every decision on a picture follows from its key."""
+    """Random crop, flip, policy and erasing of a batch; every decision on an image follows from its key."""
 
     def __init__(
         self,
@@ -130,10 +130,10 @@ class TrainTransform:
             image_size: side of the result, S.
             augment: "none" leaves out crop, flip and policy.
             crop: "pad" expects S x S pixels; "random_resized" any size.
-            min_crop_scale: smallest share of the picture's area in a random resized crop.
-            hflip: mirror half of the pictures.
+            min_crop_scale: smallest share of the image's area in a random resized crop.
+            hflip: mirror half of the images.
             random_erasing: probability that a random rectangle is filled with the mean colour.
-            mean: mean colour in [0, 1], the filling of what lies outside the picture.
+            mean: mean colour in [0, 1], the filling of what lies outside the image.
         """
         self.image_size, self.min_crop_scale, self.random_erasing = image_size, min_crop_scale, random_erasing
         self.crop: CropMode | None = None if augment == "none" else crop
@@ -147,20 +147,20 @@ class TrainTransform:
         if augment == "trivialaugment":
             self.policy = v2.TrivialAugmentWide(interpolation=bilinear, fill=fill)
 
-    def __call__(self, pictures: Sequence[Pixels], seed: int, epochs: Sequence[int], indices: Sequence[int]) -> Tensor:
+    def __call__(self, images: Sequence[Pixels], seed: int, epochs: Sequence[int], indices: Sequence[int]) -> Tensor:
         """Augment a batch.
 
         Args:
-            pictures: B pictures, uint8 [3, H, W] each; they are not written to.
+            images: B images, uint8 [3, H, W] each; they are not written to.
             seed: seed of the run.
             epochs: epoch number of each.
             indices: index of each in its split.
 
         Returns:
-            uint8 [B, 3, S, S]; row b is a function of picture, seed, epoch and index b alone.
+            uint8 [B, 3, S, S]; row b is a function of image, seed, epoch and index b alone.
         """
         epoch, index = np.asarray(epochs, np.int64), np.asarray(indices, np.int64)
-        out = np.empty((len(pictures), 3, self.image_size, self.image_size), np.uint8)
+        out = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
         rows = list(out)
         if self.hflip:  # what is written into the mirrored view of a row stands mirrored in the row
             mirrored = uniform(1, seed, _FLIP, epoch, index)[:, 0] < 0.5
@@ -169,17 +169,17 @@ class TrainTransform:
             out[:] = self.fill
             padding = max(1, self.image_size // 8)
             shifts = pad_shifts(uniform(2, seed, _CROP, epoch, index), padding)
-            for row, picture, (down, right) in zip(rows, pictures, shifts.tolist(), strict=True):
-                _write_shifted(row, picture, down, right)
+            for row, image, (down, right) in zip(rows, images, shifts.tolist(), strict=True):
+                _write_shifted(row, image, down, right)
         elif self.crop == "random_resized":
             u = uniform(4 * TRIES, seed, _CROP, epoch, index).reshape(-1, TRIES, 4)
-            sizes = np.array([picture.shape[1:] for picture in pictures], np.int64).reshape(-1, 2)
+            sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
             boxes = resized_crop_boxes(u, sizes, (self.min_crop_scale, 1.0))
-            for row, picture, box in zip(rows, pictures, boxes.tolist(), strict=True):
-                _write_resized(row, picture, *box)
+            for row, image, box in zip(rows, images, boxes.tolist(), strict=True):
+                _write_resized(row, image, *box)
         else:
-            for row, picture in zip(rows, pictures, strict=True):
-                row[:] = picture
+            for row, image in zip(rows, images, strict=True):
+                row[:] = image
         if self.policy is not None:
             self._apply_policy(self.policy, out, seed, epoch, index)
         if self.random_erasing > 0:
@@ -189,14 +189,14 @@ class TrainTransform:
     def _apply_policy(
         self, policy: v2.Transform, out: Pixels, seed: int, epoch: npt.NDArray[np.int64], index: npt.NDArray[np.int64]
     ) -> None:
-        """Change each picture by operations of its own, on PIL pictures: two to four times as fast as on tensors."""
+        """Change each image by operations of its own, on PIL images: two to four times as fast as on tensors."""
         for row, *key in zip(out, epoch.tolist(), index.tolist(), strict=True):
             with seeded_torch(seed, _POLICY, *key):
                 changed = policy(Image.fromarray(np.ascontiguousarray(row.transpose(1, 2, 0))))
             row[:] = np.asarray(changed).transpose(2, 0, 1)
 
     def _erase(self, out: Pixels, seed: int, epoch: npt.NDArray[np.int64], index: npt.NDArray[np.int64]) -> None:
-        """Fill a rectangle of some pictures."""
+        """Fill a rectangle of some images."""
         erased = np.flatnonzero(uniform(1, seed, _ERASE, epoch, index)[:, 0] < self.random_erasing)
         u = uniform(4 * TRIES, seed, _RECTANGLE, epoch[erased], index[erased]).reshape(-1, TRIES, 4)
         boxes = erasing_boxes(u, self.image_size)
@@ -204,17 +204,17 @@ class TrainTransform:
             out[row, :, top : top + height, left : left + width] = self.fill
 
 
-def _write_shifted(row: Pixels, picture: Pixels, down: int, right: int) -> None:
-    """Copy the window that lies ``down`` and ``right`` of the picture's corner; what is outside stays as it was."""
+def _write_shifted(row: Pixels, image: Pixels, down: int, right: int) -> None:
+    """Copy the window that lies ``down`` and ``right`` of the image's corner; what is outside stays as it was."""
     size = row.shape[-1]
-    row[:, max(0, -down) : size - max(0, down), max(0, -right) : size - max(0, right)] = picture[
+    row[:, max(0, -down) : size - max(0, down), max(0, -right) : size - max(0, right)] = image[
         :, max(0, down) : size + min(0, down), max(0, right) : size + min(0, right)
     ]
 
 
-def _write_resized(row: Pixels, picture: Pixels, top: int, left: int, height: int, width: int) -> None:
-    """Resize a box of the picture to the row's size (bicubic, antialiased, as ``v2.functional.resized_crop`` does)."""
-    crop = torch.from_numpy(picture[:, top : top + height, left : left + width])[None]
+def _write_resized(row: Pixels, image: Pixels, top: int, left: int, height: int, width: int) -> None:
+    """Resize a box of the image to the row's size (bicubic, antialiased, as ``v2.functional.resized_crop`` does)."""
+    crop = torch.from_numpy(image[:, top : top + height, left : left + width])[None]
     # with the channels last torch's uint8 kernel takes half the time; cached photos lie so already
     crop = crop.contiguous(memory_format=torch.channels_last)
     row[:] = interpolate(crop, row.shape[1:], mode="bicubic", antialias=True)[0].numpy()
@@ -245,14 +245,14 @@ class BatchMixer:
             self.mixers.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
 
     def __call__(self, image: Tensor, label: Tensor, seed: int, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Mix every picture with its neighbour in the batch.
+        """Mix every image with its neighbour in the batch.
 
         Args:
             image: float32 [B, 3, H, W].
             label: int64 [B], hard.
             seed: seed of the run.
             epoch: epoch number.
-            index: index of the batch's first picture.
+            index: index of the batch's first image.
 
         Returns:
             Mixed image float32 [B, 3, H, W] and soft target float32 [B, C], whose rows sum to 1.
@@ -268,7 +268,7 @@ class BatchMixer:
 
 
 def pad_shifts(u: Uniform, padding: int) -> Boxes:
-    """How far windows are moved over pictures that have a border of ``padding`` pixels.
+    """How far windows are moved over images that have a border of ``padding`` pixels.
 
     Args:
         u: [B, 2].
@@ -287,8 +287,8 @@ def resized_crop_boxes(
 
     Args:
         u: [B, T, 4]: area, shape, top, left of each try.
-        sizes: int64 [B, 2], height and width of the pictures.
-        scale: smallest and largest share of a picture's area.
+        sizes: int64 [B, 2], height and width of the images.
+        scale: smallest and largest share of an image's area.
         ratio: smallest and largest width / height.
     """
     height, width = sizes[:, :1], sizes[:, 1:]
@@ -299,11 +299,11 @@ def resized_crop_boxes(
 
 
 def erasing_boxes(u: Uniform, size: int) -> Boxes:
-    """Rectangles to erase in pictures of ``size`` x ``size``; of height 0, nothing, where no try fits.
+    """Rectangles to erase in images of ``size`` x ``size``; of height 0, nothing, where no try fits.
 
     Args:
         u: [B, T, 4]: area, shape, top, left of each try.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
     """
     sizes = np.full((len(u), 2), size)
     height, width = _sides(u, sizes[:, :1] * sizes[:, 1:], ERASED_SHARE, ERASED_RATIO)
@@ -324,7 +324,7 @@ def _sides(u: Uniform, area: Boxes, scale: tuple[float, float], ratio: tuple[flo
 def _first_that_fits(
     u: Uniform, fits: npt.NDArray[np.bool_], height: Boxes, width: Boxes, sizes: npt.NDArray[np.int64]
 ) -> Boxes:
-    """The first try of each picture that fits, at a uniform position; the first of all where none does."""
+    """The first try of each image that fits, at a uniform position; the first of all where none does."""
     rows, chosen = np.arange(len(u)), fits.argmax(axis=1)
     sides = np.stack([height[rows, chosen], width[rows, chosen]], axis=1)
     corner = np.floor(u[rows, chosen, 2:] * (sizes - sides + 1)).astype(np.int64)
@@ -406,7 +406,7 @@ def seeded_torch(*key: int) -> Iterator[None]:
     """Seed torch's CPU generator from ``key`` inside the block and put its state back afterwards.
 
     ``torch.manual_seed`` isn't used because it would reseed the GPU generators too, and so tie the dropout
-    of the model to the last picture that was loaded.
+    of the model to the last image that was loaded.
     """
     generator = torch.default_generator
     state = generator.get_state()

@@ -105,7 +105,7 @@ def convert_to_moe(
     plans = _plan(vit, indices, of_layer, shared, options, copy_weights)
     for index, plan in zip(indices, plans, strict=True):
         blocks[index].mlp = _moe_like(vit, index, plan, copy_weights)
-    _show_picture(vit)
+    _prepare_handmade(vit)
     _spare_biases(vit)
     written = {name: one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()}
     if not copy_weights and expert_hidden is None:
@@ -205,14 +205,14 @@ def _plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
 
 
 def _slots(vit: nn.Module, top_k: int, num_experts: int) -> int:
-    """Slots of one expert with which a token costs as much as with K experts; kept when the picture's size changes."""
+    """Slots of one expert with which a token costs as much as with K experts; kept when the image's size changes."""
     model = cast(Any, vit)
     tokens = int(model.patch_embed.num_patches) + int(model.num_prefix_tokens)
     return capacity_of(1.0, tokens, top_k, num_experts)
 
 
-def _show_picture(vit: nn.Module) -> None:
-    """Tell hand-made routers how many tokens aren't patches, and let those that go by colour see the picture."""
+def _prepare_handmade(vit: nn.Module) -> None:
+    """Tell hand-made routers how many tokens aren't patches, and let those that go by colour see the image."""
     for layer in moe_layers(vit):
         if isinstance(layer.router, HandmadeRouter):
             layer.router.num_prefix_tokens = int(cast(Any, vit).num_prefix_tokens)

@@ -49,7 +49,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4
 """Largest difference of a logit that passes."""
 _TIE = 1e-5  # scores closer than this may be ordered otherwise by other arithmetic
-_CHECKED = 4  # pictures of seeded noise: one alone, then three together
+_CHECKED = 4  # images of seeded noise: one alone, then three together
 _OPSETS = range(18, 24)  # what torch 2.13 writes
 _MAX_ONNX_BYTES = 2_000_000_000  # a protobuf ends at 2 GiB
 
@@ -63,9 +63,9 @@ class ExportReport:
         format: `onnx` or `torch`.
         size_bytes: its size.
         pictures: how many were compared, four of seeded noise and the given ones.
-        max_logit_delta: largest difference of a logit, over all pictures without a near tie.
-        top1_agreement: share of all pictures for which file and model name the same class.
-        near_ties: given pictures on which two scores of a router are so close that rounding chooses the expert.
+        max_logit_delta: largest difference of a logit, over all images without a near tie.
+        top1_agreement: share of all images for which file and model name the same class.
+        near_ties: given images on which two scores of a router are so close that rounding chooses the expert.
         near_tie_delta: largest difference of a logit over those; 0 if there are none.
     """
 
@@ -116,7 +116,7 @@ def export_torch(model: SavedModel, path: str | Path, *, pictures: Tensor | None
 
 
 def describe(model: SavedModel) -> dict[str, Any]:
-    """What travels in the file, JSON-ready: the classes, the preparation of a picture, and the MoE's shape."""
+    """What travels in the file, JSON-ready: the classes, the preparation of an image, and the MoE's shape."""
     config = timm.data.resolve_model_data_config(model.net)
     side, crop, interpolation = model.image_size, float(config["crop_pct"]), config["interpolation"]
     sentence = (
@@ -143,12 +143,12 @@ def check_exportable(net: nn.Module) -> None:
         options = getattr(layer.router, "options", None)
         if isinstance(layer.router, LabelRouter):
             raise UserError(
-                "The router 'label' must be told the class of every picture, which a file that is to find the class "
+                "The router 'label' must be told the class of every image, which a file that is to find the class "
                 "can't be: export a model with another router."
             )
         if options is not None and options.eval_capacity_factor is not None and options.capacity_group == "batch":
             raise UserError(
-                "With capacity_group='batch' a prediction depends on which pictures share its batch, so an exported "
+                "With capacity_group='batch' a prediction depends on which images share its batch, so an exported "
                 "file would give no definite answer: set capacity_group='image', or leave eval_capacity_factor out."
             )
 
@@ -328,7 +328,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # torch 2.13 asks its own pytree in a way that it has deprecated.
             warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
-            # Colour gates look at the picture of each pass before they read what they saw.
+            # Colour gates look at the image of each pass before they read what they saw.
             warnings.filterwarnings("ignore", message=r"The tensor attributes?.*\._colours ", category=UserWarning)
             yield
     finally:

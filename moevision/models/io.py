@@ -40,7 +40,7 @@ _SAFE_NAMES = {
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model with what is needed to use it on a picture.
+    """A model with what is needed to use it on an image.
 
     Attributes:
         net: the network, in eval mode.
@@ -90,7 +90,7 @@ def load_model(address: str) -> SavedModel:
 def _check_usable(saved: SavedModel, address: str) -> None:
     if len(saved.mean) != 3 or len(saved.std) != 3 or getattr(saved.net, "in_chans", 3) != 3:
         raise UserError(
-            f"The model {address!r} can't be used: it takes pictures with other channels than red, green, blue."
+            f"The model {address!r} can't be used: it takes images with other channels than red, green, blue."
         )
     for name, weight in saved.net.named_parameters():
         if not bool(torch.isfinite(weight).all()):
@@ -104,7 +104,7 @@ def describe(net: nn.Module) -> SavedModel:
     # The size that a ViT was built for or changed to; timm's configuration still has that of its first weights.
     size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"]
     if size[-1] != size[-2]:
-        raise UserError(f"The model takes pictures of {size[-2]} x {size[-1]} px: only square ones are supported.")
+        raise UserError(f"The model takes images of {size[-2]} x {size[-1]} px: only square ones are supported.")
     return SavedModel(net, words, int(size[-1]), tuple(config["mean"]), tuple(config["std"]))
 
 

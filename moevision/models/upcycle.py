@@ -94,10 +94,10 @@ class StepZeroGap:
     """How far an upcycled model is from its dense source before any training.
 
     Attributes:
-        images: pictures that were compared.
-        max_logit: max |Δ logit| over pictures and classes.
+        images: images that were compared.
+        max_logit: max |Δ logit| over images and classes.
         logit_scale: standard deviation of the dense model's logits, to judge it by.
-        agreement: share of pictures with the same most likely class.
+        agreement: share of images with the same most likely class.
     """
 
     images: int

@@ -56,7 +56,7 @@ class VisionTransformerMoE(VisionTransformer):
         stem: `patch` (timm's) or `conv` (arXiv:2106.14881; far better when a small model learns from scratch).
         twin: build the dense twin instead, matched in `active_flops` or `total_params`, or of these hidden widths, one
             for each MoE layer.
-        img_size: side(s) of the picture in pixels.
+        img_size: side(s) of the image in pixels.
         patch_size: side of a patch in pixels; it must divide img_size.
         embed_dim: D.
         num_shared_experts: experts that every token passes besides the routed ones.
@@ -64,7 +64,7 @@ class VisionTransformerMoE(VisionTransformer):
         **kwargs: options of the router (`moevision.layers.RouterOptions`), and timm's own arguments.
 
     Raises:
-        UserError: if patches don't tile the picture, or K, E, router, placement or stem don't exist or fit.
+        UserError: if patches don't tile the image, or K, E, router, placement or stem don't exist or fit.
     """
 
     def __init__(
@@ -135,12 +135,12 @@ class VisionTransformerMoE(VisionTransformer):
 
 
 def check_patches(img_size: int | tuple[int, int], patch_size: int) -> None:
-    """Raise a UserError unless whole patches tile the picture (timm would silently cut off the rest)."""
+    """Raise a UserError unless whole patches tile the image (timm would silently cut off the rest)."""
     sides = img_size if isinstance(img_size, tuple | list) else (img_size, img_size)
     if any(side % patch_size for side in sides):
         nearest = max(patch_size, round(sides[0] / patch_size) * patch_size)
         raise UserError(
-            f"Patches of {patch_size} px do not tile a picture of {sides[0]} x {sides[1]} px: "
+            f"Patches of {patch_size} px do not tile an image of {sides[0]} x {sides[1]} px: "
             f"use an image size that is a multiple of {patch_size}, such as {nearest}, or another patch_size."
         )
 
@@ -148,11 +148,11 @@ def check_patches(img_size: int | tuple[int, int], patch_size: int) -> None:
 def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     """A constructor for timm's `embed_layer`: stride-2 convolutions with the patch grid of plain patches.
 
-    3x3 convolutions halve the picture until one place is one patch, doubling the channels up to D, and a 1x1
+    3x3 convolutions halve the image until one place is one patch, doubling the channels up to D, and a 1x1
     convolution follows, with BatchNorm and GELU between them (the paper has ReLU). In eval mode BatchNorm uses its
     running statistics, so a prediction does not depend on batch-mates; in training it does. That was measured to be
     worth it: on SyntheticPets two epochs gave 97.5 % with BatchNorm, 93.0 % with one GroupNorm over all channels and
-    87.4 % with LayerNorm over channels (one seed, 1 000 test pictures, `configs/quickstart.yaml`).
+    87.4 % with LayerNorm over channels (one seed, 1 000 test images, `configs/quickstart.yaml`).
 
     Args:
         embed_dim: D.
@@ -163,7 +163,7 @@ def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     """
     steps = patch_size.bit_length() - 1
     if steps < 1 or 2**steps != patch_size:
-        raise UserError(f"stem='conv' halves the picture step by step: patch_size={patch_size} is no power of two.")
+        raise UserError(f"stem='conv' halves the image step by step: patch_size={patch_size} is no power of two.")
     channels = (*(max(16, embed_dim // 2 ** (steps - 1 - step)) for step in range(steps)), embed_dim)
     return partial(_conv_embed, channels=channels)
 
@@ -238,7 +238,7 @@ def test_vit_moe(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMo
 
 @register_model
 def vit_moe_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """For 32 px pictures: D 192, depth 6, 8 experts of which 2 are active; 2.7 M active, 5.4 M parameters in all."""
+    """For 32 px images: D 192, depth 6, 8 experts of which 2 are active; 2.7 M active, 5.4 M parameters in all."""
     size = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
     pool = {"class_token": False, "global_pool": "avg", "stem": "conv"}
     return _create("vit_moe_micro_patch4_32", pretrained, {**size, **pool}, kwargs)

@@ -183,7 +183,7 @@ def test_given_pictures_are_compared_too(tmp_path: Path) -> None:
         ({"router": "label"}, "must be told the class"),
         (
             {"router": "vmoe_top_k", "eval_capacity_factor": 1.0, "capacity_group": "batch"},
-            "which pictures share its batch",
+            "which images share its batch",
         ),
     ],
 )

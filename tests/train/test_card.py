@@ -227,7 +227,7 @@ def test_terms_are_known_or_said_to_be_unknown() -> None:
     assert "non-commercial" in terms_of("imagenet").terms
     assert "non-commercial" in terms_of("imagenette").terms
     assert terms_of("./pets").terms == UNKNOWN
-    assert terms_of("/home/jane/cifar10").title == "own pictures (a folder called “cifar10”)"
+    assert terms_of("/home/jane/cifar10").title == "own images (a folder called “cifar10”)"
 
 
 def test_the_program_in_the_card_works(

@@ -33,7 +33,7 @@ PARTS: Final = (
 
 
 class Slot(IntEnum):
-    """Places in the palette of one picture."""
+    """Places in the palette of one image."""
 
     SCENERY = 0
     CLUTTER = 1  # 1 .. 8: one colour for each background object
