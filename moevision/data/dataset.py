@@ -14,18 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from moevision.data.images import BadImageError
 from moevision.data.sources import Collection, Sample
-from moevision.data.transforms import TrainTransform, base_pixels, base_side, square_pixels
+from moevision.data.transforms import Pixels, TrainTransform, base_pixels, base_side, square_pixels
 
 # where all files are unreadable the run should say so soon, instead of trying every one for one image
-_MAX_STAND_INS = 100
+_MAX_TRIES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ class ImageDataset(Dataset[RawBatch]):
         """Number of images, bad ones included."""
         return len(self.samples)
 
-    def decode(self, index: int) -> npt.NDArray[np.uint8]:
+    def decode(self, index: int) -> Pixels:
         """Read and prepare one image, uint8 [H, W, 3]; raises `BadImageError`."""
         prepare, side = (square_pixels, self.image_size) if self.square else (base_pixels, base_side(self.image_size))
         return prepare(self.collection.open(self.samples[index], side), self.image_size)
@@ -126,9 +124,9 @@ class ImageDataset(Dataset[RawBatch]):
         self.cache = cache
         return cache.bad
 
-    def _attempt(self, indices: Sequence[int]) -> list[npt.NDArray[np.uint8] | str]:
+    def _attempt(self, indices: Sequence[int]) -> list[Pixels | str]:
         """Images, or the reasons why they can't be used."""
-        results: list[npt.NDArray[np.uint8] | str] = []
+        results: list[Pixels | str] = []
         for index in indices:
             try:
                 results.append(self.decode(index))
@@ -136,38 +134,42 @@ class ImageDataset(Dataset[RawBatch]):
                 results.append(error.reason)
         return results
 
-    def pixels(self, index: int) -> npt.NDArray[np.uint8]:
-        """Prepared pixels uint8 [3, H, W], from the cache if there is one; raises `BadImageError`."""
-        if self.cache is None:
-            return self.decode(index).transpose(2, 0, 1)
-        if index in self.cache.bad:
-            raise BadImageError(self.samples[index].sample_id, self.cache.bad[index])
-        return self.cache[index]
+    def pixels(self, indices: Sequence[int]) -> list[Pixels | str]:
+        """Prepared pixels uint8 [3, H, W] of each image, or the reason why it can't be used."""
+        if self.cache is not None:
+            return self.cache.take(indices)
+        return [found if isinstance(found, str) else found.transpose(2, 0, 1) for found in self._attempt(indices)]
 
-    def _find(self, index: int, bad: list[BadImage]) -> tuple[int, npt.NDArray[np.uint8]] | None:
-        """The image with this index or the one that stands in for it; bad ones met on the way go into ``bad``."""
-        tries = _MAX_STAND_INS if self.transform is not None else 1
-        for candidate in islice(chain(range(index, len(self)), range(index)), tries):
-            try:
-                return candidate, self.pixels(candidate)
-            except BadImageError as error:
-                bad.append(BadImage(self.split, candidate, error.reason))
+    def _stand_in(self, index: int, bad: list[BadImage]) -> tuple[int, Pixels] | None:
+        """The next image after ``index`` that can be used, and its pixels; bad ones met on the way go into ``bad``."""
+        for candidate in islice(chain(range(index + 1, len(self)), range(index)), _MAX_TRIES - 1):
+            (found,) = self.pixels([candidate])
+            if not isinstance(found, str):
+                return candidate, found
+            bad.append(BadImage(self.split, candidate, found))
         return None
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> RawBatch:
         """The images of a batch; see the class for what a bad one yields. DataLoader calls this."""
+        keyed = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        images: list[Pixels] = []
         bad: list[BadImage] = []
-        found, epochs, drawn = [], [], []
-        for key in keys:
-            epoch, index = key if isinstance(key, tuple) else (0, key)
-            if (image := self._find(index, bad)) is not None:
-                found.append(image)
-                epochs.append(epoch)
-                drawn.append(index)
-        indices, images = [index for index, _ in found], [pixels for _, pixels in found]
+        indices, epochs, drawn = [], [], []
+        for (epoch, key_index), found in zip(keyed, self.pixels([index for _, index in keyed]), strict=True):
+            index, image = key_index, found
+            if isinstance(image, str):
+                bad.append(BadImage(self.split, index, image))
+                stand_in = self._stand_in(index, bad) if self.transform is not None else None
+                if stand_in is None:
+                    continue
+                index, image = stand_in
+            images.append(image)
+            indices.append(index)
+            epochs.append(epoch)
+            drawn.append(key_index)
         if self.transform is not None:
             # the key stays the drawn one: a stand-in doesn't repeat its own augmentation in this epoch
-            pixels = self.transform(images, self.seed, epochs, drawn)
+            pixels = self.transform(images, self.seed, epochs, drawn)  # [B, 3, S, S]
         else:
             pixels = torch.empty(len(images), 3, self.image_size, self.image_size, dtype=torch.uint8)
             for row, prepared in zip(pixels.numpy(), images, strict=True):
@@ -199,12 +201,7 @@ class PixelCache:
         self._where: list[tuple[int, int, int, int]] = []
         self.bad: dict[int, str] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held."""
-        return sum(chunk.numel() for chunk in self._chunks)
-
-    def extend(self, images: Sequence[npt.NDArray[np.uint8] | str]) -> None:
+    def extend(self, images: Sequence[Pixels | str]) -> None:
         """Add the next images, uint8 [H, W, 3] each, or the reason why one is missing."""
         chunk = torch.empty(sum(p.size for p in images if not isinstance(p, str)), dtype=torch.uint8)
         offset = 0
@@ -220,14 +217,17 @@ class PixelCache:
             offset += image.size
         self._chunks.append(chunk)
 
-    def __len__(self) -> int:
-        """Number of images, bad ones included."""
-        return len(self._where)
-
-    def __getitem__(self, index: int) -> npt.NDArray[np.uint8]:
-        """Pixels uint8 [3, H, W], a view that must not be written to."""
-        chunk, offset, height, width = self._where[index]
-        stored = self._chunks[chunk].numpy()[offset : offset + 3 * height * width]
-        if self._planar:
-            return stored.reshape(3, height, width)
-        return stored.reshape(height, width, 3).transpose(2, 0, 1)
+    def take(self, indices: Sequence[int]) -> list[Pixels | str]:
+        """Pixels uint8 [3, H, W] of each image, a view that must not be written to, or the reason why it is missing."""
+        taken: list[Pixels | str] = []
+        for index in indices:
+            if index in self.bad:
+                taken.append(self.bad[index])
+                continue
+            chunk, offset, height, width = self._where[index]
+            stored = self._chunks[chunk].numpy()[offset : offset + 3 * height * width]
+            if self._planar:
+                taken.append(stored.reshape(3, height, width))
+            else:
+                taken.append(stored.reshape(height, width, 3).transpose(2, 0, 1))
+        return taken

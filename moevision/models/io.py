@@ -12,7 +12,8 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -66,23 +67,8 @@ def load_model(address: str) -> SavedModel:
     Raises:
         UserError: if there is no model, or its files are damaged or foreign.
     """
-    folder = model_folder(Path(address))
-    if folder is None and Path(address).exists():
-        raise UserError(
-            f"{address} is no saved model: give a run's model/ folder (config.json and model.safetensors), "
-            "such as runs/NAME/model."
-        )
-    if folder is None and ":" not in address and not timm.is_model(address):
-        raise UserError(f"There is no model at {address!r}: give a folder such as runs/NAME/model, or a timm name.")
-    try:
-        saved = describe(open_model(address if folder is None else f"local-dir:{folder}").eval())
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can fail in many ways; the cause stays attached
-        raise UserError(
-            f"The model {address!r} can't be loaded ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
-            "its files are damaged, or it was not saved by timm or moevision."
-        ) from error
+    with _loading(address):
+        saved = describe(open_model(_address(address)).eval())
     _check_usable(saved, address)
     return saved
 
@@ -125,7 +111,7 @@ def _class_names(config: dict[str, Any], classes: int) -> list[str]:
 def model_folder(path: Path) -> Path | None:
     """The folder with the files of a saved model, given it or its run folder; None if there is none."""
     for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
+        if (folder / CONFIG).is_file():
             return folder
     return None
 
@@ -145,7 +131,7 @@ def save_model(model: SavedModel, folder: Path) -> None:
         number = re.search(r"\(os error (\d+)\)", str(error))  # what the system said is in the words only
         if number is None:
             raise
-        (folder / "model.safetensors").unlink(missing_ok=True)
+        (folder / WEIGHTS).unlink(missing_ok=True)
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
     finally:
         hook.remove()
@@ -171,12 +157,12 @@ def _save_for_timm(model: SavedModel, folder: Path) -> None:
         },
         safe_serialization=True,
     )
-    sync_file(folder / "model.safetensors")  # nobody else does; the folder is flushed with config.json
+    sync_file(folder / WEIGHTS)  # nobody else does; the folder is flushed with config.json
     # timm gives the number of classes a second time, among the arguments. timm takes both; transformers hands both to
     # timm.create_model, which is a TypeError.
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
-    write_text_atomic(folder / "config.json", json.dumps(config, indent=2))
+    write_text_atomic(folder / CONFIG, json.dumps(config, indent=2))
 
 
 def create_from(
@@ -205,25 +191,51 @@ def create_from(
     address = _address(str(source))
     if weights is not None and load_weights:
         return _create_from_file(address, Path(weights), num_classes, options)
-    return _create(address, str(source), load_weights, options)
+    with _loading(str(source)):
+        return open_model(address, weights=load_weights, **options)
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Say in one sentence that a model can't be loaded: damaged or foreign files fail in every type of error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the cause stays attached
+        raise UserError(
+            f"The model {source!r} can't be loaded ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
+            "its files are damaged or don't fit, or it was not saved by timm or moevision."
+        ) from error
 
 
 def _address(source: str) -> str:
-    path = Path(source.removeprefix("local-dir:"))
+    """The timm address of a saved model's folder or run folder, and any other address as it is.
+
+    Raises:
+        UserError: if there is no such folder or name.
+    """
+    path = Path(source.removeprefix(FOLDER))
     folder = model_folder(path)
     if folder is not None:
-        return f"local-dir:{folder}"
+        return f"{FOLDER}{folder}"
     if path.is_file():
         raise UserError(
-            f"{path} is a file: name its architecture too, such as deit_tiny_patch16_224, and give it as weights."
+            f"{path} is a file: give a saved model's folder, such as runs/NAME/model, or name its architecture too, "
+            "such as deit_tiny_patch16_224, and give it as weights."
         )
     if ":" not in source and timm.is_model(source):
         return source
-    if path.is_dir() or source.startswith("local-dir:"):
-        raise UserError(f"{path} is no saved model: give a folder with config.json and model.safetensors.")
-    if ":" not in source:
-        raise UserError(unknown_name(source))
-    return source
+    if path.is_dir() or source.startswith(FOLDER):
+        raise UserError(
+            f"{path} is no saved model: give a run's model/ folder (config.json and model.safetensors), such as "
+            "runs/NAME/model."
+        )
+    if ":" in source:
+        return source
+    if "/" in source or os.sep in source:
+        raise UserError(f"There is no model at {source!r}: give a folder such as runs/NAME/model, or a timm name.")
+    raise UserError(f"{unknown_name(source)} A saved model is a folder such as runs/NAME/model.")
 
 
 def unknown_name(name: str) -> str:
@@ -233,19 +245,6 @@ def unknown_name(name: str) -> str:
     near = difflib.get_close_matches(bare, known, n=4, cutoff=0.5)
     hint = f" Did you mean {', '.join(near)}?" if near else " See `timm.list_models('*vit*')`."
     return f"There is no model {name!r}.{hint}"
-
-
-def _create(address: str, name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    try:
-        return open_model(address, weights=pretrained, **options)
-    except UserError:
-        raise
-    except Exception as error:  # hub, file and shape errors come in every type; the cause stays attached
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"The weights of {name!r} could not be loaded ({type(error).__name__}: {reason}). "
-            "Give a timm name with network access, or a folder with config.json and model.safetensors."
-        ) from error
 
 
 def _create_from_file(address: str, file: Path, num_classes: int | None, options: dict[str, Any]) -> nn.Module:

@@ -20,8 +20,9 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.models.io import SavedModel, load_model, model_folder, save_model
+from moevision.models.safe_config import CONFIG, WEIGHTS
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CARD = "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)
 """What is published; nothing else of a folder ever is."""
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
