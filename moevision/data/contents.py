@@ -1,4 +1,4 @@
-"""A dataset as it was read for one run: its splits, counts and warnings, its bad images, its images kept in memory."""
+"""A dataset as one run reads it: splits, counts and warnings, images that can't be used, and images kept in memory."""
 
 from __future__ import annotations
 

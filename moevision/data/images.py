@@ -1,4 +1,4 @@
-"""The one door through which every image enters the program: training, prediction and the web page.
+"""Safe opening of image files: the one function that training, prediction and the web page read images with.
 
 `safe_open` turns a file of unknown origin into an upright 8-bit RGB image, or raises `BadImageError` with
 the reason. What a bare `PIL.Image.open(path).convert("RGB")` gets wrong, and is put right here:

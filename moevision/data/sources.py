@@ -56,7 +56,7 @@ class Collection(ABC):
 
     @abstractmethod
     def size_bytes(self, sample: Sample) -> int:
-        """Number of stored bytes; samples of different size are known to differ."""
+        """Number of stored bytes; samples of different size differ."""
 
     def probe(self, sample: Sample) -> bytes:
         """A few stored bytes, read to spare the digest of large samples that differ in them."""

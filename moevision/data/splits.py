@@ -1,8 +1,8 @@
-"""Which images train, which choose, and which report: a seeded, stratified split without leaks.
+"""Which images are for training, validation and test: a seeded, stratified split without leaks.
 
 Nothing is ever selected on the set that is reported. A "val" that comes without a "test" is therefore the test set, and
 validation images are cut from the training ones. Images that belong together stay on one side: byte-identical copies,
-links to one file, and files of one group. A copy of a training image in the test set is rewarded for memory, and so is
+links to one file, and files of one group. A copy of a training image in the test set rewards memorisation, and so does
 a second photo of the same patient, video or scene. 3.3 % of CIFAR-10's test images have a near-duplicate in its
 training set (arXiv:1902.00423); only exact copies are found here.
 

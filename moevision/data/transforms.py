@@ -44,7 +44,7 @@ BASE_SCALE = 1.15
 """Short side, in units of ``image_size``, at which photos are kept for random resized crops: large enough
 that crops are not enlarged much, small enough that tens of thousands of photos fit into memory."""
 TRIES: Final = 10
-"""How often a rectangle is drawn anew that doesn't fit into its image."""
+"""How many rectangles are drawn for an image; the first that fits is used."""
 CROP_RATIO: Final = (3 / 4, 4 / 3)
 """Width / height of a random resized crop."""
 ERASED_SHARE: Final = (0.02, 0.33)
@@ -159,22 +159,22 @@ class TrainTransform:
         Returns:
             uint8 [B, 3, S, S]; row b is a function of image, seed, epoch and index b alone.
         """
-        epoch, index = np.asarray(epochs, np.int64), np.asarray(indices, np.int64)
+        epoch, index = np.asarray(epochs, np.int64), np.asarray(indices, np.int64)  # [B] each
         out = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
         rows = list(out)
-        if self.hflip:  # what is written into the mirrored view of a row stands mirrored in the row
-            mirrored = uniform(1, seed, _FLIP, epoch, index)[:, 0] < 0.5
+        if self.hflip:  # what is written into the mirrored view of a row is mirrored in the row
+            mirrored = uniform(1, seed, _FLIP, epoch, index)[:, 0] < 0.5  # [B]
             rows = [row[:, :, ::-1] if flip else row for row, flip in zip(rows, mirrored, strict=True)]
         if self.crop == "pad":
             out[:] = self.fill
             padding = max(1, self.image_size // 8)
-            shifts = pad_shifts(uniform(2, seed, _CROP, epoch, index), padding)
+            shifts = pad_shifts(uniform(2, seed, _CROP, epoch, index), padding)  # [B, 2]
             for row, image, (down, right) in zip(rows, images, shifts.tolist(), strict=True):
                 _write_shifted(row, image, down, right)
         elif self.crop == "random_resized":
-            u = uniform(4 * TRIES, seed, _CROP, epoch, index).reshape(-1, TRIES, 4)
+            u = uniform(4 * TRIES, seed, _CROP, epoch, index).reshape(-1, TRIES, 4)  # [B, T, 4]
             sizes = np.array([image.shape[1:] for image in images], np.int64).reshape(-1, 2)
-            boxes = resized_crop_boxes(u, sizes, (self.min_crop_scale, 1.0))
+            boxes = resized_crop_boxes(u, sizes, (self.min_crop_scale, 1.0))  # [B, 4]
             for row, image, box in zip(rows, images, boxes.tolist(), strict=True):
                 _write_resized(row, image, *box)
         else:
@@ -189,7 +189,7 @@ class TrainTransform:
     def _apply_policy(
         self, policy: v2.Transform, out: Pixels, seed: int, epoch: npt.NDArray[np.int64], index: npt.NDArray[np.int64]
     ) -> None:
-        """Change each image by operations of its own, on PIL images: two to four times as fast as on tensors."""
+        """Change each image by its own operations, on PIL images: two to four times as fast as on tensors."""
         for row, *key in zip(out, epoch.tolist(), index.tolist(), strict=True):
             with seeded_torch(seed, _POLICY, *key):
                 changed = policy(Image.fromarray(np.ascontiguousarray(row.transpose(1, 2, 0))))
@@ -205,7 +205,7 @@ class TrainTransform:
 
 
 def _write_shifted(row: Pixels, image: Pixels, down: int, right: int) -> None:
-    """Copy the window that lies ``down`` and ``right`` of the image's corner; what is outside stays as it was."""
+    """Copy the window that starts ``down`` and ``right`` of the image's corner; the row keeps what lies outside."""
     size = row.shape[-1]
     row[:, max(0, -down) : size - max(0, down), max(0, -right) : size - max(0, right)] = image[
         :, max(0, down) : size + min(0, down), max(0, right) : size + min(0, right)
@@ -215,14 +215,14 @@ def _write_shifted(row: Pixels, image: Pixels, down: int, right: int) -> None:
 def _write_resized(row: Pixels, image: Pixels, top: int, left: int, height: int, width: int) -> None:
     """Resize a box of the image to the row's size (bicubic, antialiased, as ``v2.functional.resized_crop`` does)."""
     crop = torch.from_numpy(image[:, top : top + height, left : left + width])[None]
-    # with the channels last torch's uint8 kernel takes half the time; cached photos lie so already
+    # [1, 3, h, w]; with the channels last torch's uint8 kernel takes half the time (cached photos are stored so)
     crop = crop.contiguous(memory_format=torch.channels_last)
     row[:] = interpolate(crop, row.shape[1:], mode="bicubic", antialias=True)[0].numpy()
 
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Scale uint8 pixels [B, 3, H, W] to [0, 1], subtract the mean and divide by the deviation; float32."""
-    center = torch.tensor(mean).view(1, 3, 1, 1).mul_(255)
+    center = torch.tensor(mean).view(1, 3, 1, 1).mul_(255)  # [1, 3, 1, 1]
     inverse = torch.tensor(std).view(1, 3, 1, 1).mul_(255).reciprocal_()
     return pixels.float().sub_(center).mul_(inverse)
 
@@ -271,7 +271,7 @@ def pad_shifts(u: Uniform, padding: int) -> Boxes:
     """How far windows are moved over images that have a border of ``padding`` pixels.
 
     Args:
-        u: [B, 2].
+        u: uniform numbers, [B, 2].
         padding: width of the border on each side.
 
     Returns:
@@ -339,8 +339,8 @@ def _central(sizes: npt.NDArray[np.int64], ratio: tuple[float, float]) -> Boxes:
     return np.stack([(height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width], axis=1)
 
 
-# Random numbers by key: a pure function of integers, whatever was drawn before, elsewhere, or in which process. (A
-# generator that is asked in turn ties each image's numbers to how many images came before it.)
+# Random numbers by key: a pure function of integers, independent of what was drawn before, elsewhere or in another
+# process. (With a sequential generator an image's numbers would depend on how many images came before it.)
 
 _MASK = (1 << 64) - 1
 _GAMMA, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
