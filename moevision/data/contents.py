@@ -178,7 +178,7 @@ class Quarantine:
         return [(self.name_of(split, index), reason, split) for (split, index), reason in self._reasons.items()]
 
     def add(self, bad: Sequence[BadImage]) -> None:
-        """Take note of bad images.
+        """Record bad images.
 
         Args:
             bad: the images; known ones are ignored.
@@ -222,7 +222,7 @@ def count_classes(samples: Mapping[str, Sequence[Sample]], class_names: Sequence
 
 
 def balance_warnings(train: Mapping[str, int], weighted: bool, balanced_sampling: bool) -> list[str]:
-    """Sentences about classes of very different size that nothing makes up for, or that two things do."""
+    """Warnings: classes of very different size that nothing compensates, or that two options compensate."""
     if weighted and balanced_sampling:
         return ["class_weights and balanced_sampling both favour rare classes: use one of them"]
     largest, smallest = max(train, key=lambda name: train[name]), min(train, key=lambda name: train[name])

@@ -1,9 +1,8 @@
 """`ImageDataModule`: any folder of images, or a dataset by name, as Lightning batches.
 
-What it promises: the same images in the same order with the same pixels for a given seed, whatever the
-number of workers and wherever the run was resumed; no image on two sides of a split; nothing selected on the
-set that is reported; and no run that a damaged file stops. This class is a thin shell: what was read is held
-by `Contents`.
+For a given seed it yields the same images in the same order with the same pixels, whatever the number of workers
+and wherever the run was resumed. No image is on two sides of a split, nothing is selected on the set that is
+reported, and a damaged file stops no run. This class is a thin shell: `Contents` holds what was read.
 
 Axis legend: B batch, C classes, S = ``image_size``.
 """

@@ -128,7 +128,7 @@ def save_model(model: SavedModel, folder: Path) -> None:
     try:
         _save_for_timm(model, folder)
     except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # what the system said is in the words only
+        number = re.search(r"\(os error (\d+)\)", str(error))  # the errno is only in the message
         if number is None:
             raise
         (folder / WEIGHTS).unlink(missing_ok=True)
@@ -313,7 +313,7 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     if address.startswith(HUB):
         folder = _fetch_folder(address.split(":", 1)[1], weights)
         model = open_model(f"{FOLDER}{folder}", weights=weights, **options)
-        # The place in this computer's cache says nothing to anyone who reads the model's facts.
+        # The path in this computer's cache means nothing to a reader of the model's facts.
         found: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         found.update(source="hf-hub", hf_hub_id=address.split(":", 1)[1], file=None)
         return model

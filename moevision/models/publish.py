@@ -90,7 +90,7 @@ def push_to_hub(
         model: a model in memory, or a run folder or model folder.
         repo_id: `user/name`.
         card: text of README.md, from `moevision.train.card.model_card`.
-        private: for your eyes only; False shows it to everyone.
+        private: visible to you only; False makes it public.
         token: with the right to write; by default the one that `hf auth login` stored, or HF_TOKEN.
         update: add a new version to a repository that exists already.
 

@@ -138,16 +138,16 @@ def prune_experts(
     remove: int | None = None,
     use: Use | None = None,
 ) -> nn.Module:
-    """Take experts away with their router rows; a token that chose one goes to its next-best expert.
+    """Remove experts and their router rows; a token that chose one goes to its next-best expert.
 
-    An expert that no token uses leaves without a trace where gates are a softmax over the kept choices
+    Pruning an expert that no token uses changes nothing where gates are a softmax over the kept choices
     (`noisy_top_k`). Where they are a softmax over all experts (`vmoe_top_k`), the gates of the others grow by
     1 / (1 - its probability).
 
     Args:
         model: a converted model.
         keep: block index -> experts to keep, whose order stays; layers that aren't named stay as they are.
-        remove: instead of `keep`: take so many experts away in every layer, those with the fewest choices in `use`
+        remove: instead of `keep`: remove so many experts in every layer, those with the fewest choices in `use`
             (of equal ones the later).
         use: what `remove` decides on.
 
@@ -180,8 +180,8 @@ def merge_experts(
     Weights, router rows and whatever else the router has for each expert are averaged with the experts' choices as
     weights (equally without `use`), hidden units aligned first. One row can't say what several did: to keep the gates
     of a softmax its logit would have to be the logsumexp of the group's, which is not linear in the token. So a merged
-    expert is chosen less often than its members together, and a token that chose two of them gets its next-best expert
-    too. Merging equal experts with equal rows changes nothing where a token has one expert with gate 1.
+    expert is chosen less often than its members together, and a token that chose two of them also gets its next-best
+    expert. Merging equal experts with equal rows changes nothing where a token has one expert with gate 1.
 
     Args:
         model: a converted model.
