@@ -10,12 +10,12 @@ the reason. What a bare `PIL.Image.open(path).convert("RGB")` gets wrong, and is
 - a progressive JPEG of 8 MB may hold 250,000 scans, each of which goes over the whole image: hours of work;
 - every installed decoder may be reached, rare and little-tested ones among them.
 
-The file's first bytes (never its name) choose one of six Pillow decoders; the size is read from the header
-and checked before a pixel is decoded. A JPEG that is far larger than its reader needs may be decoded at a half,
-a quarter or an eighth of its size (``short_side``): libjpeg then leaves out the fine part of each block of 8 x 8 pixels
-(its ``scale_denom``, Pillow's ``Image.draft``), several times as fast. No global state of
-Pillow or `warnings` is touched, so threads may share it. The one consequence: what Pillow warns of (damaged
-metadata) stays a warning, unless the process turns warnings into errors; then it is a `BadImageError`.
+The file's first bytes (never its name) choose one of six Pillow decoders; the size is read from the header and checked
+before a pixel is decoded. A JPEG that is far larger than its reader needs may be decoded at a half, a quarter or an
+eighth of its size (``short_side``): libjpeg then leaves out the fine part of each block of 8 x 8 pixels (its
+``scale_denom``, Pillow's ``Image.draft``), several times as fast. No global state of Pillow or `warnings` is touched,
+so threads may share it. One consequence: what Pillow warns of (damaged metadata) stays a warning, unless the process
+turns warnings into errors; then it is a `BadImageError`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ from PIL.WebPImagePlugin import WebPImageFile
 from moevision.errors import UserError
 
 __all__ = ["IMAGE_SUFFIXES", "BadImageError", "is_image_path", "safe_open"]
+
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """File name endings, in lower case, that a folder scan takes for images."""
+
 _JPEG: Final = b"\xff\xd8\xff"
 _DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], ...]] = (
     (_JPEG, JpegImageFile),
@@ -51,6 +53,7 @@ _DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], 
     (b"II*\x00", TiffImageFile),
     (b"MM\x00*", TiffImageFile),
 )
+
 # EXIF tag 0x0112 (Exif 2.32, table 4): stored orientation -> the turn that sets the image upright.
 _ORIENTATION_TAG: Final = 0x0112
 _UPRIGHT: Final = {
@@ -63,12 +66,16 @@ _UPRIGHT: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS: Final = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+
 # Pillow takes such prefixes away one by one, each time copying what is left: minutes for 8 MB (CVE-2026-96643).
 _REPEATED_EXIF: Final = b"Exif\0\0" * 4
+
 MAX_SCANS: Final = 100
 """Encoders write about ten scans for a progressive JPEG. A scan costs 0.01 s at 16 megapixels, however short it is."""
+
 _MAX_SEGMENTS: Final = 20_000  # 256 MB in pieces of 64 KB, as large metadata are written, are 4,000
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # 0 is a stuffed byte, D0-D7 restart within a scan
+
 # A reduced image keeps at least this many pixels for each one of the result (Pillow's thumbnail has the same margin).
 _REDUCING_GAP: Final = 2
 _FULL_SIZE: Final = "full_size"

@@ -182,6 +182,7 @@ _NAMED: dict[str, Callable[[Path, bool], Collection]] = {
     "food101": _food101,
 }
 DATASET_NAMES = (SYNTHETIC, *_NAMED, "imagenet")
+
 # Terms of use, as far as they are certain: a published model's card says them. Where a dataset's makers state nothing,
 # or this table knows nothing, the card says "unknown": a guess would be worse. Each sentence follows the page it names.
 

@@ -37,20 +37,28 @@ Augment = Literal["none", "light", "randaugment", "trivialaugment"]
 CropMode = Literal["pad", "random_resized"]
 Pixels = npt.NDArray[np.uint8]
 Uniform = npt.NDArray[np.float64]
+
 Boxes = npt.NDArray[np.int64]
 """[B, 4]: top, left, height, width in pixels."""
+
 Key = int | npt.NDArray[np.int64]
+
 BASE_SCALE = 1.15
 """Short side, in units of ``image_size``, at which photos are kept for random resized crops: large enough
 that crops are not enlarged much, small enough that tens of thousands of photos fit into memory."""
+
 TRIES: Final = 10
 """How many rectangles are drawn for an image; the first that fits is used."""
+
 CROP_RATIO: Final = (3 / 4, 4 / 3)
 """Width / height of a random resized crop."""
+
 ERASED_SHARE: Final = (0.02, 0.33)
 """Area of an erased rectangle, as a share of the image's."""
+
 ERASED_RATIO: Final = (0.3, 3.3)
 """Height / width of an erased rectangle."""
+
 # Streams of random numbers that must never coincide for equal (seed, epoch, index).
 _POLICY, _MIX, _CROP, _FLIP, _ERASE, _RECTANGLE = range(1, 7)
 

@@ -43,11 +43,15 @@ from moevision.models.io import SavedModel
 Format = Literal["onnx", "torch"]
 Runner = Callable[[Tensor], Tensor]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+
 METADATA_FILE = "moevision.json"
 """Name of the description among the `extra_files` of a torch.export program."""
+
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
 TOLERANCE = 1e-4
 """Largest difference of a logit that passes."""
+
 _TIE = 1e-5  # scores closer than this may be ordered otherwise by other arithmetic
 _CHECKED = 4  # images of seeded noise: one alone, then three together
 _OPSETS = range(18, 24)  # what torch 2.13 writes

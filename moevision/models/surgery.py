@@ -35,6 +35,7 @@ from moevision.models.vit_moe import MOE_ARGUMENTS
 
 How = Literal["average", "most_used"]
 Groups = Sequence[Sequence[int]]
+
 State = dict[str, Tensor]
 """State of an `Experts` module: fc1.weight [E, H, D], fc1.bias [E, H], fc2.weight [E, D, H], fc2.bias [E, D]; biases
 only where there are some."""

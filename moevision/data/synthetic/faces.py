@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 Points = npt.NDArray[np.float64]
 Pairs = Sequence[tuple[float, float]]
+
 PARTS: Final = (
     "background", "occluder", "body", "fur", "ear", "eye", "nose", "muzzle", "mouth", "whisker",
 )  # fmt: skip
