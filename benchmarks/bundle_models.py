@@ -31,7 +31,7 @@ from moevision.analysis.tokens import network_input, read_images
 from moevision.analysis.trace import collect_routing
 from moevision.demo.typical import typical_of
 from moevision.files import write_json_atomic
-from moevision.models.hub import SavedModel, load_model, save_model
+from moevision.models.io import SavedModel, load_model, save_model
 
 MODELS = Path(__file__).parents[1] / "moevision" / "demo" / "models"
 

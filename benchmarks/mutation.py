@@ -46,8 +46,8 @@ AREAS = {
     "guard": ["train/guard.py"],
     "resume": ["train/resume.py", "train/provenance.py"],
     "checkpoint writing": ["files.py", "train/checkpoint.py"],
-    "sampler": ["data/sampler.py", "data/keyed.py"],
-    "safe readers": ["models/safe_files.py", "models/safe_config.py", "data/images.py", "data/jpeg.py"],
+    "sampler": ["data/loader.py", "data/transforms.py"],
+    "safe readers": ["models/safe_files.py", "models/safe_config.py", "data/images.py"],
 }
 TESTS = (
     *("layers", "models", "train", "data", "golden", "efficiency", "analysis", "test_losses.py", "test_metrics.py"),

@@ -18,7 +18,7 @@ from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers
 from moevision.models.convert import one_or_list
-from moevision.models.hub import SavedModel, load_model
+from moevision.models.io import SavedModel, load_model
 from moevision.models.twin import dense_twin
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.names import shown

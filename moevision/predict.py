@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from moevision.data.augment import normalize, square_pixels
 from moevision.data.folder import walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
+from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
-from moevision.models.hub import SavedModel, best_device, load_model
+from moevision.models.io import SavedModel, best_device, load_model
 from moevision.names import csv_name, json_text
 
 

@@ -9,7 +9,7 @@ import timm
 from moevision.commands.export import SNIPPETS, experts_sentence, export, measure_latency
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
-from moevision.models.hub import load_model
+from moevision.models.io import load_model
 from moevision.predict import predict_batch
 
 

@@ -27,8 +27,7 @@ from moevision.analysis.figures.style import figure_png
 from moevision.analysis.picture_sources import labels_in
 from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder
-from moevision.data.split_file import read_splits
-from moevision.data.splits import Cut, Splits, make_splits
+from moevision.data.splits import Cut, Splits, make_splits, read_splits
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.errors import DataWarning, UserError
 from moevision.names import csv_name, json_text, name_bytes, shown

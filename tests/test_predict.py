@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moevision.errors import UserError
-from moevision.models.hub import load_model
+from moevision.models.io import load_model
 from moevision.predict import find_images, predict_batch
 
 

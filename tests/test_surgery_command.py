@@ -10,7 +10,7 @@ import torch
 from moevision.analysis.run_pictures import pictures_for
 from moevision.analysis.tokens import network_input, read_images
 from moevision.layers import forward_routing, moe_layers
-from moevision.models.hub import load_model
+from moevision.models.io import load_model
 
 
 def refused(outcome, *words):

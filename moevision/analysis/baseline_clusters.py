@@ -18,7 +18,7 @@ from moevision.analysis.baseline_rule import Assignments, Chosen, Rule, rules_of
 from moevision.analysis.pictures import PictureSet
 from moevision.analysis.tokens import image_patches, layer_inputs, network_input, read_images
 from moevision.analysis.trace import RoutingTrace
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 if TYPE_CHECKING:
     from sklearn.cluster import KMeans

@@ -35,7 +35,7 @@ from moevision.analysis.tokens import Remembered, image_patches
 from moevision.analysis.trace import RoutingTrace, collect_routing
 from moevision.errors import UserError
 from moevision.layers import SigmoidRouter, moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 NAMES = ("untrained", "hash", "hash_position", "kmeans_colour", "kmeans_input")
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # keeps 0, a fixed point of the mixing, out of it

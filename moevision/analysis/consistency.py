@@ -25,7 +25,7 @@ from moevision.analysis.similarity import cohen_kappa, pair_counts
 from moevision.analysis.tokens import network_input, read_images
 from moevision.errors import UserError
 from moevision.layers import forward_routing
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]

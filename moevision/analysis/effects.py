@@ -37,7 +37,7 @@ from moevision.data.images import BadImageError
 from moevision.errors import UserError
 from moevision.layers import routing_lock
 from moevision.layers.routing import Kind as RoutingKind
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 if TYPE_CHECKING:
     from moevision.analysis.pictures import PictureSet
@@ -183,7 +183,7 @@ def _to_input(model: SavedModel, images: Sequence[Pixels]) -> Tensor:
         if image.dtype != np.uint8 or image.shape != (model.image_size, model.image_size, 3):
             raise UserError(
                 f"The picture is {image.dtype} {list(image.shape)}: give uint8 [{model.image_size}, "
-                f"{model.image_size}, 3], as moevision.data.augment.square_pixels makes it."
+                f"{model.image_size}, 3], as moevision.data.transforms.square_pixels makes it."
             )
     return network_input(model, np.stack(images))
 

@@ -13,10 +13,10 @@ import numpy.typing as npt
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moevision.data.augment import square_pixels
 from moevision.data.images import BadImageError
 from moevision.data.sources import Collection, DrawnCollection, Sample
 from moevision.data.synthetic import SyntheticPets
+from moevision.data.transforms import square_pixels
 from moevision.errors import DataWarning, UserError
 from moevision.names import name_bytes, shown
 

@@ -21,8 +21,7 @@ from torch.utils.data import Dataset
 from moevision.analysis.picture_sources import Collected, FromDataset, View, balanced_subset, labels_in
 from moevision.data.named import open_collection
 from moevision.data.sources import SPLITS, Collection, FileCollection, Sample
-from moevision.data.split_file import read_splits
-from moevision.data.splits import Cut, make_splits
+from moevision.data.splits import Cut, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import DataWarning, UserError
 from moevision.names import shown

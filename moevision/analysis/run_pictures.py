@@ -8,7 +8,7 @@ from typing import Any
 
 from moevision.analysis.pictures import PictureSet, open_pictures
 from moevision.errors import UserError
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_yaml
 
 

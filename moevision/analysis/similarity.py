@@ -26,7 +26,7 @@ from moevision.analysis.tokens import layer_inputs, network_input, read_images
 from moevision.analysis.trace import LayerTrace
 from moevision.errors import UserError
 from moevision.layers.moe import moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 Floats = npt.NDArray[np.floating[Any]]
 _BATCH = 64

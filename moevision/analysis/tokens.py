@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from moevision.analysis.pictures import PictureSet
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, SoftRouter, moe_layers, routing_lock
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 Pixels = npt.NDArray[np.uint8]
 

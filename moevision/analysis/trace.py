@@ -32,7 +32,7 @@ from moevision.analysis.trace_record import SCHEMA, RoutingTrace, describe_trace
 from moevision.analysis.trace_sink import Array, ArrayBuffer, TensorSink, TensorSpec
 from moevision.errors import UserError
 from moevision.layers import LabelRouter, Routing, SoftRouting, forward_routing, label_oracle, moe_layers
-from moevision.models.hub import SavedModel, best_device
+from moevision.models.io import SavedModel, best_device
 
 __all__ = ["SCHEMA", "LayerTrace", "RoutingTrace", "collect_routing"]
 

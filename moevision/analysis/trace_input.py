@@ -16,11 +16,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from moevision.analysis.pictures import PictureSet
-from moevision.data.augment import normalize
 from moevision.data.images import BadImageError
+from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 from moevision.layers import routing_lock
-from moevision.models.hub import SavedModel, load_model
+from moevision.models.io import SavedModel, load_model
 
 
 class Batch(NamedTuple):

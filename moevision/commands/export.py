@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.layers import Backend, ExpertChoiceRouter, SoftRouter, moe_layers
-from moevision.models.export import ExportReport, export_onnx, export_torch
-from moevision.models.export_format import SUFFIX, Format, Runner, load_exported
-from moevision.models.hub import SavedModel, load_model
+from moevision.models.export import SUFFIX, ExportReport, Format, Runner, export_onnx, export_torch, load_exported
+from moevision.models.io import SavedModel, load_model
 from moevision.names import shown
 
 DESCRIPTION = """\
@@ -127,8 +126,8 @@ def _format_of(out: Path, format: Format | None) -> Format:
 def _prepared(model: str, saved: SavedModel, data: str, root: str | None, limit: int) -> Tensor:
     """The first pictures of `data`, as the model gets them: one file, a folder, or a dataset's name."""
     from moevision.analysis.run_pictures import pictures_for  # scikit-learn comes along
-    from moevision.data.augment import normalize, square_pixels
     from moevision.data.images import BadImageError, safe_open
+    from moevision.data.transforms import normalize, square_pixels
 
     pixels = []
     if Path(data).is_file():

@@ -12,7 +12,7 @@ from moevision.errors import UserError
 from moevision.names import shown
 
 if TYPE_CHECKING:
-    from moevision.models.hub import SavedModel
+    from moevision.models.io import SavedModel
 
 DESCRIPTION = """\
 Publish a saved model on the Hugging Face hub, where timm and moevision load it as hf-hub:USER/NAME.
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     """Run with command-line arguments."""
     chosen = _parser().parse_args(arguments)
 
-    from moevision.models.hub import load_model  # torch: not for --help
+    from moevision.models.io import load_model  # torch: not for --help
     from moevision.models.publish import check_repo_id, push_to_hub
 
     check_repo_id(chosen.repo)

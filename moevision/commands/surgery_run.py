@@ -26,10 +26,17 @@ from moevision.analysis.trace_input import PictureReader
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
-from moevision.models.expert_use import ExpertUse, measure_use
-from moevision.models.hub import SavedModel, best_device, load_model, save_model
-from moevision.models.regroup import numbered_layers
-from moevision.models.surgery import collapse_to_dense, merge_experts, most_used, prune_experts, similar_groups
+from moevision.models.io import SavedModel, best_device, load_model, save_model
+from moevision.models.surgery import (
+    ExpertUse,
+    collapse_to_dense,
+    measure_use,
+    merge_experts,
+    most_used,
+    numbered_layers,
+    prune_experts,
+    similar_groups,
+)
 from moevision.train.provenance import collect_provenance
 from moevision.train.report import accuracy_interval, paired_difference
 

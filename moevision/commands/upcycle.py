@@ -21,7 +21,7 @@ from moevision.names import shown
 if TYPE_CHECKING:
     from torch import nn
 
-    from moevision.models.hub import SavedModel
+    from moevision.models.io import SavedModel
 
 GAP_IMAGES = 32  # drawn pictures for the comparison of outputs; one pass even of a large ViT takes seconds
 SAME = 1e-5  # max |Δ logit| below which two models compute the same in float32
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{out} is there already: give --out another name, or --force to write into it.")
 
     options = _options(chosen.option)
-    from moevision.models.hub import describe  # torch: not for --help
+    from moevision.models.io import describe  # torch: not for --help
     from moevision.models.upcycle import load_dense, upcycle
 
     console = Console(highlight=False)
@@ -84,7 +84,7 @@ def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
     import torch
 
     from moevision.data import SyntheticPets
-    from moevision.data.augment import normalize
+    from moevision.data.transforms import normalize
     from moevision.efficiency import measure_cost
     from moevision.models.upcycle import step0_gap
 
@@ -148,7 +148,7 @@ def next_command(saved: SavedModel, out: Path) -> str:
 
 def _write(saved: SavedModel, record: dict[str, Any], out: Path) -> None:
     """Each file whole or not at all; other files in `out` are left alone."""
-    from moevision.models.hub import save_model
+    from moevision.models.io import save_model
 
     try:
         out.mkdir(parents=True, exist_ok=True)

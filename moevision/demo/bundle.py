@@ -1,7 +1,7 @@
 """The models that the explorer offers: those that come with the package, or the one that the user names.
 
 A bundled model is a folder with `card.json`, `trained/` and, where there are, `unbalanced/` (trained without the
-balance loss) and `dense/` (the dense twin), each written by `moevision.models.hub.save_model`; `atlas.json` and
+balance loss) and `dense/` (the dense twin), each written by `moevision.models.io.save_model`; `atlas.json` and
 `atlas_unbalanced.json` sum up what they do with their test pictures. Weights are stored in bfloat16 and computed with
 in float32. The variant "untrained" is the same architecture with fresh weights.
 """
@@ -23,7 +23,7 @@ from moevision.demo.examples import Examples
 from moevision.demo.facts import ModelFacts, describe
 from moevision.demo.own_run import card_of_run
 from moevision.errors import DataWarning, UserError
-from moevision.models.hub import SavedModel, best_device, load_model
+from moevision.models.io import SavedModel, best_device, load_model
 
 UNTRAINED_SEED = 0
 

@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from moevision.analysis.tokens import network_input
-from moevision.data.augment import square_pixels
 from moevision.data.images import BadImageError, safe_open
+from moevision.data.transforms import square_pixels
 from moevision.demo.kinds import LayerFacts, check_not_an_oracle, common, layer_facts
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError
 from moevision.layers import Routing, forward_routing
 from moevision.layers.moe import moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 from moevision.names import shown
 
 Pixels = npt.NDArray[np.uint8]

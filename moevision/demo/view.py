@@ -32,7 +32,7 @@ from moevision.demo.kinds import LayerFacts
 from moevision.demo.settings import Settings, intervention_json
 from moevision.demo.slots import SlotWeights
 from moevision.layers import Routing, SoftRouting
-from moevision.models.hub import SavedModel, load_model
+from moevision.models.io import SavedModel, load_model
 
 SCHEMA: Final = "moevision.view/2"
 TOP: Final = 5

@@ -22,15 +22,19 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from moevision import __version__
-from moevision.data.terms import UNKNOWN, DataTerms, terms_of
+from moevision.data.named import UNKNOWN, DataTerms, terms_of
 from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.models.hub import SavedModel, load_model, model_folder
+from moevision.models.io import SavedModel, load_model, model_folder
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import shown
 from moevision.train.provenance import LIBRARIES
-from moevision.train.report import RunSummary, read_summary, render
+from moevision.train.report import (
+    RunSummary,
+    read_summary,
+    render,
+)
 from moevision.versions import package_version
 
 Json = dict[str, Any]

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from moevision.data.keyed import hash_u64
+from moevision.data.transforms import hash_u64
 from moevision.errors import UserError
 from moevision.files import make_folder, rename, sync_folder, write_json_atomic, written_beside
 from moevision.train.processes import from_first, tell

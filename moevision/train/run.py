@@ -25,7 +25,7 @@ from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
-from moevision.models.hub import SavedModel, save_model
+from moevision.models.io import SavedModel, save_model
 from moevision.names import csv_name
 from moevision.train.callbacks import data_wait_advice
 from moevision.train.card import gather_facts, model_card

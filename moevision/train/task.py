@@ -33,8 +33,8 @@ from moevision.layers import (
 )
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
-from moevision.models.attention import num_patches, set_fused_attention, trains_unfused
 from moevision.models.config import MoEConfig, build_model
+from moevision.models.vit_moe import num_patches, set_fused_attention, trains_unfused
 from moevision.train.checkpoint import make_plain
 from moevision.train.optim import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.processes import sum_over_processes

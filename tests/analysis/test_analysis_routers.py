@@ -27,7 +27,7 @@ from moevision.analysis.tokens import network_input
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import SoftRouter, moe_layers, record_routing
-from moevision.models.hub import SavedModel, save_model
+from moevision.models.io import SavedModel, save_model
 
 PETS = SyntheticPets(48, 32, 0, "test")
 # One of each kind: other tests go through the steps with noisy_top_k and vmoe_top_k, hash and position are like random.

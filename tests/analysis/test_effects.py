@@ -16,10 +16,10 @@ from moevision.analysis.effect_words import in_words
 from moevision.analysis.effects import class_effect, effect
 from moevision.analysis.intervention import Intervention, ablate, edited, intervene, use_top_k
 from moevision.analysis.ranking import Ranking
-from moevision.data.augment import normalize
 from moevision.data.images import BadImageError
+from moevision.data.transforms import normalize
 from moevision.layers import Routing, build_router, moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 CLASSES = ["cat", "dog", "fox"]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from moevision.analysis import PictureSet, open_pictures, patch_crop
 from moevision.data import BadImageError, ImageDataModule, SyntheticPets
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 
 CLASSES = SyntheticPets.classes

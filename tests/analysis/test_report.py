@@ -19,7 +19,7 @@ from moevision.analysis.report.verdict import FOUND, NOT_FOUND, OPEN
 from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets
 from moevision.layers.moe import moe_layers
-from moevision.models.hub import SavedModel, save_model
+from moevision.models.io import SavedModel, save_model
 
 FIGURES = {
     *("specialization", "overlay_1", "overlay_2", "overlay_3", "path", "certainty", "load", "gate_weights", "effects"),

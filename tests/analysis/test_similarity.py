@@ -15,7 +15,7 @@ from moevision.analysis.tokens import Remembered, image_patches, layer_inputs, n
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from moevision.analysis.tokens import image_patches
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

@@ -20,10 +20,10 @@ from moevision.analysis import LayerTrace, RoutingTrace, collect_routing, open_p
 from moevision.analysis.trace import SCHEMA
 from moevision.analysis.trace_record import LAYER_ARRAYS
 from moevision.data import BadImageError, SyntheticPets
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 from moevision.layers import moe_layers
-from moevision.models.hub import SavedModel, load_model
+from moevision.models.io import SavedModel, load_model
 from moevision.predict import predict_batch
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -17,10 +17,10 @@ from moevision.analysis.similarity import match_experts
 from moevision.analysis.tables import co_activation, gate_weight_quantiles, part_expert_table, position_share
 from moevision.analysis.tokens import Remembered
 from moevision.data import SyntheticPets
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.errors import UserError
 from moevision.layers import ROUTERS, moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PETS = SyntheticPets(16, 32, 0, "test")

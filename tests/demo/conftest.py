@@ -14,7 +14,7 @@ from moevision.demo.atlas_source import Galleries
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from moevision.demo.typical import typical_of
-from moevision.models.hub import SavedModel, save_model
+from moevision.models.io import SavedModel, save_model
 from tests.demo import serving
 from tests.demo.serving import running
 

@@ -17,7 +17,7 @@ from moevision.demo.cards import Card, read_card
 from moevision.demo.own_run import card_of_run
 from moevision.demo.service import Explorer
 from moevision.errors import DataWarning, UserError
-from moevision.models.hub import load_model
+from moevision.models.io import load_model
 
 
 def test_what_the_package_carries_fits_in_25_mb():

@@ -16,7 +16,7 @@ from moevision.cli import main as cli_main
 from moevision.demo import launch
 from moevision.demo.server import Serving, is_loopback
 from moevision.errors import UserError
-from moevision.models.hub import save_model
+from moevision.models.io import save_model
 from tests.demo.serving import running
 
 

@@ -8,7 +8,7 @@ import torch
 
 import moevision
 from moevision.analysis.intervention import Intervention
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.demo import requests as read
 from moevision.demo import route_image
 from moevision.demo.bundle import DataOptions, open_entries

@@ -17,10 +17,9 @@ from huggingface_hub import ModelCard
 
 import moevision
 from moevision import UserError
-from moevision.data.named import DATASET_NAMES
-from moevision.data.terms import UNKNOWN, terms_of
+from moevision.data.named import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
-from moevision.models.hub import SavedModel, load_model
+from moevision.models.io import SavedModel, load_model
 from moevision.predict import predict_batch
 from moevision.train.card import CardFacts, MoEBlock, Start, gather_facts, model_card, without_path
 from moevision.train.report import read_summary
@@ -226,7 +225,7 @@ def test_terms_are_known_or_said_to_be_unknown() -> None:
     assert "non-commercial" in terms_of("imagenet").terms
     assert "non-commercial" in terms_of("imagenette").terms
     assert terms_of("./pets").terms == UNKNOWN
-    assert terms_of("/home/jane/cifar10").title == "own pictures (a folder called “cifar10”)"
+    assert terms_of("/home/jane/cifar10").title == "own images (a folder called “cifar10”)"
 
 
 def test_the_program_in_the_card_works(

@@ -37,7 +37,7 @@ from moevision.analysis.tokens import Remembered
 from moevision.analysis.trace import RoutingTrace, collect_routing
 from moevision.errors import UserError
 from moevision.layers import LabelRouter, moe_layers
-from moevision.models.hub import SavedModel, load_model
+from moevision.models.io import SavedModel, load_model
 from moevision.names import shown
 from moevision.versions import package_version
 

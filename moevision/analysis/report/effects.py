@@ -17,7 +17,7 @@ from moevision.layers.routing import Kind as RoutingKind
 if TYPE_CHECKING:
     from moevision.analysis.pictures import PictureSet
     from moevision.analysis.trace import RoutingTrace
-    from moevision.models.hub import SavedModel
+    from moevision.models.io import SavedModel
 
 Json = dict[str, Any]
 _LEAST, _MOST = 3, 40  # pictures of a class

@@ -23,7 +23,7 @@ from moevision.analysis.trace import RoutingTrace, collect_routing
 
 if TYPE_CHECKING:
     from moevision.analysis.pictures import PictureSet
-    from moevision.models.hub import SavedModel
+    from moevision.models.io import SavedModel
 
 Json = dict[str, Any]
 

@@ -20,7 +20,7 @@ from moevision.commands.benchmark.timing import Candidate, interleave, rounded, 
 from moevision.efficiency import inference_flops
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.models.hub import load_model, model_folder
+from moevision.models.io import load_model, model_folder
 from moevision.models.twin import dense_twin
 
 

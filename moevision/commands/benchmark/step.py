@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moevision.commands.benchmark.phases import PhaseClock
 from moevision.commands.benchmark.subject import Subject, Which
 from moevision.layers import forward_routing, label_oracle, update_router_bias
-from moevision.models.attention import num_patches, set_fused_attention, trains_unfused
+from moevision.models.vit_moe import num_patches, set_fused_attention, trains_unfused
 from moevision.train.optim import build_optimizer
 
 CLIP_NORM = 1.0  # as in `moevision fit`

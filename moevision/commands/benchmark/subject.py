@@ -18,7 +18,7 @@ from torch import nn
 from moevision.errors import UserError
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
-from moevision.models.source import unknown_name
+from moevision.models.io import unknown_name
 from moevision.models.twin import dense_twin
 from moevision.train.optim import OptimizerConfig
 from moevision.train.recipe import find_config, shipped_configs

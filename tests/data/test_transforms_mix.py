@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from moevision.data.keyed import seeded_torch
-from moevision.data.mix import BatchMixer
+from moevision.data.transforms import BatchMixer, seeded_torch
 
 
 def batch(size: int = 6, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

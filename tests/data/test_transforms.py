@@ -11,10 +11,19 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from moevision.data import augment, mix
-from moevision.data.augment import TrainTransform, base_pixels, normalize, square_pixels
-from moevision.data.crops import TRIES, erasing_boxes, pad_shifts, resized_crop_boxes
-from moevision.data.keyed import seeded_torch, uniform
+from moevision.data import transforms
+from moevision.data.transforms import (
+    TRIES,
+    TrainTransform,
+    base_pixels,
+    erasing_boxes,
+    normalize,
+    pad_shifts,
+    resized_crop_boxes,
+    seeded_torch,
+    square_pixels,
+    uniform,
+)
 
 MEAN = (0.5, 0.25, 0.75)
 
@@ -167,7 +176,14 @@ def test_a_policy_is_torchvision_s_on_each_picture(name, policy):
 
 
 def test_streams_are_apart():
-    streams = [augment._POLICY, augment._CROP, augment._FLIP, augment._ERASE, augment._RECTANGLE, mix._STREAM]
+    streams = [
+        transforms._POLICY,
+        transforms._CROP,
+        transforms._FLIP,
+        transforms._ERASE,
+        transforms._RECTANGLE,
+        transforms._MIX,
+    ]
     assert len(set(streams)) == len(streams)
 
 

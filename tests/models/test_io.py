@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moevision import UserError, convert_to_moe, forward_routing
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.layers import ROUTERS, label_oracle, moe_layers
-from moevision.models.hub import SavedModel, load_model, save_model
+from moevision.models.io import SavedModel, load_model, save_model
 
 WORDS = ["cat", "dog", "Käfer", "a|b", "dog house"]
 LABELS = torch.tensor([3, 0, 4])

@@ -1,9 +1,9 @@
-"""Pictures of `SyntheticPets`: one random scene, drawn once as a region map, then coloured and lit.
+"""Images of `SyntheticPets`: one random scene, drawn once as a region map, then coloured and lit.
 
-A scene is everything about a picture that does not depend on its size in pixels: polygons, palette, light.
-Its polygons are painted into a map of region ids at three times the final size. The picture is that map seen
+A scene is everything about an image that does not depend on its size in pixels: polygons, palette, light.
+Its polygons are painted into a map of region ids at three times the final size. The image is that map seen
 through the palette, averaged down (anti-aliased), and lit; the part mask is the middle pixel of every 3 x 3
-block of the same map. So the mask fits the picture by construction.
+block of the same map. So the mask fits the image by construction.
 
 Axis legend: S image size in pixels, V vertices of a face. Frame coordinates run from 0 to 1, x right, y down.
 """
@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from moevision.data.faces import Face, face
-from moevision.data.shapes import PARTS, Group, Points, Slot, region_id
+from moevision.data.synthetic.faces import PARTS, Face, Group, Points, Slot, face, region_id
 
 OVERSAMPLING: Final = 3
 _MAX_CLUTTER: Final = 8
@@ -47,7 +46,7 @@ _PART_TABLE: Final = np.array([region % len(PARTS) for region in range(256)], np
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it has pixels.
+    """An image before it has pixels.
 
     Attributes:
         polygons: (region id, vertices [n, 2] in frame coordinates) in painting order.
@@ -189,7 +188,7 @@ def part_mask(scene: Scene, image_size: int) -> npt.NDArray[np.uint8]:
     return np.asarray(_PART_TABLE[regions])
 
 
-def picture(scene: Scene, image_size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def render(scene: Scene, image_size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Colours and lights the scene: uint8 [S, S, 3]. The generator gives the pixel noise only."""
     regions = region_map(scene, image_size)
     coat = _coverage(regions, _COAT_TABLE)

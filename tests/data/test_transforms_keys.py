@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from moevision.data.keyed import hash_u64, hash_u64_array, seeded_torch, uniform
+from moevision.data.transforms import hash_u64, hash_u64_array, seeded_torch, uniform
 
 
 def test_hash_is_splitmix64():
@@ -37,7 +37,7 @@ def test_uniform_by_hand():
 
 
 def test_no_number_reaches_one(monkeypatch):
-    monkeypatch.setattr("moevision.data.keyed.hash_u64_array", lambda *_: np.array([[0, 2**64 - 1]], np.uint64))
+    monkeypatch.setattr("moevision.data.transforms.hash_u64_array", lambda *_: np.array([[0, 2**64 - 1]], np.uint64))
     low, high = uniform(2, 0)[0]
     assert (low, high) == (0.0, 1 - 2.0**-53)
     assert all(np.floor(high * n) == n - 1 for n in range(1, 10_000))

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import v2
 
-from moevision.data.crops import CROP_RATIO, TRIES, erasing_boxes, pad_shifts, resized_crop_boxes
-from moevision.data.keyed import uniform
+from moevision.data.transforms import CROP_RATIO, TRIES, erasing_boxes, pad_shifts, resized_crop_boxes, uniform
 
 KEYS = np.arange(4000)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moevision.data.sampler import PositionSampler, eval_batches
+from moevision.data.loader import PositionSampler, eval_batches
 
 
 def indices(sampler: PositionSampler) -> list[int]:
