@@ -13,31 +13,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moevision.analysis.baselines import measure_baselines
+    from moevision.analysis.collect import collect_routing
     from moevision.analysis.compare import compare_classes
     from moevision.analysis.effects import class_effect, effect
     from moevision.analysis.heatmap import class_expert_map
+    from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
-    from moevision.analysis.pictures import PictureSet, open_pictures, patch_crop
     from moevision.analysis.similarity import expert_similarity, match_experts
-    from moevision.analysis.trace import LayerTrace, RoutingTrace, collect_routing
+    from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 # The module that defines each name.
 _HOME = {
     "Intervention": "intervention",
     "LayerTrace": "trace",
-    "PictureSet": "pictures",
+    "PictureSet": "images",
     "RoutingTrace": "trace",
     "class_effect": "effects",
     "class_expert_map": "heatmap",
-    "collect_routing": "trace",
+    "collect_routing": "collect",
     "compare_classes": "compare",
     "effect": "effects",
     "expert_similarity": "similarity",
     "intervene": "intervention",
     "match_experts": "similarity",
     "measure_baselines": "baselines",
-    "open_pictures": "pictures",
-    "patch_crop": "pictures",
+    "open_pictures": "images",
+    "patch_crop": "images",
 }
 
 __all__ = [

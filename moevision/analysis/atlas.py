@@ -39,7 +39,7 @@ from moevision.names import json_text
 
 if TYPE_CHECKING:
     from moevision.analysis.heatmap import ClassExpertMap
-    from moevision.analysis.pictures import PictureSet
+    from moevision.analysis.images import PictureSet
     from moevision.analysis.specialization import LayerSpecialization
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 

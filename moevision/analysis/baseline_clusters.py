@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moevision.analysis.baseline_rule import Assignments, Chosen, Rule, rules_of
-from moevision.analysis.pictures import PictureSet
-from moevision.analysis.tokens import image_patches, layer_inputs, network_input, read_images
+from moevision.analysis.collect import layer_inputs, network_input
+from moevision.analysis.images import PictureSet, image_patches, read_images
 from moevision.analysis.trace import RoutingTrace
 from moevision.models.hub import SavedModel
 

@@ -30,9 +30,9 @@ from torch import nn
 
 from moevision.analysis.baseline_clusters import cluster_patches
 from moevision.analysis.baseline_rule import Assignments, rules_of
-from moevision.analysis.pictures import PictureSet
-from moevision.analysis.tokens import Remembered, image_patches
-from moevision.analysis.trace import RoutingTrace, collect_routing
+from moevision.analysis.collect import collect_routing
+from moevision.analysis.images import PictureSet, Remembered, image_patches
+from moevision.analysis.trace import RoutingTrace
 from moevision.errors import UserError
 from moevision.layers import SigmoidRouter, moe_layers
 from moevision.models.hub import SavedModel

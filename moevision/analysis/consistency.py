@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moevision.analysis.pictures import PictureSet
+from moevision.analysis.collect import network_input
+from moevision.analysis.images import PictureSet, read_images
 from moevision.analysis.similarity import cohen_kappa, pair_counts
-from moevision.analysis.tokens import network_input, read_images
 from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.models.hub import SavedModel

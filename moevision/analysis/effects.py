@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from moevision.analysis.collect import network_input
 from moevision.analysis.control import run_compared, run_under
 from moevision.analysis.decision import routing_kind
 from moevision.analysis.effect_result import (
@@ -32,7 +33,6 @@ from moevision.analysis.effect_result import (
 )
 from moevision.analysis.effect_words import control_in_words
 from moevision.analysis.intervention import Intervention, numbered_layers
-from moevision.analysis.tokens import network_input
 from moevision.data.images import BadImageError
 from moevision.errors import UserError
 from moevision.layers import routing_lock
@@ -40,7 +40,7 @@ from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.hub import SavedModel
 
 if TYPE_CHECKING:
-    from moevision.analysis.pictures import PictureSet
+    from moevision.analysis.images import PictureSet
 
 __all__ = ["ClassEffect", "Control", "Effect", "OtherExpert", "class_effect", "effect"]
 

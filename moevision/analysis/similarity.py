@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moevision.analysis.pictures import PictureSet
-from moevision.analysis.tokens import layer_inputs, network_input, read_images
+from moevision.analysis.collect import layer_inputs, network_input
+from moevision.analysis.images import PictureSet, read_images
 from moevision.analysis.trace import LayerTrace
 from moevision.errors import UserError
 from moevision.layers.moe import moe_layers

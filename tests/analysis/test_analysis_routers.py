@@ -12,6 +12,7 @@ from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.atlas import build_atlas, sample_paths
 from moevision.analysis.baseline_rule import Rule
 from moevision.analysis.baselines import fresh_copy, measure_baselines
+from moevision.analysis.collect import network_input
 from moevision.analysis.consistency import consistency
 from moevision.analysis.effects import class_effect, effect
 from moevision.analysis.heatmap import class_expert_map
@@ -23,7 +24,6 @@ from moevision.analysis.report.numbers import layer_numbers, model_numbers
 from moevision.analysis.report.text import caption
 from moevision.analysis.similarity import expert_similarity, linear_cka
 from moevision.analysis.specialization import specialization
-from moevision.analysis.tokens import network_input
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import SoftRouter, moe_layers, record_routing

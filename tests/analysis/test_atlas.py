@@ -9,11 +9,10 @@ import timm
 import torch
 
 from moevision.analysis.atlas import SCHEMA, build_atlas, fractions_of_parts, load_atlas, sample_paths, save_atlas
+from moevision.analysis.collect import collect_routing
 from moevision.analysis.heatmap import class_expert_map
-from moevision.analysis.picture_sources import View
-from moevision.analysis.pictures import open_pictures
+from moevision.analysis.images import View, open_pictures
 from moevision.analysis.specialization import specialization
-from moevision.analysis.trace import collect_routing
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers.moe import moe_layers

@@ -9,9 +9,10 @@ from torch import nn
 
 from moevision import forward_routing
 from moevision.analysis import open_pictures
+from moevision.analysis.collect import layer_inputs, network_input
 from moevision.analysis.consistency import consistency, first_choices, overlap, shifted_crop
+from moevision.analysis.images import Remembered, image_patches
 from moevision.analysis.similarity import cohen_kappa, expert_similarity, linear_cka, match_experts, pair_counts
-from moevision.analysis.tokens import Remembered, image_patches, layer_inputs, network_input
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers

@@ -17,8 +17,7 @@ from torch.utils.data import Dataset
 
 from moevision import convert_to_moe, forward_routing
 from moevision.analysis import LayerTrace, RoutingTrace, collect_routing, open_pictures
-from moevision.analysis.trace import SCHEMA
-from moevision.analysis.trace_record import LAYER_ARRAYS
+from moevision.analysis.trace import LAYER_ARRAYS, SCHEMA
 from moevision.data import BadImageError, SyntheticPets
 from moevision.data.augment import normalize
 from moevision.errors import DataWarning, UserError

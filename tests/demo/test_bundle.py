@@ -9,7 +9,7 @@ import pytest
 
 from moevision.analysis import collect_routing
 from moevision.analysis.atlas import load_atlas
-from moevision.analysis.run_pictures import data_settings
+from moevision.analysis.images import data_settings
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
 from moevision.demo.bundle import DataOptions, bundled_folders, open_entries

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from moevision.analysis.effects import class_effect, effect
+from moevision.analysis.images import open_pictures
 from moevision.analysis.intervention import Intervention
-from moevision.analysis.pictures import open_pictures
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
 from moevision.demo.atlas_source import Galleries, Held

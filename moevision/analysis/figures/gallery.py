@@ -15,11 +15,11 @@ from matplotlib.patches import Rectangle
 
 from moevision.analysis.figures.style import BLANK, INK, PAGE_INCHES, SMALL, SOFT, bare, heading, new_figure
 from moevision.analysis.gallery import ExpertGallery, GalleryPatch, layer_gallery
+from moevision.analysis.images import patch_crop
 from moevision.analysis.palette import expert_colour, ink_on
-from moevision.analysis.pictures import patch_crop
 
 if TYPE_CHECKING:
-    from moevision.analysis.pictures import PictureSet
+    from moevision.analysis.images import PictureSet
     from moevision.analysis.trace import RoutingTrace
 
 _MOST_EXPERTS = 16

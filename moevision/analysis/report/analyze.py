@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moevision import __version__
+from moevision.analysis.collect import collect_routing
 from moevision.analysis.figures.style import figure_png
-from moevision.analysis.pictures import PictureSet
+from moevision.analysis.images import PictureSet, Remembered, pictures_for
 from moevision.analysis.report.figures import Material, draw_figures
 from moevision.analysis.report.folder import SCHEMA, TRACE, claim_folder, write_report
 from moevision.analysis.report.html import render
@@ -32,9 +33,7 @@ from moevision.analysis.report.numbers import (
     layer_numbers,
     model_numbers,
 )
-from moevision.analysis.run_pictures import pictures_for
-from moevision.analysis.tokens import Remembered
-from moevision.analysis.trace import RoutingTrace, collect_routing
+from moevision.analysis.trace import RoutingTrace
 from moevision.errors import UserError
 from moevision.layers import LabelRouter, moe_layers
 from moevision.models.hub import SavedModel, load_model

@@ -15,7 +15,7 @@ from moevision.analysis.intervention import Intervention
 from moevision.layers.routing import Kind as RoutingKind
 
 if TYPE_CHECKING:
-    from moevision.analysis.pictures import PictureSet
+    from moevision.analysis.images import PictureSet
     from moevision.analysis.trace import RoutingTrace
     from moevision.models.hub import SavedModel
 

@@ -18,7 +18,7 @@ from moevision.layers.routing import Kind as RoutingKind
 
 if TYPE_CHECKING:
     from moevision.analysis.heatmap import ClassExpertMap
-    from moevision.analysis.pictures import PictureSet
+    from moevision.analysis.images import PictureSet
     from moevision.analysis.specialization import LayerSpecialization
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from moevision.analysis.atlas import fractions_of_parts
 from moevision.analysis.baselines import measure_baselines
+from moevision.analysis.collect import collect_routing
 from moevision.analysis.consistency import consistency
 from moevision.analysis.heatmap import ClassExpertMap, class_expert_map
 from moevision.analysis.report.effects import measure_effects
@@ -19,10 +20,10 @@ from moevision.analysis.report.verdict import is_open, verdict_of
 from moevision.analysis.similarity import expert_similarity, match_experts
 from moevision.analysis.specialization import LayerSpecialization, specialization
 from moevision.analysis.tables import majority_part
-from moevision.analysis.trace import RoutingTrace, collect_routing
+from moevision.analysis.trace import RoutingTrace
 
 if TYPE_CHECKING:
-    from moevision.analysis.pictures import PictureSet
+    from moevision.analysis.images import PictureSet
     from moevision.models.hub import SavedModel
 
 Json = dict[str, Any]

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moevision.analysis.picture_sources import View
+from moevision.analysis.images import View
 from moevision.analysis.tables import QUANTILES, co_activation, gate_weight_quantiles
 from moevision.errors import UserError
 from moevision.metrics import LayerLoad
 
 if TYPE_CHECKING:
-    from moevision.analysis.pictures import PictureSet
+    from moevision.analysis.images import PictureSet
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 Json = dict[str, Any]

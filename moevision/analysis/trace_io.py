@@ -1,12 +1,12 @@
-"""One safetensors file that is written row by row, in bounded memory, and read through a memory map.
+"""The file of a trace: one safetensors file, written row by row in bounded memory and read through a memory map.
 
-The `safetensors` library writes a file only from arrays that lie in memory whole. The format itself is plain
+The `safetensors` library writes a file only from arrays that lie in memory whole. The format is plain
 (https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header (little-endian), a header in
 JSON, and the arrays one after the other. So every array has its place before the first number is known.
 
 Rows are written at their place instead of through a writable map: a full disk is then an error with a sentence, while a
 map of a file with holes ends the process with SIGBUS. The header is written last and the file renamed at the end, so
-that a file that was cut off is never taken for a whole one. Reading leaves all checks to the library.
+a file that was cut off is never taken for a whole one. Reading leaves all checks to the library.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from moevision.analysis.trace_sink import Array, TensorSink, TensorSpec
 from moevision.errors import UserError
 from moevision.files import rename, sync_folder, temporary_for
+
+Array = npt.NDArray[Any]
 
 _LENGTH_BYTES = 8
 _MOVED_BYTES = 2**20  # at once, where arrays are moved together
@@ -34,7 +36,46 @@ _NAMES = {"float32": "F32", "float16": "F16", "int64": "I64", "int16": "I16", "b
 _DTYPES = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
 
 
-class TensorFile(TensorSink):
+class TensorSpec(NamedTuple):
+    """Type and shape of an array; the first axis counts rows."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.dtype.itemsize * prod(self.shape[1:])
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.dtype.itemsize * prod(self.shape)
+
+
+class TensorBuffer:
+    """Arrays in memory that fill row by row; the same three calls as `TensorFile`, without a `with` block."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self._arrays = {name: np.empty(spec.shape, spec.dtype) for name, spec in specs.items()}
+        self._metadata = dict(metadata)
+
+    def write(self, rows: Mapping[str, Array], start: int) -> None:
+        """Copy rows into their place."""
+        for name, values in rows.items():
+            self._arrays[name][start : start + len(values)] = values
+
+    def shrink(self, rows: int, metadata: Mapping[str, str]) -> None:
+        """Keep only the first rows, with other metadata."""
+        self._arrays = {name: array[:rows] for name, array in self._arrays.items()}
+        self._metadata = dict(metadata)
+
+    def result(self) -> tuple[dict[str, Array], dict[str, str]]:
+        """The arrays and the metadata."""
+        return self._arrays, self._metadata
+
+
+class TensorFile:
     """A file of arrays that fills row by row; it appears under its name when the `with` block ends well.
 
     Args:
@@ -47,8 +88,7 @@ class TensorFile(TensorSink):
     """
 
     def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
-        super().__init__(specs, metadata)
-        self.path = Path(path)
+        self.specs, self.path = dict(specs), Path(path)
         self.partial = temporary_for(self.path)
         self._header, self._starts = _header(self.specs, metadata)
 
@@ -79,7 +119,7 @@ class TensorFile(TensorSink):
             for name in sorted(starts, key=starts.__getitem__):
                 self._move(self._starts[name], starts[name], specs[name].total_bytes)
             self._file.truncate(len(header) + sum(spec.total_bytes for spec in specs.values()))
-        self.specs, self.metadata, self._header, self._starts = specs, dict(metadata), header, starts
+        self.specs, self._header, self._starts = specs, header, starts
 
     def _move(self, source: int, target: int, size: int) -> None:
         for offset in range(0, size, _MOVED_BYTES):
