@@ -3,7 +3,7 @@
 The names below load on first use, so that a trace can be collected without figures or statistics being imported.
 Figures stand in `moevision.analysis.plots`, interventions in `moevision.analysis.intervention`. Two functions have the
 name of their module, which a package can't hand out: `moevision.analysis.specialization.specialization` and
-`moevision.analysis.consistency.consistency`.
+`moevision.analysis.agreement.consistency`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moevision.analysis.agreement import expert_similarity, match_experts
     from moevision.analysis.baselines import measure_baselines
+    from moevision.analysis.classes import class_expert_map, compare_classes
     from moevision.analysis.collect import collect_routing
-    from moevision.analysis.compare import compare_classes
     from moevision.analysis.effects import class_effect, effect
-    from moevision.analysis.heatmap import class_expert_map
     from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
-    from moevision.analysis.similarity import expert_similarity, match_experts
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 # The module that defines each name.
@@ -29,13 +28,13 @@ _HOME = {
     "PictureSet": "images",
     "RoutingTrace": "trace",
     "class_effect": "effects",
-    "class_expert_map": "heatmap",
+    "class_expert_map": "classes",
     "collect_routing": "collect",
-    "compare_classes": "compare",
+    "compare_classes": "classes",
     "effect": "effects",
-    "expert_similarity": "similarity",
+    "expert_similarity": "agreement",
     "intervene": "intervention",
-    "match_experts": "similarity",
+    "match_experts": "agreement",
     "measure_baselines": "baselines",
     "open_pictures": "images",
     "patch_crop": "images",

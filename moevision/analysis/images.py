@@ -13,7 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ from moevision.errors import DataWarning, UserError
 from moevision.models.hub import SavedModel
 from moevision.models.safe_files import read_yaml
 from moevision.names import name_bytes, shown
+
+if TYPE_CHECKING:
+    from moevision.analysis.trace import RoutingTrace
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -395,6 +398,25 @@ def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:
         members[pictures.label(index)].append((key, index))
     turns = [(turn, label, index) for label, keyed in members.items() for turn, (_, index) in enumerate(sorted(keyed))]
     return sorted(index for _, _, index in sorted(turns)[:limit])
+
+
+def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
+    """The pictures in the order of the trace, without those that could not be read when it was collected.
+
+    Raises:
+        UserError: if the trace is of other pictures.
+    """
+    names = [pictures.picture_name(index) for index in range(len(pictures))]
+    if tuple(names) == trace.picture_names:
+        return pictures
+    place = {name: index for index, name in enumerate(names)}
+    missing = [name for name in trace.picture_names if name not in place]
+    if missing:
+        raise UserError(
+            f"The trace is of other pictures ({missing[0]} is not among {pictures.name}): give those it is of."
+        )
+    indices = [place[name] for name in trace.picture_names]
+    return View(pictures, indices, pictures.class_names, range(len(pictures.class_names)), pictures.name)
 
 
 def read_images(pictures: PictureSet, indices: Iterable[int | np.integer[Any]]) -> Pixels:

@@ -1,4 +1,4 @@
-"""Have experts learned to specialize? Information about class, position and part beside everything it must exceed.
+"""Did experts learn to specialize? Information about class, position and part beside everything it must exceed.
 
 "Above chance" is a low bar: a router that was never trained sorts patches by colour, and colour differs between
 classes. So each number stands beside three comparisons, all on held-out images:
@@ -13,9 +13,9 @@ counts as not passed, and the sentence says so. "Above a baseline" means that th
 estimates lies above 0; it is put together from their own intervals (Zou and Donner, Statistics in Medicine 27, 2008,
 1693-1702, "MOVER"), as if they were independent. They rest on the same images, which makes this a little strict.
 
-Where tokens don't choose (expert choice, Soft MoE) every expert reads equally much of every picture, which says nothing
+Where tokens don't choose (expert choice, Soft MoE) every expert reads equally much of every image, which says nothing
 about the class: there the class is asked of how much the patches take from each expert, and place and part of what the
-experts read (`LayerTrace`). The estimators need no whole numbers, only whole pictures.
+experts read (`LayerTrace`). The estimators need no whole numbers, only whole images.
 
 Axes: I images, P patches, E experts.
 """
@@ -25,11 +25,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from moevision.analysis.agreement import match_experts
 from moevision.analysis.baselines import Assignments
 from moevision.analysis.information import (
     Estimate,
@@ -38,10 +39,9 @@ from moevision.analysis.information import (
     part_information,
     position_information,
 )
-from moevision.analysis.similarity import match_experts
-from moevision.analysis.specialization_words import sentence_of
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
+from moevision.layers.routing import Kind as RoutingKind
 
 About = Literal["class", "class_given_position", "position", "part"]
 ABOUTS: tuple[About, ...] = get_args(About)
@@ -50,6 +50,26 @@ _BASELINE_PERMUTATIONS = 100  # a baseline's null is only subtracted; its tail i
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
+Json = dict[str, Any]
+
+FOUND, NOT_FOUND, OPEN = "found", "not_found", "open"
+
+ABOUT_WORDS = {
+    "class": "the class",
+    "class_given_position": "the class, position held fixed",
+    "position": "the position",
+    "part": "the part, beyond what position tells",
+}
+BASELINE_WORDS = {
+    "untrained": "the same model untrained",
+    "hash": "a hash of the patch's pixels",
+    "hash_position": "a hash of the patch's position",
+    "kmeans_colour": "clusters of the patch's mean colour",
+    "kmeans_input": "clusters of the layer's input (learned, but by no router)",
+}
+_NONE = "no learned specialization found"
+
+Passed = tuple[bool, bool | None, bool | None]
 
 
 @dataclass(frozen=True)
@@ -225,3 +245,174 @@ def _result(
 
 def _above_null(estimate: Estimate) -> bool:
     return estimate.low > 0 and estimate.p_value <= 0.05
+
+
+def teller(about: str, kind: RoutingKind) -> str:
+    """What tells something about the class, the position or the part, as the subject of a sentence."""
+    if kind == "token_choice":
+        return "the choice of expert tells"
+    if about in ("class", "class_given_position"):
+        return "how much patches take from each expert tells"
+    return "which expert takes a patch tells" if kind == "expert_choice" else "how much each expert reads tells"
+
+
+def sentence_of(
+    layer: str,
+    about: str,
+    estimate: Estimate,
+    baselines: Mapping[str, tuple[float, ...]],
+    seeds: tuple[float, ...],
+    passed: Passed,
+    kind: RoutingKind = "token_choice",
+) -> str:
+    """The result in words.
+
+    Args:
+        layer: as it is shown, such as "L4".
+        about: a key of `ABOUT_WORDS`.
+        estimate: of the layer.
+        baselines: name -> excess in bits of each seed.
+        seeds: excess in bits of other trainings.
+        passed: whether the layer is above the null, the baselines and, in every other training, both.
+        kind: who chooses in the layer.
+    """
+    words, (above_null, above_baselines, above_seeds) = ABOUT_WORDS[about], passed
+    told = _told(f"{layer}: {teller(about, kind)}", words, estimate)
+    if not above_null:
+        return f"{told} Shuffled pictures give as much: {_NONE} about {words}."
+    if above_baselines is False:
+        name, bits = max(((name, max(values)) for name, values in baselines.items()), key=lambda pair: pair[1])
+        other = BASELINE_WORDS.get(name, name)
+        how = "as much or more" if bits >= estimate.value_bits else "too close to tell apart"
+        give = "give" if name.startswith("kmeans") else "gives"
+        return (
+            f"{told} That is more than shuffled pictures give, but {other} {give} "
+            f"{_bits(bits)} bits, {how}: {_NONE} about {words}."
+        )
+    closest = max((bits for values in baselines.values() for bits in values), default=0.0)
+    if above_seeds is False:
+        return (
+            f"{told} That is more than shuffled pictures and routing without learning give (at most {_bits(closest)} "
+            f"bits), but other trainings of the same recipe ({_range(seeds)} bits) do not all exceed those: "
+            f"{_NONE} about {words}."
+        )
+    missing = [
+        name
+        for name, value in (("routing without learning", above_baselines), ("other trainings", above_seeds))
+        if value is None
+    ]
+    if missing:
+        above = "shuffled pictures" if above_baselines is None else "shuffled pictures and routing without learning"
+        return (
+            f"{told} That is more than {above} give; it was not compared with {' and '.join(missing)}, so nothing is "
+            "said about learned specialization."
+        )
+    return (
+        f"{told} That is more than shuffled pictures (p = {estimate.p_value:.2g}) and every routing without learning "
+        f"give (at most {_bits(closest)} bits), and {len(seeds)} other training{'s' if len(seeds) > 1 else ''} "
+        f"repeat{'' if len(seeds) > 1 else 's'} it ({_range(seeds)} bits): learned specialization."
+    )
+
+
+def _told(tells: str, words: str, estimate: Estimate) -> str:
+    interval, share = f"{_bits(estimate.low)} to {_bits(estimate.high)}", _percent(estimate.share_of_entropy)
+    return (
+        f"{tells} {_bits(estimate.value_bits)} bits about {words} (95 % interval "
+        f"{interval}; {share} of all there is to tell; {estimate.n_images:,} pictures)."
+    )
+
+
+def _bits(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−") if round(value, 3) else "0.000"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %".replace("-", "−") if round(100 * share, 1) else "0.0 %"
+
+
+def _range(values: tuple[float, ...]) -> str:
+    low, high = _bits(min(values)), _bits(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+HEADLINES: Final = {
+    FOUND: "Learned specialization in {layers}: its experts tell {about}",
+    OPEN: "Open: {layers} passes every comparison that was made, but no other training was given",
+    NOT_FOUND: "No learned specialization found",
+}
+_FOUND_WORDS: Final = (
+    "That is said only of layers whose experts tell more than chance, than the same model untrained, than routing by a "
+    "hash and than clusters of colour and of the layer's own input, and where other trainings of the recipe repeat it. "
+    "It does not say that the answer needs these experts: that is measured by taking them away, further down."
+)
+_OPEN_WORDS: Final = (
+    "The experts tell more than anything that needs no learning. Whether that belongs to the recipe or is the luck of "
+    "this one training can only be seen in other trainings of it: train with another --seed_everything and give the "
+    "runs to --seeds."
+)
+_NOT_FOUND_WORDS: Final = (
+    "Experts do get different patches, and that is not random: the galleries below show it. But what this tells is "
+    "{reason}. This is a result, not a failure. Experts add room to a model whether or not any of them "
+    "stands for something that has a name, and a pattern that a router finds without learning is no evidence that it "
+    "has learned one."
+)
+
+
+def verdict_of(entries: Sequence[LayerSpecialization], layer_names: Sequence[tuple[int, str]]) -> Json:
+    """The answer, its headline and explanation, and sentences for each layer.
+
+    Args:
+        entries: specialization of every layer, about everything that was asked.
+        layer_names: (block index, name) of every MoE layer, in order of depth.
+    """
+    layers = [
+        {"layer": layer, "name": name, **_of_layer([entry for entry in entries if entry.layer == layer])}
+        for layer, name in layer_names
+    ]
+    answers = [layer["answer"] for layer in layers]
+    answer = next((each for each in (FOUND, OPEN) if each in answers), NOT_FOUND)
+    names = [layer["name"] for layer in layers if layer["answer"] == answer]
+    about = dict.fromkeys(ABOUT_WORDS[entry.about] for entry in entries if entry.verdict)
+    headline = HEADLINES[answer].format(layers=listed(names), about=listed(list(about)))
+    if len(names) > 1:
+        headline = headline.replace(": its experts", ": their experts").replace(" passes ", " pass ")
+    words = {FOUND: _FOUND_WORDS, OPEN: _OPEN_WORDS, NOT_FOUND: _NOT_FOUND_WORDS}[answer]
+    explanation = words.format(reason=", or ".join(_reasons(entries))) if answer == NOT_FOUND else words
+    return {"answer": answer, "headline": headline, "explanation": explanation, "layers": layers}
+
+
+def _of_layer(own: Sequence[LayerSpecialization]) -> Json:
+    """A layer's answer, and the sentences of what it learned or came closest to; about the class in any case."""
+    learned, undecided = [entry for entry in own if entry.verdict], [entry for entry in own if is_open(entry)]
+    close = [entry for entry in own if entry.above_null and entry.above_baselines]
+    told = [entry for entry in own if entry.about == "class" or entry in (learned or undecided or close)] or list(own)
+    sentences = [entry.sentence for entry in told] or ["Nothing was asked of this layer."]
+    return {"answer": FOUND if learned else OPEN if undecided else NOT_FOUND, "sentences": sentences}
+
+
+def is_open(entry: LayerSpecialization) -> bool:
+    """Whether everything was passed that was looked at, and other trainings were not."""
+    return entry.above_null and bool(entry.above_baselines) and entry.above_seeds is None
+
+
+def _reasons(entries: Sequence[LayerSpecialization]) -> list[str]:
+    """What stood in the way, in words."""
+    above_null = [entry for entry in entries if entry.above_null]
+    if not above_null:
+        most = max((entry.estimate.high for entry in entries), default=0.0)
+        return [f"no more than shuffled pictures give by chance (these pictures leave room for up to {most:.3f} bits)"]
+    reasons = []
+    if any(entry.above_baselines is False for entry in above_null):
+        reasons.append(
+            "matched by routing in which no router has learned anything, such as clusters of similar patches"
+        )
+    if any(entry.above_baselines is None for entry in above_null):
+        reasons.append("compared with nothing that needs no learning")
+    if any(entry.above_baselines and entry.above_seeds is False for entry in above_null):
+        reasons.append("not repeated by other trainings of the same recipe")
+    return reasons
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

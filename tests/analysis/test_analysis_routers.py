@@ -9,22 +9,20 @@ import timm
 import torch
 
 from moevision.analysis import collect_routing, open_pictures
-from moevision.analysis.atlas import build_atlas, sample_paths
-from moevision.analysis.baseline_rule import Rule
-from moevision.analysis.baselines import fresh_copy, measure_baselines
+from moevision.analysis.agreement import consistency, expert_similarity, linear_cka
+from moevision.analysis.baselines import Rule, fresh_copy, measure_baselines
+from moevision.analysis.classes import class_expert_map
 from moevision.analysis.collect import network_input
-from moevision.analysis.consistency import consistency
 from moevision.analysis.effects import class_effect, effect
-from moevision.analysis.heatmap import class_expert_map
 from moevision.analysis.information import class_information, part_information, position_information
 from moevision.analysis.intervention import Intervention, ablate
 from moevision.analysis.report.analyze import ReportSettings, analyze
 from moevision.analysis.report.figures import Material, draw_figures
 from moevision.analysis.report.numbers import layer_numbers, model_numbers
 from moevision.analysis.report.text import caption
-from moevision.analysis.similarity import expert_similarity, linear_cka
 from moevision.analysis.specialization import specialization
 from moevision.data import SyntheticPets
+from moevision.demo.atlas import build_atlas, sample_paths
 from moevision.errors import UserError
 from moevision.layers import SoftRouter, moe_layers, record_routing
 from moevision.models.hub import SavedModel, save_model

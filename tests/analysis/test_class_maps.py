@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, permutation_test
 
-from moevision.analysis.compare import MIN_IMAGES, _permutation_p, compare_classes
-from moevision.analysis.heatmap import class_expert_map, image_shares
+from moevision.analysis.classes import MIN_IMAGES, _permutation_p, class_expert_map, compare_classes, image_shares
 from moevision.errors import UserError
 
 

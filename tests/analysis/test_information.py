@@ -11,16 +11,18 @@ from hypothesis.extra.numpy import arrays
 from sklearn.metrics import mutual_info_score
 
 from moevision.analysis import information
-from moevision.analysis.contingency import pointwise_bits, second_order_bias
-from moevision.analysis.estimate import excess_estimate, score_interval
 from moevision.analysis.information import (
     choice_counts,
     class_information,
     conditional_information_bits,
     entropy_bits,
+    excess_estimate,
     mutual_information_bits,
     part_information,
+    pointwise_bits,
     position_information,
+    score_interval,
+    second_order_bias,
 )
 from moevision.errors import UserError
 

@@ -15,7 +15,7 @@ import yaml
 from moevision.analysis.report.analyze import ReportSettings, analyze
 from moevision.analysis.report.folder import claim_folder
 from moevision.analysis.report.html import render
-from moevision.analysis.report.verdict import FOUND, NOT_FOUND, OPEN
+from moevision.analysis.specialization import FOUND, NOT_FOUND, OPEN
 from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets
 from moevision.layers.moe import moe_layers

@@ -3,8 +3,7 @@
 import numpy as np
 
 from moevision.analysis.baselines import Assignments
-from moevision.analysis.report.verdict import FOUND, NOT_FOUND, OPEN, listed, verdict_of
-from moevision.analysis.specialization import specialization
+from moevision.analysis.specialization import FOUND, NOT_FOUND, OPEN, listed, specialization, verdict_of
 
 
 def planted_trace(make_trace, rng, follows_class):

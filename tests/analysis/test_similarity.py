@@ -9,10 +9,19 @@ from torch import nn
 
 from moevision import forward_routing
 from moevision.analysis import open_pictures
+from moevision.analysis.agreement import (
+    cohen_kappa,
+    consistency,
+    expert_similarity,
+    first_choices,
+    linear_cka,
+    match_experts,
+    overlap,
+    pair_counts,
+    shifted_crop,
+)
 from moevision.analysis.collect import layer_inputs, network_input
-from moevision.analysis.consistency import consistency, first_choices, overlap, shifted_crop
 from moevision.analysis.images import Remembered, image_patches
-from moevision.analysis.similarity import cohen_kappa, expert_similarity, linear_cka, match_experts, pair_counts
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers
@@ -118,7 +127,7 @@ def test_shifted_crop_shows_the_same_patches() -> None:
 def test_a_router_that_follows_position_or_content(model, pictures, monkeypatch) -> None:
     def by(rule):
         monkeypatch.setattr(
-            "moevision.analysis.consistency.first_choices", lambda _, images: ({1: rule(images)}, (4, 4), {1: 4})
+            "moevision.analysis.agreement.first_choices", lambda _, images: ({1: rule(images)}, (4, 4), {1: 4})
         )
         return {found.change: found.kappa for found in consistency(model, pictures, num_resamples=20)}
 

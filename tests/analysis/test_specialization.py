@@ -14,8 +14,8 @@ from torch import nn
 
 from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.baselines import NAMES, Assignments, fresh_copy, hash_scores, measure_baselines
-from moevision.analysis.estimate import Estimate
 from moevision.analysis.images import image_patches
+from moevision.analysis.information import Estimate
 from moevision.analysis.specialization import exceeds, specialization
 from moevision.data import SyntheticPets
 from moevision.errors import UserError

@@ -10,6 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moevision.analysis.describe import (
+    co_activation,
+    expected_co_activation,
+    gate_weight_quantiles,
+    majority_part,
+    part_expert_table,
+    part_fractions,
+    position_share,
+)
 from moevision.analysis.palette import (
     EXPERT_COLOURS,
     FADED,
@@ -19,15 +28,6 @@ from moevision.analysis.palette import (
     expert_colour,
     expert_colours,
     ink_on,
-)
-from moevision.analysis.tables import (
-    co_activation,
-    expected_co_activation,
-    gate_weight_quantiles,
-    majority_part,
-    part_expert_table,
-    part_fractions,
-    position_share,
 )
 from moevision.errors import UserError
 

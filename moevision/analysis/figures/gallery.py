@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from moevision.analysis.describe import ExpertGallery, GalleryPatch, layer_gallery
 from moevision.analysis.figures.style import BLANK, INK, PAGE_INCHES, SMALL, SOFT, bare, heading, new_figure
-from moevision.analysis.gallery import ExpertGallery, GalleryPatch, layer_gallery
 from moevision.analysis.images import patch_crop
 from moevision.analysis.palette import expert_colour, ink_on
 

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from moevision.analysis.describe import QUANTILES
 from moevision.analysis.figures.style import (
     COLUMN_INCHES,
     INK,
@@ -27,7 +28,6 @@ from moevision.analysis.figures.style import (
     percent,
 )
 from moevision.analysis.palette import EXPERT_COLOURS, expert_colours, ink_on
-from moevision.analysis.tables import QUANTILES
 from moevision.errors import UserError
 from moevision.layers.routing import Kind as RoutingKind
 

@@ -14,6 +14,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from moevision.analysis.describe import expected_co_activation
 from moevision.analysis.figures.style import (
     BELOW_ABOVE,
     COLUMN_INCHES,
@@ -32,7 +33,6 @@ from moevision.analysis.figures.style import (
     percent,
 )
 from moevision.analysis.palette import EXPERT_COLOURS, ink_on
-from moevision.analysis.tables import expected_co_activation
 from moevision.errors import UserError
 
 Ints = npt.NDArray[np.integer]

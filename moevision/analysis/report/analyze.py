@@ -21,13 +21,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from moevision import __version__
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.figures.style import figure_png
-from moevision.analysis.images import PictureSet, Remembered, pictures_for
+from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, pictures_for
 from moevision.analysis.report.figures import Material, draw_figures
 from moevision.analysis.report.folder import SCHEMA, TRACE, claim_folder, write_report
 from moevision.analysis.report.html import render
 from moevision.analysis.report.measure import measure
 from moevision.analysis.report.numbers import (
-    aligned_pictures,
     as_json,
     data_numbers,
     layer_numbers,

@@ -10,14 +10,14 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from moevision.analysis import plots
+from moevision.analysis.describe import co_activation, gate_weight_quantiles, part_expert_table, position_share
 from moevision.analysis.figures.effect import plot_effects
 from moevision.analysis.report.numbers import kept_of
 from moevision.analysis.report.text import caption
-from moevision.analysis.tables import co_activation, gate_weight_quantiles, part_expert_table, position_share
 from moevision.layers.routing import Kind as RoutingKind
 
 if TYPE_CHECKING:
-    from moevision.analysis.heatmap import ClassExpertMap
+    from moevision.analysis.classes import ClassExpertMap
     from moevision.analysis.images import PictureSet
     from moevision.analysis.specialization import LayerSpecialization
     from moevision.analysis.trace import LayerTrace, RoutingTrace

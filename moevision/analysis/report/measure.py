@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.atlas import fractions_of_parts
+from moevision.analysis.agreement import consistency, expert_similarity, match_experts
 from moevision.analysis.baselines import measure_baselines
+from moevision.analysis.classes import ClassExpertMap, class_expert_map
 from moevision.analysis.collect import collect_routing
-from moevision.analysis.consistency import consistency
-from moevision.analysis.heatmap import ClassExpertMap, class_expert_map
+from moevision.analysis.describe import fractions_of_parts, majority_part
 from moevision.analysis.report.effects import measure_effects
-from moevision.analysis.report.verdict import is_open, verdict_of
-from moevision.analysis.similarity import expert_similarity, match_experts
-from moevision.analysis.specialization import LayerSpecialization, specialization
-from moevision.analysis.tables import majority_part
+from moevision.analysis.specialization import LayerSpecialization, is_open, specialization, verdict_of
 from moevision.analysis.trace import RoutingTrace
 
 if TYPE_CHECKING:

@@ -12,35 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moevision.analysis.images import View
-from moevision.analysis.tables import QUANTILES, co_activation, gate_weight_quantiles
-from moevision.errors import UserError
+from moevision.analysis.describe import QUANTILES, co_activation, gate_weight_quantiles
 from moevision.metrics import LayerLoad
 
 if TYPE_CHECKING:
-    from moevision.analysis.images import PictureSet
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 Json = dict[str, Any]
-
-
-def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
-    """The pictures in the order of the trace, without those that could not be read when it was collected.
-
-    Raises:
-        UserError: if the trace is of other pictures.
-    """
-    names = [pictures.picture_name(index) for index in range(len(pictures))]
-    if tuple(names) == trace.picture_names:
-        return pictures
-    place = {name: index for index, name in enumerate(names)}
-    missing = [name for name in trace.picture_names if name not in place]
-    if missing:
-        raise UserError(
-            f"The trace is of other pictures ({missing[0]} is not among {pictures.name}): collect it again."
-        )
-    indices = [place[name] for name in trace.picture_names]
-    return View(pictures, indices, pictures.class_names, range(len(pictures.class_names)), pictures.name)
 
 
 def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:

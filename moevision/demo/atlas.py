@@ -30,15 +30,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.gallery import GalleryPatch, first_choice_paths, layer_gallery, spread_over_pictures
-from moevision.analysis.tables import part_expert_table, part_fractions
+from moevision.analysis.describe import (
+    GalleryPatch,
+    first_choice_paths,
+    fractions_of_parts,
+    layer_gallery,
+    part_expert_table,
+    spread_over_pictures,
+)
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
 from moevision.names import json_text
 
 if TYPE_CHECKING:
-    from moevision.analysis.heatmap import ClassExpertMap
+    from moevision.analysis.classes import ClassExpertMap
     from moevision.analysis.images import PictureSet
     from moevision.analysis.specialization import LayerSpecialization
     from moevision.analysis.trace import LayerTrace, RoutingTrace
@@ -144,19 +150,6 @@ def load_atlas(path: str | Path) -> Json:
     if schema != SCHEMA:
         raise UserError(f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: build the atlas again.")
     return dict(atlas)
-
-
-def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> npt.NDArray[np.float32] | None:
-    """[I, P, parts]: share of each patch's pixels that belong to each part; None where pictures have no parts."""
-    if not pictures.part_names:
-        return None
-    fractions = []
-    for index in range(len(pictures)):
-        mask = pictures.part_mask(index)
-        if mask is None:
-            raise UserError(f"{pictures.name} names parts, but the picture {pictures.picture_name(index)} has no mask.")
-        fractions.append(part_fractions(mask[None], grid, len(pictures.part_names))[0])
-    return np.stack(fractions)
 
 
 def sample_paths(trace: RoutingTrace, max_patches: int = 3000, seed: int = 0) -> list[Json]:

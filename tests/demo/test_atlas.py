@@ -8,12 +8,13 @@ import pytest
 import timm
 import torch
 
-from moevision.analysis.atlas import SCHEMA, build_atlas, fractions_of_parts, load_atlas, sample_paths, save_atlas
+from moevision.analysis.classes import class_expert_map
 from moevision.analysis.collect import collect_routing
-from moevision.analysis.heatmap import class_expert_map
+from moevision.analysis.describe import fractions_of_parts
 from moevision.analysis.images import View, open_pictures
 from moevision.analysis.specialization import specialization
 from moevision.data import SyntheticPets
+from moevision.demo.atlas import SCHEMA, build_atlas, load_atlas, sample_paths, save_atlas
 from moevision.errors import UserError
 from moevision.layers.moe import moe_layers
 
