@@ -1,9 +1,12 @@
-"""What experts respond to: routing traces of whole picture sets, and what can be said about them.
+"""What experts respond to: the routing of whole sets of images, and what can be said about it.
+
+- images and traces: `images`, `collect` (run the model), `trace`, `trace_io` (its file), `describe` (counts, galleries)
+- is it more than chance: `information`, `baselines`, `specialization`, `classes`, `agreement`
+- what if: `intervention` (by way of `decisions`), `effects`
+- what it looks like: `plots` (all figures), `palette`, and `report` (`moevision analyze`)
 
 The names below load on first use, so that a trace can be collected without figures or statistics being imported.
-Figures stand in `moevision.analysis.plots`, interventions in `moevision.analysis.intervention`. Two functions have the
-name of their module, which a package can't hand out: `moevision.analysis.specialization.specialization` and
-`moevision.analysis.agreement.consistency`.
+`moevision.analysis.specialization.specialization` has the name of its module, which a package can't hand out.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moevision.analysis.agreement import expert_similarity, match_experts
+    from moevision.analysis.agreement import consistency, expert_similarity, match_experts
     from moevision.analysis.baselines import measure_baselines
     from moevision.analysis.classes import class_expert_map, compare_classes
     from moevision.analysis.collect import collect_routing
@@ -31,6 +34,7 @@ _HOME = {
     "class_expert_map": "classes",
     "collect_routing": "collect",
     "compare_classes": "classes",
+    "consistency": "agreement",
     "effect": "effects",
     "expert_similarity": "agreement",
     "intervene": "intervention",
@@ -49,6 +53,7 @@ __all__ = [
     "class_expert_map",
     "collect_routing",
     "compare_classes",
+    "consistency",
     "effect",
     "expert_similarity",
     "intervene",

@@ -10,12 +10,20 @@ import timm
 import torch
 
 from moevision import UserError, forward_routing
-from moevision.analysis.control import run_compared, run_under, take_away_random
-from moevision.analysis.effect_result import ClassEffect, Control, Effect, OtherExpert
-from moevision.analysis.effect_words import in_words
-from moevision.analysis.effects import class_effect, effect
+from moevision.analysis.decisions import Ranking
+from moevision.analysis.effects import (
+    ClassEffect,
+    Control,
+    Effect,
+    OtherExpert,
+    class_effect,
+    effect,
+    in_words,
+    run_compared,
+    run_under,
+    take_away_random,
+)
 from moevision.analysis.intervention import Intervention, ablate, edited, intervene, use_top_k
-from moevision.analysis.ranking import Ranking
 from moevision.data.augment import normalize
 from moevision.data.images import BadImageError
 from moevision.layers import Routing, build_router, moe_layers
