@@ -19,8 +19,8 @@ from PIL import Image
 
 from moevision.analysis import plots
 from moevision.analysis.describe import co_activation, gate_weight_quantiles, position_share
-from moevision.analysis.figures.style import BLANK, hex_of, wrap
 from moevision.analysis.palette import EXPERT_COLOURS, NEUTRAL
+from moevision.analysis.plots.style import BLANK, hex_of, wrap
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 

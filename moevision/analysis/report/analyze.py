@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moevision import __version__
 from moevision.analysis.collect import collect_routing
-from moevision.analysis.figures.style import figure_png
 from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, pictures_for
+from moevision.analysis.plots.style import figure_png
 from moevision.analysis.report.figures import Material, draw_figures
 from moevision.analysis.report.folder import SCHEMA, TRACE, claim_folder, write_report
 from moevision.analysis.report.html import render

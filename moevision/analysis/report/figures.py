@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from moevision.analysis import plots
 from moevision.analysis.describe import co_activation, gate_weight_quantiles, part_expert_table, position_share
-from moevision.analysis.figures.effect import plot_effects
+from moevision.analysis.plots.charts import plot_effects
 from moevision.analysis.report.numbers import kept_of
 from moevision.analysis.report.text import caption
 from moevision.layers.routing import Kind as RoutingKind

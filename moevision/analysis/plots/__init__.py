@@ -14,6 +14,7 @@
 | where in the picture does each expert work? | `plot_positions` |
 | what does an expert get? | `plot_gallery` |
 | is any of it learned? | `plot_specialization` |
+| what changes without one expert? | `plot_effects` |
 
 `save_figure` writes one as PNG, `figure_png` gives the bytes; in a notebook a figure shows itself. No pyplot, no global
 state: figures may be drawn in several threads.
@@ -21,20 +22,26 @@ state: figures may be drawn in several threads.
 
 from __future__ import annotations
 
-from moevision.analysis.figures.evidence import plot_specialization
-from moevision.analysis.figures.gallery import plot_gallery
-from moevision.analysis.figures.load import plot_gate_weights, plot_load
-from moevision.analysis.figures.map import plot_class_experts, plot_part_experts, plot_positions
-from moevision.analysis.figures.path import plot_path
-from moevision.analysis.figures.picture import plot_certainty, plot_overlay
-from moevision.analysis.figures.sharing import plot_co_activation, plot_experts_per_patch
-from moevision.analysis.figures.style import figure_png, save_figure
+from moevision.analysis.plots.charts import (
+    plot_class_experts,
+    plot_co_activation,
+    plot_effects,
+    plot_experts_per_patch,
+    plot_gate_weights,
+    plot_load,
+    plot_part_experts,
+    plot_positions,
+    plot_specialization,
+)
+from moevision.analysis.plots.images import plot_certainty, plot_gallery, plot_overlay, plot_path
+from moevision.analysis.plots.style import figure_png, save_figure
 
 __all__ = [
     "figure_png",
     "plot_certainty",
     "plot_class_experts",
     "plot_co_activation",
+    "plot_effects",
     "plot_experts_per_patch",
     "plot_gallery",
     "plot_gate_weights",
