@@ -16,10 +16,9 @@ from moevision.analysis.collect import network_input
 from moevision.analysis.effects import class_effect, effect
 from moevision.analysis.information import class_information, part_information, position_information
 from moevision.analysis.intervention import Intervention, ablate
-from moevision.analysis.report.analyze import ReportSettings, analyze
-from moevision.analysis.report.figures import Material, draw_figures
-from moevision.analysis.report.numbers import layer_numbers, model_numbers
-from moevision.analysis.report.text import caption
+from moevision.analysis.report.build import analyze
+from moevision.analysis.report.figures import caption, draw_figures
+from moevision.analysis.report.measure import ReportSettings, Results, layer_numbers, model_numbers
 from moevision.analysis.specialization import specialization
 from moevision.data import SyntheticPets
 from moevision.demo.atlas import build_atlas, sample_paths
@@ -220,7 +219,8 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
         for name in trace.class_names
     ]
     information = specialization(trace, about=("class", "position"), num_permutations=20)
-    drawn = list(draw_figures(Material(trace, pictures, information, maps, None, rows, "it is away", 0)))
+    results = Results(information, maps, None, [], {"rows": rows, "what": "it is away"})
+    drawn = list(draw_figures(trace, pictures, results))
     files = {item.file for item in drawn}
     numbers = model_numbers(trace, "here", 32)
     assert numbers["num_experts"] == [4, 6]
@@ -256,7 +256,7 @@ def test_captions_add_what_differs(kinds) -> None:
 
 def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch) -> None:
     """Its numbers and its page; the figures are drawn above."""
-    monkeypatch.setattr("moevision.analysis.report.analyze.draw_figures", lambda _: iter(()))
+    monkeypatch.setattr("moevision.analysis.report.build.draw_figures", lambda *measured: iter(()))
     model = saved(["soft", "expert_choice"])
     save_model(model, tmp_path / "model")
     settings = ReportSettings(

@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> None:
     )
     chosen = parser.parse_args(arguments)
 
-    from moevision.analysis.report.analyze import ReportSettings, analyze  # torch, matplotlib: not for --help
+    from moevision.analysis.report.build import analyze  # torch, matplotlib: not for --help
+    from moevision.analysis.report.measure import ReportSettings
 
     settings = ReportSettings(
         model=chosen.model,
