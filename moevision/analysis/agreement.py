@@ -6,7 +6,7 @@
   content, and attention sees the whole image: 1 isn't to be expected of a deep layer even if it follows content only.
 - `match_experts` pairs the experts of two routers by what they chose (Hungarian method). The pairing is found on one
   half of the images and its agreement measured on the other, since the best of E! pairings agrees by chance too.
-- `expert_similarity` runs all experts of a layer on the same tokens, whoever they were routed to, and compares their
+- `expert_similarity` runs all experts of a layer on the same tokens, wherever those were routed, and compares their
   outputs by linear CKA (Kornblith et al. 2019, arXiv:1905.00414, section 3), which a rotation or a rescaling of the
   outputs doesn't change. Comparing each expert on its own tokens would confuse experts with what they are given, and
   comparing weights would call two experts different that differ in the order of their hidden units only. Experts of
@@ -44,7 +44,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Consistency:
-    """Agreement of one layer's first choices between pictures and their changed copies.
+    """Agreement of one layer's first choices between images and their changed copies.
 
     Attributes:
         layer: block index.
@@ -85,17 +85,17 @@ def consistency(
         model: the model.
         pictures: what to look at.
         shift: by how many patches the crop moves down and to the right.
-        limit: at most so many pictures, drawn by `seed`.
+        limit: at most so many images, drawn by `seed`.
         num_resamples: R.
         level: of the intervals.
         seed: of the draw and of the resamples.
 
     Raises:
-        UserError: there are fewer than two pictures, the model has no grid of patches, or the shift leaves no patch.
+        UserError: there are fewer than two images, the model has no grid of patches, or the shift leaves no patch.
     """
     indices = np.random.default_rng(seed).permutation(len(pictures))[:limit]
     if len(indices) < 2:
-        raise UserError("Consistency needs at least two pictures: give more.")
+        raise UserError("Consistency needs at least two images: give more.")
     tables: dict[tuple[int, str], list[Ints]] = {}
     for start in range(0, len(indices), _BATCH):
         images = read_images(pictures, indices[start : start + _BATCH])
@@ -144,10 +144,10 @@ def first_choices(model: SavedModel, images: Pixels) -> tuple[dict[int, Ints], t
 
 
 def shifted_crop(images: Pixels, grid: tuple[int, int], shift: tuple[int, int]) -> Pixels:
-    """The pictures [B, S, S, 3] seen through a window moved down and right by whole patches; mirrored where they end.
+    """The images [B, S, S, 3] seen through a window moved down and right by whole patches; mirrored where they end.
 
     Raises:
-        UserError: the shift leaves nothing of the picture in the window, or is negative.
+        UserError: the shift leaves nothing of the image in the window, or is negative.
     """
     if not all(0 <= by < size for by, size in zip(shift, grid, strict=True)) or shift == (0, 0):
         raise UserError(f"A shift of {shift} patches doesn't fit a grid of {grid}: choose 1 or 2 patches.")
@@ -188,7 +188,7 @@ class ExpertMatch:
 
 
 def match_experts(a: LayerTrace, b: LayerTrace, *, seed: int = 0) -> ExpertMatch:
-    """Pair the experts of two routers that saw the same pictures, such as one layer of two trainings.
+    """Pair the experts of two routers that saw the same images, such as one layer of two trainings.
 
     Args:
         a: one router's decisions.
@@ -201,7 +201,7 @@ def match_experts(a: LayerTrace, b: LayerTrace, *, seed: int = 0) -> ExpertMatch
     first, second = np.asarray(a.first_choice()), np.asarray(b.first_choice())
     if first.shape != second.shape or a.num_experts != b.num_experts or len(first) < 2:
         raise UserError(
-            f"Experts can be matched on the same pictures and for equal numbers of experts only, not {first.shape} "
+            f"Experts can be matched on the same images and for equal numbers of experts only, not {first.shape} "
             f"with {a.num_experts} and {second.shape} with {b.num_experts}: collect both traces on the same data."
         )
     from scipy.optimize import linear_sum_assignment
@@ -267,7 +267,7 @@ def expert_similarity(
         model: the model.
         pictures: where the tokens come from.
         layer: block index of the MoE layer.
-        num_tokens: T, spread over the pictures.
+        num_tokens: T, spread over the images.
         seed: of the choice of tokens.
 
     Raises:

@@ -66,18 +66,18 @@ def measure_baselines(
     names: Sequence[str] = NAMES,
     seed: int = 0,
 ) -> Mapping[str, list[Assignments]]:
-    """All baselines of a model on the pictures of a trace.
+    """All baselines of a model on the images of a trace.
 
     Args:
         model: the trained model.
-        pictures: the pictures of `trace`; others are ignored.
+        pictures: the images of `trace`; others are ignored.
         trace: its routing.
         seeds: how many of each: untrained models, hashes, clusterings.
         names: which of `NAMES`.
         seed: of the two halves.
 
     Raises:
-        UserError: for an unknown name, or if the trace is about other pictures or another model.
+        UserError: for an unknown name, or if the trace is about other images or another model.
     """
     unknown = set(names) - set(NAMES)
     if unknown or seeds < 1:
@@ -318,7 +318,7 @@ class Rule:
 
 
 def rules_of(trace: RoutingTrace) -> dict[Rule, list[int | None]]:
-    """The rules of the layers, each with the layers that it stands beside; [None] where it is the same for all."""
+    """The rules of the layers, each with the blocks of its layers; [None] where one rule holds for all."""
     found: dict[Rule, list[int | None]] = {}
     for layer in trace.layers:
         found.setdefault(Rule.of(layer), []).append(layer.layer)
@@ -330,7 +330,7 @@ class Assignments:
     """The experts that one baseline gives to patches.
 
     Attributes:
-        layer: block index that it stands beside; None where it is the same for every layer.
+        layer: block index of the layer it is compared with; None where it is the same for every layer.
         seed: of what is random in it.
         expert_index: [I', P, K] int16, best first.
         images: [I'] rows of the trace that it was measured on.

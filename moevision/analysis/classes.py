@@ -99,9 +99,7 @@ def class_expert_map(
     labels = np.asarray(trace.labels)
     known = labels >= 0
     if known.sum() < 2:
-        raise UserError(
-            "A map of classes and experts needs at least two pictures with a known class: give more pictures."
-        )
+        raise UserError("A map of classes and experts needs at least two images with a known class: give more images.")
     shares, labels, num_classes = shares[known], labels[known], len(trace.class_names)
     overall = shares.mean(0)
     n_images = np.bincount(labels, minlength=num_classes)
@@ -247,8 +245,8 @@ def compare_classes(
     for name, side in ((name_a, side_a), (name_b, side_b)):
         if len(side) < MIN_IMAGES:
             raise UserError(
-                f"A comparison needs at least {MIN_IMAGES} pictures of each class, and there are {len(side)} of "
-                f"{name}: give more pictures."
+                f"A comparison needs at least {MIN_IMAGES} images of each class, and there are {len(side)} of "
+                f"{name}: give more images."
             )
     shares = np.concatenate([image_shares(layer.image_takes()) for layer in trace.layers], axis=1)  # [I, sum of E]
     x, y = shares[side_a], shares[side_b]
@@ -311,11 +309,11 @@ def _permutation_p(x: Floats, y: Floats, num_permutations: int, rng: np.random.G
 
 def _sentence(a: str, b: str, layers: list[LayerDifference], n_a: int, n_b: int) -> str:
     found = [(layer.name, e) for layer in layers for e in layer.experts if e.significant]
-    pictures = f"({n_a:,} and {n_b:,} pictures)"
+    pictures = f"({n_a:,} and {n_b:,} images)"
     total = sum(len(layer.experts) for layer in layers)
     if not found:
         return (
-            f"No expert is used differently by {a} and {b} as far as these pictures can tell {pictures}: a router need "
+            f"No expert is used differently by {a} and {b} as far as these images can tell {pictures}: a router need "
             "not tell classes apart for the model to do so."
         )
     name, most = max(found, key=lambda pair: abs(pair[1].difference))

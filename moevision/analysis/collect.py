@@ -61,10 +61,10 @@ def collect_routing(
     run_dir: str | Path | None = None,
     name: str | None = None,
 ) -> RoutingTrace:
-    """Run a model over pictures and keep what each MoE layer decided about each patch.
+    """Run a model over images and keep what each MoE layer decided about each patch.
 
     Runs in eval mode on the best device, as `moevision predict` does, and under whatever intervention is in force.
-    Routers by `label` are told the pictures' classes. Pictures that can't be read are left out and counted in a
+    Routers by `label` are told the images' classes. Images that can't be read are left out and counted in a
     `DataWarning`.
 
     Args:
@@ -73,23 +73,23 @@ def collect_routing(
             classes, in order, if there are as many.
         data: as in `open_pictures`: a dataset's name, a folder, a torch dataset of (PIL image, label), or a
             `PictureSet`.
-        batch_size: pictures per forward pass.
-        limit: take at most so many pictures, balanced by class.
-        path: a file to stream the trace to; memory then stays bounded whatever the number of pictures, and the arrays
+        batch_size: images per forward pass.
+        limit: take at most so many images, balanced by class.
+        path: a file to stream the trace to; memory then stays bounded whatever the number of images, and the arrays
             of the result are mapped from the file.
         progress: show a progress bar where there are more than a few batches.
         split: which part of the data: test, val, train or all.
-        seed: of the split, of drawn pictures and of `limit`.
+        seed: of the split, of drawn images and of `limit`.
         root: folder in which named datasets live.
-        run_dir: a run's folder, whose splits.csv says which pictures were held out.
+        run_dir: a run's folder, whose splits.csv says which images were held out.
         name: what the model is called in the trace; by default its folder's or its architecture's name.
 
     Returns:
         The trace.
 
     Raises:
-        UserError: if there is no such model or data, the model has no MoE layer, no picture can be read, or the model
-            routes by the class and a picture has none.
+        UserError: if there is no such model or data, the model has no MoE layer, no image can be read, or the model
+            routes by the class and an image has none.
 
     Example:
         >>> trace = collect_routing("runs/pets/model", "synthetic_pets", limit=400)
@@ -108,7 +108,7 @@ def collect_routing(
     net = saved.net.to(best_device())
     oracles = any(isinstance(layer.router, LabelRouter) for layer in moe_layers(net))
     if oracles and any(pictures.label(index) < 0 for index in range(len(pictures))):
-        raise UserError("The router 'label' routes by the class: give pictures whose classes are known.")
+        raise UserError("The router 'label' routes by the class: give images whose classes are known.")
     sink: TensorBuffer | TensorFile | None = None
     with ExitStack() as stack:
         stack.enter_context(evaluating(net))
@@ -126,7 +126,7 @@ def collect_routing(
                     sink = stack.enter_context(TensorFile(path, specs, metadata))
             sink.write(rows, batch.row)
         reader.report()
-        assert sink is not None  # report() has refused a set without a readable picture
+        assert sink is not None  # report() has refused a set without a readable image
         if reader.bad:
             about["provenance"] |= {"unreadable": len(reader.bad)}
             sink.shrink(len(reader.names), describe_trace(picture_names=reader.names, **about))
@@ -204,7 +204,7 @@ def _output_names(num_outputs: int, saved: SavedModel, pictures: PictureSet) -> 
 
 
 class Batch(NamedTuple):
-    """Readable pictures: normalised images float32 [B, 3, S, S], labels int64 [B], and the first one's row."""
+    """Readable images: normalised float32 [B, 3, S, S], labels int64 [B], and the first one's row."""
 
     images: Tensor
     labels: Tensor
@@ -212,10 +212,10 @@ class Batch(NamedTuple):
 
 
 class PictureReader:
-    """Reads pictures in batches and takes note of those that can't be read.
+    """Reads images in batches and takes note of those that can't be read.
 
     Attributes:
-        names: of the pictures read so far.
+        names: of the images read so far.
         bad: name and reason of those that couldn't be.
     """
 
@@ -226,7 +226,7 @@ class PictureReader:
         self.bad: list[tuple[str, str]] = []
 
     def batches(self, progress: bool) -> Iterator[Batch]:
-        """All pictures in order, with a progress bar where there are more than a few batches."""
+        """All images in order, with a progress bar where there are more than a few batches."""
         starts = range(0, len(self.pictures), self.batch_size)
         hidden = not progress or len(starts) < 4
         for start in track(starts, "routing", console=Console(stderr=True), disable=hidden, transient=True):
@@ -238,7 +238,7 @@ class PictureReader:
                 yield Batch(images, torch.tensor([self.pictures.label(index) for index, _ in pixels]), row)
 
     def _image(self, index: int) -> Tensor | None:
-        """The picture, uint8 [3, S, S]; None if it can't be read."""
+        """The image, uint8 [3, S, S]; None if it can't be read."""
         name, size = self.pictures.picture_name(index), self.model.image_size
         try:
             pixels = self.pictures.image(index)
@@ -246,20 +246,18 @@ class PictureReader:
             self.bad.append((name, error.reason))
             return None
         if pixels.shape != (size, size, 3):
-            raise UserError(
-                f"The picture {name} is {pixels.shape}, and the model takes {size} x {size} x 3: resize it."
-            )
+            raise UserError(f"The image {name} is {pixels.shape}, and the model takes {size} x {size} x 3: resize it.")
         self.names.append(name)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def report(self) -> None:
-        """Warn of pictures that couldn't be read; a UserError if there is no other."""
+        """Warn of images that couldn't be read; a UserError if there is no other."""
         first = f", the first is {self.bad[0][0]}: {self.bad[0][1]}" if self.bad else ""
         if not self.names:
-            raise UserError(f"None of the {len(self.pictures)} pictures can be read: mend or replace them{first}.")
+            raise UserError(f"None of the {len(self.pictures)} images can be read: fix or replace them{first}.")
         if self.bad:
             total = len(self.pictures)
-            text = f"{len(self.bad)} of {total} pictures can't be used and are left out of the trace{first}"
+            text = f"{len(self.bad)} of {total} images can't be used and are left out of the trace{first}"
             warnings.warn(text, DataWarning, stacklevel=3)
 
 
@@ -267,7 +265,7 @@ def as_saved_model(model: SavedModel | nn.Module | str | Path) -> SavedModel:
     """The model with its input size and normalisation; `class_names` is empty for a bare module without labels.
 
     Raises:
-        UserError: if there is no such model, or a module doesn't say what pictures it takes.
+        UserError: if there is no such model, or a module doesn't say what images it takes.
     """
     if isinstance(model, SavedModel):
         return model
@@ -276,7 +274,7 @@ def as_saved_model(model: SavedModel | nn.Module | str | Path) -> SavedModel:
     sides = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if sides is None or len(set(sides)) != 1:
         raise UserError(
-            f"{type(model).__name__} doesn't say which square pictures it takes: give a timm ViT, or a SavedModel with "
+            f"{type(model).__name__} doesn't say which square images it takes: give a timm ViT, or a SavedModel with "
             "image_size, mean and std."
         )
     config = timm.data.resolve_model_data_config(model)
@@ -328,7 +326,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def network_input(model: SavedModel, images: npt.NDArray[np.uint8]) -> Tensor:
-    """Pictures uint8 [B, S, S, 3] as the network takes them: normalised, [B, 3, S, S], on its device."""
+    """Images uint8 [B, S, S, 3] as the network takes them: normalised, [B, 3, S, S], on its device."""
     pixels = normalize(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), model.mean, model.std)
     weight = next(model.net.parameters())
     return pixels.to(weight.device, weight.dtype)
@@ -356,7 +354,7 @@ def layer_inputs(net: nn.Module, pixels: Tensor, *, filled_slots: bool = False) 
             received[block] = tokens[:, prefix:]
 
     layers = {layer.layer_index: layer for layer in moe_layers(net) if layer.layer_index is not None}
-    with routing_lock(net):  # so that no other thread's pictures pass the hooks
+    with routing_lock(net):  # so that no other thread's images pass the hooks
         handles = [layer.register_forward_pre_hook(partial(keep, block)) for block, layer in layers.items()]
         try:
             net(pixels)

@@ -3,7 +3,7 @@
 - Token choice (`Ranking`): each token has a list of all E experts, the K chosen first, the others by the score that the
   router chooses by. Taking an expert away, forcing one or choosing another k are edits of the list, so they compose.
 - Expert choice (`TokenLists`): each expert has a list of all tokens of the image, best first, and takes the first C. An
-  expert that is taken away takes none, and nobody takes its place: the others have chosen what suits them already.
+  expert that is taken away takes none, and no other takes its place: the others have already chosen.
 - Soft MoE (`SlotWeights`): each expert reads slots, weighted means of all tokens. An expert that is taken away is one
   that tokens no longer take from; their weights over the other slots then sum to 1 again (`removed`) or stay
   (`silenced`).

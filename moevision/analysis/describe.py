@@ -193,10 +193,10 @@ def _checked(expert_index: Ints, num_experts: int) -> Ints:
 
 
 class GalleryPatch(NamedTuple):
-    """One patch of one picture.
+    """One patch of one image.
 
     Attributes:
-        image: index of the picture in the trace.
+        image: index of the image in the trace.
         patch: index of the patch in its grid.
         weight: the gate weight that the expert has in it; Soft MoE: how much of it the expert reads.
     """
@@ -211,8 +211,8 @@ class ExpertGallery(NamedTuple):
 
     Attributes:
         expert: index of the expert in its layer.
-        top: heaviest first, at most one of each picture.
-        random: drawn from all patches that the expert computed, in order of picture and patch.
+        top: heaviest first, at most one of each image.
+        random: drawn from all patches that the expert computed, in order of image and patch.
     """
 
     expert: int
@@ -227,19 +227,19 @@ def layer_gallery(layer: LayerTrace, count: int = 8, seed: int = 0) -> list[Expe
 
 
 def top_patches(layer: LayerTrace, expert: int, count: int = 8) -> list[GalleryPatch]:
-    """The patches in which an expert's gate weight is largest, at most one of each picture.
+    """The patches in which an expert's gate weight is largest, at most one of each image.
 
-    Choices that capacity dropped don't count: the expert has not computed them. Of equal weights the earlier picture
+    Choices that capacity dropped don't count: the expert has not computed them. Of equal weights the earlier image
     and patch comes first, so the answer does not depend on the platform.
 
     Args:
         layer: the trace of one layer.
         expert: index in 0..E - 1.
-        count: how many, fewer if the expert is in fewer pictures.
+        count: how many, fewer if the expert is in fewer images.
     """
     images, patches, weights = _routed(layer, expert)
     heaviest = np.lexsort((patches, images, -weights))
-    _, first = np.unique(images[heaviest], return_index=True)  # the heaviest patch of each picture
+    _, first = np.unique(images[heaviest], return_index=True)  # the heaviest patch of each image
     best = heaviest[np.sort(first)[:count]]
     return _as_patches(images[best], patches[best], weights[best])
 
@@ -271,17 +271,17 @@ def first_choice_paths(trace: RoutingTrace) -> npt.NDArray[np.int16]:
 def patches_on_path(
     trace: RoutingTrace, path: Sequence[int], *, label: int | None = None, count: int = 8, seed: int = 0
 ) -> list[GalleryPatch]:
-    """Random patches whose first choice is `path`, at most one of each picture as long as pictures suffice.
+    """Random patches whose first choice is `path`, at most one of each image as long as images suffice.
 
     Args:
-        trace: the routing of a set of pictures.
+        trace: the routing of a set of images.
         path: [L] an expert for each MoE layer, in order of depth.
-        label: only of pictures of this class.
+        label: only of images of this class.
         count: how many, fewer if fewer take this path.
         seed: other seeds give other patches.
 
     Returns:
-        Patches with the weight of the last layer's first choice, in order of picture and patch.
+        Patches with the weight of the last layer's first choice, in order of image and patch.
 
     Raises:
         UserError: if the path is not one expert per MoE layer.
@@ -298,10 +298,10 @@ def patches_on_path(
 
 
 def spread_over_pictures(images: npt.NDArray[np.intp], count: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:
-    """Positions in `images` of random entries, sorted; a picture's second entry only fills up what others can't.
+    """Positions in `images` of random entries, sorted; an image's second entry only fills up what others can't.
 
     Args:
-        images: [N] the picture of each entry.
+        images: [N] the image of each entry.
         count: how many, fewer if there are fewer.
         rng: draws them.
     """
@@ -315,7 +315,7 @@ def spread_over_pictures(images: npt.NDArray[np.intp], count: int, rng: np.rando
 def _routed(
     layer: LayerTrace, expert: int
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]:
-    """Picture, patch and weight of everything that an expert computed, in order of picture and patch."""
+    """Image, patch and weight of everything that an expert computed, in order of image and patch."""
     if not 0 <= expert < layer.num_experts:
         raise UserError(f"There is no expert {expert}: the layer has experts 0 to {layer.num_experts - 1}.")
     images, patches, choices = np.nonzero((layer.expert_index == expert) & layer.kept)
@@ -330,13 +330,13 @@ def _as_patches(
 
 
 def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> npt.NDArray[np.float32] | None:
-    """[I, P, parts]: share of each patch's pixels that belong to each part; None where pictures have no parts."""
+    """[I, P, parts]: share of each patch's pixels that belong to each part; None where images have no parts."""
     if not pictures.part_names:
         return None
     fractions = []
     for index in range(len(pictures)):
         mask = pictures.part_mask(index)
         if mask is None:
-            raise UserError(f"{pictures.name} names parts, but the picture {pictures.picture_name(index)} has no mask.")
+            raise UserError(f"{pictures.name} names parts, but the image {pictures.picture_name(index)} has no mask.")
         fractions.append(part_fractions(mask[None], grid, len(pictures.part_names))[0])
     return np.stack(fractions)

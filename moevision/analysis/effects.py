@@ -54,7 +54,7 @@ def effect(
     seed: int = 0,
     class_effect: ClassEffect | None = None,
 ) -> Effect:
-    """Measure what an intervention changes for one picture.
+    """Measure what an intervention changes for one image.
 
     Args:
         model: the model, in eval mode.
@@ -66,7 +66,7 @@ def effect(
         class_effect: put into the result, and so into its sentence and JSON.
 
     Raises:
-        UserError: if the model has no such layer, expert or class, or the picture is no uint8 [S, S, 3].
+        UserError: if the model has no such layer, expert or class, or the image is no uint8 [S, S, 3].
     """
     if num_controls < 2:
         raise UserError(f"num_controls={num_controls} gives no spread: take at least 2 draws.")
@@ -112,19 +112,19 @@ def class_effect(
     seed: int = 0,
     batch_size: int = 32,
 ) -> ClassEffect:
-    """Measure what an intervention changes on average over pictures of one class.
+    """Measure what an intervention changes on average over images of one class.
 
     Args:
         model: the model, in eval mode.
         pictures: where the class is looked for.
         target: the class, as index into `model.class_names` or name.
         intervention: what to change.
-        limit: so many pictures at most, drawn at random; all of the class if None.
+        limit: so many images at most, drawn at random; all of the class if None.
         seed: of that draw, and of the control.
-        batch_size: pictures per forward pass.
+        batch_size: images per forward pass.
 
     Raises:
-        UserError: if the model has no such layer, expert or class, or there is no readable picture of it.
+        UserError: if the model has no such layer, expert or class, or there is no readable image of it.
     """
     index = _class_index(model.class_names, target)
     name, net = model.class_names[index], model.net
@@ -147,7 +147,7 @@ def class_effect(
         deltas = [after - before, delta_p, control - before]
         rows.append(torch.stack([*(delta[:, index] for delta in deltas), torch.as_tensor(moved).to(before)], -1))
     if not rows:
-        raise UserError(f"There is no readable picture of {name!r}: take another class or other pictures.")
+        raise UserError(f"There is no readable image of {name!r}: take another class or other images.")
     logits, ps, controls, moved_patches = torch.cat(rows).T.tolist()
     return ClassEffect(
         class_name=name,
@@ -174,11 +174,11 @@ def _kind_of(net: nn.Module, intervention: Intervention) -> RoutingKind:
 
 
 def _to_input(model: SavedModel, images: Sequence[Pixels]) -> Tensor:
-    """uint8 pictures [S, S, 3] -> [B, 3, S, S] on the device and in the dtype of the model."""
+    """uint8 images [S, S, 3] -> [B, 3, S, S] on the device and in the dtype of the model."""
     for image in images:
         if image.dtype != np.uint8 or image.shape != (model.image_size, model.image_size, 3):
             raise UserError(
-                f"The picture is {image.dtype} {list(image.shape)}: give uint8 [{model.image_size}, "
+                f"The image is {image.dtype} {list(image.shape)}: give uint8 [{model.image_size}, "
                 f"{model.image_size}, 3], as moevision.data.augment.square_pixels makes it."
             )
     return network_input(model, np.stack(images))
@@ -193,7 +193,7 @@ def _class_index(class_names: Sequence[str], target: int | str) -> int:
 
 
 def _pictures_of(pictures: PictureSet, name: str, limit: int | None, seed: int) -> list[int]:
-    """Indices of the pictures of a class, or of `limit` of them."""
+    """Indices of the images of a class, or of `limit` of them."""
     if name not in pictures.class_names:
         raise UserError(f"{pictures.name} has no class {name!r}: its classes are {', '.join(pictures.class_names)}.")
     label = pictures.class_names.index(name)
@@ -276,9 +276,9 @@ def run_compared(
 
     Args:
         net: the network.
-        x: [R, 3, S, S], or [1, 3, S, S] for R times the same picture.
+        x: [R, 3, S, S], or [1, 3, S, S] for R times the same image.
         intervention: whose control is drawn.
-        taken: what the intervention takes from experts, by picture of x.
+        taken: what the intervention takes from experts, by image of x.
         others: interventions on the same layer.
         keys: seed of each draw.
 
@@ -305,7 +305,7 @@ def run_compared(
         with edited(net, edits):
             logits: Tensor = net(x).double()
         return logits
-    # Rows of one picture must not share a capacity that the model shares over its batch.
+    # Rows of one image must not share a capacity that the model shares over its batch.
     shared = [layer for layer in moe_layers(net) if (own := Capacity.own(layer.router)) and own.whole_batch]
     with edited(net, dict.fromkeys(shared, Ranking.apart)), edited(net, edits):
         return _repeated(net, x, count, next(iter(taken))).double()
@@ -316,9 +316,9 @@ def _unchanged(decision: Decision) -> Decision:
 
 
 def _repeated(net: nn.Module, x: Tensor, times: int, first: MoEMlp) -> Tensor:
-    """Run one picture `times` times, as one picture up to the block that holds `first`: until there all rows agree."""
+    """Run one image `times` times, as one image up to the block that holds `first`: until there all rows agree."""
     blocks, thread = getattr(net, "blocks", None), threading.get_ident()
-    by_colour = any(isinstance(layer.router, ColourRouter) for layer in moe_layers(net))  # looks at the pictures again
+    by_colour = any(isinstance(layer.router, ColourRouter) for layer in moe_layers(net))  # looks at the images again
     if blocks is None or first.layer_index is None or by_colour:
         logits: Tensor = net(x.expand(times, -1, -1, -1))
         return logits
@@ -391,16 +391,16 @@ class OtherExpert:
 
 @dataclass(frozen=True)
 class ClassEffect:
-    """The effect on pictures of one class, each measured on the logit of that class.
+    """The effect on images of one class, each measured on the logit of that class.
 
     Attributes:
         class_name: the class.
         intervention: what was changed.
-        delta_logits: [I] change of the logit, by picture.
+        delta_logits: [I] change of the logit, by image.
         delta_ps: [I] change of the probability.
-        control_delta_logits: [I] the same with the control, one draw for each picture.
+        control_delta_logits: [I] the same with the control, one draw for each image.
         moved: mean number of patch assignments that the intervention takes from their experts.
-        unreadable: pictures of the class that could not be read, and are not among I.
+        unreadable: images of the class that could not be read, and are not among I.
     """
 
     class_name: str
@@ -412,7 +412,7 @@ class ClassEffect:
     unreadable: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Means over pictures and their standard deviations (null for one picture)."""
+        """Means over images and their standard deviations (null for one image)."""
         several = len(self.delta_logits) > 1
         return {
             "class": self.class_name,
@@ -430,7 +430,7 @@ class ClassEffect:
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect on one picture.
+    """The effect on one image.
 
     Attributes:
         intervention: what was changed.
@@ -484,7 +484,7 @@ class Effect:
         before, after = self.before[self.target], self.after[self.target]
         change = in_words(self.intervention, self.moved, self.routing)
         parts = [
-            f"For this picture: {change} {self.class_names[self.target]} {_change(before, after)} "
+            f"For this image: {change} {self.class_names[self.target]} {_change(before, after)} "
             f"(logit {_signed(self.delta_logit)})"
         ]
         if self.moved or self.moved_prefix:
@@ -492,7 +492,7 @@ class Effect:
             parts.append(f"{self.control.what} changes the logit by {spread} ({len(self.control.delta_logits)} draws)")
         if self.class_effect is not None:
             deltas = self.class_effect.delta_logits
-            about = f"{len(deltas)} picture{'' if len(deltas) == 1 else 's'} of {self.class_effect.class_name}"
+            about = f"{len(deltas)} image{'' if len(deltas) == 1 else 's'} of {self.class_effect.class_name}"
             parts.append(f"over {about} the same intervention changes it by {_signed(fmean(deltas))}")
         return "; ".join(parts) + "."
 

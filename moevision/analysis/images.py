@@ -43,11 +43,11 @@ DRAWN_SIZES = {"train": 16_000, "val": 1_000, "test": 2_000}
 
 @runtime_checkable
 class PictureSet(Protocol):
-    """Labelled pictures of one size, by index.
+    """Labelled images of one size, by index.
 
     Attributes:
         class_names: names of the labels.
-        name: what the pictures are, in words.
+        name: what the images are, in words.
         part_names: names of the values of a part mask; empty where parts aren't known.
     """
 
@@ -56,10 +56,10 @@ class PictureSet(Protocol):
     part_names: tuple[str, ...]
 
     def __len__(self) -> int:
-        """Number of pictures, unreadable ones included."""
+        """Number of images, unreadable ones included."""
 
     def image(self, index: int) -> Pixels:
-        """The picture, uint8 [S, S, 3] in RGB order; raises `BadImageError` if it can't be read."""
+        """The image, uint8 [S, S, 3] in RGB order; raises `BadImageError` if it can't be read."""
 
     def label(self, index: int) -> int:
         """The class, an index into `class_names`; -1 if it isn't known."""
@@ -86,28 +86,28 @@ def open_pictures(
     download: bool = False,
     run_dir: str | Path | None = None,
 ) -> PictureSet:
-    """Open pictures as evaluation sees them.
+    """Open images as evaluation sees them.
 
     Args:
         data: `synthetic_pets`, another dataset's name (`cifar10`, ...), a folder with one subfolder per class (also
             inside train/, val/, test/), a torch dataset of (PIL image, label), or a `PictureSet`.
-        image_size: S, side of the square pictures in pixels.
+        image_size: S, side of the square images in pixels.
         split: `test`, `val`, `train`, or `all`; cut as `ImageDataModule` cuts it where the data came unsplit. A torch
             dataset or a `PictureSet` is taken as it is.
-        limit: take at most so many pictures, the same number of each class as far as there are enough. They are drawn
-            by a hash of seed and name: a larger limit adds pictures and removes none.
-        seed: of the cut, of drawn pictures and of `limit`; 0 is the data module's default.
+        limit: take at most so many images, the same number of each class as far as there are enough. They are drawn
+            by a hash of seed and name: a larger limit adds images and removes none.
+        seed: of the cut, of drawn images and of `limit`; 0 is the data module's default.
         class_names: the model's classes. Labels become indices into them by name (case and underscores don't count);
             where the model knows none of the data's classes the data keeps its own.
         root: folder in which named datasets live.
         download: fetch a named dataset that isn't there.
-        run_dir: a run's folder; its splits.csv says which pictures were held out.
+        run_dir: a run's folder; its splits.csv says which images were held out.
 
     Raises:
         UserError: if the data are missing, laid out otherwise, or have no such split.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}: it must be at least 1 picture.")
+        raise UserError(f"limit is {limit}: it must be at least 1 image.")
     pictures: PictureSet
     if isinstance(data, PictureSet):
         pictures = data
@@ -139,14 +139,14 @@ def _from_collection(
     for sentence in [*collection.notes, *sentences]:
         warnings.warn(sentence, DataWarning, stacklevel=4)
     what = shown(Path(data).expanduser().resolve().name) if isinstance(collection, FileCollection) else str(data)
-    which = "all pictures" if split == "all" else f"{split} set"
+    which = "all images" if split == "all" else f"{split} set"
     return Collected(collection, samples, image_size, tuple(class_names), f"{what}, {which}, seed {seed}")
 
 
 def _samples(
     collection: Collection, split: str, seed: int, run_dir: str | Path | None
 ) -> tuple[list[Sample], list[str], list[str]]:
-    """The split's pictures, the names of their labels, and warnings."""
+    """The split's images, the names of their labels, and warnings."""
     if split == "all":
         return [sample for part in collection.given.values() for sample in part], collection.class_names, []
     table = None if run_dir is None else Path(run_dir) / "splits.csv"
@@ -160,7 +160,7 @@ def _samples(
 
 
 def _viewed(pictures: PictureSet, limit: int | None, seed: int, class_names: Sequence[str] | None) -> PictureSet:
-    """The pictures with the model's labels, and as many of them as wanted."""
+    """The images with the model's labels, and as many of them as wanted."""
     names, new_label = labels_in(pictures.class_names, class_names)
     if names == pictures.class_names and (limit is None or limit >= len(pictures)):
         return pictures
@@ -168,12 +168,12 @@ def _viewed(pictures: PictureSet, limit: int | None, seed: int, class_names: Seq
     name = pictures.name
     if limit is not None and limit < len(pictures):
         indices = balanced_subset(pictures, limit, seed)
-        name = f"{name}, {len(indices)} of {len(pictures)} pictures"
+        name = f"{name}, {len(indices)} of {len(pictures)} images"
     return View(pictures, indices, names, new_label, name)
 
 
 class Collected:
-    """Pictures of a collection; see `PictureSet` for the attributes."""
+    """Images of a collection; see `PictureSet` for the attributes."""
 
     def __init__(
         self,
@@ -183,24 +183,24 @@ class Collected:
         class_names: tuple[str, ...],
         name: str,
     ) -> None:
-        """Describe the set; nothing is read before a picture is asked for."""
+        """Describe the set; nothing is read before an image is asked for."""
         self.collection, self.samples, self.image_size = collection, samples, image_size
         self.class_names, self.name = class_names, name
         self.part_names: tuple[str, ...] = SyntheticPets.parts if isinstance(collection, DrawnCollection) else ()
 
     @classmethod
     def of_drawn(cls, pets: SyntheticPets, name: str) -> Collected:
-        """A set of drawn pictures, named as the data module names them."""
+        """A set of drawn images, named as the data module names them."""
         samples = [Sample(f"{pets.split}/{number:06d}", pets.label(number)) for number in range(len(pets))]
         collection = DrawnCollection(list(pets.classes), {pets.split: samples}, [], {pets.split: pets})
         return cls(collection, samples, pets.image_size, pets.classes, name)
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return len(self.samples)
 
     def image(self, index: int) -> Pixels:
-        """The picture as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
+        """The image as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
         return square_pixels(self.collection.open(self.samples[index], self.image_size), self.image_size)
 
     def label(self, index: int) -> int:
@@ -212,7 +212,7 @@ class Collected:
         return self.samples[index].sample_id
 
     def part_mask(self, index: int) -> Pixels | None:
-        """The part at each pixel of a drawn picture, uint8 [S, S]."""
+        """The part at each pixel of a drawn image, uint8 [S, S]."""
         if not isinstance(self.collection, DrawnCollection):
             return None
         split, number = self.samples[index].sample_id.rsplit("/", 1)
@@ -222,7 +222,7 @@ class Collected:
 class FromDataset:
     """A torch dataset of (PIL image, label); see `PictureSet` for the attributes.
 
-    Labels are taken from its `targets` (as torchvision's datasets have them) or, picture by picture, from its items.
+    Labels are taken from its `targets` (as torchvision's datasets have them) or, image by image, from its items.
     Class names are its `classes`, or else the model's.
     """
 
@@ -237,7 +237,7 @@ class FromDataset:
         size = getattr(dataset, "__len__", None)
         if size is None:
             raise UserError(
-                f"{type(dataset).__name__} is no set of pictures: give a folder, a dataset's name, or a torch dataset "
+                f"{type(dataset).__name__} is no set of images: give a folder, a dataset's name, or a torch dataset "
                 "with a length whose items are (PIL image, label)."
             )
         self.dataset, self.image_size, self._size = dataset, image_size, int(size())
@@ -252,19 +252,19 @@ class FromDataset:
         self.class_names: tuple[str, ...] = tuple(shown(str(name)) for name in names)
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return self._size
 
     def image(self, index: int) -> Pixels:
-        """The picture as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
+        """The image as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
         return square_pixels(self._item(index), self.image_size)
 
     def label(self, index: int) -> int:
-        """The class; -1 where the picture can't be read and nothing else tells."""
+        """The class; -1 where the image can't be read and nothing else tells."""
         label = self._label(index)
         if label >= len(self.class_names):
             raise UserError(
-                f"Picture {index} of {self.name} has the label {label} and there are {len(self.class_names)} class "
+                f"Image {index} of {self.name} has the label {label} and there are {len(self.class_names)} class "
                 "names: give the dataset the attribute `classes`."
             )
         return label
@@ -302,7 +302,7 @@ class FromDataset:
 
 
 class View:
-    """Some pictures of another set, under other labels; see `PictureSet` for the attributes."""
+    """Some images of another set, under other labels; see `PictureSet` for the attributes."""
 
     def __init__(
         self,
@@ -317,11 +317,11 @@ class View:
         self.class_names, self.name, self.part_names = class_names, name, pictures.part_names
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return len(self.indices)
 
     def image(self, index: int) -> Pixels:
-        """The picture, uint8 [S, S, 3]; raises `BadImageError`."""
+        """The image, uint8 [S, S, 3]; raises `BadImageError`."""
         return self.pictures.image(self.indices[index])
 
     def label(self, index: int) -> int:
@@ -375,7 +375,7 @@ def labels_in(own: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[tuple
     strangers = [name for name, number in zip(own, numbers, strict=True) if number < 0]
     if strangers:
         warnings.warn(
-            f"{len(strangers)} of {len(own)} classes of the data are none of the model's, and their pictures count as "
+            f"{len(strangers)} of {len(own)} classes of the data are none of the model's, and their images count as "
             f"unlabelled: {', '.join(strangers[:5])}",
             DataWarning,
             stacklevel=4,
@@ -388,9 +388,9 @@ def _plain(name: str) -> str:
 
 
 def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:
-    """Indices of `limit` pictures, in order: classes take turns, each in the order of a hash of (seed, name).
+    """Indices of `limit` images, in order: classes take turns, each in the order of a hash of (seed, name).
 
-    Hence a class has one picture more than another at most, unless it runs out, and subsets of growing size nest.
+    Hence a class has one image more than another at most, unless it runs out, and subsets of growing size nest.
     """
     members: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
     for index in range(len(pictures)):
@@ -401,10 +401,10 @@ def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:
 
 
 def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
-    """The pictures in the order of the trace, without those that could not be read when it was collected.
+    """The images in the order of the trace, without those that could not be read when it was collected.
 
     Raises:
-        UserError: if the trace is of other pictures.
+        UserError: if the trace is of other images.
     """
     names = [pictures.picture_name(index) for index in range(len(pictures))]
     if tuple(names) == trace.picture_names:
@@ -420,20 +420,20 @@ def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
 
 
 def read_images(pictures: PictureSet, indices: Iterable[int | np.integer[Any]]) -> Pixels:
-    """Pictures by index, uint8 [B, S, S, 3]."""
+    """Images by index, uint8 [B, S, S, 3]."""
     return np.stack([pictures.image(int(index)) for index in indices])
 
 
 def image_patches(image: Pixels, grid: tuple[int, int]) -> Pixels:
-    """The patches of a picture uint8 [S, S, 3], [P, S / rows, S / columns, 3].
+    """The patches of an image uint8 [S, S, 3], [P, S / rows, S / columns, 3].
 
     Raises:
-        UserError: the grid doesn't tile the picture.
+        UserError: the grid doesn't tile the image.
     """
     rows, columns = grid
     height, width = image.shape[:2]
     if height % rows or width % columns:
-        raise UserError(f"A grid of {rows} x {columns} patches does not tile a picture of {height} x {width} px.")
+        raise UserError(f"A grid of {rows} x {columns} patches does not tile an image of {height} x {width} px.")
     tiles = image.reshape(rows, height // rows, columns, width // columns, 3).swapaxes(1, 2)
     return tiles.reshape(rows * columns, *tiles.shape[2:])
 
@@ -441,7 +441,7 @@ def image_patches(image: Pixels, grid: tuple[int, int]) -> Pixels:
 def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 1) -> Pixels:
     """A patch with its surroundings, always in the middle of its crop.
 
-    Where the surroundings leave the picture it is mirrored at its edge, so that all crops have one size and the patch
+    Where the surroundings leave the image it is mirrored at its edge, so that all crops have one size and the patch
     covers the same part of each: the middle 1 / (1 + 2 · context) of either side.
 
     Args:
@@ -454,7 +454,7 @@ def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 
         uint8 [(1 + 2 · context) · patch height, (1 + 2 · context) · patch width, 3].
 
     Raises:
-        UserError: if there is no such patch or patches don't tile the picture.
+        UserError: if there is no such patch or patches don't tile the image.
     """
     rows, columns = grid
     height, width = image.shape[0] // rows, image.shape[1] // columns
@@ -488,7 +488,7 @@ def data_settings(run: Path) -> Mapping[str, Any]:
     try:
         data = read_yaml(file)["data"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} can't be read ({type(error).__name__}): mend it or move it away.") from error
+        raise UserError(f"{file} can't be read ({type(error).__name__}): fix it or move it away.") from error
     return data if isinstance(data, dict) else {}
 
 
@@ -507,7 +507,7 @@ def pictures_for(
     limit: int | None = None,
     root: str | None = None,
 ) -> PictureSet | None:
-    """Pictures for a model, held-out ones by default: of `data`, or else of what its run was trained on.
+    """Images for a model, held-out ones by default: of `data`, or else of what its run was trained on.
 
     Args:
         address: a run folder, its model/ folder, or any other address.
@@ -518,10 +518,10 @@ def pictures_for(
         root: folder of named datasets; the run's own if None.
 
     Returns:
-        The pictures; None if neither `data` nor a run says which.
+        The images; None if neither `data` nor a run says which.
 
     Raises:
-        UserError: if the pictures aren't there (any more).
+        UserError: if the images aren't there (any more).
     """
     run = run_folder(address)
     trained_on = {} if run is None else data_settings(run)
@@ -540,5 +540,5 @@ def pictures_for(
             run_dir=run if run is not None and is_data_of(run, str(path)) else None,
         )
     except UserError as error:
-        hint = "" if data else " (the run was trained on it; --data names other pictures)"
+        hint = "" if data else " (the run was trained on it; --data names other images)"
         raise UserError(f"{str(error).rstrip('.')}{hint}.") from error

@@ -186,7 +186,7 @@ def part_information(
     """
     maps = _checked(np.asarray(patch_counts))
     if not (np.asarray(parts) >= 0).any():
-        raise UserError("No patch has a part: give pictures with part masks, such as synthetic_pets.")
+        raise UserError("No patch has a part: give images with part masks, such as synthetic_pets.")
     images, _, experts = maps.shape
     shown = (np.asarray(parts)[..., None] == np.unique(parts[parts >= 0])).astype(np.float32)  # [I, P, V]
     flat_maps = maps.reshape(-1, experts)
@@ -220,7 +220,7 @@ def part_information(
 def _checked(patch_counts: npt.NDArray[Any]) -> Floats:
     """The routing maps as float32 [I, P, E]: sums of whole numbers stay exact up to 2 ** 24 choices per cell."""
     if patch_counts.ndim != 3 or len(patch_counts) < 2:
-        raise UserError("Statistics over images need at least two pictures with a known class: give more pictures.")
+        raise UserError("Statistics over images need at least two images with a known class: give more images.")
     return np.ascontiguousarray(patch_counts, dtype=np.float32)
 
 

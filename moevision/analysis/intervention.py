@@ -12,7 +12,7 @@ What holds for all of them:
 - A `Routing` recorded inside tells what was computed (`expert_index`, `combine_weight`, `kept`); its logits and
   probabilities stay what the router said.
 - A model with a capacity of its own applies it to what the edits have left, as it would to any other choice: tokens of
-  an ablated expert compete for a place at their next-best one, and whoever was dropped may get a place that fell free.
+  an ablated expert compete for a place at their next-best one, and a dropped token may get a place that became free.
   `limit_capacity` takes its place.
 - Nothing depends on batch-mates (unless the model's own capacity is shared by the batch), and leaving the scope
   restores the layer, also after an exception.
@@ -277,7 +277,7 @@ def swap(model: nn.Module, layer: int, a: int, b: int) -> AbstractContextManager
 def random_route(model: nn.Module, layer: int | None = None, seed: int = 0) -> AbstractContextManager[None]:
     """Send every token to K different experts drawn at random, with the gates of its own choices by rank.
 
-    The draw depends on seed, block index and token position: every picture is sent the same way, so that its result
+    The draw depends on seed, block index and token position: every image is sent the same way, so that its result
     is the same alone and in any batch. Use several seeds to average over maps.
 
     Expert choice: every expert takes as many tokens as before, at positions drawn at random, with the weights of its

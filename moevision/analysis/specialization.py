@@ -45,7 +45,7 @@ from moevision.layers.routing import Kind as RoutingKind
 
 About = Literal["class", "class_given_position", "position", "part"]
 ABOUTS: tuple[About, ...] = get_args(About)
-_OF_PICTURES: tuple[About, ...] = ("class", "class_given_position")
+_OF_IMAGES: tuple[About, ...] = ("class", "class_given_position")
 _BASELINE_PERMUTATIONS = 100  # a baseline's null is only subtracted; its tail isn't needed
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -67,7 +67,12 @@ BASELINE_WORDS = {
     "kmeans_colour": "clusters of the patch's mean colour",
     "kmeans_input": "clusters of the layer's input (learned, but by no router)",
 }
-_NONE = "no learned specialization found"
+_SPECIALIZATION = {
+    "class": "class specialization",
+    "class_given_position": "class specialization at fixed positions",
+    "position": "position specialization",
+    "part": "part specialization beyond position",
+}
 
 Passed = tuple[bool, bool | None, bool | None]
 
@@ -139,9 +144,9 @@ def specialization(
     """Ask every layer about class, position, class given position, and part.
 
     Args:
-        trace: routing of held-out pictures. Without two labelled classes nothing is asked about classes.
+        trace: routing of held-out images. Without two labelled classes nothing is asked about classes.
         baselines: from `measure_baselines` on the same trace.
-        seeds: routing of other trainings on the same pictures.
+        seeds: routing of other trainings on the same images.
         parts: [I, P] the part that each patch shows (`tables.majority_part`); negative: unknown. None: not asked.
         about: what to ask.
         num_permutations: of the nulls.
@@ -151,12 +156,12 @@ def specialization(
         One result per layer and question, in that order.
 
     Raises:
-        UserError: another training was traced on other pictures or has other layers.
+        UserError: another training was traced on other images or has other layers.
     """
     for other in seeds:
         if other.picture_names != trace.picture_names or len(other.layers) != len(trace.layers):
             raise UserError(
-                "Other trainings must be of the same recipe and traced on the same pictures, in the same order: "
+                "Other trainings must be of the same recipe and traced on the same images, in the same order: "
                 "collect their traces with the same data and limit."
             )
     asked = [what for what in about if _can_ask(what, trace, parts)]
@@ -188,17 +193,17 @@ class _Asker:
 
     def layer(self, about: About, layer: LayerTrace) -> Estimate:
         """Of a router."""
-        amount = layer.takes if about in _OF_PICTURES else layer.reads
+        amount = layer.takes if about in _OF_IMAGES else layer.reads
         counts = choice_counts(np.asarray(layer.expert_index), layer.num_experts, np.asarray(amount))
         return self._estimate(about, counts, np.arange(len(counts)), self.num_permutations)
 
     def baseline(self, about: About, layer: int, baselines: Sequence[Assignments]) -> Iterator[Estimate]:
-        """Of the baselines that stand beside a layer."""
+        """Of the baselines that a layer is compared with."""
         for each in baselines:
             if each.layer in (None, layer):
                 key = (about, id(each))
                 if key not in self.known:
-                    counts = each.patch_takes() if about in _OF_PICTURES else each.counts()
+                    counts = each.patch_takes() if about in _OF_IMAGES else each.counts()
                     self.known[key] = self._estimate(about, counts, each.images, _BASELINE_PERMUTATIONS)
                 yield self.known[key]
 
@@ -250,10 +255,10 @@ def _above_null(estimate: Estimate) -> bool:
 def teller(about: str, kind: RoutingKind) -> str:
     """What tells something about the class, the position or the part, as the subject of a sentence."""
     if kind == "token_choice":
-        return "the choice of expert tells"
-    if about in ("class", "class_given_position"):
-        return "how much patches take from each expert tells"
-    return "which expert takes a patch tells" if kind == "expert_choice" else "how much each expert reads tells"
+        return "the choice of expert"
+    if about in _OF_IMAGES:
+        return "how much patches take from each expert"
+    return "which expert takes a patch" if kind == "expert_choice" else "how much each expert reads"
 
 
 def sentence_of(
@@ -265,7 +270,10 @@ def sentence_of(
     passed: Passed,
     kind: RoutingKind = "token_choice",
 ) -> str:
-    """The result in words.
+    """The result in words: bits above chance first, then what they exceed, then p.
+
+    "Learned specialization" is said only above all comparisons; "no learned specialization" names the comparison that
+    explains the number as well; where a comparison is missing the sentence says which, instead of either.
 
     Args:
         layer: as it is shown, such as "L4".
@@ -276,49 +284,45 @@ def sentence_of(
         passed: whether the layer is above the null, the baselines and, in every other training, both.
         kind: who chooses in the layer.
     """
-    words, (above_null, above_baselines, above_seeds) = ABOUT_WORDS[about], passed
-    told = _told(f"{layer}: {teller(about, kind)}", words, estimate)
+    above_null, above_baselines, above_seeds = passed
+    value, interval = _bits(estimate.value_bits), f"95 % CI {_bits(estimate.low)} to {_bits(estimate.high)}"
     if not above_null:
-        return f"{told} Shuffled pictures give as much: {_NONE} about {words}."
+        where = "" if kind == "token_choice" else f" in {teller(about, kind)}"
+        return (
+            f"{layer}: no {_SPECIALIZATION[about]}{where} ({value} bits above chance, {interval}, "
+            f"n = {estimate.n_images:,})."
+        )
+    told = (
+        f"{layer}: {teller(about, kind)} tells {value} bits about {ABOUT_WORDS[about]} ({interval}, "
+        f"{_percent(estimate.share_of_entropy)} of the maximum, n = {estimate.n_images:,})."
+    )
     if above_baselines is False:
         name, bits = max(((name, max(values)) for name, values in baselines.items()), key=lambda pair: pair[1])
-        other = BASELINE_WORDS.get(name, name)
-        how = "as much or more" if bits >= estimate.value_bits else "too close to tell apart"
         give = "give" if name.startswith("kmeans") else "gives"
+        how = "as much or more" if bits >= estimate.value_bits else "too close to tell apart"
         return (
-            f"{told} That is more than shuffled pictures give, but {other} {give} "
-            f"{_bits(bits)} bits, {how}: {_NONE} about {words}."
+            f"{told} That is more than shuffled images give, but {BASELINE_WORDS.get(name, name)} {give} {_bits(bits)} "
+            f"bits, {how}: no learned specialization."
         )
     closest = max((bits for values in baselines.values() for bits in values), default=0.0)
     if above_seeds is False:
         return (
-            f"{told} That is more than shuffled pictures and routing without learning give (at most {_bits(closest)} "
-            f"bits), but other trainings of the same recipe ({_range(seeds)} bits) do not all exceed those: "
-            f"{_NONE} about {words}."
+            f"{told} That is more than shuffled images and routing without learning give (at most {_bits(closest)} "
+            f"bits), but other trainings of the same recipe ({_range(seeds)} bits) do not all exceed those: no learned "
+            "specialization."
         )
-    missing = [
-        name
-        for name, value in (("routing without learning", above_baselines), ("other trainings", above_seeds))
-        if value is None
-    ]
+    compared = {"routing without learning": above_baselines, "other trainings": above_seeds}
+    missing = [name for name, value in compared.items() if value is None]
     if missing:
-        above = "shuffled pictures" if above_baselines is None else "shuffled pictures and routing without learning"
+        above = "shuffled images" if above_baselines is None else "shuffled images and routing without learning"
         return (
             f"{told} That is more than {above} give; it was not compared with {' and '.join(missing)}, so nothing is "
             "said about learned specialization."
         )
     return (
-        f"{told} That is more than shuffled pictures (p = {estimate.p_value:.2g}) and every routing without learning "
+        f"{told} That is more than shuffled images (p = {estimate.p_value:.2g}) and every routing without learning "
         f"give (at most {_bits(closest)} bits), and {len(seeds)} other training{'s' if len(seeds) > 1 else ''} "
         f"repeat{'' if len(seeds) > 1 else 's'} it ({_range(seeds)} bits): learned specialization."
-    )
-
-
-def _told(tells: str, words: str, estimate: Estimate) -> str:
-    interval, share = f"{_bits(estimate.low)} to {_bits(estimate.high)}", _percent(estimate.share_of_entropy)
-    return (
-        f"{tells} {_bits(estimate.value_bits)} bits about {words} (95 % interval "
-        f"{interval}; {share} of all there is to tell; {estimate.n_images:,} pictures)."
     )
 
 
@@ -336,25 +340,23 @@ def _range(values: tuple[float, ...]) -> str:
 
 
 HEADLINES: Final = {
-    FOUND: "Learned specialization in {layers}: its experts tell {about}",
-    OPEN: "Open: {layers} passes every comparison that was made, but no other training was given",
+    FOUND: "Learned specialization in {layers}: its routing depends on {about}",
+    OPEN: "Open: {layers} passes every comparison made, but was not compared with other trainings",
     NOT_FOUND: "No learned specialization found",
 }
 _FOUND_WORDS: Final = (
-    "That is said only of layers whose experts tell more than chance, than the same model untrained, than routing by a "
-    "hash and than clusters of colour and of the layer's own input, and where other trainings of the recipe repeat it. "
-    "It does not say that the answer needs these experts: that is measured by taking them away, further down."
+    "Only layers count whose routing tells more than chance, than the same model untrained, than routing by a hash and "
+    "than clusters of colour and of the layer's own input, and where other trainings of the recipe repeat it. It does "
+    "not say that the answer needs these experts: that is measured by taking them away, further down."
 )
 _OPEN_WORDS: Final = (
-    "The experts tell more than anything that needs no learning. Whether that belongs to the recipe or is the luck of "
-    "this one training can only be seen in other trainings of it: train with another --seed_everything and give the "
-    "runs to --seeds."
+    "The routing tells more than anything that needs no learning. Whether that comes with the recipe or by chance in "
+    "this one training shows only in other trainings: train with another --seed_everything, give the runs to --seeds."
 )
 _NOT_FOUND_WORDS: Final = (
-    "Experts do get different patches, and that is not random: the galleries below show it. But what this tells is "
-    "{reason}. This is a result, not a failure. Experts add room to a model whether or not any of them "
-    "stands for something that has a name, and a pattern that a router finds without learning is no evidence that it "
-    "has learned one."
+    "Experts do get different patches (see the galleries below), but what this tells is {reason}. This is a result, "
+    "not a failure: experts add capacity to a model whether or not any of them stands for something that has a name, "
+    "and a pattern that a router finds without learning is no evidence that it has learned one."
 )
 
 
@@ -375,9 +377,13 @@ def verdict_of(entries: Sequence[LayerSpecialization], layer_names: Sequence[tup
     about = dict.fromkeys(ABOUT_WORDS[entry.about] for entry in entries if entry.verdict)
     headline = HEADLINES[answer].format(layers=listed(names), about=listed(list(about)))
     if len(names) > 1:
-        headline = headline.replace(": its experts", ": their experts").replace(" passes ", " pass ")
+        headline = (
+            headline.replace(": its routing", ": their routing")
+            .replace(" passes ", " pass ")
+            .replace("was not", "were not")
+        )
     words = {FOUND: _FOUND_WORDS, OPEN: _OPEN_WORDS, NOT_FOUND: _NOT_FOUND_WORDS}[answer]
-    explanation = words.format(reason=", or ".join(_reasons(entries))) if answer == NOT_FOUND else words
+    explanation = words.format(reason=", or ".join(_reasons(entries)))
     return {"answer": answer, "headline": headline, "explanation": explanation, "layers": layers}
 
 
@@ -400,7 +406,7 @@ def _reasons(entries: Sequence[LayerSpecialization]) -> list[str]:
     above_null = [entry for entry in entries if entry.above_null]
     if not above_null:
         most = max((entry.estimate.high for entry in entries), default=0.0)
-        return [f"no more than shuffled pictures give by chance (these pictures leave room for up to {most:.3f} bits)"]
+        return [f"no more than shuffled images give by chance (these images leave room for up to {most:.3f} bits)"]
     reasons = []
     if any(entry.above_baselines is False for entry in above_null):
         reasons.append(

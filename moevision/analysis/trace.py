@@ -182,7 +182,7 @@ IMAGE_ARRAYS = ("labels", "predictions", "probabilities")
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """What a model decided about a set of pictures: one `LayerTrace` per MoE layer, labels and predictions.
+    """What a model decided about a set of images: one `LayerTrace` per MoE layer, labels and predictions.
 
     Attributes:
         layers: in order of depth.
@@ -193,8 +193,8 @@ class RoutingTrace:
         class_names: names of the labels. Where the model knows all classes of the data they are the model's.
         grid: (rows, columns) of the patches.
         model: what the model is.
-        data: what the pictures are.
-        provenance: JSON primitives: versions, date, hash of the weights, how many pictures could not be read ...
+        data: what the images are.
+        provenance: JSON primitives: versions, date, hash of the weights, how many images could not be read ...
         prediction_names: [C] names of the model's outputs; `class_names` if left out.
     """
 
@@ -219,18 +219,18 @@ class RoutingTrace:
         shapes = {array.shape[:2] for layer in self.layers for array in layer.arrays().values()}
         if not self.layers or lengths != {images} or shapes != {(images, patches)}:
             raise UserError(
-                f"This trace's arrays are not all about {images} pictures of {patches} patches: collect it again."
+                f"This trace's arrays are not all about {images} images of {patches} patches: collect it again."
             )
 
     def __len__(self) -> int:
-        """I, the number of pictures."""
+        """I, the number of images."""
         return len(self.picture_names)
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the labelled pictures that are classified correctly; None where labels and outputs differ in name.
+        """Share of the labelled images that are classified correctly; None where labels and outputs differ in name.
 
-        None also stands where no picture has a label.
+        None also stands where no image has a label.
         """
         known = self.labels >= 0
         if self.prediction_names != self.class_names or not known.any():
@@ -250,7 +250,7 @@ class RoutingTrace:
         raise UserError(f"Block {block_index} has no MoE layer: choose one of {names}.")
 
     def select(self, images: Sequence[int] | npt.NDArray[Any] | slice) -> RoutingTrace:
-        """The trace of some pictures: by index, by a mask [I] of bools, or by a slice."""
+        """The trace of some images: by index, by a mask [I] of bools, or by a slice."""
         # An empty list would become an array of floats.
         wanted = images if isinstance(images, slice) or len(images) else np.zeros(0, np.int64)
         chosen = wanted if isinstance(wanted, slice) else np.arange(len(self))[np.asarray(wanted)]
@@ -341,7 +341,7 @@ def describe_trace(
 ) -> dict[str, str]:
     """The metadata of a trace's file: its schema, and the arguments (as in `RoutingTrace`) in JSON.
 
-    `kinds` stands there only where tokens don't choose in some layer: all other traces are as they always were.
+    `kinds` is written only where tokens don't choose in some layer: other traces stay as earlier versions wrote them.
     """
     words: dict[str, Any] = {
         "layers": layers,

@@ -266,7 +266,7 @@ def test_200_permutations_of_2000_images_take_under_two_seconds() -> None:
 
 def test_too_few_images_and_wrong_grids_are_refused() -> None:
     maps = one_hot(np.zeros((2, 4), int), 2)
-    with pytest.raises(UserError, match="two pictures"):
+    with pytest.raises(UserError, match="two images"):
         class_information(maps, np.array([0, -1]))
     with pytest.raises(UserError, match="2 x 3"):
         position_information(maps, (2, 3))

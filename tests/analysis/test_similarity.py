@@ -86,7 +86,7 @@ def test_renamed_experts_are_matched_and_independent_ones_dont_agree(make_trace)
     independent = match_experts(layer(chosen), layer(rng.integers(5, size=(60, 16))))
     # measured on the half that the pairing wasn't chosen on: no luck of the best of 5! pairings
     assert abs(independent.kappa) < 3 / np.sqrt(5 * independent.n_images * 16)
-    with pytest.raises(UserError, match="same pictures"):
+    with pytest.raises(UserError, match="same images"):
         match_experts(
             layer(chosen), make_trace(chosen[:9, :, None], labels=[0] * 9, num_experts=5, grid=(4, 4)).layers[0]
         )

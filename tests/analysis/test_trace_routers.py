@@ -152,7 +152,7 @@ def test_an_oracle_needs_the_classes() -> None:
         def label(self, index: int) -> int:
             return -1 if index == 3 else super().label(index)
 
-    with pytest.raises(UserError, match="give pictures whose classes are known"):
+    with pytest.raises(UserError, match="give images whose classes are known"):
         collect_routing(saved("label"), Unknown(open_pictures(PETS, 32)), progress=False)
 
 

@@ -2,7 +2,7 @@
 
 | question | figure |
 |---|---|
-| where does each patch of this picture go? | `plot_overlay` |
+| where does each patch of this image go? | `plot_overlay` |
 | which experts does one patch pass through? | `plot_path` |
 | how sure is the router of it? | `plot_certainty` |
 | how busy is each expert? | `plot_load` |
@@ -10,8 +10,8 @@
 | how many experts does a patch have? | `plot_experts_per_patch` |
 | which experts are chosen together? | `plot_co_activation` |
 | which classes use which expert? | `plot_class_experts` |
-| which parts of a picture go where? | `plot_part_experts` |
-| where in the picture does each expert work? | `plot_positions` |
+| which parts of an image go where? | `plot_part_experts` |
+| where in the image does each expert work? | `plot_positions` |
 | what does an expert get? | `plot_gallery` |
 | is any of it learned? | `plot_specialization` |
 | what changes without one expert? | `plot_effects` |

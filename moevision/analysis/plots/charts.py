@@ -129,7 +129,7 @@ def _load_note(experts: Sequence[int], kinds: set[RoutingKind], dropped: bool) -
     if dropped:
         words.append("Hollow: dropped by capacity.")
     if "expert_choice" in kinds:
-        words.append("Where experts choose, all take as many tokens of every picture.")
+        words.append("Where experts choose, all take as many tokens of every image.")
     if "soft" in kinds:
         words.append("Soft MoE: all compute as many slots; bars show the weight that patches take from each.")
     return " ".join(words)
@@ -366,7 +366,7 @@ def plot_part_experts(
     significant: npt.ArrayLike | None = None,
     kind: RoutingKind = "token_choice",
 ) -> Figure:
-    """Part × expert heatmap of one layer: where the patches of each part of a picture go.
+    """Part × expert heatmap of one layer: where the patches of each part of an image go.
 
     Args:
         table: [parts, E] from `part_expert_table`: patches of each part that went to each expert.
@@ -430,14 +430,14 @@ def plot_positions(
                        bbox={"boxstyle": "round,pad=0.2", "facecolor": colour, "edgecolor": "none"})  # fmt: skip
     scale = ScalarMappable(norm, AMOUNT)
     scale.set_array([])
-    what = {"soft": "reading done there", "expert_choice": "takings made there"}.get(kind, "choices made there")
+    what = {"soft": "reading done there", "expert_choice": "patches taken there"}.get(kind, "choices made there")
     bar = colour_bar(list(panels.flat), scale, f"share of the {what}", FuncFormatter(percent))
     bar.ax.axhline(1 / experts, color=INK, linewidth=1.2)
     note = (
-        f"One map of the picture per expert, one scale for all: {shares.min():.1%} to {shares.max():.1%}. "
+        f"One map of the image per expert, one scale for all: {shares.min():.1%} to {shares.max():.1%}. "
         f"Line in the bar: equal use, {1 / experts:.1%}."
     )
-    heading(figure, f"{layer_name}: where in the picture each expert works", note)
+    heading(figure, f"{layer_name}: where in the image each expert works", note)
     return figure
 
 
@@ -626,7 +626,7 @@ def plot_effects(
     """Change of the true class's logit without each expert: one small mark per class, a large one for their mean.
 
     Args:
-        deltas: per layer [E, C], mean over pictures of a class.
+        deltas: per layer [E, C], mean over images of a class.
         controls: per layer [E, C], the same with as many random choices taken away instead.
         layer_names: such as "L4".
         class_names: [C]; the one that changes most is named.

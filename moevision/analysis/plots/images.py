@@ -61,7 +61,7 @@ def plot_overlay(
     layers: Sequence[int] | None = None,
     highlight: int | None = None,
 ) -> Figure:
-    """The picture, and per MoE layer the expert of every patch: colour and number, opacity = gate weight.
+    """The image, and per MoE layer the expert of every patch: colour and number, opacity = gate weight.
 
     Args:
         picture: uint8 [S, S, 3], the image as the model saw it.
@@ -78,7 +78,7 @@ def plot_overlay(
     axes = figure.add_subplot(rows, columns, 1)
     axes.imshow(picture)
     bare(axes)
-    panel_title(axes, "picture")
+    panel_title(axes, "image")
     for place, layer in enumerate(shown, start=2):
         axes = figure.add_subplot(rows, columns, place)
         _draw_experts(axes, picture, layer, image, trace.grid, highlight)
@@ -135,7 +135,7 @@ def _draw_experts(
 
 
 def _over(axes: Axes, pale: Floats, overlay: npt.ArrayLike, grid: tuple[int, int], **style: object) -> None:
-    """A pale picture with one translucent cell per patch on it, thin white lines between; data units are patches."""
+    """A pale image with one translucent cell per patch on it, thin white lines between; data units are patches."""
     rows, columns = grid
     axes.imshow(pale, cmap="gray", vmin=0, vmax=1, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
     axes.imshow(overlay, interpolation="nearest", **style)  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ def _over(axes: Axes, pale: Floats, overlay: npt.ArrayLike, grid: tuple[int, int
 
 
 def _pale(picture: Picture, darkest: float) -> Floats:
-    """[S, S] in [darkest, 1]: the picture without its colours, so that those on top mean one thing."""
+    """[S, S] in [darkest, 1]: the image without its colours, so that those on top mean one thing."""
     grey = picture.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
     return darkest + (1 - darkest) * grey
 
@@ -154,7 +154,7 @@ def _pale(picture: Picture, darkest: float) -> Floats:
 def plot_certainty(
     picture: Picture, trace: RoutingTrace, image: int = 0, *, layers: Sequence[int] | None = None
 ) -> Figure:
-    """How sure the router is of each patch: entropy of its probabilities and margin of the best expert, on the picture.
+    """How sure the router is of each patch: entropy of its probabilities and margin of the best expert, on the image.
 
     Args:
         picture: uint8 [S, S, 3], the image as the model saw it.
@@ -171,7 +171,7 @@ def plot_certainty(
     axes = figure.add_subplot(cells[0, 0])
     axes.imshow(picture)
     bare(axes)
-    panel_title(axes, "picture")
+    panel_title(axes, "image")
     most = float(np.log2(max(layer.num_experts for layer in shown)))
     for row, (name, limit, label, form) in enumerate(
         (
@@ -202,7 +202,7 @@ def _layers(trace: RoutingTrace, blocks: Sequence[int] | None) -> list[LayerTrac
 
 
 def verdict_on(trace: RoutingTrace, image: int) -> str:
-    """What the picture is and what the model takes it for."""
+    """What the image is and what the model takes it for."""
     guess, label = int(trace.predictions[image]), int(trace.labels[image])
     words = [] if label < 0 else [trace.class_names[label]]
     if guess >= 0:  # a model without a head predicts nothing
@@ -306,7 +306,7 @@ def plot_gallery(
     """One row per expert: its heaviest patches, and as many random ones, in context and outlined.
 
     Args:
-        pictures: the pictures that the trace was made of.
+        pictures: the images that the trace was made of.
         trace: routing of all of them.
         layer: block index of the MoE layer.
         experts: which to show; all by default, or the 16 busiest of more.
@@ -340,7 +340,7 @@ def plot_gallery(
     fewer = "" if len(shown) == routing.num_experts else f" {len(shown)} of {routing.num_experts} experts."
     drawn = "drawn as much as the expert reads of them" if soft else "drawn evenly from all that the expert computes"
     share_of = "the weight that patches take" if soft else "choices"
-    note = f"Left: at most one per picture. Right: {drawn}. Under the number: its share of {share_of}.{fewer}"
+    note = f"Left: at most one per image. Right: {drawn}. Under the number: its share of {share_of}.{fewer}"
     heading(figure, f"{routing.name}: what each expert gets", note)
     return figure
 

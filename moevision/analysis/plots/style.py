@@ -65,7 +65,7 @@ def new_figure(width_inches: float, height_inches: float) -> Figure:
 
 
 def figure_png(figure: Figure, dots_per_inch: float | None = None) -> bytes:
-    """The figure as PNG; `dots_per_inch` other than its own makes the picture larger or smaller."""
+    """The figure as PNG; `dots_per_inch` other than its own makes it larger or smaller."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white", dpi=dots_per_inch or "figure")
     return buffer.getvalue()
@@ -118,7 +118,7 @@ def panel_title(axes: Axes, text: str, note: str = "") -> None:
 
 
 def calm(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
-    """Light grid, no box, quiet ticks: the data is the darkest thing in the picture."""
+    """Light grid, no box, quiet ticks: the data is the darkest thing in the figure."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
@@ -128,7 +128,7 @@ def calm(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
 
 
 def bare(axes: Axes) -> None:
-    """No ticks and no box, for pictures and maps."""
+    """No ticks and no box, for images and maps."""
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -66,7 +66,7 @@ def analyze(settings: ReportSettings) -> Json:
         What `report.json` holds.
 
     Raises:
-        UserError: if there is no such model or data, the model has no MoE layers, or `out` is somebody else's folder.
+        UserError: if there is no such model or data, the model has no MoE layers, or `out` holds other files.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
     model = load_model(settings.model)
@@ -111,7 +111,7 @@ def analyze(settings: ReportSettings) -> Json:
 
 
 def _open(settings: ReportSettings, model: SavedModel) -> PictureSet:
-    """The pictures that were asked for, or those that the run held out."""
+    """The images that were asked for, or those that the run held out."""
     pictures = pictures_for(settings.model, model, settings.data, limit=settings.limit)
     if pictures is None:
         raise UserError(

@@ -75,7 +75,7 @@ def draw_figures(trace: RoutingTrace, pictures: PictureSet, results: Results, se
 
 
 def shown_pictures(trace: RoutingTrace, seed: int, count: int = _PICTURES_SHOWN) -> list[int]:
-    """Pictures drawn at random, of different classes as long as those suffice: not chosen to look good."""
+    """Images drawn at random, of different classes as long as those suffice: not chosen to look good."""
     order = np.random.default_rng(seed).permutation(len(trace))
     _, first = np.unique(trace.labels[order], return_index=True)
     others = np.setdiff1d(np.arange(len(order)), first)
@@ -85,14 +85,14 @@ def shown_pictures(trace: RoutingTrace, seed: int, count: int = _PICTURES_SHOWN)
 def _draw_pictures(trace: RoutingTrace, pictures: PictureSet, seed: int) -> Iterator[Drawn]:
     shown = shown_pictures(trace, seed)
     for place, image in enumerate(shown, start=1):
-        title = f"Which expert each patch goes to, picture {place}"
+        title = f"Which expert each patch goes to, image {place}"
         yield Drawn("overlay", f"overlay_{place}.png", title, plots.plot_overlay(pictures.image(image), trace, image))
     first, (rows, columns) = shown[0], trace.grid
     middle = rows // 2 * columns + columns // 2
     path = plots.plot_path(pictures.image(first), trace, first, middle)
-    yield Drawn("path", "path.png", "The path of one patch, picture 1", path)
+    yield Drawn("path", "path.png", "The path of one patch, image 1", path)
     certainty = plots.plot_certainty(pictures.image(first), trace, first)
-    yield Drawn("certainty", "certainty.png", "How sure the router is, picture 1", certainty)
+    yield Drawn("certainty", "certainty.png", "How sure the router is, image 1", certainty)
 
 
 def _draw_layer(
@@ -112,7 +112,7 @@ def _draw_layer(
         yield Drawn("class_experts", f"class_experts_{name}.png", f"{name}: which classes use which expert", figure)
     share = position_share(index, layer.num_experts, layer.wanted)
     figure = plots.plot_positions(share, trace.grid, layer_name=name, kind=layer.kind)
-    yield Drawn("positions", f"positions_{name}.png", f"{name}: where in the picture each expert works", figure)
+    yield Drawn("positions", f"positions_{name}.png", f"{name}: where in the image each expert works", figure)
     if results.parts is not None:
         table = part_expert_table(index, results.parts, layer.num_experts, layer.wanted)
         figure = plots.plot_part_experts(table, pictures.part_names, layer_name=name, kind=layer.kind)
@@ -165,35 +165,34 @@ class Caption(NamedTuple):
 
 CAPTIONS: Final = {
     "comparisons": Caption(
-        "One row per MoE layer. The blue line is the interval of what the chosen expert tells about the picture, in "
-        "bits and with chance taken off; the grey band is what chance alone gives. The marks below are what the same "
-        "pictures give without anything learned, the hollow marks other trainings of the same recipe. A layer counts "
-        "as specialized only where it lies to the right of them all.",
+        "One row per MoE layer. Blue line: the interval of what the chosen expert tells about the image, in bits above "
+        "chance. Grey band: what chance alone gives. Marks below: what the same images give without anything learned. "
+        "Hollow marks: other trainings of the same recipe. A layer counts as specialized only right of them all.",
         "Whether the experts are needed: that is asked by taking them away, further down. Panels have their own "
         "scales.",
     ),
     "load": Caption(
-        "One bar per expert: its share of all choices. The dashed line is equal load. Slowest ÷ mean says how long the "
+        "One bar per expert: its share of all choices. Dashed line: equal load. Slowest ÷ mean says how long the "
         "others wait for the busiest expert when they work in parallel.",
         "What an expert is for. A busy expert need not matter, and balanced experts need not differ.",
     ),
     "experts_per_patch": Caption(
-        "Share of the patches that 0, 1, 2, ... experts compute. One that no expert computes passes the layer by the "
-        "residual path alone.",
+        "Share of the patches that 0, 1, 2, ... experts compute. A patch that no expert computes passes the layer by "
+        "the residual path alone.",
         "Whether those patches are unimportant: the router left them out, or an expert was full.",
     ),
     "gate_weights": Caption(
-        "How much of a patch's output its first, second, ... choice makes up, per layer.",
+        "How much of a patch's output comes from its first, second, ... choice, per layer.",
         "How large an expert's output is: a small weight on a large output can matter more than it looks.",
     ),
     "co_activation": Caption(
         "Row: of the patches that chose this expert, the share that also chose the expert of the column. Coloured "
         "where that is more (blue) or less (brown) than the loads alone would give.",
-        "A test: nothing here says how much of the pattern chance could give.",
+        "How much of the pattern chance could give: nothing is tested here.",
     ),
     "overlay": Caption(
         "Each patch shows its first choice by number and colour; the stronger the colour, the larger its gate weight.",
-        "What the expert looked at. A patch of a deep layer carries context from the whole picture through attention, "
+        "What the expert looked at. A patch of a deep layer carries context from the whole image through attention, "
         "and colours of two layers are unrelated.",
     ),
     "path": Caption(
@@ -211,18 +210,18 @@ CAPTIONS: Final = {
         "compare with the baselines above.",
     ),
     "positions": Caption(
-        "One small map of the picture per expert: the share of the choices made at each place that falls on it.",
-        "Preference for a place as such. Where pictures have a subject in the middle, place and content go together.",
+        "One small map of the image per expert: the share of the choices made at each place that falls on it.",
+        "Preference for a place as such. Where images have a subject in the middle, place and content go together.",
     ),
     "parts": Caption(
-        "Row: a part of the drawing, known exactly because the picture is drawn; cells: where its area goes.",
+        "Row: a part of the drawing, known exactly because the image is drawn; cells: where its area goes.",
         "A test of single cells. Whether parts are told apart at all, and more than by the baselines, stands in the "
         "table of the verdict.",
     ),
     "gallery": Caption(
         "One row per expert. Left: the patches (framed, with their surroundings) with its largest weights, one "
-        "per picture at most. Right: patches of the same expert drawn at random.",
-        "What is typical, on the left: those are the best of thousands. Trust what both sides share.",
+        "per image at most. Right: patches of the same expert drawn at random.",
+        "What is typical, on the left: those patches are the best of thousands. Trust what both sides share.",
     ),
     "effects": Caption(
         "Large mark: how the logit of the true class changes, on average, when one expert is taken away and its "
@@ -235,7 +234,7 @@ CAPTIONS: Final = {
 """Kind of figure -> its caption, of a model in which tokens choose their experts."""
 
 _EXPERTS_CHOOSE: Final = {
-    "comparisons": "Where experts choose, all take as many patches of every picture; so the class is asked of how much "
+    "comparisons": "Where experts choose, all take as many patches of every image; so the class is asked of how much "
     "patches take from each expert (gate weights), place and part of which expert takes a patch.",
     "load": "Where experts choose, loads are equal by construction; small differences are class tokens, which are not "
     "shown.",
@@ -245,8 +244,8 @@ _EXPERTS_CHOOSE: Final = {
     "weight is shown.",
     "path": "Where experts choose: the experts that took the patch.",
     "class_experts": "Where experts choose, cells are shares of gate weights: all experts take as many patches of "
-    "every picture.",
-    "positions": "Where experts choose: of all takings of a place, the share that each expert has.",
+    "every image.",
+    "positions": "Where experts choose: of all choices of a place, the share that each expert has.",
     "effects": "Where experts choose, the patches of the expert lose it and no other takes its place; grey: as many "
     "choices are taken away.",
 }
@@ -258,7 +257,7 @@ _SOFT: Final = {
     "overlay": "Soft MoE: the expert that the patch takes most from; every other one contributes too.",
     "path": "Soft MoE: all experts contribute, a large disc much; the line joins the largest.",
     "class_experts": "Soft MoE: cells are shares of the weight that patches take from the experts.",
-    "positions": "Soft MoE: of all reading that is done at a place, the share that each expert does.",
+    "positions": "Soft MoE: of all that is read at a place, the share that each expert reads.",
     "parts": "Soft MoE: what the experts read of each part.",
     "gallery": "Soft MoE: an expert reads something of every patch. Left: those that it reads most; right: drawn in "
     "proportion to what it reads.",

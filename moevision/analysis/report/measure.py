@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 Json = dict[str, Any]
-_LEAST, _MOST = 3, 40  # pictures of a class
+_LEAST, _MOST = 3, 40  # images of a class
 _WHAT: dict[RoutingKind, str] = {
     "token_choice": "an expert's patches go to their next-best expert",
     "expert_choice": "where experts choose, an expert's patches lose it and no other takes its place",
@@ -66,11 +66,11 @@ class ReportSettings:
         model: a run folder, its model/ folder, or a timm address.
         data: a folder or a dataset's name; None takes what the run was trained on.
         out: folder to write to.
-        limit: pictures, the same number of each class; 1 000 by default.
+        limit: images, the same number of each class; 1 000 by default.
         seeds: other trainings of the same recipe, as addresses like `model`.
         permutations: shuffles behind each chance level.
         seed: of everything that is drawn at random.
-        quick: fewer untrained models, and experts taken away on fewer pictures.
+        quick: fewer untrained models, and experts taken away on fewer images.
         command: what was typed, for the record.
         progress: show a progress bar.
     """
@@ -130,7 +130,7 @@ class Results:
     Attributes:
         information: specialization of each layer, about everything that was asked.
         maps: block index -> class x expert map; empty with fewer than two labelled classes.
-        parts: [I, P, parts] share of each patch that belongs to each part; None where pictures have none.
+        parts: [I, P, parts] share of each patch that belongs to each part; None where images have none.
         stability: per layer agreement under changes and with other trainings, and similarity of its experts.
         effects: from `measure_effects`.
         skipped: `what` was left out and `why`.
@@ -239,21 +239,21 @@ def _stability(
 def measure_effects(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, *, budget_s: float, seed: int = 0
 ) -> Json:
-    """Take every expert away, one at a time, and follow the true class of pictures of each class.
+    """Take every expert away, one at a time, and follow the true class of images of each class.
 
-    How many pictures of a class are used follows from the time that a first call takes.
+    How many images of a class are used follows from the time that a first call takes.
 
     Args:
         model: the model that the trace is of.
-        pictures: labelled pictures.
+        pictures: labelled images.
         trace: their routing.
         budget_s: about how long all of it may take, in seconds.
-        seed: of the pictures and of the control.
+        seed: of the images and of the control.
 
     Returns:
         `what` was done in words, `pictures_per_class`, `rows` (each layer, expert and class) and `experts` (means over
         the classes and the class that changes most); both lists are empty, and `why` says why, where it takes too long
-        or no class of the model has pictures.
+        or no class of the model has images.
     """
     classes = [
         name for label, name in enumerate(trace.class_names)
@@ -262,7 +262,7 @@ def measure_effects(
     calls = len(classes) * sum(layer.num_experts for layer in trace.layers)
     what = "; ".join(_WHAT[kind] for kind in dict.fromkeys(layer.kind for layer in trace.layers))
     if not classes:
-        return _nothing(what, f"no class of the model has {_LEAST} pictures here")
+        return _nothing(what, f"no class of the model has {_LEAST} images here")
     first = Intervention("ablate", layer=trace.layers[0].layer, expert=0)
     start = time.perf_counter()
     class_effect(model, pictures, classes[0], first, limit=_LEAST, seed=seed)
@@ -270,7 +270,7 @@ def measure_effects(
     per_class = min(_MOST, int(budget_s / (each_s * calls)))
     if per_class < _LEAST:
         minutes = each_s * calls * _LEAST / 60
-        return _nothing(what, f"even {_LEAST} pictures of each class would take about {minutes:.0f} minutes")
+        return _nothing(what, f"even {_LEAST} images of each class would take about {minutes:.0f} minutes")
     rows = [
         _row(model, pictures, name, Intervention("ablate", layer=layer.layer, expert=expert), per_class, seed)
         for layer in trace.layers
@@ -347,7 +347,7 @@ def _one_or_each(values: list[Any]) -> Any:
 
 
 def data_numbers(trace: RoutingTrace) -> Json:
-    """What the pictures are, and how many of each class are classified correctly."""
+    """What the images are, and how many of each class are classified correctly."""
     known = trace.labels >= 0
     classes = []
     for index, name in enumerate(trace.class_names):
