@@ -40,6 +40,7 @@ Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating[Any]]
 _BATCH = 64
+_ENDS = ((1 - 0.95) / 2, (1 + 0.95) / 2)  # quantiles of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,6 @@ def consistency(
     shift: tuple[int, int] = (1, 1),
     limit: int = 500,
     num_resamples: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> list[Consistency]:
     """Agreement under a horizontal flip and under a shifted crop, for every MoE layer.
@@ -87,7 +87,6 @@ def consistency(
         shift: by how many patches the crop moves down and to the right.
         limit: at most so many images, drawn by `seed`.
         num_resamples: R.
-        level: of the intervals.
         seed: of the draw and of the resamples.
 
     Raises:
@@ -112,7 +111,7 @@ def consistency(
                 tables.setdefault((layer, change), []).extend(each)
     rng = np.random.default_rng(seed)
     weight = rng.multinomial(len(indices), np.full(len(indices), 1 / len(indices)), size=num_resamples)
-    return [_result(layer, change, np.stack(each), weight, level) for (layer, change), each in tables.items()]
+    return [_result(layer, change, np.stack(each), weight) for (layer, change), each in tables.items()]
 
 
 @torch.inference_mode()
@@ -162,10 +161,10 @@ def overlap(before: Ints, after: Ints, shift: tuple[int, int]) -> tuple[Ints, In
     return before[:, shift[0] :, shift[1] :], after[:, : rows - shift[0], : columns - shift[1]]
 
 
-def _result(layer: int, change: str, tables: Ints, weight: Ints, level: float) -> Consistency:
+def _result(layer: int, change: str, tables: Ints, weight: Ints) -> Consistency:
     total = tables.sum(0)
     resampled = cohen_kappa((weight @ tables.reshape(len(tables), -1)).reshape(-1, *total.shape))
-    low, high = np.quantile(resampled, ((1 - level) / 2, (1 + level) / 2))
+    low, high = np.quantile(resampled, _ENDS)
     agreement = float(np.trace(total) / total.sum())
     return Consistency(layer, change, agreement, cohen_kappa(total), float(low), float(high), len(tables))
 

@@ -31,6 +31,9 @@ MIN_IMAGES = 20
 """Fewer images a side make intervals that are not to be trusted."""
 
 _PERMUTATIONS = 1000
+_ENDS = ((1 - 0.95) / 2, (1 + 0.95) / 2)  # quantiles of a 95 % interval
+_LEVEL = 0.95  # of a map: 1 minus the chance of any false cell
+_RATE = 0.05  # of false discoveries, over all experts of a comparison
 _CHUNK_CELLS = 1 << 22
 
 
@@ -61,7 +64,7 @@ class ClassExpertMap:
     threshold: float
     significant: npt.NDArray[np.bool_]
     p_value: Floats
-    level: float = 0.95
+    level: float = _LEVEL
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON primitives; null stands for a class without images."""
@@ -81,7 +84,7 @@ class ClassExpertMap:
 
 
 def class_expert_map(
-    trace: RoutingTrace, layer: int, *, num_permutations: int | None = None, seed: int = 0, level: float = 0.95
+    trace: RoutingTrace, layer: int, *, num_permutations: int | None = None, seed: int = 0
 ) -> ClassExpertMap:
     """The class x expert table of one layer with its max-statistic threshold.
 
@@ -90,7 +93,6 @@ def class_expert_map(
         layer: block index of the MoE layer.
         num_permutations: R; 1000 if None.
         seed: of the permutations.
-        level: 1 minus the chance of any false cell in the table.
 
     Raises:
         UserError: that block has no MoE layer, or there are fewer than two labelled images.
@@ -107,12 +109,12 @@ def class_expert_map(
     with np.errstate(invalid="ignore"):  # 0 / 0: a class without images has no share
         share = _class_sums(shares, labels[None], num_classes)[0] / n_images[:, None]
     excess = share - overall
-    threshold = float(np.quantile(largest, level, method="higher"))
+    threshold = float(np.quantile(largest, _LEVEL, method="higher"))
     above = (largest >= np.abs(np.nan_to_num(excess))[..., None] - 1e-12).sum(-1)
     p_value = np.where(np.isnan(excess), np.nan, (1 + above) / (1 + len(largest)))
     significant = np.abs(np.nan_to_num(excess)) > threshold + 1e-12
     return ClassExpertMap(
-        layer, tuple(trace.class_names), n_images, share, overall, excess, threshold, significant, p_value, level
+        layer, tuple(trace.class_names), n_images, share, overall, excess, threshold, significant, p_value
     )
 
 
@@ -160,7 +162,7 @@ class ExpertDifference:
         high: upper end.
         p_value: of "both classes use it alike", two-sided.
         q: the p-value corrected for all layers and experts (false discovery rate).
-        significant: whether q is at most the rate asked for.
+        significant: whether q is at most 0.05.
     """
 
     expert: int
@@ -220,8 +222,6 @@ def compare_classes(
     b: str | int,
     *,
     num_resamples: int = 2000,
-    rate: float = 0.05,
-    level: float = 0.95,
     seed: int = 0,
 ) -> ClassComparison:
     """Differences of expert use between two classes, in all layers.
@@ -231,8 +231,6 @@ def compare_classes(
         a: a class, by name or label.
         b: another one.
         num_resamples: R, of the bootstrap and of the permutations.
-        rate: false discovery rate.
-        level: of the intervals (each for itself).
         seed: of both.
 
     Raises:
@@ -253,7 +251,7 @@ def compare_classes(
     rng = np.random.default_rng(seed)
     difference = x.mean(0) - y.mean(0)
     resampled = _bootstrap_means(x, num_resamples, rng) - _bootstrap_means(y, num_resamples, rng)
-    low, high = np.quantile(resampled, ((1 - level) / 2, (1 + level) / 2), axis=0)
+    low, high = np.quantile(resampled, _ENDS, axis=0)
     p_value = _permutation_p(x, y, num_resamples, rng)
     from scipy.stats import false_discovery_control
 
@@ -270,7 +268,7 @@ def compare_classes(
                 float(high[c]),
                 float(p_value[c]),
                 float(q[c]),
-                bool(q[c] <= rate),
+                bool(q[c] <= _RATE),
             )
             for place, c in enumerate(cells)
         )

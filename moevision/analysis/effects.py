@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +29,13 @@ from torch import Tensor, nn
 
 from moevision.analysis.collect import network_input
 from moevision.analysis.decisions import Capacity, Decision, Edit, Ranking, computed_pairs, each_row, routing_kind
+from moevision.analysis.images import PictureSet
 from moevision.analysis.intervention import Fill, Intervention, edited, numbered_layers
 from moevision.data.images import BadImageError
 from moevision.errors import UserError
 from moevision.layers import ColourRouter, MoEMlp, moe_layers, routing_lock
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.hub import SavedModel
-
-if TYPE_CHECKING:
-    from moevision.analysis.images import PictureSet
 
 Pixels = npt.NDArray[np.uint8]
 Taken = dict[MoEMlp, Tensor]  # in order of depth, [B, 2] int64: assignments of prefix tokens, and of patches

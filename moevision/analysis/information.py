@@ -61,6 +61,7 @@ Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
 
 _CHUNK_CELLS = 1 << 22  # of a block of permuted labels or tables: 16 MiB of float32
+_LEVEL = 0.95  # of all intervals
 _BIAS_PERMUTATIONS = 32  # the mean bias varies far less than the plug-in
 
 
@@ -71,7 +72,6 @@ def class_information(
     given_position: bool = False,
     num_permutations: int = 200,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Estimate:
     """I(expert; class), or I(expert; class | position), against labels permuted over images.
 
@@ -81,7 +81,6 @@ def class_information(
         given_position: condition on the position of the patch.
         num_permutations: R.
         seed: of the permutations.
-        level: of the interval.
 
     Raises:
         UserError: there are fewer than two labelled images.
@@ -120,7 +119,6 @@ def class_information(
         bias_surplus=float(null_bias.mean() - bias(values[None])[0]),
         entropy=entropy_bits(np.bincount(values)),
         num_means=num_classes,
-        level=level,
     )
 
 
@@ -130,7 +128,6 @@ def position_information(
     *,
     num_permutations: int = 200,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Estimate:
     """I(expert; position), against random signs of each image's deviation from the mean map.
 
@@ -139,7 +136,6 @@ def position_information(
         grid: (rows, columns), P = rows x columns.
         num_permutations: R, draws of the signs.
         seed: of the signs.
-        level: of the interval.
 
     Raises:
         UserError: there are fewer than two images, or the grid doesn't have P patches.
@@ -165,12 +161,11 @@ def position_information(
         np.concatenate(null),
         (maps * (pointwise_bits(table) - plug_in)).sum((1, 2)) / maps.sum(),
         entropy=entropy_bits(table.sum(1)),
-        level=level,
     )
 
 
 def part_information(
-    patch_counts: Floats | Ints, parts: Ints, *, num_permutations: int = 200, seed: int = 0, level: float = 0.95
+    patch_counts: Floats | Ints, parts: Ints, *, num_permutations: int = 200, seed: int = 0
 ) -> Estimate:
     """I(expert; part), against routing maps paired with the part map of another image.
 
@@ -179,7 +174,6 @@ def part_information(
         parts: [I, P] the part that each patch shows; patches with a negative part are left out.
         num_permutations: R.
         seed: of the pairing.
-        level: of the interval.
 
     Raises:
         UserError: there are fewer than two images, or no patch has a part.
@@ -213,7 +207,6 @@ def part_information(
         (together - separately) / table.sum(),
         keeps_effect=True,
         entropy=entropy_bits(shown.sum((0, 1))),
-        level=level,
     )
 
 
@@ -361,7 +354,6 @@ def excess_estimate(
     keeps_effect: bool = False,
     bias_surplus: float = 0.0,
     num_means: int = 1,
-    level: float = 0.95,
 ) -> Estimate:
     """The excess of a plug-in over its null, with its interval.
 
@@ -374,13 +366,12 @@ def excess_estimate(
             interval is then a normal one.
         bias_surplus: by how many bits the null's mean overstates the bias of the plug-in.
         num_means: how many means the images were compared with (the classes), for the degrees of freedom.
-        level: of the interval.
     """
     mean, variance = float(null.mean()), float(null.var(ddof=1))
     excess, n = plug_in - mean, len(influence)
     freedom = max(1, n - num_means)
     delta_variance = float(np.square(influence - influence.mean()).sum() * n / freedom)
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf((1 + _LEVEL) / 2)
     z *= 1 + (z * z + 1) / (4 * freedom)  # Student's quantile (Abramowitz and Stegun 26.7.5, first term)
     if keeps_effect:
         half = z * math.sqrt(max(variance, delta_variance))

@@ -76,7 +76,6 @@ def plot_load(
     layer_names: Sequence[str],
     *,
     requested: Sequence[npt.ArrayLike] | None = None,
-    highlight: int | None = None,
     kinds: Sequence[RoutingKind] | None = None,
 ) -> Figure:
     """Load bars, one panel per MoE layer, with the ideal line and how much busier the busiest expert is.
@@ -85,7 +84,6 @@ def plot_load(
         counts: per layer [E] choices that each expert computed, over all images (Soft MoE: weight that patches took).
         layer_names: [L] such as "L4".
         requested: per layer [E] choices that fell on it before capacity; what was dropped stands hollow on top.
-        highlight: the one expert in colour.
         kinds: who chooses in each layer; tokens if None.
 
     Raises:
@@ -110,7 +108,7 @@ def plot_load(
     highest = max(float((each / each.sum()).max()) for each in wanted)
     for place, (name, load, kind) in enumerate(zip(layer_names, loads, kinds, strict=True)):
         axes = figure.add_subplot(rows, columns, place + 1)
-        _draw_load(axes, load, wanted[place], highest, highlight)
+        _draw_load(axes, load, wanted[place], highest)
         ratio = "largest ÷ mean" if kind == "soft" else "slowest ÷ mean"
         panel_title(axes, name, f"{ratio} {load.max() / load.mean():.2f}")
         if place % columns == 0:
@@ -135,12 +133,10 @@ def _load_note(experts: Sequence[int], kinds: set[RoutingKind], dropped: bool) -
     return " ".join(words)
 
 
-def _draw_load(
-    axes: Axes, load: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64], highest: float, highlight: int | None
-) -> None:
+def _draw_load(axes: Axes, load: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64], highest: float) -> None:
     experts, total = len(load), wanted.sum()
     calm(axes)
-    colours = expert_colours(experts, highlight)
+    colours = expert_colours(experts)
     axes.bar(range(experts), wanted / total, 0.78, color="none", edgecolor=SOFT, linewidth=0.5 * (wanted > load))
     axes.bar(range(experts), load / total, 0.78, color=colours)
     axes.axhline(1 / experts, color=INK, linewidth=0.9, linestyle=(0, (4, 2.5)))
@@ -157,19 +153,16 @@ def _draw_load(
                       fontsize=SMALL - 0.5, color=ink_on(colours[expert]) if inside else INK)  # fmt: skip
 
 
-def plot_gate_weights(
-    quantiles: Sequence[npt.ArrayLike], layer_names: Sequence[str], *, levels: Sequence[float] = QUANTILES
-) -> Figure:
+def plot_gate_weights(quantiles: Sequence[npt.ArrayLike], layer_names: Sequence[str]) -> Figure:
     """Gate weights by depth: per MoE layer the distribution of the weight of the 1st .. Kth choice.
 
     Args:
         quantiles: per layer [5, K] from `gate_weight_quantiles`; K may differ, nan for a rank that no patch has.
         layer_names: [L] such as "L4", in order of depth.
-        levels: the five quantile levels, rising: a thin line spans the outer, a thick one the inner two.
     """
     values = [np.asarray(layer, dtype=np.float64) for layer in quantiles]
     shapes = [layer.shape for layer in values]
-    if len(values) != len(layer_names) or any(len(s) != 2 or s[0] != 5 for s in shapes) or len(levels) != 5:
+    if len(values) != len(layer_names) or any(len(s) != 2 or s[0] != 5 for s in shapes):
         raise UserError(f"Gate weights need quantiles [layers, 5, choices]; got {shapes}, {len(layer_names)} layers.")
     layers, most = len(values), max(layer.shape[1] for layer in values)
     choices = min(most, _RANKS)
@@ -199,7 +192,7 @@ def plot_gate_weights(
         legend = axes.legend(title="choice", fontsize=SMALL, title_fontsize=SMALL, frameon=False, labelcolor=INK,
                              loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.0)  # fmt: skip
         legend.get_title().set_color(INK)
-    spans = [f"{levels[4 - place] - levels[place]:.0%}" for place in (1, 0)]
+    spans = [f"{QUANTILES[4 - place] - QUANTILES[place]:.0%}" for place in (1, 0)]
     fewer = "" if choices == most else f" The largest {choices} of {most} weights of a patch."
     note = f"Dot: median patch; thick: middle {spans[0]} of patches; thin: middle {spans[1]}.{fewer}"
     heading(figure, "How much weight each choice gets", note)
@@ -363,7 +356,6 @@ def plot_part_experts(
     part_names: Sequence[str],
     *,
     layer_name: str,
-    significant: npt.ArrayLike | None = None,
     kind: RoutingKind = "token_choice",
 ) -> Figure:
     """Part × expert heatmap of one layer: where the patches of each part of an image go.
@@ -372,7 +364,6 @@ def plot_part_experts(
         table: [parts, E] from `part_expert_table`: patches of each part that went to each expert.
         part_names: in words; parts that don't occur are left out.
         layer_name: such as "L4".
-        significant: [parts, E] bool; without it every cell is coloured and the figure says that nothing is tested.
         kind: who chooses in the layer: where tokens don't, the table counts what experts read.
     """
     counts = np.asarray(table, dtype=np.float64)
@@ -385,14 +376,12 @@ def plot_part_experts(
     order = order[area[order] > 0]
     shares = counts[order] / counts[order].sum(1, keepdims=True)
     above = shares - counts.sum(0) / counts.sum()
-    flags = np.ones_like(shares, dtype=bool) if significant is None else np.asarray(significant, dtype=bool)[order]
     names = [f"{part_names[part]} ({_percent(area[part])})" for part in order]
-    figure = _share_map(shares, above, flags, names)
-    tested = "Nothing is tested here." if significant is None else "Grey cells don't stand above the null."
+    figure = _share_map(shares, above, np.ones_like(shares, dtype=bool), names)
     of, bracket = ("the part's area", "the part's area")
     if kind != "token_choice":
         of, bracket = "what experts read of the part", "the part's share of all that they read"
-    note = f"Cells: share of {of} (%); colour: against all patches. In brackets: {bracket}. {tested}"
+    note = f"Cells: share of {of} (%); colour: against all patches. In brackets: {bracket}. Nothing is tested here."
     heading(figure, f"{layer_name}: which parts go to which expert", note)
     return figure
 

@@ -7,7 +7,6 @@ Axes: P patches (row-major in a grid of rows x columns), K choices, E experts, L
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from moevision.analysis.describe import ExpertGallery, GalleryPatch, layer_gallery
-from moevision.analysis.images import patch_crop
+from moevision.analysis.images import PictureSet, patch_crop
 from moevision.analysis.palette import EXPERT_COLOURS, expert_colour, expert_colours, ink_on
 from moevision.analysis.plots.style import (
     AMOUNT,
@@ -37,14 +36,10 @@ from moevision.analysis.plots.style import (
     panel_title,
     rgb_of,
 )
+from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.names import shown
-
-if TYPE_CHECKING:
-    from moevision.analysis.images import PictureSet
-    from moevision.analysis.trace import LayerTrace, RoutingTrace
-
 
 Picture = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +11,10 @@ from matplotlib.figure import Figure
 
 from moevision.analysis import plots
 from moevision.analysis.describe import co_activation, gate_weight_quantiles, part_expert_table, position_share
+from moevision.analysis.images import PictureSet
 from moevision.analysis.report.measure import Results, kept_of
+from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.layers.routing import Kind as RoutingKind
-
-if TYPE_CHECKING:
-    from moevision.analysis.images import PictureSet
-    from moevision.analysis.trace import LayerTrace, RoutingTrace
-
 
 _PICTURES_SHOWN = 3
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,18 +36,14 @@ from moevision.analysis.describe import (
     majority_part,
 )
 from moevision.analysis.effects import class_effect
+from moevision.analysis.images import PictureSet
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.specialization import LayerSpecialization, is_open, specialization, verdict_of
-from moevision.analysis.trace import RoutingTrace
+from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.metrics import LayerLoad
-
-if TYPE_CHECKING:
-    from moevision.analysis.images import PictureSet
-    from moevision.analysis.trace import LayerTrace, RoutingTrace
-    from moevision.models.hub import SavedModel
-
+from moevision.models.hub import SavedModel
 
 Json = dict[str, Any]
 _LEAST, _MOST = 3, 40  # images of a class
