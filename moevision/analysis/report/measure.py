@@ -83,7 +83,7 @@ class ReportSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what can't be.
+        """Check the ranges.
 
         Raises:
             UserError: if a number is out of its range.
