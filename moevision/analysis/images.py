@@ -413,7 +413,7 @@ def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
     missing = [name for name in trace.picture_names if name not in place]
     if missing:
         raise UserError(
-            f"The trace is of other pictures ({missing[0]} is not among {pictures.name}): give those it is of."
+            f"The trace is of other images ({missing[0]} is not among {pictures.name}): give those it is of."
         )
     indices = [place[name] for name in trace.picture_names]
     return View(pictures, indices, pictures.class_names, range(len(pictures.class_names)), pictures.name)

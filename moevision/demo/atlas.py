@@ -1,4 +1,4 @@
-"""`atlas.json`: what one model does with one set of pictures, summed up once so that the explorer need not compute it.
+"""`atlas.json`: what one model does with one set of images, summed up once so that the explorer need not compute it.
 
 One JSON object, `"schema": "moevision.atlas/1"`:
 
@@ -6,17 +6,17 @@ One JSON object, `"schema": "moevision.atlas/1"`:
 - `layers`, in order of depth, each with `layer`, `name`, `kind` (who chooses), `num_experts`, `experts_per_patch`,
   `loads` ([E] choices that each expert computed; Soft MoE: weight that patches took), `slowest` (busiest ÷ mean),
   `map` (a `ClassExpertMap`), `information` (a list of `LayerSpecialization`) and `experts`: per expert its `top` and
-  `random` patches as `[picture name, index of the picture, patch, weight]`, its `classes` (the five that prefer it
-  most) and its `parts` (null where the pictures have none), largest excess first;
+  `random` patches as `[image name, index of the image, patch, weight]`, its `classes` (the five that prefer it
+  most) and its `parts` (null where the images have none), largest excess first;
 - `paths`: patches by the experts that they went through, `{"path": [an expert per layer], "count": patches on it,
-  "patches": [[index of the picture, patch], ...]}`, most frequent first; `patches` is a random sample. A patch that no
+  "patches": [[index of the image, patch], ...]}`, most frequent first; `patches` is a random sample. A patch that no
   expert of some layer took (expert choice) is on no path.
 
 `num_experts` and `top_k` are the first layer's; atlases of earlier versions have no `kind`, `num_experts` and
 `experts_per_patch` in a layer (all layers are then alike, and tokens choose).
 
 Floats are rounded to four decimals, and to seven in `information`, whose sentences tell three; null stands where there
-is no number, as for a class without pictures.
+is no number, as for a class without images.
 Axes: I images, P patches, C classes, E experts, L MoE layers.
 """
 
@@ -158,7 +158,7 @@ def sample_paths(trace: RoutingTrace, max_patches: int = 3000, seed: int = 0) ->
     Args:
         trace: the routing.
         max_patches: of all paths together; rare paths are left out when it is reached.
-        seed: of the patches that stand for a path; those of one path spread over pictures.
+        seed: of the patches that stand for a path; those of one path spread over images.
     """
     paths = first_choice_paths(trace)
     images, patches, depth = paths.shape
@@ -207,7 +207,7 @@ def _parts_of(
 
 
 def _favourite_classes(class_map: ClassExpertMap, expert: int, class_names: Sequence[str]) -> list[Json]:
-    """The classes that send an expert more than the others do, largest excess first; those without pictures don't."""
+    """The classes that send an expert more than the others do, largest excess first; those without images don't."""
     seen = int((class_map.n_images > 0).sum())  # nan sorts last
     order = np.argsort(-class_map.excess[:, expert], kind="stable")[: min(seen, _CLASSES_SHOWN)]
     return [
