@@ -318,9 +318,6 @@ def _nothing(what: str, why: str) -> Json:
     return {"what": what, "why": why, "pictures_per_class": 0, "rows": [], "experts": []}
 
 
-Json = dict[str, Any]
-
-
 def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:
     """What the model is; numbers of experts are lists where layers differ."""
     return {
