@@ -145,7 +145,7 @@ def test_a_damaged_summary(tiny_run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("data: {}\n")
     (tmp_path / "run" / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match="fix it"):
+    with pytest.raises(UserError, match="mend it"):
         card_of_run(str(tmp_path / "run"))
     summary = json.loads((tiny_run / "summary.json").read_text())
     assert card_of_run(str(tiny_run)).accuracy["moe"] == summary["test"]["correct"] / summary["test"]["total"]
