@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 import moevision
-from moevision.analysis.pictures import open_pictures
-from moevision.analysis.tokens import network_input
+from moevision.analysis.collect import network_input
+from moevision.analysis.images import open_pictures
 from moevision.demo.bundle import bundled_folders, bundled_model
 from moevision.demo.cards import read_card
 from moevision.files import write_json_atomic

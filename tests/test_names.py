@@ -22,9 +22,9 @@ import pytest
 from PIL import Image
 
 from moevision.analysis import RoutingTrace
-from moevision.analysis.figures.effect import plot_effects
-from moevision.analysis.figures.style import figure_png
-from moevision.analysis.picture_sources import labels_in
+from moevision.analysis.images import labels_in
+from moevision.analysis.plots.charts import plot_effects
+from moevision.analysis.plots.style import figure_png
 from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder
 from moevision.data.splits import Cut, Splits, make_splits, read_splits

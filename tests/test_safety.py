@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moevision import UserError
-from moevision.analysis.atlas import load_atlas
 from moevision.cli import VERBS
+from moevision.demo.atlas import load_atlas
 from moevision.demo.cards import read_card
 from moevision.models import io as models_io
 from moevision.models import safe_config, safe_files

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from moevision.analysis.run_pictures import pictures_for
-from moevision.analysis.tokens import network_input, read_images
+from moevision.analysis.collect import network_input
+from moevision.analysis.images import pictures_for, read_images
 from moevision.layers import forward_routing, moe_layers
 from moevision.models.io import load_model
 

@@ -125,7 +125,7 @@ def _format_of(out: Path, format: Format | None) -> Format:
 
 def _prepared(model: str, saved: SavedModel, data: str, root: str | None, limit: int) -> Tensor:
     """The first pictures of `data`, as the model gets them: one file, a folder, or a dataset's name."""
-    from moevision.analysis.run_pictures import pictures_for  # scikit-learn comes along
+    from moevision.analysis.images import pictures_for  # scikit-learn comes along
     from moevision.data.images import BadImageError, safe_open
     from moevision.data.transforms import normalize, square_pixels
 

@@ -20,9 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from moevision.analysis.pictures import PictureSet
-from moevision.analysis.run_pictures import pictures_for
-from moevision.analysis.trace_input import PictureReader
+from moevision.analysis.collect import PictureReader
+from moevision.analysis.images import PictureSet, pictures_for
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.files import write_json_atomic

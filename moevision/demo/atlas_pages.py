@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from moevision.analysis.compare import compare_classes
-from moevision.analysis.gallery import patches_on_path
-from moevision.analysis.heatmap import image_shares
-from moevision.analysis.pictures import PictureSet, patch_crop
+from moevision.analysis.classes import compare_classes, image_shares
+from moevision.analysis.describe import patches_on_path
+from moevision.analysis.images import PictureSet, patch_crop
 from moevision.demo import requests as read
 from moevision.demo.atlas_source import Galleries, Gallery
 from moevision.demo.bundle import Entry, Variant

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from moevision.analysis.atlas import build_atlas, fractions_of_parts, load_atlas
-from moevision.analysis.heatmap import class_expert_map
-from moevision.analysis.pictures import PictureSet, open_pictures
+from moevision.analysis.classes import class_expert_map
+from moevision.analysis.collect import collect_routing
+from moevision.analysis.describe import fractions_of_parts, majority_part
+from moevision.analysis.images import PictureSet, open_pictures
 from moevision.analysis.specialization import specialization
-from moevision.analysis.tables import majority_part
-from moevision.analysis.trace import RoutingTrace, collect_routing
+from moevision.analysis.trace import RoutingTrace
 from moevision.data.images import BadImageError
+from moevision.demo.atlas import build_atlas, load_atlas
 from moevision.demo.bundle import Entry
 from moevision.demo.facts import Pixels
 from moevision.demo.requests import RequestError

@@ -15,8 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from moevision.analysis.baselines import fresh_copy
-from moevision.analysis.pictures import PictureSet, open_pictures
-from moevision.analysis.run_pictures import is_data_of, pictures_for, run_folder
+from moevision.analysis.images import PictureSet, is_data_of, open_pictures, pictures_for, run_folder
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.cards import Card, read_card
 from moevision.demo.examples import Examples

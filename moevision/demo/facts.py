@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moevision.analysis.tokens import network_input
+from moevision.analysis.collect import network_input
 from moevision.data.images import BadImageError, safe_open
 from moevision.data.transforms import square_pixels
 from moevision.demo.kinds import LayerFacts, check_not_an_oracle, common, layer_facts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moevision.analysis.run_pictures import run_folder
+from moevision.analysis.images import run_folder
 from moevision.demo.cards import Card
 from moevision.demo.facts import title_of
 from moevision.errors import UserError

@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from moevision import __version__
-from moevision.analysis.effect_result import ClassEffect
-from moevision.analysis.effects import class_effect, effect
+from moevision.analysis.effects import ClassEffect, class_effect, effect
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.atlas_pages import AtlasPages

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
-from moevision.analysis.decision import routing_kind
+from moevision.analysis.decisions import routing_kind
 from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal
 from moevision.demo.kinds import LayerFacts
 

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.pictures import PictureSet
+from moevision.analysis.images import PictureSet
 from moevision.errors import UserError
 from moevision.models.io import SavedModel
 

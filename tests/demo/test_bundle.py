@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from moevision.analysis import collect_routing
-from moevision.analysis.atlas import load_atlas
-from moevision.analysis.run_pictures import data_settings
+from moevision.analysis.images import data_settings
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
+from moevision.demo.atlas import load_atlas
 from moevision.demo.bundle import DataOptions, bundled_folders, open_entries
 from moevision.demo.cards import Card, read_card
 from moevision.demo.own_run import card_of_run

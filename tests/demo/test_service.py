@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from moevision.analysis.effects import class_effect, effect
+from moevision.analysis.images import open_pictures
 from moevision.analysis.intervention import Intervention
-from moevision.analysis.pictures import open_pictures
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
 from moevision.demo.atlas_source import Galleries, Held
@@ -278,7 +278,7 @@ def test_a_gallery_that_fails_says_why(home, monkeypatch):
 
 def stored_atlas(explorer, home, tmp_path, bundle, change):
     """A bundle with an atlas on disk, and what an explorer of it says about experts before and after its galleries."""
-    from moevision.analysis.atlas import save_atlas
+    from moevision.demo.atlas import save_atlas
 
     folder = bundle(tmp_path)
     atlas = json.loads(json.dumps(explorer.galleries.atlas(explorer.entries["pets"], "trained")))

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard, constants
 
 from moevision import UserError
-from moevision.analysis.trace_input import weights_sha256
+from moevision.analysis.collect import weights_sha256
 from moevision.models import publish
 from moevision.models.io import load_model
 from moevision.models.publish import FILES, check_repo_id, push_to_hub

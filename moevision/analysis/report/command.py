@@ -9,25 +9,25 @@ from pathlib import Path
 from moevision.names import shown
 
 DESCRIPTION = """\
-Look at what the experts of a trained model do, and say it straight.
+Measure what the experts of a trained model do, and write one report.
 
-Runs the model over held-out pictures and writes OUT/:
+Runs the model over held-out images and writes OUT/:
   report.html         one page that opens from disk, without a network
   report.json         every number of it
-  figures/*.png       its pictures
+  figures/*.png       its figures
   trace.safetensors   the routing of every patch, for your own questions:
                       moevision.analysis.RoutingTrace.load("OUT/trace.safetensors")
 
-"Learned specialization" is said only of a layer whose experts tell more about the pictures than chance, than the same
-model untrained, than colour clusters and, with --seeds, than it takes to survive another training.
+A layer counts as "learned specialization" only if its experts tell more about the images than chance, than the same
+model untrained, than a hash and clusters of the patches and, with --seeds, if other trainings repeat it.
 """
 
 EXAMPLES = """\
 examples
-  moevision analyze runs/pets                                   the pictures that the run held out for its test
+  moevision analyze runs/pets                                   the images that the run held out for its test
   moevision analyze runs/pets --seeds runs/pets-2 runs/pets-3   beside two other trainings of the same recipe
   moevision analyze runs/pets --quick                           a first look, a minute or two, rougher numbers
-  moevision analyze runs/pets/model --data other/pictures --out pets_elsewhere
+  moevision analyze runs/pets/model --data other/images --out pets_elsewhere
 """
 
 
@@ -43,23 +43,24 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--data",
         help="a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10; "
-        "by default what the run was trained on (its held-out test pictures)",
+        "by default what the run was trained on (its held-out test images)",
     )
     parser.add_argument("--out", default="report", metavar="DIR", help="folder to write to (%(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="pictures, the same number of each class (1000)")
+    parser.add_argument("--limit", type=int, metavar="N", help="images, the same number of each class (1000)")
     parser.add_argument(
         "--seeds", nargs="+", default=[], metavar="RUN", help="other trainings of the same recipe, to compare with"
     )
     parser.add_argument(
         "--permutations", type=int, metavar="N", help="shuffles behind each chance level (1000; smallest p = 1/(N + 1))"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything drawn at random (%(default)s)")
     parser.add_argument(
-        "--quick", action="store_true", help="rougher: 300 pictures, 200 shuffles, experts taken away on fewer pictures"
+        "--quick", action="store_true", help="rougher: 300 images, 200 shuffles, experts taken away on fewer images"
     )
     chosen = parser.parse_args(arguments)
 
-    from moevision.analysis.report.analyze import ReportSettings, analyze  # torch, matplotlib: not for --help
+    from moevision.analysis.report.build import analyze  # torch, matplotlib: not for --help
+    from moevision.analysis.report.measure import ReportSettings
 
     settings = ReportSettings(
         model=chosen.model,
