@@ -21,8 +21,7 @@ import torch
 import moevision
 from moevision.analysis.pictures import open_pictures
 from moevision.analysis.tokens import network_input
-from moevision.demo.bundle import bundled_folders, bundled_model
-from moevision.demo.cards import read_card
+from moevision.demo.bundle import bundled_folders, bundled_model, read_card
 from moevision.files import write_json_atomic
 from moevision.models.hub import SavedModel
 from moevision.train.provenance import git_state

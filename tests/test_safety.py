@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from moevision import UserError
 from moevision.analysis.atlas import load_atlas
 from moevision.cli import VERBS
-from moevision.demo.cards import read_card
+from moevision.demo.bundle import read_card
 from moevision.models import fetch, safe_config
 from moevision.models.fetch import open_model
 from moevision.models.hub import load_model

@@ -10,7 +10,7 @@ import torch
 
 import moevision  # noqa: F401  (registers the models)
 from moevision.data import SyntheticPets
-from moevision.demo.atlas_source import Galleries
+from moevision.demo.atlas import Galleries
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.service import Explorer
 from moevision.demo.typical import typical_of
