@@ -206,8 +206,8 @@ def open_explorer(model: str | None, data: str | None, root: str, *, local: bool
     """Load the models, start to look through their pictures, and warm everything up."""
     import torch
 
-    from moevision.demo.atlas import Galleries
     from moevision.demo.bundle import DataOptions, open_entries
+    from moevision.demo.galleries import Galleries
     from moevision.demo.service import Explorer
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // cpu_workers()))

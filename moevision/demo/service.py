@@ -17,10 +17,10 @@ from moevision.analysis.effect_result import ClassEffect
 from moevision.analysis.effects import class_effect, effect
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
-from moevision.demo.atlas import AtlasPages, Galleries
 from moevision.demo.bundle import Entry, Variant
 from moevision.demo.examples import Found, Recent
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, PictureFacts, model_input
+from moevision.demo.galleries import AtlasPages, Galleries
 from moevision.demo.html import view_html
 from moevision.demo.requests import RequestError
 from moevision.demo.view import RoutingView, Settings, route_image
