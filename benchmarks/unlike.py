@@ -21,8 +21,7 @@ import torch
 import moevision
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import open_pictures
-from moevision.demo.bundle import bundled_folders, bundled_model
-from moevision.demo.cards import read_card
+from moevision.demo.bundle import bundled_folders, bundled_model, read_card
 from moevision.files import write_json_atomic
 from moevision.models.io import SavedModel
 from moevision.train.provenance import git_state

@@ -43,7 +43,7 @@ VERBS = {
         "how fast a layer, a training step, inference or the data are, beside dense models and other libraries",
         "moevision.commands.benchmark.command:main",
     ),
-    "demo": Verb("see in a browser which expert every patch of a picture goes to", "moevision.demo.launch:main"),
+    "demo": Verb("see in a browser which expert every patch of a picture goes to", "moevision.demo.server:main"),
 }
 
 USAGE = """\

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from moevision import UserError
 from moevision.cli import VERBS
 from moevision.demo.atlas import load_atlas
-from moevision.demo.cards import read_card
+from moevision.demo.bundle import read_card
 from moevision.models import io as models_io
 from moevision.models import safe_config, safe_files
 from moevision.models.io import create_from, load_model, open_model

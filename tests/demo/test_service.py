@@ -13,11 +13,11 @@ from moevision.analysis.images import open_pictures
 from moevision.analysis.intervention import Intervention
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
-from moevision.demo.atlas_source import Galleries, Held
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.examples import Examples, Recent, photo_files
+from moevision.demo.galleries import Galleries, Held
 from moevision.demo.service import Explorer
-from moevision.demo.settings import Settings
+from moevision.demo.view import Settings
 from moevision.demo.wire import open_data_uri
 from moevision.errors import UserError
 
