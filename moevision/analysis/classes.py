@@ -262,8 +262,7 @@ def compare_classes(
         cells = range(first, first + layer.num_experts)
         first += layer.num_experts
         experts = tuple(
-            ExpertDifference(place, *numbers[c].tolist(), significant=bool(q[c] <= _RATE))
-            for place, c in enumerate(cells)
+            ExpertDifference(place, *numbers[c].tolist(), bool(q[c] <= _RATE)) for place, c in enumerate(cells)
         )
         layers.append(LayerDifference(layer.layer, experts))
     sentence = _sentence(name_a, name_b, layers, len(x), len(y))
