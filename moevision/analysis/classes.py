@@ -256,14 +256,14 @@ def compare_classes(
     from scipy.stats import false_discovery_control
 
     q = false_discovery_control(p_value)
-    numbers = np.stack([difference, low, high, p_value, q], axis=-1)  # [sum of E, 5]
+    numbers = np.stack([difference, low, high, p_value, q], axis=-1).tolist()  # [sum of E, 5]
     layers, first = [], 0
     for layer in trace.layers:
-        cells = range(first, first + layer.num_experts)
-        first += layer.num_experts
         experts = tuple(
-            ExpertDifference(place, *numbers[c].tolist(), bool(q[c] <= _RATE)) for place, c in enumerate(cells)
+            ExpertDifference(expert, change, least, most, p, corrected, corrected <= _RATE)
+            for expert, (change, least, most, p, corrected) in enumerate(numbers[first : first + layer.num_experts])
         )
+        first += layer.num_experts
         layers.append(LayerDifference(layer.layer, experts))
     sentence = _sentence(name_a, name_b, layers, len(x), len(y))
     return ClassComparison(name_a, name_b, len(x), len(y), tuple(layers), sentence)
