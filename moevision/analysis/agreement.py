@@ -133,7 +133,7 @@ def first_choices(model: SavedModel, images: Pixels) -> tuple[dict[int, Ints], t
             )
         grid, block = routing.grid, place if routing.layer is None else routing.layer
         num_experts[block] = routing.num_experts
-        first = routing.expert_index[..., 0]
+        first = routing.expert_index[..., 0]  # [B, N]
         if routing.kind == "expert_choice":
             first = first.masked_fill(~routing.kept[..., 0], routing.num_experts)
         choices[block] = first[:, routing.num_prefix_tokens :].cpu().numpy().reshape(len(images), *grid)
@@ -162,7 +162,7 @@ def overlap(before: Ints, after: Ints, shift: tuple[int, int]) -> tuple[Ints, In
 
 
 def _result(layer: int, change: str, tables: Ints, weight: Ints) -> Consistency:
-    total = tables.sum(0)
+    total = tables.sum(0)  # [E + 1, E + 1], the last row and column for no expert
     resampled = cohen_kappa((weight @ tables.reshape(len(tables), -1)).reshape(-1, *total.shape))
     low, high = np.quantile(resampled, _ENDS)
     agreement = float(np.trace(total) / total.sum())
@@ -220,7 +220,7 @@ def match_experts(a: LayerTrace, b: LayerTrace, *, seed: int = 0) -> ExpertMatch
 
 def pair_counts(a: npt.NDArray[Any], b: npt.NDArray[Any], num_experts: int) -> npt.NDArray[np.int64]:
     """[E, E]: how many patches chose expert i in `a` and expert j in `b`; give E + 1 where E stands for no expert."""
-    pairs = a.astype(np.int64).ravel() * num_experts + b.ravel()
+    pairs = a.astype(np.int64).ravel() * num_experts + b.ravel()  # cell of the table, row-major
     return np.bincount(pairs, minlength=num_experts**2).reshape(num_experts, num_experts)
 
 

@@ -127,7 +127,7 @@ def image_shares(takes: npt.NDArray[Any]) -> Floats:
 
 def _class_sums(shares: Floats, labels: npt.NDArray[np.int64], num_classes: int) -> Floats:
     """Sums [R, C, E] of shares [I, E] over the images of each class, for labellings [R, I]."""
-    one_hot = (labels[:, None, :] == np.arange(num_classes)[:, None]).astype(np.float64)
+    one_hot = (labels[:, None, :] == np.arange(num_classes)[:, None]).astype(np.float64)  # [R, C, I]
     sums: Floats = np.asarray(one_hot.reshape(-1, len(shares)) @ shares).reshape(len(labels), num_classes, -1)
     return sums
 
@@ -247,7 +247,7 @@ def compare_classes(
                 f"{name}: give more images."
             )
     shares = np.concatenate([image_shares(layer.image_takes()) for layer in trace.layers], axis=1)  # [I, sum of E]
-    x, y = shares[side_a], shares[side_b]
+    x, y = shares[side_a], shares[side_b]  # [images of a or b, sum of E]
     rng = np.random.default_rng(seed)
     difference = x.mean(0) - y.mean(0)
     resampled = _bootstrap_means(x, num_resamples, rng) - _bootstrap_means(y, num_resamples, rng)
@@ -256,22 +256,14 @@ def compare_classes(
     from scipy.stats import false_discovery_control
 
     q = false_discovery_control(p_value)
+    numbers = np.stack([difference, low, high, p_value, q], axis=-1).tolist()  # [sum of E, 5]
     layers, first = [], 0
     for layer in trace.layers:
-        cells = range(first, first + layer.num_experts)
-        first += layer.num_experts
         experts = tuple(
-            ExpertDifference(
-                place,
-                float(difference[c]),
-                float(low[c]),
-                float(high[c]),
-                float(p_value[c]),
-                float(q[c]),
-                bool(q[c] <= _RATE),
-            )
-            for place, c in enumerate(cells)
+            ExpertDifference(expert, change, least, most, p, corrected, corrected <= _RATE)
+            for expert, (change, least, most, p, corrected) in enumerate(numbers[first : first + layer.num_experts])
         )
+        first += layer.num_experts
         layers.append(LayerDifference(layer.layer, experts))
     sentence = _sentence(name_a, name_b, layers, len(x), len(y))
     return ClassComparison(name_a, name_b, len(x), len(y), tuple(layers), sentence)
@@ -289,7 +281,7 @@ def _class(trace: RoutingTrace, which: str | int) -> tuple[str, int]:
 def _bootstrap_means(shares: Floats, num_resamples: int, rng: np.random.Generator) -> Floats:
     """[R, cells] means of images drawn with replacement."""
     n = len(shares)
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=num_resamples)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=num_resamples)  # [R, I] how often each image is drawn
     means: Floats = drawn @ shares / n
     return means
 

@@ -225,11 +225,11 @@ def take_away_random(
         fill: `next_best` or `zero`.
     """
     routing = decision.settle()
-    kept, index = routing.kept.cpu().numpy(), routing.expert_index.cpu().numpy()
-    away = np.zeros(decision.removed.shape, dtype=bool)
+    kept, index = routing.kept.cpu().numpy(), routing.expert_index.cpu().numpy()  # [B, N, K]
+    away = np.zeros(decision.removed.shape, dtype=bool)  # [B, N, E]
     for image, (wanted, key) in enumerate(zip(numbers, keys, strict=True)):
         rng = np.random.default_rng(tuple(key))
-        token, choice = kept[image].nonzero()
+        token, choice = kept[image].nonzero()  # every kept assignment of the image
         for number, part in zip(wanted, (token < num_prefix_tokens, token >= num_prefix_tokens), strict=True):
             candidates = np.flatnonzero(part)
             drawn = rng.choice(candidates, min(number, len(candidates)), replace=False)
@@ -253,8 +253,8 @@ def run_under(net: nn.Module, x: Tensor, intervention: Intervention) -> tuple[Te
         after: Decision = edit(decision)
         pairs = computed_pairs(decision.settle())
         gone = (after.removed | after.silenced) if intervention.kind == "ablate" else ~computed_pairs(after.settle())
-        lost = (pairs & gone).sum(-1)
-        taken[layer] = torch.stack([lost[:, :prefix].sum(1), lost[:, prefix:].sum(1)], -1)
+        lost = (pairs & gone).sum(-1)  # [B, N, E] -> [B, N] assignments of each token
+        taken[layer] = torch.stack([lost[:, :prefix].sum(1), lost[:, prefix:].sum(1)], -1)  # [B, 2]
         return after
 
     edits = {layer: partial(counted, layer, edit) for layer, edit in intervention.edits(net).items()}

@@ -91,11 +91,11 @@ def class_information(
     if not given_position:
         maps = maps.sum(1, keepdims=True)
     images, strata, experts = maps.shape
-    flat, num_classes = maps.reshape(images, -1), int(values.max()) + 1
+    flat, num_classes = maps.reshape(images, -1), int(values.max()) + 1  # flat: [I, G * E]
     rng = np.random.default_rng(seed)
 
     def sums(classes: Ints, of: Floats) -> Floats:  # [R', I] -> [R', G, V, E]
-        one_hot = (classes[:, None, :] == np.arange(num_classes)[:, None]).astype(np.float32)
+        one_hot = (classes[:, None, :] == np.arange(num_classes)[:, None]).astype(np.float32)  # [R', V, I]
         by_class = (one_hot.reshape(-1, images) @ of).reshape(-1, num_classes, strata, experts)
         result: Floats = by_class.swapaxes(1, 2)
         return result
@@ -106,10 +106,10 @@ def class_information(
     null: list[Floats] = []
     null_bias = np.empty(0)
     for size in _chunks(num_permutations, max(1, _CHUNK_CELLS // (num_classes * max(images, flat.shape[1])))):
-        classes = rng.permuted(np.tile(values, (size, 1)), axis=1)
+        classes = rng.permuted(np.tile(values, (size, 1)), axis=1)  # [size, I]
         null.append(conditional_information_bits(sums(classes, flat)))
         null_bias = np.append(null_bias, bias(classes[: max(0, _BIAS_PERMUTATIONS - len(null_bias))]))
-    table = sums(values[None], flat)[0]
+    table = sums(values[None], flat)[0]  # [G, V, E]
     plug_in = float(conditional_information_bits(table))
     pointwise = pointwise_bits(table)[:, values].swapaxes(0, 1)  # [I, G, E]
     return excess_estimate(
@@ -145,10 +145,10 @@ def position_information(
     rows, columns = grid
     if rows * columns != patches:
         raise UserError(f"A grid of {rows} x {columns} doesn't have the {patches} patches of the routing maps.")
-    flat = maps.reshape(images, -1)
-    table = maps.sum(0)
-    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
-    deviations = (flat - flat.mean(0)) * np.float32(np.sqrt(images / (images - 1)))
+    flat = maps.reshape(images, -1)  # [I, P * E]
+    table = maps.sum(0)  # [P, E]
+    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()  # [P, E] if position told nothing
+    deviations = (flat - flat.mean(0)) * np.float32(np.sqrt(images / (images - 1)))  # [I, P * E]
     rng = np.random.default_rng(seed)
     null = []
     for size in _chunks(num_permutations, max(1, _CHUNK_CELLS // max(images, flat.shape[1]))):
@@ -195,9 +195,10 @@ def part_information(
     )
     table = table_of(shown)
     # The null's own mean is a statistic of the images: maps and parts averaged apart, position by position.
-    mean_map, mean_shown = maps.mean(0), shown.mean(0)
-    apart = np.einsum("pv,pe->ve", mean_shown, mean_map)
+    mean_map, mean_shown = maps.mean(0), shown.mean(0)  # [P, E], [P, V]
+    apart = np.einsum("pv,pe->ve", mean_shown, mean_map)  # [V, E]
     bits, bits_apart = pointwise_bits(table), pointwise_bits(apart)
+    # Influence of each image, [I].
     together = np.einsum("ipv,ve,ipe->i", shown, bits, maps, optimize=True)
     separately = np.einsum("ipv,ve,pe->i", shown, bits_apart, mean_map, optimize=True)
     separately += np.einsum("pv,ve,ipe->i", mean_shown, bits_apart, maps, optimize=True)
