@@ -193,7 +193,7 @@ def _read_json(file: Path) -> Json:
     try:
         return dict(read_json(file))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} can't be read ({type(error).__name__}): mend it or move it away.") from error
+        raise UserError(f"{file} can't be read ({type(error).__name__}): repair it or move it away.") from error
 
 
 def _architecture(net: nn.Module) -> tuple[str, Json]:
@@ -227,7 +227,7 @@ def _start(run: Path | None) -> Start | None:
         source = read_yaml(run / "config.yaml")["model"]["arch"]["pretrained"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{run / 'config.yaml'} can't be read ({type(error).__name__}): mend it or move it away."
+            f"{run / 'config.yaml'} can't be read ({type(error).__name__}): repair it or move it away."
         ) from error
     if not source:
         return Start()

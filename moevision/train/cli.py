@@ -283,7 +283,7 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         "--resume",
         type=str | None,
         default=None,
-        help="Go on with an interrupted run: its folder, such as runs/pets; or auto: the run folder of this very "
+        help="Resume an interrupted run: its folder, such as runs/pets; or auto: the run folder of this very "
         "command, if a valid checkpoint is there, else a fresh start. Images are compared with the run's by path, "
         "label and file size, not by content. For fit, on the command line only.",
     )
@@ -407,7 +407,7 @@ class TrainingCLI(LightningCLI):
             raise UserError("resume belongs on the command line, not into a config: moevision fit --resume RUN.")
         if name is not None and self.config["subcommand"] == "fit":
             run_dir = Path(name).parent.parent
-            raise UserError(f"To go on with a training, give its folder: moevision fit --resume {run_dir}.")
+            raise UserError(f"To resume a training, give its folder: moevision fit --resume {run_dir}.")
         if name is not None:
             check_checkpoint(str(name))
         if self.start is None and self.config["subcommand"] == "fit":
@@ -516,7 +516,7 @@ class TrainingCLI(LightningCLI):
         )
         other = differences(start.fingerprint, self.point.fingerprint)
         if other:
-            tell(f"warning: this can't end bit-identical to an uninterrupted run: {'; '.join(other)}.")
+            tell(f"warning: the result can't be bit-identical to an uninterrupted run: {'; '.join(other)}.")
         if self.trainer.is_global_zero:
             note_session(start, self.session.command, [*self.session.notes, *other])
 
@@ -532,8 +532,8 @@ class TrainingCLI(LightningCLI):
                 raise
             name, reason = type(self.trainer.strategy).__name__, " ".join(str(error).split())[:200]
             raise UserError(
-                f"The training can't begin under {name} ({type(error).__name__}: {reason}): mend its arguments, or say "
-                "--trainer.strategy auto or ddp."
+                f"The training can't begin under {name} ({type(error).__name__}: {reason}): correct its arguments, or "
+                "use --trainer.strategy auto or ddp."
             ) from error
 
     def before_validate(self) -> None:

@@ -66,8 +66,8 @@ def parse_faults(text: str) -> list[Fault]:
         targets = {} if match is None else {name: int(number) for name, number in _TARGET.findall(match[4])}
         if match is None or match[1] not in KINDS or targets.keys() - {"block", "expert", "rank"}:
             raise UserError(
-                f"--fault {part!r} can't be read: write KIND@N, with :blockB, :expertE or :rankR behind it if you "
-                f"like, where KIND is one of {', '.join(KINDS)}."
+                f"--fault {part!r} can't be read: write KIND@N, optionally followed by :blockB, :expertE or "
+                f":rankR, where KIND is one of {', '.join(KINDS)}."
             )
         if int(match[2]) < 1:
             raise UserError(f"--fault {part!r}: batches are counted from 1.")

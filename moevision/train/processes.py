@@ -257,7 +257,7 @@ class Processes:
             os.environ[HANDED_ON] = json.dumps(self._decisions)
             return self._decisions[-1]
         if not self._decisions:
-            raise UserError("Start several processes by --trainer.devices N, or by torchrun or SLURM's srun.")
+            raise UserError("Start several processes with --trainer.devices N, or with torchrun or SLURM's srun.")
         return self._decisions.pop(0)
 
     def _send(self, decision: Callable[[], Any]) -> Any:
@@ -294,7 +294,7 @@ class Processes:
             UserError: if it expects other processes than there are, or such as can't agree on a run folder.
         """
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise UserError("Several processes train by --trainer.strategy ddp here, not by spawned or forked ones.")
+            raise UserError("Several processes train with --trainer.strategy ddp here; spawned or forked ones can't.")
         met = dist.get_world_size() if several_processes() else None
         expected = trainer.num_nodes * trainer.num_devices  # its world_size is what torchrun or SLURM says
         if met is not None and met != expected:

@@ -386,7 +386,7 @@ def _read_mark(path: Path) -> dict[str, Any]:
     except Exception as error:  # pickle, zip, type and OS errors alike; the cause stays attached
         raise UserError(
             f"{path} holds something else than the data of a training ({type(error).__name__}) and is not used, "
-            "although manifest.json lists it: moevision has not written it. Remove it to go on from another one."
+            "although manifest.json lists it: moevision has not written it. Remove it to resume from another one."
         ) from error
 
 
@@ -518,7 +518,7 @@ class Session:
             self.arguments = expand_arguments(verb, arguments)
             return
         if verb != "fit":
-            raise UserError(f"{OPTION} goes on with a training: use it with fit; {verb} takes --ckpt_path.")
+            raise UserError(f"{OPTION} resumes a training: use it with fit; {verb} takes --ckpt_path.")
         self.arguments = (
             expand_arguments(verb, self._typed) if self._target == AUTO else self._as_recorded(Path(self._target))
         )
