@@ -198,6 +198,7 @@ class PixelCache:
         """
         self._planar = planar
         self._chunks: list[Tensor] = []
+        self._views: list[Pixels] = []  # the same memory as arrays, which are sliced faster
         self._where: list[tuple[int, int, int, int]] = []
         self.bad: dict[int, str] = {}
 
@@ -219,15 +220,21 @@ class PixelCache:
 
     def take(self, indices: Sequence[int]) -> list[Pixels | str]:
         """Pixels uint8 [3, H, W] of each image, a view that must not be written to, or the reason why it is missing."""
+        if len(self._views) < len(self._chunks):
+            self._views = [chunk.numpy() for chunk in self._chunks]
         taken: list[Pixels | str] = []
         for index in indices:
             if index in self.bad:
                 taken.append(self.bad[index])
                 continue
             chunk, offset, height, width = self._where[index]
-            stored = self._chunks[chunk].numpy()[offset : offset + 3 * height * width]
+            stored = self._views[chunk][offset : offset + 3 * height * width]
             if self._planar:
                 taken.append(stored.reshape(3, height, width))
             else:
                 taken.append(stored.reshape(height, width, 3).transpose(2, 0, 1))
         return taken
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the views: where workers aren't forked, tensors are shared with them and arrays would be copied."""
+        return {**vars(self), "_views": []}
