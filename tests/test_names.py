@@ -25,6 +25,7 @@ from moevision.analysis import RoutingTrace
 from moevision.analysis.figures.effect import plot_effects
 from moevision.analysis.figures.style import figure_png
 from moevision.analysis.picture_sources import labels_in
+from moevision.commands.predict import Prediction, to_csv
 from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder
 from moevision.data.split_file import read_splits
@@ -32,7 +33,6 @@ from moevision.data.splits import Cut, Splits, make_splits
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.errors import DataWarning, UserError
 from moevision.names import csv_name, json_text, name_bytes, shown
-from moevision.predict import Prediction, to_csv
 from moevision.train.callbacks import Stopwatch
 from moevision.train.card_limits import without_example
 from tests.conftest import TINY, Outcome, run_cli

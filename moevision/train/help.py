@@ -45,13 +45,29 @@ SHORT = frozenset(
         "data.group_by",
     ]
 )
-_EXAMPLES = """\
+_ABOUT = {
+    "fit": "Train a model on a folder of images, a dataset or a config; everything that it leaves is in runs/NAME/.",
+    "validate": "Evaluate a checkpoint on the validation images.",
+    "test": "Evaluate a checkpoint on the test images.",
+}
+# What the verb refuses, or what changes nothing for it.
+_USELESS = {
+    "fit": {"ckpt_path"},
+    "validate": {"resume", "with_twin", "trainer.max_epochs", "trainer.accumulate_grad_batches"},
+}
+_USELESS["test"] = _USELESS["validate"]
+_TRAIN = """\
+  moevision fit --config quickstart
+  moevision fit path/to/images --model.arch.router expert_choice
+  moevision fit path/to/images --model.arch.num_experts 16 --model.arch.top_k 2 --with-twin
+"""
+_EVALUATE = """\
+  moevision {verb} --config runs/pets/config.yaml --ckpt_path runs/pets/checkpoints/best.ckpt
+"""
+_BELOW = """\
 examples
-  moevision {verb} --config quickstart
-  moevision {verb} path/to/images --model.arch.router expert_choice
-  moevision {verb} path/to/images --model.arch.num_experts 16 --model.arch.top_k 2 --with-twin
-
-exit codes: 0 done; 2 something to mend, the last line says what; {diverged}130 Ctrl-C,
+{examples}
+exit codes: 0 done; 2 something that you can mend, the last line says what; {diverged}130 Ctrl-C,
 129 terminal closed, 143 SIGTERM, 138 SIGUSR1{saved}.
 
 {all} shows every option: other routers' knobs (capacity, noise, shared experts), balance losses, data, Trainer.
@@ -60,26 +76,29 @@ exit codes: 0 done; 2 something to mend, the last line says what; {diverged}130 
 
 @contextmanager
 def only_short(parser: LightningArgumentParser) -> Iterator[None]:
-    """Hide every option of a training verb that isn't in `SHORT`."""
+    """Show of a training verb's options only those in `SHORT`."""
+    verb = verb_of(parser)
+    short = SHORT - _USELESS[verb]
     hidden: list[tuple[Action, str | None]] = [
-        (action, action.help) for action in parser._actions if action.dest not in SHORT
+        (action, action.help) for action in parser._actions if action.dest not in short
     ]
-    groups = [group for group in parser._action_groups if not any(a.dest in SHORT for a in group._group_actions)]
+    groups = [group for group in parser._action_groups if not any(a.dest in short for a in group._group_actions)]
     about = [(group, group.description) for group in groups]
-    usage = parser.usage
+    usage, description = parser.usage, parser.description
     try:
         for action, _ in hidden:
             action.help = SUPPRESS
         for group in groups:
             group.description = None
-        parser.usage = f"moevision {verb_of(parser)} [FOLDER] [--config NAME] [options]"
+        parser.usage = f"moevision {verb} [FOLDER] [--config NAME] [options]"
+        parser.description = _ABOUT[verb]
         yield
     finally:
-        for action, words in hidden:
-            action.help = words
-        for group, description in about:
-            group.description = description
-        parser.usage = usage
+        for action, text in hidden:
+            action.help = text
+        for group, words in about:
+            group.description = words
+        parser.usage, parser.description = usage, description
 
 
 def verb_of(parser: LightningArgumentParser) -> str:
@@ -90,8 +109,8 @@ def verb_of(parser: LightningArgumentParser) -> str:
 def examples(verb: str) -> str:
     """What stands below the short help."""
     trains = verb == "fit"
-    return _EXAMPLES.format(
-        verb=verb,
+    return _BELOW.format(
+        examples=(_TRAIN if trains else _EVALUATE).format(verb=verb),
         all=ALL,
         diverged="3 diverged, see divergence.md; " if trains else "",
         saved=": saved, the last line goes on with it" if trains else "",

@@ -17,11 +17,11 @@ from huggingface_hub import ModelCard
 
 import moevision
 from moevision import UserError
+from moevision.commands.predict import predict_batch
 from moevision.data.named import DATASET_NAMES
 from moevision.data.terms import UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
 from moevision.models.hub import SavedModel, load_model
-from moevision.predict import predict_batch
 from moevision.train.card import model_card
 from moevision.train.card_facts import CardFacts, MoEBlock, Start, gather_facts, without_path
 from moevision.train.card_usage import usage_section
