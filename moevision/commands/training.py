@@ -70,9 +70,8 @@ def render() -> dict[Path, str]:
             text = io.StringIO()
             with redirect_stdout(text), suppress(SystemExit):  # how argparse ends a help
                 live.run(verb, [ALL if everything else "--help"])
-            texts[help_file(verb, everything=everything)] = text.getvalue().replace(
-                "default: 32-true", "default: by device"
-            )
+            lines = text.getvalue().replace("default: 32-true", "default: by device").splitlines()
+            texts[help_file(verb, everything=everything)] = "".join(f"{line.rstrip()}\n" for line in lines)
     return texts
 
 
