@@ -79,6 +79,6 @@ def fish() -> str:
     lines = ["complete -c moevision -n __fish_use_subcommand -f"]
     for name, verb in VERBS.items():
         lines.append(f"complete -c moevision -n __fish_use_subcommand -a {name} -d '{verb.summary}'")
-        dash = f"__fish_seen_subcommand_from {name}; and string match -q -- '-*' (commandline -ct)"
+        dash = f"string match -q {name} (commandline -opc)[2]; and string match -q -- '-*' (commandline -ct)"
         lines.append(f"""complete -c moevision -n "{dash}" -f -a '{" ".join(flags_of(name))}'""")
     return "\n".join(lines) + "\n"
