@@ -22,7 +22,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moevision.efficiency.energy_counters import NotMeasured, open_counter
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.train.provenance import LIBRARIES, cpu_model, total_memory_bytes
@@ -68,7 +67,6 @@ class Machine:
     torch: dict[str, str | None]  # version, and the CUDA or ROCm that it was built for
     libraries: dict[str, str | None]
     compiler: str | None  # C++, for torch.compile on a CPU
-    energy: dict[str, dict[str, str]]  # by device: what its counter covers, or why there is none
     device: str  # where moevision trains here
     precision: str  # and in which, if nobody says otherwise
 
@@ -117,11 +115,10 @@ def print_report(console: Console, machine: Machine, found: list[Finding]) -> No
     }
     built = machine.torch
     built_for = f"CUDA {built['cuda']}" if built["cuda"] else f"ROCm {built['hip']}" if built["hip"] else "no GPU"
-    gpus = [
-        f"{gpu.name}"
-        + (f", {gib(gpu.memory_bytes)}, {gib(gpu.free_bytes)} free" if gpu.memory_bytes and gpu.free_bytes else "")
-        for gpu in machine.gpus
-    ]
+    gpus = []
+    for gpu in machine.gpus:
+        memory = [f"{gib(size)}{word}" for size, word in ((gpu.memory_bytes, ""), (gpu.free_bytes, " free")) if size]
+        gpus.append(", ".join([gpu.name, *memory]))
     table = Table.grid(padding=(0, 2))
     table.add_row("CPU", machine.cpu)
     table.add_row("cores", cores)
@@ -130,8 +127,6 @@ def print_report(console: Console, machine: Machine, found: list[Finding]) -> No
     table.add_row("torch", f"{built['version']}, built for {built_for}")
     table.add_row("libraries", ", ".join(f"{name} {number}" for name, number in machine.libraries.items() if number))
     table.add_row("compiler", machine.compiler or "none")
-    for device, counter in machine.energy.items():
-        table.add_row("energy", f"{device}: {counter.get('domain', 'not measured')}")
     table.add_row("trains on", f"{machine.device}, precision {machine.precision}, unless you say otherwise")
     console.print(table)
     if not found:
@@ -146,7 +141,7 @@ def print_report(console: Console, machine: Machine, found: list[Finding]) -> No
 
 
 def findings(machine: Machine) -> list[Finding]:
-    """All rules that apply, the costliest first: the wrong device, then cores, memory, tools, meters."""
+    """All rules that apply, the costliest first: the wrong device, then cores, memory, tools."""
     rules = (_gpu, _threads, _company, _memory, _tools)
     return [Finding(what, advice) for rule in rules for what, advice in rule(machine)]
 
@@ -232,13 +227,6 @@ def _tools(machine: Machine) -> Iterator[tuple[str, str]]:
             "There is no C++ compiler, so torch.compile doesn't work on this CPU.",
             "Install one, such as the package g++; nothing else needs it.",
         )
-    for device, counter in machine.energy.items():
-        if "reason" in counter:
-            advice = counter["advice"]
-            yield (
-                f"Energy of {device.upper()} is not measured: {counter['reason']}.",
-                f"{advice[0].upper()}{advice[1:]}.",
-            )
 
 
 def gib(size_bytes: int) -> str:
@@ -271,7 +259,6 @@ def look(root: Path = ROOT) -> Machine:
         torch={"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
         libraries={name: package_version(name) for name in ("moevision", *LIBRARIES)},
         compiler=next((path for name in compilers if (path := shutil.which(name))), None),
-        energy={device: _energy(device, root) for device in ("cpu", *(f"cuda:{index}" for index in range(cards)))},
         device="cuda" if cards else "mps" if torch.backends.mps.is_available() else "cpu",
         precision=default_precision(),
     )
@@ -284,13 +271,6 @@ def _gpus(cards: int) -> list[Gpu]:
         free, total = torch.cuda.mem_get_info(index)
         found.append(Gpu(card.name, f"{card.major}.{card.minor}", total, free))
     return [*found, Gpu("Apple MPS", None, None, None)] if torch.backends.mps.is_available() else found
-
-
-def _energy(device: str, root: Path) -> dict[str, str]:
-    try:
-        return {"domain": open_counter(torch.device(device), powercap=root / "sys/class/powercap").domain}
-    except NotMeasured as error:
-        return {"reason": error.reason, "advice": error.advice}
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:

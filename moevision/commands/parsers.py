@@ -327,8 +327,8 @@ def doctor() -> ArgumentParser:
         "doctor",
         """\
         See what limits this machine before you train on it, and what to change: a torch without CUDA beside an NVIDIA
-        card, too few or too many threads, other programs, little memory, a tiny /dev/shm, no compiler, no energy
-        counter. Findings are no errors: the exit code is 0.
+        card, too few or too many threads, other programs, little memory, a tiny /dev/shm, no compiler. Findings are no
+        errors: the exit code is 0.
         """,
         """\
         moevision doctor
