@@ -241,7 +241,7 @@ def analyze() -> ArgumentParser:
     parser = _parser(
         "analyze",
         """\
-        Report what the experts of a trained model do, on held-out images. Writes OUT/:
+        Measure what the experts of a trained model do on held-out images, and write one report, OUT/:
 
           report.html         one page that opens from disk, without a network
           report.json         every number of it
@@ -249,8 +249,8 @@ def analyze() -> ArgumentParser:
           trace.safetensors   the routing of every patch, for your own questions:
                               moevision.analysis.RoutingTrace.load("OUT/trace.safetensors")
 
-        A layer has "learned specialization" only if its experts tell more about the images than chance, than the same
-        model untrained, than colour clusters and, with --seeds, than what two trainings have in common.
+        A layer counts as "learned specialization" only if its experts tell more about the images than chance, than the
+        same model untrained, than a hash and clusters of the patches and, with --seeds, if other trainings repeat it.
         """,
         """\
         moevision analyze runs/pets                                   the images that the run held out for its test
