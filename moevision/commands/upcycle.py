@@ -17,6 +17,7 @@ from rich.table import Table
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from moevision.commands import loading
 from moevision.data import SyntheticPets
 from moevision.data.augment import normalize
 from moevision.efficiency import measure_cost
@@ -40,20 +41,20 @@ def run(chosen: Namespace) -> None:
     out = Path(chosen.out)
     check_folder(out, force=chosen.force)
     options = _options(chosen.option)
-    console = Console(highlight=False)
-    with console.status("reading the dense model"):
+    with loading("reading the dense model"):
         dense = load_dense(
             chosen.model, chosen.weights, num_classes=chosen.num_classes, image_size=chosen.image_size, seed=chosen.seed
         )
     if not dense.num_classes:
         raise UserError(f"{chosen.model} has no classifier: say how many classes it shall have, --num-classes N.")
-    with console.status("copying experts"):
+    with loading("copying experts"):
         names = ("layers", "num_experts", "top_k", "router", "noise", "reinit", "seed")
         moe = upcycle(dense, **{name: getattr(chosen, name) for name in names} | options)
     saved = describe(moe.eval())
-    with console.status("measuring"):
+    with loading("measuring"):
         record = {"source": chosen.model, "moe_config": moe.moe_config, **measure(dense, saved)}
     write_model(saved, out, "upcycle.json", record)
+    console = Console(highlight=False)
     print_report(console, record)
     console.print(f"\nnext: {shown(next_command(saved, out))}", markup=False, soft_wrap=True)
 
