@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moevision.commands import VERBS, Verb
 from moevision.commands.benchmark import layer as layer_module
 from moevision.commands.benchmark.options import build_parser
 from moevision.commands.benchmark.peers import PEERS, build_peer
@@ -19,6 +20,14 @@ model:
   aux: {importance: 0.05}
 trainer: {max_epochs: 1}
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def verb():
+    """The command line no longer names it; here it does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VERBS, "benchmark", Verb("", "moevision.commands.benchmark.command:main"))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import socket
 import sys
 import time
 import warnings
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from moevision.errors import DataWarning, UserError
@@ -235,26 +235,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-DESCRIPTION = """\
-See in a browser which expert every patch of a picture goes to.
-
-Without MODEL it shows the models that come with the package. Nothing is downloaded and nothing leaves this computer;
-pictures that you drop on the page are not kept.
-"""
-
-EXAMPLES = """\
-examples
-  moevision demo                                     the bundled models, on this computer only
-  moevision demo --data path/to/photos               with your own pictures for the photo model, one folder per class
-  moevision demo runs/pets                           a model that you trained
-  moevision demo --host 0.0.0.0 --auth class:secret  for a class on the same network; a QR code is printed
-  moevision demo --share --auth class:secret         for people elsewhere, through a tunnel of gradio's
-"""
-
-
-def main(arguments: list[str], wait: Callable[[], None] | None = None) -> None:
-    """Run with command-line arguments until Ctrl-C, or until `wait` returns."""
-    chosen = _parser().parse_args(arguments)
+def run(chosen: Namespace, wait: Callable[[], None] | None = None) -> None:
+    """Run with parsed command-line arguments until Ctrl-C, or until `wait` returns."""
     serving = _serving(chosen)
     serving.check()
     print("Loading the models …", file=sys.stderr)
@@ -332,52 +314,3 @@ def _serving(chosen: Namespace) -> Serving:
         tuple(chosen.allow_host),
         tuple(chosen.allow_embed),
     )
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="moevision demo",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    add: Any = parser.add_argument
-    add(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a run folder, its model/ folder, or a timm address; bundled if left out",
-    )
-    add(
-        "--data",
-        metavar="DIR",
-        help="pictures to choose from: a folder with one subfolder per class, or a dataset's name such as cifar10 or "
-        "synthetic_pets",
-    )
-    add("--root", default="data", metavar="DIR", help="folder where datasets known by name live (%(default)s)")
-    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for the whole network (%(default)s)")
-    add("--port", type=int, help="port (the first free one from 7860)")
-    add("--auth", metavar="USER:PASS", help="ask visitors for this user and password")
-    add("--public", action="store_true", help="let anyone in, without a password, who can reach --host or --share")
-    add(
-        "--share",
-        action="store_true",
-        help="open a public address through a server of gradio's (the first time it downloads a program for that)",
-    )
-    add(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="another name under which the page is opened, such as a proxy's: lab.example.org or *.example.org "
-        "(addresses, localhost and this computer's own name always work; repeat it for more)",
-    )
-    add(
-        "--allow-embed",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="a website that may show the page in a frame, such as https://lab.example.org (repeat it for more)",
-    )
-    add("--no-browser", dest="browser", action="store_false", help="don't open a browser")
-    return parser

@@ -108,6 +108,17 @@ SHORT = frozenset(
         "data.group_by",
     ]
 )
+_ABOUT = {
+    "fit": "Train a model on a folder of images, a dataset or a config; everything that it leaves is in runs/NAME/.",
+    "validate": "Evaluate a checkpoint on the validation images.",
+    "test": "Evaluate a checkpoint on the test images.",
+}
+# What the verb refuses, or what changes nothing for it.
+_USELESS = {
+    "fit": {"ckpt_path"},
+    "validate": {"resume", "with_twin", "trainer.max_epochs", "trainer.accumulate_grad_batches"},
+}
+_USELESS["test"] = _USELESS["validate"]
 _TRAIN = """\
   moevision fit --config quickstart
   moevision fit path/to/images --model.arch.router expert_choice
@@ -162,13 +173,16 @@ def restrict_configurations() -> None:
 
 def hide_rare_options(parser: LightningArgumentParser) -> None:
     """Leave only the options in `SHORT` in the help of a training verb."""
+    verb = verb_of(parser)
+    short = SHORT - _USELESS[verb]
     for action in parser._actions:
-        if action.dest not in SHORT:
+        if action.dest not in short:
             action.help = SUPPRESS
     for group in parser._action_groups:
-        if not any(action.dest in SHORT for action in group._group_actions):
+        if not any(action.dest in short for action in group._group_actions):
             group.description = None
-    parser.usage = f"moevision {verb_of(parser)} [FOLDER] [--config NAME] [options]"
+    parser.usage = f"moevision {verb} [FOLDER] [--config NAME] [options]"
+    parser.description = _ABOUT[verb]
 
 
 def verb_of(parser: LightningArgumentParser) -> str:

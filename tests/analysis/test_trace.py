@@ -18,12 +18,12 @@ from torch.utils.data import Dataset
 from moevision import convert_to_moe, forward_routing
 from moevision.analysis import LayerTrace, RoutingTrace, collect_routing, open_pictures
 from moevision.analysis.trace import LAYER_ARRAYS, SCHEMA
+from moevision.commands.predict import predict_batch
 from moevision.data import BadImageError, SyntheticPets
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, load_model
-from moevision.predict import predict_batch
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PETS = SyntheticPets(24, 32, 0, "test")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from moevision.commands.predict import find_images
 from moevision.data.folder import read_folder, walk
 from moevision.data.sources import FileCollection
 from moevision.data.splits import Cut, make_splits
 from moevision.errors import UserError
-from moevision.predict import find_images
 from moevision.train.recipe import count_images
 from tests.conftest import TINY, run_cli
 

@@ -17,10 +17,10 @@ from huggingface_hub import ModelCard
 
 import moevision
 from moevision import UserError
+from moevision.commands.predict import predict_batch
 from moevision.data.named import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
 from moevision.models.io import SavedModel, load_model
-from moevision.predict import predict_batch
 from moevision.train.card import CardFacts, MoEBlock, Start, gather_facts, model_card, without_path
 from moevision.train.report import read_summary
 

@@ -1,19 +1,20 @@
-"""`moevision info MODEL`: what a model weighs and what one image costs, beside the dense models it is compared with."""
+"""`moevision info MODEL`: parameters and FLOPs of a model, beside the dense models it is compared with."""
 
 from __future__ import annotations
 
 import copy
 import json
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import timm
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from moevision.commands import loading
 from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers
@@ -34,8 +35,9 @@ def info(model: str, format: Literal["table", "json"] = "table") -> None:
     Raises:
         UserError: If there is no such model.
     """
-    saved = load_any(model)
-    costs = compare_costs(saved.net, saved.image_size)
+    with loading("counting parameters and FLOPs"):
+        saved = load_any(model)
+        costs = compare_costs(saved.net, saved.image_size)
     layers = moe_layers(saved.net)
     facts = {
         "model": model,
@@ -118,6 +120,6 @@ def _print_table(facts: dict[str, Any], costs: dict[str, ModelCost]) -> None:
     )
 
 
-def main(arguments: list[str]) -> None:
-    """Run with command-line arguments."""
-    auto_cli(info, args=arguments, as_positional=True, prog="moevision info")
+def run(chosen: Namespace) -> None:
+    """Run with parsed command-line arguments."""
+    info(**vars(chosen))

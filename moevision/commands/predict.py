@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from argparse import ArgumentParser
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from moevision.commands import loading
 from moevision.data.folder import walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
 from moevision.data.transforms import normalize, square_pixels
@@ -26,11 +27,11 @@ from moevision.names import csv_name, json_text
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one picture.
+    """What a model says about one image.
 
     Attributes:
         path: the file.
-        classes: the likeliest classes in words, best first, at most five.
+        classes: the most likely classes in words, best first, at most five.
         probabilities: their probabilities.
         error: why the file could not be read; the other fields are empty then.
     """
@@ -51,7 +52,7 @@ def predict(
 ) -> None:
     """Classify images with a saved model.
 
-    Prints one row per image: path, class in words, probability, and the five likeliest classes. A file that can't be
+    Prints one row per image: path, class in words, probability, and the five most likely classes. A file that can't be
     read gets a row that says why; the others are classified all the same.
 
     Args:
@@ -59,16 +60,17 @@ def predict(
         paths: Image files and folders (searched with all subfolders).
         format: csv or json.
         out: File to write to; standard output if not given.
-        batch_size: Pictures per forward pass.
-        precision: fp32, or bf16 autocast: for many pictures on a machine that multiplies bf16 faster; probabilities
-            then have two to three digits.
+        batch_size: Images per forward pass.
+        precision: fp32, or bf16 autocast: for many images on a machine that multiplies bf16 faster; probabilities then
+            have two to three digits.
 
     Raises:
         UserError: If there is no such model or path, no image in the folders, or no place to write to.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size is {batch_size}: it must be at least 1.")
-    saved = load_model(model)
+    with loading("loading the model"):
+        saved = load_model(model)
     files = list(find_images(paths))
     batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
@@ -114,7 +116,7 @@ def predict_batch(
     """Classify one batch of files, in their order; unreadable ones are reported, not raised."""
     device = best_device()
     errors: dict[Path, str] = {}
-    pixels: dict[Path, torch.Tensor] = {}
+    pixels: dict[Path, torch.Tensor] = {}  # uint8 [3, S, S]
     for file in files:
         try:
             image = square_pixels(safe_open(file, model.image_size), model.image_size)
@@ -123,11 +125,11 @@ def predict_batch(
             errors[file] = error.reason
     top: dict[Path, tuple[list[float], list[int]]] = {}
     if pixels:
-        images = normalize(torch.stack(list(pixels.values())), model.mean, model.std).to(device)
+        images = normalize(torch.stack(list(pixels.values())), model.mean, model.std).to(device)  # [B, 3, S, S]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model.net.to(device)(images)
+            logits = model.net.to(device)(images)  # [B, C]
         probabilities = logits.float().softmax(-1).cpu()
-        values, indices = probabilities.topk(min(5, len(model.class_names)))
+        values, indices = probabilities.topk(min(5, len(model.class_names)))  # [B, 5], best first
         top = dict(zip(pixels, zip(values.tolist(), indices.tolist(), strict=True), strict=True))
     return [
         Prediction(str(file), error=errors[file])
@@ -168,19 +170,6 @@ def to_json(predictions: Sequence[Prediction]) -> str:
     return json_text(rows, indent=2) + "\n"
 
 
-def main(arguments: list[str]) -> None:
-    """Run with command-line arguments: everything after MODEL that is no option is a path."""
-    parser = ArgumentParser(prog="moevision predict", description="Classify images with a saved model.")
-    parser.add_argument("model", type=str, help="a run folder, its model/ folder, or a timm address")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files, and folders with all subfolders")
-    parser.add_argument("--format", choices=("csv", "json"), default="csv", help="form of the answer (%(default)s)")
-    parser.add_argument("--out", metavar="FILE", help="write to FILE instead of standard output")
-    parser.add_argument("--batch_size", type=int, default=64, help="pictures per forward pass (%(default)s)")
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="bf16: twice the pictures a second where a processor multiplies bf16 faster, probabilities to two or "
-        "three digits (%(default)s)",
-    )
-    predict(**vars(parser.parse_args(arguments)))
+def run(chosen: Namespace) -> None:
+    """Run with parsed command-line arguments."""
+    predict(**vars(chosen))
