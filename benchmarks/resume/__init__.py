@@ -1,0 +1,1 @@
+"""Trainings that were interrupted or killed, against ones that weren't."""
