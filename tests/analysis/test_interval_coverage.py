@@ -21,7 +21,7 @@ def test_coverage_of_a_small_run(classes, bits) -> None:
 
 
 def test_recorded_coverage_is_at_least_93_percent() -> None:
-    recorded = json.loads((BENCHMARKS / "interval_coverage.json").read_text())
+    recorded = json.loads((BENCHMARKS / "coverage" / "record.json").read_text())
     asked = {(row["about"], row["images"], row["bits"]) for row in recorded["rows"]}
     assert {
         (about, images, bits)
