@@ -4,7 +4,7 @@
 
 Two Lightning trainings of one config's model on noise take turns, step by step, each in a thread of its own; one has
 the guard and the router health log, the other neither. Everything between the first callback of a step and its last is
-counted, in CPU seconds of that thread, which other programs on the machine don't enter (and in wall seconds beside it).
+counted, in CPU seconds of that thread, which other programs on the machine don't enter.
 The ratio of pairs can't tell a cost below the noise of a step, so the hooks of both callbacks are timed by themselves
 too; and a snapshot, which comes once in `snapshot_every` updates and is shared out over them. Quote `cost_percent`
 (hooks and snapshots) beside the median ratio and its quartiles; the absolute figures belong to the machine.
@@ -66,12 +66,12 @@ class Begin(L.Callback):
 
     def __init__(self, turns: Turns, own: int) -> None:
         self.turns, self.own = turns, own
-        self.started = (0.0, 0.0)
+        self.started = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start."""
         self.turns.wait_for(self.own)
-        self.started = (time.thread_time(), time.perf_counter())
+        self.started = time.thread_time()
 
 
 class End(L.Callback):
@@ -80,15 +80,12 @@ class End(L.Callback):
     def __init__(self, begin: Begin) -> None:
         self.begin = begin
         self.cpu_s: list[float] = []
-        self.wall_s: list[float] = []
         self.snapshot_s: list[float] = []
         self.guard_s: list[float] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop."""
-        cpu, wall = self.begin.started
-        self.cpu_s.append(time.thread_time() - cpu)
-        self.wall_s.append(time.perf_counter() - wall)
+        self.cpu_s.append(time.thread_time() - self.begin.started)
         self.begin.turns.hand_over(self.begin.own)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -167,13 +164,12 @@ def main() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    plain, guarded = ([end.cpu_s[WARM_UP:], end.wall_s[WARM_UP:]] for end in ends)
-    step_s, snapshot_s = statistics.median(plain[0]), statistics.median(ends[1].snapshot_s)
-    pairs = [guard / alone for alone, guard in zip(plain[0], guarded[0], strict=True)]
+    plain, guarded = (end.cpu_s[WARM_UP:] for end in ends)
+    step_s, snapshot_s = statistics.median(plain), statistics.median(ends[1].snapshot_s)
+    pairs = [guard / alone for alone, guard in zip(plain, guarded, strict=True)]
     every = GuardConfig().snapshot_every
     hooks_percent = 100 * sum(ends[1].guard_s) / sum(ends[1].cpu_s)
     snapshots_percent = 100 * snapshot_s / (every * step_s)
-    walls = [guard / alone for alone, guard in zip(plain[1], guarded[1], strict=True)]
     result = {
         **origin,
         "config": options.config,
@@ -188,6 +184,5 @@ def main() -> None:
         "snapshot_every": every,
         "pair_ratio_median": round(statistics.median(pairs), 4),
         "pair_ratio_quartiles": [round(quartile, 4) for quartile in statistics.quantiles(pairs, n=4)[::2]],
-        "wall_ratio_median": round(statistics.median(walls), 4),
     }
     write_result(options.out, result)

@@ -2,7 +2,6 @@
 
     python -m benchmarks resume                  # every cell, about 4 s of CPU each
     python -m benchmarks resume --only bf16      # those whose name holds this
-    python -m benchmarks resume --cells 6        # the first six
 
 Each cell trains a tiny model on 64 drawn images (8 steps an epoch, 3 epochs, dropout, stochastic depth and router
 noise on) twice: once straight through, and once interrupted by a real SIGTERM at one place, and resumed by new objects
@@ -203,7 +202,6 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argument_parser("resume", __doc__)
     parser.add_argument("--only", default="", help="cells whose name holds this")
-    parser.add_argument("--cells", type=int, help="at most so many")
     parser.add_argument("--again", action="store_true", help="also those that are in the record")
     parser.add_argument("--out", type=Path, default=HERE / "resume" / "matrix.json")
     options = parser.parse_args()
@@ -215,7 +213,7 @@ def main() -> None:
     baselines: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary, quiet_lightning():
         root = Path(temporary)
-        for setting, place in chosen[: options.cells]:
+        for setting, place in chosen:
             name = f"{setting.name} / {place}"
             if name in record["cells"] and not options.again:
                 continue

@@ -61,15 +61,12 @@ def plan(record: Record, options: Namespace) -> Iterator[dict[str, Any]]:
 
 
 def study(record: Record, options: Namespace) -> None:
-    """Do the runs that the record lacks, until the minutes are over."""
-    start, origin = time.monotonic(), about()
+    """Do the runs that the record lacks."""
+    origin = about()
     data = {name: open_data(name, options.cifar, pets=options.pets) for name in options.datasets}
     for key in plan(record, options):
         if record.find(**key) is not None:
             continue
-        if time.monotonic() - start > 60 * options.minutes:
-            print(f"{options.minutes:g} minutes are over: start the same command again to go on.")
-            return
         run = {**key, **one_run(data[key["dataset"]], key, options.steps), **origin}
         record.add(run)
         loads = ", ".join(f"{layer['max_over_mean']:.2f}" for layer in run["layers"])
@@ -123,7 +120,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=range(6), help="seeds of the chosen rate (0 to 5)")
     parser.add_argument("--steps", type=int, default=500, help=f"optimizer steps of {BATCH} images (%(default)s)")
     parser.add_argument("--pets", nargs=3, type=int, default=(16_384, 2_000, 4_000), help="drawn images per split")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
     parser.add_argument("--speed", action="store_true", help="measure images/s instead (about a minute)")
     parser.add_argument("--rounds", type=int, default=40, help="steps of each row for --speed (%(default)s)")
     parser.add_argument("--report", action="store_true", help="print tables and draw the figure instead")

@@ -83,54 +83,40 @@ def measure_speed(data: ImageDataModule, rounds: int) -> dict[str, Any]:
     """Training and inference speed of every arm, and its ratio to the first arm, from `rounds` interleaved rounds.
 
     A training step is a batch from the loader (drawn once per round, its time added to every arm's), forward under
-    bf16 autocast, losses, backward, clipping and AdamW. Two clocks run along: wall time is what a user waits for, but
-    belongs to a machine that may be doing other work; CPU time on one thread is what an idle one would take.
+    bf16 autocast, losses, backward, clipping and AdamW; times are CPU seconds of one thread.
     """
     origin = about()
     steps = {arm: TrainingStep(model_of(arm)) for arm in ARMS}
     batches = endless(data)
     first = next(batches)
     images, labels = first["image"].clone(), first["label"].clone()
-    loading: dict[str, list[float]] = {"wall": [], "cpu": []}
+    loading: list[float] = []
 
     def load(number: int) -> None:
-        wall, cpu = time.perf_counter(), time.process_time()
+        start = time.process_time()
         batch = next(batches)
         images.copy_(batch["image"])
         labels.copy_(batch["label"])
-        loading["wall"].append(time.perf_counter() - wall)
-        loading["cpu"].append(time.process_time() - cpu)
+        loading.append(time.process_time() - start)
 
     candidates = []
     for arm, step in steps.items():
         classify = inference(step.net, images, "bf16")
         candidates.append(Candidate(f"train {arm}", functools.partial(step, images, labels), step.net.train))
         candidates.append(Candidate(f"infer {arm}", classify, step.net.eval))
-    timings = interleave(candidates, repetitions=rounds, warm_up=WARM_UP, prepare=load)
-    loading = {clock: seconds[WARM_UP:] for clock, seconds in loading.items()}
-    found: dict[str, dict[str, Any]] = {"train": {}, "infer": {}}
-    for phase, arm in ((phase, arm) for phase in found for arm in ARMS):
-        entry: dict[str, Any] = {}
-        for clock, times in (("wall", timings.seconds), ("cpu", timings.cpu)):
-            waits = loading[clock] if phase == "train" else [0.0] * rounds
-            own, moe = ([a + b for a, b in zip(times[f"{phase} {x}"], waits, strict=True)] for x in (arm, MOE))
-            entry[f"{clock}_ms"] = quartiles_ms(own)
-            ratios = [reference / value for reference, value in zip(moe, own, strict=True)]
-            entry[f"{clock}_ratio"] = [round(value, 3) for value in quartiles(ratios)]
-        found[phase][arm] = entry
-    return {
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-        "load_average": origin["machine"]["load_average_before"],
-        "loading_ms": {clock: quartiles_ms(seconds) for clock, seconds in loading.items()},
-        **found,
-        **origin,
-    }
-
-
-def quartiles_ms(seconds: Sequence[float]) -> list[float]:
-    """Quartiles in milliseconds."""
-    return [round(1000 * value, 2) for value in quartiles(seconds)]
+    times = interleave(candidates, repetitions=rounds, warm_up=WARM_UP, prepare=load).cpu
+    found: dict[str, dict[str, Any]] = {}
+    for phase, waits in (("train", loading[WARM_UP:]), ("infer", [0.0] * rounds)):
+        spent = {arm: [a + b for a, b in zip(times[f"{phase} {arm}"], waits, strict=True)] for arm in ARMS}
+        ratios = {arm: [moe / own for moe, own in zip(spent[MOE], spent[arm], strict=True)] for arm in ARMS}
+        found[phase] = {
+            arm: {
+                "cpu_ms": [round(1000 * value, 2) for value in quartiles(spent[arm])],
+                "cpu_ratio": [round(value, 3) for value in quartiles(ratios[arm])],
+            }
+            for arm in ARMS
+        }
+    return {"threads": torch.get_num_threads(), "rounds": rounds, **found, **origin}
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
@@ -172,7 +158,7 @@ def set_budget(record: Record, budget_s: float) -> dict[str, Any]:
         return found["budget"]
     used = [number for number, speed in enumerate(found.get("speed", [])) if speed["threads"] == 1]
     if not used:
-        raise UserError("No speed has been measured yet: run `--stage speed --threads 1` first, best three times.")
+        raise UserError("No speed has been measured yet: run `--stage speed` first, best three times.")
     step_ms = {
         arm: statistics.median(found["speed"][number]["train"][arm]["cpu_ms"][1] for number in used) for arm in ARMS
     }
@@ -206,10 +192,8 @@ def data_of(cifar: str) -> ImageDataModule:
     return open_data("cifar10", cifar)
 
 
-def one_run(key: dict[str, Any], cifar: str, stop_at: float) -> dict[str, Any] | None:
-    """Train one arm and test it on the whole test split; None if it would have begun too late."""
-    if time.time() > stop_at:
-        return None
+def one_run(key: dict[str, Any], cifar: str) -> dict[str, Any]:
+    """Train one arm and test it on the whole test split."""
     torch.set_num_threads(1)
     keep_freed_memory()  # as `moevision fit` does
     data, origin = data_of(cifar), about()
@@ -225,7 +209,7 @@ def study(record: Record, options: Namespace) -> None:
     """Do the trainings that the record lacks, `jobs` at a time, each on one thread."""
     steps = set_budget(record, options.budget_s)["steps"]
     todo = [key for key in plan(steps, options.seeds) if record.find(**key) is None]
-    work = functools.partial(one_run, cifar=options.cifar, stop_at=time.time() + 60 * options.minutes)
+    work = functools.partial(one_run, cifar=options.cifar)
     if options.jobs == 1:
         for key in todo:
             note(record, work(key))
@@ -236,11 +220,8 @@ def study(record: Record, options: Namespace) -> None:
             note(record, done.result())
 
 
-def note(record: Record, run: dict[str, Any] | None) -> None:
+def note(record: Record, run: dict[str, Any]) -> None:
     """Keep a finished run and say so."""
-    if run is None:
-        print("The minutes are over: start the same command again to go on.", flush=True)
-        return
     record.add(run)
     name = f"{run['arm']}  {run['steps']} steps  seed {run['seed']}"
     print(f"{name}: test {run['test_top1']:.3f}  {run['cpu_s']:.0f} s CPU, {run['wall_s']:.0f} s", flush=True)
@@ -255,8 +236,6 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=240.0, help="training time of one thread (%(default)g s)")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many minutes")
-    parser.add_argument("--threads", type=int, default=1, help="of --stage speed (%(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="of --stage speed (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="processes per arm of --stage memory (%(default)s)")
     parser.add_argument("--figures", type=Path, default=HERE.parent / "docs" / "img", help="folder (%(default)s)")
@@ -272,7 +251,7 @@ def main() -> None:
         "schedule": "AdamW, one cycle over the arm's own steps",
     })  # fmt: skip
     if options.stage == "speed":
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(1)
         keep_freed_memory()
         record.put("cost", {arm: vars(measure_cost(model_of(arm).build(), IMAGE_SIZE)) for arm in ARMS})
         speed = measure_speed(data_of(options.cifar), options.rounds)
