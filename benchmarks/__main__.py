@@ -21,14 +21,14 @@ STUDY = {
     "upcycling": ("sparse upcycling beside training on", "upcycling"),
     "saving": ("what sparsity saves, and what two levers cost, after the same training time", "saving"),
     "accumulation": ("the balance losses' gradient under gradient accumulation", "accumulation"),
-    "coverage": ("how often intervals of excess information hold the true value", "coverage"),
+    "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "unlike": ("how often the explorer calls an image unlike the training data", "demo.unlike"),
 }
 PROVE = {
-    "resume": ("interrupted and resumed against uninterrupted, bit for bit", "resume.matrix"),
-    "kill": ("the same with kill -9 at random moments", "resume.kill"),
-    "soak": ("memory and open files over a long training and many predictions", "soak"),
+    "resume": ("interrupted and resumed against uninterrupted, bit for bit", "reliability.resume"),
+    "kill": ("the same with kill -9 at random moments", "reliability.kill"),
+    "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),
     "mutation": ("small wrong changes, and the tests that notice them", "mutation"),
 }
 MAKE = {"bundle": ("one of the explorer's bundled models, from finished runs", "bundle")}

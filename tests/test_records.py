@@ -20,7 +20,7 @@ WITHOUT_COMMIT: set[str] = {
     "benchmarks/mutation_equivalent.json",  # reasons, written by hand
     "benchmarks/demo/load.json",
     "benchmarks/guard/accuracy.json",
-    "benchmarks/coverage/record.json",
+    "benchmarks/analysis/coverage.json",
     "moevision/demo/models/cifar10/atlas.json",
     "moevision/demo/models/cifar10/card.json",
     "moevision/demo/models/pets/atlas.json",

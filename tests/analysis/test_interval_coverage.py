@@ -1,11 +1,11 @@
-"""A small run of benchmarks/coverage, and what its recorded output must say."""
+"""A small run of benchmarks/analysis/coverage.py, and what its recorded output must say."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import coverage
+from benchmarks.analysis import coverage
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -21,7 +21,7 @@ def test_coverage_of_a_small_run(classes, bits) -> None:
 
 
 def test_recorded_coverage_is_at_least_93_percent() -> None:
-    recorded = json.loads((BENCHMARKS / "coverage" / "record.json").read_text())
+    recorded = json.loads((BENCHMARKS / "analysis" / "coverage.json").read_text())
     asked = {(row["about"], row["images"], row["bits"]) for row in recorded["rows"]}
     assert {
         (about, images, bits)

@@ -8,9 +8,9 @@ from scipy.stats import sem, t
 from tests.records import Claim, Definition
 
 Json = dict[str, Any]
-GUARD, COST, SOAK = "benchmarks/guard/accuracy.json", "benchmarks/guard/cost.json", "benchmarks/soak/record.json"
-RESUME, KILLS = "benchmarks/resume/matrix.json", "benchmarks/resume/kill.json"
-FILES = "benchmarks/resume/file_operations.json"
+GUARD, COST, SOAK = "benchmarks/guard/accuracy.json", "benchmarks/guard/cost.json", "benchmarks/reliability/soak.json"
+RESUME, KILLS = "benchmarks/reliability/resume.json", "benchmarks/reliability/kill.json"
+FILES = "benchmarks/reliability/file_operations.json"
 
 
 def mean_difference(record: Json) -> Json:

@@ -48,9 +48,7 @@ def _weaker(record: dict[str, Any]) -> dict[str, float]:
 
 
 CLAIMS = [
-    Claim(
-        STUDY, "{text}", lambda record: {"text": report("routers").accuracy_table(list(_rows(record).values()))}
-    ),
+    Claim(STUDY, "{text}", lambda record: {"text": report("routers").accuracy_table(list(_rows(record).values()))}),
     Claim(STUDY, "{text}", lambda record: {"text": report("routers").load_table(list(_rows(record).values()))}),
     Claim(STUDY, "{text}", lambda record: {"text": report("routers").cost_table(record)}),
     Claim(STUDY, "`position` and `hash` are {position:.1f} and {hash:.1f} points above", _above),

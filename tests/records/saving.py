@@ -62,9 +62,7 @@ CLAIMS = [
     Claim(
         STUDY,
         "| the whole process, MiB | {moe:.0f} | {small:.0f} | {large:.0f} |",
-        lambda record: {
-            name: report("saving").memory(record, arm) for name, arm in zip(NAMES, SAVING, strict=True)
-        },
+        lambda record: {name: report("saving").memory(record, arm) for name, arm in zip(NAMES, SAVING, strict=True)},
     ),
     Claim(
         STEP,

@@ -90,7 +90,7 @@ def differing(run: Path, other: Path) -> list[str]:
     return [name for name in COMPARED if content(run / name) != content(other / name)]
 
 
-# The whole matrix is benchmarks/resume/matrix.py; this is its hardest part.
+# The whole matrix is benchmarks/reliability/resume.py; this is its hardest part.
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def differing(run: Path, other: Path) -> list[str]:
     ],
 )
 def test_interrupted_and_resumed_is_uninterrupted(name, place, tmp_path):
-    from benchmarks.resume import matrix
+    from benchmarks.reliability import resume as matrix
     from moevision.train.console import quiet_lightning
 
     setting = next(each for each in matrix.SETTINGS if each.name == name)

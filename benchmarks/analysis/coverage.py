@@ -1,6 +1,6 @@
 """How often intervals of excess information hold the true value, by simulation with dependent patches.
 
-    OMP_NUM_THREADS=1 python -m benchmarks coverage --out benchmarks/coverage/record.json
+    OMP_NUM_THREADS=1 python -m benchmarks coverage --out benchmarks/analysis/coverage.json
 
 `score` is the interval of `moevision.analysis`; the others are what one would try first:
 `percentile` (image bootstrap of the excess), `basic` (the bootstrap of the plug-in reflected at the plug-in), and

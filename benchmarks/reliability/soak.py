@@ -1,6 +1,6 @@
 """Do memory and open files stay flat over a long training and over many predictions?
 
-    python -m benchmarks soak --out benchmarks/soak/record.json
+    python -m benchmarks soak --out benchmarks/reliability/soak.json
 
 - training: one `moevision fit` of 4 000 steps on drawn pets (tiny model, batch 16, 100 epochs with validation and
   checkpoints), observed from outside through /proc, from its first checkpoint to its last;

@@ -98,7 +98,7 @@ def main() -> None:
         "--epochs", type=int, help=f"of a run; {EPOCHS} unless told, {EPOCHS_OF_ONE_RUN} with --one-run"
     )
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "moevision-kill-loop")
-    parser.add_argument("--out", type=Path, default=HERE / "resume" / "kill.json")
+    parser.add_argument("--out", type=Path, default=HERE / "reliability" / "kill.json")
     options = parser.parse_args()
     name = "own file system" if options.tmpdir is None else f"TMPDIR in {options.tmpdir}"
     name += ", one run" if options.one_run else ""

@@ -203,7 +203,7 @@ def main() -> None:
     parser = argument_parser("resume", __doc__)
     parser.add_argument("--only", default="", help="cells whose name holds this")
     parser.add_argument("--again", action="store_true", help="also those that are in the record")
-    parser.add_argument("--out", type=Path, default=HERE / "resume" / "matrix.json")
+    parser.add_argument("--out", type=Path, default=HERE / "reliability" / "resume.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -1,1 +1,0 @@
-"""Trainings that were interrupted or killed, against ones that weren't."""
