@@ -30,6 +30,9 @@ PROVE = {
     "kill": ("the same with kill -9 at random moments", "reliability.kill"),
     "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),
     "mutation": ("small wrong changes, and the tests that notice them", "mutation"),
+    "unchanged": ("hashes of a training, a resumed training, a report and a view, before and after", "house.unchanged"),
+    "counts": ("modules, lines and statements of the package, single importers, import cycles", "house.counts"),
+    "trips": ("the files that a forward pass, a training batch and a command cross", "house.trips"),
 }
 MAKE = {"bundle": ("one of the explorer's bundled models, from finished runs", "bundle")}
 VERBS = {**MEASURE, **STUDY, **PROVE, **MAKE}

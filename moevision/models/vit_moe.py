@@ -53,7 +53,7 @@ class VisionTransformerMoE(VisionTransformer):
         expert_hidden: hidden width of one expert; mlp_ratio · D / (K + shared) if None, so that a token costs as in
             the plain ViT.
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
-        stem: `patch` (timm's) or `conv` (arXiv:2106.14881; far better when a small model learns from scratch).
+        stem: `patch` (timm's) or `conv` (arXiv:2106.14881: for small models that learn from scratch).
         twin: build the dense twin instead, matched in `active_flops` or `total_params`, or of these hidden widths, one
             for each MoE layer.
         img_size: side(s) of the image in pixels.

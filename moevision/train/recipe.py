@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from moevision.train.task import ClassificationTask
 
 PACKAGE = Path(__file__).resolve().parent.parent
-SCRATCH_MINIMUM = 20_000  # images below which a pretrained start is usually far better
+SCRATCH_MINIMUM = 20_000  # images below which `fit` suggests a pretrained start
 _ASKS = ("-h", "--help", "--print_config")
 # Images in the datasets known by name, which may have to be fetched before they can be counted.
 _NAMED_IMAGES = {
@@ -221,8 +221,8 @@ def describe_plan(task: ClassificationTask, data: ImageDataModule, trainer: L.Tr
         lines.append(f"plan: {epochs} epochs of {train_images:,} images, {speed}")
     if task.arch.pretrained is None and train_images < SCRATCH_MINIMUM and data.path != "synthetic_pets":
         lines.append(
-            f"note: {train_images:,} images are few to learn from scratch; a pretrained start is usually far "
-            "better: --pretrained NAME_OR_FOLDER (any timm ViT, e.g. deit_tiny_patch16_224)."
+            f"note: {train_images:,} images are few to learn from scratch; try a pretrained start: "
+            "--pretrained NAME_OR_FOLDER (any timm ViT, e.g. deit_tiny_patch16_224)."
         )
     if _has_idle_nvidia_card():
         lines.append(

@@ -1,8 +1,8 @@
 """How many files one crosses while reading what happens: in an MoE forward, a training batch, and any command.
 
-    python benchmarks/trips.py                          # one MoE forward, one training batch
-    python benchmarks/trips.py analyze MODEL DATA       # and this command line of moevision
-    python benchmarks/trips.py --list                   # with the way of each trip, file by file
+    python -m benchmarks trips                          # one MoE forward, one training batch
+    python -m benchmarks trips analyze MODEL DATA       # and this command line of moevision
+    python -m benchmarks trips --list                   # with the way of each trip, file by file
 
 Counted are the calls of Python functions below moevision/ in the main thread: the files whose functions run, and the
 hops, how often a call is in another file than the call before. Returns don't count, nor what an import or a

@@ -1,7 +1,7 @@
 """How large the house is: modules, lines and statements by folder, modules that one other imports, import cycles.
 
-    python benchmarks/house.py                  # of this checkout
-    python benchmarks/house.py path/to/checkout
+    python -m benchmarks counts                  # of this checkout
+    python -m benchmarks counts path/to/checkout
 
 Lines are those of the files; statements (of the syntax tree, docstrings left out) don't change when a line is broken.
 An import inside a function or under TYPE_CHECKING is an edge too, but cycles count only what runs at import.
@@ -67,7 +67,7 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
 
 def main() -> None:
     """Count and print."""
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent
+    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[2]
     known = modules(root)
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in known.items()}
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in known.items()}

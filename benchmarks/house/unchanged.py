@@ -1,0 +1,132 @@
+"""Hashes of four results that a change of the house must not change: a training, a resumed training, a report, a view.
+
+    OMP_NUM_THREADS=1 python -m benchmarks unchanged --out before.json     # before
+    OMP_NUM_THREADS=1 python -m benchmarks unchanged --against before.json # after: says what differs, exits with 1
+
+About 6 CPU minutes. Equal hashes are expected on one machine with one torch only: other kernels round otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SPOKEN = {"seconds", "provenance", "timings", "versions", "settings"}
+"""Parts of a report that tell how and when it was made."""
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of tensors, bytes and JSON values, whatever their order in a dict."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.update(str((value.dtype, tuple(value.shape))).encode())
+            found.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                found.update(f"{key}:".encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            found.update(b"[")
+            for each in value:
+                add(each)
+        else:
+            found.update(value if isinstance(value, bytes) else repr(value).encode())
+
+    add(value)
+    return found.hexdigest()
+
+
+def moevision(folder: Path, *words: str) -> None:
+    """Run a command of the package in a folder."""
+    subprocess.run([sys.executable, "-m", "moevision", *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+def quickstart(folder: Path) -> dict[str, str]:
+    """One epoch of the quickstart: weights and metrics."""
+    moevision(folder, "fit", "--config", "quickstart", "--trainer.max_epochs", "1")
+    (run,) = (folder / "runs").iterdir()
+    return {
+        f"quickstart, one epoch: {name}": digest((run / name).read_bytes())
+        for name in ("model/model.safetensors", "metrics.csv")
+    }
+
+
+def resumed(folder: Path) -> dict[str, str]:
+    """One cell of the resume matrix: all state of a training that was interrupted and resumed."""
+    from benchmarks.reliability import resume as matrix
+    from moevision.train.cli import quiet_lightning
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    setting = next(each for each in matrix.SETTINGS if each.name.startswith("EMA, bias"))
+    with quiet_lightning():
+        assert matrix.train(folder, setting, 11) == {}
+        found, _ = matrix.newest_valid(folder / "checkpoints")
+        assert found is not None
+        state = matrix.compared(matrix.train(folder, setting, resume=found.path))
+    callbacks = {key.split("{")[0]: value for key, value in state["callbacks"].items()}
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "metrics.csv")
+    return {"resumed training": digest({key: state[key] for key in kept} | {"ema": callbacks.get("WeightEMA")})}
+
+
+def report(folder: Path) -> dict[str, str]:
+    """The numbers of `analyze` on a bundled model."""
+    import moevision as package
+
+    model = Path(package.__file__).parent / "demo" / "models" / "pets" / "trained"
+    moevision(folder, "analyze", str(model), "--data", "synthetic_pets", "--limit", "200", "--out", "report")
+    numbers = json.loads((folder / "report" / "report.json").read_bytes())
+    return {"analyze: numbers of report.json": digest(only_numbers(numbers))}
+
+
+def only_numbers(value: Any) -> Any:
+    """A JSON value without its sentences and times, which may change."""
+    if isinstance(value, dict):
+        kept = {key: only_numbers(each) for key, each in value.items() if key not in SPOKEN}
+        return {key: each for key, each in kept.items() if each is not None}
+    if isinstance(value, list):
+        return [only_numbers(each) for each in value]
+    return value if isinstance(value, int | float) else None
+
+
+def view(folder: Path) -> dict[str, str]:
+    """The view of one drawn image."""
+    from moevision.data import SyntheticPets
+    from moevision.demo import bundled_model, route_image
+
+    image = SyntheticPets(1, seed=3)[0][0]
+    return {"route": digest(route_image(bundled_model("pets"), image).to_json())}
+
+
+def main() -> None:
+    """Make the four, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--against", type=Path)
+    options = parser.parse_args()
+    found: dict[str, str] = {}
+    for make in (view, resumed, report, quickstart):
+        with tempfile.TemporaryDirectory() as folder:
+            found |= make(Path(folder))
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if options.against:
+        before = json.loads(options.against.read_text(encoding="utf-8"))
+        differs = [name for name in before.keys() | found.keys() if before.get(name) != found.get(name)]
+        print("\n".join(f"differs: {name}" for name in sorted(differs)) or f"all {len(found)} results are the same")
+        sys.exit(bool(differs))
+
+
+if __name__ == "__main__":
+    main()
