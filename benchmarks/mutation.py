@@ -44,7 +44,7 @@ AREAS = {
     "losses": ["losses.py"],
     "metrics": ["metrics.py"],
     "guard": ["train/guard.py"],
-    "resume": ["train/resume.py", "train/provenance.py"],
+    "resume": ["train/resume.py", "train/provenance.py", "train/processes.py"],
     "checkpoint writing": ["files.py", "train/checkpoint.py"],
     "sampler": ["data/loader.py", "data/transforms.py"],
     "safe readers": ["models/safe_files.py", "models/safe_config.py", "data/images.py"],

@@ -1,7 +1,8 @@
 """Checkpoints that a crash, a full disk or a flipped bit can't turn into a wrong training.
 
 Contents: plain data only (`make_plain`), since a checkpoint is read with `weights_only=True`, which refuses NumPy's
-numbers, paths and the like; and the state of every global random generator, which Lightning (2.6.6) leaves out.
+numbers, paths and the like; and the state of every global random generator (`processes.random_state`), which Lightning
+(2.6.6) leaves out.
 
 Writing: Lightning writes through a temporary file in $TMPDIR, without fsync; on another file system that is a plain
 copy onto the final name, so a kill leaves half a file there. Here: a temporary file in the target's own folder, fsync,
@@ -21,7 +22,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import shutil
 import time
 import zipfile
@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from moevision.data.transforms import hash_u64
 from moevision.errors import UserError
 from moevision.files import make_folder, rename, sync_folder, write_json_atomic, written_beside
 from moevision.train.processes import from_first, tell
@@ -77,37 +76,6 @@ def make_plain(checkpoint: dict[str, Any]) -> None:
     """Make a checkpoint plain, in place."""
     for key in list(checkpoint):
         checkpoint[key] = plain(checkpoint[key])
-
-
-def random_state() -> dict[str, Any]:
-    """The generators' states of this process: tensors, lists, numbers and strings only."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": torch.random.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def part_random_state(rank: int) -> None:
-    """Let this process draw other numbers than those that began with the same seed: its dropout is its own."""
-    seed = hash_u64(torch.initial_seed(), rank)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Put every generator back to `state`; CUDA generators only if there are as many devices as then."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.random.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
 
 
 @dataclass(frozen=True)

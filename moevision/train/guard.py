@@ -38,9 +38,8 @@ from torch.utils._pytree import tree_map
 from moevision.errors import DIVERGED, UserError
 from moevision.files import write_text_atomic
 from moevision.names import csv_name
-from moevision.train.checkpoint import random_state, restore_random_state
 from moevision.train.optim import WeightEMA
-from moevision.train.processes import gather, sum_numbers, tell
+from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
 from moevision.train.task import ClassificationTask
 
 DIAGNOSIS = "divergence.md"

@@ -1,4 +1,4 @@
-"""The processes of a training: signals that stop one, its clock, and what several of them agree on.
+"""The processes of a training: signals that stop one, its clock, its random state, and what several agree on.
 
 Stopping: before and after training a signal ends the process at once. During training it is only noted;
 `resume.ResumePoint` saves and stops between two optimizer steps, and a second signal doesn't wait for that. The exit
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from types import FrameType
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -35,6 +37,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 
 from moevision.data.contents import is_main_process
+from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError
 from moevision.names import shown_lines
 
@@ -366,3 +369,34 @@ def _meet() -> None:
     torchrun = isinstance(environment, TorchElasticEnvironment)
     address = "env://" if torchrun else f"tcp://{environment.main_address}:{environment.main_port}"
     dist.init_process_group(init_method=address, rank=environment.global_rank(), world_size=environment.world_size())
+
+
+def random_state() -> dict[str, Any]:
+    """The generators' states of this process: tensors, lists, numbers and strings only."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.random.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def part_random_state(rank: int) -> None:
+    """Let this process draw other numbers than those that began with the same seed: its dropout is its own."""
+    seed = hash_u64(torch.initial_seed(), rank)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put every generator back to `state`; CUDA generators only if there are as many devices as then."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.random.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])

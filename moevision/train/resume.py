@@ -32,15 +32,17 @@ from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
 from moevision.train.callbacks import RunLogger
-from moevision.train.checkpoint import (
-    LAST,
-    SafeCheckpointIO,
-    newest_valid,
+from moevision.train.checkpoint import LAST, SafeCheckpointIO, newest_valid
+from moevision.train.processes import (
+    AwakeClock,
+    Interruption,
+    Processes,
+    gather,
     part_random_state,
     random_state,
     restore_random_state,
+    tell,
 )
-from moevision.train.processes import AwakeClock, Interruption, Processes, gather, tell
 from moevision.train.recipe import expand_arguments, run_name
 
 OPTION, AUTO = "--resume", "auto"

@@ -28,8 +28,9 @@ from moevision.models.config import MoEConfig
 from moevision.train import checkpoint
 from moevision.train import cli as training_cli
 from moevision.train.callbacks import Stopwatch
-from moevision.train.checkpoint import newest_valid, plain, random_state, restore_random_state
+from moevision.train.checkpoint import newest_valid, plain
 from moevision.train.optim import OptimizerConfig
+from moevision.train.processes import random_state, restore_random_state
 from moevision.train.resume import CheckpointConfig, changed_options, claim, recorded_config, release, take_resume
 from moevision.train.task import ClassificationTask
 

@@ -12,8 +12,15 @@ import torch
 
 from moevision.data import ImageDataModule
 from moevision.data.transforms import hash_u64
-from moevision.train.checkpoint import SafeCheckpointIO, part_random_state, random_state, restore_random_state
-from moevision.train.processes import AwakeClock, Interrupted, Interruption
+from moevision.train.checkpoint import SafeCheckpointIO
+from moevision.train.processes import (
+    AwakeClock,
+    Interrupted,
+    Interruption,
+    part_random_state,
+    random_state,
+    restore_random_state,
+)
 from moevision.train.resume import MARK, CheckpointConfig, ResumePoint, _between_batches
 
 
