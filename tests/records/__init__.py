@@ -1,7 +1,8 @@
 """Which record every measured number of a page comes from; `tests/test_records.py` holds them together.
 
 Pages are README.md, docs/ and the lab notes benchmarks/*/README.md. A page with measured numbers has a module here,
-named as the page (docs/guides/serve.md: guides_serve.py, benchmarks/routers/README.md: routers.py), with two lists:
+named as the page (docs/reference/files.md: reference_files.py, benchmarks/routers/README.md: routers.py), with two lists
+(`pages.py` has those of pages with a number or two):
 
 CLAIMS: what the page says, as a format; the record that says it; and which of its values fill the format.
 
@@ -96,12 +97,14 @@ def module_of(path: Path) -> str:
 
 
 def checked_pages() -> list[Page]:
-    """All pages, with what their modules here claim."""
-    pages = []
+    """All pages, with what their modules here claim, or `pages` of those with a number or two."""
+    few, pages = importlib.import_module(f"{__name__}.pages"), []
     for path in all_pages():
-        name, known = module_of(path), Path(__file__).parent
-        module = importlib.import_module(f"{__name__}.{name}") if (known / f"{name}.py").is_file() else None
-        pages.append(Page(path, getattr(module, "CLAIMS", []), getattr(module, "DEFINITIONS", [])))
+        name, relative = module_of(path), str(path.relative_to(ROOT))
+        here = (Path(__file__).parent / f"{name}.py").is_file()
+        module = importlib.import_module(f"{__name__}.{name}") if here else None
+        claims = [*getattr(module, "CLAIMS", []), *few.CLAIMS.get(relative, [])]
+        pages.append(Page(path, claims, [*getattr(module, "DEFINITIONS", []), *few.DEFINITIONS.get(relative, [])]))
     return pages
 
 

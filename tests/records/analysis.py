@@ -1,4 +1,4 @@
-"""docs/analysis.md."""
+"""benchmarks/analysis/README.md."""
 
 from typing import Any
 

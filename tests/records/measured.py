@@ -5,13 +5,13 @@ from typing import Any
 from tests.records import (
     Claim,
     Definition,
+    accumulation,
     analysis,
-    concepts,
-    explorer,
+    demo,
     levers,
     performance,
+    quickstart,
     reliability,
-    results,
     routers,
     saving,
     surgery,
@@ -20,7 +20,7 @@ from tests.records import (
 from tests.records.studies import report
 
 Json = dict[str, Any]
-TRAIN = performance.TRAIN.format("cifar10")
+TRAIN, SURGERY = performance.TRAIN.format("cifar10"), surgery.BOTH
 
 
 def _restarted(record: Json) -> Json:
@@ -30,7 +30,7 @@ def _restarted(record: Json) -> Json:
     return {"mean": text.split("mean ")[1].split(", p")[0]}
 
 
-def _least_and_most(*records: Json) -> Json:
+def least_and_most(*records: Json) -> Json:
     """The smallest and the largest cost of an operation, in points."""
     costs = {
         (model, name): -100 * record["accuracy"]["difference"]["difference"]
@@ -42,17 +42,20 @@ def _least_and_most(*records: Json) -> Json:
     return {"least": costs[least], "most": costs[most]}
 
 
-def _class_in_l3(record: Json) -> Json:
+def class_in_l3(record: Json) -> Json:
+    """What block 3 of the bundled pets tells about the class."""
     return analysis.of_layer(record, 3, "class")
 
 
 CLAIMS = [
-    Claim(results.QUICKSTART, "the quickstart's model is right on {moe} of {total:,} test images", results.of_run),
-    Claim(results.CIFAR_CARD, "CIFAR-10 model on {moe} of {total:,}, beside {dense} for its", results.of_card),
     Claim(
-        results.QUICKSTART,
+        quickstart.QUICKSTART, "the quickstart's model is right on {moe} of {total:,} test images", quickstart.of_run
+    ),
+    Claim(quickstart.CIFAR_CARD, "CIFAR-10 model on {moe} of {total:,}, beside {dense} for its", quickstart.of_card),
+    Claim(
+        quickstart.QUICKSTART,
         "of the quickstart has {most:.2f} times the mean load",
-        lambda record: {"most": max(float(value) for value in results.loads(record)["slowest"].split(", "))},
+        lambda record: {"most": max(float(value) for value in quickstart.loads(record)["slowest"].split(", "))},
     ),
     Claim(routers.STUDY, "`position` and `hash` are {position:.1f} and {hash:.1f} points above", routers._above),
     Claim(
@@ -73,17 +76,17 @@ CLAIMS = [
     *levers.CLAIMS[:2],
     Claim(upcycling.STUDY, "the dense model trained on: {mean}", _restarted),
     Claim(
-        surgery.BOTH,
+        SURGERY,
         "taking experts out cost {least:.2f} points at least (2 of 8 experts pruned, CIFAR-10) and {most:.2f} at most",
-        _least_and_most,
+        least_and_most,
     ),
     Claim(
         analysis.ATLAS,
         "the choice of expert in block 3 tells {value_bits:.3f} bits about the class (95 % interval {low:.3f} to "
         "{high:.3f})",
-        _class_in_l3,
+        class_in_l3,
     ),
-    Claim(analysis.ATLAS, "clusters of the layer's input tell {kmeans_input:.3f} bits", _class_in_l3),
+    Claim(analysis.ATLAS, "clusters of the layer's input tell {kmeans_input:.3f} bits", class_in_l3),
     Claim(
         analysis.COVERAGE,
         "in at least {score:.1%} of simulations",
@@ -92,24 +95,24 @@ CLAIMS = [
     Claim(TRAIN, "runs at {twin} times its dense twin's speed", performance.moe),
     Claim(TRAIN, "{ratio} times the images/s of that twin in plain timm and Lightning", performance.in_lightning),
     Claim(
-        explorer.LATENCY,
+        demo.LATENCY,
         "another layer appears after {layer_change[median_ms]:.0f} ms and one's own image after "
         "{own_picture[median_ms]:.0f} ms",
     ),
     Claim(
-        explorer.LOAD,
+        demo.LOAD,
         "{visitors} simulated visitors got {answers:,} answers in {seconds} s: {mixed_up} wrong, {busy} refused as "
         "busy, {error} failed",
     ),
     Claim(
-        concepts.ACCUMULATION,
+        accumulation.ACCUMULATION,
         "With 256 images its projection lies between {least:.2f} and {most:.2f}",
-        concepts.extremes(256, "least", "most"),
+        accumulation.extremes(256, "least", "most"),
     ),
     Claim(
-        concepts.ACCUMULATION,
+        accumulation.ACCUMULATION,
         "with 32 images between {least:.2f} and {most:.2f}",
-        concepts.extremes(32, "least", "most"),
+        accumulation.extremes(32, "least", "most"),
     ),
     Claim(reliability.COST, "The guard costs {cost_percent:.2f} % of the CPU time of a step"),
     Claim(reliability.RESUME, "bit-identical in {equal} of {cells} cells", reliability.equal_cells),

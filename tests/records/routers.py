@@ -1,4 +1,4 @@
-"""docs/routers.md."""
+"""benchmarks/routers/README.md."""
 
 from typing import Any
 

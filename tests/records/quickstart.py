@@ -1,4 +1,4 @@
-"""docs/results.md."""
+"""benchmarks/quickstart/README.md."""
 
 from typing import Any
 

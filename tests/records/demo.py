@@ -1,13 +1,11 @@
-"""docs/explorer.md."""
+"""benchmarks/demo/README.md."""
 
 from typing import Any
 
-from tests.records import Claim, Definition
-from tests.records.analysis import ATLAS, CARD
+from tests.records import Claim
 
 Json = dict[str, Any]
 LATENCY, LOAD = "benchmarks/demo_latency.json", "benchmarks/demo_load.json"
-UNBALANCED = "moevision/demo/models/pets/atlas_unbalanced.json"
 PETS, CIFAR = "benchmarks/unlike_pets.json", "benchmarks/unlike_cifar10.json"
 STEPS = {
     "first_page": "first page, after the server is up", "layer_change": "another layer",
@@ -25,12 +23,6 @@ KINDS = {  # as the page calls them, and each model's record
 }
 
 
-def busiest(unbalanced: Json, balanced: Json) -> Json:
-    """Load of the busiest expert over the mean, in both layers of both models."""
-    without, loss = ([layer["slowest"] for layer in record["layers"]] for record in (unbalanced, balanced))
-    return {"without": without, "loss": loss, "n_images": balanced["n_images"]}
-
-
 def unlike(*records: Json) -> list[Json]:
     """How often images of each kind are called unlike, by model."""
     rows = []
@@ -44,13 +36,6 @@ def unlike(*records: Json) -> list[Json]:
 
 
 CLAIMS = [
-    Claim(
-        (UNBALANCED, ATLAS),
-        "the busiest expert does {without[0]:.2f} and {without[1]:.2f} times the mean work (blocks 1 and 3, "
-        "{n_images:,} test images), with the loss {loss[0]:.2f} and {loss[1]:.2f}",
-        busiest,
-    ),
-    Claim(CARD, "({accuracy[unbalanced]:.1%} and {accuracy[moe]:.1%}, one training each)"),
     Claim(LATENCY, "in headless Chromium on {cpus} cores ({cpu})"),
     Claim(
         LATENCY,
@@ -69,11 +54,4 @@ CLAIMS = [
     ),
     Claim(LOAD, "memory went from {server_rss[start_mb]:.1f} MB to {server_rss[end_mb]:.1f} MB"),
     Claim((PETS, CIFAR), "| {kind} | {cells} |", unlike),
-]
-
-DEFINITIONS = [
-    Definition("An image may have 8 MB and 50 megapixels", "limits in the code"),
-    Definition("more than 20 times as long as wide", "a limit in the code"),
-    Definition("is dropped after 10 minutes", "a limit in the code"),
-    Definition("(1 s up to 15 s", "limits in the code"),
 ]

@@ -1,4 +1,4 @@
-"""docs/concepts.md."""
+"""benchmarks/accumulation/README.md."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""docs/stability.md."""
+"""benchmarks/guard/README.md."""
 
 from tests.records import Definition
 
