@@ -2,13 +2,15 @@
 
 - Links that leave docs/ (`../benchmarks/routers/README.md`): a page of Markdown becomes a page of the site under repo/,
   any other file is copied there. So links are checked, and work without knowing where the repository lives.
-- `--8<-- "moevision/layers/reference.py:MoE.forward"` includes the source of one class or function by its name.
+- `--8<-- "moevision/layers/reference.py:Expert.forward"` includes the source of one class or function by its name, and
+  `--8<-- "help:predict"` what `moevision predict --help` prints.
 - Formulas become MathML when the site is built; browsers draw that by themselves.
 """
 
 from __future__ import annotations
 
 import ast
+import os
 import posixpath
 import re
 import textwrap
@@ -25,6 +27,7 @@ DOCS = ROOT / "docs"
 _LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 _CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.M)
 _NAMED = re.compile(r'^--8<-- "([\w/.-]+\.py):([\w.]+)"$', re.M)
+_HELP = re.compile(r'^--8<-- "help:(\w+)"$', re.M)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -56,7 +59,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
     parts, last = [], 0
     for code in _CODE.finditer(markdown):
-        parts += [_LINK.sub(moved, markdown[last : code.start()]), _NAMED.sub(_source, code[0])]
+        parts += [_LINK.sub(moved, markdown[last : code.start()]), _HELP.sub(_help, _NAMED.sub(_source, code[0]))]
         last = code.end()
     return "".join([*parts, _LINK.sub(moved, markdown[last:])])
 
@@ -91,6 +94,16 @@ def _source(found: re.Match[str]) -> str:
             raise PluginError(f"{found[1]} has no {found[2]}")
         node = inside[0]
     return textwrap.dedent("\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno]))
+
+
+def _help(found: re.Match[str]) -> str:
+    from moevision.commands.parsers import PARSERS
+    from moevision.commands.training import help_file
+
+    if found[1] in PARSERS:
+        os.environ.update(COLUMNS="100", NO_COLOR="1")  # argparse looks at the terminal otherwise
+        return PARSERS[found[1]]().format_help().strip()
+    return help_file(found[1], everything=False).read_text().strip()
 
 
 def _plain(html: str) -> str:

@@ -1,8 +1,8 @@
 """Which record every measured number of a page comes from; `tests/test_records.py` holds them together.
 
 Pages are README.md, docs/ and the lab notes benchmarks/*/README.md. A page with measured numbers has a module here,
-named as the page (docs/reference/files.md: reference_files.py, benchmarks/routers/README.md: routers.py), with two lists
-(`pages.py` has those of pages with a number or two):
+named as the page (docs/reference/files.md: reference_files.py, benchmarks/routers/README.md: routers.py); `pages.py`
+has those with a number or two. A module has two lists:
 
 CLAIMS: what the page says, as a format; the record that says it; and which of its values fill the format.
 
