@@ -1,6 +1,8 @@
 """Pages of docs/ that quote a number or two; those with more have a module of their own."""
 
-from tests.records import Claim, Definition, analysis, demo, levers, measured, performance, saving
+import re
+
+from tests.records import ROOT, Claim, Definition, analysis, demo, levers, measured, performance, quickstart, saving
 
 CLAIMS = {
     "docs/faq.md": [
@@ -27,7 +29,12 @@ CLAIMS = {
     "docs/guides/serve.md": [
         Claim(demo.LOAD, "{visitors} simulated visitors got {answers_per_s:.1f} answers a second"),
     ],
+    "docs/reference/models.md": [
+        Claim(quickstart.CARD, "eight classes | {total:,} | {moe} | {dense} |", quickstart.of_card),
+        Claim(quickstart.CIFAR_CARD, "of quality 75 | {total:,} | {moe} | {dense} |", quickstart.of_card),
+    ],
 }
+_MODELS = re.findall(r"^\| `vit_moe_.*\|$", (ROOT / "docs" / "reference" / "models.md").read_text(), re.M)
 DEFINITIONS = {
     "docs/alternatives.md": [Definition("PyTorch 2.1 and CUDA 12.1", "versions")],
     "docs/concepts/balance.md": [Definition("(V-MoE, §4.1)", "a section of the cited paper")],
@@ -59,6 +66,10 @@ DEFINITIONS = {
         Definition("tens of seconds at the start", "an order of magnitude that the option's own help names"),
         Definition("about 3 × the weights each", "weights and AdamW's two moments"),
         Definition("such as 0.999", "an example"),
+    ],
+    "docs/reference/models.md": [
+        *(Definition(row, "counted again by `tests/test_docs.py`") for row in _MODELS),
+        Definition("are Wilson's 95 % over", "the level of the intervals"),
     ],
     "docs/reference/routers.md": [
         Definition("importance 0.05, load 0.05", "defaults of `moevision/layers/routers.py`"),
