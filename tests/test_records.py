@@ -15,22 +15,9 @@ DIRTY: set[str] = {"benchmarks/saving.json"}
 
 WITHOUT_COMMIT: set[str] = {
     "benchmarks/mutation_equivalent.json",  # reasons, written by hand
-    "benchmarks/data/quickstart/benchmark-data.json",
-    "benchmarks/demo_latency.json",
     "benchmarks/demo_load.json",
     "benchmarks/guard_accuracy.json",
-    "benchmarks/guard_cost.json",
-    "benchmarks/infer/cifar10/benchmark-infer.json",
     "benchmarks/interval_coverage.json",
-    "benchmarks/layer/bars-32/benchmark-layer.json",
-    "benchmarks/layer/bars-fp32/benchmark-layer.json",
-    "benchmarks/layer/bars-without-matrix-unit/benchmark-layer.json",
-    "benchmarks/layer/bars/benchmark-layer.json",
-    "benchmarks/layer/growth-65k/benchmark-layer.json",
-    "benchmarks/layer/growth-without-matrix-unit/benchmark-layer.json",
-    "benchmarks/layer/growth/benchmark-layer.json",
-    "benchmarks/train/cifar10-without-matrix-unit/benchmark-train.json",
-    "benchmarks/train/cifar10/benchmark-train.json",
     "moevision/demo/models/cifar10/atlas.json",
     "moevision/demo/models/cifar10/card.json",
     "moevision/demo/models/pets/atlas.json",

@@ -78,9 +78,9 @@ CLAIMS = [
     ),
     Claim(
         COST,
-        "{cost_percent:.2f} % of the CPU time of a step, router health included; the ratio of interleaved steps can't "
-        "tell it from 0 ({pair_ratio_median:.3f}, quartiles {pair_ratio_quartiles[0]:.3f} to "
-        "{pair_ratio_quartiles[1]:.3f})",
+        "{cost_percent:.2f} % of the CPU time of a step, router health included; steps with and without it, taken in "
+        "turns, don't show it: their ratio of {pair_ratio_median:.3f} (quartiles {pair_ratio_quartiles[0]:.3f} to "
+        "{pair_ratio_quartiles[1]:.3f}) has other causes",
     ),
     Claim(FILES, "{operations} operations of three saves", file_operations),
     Claim(FILES, "Nothing was lost in {cases} cases and {states} states", file_operations),
