@@ -95,6 +95,11 @@ CLAIMS = [
     Claim(TRAIN, "runs at {twin} times its dense twin's speed", performance.moe),
     Claim(TRAIN, "{ratio} times the images/s of that twin in plain timm and Lightning", performance.in_lightning),
     Claim(
+        performance.ALL_BARS,
+        "In {lowest} of {cases} cases the layer's median time is below that of every peer",
+        performance.overlapping,
+    ),
+    Claim(
         demo.LATENCY,
         "another layer appears after {layer_change[median_ms]:.0f} ms and one's own image after "
         "{own_picture[median_ms]:.0f} ms",
