@@ -3,6 +3,7 @@
     pip install coverage
     OMP_NUM_THREADS=1 python benchmarks/mutation.py map                 # which test runs which line
     OMP_NUM_THREADS=1 python benchmarks/mutation.py run --jobs 2        # goes on where it stopped
+    python benchmarks/mutation.py run --again TEST... --only TEXT       # survivors whose key holds TEXT; needs no map
     python benchmarks/mutation.py table                                 # killed, survived, equivalent by area
 
 A change (mutant) swaps a comparison, an arithmetic or a boolean operator, min and max, moves a number, turns a
@@ -363,7 +364,7 @@ def judge(known: dict[str, Any], mutant: Mutant, tree: Path, again: list[str]) -
     original = target.read_bytes()
     if original[mutant.start : mutant.stop].decode() != mutant.old:
         raise SystemExit(f"{mutant.file} has changed since the sample was drawn: begin a new record.")
-    tests = covering(known, mutant)
+    tests = [] if again else covering(known, mutant)
     some, seconds = (again, BUDGET_S) if again else budgeted(known, tests, BUDGET_S)
     began = time.monotonic()
     try:
@@ -372,16 +373,17 @@ def judge(known: dict[str, Any], mutant: Mutant, tree: Path, again: list[str]) -
     finally:
         target.write_bytes(original)
     facts = {k: v for k, v in asdict(mutant).items() if k not in ("start", "stop")}
-    return {"key": mutant.key, **facts, "outcome": outcome, "covering_tests": len(tests), "ran": len(some),
+    covered = {} if again else {"covering_tests": len(tests)}
+    return {"key": mutant.key, **facts, "outcome": outcome, **covered, "ran": len(some),
             "wall_s": round(time.monotonic() - began, 1)}  # fmt: skip
 
 
 def run(options: Namespace) -> None:
     """Judge the whole sample; each worker has a copy of the tree of its own."""
-    known = json.loads(options.map.read_text())
+    known = {} if options.again else json.loads(options.map.read_text())
     record = json.loads(options.out.read_text()) if options.out.exists() else {"mutants": []}
-    if options.again:  # survivors alone; the code around them may have changed
-        alive = {row["key"] for row in record["mutants"] if row["outcome"] in ("survived", "not covered")}
+    if options.again:  # what no test has failed on, be it that a busy machine took too long; the code may have changed
+        alive = {row["key"] for row in record["mutants"] if row["outcome"] != "killed"}
         left = [mutant for mutant in all_mutants() if mutant.key in alive]
     else:
         done = {row["key"] for row in record["mutants"]}
@@ -411,7 +413,8 @@ def run(options: Namespace) -> None:
             for out in list(seen):
                 rows = out.read_text().splitlines() if out.exists() else []
                 for row in map(json.loads, rows[seen[out] :]):
-                    record["mutants"] = [*(old for old in record["mutants"] if old["key"] != row["key"]), row]
+                    before = next((old for old in record["mutants"] if old["key"] == row["key"]), {})
+                    record["mutants"] = [*(old for old in record["mutants"] if old["key"] != row["key"]), before | row]
                     print(
                         f"{len(record['mutants']):4d} {row['outcome']:11s} {row['wall_s']:6.1f} s {row['key'][:110]}",
                         flush=True,
@@ -442,7 +445,9 @@ def _save(record: dict[str, Any], options: Namespace) -> None:
     from moevision.files import write_json_atomic
     from moevision.train.provenance import git_state
 
-    record |= {"seed": options.seed, "number": options.number, "of": len(all_mutants()), "code": git_state(ROOT)}
+    record["code"] = git_state(ROOT)
+    if not options.again:  # else the sample was drawn before, from what there was then
+        record |= {"seed": options.seed, "number": options.number, "of": len(all_mutants())}
     record["mutants"].sort(key=lambda row: row["key"])
     write_json_atomic(options.out, record)
 

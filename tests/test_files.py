@@ -35,6 +35,15 @@ def test_a_folder_that_cannot_be_flushed(tmp_path, monkeypatch, code, counts):
         files.sync_folder(tmp_path)
 
 
+def test_what_is_flushed_may_be_written(tmp_path, monkeypatch):
+    """Windows flushes nothing through a descriptor that may only read, and says EBADF."""
+    (tmp_path / "x").touch()
+    opened, real = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, flags, *rest: opened.append(flags) or real(path, flags, *rest))
+    files.sync_file(tmp_path / "x")
+    assert [bool(flags & os.O_RDWR) for flags in opened] == [True]
+
+
 def test_json_is_indented_by_two_and_ends_its_line(tmp_path):
     files.write_json_atomic(tmp_path / "x.json", {"a": ["ü"]})
     assert (tmp_path / "x.json").read_bytes() == '{\n  "a": [\n    "ü"\n  ]\n}\n'.encode()

@@ -29,7 +29,7 @@ from moevision import UserError
 from moevision.analysis.atlas import load_atlas
 from moevision.cli import VERBS
 from moevision.demo.cards import read_card
-from moevision.models import fetch, safe_config
+from moevision.models import fetch, safe_config, safe_files
 from moevision.models.fetch import open_model
 from moevision.models.hub import load_model
 from moevision.models.safe_config import MAX_SIDE, read_config
@@ -287,6 +287,17 @@ BOMBS = {
 }
 
 
+def test_as_many_tensors_as_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safe_files, "MAX_TENSORS", 3)
+    file = tmp_path / "x.safetensors"
+    for number in (3, 4):
+        file.write_bytes(tensors({str(n): entry([1], 4 * n, 4 * n + 4) for n in range(number)}, b"1234" * number))
+        if number == 3:
+            assert len(read_header(file)) == 3
+    with pytest.raises(UserError, match="it has 4 tensors"):
+        read_header(file)
+
+
 @pytest.mark.parametrize("what", BOMBS)
 def test_header_bombs(what: str, saved_model: Path) -> None:
     weights = saved_model / "model.safetensors"
@@ -382,6 +393,37 @@ def test_what_a_config_may_not_say(where: str, changes: dict[str, object], words
     if words:
         with pytest.raises(UserError):
             create_from(saved_model, load_weights=False)
+
+
+# What is just allowed, and what is not any more; the shortest form that timm takes has all fields in one object.
+LIMITS: list[tuple[dict[str, object], dict[str, object], str]] = [
+    ({"model_args": {"x": [[[[1]]]]}}, {"model_args": {"x": [[[[[1]]]]]}}, "model_args.x is too long or too deeply"),
+    ({"std": [1e-6]}, {"std": [0.9e-6]}, "std is no list of usable numbers"),
+    ({"mean": [-1000, 1000]}, {"mean": [-1000.5, 1000]}, "mean is no list of usable numbers"),
+    ({}, {"state_dict": {}}, "weights stand in it"),
+    ({"pretrained_cfg": {}}, {"pretrained_cfg": {}, "state_dict": {}}, "weights stand in it"),
+    # Without a number of classes timm builds a model of 1000.
+    ({"model_args": {"num_classes": 1000}}, {"model_args": {"num_classes": 1001}}, "two numbers of classes"),
+]
+
+
+@pytest.mark.parametrize(("allowed", "too_much", "words"), LIMITS)
+def test_where_a_config_becomes_too_much(
+    allowed: dict[str, object], too_much: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    for changes in (allowed, too_much):
+        config = {"architecture": "test_vit", **changes}
+        file.write_text(json.dumps(config))
+        if changes is allowed:
+            assert read_config(file) == config
+    with pytest.raises(UserError, match=re.escape(words)):
+        read_config(file)
+
+
+def test_timms_models_have_a_thousand_classes() -> None:
+    """What `read_config` takes for granted where a config.json says nothing."""
+    assert timm.create_model("test_vit").num_classes == 1000
 
 
 def test_where_weights_are_said_to_lie_is_not_looked_at(saved_model: Path, tmp_path: Path) -> None:

@@ -195,6 +195,17 @@ def test_large_files_are_refused() -> None:
     assert safe_open(io.BytesIO(data), max_bytes=len(data)).size == (16, 8)
 
 
+def test_no_more_than_256_mib_are_read_and_one_byte_to_see_that_there_are_more() -> None:
+    class Asked(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            self.size = size
+            return super().read(size)
+
+    stream = Asked(encoded(quadrants(), "PNG"))
+    safe_open(stream)
+    assert stream.size == 256 * 2**20 + 1
+
+
 def test_paths_that_are_no_readable_file(tmp_path: Path) -> None:
     with pytest.raises(BadImageError, match="no such file") as caught:
         safe_open(tmp_path / "missing.jpg")

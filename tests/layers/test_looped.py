@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from moevision.errors import UserError
@@ -152,6 +155,44 @@ def test_nothing_is_kept_where_nothing_is_learned(counts: list[int]) -> None:
     assert still.grad_fn is None
     assert torch.equal(without, learning)
     assert torch.equal(still, learning)
+
+
+class Watched(nn.Module):
+    """An activation that knows whether what it was given is still in memory."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.given = weakref.ref(hidden)
+        return F.gelu(hidden)
+
+
+class EveryOperation(TorchDispatchMode):
+    """Asks that after every operation of torch."""
+
+    def __init__(self, act: Watched) -> None:
+        super().__init__()
+        self.act, self.alive = act, False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **kwargs or {})
+        self.alive = hasattr(self.act, "given") and self.act.given() is not None
+        return out
+
+
+@both_paths
+def test_where_nothing_is_learned_the_second_product_needs_no_memory_for_the_first(counts: list[int]) -> None:
+    """The hidden values before the activation are gone when the last operation is done."""
+    rows, *parameters = leaves(counts)
+    frozen_rows, *frozen = [x.detach() for x in (rows, *parameters)]
+
+    def alive_at_the_end(rows: Tensor, parameters: list[Tensor]) -> bool:
+        with EveryOperation(act := Watched()) as seen:
+            looped_mlps(rows, counts, act, *parameters)
+        return seen.alive
+
+    assert alive_at_the_end(rows, parameters)
+    assert not alive_at_the_end(frozen_rows, frozen)
+    with torch.no_grad():
+        assert not alive_at_the_end(rows, parameters)
 
 
 @both_paths

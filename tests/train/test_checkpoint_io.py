@@ -17,7 +17,7 @@ from moevision.errors import UserError
 from moevision.files import remove_leftovers, temporary_for
 from moevision.train import checkpoint_io
 from moevision.train.checkpoint_io import BEST, LAST, PREVIOUS, SafeCheckpointIO, final_checkpoint
-from moevision.train.manifest import newest_valid, read_manifest, verify
+from moevision.train.manifest import Entry, newest_valid, read_manifest, verify, write_manifest
 
 
 def state(step: int, value: float = 1.0) -> dict[str, object]:
@@ -123,6 +123,16 @@ def test_weights_that_are_not_finite_are_not_gone_on_from(files, tmp_path):
     assert "not finite" in refused.fault
 
 
+def test_one_number_that_is_not_finite_is_enough(files, tmp_path):
+    files.save_checkpoint(state(1), tmp_path / BEST)
+    bad = state(2)
+    bad["state_dict"]["w"][7] = float("nan")
+    files.save_checkpoint(bad, tmp_path / LAST)
+    found, (refused,) = newest_valid(tmp_path)
+    assert (found.path.name, refused.path.name) == (BEST, LAST)
+    assert "not finite" in refused.fault
+
+
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -170,6 +180,21 @@ def test_the_last_free_bytes_are_left_alone(files, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_is_written_if_a_megabyte_stays_free(files, tmp_path, monkeypatch):
+    """2^20 bytes beside its own; with one byte less it waits."""
+    files.save_checkpoint(state(1), tmp_path / BEST)
+    need = (tmp_path / BEST).stat().st_size + 2**20
+    free = [need - 1, need]
+    monkeypatch.setattr(
+        checkpoint_io.shutil, "disk_usage", lambda _: checkpoint_io.shutil._ntuple_diskusage(2**40, 0, free.pop(0))
+    )
+    files.save_checkpoint(state(2), tmp_path / LAST)
+    assert files.waiting == [tmp_path / LAST]
+    assert files.retry(now=True)
+    assert newest_valid(tmp_path)[0].step == 2
+    assert free == []
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_waited_for(files, tmp_path):
     tmp_path.chmod(0o500)
@@ -178,18 +203,35 @@ def test_a_read_only_folder_is_waited_for(files, tmp_path):
     assert files.retry(now=True)
 
 
-def test_no_pickle_is_ever_run(files, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "pwned"),)
+class Evil:
+    """Makes a folder when it is unpickled."""
 
-    torch.save({"global_step": 9, "state_dict": {}, "evil": Evil()}, tmp_path / LAST)
-    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Evil()))
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_no_pickle_is_ever_run(files, tmp_path):
+    evil = Evil(tmp_path / "pwned")
+    torch.save({"global_step": 9, "state_dict": {}, "evil": evil}, tmp_path / LAST)
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(evil))
     assert newest_valid(tmp_path)[0] is None
     with pytest.raises(UserError):
         files.load_checkpoint(tmp_path / LAST)
     with pytest.raises(UserError):
         files.load_checkpoint(tmp_path / LAST, weights_only=False)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_pickle_that_the_manifest_lists_is_not_run_either(files, tmp_path):
+    """Whoever may write a checkpoint there may write its hash, too."""
+    torch.save({"global_step": 9, "state_dict": {}, "evil": Evil(tmp_path / "pwned")}, tmp_path / LAST)
+    write_manifest(tmp_path, [Entry.of(LAST, {"global_step": 9}, (tmp_path / LAST).read_bytes())])
+    assert verify(tmp_path / LAST).fault is None
+    with pytest.raises((UserError, pickle.UnpicklingError)):
+        files.load_checkpoint(tmp_path / LAST)
     assert not (tmp_path / "pwned").exists()
 
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor
 
 from moevision.errors import UserError
-from moevision.train.diagnosis import Event, GuardRecord
+from moevision.train.diagnosis import Event, GuardRecord, note
 from moevision.train.guard import GuardConfig, StabilityGuard
 from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
 
@@ -170,3 +172,61 @@ def test_so_many_events_are_kept_and_all_are_counted(tmp_path: Path) -> None:
     for step in range(1002):
         record.add(Event(step, 0, "skip", "loss"))
     assert (record.skipped, record.sources["loss"], len(record.events)) == (1002, 1002, 1000)
+
+
+def test_the_terminal_hears_of_ten_events_and_each_names_256_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = GuardRecord()
+    trainer: Any = SimpleNamespace(
+        datamodule=None, global_step=4, current_epoch=0, is_global_zero=True, default_root_dir=tmp_path
+    )
+    for _ in range(12):
+        note(record, trainer, "skip", "loss", range(300))
+    assert capsys.readouterr().err.count("step 5: update left out") == 10
+    assert [event.samples for event in record.events] == [tuple(map(str, range(256)))] * 12
+
+
+# Losses of the two micro-batches, norm of their gradient, loss scale of fp16 (None: not fp16); skipped and overflowed.
+WINDOWS: dict[str, tuple[list[float], float, float | None, int, int]] = {
+    "all is well": ([1.0, 2.0], 1.0, 1024.0, 0, 0),
+    "one of two losses, and a gradient that doesn't show it": ([float("nan"), 1.0], 1.0, None, 1, 0),
+    "a loss is no matter of the scale": ([1.0, float("nan")], float("nan"), 1024.0, 1, 0),
+    "a scale that is too large": ([1.0, 2.0], float("inf"), 1024.0, 0, 1),
+    "a scale that can't be lowered": ([1.0, 2.0], float("inf"), 1.0, 1, 0),
+    "a gradient without a scale": ([1.0, 2.0], float("inf"), None, 1, 0),
+}
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_what_is_refused_and_what_it_counts_as(window: str, tmp_path: Path) -> None:
+    losses, norm, scale, skipped, overflows = WINDOWS[window]
+    task, guard = tiny_task(), StabilityGuard()
+    trainer: Any = SimpleNamespace(
+        datamodule=None, global_step=0, current_epoch=0, is_global_zero=True, default_root_dir=tmp_path, callbacks=[],
+        world_size=1, accumulate_grad_batches=2,
+        precision_plugin=SimpleNamespace(scaler=None if scale is None else SimpleNamespace(get_scale=lambda: scale)),
+    )  # fmt: skip
+    guard.setup(trainer, task, "fit")
+    for batch, loss in enumerate(losses):
+        guard.on_train_batch_start(trainer, task, {"index": torch.tensor([batch])}, batch)
+        task.evidence.append({"loss": torch.tensor(loss)})
+    assert task.update_gate is not None
+    refused = task.update_gate(torch.tensor(norm))
+    assert refused == bool(skipped or overflows)
+    assert (guard.record.skipped, guard.record.overflows) == (skipped, overflows)
+    assert guard.record.not_applied == skipped + overflows
+    assert sum(guard.state_dict()["recent"]) == skipped, "an overflow is no reason to return"
+    assert [event.samples for event in guard.record.events] == [("0", "1")] * skipped
+
+
+def test_snapshots_take_no_memory_after_the_training(tmp_path: Path) -> None:
+    kept = []
+
+    class Kept(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            kept.extend(len(each._recovery) for each in trainer.callbacks if isinstance(each, StabilityGuard))
+
+    run = Run(tmp_path, batches(2), callbacks=(Kept(),))
+    assert run.guard is not None
+    assert (kept, len(run.guard._recovery)) == ([1], 0)

@@ -2,17 +2,21 @@
 
 from pathlib import Path
 from statistics import fmean, pstdev
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
 from moevision.train.diagnosis import GuardRecord
+from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.guard import GuardConfig
-from moevision.train.recovery import TrainingDiverged
+from moevision.train.recovery import Recovery, TrainingDiverged
+from moevision.train.snapshot import TrainingSnapshot
 from moevision.train.spikes import LossHistory
 from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
 from tests.train.test_guard import assert_same
@@ -115,6 +119,50 @@ def test_refusing_again_and_again_is_a_reason_to_return(tmp_path: Path) -> None:
     run = Run(tmp_path, batches(6), faults="nan_loss@2, nan_loss@3, nan_loss@4", guard=GuardConfig(max_skips=2))
     assert (run.record.skipped, run.record.rollbacks, run.record.lost) == (3, 1, 1)
     assert run.record.events[-1].source == "3 of the last 4 updates refused, mostly for: cross-entropy"
+
+
+def test_a_return_names_no_images(tmp_path: Path) -> None:
+    """A weight turned bad by itself: those of the step at which it was noticed are no cause, and nobody looks there."""
+    run = Run(tmp_path, batches(4), faults="nan_loss@2, nan_weight@3")
+    assert [(event.kind, len(event.samples)) for event in run.record.events] == [("skip", 8), ("rollback", 0)]
+
+
+def standing_trainer(task: Any, **values: Any) -> Any:
+    """What a snapshot and its owner ask of a trainer, at step 3 of a training."""
+    optimizer = torch.optim.SGD(task.net.parameters(), lr=0.1)
+    plugin = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+    state = SimpleNamespace(fn=TrainerFn.FITTING, status=TrainerStatus.RUNNING)
+    own = {"global_step": 3, "callbacks": [], "optimizers": [optimizer], "lr_scheduler_configs": []}
+    return SimpleNamespace(**{**own, "precision_plugin": plugin, "state": state, **values})
+
+
+def test_a_return_drops_the_gradients(tmp_path: Path) -> None:
+    """They are of weights that are gone, and the next backward pass would add to them."""
+    task = tiny_task()
+    trainer = standing_trainer(task)
+    snapshot = TrainingSnapshot(trainer, task)
+    before = [weight.detach().clone() for weight in task.net.parameters()]
+    for weight in task.net.parameters():
+        weight.grad = torch.ones_like(weight)
+    trainer.optimizers[0].step()
+    snapshot.restore(trainer, task)
+    assert all(weight.grad is None for weight in task.net.parameters())
+    assert all(torch.equal(weight, saved) for weight, saved in zip(task.net.parameters(), before, strict=True))
+
+
+def test_when_there_is_a_state_to_judge_and_to_return_to() -> None:
+    """Each of four reasons is enough to leave it alone."""
+    task, swapped = tiny_task(), WeightEMA(EmaConfig(decay=0.9))
+    swapped.swapped = True
+    fitting, recovery = standing_trainer(task), Recovery(snapshots=1, max_rollbacks=1)
+    assert not recovery.can_look(fitting), "no snapshot yet"
+    recovery.keep(fitting, task, None)
+    assert recovery.can_look(fitting)
+    testing = SimpleNamespace(fn=TrainerFn.TESTING, status=TrainerStatus.RUNNING)
+    interrupted = SimpleNamespace(fn=TrainerFn.FITTING, status=TrainerStatus.INTERRUPTED)
+    assert not recovery.can_look(standing_trainer(task, state=testing))
+    assert not recovery.can_look(standing_trainer(task, state=interrupted)), "other processes won't answer"
+    assert not recovery.can_look(standing_trainer(task, callbacks=[swapped])), "the network holds the average"
 
 
 def test_a_bad_validation_is_only_noted(tmp_path: Path) -> None:

@@ -1,0 +1,203 @@
+"""When a point to go on from is saved, what lies in it, and what it puts back: each rule alone, without a training."""
+
+import random
+import signal
+import time
+from contextlib import suppress
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from moevision.data import ImageDataModule
+from moevision.data.keyed import hash_u64
+from moevision.train.checkpoint_io import SafeCheckpointIO
+from moevision.train.clock import AwakeClock
+from moevision.train.interrupt import Interrupted, Interruption
+from moevision.train.random_state import part_random_state, random_state, restore_random_state
+from moevision.train.resume_point import MARK, CheckpointConfig, ResumePoint, _between_batches
+
+
+@pytest.fixture
+def point(tmp_path):
+    """It has saved step 0 a moment ago; signals are given back at the end."""
+    with Interruption() as interruption:
+        made = ResumePoint(tmp_path / "checkpoints", SafeCheckpointIO(), CheckpointConfig(), interruption, AwakeClock())
+        made._saved_step = 0
+        yield made
+
+
+def trainer(**values):
+    """What a `ResumePoint` asks of a trainer."""
+    alone = {"world_size": 1, "global_rank": 0, "is_global_zero": True, "global_step": 0, "loggers": []}
+    data = {"datamodule": None, "limit_train_batches": 1.0, "accumulate_grad_batches": 1}
+    return SimpleNamespace(**{**alone, **data, "state": SimpleNamespace(fn="fit"), **values})
+
+
+def draw():
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def seed(number):
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+# --- random generators
+
+
+def test_each_process_gets_its_own_generators_back(point):
+    """A checkpoint of two processes, read by the second one."""
+    states, expected = [], []
+    for rank in (0, 1):
+        seed(rank)
+        states.append(random_state())
+        expected.append(draw())
+    point.on_load_checkpoint(trainer(), None, {MARK: {"random": states}})
+    point.on_train_start(trainer(world_size=2, global_rank=1), None)
+    assert draw() == expected[1]
+
+
+def test_processes_that_the_checkpoint_does_not_know_draw_different_numbers(point):
+    """It was made by one process, and two go on: none repeats the other's numbers, nor those of the one."""
+    seed(5)
+    state, drawn = random_state(), [draw()]
+    for rank in (0, 1):
+        seed(5)
+        point.on_load_checkpoint(trainer(), None, {MARK: {"random": [state]}})
+        point.on_train_start(trainer(world_size=2, global_rank=rank), None)
+        drawn.append(draw())
+    assert all(len(set(of_one_generator)) == 3 for of_one_generator in zip(*drawn, strict=True))
+
+
+def test_processes_that_began_with_one_seed_part():
+    """All three generators are seeded by a hash of the seed and the rank, of which NumPy takes 32 bits."""
+    torch.manual_seed(5)
+    part_random_state(1)
+    number = hash_u64(5, 1)
+    assert number > 2**32
+    torch_number = float(torch.rand((), generator=torch.Generator().manual_seed(number)))
+    expected = random.Random(number).random(), np.random.RandomState(number % 2**32).rand(), torch_number
+    assert draw() == expected
+
+
+def test_generators_of_cuda_devices_come_back(monkeypatch):
+    states, given = [torch.zeros(16, dtype=torch.uint8), torch.ones(16, dtype=torch.uint8)], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
+    saved = random_state()
+    assert saved["cuda"] is states
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    restore_random_state(saved)
+    assert given == [], "a machine of another kind: its one device goes on with its own numbers"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    restore_random_state(saved)
+    assert [[device.tolist() for device in devices] for devices in given] == [[[0] * 16, [1] * 16]]
+
+
+def test_without_cuda_its_generators_are_not_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: pytest.fail("asked"))
+    assert random_state()["cuda"] == []
+
+
+# --- when to save and to stop
+
+
+@pytest.mark.parametrize(
+    ("config", "minutes", "steps", "slept", "due"),
+    [
+        (CheckpointConfig(10, 3), 9, 2, False, False),
+        (CheckpointConfig(10, 3), 10, 2, False, True),
+        (CheckpointConfig(10, 3), 9, 3, False, True),
+        (CheckpointConfig(10, 3), 9, 2, True, True),
+        (CheckpointConfig(10), 9, 1000, False, False),
+    ],
+)
+def test_each_reason_to_save_is_enough(point, config, minutes, steps, slept, due):
+    point.config, point._slept = config, slept
+    point._saved_s = time.monotonic() - 60 * minutes
+    assert point._decide(trainer(global_step=steps)) == (due, False)
+
+
+def test_of_two_processes_both_do_what_one_wants(point):
+    """The strategy is asked whether any of them does."""
+    asked = []
+
+    def any_of_them(decision, all):
+        asked.append((decision, all))
+        return True
+
+    strategy = SimpleNamespace(reduce_boolean_decision=any_of_them)
+    assert point._decide(trainer(world_size=2, strategy=strategy)) == (True, True)
+    assert asked == [(False, False)] * 2
+
+
+def test_after_an_error_a_signal_does_not_wait_for_the_end_of_a_step(point):
+    point.on_train_start(trainer(), None)
+    point.on_exception(trainer(), None, RuntimeError())
+    with pytest.raises(Interrupted) as caught:
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 128 + signal.SIGTERM
+
+
+# --- what lies in a checkpoint
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_between_two_batches_the_next_one_is_not_fetched_yet(validated):
+    """Seven steps were done, three batches of this epoch are fetched and the third is not done; then as it was."""
+    progress = SimpleNamespace(is_last_batch=True, total=SimpleNamespace(ready=8), current=SimpleNamespace(ready=3))
+    loop = SimpleNamespace(
+        batch_progress=progress, _batches_that_stepped=7, _should_check_val_fx=lambda fetcher: validated
+    )
+
+    def shown():
+        return progress.is_last_batch, progress.total.ready, progress.current.ready, loop._batches_that_stepped
+
+    fit_loop = SimpleNamespace(epoch_loop=loop, _data_fetcher=None)
+    with suppress(OSError), _between_batches(SimpleNamespace(fit_loop=fit_loop)):
+        assert shown() == (False, 7, 2, 6 if validated else 7)
+        raise OSError("full")
+    assert shown() == (True, 8, 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("limit", "accumulated", "batch", "expected"),
+    [(2, 1, 3, 1), (0.6, 1, 3, 2), (4, 2, 4, 2), (4, 1, 3, 3), (1.0, 1, 4, 4), (100, 1, 5, 4)],
+)
+def test_an_epoch_that_became_shorter_is_gone_on_with_at_its_last_step(point, limit, accumulated, batch, expected):
+    """Of five batches, so many are trained with by now; a step begins with a multiple of `accumulated`."""
+    data = ImageDataModule("synthetic_pets", image_size=16, batch_size=2, train_size=10, val_size=2, test_size=2)
+    data.setup("fit")
+    assert data.train_batches() == 5
+    names = ("ready", "started", "processed", "completed")
+    progress = {"current": dict.fromkeys(names, batch), "is_last_batch": True}
+    checkpoint = {
+        "ImageDataModule": {"epoch": 1, "batch": batch, "batch_size": 2, "world_size": 1},
+        "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}},
+    }
+    data.load_state_dict(checkpoint["ImageDataModule"])  # as Lightning does before
+    point.on_load_checkpoint(
+        trainer(datamodule=data, limit_train_batches=limit, accumulate_grad_batches=accumulated), None, checkpoint
+    )
+    again = expected != batch
+    assert (data.state_dict()["epoch"], data.state_dict()["batch"]) == (1, expected)
+    assert progress == {"current": dict.fromkeys(names, expected), "is_last_batch": not again}
+
+
+def test_a_run_folder_that_was_moved_is_followed(point):
+    """In what ModelCheckpoint remembers, and nowhere else."""
+    state = {"dirpath": "/old/pets/checkpoints", "best_model_path": "/old/pets/checkpoints/best.ckpt", "best_k": 0.5}
+    checkpoint = {"callbacks": {"ModelCheckpoint{'monitor': 'val/top1'}": dict(state), "Foreign": dict(state)}}
+    point.on_load_checkpoint(trainer(state=SimpleNamespace(fn="test")), None, checkpoint)
+    here = str(point.path.parent.resolve())
+    assert checkpoint["callbacks"] == {
+        "ModelCheckpoint{'monitor': 'val/top1'}": {
+            "dirpath": here, "best_model_path": f"{here}/best.ckpt", "best_k": 0.5
+        },
+        "Foreign": state,
+    }  # fmt: skip
