@@ -37,7 +37,6 @@ BANNED = {
     r"\brefus\w+ update|\bupdates? (?:is|are|was|were) refused": "skipped update",
     r"\bmatrix units?\b": "AMX",
     r"all there is to tell": "a share of the entropy",
-    r"learned specialization": "one of the three answers",
     r"\bworktree|\bhelper agent|\bissue #?\d+": "nothing",
 }
 
