@@ -113,7 +113,10 @@ def test_words_are_plain(path: Path) -> None:
 
 def test_contributing_names_files_that_are_there() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    names = set(re.findall(r"`([\w/.-]+(?:\.\w+|/))`", text)) - {"configs/NAME.yaml", "benchmarks/NAME/"}
+    names = set(re.findall(r"`([\w/-]+(?:\.(?:py|md|toml|yml|yaml|cff)|/))`", text)) - {
+        "configs/NAME.yaml",
+        "benchmarks/NAME/",
+    }
     places = [ROOT, ROOT / "moevision"]
     assert [name for name in sorted(names) if not any((place / name).exists() for place in places)] == []
 
