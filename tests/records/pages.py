@@ -51,7 +51,7 @@ DEFINITIONS = {
         Definition("about three times the weights", "weights and AdamW's two moments"),
     ],
     "docs/guides/laptop.md": [
-        Definition("with 8 × 8 patches", "a size"),
+        Definition("has 8 × 8 pixels", "a size"),
         Definition("at most ten minutes are lost", "a default of `CheckpointConfig`"),
     ],
     "docs/guides/more-than-chance.md": [
