@@ -103,7 +103,8 @@ def _help(found: re.Match[str]) -> str:
     if found[1] in PARSERS:
         os.environ.update(COLUMNS="100", NO_COLOR="1")  # argparse looks at the terminal otherwise
         return PARSERS[found[1]]().format_help().strip()
-    return help_file(found[1], everything=False).read_text().replace(" \b", "").strip()  # jsonargparse writes backspaces
+    # jsonargparse writes backspaces.
+    return help_file(found[1], everything=False).read_text().replace(" \b", "").strip()
 
 
 def _plain(html: str) -> str:
