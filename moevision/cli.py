@@ -39,11 +39,12 @@ VERBS = {
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:main"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report.command:main"),
     "doctor": Verb("what this machine has, what limits it, and what to change", "moevision.commands.doctor:main"),
-    "benchmark": Verb(
-        "how fast a layer, a training step, inference or the data are, beside dense models and other libraries",
-        "moevision.commands.benchmark.command:main",
-    ),
     "demo": Verb("see in a browser which expert every patch of a picture goes to", "moevision.demo.launch:main"),
+}
+
+MOVED = {
+    "benchmark": "`moevision benchmark` is now `python -m benchmarks`, which a checkout of the repository has and the "
+    "installed package has not: clone it, and run `python -m benchmarks --help` there.",
 }
 
 USAGE = """\
@@ -89,6 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"moevision {__version__}")
         return 0
     name = rest.pop(0)
+    if name in MOVED:
+        print(f"moevision: {MOVED[name]}", file=sys.stderr)
+        return USER_ERROR
     if name not in VERBS:
         print(f"moevision: there is no verb {name!r}; choose one of {', '.join(VERBS)}.", file=sys.stderr)
         return USER_ERROR

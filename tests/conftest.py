@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -11,11 +12,15 @@ from typing import NamedTuple
 
 import hypothesis
 import pytest
+import torch
 from PIL import Image
 
 from moevision.cli import main
 from moevision.data import SyntheticPets
 from tests.needs import NEEDS
+
+# `benchmarks` is a package of the checkout. At the end of the path, so that an installed moevision comes first.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # A busy machine may take any time for an example.
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -52,6 +57,22 @@ def run_cli(*arguments: str | Path) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def run_bench(*arguments: object) -> Outcome:
+    """Call `python -m benchmarks` in this process, and put back the number of threads."""
+    from benchmarks.__main__ import main
+
+    out, err, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.argv = argv
+        torch.set_num_threads(threads)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
 def draw_folder(root: Path, classes: Sequence[str] = ("cat", "dog"), per_class: int = 20, size: int = 32) -> Path:
     """Write drawn pets to `root/<class>/<number>.png`."""
     kinds = SyntheticPets.classes
@@ -67,6 +88,11 @@ def draw_folder(root: Path, classes: Sequence[str] = ("cat", "dog"), per_class: 
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Outcome]:
     return run_cli
+
+
+@pytest.fixture(scope="session")
+def bench() -> Callable[..., Outcome]:
+    return run_bench
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,18 @@
-"""`moevision benchmark`: what it records can be computed again, and what others break is reported."""
+"""`python -m benchmarks`: what it records can be computed again, and what others break is reported."""
 
 import json
 import statistics
-from importlib.util import module_from_spec, spec_from_file_location
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from moevision.commands.benchmark import layer as layer_module
-from moevision.commands.benchmark.options import build_parser
-from moevision.commands.benchmark.peers import PEERS, build_peer
+from benchmarks import layer as layer_module
+from benchmarks.__main__ import VERBS
+from benchmarks.layer import peers
+from benchmarks.layer.peers import PEERS, build_peer
 
 KINDS = ("layer", "train", "infer", "data")
 TRAINING = """
@@ -29,22 +32,22 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def records(cli, config, tiny_run, tmp_path_factory):
+def records(bench, config, tiny_run, tmp_path_factory):
     """Record and printed text of one quick run of each kind."""
     out = tmp_path_factory.mktemp("benchmark")
     calls = {
         "layer": ("--router", "vmoe_top_k", "noisy_top_k"),
-        "train": (config, "--data", "own", "--peer", "lightning"),
+        "train": (config, "--peer", "lightning"),
         "infer": (tiny_run,),
         "data": (config, "--workers", 0, 1),
     }
     found = {}
     for kind, options in calls.items():
-        outcome = cli("benchmark", kind, *options, "--quick", "--out", out / kind)
+        outcome = bench(kind, *options, "--quick", "--out", out / kind)
         assert outcome.code == 0, outcome.err
         assert "Traceback" not in outcome.err
-        assert (out / kind / f"benchmark-{kind}.png").stat().st_size > 5000
         found[kind] = (json.loads((out / kind / f"benchmark-{kind}.json").read_text()), outcome.out)
+    assert (out / "layer" / "benchmark-layer.png").stat().st_size > 5000
     return found
 
 
@@ -61,7 +64,7 @@ def rows_with_times(value):
 def test_a_record_says_where_it_comes_from(records, kind):
     record, out = records[kind]
     assert (record["benchmark"], record["format"]) == (kind, 1)
-    assert record["command"].startswith(f"moevision benchmark {kind} ")
+    assert record["command"].startswith(f"python -m benchmarks {kind} ")
     assert record["code"] is None or set(record["code"]) == {"git_commit", "dirty"}  # None: installed from a wheel
     assert {"cpu", "usable_cores", "torch_threads", "memory_gib", "gpus", "device"} <= set(record["machine"])
     assert {"moevision", "python", "torch", "timm"} <= set(record["versions"])
@@ -96,7 +99,6 @@ def test_layer_names_what_it_compared(records):
     assert comparison["flops"] == 3 * 2 * (2 * 128 * 32 * (2 * 64))
     rows = {row["name"]: row for row in comparison["rows"]}
     assert rows["dense k·H"]["parameters"] == 32 * 128 + 128 + 128 * 32 + 32
-    assert rows["dense E·H (total parameters)"]["parameters"] == 32 * 256 + 256 + 256 * 32 + 32
     ours = rows["moevision vmoe_top_k"]
     assert ours["parameters"] == 4 * (32 * 64 + 64 + 64 * 32 + 32) + 4 * 32  # four experts and the router
     assert ours["slowest_over_mean"] >= 1
@@ -111,13 +113,10 @@ def test_train_accounts_for_the_whole_step(records):
     for part in record["breakdown"].values():
         assert sum(phase["ms"] for phase in part["phases"].values()) == pytest.approx(part["step_ms"], rel=1e-4)
         assert sum(phase["share"] for phase in part["phases"].values()) == pytest.approx(1, abs=1e-4)
-        assert sum(part["operators"].values()) == pytest.approx(1, abs=1e-4)
-        assert part["phases"]["data wait"]["ms"] > 0
     moe, twin, large = record["breakdown"].values()
     assert {"router", "dispatch and combine", "experts"} <= set(moe["phases"])
     assert not {"router", "experts"} & (set(twin["phases"]) | set(large["phases"]))
     assert "attention" in twin["phases"]
-    assert "matrix products" in twin["operators"]
 
 
 def test_train_tells_speed_and_load(records):
@@ -189,7 +188,7 @@ def test_infer_tells_latency(records):
             )
 
 
-def test_data_tells_rates_decoding_and_wait(records):
+def test_data_tells_rates_and_wait(records):
     record = records["data"][0]
     variants = [(row["cached"], row["augmented"], row["workers"]) for row in record["rows"]]
     assert variants == [
@@ -202,31 +201,28 @@ def test_data_tells_rates_decoding_and_wait(records):
     ]
     rounds = {row_key: row["rounds"] for row_key, row in zip(variants, record["rows"], strict=True)}
     cost = [1e3 / made - 1e3 / kept for made, kept in zip(rounds[False, False, 0], rounds[True, False, 0], strict=True)]
-    assert record["decode"]["ms_per_image"]["median"] == pytest.approx(statistics.median(cost), rel=1e-4)
-    assert record["decode"]["ms_per_image"]["median"] > 0  # drawing a picture costs more than copying it
+    assert statistics.median(cost) > 0  # drawing an image costs more than copying it
     assert [wait["workers"] for wait in record["data_wait"]] == [0, 1]
     assert all(0 < wait["share"] < 1 and wait["cached"] for wait in record["data_wait"])
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "kinds"),
-    [
-        ("moe_layer", ("--out", "o", "--repetitions", "40"), [("layer", "bars"), ("layer", "growth")]),
-        ("train_step", ("cifar10", "quickstart", "--out", "o"), [("train", "cifar10"), ("train", "quickstart")]),
-    ],
-)
-def test_scripts_call_the_command(script, arguments, kinds, monkeypatch):
-    spec = spec_from_file_location(script, Path(__file__).parents[1] / "benchmarks" / f"{script}.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    calls = []
-    monkeypatch.setattr(module, "benchmark", calls.append)
-    monkeypatch.setattr("sys.argv", [f"{script}.py", *arguments])
-    module.main()
-    parsed = [build_parser().parse_args(call) for call in calls]
-    assert [(options.kind, getattr(options, "preset", None) or options.model) for options in parsed] == kinds
-    assert [options.out.as_posix() for options in parsed] == [f"o/{name}" for _, name in kinds]
-    assert all(options.repetitions == (40 if script == "moe_layer" else 30) for options in parsed)
+def test_every_verb_is_there(bench):
+    text = bench("--help").out
+    assert all(f"  {name} " in text and find_spec(f"benchmarks.{module}") for name, (_, module) in VERBS.items())
+    assert bench("nothing").code == 2
+
+
+def test_it_runs_from_a_checkout_without_anything_installed_for_it():
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-m", "benchmarks"], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "python -m benchmarks VERB" in done.stdout
+
+
+def test_the_old_verb_says_where_it_went(cli):
+    outcome = cli("benchmark", "layer")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "python -m benchmarks" in outcome.err
 
 
 class BrokenError(Exception):
@@ -234,7 +230,7 @@ class BrokenError(Exception):
 
 
 @pytest.mark.parametrize("where", ["build", "run"])
-def test_a_broken_peer_is_reported_and_the_rest_goes_on(cli, tmp_path, monkeypatch, where):
+def test_a_broken_peer_is_reported_and_the_rest_goes_on(bench, tmp_path, monkeypatch, where):
     def build(name, router, **sizes):
         if where == "build":
             raise BrokenError("no such kernel")
@@ -249,15 +245,15 @@ def test_a_broken_peer_is_reported_and_the_rest_goes_on(cli, tmp_path, monkeypat
         return router
 
     monkeypatch.setattr(layer_module, "build_peer", build)
-    outcome = cli("benchmark", "layer", "--quick", "--no-peak", "--peers", "torchtitan", "--out", tmp_path)
+    outcome = bench("layer", "--quick", "--no-peak", "--peers", "torchtitan", "--out", tmp_path)
     assert outcome.code == 0, outcome.err
     assert "torchtitan: BrokenError: no such kernel" in outcome.out
     rows = json.loads((tmp_path / "benchmark-layer.json").read_text())["comparisons"][0]["rows"]
     assert [row["name"] for row in rows if "error" in row] == ["torchtitan"]
-    assert len([row for row in rows if "seconds" in row]) == 3
+    assert len([row for row in rows if "seconds" in row]) == 2
 
 
-def test_our_own_fault_ends_the_benchmark(cli, monkeypatch):
+def test_our_own_fault_ends_the_benchmark(bench, monkeypatch):
     from moevision.layers import MoEMlp
 
     def forward(self, x):
@@ -265,24 +261,23 @@ def test_our_own_fault_ends_the_benchmark(cli, monkeypatch):
 
     monkeypatch.setattr(MoEMlp, "forward", forward)
     with pytest.raises(BrokenError):
-        cli("benchmark", "layer", "--quick", "--no-peak", "--peers", "none")
+        bench("layer", "--quick", "--no-peak", "--peers", "none")
 
 
 def test_what_is_not_installed_is_said(monkeypatch):
-    from moevision.commands.benchmark import peers
     from moevision.errors import UserError
 
     monkeypatch.setattr(peers, "package_version", lambda name: None)
     with pytest.raises(UserError, match="transformers is not installed"):
         build_peer("mixtral eager", None, **dict.fromkeys(
-            ("tokens", "width", "hidden", "num_experts", "top_k", "dtype", "device")))  # fmt: skip
+            ("width", "hidden", "num_experts", "top_k", "dtype", "device")))  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_has_help_that_teaches(cli, kind):
-    outcome = cli("benchmark", kind, "--help")
+def test_each_kind_has_help_that_teaches(bench, kind):
+    outcome = bench(kind, "--help")
     assert (outcome.code, outcome.err) == (0, "")
-    assert f"moevision benchmark {kind} " in outcome.out
+    assert f"python -m benchmarks {kind} " in outcome.out
     assert "examples" in outcome.out
     assert "--repetitions" in outcome.out
 
@@ -298,8 +293,8 @@ def test_each_kind_has_help_that_teaches(cli, kind):
         (("data", "nowhere"), ("nowhere",)),
     ],
 )
-def test_mistakes_are_one_sentence(cli, arguments, words, tmp_path):
-    outcome = cli("benchmark", *arguments, *([] if arguments[0] == "data" else ["--no-peak"]), "--out", tmp_path / "o")
+def test_mistakes_are_one_sentence(bench, arguments, words, tmp_path):
+    outcome = bench(*arguments, *([] if arguments[0] == "data" else ["--no-peak"]), "--out", tmp_path / "o")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1, outcome.err
     for word in words:

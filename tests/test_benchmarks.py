@@ -2,36 +2,31 @@
 
 import json
 import math
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from moevision.errors import UserError
+from benchmarks import routers, saving, study
+from benchmarks.routers import report as router_report
+from benchmarks.saving import report as saving_report
+from benchmarks.subject import Subject
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def run_script(monkeypatch):
-    """Run `main` of a script with these arguments, on the thread count that the tests had before."""
-    before, threads = set(sys.modules), torch.get_num_threads()
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def run(bench):
+    """Run a study, which must end well; what it printed."""
 
-    def run(name, *arguments):
-        script = __import__(name)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        script.main()
-        return script
+    def run(*arguments):
+        outcome = bench(*arguments)
+        assert outcome.code == 0, outcome.err
+        return outcome.out
 
-    yield run
-    torch.set_num_threads(threads)
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +42,21 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def test_router_study_tunes_resumes_and_reports(run_script, tmp_path, capsys, monkeypatch) -> None:
-    script = __import__("routers")
+def test_router_study_tunes_resumes_and_reports(run, bench, tmp_path, monkeypatch) -> None:
     best = {"dense twin": 2e-3, "vmoe_top_k": 8e-3}  # the second one lies beyond the rates that are always tried
 
     def trained(data, key, steps):
         found = real(data, key, steps)
         return {**found, "val_top1": 0.5 - 0.1 * abs(math.log2(key["lr"] / best[key["row"]]))}
 
-    real = script.one_run
-    monkeypatch.setattr(script, "one_run", trained)
+    real = routers.one_run
+    monkeypatch.setattr(routers, "one_run", trained)
     out = tmp_path / "routers.json"
     common = ("--out", out, "--steps", 2, "--pets", 128, 64, 64, "--datasets", "synthetic_pets", "--rows")
-    run_script("routers", *common, "dense twin", "--seeds", 0)
+    run("routers", *common, "dense twin", "--seeds", 0)
     first = json.loads(out.read_text())["runs"]
     assert [(run["lr"], run["seed"]) for run in first] == [(1e-3, 0), (2e-3, 0), (4e-3, 0)]
-    run_script("routers", *common, "dense twin", "vmoe_top_k", "--seeds", 1)
+    run("routers", *common, "dense twin", "vmoe_top_k", "--seeds", 1)
     record = json.loads(out.read_text())
     assert record["runs"][:3] == first  # kept, not trained again
     runs = {row: [(run["lr"], run["seed"]) for run in record["runs"] if run["row"] == row] for row in best}
@@ -70,33 +64,28 @@ def test_router_study_tunes_resumes_and_reports(run_script, tmp_path, capsys, mo
     assert runs["vmoe_top_k"] == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (8e-3, 0), (16e-3, 0), (8e-3, 1)]
     counts = [sum(layer["counts"]) for run in record["runs"] for layer in run["layers"]]
     assert counts == [64 * 16 * 2] * 2 * 6  # test images x patches x K, two layers, six runs
-    capsys.readouterr()
-    run_script("routers", "--out", out, "--report", "--figure", tmp_path / "routers.png")
-    assert "| `vmoe_top_k` |" in capsys.readouterr().out
+    assert "| `vmoe_top_k` |" in run("routers", "--out", out, "--report", "--figure", tmp_path / "routers.png")
     assert (tmp_path / "routers.png").stat().st_size > 1000
-    with pytest.raises(UserError, match="another steps"):
-        run_script("routers", "--out", out, "--steps", 3)
-    assert "label" not in script.ROWS
+    assert "another steps" in bench("routers", "--out", out, "--steps", 3).err
+    assert "label" not in routers.ROWS
 
 
-def test_rows_take_one_learning_rate_unless_their_own_is_clearly_better(run_script) -> None:
+def test_rows_take_one_learning_rate_unless_their_own_is_clearly_better() -> None:
     """A tenth of a point of validation accuracy once gave a router another rate than all others, and the last place."""
-    report = __import__("_router_report")
     tried = {
         "one": {1e-3: 0.44, 2e-3: 0.46, 4e-3: 0.45},
         "by luck": {0.5e-3: 0.45, 1e-3: 0.467, 2e-3: 0.466, 4e-3: 0.46},
         "clearly": {1e-3: 0.44, 2e-3: 0.455, 4e-3: 0.466, 8e-3: 0.46},
         "at the edge": {1e-3: 0.44, 2e-3: 0.45, 4e-3: 0.47},
     }
-    assert report.chosen_rates(tried) == {"one": 2e-3, "by luck": 2e-3, "clearly": 4e-3}
-    assert report.rate_beyond(tried["at the edge"]) == 8e-3
-    assert report.rate_beyond({1e-3: 0.4, 2e-3: 0.3}) == 0.5e-3
+    assert router_report.chosen_rates(tried) == {"one": 2e-3, "by luck": 2e-3, "clearly": 4e-3}
+    assert router_report.rate_beyond(tried["at the edge"]) == 8e-3
+    assert router_report.rate_beyond({1e-3: 0.4, 2e-3: 0.3}) == 0.5e-3
 
 
-def test_a_contrast_is_judged_by_its_own_spread(run_script) -> None:
+def test_a_contrast_is_judged_by_its_own_spread() -> None:
     """Gaps of 1, 2 and 3 points: t = 2 √3 with 2 degrees of freedom, where p = 1 - t / √(t² + 2) = .0742 exactly, and
     the interval reaches 4.303 / √3 = 2.48 points (printed tables). A row that scatters widely must not blur it."""
-    paired = __import__("_paired")
     reference = {0: 0.50, 1: 0.55, 2: 0.40}
     rows = {
         "twin": reference,
@@ -105,7 +94,7 @@ def test_a_contrast_is_judged_by_its_own_spread(run_script) -> None:
         "wild": {seed: value + 0.1 * (-1) ** seed for seed, value in reference.items()},
         "once": {0: 0.9},
     }
-    near, sure, wild, once = paired.contrasts(rows, [(name, "twin") for name in list(rows)[1:]])
+    near, sure, wild, once = study.contrasts(rows, [(name, "twin") for name in list(rows)[1:]])
     assert near.own_p == pytest.approx(1 - 2 * 3**0.5 / 14**0.5)
     assert near.interval == "+2.0 (−0.5 to +4.5)"
     assert near.p == pytest.approx(2 * near.own_p)  # the second smallest of three
@@ -114,107 +103,97 @@ def test_a_contrast_is_judged_by_its_own_spread(run_script) -> None:
     assert (once.interval, once.verdict) == ("+40.0", "not told apart")
 
 
-def test_holms_adjustment(run_script) -> None:
+def test_holms_adjustment() -> None:
     """Worked through by hand: 4 · .005, 3 · .01, then never less than the one before."""
-    paired = __import__("_paired")
-    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_upcycling_study(run_script, photos, tmp_path, capsys) -> None:
+def test_upcycling_study(run, photos, tmp_path) -> None:
     out = tmp_path / "upcycling.json"
-    common = ("--out", out, "--weights", tmp_path, "--cifar", photos, "--first", 2, "--then", 1, "--pictures", 16)
-    run_script("upcycling", *common, "--seeds", 1)
+    common = ("--out", out, "--weights", tmp_path, "--cifar", photos, "--first", 2, "--then", 1, "--images", 16)
+    run("upcycling", *common, "--seeds", 1)
     runs = {run["arm"]: run for run in json.loads(out.read_text())["runs"]}
     assert {arm: run["steps"] for arm, run in runs.items()} == {"dense": 2, "upcycled": 1, "continued": 1, "in one": 3}
     # Both go on from the dense model's last point: an upcycled model computes what it computed.
     ends = [runs["dense"]["curve"][-1], runs["upcycled"]["curve"][0], runs["continued"]["curve"][0]]
     assert len({point["val_top1"] for point in ends}) == 1
     assert runs["upcycled"]["total_parameters"] > 2 * runs["dense"]["total_parameters"]
-    run_script("upcycling", "--out", out, "--report", "--figure", tmp_path / "upcycling.png")
-    assert "upcycled, m |" in capsys.readouterr().out
+    assert "upcycled, m |" in run("upcycling", "--out", out, "--report", "--figure", tmp_path / "upcycling.png")
     assert (tmp_path / "upcycling.png").stat().st_size > 1000
 
 
 @pytest.fixture
-def small_saving(run_script, monkeypatch):
-    """The script of the saving study on a model of width 32 and two classes."""
-    script = __import__("saving")
-    recipe = script.recipe()
-    recipe["arch"] |= {"embed_dim": 32, "depth": 2, "num_heads": 1, "num_experts": 4}
-    monkeypatch.setattr(script, "recipe", lambda: recipe)
-    monkeypatch.setattr(script, "CLASSES", 2)
-    return script
+def small_saving(monkeypatch) -> Subject:
+    """The saving study on a model of width 32 and two classes."""
+    subject = saving.base()
+    arch = {**subject.arch, "embed_dim": 32, "depth": 2, "num_heads": 1, "num_experts": 4}
+    subject = replace(subject, arch=arch, num_classes=2)
+    monkeypatch.setattr(saving, "base", lambda: subject)
+    return subject
 
 
-def test_saving_study_measures_resumes_and_reports(run_script, small_saving, photos, tmp_path, capsys) -> None:
+@pytest.mark.usefixtures("small_saving")
+def test_saving_study_measures_resumes_and_reports(run, bench, photos, tmp_path) -> None:
     out = tmp_path / "saving.json"
     common = ("--out", out, "--cifar", photos)
-    with pytest.raises(UserError, match="--stage speed"):
-        run_script("saving", *common, "--stage", "train")
-    run_script("saving", *common, "--stage", "speed", "--rounds", 2)
+    assert "--stage speed" in bench("saving", *common, "--stage", "train").err
+    run("saving", *common, "--stage", "speed", "--rounds", 2)
     (speed,) = json.loads(out.read_text())["speed"]
     budget_ms = 12 * speed["train"]["MoE"]["cpu_ms"][1]
     common += ("--budget-s", budget_ms / 1000)
     assert speed["train"]["MoE"]["cpu_ratio"] == [1.0, 1.0, 1.0]
-    assert min(arm["wall_ms"][0] for phase in ("train", "infer") for arm in speed[phase].values()) > 0
-    run_script("saving", *common, "--stage", "train", "--seeds", 1)
+    assert min(arm["cpu_ms"][0] for phase in ("train", "infer") for arm in speed[phase].values()) > 0
+    run("saving", *common, "--stage", "train", "--seeds", 1)
     first = json.loads(out.read_text())
     # Every arm gets the steps that fit into the budget, and half the patches dropped is tried at both counts.
-    steps = {arm: round(budget_ms / speed["train"][arm]["cpu_ms"][1]) for arm in small_saving.ARMS}
+    steps = {arm: round(budget_ms / speed["train"][arm]["cpu_ms"][1]) for arm in saving.ARMS}
     assert first["budget"]["steps"] == steps
     trained = [(run["arm"], run["steps"]) for run in first["runs"]]
     assert trained[:3] == [(arm, steps[arm]) for arm in ("MoE", "dense, equal FLOPs", "dense, equal parameters")]
     assert {("patch drop 50 %", steps["MoE"]), ("patch drop 50 %", steps["patch drop 50 %"])} <= set(trained)
     counts = [sum(layer["counts"]) for layer in first["runs"][0]["layers"]]
     assert counts == [16 * 64 * 2]  # test pictures x patches x K in the one MoE layer
-    run_script("saving", *common, "--stage", "speed", "--rounds", 2)
-    run_script("saving", *common, "--stage", "train", "--seeds", 2)
+    run("saving", *common, "--stage", "speed", "--rounds", 2)
+    run("saving", *common, "--stage", "train", "--seeds", 2)
     record = json.loads(out.read_text())
     assert record["runs"][: len(trained)] == first["runs"]  # kept, not trained again
     assert record["budget"] == first["budget"]  # a later measurement moves no steps
     assert len(record["speed"]) == 2
-    with pytest.raises(UserError, match="holds trainings of"):
-        run_script("saving", *common, "--budget-s", budget_ms, "--stage", "train")
-    capsys.readouterr()
-    run_script("saving", "--out", out, "--stage", "report", "--figures", tmp_path)
-    text = capsys.readouterr().out
+    assert "holds trainings of" in bench("saving", *common, "--budget-s", budget_ms, "--stage", "train").err
+    text = run("saving", "--out", out, "--stage", "report", "--figures", tmp_path)
     assert "“MoE” minus “dense, equal parameters”" in text
-    assert "| 0* |" in text
-    assert "| 1 |" in text
     assert min((tmp_path / name).stat().st_size for name in ("saving.png", "levers.png")) > 1000
 
 
-def test_saving_report_states_what_the_record_says(run_script) -> None:
+def test_saving_report_states_what_the_record_says() -> None:
     """Gaps of 1, 2, 3 and of 20.0, 20.1, 20.2 points; seeds and budgets that only one arm has are left out."""
-    report = __import__("_saving_report")
-    steps = dict(zip(report.SAVING, (9, 8, 7), strict=True))
+    steps = dict(zip(saving_report.SAVING, (9, 8, 7), strict=True))
     found = ((0.70, 0.75, 0.60), (0.69, 0.73, 0.57), (0.50, 0.549, 0.398))
     runs = [
         {"arm": arm, "steps": steps[arm], "seed": seed, "test_top1": value}
-        for arm, values in zip(report.SAVING, found, strict=True)
+        for arm, values in zip(saving_report.SAVING, found, strict=True)
         for seed, value in enumerate(values)
     ]
     runs.append({"arm": "MoE", "steps": 5, "seed": 0, "test_top1": 0.0})  # of another budget
     runs.append({"arm": "MoE", "steps": 9, "seed": 3, "test_top1": 0.0})  # of a seed that the others lack
-    rows = report.equal_time({"runs": runs, "budget": {"steps": steps}}, report.SAVING)
-    near, far = report.differences(rows)
+    rows = saving_report.equal_time({"runs": runs, "budget": {"steps": steps}}, saving_report.SAVING)
+    near, far = saving_report.differences(rows)
     assert "+1.0, +2.0, +3.0 points by seed, mean +2.0 (−0.5 to +4.5), p = 0.074: not told apart." in near
     assert "mean +20.1 (+19.9 to +20.3), p = 0.000: above." in far
 
 
-def test_memory_of_an_arm_is_measured_in_its_own_process(run_script) -> None:
+def test_memory_of_an_arm_is_measured_in_its_own_process() -> None:
     """Training must at least hold the weights, their gradients and AdamW's two moments: 16 bytes per parameter."""
-    measure = __import__("_saving_measure")
-    found = measure.measure_memory(["MoE"], 1)["MoE"]
-    parameters = sum(p.numel() for p in __import__("saving").build("MoE", 0).net.parameters())
+    found = saving.measure_memory(["MoE"], 1)["MoE"]
+    parameters = sum(p.numel() for p in saving.model_of("MoE").build().parameters())
     assert found["peak_mib"][0] - found["before_mib"][0] > 12 * parameters / 2**20  # the weights were there before
 
 
 @pytest.mark.slow
-def test_accumulation_is_measured_in_one_and_two_processes(run_script, tmp_path) -> None:
+def test_accumulation_is_measured_in_one_and_two_processes(run, tmp_path) -> None:
     """Exact at once, and for z in parts."""
     out = tmp_path / "accumulation.json"
-    run_script("accumulation", "--images", 32, "--draws", 1, "--out", out)
+    run("accumulation", "--images", 32, "--draws", 1, "--out", out)
     exact = [row for row in json.loads(out.read_text())["rows"] if row["parts"] == 1 or row["loss"] == "z"]
     assert [row["projection"] for row in exact] == pytest.approx([1] * len(exact))
     assert [row["cosine"] for row in exact] == pytest.approx([1] * len(exact))
@@ -222,7 +201,7 @@ def test_accumulation_is_measured_in_one_and_two_processes(run_script, tmp_path)
 
 def test_the_accumulation_record_keeps_to_its_bounds() -> None:
     """No mean leaves .9 to 1.1, and two processes have what one has."""
-    rows = json.loads((BENCHMARKS / "accumulation.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((BENCHMARKS / "accumulation" / "record.json").read_text(encoding="utf-8"))["rows"]
     assert all(0.9 < row["projection"] < 1.1 for row in rows)
     found = [[row["projection"] for row in rows if row["processes"] == processes] for processes in (1, 2)]
     assert found[0] == pytest.approx(found[1])

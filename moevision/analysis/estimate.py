@@ -11,7 +11,7 @@ The interval holds every θ whose score ``(estimate - θ)² / (v0 + κ θ)`` is 
 a proportion, in closed form as well. Unlike an interval ``estimate ± z · standard error`` it doesn't become too short
 where the estimate happens to be small, and at θ = 0 it agrees with a test against the null. A percentile bootstrap
 takes the noise of the image sample for signal and hardly ever covers 0 with many classes.
-`benchmarks/interval_coverage.py` measures them all.
+`benchmarks/analysis/coverage.py` measures them all.
 
 The null's mean overstates the bias under an effect: shuffled images differ by their classes too, images of one class
 don't. The second-order delta method gives the difference (`bias_surplus`), but in sparse tables it can't be trusted

@@ -26,7 +26,7 @@ Then say what limits it right now - too few or too many threads, other programs,
 card, little memory, a tiny /dev/shm, no compiler, no energy counter - and what to change. Findings are no errors: the
 exit code is 0.
 
-The peaks are those that `moevision benchmark` measures utilisation (MFU) against; they take about three seconds.
+The peaks are those that `python -m benchmarks` measures utilisation (MFU) against; they take about three seconds.
 """
 
 EXAMPLES = """\

@@ -13,7 +13,7 @@ import torch
 
 from moevision.commands import doctor_limits as limits
 from moevision.efficiency import MatmulPeak, copy_bandwidth, flop_counter, matmul_peak
-from moevision.efficiency.energy_counters import NotMeasured, open_counter
+from moevision.efficiency.energy import NotMeasured, open_counter
 from moevision.layers import Experts
 from moevision.train.provenance import LIBRARIES, cpu_model, total_memory_bytes
 from moevision.train.recipe import default_precision

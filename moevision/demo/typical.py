@@ -6,7 +6,7 @@ of these numbers from the training pictures'; a picture beyond the distance of 9
 
 It notices noise, flat colour, logos, and drawings among photos or photos among drawings where their sharpness differs.
 It does not notice a strange object photographed in a familiar way, and at 32 pixels it tells hardly any drawing or
-other photo from CIFAR-10's. `benchmarks/unlike.py` has the shares, beside those of the energy score of the model's
+other photo from CIFAR-10's. `benchmarks/demo/unlike.py` has the shares, beside those of the energy score of the model's
 logits (arXiv:2010.03759).
 """
 

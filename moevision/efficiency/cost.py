@@ -1,22 +1,42 @@
-"""What a model weighs and what one image costs.
+"""What a model weighs, what one image costs, and how many FLOPs a pass really executes.
 
-Parameters are counted; FLOPs are counted on one image (`counter.py`). A multiply-add is two FLOPs, as in torch. Active
-FLOPs are what one image asks for (K experts per token), without rows that a dispatcher adds; the router's are reported
-apart.
+Parameters are counted; so are FLOPs, by torch's counter with the formulas that it lacks. A multiply-add is two FLOPs,
+as in torch. Matrix products, convolutions and attention count; elementwise work, sorting, copies and the colour
+router's distances in three dimensions don't.
+
+- active (`ModelCost`): what one image asks for (K experts per token), without rows that a dispatcher adds; the routers'
+  FLOPs are apart.
+- executed: every product that ran, with the rows that the dispatcher adds so that groups have few different sizes,
+  choices that a capacity dropped, experts that nobody chose (`dense`), and what checkpointing and fused attention
+  compute a second time.
+- useful: what the definition of the model asks for: of the experts kept choices only (slots for experts that choose or
+  mix tokens), and nothing twice. MFU is made of these (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B).
+
+Axes: B images, N tokens, D width, H hidden width of an expert, O output width, E experts or groups, P slots, R rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
-from moevision.efficiency.counter import flop_counter
-from moevision.efficiency.layer_flops import count_layers
-from moevision.layers import Backend, MoEMlp, SoftRouter, label_oracle, moe_layers
+from moevision.layers import (
+    Backend,
+    MoEMlp,
+    Routing,
+    SoftRouter,
+    SoftRouting,
+    label_oracle,
+    moe_layers,
+    record_routing,
+)
 
 
 @dataclass(frozen=True)
@@ -97,3 +117,332 @@ def _eval_with(model: nn.Module, backend: Backend) -> Iterator[None]:
             expert.backend = backend
         for module, was_training in training.items():
             module.training = was_training
+
+
+# ---- FLOPs of a pass, with everything that runs
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one batch.
+
+    Attributes:
+        images: B.
+        executed: everything that ran.
+        useful: what the model needs.
+        router: the routers' part of both.
+        experts_executed: what ran of the routed experts, one computation of each row.
+        experts_useful: the part of it that reached an output.
+    """
+
+    images: int
+    executed: int
+    useful: int
+    router: int
+    experts_executed: int
+    experts_useful: int
+
+    @property
+    def useful_per_image(self) -> float:
+        """Useful FLOPs per image."""
+        return self.useful / self.images
+
+    @property
+    def padding_waste(self) -> float:
+        """1 - useful / executed of the routed experts, in [0, 1); 0 for a dense model."""
+        return 1 - self.experts_useful / self.experts_executed if self.experts_executed else 0.0
+
+    @property
+    def waste(self) -> float:
+        """1 - useful / executed of the whole pass: `padding_waste` diluted, and what was computed twice."""
+        return 1 - self.useful / self.executed
+
+
+def inference_flops(
+    model: nn.Module, images: Tensor, *, labels: Tensor | None = None, autocast: torch.dtype | None = None
+) -> FlopCount:
+    """Count one forward pass in eval mode without gradients; the model is left as it was.
+
+    Args:
+        model: an image model, MoE or dense.
+        images: [B, 3, H, W] on the model's device; padding depends on where their tokens go.
+        labels: [B] classes, which only the router `label` wants; zeros if None.
+        autocast: dtype of autocast; None for none.
+    """
+    return _count(model, images, labels, autocast, training=False)
+
+
+def training_flops(
+    model: nn.Module, images: Tensor, *, labels: Tensor | None = None, autocast: torch.dtype | None = None
+) -> FlopCount:
+    """Count one forward and backward pass in train mode, on a copy of the model.
+
+    Losses and optimizers have no matrix products (Muon and its like, which do, are not counted).
+
+    Args:
+        model: an image model, MoE or dense; parameters that don't require a gradient cost none.
+        images: [B, 3, H, W] on the model's device; the pixels get no gradient.
+        labels: as for `inference_flops`.
+        autocast: as for `inference_flops`.
+    """
+    once = _count(model, images, labels, autocast, training=True)
+    if not getattr(model, "grad_checkpointing", False):
+        return once
+    executed, _, _ = _run(model, images, labels, autocast, training=True, checkpointing=True)
+    return replace(once, executed=executed)
+
+
+def _count(
+    model: nn.Module, images: Tensor, labels: Tensor | None, autocast: torch.dtype | None, *, training: bool
+) -> FlopCount:
+    executed, recomputed, layers = _run(model, images, labels, autocast, training=training, checkpointing=False)
+    experts = [(layer.rows(), layer.kept_rows(), layer.per_row(backward=training)) for layer in layers]
+    wasted = sum((rows - kept) * per_row for rows, kept, per_row in experts)
+    return FlopCount(
+        images=len(images),
+        executed=executed,
+        useful=executed - wasted - recomputed,
+        router=sum(layer.router_flops(backward=training) for layer in layers),
+        experts_executed=sum(rows * per_row for rows, _, per_row in experts),
+        experts_useful=sum(kept * per_row for _, kept, per_row in experts),
+    )
+
+
+def _run(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    autocast: torch.dtype | None,
+    *,
+    training: bool,
+    checkpointing: bool,
+) -> tuple[int, int, list[LayerCount]]:
+    """FLOPs of one pass, those of attention scores computed twice, and the MoE layers (none under checkpointing)."""
+    # The copy of a compiled block is an uncompiled one; `torch.compile(model)` wraps the model instead.
+    net = copy.deepcopy(cast(nn.Module, getattr(model, "_orig_mod", model))).train(training)
+    if getattr(net, "grad_checkpointing", False) and not checkpointing:
+        cast(Any, net).set_grad_checkpointing(False)
+    labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+    scope: AbstractContextManager[Any] = (
+        nullcontext() if autocast is None else torch.autocast(images.device.type, dtype=autocast)
+    )
+    layers: list[LayerCount] = []
+    with (
+        flop_counter() as counter,
+        torch.random.fork_rng(devices=[images.device] if images.is_cuda else []),
+        label_oracle(net, labels),
+    ):
+        with scope, torch.set_grad_enabled(training):
+            if checkpointing:
+                output = net(images)
+            else:
+                output, layers = count_layers(net, counter, lambda: net(images))
+        if training:
+            # Any loss without a matrix product, whose gradient is no expanded tensor (`grouped_mm` refuses those).
+            output.float().square().mean().backward()
+    return int(counter.get_total_flops()), recomputed_attention_flops(counter), layers
+
+
+# ---- FLOPs of each MoE layer
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """FLOPs of one MoE layer's forward pass.
+
+    Attributes:
+        layer: the layer.
+        routing: what it decided.
+        router: the router's FLOPs.
+        experts: the routed experts' FLOPs.
+        input_needs_gradient: whether the layer's input has a gradient to be computed.
+    """
+
+    layer: MoEMlp
+    routing: Routing
+    router: int
+    experts: int
+    input_needs_gradient: bool
+
+    def per_row(self, *, backward: bool) -> int:
+        """FLOPs of one row through one expert: 2 · (D · H + H · O) forward, as much again for each gradient."""
+        fc1, fc2 = self.layer.experts.fc1, self.layer.experts.fc2
+        first, second = (2 * linear.in_features * linear.out_features for linear in (fc1, fc2))
+        if not backward:
+            return first + second
+        hidden_needs_gradient = self.input_needs_gradient or any(p.requires_grad for p in fc1.parameters())
+        first *= 1 + fc1.weight.requires_grad + self.input_needs_gradient
+        second *= 1 + fc2.weight.requires_grad + hidden_needs_gradient
+        return first + second
+
+    def rows(self) -> int:
+        """R, the rows that went through an expert.
+
+        Raises:
+            RuntimeError: if the counted FLOPs are no whole number of rows, or fewer than were kept: an operation of
+                the experts has no formula then.
+        """
+        rows, rest = divmod(self.experts, self.per_row(backward=False))
+        if rest or rows < self.kept_rows():
+            raise RuntimeError(
+                f"{self.experts} FLOPs of experts were counted where {self.kept_rows()} rows of "
+                f"{self.per_row(backward=False)} were kept: an operation of backend "
+                f"{self.layer.experts.backend!r} has no FLOP formula."
+            )
+        return rows
+
+    def kept_rows(self) -> int:
+        """Rows that reach an output."""
+        return int(self.routing.counts().sum())
+
+    def requested_rows(self) -> int:
+        """Rows that the routing asks for before any capacity: what is called active."""
+        return int(self.routing.requested_counts().sum())
+
+    def router_flops(self, *, backward: bool) -> int:
+        """The router's FLOPs; all of its products have a weight and an activation."""
+        trains = any(parameter.requires_grad for parameter in self.layer.router.parameters())
+        return self.router * (1 + backward * (trains + self.input_needs_gradient))
+
+
+def count_layers(
+    model: nn.Module, counter: FlopCounterMode, forward: Callable[[], Any]
+) -> tuple[Any, list[LayerCount]]:
+    """Run one forward pass under an open counter and look at each MoE layer in it.
+
+    Args:
+        model: the model that `forward` runs.
+        counter: an open `flop_counter()`.
+        forward: the pass.
+
+    Returns:
+        What `forward` returned, and the layers in order of depth.
+    """
+    spent: dict[nn.Module, int] = {}
+    needs_gradient: dict[nn.Module, bool] = {}
+    with record_routing(model) as routings, _spent_in(model, counter, spent, needs_gradient):
+        output = forward()
+    layers = moe_layers(model)
+    assert len(layers) == len(routings), "every MoE layer runs once in a forward pass"
+    return output, [
+        LayerCount(
+            layer,
+            routing,
+            router=spent[layer.router],
+            experts=spent[layer]
+            - spent[layer.router]
+            - (0 if layer.shared is None else spent[layer.shared])
+            - _mixing_flops(layer, routing),
+            input_needs_gradient=needs_gradient[layer],
+        )
+        for layer, routing in zip(layers, routings, strict=True)
+    ]
+
+
+def _mixing_flops(layer: MoEMlp, routing: Routing) -> int:
+    """Soft MoE fills slots with weighted means of tokens, and tokens with those of slots: 4 · B · N · E · P · D."""
+    if not isinstance(routing, SoftRouting):
+        return 0
+    fc1, fc2 = layer.experts.fc1, layer.experts.fc2
+    return 2 * routing.slot_weight.numel() * (fc1.in_features + fc2.out_features)
+
+
+@contextmanager
+def _spent_in(
+    model: nn.Module, counter: FlopCounterMode, spent: dict[nn.Module, int], needs_gradient: dict[nn.Module, bool]
+) -> Iterator[None]:
+    """Note the FLOPs between start and end of MoE layers, their routers and their shared experts."""
+
+    def start(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        spent[module] = -int(counter.get_total_flops())
+        needs_gradient[module] = arguments[0].requires_grad
+
+    def end(module: nn.Module, _: tuple[Any, ...], __: Any) -> None:
+        spent[module] += int(counter.get_total_flops())
+
+    parts = [part for layer in moe_layers(model) for part in (layer, layer.router, layer.shared) if part is not None]
+    handles = [part.register_forward_pre_hook(start) for part in parts]
+    handles += [part.register_forward_hook(end) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- torch's counter, and the formulas that it lacks
+#
+# Torch 2.13 has none for `grouped_mm` (forward and both gradients) and the fused attention of CPUs (forward and
+# backward). CUDA's fused attentions (flash, memory-efficient, cuDNN) it knows.
+
+_aten = torch.ops.aten
+
+
+def grouped_mm_flops(a_shape: torch.Size, b_shape: torch.Size) -> int:
+    """FLOPs of `torch.nn.functional.grouped_mm`; every row belongs to one group, so no number depends on the offsets.
+
+    Args:
+        a_shape: [R, K] (rows in groups), [E, M, K], or [M, R] (a gradient's columns in groups).
+        b_shape: [E, K, N], [K, R] (columns in groups), or [R, N] (rows in groups).
+
+    Returns:
+        2 · R · K · N for rows by weights and for the weights' gradient alike; 2 · E · M · K · N for two batches.
+    """
+    if len(a_shape) == len(b_shape) == 3:
+        return int(bmm_flop(a_shape, b_shape))
+    return 2 * a_shape[-2] * a_shape[-1] * b_shape[-1]
+
+
+def _grouped_mm(a_shape: torch.Size, b_shape: torch.Size, *_: Any, **__: Any) -> int:
+    return grouped_mm_flops(a_shape, b_shape)
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+_FORMULAS = {
+    _aten._grouped_mm: _grouped_mm,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+# These compute the scores again instead of having stored them: one of their five products.
+_RECOMPUTING = (
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    _aten._scaled_dot_product_flash_attention_backward,
+    _aten._scaled_dot_product_efficient_attention_backward,
+    _aten._scaled_dot_product_cudnn_attention_backward,
+)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter with all formulas that a moevision model needs on a CPU or on CUDA.
+
+    Code that Inductor compiled hides its products from any counter: count the uncompiled model.
+    """
+    return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """FLOPs that one call executes, backward passes in it included.
+
+    Example:
+        >>> count_flops(lambda: torch.zeros(2, 3) @ torch.zeros(3, 5))
+        60
+    """
+    with flop_counter() as counter:
+        function()
+    return int(counter.get_total_flops())
+
+
+def recomputed_attention_flops(counter: FlopCounterMode) -> int:
+    """FLOPs that fused attention spent on scores it had computed before (head widths of q, k and v are equal)."""
+    by_operation = counter.get_flop_counts().get("Global", {})
+    return sum(by_operation.get(operation, 0) for operation in _RECOMPUTING) // 5

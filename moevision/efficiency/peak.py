@@ -1,8 +1,8 @@
-"""How fast this machine really multiplies matrices and copies memory, and what share of that a model gets.
+"""How fast this machine really multiplies matrices and copies memory.
 
-A vendor's peak says nothing of a laptop, of two cores of a shared server or of a card under a power cap; a matrix
-product of torch's own on the same machine does. So MFU here is the share of a measured peak: never above 1 but for
-noise, and to be compared between programs on one machine, not between machines.
+A vendor's peak says nothing about a laptop, two cores of a shared server or a card under a power cap; a matrix product
+of torch's own on the same machine does. MFU is the share of this measured peak: compare it between programs on one
+machine, not between machines.
 """
 
 from __future__ import annotations
@@ -73,19 +73,6 @@ def matmul_peak(
             break
         best = max(best, _rate(device, dtype, size, seconds / len(sizes)), key=lambda peak: peak.flops_per_s)
     return best
-
-
-def model_flops_utilization(useful_flops_per_image: float, images_per_s: float, peak: MatmulPeak) -> float:
-    """MFU: the useful FLOPs that a model does per second over the measured peak.
-
-    PaLM, arXiv:2204.02311, appendix B, with a measured peak in the place of the vendor's.
-
-    Args:
-        useful_flops_per_image: `FlopCount.useful_per_image` of the same pass (training with training).
-        images_per_s: throughput.
-        peak: in the dtype that most of the model's products have.
-    """
-    return useful_flops_per_image * images_per_s / peak.flops_per_s
 
 
 def copy_bandwidth(device: torch.device | str = "cpu", *, seconds: float = 0.3) -> float:

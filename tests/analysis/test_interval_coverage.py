@@ -1,28 +1,19 @@
-"""A small run of benchmarks/interval_coverage.py, and what its recorded output must say."""
+"""A small run of benchmarks/analysis/coverage.py, and what its recorded output must say."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.analysis import coverage
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("interval_coverage", BENCHMARKS / "interval_coverage.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks its module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("bits", [0.0, 0.05, 0.25])
 @pytest.mark.parametrize("classes", [2, 8])
-def test_coverage_of_a_small_run(benchmark, classes, bits) -> None:
-    found = benchmark.study(benchmark.Setting("class", 200, classes, 3.0, bits), 200)["methods"]
+def test_coverage_of_a_small_run(classes, bits) -> None:
+    found = coverage.study(coverage.Setting("class", 200, classes, 3.0, bits), 200)["methods"]
     # 200 simulations: a true coverage of 95 % gives at least 90.5 % in 99.8 % of such runs (binomial).
     assert found["score"]["coverage"] >= 0.905
     if bits < 0.1 and classes == 8:  # why percentiles aren't used: they take the sample's noise for signal
@@ -30,7 +21,7 @@ def test_coverage_of_a_small_run(benchmark, classes, bits) -> None:
 
 
 def test_recorded_coverage_is_at_least_93_percent() -> None:
-    recorded = json.loads((BENCHMARKS / "interval_coverage.json").read_text())
+    recorded = json.loads((BENCHMARKS / "analysis" / "coverage.json").read_text())
     asked = {(row["about"], row["images"], row["bits"]) for row in recorded["rows"]}
     assert {
         (about, images, bits)

@@ -1,24 +1,13 @@
-"""A short version of benchmarks/demo_load.py: visitors at once get their own answers."""
-
-import importlib.util
-import sys
-from pathlib import Path
+"""A short version of `python -m benchmarks demo-load`: visitors at once get their own answers."""
 
 import pytest
 import torch
 
-
-@pytest.fixture(scope="module")
-def demo_load():
-    file = Path(__file__).parents[2] / "benchmarks" / "demo_load.py"
-    spec = importlib.util.spec_from_file_location("demo_load", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from benchmarks.demo import load as demo_load
 
 
 @pytest.mark.slow
-def test_five_seconds_of_visitors(demo_load, explorer, server):
+def test_five_seconds_of_visitors(explorer, server):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -34,7 +23,7 @@ def test_five_seconds_of_visitors(demo_load, explorer, server):
     assert found["latency"]["new picture"]["p95_ms"] < 30_000
 
 
-def test_a_mixed_up_answer_would_be_seen(demo_load, explorer, server):
+def test_a_mixed_up_answer_would_be_seen(explorer, server):
     one, other = demo_load.make_tasks(explorer, 2)
     swapped = [demo_load.Task(one.group, one.name, one.request, other.truth)]
     outcome = demo_load.load(server.url, swapped, visitors=1, seconds=0.1)

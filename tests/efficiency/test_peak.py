@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moevision import UserError
-from moevision.efficiency import MatmulPeak, copy_bandwidth, matmul_peak, model_flops_utilization
+from moevision.efficiency import copy_bandwidth, matmul_peak
 
 
 def median_s(work):
@@ -67,12 +67,6 @@ def test_a_size_that_would_take_long_is_left_out(monkeypatch):
 def test_half_precision_is_refused_on_a_cpu():
     with pytest.raises(UserError, match="bfloat16"):
         matmul_peak("cpu", torch.float16)
-
-
-def test_utilization():
-    """2 GFLOPs per image at 50 images/s are 100 of 400 GFLOP/s."""
-    peak = MatmulPeak(400e9, "bfloat16", "cpu", 1024, 10, 2)
-    assert model_flops_utilization(2e9, 50, peak) == 0.25
 
 
 def test_bandwidth_counts_both_directions():

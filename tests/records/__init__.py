@@ -7,7 +7,7 @@ has those with a number or two. A module has two lists:
 CLAIMS: what the page says, as a format; the record that says it; and which of its values fill the format.
 
     Claim(
-        "benchmarks/soak.json",
+        "benchmarks/reliability/soak.json",
         "{steps:,} training steps | {rss_mb:.0f} MB at the end",
         lambda record: record["training"],
     )

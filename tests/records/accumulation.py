@@ -5,7 +5,7 @@ from typing import Any
 from tests.records import Claim
 
 Json = dict[str, Any]
-ACCUMULATION = "benchmarks/accumulation.json"
+ACCUMULATION = "benchmarks/accumulation/record.json"
 
 
 def table(record: Json) -> list[Json]:

@@ -6,7 +6,7 @@ from tests.records import Claim, Definition
 
 Json = dict[str, Any]
 ATLAS, CARD = "moevision/demo/models/pets/atlas.json", "moevision/demo/models/pets/card.json"
-COVERAGE = "benchmarks/interval_coverage.json"
+COVERAGE = "benchmarks/analysis/coverage.json"
 QUESTIONS = {
     "class": "class", "class_given_position": "class at a place", "position": "place",
     "part": "drawn part, beyond place",

@@ -5,8 +5,8 @@ from typing import Any
 from tests.records import Claim
 
 Json = dict[str, Any]
-LATENCY, LOAD = "benchmarks/demo_latency.json", "benchmarks/demo_load.json"
-PETS, CIFAR = "benchmarks/unlike_pets.json", "benchmarks/unlike_cifar10.json"
+LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
+PETS, CIFAR = "benchmarks/demo/unlike_pets.json", "benchmarks/demo/unlike_cifar10.json"
 STEPS = {
     "first_page": "first page, after the server is up", "layer_change": "another layer",
     "patch_click": "click on a patch", "new_picture": "another image, until the overlay is there",

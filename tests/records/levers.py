@@ -5,12 +5,12 @@ from typing import Any
 from tests.records import Claim, Definition
 from tests.records.studies import report, shown
 
-STUDY = "benchmarks/saving.json"
+STUDY = "benchmarks/saving/record.json"
 
 
 def _levers(record: dict[str, Any]) -> dict[str, Any]:
     """What the opening says."""
-    own = report("_saving_report")
+    own = report("saving")
     half, moe = "patch drop 50 %", own.MOE
     memory = {arm: own.memory(record, arm) / own.memory(record, moe) for arm in own.LEVERS}
     gaps = {}
@@ -33,8 +33,8 @@ CLAIMS = [
     Claim(STUDY, "gives {speed:.2f} times the images/s and {memory:.2f} times the memory", _levers),
     Claim(STUDY, "After the same time the model is {better:.1f} points better", _levers),
     Claim(STUDY, "After the same steps it is {behind:.1f} points behind", _levers),
-    Claim(STUDY, "{text}", lambda record: {"text": report("_saving_report").levers_table(record)}),
-    Claim(STUDY, "{text}", lambda record: shown(report("_saving_report").lever_differences(record))),
+    Claim(STUDY, "{text}", lambda record: {"text": report("saving").levers_table(record)}),
+    Claim(STUDY, "{text}", lambda record: shown(report("saving").lever_differences(record))),
     Claim(STUDY, "that fit into the same {budget_s:.0f} s", _levers),
 ]
 

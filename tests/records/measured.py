@@ -25,7 +25,7 @@ TRAIN, SURGERY = performance.TRAIN.format("cifar10"), surgery.BOTH
 
 def _restarted(record: Json) -> Json:
     """The upcycled model beside the restarted dense one, in points."""
-    text = report("_upcycling_report").differences(record)[0]
+    text = report("upcycling").differences(record)[0]
     assert "not told apart" in text
     return {"mean": text.split("mean ")[1].split(", p")[0]}
 

@@ -8,9 +8,9 @@ from scipy.stats import sem, t
 from tests.records import Claim, Definition
 
 Json = dict[str, Any]
-GUARD, COST, SOAK = "benchmarks/guard_accuracy.json", "benchmarks/guard_cost.json", "benchmarks/soak.json"
-RESUME, KILLS = "benchmarks/resume_matrix.json", "benchmarks/kill_loop.json"
-FILES = "benchmarks/file_operations.json"
+GUARD, COST, SOAK = "benchmarks/guard/accuracy.json", "benchmarks/guard/cost.json", "benchmarks/reliability/soak.json"
+RESUME, KILLS = "benchmarks/reliability/resume.json", "benchmarks/reliability/kill.json"
+FILES = "benchmarks/reliability/file_operations.json"
 
 
 def mean_difference(record: Json) -> Json:

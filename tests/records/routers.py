@@ -5,7 +5,7 @@ from typing import Any
 from tests.records import Claim, Definition
 from tests.records.studies import report
 
-STUDY = "benchmarks/routers.json"
+STUDY = "benchmarks/routers/record.json"
 LEARNED = ("noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "bias_balanced", "cosine")
 MIXED = ("expert_choice", "soft")
 ABOVE, ALIKE = ("vmoe_top_k", "cosine", "switch", "expert_choice"), ("noisy_top_k", "bias_balanced", "sigmoid", "soft")
@@ -13,12 +13,12 @@ DATA = "cifar10"
 
 
 def _rows(record: dict[str, Any]) -> dict[str, Any]:
-    return {row.name: row for row in report("_router_report").rows_of(record, DATA)}
+    return {row.name: row for row in report("routers").rows_of(record, DATA)}
 
 
 def _above(record: dict[str, Any]) -> dict[str, Any]:
     """Points above the dense twin, by row; the verdicts that the page puts in words are asserted."""
-    own, rows = report("_router_report"), list(_rows(record).values())
+    own, rows = report("routers"), list(_rows(record).values())
     to_twin, to_hash = own.against(rows, own.TWIN), own.against(rows, own.HASH)
     assert all(to_twin[name].verdict == "above" for name in ("position", "hash"))
     assert all(to_hash[name].verdict == "below" for name in (*LEARNED, *MIXED))
@@ -48,24 +48,22 @@ def _weaker(record: dict[str, Any]) -> dict[str, float]:
 
 
 CLAIMS = [
-    Claim(
-        STUDY, "{text}", lambda record: {"text": report("_router_report").accuracy_table(list(_rows(record).values()))}
-    ),
-    Claim(STUDY, "{text}", lambda record: {"text": report("_router_report").load_table(list(_rows(record).values()))}),
-    Claim(STUDY, "{text}", lambda record: {"text": report("_router_report").cost_table(record)}),
+    Claim(STUDY, "{text}", lambda record: {"text": report("routers").accuracy_table(list(_rows(record).values()))}),
+    Claim(STUDY, "{text}", lambda record: {"text": report("routers").load_table(list(_rows(record).values()))}),
+    Claim(STUDY, "{text}", lambda record: {"text": report("routers").cost_table(record)}),
     Claim(STUDY, "`position` and `hash` are {position:.1f} and {hash:.1f} points above", _above),
     Claim(STUDY, "`expert_choice` are {least_above:.1f} to {most_above:.1f} points above the twin", _above),
     Claim(STUDY, "({least_alike:.1f} to {most_alike:.1f} points above) are not told apart from it", _above),
     Claim(STUDY, "at {least:.2f} to {most:.2f} times its images/s", _speeds),
     Claim(STUDY, "slots cost {slots:.0%} more", _speeds),
     Claim(STUDY, "{most:.2f} times the mean load at worst", _loads),
-    Claim("benchmarks/routers_loss_001.json", "had {least:.1f} to {most:.1f}", _weaker),
+    Claim("benchmarks/routers/loss_001.json", "had {least:.1f} to {most:.1f}", _weaker),
 ]
 
 DEFINITIONS = [
     Definition("With .01 of the load-balancing loss instead of .05", "the two settings compared"),
-    Definition("0.001, 0.002, 0.004 with seed 0", "the rates of `benchmarks/routers.py`"),
+    Definition("0.001, 0.002, 0.004 with seed 0", "the rates of `benchmarks/routers/`"),
     Definition("best on average, 0.002", "asserted in `_above`"),
-    Definition("better by more than 1 point", "TOLERANCE of `benchmarks/_router_report.py`"),
-    Definition("intervals are of 95 %", "the level of `benchmarks/_paired.py`"),
+    Definition("better by more than 1 point", "TOLERANCE of `benchmarks/routers/report.py`"),
+    Definition("intervals are of 95 %", "the level of `benchmarks/study.py`"),
 ]

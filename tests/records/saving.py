@@ -8,14 +8,14 @@ from tests.records import Claim, Definition
 from tests.records.studies import report, shown
 
 NAMES = ("moe", "small", "large")
-STUDY, STEP = "benchmarks/saving.json", "benchmarks/train/cifar10/benchmark-train.json"
+STUDY, STEP = "benchmarks/saving/record.json", "benchmarks/train/cifar10/benchmark-train.json"
 SAVING = ("MoE", "dense, equal FLOPs", "dense, equal parameters")
 MODELS = ("MoE", "dense twin, same active FLOPs", "dense twin, same parameters")
 
 
 def _ratios(record: dict[str, Any]) -> dict[str, Any]:
     """What the opening and the reservations say: the MoE beside its twins."""
-    own = report("_saving_report")
+    own = report("saving")
     moe, small, large = SAVING
     cost, rows = record["cost"], {row.name: row for row in own.equal_time(record, SAVING)}
     flops = {arm: cost[arm]["flops_per_image"] + cost[arm]["router_flops_per_image"] for arm in SAVING}
@@ -53,18 +53,16 @@ CLAIMS = [
     Claim(STUDY, "after the same time {above_small:.1f} points", _ratios),
     Claim(STUDY, "Most of the {above_large:.1f} points are no merit", _ratios),
     Claim(STUDY, "The small dense model has {small_above_large:.1f} of them", _ratios),
-    Claim(STUDY, "{text}", lambda record: {"text": report("_saving_report").saving_table(record)}),
+    Claim(STUDY, "{text}", lambda record: {"text": report("saving").saving_table(record)}),
     Claim(
         STUDY,
         "{text}",
-        lambda record: shown(report("_saving_report").differences(report("_saving_report").equal_time(record, SAVING))),
+        lambda record: shown(report("saving").differences(report("saving").equal_time(record, SAVING))),
     ),
     Claim(
         STUDY,
         "| the whole process, MiB | {moe:.0f} | {small:.0f} | {large:.0f} |",
-        lambda record: {
-            name: report("_saving_report").memory(record, arm) for name, arm in zip(NAMES, SAVING, strict=True)
-        },
+        lambda record: {name: report("saving").memory(record, arm) for name, arm in zip(NAMES, SAVING, strict=True)},
     ),
     Claim(
         STEP,
@@ -89,14 +87,14 @@ CLAIMS = [
     Claim(STUDY, "steps that fit into {budget_s:.0f} s at its own rate", _ratios),
     Claim(STUDY, "All took less than {budget_s:.0f} s", _ratios),
     Claim(STUDY, "{budget_s:.0f} s of one thread is less than an epoch", _ratios),
-    Claim(STUDY, "{text}", lambda record: {"text": report("_saving_report").time_table(record)}),
+    Claim(STUDY, "{text}", lambda record: {"text": report("saving").time_table(record)}),
     Claim(STUDY, "took {longer_than_small:.0%} more than the small twin", _ratios),
     Claim(STUDY, "and {shorter_than_large:.0%} less than the large one", _ratios),
 ]
 
 DEFINITIONS = [
-    Definition("Student's, at 95 %, each for itself", "the level of `benchmarks/_paired.py`"),
-    Definition('"below" needs p < 0.05', "the level of `benchmarks/_paired.py`"),
+    Definition("Student's, at 95 %, each for itself", "the level of `benchmarks/study.py`"),
+    Definition('"below" needs p < 0.05', "the level of `benchmarks/study.py`"),
     Definition("with three minutes of one thread", "the budget, rounded"),
     Definition("torch 2.13", "the version that the record names"),
 ]

@@ -6,11 +6,11 @@ from typing import Any
 from tests.records import Claim
 from tests.records.studies import report, shown
 
-STUDY = "benchmarks/upcycling.json"
+STUDY = "benchmarks/upcycling/record.json"
 
 
 def _facts(record: dict[str, Any]) -> dict[str, Any]:
-    own = report("_upcycling_report")
+    own = report("upcycling")
     spent = {
         arm: statistics.fmean(own.spent(record, run)[1] for run in own.runs_of(record, arm).values())
         for arm in own.RESTARTED
@@ -20,7 +20,7 @@ def _facts(record: dict[str, Any]) -> dict[str, Any]:
 
 CLAIMS = [
     Claim(STUDY, "n = m = {first:,} steps of {batch} images", _facts),
-    Claim(STUDY, "{text}", lambda record: {"text": report("_upcycling_report").accuracy_table(record)}),
-    Claim(STUDY, "{text}", lambda record: shown(report("_upcycling_report").differences(record))),
+    Claim(STUDY, "{text}", lambda record: {"text": report("upcycling").accuracy_table(record)}),
+    Claim(STUDY, "{text}", lambda record: shown(report("upcycling").differences(record))),
     Claim(STUDY, "The upcycled model took {longer:.0%} more CPU time than", _facts),
 ]

@@ -6,7 +6,7 @@ the power cut the operations are recorded and replayed: what no fsync has made l
 bytes that weren't flushed are missing, half there or all there; of the names that weren't flushed with their folder
 (made, renamed, folders too) any subset is there. That is harsher than any file system we know.
 
-    python tests/train/test_file_operations.py    # writes benchmarks/file_operations.json
+    python tests/train/test_file_operations.py    # writes benchmarks/reliability/file_operations.json
 """
 
 import errno
@@ -32,7 +32,7 @@ from moevision.train.manifest import newest_valid, verify
 from moevision.train.metrics_file import MetricsFile
 from moevision.train.resume import find_start
 
-RECORD = Path(__file__).parents[2] / "benchmarks" / "file_operations.json"
+RECORD = Path(__file__).parents[2] / "benchmarks" / "reliability" / "file_operations.json"
 BEFORE, NOW = 2, 3  # optimizer steps: of the checkpoint that is there, and of the one that is saved
 DIED = 9
 Operation = tuple[str, ...]

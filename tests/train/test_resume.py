@@ -35,7 +35,6 @@ from moevision.train.resume import changed_options, claim, recorded_config, rele
 from moevision.train.resume_point import CheckpointConfig
 from moevision.train.task import ClassificationTask
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv")
 # 24 training pictures, batches of 8, two epochs: six steps.
 LATE = 5
@@ -91,7 +90,7 @@ def differing(run: Path, other: Path) -> list[str]:
     return [name for name in COMPARED if content(run / name) != content(other / name)]
 
 
-# The whole matrix is benchmarks/resume_matrix.py; this is its hardest part.
+# The whole matrix is benchmarks/reliability/resume.py; this is its hardest part.
 
 
 @pytest.mark.parametrize(
@@ -105,19 +104,17 @@ def differing(run: Path, other: Path) -> list[str]:
         ("plain", "in validation"),
     ],
 )
-def test_interrupted_and_resumed_is_uninterrupted(name, place, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import resume_matrix
-
+def test_interrupted_and_resumed_is_uninterrupted(name, place, tmp_path):
+    from benchmarks.reliability import resume as matrix
     from moevision.train.console import quiet_lightning
 
-    setting = next(each for each in resume_matrix.SETTINGS if each.name == name)
+    setting = next(each for each in matrix.SETTINGS if each.name == name)
     with quiet_lightning():
-        baseline = resume_matrix.train(tmp_path / "whole", setting)
-        found = resume_matrix.run_cell(setting, place, baseline, tmp_path)
-        other = resume_matrix.train(tmp_path / "other", resume_matrix.Setting("other", arch={"proj_drop_rate": 0.2}))
+        baseline = matrix.train(tmp_path / "whole", setting)
+        found = matrix.run_cell(setting, place, baseline, tmp_path)
+        other = matrix.train(tmp_path / "other", matrix.Setting("other", arch={"proj_drop_rate": 0.2}))
     assert (found["differs"], found["leaked"]) == ([], [])
-    assert resume_matrix.unequal(resume_matrix.compared(baseline), resume_matrix.compared(other)), "it can fail"
+    assert matrix.unequal(matrix.compared(baseline), matrix.compared(other)), "it can fail"
 
 
 def test_the_last_line_goes_on_with_the_run(cli, interrupted, whole):

@@ -1,0 +1,76 @@
+"""The benchmarks' command line: a table of verbs. Nothing heavy is imported before a verb is known."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from moevision.errors import USER_ERROR, UserError
+
+MEASURE = {
+    "layer": ("one MoE layer beside timm's dense Mlp of equal active FLOPs and other libraries' layers", "layer"),
+    "train": ("a training step beside both dense twins: images/s, MFU, phases, peak memory", "train"),
+    "infer": ("images/s and latency of a model beside both dense twins", "infer"),
+    "data": ("the input pipeline alone, and what a training step waits for it", "data"),
+    "guard-cost": ("training steps with and without the stability guard", "guard.cost"),
+    "demo-latency": ("how long a visitor of the explorer waits, in headless Chromium", "demo.latency"),
+    "demo-load": ("many visitors of the explorer at once, every answer compared with the truth", "demo.load"),
+}
+STUDY = {
+    "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
+    "upcycling": ("sparse upcycling beside training on", "upcycling"),
+    "saving": ("what sparsity saves, and what two levers cost, after the same training time", "saving"),
+    "accumulation": ("the balance losses' gradient under gradient accumulation", "accumulation"),
+    "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
+    "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
+    "unlike": ("how often the explorer calls an image unlike the training data", "demo.unlike"),
+}
+PROVE = {
+    "resume": ("interrupted and resumed against uninterrupted, bit for bit", "reliability.resume"),
+    "kill": ("the same with kill -9 at random moments", "reliability.kill"),
+    "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),
+    "mutation": ("small wrong changes, and the tests that notice them", "mutation"),
+}
+MAKE = {"bundle": ("one of the explorer's bundled models, from finished runs", "bundle")}
+VERBS = {**MEASURE, **STUDY, **PROVE, **MAKE}
+
+USAGE = """\
+What moevision costs on this machine, and the studies behind its documentation.
+
+usage: python -m benchmarks VERB [arguments]      (python -m benchmarks VERB --help tells more)
+{verbs}
+
+Records are JSON with machine, versions, command and commit. Nothing else should run meanwhile: candidates take turns
+and ratios are taken pair by pair, but absolute times belong to the machine and the hour."""
+
+
+def usage() -> str:
+    """The help of the whole program."""
+    groups = {"measure": MEASURE, "study": STUDY, "prove": PROVE, "make": MAKE}
+    lines = [
+        f"\n{group}\n" + "\n".join(f"  {name:15} {summary}" for name, (summary, _) in verbs.items())
+        for group, verbs in groups.items()
+    ]
+    return USAGE.format(verbs="\n".join(lines))
+
+
+def main(arguments: list[str]) -> int:
+    """Run the verb that the arguments name; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else USER_ERROR
+    name, *rest = arguments
+    if name not in VERBS:
+        print(f"benchmarks: there is no verb {name!r}; choose one of {', '.join(VERBS)}.", file=sys.stderr)
+        return USER_ERROR
+    sys.argv = [f"benchmarks {name}", *rest]  # what a record says and argparse reads
+    try:
+        import_module(f"benchmarks.{VERBS[name][1]}").main()
+    except UserError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

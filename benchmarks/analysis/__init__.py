@@ -1,0 +1,1 @@
+"""What the statistics of moevision.analysis promise, by simulation."""

@@ -1,0 +1,26 @@
+"""The explorer as visitors meet it: waiting times, many at once, and images unlike the training data."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+
+@contextmanager
+def running_demo(*arguments: str) -> Iterator[tuple[int, str]]:
+    """`moevision demo` as a user starts it; its process and its address, as soon as it says that."""
+    command = [sys.executable, "-u", "-m", "moevision", "demo", "--no-browser", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline() if process.stdout else ""
+        if not line.startswith("The explorer is at "):
+            raise RuntimeError(f"moevision demo did not start: {line!r}")
+        yield process.pid, line.split()[-1]
+    finally:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()

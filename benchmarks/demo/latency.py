@@ -1,0 +1,149 @@
+"""How long a visitor of `moevision demo` waits, measured in headless Chromium.
+
+    pip install playwright && apt-get install chromium
+    python -m benchmarks demo-latency --out benchmarks/demo/latency.json
+
+`moevision demo` is started as a user starts it, with the bundled models. A time runs from the event in the page to
+the first moment after the browser has painted its result (the task that follows the next animation frame), so a frame
+of up to 17 ms is part of it. Run it on a calm machine: the load average before the start is in the result.
+
+- first page: from the line "The explorer is at ..." to a drawn overlay, in a new browser profile, once per start;
+- layer change, patch click: alternating, nothing is asked of the server;
+- new image: a click on an example until the overlay of its view is drawn; every image for the first time;
+- own image: a 1600 x 1200 px photo-like file, made small by the page, sent and routed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from benchmarks.demo import running_demo
+from benchmarks.harness import about, argument_parser, write_result
+
+LIMIT_MS = {"first_page": 3000, "layer_change": 50, "patch_click": 150, "new_picture": 700, "own_picture": 700}
+WAIT_S = 120
+REPEATS = 40
+# Clicks in the page, so that no time of the remote control is measured, and waits until `done` holds and is painted.
+MEASURE = """async ([selector, changed]) => {
+  const watch = () => document.querySelector(changed).outerHTML;
+  const before = watch();
+  const painted = () => new Promise((resolve) => requestAnimationFrame(() => {
+    const channel = new MessageChannel();
+    channel.port1.onmessage = resolve;
+    channel.port2.postMessage(null);
+  }));
+  await painted();
+  const start = performance.now();
+  document.querySelector(selector).click();
+  do { await painted(); } while (watch() === before && performance.now() - start < 20000);
+  return performance.now() - start;
+}"""
+
+
+def first_page(browser: Browser, address: str) -> tuple[Page, float]:
+    """A visitor's first page and how long it took, in milliseconds."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    context.add_init_script("localStorage.setItem('moevision.tour.seen', '1')")
+    page = context.new_page()
+    start = time.perf_counter()
+    page.goto(address, wait_until="commit")
+    page.wait_for_selector(".mv-cell .mv-mark:not(:empty)")
+    return page, (time.perf_counter() - start) * 1000
+
+
+def settle(page: Page) -> None:
+    """Wait until the galleries are computed: a new server is busy with them, and the cards come when they are there."""
+    page.wait_for_selector(".mv-card", timeout=WAIT_S * 1000)
+    page.wait_for_timeout(3000)
+    page.click("[data-tab=about]")
+
+
+def in_the_page(page: Page) -> dict[str, list[float]]:
+    """Layer changes, patch clicks and new images."""
+    layers = page.locator(".mv-layer").count()
+    patches = page.locator(".mv-cell").count()
+    times: dict[str, list[float]] = {"layer_change": [], "patch_click": [], "new_picture": []}
+    for step in range(REPEATS):
+        layer = f".mv-layer[data-index='{step % layers}']"
+        times["layer_change"].append(page.evaluate(MEASURE, [layer, ".mv-grid"]))
+        patch = f".mv-cell[data-patch='{step * 7 % patches}']"
+        times["patch_click"].append(page.evaluate(MEASURE, [patch, ".mv-box-inspector"]))
+    examples = page.eval_on_selector_all("[data-action=example]", "list => list.map(one => one.dataset.id)")
+    for example in examples[1:]:
+        times["new_picture"].append(page.evaluate(MEASURE, [f"[data-id='{example}']", ".mv-picture"]))
+    return times
+
+
+def own_picture(page: Page) -> list[float]:
+    """A file from the visitor's disk, several times, each a little different."""
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        for step in range(8):
+            file = Path(folder) / f"{step}.jpg"
+            Image.effect_mandelbrot((1600, 1200), (-2 + step / 10, -1.5, 1, 1.5), 40).convert("RGB").save(file)
+            before = page.get_attribute(".mv-picture", "src")
+            start = time.perf_counter()
+            page.set_input_files("[data-box=file]", file)
+            page.wait_for_function(
+                "src => document.querySelector('.mv-picture').src !== src", arg=before, polling="raf"
+            )
+            times.append((time.perf_counter() - start) * 1000)
+    return times
+
+
+def summary(times: list[float], limit: float) -> dict[str, Any]:
+    """Median, 95th percentile and maximum in milliseconds."""
+    ordered = sorted(times)
+    p95 = ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))]
+    return {
+        "n": len(times),
+        "median_ms": round(statistics.median(times), 1),
+        "p95_ms": round(p95, 1),
+        "max_ms": round(max(times), 1),
+        "limit_ms": limit,
+        "median_within_limit": statistics.median(times) < limit,
+    }
+
+
+def main() -> None:
+    """Measure, print, and fail if a median is over its limit."""
+    parser = argument_parser("demo-latency", __doc__)
+    parser.add_argument("--starts", type=int, default=3, help="servers that are started for the first page")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    origin = about()
+    path = os.environ.get("MOEVISION_CHROMIUM") or shutil.which("chromium")
+    times: dict[str, list[float]] = {"first_page": []}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        version = browser.version
+        for start in range(options.starts):
+            with running_demo() as (_, address):
+                page, first = first_page(browser, address)
+                times["first_page"].append(first)
+                if start == options.starts - 1:
+                    settle(page)
+                    times |= in_the_page(page) | {"own_picture": own_picture(page)}
+                page.context.close()
+        browser.close()
+    result = {
+        **origin,
+        "cpu": origin["machine"]["cpu"],
+        "cpus": origin["machine"]["usable_cores"],
+        "chromium": version,
+        **{name: summary(values, LIMIT_MS[name]) for name, values in times.items()},
+    }
+    write_result(options.out, result)
+    late = [name for name in times if not result[name]["median_within_limit"]]
+    if late:
+        sys.exit(f"over the limit: {', '.join(late)}")

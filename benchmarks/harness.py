@@ -1,0 +1,326 @@
+"""What every benchmark and study shares: its command line, where a record comes from, tables, progress and figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import moevision
+from benchmarks.timing import rounded
+from moevision import allocator
+from moevision.efficiency import matmul_peak
+from moevision.errors import UserError
+from moevision.files import write_json_atomic
+from moevision.layers.machine import has_matrix_unit
+from moevision.names import shown_lines
+from moevision.train.provenance import cpu_model, git_state, gpu_names, total_memory_bytes
+from moevision.train.recipe import default_precision
+from moevision.versions import package_version
+
+HERE = Path(__file__).parent
+LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy", "transformers", "torchtitan", "triton")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Json = Mapping[str, Any]
+T = TypeVar("T")
+
+
+# ---- the command line
+
+
+def argument_parser(verb: str, text: str | None, examples: str = "") -> ArgumentParser:
+    """The parser of one verb; `text` is the head of its module."""
+    return ArgumentParser(
+        prog=f"python -m benchmarks {verb}",
+        description=text,
+        epilog=examples and f"examples\n{examples}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+
+
+def add_measuring(parser: ArgumentParser, *, repetitions: int, warm_up: int | None = 20) -> None:
+    """Options of the benchmarks that measure this machine."""
+    parser.add_argument(
+        "--repetitions", type=positive, default=repetitions, metavar="N", help="measured rounds (%(default)s)"
+    )
+    if warm_up is not None:
+        parser.add_argument(
+            "--warm-up",
+            type=count,
+            default=warm_up,
+            metavar="N",
+            help="rounds before them, in which a CPU compiles its kernels for the shapes that occur (%(default)s)",
+        )
+        parser.add_argument("--no-peak", action="store_true", help="don't measure the matmul peak; tells no MFU")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s: CUDA if it is there)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch on the CPU (its own choice)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write benchmark-*.json to this folder")
+    parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, measures nothing")
+
+
+def parse(parser: ArgumentParser, quick: Mapping[str, Any]) -> Namespace:
+    """What the command line asks for; `quick` are the defaults that --quick sets."""
+    options = parser.parse_args()
+    if options.quick:
+        parser.set_defaults(**quick)
+        options = parser.parse_args()
+    return options
+
+
+def add_image_sizes(parser: ArgumentParser) -> None:
+    """Batch size, image size and precision of a training step."""
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images per step (the config's)")
+    parser.add_argument("--image-size", type=positive, metavar="PX", help="side of the images (the config's)")
+    parser.add_argument(
+        "--precision", choices=tuple(DTYPES), default=usual_precision(), help="of the step (here %(default)s, as fit)"
+    )
+
+
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise ArgumentTypeError(f"{text!r} is not a whole number") from error
+        if value < lowest:
+            raise ArgumentTypeError(f"it is {value} and must be at least {lowest}")
+        return value
+
+    return number
+
+
+positive, count = _at_least(1), _at_least(0)
+
+
+# ---- the machine
+
+
+def set_up(options: Namespace) -> torch.device:
+    """Device and threads that were asked for, memory and fp32 products as `moevision fit` has them.
+
+    Raises:
+        UserError: if the device isn't there.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high")
+    allocator.keep_freed_memory()
+    name = options.device
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"There is no device {name!r}: give auto, cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("There is no CUDA device here: leave --device out.")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"Measured is on cpu and cuda, not on {device.type}.")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def usual_precision() -> str:
+    """What `moevision fit` would use here, as a precision that is measured."""
+    return "bf16" if default_precision() == "bf16-mixed" else "fp32"
+
+
+def measure_peaks(options: Namespace, device: torch.device, precisions: Sequence[str]) -> dict[str, float]:
+    """The best rate of matrix products by precision, in FLOP/s; none with --no-peak."""
+    names = () if options.no_peak else dict.fromkeys(precisions)
+    return {name: rounded(matmul_peak(device, DTYPES[name]).flops_per_s) for name in names}
+
+
+def in_a_process(work: Callable[..., T], *arguments: Any) -> T:
+    """What `work` returns in a fresh process, with this one's modules: no allocator gives all its memory back."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
+
+
+# ---- records
+
+
+def about() -> dict[str, Any]:
+    """Where a record comes from: command, code, date, machine and libraries. The load of others spoils times."""
+    memory = total_memory_bytes()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "command": shlex.join(["python", "-m", *sys.argv[0].split(), *sys.argv[1:]]),
+        "code": git_state(Path(moevision.__file__).parent, HERE / "*.py"),
+        "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": cpu_model(),
+            "usable_cores": usable,
+            "torch_threads": torch.get_num_threads(),
+            "memory_gib": None if memory is None else round(memory / 2**30, 1),
+            "gpus": gpu_names(),
+            "freed_memory_is_kept": allocator.is_kept(),
+            "matrix_unit": has_matrix_unit(),
+            "load_average_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        },
+        "versions": {
+            "moevision": moevision.__version__,
+            "python": platform.python_version(),
+            **{name: version for name in LIBRARIES if (version := package_version(name)) is not None},
+        },
+    }
+
+
+def new_record(kind: str, options: Namespace, device: torch.device) -> dict[str, Any]:
+    """What the record of `layer`, `train`, `infer` or `data` begins with."""
+    record = about()
+    record["machine"]["device"] = str(device)
+    missing = "not asked for" if torch.cuda.is_available() else "not measured: no CUDA device"
+    asked = {name: value for name, value in vars(options).items() if name not in ("out", "quick", "threads")}
+    return {
+        "benchmark": kind,
+        "format": 1,
+        **record,
+        "cuda": "measured" if device.type == "cuda" else missing,
+        "settings": asked,
+    }
+
+
+def write_record(out: Path | None, record: Json, draw: Callable[[Json, Path], None] | None = None) -> None:
+    """Write `benchmark-KIND.json`, and `.png` where there is something to draw, into a folder.
+
+    Raises:
+        UserError: if the folder can't be written.
+    """
+    if out is None:
+        return
+    path = out / f"benchmark-{record['benchmark']}.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, record)
+        if draw is not None:
+            draw(record, path.with_suffix(".png"))
+    except OSError as error:
+        raise UserError(f"{out} can't be written ({error.strerror}): give --out another folder.") from error
+    print(f"written: {path}", file=sys.stderr)
+
+
+def write_result(out: Path | None, result: Json) -> None:
+    """Print a study's result as JSON and write it, if a file is given."""
+    print(json.dumps(result, indent=1))
+    if out is not None:
+        write_json_atomic(out, result)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a study, as it stands."""
+    if not path.exists():
+        raise UserError(f"There is no record {path}: run the study first, or name its --out.")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+class Record:
+    """The runs of a study in one JSON file that is rewritten, whole or not at all, after every run.
+
+    Args:
+        path: the file; made with the first run.
+        settings: what all runs have in common.
+
+    Raises:
+        UserError: if the file holds runs of other settings, which must not be mixed.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))
+        found = self.read()
+        if found["settings"] != self.settings:
+            differ = [name for name in self.settings if self.settings[name] != found["settings"].get(name)]
+            raise UserError(f"{path} holds runs with another {', '.join(differ)}: give another --out, or delete it.")
+
+    def read(self) -> dict[str, Any]:
+        """What the file says now."""
+        return read_record(self.path) if self.path.exists() else {"settings": self.settings, "runs": []}
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The run with that key, None if it has not been done."""
+        return next((run for run in self.read()["runs"] if all(run[name] == key[name] for name in key)), None)
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Append a finished run."""
+        found = self.read()
+        write_json_atomic(self.path, {**found, "runs": [*found["runs"], finite(run)]})
+
+    def put(self, name: str, value: Any) -> None:
+        """Set an entry beside the runs."""
+        write_json_atomic(self.path, {**self.read(), name: finite(value)})
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON can't say, by None (a diverged run is a result too)."""
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- the terminal
+
+
+@contextmanager
+def progress_bar(text: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on standard error while something takes its time; yields what to call after each of `total` steps."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda: progress.advance(task)
+
+
+def print_machine(record: Json) -> None:
+    """One line on where it was measured."""
+    machine, versions = record["machine"], record["versions"]
+    place = machine["cpu"] if machine["device"] == "cpu" else f"{', '.join(machine['gpus'])} ({machine['device']})"
+    print_line(
+        f"{place}, {machine['torch_threads']} threads, torch {versions['torch']}, "
+        f"load before {machine['load_average_before']}"
+    )
+
+
+def print_line(text: str) -> None:
+    """A line of prose that isn't wrapped or coloured."""
+    Console(highlight=False).print(shown_lines(text), soft_wrap=True, markup=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # A table in a pipe or a log has no terminal width to heed.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def ratio_text(ratio: Mapping[str, float] | None) -> str:
+    """`0.95 (0.93–0.97)`: the median with its quartiles; nothing where there is no ratio."""
+    if ratio is None:
+        return ""
+    return f"{ratio['median']:.3f} ({ratio['quartile_1']:.3f}–{ratio['quartile_3']:.3f})"
+
+
+def share_text(share: float | None) -> str:
+    """`12.3%`; nothing where it isn't known."""
+    return "" if share is None else f"{share:.1%}"

@@ -1,0 +1,139 @@
+"""Time the forward pass of a model beside its dense twins at several batch sizes.
+
+Tells images/s, and median and 95th percentile of the latency. MODEL is a run folder, a saved model, a timm address, or
+the name of a config or timm model (untrained: speed doesn't depend on the weights' values, but for how evenly experts
+are used).
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import harness
+from benchmarks.energy import energy_of, energy_text
+from benchmarks.harness import DTYPES, Json, positive
+from benchmarks.subject import NAMES, Which, find_subject, inference
+from benchmarks.timing import Candidate, interleave, rounded, rows_of
+from moevision.efficiency import inference_flops
+from moevision.errors import UserError
+from moevision.layers import moe_layers
+from moevision.models.hub import load_model, model_folder
+from moevision.models.twin import dense_twin
+
+QUICK = {"batch_size": [1, 2], "repetitions": 3, "warm_up": 1}
+EXAMPLES = """\
+  python -m benchmarks infer runs/quickstart
+  python -m benchmarks infer cifar10 --batch-size 1 256 --precision bf16
+"""
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    parser = harness.argument_parser("infer", __doc__, EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", help="a run folder, a timm address, a config or a timm name")
+    parser.add_argument(
+        "--batch-size", type=positive, nargs="+", default=[1, 8, 64], metavar="N", help="images per call (1 8 64)"
+    )
+    parser.add_argument("--image-size", type=positive, metavar="PX", help="side of the images, for untrained models")
+    parser.add_argument(
+        "--precision", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16"], help="(both by default)"
+    )
+    harness.add_measuring(parser, repetitions=40)
+    return parser
+
+
+def main() -> None:
+    """Measure, print tables and write the record."""
+    options = harness.parse(parser(), QUICK)
+    device = harness.set_up(options)
+    net, size = find_net(options.model, options.image_size)
+    peak = harness.measure_peaks(options, device, options.precision)
+    record = {**harness.new_record("infer", options, device), "image_size": size, "measured_peak_flops": peak}
+    nets = {NAMES[which]: (net if which == "moe" else dense_twin(net, which)) for which in get_args(Which)}
+    nets = {name: each.to(device).eval() for name, each in nets.items()}
+    image = torch.randn(1, 3, size, size, device=device)
+    record["models"] = {
+        name: {
+            "parameters": sum(parameter.numel() for parameter in each.parameters()),
+            "flops_per_image": inference_flops(each, image).useful_per_image,
+        }
+        for name, each in nets.items()
+    }
+    record["comparisons"] = [
+        _compare(nets, batch, precision, record, options, device)
+        for batch in options.batch_size
+        for precision in options.precision
+    ]
+    batch = max(options.batch_size)
+    images = torch.randn(batch, 3, size, size, device=device)
+    record["energy"] = {
+        name: energy_of(inference(net, images, options.precision[0]), batch, device) for name, net in nets.items()
+    }
+    show(record)
+    harness.write_record(options.out, record)
+
+
+def find_net(name: str, image_size: int | None) -> tuple[nn.Module, int]:
+    """A saved model, or an untrained one by a config's or a timm name, and the side of its images.
+
+    Raises:
+        UserError: if there is none, or it is dense.
+    """
+    if model_folder(Path(name)) is not None or ":" in name:
+        saved = load_model(name)
+        net, size = saved.net, saved.image_size
+    else:
+        subject = find_subject(name, image_size=image_size)
+        net, size = subject.build().eval(), subject.image_size
+    if not moe_layers(net):
+        raise UserError(f"{name} has no MoE layers, so there is nothing to compare: give a MoE model.")
+    return net, size
+
+
+def _compare(
+    nets: Mapping[str, nn.Module], batch: int, precision: str, record: Json, options: Namespace, device: torch.device
+) -> dict[str, Any]:
+    """All models on batches of one size."""
+    size = record["image_size"]
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    candidates = [Candidate(name, inference(net, images, precision)) for name, net in nets.items()]
+    rounds = {"repetitions": options.repetitions, "warm_up": options.warm_up}
+    with harness.progress_bar(f"{batch} images, {precision}", sum(rounds.values()) * len(candidates)) as on_step:
+        timings = interleave(candidates, **rounds, device=device, on_step=on_step)
+    rows, peak = rows_of(timings, list(NAMES.values())), record["measured_peak_flops"].get(precision)
+    for row in rows:
+        milliseconds = 1e3 * np.array(row["seconds"])
+        row["latency_ms"] = {f"p{q}": rounded(float(np.percentile(milliseconds, q))) for q in (50, 95)}
+        row["images_per_s"] = rounded(1e3 * batch / row["time_ms"]["median"])
+        rate = row["images_per_s"] * record["models"][row["name"]]["flops_per_image"]
+        row["mfu"] = None if peak is None else rounded(rate / peak)
+    return {"batch_size": batch, "precision": precision, "rows": rows}
+
+
+def show(record: Json) -> None:
+    """One table per batch size and precision."""
+    harness.print_machine(record)
+    harness.print_line(f"{record['settings']['model']}: {record['image_size']} px")
+    for comparison in record["comparisons"]:
+        rows = [
+            [
+                row["name"],
+                f"{row['images_per_s']:.1f}",
+                f"{row['latency_ms']['p50']:.2f}",
+                f"{row['latency_ms']['p95']:.2f}",
+                harness.ratio_text(row["speed_to"][NAMES["active_flops"]]),
+                harness.share_text(row["mfu"]),
+            ]
+            for row in comparison["rows"]
+        ]
+        columns = ["", "images/s", "p50 ms", "p95 ms", "speed ÷ active-FLOPs twin", "MFU"]
+        harness.print_table(f"batch {comparison['batch_size']}, {comparison['precision']}", columns, rows)
+    for name, energy in record["energy"].items():
+        harness.print_line(f"energy, {name}: {energy_text(energy)}")

@@ -1,0 +1,290 @@
+"""Time one MoE layer: forward under autocast and backward to its input and parameters, in training mode with noise.
+
+Beside it: timm's Mlp of hidden width k·H (equal active FLOPs), and other libraries' dropless layers where they are
+installed: transformers' Mixtral and NemotronH experts, torchtitan's. They get our router's decisions and the same
+active FLOPs; what isn't installed or fails is reported, and the rest goes on.
+
+Several values of an option are measured in all combinations. Gradients are cleared outside the measured time, as a
+training step does. Every round has a new input and new noise, since the time depends on the groups' sizes; within a
+round all candidates get the same. MFU is against matrix products measured just before.
+
+Axes: T tokens, D width, H hidden width of one expert, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from typing import Any, cast
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from benchmarks import harness
+from benchmarks.harness import DTYPES, Json, positive
+from benchmarks.layer.figure import DENSE, draw
+from benchmarks.layer.peers import PEERS, build_peer, chosen_peers, flops_beside_ours
+from benchmarks.phases import measure_load
+from benchmarks.timing import Candidate, interleave, reason, rounded, rows_of
+from moevision.errors import UserError
+from moevision.layers import MoEMlp
+from moevision.layers.experts import Backend
+
+BARS = ((4160, 192, 2), (8192, 384, 1), (8192, 384, 2))
+"""Tokens, width and choices of the shapes whose ratio is held to a bar; 4160 = 64 images of 64 patches and a class
+token."""
+GROWTH_EXPERTS = (1, 2, 4, 8, 16, 32, 64)
+GROWTH_TOKENS = (256, 1024, 4096, 16384, 65536)
+GROWTH_WIDTHS = (96, 192, 384, 768)
+MLP_RATIO = 4  # hidden width of the dense MLP of equal active FLOPs over D, as in a ViT
+QUICK = {"tokens": [128], "width": [32], "experts": [4], "repetitions": 3, "warm_up": 1}
+EXAMPLES = """\
+  python -m benchmarks layer --tokens 4160 --width 192 --experts 8 32 --top-k 2
+  python -m benchmarks layer --preset bars --precision bf16 fp32 --out benchmarks/layer/bars
+  python -m benchmarks layer --preset growth --peers none --out benchmarks/layer/growth
+"""
+_IMAGE_TOKENS = 64
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """One comparison.
+
+    Attributes:
+        tokens: T.
+        width: D.
+        experts: E.
+        top_k: K; an expert has 4 D / K hidden units.
+        precision: `bf16` (autocast, float32 parameters) or `fp32`.
+    """
+
+    tokens: int
+    width: int
+    experts: int
+    top_k: int
+    precision: str = "bf16"
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return MLP_RATIO * self.width // self.top_k
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the dense MLP of equal active FLOPs, forward and backward: 3 · 2 · T · (D · K H + K H · D)."""
+        return 12 * self.tokens * self.width * self.hidden * self.top_k
+
+    def __str__(self) -> str:
+        """For titles and the progress bar."""
+        tokens = f"{self.tokens:,}".replace(",", " ")
+        return f"T = {tokens}, D = {self.width}, E = {self.experts}, k = {self.top_k}, {self.precision}"
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    parser = harness.argument_parser("layer", __doc__, EXAMPLES)
+    from_preset = "; a preset brings its own"
+    for name, default, text in (
+        ("--tokens", 4160, f"tokens T of a batch (%(default)s{from_preset})"),
+        ("--width", 192, f"width D of a token (%(default)s{from_preset})"),
+        ("--experts", 8, "experts E (%(default)s)"),
+        ("--top-k", 2, f"experts k of a token (%(default)s{from_preset})"),
+    ):
+        parser.add_argument(name, type=positive, nargs="+", default=[default], metavar="N", help=text)
+    parser.add_argument("--router", nargs="+", metavar="NAME", help="routers, such as vmoe_top_k noisy_top_k")
+    parser.add_argument(
+        "--backend", nargs="+", default=["auto"], metavar="NAME", help="auto, loop, grouped or dense (%(default)s)"
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=tuple(DTYPES),
+        default=["bf16"],
+        help="autocast to bf16, or fp32 (bf16)",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=("bars", "growth"),
+        help="bars: three shapes of small ViTs, vmoe_top_k and noisy_top_k; growth: E from 1 to 64, T from 256 to "
+        "65536, D from 96 to 768, one at a time",
+    )
+    parser.add_argument(
+        "--peers", nargs="+", metavar="NAME", help="none, all, or some of them by name (all; none with --preset growth)"
+    )
+    harness.add_measuring(parser, repetitions=20)
+    return parser
+
+
+def main() -> None:
+    """Measure all shapes, print a table of each and write the record."""
+    options = harness.parse(parser(), QUICK)
+    both = ["vmoe_top_k", "noisy_top_k"]
+    options.router = options.router or (both if options.preset == "bars" else both[:1])
+    options.peers = chosen_peers(options.peers or (["none"] if options.preset == "growth" else ["all"]))
+    shapes, device = shapes_of(options), harness.set_up(options)
+    peak = harness.measure_peaks(options, device, options.precision)
+    record = {**harness.new_record("layer", options, device), "measured_peak_flops": peak}
+    record["comparisons"] = [compare(shape, options, peak, device) for shape in shapes]
+    show(record)
+    harness.write_record(options.out, record, draw)
+
+
+def shapes_of(options: Namespace) -> list[Shape]:
+    """The comparisons that are asked for.
+
+    Raises:
+        UserError: if K > E, or K doesn't divide the hidden width.
+    """
+    if options.preset == "growth":  # one size grows at a time, around T = 16 384, D = 192, E = 8
+        sizes = [(16384, 192, experts, top_k) for top_k in (1, 2) for experts in GROWTH_EXPERTS if experts >= top_k]
+        sizes += [(tokens, 192, 8, 2) for tokens in GROWTH_TOKENS]
+        sizes = list(dict.fromkeys(sizes + [(16384, width, 8, 2) for width in GROWTH_WIDTHS]))
+    elif options.preset == "bars":
+        sizes = [(tokens, width, experts, top_k) for (tokens, width, top_k) in BARS for experts in options.experts]
+    else:
+        sizes = list(product(options.tokens, options.width, options.experts, options.top_k))
+    shapes = [Shape(*size, precision) for precision in options.precision for size in sizes]
+    for shape in shapes:
+        if shape.top_k > shape.experts:
+            raise UserError(f"--top-k {shape.top_k} does not fit --experts {shape.experts}: a token can't choose more.")
+        if MLP_RATIO * shape.width % shape.top_k:
+            raise UserError(f"--top-k {shape.top_k} does not divide the hidden width {MLP_RATIO * shape.width}.")
+    return shapes
+
+
+def compare(shape: Shape, options: Namespace, peaks: dict[str, float], device: torch.device) -> dict[str, Any]:
+    """All candidates at one shape: the shape and a row for each."""
+    torch.manual_seed(0)
+    layers, left_out = _layers(shape, options, device)
+    turn = _Turn(shape, device)
+    candidates = [
+        Candidate(name, partial(turn.run, layer), turn.reset, optional=name in PEERS) for name, layer in layers.items()
+    ]
+    with harness.progress_bar(str(shape), (options.warm_up + options.repetitions) * len(candidates)) as step:
+        timings = interleave(
+            candidates,
+            repetitions=options.repetitions,
+            warm_up=options.warm_up,
+            device=device,
+            prepare=turn.prepare,
+            on_step=step,
+        )
+    timings.failures.update(left_out)
+    facts = {name: _facts(name, layer, shape, turn) for name, layer in layers.items() if name in timings.seconds}
+    rows = rows_of(timings, [DENSE], facts)
+    peak = peaks.get(shape.precision)
+    for row in rows:
+        if "time_ms" in row:
+            rate = shape.flops / (row["time_ms"]["median"] / 1e3)
+            row |= {"active_flops_per_s": rounded(rate), "mfu": None if peak is None else rounded(rate / peak)}
+    return {**asdict(shape), "hidden": shape.hidden, "flops": shape.flops, "rows": rows}
+
+
+def _layers(shape: Shape, options: Namespace, device: torch.device) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The candidates by name, and why others can't be."""
+    sizes = {"num_experts": shape.experts, "top_k": shape.top_k}
+    layers: dict[str, nn.Module] = {DENSE: Mlp(shape.width, shape.top_k * shape.hidden)}
+    for router, backend in product(options.router, options.backend):
+        name = f"moevision {router}" + (f" {backend}" if len(options.backend) > 1 else "")
+        layers[name] = MoEMlp(
+            shape.width, shape.hidden, router=router, backend=cast(Backend, backend), **cast(Any, sizes)
+        )
+    for layer in layers.values():
+        layer.to(device).train()
+    first = next(layer for layer in layers.values() if isinstance(layer, MoEMlp))
+    left_out: dict[str, str] = {}
+    for name in options.peers:
+        # The same router with the same weights, and its own gradients.
+        router = MoEMlp(shape.width, 8, router=options.router[0], **cast(Any, sizes)).to(device).train().router
+        router.load_state_dict(first.router.state_dict())
+        dtype = DTYPES[shape.precision]
+        try:
+            peer = build_peer(name, router, width=shape.width, hidden=shape.hidden, dtype=dtype, device=device, **sizes)
+            layers[name] = peer.train()
+        except Exception as error:  # another library's fault must not end ours
+            left_out[name] = reason(error)
+    return layers, left_out
+
+
+class _Turn:
+    """The input of a round, and one candidate's forward and backward on it."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape, self.device, self.round = shape, device, 0
+        self.layer: nn.Module | None = None
+        self.x = self.gradient = torch.empty(0)
+
+    def prepare(self, number: int) -> None:
+        """A new input [B, N, D] and a new gradient of the output."""
+        tokens = self.shape.tokens
+        images, length = (tokens // _IMAGE_TOKENS, _IMAGE_TOKENS) if tokens % _IMAGE_TOKENS == 0 else (1, tokens)
+        torch.manual_seed(number)
+        self.round = number
+        self.x = torch.randn(images, length, self.shape.width, device=self.device, requires_grad=True)
+        self.gradient = torch.randn(images, length, self.shape.width, device=self.device)
+        self.gradient = self.gradient.to(DTYPES[self.shape.precision])
+
+    def run(self, layer: nn.Module) -> None:
+        """Forward and backward."""
+        self.layer = layer
+        y = self.forward(layer)
+        y.backward(self.gradient.to(y.dtype))
+
+    def forward(self, layer: nn.Module) -> Tensor:
+        """Forward under autocast."""
+        dtype = DTYPES[self.shape.precision]
+        with torch.autocast(self.device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32):
+            return cast(Tensor, layer(self.x))
+
+    def reset(self) -> None:
+        """No gradients, and the noise of this round."""
+        torch.manual_seed(self.round)
+        self.x.grad = None
+        if self.layer is not None:
+            self.layer.zero_grad(set_to_none=True)
+
+
+def _facts(name: str, layer: nn.Module, shape: Shape, turn: _Turn) -> dict[str, Any]:
+    """What a row says beside times."""
+    facts: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in layer.parameters())}
+    if name in PEERS:
+        facts["active_flops_beside_ours"] = rounded(flops_beside_ours(name, shape.hidden))
+    if isinstance(layer, MoEMlp):
+        with torch.no_grad():
+            (load,) = measure_load(layer, lambda: turn.forward(layer))
+        facts |= {key: load[key] for key in ("slowest_over_mean", "padding_waste")}
+    return facts
+
+
+def show(record: Json) -> None:
+    """One table per shape."""
+    harness.print_machine(record)
+    for comparison in record["comparisons"]:
+        rows = []
+        for row in comparison["rows"]:
+            if "error" in row:
+                harness.print_line(f"  {row['name']}: {row['error']}")
+                continue
+            load = row.get("slowest_over_mean")
+            rows.append(
+                [
+                    row["name"],
+                    f"{row['time_ms']['median']:.1f}",
+                    harness.ratio_text(row["ratio_to"][DENSE]),
+                    f"{row['active_flops_per_s'] / 1e9:,.0f}",
+                    harness.share_text(row["mfu"]),
+                    f"{row['parameters']:,}",
+                    "" if load is None else f"{load:.2f}",
+                    harness.share_text(row.get("padding_waste")),
+                ]
+            )
+        columns = ["", "ms", "time ÷ dense (quartiles)", "active GFLOP/s", "MFU", "parameters", "load max", "padding"]
+        shape = Shape(*(comparison[name] for name in ("tokens", "width", "experts", "top_k", "precision")))
+        harness.print_table(str(shape), columns, rows)
+    harness.print_line(
+        "dense k·H: timm's Mlp of equal active FLOPs; a ratio above 1 is slower, pair by pair, median and quartiles. "
+        "Load max: the busiest expert's choices over the mean."
+    )

@@ -1,0 +1,177 @@
+"""Dropless MoE layers of other libraries, brought to the function that ours computes, to be timed beside it.
+
+None of them is a dependency: each is imported if it is installed, and reported if it is not, or fails. A fair
+comparison holds fixed everything but the experts' computation:
+
+- the router is ours, with the same weights and the same noise, so that the same experts get the same tokens;
+- active FLOPs are those of our K experts of hidden width H. Gated experts (`down(act(gate x) · up x)`) have three
+  matrices instead of two, so they get the width 2 H / 3, rounded to a multiple of 8; biases they have none;
+- under bf16 they are given tokens in bf16 and weights that are cast from their float32 parameters once per pass, as
+  autocast does for ours. Left alone, `grouped_mm` would silently compute in float32 there (pytorch#174763).
+
+| name | library | experts |
+|---|---|---|
+| `mixtral` | transformers: MixtralExperts, eager and grouped_mm | gated |
+| `nemotron_h` | transformers: NemotronHExperts, the same two | two matrices: our function but for biases |
+| `torchtitan` | torchtitan: GroupedExperts and LocalTokenDispatcher | gated, bf16 only |
+
+Axes: T tokens, D width, H hidden width, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from moevision.errors import UserError
+from moevision.layers import Routing
+from moevision.versions import package_version
+
+IMPLEMENTATIONS = ("eager", "grouped_mm")
+PEERS = {
+    **{f"mixtral {kind}": "transformers" for kind in IMPLEMENTATIONS},
+    **{f"nemotron_h {kind}": "transformers" for kind in IMPLEMENTATIONS},
+    "torchtitan": "torchtitan",
+}
+"""Name of each peer and the distribution that it comes with."""
+
+
+class PeerLayer(nn.Module):
+    """Our router before another library's experts.
+
+    Args:
+        router: a token-choice router.
+        experts: the other library's module, or one that calls it.
+        compute_dtype: in which the experts work.
+    """
+
+    def __init__(self, router: nn.Module, experts: nn.Module, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.router, self.experts, self.compute_dtype = router, experts, compute_dtype
+        for parameter in experts.parameters():  # theirs are made empty, for weights that are loaded
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [B, N, D] -> [B, N, D] in the compute dtype."""
+        routing = self.router(x)
+        if routing.kind != "token_choice":
+            raise UserError("peers let each token choose its experts: compare them under a token-choice router.")
+        flat = x.flatten(0, 1).to(self.compute_dtype)
+        weights = {name: value.to(self.compute_dtype) for name, value in self.experts.named_parameters()}
+        mixed: Tensor = functional_call(self.experts, weights, (flat, routing))
+        return mixed.view_as(x)
+
+
+class _TransformersExperts(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, tokens: Tensor, routing: Routing) -> Tensor:
+        weight = routing.combine_weight.flatten(0, 1).to(tokens.dtype)
+        return cast(Tensor, self.experts(tokens, routing.expert_index.flatten(0, 1), weight))
+
+
+class _TorchtitanExperts(nn.Module):
+    def __init__(self, experts: nn.Module, dispatcher: Any) -> None:
+        super().__init__()
+        self.experts, self.dispatcher = experts, dispatcher
+
+    def forward(self, tokens: Tensor, routing: Routing) -> Tensor:
+        index, weight = routing.expert_index.flatten(0, 1), routing.combine_weight.flatten(0, 1)
+        rows, counts, way_back = self.dispatcher.dispatch(tokens, weight, index, routing.requested_counts())
+        return cast(Tensor, self.dispatcher.combine(self.experts(rows, counts), way_back, tokens))
+
+
+def chosen_peers(names: Sequence[str]) -> tuple[str, ...]:
+    """Peers by name or family; `all` and `none` are names too.
+
+    Raises:
+        UserError: for a name that nobody has.
+    """
+    chosen: dict[str, None] = {}
+    for name in names:
+        fitting = [peer for peer in PEERS if name in ("all", peer, peer.split()[0])]
+        if not fitting and name != "none":
+            families = ", ".join(dict.fromkeys(peer.split()[0] for peer in PEERS))
+            raise UserError(f"There is no peer {name!r}: choose all, none, {families}, or one such as 'mixtral eager'.")
+        chosen.update(dict.fromkeys(fitting))
+    return tuple(chosen)
+
+
+def build_peer(
+    name: str,
+    router: nn.Module,
+    *,
+    width: int,
+    hidden: int,
+    num_experts: int,
+    top_k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PeerLayer:
+    """Another library's layer around `router`.
+
+    Args:
+        name: one of `PEERS`.
+        router: ours, on its device.
+        width: D.
+        hidden: H, hidden width of one of our experts.
+        num_experts: E.
+        top_k: K.
+        dtype: in which it computes.
+        device: where it lives.
+
+    Raises:
+        UserError: if the library isn't installed, or can't do this.
+        Exception: whatever the library raises.
+    """
+    library = PEERS[name]
+    if package_version(library) is None:
+        raise UserError(f"{library} is not installed (pip install {library})")
+    family, _, implementation = name.partition(" ")
+    if family == "torchtitan":
+        experts: nn.Module = _torchtitan(width, gated_width(hidden), num_experts, top_k, dtype)
+    else:
+        experts = _transformers(family, implementation, width, hidden, num_experts)
+    return PeerLayer(router, experts, dtype).to(device)
+
+
+def gated_width(hidden: int) -> int:
+    """Hidden width of a gated MLP (three matrices) with the FLOPs of an ungated one (two): a multiple of 8."""
+    return max(8, round(2 * hidden / 3 / 8) * 8)
+
+
+def flops_beside_ours(name: str, hidden: int) -> float:
+    """A peer's active FLOPs ÷ ours; 1 but for the rounding of a gated width."""
+    gated = not name.startswith("nemotron_h")
+    return 3 * gated_width(hidden) / (2 * hidden) if gated else 1.0
+
+
+def _transformers(family: str, implementation: str, width: int, hidden: int, num_experts: int) -> nn.Module:
+    if family == "mixtral":
+        module = import_module("transformers.models.mixtral.modeling_mixtral")
+        sizes = {"num_local_experts": num_experts, "intermediate_size": gated_width(hidden), "hidden_act": "silu"}
+        make = module.MixtralExperts
+    else:
+        module = import_module("transformers.models.nemotron_h.modeling_nemotron_h")
+        sizes = {"n_routed_experts": num_experts, "moe_intermediate_size": hidden, "mlp_hidden_act": "gelu"}
+        make = module.NemotronHExperts
+    config = SimpleNamespace(**sizes, hidden_size=width, moe_latent_size=None, _experts_implementation=implementation)
+    return _TransformersExperts(make(config))
+
+
+def _torchtitan(width: int, hidden: int, num_experts: int, top_k: int, dtype: torch.dtype) -> nn.Module:
+    if dtype != torch.bfloat16:
+        raise UserError("torchtitan's experts compute in bf16 only")
+    moe = import_module("torchtitan.models.common.moe")
+    dispatch = import_module("torchtitan.models.common.token_dispatcher")
+    experts = moe.GroupedExperts(moe.GroupedExperts.Config(dim=width, hidden_dim=hidden, num_experts=num_experts))
+    dispatcher = dispatch.LocalTokenDispatcher
+    return _TorchtitanExperts(experts, dispatcher(dispatcher.Config(num_experts=num_experts, top_k=top_k)))

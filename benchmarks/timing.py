@@ -1,0 +1,176 @@
+"""Interleaved timing: all candidates take turns in one process, and ratios are taken pair by pair.
+
+Machines drift, and shared ones drift by tens of percent in minutes. Candidates measured one after the other would
+differ by that drift; here each round runs them all, in an order that rotates, and a ratio compares two times of one
+round. Quote the median ratio with its quartiles; absolute times belong to the machine and the hour.
+
+CPU seconds run along: on one thread of an idle machine they are the wall time, on a busy one what an idle one would
+take.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from moevision.errors import UserError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time.
+
+    Attributes:
+        name: what tables and records call it.
+        run: does the work once; what it returns is thrown away.
+        reset: called before and after each run, outside the measured time.
+        optional: a failure is reported and the others go on; for libraries that aren't ours.
+    """
+
+    name: str
+    run: Callable[[], object]
+    reset: Callable[[], object] = lambda: None
+    optional: bool = False
+
+
+@dataclass
+class Timings:
+    """What `interleave` measured.
+
+    Attributes:
+        seconds: wall time of each candidate that ran to the end, one per repetition.
+        cpu: CPU time of the whole process, likewise.
+        failures: of each optional one that did not, why.
+    """
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def interleave(
+    candidates: Sequence[Candidate],
+    *,
+    repetitions: int,
+    warm_up: int = 3,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[int], object] = lambda repetition: None,
+    on_step: Callable[[], object] = lambda: None,
+) -> Timings:
+    """Time candidates in turns; whatever one that isn't optional raises, is raised.
+
+    Args:
+        candidates: what to time.
+        repetitions: measured rounds.
+        warm_up: rounds before them that aren't measured: kernels are compiled, optimizers allocate.
+        device: where the work is done; an accelerator is waited for before a clock is read.
+        prepare: called before each round with its number, the same for all candidates, such as to make a new input.
+        on_step: called after each run, for a progress bar.
+    """
+    names = [candidate.name for candidate in candidates]
+    timings = Timings({name: [] for name in names}, {name: [] for name in names})
+    running = list(candidates)
+    for repetition in range(warm_up + repetitions):
+        prepare(repetition)
+        first = repetition % max(1, len(running))
+        for candidate in [*running[first:], *running[:first]]:
+            candidate.reset()
+            try:
+                wall, cpu = seconds_of(candidate.run, device)
+            except Exception as error:
+                if not candidate.optional:
+                    raise
+                timings.failures[candidate.name] = reason(error)
+            else:
+                if repetition >= warm_up:
+                    timings.seconds[candidate.name].append(wall)
+                    timings.cpu[candidate.name].append(cpu)
+            candidate.reset()
+            on_step()
+        running = [candidate for candidate in running if candidate.name not in timings.failures]
+        gc.collect()  # between rounds, not within somebody's turn
+    for times in (timings.seconds, timings.cpu):
+        for name in timings.failures:
+            del times[name]
+    return timings
+
+
+def seconds_of(run: Callable[[], object], device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Wall and CPU seconds of one call, the accelerator's queue emptied before and after."""
+    synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    synchronize(device)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for what an accelerator was given to do; nothing on a CPU."""
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text[:240]}".rstrip(": ")
+
+
+def spread(values: Sequence[float], scale: float = 1.0) -> dict[str, float | int]:
+    """Median and quartiles (of one value: that value three times), and how many values they are of.
+
+    Raises:
+        UserError: if there are no values.
+    """
+    if not values:
+        raise UserError("Nothing was measured: ask for at least one repetition.")
+    scaled = [value * scale for value in values]
+    quartiles = statistics.quantiles(scaled, n=4, method="inclusive") if len(scaled) > 1 else scaled * 3
+    names = ("quartile_1", "median", "quartile_3")
+    return {**{name: rounded(value) for name, value in zip(names, quartiles, strict=True)}, "n": len(scaled)}
+
+
+def ratio_of(times: Sequence[float], reference: Sequence[float]) -> dict[str, float | int]:
+    """Spread of time ÷ time of the reference in the same round; above 1 is slower."""
+    return spread([own / other for own, other in zip(times, reference, strict=True)])
+
+
+def rounded(value: float, digits: int = 6) -> float:
+    """Six significant digits: below what a clock resolves."""
+    return float(f"{value:.{digits}g}")
+
+
+def rows_of(
+    timings: Timings, references: Sequence[str], facts: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """One JSON object per candidate: its times, their spread, and its ratios to the references that ran.
+
+    Args:
+        timings: what was measured.
+        references: names of the candidates to compare with.
+        facts: more to say of a candidate, by name.
+
+    Returns:
+        Objects with `name`, what `facts` adds, `time_ms`, `ratio_to` (time ÷ time, above 1 is slower), `speed_to` (the
+        inverse, pair by pair) and `seconds`; of failed ones `name` and `error`.
+    """
+    kept = {name: [rounded(value) for value in values] for name, values in timings.seconds.items()}
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            **(facts or {}).get(name, {}),
+            "time_ms": spread(values, 1e3),
+            # From the rounded times, so that a reader of the record finds the same ratios.
+            "ratio_to": {other: ratio_of(values, kept[other]) for other in references if other in kept},
+            "speed_to": {other: ratio_of(kept[other], values) for other in references if other in kept},
+            "seconds": values,
+        }
+        for name, values in kept.items()
+    ]
+    return rows + [{"name": name, "error": why} for name, why in timings.failures.items()]

@@ -1,0 +1,210 @@
+"""Time the training step of a model beside its dense twins of equal active FLOPs and of equal parameters.
+
+Forward under autocast, losses, backward, clipping and AdamW on a batch of noise. WHAT is a config, a run folder, or a
+timm name (a dense one is converted).
+
+Tells images/s, MFU against the measured matmul peak, the phases of a step (router, dispatch, experts, attention, ...),
+balance and padding of the experts, peak memory (each model in processes of its own), and joules per image where the
+machine has a counter. What a step waits for its batch is measured by `python -m benchmarks data`.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any, get_args
+
+import torch
+
+from benchmarks import harness
+from benchmarks.energy import energy_of, energy_text
+from benchmarks.harness import Json, count, positive
+from benchmarks.memory import beside_twin, memory_of
+from benchmarks.phases import ORDER, PhaseClock, breakdown, measure_load
+from benchmarks.subject import NAMES, Subject, TrainingStep, Which, find_subject, noise_batch
+from benchmarks.timing import Candidate, interleave, rounded, rows_of
+from benchmarks.train import lightning_peer
+from moevision.efficiency import training_flops
+
+QUICK = {"batch_size": 4, "repetitions": 3, "warm_up": 1, "breakdown_steps": 2, "memory_runs": 1}
+EXAMPLES = """\
+  python -m benchmarks train cifar10 --out benchmarks/train/cifar10
+  python -m benchmarks train cifar10 --peer lightning     beside plain timm in Lightning, both in real Trainers
+"""
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "other")
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    parser = harness.argument_parser("train", __doc__, EXAMPLES)
+    parser.add_argument("model", metavar="WHAT", help="a config, a run folder, or a timm name")
+    harness.add_image_sizes(parser)
+    parser.add_argument("--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)")
+    parser.add_argument(
+        "--peer", dest="peers", nargs="+", choices=("lightning",), default=[], help="also plain timm in Lightning"
+    )
+    parser.add_argument(
+        "--memory-runs", type=count, default=3, metavar="N", help="processes per model for its peak memory (3; 0: none)"
+    )
+    parser.add_argument(
+        "--breakdown-steps", type=positive, default=10, metavar="N", help="steps for the breakdown (%(default)s)"
+    )
+    harness.add_measuring(parser, repetitions=30)
+    return parser
+
+
+def main() -> None:
+    """Measure, print tables and write the record."""
+    options = harness.parse(parser(), QUICK)
+    device = harness.set_up(options)
+    sizes = {"batch_size": options.batch_size, "image_size": options.image_size, "num_classes": options.num_classes}
+    subject = find_subject(options.model, **sizes)
+    peak = harness.measure_peaks(options, device, [options.precision])
+    record = {**harness.new_record("train", options, device), "model": asdict(subject), "measured_peak_flops": peak}
+    steps = {NAMES[which]: TrainingStep(subject, which, options.precision, device) for which in get_args(Which)}
+    record["rows"] = _measure_steps(steps, subject, options, peak, device)
+    batch, moe = noise_batch(subject, device), steps[NAMES["moe"]]
+    with torch.no_grad(), moe.autocast():
+        record["load"] = measure_load(moe.net, partial(moe.net, batch[0]))
+    record["breakdown"] = {name: _breakdown(step, batch, options.breakdown_steps) for name, step in steps.items()}
+    record["energy"] = {
+        name: energy_of(partial(step, *batch), subject.batch_size, device) for name, step in steps.items()
+    }
+    del steps, moe
+    record["memory"] = _memories(subject, options, device)
+    record["peers"] = _peers(subject, options, device)
+    show(record)
+    harness.write_record(options.out, record)
+
+
+def _measure_steps(
+    steps: Mapping[str, TrainingStep], subject: Subject, options: Namespace, peaks: Json, device: torch.device
+) -> list[dict[str, Any]]:
+    """A row for each model, with images per second, FLOPs and MFU."""
+    batch = noise_batch(subject, device)
+    candidates = [Candidate(name, partial(step, *batch)) for name, step in steps.items()]
+    rounds = {"repetitions": options.repetitions, "warm_up": options.warm_up}
+    with harness.progress_bar("training steps", sum(rounds.values()) * len(steps)) as on_step:
+        timings = interleave(candidates, **rounds, device=device, on_step=on_step)
+    few = [tensor[:4] for tensor in batch]
+    facts = {}
+    for name, step in steps.items():
+        flops = training_flops(step.net, few[0], labels=few[1])
+        size = sum(parameter.numel() for parameter in step.net.parameters())
+        facts[name] = {"parameters": size, "training_flops_per_image": flops.useful_per_image}
+    rows, peak = rows_of(timings, list(steps), facts), peaks.get(options.precision)
+    for row in rows:
+        row["images_per_s"] = rounded(subject.batch_size / (row["time_ms"]["median"] / 1e3))
+        rate = row["images_per_s"] * row["training_flops_per_image"]
+        row |= {"flops_per_s": rounded(rate), "mfu": None if peak is None else rounded(rate / peak)}
+    return rows
+
+
+def _breakdown(step: TrainingStep, batch: tuple[torch.Tensor, torch.Tensor], steps: int) -> dict[str, Any]:
+    """Phases over some further steps."""
+    clock = PhaseClock(step.device)
+    with clock.watching(step.net):
+        for _ in range(steps):
+            step(*batch, clock)
+    return breakdown(clock.seconds, steps)
+
+
+def _memories(subject: Subject, options: Namespace, device: torch.device) -> dict[str, Any]:
+    """Peak memory by model, and the MoE model's beside each twin's."""
+    if not options.memory_runs:
+        return {"error": "not asked for"}
+    found: dict[str, Any] = {}
+    how = {"precision": options.precision, "device": device, "runs": options.memory_runs}
+    with harness.progress_bar("peak memory", len(NAMES)) as on_step:
+        for which, name in NAMES.items():
+            found[name] = memory_of(subject, which, **how)
+            on_step()
+    moe, *twins = NAMES.values()
+    ratios = {
+        twin: beside_twin(found[moe], found[twin]) for twin in twins if "error" not in {**found[moe], **found[twin]}
+    }
+    return {"models": found, "moe_beside": ratios}
+
+
+def _peers(subject: Subject, options: Namespace, device: torch.device) -> dict[str, Any]:
+    """Trainings inside Lightning, which take turns among themselves."""
+    if "lightning" not in options.peers:
+        return {}
+    with harness.progress_bar("in Lightning", lightning_peer.turns(options.repetitions)) as on_step:
+        timings = lightning_peer.compare_in_lightning(
+            subject, precision=options.precision, device=device, repetitions=options.repetitions, on_step=on_step
+        )
+    rows = rows_of(timings, list(timings.seconds))
+    for row in rows:
+        row["images_per_s"] = rounded(subject.batch_size / (row["time_ms"]["median"] / 1e3))
+    return {"lightning": rows}
+
+
+def show(record: Json) -> None:
+    """Speed, phases, load, memory, energy, peers."""
+    model = record["model"]
+    harness.print_machine(record)
+    sizes = f"batches of {model['batch_size']} of noise, {model['image_size']} px, {record['settings']['precision']}"
+    harness.print_line(f"{model['name']}: {sizes}")
+    _show_speed(record)
+    found = {name: part["phases"] for name, part in record["breakdown"].items()}
+    phases = [phase for phase in ORDER if any(phase in part for part in found.values())]
+    cells = [[f"{part[phase]['ms']:.1f}" if phase in part else "" for part in found.values()] for phase in phases]
+    rows = [[phase, *row] for phase, row in zip(phases, cells, strict=True)]
+    harness.print_table("ms per step, by phase", ["", *found], rows)
+    for layer in record["load"]:
+        waste = layer["padding_waste"]
+        harness.print_line(
+            f"block {layer['block']}: busiest expert {layer['slowest_over_mean']:.2f} × the mean load"
+            + ("" if waste is None else f", {waste:.1%} of computed rows are padding")
+        )
+    _show_memory(record["memory"])
+    for name, energy in record["energy"].items():
+        harness.print_line(f"energy, {name}: {energy_text(energy)}")
+    for row in record["peers"].get("lightning", []):
+        others = [(other, speed) for other, speed in row["speed_to"].items() if other != row["name"]]
+        harness.print_line(
+            f"{row['name']}: {row['images_per_s']:.1f} images/s"
+            + "".join(f", {harness.ratio_text(speed)} × {other}" for other, speed in others)
+        )
+
+
+def _show_speed(record: Json) -> None:
+    rows = [
+        [
+            row["name"],
+            f"{row['images_per_s']:.1f}",
+            harness.ratio_text(row["speed_to"][NAMES["active_flops"]]),
+            harness.ratio_text(row["speed_to"][NAMES["total_params"]]),
+            f"{row['training_flops_per_image'] / 1e9:.2f}",
+            harness.share_text(row["mfu"]),
+            f"{row['parameters'] / 1e6:.2f} M",
+        ]
+        for row in record["rows"]
+    ]
+    columns = ["", "images/s", "speed ÷ active-FLOPs twin", "÷ parameters twin", "GFLOPs/image", "MFU", "parameters"]
+    harness.print_table("training step", columns, rows)
+
+
+def _show_memory(memory: Json) -> None:
+    if "error" in memory:
+        harness.print_line(f"peak memory: not measured ({memory['error']})")
+        return
+    rows = []
+    for name, model in memory["models"].items():
+        if "error" in model:
+            harness.print_line(f"peak memory, {name}: {model['error']}")
+            continue
+        beside = memory["moe_beside"].get(name, dict.fromkeys(range(4)))
+        parts = [f"{model[f'{part}_mib']:.0f}" for part in ("peak", *MEMORY_PARTS, "tensors")]
+        rows.append([name, *parts, *("" if value is None else f"{value:.2f}" for value in beside.values())])
+    beside_columns = ["MoE ÷ this", "− extra weights, optimizer", "− gradients too"]
+    columns = ["", "peak", *MEMORY_PARTS, "tensors", *beside_columns, "tensors − extra weights, optimizer"]
+    harness.print_table("peak memory of training, MiB", columns, rows)
+    harness.print_line(
+        "activations: what autograd keeps; other: temporaries, kernels compiled for the shapes that occur, the "
+        "allocator's reserve; tensors: the peak of tensors alone, as on CUDA. MoE ÷ this: its whole peak, and without "
+        "what its extra weights themselves need; at last of tensors alone, without extra weights and optimizer."
+    )
