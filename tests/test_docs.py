@@ -167,10 +167,13 @@ def make_workspace(tiny_run: Path, home: Path) -> None:
     (home / "docs").symlink_to(DOCS)
 
 
+def _marks(path: Path) -> list[pytest.MarkDecorator]:
+    needs = [pytest.mark.needs(name) for words, name in NEEDS.items() if words in path.read_text()]
+    return [*needs, pytest.mark.slow] if needs else []
+
+
 PYTHON = [
-    pytest.param(
-        path, id=page_id(path), marks=[pytest.mark.needs(NEEDS[name]) for name in NEEDS if name in path.read_text()]
-    )
+    pytest.param(path, id=page_id(path), marks=_marks(path))
     for path in PAGES
     if python_blocks(path) and "gradio_client" not in path.read_text()
 ]
