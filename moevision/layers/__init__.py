@@ -1,18 +1,29 @@
-"""The MoE layer in pure torch: no timm, no Lightning, no files."""
+"""The MoE layer in pure torch: no timm, no Lightning, no files. Begin with `reference.py`, then `moe.py`."""
 
-from moevision.layers.affinity import CosineRouter, SigmoidRouter
-from moevision.layers.capacity import capacity_of, within_capacity
+from moevision.layers.baselines import ColourRouter, HandmadeRouter, LabelRouter, label_oracle
 from moevision.layers.dispatch import Dispatched, LocalDispatcher
-from moevision.layers.expert_choice import ExpertChoiceRouter
 from moevision.layers.experts import Backend, Experts, PackedLinear
-from moevision.layers.handmade import ColourRouter, HandmadeRouter, LabelRouter, label_oracle
 from moevision.layers.moe import MoEMlp, SharedExperts, describe_moe, moe_layers, update_router_bias
-from moevision.layers.options import RouterOptions
-from moevision.layers.routers import ROUTERS, Router, build_router, router_kind
-from moevision.layers.routing import Recordable, Routing, forward_routing, record_routing, routing_lock
-from moevision.layers.slots import ExpertChoiceRouting, SoftRouting
-from moevision.layers.soft import SoftRouter
-from moevision.layers.top_k import TopKRouter
+from moevision.layers.routers import (
+    ROUTERS,
+    CosineRouter,
+    Router,
+    SigmoidRouter,
+    TopKRouter,
+    build_router,
+    router_kind,
+)
+from moevision.layers.routers_soft import ExpertChoiceRouter, ExpertChoiceRouting, SoftRouter, SoftRouting
+from moevision.layers.routing import (
+    Recordable,
+    RouterOptions,
+    Routing,
+    capacity_of,
+    forward_routing,
+    record_routing,
+    routing_lock,
+    within_capacity,
+)
 
 __all__ = [
     "ROUTERS",

@@ -1,7 +1,6 @@
 """Dispatch and combine: from tokens to rows sorted by expert, and back.
 
-The dispatcher owns no parameters. It is the only object that knows where experts live, so expert parallelism
-replaces it and nothing else. Here all experts are local.
+The dispatcher owns no parameters. It is the only object that knows where experts live; here all are local.
 
 Axes: B images, N tokens of an image, T = B·N tokens, D width, K choices, R rows, E experts, C tokens that an expert
 takes of an image (expert choice), P slots of an expert (Soft MoE).
@@ -11,17 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from moevision.layers.machine import has_matrix_unit
+from moevision.layers.cpu import padded_counts, stable_order, sum_rows, take_rows
+from moevision.layers.routers_soft import ExpertChoiceRouting, SoftRouting
 from moevision.layers.routing import Routing
-from moevision.layers.rows import sum_rows, take_rows
-from moevision.layers.slots import ExpertChoiceRouting, SoftRouting
-
-MULTIPLE, SMALL_MULTIPLE = 32, 16
-"""What sizes of large and small groups are rounded up to in bfloat16: 6 % of additional rows at most, on average."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +40,9 @@ class LocalDispatcher:
 
     A choice that the router did not keep is computed and given weight 0, so that shapes stay static.
 
-    In bfloat16 on a CPU groups are padded. Matrix kernels are compiled there for each shape that occurs, for 1 to 2 ms
-    and 0.6 MB each (in float32 they aren't), and counts change with every batch: sizes are rounded up to a multiple of
-    32 rows (small ones: 16; large ones: a sixteenth of a power of two). A matrix unit makes the experts'
-    products so quick that starting them counts: where loads are so even that it adds at most a quarter (two fifths to
-    less than 1 024 rows an expert), all groups are made equally long there, and their products are one batched
-    product. Elsewhere that padding would cost more than it saves (docs/performance.md).
-    Padding rows copy token 0; nothing reads their result, so their gradient is zero (if that of token 0 is finite).
-
     Args:
-        row_multiple: what group sizes are rounded up to on a CPU; 1 turns padding off; None: the rule above.
-        max_padding: rows over choices up to which groups are made equally long; 1 turns that off; None: the rule above.
+        row_multiple: what group sizes are rounded up to on a CPU, see `cpu.padded_counts`; 1 turns padding off.
+        max_padding: rows over choices up to which groups are made equally long there; 1 turns that off.
     """
 
     def __init__(self, row_multiple: int | None = None, max_padding: float | None = None) -> None:
@@ -76,43 +62,39 @@ class LocalDispatcher:
             return self._read_slots(rows, routing)
         assert dispatched.token is not None  # only slots have no single token
         if isinstance(routing, ExpertChoiceRouting):
-            weight = _by_expert(routing.token_weight).to(rows.dtype).unsqueeze(-1)
-            tokens = rows.new_zeros(routing.logits.shape[0] * routing.logits.shape[1], rows.shape[-1])
+            weight = _by_expert(routing.token_weight).to(rows.dtype).unsqueeze(-1)  # [R, 1]
+            tokens = rows.new_zeros(routing.logits.shape[0] * routing.logits.shape[1], rows.shape[-1])  # [T, D]
             return tokens.index_add(0, dispatched.token, rows * weight)
         assert dispatched.position is not None
-        weight = (routing.combine_weight * routing.kept).flatten(0, 1)
+        weight = (routing.combine_weight * routing.kept).flatten(0, 1)  # [T, K]
         return sum_rows(rows, weight, dispatched.token, dispatched.position)
 
     def _send_choices(self, x: Tensor, routing: Routing) -> Dispatched:
         """Token choice: copy each token once for every expert that it chose."""
-        counts, top_k = routing.requested_counts(), routing.top_k
-        expert = routing.expert_index.flatten()
-        order = _stable_order(expert, routing.num_experts)
-        place = torch.arange(order.numel(), device=order.device)
-        position = torch.empty_like(order)
-        step = self._step(order.numel(), routing.num_experts, x)
-        if step > 1:
-            rounded = self._padded(counts, step, order.numel(), x.dtype)
-            padding = (rounded - counts).cumsum(0) - (rounded - counts)  # in front of each group
-            place += padding.index_select(0, expert.index_select(0, order))
-            token = order.new_zeros(int(rounded.sum())).index_copy_(0, place, order // top_k)
-            counts = rounded
-        else:
-            token = order // top_k
-        position = position.index_copy_(0, order, place).view(-1, top_k)
-        return Dispatched(take_rows(x, token, position), counts, token, position)
+        top_k, num_experts, counts = routing.top_k, routing.num_experts, routing.requested_counts()  # counts [E]
+        expert = routing.expert_index.flatten()  # [T·K] the choices, token after token
+        choice = stable_order(expert, num_experts)  # [T·K] the same ones, expert after expert
+        token = choice // top_k  # [T·K] who made each
+        row = torch.arange(choice.numel(), device=choice.device)  # [T·K] and where its row stands
+        padded = padded_counts(counts, choice.numel(), x, self.row_multiple, self.max_padding)
+        if padded is not counts:  # rows of padding copy token 0, and nothing reads what becomes of them
+            before = (padded - counts).cumsum(0) - (padded - counts)  # [E] padding in front of each group
+            row += before.index_select(0, expert.index_select(0, choice))
+            token = token.new_zeros(int(padded.sum())).index_copy_(0, row, token)  # [R]
+        position = torch.empty_like(choice).index_copy_(0, choice, row).view(-1, top_k)  # [T, K]
+        return Dispatched(take_rows(x, token, position), padded, token, position)
 
     def _take_tokens(self, x: Tensor, routing: ExpertChoiceRouting) -> Dispatched:
         """Expert choice: every expert's tokens, image after image."""
         images, tokens = routing.logits.shape[:2]
-        first = torch.arange(images, device=x.device).view(-1, 1, 1) * tokens
-        token = _by_expert(routing.token_index + first)
+        first = torch.arange(images, device=x.device).view(-1, 1, 1) * tokens  # [B, 1, 1] each image's first token
+        token = _by_expert(routing.token_index + first)  # [R]
         counts = torch.full((routing.num_experts,), token.numel() // routing.num_experts, device=x.device)
         return Dispatched(x.index_select(0, token), counts, token)
 
     def _fill_slots(self, x: Tensor, routing: SoftRouting) -> Dispatched:
         """Soft MoE: slot inputs, expert after expert."""
-        weight = routing.dispatch_weight.to(x.dtype)
+        weight = routing.dispatch_weight.to(x.dtype)  # [B, N, E, P]
         slots = torch.einsum("bnd,bnep->ebpd", x.view(*weight.shape[:2], x.shape[-1]), weight)
         return Dispatched(slots.flatten(0, 2), routing.counts())
 
@@ -120,39 +102,6 @@ class LocalDispatcher:
         images, _, num_experts, slots = routing.slot_weight.shape
         by_expert = rows.view(num_experts, images, slots, rows.shape[-1])
         return torch.einsum("bnep,ebpd->bnd", routing.slot_weight.to(rows.dtype), by_expert).flatten(0, 1)
-
-    def _step(self, num_rows: int, num_experts: int, x: Tensor) -> int:
-        """What group sizes are rounded up to; 1 for not at all."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return 1
-        if self.row_multiple is not None:
-            return self.row_multiple
-        if x.dtype != torch.bfloat16:
-            return 1
-        return MULTIPLE if num_rows >= 8 * MULTIPLE * num_experts else SMALL_MULTIPLE
-
-    def _padded(self, counts: Tensor, step: int, num_rows: int, dtype: torch.dtype) -> Tensor:
-        """Group sizes [E] with padding, of group sizes without."""
-        lengths = [_rounded(count, step) for count in counts.tolist()]
-        default = 1.0
-        if dtype == torch.bfloat16 and has_matrix_unit():
-            default = 1.4 if num_rows < 1024 * len(lengths) else 1.25
-        equal = len(lengths) * [max(lengths)]
-        return counts.new_tensor(equal if sum(equal) <= (self.max_padding or default) * num_rows else lengths)
-
-
-def _rounded(count: int, step: int) -> int:
-    """The next multiple of `step`, or for large groups of a sixteenth of the power of two below `count`."""
-    step = max(step, (1 << count.bit_length()) // 32)
-    return -(-count // step) * step
-
-
-def _stable_order(expert: Tensor, num_experts: int) -> Tensor:
-    """[R] int64: the order that sorts `expert` [R], equal ones as they stand."""
-    if expert.device.type != "cpu" or torch.compiler.is_compiling() or num_experts > 256:
-        return expert.argsort(stable=True)
-    # NumPy sorts single bytes by counting them: a tenth of the time of torch's comparisons.
-    return torch.from_numpy(np.argsort(expert.to(torch.uint8).numpy(), kind="stable"))
 
 
 def _by_expert(x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Three backends compute the same thing:
 
-- `loop`: one expert after the other on its slice of the rows; any dtype, any shape, the fastest on a CPU.
+- `loop`: one expert after the other on its slice of the rows; any dtype, any shape, the fastest on a CPU, where
+  `cpu.looped_mlps` writes the gradients.
 - `grouped`: `torch.nn.functional.grouped_mm`; needs float32/float16/bfloat16 and row strides of 16 bytes.
 - `dense`: every expert on every token, the routed sum taken afterwards; E times the work, no sorting, no
   data-dependent shape. It is the oracle in tests and the path for export.
@@ -12,7 +13,7 @@ Axes: R rows, T tokens, D width, H hidden width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers.looped import looped_mlps
+from moevision.layers.cpu import looped_mlps
 
 Backend = Literal["auto", "loop", "grouped", "dense"]
 _PLAIN_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid)  # elementwise, without parameters or randomness
@@ -55,29 +56,14 @@ class PackedLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def each(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
-        """Weight and bias of every expert in `dtype`.
+    def local_weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight [E, out, in] and bias [E, out] of the experts in this process, in `dtype` if one is given.
 
-        Unbound once: indexing `weight[e]` would write a full-size zero gradient for every expert, O(E²) work.
+        Every backend reads them here and nowhere else, so that sharded experts need no other change.
         """
-        weights = self.weight.to(dtype).unbind(0)
-        if self.bias is None:
-            return [(weight, None) for weight in weights]
-        return list(zip(weights, self.bias.to(dtype).unbind(0), strict=True))
-
-    def grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Apply expert e to the e-th group of rows [R, in], counts [E] long, in one kernel."""
-        ends = counts.cumsum(0).to(torch.int32)
-        out = F.grouped_mm(rows, self.weight.to(rows.dtype).transpose(-2, -1), offs=ends)
-        if self.bias is None:
-            return out
-        bias = self.bias.to(rows.dtype)
-        return out + bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])
-
-    def on_equal_groups(self, rows: Tensor) -> Tensor:
-        """Apply expert e to rows[e], rows [E, R, in], without data-dependent shapes."""
-        out = torch.einsum("eri,eoi->ero", rows, self.weight.to(rows.dtype))
-        return out if self.bias is None else out + self.bias.to(rows.dtype).unsqueeze(1)
+        if dtype is None:
+            return self.weight, self.bias
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -139,37 +125,37 @@ class Experts(nn.Module):
             [R, out_features] in the compute dtype (autocast's, if it is on).
         """
         rows = rows.to(self.compute_dtype(rows))
-        if self._use_grouped(rows):
-            hidden = self.drop(self.act(self.fc1.grouped(rows, counts)))
-            return self.fc2.grouped(hidden, counts)
-        return self._loop(rows, counts)
+        return self._grouped(rows, counts) if self._use_grouped(rows) else self._loop(rows, counts.tolist())
 
-    def _loop(self, rows: Tensor, counts: Tensor) -> Tensor:
-        lengths = counts.tolist()
+    def _loop(self, rows: Tensor, counts: list[int]) -> Tensor:
         dropping = self.training and self.drop.p > 0
         if self._act_is_plain and not dropping and not torch.compiler.is_compiling():
-            fc1, fc2 = self.fc1, self.fc2
-            return looped_mlps(rows, lengths, self.act, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        dtype, groups = rows.dtype, rows.split(lengths)
-        experts = zip(groups, self.fc1.each(dtype), self.fc2.each(dtype), strict=True)
+            return looped_mlps(rows, counts, self.act, *self.fc1.local_weights(), *self.fc2.local_weights())
+        (w1, b1), (w2, b2) = _each(*self.fc1.local_weights(rows.dtype)), _each(*self.fc2.local_weights(rows.dtype))
         return torch.cat(
-            [F.linear(self.drop(self.act(F.linear(group, w1, b1))), w2, b2) for group, (w1, b1), (w2, b2) in experts]
+            [
+                F.linear(self.drop(self.act(F.linear(group, w1[e], b1[e]))), w2[e], b2[e])  # [rows of e, out]
+                for e, group in enumerate(rows.split(counts))
+            ]
         )
+
+    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+        hidden = self.drop(self.act(_grouped_linear(rows, counts, *self.fc1.local_weights(rows.dtype))))  # [R, H]
+        return _grouped_linear(hidden, counts, *self.fc2.local_weights(hidden.dtype))
 
     def on_all_tokens(self, x: Tensor) -> Tensor:
         """Every expert on every token: x [T, D] -> [T, E, out_features] (the dense backend)."""
         x = x.to(self.compute_dtype(x))
-        hidden = torch.einsum("td,ehd->teh", x, self.fc1.weight.to(x.dtype))
-        if self.fc1.bias is not None:
-            hidden = hidden + self.fc1.bias.to(x.dtype)
-        out = torch.einsum("teh,eoh->teo", self.drop(self.act(hidden)), self.fc2.weight.to(x.dtype))
-        return out if self.fc2.bias is None else out + self.fc2.bias.to(x.dtype)
+        (w1, b1), (w2, b2) = self.fc1.local_weights(x.dtype), self.fc2.local_weights(x.dtype)
+        hidden = self.drop(self.act(_plus(torch.einsum("td,ehd->teh", x, w1), b1, 0)))  # [T, E, H]
+        return _plus(torch.einsum("teh,eoh->teo", hidden, w2), b2, 0)
 
     def on_slots(self, slots: Tensor) -> Tensor:
-        """Every expert on its own, equally many rows: slots [E, R, D] -> [E, R, out_features] (dense Soft MoE)."""
+        """Every expert on its own, equally many rows: slots [E, P, D] -> [E, P, out_features] (dense Soft MoE)."""
         slots = slots.to(self.compute_dtype(slots))
-        hidden = self.drop(self.act(self.fc1.on_equal_groups(slots)))
-        return self.fc2.on_equal_groups(hidden)
+        (w1, b1), (w2, b2) = self.fc1.local_weights(slots.dtype), self.fc2.local_weights(slots.dtype)
+        hidden = self.drop(self.act(_plus(torch.einsum("epd,ehd->eph", slots, w1), b1, 1)))  # [E, P, H]
+        return _plus(torch.einsum("eph,eoh->epo", hidden, w2), b2, 1)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype in which the experts work: autocast's if it is on, else that of their weights."""
@@ -204,3 +190,23 @@ class Experts(nn.Module):
     def _strides_fit(self, dtype: torch.dtype) -> bool:
         widths = (self.fc1.in_features, self.fc1.out_features, self.fc2.out_features)
         return all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+def _each(weight: Tensor, bias: Tensor | None) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """Weights and biases, expert by expert.
+
+    Unbound once: indexing `weight[e]` would write a full-size zero gradient for every expert, O(E²) work.
+    """
+    return weight.unbind(), len(weight) * [None] if bias is None else bias.unbind()
+
+
+def _grouped_linear(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows_e · weight_eᵀ + bias_e in one kernel: [R, in] -> [R, out]."""
+    ends = counts.cumsum(0).to(torch.int32)  # [E]
+    out = F.grouped_mm(rows, weight.mT, offs=ends)
+    return out if bias is None else out + bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])
+
+
+def _plus(out: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+    """Add biases [E, width]; `dim` is where `out` has one dimension more."""
+    return out if bias is None else out + bias.unsqueeze(dim)

@@ -1,6 +1,8 @@
-"""The MoE layer: router + dispatcher + experts, a drop-in for `timm.layers.Mlp`.
+"""The MoE layer: router -> dispatch -> experts -> combine, a drop-in for `timm.layers.Mlp`.
 
-Axes: B images, N tokens, D width, E experts, K choices, T = B·N tokens.
+`reference.py` computes the same, without speed and options.
+
+Axes: B images, N tokens, D width, E experts, K choices, T = B·N tokens, R = T·K rows.
 """
 
 from __future__ import annotations
@@ -13,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers.affinity import SigmoidRouter
+from moevision.layers.cpu import refuse_transforms
 from moevision.layers.dispatch import LocalDispatcher
 from moevision.layers.experts import Backend, Experts
-from moevision.layers.once import refuse_transforms
-from moevision.layers.options import RouterOptions
-from moevision.layers.routers import build_router
-from moevision.layers.routing import Recordable, Routing
-from moevision.layers.slots import SoftRouting
+from moevision.layers.routers import SigmoidRouter, build_router
+from moevision.layers.routers_soft import SoftRouting
+from moevision.layers.routing import Recordable, RouterOptions, Routing
 
 
 class MoEMlp(Recordable):
@@ -111,30 +111,34 @@ class MoEMlp(Recordable):
         self.drop = nn.Dropout(drops[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix the chosen experts' outputs: x [B, ..., D] -> [B, ..., out_features]; a 2-D x is one image's tokens."""
-        tokens = x.unsqueeze(0) if x.ndim == 2 else x.flatten(1, -2)
+        """Σ over a token's chosen experts of gate · expert(x): x [B, ..., D] -> [B, ..., out_features].
+
+        A 2-D x is one image's tokens.
+        """
+        tokens = x.unsqueeze(0) if x.ndim == 2 else x.flatten(1, -2)  # [B, N, D]
         routing = self.decide(replace(self.router(tokens), layer=self.layer_index))
-        flat = tokens.flatten(0, 1)
-        mixed = self._mix_all(flat, routing) if self.experts.backend == "dense" else self._mix_routed(flat, routing)
+        flat = tokens.flatten(0, 1)  # [T, D]
+        if self.experts.backend == "dense":
+            mixed = self._mix_densely(flat, routing)
+        else:
+            refuse_transforms()
+            # Cast before the copy: the rows are then half as large under bf16 autocast.
+            sent = self.dispatcher.dispatch(flat.to(self.experts.compute_dtype(flat)), routing)
+            rows = self.experts(sent.rows, sent.counts)  # [R, out]
+            mixed = self.dispatcher.combine(rows, sent, routing)  # [T, out]
         if self.shared is not None:
-            mixed = mixed + self.shared(flat)
+            mixed = mixed + self.shared(flat)  # experts that every token passes
         out: Tensor = self.drop(mixed.view(*x.shape[:-1], mixed.shape[-1]))
         return out
 
-    def _mix_routed(self, x: Tensor, routing: Routing) -> Tensor:
-        refuse_transforms()
-        # Cast before the copy: the rows are then half as large under bf16 autocast.
-        dispatched = self.dispatcher.dispatch(x.to(self.experts.compute_dtype(x)), routing)
-        rows = self.experts(dispatched.rows, dispatched.counts)
-        return self.dispatcher.combine(rows, dispatched, routing)
-
-    def _mix_all(self, x: Tensor, routing: Routing) -> Tensor:
-        if isinstance(routing, SoftRouting):  # its experts see slots, never tokens
-            dispatched = self.dispatcher.dispatch(x.to(self.experts.compute_dtype(x)), routing)
-            slots = dispatched.rows.view(routing.num_experts, -1, x.shape[-1])
-            return self.dispatcher.combine(self.experts.on_slots(slots).flatten(0, 1), dispatched, routing)
-        outputs = self.experts.on_all_tokens(x)
-        weights = routing.expert_weights().flatten(0, 1)
+    def _mix_densely(self, x: Tensor, routing: Routing) -> Tensor:
+        """Every expert on every token x [T, D]; in Soft MoE, whose experts see slots and never tokens, on its slots."""
+        if isinstance(routing, SoftRouting):
+            sent = self.dispatcher.dispatch(x.to(self.experts.compute_dtype(x)), routing)
+            slots = sent.rows.view(routing.num_experts, -1, x.shape[-1])  # [E, B·P, D]
+            return self.dispatcher.combine(self.experts.on_slots(slots).flatten(0, 1), sent, routing)
+        outputs = self.experts.on_all_tokens(x)  # [T, E, out]
+        weights = routing.expert_weights().flatten(0, 1)  # [T, E]
         return (outputs * weights.unsqueeze(-1)).sum(1).to(outputs.dtype)
 
 

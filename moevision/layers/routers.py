@@ -1,31 +1,51 @@
-"""The routers by name. Each is exactly as its source defines it; the sources stand in the modules.
+"""Routers in which every token picks its K best experts, and the table of all routers by name.
+
+Each is exactly as its source defines it:
+
+- `noisy_top_k`: Shazeer et al. 2017, arXiv:1701.06538, §2.1 and appendix A.
+- `vmoe_top_k`: Riquelme et al. 2021 (V-MoE), arXiv:2106.05974, §2 and its released code.
+- `switch`: Fedus et al. 2021, arXiv:2101.03961, §2.1.
+- `cosine`: Chi et al. 2022 (X-MoE), arXiv:2204.09179, §3.2, with the numbers of Swin-MoE (Tutel).
+- `sigmoid`, `bias_balanced`: DeepSeek-V3, arXiv:2412.19437, §2.1.2; the bias is Wang et al. 2024, arXiv:2408.15664.
+
+A router of your own is an `nn.Module` that returns a `Routing` for tokens [B, N, D] (see `Router`), and a row of
+`ROUTERS`.
 
 Axes: B images, N tokens, D width, E experts, K choices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers.affinity import CosineRouter, SigmoidRouter
-from moevision.layers.expert_choice import ExpertChoiceRouter
-from moevision.layers.handmade import ColourRouter, HashRouter, LabelRouter, PositionRouter, RandomRouter
-from moevision.layers.options import RouterOptions
-from moevision.layers.routing import Routing
-from moevision.layers.soft import SoftRouter
-from moevision.layers.top_k import TopKRouter
+from moevision.layers.baselines import ColourRouter, HashRouter, LabelRouter, PositionRouter, RandomRouter
+from moevision.layers.cpu import best, softmax_over_experts
+from moevision.layers.routers_soft import ExpertChoiceRouter, SoftRouter
+from moevision.layers.routing import (
+    Noise,
+    RouterOptions,
+    Routing,
+    at_least_float32,
+    check_top_k,
+    full_precision,
+    within_capacity,
+)
 
+JITTER = 0.01  # Switch Transformer, table 1 and its released code
+_MAX_SCALE = 100.0  # Tutel clamps the learned logit scale at ln 100
 # arXiv:2101.03961, §2.2 has 0.01 for every layer, added up; ours is a mean over layers. 0.01 of that left max/mean
 # loads of up to 2.0 where 0.05 keeps them below 1.5 (docs/routers.md).
 _LOAD_BALANCING = 0.05
 _BIAS_RATE = 1e-3  # γ of arXiv:2412.19437, §4.2
-_CAPACITY = ("capacity_factor", "eval_capacity_factor", "batch_priority", "capacity_group")
 
 
 class Router(Protocol):
@@ -46,6 +66,307 @@ class Router(Protocol):
         """Route tokens x [B, N, D]."""
 
 
+class TopKRouter(nn.Module):
+    """Each token chooses its K best experts by a linear score plus noise (noise in training only).
+
+    With `softmax_over="kept"` this is Shazeer's noisy top-k gating (eq. 3-5): `H = x W_gate + N(0, 1) ·
+    softplus(x W_noise)`, `gates = softmax(keep_top_k(H))`. With k = 1 that softmax is the constant 1 and the router
+    would never learn, so the gate is then the full-softmax probability of the noisy logits (our deviation).
+
+    With `softmax_over="all"` and `noise="fixed"` this is V-MoE's `TOP_k(softmax(x W + ε))`, ε ~ N(0, 1/E²): the
+    softmax comes before the choice and is not renormalised.
+
+    The scores are computed in at least float32 whatever autocast says, since a near tie decided in bfloat16 sends
+    tokens to arbitrary experts (Switch Transformer, arXiv:2101.03961, §2.4); float64 stays float64.
+
+    Args:
+        dim: D, the width of a token.
+        num_experts: E.
+        top_k: K, between 1 and E.
+        noise: `learned` (a second linear map gives each token's noise), `fixed` (σ = 1/E), `jitter` or `none`.
+        softmax_over: `kept` (after the choice, sums to 1) or `all` (before the choice).
+        options: capacity, its priority and group, `normalize_gates` (over either softmax); `noise` in it wins.
+        default_losses: weights of the balance losses where the user gives none.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+
+    Raises:
+        UserError: if top_k is not between 1 and num_experts.
+    """
+
+    noise_weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        noise: Noise = "learned",
+        softmax_over: Literal["kept", "all"] = "kept",
+        options: RouterOptions = RouterOptions(),  # noqa: B008 (never changed)
+        default_losses: Mapping[str, float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_top_k(top_k, num_experts)
+        self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
+        self.noise, self.softmax_over, self.options = options.noise or noise, softmax_over, options
+        self._default_losses = dict(default_losses or {})
+        self.noise_weight = None
+        self.make_parameters(device, dtype)
+        self.reset_parameters()
+
+    def make_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """The maps from a token to its scores and to the noise on them, [E, D] each."""
+        shape = (self.num_experts, self.dim)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if self.noise == "learned":
+            self.noise_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Zeros where noise is learned (Shazeer, appendix A: "no signal and some noise"); else LeCun normal.
+
+        A router without learned noise must not start at zero: exact ties would send every token to the same experts.
+        """
+        if self.noise_weight is None:
+            nn.init.normal_(self.weight, std=self.dim**-0.5)
+        else:
+            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.noise_weight)
+
+    @property
+    def losses(self) -> frozenset[str]:
+        """Names of the balance losses this router can supply; the load loss needs Gaussian noise."""
+        names = {"importance", "load_balancing", "z"}
+        return frozenset(names | {"load"} if self.noise in ("learned", "fixed") else names)
+
+    @property
+    def default_losses(self) -> dict[str, float]:
+        """Weights of the balance losses where the user gives none."""
+        return {name: weight for name, weight in self._default_losses.items() if name in self.losses}
+
+    def forward(self, x: Tensor) -> Routing:
+        """Route tokens x [B, N, D]."""
+        with full_precision(x):
+            return self.choose(*self.scores(at_least_float32(x)))
+
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Clean logits [B, N, E] of tokens [B, N, D], and the standard deviation of their Gaussian noise if any."""
+        weight, noise = self.weight.to(x.dtype), self.noise if self.training else "none"
+        if noise == "learned" and self.noise_weight is not None:
+            # One matrix product for both maps: x is read once.
+            both = F.linear(x, torch.cat([weight, self.noise_weight.to(x.dtype)]))  # [B, N, 2·E]
+            logits, raw_std = both.split(self.num_experts, dim=-1)
+            return logits, F.softplus(raw_std)
+        logits = F.linear(jittered(x) if noise == "jitter" else x, weight)
+        return logits, fixed_std(logits) if noise == "fixed" else None
+
+    def choose(self, logits: Tensor, noise_std: Tensor | None) -> Routing:
+        """The K best of the noisy logits [B, N, E], with gates by softmax."""
+        noisy_logits = logits if noise_std is None else logits + torch.randn_like(logits) * noise_std
+        probs = softmax_over_experts(logits)  # [B, N, E]
+        top_logits, expert_index = best(noisy_logits, self.top_k)  # [B, N, K]
+        return Routing(
+            logits=logits,
+            noisy_logits=noisy_logits,
+            probs=probs,
+            noise_std=noise_std,
+            expert_index=expert_index,
+            combine_weight=self.gates(noisy_logits, top_logits),
+            kept=self.keep(expert_index, noisy_logits, top_logits),
+        )
+
+    def gate_logits(self, routing: Routing) -> Tensor:
+        """[B, N, E]: the scores that this router makes gates of, which needn't be those that it chooses by."""
+        return routing.noisy_logits
+
+    def gates(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
+        """Combine weights of chosen experts, by this router's rule.
+
+        Args:
+            gate_logits: [B, N, E] see `gate_logits`.
+            top_logits: [B, N, k] those of the chosen experts; k is `top_k` unless an intervention chose otherwise.
+
+        Returns:
+            [B, N, k].
+        """
+        return softmax_gates(gate_logits, top_logits, normalize=self.normalizes(top_logits.shape[-1]))
+
+    def normalizes(self, top_k: int) -> bool:
+        """Whether the gates of `top_k` experts are made to sum to 1."""
+        asked = self.options.normalize_gates
+        return (self.softmax_over == "kept" and top_k > 1) if asked is None else asked
+
+    @torch.no_grad()
+    def priority(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
+        """[B, N, k]: by what batch priority routing orders tokens; arguments as for `gates`.
+
+        The gates before normalisation, as in Tutel: .9 beside .09 is surer than .5 beside .01, and a normalised gate of
+        one expert is always 1.
+        """
+        return softmax_gates(gate_logits, top_logits, normalize=False)
+
+    def keep(self, expert_index: Tensor, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
+        """[B, N, K] bool: which choices the capacity of this mode keeps; all without one."""
+        kept = torch.ones_like(expert_index, dtype=torch.bool)
+        options = self.options
+        factor = options.capacity_factor if self.training else options.eval_capacity_factor
+        if factor is None:
+            return kept
+        return within_capacity(
+            expert_index,
+            self.priority(gate_logits, top_logits),
+            kept,
+            self.num_experts,
+            factor,
+            priority=bool(options.batch_priority),
+            whole_batch=options.capacity_group == "batch",
+        )
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        given = "".join(f", {name}={value!r}" for name, value in self.options.given().items() if name != "noise")
+        return f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, noise={self.noise!r}{given}"
+
+
+class CosineRouter(TopKRouter):
+    """Scores are scaled cosines between a projection of the token and one embedding per expert.
+
+    `logits_i = min(exp(temperature), 100) · cos(x P + b, e_i)`, then as V-MoE. The projection has min(256, D)
+    features and the scale starts at 2, as in Swin-MoE.
+    """
+
+    def make_parameters(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """The projection, an embedding [E, features] and the logarithm of the scale."""
+        if self.noise == "learned":
+            raise UserError("The router 'cosine' has no learned noise: use noise 'fixed', 'jitter' or 'none'.")
+        features = min(256, self.dim)
+        self.proj = nn.Linear(self.dim, features, device=device, dtype=dtype)
+        self.expert_embedding = nn.Parameter(torch.empty(self.num_experts, features, device=device, dtype=dtype))
+        self.temperature = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Embeddings drawn small (only their direction counts), scale 2."""
+        self.proj.reset_parameters()
+        nn.init.normal_(self.expert_embedding, std=0.01)
+        nn.init.constant_(self.temperature, math.log(2))
+
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As those of `TopKRouter`."""
+        noise = self.noise if self.training else "none"
+        x = jittered(x) if noise == "jitter" else x
+        bias = self.proj.bias.to(x.dtype)
+        query = F.normalize(F.linear(x, self.proj.weight.to(x.dtype), bias), dim=-1)  # [B, N, features]
+        embedding = F.normalize(self.expert_embedding.to(x.dtype), dim=-1)  # [E, features]
+        logits = F.linear(query, embedding) * self.temperature.to(x.dtype).exp().clamp_max(_MAX_SCALE)  # [B, N, E]
+        return logits, fixed_std(logits) if noise == "fixed" else None
+
+
+class SigmoidRouter(TopKRouter):
+    """Affinities are sigmoids, each on its own, instead of one softmax: experts don't compete for the score.
+
+    `s = sigmoid(x W)`; the K best by s + b; gates are the chosen s over their sum (s itself for k = 1). Without a bias
+    rate b is absent. With one, b is DeepSeek-V3's: it takes part in the choice only, has no gradient, and
+    `update_router_bias` moves it after an optimizer step, up for experts with less than the mean load.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K.
+        bias_rate: γ, the step of the bias; None for no bias.
+        options: as for `TopKRouter`; no noise.
+        default_losses: as for `TopKRouter`.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        bias_rate: float | None = None,
+        options: RouterOptions = RouterOptions(),  # noqa: B008 (never changed)
+        default_losses: Mapping[str, float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_experts, top_k, noise="none", options=options, default_losses=default_losses, **place)
+        self.bias_rate = bias_rate
+        bias = None if bias_rate is None else torch.zeros(num_experts, device=device, dtype=torch.float32)
+        self.register_buffer("bias", bias)
+
+    def choose(self, logits: Tensor, noise_std: Tensor | None) -> Routing:
+        """The K best by sigmoid and bias, with gates of the sigmoids alone."""
+        affinity = logits.sigmoid()  # [B, N, E]
+        chosen_by = affinity if self.bias is None else affinity + self.bias.to(affinity.dtype)
+        probs = affinity / affinity.sum(-1, keepdim=True)
+        expert_index = best(chosen_by, self.top_k)[1]  # [B, N, K]
+        top_logits = logits.gather(-1, expert_index)
+        return Routing(
+            logits=logits,
+            noisy_logits=chosen_by,
+            probs=probs,
+            noise_std=None,
+            expert_index=expert_index,
+            combine_weight=self.gates(logits, top_logits),
+            kept=self.keep(expert_index, logits, top_logits),
+        )
+
+    def gate_logits(self, routing: Routing) -> Tensor:
+        """[B, N, E]: the clean logits; the bias never reaches a gate."""
+        return routing.logits
+
+    def gates(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
+        """As those of `TopKRouter`."""
+        return sigmoid_gates(top_logits, normalize=self.normalizes(top_logits.shape[-1]))
+
+    @torch.no_grad()
+    def priority(self, gate_logits: Tensor, top_logits: Tensor) -> Tensor:
+        """As that of `TopKRouter`."""
+        return sigmoid_gates(top_logits, normalize=False)
+
+
+def softmax_gates(gate_logits: Tensor, top_logits: Tensor, *, normalize: bool) -> Tensor:
+    """Softmax of the chosen logits [B, N, k]: over all experts [B, N, E], or over the chosen ones (`normalize`)."""
+    if normalize and top_logits.shape[-1] > 1:
+        return top_logits.softmax(-1)
+    probability = (top_logits - gate_logits.logsumexp(-1, keepdim=True)).exp()  # [B, N, k]
+    return straight_through(probability) if normalize else probability
+
+
+def sigmoid_gates(top_logits: Tensor, *, normalize: bool) -> Tensor:
+    """Sigmoids of the chosen logits [B, N, k], divided by their sum if `normalize`."""
+    affinity = top_logits.sigmoid()
+    if not normalize:
+        return affinity
+    return straight_through(affinity) if affinity.shape[-1] == 1 else affinity / affinity.sum(-1, keepdim=True)
+
+
+def straight_through(probability: Tensor) -> Tensor:
+    """The value 1 with the gradient of `probability`: what k = 1 needs to sum to 1 and still learn."""
+    return probability + (1 - probability).detach()
+
+
+def jittered(x: Tensor) -> Tensor:
+    """Tokens times U(0.99, 1.01): noise of the input, so that there are no clean logits."""
+    return x * torch.empty_like(x).uniform_(1 - JITTER, 1 + JITTER)
+
+
+def fixed_std(logits: Tensor) -> Tensor:
+    """[1, 1, 1]: σ = 1/E, the same for all logits [B, N, E]."""
+    return logits.new_full((1, 1, 1), 1 / logits.shape[-1])
+
+
+# ---- the table
+
+
 @dataclass(frozen=True)
 class RouterKind:
     """A router's name in the table.
@@ -63,77 +384,51 @@ class RouterKind:
     top_k: int = 2
 
 
-def _noisy_top_k(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> TopKRouter:
-    losses = {"importance": 0.05, "load": 0.05}
-    return TopKRouter(dim, num_experts, top_k, noise="learned", options=options, default_losses=losses, **place)
+_IMPORTANCE_AND_LOAD = {"importance": 0.05, "load": 0.05}
+_BALANCING = {"load_balancing": _LOAD_BALANCING}
 
 
-def _vmoe(
-    router: type[TopKRouter], dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any
-) -> Any:
-    losses = {"importance": 0.05, "load": 0.05}
-    return router(
-        dim, num_experts, top_k, noise="fixed", softmax_over="all", options=options, default_losses=losses, **place
-    )
-
-
-def _switch(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> TopKRouter:
+def _switch(dim: int, num_experts: int, top_k: int, **given: Any) -> TopKRouter:
     if top_k != 1:
         raise UserError(f"The router 'switch' sends a token to one expert: top_k={top_k} must be 1, or left out.")
-    losses = {"load_balancing": _LOAD_BALANCING}
-    return TopKRouter(
-        dim, num_experts, top_k, noise="none", softmax_over="all", options=options, default_losses=losses, **place
-    )
-
-
-def _sigmoid(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> SigmoidRouter:
-    losses = {"load_balancing": _LOAD_BALANCING}
-    return SigmoidRouter(dim, num_experts, top_k, options=options, default_losses=losses, **place)
+    return TopKRouter(dim, num_experts, top_k, noise="none", softmax_over="all", default_losses=_BALANCING, **given)
 
 
 def _bias_balanced(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> SigmoidRouter:
     return SigmoidRouter(dim, num_experts, top_k, bias_rate=options.bias_rate or _BIAS_RATE, options=options, **place)
 
 
-def _expert_choice(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> ExpertChoiceRouter:
-    if options.noise in ("learned", "jitter"):
-        raise UserError("The router 'expert_choice' has no such noise: use noise 'fixed' or 'none'.")
-    return ExpertChoiceRouter(dim, num_experts, top_k, options=options, **place)
-
-
-def _soft(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> SoftRouter:
-    return SoftRouter(dim, num_experts, top_k, options=options, **place)
-
-
-def _handmade(
-    make: Callable[..., Any], dim: int, num_experts: int, top_k: int, options: RouterOptions, **_: Any
-) -> Any:
+def _fixed_rule(make: Callable[..., Any], dim: int, num_experts: int, top_k: int, **_: Any) -> Any:
     return make(num_experts, top_k)
 
 
-def _colour(dim: int, num_experts: int, top_k: int, options: RouterOptions, **place: Any) -> ColourRouter:
-    return ColourRouter(num_experts, top_k, device=place["device"])
+def _colour(dim: int, num_experts: int, top_k: int, device: Any, **_: Any) -> ColourRouter:
+    return ColourRouter(num_experts, top_k, device=device)
 
 
-_TOKEN_CHOICE = ("noise", "normalize_gates", *_CAPACITY)
+_VMOE: dict[str, Any] = {"noise": "fixed", "softmax_over": "all", "default_losses": _IMPORTANCE_AND_LOAD}
+_SIGMOID = ("normalize_gates", "capacity_factor", "eval_capacity_factor", "batch_priority", "capacity_group")
+_TOKEN_CHOICE = ("noise", *_SIGMOID)
 ROUTERS: dict[str, RouterKind] = {
-    "noisy_top_k": RouterKind("noisy top-k with learned noise (Shazeer 2017)", _noisy_top_k, _TOKEN_CHOICE),
-    "vmoe_top_k": RouterKind("softmax, fixed noise, top-k (V-MoE)", partial(_vmoe, TopKRouter), _TOKEN_CHOICE),
-    "switch": RouterKind("one expert per token, no noise (Switch Transformer)", _switch, _TOKEN_CHOICE, top_k=1),
-    "sigmoid": RouterKind("top-k of independent sigmoids", _sigmoid, _TOKEN_CHOICE[1:]),
-    "bias_balanced": RouterKind(
-        "sigmoids, balanced by a bias instead of a loss (DeepSeek-V3)",
-        _bias_balanced,
-        (*_TOKEN_CHOICE[1:], "bias_rate"),
+    "noisy_top_k": RouterKind(
+        "noisy top-k with learned noise (Shazeer 2017)",
+        partial(TopKRouter, default_losses=_IMPORTANCE_AND_LOAD),
+        _TOKEN_CHOICE,
     ),
-    "cosine": RouterKind("scaled cosine with expert embeddings (X-MoE)", partial(_vmoe, CosineRouter), _TOKEN_CHOICE),
-    "expert_choice": RouterKind("experts choose tokens", _expert_choice, ("noise", "normalize_gates")),
-    "soft": RouterKind("experts read weighted means of tokens (Soft MoE)", _soft, ("slots_per_expert",)),
-    "hash": RouterKind("baseline: by a hash of the position", partial(_handmade, HashRouter)),
-    "random": RouterKind("baseline: at random", partial(_handmade, RandomRouter)),
-    "position": RouterKind("hand-made: bands of the picture", partial(_handmade, PositionRouter)),
+    "vmoe_top_k": RouterKind("softmax, fixed noise, top-k (V-MoE)", partial(TopKRouter, **_VMOE), _TOKEN_CHOICE),
+    "switch": RouterKind("one expert per token, no noise (Switch Transformer)", _switch, _TOKEN_CHOICE, top_k=1),
+    "sigmoid": RouterKind("top-k of independent sigmoids", partial(SigmoidRouter, default_losses=_BALANCING), _SIGMOID),
+    "bias_balanced": RouterKind(
+        "sigmoids, balanced by a bias instead of a loss (DeepSeek-V3)", _bias_balanced, (*_SIGMOID, "bias_rate")
+    ),
+    "cosine": RouterKind("scaled cosine with expert embeddings (X-MoE)", partial(CosineRouter, **_VMOE), _TOKEN_CHOICE),
+    "expert_choice": RouterKind("experts choose tokens", ExpertChoiceRouter, ("noise", "normalize_gates")),
+    "soft": RouterKind("experts read weighted means of tokens (Soft MoE)", SoftRouter, ("slots_per_expert",)),
+    "hash": RouterKind("baseline: by a hash of the position", partial(_fixed_rule, HashRouter)),
+    "random": RouterKind("baseline: at random", partial(_fixed_rule, RandomRouter)),
+    "position": RouterKind("hand-made: bands of the image", partial(_fixed_rule, PositionRouter)),
     "colour": RouterKind("hand-made: clusters of the patch's colour", _colour),
-    "label": RouterKind("hand-made oracle: by the class, which it must be told", partial(_handmade, LabelRouter)),
+    "label": RouterKind("hand-made oracle: by the class, which it must be told", partial(_fixed_rule, LabelRouter)),
 }
 
 
@@ -175,4 +470,4 @@ def build_router(
     kind = router_kind(name)
     useful = options.only(name, kind.options)
     top_k = kind.top_k if top_k is None else top_k
-    return kind.make(dim, num_experts, top_k, useful, device=device, dtype=dtype)
+    return kind.make(dim, num_experts, top_k, options=useful, device=device, dtype=dtype)

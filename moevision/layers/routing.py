@@ -1,8 +1,8 @@
-"""One MoE layer's routing decision, and the scope that collects it.
+"""What a router is asked (`RouterOptions`), what it answers (`Routing`), and the scope that collects the answers.
 
-`Routing` is what every router returns and the only thing that losses, metrics, analysis and the demo read. Written
-here for token choice; where experts choose tokens or mix them (`slots.py`), a subclass adds what those need and keeps
-the token's view, so that a new router costs nothing downstream.
+`Routing` is one MoE layer's decision about a batch, and the only thing that losses, metrics, analysis and the demo
+read. It is written here for token choice; where experts choose tokens or mix them (`routers_soft.py`), a subclass adds
+what those need and keeps the token's view, so that a new router costs nothing downstream.
 `record_routing(model)` opens a scope in which every MoE layer of `model` appends its `Routing` to a list: a scope
 instead of hooks (they fire zero times under `torch.compile`, twice under activation checkpointing) and instead of
 returned tuples (they would break timm's Tensor -> Tensor blocks). An intervention changes the decision at the same
@@ -13,18 +13,24 @@ Axes: B images, N tokens of an image (prefix tokens first), E experts, K choices
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self, get_args
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from moevision.errors import UserError
+
 Kind = Literal["token_choice", "expert_choice", "soft"]
+Noise = Literal["learned", "fixed", "jitter", "none"]
+Group = Literal["image", "batch"]
 
 
 @dataclass(frozen=True)
@@ -200,3 +206,140 @@ def forward_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Routing]]
     with record_routing(model) as routings:
         output: Tensor = model(x)
     return output, routings
+
+
+# ---- what all routers share: options, precision, capacity
+
+
+@dataclass(kw_only=True)
+class RouterOptions:
+    """Options of a router; None is the router's own choice. A router refuses those that it has no use for.
+
+    Args:
+        noise: noise of the choice in training: `learned` per token (Shazeer), `fixed` (σ = 1/E, V-MoE), `jitter`
+            (input times U(0.99, 1.01), Switch) or `none`.
+        normalize_gates: a token's gates sum to 1. With one expert the gate is then 1 and keeps the gradient of the
+            probability (straight-through).
+        capacity_factor: in training an expert computes at most this times its fair share; None computes everything.
+        eval_capacity_factor: the same in evaluation.
+        batch_priority: over capacity, keep the tokens with the largest gates instead of the first ones.
+        capacity_group: what shares a capacity: one `image`, or the `batch` (predictions then depend on batch-mates).
+        bias_rate: γ, the step of `bias_balanced`'s bias.
+        slots_per_expert: P of `soft`; by default K · tokens / E in a model.
+
+    Raises:
+        UserError: for a value that is out of range.
+    """
+
+    noise: Noise | None = None
+    normalize_gates: bool | None = None
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    batch_priority: bool | None = None
+    capacity_group: Group | None = None
+    bias_rate: float | None = None
+    slots_per_expert: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("noise", self.noise, get_args(Noise))
+        _check_choice("capacity_group", self.capacity_group, get_args(Group))
+        for name in ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"{name}={value} is too small: it must be greater than 0.")
+        if self.capacity_factor is None and self.eval_capacity_factor is None:
+            idle = [name for name in ("batch_priority", "capacity_group") if getattr(self, name) is not None]
+            if idle:
+                raise UserError(f"{idle[0]} does nothing without a capacity: set capacity_factor, such as 1.25.")
+
+    def given(self) -> dict[str, Any]:
+        """The options that were set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def only(self, router: str, useful: Iterable[str]) -> RouterOptions:
+        """Raise a UserError if an option is set that `router` has no use for; else the options themselves."""
+        useless = sorted(self.given().keys() - set(useful))
+        if useless:
+            raise UserError(f"The router {router!r} has no use for {', '.join(useless)}: leave it out.")
+        return self
+
+
+def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        raise UserError(f"There is no {name} {value!r}: choose one of {', '.join(choices)}.")
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raise a UserError unless 1 <= top_k <= num_experts."""
+    if not 1 <= top_k <= num_experts:
+        raise UserError(
+            f"top_k={top_k} does not fit num_experts={num_experts}: choose top_k between 1 and {num_experts}."
+        )
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Promote float16 and bfloat16 to float32, in which routers decide; leave float32 and float64 alone."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """A scope without autocast on the device of x, for a router's computation."""
+    device_type = x.device.type
+    # Entered only where it changes something: torch 2.13 can't read back an exported program that holds such a scope.
+    active = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if active else nullcontext()
+
+
+def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
+    """ceil(factor · tokens · K / E) choices."""
+    # Less a hair: 1.1 times 10 is 11.000000000000002 in floating point, and no reason for a 12th place.
+    return math.ceil(factor * tokens * top_k / num_experts - 1e-9)
+
+
+def within_capacity(
+    index: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    num_experts: int,
+    factor: float,
+    *,
+    priority: bool = True,
+    whole_batch: bool = False,
+) -> Tensor:
+    """Which choices remain if an expert computes at most `capacity_of` choices of one group.
+
+    Capacity and its order of filling: GShard (arXiv:2006.16668), algorithm 1; Switch (arXiv:2101.03961), eq. 3. Batch
+    priority routing: V-MoE (arXiv:2106.05974), §4.1.
+
+    All first choices come before all second ones. Among those, earlier tokens come first; with `priority` tokens with
+    a larger first gate (of equal ones the earlier). A dropped choice goes nowhere else.
+
+    Args:
+        index: [B, N, K] chosen experts.
+        weight: [B, N, K] their gates, best choice first.
+        kept: [B, N, K] bool; choices that are dropped already take no room.
+        num_experts: E.
+        factor: capacity over the load of perfect balance.
+        priority: V-MoE's batch priority routing.
+        whole_batch: a group is the whole batch, so that a prediction depends on its batch-mates; else one image.
+
+    Returns:
+        [B, N, K] bool.
+    """
+    shape = kept.shape
+    if whole_batch:  # one group: [B, N, K] -> [1, B·N, K]
+        index, weight, kept = (x.flatten(0, 1).unsqueeze(0) for x in (index, weight, kept))
+    tokens, top_k = kept.shape[1:]
+    # The queue of a group [B, K·N]: first choices of all tokens, then second ones, ...
+    expert, alive = index.mT.flatten(1), kept.mT.flatten(1)
+    if priority:
+        by_gate = weight.amax(-1).argsort(dim=1, descending=True, stable=True)  # [B, N] tokens, surest first
+        order = (by_gate.unsqueeze(1) + tokens * torch.arange(top_k, device=index.device).view(-1, 1)).flatten(1)
+        expert, alive = expert.gather(1, order), alive.gather(1, order)  # [B, K·N]
+    # [B, K·N, E] int32, how many are ahead for each expert: what a queue costs.
+    ahead = (F.one_hot(expert, num_experts).to(torch.int32) * alive.unsqueeze(-1)).cumsum(1, dtype=torch.int32)
+    place = ahead.gather(-1, expert.unsqueeze(-1)).squeeze(-1)  # [B, K·N] from 1
+    fits = alive & (place <= capacity_of(factor, tokens, top_k, num_experts))
+    if priority:
+        fits = torch.zeros_like(fits).scatter(1, order, fits)
+    return fits.view(fits.shape[0], top_k, tokens).mT.reshape(shape)  # not len(): it would fix the size of an export

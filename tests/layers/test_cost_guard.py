@@ -14,7 +14,7 @@ from timm.layers import Mlp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moevision.layers import MoEMlp, dispatch
+from moevision.layers import MoEMlp, cpu
 
 TOKENS, WIDTH, EXPERTS, TOP_K = 1024, 64, 4, 2
 
@@ -64,7 +64,7 @@ def test_equal_groups_cost_six_batched_products(layer: MoEMlp, monkeypatch: pyte
 
     Only the router uses plain ones, three.
     """
-    monkeypatch.setattr(dispatch, "has_matrix_unit", lambda: True)
+    monkeypatch.setattr(cpu, "has_matrix_unit", lambda: True)
     layer.dispatcher.max_padding = EXPERTS  # whatever the loads are
     calls = operations_of(layer).calls
     assert (calls["baddbmm"], calls["bmm"], calls["mm"], calls["addmm"]) == (2, 4, 3, 0)
@@ -75,7 +75,7 @@ def test_unequal_groups_cost_two_products_per_expert_and_four_grouped_ones(
     layer: MoEMlp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward with a bias, backward without: `grouped_mm` adds none, and what it loops over starts no Python."""
-    monkeypatch.setattr(dispatch, "has_matrix_unit", lambda: False)
+    monkeypatch.setattr(cpu, "has_matrix_unit", lambda: False)
     calls = operations_of(layer).calls
     assert (calls["addmm"], calls["_grouped_mm"], calls["bmm"]) == (2 * EXPERTS, 4, 0)
     assert calls["mm"] == 3  # the router's

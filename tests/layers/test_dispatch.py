@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moevision.layers import LocalDispatcher, Routing, dispatch
+from moevision.layers import LocalDispatcher, Routing, cpu
 from moevision.layers.dispatch import Dispatched
 
 
@@ -55,7 +55,7 @@ class Case(NamedTuple):
     def dispatch(self) -> Dispatched:
         """As on a machine with or without a matrix unit."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dispatch, "has_matrix_unit", lambda: self.matrix_unit)
+            patch.setattr(cpu, "has_matrix_unit", lambda: self.matrix_unit)
             dispatcher = LocalDispatcher(self.row_multiple, self.max_padding)
             return dispatcher.dispatch(self.x(), routing_of(self.expert_index(), self.num_experts))
 
@@ -102,7 +102,7 @@ def lengths_of(wanted: list[int]) -> list[int]:
     """Lengths of the groups where so many tokens choose each expert, in bfloat16 with a matrix unit."""
     index = torch.arange(len(wanted)).repeat_interleave(torch.tensor(wanted)).view(1, -1, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "has_matrix_unit", lambda: True)
+        patch.setattr(cpu, "has_matrix_unit", lambda: True)
         dispatched = LocalDispatcher().dispatch(
             torch.zeros(index.shape[1], 1).bfloat16(), routing_of(index, len(wanted))
         )
@@ -186,16 +186,16 @@ def test_the_order_is_that_of_a_stable_sort(num_experts: int) -> None:
     """A byte holds 256 experts; above that torch sorts. 300 was 44 in a byte."""
     expert = torch.randint(num_experts, (5000,), generator=torch.Generator().manual_seed(0))
     expert[:2] = num_experts - 1
-    order = dispatch._stable_order(expert, num_experts)
+    order = cpu.stable_order(expert, num_experts)
     assert order.dtype == torch.int64
     assert order.tolist() == sorted(range(5000), key=expert.tolist().__getitem__)  # Python's sort is stable
-    assert torch.equal(order, dispatch._stable_order(expert, num_experts))
+    assert torch.equal(order, cpu.stable_order(expert, num_experts))
 
 
 def test_compiled_code_sorts_and_pads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(4, 2, 200, 1.0, 5, 2.5, True, torch.float32, 0)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(dispatch, "np", None)  # nothing may call it
+    monkeypatch.setattr(cpu, "np", None)  # nothing may call it
     plain = case.dispatch()
     monkeypatch.undo()
     unpadded = case._replace(row_multiple=1).dispatch()

@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import lightning as L
 import numpy as np
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import moevision  # noqa: F401  (registers the models)
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, Routing, forward_routing, label_oracle, moe_layers
+from moevision.layers import MoEMlp, Routing, forward_routing, label_oracle, moe_layers, record_routing
+from moevision.models.config import MoEConfig
+from moevision.train.task import ClassificationTask
 from tests.layers.linear_experts import run
 
 HANDMADE = ["hash", "random", "position", "label"]
@@ -143,6 +148,21 @@ def test_label_must_be_told() -> None:
         layer(x)
 
 
+@pytest.mark.filterwarnings("ignore:The .* does not have many workers")
+def test_training_and_validation_tell_the_labels(tmp_path: Path) -> None:
+    """A router that wasn't told would refuse; the experts of the last batch are those of its classes."""
+    arch = MoEConfig(name="test_vit_moe", router="label", top_k=1, num_experts=4)
+    task = ClassificationTask(arch=arch, num_classes=8, image_size=32)
+    batch = {"image": torch.randn(3, 3, 32, 32), "label": torch.tensor([2, 7, 0]), "index": torch.arange(3)}
+    loader: Any = DataLoader(cast(Any, [batch]), batch_size=None)
+    with record_routing(task.net) as routings:
+        options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = L.Trainer(fast_dev_run=True, accelerator="cpu", default_root_dir=tmp_path, **options)
+        trainer.fit(task, loader, loader)
+    assert len(routings) == 4  # two layers, in training and in validation
+    assert all(routing.expert_index[:, 0, 0].tolist() == [2, 3, 0] for routing in routings)
+
+
 @pytest.mark.parametrize("told", [1, 2, 5])
 def test_labels_must_be_those_of_the_images(told: int) -> None:
     """One label for three pictures would silently send them all to one expert."""
@@ -216,8 +236,8 @@ def test_colour_does_not_depend_on_batch_mates_once_fitted() -> None:
     assert torch.equal(together[0].expert_index[2:3], alone[0].expert_index)
 
 
-def test_colour_needs_a_picture() -> None:
-    with pytest.raises(UserError, match="picture"):
+def test_colour_needs_an_image() -> None:
+    with pytest.raises(UserError, match="image"):
         layer_of("colour")(torch.randn(1, 16, 8))
 
 

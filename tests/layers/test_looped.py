@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from moevision.errors import UserError
-from moevision.layers.looped import looped_mlps
+from moevision.layers.cpu import looped_mlps
 
 Function = Callable[..., Tensor]
 WIDTH, HIDDEN, OUT = 5, 7, 4

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from moevision.layers.machine import has_matrix_unit
+from moevision.layers.cpu import has_matrix_unit
 
 Machine = Callable[..., bool]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moevision.errors import UserError
 from moevision.layers import TopKRouter, build_router
-from moevision.layers.top_k import softmax_over_experts
+from moevision.layers.cpu import softmax_over_experts
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from moevision.errors import UserError
-from moevision.layers import rows as rows_module
-from moevision.layers.rows import sum_rows, take_rows
+from moevision.layers import cpu
+from moevision.layers.cpu import sum_rows, take_rows
 
 WIDTH = 5
 # Relative rounding error, times a handful of roundings.
@@ -28,17 +28,17 @@ every_path = pytest.mark.parametrize("path", ["cpu", "other devices", "compiled"
 @pytest.fixture
 def take_path(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Makes the functions take the path of another device, or of compiled code, on this CPU."""
-    cpu_sum = rows_module._sum
+    cpu_sum = cpu._sum
 
     def other_sum(*arguments: Tensor | None) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            patch.setattr(rows_module.F, "embedding_bag", None)  # nothing may call it
+            patch.setattr(cpu.F, "embedding_bag", None)  # nothing may call it
             return cpu_sum(*arguments)
 
     def take(path: str) -> None:
         if path == "other devices":
-            monkeypatch.setattr(rows_module, "_sum", other_sum)
+            monkeypatch.setattr(cpu, "_sum", other_sum)
         elif path == "compiled":
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 

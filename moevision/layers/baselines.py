@@ -1,12 +1,12 @@
-"""Gates that nobody learns: baselines for the learned ones.
+"""Routers that learn nothing: baselines for those that do.
 
-- `hash`: each position has fixed experts (Roller et al. 2021, arXiv:2106.04426; pictures have no vocabulary, so the
+- `hash`: each position has fixed experts (Roller et al. 2021, arXiv:2106.04426; images have no vocabulary, so the
   position is what is hashed). `random`: experts drawn anew for every token in training, by position in evaluation.
-- `position`, `colour`, `label`: what a person would try. Bands of the picture; clusters of the patches' mean colour;
+- `position`, `colour`, `label`: what a person would try. Bands of the image; clusters of the patches' mean colour;
   the class itself, an oracle that must be told it and never belongs in a table of accuracies.
 
-Their choice needs no gradient, all gates are 1/K, and no loss balances them. With K > 1 a token's further experts are
-the next ones in cyclic order.
+Their choice has no gradient, all gates are 1/K, and no loss balances them. With K > 1 a token's further experts are the
+next ones in cyclic order.
 
 Axes: B images, N tokens of an image (prefix tokens first), E experts, K choices, P patches.
 """
@@ -24,9 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers.precision import at_least_float32
-from moevision.layers.routing import Routing, routing_lock
-from moevision.layers.top_k import check_top_k
+from moevision.layers.routing import Routing, at_least_float32, check_top_k, routing_lock
 
 _CERTAINTY = 10.0  # a chosen expert's logit stands this much above the cyclic order of all
 _GOLDEN_RATIO = 2_654_435_769  # 2³² / φ: Fibonacci hashing (Knuth, TAOCP 3, §6.4) spreads consecutive numbers evenly
@@ -35,10 +33,10 @@ _MAX_COLOURS = 20_000  # patches that k-means sees
 
 
 class HandmadeRouter(nn.Module):
-    """A gate by a rule; subclasses say which expert a token gets first.
+    """Experts by a rule; subclasses say which one a token gets first.
 
     `logits` are not learned either: minus the rank in cyclic order, and 10 more for the chosen experts, so that every
-    expert has a place in the ranking that interventions work on.
+    expert has a rank, which interventions work on.
 
     Args:
         num_experts: E.
@@ -68,9 +66,9 @@ class HandmadeRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [B, N, D]."""
-        order = self.order(x)
+        order = self.order(x)  # [B, N, E]
         rank = torch.arange(self.num_experts, device=x.device, dtype=at_least_float32(x).dtype)
-        score = _CERTAINTY * (rank < self.top_k) - rank
+        score = _CERTAINTY * (rank < self.top_k) - rank  # [E] by rank
         logits = torch.zeros(order.shape, device=x.device, dtype=score.dtype).scatter(
             -1, order, score.expand(order.shape)
         )
@@ -120,7 +118,7 @@ class RandomRouter(HandmadeRouter):
 
 
 class PositionRouter(HandmadeRouter):
-    """Bands of the picture from top to bottom: each expert has P / E consecutive patches in row-major order."""
+    """Bands of the image from top to bottom: each expert has P / E consecutive patches in row-major order."""
 
     def first_expert(self, x: Tensor) -> Tensor:
         """Prefix tokens belong to the first band."""
@@ -132,7 +130,7 @@ class PositionRouter(HandmadeRouter):
 class ColourRouter(HandmadeRouter):
     """The nearest of E colours; k-means finds them in the first training batch, before that they are shades of grey.
 
-    It sees the picture by a hook on the model's patch embedding, since a layer's tokens no longer show a colour.
+    A hook on the model's patch embedding shows it the image, since a layer's tokens no longer have a colour.
     """
 
     centroids: Tensor
@@ -158,27 +156,27 @@ class ColourRouter(HandmadeRouter):
 
         sample = colours.flatten(0, 1)[:_MAX_COLOURS].cpu().numpy()
         if len(np.unique(sample, axis=0)) < self.num_experts:
-            return  # a batch of few or blank pictures: the next one decides
+            return  # a batch of few or blank images: the next one decides
         found = KMeans(self.num_experts, n_init=4, random_state=0).fit(sample).cluster_centers_
         centroids = torch.from_numpy(found).to(self.centroids)
         if dist.is_available() and dist.is_initialized():
-            dist.broadcast(centroids, 0)  # every process saw other pictures
+            dist.broadcast(centroids, 0)  # every process saw other images
         self.centroids.copy_(centroids)
         self.fitted.fill_(True)
 
     def first_expert(self, x: Tensor) -> Tensor:
-        """The nearest colour of each patch; a prefix token has the picture's mean colour."""
+        """The nearest colour of each patch; a prefix token has the image's mean colour."""
         colours = self._colours
         if colours is None or x.shape[:2] != (colours.shape[0], colours.shape[1] + self.num_prefix_tokens):
             raise UserError(
-                "Colour gates need the picture of these tokens: use them in a converted timm ViT, and leave "
+                "The router 'colour' needs the image of these tokens: use it in a converted timm ViT, and leave "
                 "patch_drop_rate at 0."
             )
         mean = colours.mean(1, keepdim=True).expand(-1, self.num_prefix_tokens, -1)
         return torch.cdist(torch.cat([mean, colours], 1), self.centroids.float()).argmin(-1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle carries no pictures along."""
+        """A copy or a pickle carries no images along."""
         return {**self.__dict__, "_colours": None}
 
 

@@ -1,0 +1,403 @@
+"""What only makes the layer fast on a CPU, or repeatable on a GPU: skip it at first reading.
+
+Nothing here changes what is computed. `dispatch.py`, `experts.py` and `routers.py` call one function each time:
+
+- `stable_order`, `padded_counts`: sorting by expert, and group sizes that matrix kernels like;
+- `best`, `softmax_over_experts`: a router's choice;
+- `take_rows`, `sum_rows`: rows moved and summed by index, with gradients that gather too;
+- `looped_mlps`: the experts one after the other, with a backward pass that writes each gradient once.
+
+Custom backward passes can be differentiated once: `refuse_transforms` and `differentiable_once` say so.
+Measurements: docs/performance.md.
+
+Axes: T tokens, K choices, R rows (T·K and padding), D width, H hidden width, E experts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moevision.errors import UserError
+
+MULTIPLE, SMALL_MULTIPLE = 32, 16
+"""What sizes of large and small groups are rounded up to in bfloat16: 6 % of additional rows at most, on average."""
+
+_ALIGNMENT = 16
+"""Bytes that the start and the strides of a matrix must be multiples of for `grouped_mm`."""
+
+
+# ---- the machine
+
+
+@cache
+def has_matrix_unit() -> bool:
+    """Whether this CPU has a matrix unit for bfloat16 (Intel's AMX) and oneDNN may use it.
+
+    The environment variable `ONEDNN_MAX_CPU_ISA` can take it away, as it does for oneDNN.
+    """
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    if allowed not in ("DEFAULT", "ALL") and "AMX" not in allowed:
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in every torch that we allow
+    return capabilities is not None and bool(capabilities().get("amx_bf16", False))
+
+
+# ---- custom backward passes can be differentiated once
+
+
+def refuse_transforms() -> None:
+    """Raise a UserError inside of `torch.func.grad`, `vmap` and their like, which can't see through sorted rows."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise UserError(
+            'torch.func and vmap need an MoE layer without data-dependent shapes: build it with backend="dense".'
+        )
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the `backward` of an autograd.Function: `once_differentiable` with an error that says what to do.
+
+    It is raised, too, where the second gradient would come from a saved tensor only, for which torch's gives 0.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *gradients: Tensor) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return found
+        used = (*gradients, *(x for x in ctx.saved_tensors if x is not None))
+        found = found if isinstance(found, tuple) else (found,)
+        return tuple(None if x is None else _Refuse.apply(x, *used) for x in found)  # type: ignore[no-untyped-call]
+
+    return once
+
+
+class _Refuse(torch.autograd.Function):
+    """A gradient that can be used, but not differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, *used: Tensor) -> Tensor:
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise UserError(
+            'Gradients of gradients need an MoE layer without custom backward passes: build it with backend="dense".'
+        )
+
+
+# ---- dispatch: order and group sizes
+
+
+def stable_order(expert: Tensor, num_experts: int) -> Tensor:
+    """[R] int64: the order that sorts `expert` [R] int64, equal ones as they stand."""
+    if expert.device.type != "cpu" or torch.compiler.is_compiling() or num_experts > 256:
+        return expert.argsort(stable=True)
+    # NumPy sorts single bytes by counting them: a tenth of the time of torch's comparisons.
+    return torch.from_numpy(np.argsort(expert.to(torch.uint8).numpy(), kind="stable"))
+
+
+def padded_counts(
+    counts: Tensor, num_rows: int, x: Tensor, row_multiple: int | None = None, max_padding: float | None = None
+) -> Tensor:
+    """Group sizes with padding; `counts` itself where nothing is padded.
+
+    In bfloat16 on a CPU groups are padded. Matrix kernels are compiled there for each shape that occurs, for 1 to 2 ms
+    and 0.6 MB each (in float32 they aren't), and counts change with every batch: sizes are rounded up to a multiple of
+    32 rows (small ones: 16; large ones: a sixteenth of a power of two). With a matrix unit launch overhead dominates:
+    all groups are made equally long, for one batched product, if that adds at most a quarter of the rows (two fifths
+    below 1 024 rows an expert). Elsewhere that padding would cost more than it saves.
+
+    Args:
+        counts: [E] int64, rows of each expert.
+        num_rows: their sum, which the host knows.
+        x: the tokens; their device and dtype count.
+        row_multiple: what group sizes are rounded up to on a CPU; 1 turns padding off; None: the rule above.
+        max_padding: rows over choices up to which groups are made equally long; 1 turns that off; None: the rule above.
+
+    Returns:
+        [E] int64.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return counts
+    step = _rounding(num_rows, len(counts), x) if row_multiple is None else row_multiple
+    if step == 1:
+        return counts
+    lengths = [_rounded(count, step) for count in counts.tolist()]
+    if max_padding is None:
+        with_unit = 1.4 if num_rows < 1024 * len(lengths) else 1.25
+        max_padding = with_unit if x.dtype == torch.bfloat16 and has_matrix_unit() else 1.0
+    equal = len(lengths) * [max(lengths)]
+    return counts.new_tensor(equal if sum(equal) <= max_padding * num_rows else lengths)
+
+
+def _rounding(num_rows: int, num_experts: int, x: Tensor) -> int:
+    """What group sizes are rounded up to where nothing else is asked; 1 for not at all."""
+    if x.dtype != torch.bfloat16:
+        return 1
+    return MULTIPLE if num_rows >= 8 * MULTIPLE * num_experts else SMALL_MULTIPLE
+
+
+def _rounded(count: int, step: int) -> int:
+    """The next multiple of `step`, or for large groups of a sixteenth of the power of two below `count`."""
+    step = max(step, (1 << count.bit_length()) // 32)
+    return -(-count // step) * step
+
+
+# ---- routers
+
+
+def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The K highest of the last dimension and their indices, best first: `topk`."""
+    if top_k == 1:  # a third to a fifth of topk's time on a CPU
+        highest = scores.max(dim=-1, keepdim=True)
+        return highest.values, highest.indices
+    top = scores.topk(top_k, dim=-1)
+    return top.values, top.indices
+
+
+def softmax_over_experts(logits: Tensor) -> Tensor:
+    """Softmax of logits [B, N, E] over E; on a CPU across tokens, since E numbers don't fill a vector register."""
+    if logits.device.type != "cpu":
+        return logits.softmax(-1)
+    return logits.mT.contiguous().softmax(-2).mT
+
+
+# ---- moves of rows
+#
+# Autograd's gradient of a gather is a scatter-add: one row after the other on a CPU, in an order that changes from run
+# to run on a GPU. Here every row is a copy of one token and every token knows its K rows, so the gradient of either
+# move is again a gather and a sum. On a CPU that is one kernel, torch's `embedding_bag`, which adds up in float32.
+
+
+def take_rows(x: Tensor, token: Tensor, position: Tensor) -> Tensor:
+    """Copies of tokens.
+
+    Args:
+        x: [T, D].
+        token: [R] int64, the token that each row copies.
+        position: [T, K] int64, the rows of each token; rows that it doesn't name (padding) get no gradient.
+
+    Returns:
+        [R, D].
+    """
+    if torch.compiler.is_compiling():
+        return x.index_select(0, token)
+    rows: Tensor = _TakeRows.apply(x, token, position)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def sum_rows(rows: Tensor, weight: Tensor, token: Tensor, position: Tensor) -> Tensor:
+    """Weighted sum of each token's rows.
+
+    Args:
+        rows: [R, D].
+        weight: [T, K], rounded to the rows' dtype first: under bf16 autocast that costs no more precision than the
+            rounding of the result does, and spares float32 copies of the rows.
+        token: [R] int64, the token of each row.
+        position: [T, K] int64, the rows of each token.
+
+    Returns:
+        [T, D] in the rows' dtype.
+    """
+    weight = weight.to(rows.dtype)
+    if torch.compiler.is_compiling():
+        return _sum(rows, position, weight)
+    total: Tensor = _SumRows.apply(rows, weight, token, position)  # type: ignore[no-untyped-call]
+    return total
+
+
+def _sum(rows: Tensor, position: Tensor, weight: Tensor | None = None) -> Tensor:
+    """[T, D]: Σ_k weight[t, k] · rows[position[t, k]], in the same order every time."""
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        return F.embedding_bag(position, rows, mode="sum", per_sample_weights=weight)
+    by_token = rows.index_select(0, position.flatten()).view(*position.shape, rows.shape[1])
+    if weight is not None:
+        by_token = by_token * weight.unsqueeze(-1)
+    return by_token.squeeze(1) if position.shape[1] == 1 else by_token.sum(1)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(position)
+        return x.index_select(0, token)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (position,) = ctx.saved_tensors
+        return _sum(gradient.contiguous(), position), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, token: Tensor, position: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, token, position)
+        return _sum(rows, position, weight)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        rows, weight, token, position = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        # Padding has weight 0, whatever token it copies.
+        of_row = weight.new_zeros(rows.shape[0]).index_copy_(0, position.flatten(), weight.flatten())
+        of_rows = _sum(gradient, token.unsqueeze(1), of_row.unsqueeze(1))  # [R, D], gathered and scaled at once
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient.index_select(0, token) * rows).sum(-1).index_select(0, position.flatten())
+        return of_rows, None if of_weight is None else of_weight.view_as(weight), None, None
+
+
+# ---- the experts' loop
+#
+# Autograd would do the same work and then copy every slice again: into zero-filled halves of a split, into a stack of
+# weight gradients, into their float32 version. Where all experts have equally many rows, their products are one batched
+# product, since small ones leave a matrix unit waiting. Where they haven't, the loop of products without a bias is
+# `grouped_mm`'s, which on a CPU is such a loop in C++.
+
+
+def looped_mlps(
+    rows: Tensor,
+    counts: Sequence[int],
+    act: nn.Module,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+) -> Tensor:
+    """Apply expert e, `fc2(act(fc1(x)))`, to the e-th group of rows.
+
+    Args:
+        rows: [R, D], sorted by expert.
+        counts: length of each of the E groups; they sum to R.
+        act: an elementwise activation without parameters, state and randomness, not in place.
+        weight1: [E, H, D], in any dtype; it is computed with in that of the rows.
+        bias1: [E, H] or None.
+        weight2: [E, out, H].
+        bias2: [E, out] or None.
+
+    Returns:
+        [R, out]. Gradients can be taken once, not of gradients.
+    """
+    parameters = (weight1, bias1, weight2, bias2)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, *parameters)):
+        out: Tensor = _LoopedMlps.apply(rows, counts, act, *parameters)  # type: ignore[no-untyped-call]
+        return out
+    cast = [None if x is None else x.to(rows.dtype) for x in parameters]
+    return _linear(act(_linear(rows, counts, cast[0], cast[1])), counts, cast[2], cast[3])
+
+
+class _LoopedMlps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], act: nn.Module, *parameters: Tensor | None) -> Tensor:
+        weight1, bias1, weight2, bias2 = (None if x is None else x.to(rows.dtype) for x in parameters)
+        hidden = _linear(rows, counts, weight1, bias1)
+        active = act(hidden)
+        ctx.counts, ctx.act = counts, act
+        ctx.dtypes = [None if x is None else x.dtype for x in parameters]
+        ctx.save_for_backward(rows, hidden, active, weight1, weight2)
+        return _linear(active, counts, weight2, bias2)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, hidden, active, weight1, weight2 = ctx.saved_tensors
+        counts, gradient, needed = ctx.counts, gradient.contiguous(), ctx.needs_input_grad[3:]
+        of_hidden = _activation_gradient(ctx.act, hidden, _product(gradient, counts, weight2))
+        return (
+            _product(of_hidden, counts, weight1) if ctx.needs_input_grad[0] else None,
+            None,
+            None,
+            _weight_gradient(of_hidden, rows, counts, ctx.dtypes[0]) if needed[0] else None,
+            _bias_gradient(of_hidden, counts, ctx.dtypes[1]) if needed[1] else None,
+            _weight_gradient(gradient, active, counts, ctx.dtypes[2]) if needed[2] else None,
+            _bias_gradient(gradient, counts, ctx.dtypes[3]) if needed[3] else None,
+        )
+
+
+def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tensor:
+    """rows_e · weight_eᵀ + bias_e: [R, I] -> [R, O]."""
+    if bias is None:
+        return _product(rows, counts, weight.mT)
+    if _equal(counts):
+        return torch.baddbmm(bias.unsqueeze(1), _batched(rows, counts), weight.mT).flatten(0, 1)
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    groups = zip(bias.unbind(), rows.split(counts), weight.mT.unbind(), out.split(counts), strict=True)
+    for one_bias, group, one_weight, place in groups:
+        torch.addmm(one_bias, group, one_weight, out=place)
+    return out
+
+
+def _product(rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
+    """rows_e · weight_e: rows [R, I], weight [E, I, O] -> [R, O]."""
+    if _equal(counts):
+        return torch.bmm(_batched(rows, counts), weight).flatten(0, 1)
+    if _fits_grouped_mm(rows, weight):
+        return F.grouped_mm(rows, weight, offs=_ends(counts))
+    out = rows.new_empty(rows.shape[0], weight.shape[2])
+    for group, one, place in zip(rows.split(counts), weight.unbind(), out.split(counts), strict=True):
+        torch.mm(group, one, out=place)
+    return out
+
+
+def _weight_gradient(of_out: Tensor, rows: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """of_out_eᵀ · rows_e: [E, O, I]."""
+    if _equal(counts):
+        return torch.bmm(_batched(of_out, counts).mT, _batched(rows, counts)).to(dtype)
+    if _fits_grouped_mm(of_out, rows):
+        return F.grouped_mm(of_out.t(), rows, offs=_ends(counts)).to(dtype)
+    pairs = zip(of_out.split(counts), rows.split(counts), strict=True)
+    return torch.stack([out.t() @ group for out, group in pairs]).to(dtype)
+
+
+def _fits_grouped_mm(*matrices: Tensor) -> bool:
+    """Whether `grouped_mm` takes them and loops in C++, on a CPU; a GPU's loop would ask the device for the counts."""
+    return all(
+        x.is_cpu
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.data_ptr() % _ALIGNMENT == 0
+        and all(stride == 1 or stride * x.itemsize % _ALIGNMENT == 0 for stride in x.stride())
+        for x in matrices
+    )
+
+
+def _ends(counts: Sequence[int]) -> Tensor:
+    return torch.tensor(list(accumulate(counts)), dtype=torch.int32)
+
+
+def _bias_gradient(of_out: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Sum of each group: [E, O]."""
+    if of_out.is_cpu:
+        # One bag of rows for each expert: a third of the time of one sum after the other, and added up in float32.
+        every, first = torch.arange(of_out.shape[0]), torch.tensor([0, *accumulate(counts[:-1])])
+        return F.embedding_bag(every, of_out, first, mode="sum").to(dtype)
+    return torch.stack([group.sum(0) for group in of_out.split(counts)]).to(dtype)
+
+
+def _equal(counts: Sequence[int]) -> bool:
+    return min(counts) == max(counts)
+
+
+def _batched(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    return rows.view(len(counts), counts[0], rows.shape[1])
+
+
+def _activation_gradient(act: nn.Module, hidden: Tensor, of_active: Tensor) -> Tensor:
+    if isinstance(act, nn.GELU):
+        # Not into the memory of `of_active`, though nobody else reads that: it would take 1.2 to 1.4 times as long.
+        of_hidden: Tensor = torch.ops.aten.gelu_backward(of_active, hidden, approximate=act.approximate)
+        return of_hidden
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_()
+        return torch.autograd.grad(act(hidden), hidden, of_active)[0]

@@ -1,0 +1,102 @@
+"""The whole idea in plain, slow PyTorch. Read this first, then `moe.py`, which computes the same faster.
+
+It is Shazeer's noisy top-k layer (arXiv:1701.06538), the layer's default; tests/layers/test_reference.py holds `MoEMlp`
+equal to it: output, losses and every gradient.
+
+Axes: T tokens, D width, H hidden width of an expert, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Choice(NamedTuple):
+    """Which experts compute each token, with which weight, and what that was decided on."""
+
+    expert: Tensor  # [T, K] int64, best first
+    gate: Tensor  # [T, K], sums to 1 over K
+    logits: Tensor  # [T, E] clean scores
+    noisy_logits: Tensor  # [T, E] scores that the choice was made on
+    noise_std: Tensor | None  # [T, E], None without noise
+
+
+class NoisyTopKRouter(nn.Module):
+    """Scores every expert for every token and keeps the best K (eq. 3-5)."""
+
+    def __init__(self, dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.zeros(num_experts, dim))
+        self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim))
+
+    def forward(self, x: Tensor) -> Choice:
+        """Choose K experts for each token of x [T, D]; noise in training only."""
+        logits = noisy = F.linear(x, self.weight)  # [T, E]
+        std = None
+        if self.training:
+            std = F.softplus(F.linear(x, self.noise_weight))  # [T, E] learned for each token and expert
+            noisy = logits + torch.randn_like(logits) * std
+        best, expert = noisy.topk(self.top_k, dim=-1)  # [T, K]
+        gate = best.softmax(-1)
+        if self.top_k == 1:  # that is the constant 1, without a gradient: we take the probability among all experts
+            gate = noisy.softmax(-1).gather(-1, expert)
+        return Choice(expert, gate, logits, noisy, std)
+
+
+class Expert(nn.Module):
+    """An ordinary MLP of two layers."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map rows [R, D] -> [R, D]."""
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class ReferenceMoE(nn.Module):
+    """y = Σ over the K chosen experts of gate · expert(x) (eq. 1)."""
+
+    def __init__(self, dim: int, hidden: int, num_experts: int = 8, top_k: int = 2) -> None:
+        super().__init__()
+        self.router = NoisyTopKRouter(dim, num_experts, top_k)
+        self.experts = nn.ModuleList(Expert(dim, hidden) for _ in range(num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Choice]:
+        """Mix the experts' outputs for tokens x [..., D]; the choice is returned for the losses."""
+        tokens = x.flatten(0, -2)  # [T, D]
+        choice: Choice = self.router(tokens)
+        y = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            token, rank = (choice.expert == number).nonzero(as_tuple=True)  # who chose this expert, as which choice
+            gate = choice.gate[token, rank].unsqueeze(-1)  # [R, 1]
+            y = y.index_add(0, token, gate * expert(tokens[token]))
+        return y.view_as(x), choice
+
+
+def importance_loss(choice: Choice) -> Tensor:
+    """CV² of the experts' summed gates (eq. 6-7): 0 when all experts have the same total weight."""
+    importance = choice.gate.new_zeros(choice.logits.shape[-1])  # [E]
+    importance = importance.index_add(0, choice.expert.flatten(), choice.gate.flatten())
+    return importance.var(correction=0) / importance.mean() ** 2
+
+
+def load_loss(choice: Choice) -> Tensor:
+    """CV² of how many tokens each expert may expect (eq. 8-11); needs noise, and K < E.
+
+    An expert's chance: its own noise drawn again lifts it above the K-th best of the *other* experts.
+    """
+    assert choice.noise_std is not None
+    noisy, top_k = choice.noisy_logits, choice.expert.shape[-1]
+    others = [torch.cat([noisy[:, :e], noisy[:, e + 1 :]], dim=-1) for e in range(noisy.shape[-1])]
+    threshold = torch.stack([other.topk(top_k, dim=-1).values[:, -1] for other in others], dim=-1)  # [T, E]
+    chance: Tensor = torch.special.ndtr((choice.logits - threshold) / choice.noise_std)  # [T, E]
+    load = chance.sum(0)  # [E]
+    return load.var(correction=0) / load.mean() ** 2

@@ -1,0 +1,274 @@
+"""Routers in which experts choose tokens, or mix them: each expert has a fixed number of slots per image.
+
+- expert choice (Zhou et al. 2022, arXiv:2202.09368): a slot holds one token of the image, which the expert chose.
+- Soft MoE (Puigcerver et al. 2023, arXiv:2308.00951): a slot holds a weighted mean of all tokens of the image.
+
+Both are balanced by construction and need no loss. They choose within one image, so that a prediction never depends on
+batch-mates; it does depend on all tokens of the image. Their `Routing` carries the token's view too: all E experts of a
+token, the one with the largest weight first. So everything that reads `expert_index`, `combine_weight`, `kept` or
+`expert_weights()` works unchanged.
+
+Axes: B images, N tokens of an image, D width, E experts, K experts per token on average, C = ceil(N · K / E) tokens
+that an expert takes of an image, P slots of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moevision.errors import UserError
+from moevision.layers.routing import (
+    Kind,
+    Noise,
+    RouterOptions,
+    Routing,
+    at_least_float32,
+    capacity_of,
+    check_top_k,
+    full_precision,
+)
+
+_EPS = 1e-6  # under the root, as in Soft MoE's released code
+
+
+@dataclass(frozen=True)
+class ExpertChoiceRouting(Routing):
+    """Each expert takes the C tokens of every image that suit it best; a token has between 0 and E experts.
+
+    In the token's view (K = E) `kept` is True where an expert took the token.
+
+    Attributes:
+        token_index: [B, E, C] int64, tokens that each expert takes, best first.
+        token_weight: [B, E, C] weight of each of them in the output of its token.
+    """
+
+    kind: ClassVar[Kind] = "expert_choice"
+    token_index: Tensor = field(kw_only=True)
+    token_weight: Tensor = field(kw_only=True)
+
+    @classmethod
+    def of(
+        cls,
+        logits: Tensor,
+        noisy_logits: Tensor,
+        noise_std: Tensor | None,
+        token_index: Tensor,
+        token_weight: Tensor,
+    ) -> ExpertChoiceRouting:
+        """The decision with its token's view.
+
+        Args:
+            logits: [B, N, E] clean scores.
+            noisy_logits: [B, N, E] the scores that the choice was made on.
+            noise_std: their standard deviation, or None.
+            token_index: [B, E, C].
+            token_weight: [B, E, C].
+        """
+        by_expert = logits.new_zeros(logits.mT.shape)  # [B, E, N]
+        weights = by_expert.scatter(-1, token_index, token_weight).mT  # [B, N, E]
+        taken = by_expert.scatter(-1, token_index, 1.0).mT
+        # Taken ones first even where their weight has underflowed to 0; equal weights in the order of experts.
+        expert_index = torch.where(taken > 0, weights, -1.0).argsort(dim=-1, descending=True, stable=True)
+        return cls(
+            logits=logits,
+            noisy_logits=noisy_logits,
+            probs=logits.softmax(-1),
+            noise_std=noise_std,
+            expert_index=expert_index,
+            combine_weight=weights.gather(-1, expert_index),
+            kept=taken.gather(-1, expert_index).bool(),
+            token_index=token_index,
+            token_weight=token_weight,
+        )
+
+    def requested_counts(self) -> Tensor:
+        """[E] int64: as `counts()`; experts take exactly what they compute."""
+        return self.counts()
+
+
+class ExpertChoiceRouter(nn.Module):
+    """`S = softmax over experts(x W + ε)`; expert i takes its C best tokens by S[:, i], and S is their weight.
+
+    The noise ε ~ N(0, 1/E²), in training only, is that of V-MoE's released code; the paper has none.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K, how many experts a token has on average (the paper's capacity factor).
+        options: `noise` (`fixed` or `none`) and `normalize_gates` (a token's weights sum to 1 if any expert took it).
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+
+    Raises:
+        UserError: if top_k is not between 1 and num_experts, or for another noise.
+    """
+
+    losses: frozenset[str] = frozenset({"z"})
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        options: RouterOptions = RouterOptions(),  # noqa: B008 (never changed)
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_top_k(top_k, num_experts)
+        if options.noise in ("learned", "jitter"):
+            raise UserError("The router 'expert_choice' has no such noise: use noise 'fixed' or 'none'.")
+        self.dim, self.num_experts, self.top_k, self.options = dim, num_experts, top_k, options
+        self.noise: Noise = options.noise or "fixed"
+        self.default_losses: dict[str, float] = {}
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """LeCun normal."""
+        nn.init.normal_(self.weight, std=self.dim**-0.5)
+
+    def forward(self, x: Tensor) -> ExpertChoiceRouting:
+        """Let every expert choose among the tokens x [B, N, D] of each image."""
+        with full_precision(x):
+            return self._choose(at_least_float32(x))
+
+    def _choose(self, x: Tensor) -> ExpertChoiceRouting:
+        logits = noisy_logits = F.linear(x, self.weight.to(x.dtype))  # [B, N, E]
+        noise_std = None
+        if self.training and self.noise == "fixed":
+            noise_std = logits.new_full((1, 1, 1), 1 / self.num_experts)
+            noisy_logits = logits + torch.randn_like(logits) * noise_std
+        tokens = x.shape[1]
+        capacity = min(tokens, capacity_of(1.0, tokens, self.top_k, self.num_experts))  # C
+        affinity = noisy_logits.softmax(-1).mT  # [B, E, N]
+        # A stable sort, not topk: among equal scores (bf16 inputs, zero images) the earlier token wins everywhere.
+        token_index = affinity.argsort(dim=-1, descending=True, stable=True)[..., :capacity]  # [B, E, C]
+        token_weight = affinity.gather(-1, token_index)
+        if self.options.normalize_gates:
+            taken = torch.zeros_like(affinity).scatter(-1, token_index, token_weight).sum(1, keepdim=True)  # [B, 1, N]
+            token_weight = token_weight / taken.expand_as(affinity).gather(-1, token_index)
+        return ExpertChoiceRouting.of(logits, noisy_logits, noise_std, token_index, token_weight)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, noise={self.noise!r}"
+
+
+@dataclass(frozen=True)
+class SoftRouting(Routing):
+    """Each slot reads a weighted mean of all tokens of its image, each token a weighted mean of all slots.
+
+    In the token's view (K = E, all kept) an expert's weight is the sum over its slots.
+
+    Attributes:
+        dispatch_weight: [B, N, E, P] what each slot reads; sums to 1 over the tokens.
+        slot_weight: [B, N, E, P] what each token takes; sums to 1 over all slots.
+    """
+
+    kind: ClassVar[Kind] = "soft"
+    dispatch_weight: Tensor = field(kw_only=True)
+    slot_weight: Tensor = field(kw_only=True)
+
+    @classmethod
+    def of(cls, slot_logits: Tensor) -> SoftRouting:
+        """The decision that slot logits [B, N, E, P] make, with its token's view.
+
+        An expert's logit is the log of the sum over its slots, so that `probs` are the softmax of `logits`.
+        """
+        slot_weight = slot_logits.flatten(2).softmax(-1).view_as(slot_logits)  # over all E · P slots
+        weights = slot_weight.sum(-1)  # [B, N, E]
+        expert_index = weights.argsort(dim=-1, descending=True, stable=True)
+        logits = slot_logits.logsumexp(-1)  # [B, N, E]
+        return cls(
+            logits=logits,
+            noisy_logits=logits,
+            probs=logits.softmax(-1),
+            noise_std=None,
+            expert_index=expert_index,
+            combine_weight=weights.gather(-1, expert_index),
+            kept=torch.ones_like(expert_index, dtype=torch.bool),
+            dispatch_weight=slot_logits.softmax(1),
+            slot_weight=slot_weight,
+        )
+
+    def counts(self) -> Tensor:
+        """[E] int64: slots that each expert computes, the same for all."""
+        images, _, num_experts, slots = self.slot_weight.shape
+        return torch.full((num_experts,), images * slots, dtype=torch.int64, device=self.logits.device)
+
+    def image_counts(self) -> Tensor:
+        """[B, E] int64: slots that each expert computes in each image, the same everywhere."""
+        images, _, num_experts, slots = self.slot_weight.shape
+        return torch.full((images, num_experts), slots, dtype=torch.int64, device=self.logits.device)
+
+    def requested_counts(self) -> Tensor:
+        """[E] int64: as `counts()`; no slot is ever dropped."""
+        return self.counts()
+
+
+class SoftRouter(nn.Module):
+    """Slot logits are scaled cosines of tokens and learned slot directions (§2.3, "normalization", and appendix E).
+
+    `logits = scale · l2(x) · l2(Φ)`; a slot reads the tokens by a softmax over tokens, a token takes the slots by a
+    softmax over all E · P slots.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: K, rows that are computed per token on average, K = E · P / N: what the slots cost.
+        options: `slots_per_expert` P; 1 outside a model, K · N / E in one.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+
+    Raises:
+        UserError: if top_k is not between 1 and num_experts.
+    """
+
+    losses: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        options: RouterOptions = RouterOptions(),  # noqa: B008 (never changed)
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_top_k(top_k, num_experts)
+        self.dim, self.num_experts, self.top_k, self.options = dim, num_experts, top_k, options
+        self.default_losses: dict[str, float] = {}
+        slots = options.slots_per_expert or 1
+        self.mu = nn.Parameter(torch.empty(dim, num_experts, slots, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """LeCun normal directions, scale 1."""
+        nn.init.normal_(self.mu, std=self.dim**-0.5)
+        nn.init.ones_(self.scale)
+
+    def forward(self, x: Tensor) -> SoftRouting:
+        """Weights of all slots for the tokens x [B, N, D] of each image."""
+        with full_precision(x):
+            x = at_least_float32(x)
+            direction = _unit(self.mu.to(x.dtype), 0)  # [D, E, P]
+            logits = torch.einsum("bnd,dep->bnep", _unit(x, -1), direction * self.scale.to(x.dtype))
+            return SoftRouting.of(logits)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"{self.dim}, num_experts={self.num_experts}, slots_per_expert={self.mu.shape[-1]}"
+
+
+def _unit(x: Tensor, dim: int) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + _EPS)
