@@ -28,7 +28,7 @@ from moevision import allocator
 from moevision.efficiency import matmul_peak
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
-from moevision.layers.machine import has_matrix_unit
+from moevision.layers.cpu import has_matrix_unit
 from moevision.names import shown_lines
 from moevision.train.provenance import cpu_model, git_state, gpu_names, total_memory_bytes
 from moevision.train.recipe import default_precision
