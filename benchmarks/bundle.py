@@ -20,17 +20,16 @@ import torch
 from rich.progress import track
 
 from benchmarks.harness import HERE, argument_parser
-from moevision.analysis.atlas import build_atlas, fractions_of_parts, save_atlas
 from moevision.analysis.baselines import measure_baselines
-from moevision.analysis.heatmap import class_expert_map
-from moevision.analysis.pictures import PictureSet, open_pictures
+from moevision.analysis.classes import class_expert_map
+from moevision.analysis.collect import collect_routing, network_input
+from moevision.analysis.describe import fractions_of_parts, majority_part
+from moevision.analysis.images import PictureSet, open_pictures, read_images
 from moevision.analysis.specialization import specialization
-from moevision.analysis.tables import majority_part
-from moevision.analysis.tokens import network_input, read_images
-from moevision.analysis.trace import collect_routing
+from moevision.demo.atlas import build_atlas, save_atlas
 from moevision.demo.typical import typical_of
 from moevision.files import write_json_atomic
-from moevision.models.hub import SavedModel, load_model, save_model
+from moevision.models.io import SavedModel, load_model, save_model
 
 MODELS = HERE.parent / "moevision" / "demo" / "models"
 

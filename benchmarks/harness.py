@@ -67,7 +67,7 @@ def add_measuring(parser: ArgumentParser, *, repetitions: int, warm_up: int | No
             metavar="N",
             help="rounds before them, in which a CPU compiles its kernels for the shapes that occur (%(default)s)",
         )
-        parser.add_argument("--no-peak", action="store_true", help="don't measure the matmul peak; tells no MFU")
+        parser.add_argument("--no-peak", action="store_true", help="don't measure the matmul peak; no MFU then")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s: CUDA if it is there)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch on the CPU (its own choice)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write benchmark-*.json to this folder")
@@ -131,7 +131,7 @@ def set_up(options: Namespace) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("There is no CUDA device here: leave --device out.")
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"Measured is on cpu and cuda, not on {device.type}.")
+        raise UserError(f"The benchmarks run on cpu and cuda, not on {device.type}.")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 

@@ -43,11 +43,11 @@ AREAS = {
     "layers": ["layers/*.py"],
     "losses": ["losses.py"],
     "metrics": ["metrics.py"],
-    "guard": ["train/guard.py", "train/diagnosis.py", "train/recovery.py", "train/snapshot.py", "train/spikes.py"],
-    "resume": ["train/resume.py", "train/resume_point.py", "train/fingerprint.py", "train/random_state.py"],
-    "checkpoint writing": ["files.py", "train/checkpoint_io.py", "train/manifest.py"],
-    "sampler": ["data/sampler.py", "data/keyed.py"],
-    "safe readers": ["models/safe_files.py", "models/safe_config.py", "data/images.py", "data/jpeg.py"],
+    "guard": ["train/guard.py"],
+    "resume": ["train/resume.py", "train/provenance.py"],
+    "checkpoint writing": ["files.py", "train/checkpoint.py"],
+    "sampler": ["data/loader.py", "data/transforms.py"],
+    "safe readers": ["models/safe_files.py", "models/safe_config.py", "data/images.py"],
 }
 TESTS = (
     *("layers", "models", "train", "data", "golden", "efficiency", "analysis", "test_losses.py", "test_metrics.py"),

@@ -22,7 +22,7 @@ from scipy.stats import t as student
 from benchmarks.subject import Subject
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
-from moevision.train.markdown import points
+from moevision.train.report import points
 from moevision.train.task import ClassificationTask
 
 IMAGE_SIZE, BATCH = 32, 64

@@ -23,12 +23,12 @@ from benchmarks.phases import PhaseClock
 from moevision.errors import UserError
 from moevision.layers import forward_routing, label_oracle, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
-from moevision.models.attention import num_patches, set_fused_attention, trains_unfused
 from moevision.models.config import MoEConfig, build_model
-from moevision.models.source import unknown_name
+from moevision.models.io import unknown_name
 from moevision.models.twin import dense_twin
-from moevision.train.optimizer import OptimizerConfig, build_optimizer
-from moevision.train.run_folder import find_config, shipped_configs
+from moevision.models.vit_moe import num_patches, set_fused_attention, trains_unfused
+from moevision.train.optim import OptimizerConfig, build_optimizer
+from moevision.train.recipe import find_config, shipped_configs
 from moevision.train.task import ClassificationTask
 
 Which = Literal["moe", "active_flops", "total_params"]

@@ -1,46 +1,14 @@
-"""The command line: a table of verbs. Nothing heavy is imported before a verb is known."""
+"""The command line. Nothing heavy is imported before a verb's arguments are understood."""
 
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NamedTuple, cast
+from typing import Any, cast
 
+from moevision.commands import VERBS, loading
 from moevision.errors import USER_ERROR, UserError
-
-
-class Verb(NamedTuple):
-    """One verb: what it does, and `module:function` that does it with the remaining arguments."""
-
-    summary: str
-    target: str
-
-
-VERBS = {
-    "fit": Verb(
-        "train a model on a folder of images, a dataset or a config; leaves runs/NAME/",
-        "moevision.train.verbs:fit",
-    ),
-    "validate": Verb("evaluate a checkpoint on the validation images", "moevision.train.verbs:validate"),
-    "test": Verb("evaluate a checkpoint on the test images", "moevision.train.verbs:test"),
-    "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.predict:main"),
-    "info": Verb("parameters and FLOPs of a model, beside its dense twins", "moevision.info:main"),
-    "upcycle": Verb(
-        "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
-        "moevision.commands.upcycle:main",
-    ),
-    "surgery": Verb(
-        "prune or merge experts, or collapse a model to a dense one, with what it costs",
-        "moevision.commands.surgery:main",
-    ),
-    "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:main"),
-    "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:main"),
-    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report.command:main"),
-    "doctor": Verb("what this machine has, what limits it, and what to change", "moevision.commands.doctor:main"),
-    "demo": Verb("see in a browser which expert every patch of a picture goes to", "moevision.demo.launch:main"),
-}
 
 MOVED = {
     "benchmark": "`moevision benchmark` is now `python -m benchmarks`, which a checkout of the repository has and the "
@@ -48,7 +16,7 @@ MOVED = {
 }
 
 USAGE = """\
-moevision: train sparse vision transformers and see which expert every patch goes to
+moevision: train sparse vision transformers and see which experts every patch goes to
 
 usage: moevision VERB [arguments]      (moevision VERB --help tells more)
 
@@ -56,10 +24,11 @@ usage: moevision VERB [arguments]      (moevision VERB --help tells more)
 
 begin with
   moevision fit --config quickstart      drawn pets, about three minutes on two CPU cores, no download
-  moevision fit path/to/images           your own pictures, one folder per class
-  moevision predict runs/NAME/model picture.jpg
+  moevision fit path/to/images           your own images, one folder per class
+  moevision predict runs/NAME/model image.jpg
   moevision demo                         the explorer, with models that come along
 
+--version prints the version; with --verbose also those of torch, timm and Lightning.
 --traceback after the verb's arguments shows where an error came from.
 
 exit codes
@@ -81,23 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, as `moevision --help` lists them.
     """
     rest = list(sys.argv[1:] if arguments is None else arguments)
+    if rest[:1] == ["help"] and len(rest) > 1:
+        rest = [rest[1], "--help"]
     if not rest or rest[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if rest else USER_ERROR
     if rest[0] == "--version":
-        from moevision import __version__
-
-        print(f"moevision {__version__}")
+        print(versions() if "--verbose" in rest else versions().splitlines()[0])
         return 0
     name = rest.pop(0)
-    if name in MOVED:
-        print(f"moevision: {MOVED[name]}", file=sys.stderr)
-        return USER_ERROR
     if name not in VERBS:
-        print(f"moevision: there is no verb {name!r}; choose one of {', '.join(VERBS)}.", file=sys.stderr)
+        print(f"moevision: {MOVED.get(name) or _no_verb(name)}", file=sys.stderr)
         return USER_ERROR
     show_traceback = "--traceback" in rest
-    return _run(VERBS[name], [argument for argument in rest if argument != "--traceback"], show_traceback)
+    return _run(name, [argument for argument in rest if argument != "--traceback"], show_traceback)
 
 
 def usage() -> str:
@@ -105,18 +71,54 @@ def usage() -> str:
     return USAGE.format(verbs="\n".join(f"  {name:10} {verb.summary}" for name, verb in VERBS.items()))
 
 
-def _run(verb: Verb, arguments: list[str], show_traceback: bool) -> int:
-    module, _, function = verb.target.partition(":")
+def versions() -> str:
+    """The package's version, then those of Python and of what it stands on, a line each."""
+    from moevision import __version__
+    from moevision.versions import package_version
+
+    libraries = [
+        f"{name} {package_version(name) or 'not installed'}" for name in ("torch", "torchvision", "timm", "lightning")
+    ]
+    return "\n".join([f"moevision {__version__}", f"python {sys.version.split()[0]}", *libraries])
+
+
+def _no_verb(name: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, VERBS, n=1)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return f"there is no verb {name!r}; choose one of {', '.join(VERBS)}.{meant}"
+
+
+def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
     try:
-        cast(Callable[[list[str]], None], getattr(import_module(module), function))(arguments)
+        _call(name, arguments)
     except UserError as error:
         if show_traceback:
+            import traceback
+
             traceback.print_exc()
         print(f"moevision: {error}", file=sys.stderr)
         return error.exit_code
     except SystemExit as stop:  # the argument parser has said what is wrong
         return stop.code if isinstance(stop.code, int) else USER_ERROR
     return 0
+
+
+def _call(name: str, arguments: list[str]) -> None:
+    from moevision.commands.parsers import PARSERS
+
+    understood: Any = arguments
+    if name in PARSERS:
+        understood = PARSERS[name]().parse_args(arguments)
+        if "command" in understood:  # a record of the command line
+            import shlex
+
+            understood.command = shlex.join(["moevision", name, *arguments])
+    module, _, function = VERBS[name].target.partition(":")
+    with loading():
+        run = cast(Callable[[Any], None], getattr(import_module(module), function))
+    run(understood)
 
 
 if __name__ == "__main__":

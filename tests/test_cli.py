@@ -1,7 +1,10 @@
 """The command line as a person meets it: help, and one sentence with the remedy for every mistake."""
 
+import io
+import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,9 @@ import torch
 
 import moevision
 from moevision.cli import VERBS
-from moevision.train.console import explain
-from moevision.train.plan import memory_advice
+from moevision.commands import loading, training
+from moevision.train.cli import explain
+from moevision.train.recipe import memory_advice
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +46,32 @@ def test_every_verb_has_help(cli, verb):
     outcome = cli(verb, "--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert "--" in outcome.out
+    assert cli("help", verb) == outcome
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_help_ends_with_examples(cli, verb):
+    examples = cli(verb, "--help").out.partition("\nexamples\n")[2].partition("\n\n")[0].splitlines()
+    assert 1 <= len(examples) <= 3
+    assert all(f"moevision {verb}" in example for example in examples)
+
+
+@pytest.mark.slow
+def test_the_rendered_help_is_what_the_live_parsers_say():
+    """To the letter where Python and the libraries are those of the rendering; others word and wrap it otherwise.
+
+    Then the options of our own have to be there. `python -m moevision.commands.training` renders it anew.
+    """
+    ours = re.compile(
+        r"--(?:(?:model|data|guard|checkpoint|ema)\.[\w.]+|resume|fault|name|with-twin|runs_root|config)\b"
+    )
+    same = json.loads(training.VERSIONS.read_text()) == training.rendering_versions()
+    for file, live in training.render().items():
+        rendered = file.read_text(encoding="utf-8")
+        assert set(ours.findall(rendered)) == set(ours.findall(live)), file
+        assert len(set(ours.findall(rendered))) > (20 if file.stem.endswith("all") else 10)
+        if same:
+            assert rendered == live, file
 
 
 def test_fit_help_teaches_the_options_of_the_model(cli):
@@ -79,6 +109,23 @@ def test_a_diverged_training_has_an_exit_code_of_its_own(cli, drawn_pets, tiny):
 
 def test_version(cli):
     assert cli("--version").out == f"moevision {moevision.__version__}\n"
+    first, python, *libraries = cli("--version", "--verbose").out.splitlines()
+    assert (first, python) == (f"moevision {moevision.__version__}", f"python {sys.version.split()[0]}")
+    assert [line.split()[0] for line in libraries] == ["torch", "torchvision", "timm", "lightning"]
+    assert libraries[0].split()[1].partition("+")[0] == torch.__version__.partition("+")[0]
+
+
+def test_a_terminal_is_told_what_takes_long(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    for stream, told in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with loading("reading the model"):
+            pass
+        assert ("reading the model" in stream.getvalue()) is told
 
 
 def test_no_argument_prints_the_usage_and_fails(cli):
@@ -89,6 +136,12 @@ def test_no_argument_prints_the_usage_and_fails(cli):
 
 def test_unknown_verb(cli):
     refused(cli("train"), "'train'", "fit, validate, test, predict, info")
+    refused(cli("anlyze"), "Did you mean analyze?")
+
+
+def test_a_verb_that_has_moved_says_where(cli):
+    for arguments in ((), ("layer", "--help")):
+        refused(cli("benchmark", *arguments), "python -m benchmarks", "checkout")
 
 
 def test_traceback_on_demand(cli):

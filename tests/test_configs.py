@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from moevision.data.named import DATASET_NAMES
-from moevision.train.run_folder import find_config, shipped_configs
+from moevision.train.recipe import find_config, shipped_configs
 
 CONFIGS = shipped_configs()
 # One step on a handful of drawn pictures: what the config says is kept, but for the size of the data and of the batch.

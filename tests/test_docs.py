@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from moevision.cli import main
-from moevision.train.run_folder import shipped_configs
+from moevision.train.recipe import shipped_configs
 from tests.conftest import TINY, draw_folder, run_cli
 
 ROOT = Path(__file__).parent.parent
@@ -340,10 +340,9 @@ def _default(name: str) -> Any:
     from moevision.data import ImageDataModule
     from moevision.losses import AuxLossWeights
     from moevision.models.config import MoEConfig
-    from moevision.train.ema import EmaConfig
     from moevision.train.guard import GuardConfig
-    from moevision.train.optimizer import OptimizerConfig
-    from moevision.train.resume_point import CheckpointConfig
+    from moevision.train.optim import EmaConfig, OptimizerConfig
+    from moevision.train.resume import CheckpointConfig
     from moevision.train.task import ClassificationTask
 
     group, _, key = name.rpartition(".")

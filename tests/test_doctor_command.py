@@ -7,10 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moevision.commands import doctor_limits as limits
-from moevision.commands.doctor_findings import findings
-from moevision.commands.doctor_machine import Choices, Gpu, Machine, Measured, choose, look
-from moevision.efficiency import MatmulPeak
+from moevision.commands.doctor import (
+    Gpu,
+    Machine,
+    busy_cores,
+    cpu_quota,
+    findings,
+    look,
+    memory_available_bytes,
+    memory_limit_bytes,
+)
+from moevision.train.recipe import default_precision
 
 GIB = 2**30
 
@@ -40,9 +47,9 @@ def test_limits_of_a_control_group_and_its_ancestors(tmp_path):
             "sys/fs/cgroup/slice/job/step/memory.current": f"{2 * GIB}\n",
         },
     )
-    assert limits.cpu_quota(root) == 1.5
-    assert limits.memory_limit_bytes(root) == 6 * GIB
-    assert limits.memory_available_bytes(root) == 1 * GIB  # the slice's last one
+    assert cpu_quota(root) == 1.5
+    assert memory_limit_bytes(root) == 6 * GIB
+    assert memory_available_bytes(root) == 1 * GIB  # the slice's last one
 
 
 def test_limits_in_a_container_of_version_1(tmp_path):
@@ -58,32 +65,18 @@ def test_limits_in_a_container_of_version_1(tmp_path):
             "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000\n",
         },
     )
-    assert limits.cpu_quota(root) == 2.5
-    assert limits.memory_limit_bytes(root) is None
-    assert limits.memory_available_bytes(root) == 2 * GIB
+    assert cpu_quota(root) == 2.5
+    assert memory_limit_bytes(root) is None
+    assert memory_available_bytes(root) == 2 * GIB
     write(root, {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"})
-    assert limits.cpu_quota(root) is None
+    assert cpu_quota(root) is None
 
 
 def test_a_system_without_any_of_it(tmp_path):
-    assert limits.cpu_quota(tmp_path) is None
-    assert limits.memory_limit_bytes(tmp_path) is None
-    assert limits.memory_available_bytes(tmp_path) is None
-    assert limits.current_load(tmp_path, seconds=0) is None
-    assert limits.physical_cores(tmp_path) is None
-    assert limits.cpu_flags(tmp_path) == []
-
-
-def test_the_processor(tmp_path):
-    """Two sockets of two cores with two threads each: four cores."""
-    threads = [(package, core) for package in (0, 1) for core in (0, 1) for _ in range(2)]
-    text = "\n".join(
-        f"processor\t: {number}\nphysical id\t: {package}\ncore id\t\t: {core}\nflags\t\t: fpu avx2 amx_bf16 x\n"
-        for number, (package, core) in enumerate(threads)
-    )
-    root = write(tmp_path, {"proc/cpuinfo": text})
-    assert limits.physical_cores(root) == 4
-    assert limits.cpu_flags(root) == ["avx2", "amx_bf16"]
+    assert cpu_quota(tmp_path) is None
+    assert memory_limit_bytes(tmp_path) is None
+    assert memory_available_bytes(tmp_path) is None
+    assert busy_cores(tmp_path, seconds=0) is None
 
 
 def test_load_is_what_others_use_of_the_cores_that_are_ours(tmp_path, monkeypatch):
@@ -97,25 +90,17 @@ def test_load_is_what_others_use_of_the_cores_that_are_ours(tmp_path, monkeypatc
         [whole, "cpu0 31 11 6 41 6 1 1 11 30 0", "cpu1 0 0 0 99 1 0 0 0 0 0", "cpu2 99 0 0 0 0 0 0 0 0 0"]
     )
     root = write(tmp_path, {"proc/stat": before})
-    load = limits.current_load(root, sleep=lambda _: write(root, {"proc/stat": after}))
-    assert load == limits.Load(busy=pytest.approx(0.45), stolen=pytest.approx(0.1))
-
-
-def peak(flops_per_s):
-    return MatmulPeak(flops_per_s, "float32", "cpu", 1024, 10, 4)
+    assert busy_cores(root, sleep=lambda _: write(root, {"proc/stat": after})) == pytest.approx(0.45)
 
 
 HEALTHY = Machine(
     cpu="CPU",
-    cpu_flags=["avx512_bf16"],
-    physical_cores=4,
-    logical_cores=4,
+    cores=4,
     usable_cores=4,
     quota_cores=None,
     threads=4,
     omp_num_threads=None,
     others_busy_cores=0.1,
-    stolen_cores=0.0,
     memory_bytes=16 * GIB,
     memory_limit_bytes=None,
     memory_available_bytes=12 * GIB,
@@ -124,20 +109,18 @@ HEALTHY = Machine(
     gpus=[],
     nvidia_card=False,
     torch={"version": "2.13.0", "cuda": None, "hip": None},
-    mkldnn=True,
     libraries={},
     compiler="/usr/bin/g++",
-    energy={"cpu": {"source": "rapl", "domain": "CPU package-0, without memory"}},
+    device="cpu",
+    precision="bf16-mixed",
 )
-CHOICES = Choices("cpu", "bf16-mixed", "loop")
-MEASURED = Measured("cpu", {"32-true": peak(100e9), "bf16-mixed": peak(200e9)}, 10e9)
-CARD = Gpu("Card", "9.0", 80 * GIB, 79 * GIB, True)
+CARD = Gpu("Card", "9.0", 80 * GIB, 79 * GIB)
 CUDA = {"torch": {"version": "2.13.0", "cuda": "12.8", "hip": None}, "nvidia_card": True}
 
 
 def test_a_healthy_machine_has_no_findings():
-    assert findings(HEALTHY, CHOICES, MEASURED) == []
-    assert findings(replace(HEALTHY, gpus=[CARD], **CUDA), CHOICES, MEASURED) == []
+    assert findings(HEALTHY) == []
+    assert findings(replace(HEALTHY, gpus=[CARD], **CUDA)) == []
 
 
 @pytest.mark.parametrize(
@@ -148,8 +131,6 @@ def test_a_healthy_machine_has_no_findings():
         ({"threads": 4, "usable_cores": 2}, "4 threads, but this process may use 2 of 4 cores", "OMP_NUM_THREADS=2"),
         ({"quota_cores": 1.5}, "4 threads, but its control group grants 1.5 cores", "OMP_NUM_THREADS=2"),
         ({"others_busy_cores": 1.3}, "Other programs keep 1.3 of 4 cores busy", "can't be compared"),
-        ({"stolen_cores": 0.5}, "0.50 of 4 cores for others", "interleaved"),
-        ({"mkldnn": False}, "no oneDNN", "Install torch"),
         ({"memory_available_bytes": GIB // 2}, "512 MiB of memory are free.", "--data.batch_size"),
         (
             {"memory_available_bytes": GIB, "memory_limit_bytes": 2 * GIB},
@@ -159,57 +140,30 @@ def test_a_healthy_machine_has_no_findings():
         ({"shm_bytes": 64 * 2**20}, "/dev/shm holds 64 MiB", "--shm-size"),
         ({"disk_free_bytes": GIB}, "has 1.0 GiB left", "--runs_root"),
         ({"compiler": None}, "no C++ compiler", "g++"),
-        (
-            {"energy": {"cpu": {"source": "not measured", "reason": "it is hidden", "advice": "look there"}}},
-            "Energy of CPU is not measured: it is hidden.",
-            "Look there.",
-        ),
         ({"nvidia_card": True}, "torch 2.13.0 was built without CUDA", "https://pytorch.org"),
         ({**CUDA}, "(CUDA 12.8) can't use it", "CUDA_VISIBLE_DEVICES"),
         ({**CUDA, "gpus": [replace(CARD, free_bytes=20 * GIB)]}, "Of the 80.0 GiB of Card only 20.0 GiB", "nvidia-smi"),
-        ({**CUDA, "gpus": [replace(CARD, capability="7.5", bf16=False)]}, "doesn't multiply bfloat16", "16-mixed"),
     ],
 )
 def test_each_limit_is_said_once_with_what_to_change(change, what, advice):
-    (finding,) = findings(replace(HEALTHY, **change), CHOICES, MEASURED)
+    (finding,) = findings(replace(HEALTHY, **change))
     assert what in finding.what
     assert advice in finding.advice
 
 
-def test_a_precision_that_brings_nothing():
-    """The default is believed only where the measured peaks agree."""
-    slow = replace(MEASURED, peaks={"32-true": peak(100e9), "bf16-mixed": peak(40e9)})
-    (finding,) = findings(HEALTHY, CHOICES, slow)
-    assert "0.40 times as fast" in finding.what
-    assert "32-true" in finding.advice
-    assert findings(HEALTHY, replace(CHOICES, precision="32-true"), slow) == []
-
-
 def test_threads_of_the_cpu_don_t_limit_a_gpu():
-    few = replace(HEALTHY, threads=1, gpus=[CARD], **CUDA)
-    assert findings(few, Choices("cuda", "bf16-mixed", "grouped"), None) == []
+    assert findings(replace(HEALTHY, threads=1, gpus=[CARD], device="cuda", **CUDA)) == []
 
 
 def test_the_machine_is_this_one():
     machine = look()
-    assert 1 <= machine.usable_cores <= machine.logical_cores
+    assert 1 <= machine.usable_cores <= machine.cores
     assert machine.threads == torch.get_num_threads()
     assert machine.torch["version"] == torch.__version__
     assert machine.disk_free_bytes > 0
-    assert set(machine.energy) == {"cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))}
     if os.path.exists("/proc/cpuinfo"):
         assert 0 <= machine.others_busy_cores <= machine.usable_cores
         assert machine.memory_available_bytes <= machine.memory_bytes
-
-
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
-def test_the_backend_is_the_one_that_runs(monkeypatch, backend):
-    """Whatever `auto` would choose: experts of a fixed backend are recognised by the operation that they run."""
-    from moevision.commands import doctor_machine
-
-    experts = doctor_machine.Experts
-    monkeypatch.setattr(doctor_machine, "Experts", lambda *sizes, **place: experts(*sizes, **place, backend=backend))
-    assert choose().backend == backend
 
 
 def test_everything_as_json(cli, tmp_path):
@@ -218,19 +172,18 @@ def test_everything_as_json(cli, tmp_path):
     assert outcome.code == 0
     record = json.loads(outcome.out)
     assert json.loads((tmp_path / "doctor.json").read_text()).keys() == record.keys()
-    assert set(record) == {"machine", "choices", "measured", "findings"}
-    assert record["measured"]["device"] == record["choices"]["device"]
-    assert record["measured"]["peaks"]["32-true"]["flops_per_s"] > 0
-    assert record["measured"]["copy_bytes_per_s"] > 0
+    assert set(record) == {"machine", "findings"}
+    assert record["machine"]["device"] in ("cpu", "cuda", "mps")
+    assert record["machine"]["precision"] == default_precision()
     assert all(set(finding) == {"what", "advice"} for finding in record["findings"])
 
 
 def test_the_report_says_facts_and_findings(cli, monkeypatch):
     """A machine that torch would overload, whatever else it is."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
-    outcome = cli("doctor", "--no-measure")
+    outcome = cli("doctor")
     assert outcome.code == 0
-    for words in ("CPU", "memory", torch.__version__, "not measured", "precision"):
+    for words in ("CPU", "memory", torch.__version__, "precision"):
         assert words in outcome.out
     assert "torch uses 10000 threads" in outcome.out
     assert "-> Set OMP_NUM_THREADS=" in outcome.out
@@ -238,6 +191,6 @@ def test_the_report_says_facts_and_findings(cli, monkeypatch):
 
 def test_a_file_that_cannot_be_written(cli, tmp_path):
     (tmp_path / "file").write_text("")
-    outcome = cli("doctor", "--no-measure", "--json", tmp_path / "file" / "doctor.json")
+    outcome = cli("doctor", "--json", tmp_path / "file" / "doctor.json")
     assert outcome.code == 2
     assert "--json" in outcome.err

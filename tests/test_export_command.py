@@ -7,10 +7,10 @@ import pytest
 import timm
 
 from moevision.commands.export import SNIPPETS, experts_sentence, export, measure_latency
+from moevision.commands.predict import predict_batch
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
-from moevision.models.hub import load_model
-from moevision.predict import predict_batch
+from moevision.models.io import load_model
 
 
 @pytest.mark.slow
@@ -23,7 +23,7 @@ def test_export_says_what_it_costs_and_how_to_run_it(form, suffix, cli, tiny_run
     assert outcome.code == 0, outcome.err
     assert f"pets{suffix}: " in outcome.out
     assert "2 classes, 32 px" in outcome.out
-    assert "compared on 6 pictures" in outcome.out  # four of noise
+    assert "compared on 6 images" in outcome.out  # four of noise
     assert "computes ALL 4 experts of every MoE layer for every token; the model computes 2 of them." in outcome.out
     sparse, dense = (float(row) for row in re.findall(r"(?:the model|this file) +│ +([\d.]+) ", outcome.out))
     # Two MoE layers of 16 tokens, D 32, H 64; two more experts of 2·(D·H + H·D) FLOPs per token.
@@ -32,7 +32,7 @@ def test_export_says_what_it_costs_and_how_to_run_it(form, suffix, cli, tiny_run
     lines = SNIPPETS[form].format(file=f"pets{suffix}")
     assert outcome.out.endswith(f"{lines}\n")
     picture = next(drawn_pets.rglob("*.png"))
-    (tmp_path / "picture.jpg").write_bytes(picture.read_bytes())  # a PNG, whatever its name; 32 px, so nothing is lost
+    (tmp_path / "image.jpg").write_bytes(picture.read_bytes())  # a PNG, whatever its name; 32 px, so nothing is lost
     told: list[str] = []
     exec(lines, {"print": told.append})
     assert told == [predict_batch(load_model(str(tiny_run)), [picture])[0].classes[0]]

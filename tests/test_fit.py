@@ -38,8 +38,8 @@ def test_the_output_says_what_happens(tiny_run):
     assert re.search(r"^cat +12 +2 +6$", text, re.MULTILINE), text
     assert "with 4 experts, 2 per token by noisy_top_k, in blocks 1, 3" in text
     assert re.search(r"^device: .*, precision 32-true, batch 8$", text, re.MULTILINE)
-    assert re.search(r"^plan: 2 epochs of 25 pictures, about \d+ min at [\d,]+ images/s$", text, re.MULTILINE)
-    assert "25 pictures are few to learn from scratch; a pretrained start is usually far better: --pretrained" in text
+    assert re.search(r"^plan: 2 epochs of 25 images, about \d+ min at [\d,]+ images/s$", text, re.MULTILINE)
+    assert "25 images are few to learn from scratch; a pretrained start is usually far better: --pretrained" in text
     assert "litlogger" not in text
     assert "warning: 1 images can't be used, the first (train) is dog/broken.png" in text
 

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from moevision.analysis import RoutingTrace
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.demo.bundle import DataOptions, open_entries
-from moevision.models.hub import load_model
+from moevision.models.io import load_model
 
 FORMATS = Path(__file__).parent / "fixtures" / "formats"
 VERSIONS = sorted(path.name for path in FORMATS.iterdir() if path.is_dir())

@@ -35,15 +35,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": _TRAIN,
     "analysis": _TRAIN,
     "demo": _DEMO,
-    # The verbs on exported models are single modules of demo's rank.
-    "info": _TRAIN,
-    "predict": _TRAIN,
+    # The verbs name their modules in a table, demo's among them, which is imported when it is called.
     "commands": _DEMO,
-    "cli": _DEMO | {"demo", "info", "predict", "commands"},
+    "cli": {"__init__", "commands", "errors", "versions"},
     "__main__": {"cli"},
     "__init__": _NUMBERS | {"efficiency"},
 }
-HEAVY = ("lightning", "pytorch_lightning", "gradio", "torchmetrics", "matplotlib")
+HEAVY = ("torch", "timm", "lightning", "pytorch_lightning", "gradio", "torchmetrics", "matplotlib")
 
 
 def imported_modules(source: str, package: str) -> set[str]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from moevision.info import compare_costs, load_any
+from moevision.commands.info import compare_costs, load_any
 
 # test_vit_moe at 32 px: 16 tokens, width 32, MLP 128, four blocks, MoE in blocks 1 and 3, 2 of 4 experts of hidden 64.
 N, D, HIDDEN, BLOCKS, MOE_BLOCKS, E, K = 16, 32, 128, 4, 2, 4, 2

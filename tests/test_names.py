@@ -22,19 +22,18 @@ import pytest
 from PIL import Image
 
 from moevision.analysis import RoutingTrace
-from moevision.analysis.figures.effect import plot_effects
-from moevision.analysis.figures.style import figure_png
-from moevision.analysis.picture_sources import labels_in
+from moevision.analysis.images import labels_in
+from moevision.analysis.plots.charts import plot_effects
+from moevision.analysis.plots.style import figure_png
+from moevision.commands.predict import Prediction, to_csv
 from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder
-from moevision.data.split_file import read_splits
-from moevision.data.splits import Cut, Splits, make_splits
+from moevision.data.splits import Cut, Splits, make_splits, read_splits
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.errors import DataWarning, UserError
 from moevision.names import csv_name, json_text, name_bytes, shown
-from moevision.predict import Prediction, to_csv
 from moevision.train.callbacks import Stopwatch
-from moevision.train.card_limits import without_example
+from moevision.train.card import without_example
 from tests.conftest import TINY, Outcome, run_cli
 
 # C0 and C1 controls, DEL, bidirectional controls, line separators, invisible signs, lone surrogates.

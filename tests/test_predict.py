@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from moevision.commands.predict import find_images, predict_batch
 from moevision.errors import UserError
-from moevision.models.hub import load_model
-from moevision.predict import find_images, predict_batch
+from moevision.models.io import load_model
 
 
 def table(text):

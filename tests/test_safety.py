@@ -26,12 +26,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moevision import UserError
-from moevision.analysis.atlas import load_atlas
 from moevision.cli import VERBS
-from moevision.demo.cards import read_card
-from moevision.models import fetch, safe_config, safe_files
-from moevision.models.fetch import open_model
-from moevision.models.hub import load_model
+from moevision.demo.atlas import load_atlas
+from moevision.demo.bundle import read_card
+from moevision.models import io as models_io
+from moevision.models import safe_config, safe_files
+from moevision.models.io import create_from, load_model, open_model
 from moevision.models.safe_config import MAX_SIDE, read_config
 from moevision.models.safe_files import (
     MAX_HEADER_BYTES,
@@ -43,7 +43,6 @@ from moevision.models.safe_files import (
     read_json,
     read_yaml,
 )
-from moevision.models.source import create_from
 from tests.models.fake_hub import fake_hub
 
 Cli = Callable[..., Any]
@@ -237,11 +236,11 @@ def test_a_timm_name_means_safetensors(tmp_path: Path, monkeypatch: pytest.Monke
     known = timm.get_pretrained_cfg("test_vit.r160_in1k")
     for change in ({"hf_hub_id": None, "url": "https://x/y.pth"}, {"hf_hub_filename": "w.npz"}):
         changed = type(known)(**{**known.to_dict(), **change})
-        monkeypatch.setattr(fetch.timm, "get_pretrained_cfg", lambda name, changed=changed: changed)
+        monkeypatch.setattr(models_io.timm, "get_pretrained_cfg", lambda name, changed=changed: changed)
         with pytest.raises(UserError, match="not published as safetensors, and pickles are never read"):
             open_model("test_vit.r160_in1k")
     (tmp_path / "model.safetensors").write_bytes(b"rubbish")
-    monkeypatch.setattr(fetch.timm, "get_pretrained_cfg", lambda name: known)
+    monkeypatch.setattr(models_io.timm, "get_pretrained_cfg", lambda name: known)
     with pytest.raises(UserError, match="no safetensors file"):
         open_model("test_vit.r160_in1k")
 
@@ -607,7 +606,7 @@ NAMED = {
     "{on_fit_start: evilmod.function}}]",
     "a system call": "callbacks: [{class_path: lightning.pytorch.callbacks.LambdaCallback, init_args: "
     "{on_fit_start: os.system}}]",
-    "an import through a friend": "callbacks: [{class_path: moevision.train.fit.shutil.rmtree}]",
+    "an import through a friend": "callbacks: [{class_path: moevision.train.run.shutil.rmtree}]",
     "jsonargparse": "callbacks: [{class_path: jsonargparse.set_parsing_settings}]",
 }
 
@@ -669,7 +668,7 @@ def test_safe_files_need_no_torch() -> None:
         "sys.modules['moevision.models'].__path__ = [sys.argv[1] + '/models']; "
         "import moevision.models.safe_files; print('torch' in sys.modules)"
     )
-    package = str(Path(fetch.__file__).parents[1])
+    package = str(Path(models_io.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", code, package], capture_output=True, text=True, check=True, timeout=600
     )

@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 
-from moevision.analysis.run_pictures import pictures_for
-from moevision.analysis.tokens import network_input, read_images
+from moevision.analysis.collect import network_input
+from moevision.analysis.images import pictures_for, read_images
 from moevision.layers import forward_routing, moe_layers
-from moevision.models.hub import load_model
+from moevision.models.io import load_model
 
 
 def refused(outcome, *words):
@@ -159,11 +159,8 @@ def test_refusals_leave_nothing(cli, tiny_run, tmp_path):
 @pytest.mark.parametrize(
     "options", [(), ("--prune", 1, "--merge", 2), ("--prune", 0), ("--collapse", "best"), ("--prune", "two")]
 )
-def test_one_operation_is_asked_for(options, tiny_run, tmp_path, capsys):
-    from moevision.commands.surgery import main
-
-    with pytest.raises(SystemExit) as ending:
-        main([str(tiny_run), "--out", str(tmp_path / "new"), *map(str, options)])
-    assert ending.value.code == 2
-    assert "moevision surgery: error:" in capsys.readouterr().err
+def test_one_operation_is_asked_for(options, cli, tiny_run, tmp_path):
+    outcome = cli("surgery", tiny_run, "--out", tmp_path / "new", *options)
+    assert outcome.code == 2
+    assert "moevision surgery: error:" in outcome.err
     assert not (tmp_path / "new").exists()

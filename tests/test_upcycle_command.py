@@ -9,7 +9,7 @@ import timm
 import torch
 
 from moevision.layers import moe_layers
-from moevision.models.hub import describe, load_model, save_model
+from moevision.models.io import describe, load_model, save_model
 
 # vit of width 32, depth 4, 32 px in 8 px patches and a class token: 17 tokens; MLP 32 -> 128 -> 32.
 D, HIDDEN, TOKENS = 32, 128, 17

@@ -35,7 +35,7 @@ from moevision.files import write_json_atomic
 from moevision.layers import forward_routing, moe_layers
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
-from moevision.train.markdown import table
+from moevision.train.report import table
 
 CASES = {"z": "switch", "load_balancing": "switch", "importance": "vmoe_top_k", "load": "noisy_top_k"}
 """The losses, each on a router that has it by default (z: on any)."""

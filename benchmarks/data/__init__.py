@@ -26,7 +26,7 @@ from benchmarks.harness import Json, count, positive
 from benchmarks.subject import Subject, TrainingStep, find_subject
 from benchmarks.timing import rounded, spread, synchronize
 from moevision.data import ImageDataModule
-from moevision.train.run_folder import shipped_configs
+from moevision.train.recipe import shipped_configs
 
 QUICK = {"workers": [0], "batches": 2, "steps": 2, "repetitions": 2}
 EXAMPLES = """\

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from benchmarks.harness import about, argument_parser, write_result
-from moevision.analysis.pictures import open_pictures
-from moevision.analysis.tokens import network_input
-from moevision.demo.bundle import bundled_folders, bundled_model
-from moevision.demo.cards import read_card
-from moevision.models.hub import SavedModel
+from moevision.analysis.collect import network_input
+from moevision.analysis.images import open_pictures
+from moevision.demo.bundle import bundled_folders, bundled_model, read_card
+from moevision.models.io import SavedModel
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from benchmarks.timing import Candidate, interleave, rounded, rows_of
 from moevision.efficiency import inference_flops
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.models.hub import load_model, model_folder
+from moevision.models.io import load_model, model_folder
 from moevision.models.twin import dense_twin
 
 QUICK = {"batch_size": [1, 2], "repetitions": 3, "warm_up": 1}

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.harness import HERE, about, argument_parser
 from moevision.files import write_json_atomic
-from moevision.train.manifest import newest_valid
+from moevision.train.checkpoint import newest_valid
 from moevision.train.resume import is_finished
 
 STARTED = "run folder:"  # printed right before the first step

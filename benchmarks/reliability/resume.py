@@ -31,16 +31,13 @@ from benchmarks.study import quiet_trainer
 from moevision.data import ImageDataModule
 from moevision.files import write_json_atomic
 from moevision.models.config import MoEConfig
-from moevision.train.callbacks import Stopwatch
-from moevision.train.checkpoint_io import SafeCheckpointIO
-from moevision.train.clock import AwakeClock
-from moevision.train.console import quiet_lightning
-from moevision.train.ema import EmaConfig, WeightEMA
+from moevision.train.callbacks import RunLogger, Stopwatch
+from moevision.train.checkpoint import SafeCheckpointIO, newest_valid
+from moevision.train.cli import quiet_lightning
 from moevision.train.guard import StabilityGuard
-from moevision.train.interrupt import Interrupted, Interruption
-from moevision.train.manifest import newest_valid
-from moevision.train.metrics_file import RunLogger
-from moevision.train.resume_point import CheckpointConfig, EpochEnd, ResumePoint
+from moevision.train.optim import EmaConfig, WeightEMA
+from moevision.train.processes import AwakeClock, Interrupted, Interruption
+from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint
 from moevision.train.task import ClassificationTask
 
 STEPS_PER_EPOCH, EPOCHS, IMAGES = 8, 3, 64

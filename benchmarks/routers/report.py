@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.study import Contrast, Row, contrasts
-from moevision.train.markdown import flops, table
 from moevision.train.plots import BLUE, INK, ORANGE, SOFT, calm, save, title
+from moevision.train.report import flops, table
 
 TWIN, HASH = "dense twin", "hash"
 TOLERANCE = 0.01

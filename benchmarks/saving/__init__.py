@@ -41,7 +41,7 @@ from moevision.allocator import keep_freed_memory
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
-from moevision.train.optimizer import OptimizerConfig
+from moevision.train.optim import OptimizerConfig
 
 PRECISION = "bf16-mixed"
 WARM_UP = 10  # rounds that allocate, and in which oneDNN compiles kernels

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from benchmarks.study import Row, contrasts
-from moevision.train.markdown import flops, table
 from moevision.train.plots import BLUE, GREEN, GRID, INK, ORANGE, SOFT, calm, save, title
+from moevision.train.report import flops, table
 
 MOE = "MoE"
 SAVING = (MOE, "dense, equal FLOPs", "dense, equal parameters")

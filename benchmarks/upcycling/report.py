@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.study import Row, contrasts
-from moevision.train.markdown import table
 from moevision.train.plots import GREEN, INK, ORANGE, SOFT, calm, save, title
+from moevision.train.report import table
 
 LABELS = {
     "dense": ("dense, n", SOFT),

@@ -1,9 +1,12 @@
-"""What experts respond to: routing traces of whole picture sets, and what can be said about them.
+"""What experts respond to: the routing of whole sets of images, and what can be said about it.
+
+- images and traces: `images`, `collect` (run the model), `trace`, `trace_io` (its file), `describe` (counts, galleries)
+- is it more than chance: `information`, `baselines`, `specialization`, `classes`, `agreement`
+- what if: `intervention` (by way of `decisions`), `effects`
+- what it looks like: `plots` (all figures), `palette`, and `report` (`moevision analyze`)
 
 The names below load on first use, so that a trace can be collected without figures or statistics being imported.
-Figures stand in `moevision.analysis.plots`, interventions in `moevision.analysis.intervention`. Two functions have the
-name of their module, which a package can't hand out: `moevision.analysis.specialization.specialization` and
-`moevision.analysis.consistency.consistency`.
+`moevision.analysis.specialization.specialization` has the name of its module, which a package can't hand out.
 """
 
 from __future__ import annotations
@@ -12,32 +15,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moevision.analysis.agreement import consistency, expert_similarity, match_experts
     from moevision.analysis.baselines import measure_baselines
-    from moevision.analysis.compare import compare_classes
+    from moevision.analysis.classes import class_expert_map, compare_classes
+    from moevision.analysis.collect import collect_routing
     from moevision.analysis.effects import class_effect, effect
-    from moevision.analysis.heatmap import class_expert_map
+    from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
-    from moevision.analysis.pictures import PictureSet, open_pictures, patch_crop
-    from moevision.analysis.similarity import expert_similarity, match_experts
-    from moevision.analysis.trace import LayerTrace, RoutingTrace, collect_routing
+    from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 # The module that defines each name.
 _HOME = {
     "Intervention": "intervention",
     "LayerTrace": "trace",
-    "PictureSet": "pictures",
+    "PictureSet": "images",
     "RoutingTrace": "trace",
     "class_effect": "effects",
-    "class_expert_map": "heatmap",
-    "collect_routing": "trace",
-    "compare_classes": "compare",
+    "class_expert_map": "classes",
+    "collect_routing": "collect",
+    "compare_classes": "classes",
+    "consistency": "agreement",
     "effect": "effects",
-    "expert_similarity": "similarity",
+    "expert_similarity": "agreement",
     "intervene": "intervention",
-    "match_experts": "similarity",
+    "match_experts": "agreement",
     "measure_baselines": "baselines",
-    "open_pictures": "pictures",
-    "patch_crop": "pictures",
+    "open_pictures": "images",
+    "patch_crop": "images",
 }
 
 __all__ = [
@@ -49,6 +53,7 @@ __all__ = [
     "class_expert_map",
     "collect_routing",
     "compare_classes",
+    "consistency",
     "effect",
     "expert_similarity",
     "intervene",

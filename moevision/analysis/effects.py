@@ -1,50 +1,44 @@
 """What an intervention does to a prediction, beside what the same change does where it shouldn't matter.
 
-One picture is called one picture. Beside its change of logit stand
-- the control: as many assignments of tokens to experts, drawn at random in the same layer from all experts, are taken
+Beside the change of one image's logit (`effect`) stand
+- the control: as many assignments of tokens to experts, drawn at random in the same layers from all experts, are taken
   away with the same fill, once per draw (assignments of patches and of prefix tokens are matched separately);
 - the same intervention on every other expert of that layer;
-- the mean over pictures of a class (`class_effect`).
+- the mean over images of a class (`class_effect`).
 
 An effect is measured inside the interventions that are open already (another k, say): before and after both have them.
+Every JSON and sentence names the kind of intervention and, for an ablation, its fill.
 
-Axes: B pictures of a batch, N tokens (prefix tokens first), K choices, E experts, C classes.
+Axes: B images of a batch, R rows, I images, N tokens (prefix tokens first), K choices, E experts, C classes.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from moevision.analysis.control import run_compared, run_under
-from moevision.analysis.decision import routing_kind
-from moevision.analysis.effect_result import (
-    ClassEffect,
-    Control,
-    Effect,
-    OtherExpert,
-)
-from moevision.analysis.effect_words import control_in_words
-from moevision.analysis.intervention import Intervention, numbered_layers
-from moevision.analysis.tokens import network_input
+from moevision.analysis.collect import network_input
+from moevision.analysis.decisions import Capacity, Decision, Edit, Ranking, computed_pairs, each_row, routing_kind
+from moevision.analysis.images import PictureSet
+from moevision.analysis.intervention import Fill, Intervention, edited, numbered_layers
 from moevision.data.images import BadImageError
 from moevision.errors import UserError
-from moevision.layers import routing_lock
+from moevision.layers import ColourRouter, MoEMlp, moe_layers, routing_lock
 from moevision.layers.routing import Kind as RoutingKind
-from moevision.models.hub import SavedModel
-
-if TYPE_CHECKING:
-    from moevision.analysis.pictures import PictureSet
-
-__all__ = ["ClassEffect", "Control", "Effect", "OtherExpert", "class_effect", "effect"]
+from moevision.models.io import SavedModel
 
 Pixels = npt.NDArray[np.uint8]
+Taken = dict[MoEMlp, Tensor]  # in order of depth, [B, 2] int64: assignments of prefix tokens, and of patches
 
 
 @torch.inference_mode()
@@ -58,7 +52,7 @@ def effect(
     seed: int = 0,
     class_effect: ClassEffect | None = None,
 ) -> Effect:
-    """Measure what an intervention changes for one picture.
+    """Measure what an intervention changes for one image.
 
     Args:
         model: the model, in eval mode.
@@ -70,7 +64,7 @@ def effect(
         class_effect: put into the result, and so into its sentence and JSON.
 
     Raises:
-        UserError: if the model has no such layer, expert or class, or the picture is no uint8 [S, S, 3].
+        UserError: if the model has no such layer, expert or class, or the image is no uint8 [S, S, 3].
     """
     if num_controls < 2:
         raise UserError(f"num_controls={num_controls} gives no spread: take at least 2 draws.")
@@ -116,19 +110,19 @@ def class_effect(
     seed: int = 0,
     batch_size: int = 32,
 ) -> ClassEffect:
-    """Measure what an intervention changes on average over pictures of one class.
+    """Measure what an intervention changes on average over images of one class.
 
     Args:
         model: the model, in eval mode.
         pictures: where the class is looked for.
         target: the class, as index into `model.class_names` or name.
         intervention: what to change.
-        limit: so many pictures at most, drawn at random; all of the class if None.
+        limit: so many images at most, drawn at random; all of the class if None.
         seed: of that draw, and of the control.
-        batch_size: pictures per forward pass.
+        batch_size: images per forward pass.
 
     Raises:
-        UserError: if the model has no such layer, expert or class, or there is no readable picture of it.
+        UserError: if the model has no such layer, expert or class, or there is no readable image of it.
     """
     index = _class_index(model.class_names, target)
     name, net = model.class_names[index], model.net
@@ -151,7 +145,7 @@ def class_effect(
         deltas = [after - before, delta_p, control - before]
         rows.append(torch.stack([*(delta[:, index] for delta in deltas), torch.as_tensor(moved).to(before)], -1))
     if not rows:
-        raise UserError(f"There is no readable picture of {name!r}: take another class or other pictures.")
+        raise UserError(f"There is no readable image of {name!r}: take another class or other images.")
     logits, ps, controls, moved_patches = torch.cat(rows).T.tolist()
     return ClassEffect(
         class_name=name,
@@ -178,12 +172,12 @@ def _kind_of(net: nn.Module, intervention: Intervention) -> RoutingKind:
 
 
 def _to_input(model: SavedModel, images: Sequence[Pixels]) -> Tensor:
-    """uint8 pictures [S, S, 3] -> [B, 3, S, S] on the device and in the dtype of the model."""
+    """uint8 images [S, S, 3] -> [B, 3, S, S] on the device and in the dtype of the model."""
     for image in images:
         if image.dtype != np.uint8 or image.shape != (model.image_size, model.image_size, 3):
             raise UserError(
-                f"The picture is {image.dtype} {list(image.shape)}: give uint8 [{model.image_size}, "
-                f"{model.image_size}, 3], as moevision.data.augment.square_pixels makes it."
+                f"The image is {image.dtype} {list(image.shape)}: give uint8 [{model.image_size}, "
+                f"{model.image_size}, 3], as moevision.data.transforms.square_pixels makes it."
             )
     return network_input(model, np.stack(images))
 
@@ -197,7 +191,7 @@ def _class_index(class_names: Sequence[str], target: int | str) -> int:
 
 
 def _pictures_of(pictures: PictureSet, name: str, limit: int | None, seed: int) -> list[int]:
-    """Indices of the pictures of a class, or of `limit` of them."""
+    """Indices of the images of a class, or of `limit` of them."""
     if name not in pictures.class_names:
         raise UserError(f"{pictures.name} has no class {name!r}: its classes are {', '.join(pictures.class_names)}.")
     label = pictures.class_names.index(name)
@@ -212,3 +206,394 @@ def _read(pictures: PictureSet, number: int) -> Pixels | None:
         return pictures.image(number)
     except BadImageError:  # counted, and reported in the result
         return None
+
+
+def take_away_random(
+    decision: Decision,
+    numbers: Sequence[Sequence[int]],
+    keys: Sequence[Sequence[int]],
+    num_prefix_tokens: int,
+    fill: Fill,
+) -> Decision:
+    """Take assignments away at random, from any expert; each image of the batch by its own draw.
+
+    Args:
+        decision: of B images.
+        numbers: [B][2] how many assignments of prefix tokens, and of patches.
+        keys: [B] seeds of the draws.
+        num_prefix_tokens: tokens in front of the patches.
+        fill: `next_best` or `zero`.
+    """
+    routing = decision.settle()
+    kept, index = routing.kept.cpu().numpy(), routing.expert_index.cpu().numpy()  # [B, N, K]
+    away = np.zeros(decision.removed.shape, dtype=bool)  # [B, N, E]
+    for image, (wanted, key) in enumerate(zip(numbers, keys, strict=True)):
+        rng = np.random.default_rng(tuple(key))
+        token, choice = kept[image].nonzero()  # every kept assignment of the image
+        for number, part in zip(wanted, (token < num_prefix_tokens, token >= num_prefix_tokens), strict=True):
+            candidates = np.flatnonzero(part)
+            drawn = rng.choice(candidates, min(number, len(candidates)), replace=False)
+            away[image, token[drawn], index[image, token[drawn], choice[drawn]]] = True
+    mask = torch.from_numpy(away).to(decision.removed.device)
+    if fill == "zero":
+        return replace(decision, silenced=decision.silenced | mask)
+    return replace(decision, removed=decision.removed | mask)
+
+
+def run_under(net: nn.Module, x: Tensor, intervention: Intervention) -> tuple[Tensor, Taken]:
+    """Logits [B, C] under the intervention, and the assignments that it takes from their experts.
+
+    Of an ablation only the expert's own count, not those that a capacity of the model then drops elsewhere: the control
+    has such consequences too.
+    """
+    taken: Taken = {}
+    prefix = int(getattr(net, "num_prefix_tokens", 0))
+
+    def counted(layer: MoEMlp, edit: Edit, decision: Decision) -> Decision:
+        after: Decision = edit(decision)
+        pairs = computed_pairs(decision.settle())
+        gone = (after.removed | after.silenced) if intervention.kind == "ablate" else ~computed_pairs(after.settle())
+        lost = (pairs & gone).sum(-1)  # [B, N, E] -> [B, N] assignments of each token
+        taken[layer] = torch.stack([lost[:, :prefix].sum(1), lost[:, prefix:].sum(1)], -1)  # [B, 2]
+        return after
+
+    edits = {layer: partial(counted, layer, edit) for layer, edit in intervention.edits(net).items()}
+    with edited(net, edits):
+        return net(x).double(), taken
+
+
+def run_compared(
+    net: nn.Module,
+    x: Tensor,
+    intervention: Intervention,
+    taken: Taken,
+    others: Sequence[Intervention],
+    keys: Sequence[tuple[int, int]],
+) -> Tensor:
+    """Logits of one batch in which every row has its own change: rows of `others` first, then draws of the control.
+
+    Args:
+        net: the network.
+        x: [R, 3, S, S], or [1, 3, S, S] for R times the same image.
+        intervention: whose control is drawn.
+        taken: what the intervention takes from experts, by image of x.
+        others: interventions on the same layer.
+        keys: seed of each draw.
+
+    Returns:
+        [R, C], R = others + draws.
+    """
+    prefix = int(getattr(net, "num_prefix_tokens", 0))
+    of_others = [other.edits(net) for other in others]
+    count = len(others) + len(keys)
+
+    def edit(decision: Decision, layer: MoEMlp, place: int) -> Decision:
+        own = [edits[layer] for edits in of_others] + [_unchanged] * len(keys)
+        numbers = taken[layer].expand(len(keys), 2).tolist()
+        return take_away_random(
+            each_row(own)(decision),
+            numbers=[[0, 0]] * len(others) + numbers,
+            keys=[(0,)] * len(others) + [(*key, place) for key in keys],
+            num_prefix_tokens=prefix,
+            fill=control_fill(intervention),
+        )
+
+    edits: dict[MoEMlp, Edit] = {layer: partial(edit, layer=layer, place=place) for place, layer in enumerate(taken)}
+    if len(x) > 1:
+        with edited(net, edits):
+            logits: Tensor = net(x).double()
+        return logits
+    # Rows of one image must not share a capacity that the model shares over its batch.
+    shared = [layer for layer in moe_layers(net) if (own := Capacity.own(layer.router)) and own.whole_batch]
+    with edited(net, dict.fromkeys(shared, Ranking.apart)), edited(net, edits):
+        return _repeated(net, x, count, next(iter(taken))).double()
+
+
+def _unchanged(decision: Decision) -> Decision:
+    return decision
+
+
+def _repeated(net: nn.Module, x: Tensor, times: int, first: MoEMlp) -> Tensor:
+    """Run one image `times` times, as one image up to the block that holds `first`: until there all rows agree."""
+    blocks, thread = getattr(net, "blocks", None), threading.get_ident()
+    by_colour = any(isinstance(layer.router, ColourRouter) for layer in moe_layers(net))  # looks at the images again
+    if blocks is None or first.layer_index is None or by_colour:
+        logits: Tensor = net(x.expand(times, -1, -1, -1))
+        return logits
+
+    def repeat(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if threading.get_ident() != thread:  # a plain forward pass elsewhere, which waits for no lock
+            return inputs
+        return (inputs[0].expand(times, -1, -1), *inputs[1:])
+
+    hook = blocks[first.layer_index].register_forward_pre_hook(repeat)
+    try:
+        logits = net(x)
+    finally:
+        hook.remove()
+    return logits
+
+
+@dataclass(frozen=True)
+class Control:
+    """The same number of assignments taken away at random.
+
+    Attributes:
+        what: in words, with the fill.
+        delta_logits: change of the target's logit in each draw.
+        delta_ps: change of its probability.
+    """
+
+    what: str
+    delta_logits: tuple[float, ...]
+    delta_ps: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean change of the logit."""
+        return fmean(self.delta_logits)
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation of the change of the logit over the draws."""
+        return stdev(self.delta_logits)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every number."""
+        return {
+            "what": self.what,
+            "n": len(self.delta_logits),
+            "deltas": list(self.delta_logits),
+            "delta_ps": list(self.delta_ps),
+            "mean": self.mean,
+            "sd": self.sd,
+        }
+
+
+@dataclass(frozen=True)
+class OtherExpert:
+    """The same intervention on another expert of the layer.
+
+    Attributes:
+        expert: its index.
+        name: such as "L4·E3".
+        delta_logit: change of the target's logit.
+        delta_p: change of its probability.
+    """
+
+    expert: int
+    name: str
+    delta_logit: float
+    delta_p: float
+
+
+@dataclass(frozen=True)
+class ClassEffect:
+    """The effect on images of one class, each measured on the logit of that class.
+
+    Attributes:
+        class_name: the class.
+        intervention: what was changed.
+        delta_logits: [I] change of the logit, by image.
+        delta_ps: [I] change of the probability.
+        control_delta_logits: [I] the same with the control, one draw for each image.
+        moved: mean number of patch assignments that the intervention takes from their experts.
+        unreadable: images of the class that could not be read, and are not among I.
+    """
+
+    class_name: str
+    intervention: Intervention
+    delta_logits: tuple[float, ...]
+    delta_ps: tuple[float, ...]
+    control_delta_logits: tuple[float, ...]
+    moved: float
+    unreadable: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Means over images and their standard deviations (null for one image)."""
+        several = len(self.delta_logits) > 1
+        return {
+            "class": self.class_name,
+            "n": len(self.delta_logits),
+            "intervention": self.intervention.to_json(),
+            "delta_p": fmean(self.delta_ps),
+            "delta_logit": fmean(self.delta_logits),
+            "sd_logit": stdev(self.delta_logits) if several else None,
+            "control_delta_logit": fmean(self.control_delta_logits),
+            "control_sd_logit": stdev(self.control_delta_logits) if several else None,
+            "moved": self.moved,
+            "unreadable": self.unreadable,
+        }
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The effect on one image.
+
+    Attributes:
+        intervention: what was changed.
+        class_names: [C].
+        target: index of the class that the changes below are about.
+        before_logits: [C].
+        after_logits: [C].
+        moved: patch assignments that the intervention takes from their experts, in the layers that it acts on.
+        moved_prefix: the same of class and register tokens.
+        control: the same number taken away at random.
+        others: the same on every other expert of the layer; empty unless an expert was ablated or forced.
+        class_effect: the effect on a whole class, if it was asked for.
+        routing: who chooses in the layers that it acts on.
+    """
+
+    intervention: Intervention
+    class_names: tuple[str, ...]
+    target: int
+    before_logits: tuple[float, ...]
+    after_logits: tuple[float, ...]
+    moved: int
+    moved_prefix: int
+    control: Control
+    others: tuple[OtherExpert, ...]
+    class_effect: ClassEffect | None = None
+    routing: RoutingKind = "token_choice"
+
+    @property
+    def before(self) -> tuple[float, ...]:
+        """[C] probabilities before."""
+        return _softmax(self.before_logits)
+
+    @property
+    def after(self) -> tuple[float, ...]:
+        """[C] probabilities after."""
+        return _softmax(self.after_logits)
+
+    @property
+    def delta_logit(self) -> float:
+        """Change of the target's logit."""
+        return self.after_logits[self.target] - self.before_logits[self.target]
+
+    @property
+    def delta_p(self) -> float:
+        """Change of the target's probability."""
+        return self.after[self.target] - self.before[self.target]
+
+    @property
+    def sentence(self) -> str:
+        """All of it in one sentence that names the kind of intervention."""
+        before, after = self.before[self.target], self.after[self.target]
+        change = in_words(self.intervention, self.moved, self.routing)
+        parts = [
+            f"For this image: {change} {self.class_names[self.target]} {_change(before, after)} "
+            f"(logit {_signed(self.delta_logit)})"
+        ]
+        if self.moved or self.moved_prefix:
+            spread = f"{_signed(self.control.mean)} ± {self.control.sd:.2f}"
+            parts.append(f"{self.control.what} changes the logit by {spread} ({len(self.control.delta_logits)} draws)")
+        if self.class_effect is not None:
+            deltas = self.class_effect.delta_logits
+            about = f"{len(deltas)} image{'' if len(deltas) == 1 else 's'} of {self.class_effect.class_name}"
+            parts.append(f"over {about} the same intervention changes it by {_signed(fmean(deltas))}")
+        return "; ".join(parts) + "."
+
+    def to_json(self) -> dict[str, Any]:
+        """Every number, with the five likeliest classes before and after."""
+        return {
+            "schema": "moevision.effect/1",
+            "intervention": self.intervention.to_json(),
+            "routing": self.routing,
+            "before": self._top5(self.before),
+            "after": self._top5(self.after),
+            "target": self.class_names[self.target],
+            "delta_p": self.delta_p,
+            "delta_logit": self.delta_logit,
+            "moved": self.moved,
+            "moved_prefix": self.moved_prefix,
+            "control": self.control.to_json(),
+            "others": [vars(other) for other in self.others],
+            "class_effect": None if self.class_effect is None else self.class_effect.to_json(),
+            "sentence": self.sentence,
+        }
+
+    def _top5(self, probabilities: Sequence[float]) -> list[dict[str, Any]]:
+        best = sorted(range(len(probabilities)), key=lambda index: -probabilities[index])[:5]
+        return [{"class": self.class_names[index], "p": probabilities[index]} for index in best]
+
+
+def _change(before: float, after: float) -> str:
+    old, new = f"{before:.2f}", f"{after:.2f}"
+    if old == new:
+        return f"stays at {old}"
+    return f"{'falls' if after < before else 'rises'} from {old} to {new}"
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.2f}".replace("-", "−")
+    return "0.00" if text in ("+0.00", "−0.00") else text
+
+
+def _softmax(logits: Sequence[float]) -> tuple[float, ...]:
+    top = max(logits)
+    powers = [math.exp(logit - top) for logit in logits]
+    return tuple(power / sum(powers) for power in powers)
+
+
+def in_words(intervention: Intervention, moved: int, routing: RoutingKind = "token_choice") -> str:
+    """What was changed, as the start of a sentence.
+
+    Args:
+        intervention: the change.
+        moved: patch assignments that it takes from their experts.
+        routing: who chooses in the layers that it acts on.
+    """
+    layer = "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
+    assignments = f"{moved} patch assignment{'' if moved == 1 else 's'}"
+    match intervention.kind:
+        case "ablate":
+            return f"without {layer}·E{intervention.expert} ({_without(intervention, moved, routing)})"
+        case "force":
+            return f"with every token of {layer} sent first to E{intervention.expert} ({assignments} moved)"
+        case "swap":
+            pair = f"E{intervention.expert} and E{intervention.other}"
+            if routing == "soft":
+                return f"with the slots of {pair} of {layer} swapped"
+            return f"with {pair} of {layer} swapped ({assignments} moved)"
+        case "random" if routing == "soft":
+            return f"with the slots of {layer} dealt out to its experts at random (seed {intervention.seed})"
+        case "random" if routing == "expert_choice":
+            return f"with random patches for the experts of {layer} (seed {intervention.seed}, {assignments} moved)"
+        case "random":
+            return f"with random routing in {layer} (seed {intervention.seed}, {assignments} moved)"
+        case "top_k":
+            return f"with k = {intervention.top_k} in {layer} ({assignments} dropped)"
+        case "capacity":
+            return f"with capacity factor {intervention.factor:g} in {layer} ({assignments} dropped)"
+
+
+def _without(intervention: Intervention, moved: int, routing: RoutingKind) -> str:
+    """What an ablated expert's patches get."""
+    patches = f"{moved} patch{'' if moved == 1 else 'es'}"
+    if intervention.fill == "zero":
+        return f"its output set to zero for {patches}"
+    if routing == "soft":
+        return f"its weight in {patches} shared out among the other experts"
+    if routing == "expert_choice":
+        return f"{patches} {'loses' if moved == 1 else 'lose'} it, and no expert takes its place"
+    return f"{patches} {'goes to its' if moved == 1 else 'go to their'} next-best expert"
+
+
+def control_in_words(intervention: Intervention, moved: int, routing: RoutingKind = "token_choice") -> str:
+    """What the control does, with its fill."""
+    layer = "every MoE layer" if intervention.layer is None else f"L{intervention.layer}"
+    assignments = f"{moved} random patch assignment{'' if moved == 1 else 's'} of {layer}"
+    if control_fill(intervention) == "zero":
+        return f"setting {assignments} to zero"
+    if routing == "soft":
+        return f"taking {assignments} away and sharing out their weight among the other experts"
+    if routing == "expert_choice":
+        return f"taking {assignments} away"
+    return f"moving {assignments} to the next-best expert"
+
+
+def control_fill(intervention: Intervention) -> Fill:
+    """The control takes away as the intervention does: what is dropped is dropped there, what is moved is moved."""
+    drops = intervention.kind in ("top_k", "capacity")
+    return "zero" if drops else intervention.fill

@@ -13,51 +13,55 @@ everything is permuted over whole images:
   included, does so in the null. Shuffling single patches would destroy that and call clumps a preference; shifting each
   map on the torus would destroy clumps that lie at the same places in all images (it rejected 12 % of true nulls).
 - part: an image's routing map is paired with the part map of another image. What position explains (background lies
-  at the rim) is then in the null; the excess is what *this* picture's parts explain beyond it.
+  at the rim) is then in the null; the excess is what *this* image's parts explain beyond it.
 
-The estimate is the excess, plug-in minus the mean of the null; `estimate.py` says how its interval comes about.
+The estimate is the excess: the plug-in minus the mean of the null. Counts may be weights (how much of a patch an expert
+reads, how much a patch takes from it): plug-in information depends on shares only, every null moves whole images, and
+bias and interval come from the spread over images, so none of them needs whole numbers. Corrections that do need them
+(Miller-Madow) aren't used.
 
-Counts may be weights (how much of a patch an expert reads, how much a patch takes from it): plug-in information depends
-on shares only, every null moves whole images, and bias and interval come from the spread over images, so none of them
-needs whole numbers. Corrections that do need them (Miller-Madow) aren't used.
+**The interval.** For small effects plug-in mutual information is a quadratic form |x|² of Gaussian deviations x whose
+mean has length √θ. Then
 
-Axes: I images, P patches (row-major), E experts, G strata (positions that are conditioned on, or 1), V values of what
-the experts are asked about, R permutations.
+- its mean is θ + b, and its variance v0 + κ θ, with b and v0 the mean and the variance of the null (θ = 0);
+- the delta method over images estimates 4 xᵀΣx, which is κ |x|²: its variance over the plug-in estimates κ without
+  the bias that the noise in x gives to each of them alone.
+
+The interval holds every θ whose score ``(estimate - θ)² / (v0 + κ θ)`` is at most z²: the form of Wilson's interval of
+a proportion, in closed form as well. Unlike an interval ``estimate ± z · standard error`` it doesn't become too short
+where the estimate happens to be small, and at θ = 0 it agrees with a test against the null. A percentile bootstrap
+takes the noise of the image sample for signal and hardly ever covers 0 with many classes.
+`benchmarks/analysis/coverage.py` measures them all.
+
+The null's mean overstates the bias under an effect: shuffled images differ by their classes too, images of one class
+don't. The second-order delta method gives the difference (`bias_surplus`), but in sparse tables it can't be trusted
+far, so one end of the interval is taken with it and the other without. It matters for few images per class.
+
+Sources: Wilson, JASA 22 (1927) 209-212; van der Vaart, Asymptotic Statistics (1998), chapters 3 and 20 (delta method,
+influence functions).
+
+Axes: I images, P patches (row-major), K choices, E experts, G strata (positions that are conditioned on, or 1),
+V values of what the experts are asked about, R permutations of the same images.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.contingency import (
-    Floats,
-    Ints,
-    choice_counts,
-    conditional_information_bits,
-    entropy_bits,
-    mutual_information_bits,
-    pointwise_bits,
-    second_order_bias,
-)
-from moevision.analysis.estimate import Estimate, excess_estimate
 from moevision.errors import UserError
 
-__all__ = [
-    "Estimate",
-    "choice_counts",
-    "class_information",
-    "conditional_information_bits",
-    "entropy_bits",
-    "mutual_information_bits",
-    "part_information",
-    "position_information",
-]
+Floats = npt.NDArray[np.floating[Any]]
+Ints = npt.NDArray[np.integer[Any]]
 
 _CHUNK_CELLS = 1 << 22  # of a block of permuted labels or tables: 16 MiB of float32
+_LEVEL = 0.95  # of all intervals
 _BIAS_PERMUTATIONS = 32  # the mean bias varies far less than the plug-in
 
 
@@ -68,7 +72,6 @@ def class_information(
     given_position: bool = False,
     num_permutations: int = 200,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Estimate:
     """I(expert; class), or I(expert; class | position), against labels permuted over images.
 
@@ -78,7 +81,6 @@ def class_information(
         given_position: condition on the position of the patch.
         num_permutations: R.
         seed: of the permutations.
-        level: of the interval.
 
     Raises:
         UserError: there are fewer than two labelled images.
@@ -89,11 +91,11 @@ def class_information(
     if not given_position:
         maps = maps.sum(1, keepdims=True)
     images, strata, experts = maps.shape
-    flat, num_classes = maps.reshape(images, -1), int(values.max()) + 1
+    flat, num_classes = maps.reshape(images, -1), int(values.max()) + 1  # flat: [I, G * E]
     rng = np.random.default_rng(seed)
 
     def sums(classes: Ints, of: Floats) -> Floats:  # [R', I] -> [R', G, V, E]
-        one_hot = (classes[:, None, :] == np.arange(num_classes)[:, None]).astype(np.float32)
+        one_hot = (classes[:, None, :] == np.arange(num_classes)[:, None]).astype(np.float32)  # [R', V, I]
         by_class = (one_hot.reshape(-1, images) @ of).reshape(-1, num_classes, strata, experts)
         result: Floats = by_class.swapaxes(1, 2)
         return result
@@ -104,10 +106,10 @@ def class_information(
     null: list[Floats] = []
     null_bias = np.empty(0)
     for size in _chunks(num_permutations, max(1, _CHUNK_CELLS // (num_classes * max(images, flat.shape[1])))):
-        classes = rng.permuted(np.tile(values, (size, 1)), axis=1)
+        classes = rng.permuted(np.tile(values, (size, 1)), axis=1)  # [size, I]
         null.append(conditional_information_bits(sums(classes, flat)))
         null_bias = np.append(null_bias, bias(classes[: max(0, _BIAS_PERMUTATIONS - len(null_bias))]))
-    table = sums(values[None], flat)[0]
+    table = sums(values[None], flat)[0]  # [G, V, E]
     plug_in = float(conditional_information_bits(table))
     pointwise = pointwise_bits(table)[:, values].swapaxes(0, 1)  # [I, G, E]
     return excess_estimate(
@@ -117,7 +119,6 @@ def class_information(
         bias_surplus=float(null_bias.mean() - bias(values[None])[0]),
         entropy=entropy_bits(np.bincount(values)),
         num_means=num_classes,
-        level=level,
     )
 
 
@@ -127,7 +128,6 @@ def position_information(
     *,
     num_permutations: int = 200,
     seed: int = 0,
-    level: float = 0.95,
 ) -> Estimate:
     """I(expert; position), against random signs of each image's deviation from the mean map.
 
@@ -136,7 +136,6 @@ def position_information(
         grid: (rows, columns), P = rows x columns.
         num_permutations: R, draws of the signs.
         seed: of the signs.
-        level: of the interval.
 
     Raises:
         UserError: there are fewer than two images, or the grid doesn't have P patches.
@@ -146,10 +145,10 @@ def position_information(
     rows, columns = grid
     if rows * columns != patches:
         raise UserError(f"A grid of {rows} x {columns} doesn't have the {patches} patches of the routing maps.")
-    flat = maps.reshape(images, -1)
-    table = maps.sum(0)
-    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
-    deviations = (flat - flat.mean(0)) * np.float32(np.sqrt(images / (images - 1)))
+    flat = maps.reshape(images, -1)  # [I, P * E]
+    table = maps.sum(0)  # [P, E]
+    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()  # [P, E] if position told nothing
+    deviations = (flat - flat.mean(0)) * np.float32(np.sqrt(images / (images - 1)))  # [I, P * E]
     rng = np.random.default_rng(seed)
     null = []
     for size in _chunks(num_permutations, max(1, _CHUNK_CELLS // max(images, flat.shape[1]))):
@@ -162,12 +161,11 @@ def position_information(
         np.concatenate(null),
         (maps * (pointwise_bits(table) - plug_in)).sum((1, 2)) / maps.sum(),
         entropy=entropy_bits(table.sum(1)),
-        level=level,
     )
 
 
 def part_information(
-    patch_counts: Floats | Ints, parts: Ints, *, num_permutations: int = 200, seed: int = 0, level: float = 0.95
+    patch_counts: Floats | Ints, parts: Ints, *, num_permutations: int = 200, seed: int = 0
 ) -> Estimate:
     """I(expert; part), against routing maps paired with the part map of another image.
 
@@ -176,14 +174,13 @@ def part_information(
         parts: [I, P] the part that each patch shows; patches with a negative part are left out.
         num_permutations: R.
         seed: of the pairing.
-        level: of the interval.
 
     Raises:
         UserError: there are fewer than two images, or no patch has a part.
     """
     maps = _checked(np.asarray(patch_counts))
     if not (np.asarray(parts) >= 0).any():
-        raise UserError("No patch has a part: give pictures with part masks, such as synthetic_pets.")
+        raise UserError("No patch has a part: give images with part masks, such as synthetic_pets.")
     images, _, experts = maps.shape
     shown = (np.asarray(parts)[..., None] == np.unique(parts[parts >= 0])).astype(np.float32)  # [I, P, V]
     flat_maps = maps.reshape(-1, experts)
@@ -198,9 +195,10 @@ def part_information(
     )
     table = table_of(shown)
     # The null's own mean is a statistic of the images: maps and parts averaged apart, position by position.
-    mean_map, mean_shown = maps.mean(0), shown.mean(0)
-    apart = np.einsum("pv,pe->ve", mean_shown, mean_map)
+    mean_map, mean_shown = maps.mean(0), shown.mean(0)  # [P, E], [P, V]
+    apart = np.einsum("pv,pe->ve", mean_shown, mean_map)  # [V, E]
     bits, bits_apart = pointwise_bits(table), pointwise_bits(apart)
+    # Influence of each image, [I].
     together = np.einsum("ipv,ve,ipe->i", shown, bits, maps, optimize=True)
     separately = np.einsum("ipv,ve,pe->i", shown, bits_apart, mean_map, optimize=True)
     separately += np.einsum("pv,ve,ipe->i", mean_shown, bits_apart, maps, optimize=True)
@@ -210,14 +208,13 @@ def part_information(
         (together - separately) / table.sum(),
         keeps_effect=True,
         entropy=entropy_bits(shown.sum((0, 1))),
-        level=level,
     )
 
 
 def _checked(patch_counts: npt.NDArray[Any]) -> Floats:
     """The routing maps as float32 [I, P, E]: sums of whole numbers stay exact up to 2 ** 24 choices per cell."""
     if patch_counts.ndim != 3 or len(patch_counts) < 2:
-        raise UserError("Statistics over images need at least two pictures with a known class: give more pictures.")
+        raise UserError("Statistics over images need at least two images with a known class: give more images.")
     return np.ascontiguousarray(patch_counts, dtype=np.float32)
 
 
@@ -230,3 +227,171 @@ def _ranks(values: Ints) -> Ints:
 def _chunks(total: int, size: int) -> Iterator[int]:
     for start in range(0, total, size):
         yield min(size, total - start)
+
+
+def choice_counts(expert_index: Ints, num_experts: int, amount: npt.NDArray[Any] | None = None) -> Floats:
+    """[I, P, E] float32: how many choices of each patch fall on each expert.
+
+    Args:
+        expert_index: [I, P, K].
+        num_experts: E.
+        amount: [I, P, K] what a choice counts: whether it was kept, or a weight; 1 if None.
+    """
+    chosen = np.asarray(expert_index)
+    counts = np.zeros((*chosen.shape[:2], num_experts), np.float32)
+    for choice in range(chosen.shape[2]):
+        hit = chosen[:, :, choice, None] == np.arange(num_experts)
+        counts += hit if amount is None else hit * np.asarray(amount[:, :, choice, None], np.float32)
+    return counts
+
+
+def mutual_information_bits(table: Floats | Ints) -> Floats:
+    """Plug-in mutual information of contingency tables [..., V, E], in bits; [...]; 0 for an empty table.
+
+    ``sum(n log n) - sum(row log row) - sum(column log column) + N log N``, over N.
+    """
+    table = np.asarray(table, dtype=np.float64)
+    total = table.sum((-2, -1))
+    bits = _n_log2_n(table).sum((-2, -1)) + _n_log2_n(total)
+    bits -= _n_log2_n(table.sum(-1)).sum(-1) + _n_log2_n(table.sum(-2)).sum(-1)
+    result: Floats = np.maximum(bits / np.where(total > 0, total, 1.0), 0.0)
+    return result
+
+
+def conditional_information_bits(tables: Floats | Ints) -> Floats:
+    """Plug-in I(experts; value | stratum) of tables [..., G, V, E], in bits; [...]."""
+    tables = np.asarray(tables, dtype=np.float64)
+    weight = tables.sum((-2, -1))
+    total = weight.sum(-1)
+    result: Floats = (mutual_information_bits(tables) * weight).sum(-1) / np.where(total > 0, total, 1.0)
+    return result
+
+
+def entropy_bits(counts: Floats | Ints) -> float:
+    """Entropy of a distribution given by counts [V], in bits."""
+    counts = np.asarray(counts, dtype=np.float64)
+    total = float(counts.sum())
+    return float((_n_log2_n(np.asarray(total)) - _n_log2_n(counts).sum()) / total) if total > 0 else 0.0
+
+
+def second_order_bias(sums: Floats, squares: Floats, images: Ints) -> Floats:
+    """Bias of the plug-in, in bits, by the second-order delta method over images; [R].
+
+    It is ``sum(variance / count) / (2 N ln 2)`` over the cells, minus the same over the sums of each expert. In sparse
+    tables it is itself biased, so only differences between labellings of the same images are used.
+
+    Args:
+        sums: [R, G, V, E] choices.
+        squares: [R, G, V, E] sums of the squares of each image's choices.
+        images: [V] images of each class.
+    """
+    if not len(sums):
+        return np.empty(0)
+    sums, count = np.asarray(sums, np.float64), images[:, None]
+    variance = np.maximum(squares - np.square(sums) / count, 0) * (count / np.maximum(1, count - 1))
+    per_cell = _ratio(variance, sums).sum((1, 2, 3))
+    per_expert = _ratio(variance.sum(2), sums.sum(2)).sum((1, 2))
+    result: Floats = (per_cell - per_expert) / (2 * math.log(2) * sums[0].sum())
+    return result
+
+
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    result: Floats = numerator / np.where(denominator > 0, denominator, 1.0)
+    return result
+
+
+def _n_log2_n(n: Floats) -> Floats:
+    result: Floats = n * np.log2(np.where(n > 0, n, 1.0))
+    return result
+
+
+def pointwise_bits(tables: Floats) -> Floats:
+    """Pointwise mutual information [..., V, E] of the cells of tables [..., V, E]; 0 in empty cells.
+
+    It is the derivative of the plug-in by a cell's count, but for the factor 1 / N and the constant -MI.
+    """
+    tables = np.asarray(tables, dtype=np.float64)
+    product = tables.sum(-1, keepdims=True) * tables.sum(-2, keepdims=True)
+    ratio = tables * tables.sum((-2, -1), keepdims=True) / np.where(product > 0, product, 1.0)
+    result: Floats = np.log2(np.where(ratio > 0, ratio, 1.0))
+    return result
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Excess mutual information of one layer, over images.
+
+    Attributes:
+        value_bits: plug-in mutual information minus the mean of its null.
+        low: lower end of the 95 % interval of the true value, in bits; may be below 0, which means "not told from 0".
+        high: upper end.
+        null_mean: mean of the plug-in under the null, in bits: what chance alone gives with this number of images.
+        null_sd: its standard deviation.
+        p_value: one-sided, ``(1 + null values at least as large) / (1 + permutations)``.
+        share_of_entropy: `value_bits` over the entropy of what the experts are asked about.
+        n_images: images that the estimate rests on.
+    """
+
+    value_bits: float
+    low: float
+    high: float
+    null_mean: float
+    null_sd: float
+    p_value: float
+    share_of_entropy: float
+    n_images: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """The fields as JSON primitives."""
+        return asdict(self)
+
+
+def excess_estimate(
+    plug_in: float,
+    null: Floats,
+    influence: Floats,
+    *,
+    entropy: float,
+    keeps_effect: bool = False,
+    bias_surplus: float = 0.0,
+    num_means: int = 1,
+) -> Estimate:
+    """The excess of a plug-in over its null, with its interval.
+
+    Args:
+        plug_in: observed plug-in information in bits.
+        null: [R] plug-in values under the null.
+        influence: [I] what each image adds to the plug-in to first order, in bits; centred here.
+        entropy: of what the experts are asked about, in bits.
+        keeps_effect: the null keeps a part of the effect, so that it has a first-order variance of its own; the
+            interval is then a normal one.
+        bias_surplus: by how many bits the null's mean overstates the bias of the plug-in.
+        num_means: how many means the images were compared with (the classes), for the degrees of freedom.
+    """
+    mean, variance = float(null.mean()), float(null.var(ddof=1))
+    excess, n = plug_in - mean, len(influence)
+    freedom = max(1, n - num_means)
+    delta_variance = float(np.square(influence - influence.mean()).sum() * n / freedom)
+    z = NormalDist().inv_cdf((1 + _LEVEL) / 2)
+    z *= 1 + (z * z + 1) / (4 * freedom)  # Student's quantile (Abramowitz and Stegun 26.7.5, first term)
+    if keeps_effect:
+        half = z * math.sqrt(max(variance, delta_variance))
+        low, high = excess - half, excess + half
+    else:
+        kappa = delta_variance / plug_in if plug_in > 0 else 0.0
+        low = score_interval(excess + min(0.0, bias_surplus), variance, kappa, z)[0]
+        high = score_interval(excess + max(0.0, bias_surplus), variance, kappa, z)[1]
+    # A difference below the rounding of the sums is no evidence.
+    p_value = (1 + int((null >= plug_in - 1e-9).sum())) / (1 + len(null))
+    share = excess / entropy if entropy > 0 else 0.0
+    return Estimate(excess, low, high, mean, math.sqrt(variance), p_value, share, n)
+
+
+def score_interval(excess: float, variance: float, kappa: float, z: float) -> tuple[float, float]:
+    """All θ with (excess - θ)² <= z² (variance + κ θ), the roots of a quadratic equation.
+
+    Where the estimate is so far below 0 that no θ fits, both ends are the θ that fits best.
+    """
+    centre = excess + z * z * kappa / 2
+    half = math.sqrt(max(0.0, z * z * (kappa * excess + z * z * kappa * kappa / 4 + variance)))
+    return centre - half, centre + half

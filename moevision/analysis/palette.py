@@ -23,7 +23,7 @@ EXPERT_COLOURS: Final = (
     "#E69F00",  # orange
     "#56B4E9",  # sky blue
     "#F0E442",  # yellow
-    "#000000",  # black, last: it is the one that dark parts of a picture can be taken for
+    "#000000",  # black, last: it is the one that dark parts of an image can be taken for
 )
 """Colour of expert 0, 1, ... in a layer of up to eight experts."""
 

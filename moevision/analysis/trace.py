@@ -1,194 +1,358 @@
-"""`collect_routing`: run a model over pictures and keep what its MoE layers decided about every patch.
+"""`RoutingTrace`: what every MoE layer of a model decided about every patch of a set of images.
 
-Axes: B images of a batch, I images, N tokens (prefix tokens first), P patches, K choices, E experts, C classes.
+Two questions can be asked of a patch and an expert. Where tokens choose they are one: the choice counts 1.
+
+- `reads`: how much of the patch does the expert compute? Expert choice: 1 where it took the patch. Soft MoE: the
+  dispatch weight, summed over the expert's slots. Within an image these add up to the same for every expert, so they
+  can say where and what an expert reads, and nothing about the class of the image.
+- `takes`: how much of the patch's output comes from the expert? Expert choice and Soft MoE: its weight there. That
+  differs between images, so questions about classes are asked of it.
+
+Axes: I images, P patches (row-major in a grid of rows x columns; class and register tokens are left out), K choices
+best first (all E experts where tokens don't choose), E experts, C classes. An expert is named by block and index, both
+counted from 0: "L4·E3".
 """
 
 from __future__ import annotations
 
-import math
-from contextlib import ExitStack
-from datetime import UTC, datetime
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
-import torch
-from torch import Tensor, nn
+import numpy.typing as npt
 
-from moevision import __version__
-from moevision.analysis.pictures import Data, PictureSet, open_pictures
-from moevision.analysis.trace_file import TensorFile
-from moevision.analysis.trace_input import (
-    Batch,
-    PictureReader,
-    as_saved_model,
-    evaluating,
-    model_title,
-    weights_sha256,
-)
-from moevision.analysis.trace_layer import LayerTrace
-from moevision.analysis.trace_record import SCHEMA, RoutingTrace, describe_trace
-from moevision.analysis.trace_sink import Array, ArrayBuffer, TensorSink, TensorSpec
+from moevision.analysis.trace_io import Array, TensorFile, TensorSpec, read_tensors
 from moevision.errors import UserError
-from moevision.layers import LabelRouter, Routing, SoftRouting, forward_routing, label_oracle, moe_layers
-from moevision.models.hub import SavedModel, best_device
+from moevision.layers.routing import Kind as RoutingKind
+from moevision.models.safe_files import parse_json
+from moevision.names import shown
 
-__all__ = ["SCHEMA", "LayerTrace", "RoutingTrace", "collect_routing"]
+LAYER_ARRAYS = ("expert_index", "kept", "combine_weight", "probs", "margin", "entropy_bits")
+_CHUNK = 64  # images that are counted or copied at once
+
+Numbers = npt.NDArray[Any]
 
 
-def collect_routing(
-    model: SavedModel | nn.Module | str | Path,
-    data: Data,
-    *,
-    batch_size: int = 64,
-    limit: int | None = None,
-    path: str | Path | None = None,
-    progress: bool = True,
-    split: str = "test",
-    seed: int = 0,
-    root: str | Path = "data",
-    run_dir: str | Path | None = None,
-    name: str | None = None,
-) -> RoutingTrace:
-    """Run a model over pictures and keep what each MoE layer decided about each patch.
+@dataclass(frozen=True)
+class LayerTrace:
+    """One MoE layer's decisions about all patches.
 
-    Runs in eval mode on the best device, as `moevision predict` does, and under whatever intervention is in force.
-    Routers by `label` are told the pictures' classes. Pictures that can't be read are left out and counted in a
-    `DataWarning`.
-
-    Args:
-        model: a run folder, its model/ folder or a timm address; a `SavedModel`; or any timm ViT with MoE layers. The
-            normalisation of a bare ViT is read from its timm configuration, and its outputs are taken to be the data's
-            classes, in order, if there are as many.
-        data: as in `open_pictures`: a dataset's name, a folder, a torch dataset of (PIL image, label), or a
-            `PictureSet`.
-        batch_size: pictures per forward pass.
-        limit: take at most so many pictures, balanced by class.
-        path: a file to stream the trace to; memory then stays bounded whatever the number of pictures, and the arrays
-            of the result are mapped from the file.
-        progress: show a progress bar where there are more than a few batches.
-        split: which part of the data: test, val, train or all.
-        seed: of the split, of drawn pictures and of `limit`.
-        root: folder in which named datasets live.
-        run_dir: a run's folder, whose splits.csv says which pictures were held out.
-        name: what the model is called in the trace; by default its folder's or its architecture's name.
-
-    Returns:
-        The trace.
-
-    Raises:
-        UserError: if there is no such model or data, the model has no MoE layer, no picture can be read, or the model
-            routes by the class and a picture has none.
-
-    Example:
-        >>> trace = collect_routing("runs/pets/model", "synthetic_pets", limit=400)
-        >>> trace.layer(1).counts().sum(0)  # choices per expert
+    Attributes:
+        layer: index of the transformer block, counted from 0.
+        expert_index: [I, P, K] int16, the chosen experts, best first (requested: before any capacity). Expert choice:
+            those that took the patch come first. Soft MoE: the largest weight first.
+        kept: [I, P, K] bool, whether the expert computes the patch: False where its capacity dropped the choice;
+            expert choice: where it did not take the patch.
+        combine_weight: [I, P, K] float32, the gate weight of each choice; a dropped one keeps its number here.
+        probs: [I, P, E] float16, the router's clean affinities (softmax of its scores). Rounding changes one by at most
+            one part in 2048 (and those below 6.1e-5 by at most 3e-8); `margin` and `entropy_bits` are not affected.
+        margin: [I, P] float32, the best minus the second-best router probability; 1 with a single expert.
+        entropy_bits: [I, P] float32, entropy of the router's probabilities, 0 to log2 E bits.
+        kind: who chooses: tokens, experts, or (Soft MoE) nobody.
+        read_weight: [I, P, K] float32, Soft MoE only: how much of the patch the slots of each expert read.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
-    saved = as_saved_model(model)
-    known = saved.class_names or None
-    pictures = open_pictures(
-        data, saved.image_size, split=split, limit=limit, seed=seed, class_names=known, root=root, run_dir=run_dir
-    )
-    settings = {"limit": limit, "seed": seed, "batch_size": batch_size}
-    about = _about(saved, pictures, name or model_title(model), settings)
-    reader = PictureReader(pictures, saved, batch_size)
-    net = saved.net.to(best_device())
-    oracles = any(isinstance(layer.router, LabelRouter) for layer in moe_layers(net))
-    if oracles and any(pictures.label(index) < 0 for index in range(len(pictures))):
-        raise UserError("The router 'label' routes by the class: give pictures whose classes are known.")
-    sink: TensorSink | None = None
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(net))
-        for batch in reader.batches(progress):
-            rows, place = _rows(net, batch)
-            if sink is None:
-                names = [pictures.picture_name(index) for index in range(len(pictures))]
-                num_outputs = rows["probabilities"].shape[1]
-                about |= place | {"prediction_names": _output_names(num_outputs, saved, pictures)}
-                specs = {key: TensorSpec(array.dtype, (len(names), *array.shape[1:])) for key, array in rows.items()}
-                metadata = describe_trace(picture_names=names, **about)
-                sink = stack.enter_context(_open_sink(path, specs, metadata))
-            sink.write(rows, batch.row)
-        reader.report()
-        assert sink is not None  # report() has refused a set without a readable picture
-        if reader.bad:
-            about["provenance"] |= {"unreadable": len(reader.bad)}
-            sink.shrink(len(reader.names), describe_trace(picture_names=reader.names, **about))
-    return RoutingTrace.from_arrays(*sink.result())
+
+    layer: int
+    expert_index: npt.NDArray[np.int16]
+    kept: npt.NDArray[np.bool_]
+    combine_weight: npt.NDArray[np.float32]
+    probs: npt.NDArray[np.float16]
+    margin: npt.NDArray[np.float32]
+    entropy_bits: npt.NDArray[np.float32]
+    kind: RoutingKind = "token_choice"
+    read_weight: npt.NDArray[np.float32] | None = None
+
+    @property
+    def name(self) -> str:
+        """The layer as it is shown, such as "L4"."""
+        return f"L{self.layer}"
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.probs.shape[-1])
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return int(self.expert_index.shape[-1])
+
+    @property
+    def experts_per_patch(self) -> float:
+        """How many experts compute a patch, on average."""
+        return float(np.asarray(self.kept).sum() / max(1, np.asarray(self.margin).size))
+
+    @property
+    def reads(self) -> Numbers:
+        """[I, P, K] how much of the patch each of `expert_index` reads, see above."""
+        return self._reads(slice(None))
+
+    @property
+    def takes(self) -> Numbers:
+        """[I, P, K] how much the patch takes from each of `expert_index`, see above."""
+        return self._takes(slice(None))
+
+    @property
+    def wanted(self) -> Numbers | None:
+        """[I, P, K] what each of `expert_index` counts where the router's wish is asked for: 1 (None) or `reads`."""
+        return None if self.kind == "token_choice" else self.reads
+
+    def arrays(self) -> dict[str, Numbers]:
+        """Its arrays by name."""
+        found = {name: getattr(self, name) for name in LAYER_ARRAYS}
+        return found if self.read_weight is None else {**found, "read_weight": self.read_weight}
+
+    def first_choice(self) -> npt.NDArray[np.int16]:
+        """[I, P]: the expert that each patch wants most, kept or not.
+
+        Expert choice: of those that took the patch the one with the largest weight; -1 where none did.
+        """
+        first = self.expert_index[:, :, 0]
+        if self.kind != "expert_choice":
+            return first
+        taken: npt.NDArray[np.int16] = np.where(self.kept[:, :, 0], first, np.int16(-1))
+        return taken
+
+    def select(self, images: slice | npt.NDArray[np.int64]) -> LayerTrace:
+        """The same of some images."""
+        return LayerTrace(self.layer, kind=self.kind, **{name: array[images] for name, array in self.arrays().items()})
+
+    def counts(self) -> Numbers:
+        """[I, E]: the load, int64: how many choices of each image every expert computes.
+
+        Soft MoE, where every expert computes as many slots: float64, the sum of the weights that patches take.
+        """
+        return self._sums(self._takes if self.kind == "soft" else self._reads)
+
+    def image_takes(self) -> Numbers:
+        """[I, E]: what each image takes from every expert; what questions about classes are asked of."""
+        return self._sums(self._takes)
+
+    def patch_counts(self) -> Numbers:
+        """[P, E]: how much every expert reads at each place of the grid (a choice counts 1), over all images."""
+        places = np.arange(self.expert_index.shape[1])[:, None]
+        parts = chunks(len(self.expert_index))
+        empty = self._tally(slice(0), places, self._reads(slice(0)))
+        total: Numbers = sum((self._tally(part, places, self._reads(part)) for part in parts), start=empty)
+        return total
+
+    def kept_per_patch(self) -> npt.NDArray[np.int64]:
+        """[K + 1]: how many patches are computed by 0, 1, ... K experts."""
+        counts: npt.NDArray[np.int64] = np.bincount(np.asarray(self.kept).sum(-1).ravel(), minlength=self.top_k + 1)
+        return counts
+
+    def _reads(self, part: slice) -> Numbers:
+        return self.kept[part] if self.read_weight is None else self.read_weight[part] * self.kept[part]
+
+    def _takes(self, part: slice) -> Numbers:
+        return self.kept[part] if self.kind == "token_choice" else self.combine_weight[part] * self.kept[part]
+
+    def _sums(self, amount: Callable[[slice], Numbers]) -> Numbers:
+        """[I, E] amounts [I, P, K] by image and expert."""
+        rows = [
+            self._tally(part, np.arange(part.stop - part.start)[:, None, None], amount(part))
+            for part in chunks(len(self.expert_index))
+        ]
+        return np.concatenate([self._tally(slice(0), np.zeros((0, 1, 1), int), amount(slice(0))), *rows])
+
+    def _tally(self, part: slice, rows: npt.NDArray[np.int64], amount: Numbers) -> Numbers:
+        """Amounts [images, P, K] of some images by row and expert; `rows` broadcasts to the same."""
+        cells = rows * self.num_experts + self.expert_index[part]
+        length = rows.size * self.num_experts
+        if amount.dtype == bool:
+            return np.bincount(cells[amount], minlength=length).reshape(rows.size, self.num_experts)
+        sums = np.bincount(cells.ravel(), weights=amount.ravel().astype(np.float64), minlength=length)
+        return sums.reshape(rows.size, self.num_experts)
 
 
-def _about(saved: SavedModel, pictures: PictureSet, title: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What is known about a trace before the model runs."""
-    versions = {"moevision": __version__, "torch": torch.__version__, "timm": timm.__version__, "numpy": np.__version__}
-    provenance = {
-        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": best_device().type,
-        "versions": versions,
-        "settings": settings,
-        "weights_sha256": weights_sha256(saved.net),
-        "unreadable": 0,
+def chunks(images: int) -> Iterator[slice]:
+    """Slices that cover all images, a few at a time: arrays that are mapped from a file aren't read whole."""
+    for start in range(0, images, _CHUNK):
+        yield slice(start, min(start + _CHUNK, images))
+
+
+SCHEMA = "moevision.trace/1"
+"""Version of the file; a change that an older reader would misread raises the number."""
+
+IMAGE_ARRAYS = ("labels", "predictions", "probabilities")
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """What a model decided about a set of images: one `LayerTrace` per MoE layer, labels and predictions.
+
+    Attributes:
+        layers: in order of depth.
+        labels: [I] int64, indices into `class_names`; -1 where the class isn't known.
+        predictions: [I] int64, indices into `prediction_names`; -1 for a model without a head.
+        probabilities: [I, C] float32, softmax of the model's output.
+        picture_names: [I] stable names: paths relative to the data, never absolute ones.
+        class_names: names of the labels. Where the model knows all classes of the data they are the model's.
+        grid: (rows, columns) of the patches.
+        model: what the model is.
+        data: what the images are.
+        provenance: JSON primitives: versions, date, hash of the weights, how many images could not be read ...
+        prediction_names: [C] names of the model's outputs; `class_names` if left out.
+    """
+
+    layers: tuple[LayerTrace, ...]
+    labels: npt.NDArray[np.int64]
+    predictions: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float32]
+    picture_names: tuple[str, ...]
+    class_names: tuple[str, ...]
+    grid: tuple[int, int]
+    model: str
+    data: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+    prediction_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Arrays that don't belong together are refused here, not somewhere in a statistic."""
+        if self.prediction_names is None:
+            object.__setattr__(self, "prediction_names", self.class_names)
+        images, patches = len(self.picture_names), self.grid[0] * self.grid[1]
+        lengths = {len(array) for array in (self.labels, self.predictions, self.probabilities)}
+        shapes = {array.shape[:2] for layer in self.layers for array in layer.arrays().values()}
+        if not self.layers or lengths != {images} or shapes != {(images, patches)}:
+            raise UserError(
+                f"This trace's arrays are not all about {images} images of {patches} patches: collect it again."
+            )
+
+    def __len__(self) -> int:
+        """I, the number of images."""
+        return len(self.picture_names)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the labelled images that are classified correctly; None where labels and outputs differ in name.
+
+        None also stands where no image has a label.
+        """
+        known = self.labels >= 0
+        if self.prediction_names != self.class_names or not known.any():
+            return None
+        return float((self.predictions == self.labels)[known].mean())
+
+    def layer(self, block_index: int) -> LayerTrace:
+        """The MoE layer in the block of that index.
+
+        Raises:
+            UserError: if that block has no MoE layer.
+        """
+        for layer in self.layers:
+            if layer.layer == block_index:
+                return layer
+        names = ", ".join(str(layer.layer) for layer in self.layers)
+        raise UserError(f"Block {block_index} has no MoE layer: choose one of {names}.")
+
+    def select(self, images: Sequence[int] | npt.NDArray[Any] | slice) -> RoutingTrace:
+        """The trace of some images: by index, by a mask [I] of bools, or by a slice."""
+        # An empty list would become an array of floats.
+        wanted = images if isinstance(images, slice) or len(images) else np.zeros(0, np.int64)
+        chosen = wanted if isinstance(wanted, slice) else np.arange(len(self))[np.asarray(wanted)]
+        return replace(
+            self,
+            layers=tuple(layer.select(chosen) for layer in self.layers),
+            **{name: getattr(self, name)[chosen] for name in IMAGE_ARRAYS},
+            picture_names=tuple(self.picture_names[index] for index in np.arange(len(self))[chosen]),
+        )
+
+    def arrays(self) -> dict[str, Array]:
+        """All arrays under their names in the file, such as "L4.probs" and "labels"."""
+        arrays: dict[str, Array] = {name: getattr(self, name) for name in IMAGE_ARRAYS}
+        for layer in self.layers:
+            arrays |= {f"{layer.name}.{name}": array for name, array in layer.arrays().items()}
+        return arrays
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says beside the arrays."""
+        fields = ("picture_names", "class_names", "prediction_names", "grid", "model", "data", "provenance")
+        layers, kinds = [layer.layer for layer in self.layers], [layer.kind for layer in self.layers]
+        return describe_trace(layers=layers, kinds=kinds, **{name: getattr(self, name) for name in fields})
+
+    def save(self, path: str | Path) -> None:
+        """Write the trace to one safetensors file, whole or not at all.
+
+        Raises:
+            UserError: if the file can't be written.
+        """
+        arrays = self.arrays()
+        specs = {name: TensorSpec(array.dtype, array.shape) for name, array in arrays.items()}
+        with TensorFile(path, specs, self.metadata()) as file:
+            for part in chunks(len(self)):
+                file.write({name: array[part] for name, array in arrays.items()}, part.start)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RoutingTrace:
+        """Open a trace; its arrays are mapped from the file (read-only) and not read before they are used.
+
+        Raises:
+            UserError: if there is no such file, it is damaged, or another version wrote it.
+        """
+        arrays, metadata = read_tensors(path)
+        schema = metadata.get("schema")
+        if schema != SCHEMA:
+            what = f"has the schema {schema!r}" if schema else "is no routing trace"
+            raise UserError(f"{path} {what}, and this version reads {SCHEMA}: collect the trace again.")
+        try:
+            return cls.from_arrays(arrays, metadata)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"The trace {path} is damaged ({error}): collect it again.") from error
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> RoutingTrace:
+        """Put a trace together from `arrays()` and `metadata()`."""
+        words = {name: parse_json(value.encode(), name) for name, value in metadata.items() if name != "schema"}
+        indices = words.pop("layers")
+        kinds = words.pop("kinds", ["token_choice"] * len(indices))
+        layers = tuple(
+            LayerTrace(
+                index,
+                kind=kind,
+                read_weight=arrays[f"L{index}.read_weight"] if kind == "soft" else None,
+                **{name: arrays[f"L{index}.{name}"] for name in LAYER_ARRAYS},
+            )
+            for index, kind in zip(indices, kinds, strict=True)
+        )
+        images: dict[str, Any] = {name: arrays[name] for name in IMAGE_ARRAYS}
+        tuples: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in words.items()
+        }
+        for name in {"class_names", "prediction_names"} & tuples.keys():  # an older trace has folder names as they are
+            tuples[name] = tuple(map(shown, tuples[name]))
+        return cls(layers=layers, **images, **tuples)
+
+
+def describe_trace(
+    *,
+    layers: Sequence[int],
+    kinds: Sequence[RoutingKind],
+    picture_names: Sequence[str],
+    class_names: Sequence[str],
+    prediction_names: Sequence[str],
+    grid: tuple[int, int],
+    model: str,
+    data: str,
+    provenance: Mapping[str, Any],
+) -> dict[str, str]:
+    """The metadata of a trace's file: its schema, and the arguments (as in `RoutingTrace`) in JSON.
+
+    `kinds` is written only where tokens don't choose in some layer: other traces stay as earlier versions wrote them.
+    """
+    words: dict[str, Any] = {
+        "layers": layers,
+        "picture_names": picture_names,
+        "class_names": class_names,
+        "prediction_names": prediction_names,
+        "grid": grid,
+        "model": model,
+        "data": data,
+        "provenance": provenance,
     }
-    return {"class_names": pictures.class_names, "model": title, "data": pictures.name, "provenance": provenance}
-
-
-@torch.inference_mode()
-def _rows(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any]]:
-    """One batch's rows of all arrays, and where they come from: layers and grid."""
-    dtype = next(net.parameters()).dtype
-    with label_oracle(net, batch.labels):
-        output, routings = forward_routing(net, batch.images.to(best_device(), dtype))
-    if not routings:
-        raise UserError("This model has no MoE layers: give a model that was converted by moevision.convert_to_moe.")
-    grids = {routing.grid for routing in routings}
-    (grid,) = grids if len(grids) == 1 else (None,)
-    if grid is None:
-        raise UserError("This model's tokens are no single grid of patches: give a plain ViT, without patch dropping.")
-    has_head = getattr(net, "num_classes", None) != 0
-    probabilities = output.float().softmax(-1) if has_head else output.float()[:, :0]
-    rows: dict[str, Array] = {
-        "labels": batch.labels.numpy(),
-        "predictions": _numpy(probabilities.argmax(-1) if has_head else torch.full_like(batch.labels, -1)),
-        "probabilities": _numpy(probabilities),
-    }
-    layers = [place if routing.layer is None else routing.layer for place, routing in enumerate(routings)]
-    for layer, routing in zip(layers, routings, strict=True):
-        rows |= {f"L{layer}.{key}": array for key, array in _layer_rows(routing).items()}
-    return rows, {"layers": layers, "kinds": [routing.kind for routing in routings], "grid": grid}
-
-
-def _layer_rows(routing: Routing) -> dict[str, Array]:
-    """One layer's decision about a batch's patches, as `LayerTrace` holds it."""
-    patches = slice(routing.num_prefix_tokens, None)
-    probs = routing.probs[:, patches].float()
-    best = probs.topk(min(2, routing.num_experts), dim=-1).values
-    rows: dict[str, Array] = {}
-    if isinstance(routing, SoftRouting):
-        reads = routing.dispatch_weight.sum(-1).gather(-1, routing.expert_index)
-        rows["read_weight"] = _numpy(reads[:, patches].float())
-    return rows | {
-        "expert_index": _numpy(routing.expert_index[:, patches].to(torch.int16)),
-        "kept": _numpy(routing.kept[:, patches]),
-        "combine_weight": _numpy(routing.combine_weight[:, patches].float()),
-        "probs": _numpy(probs.half()),
-        "margin": _numpy(best[..., 0] - best[..., 1] if best.shape[-1] > 1 else best[..., 0]),
-        "entropy_bits": _numpy(torch.special.entr(probs).sum(-1) / math.log(2)),
-    }
-
-
-def _numpy(tensor: Tensor) -> Array:
-    return tensor.cpu().numpy()
-
-
-def _output_names(num_outputs: int, saved: SavedModel, pictures: PictureSet) -> tuple[str, ...]:
-    """Names of the model's outputs: its own, or the data's if there are as many, or numbers."""
-    for names in (saved.class_names, pictures.class_names):
-        if len(names) == num_outputs:
-            return tuple(names)
-    return tuple(f"class {index}" for index in range(num_outputs))
-
-
-def _open_sink(path: str | Path | None, specs: dict[str, TensorSpec], metadata: dict[str, str]) -> TensorSink:
-    return ArrayBuffer(specs, metadata) if path is None else TensorFile(path, specs, metadata)
+    if set(kinds) != {"token_choice"}:
+        words["kinds"] = kinds
+    return {"schema": SCHEMA, **{name: json.dumps(value) for name, value in words.items()}}

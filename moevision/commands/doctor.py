@@ -1,75 +1,133 @@
-"""`moevision doctor`: what this machine has, what limits it now, and what to change."""
+"""`moevision doctor`: what limits this machine, and what to change.
+
+`look` collects facts, `findings` judges them, so that every rule can be shown a machine that breaks it.
+
+Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (cpu.max, memory.max; a limit of any ancestor holds), cgroup-v1
+(cpu.cfs_quota_us, memory.limit_in_bytes), proc(5) (/proc/stat, /proc/meminfo).
+"""
 
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from dataclasses import asdict
+import math
+import os
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
+from moevision.train.provenance import LIBRARIES, cpu_model, total_memory_bytes
+from moevision.train.recipe import default_precision
+from moevision.versions import package_version
 
-if TYPE_CHECKING:
-    from moevision.commands.doctor_findings import Finding
-    from moevision.commands.doctor_machine import Choices, Machine, Measured
-
-DESCRIPTION = """\
-Look at this machine before you train on it: processor, memory, GPUs and libraries, what this process may use of them,
-how fast they really multiply matrices, and which backend and precision moevision would take.
-
-Then say what limits it right now - too few or too many threads, other programs, a torch without CUDA beside an NVIDIA
-card, little memory, a tiny /dev/shm, no compiler, no energy counter - and what to change. Findings are no errors: the
-exit code is 0.
-
-The peaks are those that `python -m benchmarks` measures utilisation (MFU) against; they take about three seconds.
-"""
-
-EXAMPLES = """\
-examples
-  moevision doctor
-  moevision doctor --no-measure                  facts and findings alone
-  moevision doctor --json doctor.json            the same as a file, to attach to a bug report
-"""
+ROOT = Path("/")
+BUSY_SHARE = 0.1  # of the usable cores in the hands of others: beyond it timings can't be compared
+MEMORY_BYTES = 2 * 2**30  # a step of the micro model at batch 128 took 1.3 GiB with Lightning loaded
+DISK_BYTES = 2 * 2**30
+SHM_BYTES = 512 * 2**20  # Docker gives 64 MiB; four workers with two prepared batches of 64 x 224 px want about 300
+_V1_UNLIMITED = 2**60  # cgroup v1 says "no limit" with almost 2**63
 
 
-def main(arguments: list[str]) -> None:
-    """Run with command-line arguments."""
-    parser = ArgumentParser(
-        prog="moevision doctor", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to a file, too")
-    parser.add_argument("--no-measure", action="store_true", help="don't measure how fast it multiplies and copies")
-    chosen = parser.parse_args(arguments)
-    from moevision.commands.doctor_findings import findings  # torch: not for --help
-    from moevision.commands.doctor_machine import as_record, choose, look, measure
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator; what the system shares with it, as Apple's does, is None."""
 
+    name: str
+    capability: str | None  # such as "9.0"; None if it isn't CUDA
+    memory_bytes: int | None
+    free_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process can use; None where the system doesn't say or sets no limit."""
+
+    cpu: str
+    cores: int  # logical
+    usable_cores: int  # that this process may run on
+    quota_cores: float | None  # cores' worth of time that the control group grants
+    threads: int  # of torch
+    omp_num_threads: str | None  # the environment variable
+    others_busy_cores: float | None  # cores' worth of other programs, right now
+    memory_bytes: int | None
+    memory_limit_bytes: int | None  # the control group's
+    memory_available_bytes: int | None
+    shm_bytes: int | None  # size of /dev/shm, through which data workers hand over batches
+    disk_free_bytes: int  # in the current folder
+    gpus: list[Gpu]  # that torch can use
+    nvidia_card: bool  # whether the system has one, for torch or not
+    torch: dict[str, str | None]  # version, and the CUDA or ROCm that it was built for
+    libraries: dict[str, str | None]
+    compiler: str | None  # C++, for torch.compile on a CPU
+    device: str  # where moevision trains here
+    precision: str  # and in which, if nobody says otherwise
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that limits, and what to do about it."""
+
+    what: str
+    advice: str
+
+
+def run(chosen: Namespace) -> None:
+    """Print facts and findings, and write them to a file if asked.
+
+    Raises:
+        UserError: if the file can't be written.
+    """
     # Status lines go to standard error, so that standard output stays JSON.
-    with Console(stderr=True).status("looking around") as status:
-        machine, choices = look(), choose()
-        measured = None if chosen.no_measure else measure(choices.device, status.update)
-    found = findings(machine, choices, measured)
-    record = {**as_record(machine, choices, measured), "findings": [asdict(finding) for finding in found]}
+    with Console(stderr=True).status("looking around"):
+        machine = look()
+    found = findings(machine)
+    record = {"machine": asdict(machine), "findings": [asdict(finding) for finding in found]}
     if chosen.json is not None:
-        _write(chosen.json, record)
+        try:
+            write_json_atomic(chosen.json, record)
+        except OSError as error:
+            raise UserError(f"{chosen.json} can't be written ({error.strerror}): give --json another name.") from error
     if chosen.format == "json":
         print(json.dumps(record, indent=2))
     else:
-        print_report(Console(highlight=False), machine, choices, measured, found)
+        print_report(Console(highlight=False), machine, found)
 
 
-def print_report(
-    console: Console, machine: Machine, choices: Choices, measured: Measured | None, found: list[Finding]
-) -> None:
-    """Facts, measured rates, choices, then the findings."""
+def print_report(console: Console, machine: Machine, found: list[Finding]) -> None:
+    """The facts, then the findings."""
+    cores = f"{machine.cores} logical, {machine.usable_cores} usable, {machine.threads} threads of torch"
+    if machine.quota_cores is not None:
+        cores += f", control group's limit {machine.quota_cores:g}"
+    sizes = {
+        "": machine.memory_bytes,
+        "control group's limit ": machine.memory_limit_bytes,
+        "free ": machine.memory_available_bytes,
+        "/dev/shm ": machine.shm_bytes,
+        "disk free ": machine.disk_free_bytes,
+    }
+    built = machine.torch
+    built_for = f"CUDA {built['cuda']}" if built["cuda"] else f"ROCm {built['hip']}" if built["hip"] else "no GPU"
+    gpus = []
+    for gpu in machine.gpus:
+        memory = [f"{gib(size)}{word}" for size, word in ((gpu.memory_bytes, ""), (gpu.free_bytes, " free")) if size]
+        gpus.append(", ".join([gpu.name, *memory]))
     table = Table.grid(padding=(0, 2))
-    for name, value in (*facts(machine), *rates(measured), *_choices(choices)):
-        table.add_row(name, value)
+    table.add_row("CPU", machine.cpu)
+    table.add_row("cores", cores)
+    table.add_row("memory", ", ".join(f"{name}{gib(size)}" for name, size in sizes.items() if size is not None))
+    table.add_row("GPU", "\n".join(gpus) or "none that torch can use")
+    table.add_row("torch", f"{built['version']}, built for {built_for}")
+    table.add_row("libraries", ", ".join(f"{name} {number}" for name, number in machine.libraries.items() if number))
+    table.add_row("compiler", machine.compiler or "none")
+    table.add_row("trains on", f"{machine.device}, precision {machine.precision}, unless you say otherwise")
     console.print(table)
     if not found:
         console.print("\nNothing limits this machine that this command knows of.")
@@ -79,74 +137,227 @@ def print_report(
         console.print(f"{number:2}. {finding.what}\n    -> {finding.advice}", markup=False, soft_wrap=True)
 
 
-def facts(machine: Machine) -> list[tuple[str, str]]:
-    """What the machine has, as rows of a table."""
-    from moevision.commands.doctor_findings import gib, usable
+# ---- rules
 
-    cores = [f"{machine.logical_cores} logical", f"{usable(machine)} usable", f"{machine.threads} threads of torch"]
-    if machine.physical_cores is not None:
-        cores.insert(0, f"{machine.physical_cores} physical")
-    if machine.quota_cores is not None:
-        cores.append(f"control group's limit {machine.quota_cores:g}")
-    sizes = (
-        ("", machine.memory_bytes),
-        ("control group's limit ", machine.memory_limit_bytes),
-        ("free ", machine.memory_available_bytes),
-        ("/dev/shm ", machine.shm_bytes),
-        ("disk free ", machine.disk_free_bytes),
+
+def findings(machine: Machine) -> list[Finding]:
+    """All rules that apply, the costliest first: the wrong device, then cores, memory, tools."""
+    rules = (_gpu, _threads, _company, _memory, _tools)
+    return [Finding(what, advice) for rule in rules for what, advice in rule(machine)]
+
+
+def _gpu(machine: Machine) -> Iterator[tuple[str, str]]:
+    cuda_cards = [gpu for gpu in machine.gpus if gpu.capability is not None]
+    version, cuda = machine.torch["version"], machine.torch["cuda"]
+    if machine.nvidia_card and not cuda_cards and cuda is None:
+        yield (
+            f"There is an NVIDIA card, but torch {version} was built without CUDA.",
+            "Install a torch for CUDA: https://pytorch.org/get-started/locally/",
+        )
+    elif machine.nvidia_card and not cuda_cards:
+        yield (
+            f"There is an NVIDIA card, but torch {version} (CUDA {cuda}) can't use it.",
+            "Check that CUDA_VISIBLE_DEVICES doesn't hide it and that `nvidia-smi` shows a driver for at least that "
+            "CUDA version.",
+        )
+    for gpu in cuda_cards:
+        if gpu.memory_bytes and gpu.free_bytes is not None and gpu.free_bytes < 0.8 * gpu.memory_bytes:
+            yield (
+                f"Of the {gib(gpu.memory_bytes)} of {gpu.name} only {gib(gpu.free_bytes)} are free.",
+                "See with `nvidia-smi` what else runs there, and end it or take another card with "
+                "CUDA_VISIBLE_DEVICES.",
+            )
+
+
+def _threads(machine: Machine) -> Iterator[tuple[str, str]]:
+    """Threads against the whole cores that they can have at once: allowed ones, within the control group's time."""
+    quota = machine.usable_cores if machine.quota_cores is None else math.ceil(machine.quota_cores)
+    cores = max(1, min(machine.usable_cores, quota))
+    if machine.threads < cores and machine.device == "cpu":
+        given = machine.omp_num_threads
+        yield (
+            f"torch uses {machine.threads} of {cores} usable cores"
+            + ("." if given is None else f" because OMP_NUM_THREADS is {given}."),
+            ("Unset OMP_NUM_THREADS" if given is not None else f"Set OMP_NUM_THREADS={cores}")
+            + ", unless several trainings share this machine.",
+        )
+    if machine.threads > cores:
+        why = f"this process may use {machine.usable_cores} of {machine.cores} cores"
+        if machine.quota_cores is not None and machine.quota_cores < machine.usable_cores:
+            why = f"its control group grants {machine.quota_cores:g} cores' worth of time"
+        yield (
+            f"torch uses {machine.threads} threads, but {why}; threads that wait for each other are slower than few.",
+            f"Set OMP_NUM_THREADS={cores}.",
+        )
+
+
+def _company(machine: Machine) -> Iterator[tuple[str, str]]:
+    busy = machine.others_busy_cores
+    if busy is not None and busy > BUSY_SHARE * machine.usable_cores:
+        yield (
+            f"Other programs keep {busy:.1f} of {machine.usable_cores} cores busy right now.",
+            "End them or wait: what is measured meanwhile is too slow and can't be compared.",
+        )
+
+
+def _memory(machine: Machine) -> Iterator[tuple[str, str]]:
+    free, limit = machine.memory_available_bytes, machine.memory_limit_bytes
+    if free is not None and free < MEMORY_BYTES:
+        granted = "" if limit is None else f" (the control group grants {gib(limit)})"
+        yield (
+            f"{gib(free)} of memory are free{granted}.",
+            "End other programs, or train with a smaller --data.batch_size and --trainer.accumulate_grad_batches.",
+        )
+    if machine.shm_bytes is not None and machine.shm_bytes < SHM_BYTES:
+        yield (
+            f"/dev/shm holds {gib(machine.shm_bytes)}; data workers hand batches over through it and die when it is "
+            "full.",
+            "Start the container with --shm-size=2g, or keep --data.num_workers 0.",
+        )
+    if machine.disk_free_bytes < DISK_BYTES:
+        yield (
+            f"The disk of this folder has {gib(machine.disk_free_bytes)} left; a run keeps several checkpoints.",
+            "Make room, or write elsewhere with --runs_root.",
+        )
+
+
+def _tools(machine: Machine) -> Iterator[tuple[str, str]]:
+    if machine.compiler is None and machine.device == "cpu":
+        yield (
+            "There is no C++ compiler, so torch.compile doesn't work on this CPU.",
+            "Install one, such as the package g++; nothing else needs it.",
+        )
+
+
+def gib(size_bytes: int) -> str:
+    """A size in GiB, or MiB below one."""
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
+
+
+# ---- facts
+
+
+def look(root: Path = ROOT) -> Machine:
+    """Collect the facts; half a second, in which the load of other programs is observed."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    compilers = (os.environ.get("CXX") or "g++", "g++", "clang++", "cl")  # in the order in which Inductor looks for one
+    return Machine(
+        cpu=cpu_model(),
+        cores=os.cpu_count() or 1,
+        usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        quota_cores=cpu_quota(root),
+        threads=torch.get_num_threads(),
+        omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
+        others_busy_cores=busy_cores(root),
+        memory_bytes=total_memory_bytes(),
+        memory_limit_bytes=memory_limit_bytes(root),
+        memory_available_bytes=memory_available_bytes(root),
+        shm_bytes=shutil.disk_usage(root / "dev/shm").total if (root / "dev/shm").is_dir() else None,
+        disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
+        gpus=_gpus(cards),
+        nvidia_card=shutil.which("nvidia-smi") is not None or (root / "proc/driver/nvidia/version").exists(),
+        torch={"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
+        libraries={name: package_version(name) for name in ("moevision", *LIBRARIES)},
+        compiler=next((path for name in compilers if (path := shutil.which(name))), None),
+        device="cuda" if cards else "mps" if torch.backends.mps.is_available() else "cpu",
+        precision=default_precision(),
     )
-    torch = machine.torch
-    built_for = f"CUDA {torch['cuda']}" if torch["cuda"] else f"ROCm {torch['hip']}" if torch["hip"] else "no GPU"
-    versions = [f"{name} {version}" for name, version in machine.libraries.items() if name != "torch" and version]
-    return [
-        ("CPU", f"{machine.cpu} ({', '.join(machine.cpu_flags) or 'instructions unknown'})"),
-        ("cores", ", ".join(cores)),
-        ("memory", ", ".join(f"{name}{gib(size)}" for name, size in sizes if size is not None)),
-        *(("GPU", _gpu(gpu)) for gpu in machine.gpus),
-        *([] if machine.gpus else [("GPU", "none that torch can use")]),
-        ("torch", f"{torch['version']}, built for {built_for}"),
-        ("libraries", ", ".join(versions)),
-        ("compiler", machine.compiler or "none"),
-        *(
-            ("energy", f"{device}: {counter.get('domain', 'not measured')}")
-            for device, counter in machine.energy.items()
-        ),
-    ]
 
 
-def rates(measured: Measured | None) -> list[tuple[str, str]]:
-    """What was measured, as rows of a table."""
-    if measured is None:
-        return [("matmul peak", "not measured")]
-    rows = [
-        (f"matmul peak {precision}", f"{_rate(peak.flops_per_s)} ({measured.device}, {peak.size} x {peak.size})")
-        for precision, peak in measured.peaks.items()
-    ]
-    return [*rows, ("memory copy", f"{measured.copy_bytes_per_s / 1e9:.1f} GB/s read and written")]
+def _gpus(cards: int) -> list[Gpu]:
+    found = []
+    for index in range(cards):
+        card = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Gpu(card.name, f"{card.major}.{card.minor}", total, free))
+    return [*found, Gpu("Apple MPS", None, None, None)] if torch.backends.mps.is_available() else found
 
 
-def _choices(choices: Choices) -> list[tuple[str, str]]:
-    text = f"{choices.device}, precision {choices.precision}, experts by backend {choices.backend}"
-    return [("moevision takes", text)]
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """Cores' worth of time that the control group grants; None without a limit."""
+    quotas = []
+    for folder in _groups(root, "cpu"):
+        words = _words(folder / "cpu.max") or [
+            *_words(folder / "cpu.cfs_quota_us"),
+            *_words(folder / "cpu.cfs_period_us"),
+        ]
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
 
 
-def _gpu(gpu: Any) -> str:
-    from moevision.commands.doctor_findings import gib
-
-    parts = [gpu.name]
-    if gpu.capability is not None:
-        parts.append(f"compute capability {gpu.capability}")
-    if gpu.memory_bytes is not None:
-        parts.append(f"{gib(gpu.memory_bytes)}, {gib(gpu.free_bytes)} free")
-    return ", ".join(parts)
+def memory_limit_bytes(root: Path = ROOT) -> int | None:
+    """Memory that the control group grants; None without a limit."""
+    return min((limit for limit, _ in _memory_limits(root)), default=None)
 
 
-def _rate(flops_per_s: float) -> str:
-    return f"{flops_per_s / 1e12:.1f} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.0f} GFLOP/s"
+def memory_available_bytes(root: Path = ROOT) -> int | None:
+    """Memory that new programs can have without swapping, within the control group's limit.
+
+    What the group's page cache holds counts as used, though the kernel would give it up.
+    """
+    meminfo = _words(root / "proc/meminfo")
+    free = [int(meminfo[meminfo.index("MemAvailable:") + 1]) * 1024] if "MemAvailable:" in meminfo else []
+    left = [max(0, limit - used) for limit, used in _memory_limits(root) if used is not None]
+    return min([*free, *left], default=None)
 
 
-def _write(file: Path, record: dict[str, Any]) -> None:
+def _memory_limits(root: Path) -> Iterator[tuple[int, int | None]]:
+    """Limit and use, in bytes, of this process's control group and its ancestors, as far as they have a limit."""
+    for folder in _groups(root, "memory"):
+        limit = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
+        used = _words(folder / "memory.current") or _words(folder / "memory.usage_in_bytes")
+        if limit and limit[0] != "max" and int(limit[0]) < _V1_UNLIMITED:
+            yield int(limit[0]), int(used[0]) if used else None
+
+
+def busy_cores(root: Path = ROOT, *, seconds: float = 0.5, sleep: Callable[[float], None] = time.sleep) -> float | None:
+    """Cores that others keep busy, of those that this process may use, while it sleeps; a container sees all."""
+    before = _ticks(root)
+    sleep(seconds)
+    after = _ticks(root)
+    if not before or before.keys() != after.keys():
+        return None
+    busy = 0.0
+    for core, start in before.items():
+        # user nice system idle iowait irq softirq steal; guest times are in user and nice already.
+        spent = [end - begin for begin, end in zip(start, after[core], strict=True)][:8]
+        busy += (sum(spent) - spent[3] - spent[4] - spent[7]) / (sum(spent) or 1)
+    return busy
+
+
+def _ticks(root: Path) -> dict[int, list[int]]:
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    ticks = {}
+    for line in _text(root / "proc/stat").splitlines():
+        name, *numbers = line.split() or [""]
+        number = name.removeprefix("cpu")
+        if name.startswith("cpu") and number.isdecimal() and (allowed is None or int(number) in allowed):
+            ticks[int(number)] = [int(word) for word in numbers]
+    return ticks
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's control group and its ancestors, version 2 or 1."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            top = root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / controller
+        else:
+            continue
+        # Inside a container the path may be one of the host's, which isn't mounted: then the top is the group.
+        folder = top / path.strip("/")
+        yield from (place for place in (folder, *folder.parents) if place.is_relative_to(top) and place.is_dir())
+
+
+def _words(file: Path) -> list[str]:
+    return _text(file).split()
+
+
+def _text(file: Path) -> str:
     try:
-        write_json_atomic(file, record)
-    except OSError as error:
-        raise UserError(f"{file} can't be written ({error.strerror}): give --json another name.") from error
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system, or a kernel without it: the question has no answer here
+        return ""

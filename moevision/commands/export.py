@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,29 +17,9 @@ from torch import Tensor, nn
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.layers import Backend, ExpertChoiceRouter, SoftRouter, moe_layers
-from moevision.models.export import ExportReport, export_onnx, export_torch
-from moevision.models.export_format import SUFFIX, Format, Runner, load_exported
-from moevision.models.hub import SavedModel, load_model
+from moevision.models.export import SUFFIX, ExportReport, Format, Runner, export_onnx, export_torch, load_exported
+from moevision.models.io import SavedModel, load_model
 from moevision.names import shown
-
-DESCRIPTION = """\
-Write a model as one file that runs without moevision: ONNX (for onnxruntime and many others), or a torch.export
-program (needs torch only). Any batch size, float32; class names and the preparation of a picture travel in the file.
-The file is run on seeded pictures and compared with the model: if a logit differs by more than 1e-4, no file is left.
-
-An exported file computes ALL experts for every token, the chosen and the others alike, and mixes them with the same
-weights: it answers as the model does, but has lost its saving. What that costs is measured and printed.
-"""
-
-EXAMPLES = """\
-examples
-  moevision export runs/pets --out pets.onnx
-  moevision export runs/pets --out pets.pt2                     the file's ending says which format
-  moevision export runs/pets --out pets.onnx --data cats_and_dogs/   compare on your pictures too
-  moevision export runs/pets --out pets.onnx --opset 18         for an older runtime
-
-ONNX needs three more packages: pip install "moevision[export]"
-"""
 
 SNIPPETS: dict[Format, str] = {
     "onnx": """\
@@ -48,9 +28,9 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession({file!r})
 about = {{name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}}
 size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]
-picture = Image.open("picture.jpg").convert("RGB")
-picture = ImageOps.fit(picture, size, method, bleed=(1 - about["crop_pct"]) / 2)
-pixels = (np.asarray(picture) / 255 - about["mean"]) / about["std"]
+image = Image.open("image.jpg").convert("RGB")
+image = ImageOps.fit(image, size, method, bleed=(1 - about["crop_pct"]) / 2)
+pixels = (np.asarray(image) / 255 - about["mean"]) / about["std"]
 logits = session.run(None, {{"image": pixels.transpose(2, 0, 1)[None].astype(np.float32)}})[0]
 print(about["class_names"][logits[0].argmax()])""",
     "torch": """\
@@ -59,9 +39,9 @@ from PIL import Image, ImageOps
 program = torch.export.load({file!r}, extra_files=(extra := {{"moevision.json": ""}})).module()
 about = json.loads(extra["moevision.json"])
 size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]
-picture = Image.open("picture.jpg").convert("RGB")
-picture = ImageOps.fit(picture, size, method, bleed=(1 - about["crop_pct"]) / 2)
-pixels = (np.asarray(picture) / 255 - about["mean"]) / about["std"]
+image = Image.open("image.jpg").convert("RGB")
+image = ImageOps.fit(image, size, method, bleed=(1 - about["crop_pct"]) / 2)
+pixels = (np.asarray(image) / 255 - about["mean"]) / about["std"]
 logits = program(torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32)))
 print(about["class_names"][logits[0].argmax()])""",
 }
@@ -125,26 +105,26 @@ def _format_of(out: Path, format: Format | None) -> Format:
 
 
 def _prepared(model: str, saved: SavedModel, data: str, root: str | None, limit: int) -> Tensor:
-    """The first pictures of `data`, as the model gets them: one file, a folder, or a dataset's name."""
-    from moevision.analysis.run_pictures import pictures_for  # scikit-learn comes along
-    from moevision.data.augment import normalize, square_pixels
+    """The first images of `data`, as the model gets them: one file, a folder, or a dataset's name."""
+    from moevision.analysis.images import pictures_for  # scikit-learn comes along
     from moevision.data.images import BadImageError, safe_open
+    from moevision.data.transforms import normalize, square_pixels
 
     pixels = []
     if Path(data).is_file():
         try:
             pixels = [square_pixels(safe_open(data, saved.image_size), saved.image_size)]
         except BadImageError as error:
-            raise UserError(f"{data} can't be read ({error.reason}): give another picture.") from error
+            raise UserError(f"{data} can't be read ({error.reason}): give another image.") from error
     elif (pictures := pictures_for(model, saved, data, limit=limit, root=root)) is not None:
         for index in range(len(pictures)):
             try:
                 pixels.append(pictures.image(index))
             except BadImageError:
-                continue  # a comparison needs pictures, not all of them; the report says how many there were
+                continue  # a comparison needs images, not all of them; the report says how many there were
     if not pixels:
-        raise UserError(f"{data} holds no picture that can be read: give another --data.")
-    stacked = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in pixels])
+        raise UserError(f"{data} holds no image that can be read: give another --data.")
+    stacked = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in pixels])  # uint8 [B, 3, S, S]
     return normalize(stacked, saved.mean, saved.std)
 
 
@@ -187,7 +167,7 @@ def _print(
     file = shown(str(report.path))
     print(f"{file}: {report.size_bytes / 1e6:.1f} MB, {len(saved.class_names)} classes, {saved.image_size} px")
     print(
-        f"compared on {report.pictures} pictures: logits differ by at most {report.max_logit_delta:.1g} (1e-4 passes), "
+        f"compared on {report.pictures} images: logits differ by at most {report.max_logit_delta:.1g} (1e-4 passes), "
         f"same class for {report.top1_agreement:.1%}"
     )
     if report.near_ties:
@@ -226,19 +206,6 @@ def _span(numbers: Iterable[Any]) -> str:
     return str(ordered[0]) if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
 
 
-def main(arguments: list[str]) -> None:
-    """Run with command-line arguments."""
-    parser = ArgumentParser(
-        prog="moevision export", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="a run folder, its model/ folder, or a timm address")
-    parser.add_argument("--out", required=True, metavar="FILE", help="file to write: NAME.onnx or NAME.pt2")
-    parser.add_argument("--format", choices=tuple(SUFFIX), help="by default what FILE's ending says")
-    parser.add_argument(
-        "--data", metavar="PICTURES", help="compare on these too: a picture, a folder, or a dataset's name"
-    )
-    parser.add_argument("--root", help="folder of named datasets (the run's own, or data)")
-    parser.add_argument("--limit", type=int, default=32, metavar="N", help="at most N of --data (%(default)s)")
-    parser.add_argument("--opset", type=int, default=20, help="version of ONNX's operators, 18 to 23 (%(default)s)")
-    parser.add_argument("--force", action="store_true", help="replace FILE")
-    export(**vars(parser.parse_args(arguments)))
+def run(chosen: Namespace) -> None:
+    """Run with parsed command-line arguments."""
+    export(**vars(chosen))

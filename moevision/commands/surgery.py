@@ -1,40 +1,212 @@
-"""`moevision surgery MODEL`: prune, merge or collapse the experts of a model, and measure what it costs."""
+"""`moevision surgery MODEL`: prune, merge or collapse the experts of a model, and measure what it costs.
+
+The experts are chosen on one set of images (validation by default), the cost is measured on another: nothing is chosen
+on the set that is reported.
+"""
 
 from __future__ import annotations
 
+import copy
 import shlex
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
+from moevision.analysis.collect import PictureReader
+from moevision.analysis.images import PictureSet, pictures_for
+from moevision.commands import loading
+from moevision.commands.upcycle import check_folder, write_model
+from moevision.efficiency import measure_cost
+from moevision.errors import UserError
+from moevision.models.io import SavedModel, best_device, load_model
+from moevision.models.surgery import (
+    ExpertUse,
+    collapse_to_dense,
+    measure_use,
+    merge_experts,
+    most_used,
+    numbered_layers,
+    prune_experts,
+    similar_groups,
+)
 from moevision.names import shown
+from moevision.train.provenance import collect_provenance
+from moevision.train.report import accuracy_interval, paired_difference
 
-SPLITS = ("train", "val", "test")
-DESCRIPTION = """\
-Take experts out of a trained model, without training it again, and see what it costs.
 
-  --prune N      take the N least used experts of every MoE layer away; their tokens go to the next-best expert
-  --merge N      leave N experts in every MoE layer, averages of those that the same tokens want
-  --collapse W   make the model dense: one MLP of an expert's width in every MoE layer, the average of its experts
-                 or the most used one
+@dataclass(frozen=True)
+class SurgerySettings:
+    """What the command line asks for.
 
-The use of experts is measured on one set (--use-split), accuracy before and after on another one (--split): on the same
-pictures for both and for a control, the model with its MoE layers left out. Experts that have little in common average
-to almost nothing, and a result that is no better than the control has lost them all.
+    Attributes:
+        model: a run folder, its model/ folder, or a timm address.
+        operation: `prune`, `merge` or `collapse`.
+        amount: experts to take away, experts to leave, or how to collapse.
+        out: folder to write.
+        data: where images come from; what the run was trained on if None.
+        root: folder of named datasets.
+        split: the set that accuracy is measured on.
+        use_split: the set that the use of experts is measured on.
+        limit: images of `split`, all if None.
+        use_limit: images of `use_split`.
+        align: bring hidden units into one order before averaging.
+        batch_size: images per forward pass.
+        force: overwrite what `out` holds.
+        command: the command line, for the record.
+    """
 
-Writes OUT/ with the new model, which the other verbs take, and surgery.json with every number.
-"""
+    model: str
+    operation: str
+    amount: int | str
+    out: Path
+    data: str | None = None
+    root: str | None = None
+    split: str = "test"
+    use_split: str = "val"
+    limit: int | None = None
+    use_limit: int = 1000
+    align: bool = True
+    batch_size: int = 64
+    force: bool = False
+    command: str = ""
 
-EXAMPLES = """\
-examples
-  moevision surgery runs/pets --prune 2 --out pets_6_experts           on the pictures that the run was trained on
-  moevision surgery runs/pets --merge 4 --out pets_4_experts
-  moevision surgery runs/pets --collapse average --out pets_dense
-  moevision surgery my/model --collapse most_used --data cifar10 --root datasets --out dense
-"""
+
+def surgery(settings: SurgerySettings) -> dict[str, Any]:
+    """Operate, measure, and write the new model with `surgery.json`.
+
+    Returns:
+        What `surgery.json` holds.
+
+    Raises:
+        UserError: if the model, its data or the operation isn't possible, or `out` holds something.
+    """
+    _check(settings)
+    with loading("loading the model"):
+        saved = load_model(settings.model)
+    numbered_layers(saved.net)  # a dense model is refused before images are read
+    saved.net.to(best_device())
+    used_on, tested_on = (
+        _pictures(settings, saved, split, limit)
+        for split, limit in ((settings.use_split, settings.use_limit), (settings.split, settings.limit))
+    )
+    use = measure_use(saved.net, (images for images, _ in _batches(saved, used_on, settings.batch_size)))
+    net, layers = _operate(saved.net, settings, use)
+    after = replace(saved, net=net.eval())
+    record = {
+        "model": settings.model,
+        "operation": {"kind": settings.operation, "amount": settings.amount, "align": settings.align},
+        "use": {"pictures": used_on.name, "layers": layers},
+        "accuracy": {"pictures": tested_on.name, **_compare(saved, after, tested_on, settings.batch_size)},
+        "costs": _costs(saved, after),
+        "provenance": collect_provenance(command=shlex.split(settings.command), seed=None, data_sha256=None),
+    }
+    write_model(after, settings.out, "surgery.json", record)
+    return record
+
+
+def _check(settings: SurgerySettings) -> None:
+    if settings.split == settings.use_split:
+        raise UserError(
+            f"--split and --use-split are both {settings.split!r}: never choose on the set that is reported."
+        )
+    check_folder(settings.out, force=settings.force)
+
+
+def _pictures(settings: SurgerySettings, saved: SavedModel, split: str, limit: int | None) -> PictureSet:
+    pictures = pictures_for(settings.model, saved, settings.data, split=split, limit=limit, root=settings.root)
+    if pictures is None:
+        raise UserError(
+            f"{settings.model} lies in no run that says on which images it was trained: say which, with --data."
+        )
+    if list(pictures.class_names) != list(saved.class_names):
+        raise UserError(
+            f"{pictures.name} has the classes {', '.join(pictures.class_names[:5])}, ..., and the model knows "
+            f"{', '.join(saved.class_names[:5])}, ...: give data of the model's classes."
+        )
+    return pictures
+
+
+def _batches(saved: SavedModel, pictures: PictureSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images as the network takes them [B, 3, S, S] and labels [B]; unreadable images are left out with a warning."""
+    weight = next(saved.net.parameters())
+    reader = PictureReader(pictures, saved, batch_size)
+    for batch in reader.batches(progress=True):
+        yield batch.images.to(weight.device, weight.dtype), batch.labels
+    reader.report()
+
+
+def _operate(
+    net: nn.Module, settings: SurgerySettings, use: dict[int, ExpertUse]
+) -> tuple[nn.Module, dict[int, dict[str, Any]]]:
+    """The new network, and per layer what was seen and done."""
+    seen: dict[int, dict[str, Any]] = {
+        block: {"counts": layer.counts.tolist(), "gates_per_token": layer.gate_total} for block, layer in use.items()
+    }
+    amount: Any = settings.amount
+    if settings.operation == "collapse":
+        return collapse_to_dense(net, amount, use=use, align=settings.align), seen
+    if settings.operation == "prune":
+        kept = {block: most_used(layer, max(len(layer.counts) - amount, 0)) for block, layer in use.items()}
+        return prune_experts(net, kept), {block: {**seen[block], "kept": kept[block]} for block in use}
+    groups = {block: similar_groups(layer, amount) for block, layer in use.items()}
+    merged = merge_experts(net, groups, use=use, align=settings.align)
+    return merged, {block: {**seen[block], "groups": groups[block]} for block in use}
+
+
+def _compare(before: SavedModel, after: SavedModel, pictures: PictureSet, batch_size: int) -> dict[str, Any]:
+    """Accuracy of both and of a control on the same images, with the paired difference after - before."""
+    nets = {"before": before.net, "after": after.net, "without": _without_moe_layers(before.net)}
+    rows: list[npt.NDArray[np.bool_]] = []
+    with torch.inference_mode():
+        for images, labels in _batches(before, pictures, batch_size):
+            answers = torch.stack([net(images).argmax(-1).cpu() for net in nets.values()])  # [3, B]
+            known = labels >= 0  # [B]; images of classes that the model doesn't know have the label -1
+            rows.append((answers == labels)[:, known].numpy())
+    correct = dict(zip(nets, np.concatenate(rows, axis=1), strict=True))  # each [n], in the order of the images
+    if not correct["before"].size:
+        raise UserError(f"{pictures.name} has no image of a class that the model knows: give other --data.")
+    return {
+        "n": correct["before"].size,
+        **{name: _accuracy(hits) for name, hits in correct.items()},
+        "difference": asdict(paired_difference(correct["after"], correct["before"])),
+    }
+
+
+def _accuracy(hits: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    low, high = accuracy_interval(int(hits.sum()), len(hits))
+    return {"correct": int(hits.sum()), "top1": float(hits.mean()), "low": low, "high": high}
+
+
+def _without_moe_layers(net: nn.Module) -> nn.Module:
+    """The control: the same network with MoE layers that give nothing, so that only the residual stream passes.
+
+    An average of experts that have little in common is nearly that, and should not be taken for a good dense layer.
+    """
+    control = copy.deepcopy(net)
+    for block in numbered_layers(net):
+        cast(Any, control).blocks[block].mlp = _Nothing()
+    return control
+
+
+class _Nothing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def _costs(before: SavedModel, after: SavedModel) -> dict[str, dict[str, int]]:
+    return {
+        name: asdict(measure_cost(model.net, model.image_size))
+        for name, model in (("before", before), ("after", after))
+    }
 
 
 def print_report(record: dict[str, Any]) -> None:
@@ -62,64 +234,17 @@ def print_report(record: dict[str, Any]) -> None:
     change = {name: 100 * accuracy["difference"][name] for name in ("difference", "low", "high")}
     console.print(
         f"accuracy changed by {change['difference']:+.2f} points ({change['low']:+.2f} to {change['high']:+.2f}, "
-        f"paired, 95 %) on {accuracy['n']} pictures: {tested_on}",
+        f"paired, 95 %) on {accuracy['n']} images: {tested_on}",
         markup=False,
         soft_wrap=True,
     )
 
 
-def main(arguments: list[str]) -> None:
-    """Run with command-line arguments."""
-    parser = ArgumentParser(
-        prog="moevision surgery", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="a run folder, its model/ folder, or a timm address; it must have MoE layers")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prune", type=_positive, metavar="N", help="take N experts of every MoE layer away")
-    what.add_argument("--merge", type=_positive, metavar="N", help="leave N experts in every MoE layer")
-    what.add_argument("--collapse", choices=("average", "most_used"), help="make the model dense")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
-    parser.add_argument(
-        "--data",
-        help="a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10; "
-        "by default what the run was trained on",
-    )
-    parser.add_argument("--root", help="folder of named datasets (the run's own, or data)")
-    parser.add_argument(
-        "--split", default="test", choices=SPLITS, help="set on which accuracy is measured (%(default)s)"
-    )
-    parser.add_argument(
-        "--use-split", default="val", choices=SPLITS, help="set on which the use of experts is measured (%(default)s)"
-    )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="pictures of --split (all)")
-    parser.add_argument(
-        "--use-limit", type=_positive, metavar="N", default=1000, help="pictures of --use-split (%(default)s)"
-    )
-    parser.add_argument(
-        "--no-align", action="store_true", help="average experts without bringing their hidden units into one order"
-    )
-    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="pictures per pass (%(default)s)")
-    parser.add_argument("--force", action="store_true", help="write into a folder that holds something")
-    chosen = vars(parser.parse_args(arguments))
-    operation, amount = next(
-        (name, amount) for name in ("prune", "merge", "collapse") if (amount := chosen.pop(name, None)) is not None
-    )
-    options = {name: value for name, value in chosen.items() if name not in ("prune", "merge", "collapse", "no_align")}
-    from moevision.commands.surgery_run import SurgerySettings, surgery  # torch: not for --help
-
-    settings = SurgerySettings(
-        operation=operation,
-        amount=amount,
-        align=not chosen["no_align"],
-        command=shlex.join(["moevision", "surgery", *arguments]),
-        **options,
-    )
+def run(chosen: Namespace) -> None:
+    """Run with parsed command-line arguments."""
+    options = vars(chosen)
+    amounts = {name: options.pop(name) for name in ("prune", "merge", "collapse")}
+    operation, amount = next((name, amount) for name, amount in amounts.items() if amount is not None)
+    settings = SurgerySettings(operation=operation, amount=amount, **options)
     print_report(surgery(settings))
     print(f"The new model is in {shown(str(settings.out))}")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ArgumentTypeError(f"it is {number} and must be at least 1")
-    return number

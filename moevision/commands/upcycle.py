@@ -2,75 +2,59 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
 
+from moevision.commands import loading
+from moevision.data import SyntheticPets
+from moevision.data.transforms import normalize
+from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
+from moevision.models.io import SavedModel, describe, save_model
+from moevision.models.upcycle import load_dense, step0_gap, upcycle
+from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.names import shown
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from moevision.models.hub import SavedModel
-
-GAP_IMAGES = 32  # drawn pictures for the comparison of outputs; one pass even of a large ViT takes seconds
+GAP_IMAGES = 32  # drawn images for the comparison of outputs; one pass even of a large ViT takes seconds
 SAME = 1e-5  # max |Δ logit| below which two models compute the same in float32
-DESCRIPTION = """\
-Turn a trained dense ViT into a Mixture of Experts: every expert starts as a copy of the MLP that it replaces, so that
-the model computes what it computed before, and learns from there (arXiv:2212.05055).
-
-Writes OUT/ with the new model, which every verb takes, and upcycle.json with what was measured: parameters and FLOPs
-before and after, and how far the outputs are from the dense model's.
-"""
-
-EXAMPLES = """\
-examples
-  moevision upcycle deit_tiny_patch16_224 --out tiny_moe               weights from the hub, 8 experts in two blocks
-  moevision upcycle runs/dense/model --layers every2 --top-k 2 --out moe
-  moevision upcycle deit_small_patch16_224 --weights my.safetensors --num-classes 37 --out pets_moe
-  moevision upcycle deit_tiny_patch16_224 --router expert_choice --top-k 2 --out ec
-  moevision upcycle runs/dense/model --reinit 0.5 --option capacity_factor=1.25 --out drop
-
-what it costs: --num-experts E stores E MLPs in each converted block; --top-k K computes K of them per token, so K = 1
-costs what the dense model costs. Routers and options: docs/routers.md; what can't be upcycled: docs/upcycling.md.
-"""
 
 
-def main(arguments: list[str]) -> None:
-    """Run with command-line arguments."""
-    chosen = _parser().parse_args(arguments)
+def run(chosen: Namespace) -> None:
+    """Convert, measure, and write the new model with `upcycle.json`.
+
+    Raises:
+        UserError: if there is no such model, it can't be converted, or OUT holds something.
+    """
     out = Path(chosen.out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not chosen.force):
-        raise UserError(f"{out} is there already: give --out another name, or --force to write into it.")
-
+    check_folder(out, force=chosen.force)
     options = _options(chosen.option)
-    from moevision.models.hub import describe  # torch: not for --help
-    from moevision.models.upcycle import load_dense, upcycle
-
-    console = Console(highlight=False)
-    with console.status("reading the dense model"):
+    with loading("reading the dense model"):
         dense = load_dense(
             chosen.model, chosen.weights, num_classes=chosen.num_classes, image_size=chosen.image_size, seed=chosen.seed
         )
     if not dense.num_classes:
         raise UserError(f"{chosen.model} has no classifier: say how many classes it shall have, --num-classes N.")
-    with console.status("copying experts"):
+    with loading("copying experts"):
         names = ("layers", "num_experts", "top_k", "router", "noise", "reinit", "seed")
         moe = upcycle(dense, **{name: getattr(chosen, name) for name in names} | options)
     saved = describe(moe.eval())
-    with console.status("measuring"):
+    with loading("measuring"):
         record = {"source": chosen.model, "moe_config": moe.moe_config, **measure(dense, saved)}
-    _write(saved, record, out)
+    write_model(saved, out, "upcycle.json", record)
+    console = Console(highlight=False)
     print_report(console, record)
     console.print(f"\nnext: {shown(next_command(saved, out))}", markup=False, soft_wrap=True)
 
@@ -80,18 +64,10 @@ def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
 
     Not on noise: its patches are all alike, and routers that mix or drop tokens hardly change them.
     """
-    import numpy as np
-    import torch
-
-    from moevision.data import SyntheticPets
-    from moevision.data.augment import normalize
-    from moevision.efficiency import measure_cost
-    from moevision.models.upcycle import step0_gap
-
     side = saved.image_size
     pets = SyntheticPets(GAP_IMAGES, side, 0, "test")
-    pixels = torch.from_numpy(np.stack([pets.image(index) for index in range(len(pets))])).permute(0, 3, 1, 2)
-    images = normalize(pixels, saved.mean, saved.std)
+    pixels = np.stack([pets.image(index) for index in range(len(pets))])  # uint8 [B, S, S, 3]
+    images = normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), saved.mean, saved.std)
     costs = {"before": measure_cost(dense, side), "after": measure_cost(saved.net, side)}
     return {
         "image_size": side,
@@ -124,7 +100,7 @@ def print_report(console: Console, record: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        f"outputs before training, on {gap['images']} drawn pictures: max |Δ logit| {gap['max_logit']:.2g} (the "
+        f"outputs before training, on {gap['images']} drawn images: max |Δ logit| {gap['max_logit']:.2g} (the "
         f"dense logits' standard deviation is {gap['logit_scale']:.2g}), same class for {gap['agreement']:.0%}",
         soft_wrap=True,
     )
@@ -138,61 +114,38 @@ def print_report(console: Console, record: dict[str, Any]) -> None:
 
 def next_command(saved: SavedModel, out: Path) -> str:
     """How to train the new model, with the size and the colour statistics that it knows."""
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # what `fit` takes by itself
-
     command = f"moevision fit FOLDER --pretrained {shlex.quote(str(out))} --data.image_size {saved.image_size}"
+    # ImageNet's are what `fit` takes by itself.
     if (saved.mean, saved.std) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
         command += f" --data.mean '{list(saved.mean)}' --data.std '{list(saved.std)}'"
     return command
 
 
-def _write(saved: SavedModel, record: dict[str, Any], out: Path) -> None:
-    """Each file whole or not at all; other files in `out` are left alone."""
-    from moevision.models.hub import save_model
+def check_folder(out: Path, *, force: bool) -> None:
+    """A folder to write into.
 
+    Raises:
+        UserError: if it is a file, or holds something and `force` doesn't say that this is meant.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not force):
+        raise UserError(f"{out} is there already: give --out another name, or --force to write into it.")
+
+
+def write_model(saved: SavedModel, out: Path, name: str, record: dict[str, Any]) -> None:
+    """Write the model, and `record` as the JSON file `name`: each file whole or not at all, others are left alone.
+
+    Raises:
+        UserError: if the folder can't be written to.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=out, prefix=".upcycle-") as place:
+        with TemporaryDirectory(dir=out, prefix=".new-") as place:
             save_model(saved, Path(place))
-            write_json_atomic(Path(place) / "upcycle.json", record)
+            write_json_atomic(Path(place) / name, record)
             for file in sorted(Path(place).iterdir()):
                 os.replace(file, out / file.name)
     except OSError as error:
         raise UserError(f"{out} can't be written to ({error.strerror}): give --out another place.") from error
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="moevision upcycle", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", metavar="NAME_OR_PATH", help="a timm name, a saved model's folder, or a timm address")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("--num-experts", type=_positive, default=8, metavar="E", help="experts per layer (%(default)s)")
-    parser.add_argument(
-        "--layers",
-        type=_layers,
-        default="last2",
-        help="last2 (of the odd blocks), every2 (1, 3, 5, ...), all, or numbers such as 8,10 (%(default)s)",
-    )
-    parser.add_argument("--top-k", type=_positive, default=1, metavar="K", help="experts per token (%(default)s)")
-    parser.add_argument("--router", default="vmoe_top_k", metavar="NAME", help="(%(default)s)")
-    more = parser.add_argument_group("more")
-    more.add_argument("--weights", metavar="FILE", help="a .safetensors file for the architecture NAME")
-    more.add_argument("--num-classes", type=_positive, metavar="C", help="with another number, a new classifier")
-    more.add_argument("--image-size", type=_positive, metavar="PX", help="with another size, resampled positions")
-    more.add_argument("--noise", type=float, default=0.0, help="noise on the copies, relative to their weights' spread")
-    more.add_argument("--reinit", type=float, default=0.0, help="share of each expert's hidden units drawn anew")
-    more.add_argument("--seed", type=int, default=0, help="of everything drawn (%(default)s)")
-    more.add_argument(
-        "--option",
-        type=_option,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the router, such as capacity_factor=1.25 or noise=none; may be repeated",
-    )
-    more.add_argument("--force", action="store_true", help="write into a folder that holds something")
-    return parser
 
 
 def _options(given: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -201,31 +154,7 @@ def _options(given: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         UserError: for a name that is no option of MoE layers.
     """
-    from moevision.models.vit_moe import MOE_ARGUMENTS
-
     for name, _ in given:
         if name not in MOE_ARGUMENTS:
             raise UserError(f"There is no option {name!r}: use one of {', '.join(MOE_ARGUMENTS)}.")
     return {"router_noise" if name == "noise" else name: value for name, value in given}
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise ArgumentTypeError(f"{text!r} is no number of at least 1")
-    return number
-
-
-def _layers(text: str) -> str | list[int]:
-    numbers = text.replace(" ", "").split(",")
-    return [int(number) for number in numbers] if all(number.isdecimal() for number in numbers) else text
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:  # a word, such as batch
-        return name, value

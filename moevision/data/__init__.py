@@ -1,6 +1,6 @@
-"""Pictures in, batches out: safe decoding, the drawn default dataset, splits, augmentation, the data module.
+"""Images in, batches out: safe decoding, the drawn default dataset, splits, augmentation, the data module.
 
-The names below load on first use, so that opening one picture doesn't import Lightning.
+The names below load on first use, so that opening one image doesn't import Lightning.
 """
 
 from __future__ import annotations

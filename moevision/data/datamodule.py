@@ -1,9 +1,8 @@
 """`ImageDataModule`: any folder of images, or a dataset by name, as Lightning batches.
 
-What it promises: the same pictures in the same order with the same pixels for a given seed, whatever the
-number of workers and wherever the run was resumed; no image on two sides of a split; nothing selected on the
-set that is reported; and no run that a damaged file stops. This class is a thin shell: what was read is held
-by `Contents`.
+For a given seed it yields the same images in the same order with the same pixels, whatever the number of workers
+and wherever the run was resumed. No image is on two sides of a split, nothing is selected on the set that is
+reported, and a damaged file stops no run. This class is a thin shell: `Contents` holds what was read.
 
 Axis legend: B batch, C classes, S = ``image_size``.
 """
@@ -19,22 +18,21 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from moevision.data.augment import Augment, CropMode, TrainTransform
-from moevision.data.contents import Contents, split_collection
-from moevision.data.dataset import ImageDataset
-from moevision.data.loader import Collate, ImageLoader
-from moevision.data.mix import BatchMixer
-from moevision.data.named import open_collection
-from moevision.data.overview import (
+from moevision.data.contents import (
     ClassCounts,
+    Contents,
     balance_warnings,
+    choose_crop,
     class_weight_tensor,
     count_classes,
+    split_collection,
 )
-from moevision.data.probe import choose_crop
-from moevision.data.sampler import PositionSampler, eval_batches
+from moevision.data.dataset import ImageDataset
+from moevision.data.loader import Collate, ImageLoader, PositionSampler, eval_batches
+from moevision.data.named import open_collection
 from moevision.data.sources import SPLITS, Collection
 from moevision.data.splits import Cut
+from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
 from moevision.errors import DataWarning, UserError
 
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -81,33 +79,33 @@ class ImageDataModule(LightningDataModule):
                 imagenet.
             root: Folder in which named datasets live.
             download: Fetch a named dataset that is not in root.
-            image_size: Side of the square pictures the model sees, in pixels.
-            batch_size: Pictures per batch and process.
+            image_size: Side of the square images the model sees, in pixels.
+            batch_size: Images per batch and process.
             num_workers: Processes that prepare batches; 0 prepares them in the main process.
-            seed: Seed of the split, the order, the augmentation and the drawn pictures.
+            seed: Seed of the split, the order, the augmentation and the drawn images.
             val_fraction: Share of the images cut for validation, where the dataset has no validation set.
             test_fraction: Share cut for the test, where the dataset came unsplit; 0 cuts none.
             group_by: Keep files together on one side of the split: "parent" (their folder), or a regular
                 expression with one group that is searched in the relative path.
             check_duplicates: Keep byte-identical files on one side of the split.
-            augment: Random changes of training pictures: none, light (crop and flip), or in addition
+            augment: Random changes of training images: none, light (crop and flip), or in addition
                 randaugment (arXiv:1909.13719) or trivialaugment (arXiv:2103.10158).
-            crop: How training pictures are cropped: pad (by image_size / 8, for small pictures),
+            crop: How training images are cropped: pad (by image_size / 8, for small images),
                 random_resized (for photos), or auto (pad for drawn ones and short sides up to 96 pixels).
-            min_crop_scale: Smallest share of a picture's area that a random_resized crop keeps.
-            hflip: Mirror half of the training pictures.
-            random_erasing: Probability that a random rectangle of a picture is erased (arXiv:1708.04896).
+            min_crop_scale: Smallest share of an image's area that a random_resized crop keeps.
+            hflip: Mirror half of the training images.
+            random_erasing: Probability that a random rectangle of an image is erased (arXiv:1708.04896).
             mixup: Alpha of Mixup's Beta distribution (arXiv:1710.09412); 0 is off.
             cutmix: Alpha of CutMix's Beta distribution (arXiv:1905.04899); 0 is off. With both, each batch
                 gets one of the two at random.
             class_weights: Weights of the loss per class: none, auto (inverse frequency, mean 1 over the
                 images), or a weight per class name (1 for names left out).
             balanced_sampling: Draw every class equally often in training.
-            cache_mb: Keep the decoded pictures in memory if they fit into this many MiB.
+            cache_mb: Keep the decoded images in memory if they fit into this many MiB.
             max_bad_fraction: Stop when a larger share of a split's images can't be read.
-            train_size: Number of training pictures of synthetic_pets.
-            val_size: Number of validation pictures of synthetic_pets.
-            test_size: Number of test pictures of synthetic_pets.
+            train_size: Number of training images of synthetic_pets.
+            val_size: Number of validation images of synthetic_pets.
+            test_size: Number of test images of synthetic_pets.
             mean: Mean per colour channel that is subtracted, for pixels in [0, 1]; ImageNet's by default.
             std: Deviation per colour channel that is divided by; ImageNet's by default.
 
@@ -259,15 +257,15 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def bad_images(self) -> list[tuple[str, str, str]]:
-        """(path, reason, split) of the pictures that couldn't be used so far."""
+        """(path, reason, split) of the images that couldn't be used so far."""
         return self.contents.quarantine.entries()
 
     def sample_id(self, split: str, index: int) -> str:
-        """Stable name of a picture: its path relative to the dataset."""
+        """Stable name of an image: its path relative to the dataset."""
         return self.contents.sample_id(split, index)
 
     def file_list_sha256(self) -> str:
-        """SHA-256 over the sorted (split, relative path, label) of all pictures, in hexadecimal."""
+        """SHA-256 over the sorted (split, relative path, label) of all images, in hexadecimal."""
         return self.contents.file_list_sha256()
 
     def file_sizes_sha256(self) -> str:
@@ -361,7 +359,7 @@ class ImageDataModule(LightningDataModule):
             if state_dict[name] != value:
                 rank_zero_warn(
                     f"the run began with {name} {state_dict[name]} and goes on with {value}: the order of "
-                    "the pictures can't be repeated exactly"
+                    "the images can't be repeated exactly"
                 )
         read = state_dict["batch"] * state_dict["batch_size"] * state_dict["world_size"]  # by all processes
         self._start = (int(state_dict["epoch"]), int(read // now["world_size"]))

@@ -1,11 +1,11 @@
 """A dataset that is a folder: one subfolder per class, with or without train / val / test above them.
 
-Every way in which a folder may be laid out otherwise ends in one sentence that says what to change.
+Any other layout raises a `UserError` that says what to change.
 
-Symbolic links are followed, as many datasets are farms of links to a store. A folder is entered once whatever leads to
-it, so links in a circle end, and a link to a folder that holds it leads nowhere. In a class a link to a file that the
-class has already is left out; what stands in several classes or splits is for ``leaks.py``. Hard links are files of
-their own, as a copy on another disk would have them, and count as the byte-identical files that they are.
+Symbolic links are followed, since many datasets consist of links to a store. Each folder is entered once, so circular
+links end, and a link to a folder that contains it is ignored. Within a class a link to a file that the class has
+already is left out; ``splits.py`` handles what is in several classes or splits. Hard links count as separate,
+byte-identical files, as they would after a copy to another disk.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _split_folders(root: Path) -> dict[str, Path]:
     """The train / val / test folders of a dataset that came split; empty if it did not.
 
-    A folder "train" that holds pictures and no folders is a class of that name (trains exist).
+    A folder "train" that holds images and no folders is a class of that name (trains exist).
     """
     found: dict[str, Path] = {}
     for folder in _subfolders(root):

@@ -1,29 +1,31 @@
-"""The one door through which every picture enters the program: training, prediction and the web page.
+"""Safe opening of image files: the one function that training, prediction and the web page read images with.
 
-`safe_open` turns a file of unknown origin into an upright 8-bit RGB picture, or raises `BadImageError` with
+`safe_open` turns a file of unknown origin into an upright 8-bit RGB image, or raises `BadImageError` with
 the reason. What a bare `PIL.Image.open(path).convert("RGB")` gets wrong, and is put right here:
 
 - the EXIF orientation is ignored;
 - 16-bit grey is clipped at 255, so that nearly every pixel turns white;
 - the hidden colour under transparent pixels shows up;
 - a 15 KB file may announce 121 megapixels and only a warning is given;
-- a progressive JPEG of 8 MB may hold 250,000 scans, each of which goes over the whole picture: hours of work;
+- a progressive JPEG of 8 MB may hold 250,000 scans, each of which goes over the whole image: hours of work;
 - every installed decoder may be reached, rare and little-tested ones among them.
 
-The file's first bytes (never its name) choose one of six Pillow decoders; the size is read from the header
-and checked before a pixel is decoded. A JPEG that is far larger than its reader needs may be decoded at a half,
-a quarter or an eighth of its size, which libjpeg does several times as fast (``short_side``). No global state of
-Pillow or `warnings` is touched, so threads may share it. The one consequence: what Pillow warns of (damaged
-metadata) stays a warning, unless the process turns warnings into errors; then it is a `BadImageError`.
+The file's first bytes (never its name) choose one of six Pillow decoders; the size is read from the header and checked
+before a pixel is decoded. A JPEG that is far larger than its reader needs may be decoded at a half, a quarter or an
+eighth of its size (``short_side``): libjpeg then leaves out the fine part of each block of 8 x 8 pixels (its
+``scale_denom``, Pillow's ``Image.draft``), several times as fast. No global state of Pillow or `warnings` is touched,
+so threads may share it. One consequence: what Pillow warns of (damaged metadata) stays a warning, unless the process
+turns warnings into errors; then it is a `BadImageError`.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -34,13 +36,12 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from moevision.data.jpeg import MAX_SCANS, has_too_many_scans, note_full_size, reduce_jpeg
 from moevision.errors import UserError
 
 __all__ = ["IMAGE_SUFFIXES", "BadImageError", "is_image_path", "safe_open"]
 
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-"""File name endings, in lower case, that a folder scan takes for pictures."""
+"""File name endings, in lower case, that a folder scan takes for images."""
 
 _JPEG: Final = b"\xff\xd8\xff"
 _DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], ...]] = (
@@ -53,7 +54,7 @@ _DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], 
     (b"MM\x00*", TiffImageFile),
 )
 
-# EXIF tag 0x0112 (Exif 2.32, table 4): stored orientation -> the turn that sets the picture upright.
+# EXIF tag 0x0112 (Exif 2.32, table 4): stored orientation -> the turn that sets the image upright.
 _ORIENTATION_TAG: Final = 0x0112
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -69,9 +70,19 @@ _SIDEWAYS: Final = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 
 # Pillow takes such prefixes away one by one, each time copying what is left: minutes for 8 MB (CVE-2026-96643).
 _REPEATED_EXIF: Final = b"Exif\0\0" * 4
 
+MAX_SCANS: Final = 100
+"""Encoders write about ten scans for a progressive JPEG. A scan costs 0.01 s at 16 megapixels, however short it is."""
+
+_MAX_SEGMENTS: Final = 20_000  # 256 MB in pieces of 64 KB, as large metadata are written, are 4,000
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # 0 is a stuffed byte, D0-D7 restart within a scan
+
+# A reduced image keeps at least this many pixels for each one of the result (Pillow's thumbnail has the same margin).
+_REDUCING_GAP: Final = 2
+_FULL_SIZE: Final = "full_size"
+
 
 class BadImageError(UserError):
-    """A picture that can't be used.
+    """An image that can't be used.
 
     Attributes:
         path: The file as the caller named it, or `"<stream>"` for an unnamed stream.
@@ -90,7 +101,7 @@ class BadImageError(UserError):
 
 
 def is_image_path(path: str | Path) -> bool:
-    """Says whether a file's name looks like a picture's; hidden files (such as macOS `._cat.jpg`) don't."""
+    """Says whether a file's name looks like an image's; hidden files (such as macOS `._cat.jpg`) don't."""
     path = Path(path)
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
@@ -104,25 +115,25 @@ def safe_open(
     max_bytes: int = 256 * 1024 * 1024,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Image.Image:
-    """Opens an image file as an upright, fully loaded 8-bit RGB picture.
+    """Opens an image file as an upright, fully loaded 8-bit RGB image.
 
     Args:
         source: A path, or a binary stream that is read from its current position.
-        short_side: The side in pixels to which the caller will shrink the picture's short side. A JPEG may then come
-            reduced, with a short side of at least twice that (see `full_size` in jpeg.py); shrunk with an antialiased
+        short_side: The side in pixels to which the caller will shrink the image's short side. A JPEG may then come
+            reduced, with a short side of at least twice that (see `full_size`); shrunk with an antialiased
             bicubic filter it differs from the exact result by less than a grey level on average. None never reduces.
         max_pixels: Largest width x height that will be decoded.
         max_side: Longest side, in pixels, that will be decoded.
         max_bytes: Largest file, in bytes, that will be read.
-        background: RGB colour, 0-255, shown where the picture is transparent.
+        background: RGB colour, 0-255, shown where the image is transparent.
 
     Returns:
-        A picture in mode `"RGB"`: the first frame, orientation applied, free of the source file and of its
+        An image in mode `"RGB"`: the first frame, orientation applied, free of the source file and of its
         metadata (an orientation left in it would be applied twice by a later reader) but for its full size.
 
     Raises:
         BadImageError: If the file is missing, unreadable, empty, too large, damaged, or not a JPEG, PNG,
-            WebP, BMP, GIF or TIFF picture.
+            WebP, BMP, GIF or TIFF image.
     """
     name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "<stream>"))
     data = _read(source, name, max_bytes)
@@ -215,7 +226,7 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int, max_side: int
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The turn that sets the picture upright, by its EXIF orientation."""
+    """The turn that sets the image upright, by its EXIF orientation."""
     return _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
 
 
@@ -240,3 +251,68 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         canvas.alpha_composite(image.convert("RGBA"))
         return canvas.convert("RGB")
     return image.convert("RGB")
+
+
+def has_too_many_scans(data: bytes) -> bool:
+    """Counts a JPEG's scans (ITU-T T.81, B.1.1) up to its end; what lies behind, such as a video, isn't looked at."""
+    position, scans = 2, 0
+    for _ in range(_MAX_SEGMENTS):
+        marker = _JPEG_MARKER.search(data, position)
+        if marker is None or marker[1] == b"\xd9":
+            return False
+        position = marker.end()
+        if marker[1] not in (b"\x01", b"\xd8"):  # the two others without a length
+            position += int.from_bytes(data[position : position + 2], "big")
+        scans += marker[1] == b"\xda"
+        if scans > MAX_SCANS:
+            return True
+    return True
+
+
+def reduce_jpeg(image: JpegImageFile, short_side: int, *, turned: bool) -> int:
+    """Has a JPEG decoded smaller, if that leaves enough pixels for a short side of `short_side`.
+
+    An image that will be turned is divided only without remainder: a part of a pixel may stand at its right and lower
+    edge, where boxes end, but not at the left or upper one.
+
+    Args:
+        image: An image whose header was read and whose pixels weren't.
+        short_side: What the short side will be shrunk to, in pixels.
+        turned: Whether the image will be turned or mirrored to be upright.
+
+    Returns:
+        What its size is divided by: 1, 2, 4 or 8.
+    """
+    width, height = image.size
+    for divisor in (8, 4, 2):
+        enough = min(width, height) >= divisor * _REDUCING_GAP * max(1, short_side)
+        if enough and not (turned and (width % divisor or height % divisor)):
+            image.draft(None, (width // divisor, height // divisor))
+            return divisor
+    return 1
+
+
+class FullSize(NamedTuple):
+    """What `safe_open` notes in a reduced image: width and height of the full one, upright, and the divisor."""
+
+    size: tuple[int, int]
+    reduction: int
+
+
+def full_size(image: Image.Image) -> tuple[tuple[int, int], int]:
+    """How large an image is in its file, and by what `safe_open` has divided its size.
+
+    The last column and row of a reduced image may cover less than a whole pixel: boxes in it are those of the full
+    image divided by the reduction.
+
+    Returns:
+        ((width, height) of the full image, upright, reduction): 1, 2, 4 or 8.
+    """
+    found = image.info.get(_FULL_SIZE)
+    # an image that was opened elsewhere may have a text of that name in it
+    return (found.size, found.reduction) if isinstance(found, FullSize) else (image.size, 1)
+
+
+def note_full_size(image: Image.Image, size: tuple[int, int], reduction: int) -> None:
+    """Let `full_size` find the size of the full image, upright, and the divisor."""
+    image.info[_FULL_SIZE] = FullSize(size, reduction)

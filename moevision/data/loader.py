@@ -1,27 +1,150 @@
-"""From the pictures of a batch to what the model gets: normalised once per batch, mixed, counted, and timed.
+"""The order in which a split is read, and its batches as the model gets them: normalised, mixed, counted and timed.
 
-Axis legend: B batch, C classes, S = ``image_size``.
+A resumed run must see the images that an uninterrupted one would have seen next, with the same random crops. Both
+follow from never asking a global random generator: the order is a pure function of ``(seed, epoch)``, the position in
+it is a plain offset, and every yielded key carries its epoch, from which the dataset derives the augmentation of that
+image (see ``transforms.py``).
+
+Axis legend: B batch, C classes, S = ``image_size``; n = images of the split, world = number of processes, rank = this
+process.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from moevision.data.augment import normalize
-from moevision.data.dataset import BadImage, ImageDataset, Pictures
-from moevision.data.mix import BatchMixer
+from moevision.data.dataset import BadImage, ImageDataset, RawBatch
+from moevision.data.transforms import BatchMixer, hash_u64, normalize
 
 Batch = dict[str, Tensor]
 
 
+class PositionSampler(Sampler[tuple[int, int]]):
+    """Yields ``(epoch, index)`` in an order that depends on ``(seed, epoch)`` alone, from any start position.
+
+    Processes take every ``world``-th index of the common order and drop the tail, so all get equally many.
+    ``len`` stays the full length of an epoch even when a resumed epoch yields only its rest, because
+    Lightning derives the number of batches from it.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        balanced_labels: Sequence[int] | None = None,
+    ) -> None:
+        """Remember what the order depends on.
+
+        Args:
+            num_samples: number of images in the split, n.
+            seed: seed of the order.
+            rank: index of this process, in [0, world_size).
+            world_size: number of processes that share the epoch.
+            balanced_labels: labels of the n images; when given, every class is drawn equally often.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+        if balanced_labels is not None and len(balanced_labels) != num_samples:
+            raise ValueError(f"expected {num_samples} balanced_labels, got {len(balanced_labels)}")
+        self.num_samples = num_samples
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.start = 0
+        self.running_epoch: int | None = None
+        self._class_members: list[torch.Tensor] | None = None
+        if balanced_labels is not None:
+            labels = torch.as_tensor(balanced_labels)
+            self._class_members = [(labels == label).nonzero().flatten() for label in labels.unique()]
+
+    def __len__(self) -> int:
+        """Number of indices this process draws in a whole epoch."""
+        return self.num_samples // self.world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch to be read next; Lightning calls this before each one.
+
+        A repeated epoch keeps the start position: on resume the call comes after ``seek``.
+        """
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def seek(self, epoch: int, start: int) -> None:
+        """Let the next iteration begin at position ``start`` of ``epoch`` (counted on this process)."""
+        self.epoch, self.start = epoch, start
+        self.running_epoch = None
+
+    def order(self, epoch: int) -> list[int]:
+        """The indices that this process reads in ``epoch``, in order."""
+        generator = torch.Generator()
+        generator.manual_seed(hash_u64(self.seed, epoch))
+        if self._class_members is None:
+            order = torch.randperm(self.num_samples, generator=generator)
+        else:
+            order = self._balanced_order(generator)
+        return order.tolist()[self.rank :: self.world_size][: len(self)]
+
+    def _balanced_order(self, generator: torch.Generator) -> torch.Tensor:
+        """N draws, each class equally often; within a class every image once before any comes again."""
+        assert self._class_members is not None
+        num_classes = len(self._class_members)
+        # n need not divide by the number of classes: a random choice of them gets one draw more
+        extra = torch.randperm(num_classes, generator=generator)[: self.num_samples % num_classes].tolist()
+        drawn = []
+        for label, members in enumerate(self._class_members):
+            quota = self.num_samples // num_classes + (label in extra)
+            rounds = -(-quota // len(members))
+            shuffled = [members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)]
+            drawn.append(torch.cat(shuffled)[:quota] if shuffled else members[:0])
+        pool = torch.cat(drawn)
+        return pool[torch.randperm(len(pool), generator=generator)]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield ``(epoch, index)`` from the start position to the end of the epoch."""
+        # set_epoch may be called while this iterator is alive: hold the epoch in a local name
+        epoch, start = self.epoch, self.start
+        self.running_epoch, self.start = epoch, 0
+        for index in self.order(epoch)[start:]:
+            yield epoch, index
+
+
+def eval_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Batches of indices that cover a split once over all processes, in order.
+
+    Every process gets the same number of batches (collective operations inside an evaluation step would
+    otherwise wait for ever), which is why sizes may differ by one when there are several processes.
+
+    Args:
+        num_samples: number of images in the split.
+        batch_size: largest batch.
+        rank: index of this process.
+        world_size: number of processes.
+
+    Returns:
+        This process's batches, at most ``batch_size`` indices each.
+    """
+    own = list(range(rank, num_samples, world_size))
+    if world_size == 1:
+        return [own[i : i + batch_size] for i in range(0, num_samples, batch_size)]
+    longest = -(-num_samples // world_size)
+    count = -(-longest // batch_size)
+    bounds = [len(own) * i // count for i in range(count + 1)]
+    return [own[a:b] for a, b in pairwise(bounds)]
+
+
 class Collate:
-    """Turns pictures into a batch: normalise, mix."""
+    """Turns images into a batch: normalise, mix."""
 
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], seed: int = 0, mixer: BatchMixer | None = None
@@ -29,31 +152,31 @@ class Collate:
         """Remember the normalisation (per channel, in units of [0, 1]), the seed and the mixer."""
         self.mean, self.std, self.seed, self.mixer = mean, std, seed, mixer
 
-    def __call__(self, pictures: Pictures) -> dict[str, Any]:
+    def __call__(self, raw: RawBatch) -> dict[str, Any]:
         """Build the batch dict.
 
         Returns:
             ``image`` float32 [B, 3, S, S], ``label`` int64 [B], ``index`` int64 [B], with a mixer ``target``
             float32 [B, C], and ``bad``, a list of `BadImage` that `ImageLoader` takes out. Without a single
-            good picture only ``bad`` is there.
+            good image only ``bad`` is there.
         """
-        if not pictures.index:
-            return {"bad": pictures.bad}
+        if not raw.index:
+            return {"bad": raw.bad}
         batch: dict[str, Any] = {
-            "image": normalize(pictures.pixels, self.mean, self.std),
-            "label": torch.tensor(pictures.label),
-            "index": torch.tensor(pictures.index),
-            "bad": pictures.bad,
+            "image": normalize(raw.pixels, self.mean, self.std),
+            "label": torch.tensor(raw.label),
+            "index": torch.tensor(raw.index),
+            "bad": raw.bad,
         }
         if self.mixer is not None:
             batch["image"], batch["target"] = self.mixer(
-                batch["image"], batch["label"], self.seed, pictures.epoch[0], pictures.index[0]
+                batch["image"], batch["label"], self.seed, raw.epoch[0], raw.index[0]
             )
         return batch
 
 
-class ImageLoader(DataLoader[Pictures]):
-    """A DataLoader that reports bad pictures in the main process and skips batches without a good one.
+class ImageLoader(DataLoader[RawBatch]):
+    """A DataLoader that reports bad images in the main process and skips batches without a good one.
 
     Attributes:
         wait_s: seconds that the main process has waited for batches, over all iterations.
@@ -66,7 +189,7 @@ class ImageLoader(DataLoader[Pictures]):
         on_bad: Callable[[list[BadImage]], None] | None = None,
         **options: Any,  # DataLoader's own
     ) -> None:
-        """Pass on DataLoader's options; ``on_bad`` is called with the bad pictures of a batch."""
+        """Pass on DataLoader's options; ``on_bad`` is called with the bad images of a batch."""
         super().__init__(dataset, **options)
         self.on_bad = on_bad
         self.wait_s = 0.0

@@ -1,14 +1,15 @@
-"""Datasets known by name: the drawn `SyntheticPets`, torchvision's, and ImageNet-1k.
+"""Datasets known by name: the drawn `SyntheticPets`, torchvision's, and ImageNet-1k; and their terms of use.
 
-torchvision fetches and indexes; the pictures themselves are opened by `safe_open` like any others, so that
-one damaged file doesn't stop a run. Where a dataset comes without a validation set (or with a "val" that the
-field reports as its test), ``splits.py`` cuts one from the training images.
+torchvision fetches and indexes; the images themselves are opened by `safe_open` like any others, so that one damaged
+file doesn't stop a run. Where a dataset comes without a validation set (or with a "val" that the field reports as its
+test), ``splits.py`` cuts one from the training images.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,63 @@ from moevision.data.sources import (
 )
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError
+from moevision.names import shown
 
 SYNTHETIC = "synthetic_pets"
 _IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
+UNKNOWN = "unknown: check before you publish"
+_IMAGENET = "for non-commercial research and education only (terms of access on https://image-net.org/download)"
+
+
+def open_collection(
+    path: str, *, root: str, download: bool, image_size: int, seed: int, sizes: dict[str, int]
+) -> Collection:
+    """Find the dataset that ``path`` names.
+
+    Args:
+        path: one of `DATASET_NAMES`, or a folder (write ``./pets`` for a folder that bears such a name).
+        root: folder in which named datasets live.
+        download: fetch a named dataset that isn't there.
+        image_size: side of the drawn images, in pixels.
+        seed: seed of the drawn images.
+        sizes: number of drawn images per split.
+
+    Raises:
+        UserError: if it isn't there, can't be fetched, or isn't laid out as a dataset.
+    """
+    if path == SYNTHETIC:
+        return synthetic_pets(image_size, seed, sizes)
+    if path not in DATASET_NAMES:
+        try:
+            return read_folder(Path(path).expanduser())
+        except UserError as error:
+            alike = difflib.get_close_matches(path, DATASET_NAMES, n=1)
+            names = f"did you mean {alike[0]!r}?" if alike else ", ".join(DATASET_NAMES)
+            if Path(path).expanduser().exists():
+                raise
+            raise UserError(f"{error}; or a dataset's name: {names}") from None
+    folder = Path(root).expanduser()
+    if path == "imagenet":
+        return _imagenet(folder, download)
+    try:
+        return _NAMED[path](folder, False)
+    except RuntimeError as error:  # torchvision: not found or corrupted
+        if not download:
+            raise UserError(
+                f"the dataset {path} is not in {folder}: add --data.download true to fetch it, or set --data.root to "
+                "where it is" + (f"; for your own folder write ./{path}" if Path(path).is_dir() else "")
+            ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _NAMED[path](folder, True)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{path} could not be fetched into {folder} ({error}): check the network and try again"
+        ) from error
 
 
 def synthetic_pets(image_size: int, seed: int, sizes: dict[str, int]) -> DrawnCollection:
-    """The drawn dataset, ``sizes[split]`` pictures per split."""
+    """The drawn dataset, ``sizes[split]`` images per split."""
     pets = {split: SyntheticPets(sizes[split], image_size, seed, split) for split in SPLITS}
     given = {
         split: [Sample(f"{split}/{number:06d}", pets[split].label(number)) for number in range(sizes[split])]
@@ -132,49 +183,65 @@ _NAMED: dict[str, Callable[[Path, bool], Collection]] = {
 }
 DATASET_NAMES = (SYNTHETIC, *_NAMED, "imagenet")
 
+# Terms of use, as far as they are certain: a published model's card says them. Where a dataset's makers state nothing,
+# or this table knows nothing, the card says "unknown": a guess would be worse. Each sentence follows the page it names.
 
-def open_collection(
-    path: str, *, root: str, download: bool, image_size: int, seed: int, sizes: dict[str, int]
-) -> Collection:
-    """Find the dataset that ``path`` names.
+
+@dataclass(frozen=True)
+class DataTerms:
+    """What is certain about one dataset.
+
+    Attributes:
+        title: its name in words.
+        terms: licence or terms of use, with the page that states them.
+        hub_id: its address on huggingface.co/datasets; empty if it has none that is its makers' or widely used.
+        kind: what a model card calls its type: the dataset's name, or `imagefolder`.
+    """
+
+    title: str
+    terms: str = UNKNOWN
+    hub_id: str = ""
+    kind: str = "imagefolder"
+
+
+_KNOWN = {
+    SYNTHETIC: ("SyntheticPets", "drawn by moevision's own code (Apache-2.0): no photo is involved", ""),
+    "cifar10": (
+        "CIFAR-10",
+        "unknown: https://www.cs.toronto.edu/~kriz/cifar.html states no licence and asks to cite Krizhevsky 2009",
+        "uoft-cs/cifar10",
+    ),
+    "cifar100": (
+        "CIFAR-100",
+        "unknown: https://www.cs.toronto.edu/~kriz/cifar.html states no licence and asks to cite Krizhevsky 2009",
+        "uoft-cs/cifar100",
+    ),
+    "imagenette": ("Imagenette", f"a selection of ImageNet's photos, which are {_IMAGENET}", "frgfm/imagenette"),
+    "imagenet": ("ImageNet-1k", _IMAGENET, "ILSVRC/imagenet-1k"),
+    "pets": ("Oxford-IIIT Pet", "CC BY-SA 4.0 (https://www.robots.ox.ac.uk/~vgg/data/pets/)", "timm/oxford-iiit-pet"),
+    "pets_cat_dog": (
+        "Oxford-IIIT Pet, cat or dog",
+        "CC BY-SA 4.0 (https://www.robots.ox.ac.uk/~vgg/data/pets/)",
+        "timm/oxford-iiit-pet",
+    ),
+    "food101": (
+        "Food-101",
+        "photos of Foodspotting's users: more than scientific fair use must be negotiated with each of them (the "
+        "dataset's license_agreement.txt)",
+        "ethz/food101",
+    ),
+}
+
+
+def terms_of(path: str) -> DataTerms:
+    """What is certain about the data that `--data` names.
 
     Args:
-        path: one of `DATASET_NAMES`, or a folder (write ``./pets`` for a folder that bears such a name).
-        root: folder in which named datasets live.
-        download: fetch a named dataset that isn't there.
-        image_size: side of the drawn pictures, in pixels.
-        seed: seed of the drawn pictures.
-        sizes: number of drawn pictures per split.
-
-    Raises:
-        UserError: if it isn't there, can't be fetched, or isn't laid out as a dataset.
+        path: a name of `DATASET_NAMES`, or a folder. Of a folder only its last part is told: the rest may be private.
     """
-    if path == SYNTHETIC:
-        return synthetic_pets(image_size, seed, sizes)
-    if path not in DATASET_NAMES:
-        try:
-            return read_folder(Path(path).expanduser())
-        except UserError as error:
-            alike = difflib.get_close_matches(path, DATASET_NAMES, n=1)
-            names = f"did you mean {alike[0]!r}?" if alike else ", ".join(DATASET_NAMES)
-            if Path(path).expanduser().exists():
-                raise
-            raise UserError(f"{error}; or a dataset's name: {names}") from None
-    folder = Path(root).expanduser()
-    if path == "imagenet":
-        return _imagenet(folder, download)
-    try:
-        return _NAMED[path](folder, False)
-    except RuntimeError as error:  # torchvision: not found or corrupted
-        if not download:
-            raise UserError(
-                f"the dataset {path} is not in {folder}: add --data.download true to fetch it, or set --data.root to "
-                "where it is" + (f"; for your own folder write ./{path}" if Path(path).is_dir() else "")
-            ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return _NAMED[path](folder, True)
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"{path} could not be fetched into {folder} ({error}): check the network and try again"
-        ) from error
+    if path in _KNOWN:
+        title, terms, hub_id = _KNOWN[path]
+        return DataTerms(title, terms, hub_id, path)
+    if path in DATASET_NAMES:
+        return DataTerms(path, kind=path)
+    return DataTerms(f"own images (a folder called “{shown(Path(path).expanduser().resolve().name)}”)")

@@ -1,7 +1,7 @@
-"""Where pictures come from: files below a folder, arrays in memory, or pictures drawn by code.
+"""Where images come from: files below a folder, arrays in memory, or images drawn by code.
 
 A `Collection` lists its samples per given split and opens them one by one; it decides nothing about
-training, validation and test (see ``splits.py``) and nothing about pixels (see ``augment.py``). A sample is
+training, validation and test (see ``splits.py``) and nothing about pixels (see ``transforms.py``). A sample is
 named by its path relative to the collection's root, which stays the same across runs and machines.
 """
 
@@ -27,7 +27,7 @@ SPLITS = ("train", "val", "test")
 
 
 class Sample(NamedTuple):
-    """One picture: its stable name (path relative to the root, with forward slashes) and its class index."""
+    """One image: its stable name (path relative to the root, with forward slashes) and its class index."""
 
     sample_id: str
     label: int
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class Collection(ABC):
-    """Labelled pictures.
+    """Labelled images.
 
     Attributes:
         class_names: class names in words; a label is an index into them.
@@ -49,14 +49,14 @@ class Collection(ABC):
 
     @abstractmethod
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
-        """Return the RGB picture; raises `BadImageError` if it can't be used.
+        """Return the RGB image; raises `BadImageError` if it can't be used.
 
         A ``short_side`` in pixels allows a large photo to come reduced, see `safe_open`.
         """
 
     @abstractmethod
     def size_bytes(self, sample: Sample) -> int:
-        """Number of stored bytes; samples of different size are known to differ."""
+        """Number of stored bytes; samples of different size differ."""
 
     def probe(self, sample: Sample) -> bytes:
         """A few stored bytes, read to spare the digest of large samples that differ in them."""
@@ -121,7 +121,7 @@ def file_identity(path: str | Path) -> Hashable:
 
 @dataclass
 class ArrayCollection(Collection):
-    """Pictures held as arrays, uint8 [n, H, W, 3] per given split; sample ids are ``split/number``."""
+    """Images held as arrays, uint8 [n, H, W, 3] per given split; sample ids are ``split/number``."""
 
     arrays: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
@@ -150,7 +150,7 @@ class DrawnCollection(Collection):
     pets: dict[str, SyntheticPets] = field(default_factory=dict)
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
-        """Draw the picture."""
+        """Draw the image."""
         split, number = sample.sample_id.rsplit("/", 1)
         return Image.fromarray(self.pets[split].image(int(number)))
 
@@ -159,5 +159,5 @@ class DrawnCollection(Collection):
         return 0
 
     def digest(self, sample: Sample) -> bytes:
-        """SHA-256 of the sample id: every picture is drawn from a random seed of its own."""
+        """SHA-256 of the sample id: every image is drawn from a random seed of its own."""
         return hashlib.sha256(name_bytes(sample.sample_id)).digest()

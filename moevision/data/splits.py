@@ -1,21 +1,31 @@
-"""Which images train, which choose, and which report: a seeded, stratified split without leaks.
+"""Which images are for training, validation and test: a seeded, stratified split without leaks.
 
-Nothing is ever selected on the set that is reported. A "val" that comes without a "test" is therefore the
-test set, and validation images are cut from the training ones. Pictures that belong together stay on one side
-(see ``leaks.py``).
+Nothing is ever selected on the set that is reported. A "val" that comes without a "test" is therefore the test set, and
+validation images are cut from the training ones. Images that belong together stay on one side: byte-identical copies,
+links to one file, and files of one group. A copy of a training image in the test set rewards memorisation, and so does
+a second photo of the same patient, video or scene. 3.3 % of CIFAR-10's test images have a near-duplicate in its
+training set (arXiv:1902.00423); only exact copies are found here.
+
+``splits.csv`` holds the split of a run: written into its folder, and read from there when the run goes on.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from moevision.data.leaks import group_samples, without_leaks
 from moevision.data.sources import SPLITS, Collection, Sample
 from moevision.errors import UserError
-from moevision.names import name_bytes
+from moevision.files import write_text_atomic
+from moevision.names import csv_name, name_bytes
+
+_UNUSED = "unused"  # known, and in no split
 
 
 @dataclass
@@ -48,7 +58,7 @@ class Cut:
         test_fraction: share for the test where the collection came unsplit, in [0, 1).
         seed: seed of the cut.
         group_by: None, "parent", or a regular expression with one group, searched in the sample id.
-        check_duplicates: whether to look for byte-identical pictures.
+        check_duplicates: whether to look for byte-identical images.
     """
 
     val_fraction: float = 0.1
@@ -192,3 +202,164 @@ def _check_cut(parts: dict[str, list[Sample]], by_label: dict[int, list[str]], c
                     f"class {class_names[label]!r} can't be in each of {', '.join(parts)}: {len(members)} "
                     f"independent images or groups of it leave none for {part}: add some or remove the class"
                 )
+
+
+def group_samples(
+    collection: Collection, given: dict[str, list[Sample]], group_by: str | None, check_duplicates: bool
+) -> tuple[dict[str, str], list[str]]:
+    """Group of every sample id that isn't a group of its own, and warnings about contradictory copies."""
+    samples = [sample for part in given.values() for sample in part]
+    group_of = _named_groups(samples, group_by)
+    warnings: list[str] = []
+    parent: dict[str, str] = {}
+
+    def root(group: str) -> str:
+        while group in parent:
+            group = parent[group]
+        return group
+
+    contradictions = []
+    for copies in identical(collection, samples) if check_duplicates else _alike(samples, [collection.identity]):
+        if len({sample.label for sample in copies}) > 1:
+            contradictions.append(copies[0].sample_id)
+        keys = [group_of.setdefault(sample.sample_id, sample.sample_id) for sample in copies]
+        for key in keys[1:]:
+            first, other = root(keys[0]), root(key)
+            if first != other:
+                parent[other] = first
+    if contradictions:
+        warnings.append(
+            f"{len(contradictions)} images stand in several classes as byte-identical files or links (for example "
+            f"{contradictions[0]}): keep each in its right class"
+        )
+    return {sample_id: root(group) for sample_id, group in group_of.items()}, warnings
+
+
+def _named_groups(samples: Sequence[Sample], group_by: str | None) -> dict[str, str]:
+    """Groups by the parent folder or by a regular expression; keys can't collide with sample ids."""
+    if group_by is None:
+        return {}
+    if group_by == "parent":
+        return {sample.sample_id: f"//{sample.sample_id.rpartition('/')[0]}" for sample in samples}
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise UserError(f"--data.group_by {group_by!r} is not a regular expression: {error}") from error
+    if pattern.groups != 1:
+        raise UserError(f"--data.group_by {group_by!r} must have exactly one (group), it has {pattern.groups}")
+    groups = {}
+    for sample in samples:
+        match = pattern.search(sample.sample_id)
+        if match is None:
+            raise UserError(
+                f"--data.group_by {group_by!r} does not match {sample.sample_id!r}: let it match every path"
+            )
+        groups[sample.sample_id] = f"//{match.group(1)}"
+    return groups
+
+
+def identical(collection: Collection, samples: Iterable[Sample]) -> list[list[Sample]]:
+    """Sets of two or more byte-identical samples; only samples of equal size are read, large ones twice."""
+    # empty files are equal, and no images
+    stored = [sample for sample in samples if collection.size_bytes(sample) > 0]
+    return _alike(stored, (collection.size_bytes, collection.probe, collection.digest))
+
+
+def _alike(samples: list[Sample], keys: Sequence[Callable[[Sample], Hashable]]) -> list[list[Sample]]:
+    """Sets of two or more samples that agree in every key; the next key is asked only of those that agree so far."""
+    sets = [samples]
+    for key in keys:
+        finer: list[list[Sample]] = []
+        for members in sets:
+            buckets: dict[Hashable, list[Sample]] = defaultdict(list)
+            for sample in members:
+                buckets[key(sample)].append(sample)
+            finer += [bucket for bucket in buckets.values() if len(bucket) > 1]
+        sets = finer
+    return sets
+
+
+def without_leaks(
+    given: dict[str, list[Sample]], groups: dict[str, str], warnings: list[str]
+) -> tuple[dict[str, list[Sample]], list[Sample]]:
+    """Drop from train what val or test hold too, and from val what test holds; return the dropped as well."""
+    kept: dict[str, list[Sample]] = {}
+    unused: list[Sample] = []
+    reserved: dict[str, str] = {}
+    for split in ("test", "val", "train"):
+        if split not in given:
+            continue
+        kept[split] = []
+        dropped: list[Sample] = []
+        for sample in given[split]:
+            leaks = sample.sample_id in groups and groups[sample.sample_id] in reserved
+            (dropped if leaks else kept[split]).append(sample)
+        unused += dropped
+        if dropped:
+            others = sorted({reserved[groups[sample.sample_id]] for sample in dropped})
+            warnings.append(
+                f"{len(dropped)} {split} images are not used: byte-identical copies, links to them, or files of their "
+                f"group, are in {' and '.join(others)} (for example {dropped[0].sample_id})"
+            )
+        for sample in kept[split]:
+            if sample.sample_id in groups:
+                reserved.setdefault(groups[sample.sample_id], split)
+    return kept, unused
+
+
+def write_splits(path: Path, splits: Splits, class_names: Sequence[str]) -> None:
+    """Write ``splits.csv`` (columns split, class, path) whole or not at all; names as `csv_name` has them."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["split", "class", "path"])
+    for split, samples in {**splits.samples, _UNUSED: splits.unused}.items():
+        writer.writerows([split, *map(csv_name, (class_names[sample.label], sample.sample_id))] for sample in samples)
+    write_text_atomic(path, text.getvalue())
+
+
+def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
+    """Take the split from ``splits.csv``; files that came or went since are left out, with a warning.
+
+    Args:
+        path: the file written by `write_splits`.
+        collection: the images as they are now.
+
+    Returns:
+        The splits, and the class names of the file (labels are renumbered to them).
+
+    Raises:
+        UserError: if the file isn't such a list, or a class of it has vanished.
+    """
+    with path.open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    if not rows or set(rows[0]) != {"split", "class", "path"} or {row["split"] for row in rows} - {*SPLITS, _UNUSED}:
+        raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
+    # By the written names: a sample id may hold what no CSV file can. Older files hold names as they are.
+    rows = [{name: csv_name(row[name] or "") for name in ("split", "class", "path")} for row in rows]
+    current = {csv_name(sample.sample_id): sample.sample_id for part in collection.given.values() for sample in part}
+    listed = {row["class"] for row in rows}
+    class_names = [name for name in collection.class_names if csv_name(name) in listed]
+    label_of = {csv_name(name): label for label, name in enumerate(class_names)}
+    samples: dict[str, list[Sample]] = {split: [] for split in SPLITS if any(row["split"] == split for row in rows)}
+    unused: list[Sample] = []
+    vanished = [row["path"] for row in rows if row["path"] not in current]
+    for row in rows:
+        if row["path"] in current and row["class"] in label_of:
+            samples.get(row["split"], unused).append(Sample(current[row["path"]], label_of[row["class"]]))
+    for split, members in samples.items():
+        lost = sorted(listed - {csv_name(class_names[sample.label]) for sample in members})
+        if lost:
+            raise UserError(
+                f"{path} lists {split} images of the class {lost[0]!r} that are no longer there: bring them "
+                "back, or use another run folder to draw a new split"
+            )
+    warnings = []
+    appeared = current.keys() - {row["path"] for row in rows}
+    for paths, what in (
+        (vanished, f"listed in {path} have vanished"),
+        (sorted(appeared), f"came after {path} was written and are left out"),
+    ):
+        if paths:
+            warnings.append(f"{len(paths)} images {what} (for example {paths[0]})")
+    notes = {split: f"{origin} (as listed in {path.name})" for split, origin in split_origins(collection.given).items()}
+    return Splits(samples, notes, warnings, unused), class_names

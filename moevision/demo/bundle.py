@@ -1,29 +1,146 @@
 """The models that the explorer offers: those that come with the package, or the one that the user names.
 
-A bundled model is a folder with `card.json`, `trained/` and, where there are, `unbalanced/` (trained without the
-balance loss) and `dense/` (the dense twin), each written by `moevision.models.hub.save_model`; `atlas.json` and
-`atlas_unbalanced.json` sum up what they do with their test pictures. Weights are stored in bfloat16 and computed with
-in float32. The variant "untrained" is the same architecture with fresh weights.
+A bundled model is a folder with `card.json` (what it is, what it was trained on, how good it is, under which licence),
+`trained/` and, where there are, `unbalanced/` (trained without the balance loss) and `dense/` (the dense twin), each
+written by `moevision.models.io.save_model`; `atlas.json` and `atlas_unbalanced.json` sum up what they do with their
+test images. Weights are stored in bfloat16 and computed with in float32. The variant "untrained" is the same
+architecture with fresh weights. The card of a user's own model comes from its run folder.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from moevision.analysis.baselines import fresh_copy
-from moevision.analysis.pictures import PictureSet, open_pictures
-from moevision.analysis.run_pictures import is_data_of, pictures_for, run_folder
+from moevision.analysis.images import PictureSet, is_data_of, open_pictures, pictures_for, run_folder
 from moevision.data.named import DATASET_NAMES, SYNTHETIC
-from moevision.demo.cards import Card, read_card
 from moevision.demo.examples import Examples
-from moevision.demo.facts import ModelFacts, describe
-from moevision.demo.own_run import card_of_run
+from moevision.demo.facts import ModelFacts, describe, title_of
+from moevision.demo.typical import Typical
 from moevision.errors import DataWarning, UserError
-from moevision.models.hub import SavedModel, best_device, load_model
+from moevision.models.io import SavedModel, best_device, load_model
+from moevision.models.safe_files import read_json
+from moevision.names import shown
+
+
+@dataclass(frozen=True)
+class Card:
+    """What people should know about a model before they believe it.
+
+    Attributes:
+        id: its name in addresses.
+        title: its name in words.
+        subtitle: one line under the title.
+        data: the training data, in words.
+        recipe: the command or config that trained it.
+        seed: of that training; None if unknown.
+        accuracy: test accuracy of `moe`, `dense` and `unbalanced`, from 0 to 1; missing if not measured.
+        test_images: number of pictures that the accuracy was measured on; None if unknown.
+        recipes: the commands that trained each variant, the dense twin among them.
+        note: what the commands don't say about the training.
+        validation_top1: of the trained model after each epoch.
+        licence: of the weights.
+        data_kind: name of the dataset as `--data` takes it; empty if unknown.
+        typical: what pictures of the training data look like to the model; None if not measured.
+    """
+
+    id: str
+    title: str
+    subtitle: str = ""
+    data: str = ""
+    recipe: str = ""
+    seed: int | None = None
+    accuracy: dict[str, float] = field(default_factory=dict)
+    test_images: int | None = None
+    recipes: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+    validation_top1: list[float] = field(default_factory=list)
+    licence: str = ""
+    data_kind: str = ""
+    typical: Typical | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON, without the numbers of `typical`."""
+        return {name: value for name, value in self.__dict__.items() if name != "typical"}
+
+    def accuracy_text(self, variant: str) -> str:
+        """As in "97.5 % of test pictures right (dense twin: 97.1 %)"."""
+        if variant == "untrained":
+            return "not trained: its weights are random, so its predictions mean nothing"
+        known = self.accuracy.get("moe" if variant == "trained" else variant)
+        right = "accuracy not known" if known is None else f"{_percent(known)} of test pictures right"
+        if variant == "unbalanced":
+            return f"{right}, trained without the balance loss"
+        twin = f" (dense twin: {_percent(self.accuracy['dense'])})" if "dense" in self.accuracy else ""
+        return right + twin
+
+
+def read_card(file: Path) -> Card:
+    """Read a card.json.
+
+    Raises:
+        UserError: if it isn't one.
+    """
+    try:
+        given = read_json(file)
+        typical = given.pop("typical", None)
+        _check_types(given)
+        return Card(**given, typical=None if typical is None else Typical.from_json(typical))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{file} is no model card ({error}): put back the file that the package came with.") from error
+
+
+def _check_types(given: dict[str, Any]) -> None:
+    """Raise a TypeError where a field of a card isn't of its kind; unknown ones are the constructor's to refuse."""
+    for name, value in given.items():
+        if name in ("seed", "test_images"):
+            right = value is None or type(value) is int
+        elif name == "validation_top1":
+            right = isinstance(value, list) and all(isinstance(share, int | float) for share in value)
+        elif name in ("accuracy", "recipes"):
+            kind = str if name == "recipes" else int | float
+            right = isinstance(value, dict) and all(isinstance(inner, kind) for inner in value.values())
+        else:
+            right = isinstance(value, str)
+        if not right:
+            raise TypeError(f"{name} has the wrong type")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def card_of_run(address: str) -> Card:
+    """What a model's run folder tells about it; any other address is its own title."""
+    run = run_folder(address)
+    if run is None or not (run / "summary.json").is_file():
+        return Card(id="own", title=title_of(address) or shown(address), subtitle="your model")
+    file = run / "summary.json"
+    try:
+        summary = read_json(file)
+        test, twin = summary["test"], summary["twin"]
+        accuracy = {"moe": test["correct"] / test["total"]}
+        if twin is not None:
+            accuracy["dense"] = twin["correct"] / test["total"]
+        seed = summary["seed"]
+        return Card(
+            id="own",
+            title=shown(str(summary["name"])),
+            subtitle=str(summary["model"]),
+            data=f"{shown(str(summary['data']))}: {sum(summary['class_counts']['train'].values()):,} training pictures",
+            recipe=f"moevision fit --config {shown(run.name)}/config.yaml",
+            seed=seed if type(seed) is int else None,
+            accuracy=accuracy,
+            data_kind=str(summary["data"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{file} can't be read ({type(error).__name__}: {error}): mend it or move it away.") from error
+
 
 UNTRAINED_SEED = 0
 

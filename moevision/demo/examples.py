@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-from moevision.analysis.pictures import PictureSet
+from moevision.analysis.images import PictureSet
 from moevision.data.synthetic import SyntheticPets
 from moevision.demo.facts import Pixels, model_input
 from moevision.demo.requests import RequestError

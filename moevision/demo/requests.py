@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, cast
 
 from moevision.analysis.intervention import Fill, Intervention, Kind
 from moevision.demo.facts import ModelFacts
-from moevision.demo.settings import FILLS, KINDS, Settings
+from moevision.demo.view import FILLS, KINDS, Settings
 from moevision.errors import UserError
 
 Code = Literal["bad_request", "busy", "bad_image", "too_large"]

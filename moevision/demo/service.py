@@ -13,19 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 from moevision import __version__
-from moevision.analysis.effect_result import ClassEffect
-from moevision.analysis.effects import class_effect, effect
+from moevision.analysis.effects import ClassEffect, class_effect, effect
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
-from moevision.demo.atlas_pages import AtlasPages
-from moevision.demo.atlas_source import Galleries
 from moevision.demo.bundle import Entry, Variant
 from moevision.demo.examples import Found, Recent
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, PictureFacts, model_input
+from moevision.demo.galleries import AtlasPages, Galleries
 from moevision.demo.html import view_html
 from moevision.demo.requests import RequestError
-from moevision.demo.settings import Settings
-from moevision.demo.view import RoutingView, route_image
+from moevision.demo.view import RoutingView, Settings, route_image
 from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, TooLargeError, open_data_uri
 from moevision.errors import UserError
 

@@ -19,9 +19,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.pictures import PictureSet
+from moevision.analysis.images import PictureSet
 from moevision.errors import UserError
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 Floats = npt.NDArray[np.float64]
 SHARE: Final = 0.99

@@ -1,24 +1,30 @@
-"""What the explorer shows of one picture: `route_image(model, image) -> RoutingView`.
+"""What the explorer shows of one image: `route_image(model, image, settings) -> RoutingView`.
 
-Pure: a model and a picture in, numbers out; nothing of gradio, of visitors or of files. In a notebook the last line
-of a cell shows the same interactive view as the web page. `to_json` is the schema `moevision.view/2`.
+Pure: a model and an image in, numbers out; nothing of gradio, of visitors or of files. In a notebook the last line
+of a cell shows the same interactive view as the web page. `to_json` is the schema `moevision.view/2`. `Settings` are
+what a person may change before an image is routed: top-k, capacity, one intervention.
 
-Axes: P patches (row-major, prefix tokens left out), K choices, E experts, C classes, L MoE layers. Where experts
-choose patches or mix them, K = E, best first, and `kept` says which of them computed the patch.
+Axes: P patches (row-major, prefix tokens left out), K choices, E experts, C classes, L MoE layers, S slots of an
+expert. Where experts choose patches or mix them, K = E, best first, and `kept` says which of them computed the patch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from torch import nn
 
+from moevision.analysis.decisions import routing_kind
+from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal
 from moevision.demo.facts import (
+    LayerFacts,
     ModelFacts,
     PictureFacts,
     Pixels,
@@ -28,11 +34,162 @@ from moevision.demo.facts import (
     softmax,
     title_of,
 )
-from moevision.demo.kinds import LayerFacts
-from moevision.demo.settings import Settings, intervention_json
-from moevision.demo.slots import SlotWeights
 from moevision.layers import Routing, SoftRouting
-from moevision.models.hub import SavedModel, load_model
+from moevision.models.io import SavedModel, load_model
+
+UNIT: Final = 1e-5  # of the whole numbers in `maps`: an even share of 1,000 patches has three digits left
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SlotWeights:
+    """The slots of one layer, for the patches of one picture.
+
+    Attributes:
+        dispatch: [P, E, S] what each slot reads of each patch; with the prefix tokens it would sum to 1 over P.
+        combine: [P, E, S] what each patch takes from each slot; sums to 1 over all slots.
+    """
+
+    dispatch: npt.NDArray[np.float32]
+    combine: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, routing: SoftRouting) -> SlotWeights:
+        """The slots of a batch of one picture, prefix tokens left out."""
+        first = routing.num_prefix_tokens
+        dispatch, combine = (
+            weight[0, first:].float().cpu().numpy() for weight in (routing.dispatch_weight, routing.slot_weight)
+        )
+        return cls(dispatch, combine)
+
+    @property
+    def reads(self) -> Floats:
+        """[E, P] what an expert reads: the mean over its slots."""
+        mean: Floats = self.dispatch.mean(2, dtype=np.float64).T
+        return mean
+
+    def maps(self, expert: int) -> dict[str, Any]:
+        """The slots of one expert as JSON.
+
+        Returns:
+            `unit`, the value of 1 in `reads` and `takes`, which are [S][P] whole numbers; and for each slot
+            `reads_patches`, over how many patches its reading is spread (2 to the entropy in bits: 1 if it reads one
+            patch, P if all evenly), and `reads_prefix`, its share of class and register tokens.
+        """
+        reads, takes = (weight[:, expert].T.astype(np.float64) for weight in (self.dispatch, self.combine))
+        return {
+            "unit": UNIT,
+            "reads": np.round(reads / UNIT).astype(int).tolist(),
+            "takes": np.round(takes / UNIT).astype(int).tolist(),
+            "reads_patches": np.round(spread(reads), 2).tolist(),
+            "reads_prefix": np.round(np.maximum(1 - reads.sum(1), 0), 4).tolist(),
+        }
+
+
+def spread(weights: Floats) -> Floats:
+    """[...] over how many of [..., P] entries a weight is spread: 2 to the entropy of their shares."""
+    total = np.maximum(weights.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
+    share = weights / total
+    bits = -np.sum(share * np.log2(np.where(share > 0, share, 1)), axis=-1)
+    patches: Floats = np.exp2(bits)
+    return patches
+
+
+KINDS: Final = ("ablate", "force", "random")
+FILLS: Final = ("next_best", "zero")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a picture is routed, where it differs from how the model was trained.
+
+    Attributes:
+        top_k: experts per patch; None as trained.
+        capacity: an expert computes at most ceil(capacity · choices / E) of a picture's choices; None for no limit.
+        intervention: at most one change of the routing, of one of `KINDS`.
+    """
+
+    top_k: int | None = None
+    capacity: float | None = None
+    intervention: Intervention | None = None
+
+    def conditions(self, net: nn.Module) -> tuple[Intervention, ...]:
+        """Top-k and capacity as interventions on those layers of `net` where they have a meaning.
+
+        Raises:
+            UserError: if one that is set has a meaning in no layer.
+        """
+        top_k = [] if self.top_k is None else _where_possible(net, "top_k", top_k=self.top_k)
+        capacity = [] if self.capacity is None else _where_possible(net, "capacity", factor=self.capacity)
+        return (*top_k, *capacity)
+
+    @contextmanager
+    def applied(self, net: nn.Module) -> Iterator[None]:
+        """Hold `net` in these settings inside the scope; other threads wait for their turn on it."""
+        changed = () if self.intervention is None else (self.intervention,)
+        with intervene(net, *self.conditions(net), *changed):
+            yield
+
+    @contextmanager
+    def conditions_applied(self, net: nn.Module) -> Iterator[None]:
+        """Hold `net` in the other k and capacity only; without those the lock stays free for other threads."""
+        conditions = self.conditions(net)
+        with intervene(net, *conditions) if conditions else nullcontext():
+            yield
+
+    def off_reason(self, routers: Sequence[LayerFacts]) -> str | None:
+        """How k and capacity differ from the training, in words; None where they don't."""
+        reasons = [] if self.top_k is None else _other_k(self.top_k, routers)
+        if self.capacity is not None:
+            reasons += _other_capacity(self.capacity, routers)
+        return " ".join(reasons) or None
+
+
+def _where_possible(net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any) -> list[Intervention]:
+    layers = numbered_layers(net)
+    able = [number for number, layer in layers.items() if refusal(kind, routing_kind(layer.router)) is None]
+    # Where none is able, the first one says why.
+    return [Intervention(kind, layer=number, **value) for number in able or layers]
+
+
+def _other_k(k: int, routers: Sequence[LayerFacts]) -> list[str]:
+    """At most one sentence about an other k."""
+    able = [router for router in routers if "top_k" not in router.refused]
+    trained = {router.k_words: [other.name for other in able if other.k_words == router.k_words] for router in able}
+    if all(router.top_k == k for router in able):
+        return []
+    if len(trained) == 1:
+        shown = f"top-{k}" if able[0].kind == "token_choice" else str(k)
+        return [f"Trained with {able[0].k_words}, shown is {shown}."]
+    was = "; ".join(f"{words} in {' and '.join(names)}" for words, names in trained.items())
+    return [f"Shown is k = {k}; trained were {was}."]
+
+
+def _other_capacity(factor: float, routers: Sequence[LayerFacts]) -> list[str]:
+    """A sentence about layers whose patches choose, and one about those whose experts do."""
+    able = [router for router in routers if "capacity" not in router.refused]
+    limits = {router.train_capacity for router in able if router.kind == "token_choice"}
+    sentences = []
+    if limits == {None}:
+        sentences.append(f"Trained without a capacity limit, shown is capacity factor {factor:g}.")
+    elif limits - {factor}:
+        was = " and ".join(sorted("no limit" if limit is None else f"capacity factor {limit:g}" for limit in limits))
+        sentences.append(f"Trained with {was}, shown is {factor:g}.")
+    if factor != 1 and any(router.kind == "expert_choice" for router in able):
+        sentences.append(f"Experts take {factor:g} times as many patches as trained.")
+    return sentences
+
+
+def intervention_json(change: Intervention) -> dict[str, Any]:
+    """The five fields of an intervention as the explorer's requests and answers have them."""
+    return {
+        "kind": change.kind,
+        "layer": change.layer,
+        "expert": change.expert,
+        "fill": change.fill,
+        "seed": change.seed,
+    }
+
 
 SCHEMA: Final = "moevision.view/2"
 TOP: Final = 5

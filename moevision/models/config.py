@@ -14,7 +14,7 @@ from torch import nn
 from moevision.errors import UserError
 from moevision.layers import RouterOptions, moe_layers
 from moevision.models.convert import convert_to_moe
-from moevision.models.source import create_from, unknown_name
+from moevision.models.io import create_from, unknown_name
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS
 

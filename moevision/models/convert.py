@@ -105,7 +105,7 @@ def convert_to_moe(
     plans = _plan(vit, indices, of_layer, shared, options, copy_weights)
     for index, plan in zip(indices, plans, strict=True):
         blocks[index].mlp = _moe_like(vit, index, plan, copy_weights)
-    _show_picture(vit)
+    _prepare_handmade(vit)
     _spare_biases(vit)
     written = {name: one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()}
     if not copy_weights and expert_hidden is None:
@@ -142,7 +142,7 @@ def _plan(
     plans = []
     for place, index in enumerate(indices):
         plan = {name: values[place] for name, values in lists.items()} | shared
-        kind, dense_hidden = router_kind(plan["router"]), _plain_mlp(vit, index).out_features
+        kind, dense_hidden = router_kind(plan["router"]), plain_mlp(vit, index).out_features
         if plan["top_k"] is None:
             plan["top_k"] = kind.top_k
         plan["hidden_features"] = _expert_hidden(index, plan, dense_hidden, copy_weights)
@@ -193,26 +193,40 @@ def _check_options(routers: list[str], options: dict[str, Any]) -> None:
         raise UserError(f"The router {names} has no use for {', '.join(useless)}: leave it out.")
 
 
-def _plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
-    """The first map of a block's MLP, if it is one that experts can replace."""
+def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
+    """The first map of a block's MLP, fc1.
+
+    Raises:
+        UserError: if that MLP has more than fc1, activation and fc2, so that experts can't replace it.
+    """
     mlp = getattr(cast(Any, vit).blocks[index], "mlp", None)
-    if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity) or not isinstance(mlp.fc1, nn.Linear):
-        raise UserError(
-            f"Block {index} of {type(vit).__name__} has {type(mlp).__name__} where a plain MLP is needed: "
-            "gated, normed and convolutional MLPs, and blocks that are MoE already, can't be converted."
-        )
-    return mlp.fc1
+    if mlp is None:
+        reason = "no MLP of its own (attention and MLP in parallel, or mixing layers)"
+    elif isinstance(mlp, MoEMlp):
+        reason = "experts already"
+    elif type(mlp) is not Mlp:
+        reason = f"a {type(mlp).__name__} (gated or otherwise special MLP, such as SwiGLU)"
+    elif not isinstance(mlp.fc1, nn.Linear):
+        reason = "a convolutional MLP"
+    elif not isinstance(mlp.norm, nn.Identity):
+        reason = f"an MLP with a {type(mlp.norm).__name__} inside"
+    else:
+        return mlp.fc1
+    raise UserError(
+        f"Block {index} of {type(vit).__name__} has {reason}: it can't be converted, since experts take the place of "
+        "plain two-layer MLPs."
+    )
 
 
 def _slots(vit: nn.Module, top_k: int, num_experts: int) -> int:
-    """Slots of one expert with which a token costs as much as with K experts; kept when the picture's size changes."""
+    """Slots of one expert with which a token costs as much as with K experts; kept when the image's size changes."""
     model = cast(Any, vit)
     tokens = int(model.patch_embed.num_patches) + int(model.num_prefix_tokens)
     return capacity_of(1.0, tokens, top_k, num_experts)
 
 
-def _show_picture(vit: nn.Module) -> None:
-    """Tell hand-made routers how many tokens aren't patches, and let those that go by colour see the picture."""
+def _prepare_handmade(vit: nn.Module) -> None:
+    """Tell hand-made routers how many tokens aren't patches, and let those that go by colour see the image."""
     for layer in moe_layers(vit):
         if isinstance(layer.router, HandmadeRouter):
             layer.router.num_prefix_tokens = int(cast(Any, vit).num_prefix_tokens)

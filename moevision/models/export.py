@@ -1,22 +1,31 @@
-"""A finished model as one ONNX file or one torch.export program, checked against the model that it came from.
+"""A finished model as one file, checked against the model that it came from: ONNX, or a torch.export program.
 
-Both hold the network in fp32 and eval mode for any batch size, and what is needed to use it: class names and the
-preparation of a picture. Experts are computed by the `dense` backend, all E of them for every token, since neither
-format has an operation for rows sorted by expert. Sparse in its weights, such a file is not sparse in its work.
+ONNX (Open Neural Network Exchange, https://onnx.ai) is run by onnxruntime and many others; a torch.export program by
+torch alone. Both hold the network in fp32 and eval mode for any batch size, and what is needed to use it: class names
+and the preparation of an image. Experts are computed by the `dense` backend, all E of them for every token, since
+neither format has an operation for rows sorted by expert. Sparse in its weights, such a file is not sparse in its work.
 
-Axes: B images, C classes, S side of a picture in pixels, E experts, K choices of a token, N tokens.
+Axes: B images, C classes, S side of an image in pixels, E experts, K choices of a token, N tokens.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
@@ -29,14 +38,22 @@ from moevision.layers import (
     moe_layers,
     routing_lock,
 )
-from moevision.models.export_format import ONNX_PACKAGES, Format, load_exported, require_extra, to_bytes
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
+
+Format = Literal["onnx", "torch"]
+Runner = Callable[[Tensor], Tensor]
+SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+
+METADATA_FILE = "moevision.json"
+"""Name of the description among the `extra_files` of a torch.export program."""
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 TOLERANCE = 1e-4
 """Largest difference of a logit that passes."""
 
 _TIE = 1e-5  # scores closer than this may be ordered otherwise by other arithmetic
-_CHECKED = 4  # pictures of seeded noise: one alone, then three together
+_CHECKED = 4  # images of seeded noise: one alone, then three together
 _OPSETS = range(18, 24)  # what torch 2.13 writes
 _MAX_ONNX_BYTES = 2_000_000_000  # a protobuf ends at 2 GiB
 
@@ -50,9 +67,9 @@ class ExportReport:
         format: `onnx` or `torch`.
         size_bytes: its size.
         pictures: how many were compared, four of seeded noise and the given ones.
-        max_logit_delta: largest difference of a logit, over all pictures without a near tie.
-        top1_agreement: share of all pictures for which file and model name the same class.
-        near_ties: given pictures on which two scores of a router are so close that rounding chooses the expert.
+        max_logit_delta: largest difference of a logit, over all images without a near tie.
+        top1_agreement: share of all images for which file and model name the same class.
+        near_ties: given images on which two scores of a router are so close that rounding chooses the expert.
         near_tie_delta: largest difference of a logit over those; 0 if there are none.
     """
 
@@ -103,7 +120,7 @@ def export_torch(model: SavedModel, path: str | Path, *, pictures: Tensor | None
 
 
 def describe(model: SavedModel) -> dict[str, Any]:
-    """What travels in the file, JSON-ready: the classes, the preparation of a picture, and the MoE's shape."""
+    """What travels in the file, JSON-ready: the classes, the preparation of an image, and the MoE's shape."""
     config = timm.data.resolve_model_data_config(model.net)
     side, crop, interpolation = model.image_size, float(config["crop_pct"]), config["interpolation"]
     sentence = (
@@ -130,12 +147,12 @@ def check_exportable(net: nn.Module) -> None:
         options = getattr(layer.router, "options", None)
         if isinstance(layer.router, LabelRouter):
             raise UserError(
-                "The router 'label' must be told the class of every picture, which a file that is to find the class "
+                "The router 'label' must be told the class of every image, which a file that is to find the class "
                 "can't be: export a model with another router."
             )
         if options is not None and options.eval_capacity_factor is not None and options.capacity_group == "batch":
             raise UserError(
-                "With capacity_group='batch' a prediction depends on which pictures share its batch, so an exported "
+                "With capacity_group='batch' a prediction depends on which images share its batch, so an exported "
                 "file would give no definite answer: set capacity_group='image', or leave eval_capacity_factor out."
             )
 
@@ -215,3 +232,116 @@ def choice_margin(routing: Routing) -> Tensor:
         return torch.full((len(scores),), torch.inf)
     ranked = scores.topk(chosen + 1, dim=-1).values
     return (ranked[..., chosen - 1] - ranked[..., chosen]).flatten(1).amin(1)
+
+
+def to_bytes(net: nn.Module, side: int, format: Format, metadata: Mapping[str, Any], opset: int) -> bytes:
+    """The file of a network in eval mode on the CPU, whose experts have the `dense` backend.
+
+    Args:
+        net: images [B, 3, S, S] -> logits [B, C].
+        side: S.
+        format: `onnx` or `torch`.
+        metadata: JSON-ready facts that travel in the file.
+        opset: version of ONNX's operators.
+    """
+    with _quiet(), torch.no_grad():
+        program = _trace(net, side)
+        return _to_onnx(program, metadata, opset) if format == "onnx" else _to_torch(program, metadata)
+
+
+def _trace(net: nn.Module, side: int) -> ExportedProgram:
+    program = torch.export.export(
+        net,
+        (torch.zeros(2, 3, side, side),),  # two images: a batch of 1 would be taken for a constant
+        dynamic_shapes=({0: Dim("batch", min=1)},),
+        strict=False,
+        # Soft MoE's reshapes hold for every batch, but torch can't prove it.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # it holds paths of this machine
+    return program
+
+
+def _to_torch(program: ExportedProgram, metadata: Mapping[str, Any]) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata, ensure_ascii=False)})
+    return file.getvalue()
+
+
+def _to_onnx(program: ExportedProgram, metadata: Mapping[str, Any], opset: int) -> bytes:
+    onnx_program = torch.onnx.export(
+        program,
+        dynamo=True,
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch"},),
+        opset_version=opset,
+        custom_translation_table=_translations(),
+        verbose=False,
+    )
+    assert onnx_program is not None  # None is for the older exporter
+    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in metadata.items()}
+    onnx_program.model.metadata_props.update(texts)
+    return cast(bytes, onnx_program.model_proto.SerializeToString())
+
+
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """Operations of our routers that torch's exporter has no ONNX for."""
+    op = require_extra("onnxscript").opset18
+
+    def stable_sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        # ONNX's TopK is defined to be stable: of equal values the lower index comes first.
+        size = op.Shape(self, start=dim, end=dim + 1 if dim != -1 else None)
+        return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+    def distance(x1: Any, x2: Any, p: float, compute_mode: int | None) -> Any:
+        if p != 2:
+            raise NotImplementedError(f"distance of order {p}")
+        apart = op.Sub(op.Unsqueeze(x1, [-2]), op.Unsqueeze(x2, [-3]))
+        return op.Sqrt(op.ReduceSum(op.Mul(apart, apart), [-1], keepdims=0))
+
+    return {torch.ops.aten.sort.stable: stable_sort, torch.ops.aten._cdist_forward.default: distance}
+
+
+def load_exported(source: bytes | str | Path, format: Format) -> Runner:
+    """The function images [B, 3, S, S] -> logits [B, C] that a file computes, on the CPU with torch's thread count.
+
+    Loading a torch program can run code that is hidden in it: open only files of people you trust.
+    """
+    if format == "torch":
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        program = torch.export.load(file).module()
+        return torch.no_grad()(lambda images: cast(Tensor, program(images)))
+    runtime = require_extra("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    data = source if isinstance(source, bytes) else str(source)
+    session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    optimizer = logging.getLogger("onnxscript.optimizer")
+    level = optimizer.level
+    optimizer.setLevel(logging.ERROR)  # it warns of constants that it can't fold
+    try:
+        with warnings.catch_warnings():
+            # torch 2.13 asks its own pytree in a way that it has deprecated.
+            warnings.filterwarnings("ignore", message=r".*LeafSpec.* is deprecated", category=FutureWarning)
+            # Colour gates look at the image of each pass before they read what they saw.
+            warnings.filterwarnings("ignore", message=r"The tensor attributes?.*\._colours ", category=UserWarning)
+            yield
+    finally:
+        optimizer.setLevel(level)
+
+
+def require_extra(name: str) -> Any:
+    """Import a package of the optional extra `export`, or raise a UserError that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f'ONNX needs {name}, which is not installed: pip install "moevision[export]".') from error

@@ -19,9 +19,10 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
-from moevision.models.hub import SavedModel, load_model, model_folder, save_model
+from moevision.models.io import SavedModel, load_model, model_folder, save_model
+from moevision.models.safe_config import CONFIG, WEIGHTS
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CARD = "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)
 """What is published; nothing else of a folder ever is."""
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -89,7 +90,7 @@ def push_to_hub(
         model: a model in memory, or a run folder or model folder.
         repo_id: `user/name`.
         card: text of README.md, from `moevision.train.card.model_card`.
-        private: for your eyes only; False shows it to everyone.
+        private: visible to you only; False makes it public.
         token: with the right to write; by default the one that `hf auth login` stored, or HF_TOKEN.
         update: add a new version to a repository that exists already.
 

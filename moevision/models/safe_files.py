@@ -1,6 +1,6 @@
 """Read JSON, YAML and safetensors of unknown origin, with limits that hold before memory is taken.
 
-These formats are data only: reading them runs nothing, unlike a pickle. What is left to fear, and is stopped here:
+These formats are data only: unlike a pickle, reading them runs no code. The remaining risks are refused here:
 
 - a name that is no file: a named pipe (opening it would wait for ever), a device (it never ends), a folder;
 - more bytes than such a file can need, and JSON whose millions of empty lists take far more memory than its text;

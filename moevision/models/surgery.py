@@ -1,31 +1,135 @@
 """Expert surgery: prune or merge the experts of a trained model, or collapse it to a dense one, without training.
 
-Nothing here looks at pictures. What the functions decide on is an `ExpertUse` per layer (`measure_use`), which should
-come from other pictures than those on which the result is tested. All return a new model, which saves and reloads under
-its registered name.
+What the operations decide on is an `ExpertUse` per layer (`measure_use`), which should come from other images than
+those on which the result is tested. All return a new model, which saves and reloads under its registered name.
+
+Averages of experts need one order of their hidden units. An MLP computes the same whatever that order is, so two
+experts that do alike things may hold them in different orders, and the plain average of their weights is then neither.
+Each expert is therefore first permuted to come as close as possible to a reference expert.
 
 Sources
     Li et al. 2024 (M-SMoE), arXiv:2310.01334: the most used experts stay, each other one joins the one whose router
     logits are most like its own; the weights of a group are aligned and averaged by use.
+    Ainsworth et al. 2023 (Git Re-Basin), arXiv:2209.04836: matching hidden units by their weights is a linear
+    assignment problem.
 
-Axes: E experts, K choices of a token, H hidden units of one expert, D width.
+Axes: B images, N tokens, E experts, K choices of a token, H hidden units of one expert, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast, get_args
 
+import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import MoEMlp
-from moevision.models.alignment import State, average_experts, expert_of
-from moevision.models.expert_use import ExpertUse
-from moevision.models.regroup import Groups, Use, numbered_layers, regrouped, state_of, use_of, with_mlps
+from moevision.layers import HandmadeRouter, MoEMlp, Routing, TopKRouter, forward_routing, moe_layers
+from moevision.models.convert import convert_to_moe, one_or_list
+from moevision.models.twin import make_dense
+from moevision.models.vit_moe import MOE_ARGUMENTS
 
 How = Literal["average", "most_used"]
+Groups = Sequence[Sequence[int]]
+
+State = dict[str, Tensor]
+"""State of an `Experts` module: fc1.weight [E, H, D], fc1.bias [E, H], fc2.weight [E, D, H], fc2.bias [E, D]; biases
+only where there are some."""
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """What the tokens of some images gave to the experts of one layer.
+
+    Attributes:
+        counts: [E] int64, choices that each expert computed (slots, where experts have slots).
+        gate_sum: [E] float64, the sum over tokens of the weight that each expert had in their output.
+        tokens: number of tokens, prefix tokens included: they are routed too.
+        alike: [E, E] float64, Pearson correlation of the experts' clean router logits over tokens; 0 where a logit
+            never changes. Experts that are alike are wanted by the same tokens.
+    """
+
+    counts: Tensor
+    gate_sum: Tensor
+    tokens: int
+    alike: Tensor
+
+    @property
+    def gate_total(self) -> float:
+        """Mean over tokens of the sum of a token's gates: 1 where gates are normalised and nothing is dropped."""
+        return float(self.gate_sum.sum()) / self.tokens
+
+
+Use = Mapping[int, ExpertUse]
+
+
+@torch.no_grad()
+def measure_use(model: nn.Module, batches: Iterable[Tensor]) -> dict[int, ExpertUse]:
+    """Count what the experts of every MoE layer do for some images.
+
+    Args:
+        model: a converted model, in eval mode: noise and dropout would count otherwise.
+        batches: images [B, 3, H, W] as the model takes them, on its device.
+
+    Returns:
+        Block index -> use.
+
+    Raises:
+        UserError: if the model is in training mode or has no MoE layer, or there is no image.
+    """
+    if model.training:
+        raise UserError("The use of experts is counted in eval mode: call model.eval() first.")
+    if not moe_layers(model):
+        raise UserError(f"{type(model).__name__} has no MoE layer, so it has no experts to count: give a MoE model.")
+    sums: dict[int, _Sums] = {}
+    for images in batches:
+        for place, routing in enumerate(forward_routing(model, images)[1]):
+            block = place if routing.layer is None else routing.layer
+            sums.setdefault(block, _Sums(routing.num_experts)).add(routing)
+    if not sums:
+        raise UserError("There is no image to count the use of experts on: give at least one batch.")
+    return {block: layer.use() for block, layer in sums.items()}
+
+
+@dataclass
+class _Sums:
+    """Running sums of one layer, in float64."""
+
+    num_experts: int
+    counts: Tensor = field(init=False)
+    gate_sum: Tensor = field(init=False)
+    logit_sum: Tensor = field(init=False)
+    product_sum: Tensor = field(init=False)
+    shift: Tensor | None = None
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        zeros = torch.zeros(self.num_experts, dtype=torch.float64)
+        self.counts, self.gate_sum, self.logit_sum = zeros.long(), zeros, zeros
+        self.product_sum = torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
+
+    def add(self, routing: Routing) -> None:
+        logits = routing.logits.flatten(0, 1).double().cpu()
+        if self.shift is None:
+            self.shift = logits[0].clone()  # correlation doesn't change by it, and large offsets lose no digits
+        logits = logits - self.shift
+        self.counts = self.counts + routing.counts().cpu()
+        self.gate_sum = self.gate_sum + routing.expert_weights().double().sum((0, 1)).cpu()
+        self.logit_sum = self.logit_sum + logits.sum(0)
+        self.product_sum = self.product_sum + logits.T @ logits
+        self.tokens += len(logits)
+
+    def use(self) -> ExpertUse:
+        mean = self.logit_sum / self.tokens
+        covariance = self.product_sum / self.tokens - mean.outer(mean)
+        deviation = covariance.diagonal().clamp_min(0).sqrt()
+        scale = deviation.outer(deviation)
+        alike = torch.where(scale > 0, covariance / scale.clamp_min(1e-300), torch.zeros_like(scale))
+        return ExpertUse(self.counts, self.gate_sum, self.tokens, alike.clamp(-1, 1))
 
 
 def prune_experts(
@@ -35,16 +139,16 @@ def prune_experts(
     remove: int | None = None,
     use: Use | None = None,
 ) -> nn.Module:
-    """Take experts away with their router rows; a token that chose one goes to its next-best expert.
+    """Remove experts and their router rows; a token that chose one goes to its next-best expert.
 
-    An expert that no token uses leaves without a trace where gates are a softmax over the kept choices
+    Pruning an expert that no token uses changes nothing where gates are a softmax over the kept choices
     (`noisy_top_k`). Where they are a softmax over all experts (`vmoe_top_k`), the gates of the others grow by
     1 / (1 - its probability).
 
     Args:
         model: a converted model.
         keep: block index -> experts to keep, whose order stays; layers that aren't named stay as they are.
-        remove: instead of `keep`: take so many experts away in every layer, those with the fewest choices in `use`
+        remove: instead of `keep`: remove so many experts in every layer, those with the fewest choices in `use`
             (of equal ones the later).
         use: what `remove` decides on.
 
@@ -77,8 +181,8 @@ def merge_experts(
     Weights, router rows and whatever else the router has for each expert are averaged with the experts' choices as
     weights (equally without `use`), hidden units aligned first. One row can't say what several did: to keep the gates
     of a softmax its logit would have to be the logsumexp of the group's, which is not linear in the token. So a merged
-    expert is chosen less often than its members together, and a token that chose two of them gets its next-best expert
-    too. Merging equal experts with equal rows changes nothing where a token has one expert with gate 1.
+    expert is chosen less often than its members together, and a token that chose two of them also gets its next-best
+    expert. Merging equal experts with equal rows changes nothing where a token has one expert with gate 1.
 
     Args:
         model: a converted model.
@@ -182,3 +286,230 @@ def side_by_side(first: State, second: State) -> State:
     both = {"fc2.weight": torch.cat([first["fc2.weight"], second["fc2.weight"]], dim=1)}
     both |= {name: torch.cat([first[name], second[name]]) for name in ("fc1.weight", "fc1.bias") if name in first}
     return both | {name: first[name] + second[name] for name in ("fc2.bias",) if name in first}
+
+
+def regrouped(model: nn.Module, groups: Mapping[int, Groups], use: Use | None, *, align: bool) -> nn.Module:
+    """A copy of the model whose experts are averages of groups of its experts.
+
+    Args:
+        model: a converted model.
+        groups: block index -> groups; experts in no group are gone, layers that aren't named stay as they are. New
+            experts stand in the order of the first expert of each group.
+        use: experts are averaged by their choices; equally if None.
+        align: bring hidden units into one order before averaging.
+
+    Raises:
+        UserError: if there is no such layer or expert, fewer than K experts would be left, or the router can't do
+            without an expert.
+    """
+    layers = numbered_layers(model)
+    strangers = sorted(set(groups) - set(layers))
+    if strangers:
+        raise UserError(f"Block {strangers[0]} is no MoE layer: choose among {', '.join(map(str, layers))}.")
+    parts = {
+        # Sorted, so that a layer of as many experts as before is the same layer.
+        block: sorted(map(list, groups.get(block, [[expert] for expert in range(layer.router.num_experts)])))
+        for block, layer in layers.items()
+    }
+    for block, layer in layers.items():
+        _check_groups(block, layer, parts[block])
+    new = _with_experts(model, [len(parts[block]) for block in layers])
+    for block, layer in layers.items():
+        weights = torch.ones(layer.router.num_experts) if use is None else use_of(use, block, layer).counts
+        target: MoEMlp = cast(Any, new).blocks[block].mlp
+        if layer.shared is not None and target.shared is not None:
+            target.shared.drop.p = layer.shared.drop.p  # not that of the experts, which convert_to_moe has seen
+        target.load_state_dict(_averaged_state(layer, target, parts[block], weights, align))
+    return new
+
+
+def _check_groups(block: int, layer: MoEMlp, groups: Groups) -> None:
+    number, top_k = layer.router.num_experts, layer.router.top_k
+    members = [expert for group in groups for expert in group]
+    if len(set(members)) < len(members) or not set(members) <= set(range(number)):
+        raise UserError(f"Block {block} has the experts 0 to {number - 1}, not {members}: name each at most once.")
+    if len(groups) < top_k:
+        raise UserError(
+            f"Block {block} would have {len(groups)} experts and a token takes {top_k}: leave at least {top_k}, "
+            "or collapse the model to a dense one."
+        )
+    if len(groups) < number and not isinstance(layer.router, TopKRouter):
+        if isinstance(layer.router, HandmadeRouter):
+            why = "it gives tokens to a fixed number of experts by a rule, not by a learned row for each"
+        else:
+            why = "every expert takes tokens into slots, so that none is unused and no token has a next-best one"
+        raise UserError(
+            f"The router of block {block} ({type(layer.router).__name__}) can't do with fewer experts: {why}. "
+            "Collapse the model to a dense one instead."
+        )
+
+
+def _with_experts(model: nn.Module, num_experts: Sequence[int]) -> nn.Module:
+    """A copy with so many experts in each MoE layer, freshly drawn; it saves and reloads under the model's name."""
+    given = {
+        "num_experts": one_or_list(list(num_experts), None),
+        # As a number: by default it would follow from K and the width of the dense MLP.
+        "expert_hidden": one_or_list([layer.experts.fc1.out_features for layer in moe_layers(model)], None),
+    }
+    new = copy.deepcopy(model)
+    config = {**cast(Any, model).moe_config, **given}
+    with torch.random.fork_rng(devices=[]):
+        make_dense(new, "active_flops")  # convert_to_moe reads widths, biases and dropout from dense MLPs
+        convert_to_moe(new, config.pop("moe_layers"), **config)
+    cast(Any, new)._model_args = {**getattr(model, "_model_args", {}), **given}
+    return new
+
+
+@torch.no_grad()
+def _averaged_state(old: MoEMlp, new: MoEMlp, groups: Groups, weights: Tensor, align: bool) -> State:
+    """State of the new layer: what there is for each expert is averaged by group, the rest copied."""
+    experts = state_of(old.experts)
+    merged = [average_experts(experts, group, weights[list(group)], align=align) for group in groups]
+    state = {f"experts.{name}": torch.stack([one[name] for one in merged]) for name in experts}
+    mixing = torch.zeros(len(groups), old.router.num_experts, dtype=torch.float64)
+    for place, group in enumerate(groups):
+        mixing[place, group] = shares(weights[list(group)])
+    before = state_of(old)
+    for name, tensor in new.state_dict().items():
+        if name in state:
+            continue
+        if tensor.shape == before[name].shape:  # it doesn't depend on E, or E is as before
+            state[name] = before[name]
+        else:
+            rows = before[name].double()
+            state[name] = torch.tensordot(mixing.to(rows.device), rows, dims=1).to(tensor.dtype)
+    return state
+
+
+def with_mlps(model: nn.Module, mlps: Mapping[int, State]) -> nn.Module:
+    """A copy of the model with plain MLPs of these weights in its MoE blocks; it saves and reloads."""
+    new = copy.deepcopy(model)
+    widths = [len(mlps[block]["fc1.weight"]) for block in numbered_layers(model)]
+    with torch.random.fork_rng(devices=[]):
+        make_dense(new, widths)
+        arguments = getattr(model, "_model_args", {})
+        for block, state in mlps.items():
+            cast(Any, new).blocks[block].mlp.load_state_dict(state)
+        cast(Any, new)._model_args = {**arguments, "twin": widths}
+        if getattr(model, "pretrained_cfg", None):
+            _become_plain(new, arguments)
+    return new
+
+
+def _become_plain(dense: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Where the architecture without experts has MLPs of the same widths, let `dense` be that architecture."""
+    state = cast(Any, dense)
+    own = {name: value for name, value in arguments.items() if name not in (*MOE_ARGUMENTS, "moe_layers", "twin")}
+    name = own.pop("base", None)
+    if name is None:
+        name, own["moe_layers"] = state.pretrained_cfg["architecture"], []
+    plain: Any = timm.create_model(name, **{**own, "num_classes": state.num_classes})
+    if [block.mlp.fc1.out_features for block in plain.blocks] != [b.mlp.fc1.out_features for b in state.blocks]:
+        return
+    for block, its in zip(state.blocks, plain.blocks, strict=True):  # experts may have had another dropout
+        block.mlp.drop1.p, block.mlp.drop2.p = its.mlp.drop1.p, its.mlp.drop2.p
+    state._model_args = own
+    state.pretrained_cfg = state.default_cfg = {**state.pretrained_cfg, "architecture": name}
+    del state.moe_config
+    if hasattr(plain, "moe_config"):
+        state.moe_config = plain.moe_config
+
+
+def average_experts(experts: State, members: Sequence[int], weights: Tensor, *, align: bool = True) -> State:
+    """One expert out of several.
+
+    Args:
+        experts: all experts of a layer.
+        members: those to average; the first one with the largest weight is the reference of the alignment.
+        weights: [len(members)] not negative; see `shares`.
+        align: bring hidden units into the reference's order first.
+
+    Returns:
+        Its weights, in the dtype of `experts`.
+    """
+    chosen = [expert_of(experts, member) for member in members]
+    reference = chosen[int(weights.argmax())]
+    if align:
+        chosen = [one if one is reference else reordered(one, matching_units(one, reference)) for one in chosen]
+    # Summed in float64, so that the average of equal weights is that weight, bit for bit.
+    total = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in reference.items()}
+    for part, one in zip(shares(weights).tolist(), chosen, strict=True):
+        for name, value in one.items():
+            total[name] += part * value.double()
+    return {name: value.to(reference[name].dtype) for name, value in total.items()}
+
+
+def shares(weights: Tensor) -> Tensor:
+    """Weights over their sum, in float64; equal ones where all are 0."""
+    weights = weights.double()
+    return weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(weights))
+
+
+def matching_units(expert: State, reference: State) -> Tensor:
+    """The order of an expert's hidden units that brings them closest to those of another expert.
+
+    A unit is its incoming weights, its bias and its outgoing weights. The sum of squared distances between matched
+    units is smallest where the sum of their inner products is largest, since an order changes no length.
+
+    Returns:
+        [H] int64: unit i of `reference` corresponds to unit `order[i]` of `expert`.
+    """
+    from scipy.optimize import linear_sum_assignment  # not at import: it takes half a second
+
+    products = _units(reference) @ _units(expert).T
+    _, order = linear_sum_assignment(products.cpu().numpy(), maximize=True)
+    return torch.as_tensor(order, device=products.device)
+
+
+def _units(expert: State) -> Tensor:
+    """[H, features] in float64."""
+    parts = [expert["fc1.weight"], expert["fc2.weight"].T]
+    if "fc1.bias" in expert:
+        parts.append(expert["fc1.bias"].unsqueeze(1))
+    return torch.cat(parts, dim=1).double()
+
+
+def reordered(expert: State, order: Tensor) -> State:
+    """The same expert with its hidden units in another order: it computes the same."""
+    permuted = {**expert, "fc1.weight": expert["fc1.weight"][order], "fc2.weight": expert["fc2.weight"][:, order]}
+    if "fc1.bias" in expert:
+        permuted["fc1.bias"] = expert["fc1.bias"][order]
+    return permuted
+
+
+def expert_of(experts: State, index: int) -> State:
+    """The weights of one expert, named as those of a timm Mlp."""
+    return {name: packed[index] for name, packed in experts.items()}
+
+
+def numbered_layers(model: nn.Module) -> dict[int, MoEMlp]:
+    """The MoE layers by block index.
+
+    Raises:
+        UserError: if the model isn't a converted one.
+    """
+    layers = moe_layers(model)
+    if not layers or not hasattr(model, "moe_config"):
+        raise UserError(f"{type(model).__name__} has no experts to operate on: give a MoE model, not a dense one.")
+    return {cast(int, layer.layer_index): layer for layer in layers}
+
+
+def use_of(use: Use | None, block: int, layer: MoEMlp) -> ExpertUse:
+    """The use of one layer's experts.
+
+    Raises:
+        UserError: if it isn't known, or is of another number of experts.
+    """
+    if use is None or block not in use:
+        raise UserError(
+            f"How the experts of block {block} are used must be known: give use=measure_use(model, images)."
+        )
+    known, number = len(use[block].counts), layer.router.num_experts
+    if known != number:
+        raise UserError(f"The use of block {block} is of {known} experts, not {number}: measure it on this model.")
+    return use[block]
+
+
+def state_of(module: nn.Module) -> State:
+    """A module's state, detached."""
+    return {name: tensor.detach() for name, tensor in module.state_dict().items()}

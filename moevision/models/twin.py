@@ -63,7 +63,7 @@ def make_dense(model: nn.Module, match: Match | Sequence[int]) -> None:
     state = cast(Any, model)
     for number, hook in list(state.patch_embed._forward_pre_hooks.items()):
         if isinstance(getattr(hook, "__self__", None), ColourRouter):
-            del state.patch_embed._forward_pre_hooks[number]  # nobody is left to look at the picture
+            del state.patch_embed._forward_pre_hooks[number]  # no router reads the image any more
     for index, block in enumerate(state.blocks):
         if isinstance(block.mlp, MoEMlp):
             block.mlp = _mlp_like(block.mlp, widths.pop(0))

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, label_oracle, moe_layers, router_kind
-from moevision.models.convert import convert_to_moe, moe_layer_indices
-from moevision.models.source import ImageSize, create_from, reshape
+from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp
+from moevision.models.io import ImageSize, create_from, reshape
 from moevision.models.vit_moe import MOE_ARGUMENTS
 
 
@@ -94,10 +94,10 @@ class StepZeroGap:
     """How far an upcycled model is from its dense source before any training.
 
     Attributes:
-        images: pictures that were compared.
-        max_logit: max |Δ logit| over pictures and classes.
+        images: images that were compared.
+        max_logit: max |Δ logit| over images and classes.
         logit_scale: standard deviation of the dense model's logits, to judge it by.
-        agreement: share of pictures with the same most likely class.
+        agreement: share of images with the same most likely class.
     """
 
     images: int
@@ -147,9 +147,7 @@ def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
     if not indices:
         raise UserError(f"No block of {name} was chosen: name at least one in layers.")
     for index in indices:
-        reason = _not_plain(getattr(blocks[index], "mlp", None))
-        if reason:
-            raise UserError(f"Block {index} of {name} has {reason}: experts are copies of plain two-layer MLPs.")
+        plain_mlp(vit, index)
     widths = {cast(Any, blocks[index]).mlp.fc1.in_features for index in range(len(blocks)) if _has_mlp(blocks[index])}
     if len(widths) > 1:
         raise UserError(f"{name} is hierarchical (widths {sorted(widths)}): upcycling needs one width in all blocks.")
@@ -157,17 +155,6 @@ def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
 
 def _has_mlp(block: nn.Module) -> bool:
     return isinstance(getattr(block, "mlp", None), Mlp)
-
-
-def _not_plain(mlp: nn.Module | None) -> str:
-    """What this MLP has beyond fc1, activation, fc2; empty if nothing."""
-    if mlp is None:
-        return "no MLP of its own (attention and MLP in parallel, or mixing layers)"
-    if type(mlp) is not Mlp:
-        return f"a {type(mlp).__name__} (gated or otherwise special MLP, such as SwiGLU)"
-    if not isinstance(mlp.fc1, nn.Linear):
-        return "a convolutional MLP"
-    return "" if isinstance(mlp.norm, nn.Identity) else f"an MLP with a {type(mlp.norm).__name__} inside"
 
 
 def _dense_copy(

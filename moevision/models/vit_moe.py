@@ -1,26 +1,32 @@
 """Vision transformers with Mixture-of-Experts MLPs, under names that timm can create, save and load.
 
 Sources: V-MoE (Riquelme et al. 2021, arXiv:2106.05974) for sparse MLPs in a ViT and where to put them;
+"Early convolutions help transformers see better" (Xiao et al. 2021, arXiv:2106.14881, §3) for the convolutional stem;
 timm's VisionTransformer for everything else. Names exist after `import moevision`.
+
+Axes: B images, C classes, D width, N tokens of an image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, cast
 
 import timm
+import torch
+from timm.layers import HybridEmbed
 from timm.layers.config import use_reentrant_ckpt
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, RouterOptions, Routing, forward_routing
 from moevision.layers.experts import Backend
 from moevision.models.convert import convert_to_moe, scale_by_depth, scale_outputs_by_depth
-from moevision.models.stem import conv_stem
 from moevision.models.twin import Match, make_dense
 
 ROUTER_OPTIONS = tuple(field.name for field in fields(RouterOptions))
@@ -50,7 +56,7 @@ class VisionTransformerMoE(VisionTransformer):
         stem: `patch` (timm's) or `conv` (arXiv:2106.14881; far better when a small model learns from scratch).
         twin: build the dense twin instead, matched in `active_flops` or `total_params`, or of these hidden widths, one
             for each MoE layer.
-        img_size: side(s) of the picture in pixels.
+        img_size: side(s) of the image in pixels.
         patch_size: side of a patch in pixels; it must divide img_size.
         embed_dim: D.
         num_shared_experts: experts that every token passes besides the routed ones.
@@ -58,7 +64,7 @@ class VisionTransformerMoE(VisionTransformer):
         **kwargs: options of the router (`moevision.layers.RouterOptions`), and timm's own arguments.
 
     Raises:
-        UserError: if patches don't tile the picture, or K, E, router, placement or stem don't exist or fit.
+        UserError: if patches don't tile the image, or K, E, router, placement or stem don't exist or fit.
     """
 
     def __init__(
@@ -129,14 +135,56 @@ class VisionTransformerMoE(VisionTransformer):
 
 
 def check_patches(img_size: int | tuple[int, int], patch_size: int) -> None:
-    """Raise a UserError unless whole patches tile the picture (timm would silently cut off the rest)."""
+    """Raise a UserError unless whole patches tile the image (timm would silently cut off the rest)."""
     sides = img_size if isinstance(img_size, tuple | list) else (img_size, img_size)
     if any(side % patch_size for side in sides):
         nearest = max(patch_size, round(sides[0] / patch_size) * patch_size)
         raise UserError(
-            f"Patches of {patch_size} px do not tile a picture of {sides[0]} x {sides[1]} px: "
+            f"Patches of {patch_size} px do not tile an image of {sides[0]} x {sides[1]} px: "
             f"use an image size that is a multiple of {patch_size}, such as {nearest}, or another patch_size."
         )
+
+
+def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
+    """A constructor for timm's `embed_layer`: stride-2 convolutions with the patch grid of plain patches.
+
+    3x3 convolutions halve the image until one place is one patch, doubling the channels up to D, and a 1x1
+    convolution follows, with BatchNorm and GELU between them (the paper has ReLU). In eval mode BatchNorm uses its
+    running statistics, so a prediction does not depend on batch-mates; in training it does. That was measured to be
+    worth it: on SyntheticPets two epochs gave 97.5 % with BatchNorm, 93.0 % with one GroupNorm over all channels and
+    87.4 % with LayerNorm over channels (one seed, 1 000 test images, `configs/quickstart.yaml`).
+
+    Args:
+        embed_dim: D.
+        patch_size: side of a patch in pixels, a power of two.
+
+    Raises:
+        UserError: if patch_size is not a power of two of at least 2.
+    """
+    steps = patch_size.bit_length() - 1
+    if steps < 1 or 2**steps != patch_size:
+        raise UserError(f"stem='conv' halves the image step by step: patch_size={patch_size} is no power of two.")
+    channels = (*(max(16, embed_dim // 2 ** (steps - 1 - step)) for step in range(steps)), embed_dim)
+    return partial(_conv_embed, channels=channels)
+
+
+def _conv_embed(
+    *, channels: tuple[int, ...], in_chans: int, patch_size: int, embed_dim: int, bias: bool, **kwargs: Any
+) -> HybridEmbed:
+    # patch_size, embed_dim and bias are how timm calls an embed_layer; the channels already say the first two, and
+    # the last convolution always has its bias.
+    factory = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
+    steps = len(channels) - 1
+    backbone = ConvStem(
+        in_chans,
+        depth=steps + 1,
+        channels=channels,
+        kernel_size=(*[3] * steps, 1),
+        stride=(*[2] * steps, 1),
+        act_layer=nn.GELU,
+        **factory,
+    )
+    return HybridEmbed(backbone, patch_size=1, in_chans=in_chans, embed_dim=embed_dim, proj=False, **kwargs)
 
 
 def _build(make: Callable[..., Any], variant: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
@@ -190,7 +238,7 @@ def test_vit_moe(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMo
 
 @register_model
 def vit_moe_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """For 32 px pictures: D 192, depth 6, 8 experts of which 2 are active; 2.7 M active, 5.4 M parameters in all."""
+    """For 32 px images: D 192, depth 6, 8 experts of which 2 are active; 2.7 M active, 5.4 M parameters in all."""
     size = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
     pool = {"class_token": False, "global_pool": "avg", "stem": "conv"}
     return _create("vit_moe_micro_patch4_32", pretrained, {**size, **pool}, kwargs)
@@ -243,3 +291,43 @@ def _convert_base(base: str, twin: Match | Sequence[int] | None = None, **kwargs
     if twin is not None:
         make_dense(vit, twin)
     return vit
+
+
+# Attention in timm is torch's fused kernel, or products one after the other. The fused one is the faster at inference
+# everywhere, and in training on a GPU. On a CPU its backward pass falls behind in bfloat16 as long as there are few
+# tokens: forward and backward of 64 images of 65 tokens took 3.4 times as long as the plain products, of 32 images of
+# 197 tokens 1.6 times; in float32 both are alike (benchmarks/performance).
+SHORT = 300
+"""N up to which plain products were the faster in bfloat16 with and without a matrix unit; at 577 that turns."""
+
+
+def trains_unfused(device: torch.device | str, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether attention is trained faster without the fused kernel.
+
+    Args:
+        device: where the model is.
+        dtype: dtype of queries, keys and values.
+        tokens: N.
+    """
+    return torch.device(device).type == "cpu" and dtype == torch.bfloat16 and tokens <= SHORT
+
+
+def set_fused_attention(model: nn.Module, fused: bool) -> None:
+    """Choose for every attention of `model` that has timm's switch; both compute the same up to rounding.
+
+    Args:
+        model: any timm model.
+        fused: whether `scaled_dot_product_attention` is used, where the model used it before the first call: timm
+            leaves it off where it is untested (Swin), and where the environment says `TIMM_FUSED_ATTN=0`.
+    """
+    for module in model.modules():
+        before = getattr(module, "fused_attn", None)
+        if isinstance(before, bool):
+            allowed: bool = vars(module).setdefault("_fused_attn_allowed", before)
+            setattr(module, "fused_attn", fused and allowed)  # noqa: B010 (torch says that attributes are tensors)
+
+
+def num_patches(model: nn.Module) -> int | None:
+    """Patches of an image, before any are dropped; None for a model without a patch embedding."""
+    count = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    return count if isinstance(count, int) else None

@@ -1,20 +1,161 @@
-"""What the command line hangs onto Lightning's Trainer: a stopwatch, and a check of a resumed schedule.
+"""What the command line hangs onto Lightning's Trainer: metrics.csv, a stopwatch, the health of the routers.
 
 Times differ from run to run, so they stand in summary.md and never in metrics.csv, which a resumed run repeats exactly.
+
+Router health (axes: E experts, K choices): `max_violation` is max load / mean load - 1 of one layer in one update
+(MaxVio, Wang et al. 2024, arXiv:2408.15664, §2.2): 0 for perfect balance, E/K - 1 for all tokens on K experts.
+`update_norm` is ‖Δw‖ of one applied update over all weights that learn, `update_ratio` is ‖Δw‖ / ‖w‖; both jump before
+the loss does.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, cast
 
 import lightning as L
+import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from torch import Tensor
 
+from moevision.data import ImageDataModule
 from moevision.errors import UserError
-from moevision.train.clock import AwakeClock
-from moevision.train.data_wait import data_wait_advice
-from moevision.train.messages import tell
+from moevision.files import append_bytes, sync_file, write_text_atomic
+from moevision.layers import MoEMlp, moe_layers
+from moevision.train.processes import AwakeClock, sum_over_processes, tell
+from moevision.train.task import ClassificationTask
 
+MAX_DATA_WAIT: Final = 0.03
+"""Share of the training time above which waiting for data is worth a remedy."""
 _SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
+_PATIENCE = 100  # updates that are summed before a layer is judged
+_STARVED = 0.1  # of the mean load: an expert below it hardly learns
+
+
+class RunLogger(CSVLogger):
+    """Lightning's CSVLogger in a run folder, without deleting what is there."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir, name="", version="")
+        self._path = run_dir / "metrics.csv"
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer, as Lightning asks for it; on the first process only."""
+        return self.file
+
+    @property
+    def file(self) -> MetricsFile:
+        """The file behind it."""
+        if self._experiment is None:
+            self._experiment = MetricsFile(self._path)
+        return cast(MetricsFile, self._experiment)
+
+
+class MetricsFile(ExperimentWriter):
+    """A CSV file of metrics that is appended to, row by row.
+
+    A column that comes later is added by writing the file anew, whole or not at all. Rows that a full disk refuses are
+    kept, and written with the next ones.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # not ExperimentWriter's: it deletes the file
+        self.path, self.log_dir, self.hparams = path, str(path.parent), {}
+        self.columns: list[str] = []
+        self.rows = 0
+        self._unwritten: list[dict[str, Any]] = []
+        self._failed = False
+        self._open()
+
+    def _open(self) -> None:
+        if not self.path.is_file():
+            return
+        with self.path.open(encoding="utf-8", newline="") as file:
+            whole = file.read()
+        kept = whole[: whole.rfind("\n") + 1]  # a killed process may have left half a row
+        rows = list(csv.reader(io.StringIO(kept)))
+        if rows:
+            self.columns, self.rows = rows[0], len(rows) - 1
+        if kept != whole:
+            write_text_atomic(self.path, kept)
+
+    def cut(self, rows: int) -> int:
+        """Drop all rows after the first `rows`; the number of those that were dropped."""
+        dropped = self.rows - rows
+        if dropped <= 0:
+            return 0
+        found = self._read()[:rows]
+        self._write_all(found)
+        self.rows = rows
+        return dropped
+
+    def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
+        """Take one row."""
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics_dict.items()}
+        self._unwritten.append({**row, "step": self.rows + len(self._unwritten) if step is None else step})
+
+    def save(self) -> None:
+        """Append the rows that are not in the file yet."""
+        if not self._unwritten:
+            return
+        new = set().union(*self._unwritten) - set(self.columns)
+        try:
+            if new:
+                columns = sorted([*self.columns, *new])
+                earlier = self._read() if self.rows else []
+                self.columns, before = columns, self.columns
+                try:
+                    self._write_all([*earlier, *self._unwritten])
+                except OSError:
+                    self.columns = before
+                    raise
+            else:
+                self._append()
+        except OSError as error:
+            self._warn(error)
+            return
+        self.rows += len(self._unwritten)
+        self._unwritten, self._failed = [], False
+
+    def sync(self) -> int:
+        """Flush to the disk what is written; the number of rows in the file and waiting, for a checkpoint."""
+        self.save()
+        try:
+            if self.path.is_file():
+                sync_file(self.path)
+        except OSError as error:
+            self._warn(error)
+        return self.rows + len(self._unwritten)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._failed:
+            tell(f"warning: {self.path} can't be written ({error.strerror}); its rows are kept for later.")
+        self._failed = True
+
+    def _read(self) -> list[dict[str, Any]]:
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _text(self, rows: list[dict[str, Any]], *, header: bool) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=self.columns)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def _write_all(self, rows: list[dict[str, Any]]) -> None:
+        write_text_atomic(self.path, self._text(rows, header=True))
+
+    def _append(self) -> None:
+        append_bytes(self.path, self._text(self._unwritten, header=False).encode("utf-8"))
 
 
 class Stopwatch(L.Callback):
@@ -40,11 +181,6 @@ class Stopwatch(L.Callback):
         self._advised = False
         self._run_started, self._earlier_s = clock.now(), 0.0
 
-    @classmethod
-    def of(cls, trainer: L.Trainer) -> Stopwatch | None:
-        """The stopwatch of this training, if it has one."""
-        return next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, cls)), None)
-
     @property
     def data_wait(self) -> float | None:
         """Share of the training time in which the process waited for data, in [0, 1]; None if it isn't known."""
@@ -56,12 +192,12 @@ class Stopwatch(L.Callback):
         return self._earlier_s + self._clock.now() - self._run_started
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on counting from."""
+        """The counts that a resumed run continues."""
         counts = {"train_s": self.train_s, "images": self.images, "run_s": self.run_s}
         return {**counts, "data_wait_s": self.data_wait_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue the counts."""
         self.train_s, self.images = float(state_dict["train_s"]), int(state_dict["images"])
         self._earlier_s = float(state_dict["run_s"])
         self.data_wait_s = state_dict.get("data_wait_s")  # earlier versions didn't count it
@@ -91,7 +227,7 @@ class Stopwatch(L.Callback):
         self._start(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say once, while it can still be mended, that training waits for its data."""
+        """Warn once, early, that training waits for its data."""
         if self._advised or self.train_s < _SETTLED_S or not trainer.is_global_zero:
             return
         self._advised = True
@@ -117,3 +253,94 @@ class ScheduleCheck(L.Callback):
                     "on with its own epochs and number of processes, or start a new run from its weights with "
                     "--pretrained runs/NAME/model."
                 )
+
+
+def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
+    """A sentence that says what to change, if training waited for data longer than it should.
+
+    Args:
+        share: part of the training time spent waiting, in [0, 1]; None if it wasn't measured.
+        data: what was waited for.
+    """
+    if share is None or share <= MAX_DATA_WAIT:
+        return []
+    remedies = [f"raise --data.num_workers (now {data.num_workers})"]
+    if not data.contents.fits_memory:
+        remedies.insert(0, f"keep the decoded images in memory (--data.cache_mb above {data.cache_mb})")
+    if data.augment in ("randaugment", "trivialaugment"):
+        remedies.append("choose --data.augment light")
+    return [f"Training waited for data during {100 * share:.0f} % of its time: {', or '.join(remedies)}."]
+
+
+class RouterHealth(L.Callback):
+    """Logs `train/update_norm`, `train/update_ratio`, `moe/<layer>/max_violation`; warns of collapse once per layer."""
+
+    def __init__(self) -> None:
+        self._before: list[Tensor] = []
+        self._loads: list[Tensor] = []
+        self._updates = 0
+        self._warned: set[int | None] = set()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Keep the weights of a step that will be logged."""
+        if (trainer.global_step + 1) % cast(Any, trainer).log_every_n_steps == 0:
+            self._before = [parameter.detach().clone() for parameter in _learning(pl_module)]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and judge the loads of the last updates."""
+        task = cast(ClassificationTask, pl_module)
+        before, self._before = self._before, []
+        if not task.update_applied:
+            return
+        if before:
+            self._log_update(task, before)
+        layers = moe_layers(task.net)
+        counts = [count.detach() for count in task.window_counts]
+        self._loads = [sum_ + count for sum_, count in zip(self._loads, counts, strict=True)] if self._loads else counts
+        if trainer.global_step % cast(Any, trainer).log_every_n_steps == 0:
+            for layer, count in zip(layers, counts, strict=True):
+                load = sum_over_processes(count.clone()).double()
+                task.log(f"moe/{layer.layer_index}/max_violation", (load.max() / load.mean() - 1).float())
+        self._updates += 1
+        if self._updates % _PATIENCE == 0:
+            for layer, count in zip(layers, self._loads, strict=True):
+                self._judge(task, layer, sum_over_processes(count.clone()).double())
+            self._loads = []
+
+    @torch.no_grad()
+    def _log_update(self, task: ClassificationTask, before: list[Tensor]) -> None:
+        after = _learning(task)
+        update = torch.nn.utils.get_total_norm(torch._foreach_sub([p.detach() for p in after], before))
+        task.log("train/update_norm", update)
+        task.log("train/update_ratio", update / torch.nn.utils.get_total_norm(before))
+
+    def _judge(self, task: ClassificationTask, layer: MoEMlp, load: Tensor) -> None:
+        advice = _advice(layer)
+        starved = (load < _STARVED * load.mean()).nonzero().flatten().tolist()
+        if advice is None or not starved or layer.layer_index in self._warned:
+            return
+        self._warned.add(layer.layer_index)
+        if task.trainer.is_global_zero:
+            tell(
+                f"warning: experts collapse in block {layer.layer_index}: {len(starved)} of {len(load)} experts "
+                f"({', '.join(map(str, starved))}) got less than a tenth of the mean load in the last {_PATIENCE} "
+                f"updates, so they hardly learn. {advice}"
+            )
+
+
+def _advice(layer: MoEMlp) -> str | None:
+    """What balances this kind of router; None where balance is by construction or by hand."""
+    if getattr(layer.router, "bias_rate", None) is not None:
+        return "Give the bias a larger --model.arch.bias_rate."
+    if not layer.router.losses - {"z"}:
+        return None
+    names = " or ".join(f"--model.aux.{name}" for name in sorted(layer.router.losses - {"z"}))
+    return f"Give {names} more weight, lower --model.optim.lr, or use --model.arch.router bias_balanced."
+
+
+def _learning(module: L.LightningModule) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -1,31 +1,252 @@
 """The model card: README.md of a published model, with the header that huggingface.co reads.
 
-Every number comes from `CardFacts`, that is from a finished run, from an analysis or from the model itself. What is not
-known is said to be unknown, and what was not measured to be not measured, since a reader can't see what was left out.
+`gather_facts` collects what a saved model and its run folder tell; `templates/card.md.jinja` says it. Every number
+comes from a finished run, from an analysis or from the model itself. What is missing stays None, and the card says "not
+measured", since a reader can't see what was left out. Nothing in it tells where files lie on the computer that trained
+the model: of a path only the last part is kept.
 
 Sources: model cards (Mitchell et al. 2019, arXiv:1810.03993); the header's fields as huggingface_hub's `ModelCardData`.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
 
+import timm
 from huggingface_hub import EvalResult, ModelCardData
+from torch import nn
 
-from moevision.data.terms import UNKNOWN, DataTerms, terms_of
-from moevision.train.card_facts import UNKNOWN_LICENCE, CardFacts, Start
-from moevision.train.card_limits import limits_section, without_example
-from moevision.train.card_specialization import specialization_section
-from moevision.train.card_usage import usage_section
-from moevision.train.intervals import accuracy_interval
-from moevision.train.markdown import cell, percent, table
-from moevision.train.report import cost_rows, cost_section, experts_section, scores_section, twin_section
-from moevision.train.run_summary import RunSummary
+from moevision import __version__
+from moevision.data.named import UNKNOWN, DataTerms, terms_of
+from moevision.efficiency import ModelCost, measure_cost
+from moevision.errors import UserError
+from moevision.layers import moe_layers
+from moevision.models.io import SavedModel, load_model, model_folder
+from moevision.models.safe_files import read_json, read_yaml
+from moevision.names import shown
+from moevision.train.provenance import LIBRARIES
+from moevision.train.report import (
+    RunSummary,
+    read_summary,
+    render,
+)
+from moevision.versions import package_version
 
+Json = dict[str, Any]
+UNKNOWN_LICENCE = "unknown"  # huggingface.co's own word in the field `license`
 TAGS = ("image-classification", "timm", "moevision", "mixture-of-experts", "vision-transformer")
-_MOST_CLASSES = 20  # named in the card; config.json has them all
+
+
+@dataclass(frozen=True)
+class MoEBlock:
+    """One MoE layer.
+
+    Attributes:
+        block: index of the transformer block, from 0.
+        router: its name.
+        num_experts: E.
+        top_k: K, experts per token.
+    """
+
+    block: int
+    router: str
+    num_experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights that a training started from.
+
+    Attributes:
+        name: a timm name, an address, or the last part of a path; empty = from scratch.
+        hub_id: its address on huggingface.co, if known.
+        licence: what timm records for them; empty if it records nothing.
+    """
+
+    name: str = ""
+    hub_id: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything that a model card says.
+
+    Attributes:
+        name: title of the card.
+        address: how timm finds the model, such as `hf-hub:user/name`.
+        architecture: timm's name, with that of the dense base where there is one.
+        blocks: the MoE layers; empty for a dense model.
+        depth: number of transformer blocks; None where the architecture has none that are numbered.
+        options: what else was set for the MoE layers, such as `capacity_factor`.
+        class_names: [C] in words.
+        image_size: in pixels.
+        cost: parameters and FLOPs.
+        licence: of the weights, as huggingface.co abbreviates it; `unknown` if none was chosen.
+        summary: of the run that trained it; None if unknown.
+        command: what was typed for that run, without the paths.
+        start: the weights that it started from; None if that isn't recorded.
+        versions: of the software, by name.
+        others: runs of the same recipe with other seeds.
+        analysis: the numbers of `moevision analyze`; None if not made.
+    """
+
+    name: str
+    address: str
+    architecture: str
+    blocks: Sequence[MoEBlock]
+    depth: int | None
+    options: Mapping[str, Any]
+    class_names: Sequence[str]
+    image_size: int
+    cost: ModelCost
+    licence: str = UNKNOWN_LICENCE
+    summary: RunSummary | None = None
+    command: Sequence[str] = ()
+    start: Start | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    others: Sequence[RunSummary] = ()
+    analysis: Json | None = None
+
+
+def gather_facts(
+    model: str | Path | SavedModel,
+    *,
+    name: str | None = None,
+    address: str = "local-dir:.",
+    licence: str = UNKNOWN_LICENCE,
+    others: Sequence[str | Path] = (),
+    analysis: Json | None = None,
+    summary: RunSummary | None = None,
+) -> CardFacts:
+    """Gather what is known about a saved model.
+
+    Args:
+        model: a run folder or its model/ folder, whose run is told too; or another address, or a model in memory.
+        name: title of the card; by default the run's, or the architecture's.
+        address: where a reader of the card will find the model; the default fits a card beside its model.
+        licence: of the weights.
+        others: run folders of the same recipe with other seeds.
+        analysis: what report.json of `moevision analyze` holds.
+        summary: of the run whose folder `model` is, before its summary.json is written; by default that file's.
+
+    Raises:
+        UserError: if there is no model, or a file of the run is damaged.
+    """
+    saved = model if isinstance(model, SavedModel) else load_model(str(model))
+    run = None if isinstance(model, SavedModel) else Path(model) if summary is not None else _run_of(Path(model))
+    if run is not None and summary is None:
+        summary = read_summary(run / "summary.json")
+    provenance = _read_json(run / "provenance.json") if run is not None else {}
+    architecture, options = _architecture(saved.net)
+    blocks = _moe_blocks(saved.net)
+    return CardFacts(
+        name=shown(name or (summary.name if summary else architecture.split()[0])),
+        address=address,
+        architecture=architecture,
+        blocks=blocks,
+        depth=len(cast(Any, saved.net).blocks) if hasattr(saved.net, "blocks") else None,
+        options=options if blocks else {},
+        class_names=saved.class_names,
+        image_size=saved.image_size,
+        cost=summary.cost if summary else measure_cost(saved.net, saved.image_size),
+        licence=licence,
+        summary=summary,
+        command=[shown(without_path(word)) for word in provenance.get("command", [])],
+        start=_start(run),
+        versions=_versions(provenance),
+        others=[read_summary(Path(other) / "summary.json") for other in others],
+        analysis=analysis,
+    )
+
+
+def without_path(word: str) -> str:
+    """A word of a command with a path in it shortened to its last part: `--data.path=/home/me/cats` -> `…/cats`."""
+    option, equals, value = word.rpartition("=")
+    if value.startswith("hf-hub:") or not re.search(r"[/\\]", value):
+        return word
+    last = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return f"{option}{equals}…/{last}"
+
+
+def _run_of(path: Path) -> Path | None:
+    """The finished run that a model lies in, given either of them."""
+    folder = model_folder(path)
+    candidates = () if folder is None else (path, folder.resolve().parent)
+    return next((each for each in candidates if (each / "summary.json").is_file()), None)
+
+
+def _read_json(file: Path) -> Json:
+    """A JSON object; empty if there is no such file.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        return dict(read_json(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} can't be read ({type(error).__name__}): repair it or move it away.") from error
+
+
+def _architecture(net: nn.Module) -> tuple[str, Json]:
+    """The timm name with the base in brackets, and the MoE options that stand neither there nor in `_moe_blocks`."""
+    given: Json = dict(getattr(net, "_model_args", {}))
+    config = cast(Json, getattr(net, "pretrained_cfg", None) or {})
+    name = str(config.get("architecture") or type(net).__name__)
+    base = f" ({given['base']} with experts)" if given.get("base") else ""
+    told = {"moe_layers", "num_experts", "top_k", "router", "backend"}
+    options = {key: value for key, value in getattr(net, "moe_config", {}).items() if key not in told}
+    return name + base, {key: value for key, value in options.items() if value is not None}
+
+
+def _moe_blocks(net: nn.Module) -> list[MoEBlock]:
+    layers = moe_layers(net)
+    if not layers:
+        return []
+    routers = getattr(net, "moe_config", {}).get("router", "unknown")
+    names = [routers] * len(layers) if isinstance(routers, str) else list(routers)
+    return [
+        MoEBlock(cast(int, layer.layer_index), name, layer.router.num_experts, layer.router.top_k)
+        for layer, name in zip(layers, names, strict=True)
+    ]
+
+
+def _start(run: Path | None) -> Start | None:
+    """What config.yaml says about pretrained weights, and what timm knows of those."""
+    if run is None or not (run / "config.yaml").is_file():
+        return None
+    try:
+        source = read_yaml(run / "config.yaml")["model"]["arch"]["pretrained"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run / 'config.yaml'} can't be read ({type(error).__name__}): repair it or move it away."
+        ) from error
+    if not source:
+        return Start()
+    if str(source).startswith("hf-hub:"):
+        return Start(str(source), str(source).removeprefix("hf-hub:").split("@")[0])
+    if Path(source).exists() or not timm.is_model(source):
+        return Start(without_path(str(source)))
+    config = cast(Any, timm.get_pretrained_cfg(source)).to_dict()
+    return Start(str(source), str(config.get("hf_hub_id") or ""), str(config.get("license") or ""))
+
+
+def _versions(provenance: Json) -> dict[str, str]:
+    """Of the run; without one, of the software that the card's numbers were measured with."""
+    if provenance:
+        found = {"moevision": provenance.get("moevision"), **dict(provenance.get("libraries") or {})}
+        found["Python"] = (provenance.get("python") or {}).get("version")
+    else:
+        found = {"moevision": __version__, **{name: package_version(name) for name in LIBRARIES}}
+    return {name: str(version) for name, version in found.items() if version}
 
 
 def model_card(facts: CardFacts) -> str:
@@ -34,31 +255,28 @@ def model_card(facts: CardFacts) -> str:
     Args:
         facts: from `gather_facts`.
     """
-    summary = facts.summary
-    sections = [
-        _front_matter(facts),
-        _what_it_is(facts),
-        usage_section(facts),
-        _model_section(facts),
-        cost_section(summary) if summary else _cost(facts),
-        _data_section(facts),
-        scores_section(summary.test) if summary else "## Test results\n\nAccuracy: not measured.",
-        _other_seeds(summary, facts.others) if summary else "",
-        _twin(facts),
-        _loads(facts),
-        specialization_section(facts),
-        _training_section(facts),
-        limits_section(facts),
-        _software_section(facts),
-    ]
-    return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
+    terms = None if facts.summary is None else terms_of(facts.summary.data)
+    return render(
+        "card.md.jinja",
+        facts=facts,
+        terms=terms,
+        header=_header(facts, terms).to_yaml(),
+        unknown_terms=UNKNOWN,
+        unknown_licence=UNKNOWN_LICENCE,
+        per_layer=_per_layer,
+        without_example=without_example,
+        shell=_shell,
+        bits=_bits,
+        signed=_signed,
+        strongest=_strongest,
+        largest=_largest,
+    )
 
 
-def _front_matter(facts: CardFacts) -> str:
-    summary, start = facts.summary, facts.start or Start()
-    terms = terms_of(summary.data) if summary else None
-    results = None if summary is None or terms is None else [_result(summary, terms)]
-    header = ModelCardData(
+def _header(facts: CardFacts, terms: DataTerms | None) -> ModelCardData:
+    start = facts.start or Start()
+    results = None if facts.summary is None or terms is None else [_result(facts.summary, terms)]
+    return ModelCardData(
         license=facts.licence,
         library_name="timm",
         pipeline_tag="image-classification",
@@ -69,7 +287,6 @@ def _front_matter(facts: CardFacts) -> str:
         model_name=facts.name if results else None,
         eval_results=results,
     )
-    return f"---\n{header.to_yaml()}\n---"
 
 
 def _result(summary: RunSummary, terms: DataTerms) -> EvalResult:
@@ -85,139 +302,37 @@ def _result(summary: RunSummary, terms: DataTerms) -> EvalResult:
     )
 
 
-def _what_it_is(facts: CardFacts) -> str:
-    kind = "A Mixture-of-Experts vision transformer" if facts.blocks else "A vision transformer without experts"
-    size = f"{facts.image_size} × {facts.image_size}"
-    lines = [
-        f"# {cell(facts.name)}",
-        f"{kind} (timm, moevision) that sorts pictures of {size} pixels into {len(facts.class_names)} classes.",
-        _headline(facts),
-    ]
-    return "\n\n".join(lines)
+def without_example(sentence: str) -> str:
+    """A sentence about the data without the file name that it gives as an example, which may be private."""
+    return re.sub(r" \(for example .*\)", "", shown(sentence))  # to the last bracket: names have brackets too
 
 
-def _headline(facts: CardFacts) -> str:
-    summary = facts.summary
-    if summary is None:
-        return "**Its accuracy was not measured.** This card was made from the model alone, without the run behind it."
-    test = summary.test
-    low, high = accuracy_interval(test.correct, test.total)
-    text = (
-        f"**{percent(test.correct / test.total)} of {test.total:,} test images recognised** (95 % interval "
-        f"{percent(low)} to {percent(high)})"
-    )
-    if not facts.blocks:
-        return f"{text}."
-    if summary.twin is None:
-        return f"{text}. A dense model of the same cost: not measured."
-    return f"{text}; its dense twin: {percent(summary.twin.correct / summary.twin.difference.n)} of the same images."
-
-
-def _model_section(facts: CardFacts) -> str:
-    names = [cell(name) for name in facts.class_names]
-    listed = ", ".join(names[:_MOST_CLASSES])
-    if len(names) > _MOST_CLASSES:
-        listed += f" and {len(names) - _MOST_CLASSES} more (`label_names` in config.json)"
-    rows = [
-        ["architecture", facts.architecture],
-        ["input", f"{facts.image_size} × {facts.image_size} pixels, RGB"],
-        *([name.replace("_", " "), _value(value)] for name, value in facts.options.items()),
-    ]
-    text = f"## The model\n\n{table(['what', 'value'], rows, 'll')}\n\nClasses: {listed}."
-    if not facts.blocks:
-        return text
-    blocks = [[f"block {each.block}", each.router, str(each.num_experts), str(each.top_k)] for each in facts.blocks]
-    depth = "" if facts.depth is None else f"Of its {facts.depth} blocks (counted from 0), these have experts. "
-    words = f"{depth}Active parameters are those that one token passes through.{_reading_k(facts)}"
-    return f"{text}\n\n{words}\n\n{table(['MoE layer', 'router', 'experts', 'per token'], blocks, 'llrr')}"
-
-
-def _value(value: Any) -> str:
+def _per_layer(value: Any) -> str:
     """One value for all MoE layers, or one for each; a dash where a layer has none."""
     return ", ".join("–" if each is None else str(each) for each in (value if isinstance(value, list) else [value]))
-
-
-def _reading_k(facts: CardFacts) -> str:
-    """What "per token" means where experts choose tokens, or every token takes from all experts."""
-    words = {
-        "expert_choice": " With `expert_choice` the number per token is a mean: each expert takes its fixed share.",
-        "soft": " With `soft` every token takes a part of all experts, at the cost of the number per token.",
-    }
-    return "".join(text for router, text in words.items() if any(each.router == router for each in facts.blocks))
-
-
-def _cost(facts: CardFacts) -> str:
-    return "## Size and cost\n\n" + table(["quantity", "value"], cost_rows(facts.cost))
-
-
-def _data_section(facts: CardFacts) -> str:
-    summary = facts.summary
-    lines = ["## Data and licences\n"]
-    if summary is None:
-        lines.append("- Training data: not known to this card.")
-        lines.append(f"- Licence of the data: {UNKNOWN}.")
-    else:
-        terms = terms_of(summary.data)
-        images = ", ".join(f"{sum(split.values()):,} {name}" for name, split in summary.class_counts.items())
-        lines.append(f"- Training data: {cell(terms.title)}; {images} images.")
-        lines.append(f"- Licence of the data: {terms.terms}.")
-    lines.append(f"- Started from: {_start(facts.start)}.")
-    chosen = facts.licence if facts.licence != UNKNOWN_LICENCE else "not chosen"
-    lines.append(f"- Licence of these weights: {chosen}.")
-    if summary is not None:
-        lines.append(f"\n{without_example(summary.split_note.strip())}")
-    return "\n".join(lines)
-
-
-def _start(start: Start | None) -> str:
-    if start is None:
-        return "not recorded"
-    if not start.name:
-        return "random weights"
-    licence = f"as timm records it: {start.licence}" if start.licence else UNKNOWN
-    return f"the weights of {cell(start.name)} (their licence, {licence})"
-
-
-def _other_seeds(summary: RunSummary, others: Sequence[RunSummary]) -> str:
-    if not others:
-        return ""
-    rows: list[list[str]] = []
-    for run, name in [(summary, "this model"), *((other, other.name) for other in others)]:
-        low, high = accuracy_interval(run.test.correct, run.test.total)
-        accuracy = percent(run.test.correct / run.test.total)
-        rows.append([name, str(run.seed), accuracy, f"{percent(low)} to {percent(high)}", f"{run.test.total:,}"])
-    heads = ["run", "seed", "test accuracy", "95 % interval", "images"]
-    return f"## Other trainings of the recipe\n\n{table(heads, rows)}"
-
-
-def _twin(facts: CardFacts) -> str:
-    if not facts.blocks:
-        return ""
-    if facts.summary is None or facts.summary.twin is None:
-        return "## Beside its dense twin\n\nNot measured: how good a dense model of the same cost is."
-    return twin_section(facts.summary, facts.summary.twin)
-
-
-def _loads(facts: CardFacts) -> str:
-    if facts.summary is None and facts.blocks:
-        return "## Experts\n\nLoad of the experts: not measured."
-    return experts_section(facts.summary.layers if facts.summary else ())
-
-
-def _training_section(facts: CardFacts) -> str:
-    summary = facts.summary
-    if summary is None:
-        return "## Training\n\nNot known to this card: seed, recipe, time and machine."
-    seed = "none was set" if summary.seed is None else str(summary.seed)
-    command = f"\n\nCommand (paths shortened):\n\n    {_shell(facts.command)}" if facts.command else ""
-    return f"## Training\n\nSeed: {seed}.{command}"
 
 
 def _shell(command: Sequence[str]) -> str:
     return " ".join(word if "…" in word else shlex.quote(word) for word in command)
 
 
-def _software_section(facts: CardFacts) -> str:
-    when = "trained and measured" if facts.summary else "described"
-    rows: list[list[Any]] = [[name, version] for name, version in facts.versions.items()]
-    return f"## Software\n\nWith which it was {when}:\n\n{table(['library', 'version'], rows, 'll')}"
+def _strongest(baselines: Mapping[str, Sequence[float]]) -> str:
+    """The routing without learning that tells most, over all its seeds, such as `0.200 (kmeans input)`."""
+    found = [(max(values), name) for name, values in baselines.items() if values]
+    if not found:
+        return "not measured"
+    bits, name = max(found)
+    return f"{_bits(bits)} ({name.replace('_', ' ')})"
+
+
+def _largest(experts: Sequence[Json]) -> Json:
+    """The expert whose absence changes most."""
+    return max(experts, key=lambda expert: abs(expert["delta_logit"]))
+
+
+def _bits(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−") if round(value, 3) else "0.000"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")

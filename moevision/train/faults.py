@@ -1,22 +1,19 @@
-"""Faults on purpose: what a user or a test injects to see what the training does about it.
+"""Faults on purpose, to see what the stability guard does about them.
 
     moevision fit pets --fault "nan_loss@7, inf_grad@9:expert3, spike@20x50, nan_weight@12"
 
 `KIND@N` strikes the N-th training batch of the whole training, counted from 1 and over accumulation windows (a resumed
 training goes on counting); `nan_val@N` the N-th validation batch of this process. Behind it may stand `xF` (the factor
-of a spike) and `:blockB`, `:expertE`, `:rankR`, which narrow it down to a block, an expert, a process.
-
-The idea is Megatron's error injection and torchft's EventInjector: a fault has an address (step, rank), so that what
-the training counted can be compared with what was done to it.
+of a spike) and `:blockB`, `:expertE`, `:rankR`, which narrow it down to a block, an expert, a process: as in Megatron's
+error injection and torchft's EventInjector, what the training counted can be compared with what was done to it.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -25,13 +22,11 @@ from torch.utils.hooks import RemovableHandle
 
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers
-from moevision.train.ema import WeightEMA
-
-if TYPE_CHECKING:
-    from moevision.train.task import ClassificationTask
+from moevision.train.optim import WeightEMA
+from moevision.train.task import ClassificationTask
 
 KINDS = {
-    "nan_input": "the pictures are NaN",
+    "nan_input": "the images are NaN",
     "nan_loss": "the logits, and so the loss, are NaN",
     "nan_router": "what a router computes with is NaN",
     "nan_grad": "a gradient is NaN",
@@ -40,7 +35,7 @@ KINDS = {
     "nan_buffer": "a saved buffer (router bias, BatchNorm statistic) has become NaN",
     "nan_ema": "a weight of the moving average has become NaN",
     "spike": "the classifier's weights have been multiplied, by 50 unless told: a lasting loss spike",
-    "nan_val": "the pictures of a validation batch are NaN",
+    "nan_val": "the images of a validation batch are NaN",
 }
 _FAULT = re.compile(r"(\w+)@(\d+)(?:x([\d.]+))?((?::[a-z]+\d+)*)")
 _TARGET = re.compile(r":([a-z]+)(\d+)")
@@ -71,8 +66,8 @@ def parse_faults(text: str) -> list[Fault]:
         targets = {} if match is None else {name: int(number) for name, number in _TARGET.findall(match[4])}
         if match is None or match[1] not in KINDS or targets.keys() - {"block", "expert", "rank"}:
             raise UserError(
-                f"--fault {part!r} can't be read: write KIND@N, with :blockB, :expertE or :rankR behind it if you "
-                f"like, where KIND is one of {', '.join(KINDS)}."
+                f"--fault {part!r} can't be read: write KIND@N, optionally followed by :blockB, :expertE or "
+                f":rankR, where KIND is one of {', '.join(KINDS)}."
             )
         if int(match[2]) < 1:
             raise UserError(f"--fault {part!r}: batches are counted from 1.")
@@ -103,78 +98,68 @@ class FaultInjector(L.Callback):
         Raises:
             UserError: if a block, an expert, a buffer or the moving average isn't there.
         """
+        net = cast(ClassificationTask, pl_module).net
         for fault in self.faults:
             if fault.kind == "nan_ema" and WeightEMA.of(trainer) is None:
                 raise UserError("--fault nan_ema needs a moving average of the weights: add --ema.decay 0.999.")
             if fault.kind == "nan_router" or fault.block is not None or fault.expert is not None:
-                _layer(cast("ClassificationTask", pl_module).net, fault)
+                _layer(net, fault)
             if fault.kind == "nan_buffer":
-                _buffer(cast("ClassificationTask", pl_module).net, fault)
+                _buffer(net, fault)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Strike the state, or prepare to strike the computation of this batch."""
-        task = cast("ClassificationTask", pl_module)
         number = trainer.fit_loop.epoch_loop.batch_progress.total.ready  # counts this batch already
-        for fault in self._due(number, trainer):
-            if fault.kind in ("nan_grad", "inf_grad"):
-                self._gradients.append(fault)
-            elif fault.kind in ("nan_input", "nan_loss", "nan_router"):
-                self._hooks.append(_poison(task.net, fault))
-            else:
-                _strike(task.net, WeightEMA.of(trainer), fault)
-
-    def _due(self, number: int, trainer: L.Trainer, *, validation: bool = False) -> list[Fault]:
-        due = [
-            fault
-            for fault in self.faults
-            if fault.batch == number
-            and (fault.kind == "nan_val") == validation
-            and fault.rank in (None, trainer.global_rank)
-        ]
-        self.injected.update(fault.kind for fault in due)
-        return due
-
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Spoil gradients; over several processes this is after they were averaged, on this process alone."""
-        for fault in self._gradients:
-            weight = _weight(cast("ClassificationTask", pl_module).net, fault)
-            gradient = cast(Tensor, weight.grad)
-            place = gradient if fault.expert is None else gradient[fault.expert]
-            place.view(-1)[0] = _NAN if fault.kind == "nan_grad" else float("inf")
-        self._gradients = []
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """The next batch is whole again."""
-        self._remove_hooks()
+        self._strike(trainer, pl_module, [fault for fault in self.faults if fault.kind != "nan_val"], number)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Spoil a validation batch."""
+        """Prepare to strike a validation batch."""
         self._validation_batches += 1
-        for fault in self._due(self._validation_batches, trainer, validation=True):
-            self._hooks.append(_poison(cast("ClassificationTask", pl_module).net, fault))
+        faults = [fault for fault in self.faults if fault.kind == "nan_val"]
+        self._strike(trainer, pl_module, faults, self._validation_batches)
 
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    @torch.no_grad()
+    def _strike(self, trainer: L.Trainer, pl_module: L.LightningModule, faults: list[Fault], number: int) -> None:
+        net = cast(ClassificationTask, pl_module).net
+        for fault in faults:
+            if fault.batch != number or fault.rank not in (None, trainer.global_rank):
+                continue
+            self.injected[fault.kind] += 1
+            if fault.kind in ("nan_grad", "inf_grad"):
+                self._gradients.append(fault)
+            elif fault.kind == "nan_loss":
+                self._hooks.append(net.register_forward_hook(lambda module, args, output: output * _NAN))
+            elif fault.kind in ("nan_input", "nan_val", "nan_router"):
+                poisoned = _layer(net, fault).router if fault.kind == "nan_router" else net
+                hook = poisoned.register_forward_pre_hook(lambda module, args: (args[0] * _NAN, *args[1:]))
+                self._hooks.append(hook)
+            elif fault.kind == "spike":
+                _weight(net, Fault("spike", fault.batch)).mul_(fault.factor)
+            elif fault.kind == "nan_buffer":
+                _spoil(_buffer(net, fault), fault)
+            else:
+                average = WeightEMA.of(trainer) if fault.kind == "nan_ema" else None
+                _spoil(_weight(net if average is None else cast(nn.Module, average.network), fault), fault)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Spoil gradients; over several processes this is after they were averaged, on this process alone."""
+        for fault in self._gradients:
+            weight = _weight(cast(ClassificationTask, pl_module).net, fault)
+            _spoil(cast(Tensor, weight.grad), fault)
+        self._gradients = []
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """The next batch is whole again."""
-        self._remove_hooks()
+        while self._hooks:
+            self._hooks.pop().remove()
 
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """The next batch is whole again."""
+        self.on_train_batch_end()
 
 
 def _layer(net: nn.Module, fault: Fault) -> MoEMlp:
@@ -204,24 +189,7 @@ def _buffer(net: nn.Module, fault: Fault) -> Tensor:
     raise UserError("--fault nan_buffer: this model saves no buffer; the router bias_balanced and stem conv have some.")
 
 
-def _poison(net: nn.Module, fault: Fault) -> RemovableHandle:
-    """Let the network compute NaN until the handle is removed."""
-    spoil: Callable[..., Any]
-    if fault.kind == "nan_loss":
-        return net.register_forward_hook(lambda module, args, output: output * _NAN)
-    spoil = lambda module, args: (args[0] * _NAN, *args[1:])  # noqa: E731
-    return (net if fault.kind != "nan_router" else _layer(net, fault).router).register_forward_pre_hook(spoil)
-
-
-@torch.no_grad()
-def _strike(net: nn.Module, average: WeightEMA | None, fault: Fault) -> None:
-    """Change weights or buffers, as a flipped bit or a diverging training would."""
-    if fault.kind == "spike":
-        _weight(net, Fault("spike", fault.batch)).mul_(fault.factor)
-        return
-    if fault.kind == "nan_buffer":
-        target = _buffer(net, fault)
-    else:
-        holder = net if fault.kind == "nan_weight" else cast(nn.Module, cast(WeightEMA, average).network)
-        target = _weight(holder, fault)
-    (target if fault.expert is None else target[fault.expert]).view(-1)[0] = _NAN
+def _spoil(target: Tensor, fault: Fault) -> None:
+    """Change one number in place, of the expert that is meant if one is."""
+    place = target if fault.expert is None else target[fault.expert]
+    place.view(-1)[0] = float("inf") if fault.kind == "inf_grad" else _NAN

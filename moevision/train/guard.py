@@ -1,38 +1,75 @@
 """The stability guard: no update from numbers that aren't finite, and a way back when the state itself went bad.
 
-- Tier 1, as GLaM (arXiv:2112.06905) skipped updates: a loss or gradient that isn't finite refuses the update, on every
-  process alike and before clipping (which would spread one NaN over all gradients). Weights, moments, schedule, moving
-  average and router biases don't move, and buffers and random generators return to where they were before the first
-  micro-batch: the refused batch might as well never have existed.
+- Tier 1, as GLaM (arXiv:2112.06905) skipped updates: a loss or gradient that isn't finite refuses the update, on
+  every process alike and before clipping (which would spread one NaN over all gradients). A refused update leaves
+  weights, optimizer, schedule, moving average and router biases as they were, and restores buffers and random
+  generators to their state before the first micro-batch.
 - Tier 2, as PaLM (arXiv:2204.02311, §5.1) restarted ~100 steps before a spike and left the data behind it out: when
   weights or buffers aren't finite, or a loss spike lasts, training returns to the last good snapshot in memory while
-  the data goes on forward. After a budget it stops with a diagnosis and a finite checkpoint.
+  the data goes on forward; to an older one if the newest was returned to in vain. After a budget it stops with a
+  diagnosis and a finite checkpoint.
 
 Everything is judged where an accumulation window ends; a window is applied or refused as a whole.
+
+A loss is suspicious above `mean + max(sigmas · std, 25 % of the mean, 0.1)` of the last 128 good ones. The window is
+OLMo-core's (SkipStepOptimizer, 128 steps, 6 σ) with two repairs: neither a number that isn't finite (the deviation
+would be NaN) nor a suspicious one (the spike would soon look normal) enters it. The two floors keep a flat curve,
+whose deviation is tiny, from false alarms.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import csv
+import io
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import asdict, dataclass, field
+from math import fsum, isfinite, sqrt
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from moevision.errors import UserError
-from moevision.train.diagnosis import GuardRecord, note, source_of
-from moevision.train.processes import sum_numbers
-from moevision.train.random_state import random_state, restore_random_state
-from moevision.train.recovery import Recovery
-from moevision.train.spikes import LossHistory
+from moevision.errors import DIVERGED, UserError
+from moevision.files import write_text_atomic
+from moevision.names import csv_name
+from moevision.train.checkpoint import random_state, restore_random_state
+from moevision.train.optim import WeightEMA
+from moevision.train.processes import gather, sum_numbers, tell
 from moevision.train.task import ClassificationTask
 
+DIAGNOSIS = "divergence.md"
+GUARD_CSV = "guard.csv"
 _RECENT = 100  # updates over which refused ones are counted
+_BUDGET = 1000  # steps over which returns are counted
+_WINDOW = 128  # good losses that a spike is judged by
+_MIN_RISE = 0.1  # nats
+_MIN_RELATIVE_RISE = 0.25
+_COLUMNS = ("step", "epoch", "kind", "source", "samples")
+_MAX_EVENTS = 1000  # kept one by one; all are counted
+_MAX_SAMPLES = 256
+_MAX_NAMED = 3
+_MAX_SAID = 10  # on the terminal
+_SAID = {
+    "skip": "warning: step {step}: update left out, since a number is not finite (first seen in: {source})",
+    "rollback": "warning: step {step}: back to an earlier state of this training, because of: {source}",
+    "validation": "warning: step {step}: the {source} is not finite; the weights are, so training goes on",
+}
+# What to look at, by the first word of a source.
+_ADVICE = {
+    "cross-entropy": "Look at the images that guard.csv names; lower --model.optim.lr or lengthen the warm-up.",
+    "router": "Give --model.aux.z a small weight (0.001): it keeps router logits small.",
+    "gradient": "Lower --model.optim.lr, or clip more (--trainer.gradient_clip_val 0.5).",
+    "weight": "Weights turned bad without a bad update: suspect the memory or the accelerator if it happens again.",
+    "buffer": "A saved statistic turned bad by itself: suspect the memory or the accelerator if it happens again.",
+    "loss": "Lower --model.optim.lr, lengthen the warm-up (--model.optim.warmup_fraction) or train in 32-true.",
+    "ema.weight": "Only the moving average was bad: suspect the memory or the accelerator if it happens again.",
+}
 
 
 @dataclass
@@ -85,7 +122,7 @@ class StabilityGuard(L.Callback):
         self._recent: deque[int] = deque(maxlen=_RECENT)  # 1 for a refused update
         self._recovery = Recovery(config.snapshots, config.max_rollbacks)
         self._before: tuple[dict[str, Any], list[Tensor]] | None = None  # randomness and buffers before the window
-        self._indices: list[Tensor] = []  # pictures of the window
+        self._indices: list[Tensor] = []  # images of the window
         self._loss: float | None = None  # of the window, if it was decided and applied
         self._bad_state: str | None = None
 
@@ -98,7 +135,7 @@ class StabilityGuard(L.Callback):
     # -- Lightning's hooks, in the order in which they come
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stand at the gate of the task's updates.
+        """Let this guard decide about the task's updates.
 
         Raises:
             UserError: for another module than a `ClassificationTask`.
@@ -111,7 +148,7 @@ class StabilityGuard(L.Callback):
         self._recovery.clear()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the gate, and the memory."""
+        """Stop deciding, and free the snapshots."""
         if stage == "fit":
             cast(ClassificationTask, pl_module).update_gate = None
             self._recovery.clear()
@@ -123,7 +160,7 @@ class StabilityGuard(L.Callback):
             UserError: if the weights to begin with are not finite.
         """
         task = cast(ClassificationTask, pl_module)
-        if (source := self._recovery.sickness(trainer, task)) is not None:
+        if (source := self._recovery.find_nonfinite(trainer, task)) is not None:
             raise UserError(f"The training would begin with numbers that are not finite ({source}).")
         self._keep(trainer, task)
 
@@ -138,7 +175,7 @@ class StabilityGuard(L.Callback):
         self._indices.append(batch["index"])
 
     def _refuses(self, trainer: L.Trainer, task: ClassificationTask, norm: Tensor) -> bool:
-        """Decide over the update of this window; asked after its last backward pass, before clipping."""
+        """Decide about the update of this window, after its last backward pass and before clipping."""
         losses = [micro_batch["loss"].to(norm.device, torch.float32) for micro_batch in task.evidence]
         norm_value, *values = torch.stack([norm.detach().float(), *losses]).tolist()
         finite_loss = all(map(isfinite, values))
@@ -154,7 +191,7 @@ class StabilityGuard(L.Callback):
         self._undo_forward(task)
         task.aux_loss.start_window()
         task.window_counts = []
-        self._bad_state = self._recovery.sickness(trainer, task)
+        self._bad_state = self._recovery.find_nonfinite(trainer, task)
         self.record.not_applied += 1
         if self._bad_state is None and not bad_losses and _looks_for_scale(trainer):
             self.record.overflows += 1
@@ -187,7 +224,7 @@ class StabilityGuard(L.Callback):
             if self._losses.add(loss):
                 cause = f"loss spike: {loss:.3g} against a mean of {self._losses.mean:.3g} (limit {threshold:.3g})"
             elif self._losses.suspicious == 0 and self._applied % self.config.snapshot_every == 0:
-                cause = self._recovery.sickness(trainer, task)
+                cause = self._recovery.find_nonfinite(trainer, task)
                 if cause is None:
                     self._keep(trainer, task)
         elif cause is None and sum(self._recent) > self.config.max_skips:
@@ -200,21 +237,21 @@ class StabilityGuard(L.Callback):
             task.log_dict({name: float(count) for name, count in counts.items()})
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Never evaluate a state that isn't finite."""
+        """Return to a snapshot rather than evaluate a state that isn't finite."""
         self._check(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note a validation loss that isn't finite: the weights are, so it's no reason to go back."""
+        """Record a validation loss that isn't finite; the weights are finite, so training does not return."""
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.state.fn is TrainerFn.FITTING and loss is not None and not isfinite(float(loss)):
             self._note(trainer, "validation", "validation loss")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Never end with a state that isn't finite."""
+        """Return to a snapshot rather than end with a state that isn't finite."""
         self._check(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Never save a state that isn't finite; the tensors of `state_dict` are the live ones, and follow."""
+        """Return to a snapshot rather than save a state that isn't finite; `state_dict` holds the live tensors."""
         if self._check(trainer, pl_module):
             checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
             checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
@@ -231,21 +268,21 @@ class StabilityGuard(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting from a checkpoint."""
+        """Continue the counts from a checkpoint."""
         self.record = GuardRecord.from_state(state_dict["record"])
         self._losses.load_state_dict(state_dict["losses"])
         self._applied = int(state_dict["applied"])
         self._recent = deque(state_dict["recent"], maxlen=_RECENT)
         self._recovery.returns = list(state_dict["returns"])
 
-    # -- what they use
+    # -- helpers
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Return to a snapshot if the state isn't finite; whether that was done."""
-        if not self._recovery.can_look(trainer):
+        if not self._recovery.can_check(trainer):
             return False
         task = cast(ClassificationTask, pl_module)
-        cause = self._recovery.sickness(trainer, task)
+        cause = self._recovery.find_nonfinite(trainer, task)
         if cause is not None:
             self._roll_back(trainer, task, cause)
         return cause is not None
@@ -260,14 +297,379 @@ class StabilityGuard(L.Callback):
         self._losses.load_state_dict(losses)
         self._recent.clear()
         self._note(trainer, "rollback", cause)
-        self._recovery.give_up_if_in_vain(trainer, self.record, cause)
+        self._recovery.give_up_over_budget(trainer, self.record, cause)
 
     def _note(self, trainer: L.Trainer, kind: str, source: str | None) -> None:
-        pictures = torch.cat(self._indices).tolist() if self._indices and kind == "skip" else []
-        note(self.record, trainer, kind, source, pictures)
+        images = torch.cat(self._indices).tolist() if self._indices and kind == "skip" else []
+        note(self.record, trainer, kind, source, images)
 
 
 def _looks_for_scale(trainer: L.Trainer) -> bool:
     """Whether fp16 loss scaling can still lower its scale, which is what an overflow is for."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler is not None and scaler.get_scale() > 1
+
+
+class LossHistory:
+    """Judges one loss after the other.
+
+    Args:
+        sigmas: how many standard deviations above the mean are suspicious; 0 finds nothing suspicious.
+        patience: how many suspicious losses in a row are a lasting spike.
+        warmup: how many good losses must be known before one can be suspicious.
+
+    Attributes:
+        suspicious: suspicious losses in a row up to now.
+    """
+
+    def __init__(self, sigmas: float, patience: int, warmup: int) -> None:
+        self.sigmas, self.patience, self.warmup = sigmas, patience, warmup
+        self.suspicious = 0
+        self._good: deque[float] = deque(maxlen=_WINDOW)
+
+    @property
+    def threshold(self) -> float:
+        """Losses above it are suspicious; infinite during the warm-up."""
+        if not self.sigmas or len(self._good) < self.warmup:
+            return float("inf")
+        mean = self.mean
+        deviation = sqrt(fsum((loss - mean) ** 2 for loss in self._good) / len(self._good))
+        return mean + max(self.sigmas * deviation, _MIN_RELATIVE_RISE * mean, _MIN_RISE)
+
+    @property
+    def mean(self) -> float:
+        """Mean of the good losses that are remembered."""
+        return fsum(self._good) / len(self._good)
+
+    def add(self, loss: float) -> bool:
+        """Take the finite loss of an applied update; whether it makes a lasting spike."""
+        if loss > self.threshold:
+            self.suspicious += 1
+        else:
+            self.suspicious = 0
+            self._good.append(loss)
+        return self.suspicious >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint or a snapshot."""
+        return {"good": list(self._good), "suspicious": self.suspicious}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to it."""
+        self._good = deque(state["good"], maxlen=_WINDOW)
+        self.suspicious = int(state["suspicious"])
+
+
+class TrainingDiverged(UserError):  # noqa: N818 (the name that users are told)
+    """The training diverged again and again, and the budget of returns to a snapshot is used up.
+
+    It has its own exit code, so that a job script doesn't start the same training again and again.
+    """
+
+    exit_code = DIVERGED
+
+
+class Recovery:
+    """Keeps snapshots of a training and returns to them.
+
+    Args:
+        snapshots: how many are kept.
+        max_rollbacks: returns within 1,000 steps, above which the training is given up.
+
+    Attributes:
+        returns: the steps at which training returned to a snapshot.
+    """
+
+    def __init__(self, snapshots: int, max_rollbacks: int) -> None:
+        self.max_rollbacks = max_rollbacks
+        self.returns: list[int] = []
+        self._ring: deque[TrainingSnapshot] = deque(maxlen=snapshots)
+
+    def __len__(self) -> int:
+        """How many snapshots there are."""
+        return len(self._ring)
+
+    def clear(self) -> None:
+        """Free the memory."""
+        self._ring.clear()
+
+    def keep(self, trainer: L.Trainer, task: ClassificationTask, extra: Any) -> None:
+        """Take a snapshot of a state that is known to be finite; `extra` comes back with it."""
+        self._ring.append(TrainingSnapshot(trainer, task, extra))
+
+    def find_nonfinite(self, trainer: L.Trainer, task: ClassificationTask) -> str | None:
+        """Which lasting numbers (weights, saved buffers, average) aren't finite on any process; None if all are."""
+        state = lasting_tensors(trainer, task)
+        (bad,) = sum_numbers([not all_finite(state.values())], task.device)
+        if not bad:
+            return None
+        buffers = frozenset(name for name, _ in task.net.named_buffers())
+        return cast(str, next(filter(None, gather(nonfinite_states(state, buffers)))))
+
+    def can_check(self, trainer: L.Trainer) -> bool:
+        """Whether the state may be checked now, outside of a training step."""
+        average = WeightEMA.of(trainer)
+        swapped = average is not None and average.swapped  # a validation was interrupted: nothing was trained in it
+        alone = trainer.state.status is TrainerStatus.INTERRUPTED  # the other processes won't answer
+        return trainer.state.fn is TrainerFn.FITTING and len(self) > 0 and not swapped and not alone
+
+    def go_back(self, trainer: L.Trainer, task: ClassificationTask) -> Any:
+        """Return to the newest snapshot, or to an older one if that did not help; its `extra`."""
+        if self._ring[-1].restored and len(self._ring) > 1:
+            self._ring.pop()
+        self._ring[-1].restore(trainer, task)
+        self.returns = [step for step in self.returns if step > trainer.global_step - _BUDGET]
+        self.returns.append(trainer.global_step)
+        return self._ring[-1].extra
+
+    def give_up_over_budget(self, trainer: L.Trainer, record: GuardRecord, cause: str) -> None:
+        """Stop if the budget is used up; the good state that was just restored is saved, and a diagnosis beside it.
+
+        Raises:
+            TrainingDiverged: if it is.
+        """
+        if len(self.returns) <= self.max_rollbacks:
+            return
+        folder = Path(trainer.default_root_dir)
+        checkpoint = folder / "checkpoints" / "diverged.ckpt"
+        trainer.save_checkpoint(checkpoint)
+        if trainer.is_global_zero:
+            write_text_atomic(folder / DIAGNOSIS, record.diagnosis(trainer.global_step, str(checkpoint)))
+        raise TrainingDiverged(
+            f"The training diverged ({cause}) and returning to an earlier state did not help: read "
+            f"{folder / DIAGNOSIS}, which says what to try; {checkpoint} holds the last good state."
+        )
+
+
+class TrainingSnapshot:
+    """Everything that an applied update moves, copied into main memory: a state to return to.
+
+    Weights, buffers, optimizer, schedule, loss scaler, moving average and random generators. `state_dict()` hands out
+    the live tensors, and `Optimizer.load_state_dict` makes the optimizer use the ones it is given (both measured with
+    torch 2.13). So everything is copied on the way in and on the way out; otherwise the second return to the same
+    snapshot would restore what training has made of it since.
+
+    Args:
+        trainer: a trainer that fits.
+        task: its task.
+        extra: what the owner wants back with it, such as running statistics; kept as it is.
+
+    Attributes:
+        step: `trainer.global_step` when it was taken.
+        restored: how often training has come back to it.
+    """
+
+    def __init__(self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None) -> None:
+        self.step = trainer.global_step
+        self.restored = 0
+        self.extra = extra
+        self._tensors = [tensor.detach().to("cpu", copy=True) for tensor in _tensors(trainer, task)]
+        self._optimizers = [_copied(optimizer.state_dict()) for optimizer in trainer.optimizers]
+        self._schedules = [_copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+        self._precision = _copied(trainer.precision_plugin.state_dict())
+        average = WeightEMA.of(trainer)
+        self._averaged = 0 if average is None else average.updates
+        self._random = random_state()
+
+    @torch.no_grad()
+    def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
+        """Restore the training and drop its gradients; may be called repeatedly."""
+        for tensor, saved in zip(_tensors(trainer, task), self._tensors, strict=True):
+            tensor.copy_(saved)
+        for optimizer, state in zip(trainer.optimizers, self._optimizers, strict=True):
+            optimizer.load_state_dict(_copied(state))
+            optimizer.zero_grad(set_to_none=True)
+        for config, state in zip(trainer.lr_scheduler_configs, self._schedules, strict=True):
+            config.scheduler.load_state_dict(_copied(state))
+        trainer.precision_plugin.load_state_dict(_copied(self._precision))
+        average = WeightEMA.of(trainer)
+        if average is not None:
+            average.updates = self._averaged
+        restore_random_state(self._random)
+        self.restored += 1
+
+
+def lasting_tensors(trainer: L.Trainer, task: ClassificationTask) -> dict[str, Tensor]:
+    """Name -> every floating-point weight and saved buffer of the network, and of its moving average."""
+    average = WeightEMA.of(trainer)
+    networks = {"": task.net} if average is None or average.network is None else {"": task.net, "ema.": average.network}
+    return {
+        prefix + name: tensor
+        for prefix, network in networks.items()
+        for name, tensor in network.state_dict().items()
+        if tensor.is_floating_point()
+    }
+
+
+def _tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
+    average = WeightEMA.of(trainer)
+    networks = [task.net] if average is None or average.network is None else [task.net, average.network]
+    return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+
+
+def _copied(state: Any) -> Any:
+    """A copy of a nest of dictionaries, lists and tensors that shares nothing with it; tensors in main memory."""
+    return tree_map(
+        lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else deepcopy(leaf), state
+    )
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that the guard did at a step, counted from 1: `kind` is skip, rollback, or validation (only noted)."""
+
+    step: int
+    epoch: int
+    kind: str
+    source: str
+    samples: tuple[str, ...] = ()
+
+
+@dataclass
+class GuardRecord:
+    """Counters and events of one training; they survive a resume and are never turned back by a rollback."""
+
+    skipped: int = 0
+    rollbacks: int = 0
+    overflows: int = 0
+    """Updates that fp16 loss scaling left out while it looked for its scale: no fault."""
+    validations: int = 0
+    """Validations whose loss was not finite: noted, nothing is done about them."""
+    not_applied: int = 0
+    """Optimizer steps without an update, for whichever reason."""
+    lost: int = 0
+    """Updates that rollbacks took back."""
+    events: list[Event] = field(default_factory=list)
+    sources: Counter[str] = field(default_factory=Counter)
+
+    def add(self, event: Event) -> None:
+        """Count it and keep it."""
+        name = {"skip": "skipped", "rollback": "rollbacks", "validation": "validations"}[event.kind]
+        setattr(self, name, getattr(self, name) + 1)
+        self.sources[event.source] += 1
+        if len(self.events) < _MAX_EVENTS:
+            self.events.append(event)
+
+    def sentences(self) -> list[str]:
+        """What summary.md says about it; nothing if nothing happened."""
+        found = []
+        if self.skipped:
+            found.append(f"{_times(self.skipped, 'update')} left out because a number was not finite.")
+        if self.rollbacks:
+            found.append(
+                f"{_times(self.rollbacks, 'return')} to an earlier state of this training, which took back "
+                f"{self.lost:,} updates."
+            )
+        if self.validations:
+            found.append(f"{_times(self.validations, 'validation')} had a loss that is not finite.")
+        if found:
+            often = ", ".join(f"{source} ({count})" for source, count in self.sources.most_common(_MAX_NAMED))
+            found.append(f"Where it came from: {often}. {GUARD_CSV} has every case with its images.")
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write guard.csv whole; a resumed run writes it again from what the checkpoint remembers."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for event in self.events:
+            writer.writerow([event.step, event.epoch, event.kind, event.source, csv_name(" ".join(event.samples))])
+        write_text_atomic(folder / GUARD_CSV, text.getvalue())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Primitives only, so that a checkpoint loads under `weights_only=True`."""
+        state = asdict(self)
+        return {**state, "events": [list(event.values()) for event in state["events"]], "sources": dict(self.sources)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> GuardRecord:
+        """What `state_dict` gave."""
+        events = [Event(step, epoch, kind, source, tuple(ids)) for step, epoch, kind, source, ids in state["events"]]
+        return cls(**{**state, "events": events, "sources": Counter(state["sources"])})
+
+    def diagnosis(self, step: int, checkpoint: str) -> str:
+        """The page that is written when a training is given up."""
+        words = {source.split()[0] for source, _ in self.sources.most_common(_MAX_NAMED)}
+        advice = [text for word, text in _ADVICE.items() if word in words]
+        cases = [f"- {event.kind} at step {event.step}: {event.source}" for event in self.events[-20:]]
+        return "\n".join(
+            [
+                "# This training diverged\n",
+                f"It was given up at step {step:,}, after {self.rollbacks:,} returns to an earlier state. The last "
+                f"good state is {checkpoint}; its weights are finite.\n",
+                *(f"- {sentence}" for sentence in self.sentences()),
+                "\n## What to try\n",
+                *(f"- {text}" for text in advice),
+                "\n## The last cases\n",
+                *cases,
+                "",
+            ]
+        )
+
+
+def note(record: GuardRecord, trainer: L.Trainer, kind: str, source: str | None, images: Sequence[int]) -> None:
+    """Count an event on every process, with the images of all of them; write guard.csv and tell the user.
+
+    Args:
+        record: what is counted in.
+        trainer: the trainer, at the step of the event.
+        kind: of the `Event`.
+        source: where it came from, as far as this process knows.
+        images: indices of this process's training images in the window.
+    """
+    data = cast(Any, trainer).datamodule
+    own = [data.sample_id("train", index) if hasattr(data, "sample_id") else str(index) for index in images]
+    found = gather((source, own))
+    # The process with the fault itself knows the loss that was bad; the others see at most its gradients.
+    sources = sorted(filter(None, (source for source, _ in found)), key=lambda name: name.startswith("gradient"))
+    source = sources[0] if sources else "gradient norm (too large for its number format)"
+    step = trainer.global_step + (kind == "skip")  # from 1; Lightning hasn't counted a refused step yet
+    names = tuple(name for _, names in found for name in names)
+    record.add(Event(step, trainer.current_epoch, kind, source, names[:_MAX_SAMPLES]))
+    if trainer.is_global_zero:
+        record.write(Path(trainer.default_root_dir))
+        if sum(record.sources.values()) <= _MAX_SAID:
+            tell(_SAID[kind].format(step=step, source=source))
+
+
+def source_of(evidence: Sequence[Mapping[str, Tensor]], gradients: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Where a number that is not finite first appeared: router, balance loss, cross-entropy, loss, or a gradient.
+
+    None if not on this process, or if only the norm of all gradients was too large for its number format.
+    """
+    for micro_batch in evidence:  # each in the order of computation
+        for name, values in micro_batch.items():
+            if not bool(values.isfinite().all()):
+                return name
+    bad = [(name, gradient) for name, gradient in gradients if not bool(gradient.isfinite().all())]
+    return name_tensors("gradient", bad) if bad else None
+
+
+def nonfinite_states(named: Mapping[str, Tensor], buffers: frozenset[str]) -> str | None:
+    """The weights or buffers among these that are not finite, in words; None if all are finite."""
+    bad = [(name, tensor) for name, tensor in named.items() if not bool(tensor.isfinite().all())]
+    if not bad:
+        return None
+    first = bad[0][0]
+    average = "ema." if first.startswith("ema.") else ""
+    return name_tensors(average + ("buffer" if first.removeprefix("ema.") in buffers else "weight"), bad)
+
+
+def name_tensors(kind: str, bad: Sequence[tuple[str, Tensor]]) -> str:
+    """For example `gradient of blocks.1.mlp.experts.fc1.weight (expert 3) and 2 more`."""
+    name, tensor = bad[0]
+    experts = ""
+    if ".experts." in name:
+        found = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        experts = f" (expert{'s' if len(found) > 1 else ''} {', '.join(map(str, found))})"
+    more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    return f"{kind} of {name.removeprefix('net.').removeprefix('ema.')}{experts}{more}"
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers of these tensors are finite, in one pass and with one synchronisation."""
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(list(tensors))))
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count != 1 else ''}"

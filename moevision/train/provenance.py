@@ -1,9 +1,11 @@
-"""Where a run came from: code, command, data, machine and libraries, as plain JSON.
+"""What the numbers of a run depend on: code, command, data, machine and libraries, as plain JSON.
 
-Written into every run folder as `provenance.json`, so that a figure found a year later can be traced to
-the code and the images that gave it. It says nothing about who ran it: no user name, no host name and no
-path beyond those the command line itself contains.
+Written into every run folder as `provenance.json`, and as a fingerprint into every checkpoint: a resumed run is
+bit-identical to an uninterrupted one if the fingerprint is the same, and `differences` says what is not, before
+anything starts. No user name, no host name, and no path beyond those in the command line itself.
 """
+
+from __future__ import annotations
 
 import os
 import platform
@@ -12,19 +14,39 @@ import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moevision import __version__
-from moevision.files import write_json_atomic
 from moevision.versions import package_version
 
-__all__ = ["LIBRARIES", "collect_provenance", "write_json_atomic"]
+if TYPE_CHECKING:
+    import lightning as L
+
+    from moevision.train.task import ClassificationTask
 
 LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow")
 _PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
 _TIMEOUT_S = 10.0
+# What a user calls the parts of a fingerprint; libraries go by their own names.
+_WORDS = {
+    "processor": "the processor",
+    "device": "the device",
+    "threads": "the number of threads (OMP_NUM_THREADS)",
+    "world_size": "the number of processes (--trainer.devices)",
+    "precision": "the precision",
+    "matmul_precision": "the precision of float32 products",
+    "backend": "the experts' backend",
+    "compile": "compilation",
+    "python": "Python",
+    "moevision": "moevision",
+}
+# Of these only a hash is known. Old checkpoints have no sizes, which are then not compared.
+_OTHERS = {
+    "data": "the list of images is another one",
+    "sizes": "image files have other sizes than then, so other contents",
+}
 
 
 def collect_provenance(
@@ -155,6 +177,14 @@ def gpu_names() -> list[str]:
     return ["Apple MPS"] if torch.backends.mps.is_available() else []
 
 
+def device_name(trainer: L.Trainer) -> str:
+    """The device as people know it."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
 def _determinism() -> dict[str, Any]:
     return {
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -164,3 +194,43 @@ def _determinism() -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "environment": {name: os.environ.get(name) for name in ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")},
     }
+
+
+def fingerprint(
+    trainer: L.Trainer, task: ClassificationTask, data_sha256: str, sizes_sha256: str
+) -> dict[str, str | int | bool]:
+    """What this process would compute with, as primitives.
+
+    Args:
+        trainer: the trainer.
+        task: the ClassificationTask; its backend and compilation count.
+        data_sha256: hash over the list of images with their splits and labels.
+        sizes_sha256: hash over their sizes in bytes: another image of the same size isn't noticed.
+    """
+    device = trainer.strategy.root_device
+    return {
+        "processor": cpu_model(),
+        "device": device.type if device.type == "cpu" else device_name(trainer),
+        "threads": torch.get_num_threads(),
+        "world_size": trainer.world_size,
+        "precision": str(trainer.precision),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "backend": task.arch.backend or "auto",
+        "compile": task.compile_blocks,
+        "python": platform.python_version(),
+        "moevision": __version__,
+        "data": data_sha256,
+        "sizes": sizes_sha256,
+        **{name: package_version(name) or "none" for name in LIBRARIES},
+    }
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A phrase for everything that is not as it was, such as `the number of threads was 4, now 1`."""
+    found = []
+    for name, value in now.items():
+        if name in then and then[name] != value:
+            found.append(_OTHERS.get(name) or f"{_WORDS.get(name, name)} was {then[name]}, now {value}")
+    if _OTHERS["data"] in found and _OTHERS["sizes"] in found:  # follows from it
+        found.remove(_OTHERS["sizes"])
+    return found

@@ -1,25 +1,42 @@
-"""What `moevision fit FOLDER` chooses when nobody said: model, picture size, batch, epochs, precision.
+"""What `fit` chooses where the user did not (model, image size, batch, epochs, precision), and the plan that it prints.
 
-The rules are plain and printed; every one of them can be overridden on the command line.
+Every choice is printed and can be overridden on the command line. `runs/NAME/` is the run folder; `--config NAME` finds
+the configs that are shipped with the package.
 """
 
 from __future__ import annotations
 
+import copy
+import difflib
 import os
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 
 from moevision.data.folder import walk
 from moevision.data.images import is_image_path
+from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
-from moevision.train.provenance import total_memory_bytes
-from moevision.train.run_folder import find_config, shipped_configs
+from moevision.layers import describe_moe, moe_layers
+from moevision.names import shown
+from moevision.train.provenance import device_name, total_memory_bytes
 
+if TYPE_CHECKING:
+    import lightning as L
+
+    from moevision.data import ImageDataModule
+    from moevision.train.task import ClassificationTask
+
+PACKAGE = Path(__file__).resolve().parent.parent
 SCRATCH_MINIMUM = 20_000  # images below which a pretrained start is usually far better
 _ASKS = ("-h", "--help", "--print_config")
-# Pictures in the datasets known by name, which may have to be fetched before they can be counted.
+# Images in the datasets known by name, which may have to be fetched before they can be counted.
 _NAMED_IMAGES = {
     "synthetic_pets": 16_000,
     "cifar10": 60_000,
@@ -31,7 +48,53 @@ _NAMED_IMAGES = {
     "food101": 101_000,
     "imagenet": 1_331_167,
 }
-_CACHE_SHARE = 0.25  # of the free memory may hold decoded pictures
+_CACHE_SHARE = 0.25  # of the free memory may hold decoded images
+
+
+def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
+    """A folder that no earlier run has used: `runs/<name>`, else `runs/<name>-2`, ... Created empty."""
+    for number in range(1, 10_000):
+        folder = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"The run folder {folder} can't be made ({error.strerror}): start where you may write."
+            ) from error
+        return folder
+    raise UserError(f"There are 10,000 runs named {name!r} in {root}: choose another --name.")
+
+
+def run_name(data: str) -> str:
+    """What a run is called after its data: the name of the folder, without signs that a terminal can't show."""
+    name = Path(data).resolve().name
+    return name if shown(name) == name else shown(name).replace("\\", "_")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of the configs in the installed package, or beside it in a checkout."""
+    for folder in (PACKAGE / "configs", PACKAGE.parent / "configs"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_config(name: str) -> Path:
+    """The config file called `name`: a path, or the name of a shipped config.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    configs = shipped_configs()
+    if name in configs:
+        return configs[name]
+    near = difflib.get_close_matches(name, configs, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(f"There is no config {name!r}.{hint} Give a YAML file or one of: {', '.join(configs)}.")
 
 
 def default_precision() -> str:
@@ -100,8 +163,8 @@ def _with_found_configs(arguments: Sequence[str]) -> list[str]:
 def choose_recipe(path: str, *, pretrained: bool) -> list[str]:
     """Command-line options for a folder of images or a dataset's name, from their number, free memory and device.
 
-    From scratch: the micro model, on 64 px pictures in 8 x 8 patches (64 tokens), with a convolutional stem; it
-    learns on a CPU. Pretrained: 224 px, as the weights were trained. Epochs aim at 200 000 pictures seen, at least
+    From scratch: the micro model, on 64 px images in 8 x 8 patches (64 tokens), with a convolutional stem; it
+    learns on a CPU. Pretrained: 224 px, as the weights were trained. Epochs aim at 200 000 images seen, at least
     10 and at most 100 epochs.
     """
     named = path in _NAMED_IMAGES
@@ -137,3 +200,91 @@ def free_memory_bytes() -> int:
     except OSError:
         pass  # not Linux
     return (total_memory_bytes() or 4 * 2**30) // 4
+
+
+def describe_plan(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> str:
+    """The lines that `fit` prints after the data's own description."""
+    train_images = sum(data.class_counts["train"].values())
+    total, active = parameter_counts(task.net)
+    lines = [
+        f"model: {describe_model(task)}, {total / 1e6:.2f} M parameters of which {active / 1e6:.2f} M are active",
+        f"device: {device_name(trainer)}, precision {trainer.precision}, batch {data.batch_size}"
+        + (f" x {trainer.accumulate_grad_batches}" if trainer.accumulate_grad_batches > 1 else "")
+        + (f" x {trainer.world_size} processes" if trainer.world_size > 1 else ""),
+    ]
+    epochs = trainer.max_epochs or 0
+    seconds = seconds_per_batch(task, data, trainer)
+    batches = max(1, train_images // (data.batch_size * trainer.world_size)) * max(0, epochs)
+    if batches:
+        minutes = batches * seconds / 60 * 1.1  # validation and loading, about a tenth
+        speed = f"about {minutes:.0f} min at {data.batch_size * trainer.world_size / seconds:.0f} images/s"
+        lines.append(f"plan: {epochs} epochs of {train_images:,} images, {speed}")
+    if task.arch.pretrained is None and train_images < SCRATCH_MINIMUM and data.path != "synthetic_pets":
+        lines.append(
+            f"note: {train_images:,} images are few to learn from scratch; a pretrained start is usually far "
+            "better: --pretrained NAME_OR_FOLDER (any timm ViT, e.g. deit_tiny_patch16_224)."
+        )
+    if _has_idle_nvidia_card():
+        lines.append(
+            "note: there is an NVIDIA card, but this torch was built for the CPU only: install one for CUDA, see "
+            "https://pytorch.org/get-started/locally/."
+        )
+    return "\n".join(lines)
+
+
+def _has_idle_nvidia_card() -> bool:
+    return torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi") is not None
+
+
+@contextmanager
+def memory_advice(batch_size: int, accumulated: int) -> Iterator[None]:
+    """Turn "out of memory" into advice that trains nearly alike: half the batch, twice the accumulation.
+
+    The gradient of the cross-entropy and of the z loss stays the same; that of the other balance losses is approximate
+    (`moevision.losses.AuxLoss`), and BatchNorm, as in the convolutional stem, normalises each micro-batch on its own.
+
+    Raises:
+        UserError: if memory runs out, on whatever device.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()  # CUDA has a class for it; MPS and CPU only say so
+        if "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        raise UserError(
+            f"Memory is too small for a batch of {batch_size}: use --data.batch_size {max(1, batch_size // 2)} "
+            f"--trainer.accumulate_grad_batches {2 * accumulated}, which trains nearly alike (balance losses and "
+            "BatchNorm see the batch in parts)."
+        ) from error
+
+
+def describe_model(task: ClassificationTask) -> str:
+    """Name and what is mixed, in words."""
+    layers = moe_layers(task.net)
+    name = task.arch.base or task.arch.pretrained or task.arch.name
+    if not layers:
+        return f"dense twin of {name}"
+    return f"{name} with {describe_moe(layers)}"
+
+
+def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
+    """Forward and backward of one batch of noise, on a copy of the model: the fastest of up to eight in ten seconds.
+
+    The first steps compile kernels for the shapes that occur, so they say little.
+    """
+    device = trainer.strategy.root_device
+    net = copy.deepcopy(task.net).to(device).train()
+    image = torch.randn(data.batch_size, 3, data.image_size, data.image_size, device=device)
+    label = torch.zeros(data.batch_size, dtype=torch.long, device=device)
+    times: list[float] = []
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        while len(times) < 3 or (len(times) < 8 and sum(times) < 10):
+            start = time.perf_counter()
+            with trainer.precision_plugin.forward_context():
+                loss = F.cross_entropy(cast(torch.Tensor, net(image)).float(), label)
+            loss.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return min(times[1:])

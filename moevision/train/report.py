@@ -1,239 +1,378 @@
-"""summary.md of a run folder: one page that a student can read without knowing the code.
+"""What is known about a finished run, how sure its accuracy is, and the templates that say it: summary.md and card.
 
-`write_summary` adds nothing to what its RunSummary says, except intervals and chance levels that follow
-from the counts. Parts without data (no twin, no bad image) are left out or said to be absent.
+All shares are fractions in [0, 1], all times seconds, all counts whole numbers.
+
+Sources of the intervals
+    Wilson, JASA 22 (1927) 209-212: the score interval of one proportion; honest near 0 % and 100 % too.
+    Tango, Statistics in Medicine 17 (1998) 891-908: the score interval of a difference of paired proportions.
+    McNemar, Psychometrika 12 (1947) 153-157: only images that one model gets right and the other wrong tell
+    the two apart; the exact p-value is a two-sided sign test on them.
+
+Tango's interval is asymptotic: summed over all outcomes, its coverage at 95 % is 95.0 % to 95.7 % for 100
+images and falls to 93.0 % for 40 of which 2 % and 20 % are right in one model only (enumerated in its test).
+
+Both intervals say how far the result depends on which test images were drawn. They say nothing about the
+luck of one training run: another seed moves the accuracy as well, and only more seeds can show how much.
 """
 
+from __future__ import annotations
+
+import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from moevision.efficiency import ModelCost
+from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.metrics import LayerLoad
+from moevision.models.safe_files import read_json
 from moevision.names import shown
-from moevision.train.intervals import accuracy_interval
-from moevision.train.markdown import cell, duration, flops, percent, points, table
-from moevision.train.run_summary import RunSummary, TestScores, TwinComparison
 
-_MAX_LISTED = 20  # classes; beyond that the page names only the weakest
-_MAX_LISTED_BAD_IMAGES = 10
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
-RUN_FILES = {
-    "config.yaml": "every setting of this run",
-    "curves.png": "loss, accuracy, expert load and learning rate over training",
-    "confusion.png": "which class was taken for which on the test images",
-    "predictions_test.csv": "every test image with its label and the model's answer",
-    "model": "the trained model: weights (safetensors), config.json with class names and preprocessing, its card",
-    "checkpoints": "training states to resume from",
-    "metrics.csv": "all logged numbers, one row per logging step",
-    "splits.csv": "which image is in which split; reused when the run goes on",
-    "guard.csv": "updates that were left out and returns to an earlier state, with the reason and the images",
-    "bad_images.csv": "files that could not be read, with the reason",
-    "twin": "the dense twin's own run",
-    "provenance.json": "version, commit, command, seed, machine and libraries behind these numbers",
-}
-"""What may lie in a run folder and what it is, in the order in which a reader needs it."""
+_BISECTION_STEPS = 60  # halves [-1, 1] below the spacing of doubles
 
-_READING_LOADS = """\
-Max/mean load is 1.00 when every expert gets the same work; CV² (variance ÷ mean² of the loads) is 0 then.
-A perfectly balanced router would still give about the CV² by chance on so many images: choices of one image go
-together, so it follows from how much the images' own loads differ. A dead expert was chosen by no token. Entropy
-is near its maximum when the router hardly prefers any expert, and near 0 when each token has one clear choice."""
 
-_READING_TWIN = """\
-One seed: no ranking. The interval says what other test images could change; another seed can move both
-models as well."""
+@dataclass(frozen=True)
+class TestScores:
+    """Results on the test images, each seen once by the finished model."""
+
+    __test__ = False  # not a test class, whatever pytest makes of the name
+
+    correct: int
+    total: int
+    majority_class: str
+    """The class with the most training images."""
+    majority_correct: int
+    """Test images of that class: what always answering it would get right."""
+    loss: float
+    balanced_accuracy: float
+    """Mean over classes of the share recognised, in [0, 1]."""
+    ece: float
+    """Expected calibration error in [0, 1]."""
+    top5: float | None = None
+    """Share with the right class among the five likeliest; None with five classes or fewer."""
+    per_class: Sequence[tuple[str, int, int]] = ()
+    """(class in words, recognised test images, test images) in class order."""
+    weights: str = "the weights of the best validation epoch"
+    """Which weights were tested and exported, e.g. the moving average (EMA) of the weights."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the test images that were recognised."""
+        return self.correct / self.total
+
+    @property
+    def majority(self) -> float:
+        """Share that always answering the majority class recognises."""
+        return self.majority_correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy."""
+        return accuracy_interval(self.correct, self.total)
+
+    def weakest(self, count: int) -> list[tuple[str, int, int]]:
+        """The classes of which the smallest share was recognised, as in `per_class`."""
+        return sorted((row for row in self.per_class if row[2]), key=lambda row: row[1] / row[2])[:count]
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Accuracy of model a minus accuracy of model b on the same n images."""
+
+    difference: float
+    low: float
+    high: float
+    n: int
+    only_a: int
+    """Images that a classifies correctly and b doesn't."""
+    only_b: int
+    p_value: float
+    """Exact McNemar test of "both are right equally often"."""
+    level: float = 0.95
+
+
+@dataclass(frozen=True)
+class TwinComparison:
+    """The dense twin trained by the same recipe, tested on the same images."""
+
+    difference: PairedDifference
+    """Accuracy of the MoE model (a) minus that of the twin (b)."""
+    match: str
+    """What the twin has in common, e.g. "active FLOPs"."""
+    correct: int
+    """Test images that the twin classified correctly."""
+    cost: ModelCost
+    duration_s: float
+    images_per_s: float
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Everything that summary.md says about one finished run."""
+
+    name: str
+    model: str
+    """Name and essential arguments, e.g. "vit_moe_micro_patch4_32 (8 experts, 2 per token)"."""
+    data: str
+    """What was trained on: the folder's or dataset's name."""
+    image_size: int
+    split_note: str
+    """Which images were train, validation and test, and where they come from; one sentence each."""
+    class_counts: Mapping[str, Mapping[str, int]]
+    """Images per split and class in words."""
+    test: TestScores
+    cost: ModelCost
+    epochs: int
+    steps: int
+    """Optimizer steps that were applied."""
+    batch_size: int
+    """Images per optimizer step, over all devices and accumulation."""
+    duration_s: float
+    images_per_s: float
+    """Training images per second, validation left out."""
+    device: str
+    precision: str
+    seed: int | None
+    data_wait: float | None = None
+    """Share of the training time in which the process waited for data; None where it wasn't measured."""
+    layers: Sequence[LayerLoad] = ()
+    bad_images: Sequence[tuple[str, str, str]] = ()
+    """(path, reason, split) of files that could not be read."""
+    notes: Sequence[str] = ()
+    """Whatever was skipped, stopped early or otherwise not as asked, a sentence each."""
+    twin: TwinComparison | None = None
+    next_commands: Sequence[tuple[str, str]] = ()
+    """(what it does, the exact command); empty: what most people want next."""
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes of all splits, each once."""
+        return list(dict.fromkeys(name for split in self.class_counts.values() for name in split))
+
+
+def read_summary(file: Path) -> RunSummary:
+    """Read the summary.json of a run folder.
+
+    Raises:
+        UserError: if it isn't there, is damaged, or was written by a version with other fields.
+    """
+    try:
+        given: dict[str, Any] = read_json(file)
+        return RunSummary(
+            **{
+                **given,
+                "test": TestScores(**given["test"]),
+                "cost": ModelCost(**given["cost"]),
+                "layers": [LayerLoad(**layer) for layer in given["layers"]],
+                "twin": None if given.get("twin") is None else _read_twin(given["twin"]),
+            }
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{file} can't be read as the summary of a run ({type(error).__name__}: {error}): "
+            "give a run folder that this version of moevision has finished."
+        ) from error
+
+
+def _read_twin(given: dict[str, Any]) -> TwinComparison:
+    difference, cost = PairedDifference(**given["difference"]), ModelCost(**given["cost"])
+    return TwinComparison(**{**given, "difference": difference, "cost": cost})
 
 
 def write_summary(summary: RunSummary, out: Path) -> None:
     """Write summary.md, whole or not at all; the files it lists are those that lie beside `out` by then.
 
+    It adds nothing to what the summary says, except intervals and chance levels that follow from the counts. Parts
+    without data (no twin, no bad image) are left out or said to be absent.
+
     Raises:
         OSError: the folder can't be written.
     """
     run = Path(out).parent
-    sections = [
-        _headline(summary),
-        _what_was_trained(summary),
-        scores_section(summary.test),
-        experts_section(summary.layers),
-        cost_section(summary),
-        twin_section(summary, summary.twin) if summary.twin else "",
-        _left_out(summary),
-        _files(run),
-        _next(summary.next_commands or default_next_commands(run)),
-    ]
-    write_text_atomic(out, "\n\n".join(filter(None, sections)) + "\n")
+    present = {file.name for file in run.iterdir()} if run.is_dir() else set()
+
+    def path(name: str) -> str:
+        return shlex.quote(str(run / name))
+
+    write_text_atomic(out, render("summary.md.jinja", summary=summary, present=present, path=path))
 
 
-def default_next_commands(run: Path) -> list[tuple[str, str]]:
-    """What a person wants after a run, as (purpose, command) with this run's own paths."""
-    config, best, model = (shlex.quote(str(run / name)) for name in ("config.yaml", "checkpoints/best.ckpt", "model"))
-    return [
-        ("Classify your own pictures", f"moevision predict {model} IMAGE_OR_FOLDER"),
-        ("See size and cost beside a dense model", f"moevision info {model}"),
-        ("Test once more", f"moevision test --config {config} --ckpt_path {best}"),
-    ]
+def render(template: str, **values: Any) -> str:
+    """A template of this package with these values in it.
+
+    Markdown has no escaping that fits everywhere, so the templates pass names from outside through `cell` or `shown`.
+    """
+    return _environment().get_template(template).render(values)
 
 
-def _headline(summary: RunSummary) -> str:
-    test = summary.test
-    low, high = accuracy_interval(test.correct, test.total)
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    words = {"cell": cell, "percent": percent, "points": points, "flops": flops, "duration": duration}
+    environment.filters |= {**words, "number": number, "shown": shown, "json": json.dumps}
+    environment.globals["log2"] = math.log2
+    return environment
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], align: str | None = None) -> str:
+    """A Markdown table; `align` holds l or r per column, by default text left and all figures right."""
+    sides = align or "l" + "r" * (len(heads) - 1)
+    rule = ["---" if side == "l" else "--:" for side in sides]
+    lines = [[cell(head) for head in heads], rule, *([cell(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(text: str) -> str:
+    """Text that can't break a table or a line of Markdown or become a link (class names come from folder names)."""
+    text = shown(" ".join(text.split()))
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
+
+
+def percent(share: float) -> str:
+    """0.965 -> `96.5 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def points(difference: float) -> str:
+    """A difference of shares in percentage points with its sign: -0.013 -> `−1.3`."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def flops(count: int) -> str:
+    """345_000_000 -> `345.00 M`."""
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def duration(seconds: float) -> str:
+    """732.4 -> `12 min 12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def number(value: float) -> str:
+    """12345.6 -> `12,346`."""
+    return f"{value:,.0f}"
+
+
+def accuracy_interval(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval for an accuracy of correct / total.
+
+    It holds the accuracies p that `correct` is at most z standard errors away from, with the standard error
+    taken at p itself: |correct/total - p| <= z sqrt(p (1 - p) / total).
+
+    Returns:
+        (low, high) as fractions in [0, 1].
+
+    Raises:
+        UserError: there is no image, or `correct` isn't between 0 and `total`.
+    """
+    if total < 1 or not 0 <= correct <= total:
+        raise UserError(f"an accuracy needs 0 <= correct <= total and a total of at least 1, got {correct} of {total}")
+    z = _normal_quantile(level)
+    share = correct / total
+    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    # At 0 % and 100 % the bound is exact; rounding must not push it off.
+    low = 0.0 if correct == 0 else max(0.0, centre - half)
+    high = 1.0 if correct == total else min(1.0, centre + half)
+    return low, high
+
+
+def paired_difference(
+    correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_], level: float = 0.95
+) -> PairedDifference:
+    """Compare two models on the same images: difference of accuracies, Tango's interval, McNemar's p.
+
+    Args:
+        correct_a: [n] whether model a classified image i correctly.
+        correct_b: [n] the same for model b, in the same order of images.
+        level: of the interval.
+
+    Raises:
+        UserError: the two aren't non-empty boolean vectors of one length.
+    """
+    a, b = np.asarray(correct_a), np.asarray(correct_b)
+    if a.dtype != np.bool_ or b.dtype != np.bool_ or a.ndim != 1 or a.shape != b.shape or a.size == 0:
+        raise UserError(
+            "a paired comparison needs two boolean vectors over the same test images, "
+            f"got {a.dtype} {a.shape} and {b.dtype} {b.shape}"
+        )
+    n, only_a, only_b = a.size, int(np.sum(a & ~b)), int(np.sum(~a & b))
+    low, high = _tango_interval(only_a, only_b, n, _normal_quantile(level))
+    p_value = mcnemar_p_value(only_a, only_b)
+    return PairedDifference((only_a - only_b) / n, low, high, n, only_a, only_b, p_value, level)
+
+
+def mcnemar_p_value(only_a: int, only_b: int) -> float:
+    """Exact two-sided p: a fair coin thrown only_a + only_b times falls at least this unevenly."""
+    throws, fewer = int(only_a + only_b), int(min(only_a, only_b))
+    tail = term = 1  # C(throws, 0); each next C(throws, i + 1) follows from the one before
+    for i in range(fewer):
+        term = term * (throws - i) // (i + 1)
+        tail += term
+    return min(1.0, 2 * tail / (1 << throws))  # whole numbers until here: exact for any number of images
+
+
+def _tango_interval(only_a: int, only_b: int, n: int, z: float) -> tuple[float, float]:
+    """All differences that the score test doesn't reject at z; the score falls as the difference grows."""
+    estimate = (only_a - only_b) / n
     return (
-        f"# {cell(summary.name)}\n\n"
-        f"**{percent(test.correct / test.total)} of the test images recognised** ({test.correct:,} of "
-        f"{test.total:,}; 95 % interval {percent(low)} to {percent(high)}). Always answering "
-        f"“{cell(test.majority_class)}”, the most frequent class in training, gets "
-        f"{percent(test.majority_correct / test.total)}."
+        _bisect(only_a, only_b, n, z, -1.0, estimate),
+        _bisect(only_a, only_b, n, -z, estimate, 1.0),
     )
 
 
-def _what_was_trained(summary: RunSummary) -> str:
-    counts = summary.class_counts
-    classes = list(dict.fromkeys(name for split in counts.values() for name in split))
-    images = ", ".join(f"{sum(split.values()):,} {name}" for name, split in counts.items())
-    lines = [
-        "## What was trained on what\n",
-        f"- Model: {cell(summary.model)}",
-        f"- Data: {cell(summary.data)}, seen at {summary.image_size} × {summary.image_size} pixels",
-        f"- Images: {images}; {len(classes)} classes",
-        f"- Seed: {'none' if summary.seed is None else summary.seed}",
-        f"\n{summary.split_note.strip()}",
-    ]
-    if len(classes) <= _MAX_LISTED:
-        rows = [[name, *(f"{split.get(name, 0):,}" for split in counts.values())] for name in classes]
-        lines.append("\n" + table(["class", *counts], rows))
-    return "\n".join(lines)
+def _bisect(only_a: int, only_b: int, n: int, target: float, low: float, high: float) -> float:
+    for _ in range(_BISECTION_STEPS):
+        middle = (low + high) / 2
+        if paired_score(only_a, only_b, n, middle) > target:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
-def scores_section(test: TestScores) -> str:
-    """Accuracy with its interval, the chance level, and every class; the model card has it too."""
-    low, high = accuracy_interval(test.correct, test.total)
-    interval = f"{percent(low)} to {percent(high)} (Wilson, 95 %): how far other test images could move it"
-    rows = [["top-1 accuracy", percent(test.correct / test.total), interval]]
-    if test.top5 is not None:
-        rows.append(["top-5 accuracy", percent(test.top5), "the right class is among the five likeliest"])
-    majority = f"always answering “{test.majority_class}”"
-    rows += [
-        ["majority-class baseline", percent(test.majority_correct / test.total), majority],
-        [
-            "balanced accuracy",
-            percent(test.balanced_accuracy),
-            "mean over classes, so rare ones count alike",
-        ],
-        ["calibration error (ECE)", percent(test.ece), "mean gap between stated confidence and accuracy"],
-        ["loss", f"{test.loss:.3f}", "cross-entropy in nats"],
-    ]
-    text = f"## Test results\n\nTested: {test.weights}.\n\n" + table(["measure", "value", "meaning"], rows, "lrl")
-    if not test.per_class:
-        return text
-    shown, caption = list(test.per_class), "Recognised per class:"
-    if len(shown) > _MAX_LISTED:
-        shown = sorted((row for row in shown if row[2]), key=lambda row: row[1] / row[2])[:10]
-        caption = f"The weakest {len(shown)} of {len(test.per_class)} classes:"
-    recalls = [[name, percent(right / n) if n else "–", f"{right:,} of {n:,}"] for name, right, n in shown]
-    return f"{text}\n\n{caption}\n\n" + table(["class", "recall", "test images"], recalls)
+def paired_score(only_a: int, only_b: int, n: int, difference: float) -> float:
+    """Tango's score: (observed - assumed difference) over its standard error under the assumption.
+
+    Under an assumed difference d the discordant cells have probabilities q + d and q; q is their maximum
+    likelihood value, the larger root of 2n q^2 + (d (2n - only_a + only_b) - only_a - only_b) q
+    - only_b d (1 - d) = 0. The variance of the difference is then (2q + d (1 - d)) / n.
+    """
+    a = 2 * n
+    b = difference * (2 * n - only_a + only_b) - only_a - only_b
+    c = -only_b * difference * (1 - difference)
+    q = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)
+    surplus = only_a - only_b - n * difference
+    variance = n * (2 * q + difference * (1 - difference))
+    if variance <= 0:  # d = 0 without a discordant image, and d = +-1: the sign is all there is
+        return math.copysign(math.inf, surplus) if surplus else 0.0
+    return surplus / math.sqrt(variance)
 
 
-def experts_section(layers: Sequence[LayerLoad]) -> str:
-    """Load of every MoE layer beside its chance floor; the model card has it too."""
-    if not layers:
-        return "## Experts\n\nThis model has no Mixture-of-Experts layer."
-    rows = [
-        [
-            f"block {layer.layer}",
-            str(len(layer.counts)),
-            f"{layer.max_over_mean:.2f}",
-            f"{layer.cv_squared:.2g}",
-            f"{layer.cv_squared_floor:.1g}",
-            str(layer.dead),
-            f"{layer.entropy_bits:.2f} of {math.log2(len(layer.counts)):.2f}",
-        ]
-        for layer in layers
-    ]
-    heads = ["layer", "experts", "max/mean load", "CV²", "CV² by chance", "dead", "router entropy (bits)"]
-    counted = "Hard counts over the whole test split, no noise."
-    return f"## Experts\n\n{counted}\n\n{table(heads, rows)}\n\n{_READING_LOADS}"
-
-
-def cost_rows(cost: ModelCost) -> list[list[str]]:
-    """(quantity, value) of a model's size and cost."""
-    return [
-        ["parameters, total", f"{cost.total_parameters:,}"],
-        ["parameters, active per token", f"{cost.active_parameters:,}"],
-        ["FLOPs per image (active, without routers)", flops(cost.flops_per_image)],
-        ["FLOPs per image of the routers", flops(cost.router_flops_per_image)],
-    ]
-
-
-def cost_section(summary: RunSummary) -> str:
-    """Parameters, FLOPs and how the training went; the model card has it too."""
-    rows = [
-        *cost_rows(summary.cost),
-        ["training time", duration(summary.duration_s)],
-        ["training speed", f"{summary.images_per_s:,.0f} images/s"],
-        ["waiting for data", _data_wait(summary.data_wait)],
-        [
-            "epochs; optimizer steps; images per step",
-            f"{summary.epochs}; {summary.steps:,}; {summary.batch_size:,}",
-        ],
-        ["device; precision", f"{summary.device}; {summary.precision}"],
-    ]
-    return "## Size, cost and time\n\n" + table(["quantity", "value"], rows)
-
-
-def _data_wait(share: float | None) -> str:
-    return "not measured" if share is None else f"{percent(share)} of the training steps' time"
-
-
-def twin_section(summary: RunSummary, twin: TwinComparison) -> str:
-    """The paired comparison with the dense twin; the model card has it too."""
-    pair, costs = twin.difference, (summary.cost, twin.cost)
-    rows = [
-        ["test accuracy", *(percent(correct / pair.n) for correct in (summary.test.correct, twin.correct))],
-        ["parameters, total", *(f"{cost.total_parameters:,}" for cost in costs)],
-        ["parameters, active per token", *(f"{cost.active_parameters:,}" for cost in costs)],
-        ["FLOPs per image", *(flops(cost.flops_per_image + cost.router_flops_per_image) for cost in costs)],
-        [
-            "training speed",
-            *(f"{speed:,.0f} images/s" for speed in (summary.images_per_s, twin.images_per_s)),
-        ],
-        ["training time", *(duration(seconds) for seconds in (summary.duration_s, twin.duration_s))],
-    ]
-    return "\n\n".join(
-        [
-            "## Beside its dense twin",
-            "The twin has an ordinary MLP wherever this model has experts. It has the same "
-            f"{twin.match}, was trained by the same recipe\nand tested on the same images.",
-            table(["", "this model", "dense twin"], rows),
-            "Difference in test accuracy (this model − twin): "
-            f"**{points(pair.difference)} percentage points**, {100 * pair.level:.0f} % interval "
-            f"{points(pair.low)} to {points(pair.high)}\n(Tango's score interval for paired proportions, "
-            f"{pair.n:,} images; only this model right: {pair.only_a:,}, only the twin right: "
-            f"{pair.only_b:,};\nexact McNemar p = {pair.p_value:.2g}).",
-            _READING_TWIN,
-        ]
-    )
-
-
-def _left_out(summary: RunSummary) -> str:
-    bad = list(summary.bad_images)
-    lines = [f"- {cell(note)}" for note in summary.notes]
-    if bad:
-        files = "1 file" if len(bad) == 1 else f"{len(bad):,} files"
-        lines.append(f"- {files} could not be read and took no part (all in bad_images.csv):")
-        lines += [f"  - {cell(f'{path} ({split}): {reason}')}" for path, reason, split in bad[:_MAX_LISTED_BAD_IMAGES]]
-    else:
-        lines.append("- Bad images: none.")
-    return "## Skipped or not as usual\n\n" + "\n".join(lines)
-
-
-def _files(run: Path) -> str:
-    lines = [f"- `{name}`: {text}" for name, text in RUN_FILES.items() if (run / name).exists()]
-    return "## In this folder\n\n" + "\n".join(lines) if lines else ""
-
-
-def _next(commands: Iterable[tuple[str, str]]) -> str:
-    return "## What next\n\n" + "\n\n".join(f"{purpose}:\n\n    {shown(command)}" for purpose, command in commands)
+def _normal_quantile(level: float) -> float:
+    if not 0 < level < 1:
+        raise UserError(f"the level of an interval lies between 0 and 1, e.g. 0.95; got {level}")
+    return NormalDist().inv_cdf((1 + level) / 2)

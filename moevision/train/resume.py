@@ -1,7 +1,12 @@
-"""`moevision fit --resume RUN|auto`: which checkpoint, with which options, and what can't be as it was.
+"""`moevision fit --resume RUN|auto`: saving a point to resume from, finding it, and going on in the same run folder.
 
 RUN is a run folder; its own config.yaml says everything. `auto` is for job scripts that repeat one command: the folder
 follows from the command's own --name, and where there is no valid checkpoint yet, training starts afresh.
+
+A point is saved between two optimizer steps, at the start of the next batch and before any other callback sees it: only
+there is everything of a step done, its rows in metrics.csv included (Lightning logs them after `on_train_batch_end`),
+and nothing of the next one begun. Random generators are restored in `on_train_start`, after everything that draws from
+them during setup; the order of the images and their augmentation don't depend on them (`data/sampler.py`).
 """
 
 from __future__ import annotations
@@ -9,20 +14,34 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import lightning as L
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser
 
+from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
-from moevision.train.manifest import newest_valid
-from moevision.train.messages import tell
-from moevision.train.resume_point import MARK
+from moevision.train.callbacks import RunLogger
+from moevision.train.checkpoint import (
+    LAST,
+    SafeCheckpointIO,
+    newest_valid,
+    part_random_state,
+    random_state,
+    restore_random_state,
+)
+from moevision.train.processes import AwakeClock, Interruption, Processes, gather, tell
+from moevision.train.recipe import expand_arguments, run_name
 
 OPTION, AUTO = "--resume", "auto"
 SESSIONS = "sessions.json"
@@ -38,6 +57,241 @@ _FREE = (
 )
 _SILENT = ("config", "name", "runs_root", "resume", "ckpt_path", "print_config")  # don't touch the training
 _FLOATING = ("model.compile", "model.grad_checkpointing", "model.arch.backend", "trainer.strategy")  # other rounding
+MARK = "moevision"  # where a checkpoint keeps what is ours
+_claims: set[int] = set()  # open descriptors of the run folders that this process trains in
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often a point to resume from is saved, besides the end of every epoch.
+
+    Attributes:
+        every_minutes: minutes between two of them.
+        every_steps: optimizer steps between two of them; null is no limit.
+    """
+
+    every_minutes: float = 10.0
+    every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what would never or always save."""
+        if self.every_minutes <= 0 or (self.every_steps is not None and self.every_steps < 1):
+            raise UserError("--checkpoint.every_minutes must be above 0, and --checkpoint.every_steps at least 1.")
+
+
+class ResumePoint(L.Callback):
+    """Saves `last.ckpt` between steps, stops there when asked to, and restores what Lightning doesn't.
+
+    It must be the first callback, and `EpochEnd` the last.
+
+    Args:
+        folder: where checkpoints lie.
+        files: what writes them.
+        config: how often.
+        interruption: listens to signals.
+        clock: notices that the machine was suspended.
+
+    Attributes:
+        fingerprint: what the numbers depend on, for the checkpoint.
+        began: whether training has begun, so that setup can't fail any more.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: SafeCheckpointIO,
+        config: CheckpointConfig,
+        interruption: Interruption,
+        clock: AwakeClock,
+    ) -> None:
+        self.path, self.files, self.config = folder / LAST, files, config
+        self.interruption, self.clock = interruption, clock
+        self.fingerprint: dict[str, Any] = {}
+        self.began = False
+        self._saved_s, self._saved_step = time.monotonic(), -1
+        self._states: list[dict[str, Any]] | None = None
+        self._slept = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore the random generators; from here on signals wait for the end of a step."""
+        if self._states is not None and len(self._states) == trainer.world_size:
+            restore_random_state(self._states[trainer.global_rank])
+        elif trainer.world_size > 1:
+            part_random_state(trainer.global_rank)
+        self._states, self.began = None, True
+        self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
+        self.clock.tick()
+        self.interruption.listen()  # Lightning took SIGTERM, and SIGUSR1 on a cluster, a moment ago
+        self.interruption.training = True
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time to, and stop if a signal asked for it.
+
+        Raises:
+            Interrupted: if so.
+        """
+        gap = self.clock.tick()
+        if gap > 1:
+            tell(f"note: the process was asleep for {gap / 60:.1f} min, which isn't counted as training time.")
+            self._slept = True
+        if trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.accumulate_grad_batches:
+            return  # gradients of half a step can't be saved
+        wanted, stop = self._decide(trainer)
+        if (wanted or stop) and trainer.global_step != self._saved_step:
+            with _between_batches(trainer):
+                self.save(trainer)
+        elif self.files.waiting:
+            self.files.retry()
+        if stop:
+            self._stop()
+
+    def _decide(self, trainer: L.Trainer) -> tuple[bool, bool]:
+        """Whether to save and whether to stop, the same on every process."""
+        since = trainer.global_step - self._saved_step
+        due = self.config.every_steps is not None and since >= self.config.every_steps
+        due = due or self._slept or time.monotonic() - self._saved_s >= 60 * self.config.every_minutes
+        stop = self.interruption.requested is not None
+        if trainer.world_size > 1:
+            due = trainer.strategy.reduce_boolean_decision(due, all=False)
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        return due, stop
+
+    def _stop(self) -> None:
+        self.files.retry(now=True)
+        self.interruption.training = False
+        self.interruption.stop()
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write `last.ckpt`; every process must call it."""
+        trainer.save_checkpoint(self.path)
+        self._saved_s, self._saved_step, self._slept = time.monotonic(), trainer.global_step, False
+
+    def end_of_epoch(self, trainer: L.Trainer) -> None:
+        """Save after an epoch and its validation, and stop if a signal asked for it."""
+        self.save(trainer)
+        _, stop = self._decide(trainer)
+        if stop:
+            self._stop()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on signals act at once: everything is saved."""
+        self.files.retry(now=True)
+        self.interruption.training = False
+        if self.interruption.requested is not None:
+            self.interruption.stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """As at the end."""
+        self.interruption.training = False
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the random generators of all processes, the place in metrics.csv, and what the numbers depend on."""
+        checkpoint[MARK] = {
+            "random": gather(random_state()),
+            "metrics_rows": _logged_rows(trainer),
+            "fingerprint": self.fingerprint,
+        }
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Cut metrics.csv where the checkpoint was made, and follow a run folder that was moved."""
+        for name, state in checkpoint.get("callbacks", {}).items():
+            if name.startswith("ModelCheckpoint"):
+                checkpoint["callbacks"][name] = _moved(state, self.path.parent.resolve())
+        if trainer.state.fn != "fit":
+            return
+        _stay_in_epoch(trainer, checkpoint)
+        ours = checkpoint.get(MARK, {})
+        self._states = ours.get("random")
+        rows = ours.get("metrics_rows")
+        if rows is not None and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.file.cut(rows)
+
+
+class EpochEnd(Checkpoint):
+    """Lets a `ResumePoint` save after the epoch's other callbacks; Lightning calls Checkpoint callbacks last."""
+
+    def __init__(self, point: ResumePoint) -> None:
+        self.point = point
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save."""
+        self.point.end_of_epoch(trainer)
+
+
+@contextmanager
+def _between_batches(trainer: L.Trainer) -> Iterator[None]:
+    """Show Lightning's loops as they were before the next batch was fetched.
+
+    A batch that is counted as fetched and not as done would be left out. Where a validation was due after the step,
+    Lightning expects a checkpoint from its end, at which the step isn't counted for the loggers yet.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress, last = loop.batch_progress, loop.batch_progress.is_last_batch
+    progress.is_last_batch = False
+    progress.total.ready -= 1
+    progress.current.ready -= 1
+    validated = int(loop._should_check_val_fx(cast(Any, trainer.fit_loop._data_fetcher)))
+    loop._batches_that_stepped -= validated
+    try:
+        yield
+    finally:
+        loop._batches_that_stepped += validated
+        progress.current.ready += 1
+        progress.total.ready += 1
+        progress.is_last_batch = last
+
+
+def _stay_in_epoch(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Go back to an epoch's last step if it has become shorter than where it was interrupted.
+
+    Images may have vanished since. With nothing left to train, Lightning would skip the validation too.
+    """
+    data = cast(Any, trainer).datamodule
+    state = checkpoint.get(type(data).__qualname__)
+    if state is None or not isinstance(data, ImageDataModule):
+        return
+    batches = min(data.train_batches(), _limit(trainer, data.train_batches()))
+    if state["batch"] < batches or not batches:
+        return
+    window = trainer.accumulate_grad_batches
+    batch = (batches - 1) // window * window
+    tell("note: the epoch is shorter now than where it was interrupted: its last step is done again.")
+    data.load_state_dict({**state, "batch": batch})
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    progress["current"] = dict.fromkeys(progress["current"], batch)
+    progress["is_last_batch"] = False
+
+
+def _limit(trainer: L.Trainer, batches: int) -> int:
+    limit = trainer.limit_train_batches
+    return limit if isinstance(limit, int) else int(limit * batches)
+
+
+def _logged_rows(trainer: L.Trainer) -> int | None:
+    if not trainer.is_global_zero:
+        return None
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger):
+            return logger.file.sync()
+    return None
+
+
+def _moved(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """ModelCheckpoint's state with its paths below `folder`; it forgets the best score where they differ."""
+    old = state.get("dirpath")
+    if not old or Path(old) == folder:
+        return state
+
+    def here(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(old):
+            return str(folder) + value[len(old) :]
+        return {here(key): each for key, each in value.items()} if isinstance(value, dict) else value
+
+    return {key: here(value) for key, value in state.items()}
 
 
 @dataclass(frozen=True)
@@ -46,7 +300,7 @@ class Start:
 
     Attributes:
         run_dir: its folder.
-        checkpoint: what it goes on from; None for a fresh start.
+        checkpoint: what it resumes from; None for a fresh start.
         step: optimizer steps that the checkpoint has done.
         sha256: hash of the checkpoint.
         fingerprint: what its numbers depended on (`fingerprint.py`).
@@ -119,7 +373,7 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
             tell(f"{run_dir} has no checkpoint to go on from: starting afresh.")
             return Start(run_dir)
         why = "; ".join(f"{other.path.name} {other.fault}" for other in refused) or "no step was saved yet"
-        raise UserError(f"Nothing in {run_dir} can be gone on from ({why}): start anew, or with {OPTION} {AUTO}.")
+        raise UserError(f"Nothing in {run_dir} can be resumed ({why}): start anew, or with {OPTION} {AUTO}.")
     saved = _read_mark(found.path)
     tell(f"Going on with {run_dir} from {found.path.name}, step {found.step:,} (verified).")
     return Start(run_dir, found.path, found.step, found.sha256, saved.get("fingerprint", {}))
@@ -132,7 +386,7 @@ def _read_mark(path: Path) -> dict[str, Any]:
     except Exception as error:  # pickle, zip, type and OS errors alike; the cause stays attached
         raise UserError(
             f"{path} holds something else than the data of a training ({type(error).__name__}) and is not used, "
-            "although manifest.json lists it: moevision has not written it. Remove it to go on from another one."
+            "although manifest.json lists it: moevision has not written it. Remove it to resume from another one."
         ) from error
 
 
@@ -178,7 +432,7 @@ def _plain(value: Any) -> str:
 
 
 def resume_command(run_dir: Path) -> str:
-    """What goes on with a run, to be typed as it is."""
+    """The command that resumes a run, to be typed as it is."""
     return f"moevision fit {OPTION} {shlex.quote(str(run_dir))}"
 
 
@@ -232,9 +486,6 @@ def release(descriptor: int) -> None:
     os.close(descriptor)
 
 
-_claims: set[int] = set()
-
-
 def _give_up_in_a_fork() -> None:
     """The workers of the data loader outlive a killed training by seconds, and must not hold its claim meanwhile."""
     while _claims:
@@ -243,3 +494,109 @@ def _give_up_in_a_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_give_up_in_a_fork)
+
+
+class Session:
+    """The command line of a training verb: what LightningCLI is to read, and where training begins.
+
+    Attributes:
+        command: the command line as typed.
+        arguments: what LightningCLI is to read.
+        interruption: listens to signals.
+        clock: time in which the process ran.
+        notes: what differs from the run that is resumed, a phrase each.
+        processes: this process among those of the training.
+    """
+
+    def __init__(self, verb: str, arguments: Sequence[str]) -> None:
+        self.command = ["moevision", verb, *arguments]
+        self.interruption, self.clock, self.processes = Interruption(), AwakeClock(), Processes()
+        self.notes: list[str] = []
+        self._claims: list[int] = []
+        self._target, self._typed = take_resume(arguments)
+        if self._target is None:
+            self.arguments = expand_arguments(verb, arguments)
+            return
+        if verb != "fit":
+            raise UserError(f"{OPTION} resumes a training: use it with fit; {verb} takes --ckpt_path.")
+        self.arguments = (
+            expand_arguments(verb, self._typed) if self._target == AUTO else self._as_recorded(Path(self._target))
+        )
+
+    def claim(self, run_dir: Path) -> Path:
+        """Keep other trainings out of this folder, until `close`; for the first process, before it touches anything.
+
+        Returns:
+            The folder, which is made if need be.
+
+        Raises:
+            UserError: if another process trains in it, or it can't be made.
+        """
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"The run folder {run_dir} can't be made ({error.strerror}): start where you may write."
+            ) from error
+        held = claim(run_dir)
+        if held is not None:
+            self._claims.append(held)
+        return run_dir
+
+    def another_ended(self) -> str:
+        """What to say when another process of this training has gone."""
+        sentence = "Another process of this training has ended, see above if it said why."
+        return sentence + (f" To go on:\n{self.interruption.command}" if self.interruption.command else "")
+
+    def close(self) -> None:
+        """Release the claimed folders, and end the processes that were started."""
+        self.processes.close()
+        while self._claims:
+            release(self._claims.pop())
+
+    def _as_recorded(self, run_dir: Path) -> list[str]:
+        """The run's own config, and after it what was typed."""
+        return ["--config", str(recorded_config(run_dir)), *expand_arguments("fit", self._typed, recorded=True)]
+
+    def begin(self, parser: LightningArgumentParser, config: Namespace) -> tuple[Namespace, Start | None]:
+        """Find out where the training begins.
+
+        Args:
+            parser: the parser.
+            config: what it made of `arguments`.
+
+        Returns:
+            The config to use, and the start; None for a run with a folder of its own.
+
+        Raises:
+            UserError: if there is nothing to go on from, or an option can't be changed.
+            SystemExit: if the run is finished; its exit code is 0.
+        """
+        if self._target is None:
+            return config, None
+        automatic = self._target == AUTO
+        run_dir = folder_of(config) if automatic else Path(self._target)
+
+        def find() -> dict[str, Any]:
+            known = (run_dir / "config.yaml").is_file()
+            if known and is_finished(run_dir, with_twin=bool(config.fit.with_twin)):
+                tell(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
+                raise SystemExit(0)
+            return find_start(self.claim(run_dir), fresh_if_none=automatic).plain()
+
+        start = Start.from_plain(self.processes.decide(find))
+        if start.checkpoint is None:
+            return config, start
+        recorded = parser.parse_args(["fit", "--config", str(recorded_config(run_dir))])
+        if automatic:
+            config = parser.parse_args(["fit", *self._as_recorded(run_dir)])
+        self.notes = changed_options(recorded.fit, config.fit)
+        for note in self.notes:
+            tell(f"changed: {note}")
+        return config, start
+
+
+def folder_of(config: Namespace) -> Path:
+    """The folder of a fit, before anything is added because an earlier run has it."""
+    settings = config.fit
+    return Path(settings.runs_root) / (settings.name or run_name(settings.data.path))

@@ -33,10 +33,10 @@ from moevision.layers import (
 )
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
-from moevision.models.attention import num_patches, set_fused_attention, trains_unfused
 from moevision.models.config import MoEConfig, build_model
-from moevision.train.optimizer import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
-from moevision.train.plain_data import make_plain
+from moevision.models.vit_moe import num_patches, set_fused_attention, trains_unfused
+from moevision.train.checkpoint import make_plain
+from moevision.train.optim import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.processes import sum_over_processes
 
 Batch = dict[str, Tensor]
@@ -169,8 +169,8 @@ class ClassificationTask(L.LightningModule):
         set_fused_attention(self.net, not self._trains_unfused)
         logits, routings = self._forward_routing(batch)
         self._count(routings)
-        cross_entropy = self._cross_entropy(logits, batch.get("target", batch["label"]))
-        aux, values = self.aux_loss(routings)
+        cross_entropy = self._cross_entropy(logits, batch.get("target", batch["label"]))  # target: [B] or soft [B, C]
+        aux, values = self.aux_loss(routings)  # a scalar, or None without balance losses; each loss by name
         loss = cross_entropy if aux is None else cross_entropy + aux
         self.evidence.append(
             {f"router of block {routing.layer}": routing.logits.detach() for routing in routings}
@@ -178,7 +178,7 @@ class ClassificationTask(L.LightningModule):
             | {"cross-entropy": cross_entropy.detach(), "loss": loss.detach()}
         )
         size = len(batch["label"])
-        top1 = (logits.argmax(-1) == batch["label"]).float().mean()
+        top1 = (logits.argmax(-1) == batch["label"]).float().mean()  # of labels [B], also under Mixup
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log_dict({"train/cross_entropy": cross_entropy, "train/top1": top1}, batch_size=size)
         self.log_dict({f"train/{name}_loss": value for name, value in values.items()}, batch_size=size)
@@ -205,7 +205,7 @@ class ClassificationTask(L.LightningModule):
 
     def _count(self, routings: Sequence[Routing]) -> None:
         """Add what this micro-batch asked of every expert to the counts of the optimizer step."""
-        counts = [routing.requested_counts() for routing in routings]
+        counts = [routing.requested_counts() for routing in routings]  # [E] for each layer
         earlier = self.window_counts or [torch.zeros_like(count) for count in counts]
         self.window_counts = [before + count for before, count in zip(earlier, counts, strict=True)]
 
@@ -244,7 +244,7 @@ class ClassificationTask(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As validation, and keep every prediction."""
         logits = self._evaluate(batch, self.test_metrics, self.test_loss)
-        probability, prediction = logits.float().softmax(-1).max(-1)
+        probability, prediction = logits.float().softmax(-1).max(-1)  # [B], [B]
         rows = {
             "index": batch["index"],
             "label": batch["label"],

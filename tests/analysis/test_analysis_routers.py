@@ -9,25 +9,22 @@ import timm
 import torch
 
 from moevision.analysis import collect_routing, open_pictures
-from moevision.analysis.atlas import build_atlas, sample_paths
-from moevision.analysis.baseline_rule import Rule
-from moevision.analysis.baselines import fresh_copy, measure_baselines
-from moevision.analysis.consistency import consistency
+from moevision.analysis.agreement import consistency, expert_similarity, linear_cka
+from moevision.analysis.baselines import Rule, fresh_copy, measure_baselines
+from moevision.analysis.classes import class_expert_map
+from moevision.analysis.collect import network_input
 from moevision.analysis.effects import class_effect, effect
-from moevision.analysis.heatmap import class_expert_map
 from moevision.analysis.information import class_information, part_information, position_information
 from moevision.analysis.intervention import Intervention, ablate
-from moevision.analysis.report.analyze import ReportSettings, analyze
-from moevision.analysis.report.figures import Material, draw_figures
-from moevision.analysis.report.numbers import layer_numbers, model_numbers
-from moevision.analysis.report.text import caption
-from moevision.analysis.similarity import expert_similarity, linear_cka
+from moevision.analysis.report.build import analyze
+from moevision.analysis.report.figures import caption, draw_figures
+from moevision.analysis.report.measure import ReportSettings, Results, layer_numbers, model_numbers
 from moevision.analysis.specialization import specialization
-from moevision.analysis.tokens import network_input
 from moevision.data import SyntheticPets
+from moevision.demo.atlas import build_atlas, sample_paths
 from moevision.errors import UserError
 from moevision.layers import SoftRouter, moe_layers, record_routing
-from moevision.models.hub import SavedModel, save_model
+from moevision.models.io import SavedModel, save_model
 
 PETS = SyntheticPets(48, 32, 0, "test")
 # One of each kind: other tests go through the steps with noisy_top_k and vmoe_top_k, hash and position are like random.
@@ -61,8 +58,12 @@ def test_every_step_takes_every_router(router) -> None:
             else:
                 np.testing.assert_allclose(own[0].patch_takes().sum(-1), 1, rtol=1e-4)
     information = specialization(trace, baselines=baselines, num_permutations=20)
-    words = "the choice of expert tells" if trace.layers[0].kind == "token_choice" else "how much patches take"
-    assert all(words in entry.sentence for entry in information if entry.about == "class")
+    asked = [entry for entry in information if entry.about == "class"]
+    if trace.layers[0].kind == "token_choice":
+        assert all(f"{e.name}: the choice of expert tells" in e.sentence for e in asked if e.above_null)
+        assert all(f"{e.name}: no class specialization (" in e.sentence for e in asked if not e.above_null)
+    else:
+        assert all("how much patches take from each expert" in e.sentence for e in asked)
     if router in ("random", "colour"):  # nothing is learned, so the untrained model routes alike
         untrained = baselines["untrained"][0]
         assert (untrained.expert_index == trace.layers[0].expert_index).all()
@@ -222,7 +223,8 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
         for name in trace.class_names
     ]
     information = specialization(trace, about=("class", "position"), num_permutations=20)
-    drawn = list(draw_figures(Material(trace, pictures, information, maps, None, rows, "it is away", 0)))
+    results = Results(information, maps, None, [], {"rows": rows, "what": "it is away"})
+    drawn = list(draw_figures(trace, pictures, results))
     files = {item.file for item in drawn}
     numbers = model_numbers(trace, "here", 32)
     assert numbers["num_experts"] == [4, 6]
@@ -258,7 +260,7 @@ def test_captions_add_what_differs(kinds) -> None:
 
 def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch) -> None:
     """Its numbers and its page; the figures are drawn above."""
-    monkeypatch.setattr("moevision.analysis.report.analyze.draw_figures", lambda _: iter(()))
+    monkeypatch.setattr("moevision.analysis.report.build.draw_figures", lambda *measured: iter(()))
     model = saved(["soft", "expert_choice"])
     save_model(model, tmp_path / "model")
     settings = ReportSettings(

@@ -10,16 +10,24 @@ import timm
 import torch
 
 from moevision import UserError, forward_routing
-from moevision.analysis.control import run_compared, run_under, take_away_random
-from moevision.analysis.effect_result import ClassEffect, Control, Effect, OtherExpert
-from moevision.analysis.effect_words import in_words
-from moevision.analysis.effects import class_effect, effect
+from moevision.analysis.decisions import Ranking
+from moevision.analysis.effects import (
+    ClassEffect,
+    Control,
+    Effect,
+    OtherExpert,
+    class_effect,
+    effect,
+    in_words,
+    run_compared,
+    run_under,
+    take_away_random,
+)
 from moevision.analysis.intervention import Intervention, ablate, edited, intervene, use_top_k
-from moevision.analysis.ranking import Ranking
-from moevision.data.augment import normalize
 from moevision.data.images import BadImageError
+from moevision.data.transforms import normalize
 from moevision.layers import Routing, build_router, moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 CLASSES = ["cat", "dog", "fox"]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -215,7 +223,7 @@ def test_an_unused_expert_changes_nothing() -> None:
     assert found.control.mean == pytest.approx(0, abs=1e-4)
     name, p = CLASSES[found.target], found.before[found.target]
     assert found.sentence == (
-        f"For this picture: without L3·E{unused} (0 patches go to their next-best expert) "
+        f"For this image: without L3·E{unused} (0 patches go to their next-best expert) "
         f"{name} stays at {p:.2f} (logit 0.00)."
     )
 
@@ -340,9 +348,9 @@ def test_the_sentence_word_for_word() -> None:
     """ln 62 - ln 81 = -0.27; mean of -0.05 and 0.01 is -0.02, their standard deviation 0.06/√2 = 0.04."""
     about_cats = ClassEffect("cat", Intervention("ablate", layer=4, expert=3), (-0.1, 0.02), (0.0, 0.0), (0.0, 0.0), 30)
     assert a_result(class_effect=about_cats).sentence == (
-        "For this picture: without L4·E3 (37 patches go to their next-best expert) cat falls from 0.81 to 0.62 "
+        "For this image: without L4·E3 (37 patches go to their next-best expert) cat falls from 0.81 to 0.62 "
         "(logit −0.27); moving 37 random patch assignments of L4 to the next-best expert changes the logit by "
-        "−0.02 ± 0.04 (2 draws); over 2 pictures of cat the same intervention changes it by −0.04."
+        "−0.02 ± 0.04 (2 draws); over 2 images of cat the same intervention changes it by −0.04."
     )
     assert "dog rises from 0.19 to 0.38 (logit +0.69);" in a_result(target=1).sentence
 

@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from moevision.analysis.gallery import first_choice_paths, layer_gallery, patches_on_path, random_patches, top_patches
-from moevision.analysis.trace_record import LayerTrace, RoutingTrace
+from moevision.analysis.describe import (
+    first_choice_paths,
+    layer_gallery,
+    patches_on_path,
+    random_patches,
+    top_patches,
+)
+from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 
 IMAGES, PATCHES, EXPERTS, CHOICES = 30, 6, 4, 2

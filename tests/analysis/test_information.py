@@ -11,16 +11,18 @@ from hypothesis.extra.numpy import arrays
 from sklearn.metrics import mutual_info_score
 
 from moevision.analysis import information
-from moevision.analysis.contingency import pointwise_bits, second_order_bias
-from moevision.analysis.estimate import excess_estimate, score_interval
 from moevision.analysis.information import (
     choice_counts,
     class_information,
     conditional_information_bits,
     entropy_bits,
+    excess_estimate,
     mutual_information_bits,
     part_information,
+    pointwise_bits,
     position_information,
+    score_interval,
+    second_order_bias,
 )
 from moevision.errors import UserError
 
@@ -264,7 +266,7 @@ def test_200_permutations_of_2000_images_take_under_two_seconds() -> None:
 
 def test_too_few_images_and_wrong_grids_are_refused() -> None:
     maps = one_hot(np.zeros((2, 4), int), 2)
-    with pytest.raises(UserError, match="two pictures"):
+    with pytest.raises(UserError, match="two images"):
         class_information(maps, np.array([0, -1]))
     with pytest.raises(UserError, match="2 x 3"):
         position_information(maps, (2, 3))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moevision import UserError, forward_routing
-from moevision.analysis.decision import routing_kind
-from moevision.analysis.effect_words import control_in_words, in_words
+from moevision.analysis.decisions import routing_kind
+from moevision.analysis.effects import control_in_words, in_words
 from moevision.analysis.intervention import (
     Intervention,
     ablate,

@@ -18,9 +18,9 @@ from matplotlib.text import Text
 from PIL import Image
 
 from moevision.analysis import plots
-from moevision.analysis.figures.style import BLANK, hex_of, wrap
+from moevision.analysis.describe import co_activation, gate_weight_quantiles, position_share
 from moevision.analysis.palette import EXPERT_COLOURS, NEUTRAL
-from moevision.analysis.tables import co_activation, gate_weight_quantiles, position_share
+from moevision.analysis.plots.style import BLANK, hex_of, wrap
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 

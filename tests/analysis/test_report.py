@@ -1,6 +1,5 @@
 """`moevision analyze`: one tiny model analysed once; the page against report.json, its verdicts, what it refuses."""
 
-import html
 import json
 import re
 import shutil
@@ -11,15 +10,15 @@ import pytest
 import timm
 import torch
 import yaml
+from markupsafe import escape
 
-from moevision.analysis.report.analyze import ReportSettings, analyze
-from moevision.analysis.report.folder import claim_folder
-from moevision.analysis.report.html import render
-from moevision.analysis.report.verdict import FOUND, NOT_FOUND, OPEN
+from moevision.analysis.report.build import analyze, claim_folder, render
+from moevision.analysis.report.measure import ReportSettings
+from moevision.analysis.specialization import FOUND, NOT_FOUND, OPEN
 from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets
 from moevision.layers.moe import moe_layers
-from moevision.models.hub import SavedModel, save_model
+from moevision.models.io import SavedModel, save_model
 
 FIGURES = {
     *("specialization", "overlay_1", "overlay_2", "overlay_3", "path", "certainty", "load", "gate_weights", "effects"),
@@ -150,7 +149,7 @@ def test_all_figures_are_there_and_explained(report):
     assert {path.name for path in (out / "figures").iterdir()} == {f"{name}.png" for name in FIGURES}
     for entry in numbers["figures"]:
         assert f'alt="{entry["title"]}"' in page
-        assert page.count(html.escape(entry["read"])) == 1
+        assert page.count(escape(entry["read"])) == 1
         assert len(entry["not_shown"]) > 20
     assert page.count("How to read it.") == page.count("What it does not show.") == page.count("<figcaption>")
 
@@ -208,7 +207,7 @@ def test_a_report_replaces_a_former_one_only(report, runs, tmp_path, monkeypatch
     former = dict(numbers, figures=[*numbers["figures"], {"file": "old.png"}])
     (again / "report.json").write_text(json.dumps(former))
     (again / "report.html").write_text("old")
-    monkeypatch.setattr("moevision.analysis.report.analyze.draw_figures", lambda material: [])
+    monkeypatch.setattr("moevision.analysis.report.build.draw_figures", lambda *measured: [])
     analyze(ReportSettings(str(runs[0]), out=again, limit=20, permutations=20, quick=True, progress=False))
     assert (again / "report.html").read_text() != "old"
     assert not stale.exists()
@@ -225,8 +224,8 @@ def test_a_run_that_is_interrupted_leaves_the_former_page(report, runs, tmp_path
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moevision.analysis.report.analyze.render", stop)
-    monkeypatch.setattr("moevision.analysis.report.analyze.draw_figures", lambda material: [])
+    monkeypatch.setattr("moevision.analysis.report.build.render", stop)
+    monkeypatch.setattr("moevision.analysis.report.build.draw_figures", lambda *measured: [])
     with pytest.raises(KeyboardInterrupt):
         analyze(ReportSettings(str(runs[0]), out=again, limit=20, permutations=20, quick=True, progress=False))
     assert (again / "report.html").read_bytes() == before
@@ -281,3 +280,16 @@ def test_each_answer_has_its_box(report, answer):
     other = json.loads(json.dumps(numbers))
     other["figures"], other["verdict"]["answer"] = [], answer
     assert f'<div class="verdict {answer}">' in render(other, {})
+
+
+def test_names_from_outside_stay_text(report):
+    _, numbers, _, _ = report
+    hostile = "<script>alert('x')</script>\" onload=\"x\u202e{{ title }}"
+    other = json.loads(json.dumps(numbers))
+    other["figures"], other["title"], other["model"]["name"], other["data"]["name"] = [], hostile, hostile, hostile
+    other["data"]["classes"][0]["class"] = other["effects"]["experts"][0]["strongest_class"] = hostile
+    other["verdict"]["layers"][0]["sentences"] = [hostile]
+    page = render(other, {})
+    assert "<script" not in page
+    assert "\u202e" not in page
+    assert "".join(Page(page).words).count("<script>alert('x')</script>\" onload=\"x\\u202e{{ title }}") >= 6

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from moevision.analysis.images import Remembered, aligned_pictures
+from moevision.analysis.report.build import number
 from moevision.analysis.report.figures import shown_pictures
-from moevision.analysis.report.numbers import aligned_pictures, as_json
-from moevision.analysis.report.parts import number
-from moevision.analysis.tokens import Remembered
+from moevision.analysis.report.measure import as_json
 from moevision.errors import UserError
 
 

@@ -3,8 +3,7 @@
 import numpy as np
 
 from moevision.analysis.baselines import Assignments
-from moevision.analysis.report.verdict import FOUND, NOT_FOUND, OPEN, listed, verdict_of
-from moevision.analysis.specialization import specialization
+from moevision.analysis.specialization import FOUND, NOT_FOUND, OPEN, listed, specialization, verdict_of
 
 
 def planted_trace(make_trace, rng, follows_class):
@@ -31,7 +30,7 @@ def test_a_planted_specialization_is_found(make_trace):
     other = planted_trace(make_trace, np.random.default_rng(1), True)
     found, verdict = verdict_on(trace, baselines=baseline(trace), seeds=[other])
     assert verdict["answer"] == FOUND
-    assert verdict["headline"] == "Learned specialization in L1: its experts tell the class"
+    assert verdict["headline"] == "Learned specialization in L1: its routing depends on the class"
     (sentence,) = verdict["layers"][0]["sentences"]
     # The effect in bits stands before the p-value; H(class) is 1 bit, and 2.5 % of the patches are exceptions.
     assert sentence.index("bits") < sentence.index("p = ")
@@ -43,7 +42,7 @@ def test_without_other_trainings_it_stays_open(make_trace):
     trace = planted_trace(make_trace, np.random.default_rng(0), True)
     _, verdict = verdict_on(trace, baselines=baseline(trace))
     assert verdict["answer"] == OPEN
-    assert verdict["headline"] == "Open: L1 passes every comparison that was made, but no other training was given"
+    assert verdict["headline"] == "Open: L1 passes every comparison made, but was not compared with other trainings"
     assert "--seeds" in verdict["explanation"]
 
 
@@ -52,7 +51,7 @@ def test_no_specialization_is_a_result_in_plain_words(make_trace):
     _, verdict = verdict_on(trace, baselines=baseline(trace), seeds=[trace])
     assert verdict["answer"] == NOT_FOUND
     assert verdict["headline"] == "No learned specialization found"
-    assert "no more than shuffled pictures give by chance" in verdict["explanation"]
+    assert "no more than shuffled images give by chance" in verdict["explanation"]
     assert "This is a result, not a failure" in verdict["explanation"]
 
 

@@ -14,15 +14,20 @@ from torch import nn
 
 from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.baselines import NAMES, Assignments, fresh_copy, hash_scores, measure_baselines
-from moevision.analysis.estimate import Estimate
+from moevision.analysis.images import image_patches
+from moevision.analysis.information import Estimate
 from moevision.analysis.specialization import exceeds, specialization
-from moevision.analysis.tokens import image_patches
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+NAMED = {
+    "class": "class specialization",
+    "class_given_position": "class specialization at fixed positions",
+    "position": "position specialization",
+}
 
 
 def small_model(seed=0, **options):
@@ -68,7 +73,7 @@ def test_the_words_need_all_three_comparisons(make_trace) -> None:
     assert full.baselines["hash"][0] == pytest.approx(0, abs=0.01)
     assert full.seeds[0] == pytest.approx(full.estimate.value_bits, rel=0.4)
     # bits and their share of H(class) come before the p-value
-    assert full.sentence.index("bits") < full.sentence.index("of all there is to tell") < full.sentence.index("p =")
+    assert full.sentence.index("bits") < full.sentence.index("of the maximum") < full.sentence.index("p =")
 
     for result, words in (
         (ask(), "not compared with routing without learning and other trainings"),
@@ -81,7 +86,7 @@ def test_the_words_need_all_three_comparisons(make_trace) -> None:
 
     as_good = ask(baselines={**baselines, "kmeans_input": [as_baseline(trace)]}, seeds=[sibling])
     assert not as_good.verdict
-    assert "no learned specialization found" in as_good.sentence
+    assert "no learned specialization" in as_good.sentence
     assert "clusters of the layer's input" in as_good.sentence
     not_again = ask(baselines=baselines, seeds=[sibling, blind])
     assert not_again.above_seeds is False
@@ -93,7 +98,10 @@ def test_blind_routing_is_said_to_be_blind(make_trace) -> None:
     blind = planted(make_trace, rng, learned=0.0)
     for result in specialization(blind, baselines={"hash": [as_baseline(blind)]}, seeds=[blind]):
         assert not result.verdict
-        assert "Shuffled pictures give as much: no learned specialization found" in result.sentence
+        assert f"L1: no {NAMED[result.about]} (" in result.sentence
+        assert f"{result.estimate.value_bits:.3f}".replace("-0.000", "0.000").replace("-", "−") in result.sentence
+        assert "bits above chance, 95 % CI" in result.sentence
+        assert result.sentence.endswith("n = 240).")
         written = json.loads(json.dumps(result.to_json(), allow_nan=False))
         assert written["verdict"] is False
         assert written["above"] == {"null": False, "baselines": False, "seeds": False}
@@ -118,7 +126,7 @@ def test_what_is_asked(make_trace) -> None:
 def test_other_trainings_must_have_seen_the_same_pictures(make_trace) -> None:
     rng = np.random.default_rng(3)
     trace = planted(make_trace, rng, learned=0.3)
-    with pytest.raises(UserError, match="same pictures"):
+    with pytest.raises(UserError, match="same images"):
         specialization(trace, seeds=[trace.select(np.arange(100))])
 
 
@@ -190,7 +198,7 @@ def test_a_fresh_copy_remembers_nothing() -> None:
 def test_baselines_need_the_pictures_of_the_trace(measured) -> None:
     model, _, trace, _ = measured
     others = open_pictures(SyntheticPets(8, 32, 0, "test"), 32)
-    with pytest.raises(UserError, match="other pictures"):
+    with pytest.raises(UserError, match="other images"):
         measure_baselines(model, others, trace)
     with pytest.raises(UserError, match="kmeans_colour"):
         measure_baselines(model, others, trace, names=("magic",))

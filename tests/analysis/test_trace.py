@@ -17,14 +17,13 @@ from torch.utils.data import Dataset
 
 from moevision import convert_to_moe, forward_routing
 from moevision.analysis import LayerTrace, RoutingTrace, collect_routing, open_pictures
-from moevision.analysis.trace import SCHEMA
-from moevision.analysis.trace_record import LAYER_ARRAYS
+from moevision.analysis.trace import LAYER_ARRAYS, SCHEMA
+from moevision.commands.predict import predict_batch
 from moevision.data import BadImageError, SyntheticPets
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 from moevision.layers import moe_layers
-from moevision.models.hub import SavedModel, load_model
-from moevision.predict import predict_batch
+from moevision.models.io import SavedModel, load_model
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PETS = SyntheticPets(24, 32, 0, "test")
@@ -235,7 +234,7 @@ def test_pictures_that_can_not_be_read_are_left_out(tmp_path, bad, streamed):
     good = [index for index in range(24) if index not in bad]
     path = tmp_path / "trace" if streamed else None
     first = min(bad)
-    with pytest.warns(DataWarning, match=rf"{len(bad)} of 24 pictures .* the first is {first:06d}: it is torn"):
+    with pytest.warns(DataWarning, match=rf"{len(bad)} of 24 images .* the first is {first:06d}: it is torn"):
         trace = collect_routing(saved(net), Broken(bad), batch_size=4, path=path)
     whole = collect_routing(saved(net), Broken(set()), batch_size=4).select(good)
     assert trace.picture_names == whole.picture_names
@@ -250,7 +249,7 @@ def test_pictures_that_can_not_be_read_are_left_out(tmp_path, bad, streamed):
 
 
 def test_no_picture_can_be_read(tmp_path):
-    with pytest.raises(UserError, match="None of the 24 pictures can be read"):
+    with pytest.raises(UserError, match="None of the 24 images can be read"):
         collect_routing(saved(small()), Broken(set(range(24))), path=tmp_path / "trace")
     assert os.listdir(tmp_path) == []
 
@@ -352,7 +351,7 @@ def rewritten(file, **changes):
         ({"schema": None}, "is no routing trace"),
         ({"layers": "[1, 2]"}, "L2.expert_index"),
         ({"grid": "[4, 5]"}, "20 patches"),
-        ({"picture_names": "[]"}, "0 pictures"),
+        ({"picture_names": "[]"}, "0 images"),
         ({"grid": "4 x 4"}, "is damaged"),
         ({"class_names": None}, "class_names"),
     ],
@@ -420,7 +419,7 @@ def test_the_hash_follows_the_weights():
 def test_what_has_no_routing():
     with pytest.raises(UserError, match="no MoE layers"):
         collect_routing(saved(small(moe_layers=[])), PETS)
-    with pytest.raises(UserError, match="which square pictures"):
+    with pytest.raises(UserError, match="which square images"):
         collect_routing(nn.Linear(3, 3), PETS)
     with pytest.raises(UserError, match="batch_size is 0"):
         collect_routing(saved(small()), PETS, batch_size=0)

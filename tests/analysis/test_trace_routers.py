@@ -10,17 +10,24 @@ import torch
 
 from moevision import forward_routing
 from moevision.analysis import LayerTrace, RoutingTrace, collect_routing, open_pictures
-from moevision.analysis.compare import compare_classes
-from moevision.analysis.gallery import first_choice_paths, layer_gallery, random_patches, top_patches
-from moevision.analysis.heatmap import class_expert_map, image_shares
-from moevision.analysis.similarity import match_experts
-from moevision.analysis.tables import co_activation, gate_weight_quantiles, part_expert_table, position_share
-from moevision.analysis.tokens import Remembered
+from moevision.analysis.agreement import match_experts
+from moevision.analysis.classes import class_expert_map, compare_classes, image_shares
+from moevision.analysis.describe import (
+    co_activation,
+    first_choice_paths,
+    gate_weight_quantiles,
+    layer_gallery,
+    part_expert_table,
+    position_share,
+    random_patches,
+    top_patches,
+)
+from moevision.analysis.images import Remembered
 from moevision.data import SyntheticPets
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.errors import UserError
 from moevision.layers import ROUTERS, moe_layers
-from moevision.models.hub import SavedModel
+from moevision.models.io import SavedModel
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PETS = SyntheticPets(16, 32, 0, "test")
@@ -145,7 +152,7 @@ def test_an_oracle_needs_the_classes() -> None:
         def label(self, index: int) -> int:
             return -1 if index == 3 else super().label(index)
 
-    with pytest.raises(UserError, match="give pictures whose classes are known"):
+    with pytest.raises(UserError, match="give images whose classes are known"):
         collect_routing(saved("label"), Unknown(open_pictures(PETS, 32)), progress=False)
 
 

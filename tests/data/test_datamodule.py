@@ -125,6 +125,16 @@ def test_pixels_depend_neither_on_workers_nor_on_the_cache(image_folder, options
     assert equal(list(data.test_dataloader()), list(ready(root, cache_mb=0, **options).test_dataloader()))
 
 
+def test_a_worker_that_is_not_forked_gets_the_buffers_and_no_copies(image_folder):
+    """Arrays over the cached buffers would be pickled as copies; the tensors themselves are shared."""
+    dataset = ready(image_folder({"cat": 10, "dog": 10})).contents.datasets["train"]
+    before = dataset.pixels(range(len(dataset)))
+    sent = pickle.dumps(dataset.cache)
+    held = sum(image.nbytes for image in before)
+    assert held < len(sent) < 2 * held
+    assert all(np.array_equal(*pair) for pair in zip(pickle.loads(sent).take(range(len(dataset))), before, strict=True))
+
+
 def by_index(batches: list[dict[str, torch.Tensor]]) -> dict[int, bytes]:
     return {int(i): image.numpy().tobytes() for b in batches for i, image in zip(b["index"], b["image"], strict=True)}
 

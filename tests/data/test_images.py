@@ -18,9 +18,8 @@ import pytest
 from PIL import Image
 
 from moevision.data import SyntheticPets
-from moevision.data.augment import base_pixels, base_side, square_pixels
-from moevision.data.images import BadImageError, is_image_path, safe_open
-from moevision.data.jpeg import full_size
+from moevision.data.images import BadImageError, full_size, is_image_path, safe_open
+from moevision.data.transforms import base_pixels, base_side, square_pixels
 from moevision.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")

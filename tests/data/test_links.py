@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from moevision.commands.predict import find_images
 from moevision.data.folder import read_folder, walk
 from moevision.data.sources import FileCollection
 from moevision.data.splits import Cut, make_splits
 from moevision.errors import UserError
-from moevision.predict import find_images
 from moevision.train.recipe import count_images
 from tests.conftest import TINY, run_cli
 
@@ -58,9 +58,9 @@ def test_links_in_a_circle_end(pets):
     collection = read_folder(pets)
     assert counts(collection) == {"cat": 40, "dog": 40}
     [warning] = make_splits(collection, Cut()).warnings
-    assert warning.startswith("40 pictures stand in several classes as byte-identical files or links")
+    assert warning.startswith("40 images stand in several classes as byte-identical files or links")
     [warning] = make_splits(collection, Cut(check_duplicates=False)).warnings
-    assert warning.startswith("40 pictures stand in several classes as byte-identical files or links")
+    assert warning.startswith("40 images stand in several classes as byte-identical files or links")
 
 
 def test_a_link_to_itself_is_a_bad_image(pets):
@@ -76,7 +76,7 @@ def test_two_names_of_one_folder_are_a_conflict(pets):
         collection = read_folder(pets)
         assert counts(collection) == {"cat": 20, "dog": 20, "puppy": 20}
         splits = make_splits(collection, Cut(check_duplicates=check))
-        assert splits.warnings[0].startswith("20 pictures stand in several classes")
+        assert splits.warnings[0].startswith("20 images stand in several classes")
         sides = {s.sample_id.split("/")[1]: set() for s in collection.given["all"] if s.label}
         for split, samples in splits.samples.items():
             for sample in samples:
@@ -144,7 +144,7 @@ def test_hard_links_are_files_of_their_own(pets):
     collection = read_folder(pets)
     assert counts(collection) == {"cat": 21, "dog": 21}
     [warning] = make_splits(collection, Cut()).warnings
-    assert warning.startswith("1 pictures stand in several classes")
+    assert warning.startswith("1 images stand in several classes")
 
 
 def test_hidden_folders_stay_hidden(pets):

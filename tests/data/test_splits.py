@@ -10,10 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moevision.data.folder import read_folder
-from moevision.data.leaks import identical
 from moevision.data.sources import Collection, Sample
-from moevision.data.split_file import read_splits, write_splits
-from moevision.data.splits import Cut, Splits, make_splits, stratified_cut
+from moevision.data.splits import Cut, Splits, identical, make_splits, read_splits, stratified_cut, write_splits
 from moevision.errors import UserError
 
 
@@ -145,7 +143,7 @@ def test_contradictory_copies_are_told(image_folder):
     shutil.copy(root / "cat/000.png", root / "dog/cat_after_all.png")
     splits = make_splits(read_folder(root), Cut())
     assert len(splits.warnings) == 1
-    assert splits.warnings[0].startswith("1 pictures stand in several classes as byte-identical files")
+    assert splits.warnings[0].startswith("1 images stand in several classes as byte-identical files")
 
 
 def test_empty_files_are_not_copies_of_each_other(image_folder):

@@ -10,11 +10,11 @@ import torch
 
 import moevision  # noqa: F401  (registers the models)
 from moevision.data import SyntheticPets
-from moevision.demo.atlas_source import Galleries
 from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.galleries import Galleries
 from moevision.demo.service import Explorer
 from moevision.demo.typical import typical_of
-from moevision.models.hub import SavedModel, save_model
+from moevision.models.io import SavedModel, save_model
 from tests.demo import serving
 from tests.demo.serving import running
 

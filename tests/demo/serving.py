@@ -106,8 +106,8 @@ def serve(home: str, *options: str) -> None:
     """
     from gradio import networking
 
-    from moevision.demo.atlas_source import Galleries
     from moevision.demo.bundle import DataOptions, open_entries
+    from moevision.demo.galleries import Galleries
     from moevision.demo.server import Server, Serving
     from moevision.demo.service import Explorer
 

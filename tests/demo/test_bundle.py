@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 
 from moevision.analysis import collect_routing
-from moevision.analysis.atlas import load_atlas
-from moevision.analysis.run_pictures import data_settings
+from moevision.analysis.images import data_settings
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
-from moevision.demo.bundle import DataOptions, bundled_folders, open_entries
-from moevision.demo.cards import Card, read_card
-from moevision.demo.own_run import card_of_run
+from moevision.demo.atlas import load_atlas
+from moevision.demo.bundle import Card, DataOptions, bundled_folders, card_of_run, open_entries, read_card
 from moevision.demo.service import Explorer
 from moevision.errors import DataWarning, UserError
-from moevision.models.hub import load_model
+from moevision.models.io import load_model
 
 
 def test_what_the_package_carries_fits_in_25_mb():

@@ -13,10 +13,10 @@ import pytest
 import segno
 
 from moevision.cli import main as cli_main
-from moevision.demo import launch
+from moevision.demo import server as launch
 from moevision.demo.server import Serving, is_loopback
 from moevision.errors import UserError
-from moevision.models.hub import save_model
+from moevision.models.io import save_model
 from tests.demo.serving import running
 
 

@@ -8,15 +8,14 @@ import torch
 
 import moevision
 from moevision.analysis.intervention import Intervention
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.demo import requests as read
 from moevision.demo import route_image
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.facts import describe
 from moevision.demo.requests import RequestError
 from moevision.demo.service import Explorer
-from moevision.demo.settings import Settings
-from moevision.demo.slots import SlotWeights, spread
+from moevision.demo.view import Settings, SlotWeights, spread
 from moevision.errors import UserError
 from moevision.layers import ROUTERS
 

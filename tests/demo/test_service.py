@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 
 from moevision.analysis.effects import class_effect, effect
+from moevision.analysis.images import open_pictures
 from moevision.analysis.intervention import Intervention
-from moevision.analysis.pictures import open_pictures
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
-from moevision.demo.atlas_source import Galleries, Held
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.examples import Examples, Recent, photo_files
+from moevision.demo.galleries import Galleries, Held
 from moevision.demo.service import Explorer
-from moevision.demo.settings import Settings
+from moevision.demo.view import Settings
 from moevision.demo.wire import open_data_uri
 from moevision.errors import UserError
 
@@ -278,7 +278,7 @@ def test_a_gallery_that_fails_says_why(home, monkeypatch):
 
 def stored_atlas(explorer, home, tmp_path, bundle, change):
     """A bundle with an atlas on disk, and what an explorer of it says about experts before and after its galleries."""
-    from moevision.analysis.atlas import save_atlas
+    from moevision.demo.atlas import save_atlas
 
     folder = bundle(tmp_path)
     atlas = json.loads(json.dumps(explorer.galleries.atlas(explorer.entries["pets"], "trained")))

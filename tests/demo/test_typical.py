@@ -75,7 +75,7 @@ def test_numbers_travel_as_json(typical):
 
 
 def test_measure_typical_needs_enough_pictures_of_the_right_size(make):
-    from moevision.analysis.pictures import open_pictures
+    from moevision.analysis.images import open_pictures
 
     measured = measure_typical(make(), open_pictures("synthetic_pets", 32, split="val", limit=200))
     assert (measured.image_size, measured.n_images) == (32, 200)

@@ -10,14 +10,12 @@ from PIL import Image
 
 import moevision
 from moevision.analysis.intervention import Intervention
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.demo import route_image
-from moevision.demo.facts import describe
-from moevision.demo.kinds import LayerFacts
-from moevision.demo.settings import Settings
-from moevision.demo.view import LayerView
+from moevision.demo.facts import LayerFacts, describe
+from moevision.demo.view import LayerView, Settings
 from moevision.errors import UserError
-from moevision.models.hub import SavedModel, save_model
+from moevision.models.io import SavedModel, save_model
 
 
 @pytest.fixture(scope="module")

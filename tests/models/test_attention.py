@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moevision.data import ImageDataModule
-from moevision.models.attention import SHORT, num_patches, set_fused_attention, trains_unfused
 from moevision.models.config import MoEConfig
+from moevision.models.vit_moe import SHORT, num_patches, set_fused_attention, trains_unfused
 from moevision.train.task import ClassificationTask
 
 

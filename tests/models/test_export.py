@@ -19,7 +19,7 @@ from moevision.errors import UserError
 from moevision.layers import ROUTERS, ColourRouter, Routing, moe_layers
 from moevision.models import export as export_module
 from moevision.models.export import choice_margin, describe, export_onnx, export_torch
-from moevision.models.hub import SavedModel, load_model, save_model
+from moevision.models.io import SavedModel, load_model, save_model
 
 NAMES = ["cat", "dog", "Käuzchen"]
 EXPORTERS = {"onnx": export_onnx, "torch": export_torch}
@@ -183,7 +183,7 @@ def test_given_pictures_are_compared_too(tmp_path: Path) -> None:
         ({"router": "label"}, "must be told the class"),
         (
             {"router": "vmoe_top_k", "eval_capacity_factor": 1.0, "capacity_group": "batch"},
-            "which pictures share its batch",
+            "which images share its batch",
         ),
     ],
 )

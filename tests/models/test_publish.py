@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import ModelCard, constants
 
 from moevision import UserError
-from moevision.analysis.trace_input import weights_sha256
+from moevision.analysis.collect import weights_sha256
 from moevision.models import publish
-from moevision.models.hub import load_model
+from moevision.models.io import load_model
 from moevision.models.publish import FILES, check_repo_id, push_to_hub
 from tests.models.fake_hub import FakeHub, fake_hub
 

@@ -12,17 +12,21 @@ from torch import Tensor, nn
 
 from moevision import UserError, convert_to_moe, forward_routing
 from moevision.layers import MoEMlp, moe_layers
-from moevision.models.alignment import average_experts, expert_of, matching_units, reordered
-from moevision.models.expert_use import ExpertUse, measure_use
-from moevision.models.hub import SavedModel, load_model, save_model
-from moevision.models.regroup import state_of
+from moevision.models.io import SavedModel, load_model, save_model
 from moevision.models.surgery import (
+    ExpertUse,
+    average_experts,
     collapse_to_dense,
+    expert_of,
+    matching_units,
+    measure_use,
     merge_experts,
     most_used,
     prune_experts,
+    reordered,
     side_by_side,
     similar_groups,
+    state_of,
 )
 
 BLOCKS = (1, 3)  # MoE blocks of test_vit_moe: 4 experts of hidden 64, 2 per token, D 32

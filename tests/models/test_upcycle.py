@@ -16,12 +16,11 @@ from torch import nn
 import moevision
 from moevision import UserError, dense_twin, forward_routing
 from moevision.data import SyntheticPets
-from moevision.data.augment import normalize
+from moevision.data.transforms import normalize
 from moevision.efficiency import measure_cost
 from moevision.layers import ROUTERS, moe_layers
 from moevision.models.config import MoEConfig, build_model
-from moevision.models.hub import describe, load_model, save_model
-from moevision.models.source import create_from
+from moevision.models.io import create_from, describe, load_model, save_model
 from moevision.models.upcycle import load_dense, step0_gap, upcycle
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}

@@ -3,6 +3,6 @@
 from tests.records import Definition
 
 DEFINITIONS = [
-    Definition("6 standard deviations, 25 % and 0.1", "defaults of `moevision/train/spikes.py`"),
+    Definition("6 standard deviations, 25 % and 0.1", "defaults of `moevision/train/guard.py`"),
     Definition("about three times the weights", "weights and AdamW's two moments"),
 ]

@@ -81,5 +81,5 @@ DEFINITIONS = [
     Definition("2 MoE layers of", "the bundled model"),
     Definition("3 MoE layers of", "the bundled model"),
     Definition("2 least used of 8 experts", "what the option does"),
-    Definition("Intervals are 95 %", "the level of `moevision/train/intervals.py`"),
+    Definition("Intervals are 95 %", "the level of `moevision/train/report.py`"),
 ]

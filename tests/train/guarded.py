@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from moevision.models.config import MoEConfig
-from moevision.train.diagnosis import GuardRecord
-from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.faults import FaultInjector
-from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.guard import GuardConfig, GuardRecord, StabilityGuard
+from moevision.train.optim import EmaConfig, WeightEMA
 from moevision.train.task import ClassificationTask, OptimizerConfig
 
 CLASSES = 4

@@ -17,15 +17,12 @@ from huggingface_hub import ModelCard
 
 import moevision
 from moevision import UserError
-from moevision.data.named import DATASET_NAMES
-from moevision.data.terms import UNKNOWN, terms_of
+from moevision.commands.predict import predict_batch
+from moevision.data.named import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
-from moevision.models.hub import SavedModel, load_model
-from moevision.predict import predict_batch
-from moevision.train.card import model_card
-from moevision.train.card_facts import CardFacts, MoEBlock, Start, gather_facts, without_path
-from moevision.train.card_usage import usage_section
-from moevision.train.run_summary import read_summary
+from moevision.models.io import SavedModel, load_model
+from moevision.train.card import CardFacts, MoEBlock, Start, gather_facts, model_card, without_path
+from moevision.train.report import read_summary
 
 ANALYSIS = {
     "verdict": {
@@ -228,7 +225,7 @@ def test_terms_are_known_or_said_to_be_unknown() -> None:
     assert "non-commercial" in terms_of("imagenet").terms
     assert "non-commercial" in terms_of("imagenette").terms
     assert terms_of("./pets").terms == UNKNOWN
-    assert terms_of("/home/jane/cifar10").title == "own pictures (a folder called “cifar10”)"
+    assert terms_of("/home/jane/cifar10").title == "own images (a folder called “cifar10”)"
 
 
 def test_the_program_in_the_card_works(
@@ -237,7 +234,7 @@ def test_the_program_in_the_card_works(
     """Run as a reader would, in the folder of the card: the same classes as `moevision predict`, and the routing."""
     shutil.copytree(tiny_run / "model", tmp_path / "model")
     picture = next((drawn_pets / "cat").iterdir())
-    shutil.copy(picture, tmp_path / "model" / "picture.jpg")
+    shutil.copy(picture, tmp_path / "model" / "image.jpg")
     monkeypatch.chdir(tmp_path / "model")
     program = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     with redirect_stdout(io.StringIO()) as out:
@@ -250,10 +247,10 @@ def test_the_program_in_the_card_works(
 
 
 def test_the_program_names_the_address(facts: CardFacts) -> None:
-    text = usage_section(replace(facts, address="hf-hub:me/pets"))
+    text = model_card(replace(facts, address="hf-hub:me/pets"))
     assert 'timm.create_model("hf-hub:me/pets", pretrained=True)' in text
-    assert "moevision predict hf-hub:me/pets picture.jpg" in text
-    assert "forward_routing" not in usage_section(replace(facts, blocks=[]))
+    assert "moevision predict hf-hub:me/pets image.jpg" in text
+    assert "forward_routing" not in model_card(replace(facts, blocks=[]))
 
 
 def test_a_damaged_run_is_said(tiny_run: Path, tmp_path: Path) -> None:

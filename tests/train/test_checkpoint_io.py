@@ -15,9 +15,19 @@ import torch
 
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, temporary_for
-from moevision.train import checkpoint_io
-from moevision.train.checkpoint_io import BEST, LAST, PREVIOUS, SafeCheckpointIO, final_checkpoint
-from moevision.train.manifest import Entry, newest_valid, read_manifest, verify, write_manifest
+from moevision.train import checkpoint
+from moevision.train.checkpoint import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    Entry,
+    SafeCheckpointIO,
+    final_checkpoint,
+    newest_valid,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 
 
 def state(step: int, value: float = 1.0) -> dict[str, object]:
@@ -159,9 +169,9 @@ def test_a_refused_save_is_tried_again_after_half_a_minute(files, tmp_path, monk
         patched.setattr(os, "fsync", full)
         files.save_checkpoint(state(1), tmp_path / LAST)
     refused_s = files._tried_s
-    monkeypatch.setattr(checkpoint_io.time, "monotonic", lambda: refused_s + 29.9)
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: refused_s + 29.9)
     assert not files.retry()
-    monkeypatch.setattr(checkpoint_io.time, "monotonic", lambda: refused_s + 30)
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: refused_s + 30)
     assert files.retry()
 
 
@@ -173,8 +183,8 @@ def test_tensors_go_where_they_are_asked_for(files, tmp_path):
 
 
 def test_the_last_free_bytes_are_left_alone(files, tmp_path, monkeypatch):
-    usage = checkpoint_io.shutil._ntuple_diskusage(100, 99, 1)
-    monkeypatch.setattr(checkpoint_io.shutil, "disk_usage", lambda _: usage)
+    usage = checkpoint.shutil._ntuple_diskusage(100, 99, 1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
     files.save_checkpoint(state(1), tmp_path / LAST)
     assert files.waiting == [tmp_path / LAST]
     assert not list(tmp_path.iterdir())
@@ -186,7 +196,7 @@ def test_a_checkpoint_is_written_if_a_megabyte_stays_free(files, tmp_path, monke
     need = (tmp_path / BEST).stat().st_size + 2**20
     free = [need - 1, need]
     monkeypatch.setattr(
-        checkpoint_io.shutil, "disk_usage", lambda _: checkpoint_io.shutil._ntuple_diskusage(2**40, 0, free.pop(0))
+        checkpoint.shutil, "disk_usage", lambda _: checkpoint.shutil._ntuple_diskusage(2**40, 0, free.pop(0))
     )
     files.save_checkpoint(state(2), tmp_path / LAST)
     assert files.waiting == [tmp_path / LAST]

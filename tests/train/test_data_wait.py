@@ -6,9 +6,8 @@ from typing import Any, cast
 import pytest
 
 from moevision.data import ImageDataModule
-from moevision.train.callbacks import Stopwatch
-from moevision.train.clock import AwakeClock
-from moevision.train.data_wait import data_wait_advice
+from moevision.train.callbacks import Stopwatch, data_wait_advice
+from moevision.train.processes import AwakeClock
 
 
 class Hand(AwakeClock):
@@ -78,7 +77,7 @@ def test_advice_names_what_helps() -> None:
     (sentence,) = data_wait_advice(0.0312, pets(num_workers=1))
     assert sentence == "Training waited for data during 3 % of its time: raise --data.num_workers (now 1)."
     (sentence,) = data_wait_advice(0.4, pets(cache_mb=0, augment="randaugment"))
-    assert "during 40 % of its time: let the decoded pictures stay in memory (--data.cache_mb above 0)" in sentence
+    assert "during 40 % of its time: keep the decoded images in memory (--data.cache_mb above 0)" in sentence
     assert "or raise --data.num_workers (now 0), or choose --data.augment light." in sentence
 
 

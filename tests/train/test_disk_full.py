@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moevision.train import finish
+from moevision.train import run
 from moevision.train.callbacks import Stopwatch
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "model/config.json", "splits.csv")
@@ -53,8 +53,8 @@ def test_a_disk_that_is_full_when_the_report_is_written(
     """One sentence with the command that ends the job; it trains no step, and all is as it would have been."""
     assert cli("fit", drawn_pets, *tiny, "--name=whole").code == 0
     with monkeypatch.context() as patched:
-        real = getattr(finish, before)
-        patched.setattr(finish, before, lambda *given, **named: (fill(small_disk), real(*given, **named))[1])
+        real = getattr(run, before)
+        patched.setattr(run, before, lambda *given, **named: (fill(small_disk), real(*given, **named))[1])
         outcome = cli("fit", drawn_pets, *tiny, "--name=full")
     assert outcome.code == 2, outcome.err
     assert "Traceback" not in outcome.err

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from moevision.errors import UserError
-from moevision.train.diagnosis import Event, GuardRecord, note
-from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, note
 from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
 
 # name: (fault, which batches are left out with it, epochs, batches per epoch and per update, compared after so many
@@ -101,7 +100,7 @@ def test_a_guard_that_does_nothing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_thresholds_are_those_of_the_page() -> None:
-    """docs/stability.md: 10 losses above the mean by 6 standard deviations; a snapshot in 100 updates, two are kept."""
+    """benchmarks/guard: 10 losses above the mean by 6 standard deviations; a snapshot in 100 updates, two are kept."""
     config = GuardConfig()
     assert (config.spike_updates, config.spike_sigmas) == (10, 6.0)
     assert (config.snapshot_every, config.snapshots, config.max_skips, config.max_rollbacks) == (100, 2, 10, 3)

@@ -12,12 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
-from moevision.train.diagnosis import GuardRecord
-from moevision.train.ema import EmaConfig, WeightEMA
-from moevision.train.guard import GuardConfig
-from moevision.train.recovery import Recovery, TrainingDiverged
-from moevision.train.snapshot import TrainingSnapshot
-from moevision.train.spikes import LossHistory
+from moevision.train.guard import GuardConfig, GuardRecord, LossHistory, Recovery, TrainingDiverged, TrainingSnapshot
+from moevision.train.optim import EmaConfig, WeightEMA
 from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
 from tests.train.test_guard import assert_same
 
@@ -155,14 +151,14 @@ def test_when_there_is_a_state_to_judge_and_to_return_to() -> None:
     task, swapped = tiny_task(), WeightEMA(EmaConfig(decay=0.9))
     swapped.swapped = True
     fitting, recovery = standing_trainer(task), Recovery(snapshots=1, max_rollbacks=1)
-    assert not recovery.can_look(fitting), "no snapshot yet"
+    assert not recovery.can_check(fitting), "no snapshot yet"
     recovery.keep(fitting, task, None)
-    assert recovery.can_look(fitting)
+    assert recovery.can_check(fitting)
     testing = SimpleNamespace(fn=TrainerFn.TESTING, status=TrainerStatus.RUNNING)
     interrupted = SimpleNamespace(fn=TrainerFn.FITTING, status=TrainerStatus.INTERRUPTED)
-    assert not recovery.can_look(standing_trainer(task, state=testing))
-    assert not recovery.can_look(standing_trainer(task, state=interrupted)), "other processes won't answer"
-    assert not recovery.can_look(standing_trainer(task, callbacks=[swapped])), "the network holds the average"
+    assert not recovery.can_check(standing_trainer(task, state=testing))
+    assert not recovery.can_check(standing_trainer(task, state=interrupted)), "other processes won't answer"
+    assert not recovery.can_check(standing_trainer(task, callbacks=[swapped])), "the network holds the average"
 
 
 def test_a_bad_validation_is_only_noted(tmp_path: Path) -> None:

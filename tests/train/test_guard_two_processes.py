@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moevision.train.diagnosis import GuardRecord
+from moevision.train.guard import GuardRecord
 from tests.train import guarded
 from tests.train.guarded import TWO_PROCESS_CASES
 

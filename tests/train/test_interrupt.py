@@ -6,10 +6,9 @@ import time
 
 import pytest
 
-from moevision.train import clock as clocks
-from moevision.train.clock import AwakeClock
-from moevision.train.interrupt import Interrupted, Interruption
-from moevision.train.metrics_file import MetricsFile
+from moevision.train import processes
+from moevision.train.callbacks import MetricsFile
+from moevision.train.processes import AwakeClock, Interrupted, Interruption
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
@@ -70,8 +69,8 @@ def test_a_forked_worker_leaves_the_decision_to_the_main_process():
 def test_a_stopped_process_is_not_a_slow_one(monkeypatch):
     """Steps of 2 s; in the third the process is stopped for 100 s."""
     now = [1000.0]
-    monkeypatch.setattr(clocks.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(clocks, "_boot_s", lambda: now[0])
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(processes, "_boot_s", lambda: now[0])
     with AwakeClock() as clock:
         begun = clock.now()
         assert clock.tick() == 0
@@ -90,8 +89,8 @@ def test_a_stopped_process_is_not_a_slow_one(monkeypatch):
 def test_sleep_is_noticed_and_does_not_count(monkeypatch):
     """The monotonic clock stands still while the machine sleeps, the other one runs on."""
     awake, asleep = [1000.0], [0.0]
-    monkeypatch.setattr(clocks.time, "monotonic", lambda: awake[0])
-    monkeypatch.setattr(clocks, "_boot_s", lambda: awake[0] + asleep[0])
+    monkeypatch.setattr(processes.time, "monotonic", lambda: awake[0])
+    monkeypatch.setattr(processes, "_boot_s", lambda: awake[0] + asleep[0])
     with AwakeClock() as clock:
         begun = clock.now()
         awake[0] += 2

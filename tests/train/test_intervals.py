@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from moevision.errors import UserError
-from moevision.train.intervals import accuracy_interval, mcnemar_p_value, paired_difference, paired_score
+from moevision.train.report import accuracy_interval, mcnemar_p_value, paired_difference, paired_score
 
 
 def _vectors(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from moevision.train import launch
+from moevision.train import processes as module
 
 
 def _trainer(launcher: _SubprocessScriptLauncher, status: TrainerStatus) -> Any:
@@ -23,19 +23,19 @@ def test_a_process_that_dies_in_the_twins_training_is_noticed(monkeypatch: pytes
     lost = SimpleNamespace(poll=lambda: -9, kill=lambda: None, wait=lambda patience: -9)
     launchers = [_SubprocessScriptLauncher(LightningEnvironment(), 2, 1) for _ in range(2)]
     launchers[0]._call_children_scripts = lambda: launchers[0].procs.append(lost)  # type: ignore[method-assign]
-    ended, processes = threading.Event(), launch.Processes()
+    ended, processes = threading.Event(), module.Processes()
     said: list[str] = []
 
     def end(code: int) -> None:
         ended.set()
         processes._closed.set()
 
-    monkeypatch.setattr(launch.os, "_exit", end)
-    monkeypatch.setattr(launch, "tell", said.append)
-    monkeypatch.setattr(launch, "_PATIENCE_S", 0.0)
-    monkeypatch.setattr(launch, "_LOOK_S", 0.01)
+    monkeypatch.setattr(module.os, "_exit", end)
+    monkeypatch.setattr(module, "tell", said.append)
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(module, "_LOOK_S", 0.01)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(launch, "several_processes", lambda: False)
+    monkeypatch.setattr(module, "several_processes", lambda: False)
     processes.watch(_trainer(launchers[0], TrainerStatus.FINISHED), lambda: "the run's")
     launchers[0]._call_children_scripts()
     assert not ended.wait(0.3), "nothing waits for the lost process"

@@ -17,7 +17,7 @@ from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.config import MoEConfig
 from moevision.train import task as task_module
-from moevision.train.optimizer import OptimizerConfig, build_optimizer, freeze_parameters, parameter_groups
+from moevision.train.optim import OptimizerConfig, build_optimizer, freeze_parameters, parameter_groups
 from moevision.train.task import ClassificationTask
 
 LR, DECAY = 0.01, 0.5

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import moevision
-from moevision.files import make_folder, write_text_atomic
+from moevision.files import make_folder, write_json_atomic, write_text_atomic
 from moevision.train import provenance
-from moevision.train.provenance import collect_provenance, git_state, write_json_atomic
+from moevision.train.provenance import collect_provenance, git_state
 
 
 def _git(folder: Path, *arguments: str) -> str:

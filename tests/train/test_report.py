@@ -15,11 +15,22 @@ from sklearn.metrics import confusion_matrix
 from moevision.efficiency import ModelCost
 from moevision.errors import UserError
 from moevision.metrics import LayerLoad
-from moevision.train.confusion import plot_confusion, row_normalised_confusion, worst_mixups
-from moevision.train.intervals import PairedDifference, accuracy_interval
-from moevision.train.plots import plot_curves, read_metrics, smooth
-from moevision.train.report import write_summary
-from moevision.train.run_summary import RunSummary, TestScores, TwinComparison
+from moevision.train.plots import (
+    plot_confusion,
+    plot_curves,
+    read_metrics,
+    row_normalised_confusion,
+    smooth,
+    worst_mixups,
+)
+from moevision.train.report import (
+    PairedDifference,
+    RunSummary,
+    TestScores,
+    TwinComparison,
+    accuracy_interval,
+    write_summary,
+)
 
 Row = dict[str, float | int]
 

@@ -25,14 +25,12 @@ import moevision
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
-from moevision.train import checkpoint_io, training_cli
+from moevision.train import checkpoint
+from moevision.train import cli as training_cli
 from moevision.train.callbacks import Stopwatch
-from moevision.train.manifest import newest_valid
-from moevision.train.optimizer import OptimizerConfig
-from moevision.train.plain_data import plain
-from moevision.train.random_state import random_state, restore_random_state
-from moevision.train.resume import changed_options, claim, recorded_config, release, take_resume
-from moevision.train.resume_point import CheckpointConfig
+from moevision.train.checkpoint import newest_valid, plain, random_state, restore_random_state
+from moevision.train.optim import OptimizerConfig
+from moevision.train.resume import CheckpointConfig, changed_options, claim, recorded_config, release, take_resume
 from moevision.train.task import ClassificationTask
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv")
@@ -106,7 +104,7 @@ def differing(run: Path, other: Path) -> list[str]:
 )
 def test_interrupted_and_resumed_is_uninterrupted(name, place, tmp_path):
     from benchmarks.reliability import resume as matrix
-    from moevision.train.console import quiet_lightning
+    from moevision.train.cli import quiet_lightning
 
     setting = next(each for each in matrix.SETTINGS if each.name == name)
     with quiet_lightning():
@@ -154,7 +152,7 @@ def test_auto_starts_afresh_then_goes_on_then_rests(cli, tiny, drawn_pets, send_
 
 def test_a_signal_before_the_first_step_leaves_nothing(cli, tiny, drawn_pets, monkeypatch):
     monkeypatch.setattr(
-        "moevision.train.training_cli.describe_plan", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "never seen"
+        "moevision.train.cli.describe_plan", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "never seen"
     )
     outcome = cli("fit", drawn_pets, *tiny)
     assert outcome.code == 143
@@ -201,7 +199,7 @@ def test_nothing_valid(cli, interrupted, tiny, drawn_pets):
         path.write_bytes(b"")
     outcome = cli("fit", "--resume", interrupted)
     assert outcome.code == 2
-    assert "Nothing in runs/pets can be gone on from" in outcome.err
+    assert "Nothing in runs/pets can be resumed" in outcome.err
     assert interrupted.is_dir(), "a run is never deleted"
     assert cli("fit", "--resume", "nowhere").code == 2
     assert "no run folder" in cli("fit", "--resume", interrupted / "checkpoints" / "last.ckpt").err
@@ -218,7 +216,7 @@ def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, se
     (pets / gone).unlink()
     outcome = cli("fit", "--resume", moved)
     assert outcome.code == 0, outcome.err
-    assert "the list of pictures is another one" in outcome.err
+    assert "the list of images is another one" in outcome.err
     scores = [state["best_model_score"] for state in _checkpoint_states(moved / "checkpoints" / "last.ckpt")]
     assert scores
     assert all(score is not None for score in scores)
@@ -290,8 +288,8 @@ def _checkpoint_states(path):
 
 def test_training_outlives_a_full_disk(cli, tiny, drawn_pets, monkeypatch, whole):
     """Checkpoints find no room, all else does: the best weights are tested and exported from memory."""
-    nothing = checkpoint_io.shutil._ntuple_diskusage(1, 1, 0)
-    monkeypatch.setattr(checkpoint_io.shutil, "disk_usage", lambda _: nothing)
+    nothing = checkpoint.shutil._ntuple_diskusage(1, 1, 0)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: nothing)
     outcome = cli("fit", drawn_pets, *tiny)
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("can't be written (No space left on device)") == 2, "one sentence for each file"

@@ -11,12 +11,10 @@ import pytest
 import torch
 
 from moevision.data import ImageDataModule
-from moevision.data.keyed import hash_u64
-from moevision.train.checkpoint_io import SafeCheckpointIO
-from moevision.train.clock import AwakeClock
-from moevision.train.interrupt import Interrupted, Interruption
-from moevision.train.random_state import part_random_state, random_state, restore_random_state
-from moevision.train.resume_point import MARK, CheckpointConfig, ResumePoint, _between_batches
+from moevision.data.transforms import hash_u64
+from moevision.train.checkpoint import SafeCheckpointIO, part_random_state, random_state, restore_random_state
+from moevision.train.processes import AwakeClock, Interrupted, Interruption
+from moevision.train.resume import MARK, CheckpointConfig, ResumePoint, _between_batches
 
 
 @pytest.fixture

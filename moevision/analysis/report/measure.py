@@ -1,54 +1,122 @@
-"""The stages of the report between the routing and the figures: specialization, stability, interventions."""
+"""The numbers of the report: load, specialization, stability, and what changes without each expert.
+
+The stages are ordinary calls of this package, in the order in which a notebook would make them; the report adds no
+statistic of its own. Everything ends up as JSON primitives.
+
+Axes: I images, P patches, K choices, E experts, C classes, L MoE layers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moevision.analysis.atlas import fractions_of_parts
+from moevision.analysis.agreement import consistency, expert_similarity, match_experts
 from moevision.analysis.baselines import measure_baselines
-from moevision.analysis.consistency import consistency
-from moevision.analysis.heatmap import ClassExpertMap, class_expert_map
-from moevision.analysis.report.effects import measure_effects
-from moevision.analysis.report.verdict import is_open, verdict_of
-from moevision.analysis.similarity import expert_similarity, match_experts
-from moevision.analysis.specialization import LayerSpecialization, specialization
-from moevision.analysis.tables import majority_part
-from moevision.analysis.trace import RoutingTrace, collect_routing
-
-if TYPE_CHECKING:
-    from moevision.analysis.pictures import PictureSet
-    from moevision.models.hub import SavedModel
+from moevision.analysis.classes import ClassExpertMap, class_expert_map
+from moevision.analysis.collect import collect_routing
+from moevision.analysis.describe import (
+    QUANTILES,
+    co_activation,
+    fractions_of_parts,
+    gate_weight_quantiles,
+    majority_part,
+)
+from moevision.analysis.effects import class_effect
+from moevision.analysis.images import PictureSet
+from moevision.analysis.intervention import Intervention
+from moevision.analysis.specialization import LayerSpecialization, is_open, specialization, verdict_of
+from moevision.analysis.trace import LayerTrace, RoutingTrace
+from moevision.errors import UserError
+from moevision.layers.routing import Kind as RoutingKind
+from moevision.metrics import LayerLoad
+from moevision.models.io import SavedModel
 
 Json = dict[str, Any]
+_LEAST, _MOST = 3, 40  # images of a class
+_WHAT: dict[RoutingKind, str] = {
+    "token_choice": "an expert's patches go to their next-best expert",
+    "expert_choice": "where experts choose, an expert's patches lose it and no other takes its place",
+    "soft": "in Soft MoE an expert's weight is shared out among the others",
+}
 
 
-class Effort(Protocol):
-    """How thoroughly to measure: the part of `ReportSettings` that counts here."""
+@dataclass(frozen=True)
+class ReportSettings:
+    """What to analyze, and how thoroughly.
 
-    @property
-    def permutations(self) -> int:
-        """Shuffles behind each chance level."""
+    Attributes:
+        model: a run folder, its model/ folder, or a timm address.
+        data: a folder or a dataset's name; None takes what the run was trained on.
+        out: folder to write to.
+        limit: images, the same number of each class; 1 000 by default.
+        seeds: other trainings of the same recipe, as addresses like `model`.
+        permutations: shuffles behind each chance level.
+        seed: of everything that is drawn at random.
+        quick: fewer untrained models, and experts taken away on fewer images.
+        command: what was typed, for the record.
+        progress: show a progress bar.
+    """
 
-    @property
-    def seed(self) -> int:
-        """Of everything drawn at random."""
+    model: str
+    data: str | None = None
+    out: Path = Path("report")
+    limit: int = 1000
+    seeds: tuple[str, ...] = ()
+    permutations: int = 1000
+    seed: int = 0
+    quick: bool = False
+    command: str = ""
+    progress: bool = True
 
-    @property
-    def quick(self) -> bool:
-        """Less of everything."""
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UserError: if a number is out of its range.
+        """
+        for name, least in (("limit", 20), ("permutations", 20), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise UserError(f"--{name} is {value}: it must be at least {least}.")
 
 
-class Stages(Protocol):
-    """A progress bar over stages."""
+@dataclass
+class Stages:
+    """The progress bar, and the time that each stage took."""
 
-    def stage(self, name: str) -> AbstractContextManager[None]:
+    total: int
+    show: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
+        console = Console(stderr=True)
+        show = self.show and console.is_terminal  # elsewhere rich would leave an empty line
+        self.bar = Progress(*columns, console=console, transient=True, disable=not show)
+        self.task = self.bar.add_task("", total=self.total)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
         """The scope of one stage."""
+        self.bar.update(self.task, description=f"{name} ({len(self.seconds) + 1} of {self.total})")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        self.bar.advance(self.task)
 
 
 @dataclass(frozen=True)
@@ -58,7 +126,7 @@ class Results:
     Attributes:
         information: specialization of each layer, about everything that was asked.
         maps: block index -> class x expert map; empty with fewer than two labelled classes.
-        parts: [I, P, parts] share of each patch that belongs to each part; None where pictures have none.
+        parts: [I, P, parts] share of each patch that belongs to each part; None where images have none.
         stability: per layer agreement under changes and with other trainings, and similarity of its experts.
         effects: from `measure_effects`.
         skipped: `what` was left out and `why`.
@@ -89,7 +157,7 @@ def measure(
     pictures: PictureSet,
     trace: RoutingTrace,
     others: Sequence[tuple[str, SavedModel]],
-    effort: Effort,
+    settings: ReportSettings,
     stages: Stages,
 ) -> Results:
     """Run the stages.
@@ -99,12 +167,12 @@ def measure(
         pictures: in the order of the trace.
         trace: their routing.
         others: names and models of other trainings of the same recipe.
-        effort: how thoroughly.
+        settings: how thoroughly.
         stages: tells the user.
     """
     parts = fractions_of_parts(pictures, trace.grid)
     with stages.stage("measuring what needs no learning"):
-        baselines = measure_baselines(model, pictures, trace, seeds=2 if effort.quick else 5)
+        baselines = measure_baselines(model, pictures, trace, seeds=2 if settings.quick else 5)
     with stages.stage("looking at other trainings"):
         seeds = [collect_routing(other, pictures, progress=False, name=name) for name, other in others]
     with stages.stage("asking the experts"):
@@ -113,26 +181,28 @@ def measure(
             baselines=baselines,
             seeds=seeds,
             parts=None if parts is None else majority_part(parts),
-            num_permutations=effort.permutations,
-            seed=effort.seed,
+            num_permutations=settings.permutations,
+            seed=settings.seed,
         )
     with stages.stage("mapping classes to experts"):
-        maps = _maps(trace, effort)
+        maps = _maps(trace, settings)
     with stages.stage("mirroring and cropping"):
-        stability = _stability(model, pictures, trace, seeds, effort.seed)
+        stability = _stability(model, pictures, trace, seeds, settings.seed)
     with stages.stage("taking experts away"):
-        effects = measure_effects(model, pictures, trace, budget_s=30 if effort.quick else 180, seed=effort.seed)
+        effects = measure_effects(model, pictures, trace, budget_s=30 if settings.quick else 180, seed=settings.seed)
     skipped = []
     if effects["why"]:
         skipped.append({"what": "Taking experts away was left out", "why": effects["why"]})
     return Results(information, maps, parts, stability, effects, skipped)
 
 
-def _maps(trace: RoutingTrace, effort: Effort) -> dict[int, ClassExpertMap]:
+def _maps(trace: RoutingTrace, settings: ReportSettings) -> dict[int, ClassExpertMap]:
     if len(np.unique(trace.labels[trace.labels >= 0])) < 2:
         return {}
-    settings = {"num_permutations": effort.permutations, "seed": effort.seed}
-    return {layer.layer: class_expert_map(trace, layer.layer, **settings) for layer in trace.layers}
+    return {
+        layer.layer: class_expert_map(trace, layer.layer, num_permutations=settings.permutations, seed=settings.seed)
+        for layer in trace.layers
+    }
 
 
 def _stability(
@@ -160,3 +230,198 @@ def _stability(
             }
         )
     return found
+
+
+def measure_effects(
+    model: SavedModel, pictures: PictureSet, trace: RoutingTrace, *, budget_s: float, seed: int = 0
+) -> Json:
+    """Take every expert away, one at a time, and follow the true class of images of each class.
+
+    How many images of a class are used follows from the time that a first call takes.
+
+    Args:
+        model: the model that the trace is of.
+        pictures: labelled images.
+        trace: their routing.
+        budget_s: about how long all of it may take, in seconds.
+        seed: of the images and of the control.
+
+    Returns:
+        `what` was done in words, `pictures_per_class`, `rows` (each layer, expert and class) and `experts` (means over
+        the classes and the class that changes most); both lists are empty, and `why` says why, where it takes too long
+        or no class of the model has images.
+    """
+    classes = [
+        name for label, name in enumerate(trace.class_names)
+        if name in model.class_names and (trace.labels == label).sum() >= _LEAST
+    ]  # fmt: skip
+    calls = len(classes) * sum(layer.num_experts for layer in trace.layers)
+    what = "; ".join(_WHAT[kind] for kind in dict.fromkeys(layer.kind for layer in trace.layers))
+    if not classes:
+        return _nothing(what, f"no class of the model has {_LEAST} images here")
+    first = Intervention("ablate", layer=trace.layers[0].layer, expert=0)
+    start = time.perf_counter()
+    class_effect(model, pictures, classes[0], first, limit=_LEAST, seed=seed)
+    each_s = (time.perf_counter() - start) / _LEAST
+    per_class = min(_MOST, int(budget_s / (each_s * calls)))
+    if per_class < _LEAST:
+        minutes = each_s * calls * _LEAST / 60
+        return _nothing(what, f"even {_LEAST} images of each class would take about {minutes:.0f} minutes")
+    rows = [
+        _row(model, pictures, name, Intervention("ablate", layer=layer.layer, expert=expert), per_class, seed)
+        for layer in trace.layers
+        for expert in range(layer.num_experts)
+        for name in classes
+    ]
+    loads = {layer.layer: layer.counts().sum(0) for layer in trace.layers}
+    shares = {
+        (layer, e): count / max(load.sum(), 1e-12) for layer, load in loads.items() for e, count in enumerate(load)
+    }
+    return {
+        "what": what,
+        "why": None,
+        "pictures_per_class": per_class,
+        "rows": rows,
+        "experts": _by_expert(rows, shares),
+    }
+
+
+def _row(model: SavedModel, pictures: PictureSet, name: str, intervention: Intervention, limit: int, seed: int) -> Json:
+    effect = class_effect(model, pictures, name, intervention, limit=limit, seed=seed).to_json()
+    return {"layer": intervention.layer, "expert": intervention.expert, **effect}
+
+
+def _by_expert(rows: list[Json], shares: dict[tuple[int, int], float]) -> list[Json]:
+    """Means over classes, and the class whose logit changes most."""
+    grouped: dict[tuple[int, int], list[Json]] = defaultdict(list)
+    for row in rows:
+        grouped[row["layer"], row["expert"]].append(row)
+    found = []
+    for (layer, expert), own in grouped.items():
+        strongest = max(own, key=lambda row: abs(row["delta_logit"]))
+        found.append(
+            {
+                "layer": layer,
+                "expert": expert,
+                "name": f"L{layer}·E{expert}",
+                "share": float(shares[layer, expert]),
+                **{name: fmean(row[name] for row in own) for name in ("delta_logit", "control_delta_logit", "delta_p")},
+                "strongest_class": strongest["class"],
+                "strongest_delta_logit": strongest["delta_logit"],
+                "strongest_control_delta_logit": strongest["control_delta_logit"],
+            }
+        )
+    return found
+
+
+def _nothing(what: str, why: str) -> Json:
+    return {"what": what, "why": why, "pictures_per_class": 0, "rows": [], "experts": []}
+
+
+def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:
+    """What the model is; numbers of experts are lists where layers differ."""
+    return {
+        "name": trace.model,
+        "address": address,
+        "image_size": image_size,
+        "grid": list(trace.grid),
+        "moe_blocks": [layer.layer for layer in trace.layers],
+        "num_experts": _one_or_each([layer.num_experts for layer in trace.layers]),
+        "top_k": _one_or_each([layer.top_k if layer.kind == "token_choice" else None for layer in trace.layers]),
+        "experts_per_patch": _one_or_each([round(layer.experts_per_patch, 2) for layer in trace.layers]),
+        "routing": _one_or_each([layer.kind for layer in trace.layers]),
+        "class_names": list(trace.prediction_names or trace.class_names),
+    }
+
+
+def _one_or_each(values: list[Any]) -> Any:
+    """The value that all layers have, or the list of them."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+def data_numbers(trace: RoutingTrace) -> Json:
+    """What the images are, and how many of each class are classified correctly."""
+    known = trace.labels >= 0
+    classes = []
+    for index, name in enumerate(trace.class_names):
+        of_class = trace.labels == index
+        count = int(of_class.sum())
+        correct = int((trace.predictions[of_class] == index).sum()) if trace.accuracy is not None else None
+        accuracy = None if correct is None or count == 0 else correct / count
+        classes.append({"class": name, "n": count, "correct": correct, "accuracy": accuracy})
+    correct = None if trace.accuracy is None else int((trace.predictions == trace.labels)[known].sum())
+    return {
+        "name": trace.data,
+        "n_images": len(trace),
+        "n_labelled": int(known.sum()),
+        "correct": correct,
+        "accuracy": trace.accuracy,
+        "classes": classes,
+    }
+
+
+def layer_numbers(layer: LayerTrace) -> Json:
+    """Load, certainty and gate weights of one layer, over the patches (class and register tokens are not traced).
+
+    Experts of Soft MoE all compute as many slots, so their load is equal by construction and `counts` is what patches
+    take from each; nothing is dropped where tokens don't choose.
+    """
+    index, kept = np.asarray(layer.expert_index), np.asarray(layer.kept)
+    image_counts = layer.counts()
+    counts = image_counts.sum(0)
+    chooses = layer.kind == "token_choice"
+    requested = np.bincount(index.ravel(), minlength=layer.num_experts) if chooses else counts
+    computed = np.ones_like(counts) if layer.kind == "soft" else counts
+    load = LayerLoad.from_sums(
+        layer.layer,
+        torch.from_numpy(computed),
+        torch.from_numpy(requested if chooses else computed),
+        entropy_bits=torch.tensor(float(np.asarray(layer.entropy_bits, dtype=np.float64).sum())),
+        tokens=torch.tensor(index.shape[0] * index.shape[1]),
+        unrouted=torch.tensor(int((~kept.any(-1)).sum())),
+        count_squares=torch.from_numpy((image_counts**2).sum(0)),
+        images=torch.tensor(len(image_counts)),
+    )
+    quantiles = gate_weight_quantiles(np.asarray(layer.combine_weight), kept=None if chooses else kept)
+    pairs = layer.kind != "soft" and layer.top_k > 1
+    return {
+        "layer": layer.layer,
+        "name": layer.name,
+        "kind": layer.kind,
+        "num_experts": layer.num_experts,
+        "top_k": layer.top_k if chooses else None,
+        "experts_per_patch": layer.experts_per_patch,
+        "counts": counts.tolist(),
+        "requested": requested.tolist(),
+        "share": (counts / max(counts.sum(), 1e-12)).tolist(),
+        "slowest": load.max_over_mean,
+        "cv_squared": load.cv_squared,
+        "cv_squared_floor": load.cv_squared_floor if chooses else None,
+        "dead": load.dead,
+        "dropped": load.dropped if chooses else None,
+        "unrouted": load.unrouted,
+        "kept_per_patch": layer.kept_per_patch().tolist(),
+        "entropy_bits": load.entropy_bits,
+        "entropy_bits_most": math.log2(layer.num_experts),
+        "margin": float(np.asarray(layer.margin, dtype=np.float64).mean()),
+        "gate_weight_quantiles": {"levels": list(QUANTILES), "values": quantiles.tolist()},
+        "co_activation": co_activation(index, layer.num_experts, kept_of(layer)).tolist() if pairs else None,
+    }
+
+
+def kept_of(layer: LayerTrace) -> npt.NDArray[np.bool_] | None:
+    """Which experts are chosen together: all that a token chose (None), or those that took it."""
+    return np.asarray(layer.kept) if layer.kind == "expert_choice" else None
+
+
+def as_json(value: Any) -> Any:
+    """NumPy scalars and arrays as JSON primitives; NaN and infinity, which JSON can't say, as null."""
+    if isinstance(value, dict):
+        return {str(name): as_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return as_json(value.tolist())
+    if isinstance(value, np.generic):
+        return as_json(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,366 @@
+"""`collect_routing`: run a model over images and keep what its MoE layers decided about every patch.
+
+Also what MoE layers receive: images as the network takes them, and the tokens before each layer.
+
+Axes: B images of a batch, I images, S image size in pixels, N tokens (prefix tokens first), P patches, K choices,
+E experts, C classes, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import timm
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from moevision import __version__
+from moevision.analysis.images import Data, PictureSet, open_pictures
+from moevision.analysis.trace import RoutingTrace, describe_trace
+from moevision.analysis.trace_io import Array, TensorBuffer, TensorFile, TensorSpec
+from moevision.data.images import BadImageError
+from moevision.data.transforms import normalize
+from moevision.errors import DataWarning, UserError
+from moevision.layers import (
+    LabelRouter,
+    MoEMlp,
+    Routing,
+    SoftRouter,
+    SoftRouting,
+    forward_routing,
+    label_oracle,
+    moe_layers,
+    routing_lock,
+)
+from moevision.models.io import SavedModel, best_device, load_model
+
+
+def collect_routing(
+    model: SavedModel | nn.Module | str | Path,
+    data: Data,
+    *,
+    batch_size: int = 64,
+    limit: int | None = None,
+    path: str | Path | None = None,
+    progress: bool = True,
+    split: str = "test",
+    seed: int = 0,
+    root: str | Path = "data",
+    run_dir: str | Path | None = None,
+    name: str | None = None,
+) -> RoutingTrace:
+    """Run a model over images and keep what each MoE layer decided about each patch.
+
+    Runs in eval mode on the best device, as `moevision predict` does, and under whatever intervention is in force.
+    Routers by `label` are told the images' classes. Images that can't be read are left out and counted in a
+    `DataWarning`.
+
+    Args:
+        model: a run folder, its model/ folder or a timm address; a `SavedModel`; or any timm ViT with MoE layers. The
+            normalisation of a bare ViT is read from its timm configuration, and its outputs are taken to be the data's
+            classes, in order, if there are as many.
+        data: as in `open_pictures`: a dataset's name, a folder, a torch dataset of (PIL image, label), or a
+            `PictureSet`.
+        batch_size: images per forward pass.
+        limit: take at most so many images, balanced by class.
+        path: a file to stream the trace to; memory then stays bounded whatever the number of images, and the arrays
+            of the result are mapped from the file.
+        progress: show a progress bar where there are more than a few batches.
+        split: which part of the data: test, val, train or all.
+        seed: of the split, of drawn images and of `limit`.
+        root: folder in which named datasets live.
+        run_dir: a run's folder, whose splits.csv says which images were held out.
+        name: what the model is called in the trace; by default its folder's or its architecture's name.
+
+    Returns:
+        The trace.
+
+    Raises:
+        UserError: if there is no such model or data, the model has no MoE layer, no image can be read, or the model
+            routes by the class and an image has none.
+
+    Examples:
+        >>> from moevision.demo import bundled_model
+        >>> trace = collect_routing(bundled_model("pets"), "synthetic_pets", limit=16, progress=False)
+        >>> trace.layer(1).counts().sum(0).shape  # choices per expert
+        (8,)
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: it must be at least 1.")
+    saved = as_saved_model(model)
+    known = saved.class_names or None
+    pictures = open_pictures(
+        data, saved.image_size, split=split, limit=limit, seed=seed, class_names=known, root=root, run_dir=run_dir
+    )
+    settings = {"limit": limit, "seed": seed, "batch_size": batch_size}
+    about = _about(saved, pictures, name or model_title(model), settings)
+    reader = PictureReader(pictures, saved, batch_size)
+    net = saved.net.to(best_device())
+    oracles = any(isinstance(layer.router, LabelRouter) for layer in moe_layers(net))
+    if oracles and any(pictures.label(index) < 0 for index in range(len(pictures))):
+        raise UserError("The router 'label' routes by the class: give images whose classes are known.")
+    sink: TensorBuffer | TensorFile | None = None
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(net))
+        for batch in reader.batches(progress):
+            rows, place = _rows(net, batch)
+            if sink is None:
+                names = [pictures.picture_name(index) for index in range(len(pictures))]
+                num_outputs = rows["probabilities"].shape[1]
+                about |= place | {"prediction_names": _output_names(num_outputs, saved, pictures)}
+                specs = {key: TensorSpec(array.dtype, (len(names), *array.shape[1:])) for key, array in rows.items()}
+                metadata = describe_trace(picture_names=names, **about)
+                if path is None:
+                    sink = TensorBuffer(specs, metadata)
+                else:
+                    sink = stack.enter_context(TensorFile(path, specs, metadata))
+            sink.write(rows, batch.row)
+        reader.report()
+        assert sink is not None  # report() has refused a set without a readable image
+        if reader.bad:
+            about["provenance"] |= {"unreadable": len(reader.bad)}
+            sink.shrink(len(reader.names), describe_trace(picture_names=reader.names, **about))
+    return RoutingTrace.from_arrays(*sink.result())
+
+
+def _about(saved: SavedModel, pictures: PictureSet, title: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is known about a trace before the model runs."""
+    versions = {"moevision": __version__, "torch": torch.__version__, "timm": timm.__version__, "numpy": np.__version__}
+    provenance = {
+        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": best_device().type,
+        "versions": versions,
+        "settings": settings,
+        "weights_sha256": weights_sha256(saved.net),
+        "unreadable": 0,
+    }
+    return {"class_names": pictures.class_names, "model": title, "data": pictures.name, "provenance": provenance}
+
+
+@torch.inference_mode()
+def _rows(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any]]:
+    """One batch's rows of all arrays, and where they come from: layers and grid."""
+    dtype = next(net.parameters()).dtype
+    with label_oracle(net, batch.labels):
+        output, routings = forward_routing(net, batch.images.to(best_device(), dtype))
+    if not routings:
+        raise UserError("This model has no MoE layers: give a model that was converted by moevision.convert_to_moe.")
+    grids = {routing.grid for routing in routings}
+    (grid,) = grids if len(grids) == 1 else (None,)
+    if grid is None:
+        raise UserError("This model's tokens are no single grid of patches: give a plain ViT, without patch dropping.")
+    has_head = getattr(net, "num_classes", None) != 0
+    probabilities = output.float().softmax(-1) if has_head else output.float()[:, :0]
+    rows: dict[str, Array] = {
+        "labels": batch.labels.numpy(),
+        "predictions": _numpy(probabilities.argmax(-1) if has_head else torch.full_like(batch.labels, -1)),
+        "probabilities": _numpy(probabilities),
+    }
+    layers = [place if routing.layer is None else routing.layer for place, routing in enumerate(routings)]
+    for layer, routing in zip(layers, routings, strict=True):
+        rows |= {f"L{layer}.{key}": array for key, array in _layer_rows(routing).items()}
+    return rows, {"layers": layers, "kinds": [routing.kind for routing in routings], "grid": grid}
+
+
+def _layer_rows(routing: Routing) -> dict[str, Array]:
+    """One layer's decision about a batch's patches, as `LayerTrace` holds it."""
+    patches = slice(routing.num_prefix_tokens, None)
+    probs = routing.probs[:, patches].float()  # [B, P, E]
+    best = probs.topk(min(2, routing.num_experts), dim=-1).values  # [B, P, 2]
+    rows: dict[str, Array] = {}
+    if isinstance(routing, SoftRouting):
+        reads = routing.dispatch_weight.sum(-1).gather(-1, routing.expert_index)  # [B, N, E, slots] -> [B, N, E]
+        rows["read_weight"] = _numpy(reads[:, patches].float())
+    return rows | {
+        "expert_index": _numpy(routing.expert_index[:, patches].to(torch.int16)),
+        "kept": _numpy(routing.kept[:, patches]),
+        "combine_weight": _numpy(routing.combine_weight[:, patches].float()),
+        "probs": _numpy(probs.half()),
+        "margin": _numpy(best[..., 0] - best[..., 1] if best.shape[-1] > 1 else best[..., 0]),
+        "entropy_bits": _numpy(torch.special.entr(probs).sum(-1) / math.log(2)),
+    }
+
+
+def _numpy(tensor: Tensor) -> Array:
+    return tensor.cpu().numpy()
+
+
+def _output_names(num_outputs: int, saved: SavedModel, pictures: PictureSet) -> tuple[str, ...]:
+    """Names of the model's outputs: its own, or the data's if there are as many, or numbers."""
+    for names in (saved.class_names, pictures.class_names):
+        if len(names) == num_outputs:
+            return tuple(names)
+    return tuple(f"class {index}" for index in range(num_outputs))
+
+
+class Batch(NamedTuple):
+    """Readable images: normalised float32 [B, 3, S, S], labels int64 [B], and the first one's row."""
+
+    images: Tensor
+    labels: Tensor
+    row: int
+
+
+class PictureReader:
+    """Reads images in batches and takes note of those that can't be read.
+
+    Attributes:
+        names: of the images read so far.
+        bad: name and reason of those that couldn't be.
+    """
+
+    def __init__(self, pictures: PictureSet, model: SavedModel, batch_size: int) -> None:
+        """Nothing is read yet."""
+        self.pictures, self.model, self.batch_size = pictures, model, batch_size
+        self.names: list[str] = []
+        self.bad: list[tuple[str, str]] = []
+
+    def batches(self, progress: bool) -> Iterator[Batch]:
+        """All images in order, with a progress bar where there are more than a few batches."""
+        starts = range(0, len(self.pictures), self.batch_size)
+        hidden = not progress or len(starts) < 4
+        for start in track(starts, "routing", console=Console(stderr=True), disable=hidden, transient=True):
+            row = len(self.names)
+            indices = range(start, min(start + self.batch_size, len(self.pictures)))
+            pixels = [(index, image) for index in indices if (image := self._image(index)) is not None]
+            if pixels:
+                images = normalize(torch.stack([image for _, image in pixels]), self.model.mean, self.model.std)
+                yield Batch(images, torch.tensor([self.pictures.label(index) for index, _ in pixels]), row)
+
+    def _image(self, index: int) -> Tensor | None:
+        """The image, uint8 [3, S, S]; None if it can't be read."""
+        name, size = self.pictures.picture_name(index), self.model.image_size
+        try:
+            pixels = self.pictures.image(index)
+        except BadImageError as error:
+            self.bad.append((name, error.reason))
+            return None
+        if pixels.shape != (size, size, 3):
+            raise UserError(f"The image {name} is {pixels.shape}, and the model takes {size} x {size} x 3: resize it.")
+        self.names.append(name)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def report(self) -> None:
+        """Warn of images that couldn't be read; a UserError if there is no other."""
+        first = f", the first is {self.bad[0][0]}: {self.bad[0][1]}" if self.bad else ""
+        if not self.names:
+            raise UserError(f"None of the {len(self.pictures)} images can be read: fix or replace them{first}.")
+        if self.bad:
+            total = len(self.pictures)
+            text = f"{len(self.bad)} of {total} images can't be used and are left out of the trace{first}"
+            warnings.warn(text, DataWarning, stacklevel=3)
+
+
+def as_saved_model(model: SavedModel | nn.Module | str | Path) -> SavedModel:
+    """The model with its input size and normalisation; `class_names` is empty for a bare module without labels.
+
+    Raises:
+        UserError: if there is no such model, or a module doesn't say what images it takes.
+    """
+    if isinstance(model, SavedModel):
+        return model
+    if not isinstance(model, nn.Module):
+        return load_model(str(model))
+    sides = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if sides is None or len(set(sides)) != 1:
+        raise UserError(
+            f"{type(model).__name__} doesn't say which square images it takes: give a timm ViT, or a SavedModel with "
+            "image_size, mean and std."
+        )
+    config = timm.data.resolve_model_data_config(model)
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or []
+    words = list(names.values()) if isinstance(names, dict) else list(names)
+    return SavedModel(model, words, int(sides[0]), tuple(config["mean"]), tuple(config["std"]))
+
+
+def model_title(model: SavedModel | nn.Module | str | Path) -> str:
+    """What a model is called: its run folder or address, or else timm's name of its architecture."""
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if not path.exists():
+            return str(model)
+        path = path.resolve()
+        return path.parent.name if path.name == "model" else path.name
+    net = model.net if isinstance(model, SavedModel) else model
+    config: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(net).__name__)
+
+
+def weights_sha256(net: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of all parameters and buffers, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, and each layer's own mode back afterwards.
+
+    A model in training mode is locked meanwhile; one in eval mode, as a server has it, stays free for others between
+    the batches.
+    """
+    training = [module for module in net.modules() if module.training]
+    if not training:
+        yield
+        return
+    with routing_lock(net):
+        net.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def network_input(model: SavedModel, images: npt.NDArray[np.uint8]) -> Tensor:
+    """Images uint8 [B, S, S, 3] as the network takes them: normalised, [B, 3, S, S], on its device."""
+    pixels = normalize(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), model.mean, model.std)
+    weight = next(model.net.parameters())
+    return pixels.to(weight.device, weight.dtype)
+
+
+@torch.no_grad()
+def layer_inputs(net: nn.Module, pixels: Tensor, *, filled_slots: bool = False) -> dict[int, Tensor]:
+    """What each MoE layer receives of every patch: block index -> [B, P, D]; prefix tokens are left out.
+
+    Args:
+        net: a converted model in eval mode.
+        pixels: [B, 3, S, S], see `network_input`.
+        filled_slots: of a Soft MoE layer what its experts receive instead, [B, slots of all experts, D].
+    """
+    received: dict[int, Tensor] = {}
+
+    prefix = int(getattr(net, "num_prefix_tokens", 0))
+
+    def keep(block: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        tokens = arguments[0]
+        if filled_slots and isinstance(module, MoEMlp) and isinstance(module.router, SoftRouter):
+            weight = module.router(tokens).dispatch_weight.flatten(2)  # [B, N, slots of all experts]
+            received[block] = weight.mT.to(tokens.dtype) @ tokens  # [B, slots of all experts, D]
+        else:
+            received[block] = tokens[:, prefix:]
+
+    layers = {layer.layer_index: layer for layer in moe_layers(net) if layer.layer_index is not None}
+    with routing_lock(net):  # so that no other thread's images pass the hooks
+        handles = [layer.register_forward_pre_hook(partial(keep, block)) for block, layer in layers.items()]
+        try:
+            net(pixels)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return received

@@ -1,0 +1,342 @@
+"""What a trace looks like: counts and shares for the figures, and which patches show what an expert does.
+
+Everything here describes and tests nothing: whether a pattern is more than chance is asked in `information.py` and
+`specialization.py`, over images. Counts are of *requested* choices, what the router wants, before any capacity. Where
+tokens don't choose, `expert_index` names all experts and `amount` ([I, P, K], `LayerTrace.wanted`) says what each
+counts: whether it took the patch, or how much of it it reads.
+
+The top patches of an expert alone mislead: the best eight of ten thousand patches look alike for any expert. So a
+gallery shows as many random patches of the same expert. An expert of Soft MoE reads something of every patch: its
+weight is how much of the patch it reads, and random patches are drawn in proportion.
+
+Axes: I images, P patches (row-major in a grid of rows x columns), K choices best first, E experts, L MoE layers,
+S pixels of a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moevision.analysis.information import choice_counts
+from moevision.errors import UserError
+
+if TYPE_CHECKING:
+    from moevision.analysis.images import PictureSet
+    from moevision.analysis.trace import LayerTrace, RoutingTrace
+
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.integer]
+Flags = npt.NDArray[np.bool_]
+Amounts = npt.NDArray[Any]
+_ROWS = 1 << 16  # patches that are multiplied at once
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Of the gate weights: median, the middle half and the middle nine tenths."""
+
+
+def co_activation(expert_index: Ints, num_experts: int, kept: Flags | None = None) -> npt.NDArray[np.int64]:
+    """How many patches chose both of two experts, for *every* pair among the K that were chosen.
+
+    Pairs of neighbours in rank alone (which some published scripts count) miss a pair such as first and third.
+
+    Args:
+        expert_index: [I, P, K] chosen experts, different ones for one patch.
+        num_experts: E.
+        kept: [I, P, K] which of them count; all if None.
+
+    Returns:
+        [E, E] symmetric counts N_ij; the diagonal is N_i, the patches that chose expert i at all. The share of
+        expert i's patches that also chose j is `counts[i, j] / counts[i, i]` (OLMoE, arXiv:2409.02060).
+    """
+    chosen = _checked(expert_index, num_experts)
+    one_hot = choice_counts(chosen, num_experts, kept).reshape(-1, num_experts)
+    counts = np.zeros((num_experts, num_experts))
+    for start in range(0, len(one_hot), _ROWS):
+        part = one_hot[start : start + _ROWS]
+        counts += part.T @ part
+    return counts.round().astype(np.int64)
+
+
+def expected_co_activation(counts: Ints, steps: int = 500) -> Floats:
+    """The pair counts that the loads alone would give: experts pair up without preferring one another.
+
+    Quasi-independence for a symmetric table without diagonal (Bishop, Fienberg & Holland, "Discrete Multivariate
+    Analysis", 1975, ch. 5 and 8): N_ij = a_i a_j for i ≠ j, with the row sums that were counted. With equal loads
+    it is (K - 1) / (E - 1) of N_i for each pair.
+
+    Args:
+        counts: [E, E] from `co_activation`.
+        steps: rounds of the fit; a dozen suffice unless one expert is in nearly every pair.
+
+    Returns:
+        [E, E], the diagonal as counted.
+    """
+    pairs = np.array(counts, dtype=np.float64)
+    np.fill_diagonal(pairs, 0.0)
+    sums = pairs.sum(1)
+    factor = sums / max(1.0, np.sqrt(sums.sum()))
+    for _ in range(steps):
+        others = factor.sum() - factor
+        wanted = np.divide(sums, others, out=np.zeros_like(sums), where=others > 0)
+        factor = np.sqrt(factor * wanted)  # the geometric mean damps the swing of the plain update
+    expected = np.outer(factor, factor)
+    np.fill_diagonal(expected, np.diagonal(counts))
+    return expected
+
+
+def position_share(expert_index: Ints, num_experts: int, amount: Amounts | None = None) -> Floats:
+    """[E, P]: which share of the choices made at a grid position falls on each expert; columns sum to 1.
+
+    Args:
+        expert_index: [I, P, K] chosen experts.
+        num_experts: E.
+        amount: [I, P, K] what each counts; 1 if None. Where nothing is counted at a position, its column is 0.
+    """
+    chosen = _checked(expert_index, num_experts)
+    patches = chosen.shape[1]
+    cell = chosen.astype(np.int64) * patches + np.arange(patches)[None, :, None]
+    weights = None if amount is None else np.asarray(amount, np.float64).ravel()
+    counts = np.bincount(cell.ravel(), weights, minlength=num_experts * patches).reshape(num_experts, patches)
+    total = counts.sum(0)
+    share: Floats = counts / np.where(total > 0, total, 1)
+    return share
+
+
+def gate_weight_quantiles(
+    combine_weight: npt.NDArray[np.floating], quantiles: Sequence[float] = QUANTILES, kept: Flags | None = None
+) -> Floats:
+    """[Q, K]: quantiles over all patches of the weight of the 1st .. Kth choice (linear interpolation).
+
+    Args:
+        combine_weight: [I, P, K] weight of each choice in the output, best choice first.
+        quantiles: Q numbers in [0, 1].
+        kept: [I, P, K] which of them count; all if None. Of a rank that no patch has the result is nan.
+    """
+    weights = np.asarray(combine_weight, dtype=np.float64)
+    if weights.ndim != 3 or weights.size == 0:
+        raise UserError(f"Gate weights need the axes [images, patches, choices], all filled; got {weights.shape}.")
+    by_rank = weights.reshape(-1, weights.shape[-1])
+    if kept is None:
+        return np.quantile(by_rank, quantiles, axis=0)
+    counted = np.asarray(kept).reshape(by_rank.shape)
+    columns = [values[mask] for values, mask in zip(by_rank.T, counted.T, strict=True)]
+    nothing = np.full(len(quantiles), np.nan)
+    return np.stack([np.quantile(values, quantiles) if len(values) else nothing for values in columns], axis=-1)
+
+
+def part_fractions(part_masks: npt.NDArray[np.uint8], grid: tuple[int, int], num_parts: int) -> npt.NDArray[np.float32]:
+    """[I, P, parts]: which share of each patch's pixels belongs to each part; sums to 1 over the parts.
+
+    Args:
+        part_masks: [I, S, S] part of each pixel, 0..num_parts - 1, as `PictureSet.part_mask` gives them.
+        grid: (rows, columns) of patches; each divides S.
+        num_parts: number of parts.
+    """
+    masks = np.asarray(part_masks)
+    rows, columns = grid
+    if masks.ndim != 3 or masks.shape[1] % rows or masks.shape[2] % columns:
+        raise UserError(f"Part masks need the axes [images, S, S] with S a multiple of the grid {grid}; {masks.shape}.")
+    images, height, width = masks.shape
+    tiles = masks.reshape(images, rows, height // rows, columns, width // columns).swapaxes(2, 3)
+    pixels = tiles.reshape(images, rows * columns, -1)
+    return np.stack([(pixels == part).mean(-1, dtype=np.float32) for part in range(num_parts)], axis=-1)
+
+
+def majority_part(fractions: npt.NDArray[np.floating]) -> npt.NDArray[np.int16]:
+    """[I, P]: the part with most pixels in each patch (the lower number of two that tie), from `part_fractions`."""
+    majority: npt.NDArray[np.int16] = np.asarray(fractions).argmax(-1).astype(np.int16)
+    return majority
+
+
+def part_expert_table(
+    expert_index: Ints, fractions: npt.NDArray[np.floating], num_experts: int, amount: Amounts | None = None
+) -> Floats:
+    """[parts, E]: patches of each part that went to each expert; a patch counts for its parts by their area.
+
+    Each of a patch's K choices carries 1/K of it, so the table sums to I · P and the row sums are each part's area
+    in patches. Divide a row by its sum for the share of that part's area that each expert received. With amounts a
+    choice carries its amount, and row sums are what all experts read of a part.
+
+    Args:
+        expert_index: [I, P, K] chosen experts.
+        fractions: [I, P, parts] from `part_fractions`, or one-hot majority parts.
+        num_experts: E.
+        amount: [I, P, K] what each choice carries; 1/K if None.
+    """
+    chosen = _checked(expert_index, num_experts)
+    share = np.asarray(fractions)
+    if share.shape[:2] != chosen.shape[:2]:
+        raise UserError(f"Parts {share.shape[:2]} and routing {chosen.shape[:2]} are of other images or patches.")
+    if amount is None:
+        amount = np.full(chosen.shape, 1 / chosen.shape[2])
+    table: Floats = np.zeros((share.shape[2], num_experts))
+    for choice in range(chosen.shape[2]):
+        for part in range(share.shape[2]):
+            weights = (share[:, :, part] * amount[:, :, choice]).ravel()
+            table[part] += np.bincount(chosen[:, :, choice].ravel(), weights=weights, minlength=num_experts)
+    return table
+
+
+def _checked(expert_index: Ints, num_experts: int) -> Ints:
+    """`expert_index` as an array [I, P, K] whose experts exist."""
+    chosen = np.asarray(expert_index)
+    if chosen.ndim != 3 or chosen.size == 0:
+        raise UserError(f"Chosen experts need the axes [images, patches, choices], all filled; got {chosen.shape}.")
+    if chosen.min() < 0 or chosen.max() >= num_experts:
+        raise UserError(f"Chosen experts must lie in 0..{num_experts - 1}, got {chosen.min()}..{chosen.max()}.")
+    return chosen
+
+
+class GalleryPatch(NamedTuple):
+    """One patch of one image.
+
+    Attributes:
+        image: index of the image in the trace.
+        patch: index of the patch in its grid.
+        weight: the gate weight that the expert has in it; Soft MoE: how much of it the expert reads.
+    """
+
+    image: int
+    patch: int
+    weight: float
+
+
+class ExpertGallery(NamedTuple):
+    """The patches of one expert.
+
+    Attributes:
+        expert: index of the expert in its layer.
+        top: heaviest first, at most one of each image.
+        random: drawn from all patches that the expert computed, in order of image and patch.
+    """
+
+    expert: int
+    top: list[GalleryPatch]
+    random: list[GalleryPatch]
+
+
+def layer_gallery(layer: LayerTrace, count: int = 8, seed: int = 0) -> list[ExpertGallery]:
+    """The gallery of every expert of a layer, in order; an expert that nothing is routed to has an empty one."""
+    experts = range(layer.num_experts)
+    return [ExpertGallery(e, top_patches(layer, e, count), random_patches(layer, e, count, seed)) for e in experts]
+
+
+def top_patches(layer: LayerTrace, expert: int, count: int = 8) -> list[GalleryPatch]:
+    """The patches in which an expert's gate weight is largest, at most one of each image.
+
+    Choices that capacity dropped don't count: the expert has not computed them. Of equal weights the earlier image
+    and patch comes first, so the answer does not depend on the platform.
+
+    Args:
+        layer: the trace of one layer.
+        expert: index in 0..E - 1.
+        count: how many, fewer if the expert is in fewer images.
+    """
+    images, patches, weights = _routed(layer, expert)
+    heaviest = np.lexsort((patches, images, -weights))
+    _, first = np.unique(images[heaviest], return_index=True)  # the heaviest patch of each image
+    best = heaviest[np.sort(first)[:count]]
+    return _as_patches(images[best], patches[best], weights[best])
+
+
+def random_patches(layer: LayerTrace, expert: int, count: int = 8, seed: int = 0) -> list[GalleryPatch]:
+    """Patches drawn without replacement from all that an expert computed: evenly, or (Soft MoE) as it reads them.
+
+    Args:
+        layer: the trace of one layer.
+        expert: index in 0..E - 1.
+        count: how many, fewer if the expert has fewer.
+        seed: other seeds give other patches; layers and experts of one seed are drawn independently.
+    """
+    images, patches, weights = _routed(layer, expert)
+    rng = np.random.default_rng([seed, layer.layer, expert])
+    chance = None
+    if layer.kind == "soft":
+        chance = weights.astype(np.float64) / max(float(weights.sum(dtype=np.float64)), 1e-12)
+    size = min(count, len(images) if chance is None else int((chance > 0).sum()))
+    drawn = np.sort(rng.choice(len(images), size=size, replace=False, p=chance))
+    return _as_patches(images[drawn], patches[drawn], weights[drawn])
+
+
+def first_choice_paths(trace: RoutingTrace) -> npt.NDArray[np.int16]:
+    """[I, P, L]: the expert that each patch gave most weight to in each MoE layer, in order of depth; -1 for none."""
+    return np.stack([np.asarray(layer.first_choice(), dtype=np.int16) for layer in trace.layers], axis=-1)
+
+
+def patches_on_path(
+    trace: RoutingTrace, path: Sequence[int], *, label: int | None = None, count: int = 8, seed: int = 0
+) -> list[GalleryPatch]:
+    """Random patches whose first choice is `path`, at most one of each image as long as images suffice.
+
+    Args:
+        trace: the routing of a set of images.
+        path: [L] an expert for each MoE layer, in order of depth.
+        label: only of images of this class.
+        count: how many, fewer if fewer take this path.
+        seed: other seeds give other patches.
+
+    Returns:
+        Patches with the weight of the last layer's first choice, in order of image and patch.
+
+    Raises:
+        UserError: if the path is not one expert per MoE layer.
+    """
+    if len(path) != len(trace.layers):
+        raise UserError(f"A path through this model names {len(trace.layers)} experts, one per MoE layer: {path}.")
+    on_path = (first_choice_paths(trace) == np.asarray(path)).all(-1)
+    if label is not None:
+        on_path &= (trace.labels == label)[:, None]
+    images, patches = np.nonzero(on_path)
+    chosen = spread_over_pictures(images, count, np.random.default_rng(seed))
+    weights = np.asarray(trace.layers[-1].combine_weight)[images[chosen], patches[chosen], 0]
+    return _as_patches(images[chosen], patches[chosen], weights)
+
+
+def spread_over_pictures(images: npt.NDArray[np.intp], count: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:
+    """Positions in `images` of random entries, sorted; an image's second entry only fills up what others can't.
+
+    Args:
+        images: [N] the image of each entry.
+        count: how many, fewer if there are fewer.
+        rng: draws them.
+    """
+    order = rng.permutation(len(images))
+    _, first = np.unique(images[order], return_index=True)
+    once = np.zeros(len(order), dtype=bool)
+    once[first] = True
+    return np.sort(np.concatenate([order[once], order[~once]])[:count])
+
+
+def _routed(
+    layer: LayerTrace, expert: int
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]:
+    """Image, patch and weight of everything that an expert computed, in order of image and patch."""
+    if not 0 <= expert < layer.num_experts:
+        raise UserError(f"There is no expert {expert}: the layer has experts 0 to {layer.num_experts - 1}.")
+    images, patches, choices = np.nonzero((layer.expert_index == expert) & layer.kept)
+    weights = layer.combine_weight if layer.read_weight is None else layer.read_weight
+    return images, patches, np.asarray(weights)[images, patches, choices]
+
+
+def _as_patches(
+    images: npt.NDArray[np.intp], patches: npt.NDArray[np.intp], weights: npt.NDArray[np.floating]
+) -> list[GalleryPatch]:
+    return [GalleryPatch(int(i), int(p), round(float(w), 4)) for i, p, w in zip(images, patches, weights, strict=True)]
+
+
+def fractions_of_parts(pictures: PictureSet, grid: tuple[int, int]) -> npt.NDArray[np.float32] | None:
+    """[I, P, parts]: share of each patch's pixels that belong to each part; None where images have no parts."""
+    if not pictures.part_names:
+        return None
+    fractions = []
+    for index in range(len(pictures)):
+        mask = pictures.part_mask(index)
+        if mask is None:
+            raise UserError(f"{pictures.name} names parts, but the image {pictures.picture_name(index)} has no mask.")
+        fractions.append(part_fractions(mask[None], grid, len(pictures.part_names))[0])
+    return np.stack(fractions)

@@ -1,0 +1,543 @@
+"""`PictureSet`: labelled images as the model sees them, opened as training and testing open them.
+
+Whatever the images come from (a folder, a dataset by name, a torch dataset, a run's held-out test set), they go through
+the data package: the same split, the same decoding, the same central square.
+
+Axes: S = ``image_size``; a patch is an index into the row-major grid of rows x columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch.utils.data import Dataset
+
+from moevision.data.images import BadImageError
+from moevision.data.named import open_collection
+from moevision.data.sources import SPLITS, Collection, DrawnCollection, FileCollection, Sample
+from moevision.data.splits import Cut, make_splits, read_splits
+from moevision.data.synthetic import SyntheticPets
+from moevision.data.transforms import square_pixels
+from moevision.errors import DataWarning, UserError
+from moevision.models.io import SavedModel
+from moevision.models.safe_files import read_yaml
+from moevision.names import name_bytes, shown
+
+if TYPE_CHECKING:
+    from moevision.analysis.trace import RoutingTrace
+
+Pixels = npt.NDArray[np.uint8]
+
+DRAWN_SIZES = {"train": 16_000, "val": 1_000, "test": 2_000}
+"""Images of synthetic_pets per split, as `ImageDataModule` has them by default."""
+
+
+@runtime_checkable
+class PictureSet(Protocol):
+    """Labelled images of one size, by index.
+
+    Attributes:
+        class_names: names of the labels.
+        name: what the images are, in words.
+        part_names: names of the values of a part mask; empty where parts aren't known.
+    """
+
+    class_names: tuple[str, ...]
+    name: str
+    part_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of images, unreadable ones included."""
+
+    def image(self, index: int) -> Pixels:
+        """The image, uint8 [S, S, 3] in RGB order; raises `BadImageError` if it can't be read."""
+
+    def label(self, index: int) -> int:
+        """The class, an index into `class_names`; -1 if it isn't known."""
+
+    def picture_name(self, index: int) -> str:
+        """A name that stays the same across runs and machines: never an absolute path."""
+
+    def part_mask(self, index: int) -> Pixels | None:
+        """The part seen at each pixel, uint8 [S, S], an index into `part_names`; None without parts."""
+
+
+Data = str | Path | Dataset[Any] | PictureSet
+
+
+def open_pictures(
+    data: Data,
+    image_size: int,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+    root: str | Path = "data",
+    download: bool = False,
+    run_dir: str | Path | None = None,
+) -> PictureSet:
+    """Open images as evaluation sees them.
+
+    Args:
+        data: `synthetic_pets`, another dataset's name (`cifar10`, ...), a folder with one subfolder per class (also
+            inside train/, val/, test/), a torch dataset of (PIL image, label), or a `PictureSet`.
+        image_size: S, side of the square images in pixels.
+        split: `test`, `val`, `train`, or `all`; cut as `ImageDataModule` cuts it where the data came unsplit. A torch
+            dataset or a `PictureSet` is taken as it is.
+        limit: take at most so many images, the same number of each class as far as there are enough. They are drawn
+            by a hash of seed and name: a larger limit adds images and removes none.
+        seed: of the cut, of drawn images and of `limit`; 0 is the data module's default.
+        class_names: the model's classes. Labels become indices into them by name (case and underscores don't count);
+            where the model knows none of the data's classes the data keeps its own.
+        root: folder in which named datasets live.
+        download: fetch a named dataset that isn't there.
+        run_dir: a run's folder; its splits.csv says which images were held out.
+
+    Raises:
+        UserError: if the data are missing, laid out otherwise, or have no such split.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}: it must be at least 1 image.")
+    pictures: PictureSet
+    if isinstance(data, PictureSet):
+        pictures = data
+    elif isinstance(data, SyntheticPets):  # drawn again at the model's size, with its part masks
+        pets = SyntheticPets(len(data), image_size, data.seed, data.split)
+        pictures = Collected.of_drawn(pets, f"synthetic_pets, {data.split} set, seed {data.seed}")
+    elif isinstance(data, str | Path):
+        pictures = _from_collection(data, image_size, split, seed, root, download, run_dir)
+    else:
+        pictures = FromDataset(data, image_size, class_names)
+    return _viewed(pictures, limit, seed, class_names)
+
+
+def _from_collection(
+    data: str | Path,
+    image_size: int,
+    split: str,
+    seed: int,
+    root: str | Path,
+    download: bool,
+    run_dir: str | Path | None,
+) -> PictureSet:
+    if split not in (*SPLITS, "all"):
+        raise UserError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}, all.")
+    collection = open_collection(
+        str(data), root=str(root), download=download, image_size=image_size, seed=seed, sizes=DRAWN_SIZES
+    )
+    samples, class_names, sentences = _samples(collection, split, seed, run_dir)
+    for sentence in [*collection.notes, *sentences]:
+        warnings.warn(sentence, DataWarning, stacklevel=4)
+    what = shown(Path(data).expanduser().resolve().name) if isinstance(collection, FileCollection) else str(data)
+    which = "all images" if split == "all" else f"{split} set"
+    return Collected(collection, samples, image_size, tuple(class_names), f"{what}, {which}, seed {seed}")
+
+
+def _samples(
+    collection: Collection, split: str, seed: int, run_dir: str | Path | None
+) -> tuple[list[Sample], list[str], list[str]]:
+    """The split's images, the names of their labels, and warnings."""
+    if split == "all":
+        return [sample for part in collection.given.values() for sample in part], collection.class_names, []
+    table = None if run_dir is None else Path(run_dir) / "splits.csv"
+    if table is not None and table.exists():
+        splits, class_names = read_splits(table, collection)
+    else:
+        splits, class_names = make_splits(collection, Cut(seed=seed)), collection.class_names
+    if split not in splits.samples:
+        raise UserError(f"There is no {split} set in this data: choose one of {', '.join(splits.samples)}, all.")
+    return splits.samples[split], class_names, splits.warnings
+
+
+def _viewed(pictures: PictureSet, limit: int | None, seed: int, class_names: Sequence[str] | None) -> PictureSet:
+    """The images with the model's labels, and as many of them as wanted."""
+    names, new_label = labels_in(pictures.class_names, class_names)
+    if names == pictures.class_names and (limit is None or limit >= len(pictures)):
+        return pictures
+    indices: Sequence[int] = range(len(pictures))
+    name = pictures.name
+    if limit is not None and limit < len(pictures):
+        indices = balanced_subset(pictures, limit, seed)
+        name = f"{name}, {len(indices)} of {len(pictures)} images"
+    return View(pictures, indices, names, new_label, name)
+
+
+class Collected:
+    """Images of a collection; see `PictureSet` for the attributes."""
+
+    def __init__(
+        self,
+        collection: Collection,
+        samples: Sequence[Sample],
+        image_size: int,
+        class_names: tuple[str, ...],
+        name: str,
+    ) -> None:
+        """Describe the set; nothing is read before an image is asked for."""
+        self.collection, self.samples, self.image_size = collection, samples, image_size
+        self.class_names, self.name = class_names, name
+        self.part_names: tuple[str, ...] = SyntheticPets.parts if isinstance(collection, DrawnCollection) else ()
+
+    @classmethod
+    def of_drawn(cls, pets: SyntheticPets, name: str) -> Collected:
+        """A set of drawn images, named as the data module names them."""
+        samples = [Sample(f"{pets.split}/{number:06d}", pets.label(number)) for number in range(len(pets))]
+        collection = DrawnCollection(list(pets.classes), {pets.split: samples}, [], {pets.split: pets})
+        return cls(collection, samples, pets.image_size, pets.classes, name)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.samples)
+
+    def image(self, index: int) -> Pixels:
+        """The image as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
+        return square_pixels(self.collection.open(self.samples[index], self.image_size), self.image_size)
+
+    def label(self, index: int) -> int:
+        """The class."""
+        return self.samples[index].label
+
+    def picture_name(self, index: int) -> str:
+        """The path relative to the collection, or `split/number`."""
+        return self.samples[index].sample_id
+
+    def part_mask(self, index: int) -> Pixels | None:
+        """The part at each pixel of a drawn image, uint8 [S, S]."""
+        if not isinstance(self.collection, DrawnCollection):
+            return None
+        split, number = self.samples[index].sample_id.rsplit("/", 1)
+        return self.collection.pets[split].part_mask(int(number))
+
+
+class FromDataset:
+    """A torch dataset of (PIL image, label); see `PictureSet` for the attributes.
+
+    Labels are taken from its `targets` (as torchvision's datasets have them) or, image by image, from its items.
+    Class names are its `classes`, or else the model's.
+    """
+
+    part_names: tuple[str, ...] = ()
+
+    def __init__(self, dataset: Dataset[Any], image_size: int, class_names: Sequence[str] | None) -> None:
+        """Describe the set.
+
+        Raises:
+            UserError: if it has no length.
+        """
+        size = getattr(dataset, "__len__", None)
+        if size is None:
+            raise UserError(
+                f"{type(dataset).__name__} is no set of images: give a folder, a dataset's name, or a torch dataset "
+                "with a length whose items are (PIL image, label)."
+            )
+        self.dataset, self.image_size, self._size = dataset, image_size, int(size())
+        self.name = type(dataset).__name__
+        targets = getattr(dataset, "targets", None)
+        self._labels: dict[int, int] = {}
+        if targets is not None and len(targets) == self._size:
+            self._labels = {index: int(label) for index, label in enumerate(targets)}
+        names = getattr(dataset, "classes", None) or class_names
+        if names is None:
+            names = [f"class {label}" for label in range(1 + max(map(self._label, range(self._size)), default=-1))]
+        self.class_names: tuple[str, ...] = tuple(shown(str(name)) for name in names)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self._size
+
+    def image(self, index: int) -> Pixels:
+        """The image as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
+        return square_pixels(self._item(index), self.image_size)
+
+    def label(self, index: int) -> int:
+        """The class; -1 where the image can't be read and nothing else tells."""
+        label = self._label(index)
+        if label >= len(self.class_names):
+            raise UserError(
+                f"Image {index} of {self.name} has the label {label} and there are {len(self.class_names)} class "
+                "names: give the dataset the attribute `classes`."
+            )
+        return label
+
+    def _label(self, index: int) -> int:
+        if index not in self._labels:
+            try:
+                self._item(index)
+            except BadImageError:
+                self._labels[index] = -1
+        return self._labels[index]
+
+    def picture_name(self, index: int) -> str:
+        """The place in the dataset; a dataset's own file names may be absolute paths."""
+        return f"{index:06d}"
+
+    def part_mask(self, index: int) -> Pixels | None:
+        """None: the dataset knows no parts."""
+        return None
+
+    def _item(self, index: int) -> Image.Image:
+        try:
+            item = self.dataset[index]
+        except BadImageError:
+            raise
+        except OSError as error:  # what Pillow raises on a damaged file, and the system on a missing one
+            raise BadImageError(self.picture_name(index), f"it can't be read ({error})") from error
+        if not (isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], Image.Image)):
+            raise UserError(
+                f"Items of {self.name} must be pairs of a PIL image and a label: leave out its transform, the model's "
+                "own is applied here."
+            )
+        self._labels.setdefault(index, max(-1, int(item[1])))  # so that a label costs no second decoding
+        return item[0].convert("RGB")
+
+
+class View:
+    """Some images of another set, under other labels; see `PictureSet` for the attributes."""
+
+    def __init__(
+        self,
+        pictures: PictureSet,
+        indices: Sequence[int],
+        class_names: tuple[str, ...],
+        new_label: Sequence[int],
+        name: str,
+    ) -> None:
+        """Show `pictures` at `indices`; label l of theirs becomes `new_label[l]`, an index into `class_names`."""
+        self.pictures, self.indices, self.new_label = pictures, indices, new_label
+        self.class_names, self.name, self.part_names = class_names, name, pictures.part_names
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.indices)
+
+    def image(self, index: int) -> Pixels:
+        """The image, uint8 [S, S, 3]; raises `BadImageError`."""
+        return self.pictures.image(self.indices[index])
+
+    def label(self, index: int) -> int:
+        """The class, an index into `class_names`; -1 if it isn't known."""
+        label = self.pictures.label(self.indices[index])
+        return self.new_label[label] if label >= 0 else -1
+
+    def picture_name(self, index: int) -> str:
+        """The name in the other set."""
+        return self.pictures.picture_name(self.indices[index])
+
+    def part_mask(self, index: int) -> Pixels | None:
+        """The part at each pixel, uint8 [S, S]; None without parts."""
+        return self.pictures.part_mask(self.indices[index])
+
+
+class Remembered(View):
+    """Another set whose images are read or drawn once only, as long as they fit into memory."""
+
+    def __init__(self, pictures: PictureSet, max_bytes: int = 512 << 20) -> None:
+        classes = pictures.class_names
+        super().__init__(pictures, range(len(pictures)), classes, range(len(classes)), pictures.name)
+        self.left = max_bytes
+        self.kept: dict[int, Pixels] = {}
+
+    def image(self, index: int) -> Pixels:
+        """The image, uint8 [S, S, 3]; raises `BadImageError`."""
+        if index in self.kept:
+            return self.kept[index]
+        pixels = super().image(index)
+        if pixels.nbytes <= self.left:
+            self.kept[index], self.left = pixels, self.left - pixels.nbytes
+        return pixels
+
+
+def labels_in(own: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[tuple[str, ...], list[int]]:
+    """Names and numbers of the data's classes among the model's.
+
+    Args:
+        own: names of the data's classes.
+        wanted: names of the model's classes, None if they don't matter.
+
+    Returns:
+        The class names to use, and for each label of the data its new number (-1: the model has no such class). The
+        data keeps its own names where the model knows none of them.
+    """
+    number_of = {_plain(name): number for number, name in enumerate(wanted or ())}
+    numbers = [number_of.get(_plain(name), -1) for name in own]
+    if wanted is None or all(number < 0 for number in numbers):
+        return own, list(range(len(own)))
+    strangers = [name for name, number in zip(own, numbers, strict=True) if number < 0]
+    if strangers:
+        warnings.warn(
+            f"{len(strangers)} of {len(own)} classes of the data are none of the model's, and their images count as "
+            f"unlabelled: {', '.join(strangers[:5])}",
+            DataWarning,
+            stacklevel=4,
+        )
+    return tuple(wanted), numbers
+
+
+def _plain(name: str) -> str:
+    return shown(name).casefold().replace("_", " ")
+
+
+def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:
+    """Indices of `limit` images, in order: classes take turns, each in the order of a hash of (seed, name).
+
+    Hence a class has one image more than another at most, unless it runs out, and subsets of growing size nest.
+    """
+    members: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
+    for index in range(len(pictures)):
+        key = hashlib.sha256(name_bytes(f"{seed}:{pictures.picture_name(index)}")).digest()
+        members[pictures.label(index)].append((key, index))
+    turns = [(turn, label, index) for label, keyed in members.items() for turn, (_, index) in enumerate(sorted(keyed))]
+    return sorted(index for _, _, index in sorted(turns)[:limit])
+
+
+def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
+    """The images in the order of the trace, without those that could not be read when it was collected.
+
+    Raises:
+        UserError: if the trace is of other images.
+    """
+    names = [pictures.picture_name(index) for index in range(len(pictures))]
+    if tuple(names) == trace.picture_names:
+        return pictures
+    place = {name: index for index, name in enumerate(names)}
+    missing = [name for name in trace.picture_names if name not in place]
+    if missing:
+        raise UserError(
+            f"The trace is of other images ({missing[0]} is not among {pictures.name}): give those it is of."
+        )
+    indices = [place[name] for name in trace.picture_names]
+    return View(pictures, indices, pictures.class_names, range(len(pictures.class_names)), pictures.name)
+
+
+def read_images(pictures: PictureSet, indices: Iterable[int | np.integer[Any]]) -> Pixels:
+    """Images by index, uint8 [B, S, S, 3]."""
+    return np.stack([pictures.image(int(index)) for index in indices])
+
+
+def image_patches(image: Pixels, grid: tuple[int, int]) -> Pixels:
+    """The patches of an image uint8 [S, S, 3], [P, S / rows, S / columns, 3].
+
+    Raises:
+        UserError: the grid doesn't tile the image.
+    """
+    rows, columns = grid
+    height, width = image.shape[:2]
+    if height % rows or width % columns:
+        raise UserError(f"A grid of {rows} x {columns} patches does not tile an image of {height} x {width} px.")
+    tiles = image.reshape(rows, height // rows, columns, width // columns, 3).swapaxes(1, 2)
+    return tiles.reshape(rows * columns, *tiles.shape[2:])
+
+
+def patch_crop(image: Pixels, grid: tuple[int, int], patch: int, context: int = 1) -> Pixels:
+    """A patch with its surroundings, always in the middle of its crop.
+
+    Where the surroundings leave the image it is mirrored at its edge, so that all crops have one size and the patch
+    covers the same part of each: the middle 1 / (1 + 2 · context) of either side.
+
+    Args:
+        image: uint8 [H, W, 3].
+        grid: (rows, columns) of the patches.
+        patch: row-major index of the patch.
+        context: number of patches shown on each side.
+
+    Returns:
+        uint8 [(1 + 2 · context) · patch height, (1 + 2 · context) · patch width, 3].
+
+    Raises:
+        UserError: if there is no such patch or patches don't tile the image.
+    """
+    rows, columns = grid
+    height, width = image.shape[0] // rows, image.shape[1] // columns
+    if (height * rows, width * columns) != image.shape[:2] or not height or not width:
+        raise UserError(f"A grid of {rows} x {columns} patches does not tile {image.shape[0]} x {image.shape[1]} px.")
+    if not 0 <= patch < rows * columns or context < 0:
+        raise UserError(
+            f"There is no patch {patch} with {context} around it: a grid of {rows} x {columns} has the patches 0 to "
+            f"{rows * columns - 1}, and the context is at least 0."
+        )
+    top, left = patch // columns * height, patch % columns * width
+    margin = ((context * height, context * height), (context * width, context * width), (0, 0))
+    padded = np.pad(image, margin, mode="symmetric")  # so the window starts at the patch's own place
+    return padded[top : top + (1 + 2 * context) * height, left : left + (1 + 2 * context) * width].copy()
+
+
+def run_folder(address: str) -> Path | None:
+    """The run folder that a model lies in, given either of them; None for a model without a run."""
+    path = Path(address)
+    candidates = (path, path.resolve().parent)
+    return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
+
+
+def data_settings(run: Path) -> Mapping[str, Any]:
+    """What a run's config.yaml says about its data; empty where it says nothing.
+
+    Raises:
+        UserError: if the file can't be read.
+    """
+    file = run / "config.yaml"
+    try:
+        data = read_yaml(file)["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} can't be read ({type(error).__name__}): fix it or move it away.") from error
+    return data if isinstance(data, dict) else {}
+
+
+def is_data_of(run: Path, data: str) -> bool:
+    """Whether `data` names what a run was trained on, however its path is written."""
+    path = data_settings(run).get("path")
+    return path is not None and Path(str(path)).expanduser().resolve() == Path(data).expanduser().resolve()
+
+
+def pictures_for(
+    address: str,
+    model: SavedModel,
+    data: str | None = None,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    root: str | None = None,
+) -> PictureSet | None:
+    """Images for a model, held-out ones by default: of `data`, or else of what its run was trained on.
+
+    Args:
+        address: a run folder, its model/ folder, or any other address.
+        model: the model there.
+        data: a folder or a dataset's name; None takes the run's own.
+        split: `test`, `val`, `train` or `all`, as in `open_pictures`.
+        limit: at most so many, the same number of each class.
+        root: folder of named datasets; the run's own if None.
+
+    Returns:
+        The images; None if neither `data` nor a run says which.
+
+    Raises:
+        UserError: if the images aren't there (any more).
+    """
+    run = run_folder(address)
+    trained_on = {} if run is None else data_settings(run)
+    path = data or trained_on.get("path")
+    if path is None:
+        return None
+    try:
+        return open_pictures(
+            str(path),
+            model.image_size,
+            split=split,
+            limit=limit,
+            seed=int(trained_on.get("seed") or 0),
+            class_names=model.class_names,
+            root=root or str(trained_on.get("root") or "data"),
+            run_dir=run if run is not None and is_data_of(run, str(path)) else None,
+        )
+    except UserError as error:
+        hint = "" if data else " (the run was trained on it; --data names other images)"
+        raise UserError(f"{str(error).rstrip('.')}{hint}.") from error

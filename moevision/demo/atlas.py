@@ -1,0 +1,238 @@
+"""`atlas.json`: what one model does with one set of images, summed up once so that the explorer need not compute it.
+
+One JSON object, `"schema": "moevision.atlas/1"`:
+
+- `data`, `model`, `n_images`, `class_names`, `num_experts`, `top_k`, `grid`, `accuracy`;
+- `layers`, in order of depth, each with `layer`, `name`, `kind` (who chooses), `num_experts`, `experts_per_patch`,
+  `loads` ([E] choices that each expert computed; Soft MoE: weight that patches took), `slowest` (busiest ÷ mean),
+  `map` (a `ClassExpertMap`), `information` (a list of `LayerSpecialization`) and `experts`: per expert its `top` and
+  `random` patches as `[image name, index of the image, patch, weight]`, its `classes` (the five that prefer it
+  most) and its `parts` (null where the images have none), largest excess first;
+- `paths`: patches by the experts that they went through, `{"path": [an expert per layer], "count": patches on it,
+  "patches": [[index of the image, patch], ...]}`, most frequent first; `patches` is a random sample. A patch that no
+  expert of some layer took (expert choice) is on no path.
+
+`num_experts` and `top_k` are the first layer's; atlases of earlier versions have no `kind`, `num_experts` and
+`experts_per_patch` in a layer (all layers are then alike, and tokens choose).
+
+Floats are rounded to four decimals, and to seven in `information`, whose sentences tell three; null stands where there
+is no number, as for a class without images.
+Axes: I images, P patches, C classes, E experts, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moevision.analysis.describe import (
+    GalleryPatch,
+    first_choice_paths,
+    fractions_of_parts,
+    layer_gallery,
+    part_expert_table,
+    spread_over_pictures,
+)
+from moevision.errors import UserError
+from moevision.files import write_text_atomic
+from moevision.models.safe_files import read_json
+from moevision.names import json_text
+
+if TYPE_CHECKING:
+    from moevision.analysis.classes import ClassExpertMap
+    from moevision.analysis.images import PictureSet
+    from moevision.analysis.specialization import LayerSpecialization
+    from moevision.analysis.trace import LayerTrace, RoutingTrace
+
+SCHEMA = "moevision.atlas/1"
+"""Version of the file; a change that an older reader would misread raises the number."""
+
+Json = dict[str, Any]
+_DIGITS, _INFORMATION_DIGITS = 4, 7
+_CLASSES_SHOWN = 5
+_PATCHES_PER_PATH = 24
+
+
+def build_atlas(
+    trace: RoutingTrace,
+    pictures: PictureSet | None,
+    information: Sequence[LayerSpecialization],
+    maps: Mapping[int, ClassExpertMap],
+    *,
+    count: int = 8,
+    max_patches: int = 3000,
+    seed: int = 0,
+) -> Json:
+    """Sum up a trace.
+
+    Args:
+        trace: of `pictures`.
+        pictures: whose parts are counted; None leaves parts out.
+        information: from `specialization(trace, ...)`.
+        maps: block index -> `class_expert_map(trace, layer)`.
+        count: patches in each gallery.
+        max_patches: of all paths together.
+        seed: of what is drawn at random.
+
+    Returns:
+        JSON primitives, ready for `save_atlas`.
+    """
+    fractions = None if pictures is None else fractions_of_parts(pictures, trace.grid)
+    layers = []
+    for layer in trace.layers:
+        loads = layer.counts().sum(0)
+        parts = None if fractions is None or pictures is None else _part_shares(layer, fractions)
+        class_map = maps[layer.layer]
+        layers.append(
+            {
+                "layer": layer.layer,
+                "name": layer.name,
+                "kind": layer.kind,
+                "num_experts": layer.num_experts,
+                "experts_per_patch": layer.experts_per_patch,
+                "loads": loads.tolist(),
+                "slowest": float(loads.max() / max(loads.mean(), 1e-12)),
+                "map": class_map.to_json(),
+                "information": [entry.to_json() for entry in information if entry.layer == layer.layer],
+                "experts": [
+                    {
+                        "expert": gallery.expert,
+                        "top": _named(gallery.top, trace),
+                        "random": _named(gallery.random, trace),
+                        "classes": _favourite_classes(class_map, gallery.expert, trace.class_names),
+                        "parts": None if parts is None else _parts_of(parts, gallery.expert, pictures),
+                    }
+                    for gallery in layer_gallery(layer, count, seed)
+                ],
+            }
+        )
+    atlas: Json = _rounded(
+        {
+            "schema": SCHEMA,
+            "data": trace.data,
+            "model": trace.model,
+            "n_images": len(trace),
+            "class_names": list(trace.class_names),
+            "num_experts": trace.layers[0].num_experts,
+            "top_k": trace.layers[0].top_k,
+            "grid": list(trace.grid),
+            "accuracy": trace.accuracy,
+            "layers": layers,
+            "paths": sample_paths(trace, max_patches, seed),
+        }
+    )
+    return atlas
+
+
+def save_atlas(atlas: Json, path: str | Path) -> None:
+    """Write an atlas, whole or not at all, without white space."""
+    write_text_atomic(path, json_text(atlas, separators=(",", ":")) + "\n")
+
+
+def load_atlas(path: str | Path) -> Json:
+    """Read an atlas.
+
+    Raises:
+        UserError: if there is none, it is damaged, or another version wrote it.
+    """
+    try:
+        atlas = read_json(path)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no atlas at {path} ({error.strerror}): build it with build_atlas.") from error
+    except UserError as error:
+        raise UserError(f"The atlas {path} is damaged ({error}): build it again.") from error
+    schema = atlas.get("schema") if isinstance(atlas, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: build the atlas again.")
+    return dict(atlas)
+
+
+def sample_paths(trace: RoutingTrace, max_patches: int = 3000, seed: int = 0) -> list[Json]:
+    """Patches by the path of their first choices, the most frequent path first.
+
+    Args:
+        trace: the routing.
+        max_patches: of all paths together; rare paths are left out when it is reached.
+        seed: of the patches that stand for a path; those of one path spread over images.
+    """
+    paths = first_choice_paths(trace)
+    images, patches, depth = paths.shape
+    routed = np.flatnonzero((paths >= 0).all(-1))
+    distinct, of_path, counts = np.unique(
+        paths.reshape(images * patches, depth)[routed], axis=0, return_inverse=True, return_counts=True
+    )
+    members = np.split(routed[np.argsort(of_path.ravel(), kind="stable")], np.cumsum(counts)[:-1])
+    rng = np.random.default_rng(seed)
+    found: list[Json] = []
+    left = max_patches
+    for place in np.argsort(-counts, kind="stable"):
+        if left <= 0:
+            break
+        cells = members[place]
+        chosen = cells[spread_over_pictures(cells // patches, min(_PATCHES_PER_PATH, left), rng)]
+        left -= len(chosen)
+        found.append(
+            {
+                "path": distinct[place].tolist(),
+                "count": int(counts[place]),
+                "patches": [[int(cell) // patches, int(cell) % patches] for cell in chosen],
+            }
+        )
+    return found
+
+
+def _part_shares(layer: LayerTrace, fractions: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], ...]:
+    """[parts, E]: which share of each part's area an expert got, and [E]: of all parts together."""
+    table = part_expert_table(np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted)
+    area = table.sum(1, keepdims=True)
+    return np.divide(table, area, out=np.zeros_like(table), where=area > 0), table.sum(0) / table.sum()
+
+
+def _parts_of(
+    shares: tuple[npt.NDArray[np.float64], ...], expert: int, pictures: PictureSet | None
+) -> list[dict[str, Any]]:
+    share, overall = shares
+    names = pictures.part_names if pictures is not None else ()
+    rows: list[Json] = [
+        {"part": name, "share": float(share[part, expert]), "above": float(share[part, expert] - overall[expert])}
+        for part, name in enumerate(names)
+        if share[part].sum() > 0
+    ]
+    return sorted(rows, key=lambda row: -row["above"])
+
+
+def _favourite_classes(class_map: ClassExpertMap, expert: int, class_names: Sequence[str]) -> list[Json]:
+    """The classes that send an expert more than the others do, largest excess first; those without images don't."""
+    seen = int((class_map.n_images > 0).sum())  # nan sorts last
+    order = np.argsort(-class_map.excess[:, expert], kind="stable")[: min(seen, _CLASSES_SHOWN)]
+    return [
+        {
+            "class": class_names[index],
+            "share": float(class_map.share[index, expert]),
+            "above": float(class_map.excess[index, expert]),
+            "significant": bool(class_map.significant[index, expert]),
+        }
+        for index in order
+    ]
+
+
+def _named(patches: Sequence[GalleryPatch], trace: RoutingTrace) -> list[list[Any]]:
+    return [[trace.picture_names[patch.image], patch.image, patch.patch, patch.weight] for patch in patches]
+
+
+def _rounded(value: Any, digits: int = _DIGITS) -> Any:
+    if isinstance(value, float):
+        return round(value, digits) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {
+            name: _rounded(item, _INFORMATION_DIGITS if name == "information" else digits)
+            for name, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item, digits) for item in value]
+    return value

@@ -1,0 +1,390 @@
+"""What the explorer knows about whole sets of images: galleries, atlases, and the answers of the tabs about them.
+
+A gallery (some hundred images of the model's data with the routing of every patch) is collected in one background
+thread, one model variant after the other, while the page is in use already. An atlas that didn't come with the model
+is built from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from moevision.analysis.classes import class_expert_map, compare_classes, image_shares
+from moevision.analysis.collect import collect_routing
+from moevision.analysis.describe import fractions_of_parts, majority_part, patches_on_path
+from moevision.analysis.images import PictureSet, open_pictures, patch_crop
+from moevision.analysis.specialization import specialization
+from moevision.analysis.trace import RoutingTrace
+from moevision.data.images import BadImageError
+from moevision.demo import requests as read
+from moevision.demo.atlas import build_atlas, load_atlas
+from moevision.demo.bundle import Entry, Variant
+from moevision.demo.examples import Found, Recent, thumb
+from moevision.demo.facts import ModelFacts, Pixels
+from moevision.demo.requests import RequestError
+from moevision.demo.typical import MIN_PICTURES, Typical, typical_of
+from moevision.demo.wire import data_uri
+
+LIMIT = 400  # images of a gallery
+CELL_PICTURES = 12
+SIMILAR_PATCHES = 12
+CROP_PX = 40  # small patches are shown with more of what surrounds them
+T = TypeVar("T")
+Json = dict[str, Any]
+Key = tuple[str, str]  # model, variant
+log = logging.getLogger(__name__)
+
+
+class Held:
+    """The readable ones of some pictures, kept in memory; see `PictureSet` for the attributes."""
+
+    def __init__(self, pictures: PictureSet) -> None:
+        self.class_names, self.name, self.part_names = pictures.class_names, pictures.name, pictures.part_names
+        self._pictures = pictures
+        self._indices: list[int] = []
+        self._images: list[Pixels] = []
+        for index in range(len(pictures)):
+            try:
+                self._images.append(pictures.image(index))
+            except BadImageError as error:
+                log.warning("left out of the gallery: %s", error)
+            else:
+                self._indices.append(index)
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+        return len(self._indices)
+
+    def image(self, index: int) -> Pixels:
+        """The picture, uint8 [S, S, 3]."""
+        return self._images[index]
+
+    def label(self, index: int) -> int:
+        """The class; -1 if it isn't known."""
+        return self._pictures.label(self._indices[index])
+
+    def picture_name(self, index: int) -> str:
+        """Its name in the whole set."""
+        return self._pictures.picture_name(self._indices[index])
+
+    def part_mask(self, index: int) -> Pixels | None:
+        """The part seen at each pixel; None without parts."""
+        return self._pictures.part_mask(self._indices[index])
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures of a model's data with the routing of every patch.
+
+    Attributes:
+        pictures: at most `LIMIT`, the same number of each class.
+        trace: of these pictures, in their order.
+    """
+
+    pictures: PictureSet
+    trace: RoutingTrace
+
+
+class Galleries:
+    """The galleries of all variants of all models.
+
+    Args:
+        entries: the models; those without pictures have stored atlases only.
+        limit: pictures in a gallery.
+    """
+
+    def __init__(self, entries: Sequence[Entry], limit: int = LIMIT) -> None:
+        self.entries, self.limit = list(entries), limit
+        self._atlases: dict[Key, Json] = {key: atlas for entry in entries for key, atlas in _stored(entry)}
+        self._galleries: dict[Key, Gallery] = {}
+        self._failed: dict[Key, str] = {}
+        self._typical: dict[str, Typical] = {
+            entry.card.id: entry.card.typical for entry in entries if entry.card.typical is not None
+        }
+        self._stop = threading.Event()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="moevision-galleries", daemon=True)
+
+    def start(self, ready: Callable[[Entry, str], None] = lambda entry, variant: None) -> None:
+        """Begin to collect; returns at once. `ready` is called with each model and variant that is finished."""
+        self._ready = ready
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until everything is collected; False if that takes longer."""
+        return self._done.wait(timeout_s)
+
+    def close(self) -> None:
+        """Stop after the variant that is being collected."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def atlas(self, entry: Entry, variant: str) -> Json | None:
+        """The atlas of a variant; None while it is being computed or if there will be none.
+
+        Raises:
+            RequestError: if it could not be made.
+        """
+        return self._unless_failed(self._atlases.get((entry.card.id, variant)), entry, variant)
+
+    def gallery(self, entry: Entry, variant: str) -> Gallery | None:
+        """The gallery of a variant; None while it is being collected or if the model has no pictures.
+
+        Raises:
+            RequestError: if it could not be made.
+        """
+        return self._unless_failed(self._galleries.get((entry.card.id, variant)), entry, variant)
+
+    def status(self, entry: Entry) -> str:
+        """What to say about a model without a gallery: `computing` or `no_pictures`."""
+        return "computing" if entry.examples.has_pictures else "no_pictures"
+
+    def typical(self, entry: Entry) -> Typical | None:
+        """What pictures of the training data look like; None if that isn't known (yet)."""
+        return self._typical.get(entry.card.id)
+
+    def _unless_failed(self, found: T | None, entry: Entry, variant: str) -> T | None:
+        failed = self._failed.get((entry.card.id, variant))
+        if found is None and failed is not None:
+            raise RequestError(f"The pictures of {entry.card.title} could not be looked through: {failed}")
+        return found
+
+    def _work(self) -> None:
+        order = [(entry, "trained") for entry in self.entries]
+        order += [(entry, variant) for entry in self.entries for variant in entry.variants if variant != "trained"]
+        held: dict[str, Held] = {}
+        for entry, variant in order:
+            if self._stop.is_set() or entry.examples.pictures is None:
+                continue
+            try:
+                if entry.card.id not in held:
+                    held[entry.card.id] = self._hold(entry, entry.examples.pictures)
+                self._collect(entry, variant, held[entry.card.id])
+                self._ready(entry, variant)
+            except Exception as error:  # an exception would end this thread, and nobody would see it
+                log.exception("the gallery of %s, %s, could not be made", entry.card.title, variant)
+                self._failed[entry.card.id, variant] = str(error) or type(error).__name__
+        self._done.set()
+
+    def _hold(self, entry: Entry, pictures: PictureSet) -> Held:
+        held = Held(open_pictures(pictures, entry.facts.image_size, limit=self.limit))
+        # Other data's usual look is not that of the data which the model learned from.
+        if not entry.foreign and entry.card.id not in self._typical and len(held) >= MIN_PICTURES:
+            images = (held.image(index) for index in range(len(held)))
+            self._typical[entry.card.id] = typical_of(images, entry.facts.image_size)
+        return held
+
+    def _collect(self, entry: Entry, variant: str, held: Held) -> None:
+        key = (entry.card.id, variant)
+        # Small batches: a visitor's picture waits no longer than one of them takes.
+        trace = collect_routing(
+            entry.variants[variant].saved, held, batch_size=16, progress=False, name=entry.card.title
+        )
+        self._galleries[key] = Gallery(held, trace)
+        stored = self._atlases.get(key)
+        if stored is None or not _names(stored) <= entry.examples.names:  # about pictures that can't be shown
+            self._atlases[key] = atlas_of(trace, held)
+
+
+def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
+    """An atlas without the baselines of `measure_baselines`, which take minutes; so no verdict is given in it."""
+    maps = {layer.layer: class_expert_map(trace, layer.layer) for layer in trace.layers}
+    fractions = fractions_of_parts(pictures, trace.grid)
+    parts = None if fractions is None else majority_part(fractions)
+    return build_atlas(trace, pictures, specialization(trace, parts=parts), maps)
+
+
+def _stored(entry: Entry) -> list[tuple[Key, Json]]:
+    files = [(name, variant.atlas) for name, variant in entry.variants.items()]
+    return [((entry.card.id, name), load_atlas(file)) for name, file in files if file is not None]
+
+
+def _names(atlas: Json) -> set[str]:
+    """Names of all pictures in the galleries of an atlas."""
+    return {
+        patch[0]
+        for layer in atlas["layers"]
+        for expert in layer["experts"]
+        for patch in [*expert["top"], *expert["random"]]
+    }
+
+
+class AtlasPages:
+    """Handlers of requests about a variant's atlas and gallery.
+
+    Args:
+        entries: the models by id.
+        galleries: where atlases and galleries come from.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], galleries: Galleries) -> None:
+        self.entries, self.galleries = entries, galleries
+        # An answer with all its crops; there are as many as variants times layers.
+        self._experts: Recent[Json] = Recent(64)
+        self._compared: Recent[Json] = Recent(256)
+
+    def model(self, request: Mapping[str, Any]) -> tuple[Entry, Variant]:
+        """The model and variant that a request names; variant `trained` if it names none."""
+        entry = self.entries[read.choice(request, "model", tuple(self.entries), next(iter(self.entries)))]
+        return entry, entry.variants[read.choice(request, "variant", tuple(entry.variants), "trained")]
+
+    def experts(self, request: Any) -> Json:
+        """A card per expert of one layer: load, patches in context, classes, parts."""
+        given = read.fields(request, ("model", "variant", "layer"))
+        entry, variant = self.model(given)
+        layer = read.whole(given, "layer", variant.facts.layers, variant.facts.layers[-1])
+        atlas = self.galleries.atlas(entry, variant.facts.variant)
+        if atlas is None:
+            return _waiting(self.galleries.status(entry), layer=layer, name=f"L{layer}", experts=[])
+        key = (entry.card.id, variant.facts.variant, layer, id(atlas))
+        return self._experts.get(key, lambda: self._experts_page(entry, variant.facts, layer, atlas))
+
+    def prepare(self, entry: Entry, variant: str) -> None:
+        """Cut out the patches of all experts, so that nobody waits for that."""
+        for layer in entry.facts.layers:
+            self.experts({"model": entry.card.id, "variant": variant, "layer": layer})
+
+    def classes(self, request: Any) -> Json:
+        """Class x expert maps of all layers, and how much experts tell about classes and places."""
+        entry, variant = self.model(read.fields(request, ("model", "variant")))
+        atlas = self.galleries.atlas(entry, variant.facts.variant)
+        if atlas is None:
+            names = list(variant.facts.class_names)
+            return _waiting(self.galleries.status(entry), n_images=0, class_names=names, layers=[])
+        layers = [
+            {
+                "layer": layer["layer"],
+                "name": layer["name"],
+                **{name: layer["map"][name] for name in ("share", "excess", "significant", "threshold")},
+                "information": layer["information"],
+            }
+            for layer in atlas["layers"]
+        ]
+        note = f"Measured on {atlas['n_images']:,} pictures: {atlas['data']}."
+        names = atlas["class_names"]
+        return {"status": "ready", "n_images": atlas["n_images"], "class_names": names, "layers": layers, "note": note}
+
+    def compare(self, request: Any) -> Json:
+        """How the pictures of two classes differ in the experts they use, with intervals."""
+        given = read.fields(request, ("model", "variant", "a", "b"))
+        entry, variant = self.model(given)
+        gallery = self._gallery(entry, variant)
+        names = gallery.trace.class_names
+        a, b = read.choice(given, "a", names), read.choice(given, "b", names)
+        if a == b:
+            raise RequestError("Choose two different classes to compare.")
+        key = (entry.card.id, variant.facts.variant, a, b)
+        return self._compared.get(key, lambda: compare_classes(gallery.trace, a, b).to_json())
+
+    def cell(self, request: Any) -> Json:
+        """The pictures of a class that use an expert most."""
+        given = read.fields(request, ("model", "variant", "layer", "expert", "class"))
+        entry, variant = self.model(given)
+        layer = read.whole(given, "layer", variant.facts.layers)
+        expert = read.whole(given, "expert", range(variant.facts.router(layer).num_experts))
+        gallery = self._gallery(entry, variant)
+        name = read.choice(given, "class", gallery.trace.class_names)
+        share = image_shares(gallery.trace.layer(layer).image_takes())[:, expert]
+        members = np.flatnonzero(gallery.trace.labels == gallery.trace.class_names.index(name))
+        best = members[np.argsort(-share[members], kind="stable")][:CELL_PICTURES]
+        pictures = [
+            {
+                "id": entry.examples.id_of(gallery.pictures, int(index)),
+                "thumb": thumb(gallery.pictures.image(int(index))),
+                "label": name,
+                "share": round(float(share[index]), 4),
+            }
+            for index in best
+        ]
+        return {"pictures": pictures}
+
+    def similar(self, request: Any) -> Json:
+        """Patches of other pictures that took the same path of first choices."""
+        given = read.fields(request, ("model", "variant", "path", "class"))
+        entry, variant = self.model(given)
+        path = read.path(given, variant.facts)
+        gallery = self._gallery(entry, variant)
+        label = None
+        if given.get("class") is not None:
+            label = gallery.trace.class_names.index(read.choice(given, "class", gallery.trace.class_names))
+        alike = patches_on_path(gallery.trace, path, label=label, count=SIMILAR_PATCHES)
+        patches = []
+        for image, patch, weight in alike:
+            found = _found(entry, gallery.pictures, image)
+            patches.append(patch_json(found, variant.facts, patch, weight))
+        return {"patches": patches}
+
+    def _gallery(self, entry: Entry, variant: Variant) -> Gallery:
+        gallery = self.galleries.gallery(entry, variant.facts.variant)
+        if gallery is not None:
+            return gallery
+        if self.galleries.status(entry) == "computing":
+            raise RequestError("The pictures are still being looked through: try again in a few seconds.", "busy")
+        raise RequestError(
+            f"{entry.card.title} has no pictures here: start the explorer with --data DIR to give it some."
+        )
+
+    def _experts_page(self, entry: Entry, facts: ModelFacts, layer: int, atlas: Json) -> Json:
+        found = next(item for item in atlas["layers"] if item["layer"] == layer)
+        loads = np.array(found["loads"], np.float64)
+        shares = loads / max(loads.sum(), 1)
+        shown = entry.examples.has_pictures
+        experts = [
+            {
+                "expert": item["expert"],
+                "name": f"L{layer}·E{item['expert']}",
+                "load_share": round(float(shares[item["expert"]]), 4),
+                "ideal_share": round(1 / len(shares), 4),
+                **{kind: self._patches(entry, facts, item[kind]) if shown else [] for kind in ("top", "random")},
+                "classes": item["classes"],
+                "parts": item["parts"],
+            }
+            for item in found["experts"]
+        ]
+        source = f"From {atlas['n_images']:,} pictures: {atlas['data']}."
+        note = f"{source} The heaviest patches flatter an expert; the random ones don't." if shown else source
+        status = "ready" if shown else "no_pictures"
+        return {"status": status, "layer": layer, "name": f"L{layer}", "experts": experts, "note": note}
+
+    def _patches(self, entry: Entry, facts: ModelFacts, listed: Sequence[Any]) -> list[Json]:
+        examples = entry.examples
+        return [
+            patch_json(examples.find(examples.id_of_name(name)), facts, patch, weight)
+            for name, _, patch, weight in listed
+        ]
+
+
+def patch_json(found: Found, facts: ModelFacts, patch: int, weight: float) -> Json:
+    """A patch in context: the crop, and where in it the patch lies as fractions [x, y, width, height]."""
+    rows, columns = facts.grid
+    context = 2 if len(found.pixels) // max(rows, columns) * 3 < CROP_PX else 1
+    side = 1 / (1 + 2 * context)
+    return {
+        "picture": found.id,
+        "patch": patch,
+        "weight": round(float(weight), 4),
+        "label": found.label,
+        "crop": data_uri(patch_crop(found.pixels, facts.grid, patch, context), "jpeg"),
+        "box": [round(value, 4) for value in (context * side, context * side, side, side)],
+    }
+
+
+def _found(entry: Entry, pictures: PictureSet, index: int) -> Found:
+    label = pictures.label(index)
+    word = pictures.class_names[label] if label >= 0 else None
+    return Found(entry.examples.id_of(pictures, index), "", word, pictures.image(index))
+
+
+def _waiting(status: str, **empty: Any) -> Json:
+    notes = {
+        "computing": "The pictures are being looked through.",
+        "no_pictures": "This model has no pictures here: start the explorer with --data DIR to give it some.",
+    }
+    return {"status": status, **empty, "note": notes[status]}

@@ -1,0 +1,392 @@
+"""Where a model comes from and where it is saved: a folder, the Hugging Face hub, a timm name, or a file of weights.
+
+A saved model is a folder in timm's own format, `config.json` and `model.safetensors`, which opens with timm alone once
+`moevision` is imported: `timm.create_model("local-dir:runs/x/model", pretrained=True)`. Files of unknown origin are
+checked before anything is made of them (`safe_config`), and weights are always safetensors: timm itself would take
+`pytorch_model.bin`, a pickle, from a folder or a repository that has nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
+from moevision.errors import UserError
+from moevision.files import sync_file, write_text_atomic
+from moevision.models.safe_config import CONFIG, WEIGHTS, check_model_folder, check_types, read_config
+from moevision.models.safe_files import read_header
+from moevision.names import shown
+
+ImageSize = int | tuple[int, int]
+FOLDER, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
+_SAFE_NAMES = {
+    "": WEIGHTS,
+    "pytorch_model.bin": WEIGHTS,
+    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
+}
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model with what is needed to use it on an image.
+
+    Attributes:
+        net: the network, in eval mode.
+        class_names: [C] in words.
+        image_size: side of the square input in pixels.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+    """
+
+    net: nn.Module
+    class_names: list[str]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def load_model(address: str) -> SavedModel:
+    """Load a model from a folder written by `save_model`, or any timm address (`hf-hub:...`, a timm name).
+
+    Args:
+        address: a run folder, its `model` folder, or a timm address.
+
+    Raises:
+        UserError: if there is no model, or its files are damaged or foreign.
+    """
+    with _loading(address):
+        saved = describe(open_model(_address(address)).eval())
+    _check_usable(saved, address)
+    return saved
+
+
+def _check_usable(saved: SavedModel, address: str) -> None:
+    if len(saved.mean) != 3 or len(saved.std) != 3 or getattr(saved.net, "in_chans", 3) != 3:
+        raise UserError(
+            f"The model {address!r} can't be used: it takes images with other channels than red, green, blue."
+        )
+    for name, weight in saved.net.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(f"The model {address!r} can't be used: its weight {name} holds NaN or infinity.")
+
+
+def describe(net: nn.Module) -> SavedModel:
+    """A model with the class names, size and colour statistics that it carries."""
+    config = timm.data.resolve_model_data_config(net)
+    words = _class_names(cast(dict[str, Any], net.pretrained_cfg), cast(int, net.num_classes))
+    # The size that a ViT was built for or changed to; timm's configuration still has that of its first weights.
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None) or config["input_size"]
+    if size[-1] != size[-2]:
+        raise UserError(f"The model takes images of {size[-2]} x {size[-1]} px: only square ones are supported.")
+    return SavedModel(net, words, int(size[-1]), tuple(config["mean"]), tuple(config["std"]))
+
+
+def _class_names(config: dict[str, Any], classes: int) -> list[str]:
+    """Class names in words, [C].
+
+    timm's `label_names` are a list, or a dict from index to name where some indices have none; they may be codes such
+    as WordNet ids, for which `label_descriptions` has the words.
+    """
+    names: Sequence[str] | dict[Any, str] = config.get("label_names") or []
+    words: dict[str, str] = config.get("label_descriptions") or {}
+    if not isinstance(names, dict):
+        names = dict(enumerate(names)) if len(names) == classes else {}
+    by_index = {int(index): words.get(name, name) for index, name in names.items()}
+    return [shown(by_index.get(index, f"class {index}")) for index in range(classes)]
+
+
+def model_folder(path: Path) -> Path | None:
+    """The folder with the files of a saved model, given it or its run folder; None if there is none."""
+    for folder in (path, path / "model"):
+        if (folder / CONFIG).is_file():
+            return folder
+    return None
+
+
+def save_model(model: SavedModel, folder: Path) -> None:
+    """Write a model that was created under a timm name (or converted by `convert_to_moe`) to `folder`.
+
+    A weight keeps its dtype in the file; loading gives fp32, which holds a bf16 or fp16 weight's exact value.
+
+    Raises:
+        OSError: if the folder can't be written or the disk is full; no half file of weights is left then.
+    """
+    hook = model.net.register_state_dict_post_hook(_contiguous)
+    try:
+        _save_for_timm(model, folder)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # the errno is only in the message
+        if number is None:
+            raise
+        (folder / WEIGHTS).unlink(missing_ok=True)
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+    finally:
+        hook.remove()
+
+
+def _contiguous(_net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]) -> None:
+    """Safetensors refuses weights in another order, such as those of a `channels_last` convolution."""
+    state.update({name: tensor.contiguous() for name, tensor in state.items()})
+
+
+def _save_for_timm(model: SavedModel, folder: Path) -> None:
+    timm.models.save_for_hf(
+        model.net,
+        str(folder),
+        model_config={"label_names": model.class_names},
+        data_config={
+            "input_size": (3, model.image_size, model.image_size),
+            "mean": model.mean,
+            "std": model.std,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+        },
+        safe_serialization=True,
+    )
+    sync_file(folder / WEIGHTS)  # nobody else does; the folder is flushed with config.json
+    # timm gives the number of classes a second time, among the arguments. timm takes both; transformers hands both to
+    # timm.create_model, which is a TypeError.
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    write_text_atomic(folder / CONFIG, json.dumps(config, indent=2))
+
+
+def create_from(
+    source: str | Path,
+    num_classes: int | None = None,
+    image_size: ImageSize | None = None,
+    *,
+    weights: str | Path | None = None,
+    load_weights: bool = True,
+    **rates: float | None,
+) -> nn.Module:
+    """A model and its weights; another class count replaces the classifier, another size resamples positions.
+
+    Args:
+        source: a timm name, any timm address (`local-dir:`, `hf-hub:`), a saved model's folder or its run folder.
+        num_classes: C; that of the weights if None.
+        image_size: side(s) of the input in pixels; that of the weights if None.
+        weights: a `.safetensors` file for the architecture that `source` names.
+        load_weights: False builds the same architecture without weights.
+        **rates: timm's drop_path_rate, proj_drop_rate and patch_drop_rate, for training.
+
+    Raises:
+        UserError: if the name or folder doesn't exist, or its weights can't be loaded.
+    """
+    options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size, **rates}
+    address = _address(str(source))
+    if weights is not None and load_weights:
+        return _create_from_file(address, Path(weights), num_classes, options)
+    with _loading(str(source)):
+        return open_model(address, weights=load_weights, **options)
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Say in one sentence that a model can't be loaded: damaged or foreign files fail in every type of error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the cause stays attached
+        raise UserError(
+            f"The model {source!r} can't be loaded ({type(error).__name__}: {' '.join(str(error).split())[:160]}): "
+            "its files are damaged or don't fit, or it was not saved by timm or moevision."
+        ) from error
+
+
+def _address(source: str) -> str:
+    """The timm address of a saved model's folder or run folder, and any other address as it is.
+
+    Raises:
+        UserError: if there is no such folder or name.
+    """
+    path = Path(source.removeprefix(FOLDER))
+    folder = model_folder(path)
+    if folder is not None:
+        return f"{FOLDER}{folder}"
+    if path.is_file():
+        raise UserError(
+            f"{path} is a file: give a saved model's folder, such as runs/NAME/model, or name its architecture too, "
+            "such as deit_tiny_patch16_224, and give it as weights."
+        )
+    if ":" not in source and timm.is_model(source):
+        return source
+    if path.is_dir() or source.startswith(FOLDER):
+        raise UserError(
+            f"{path} is no saved model: give a run's model/ folder (config.json and model.safetensors), such as "
+            "runs/NAME/model."
+        )
+    if ":" in source:
+        return source
+    if "/" in source or os.sep in source:
+        raise UserError(f"There is no model at {source!r}: give a folder such as runs/NAME/model, or a timm name.")
+    raise UserError(f"{unknown_name(source)} A saved model is a folder such as runs/NAME/model.")
+
+
+def unknown_name(name: str) -> str:
+    """A sentence that says there is no such model, and which ones are near."""
+    bare = name.split(".")[0]
+    known = timm.list_models("*vit*") + timm.list_models("*deit*")
+    near = difflib.get_close_matches(bare, known, n=4, cutoff=0.5)
+    hint = f" Did you mean {', '.join(near)}?" if near else " See `timm.list_models('*vit*')`."
+    return f"There is no model {name!r}.{hint}"
+
+
+def _create_from_file(address: str, file: Path, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
+    """First with the file's own classes: timm then checks that every weight is there, as it doesn't for a new head."""
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file} is no .safetensors file: only safetensors are read, never pickles.")
+    if not file.is_file():
+        raise UserError(f"There is no file {file}.")
+    if ":" in address:
+        raise UserError(f"{address} has weights of its own: give {file} with the timm name of their architecture.")
+    classes = _classes_in(file, timm.get_pretrained_cfg(address))
+    overlay = {"file": str(file), "num_classes": classes}
+    try:
+        model: nn.Module = timm.create_model(
+            address, pretrained=True, pretrained_cfg_overlay=overlay, **{**options, "num_classes": classes}
+        )
+    except Exception as error:  # files and shapes are wrong in every type; the cause stays attached
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} does not hold the weights of {address} ({type(error).__name__}: {reason}).") from error
+    check_types(file, model, read_header(file))
+    return reshape(model, num_classes, None)
+
+
+def _classes_in(file: Path, config: Any) -> int:
+    """Rows of the classifier in a file; 0 if it has none."""
+    classifier = getattr(config, "classifier", None) or "head"
+    name = classifier if isinstance(classifier, str) else classifier[0]
+    found = read_header(file).get(f"{name}.weight")
+    return found.shape[0] if found is not None and found.shape else 0
+
+
+def reshape(net: nn.Module, num_classes: int | None, image_size: ImageSize | None) -> nn.Module:
+    """Change class count and image size as timm does, in place: a new classifier, resampled position embeddings.
+
+    Raises:
+        UserError: if the model can't be given another classifier or size.
+    """
+    state = cast(Any, net)
+    try:
+        if image_size is not None:
+            sides = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+            if tuple(state.patch_embed.img_size) != sides:
+                state.set_input_size(img_size=sides)
+        if num_classes is not None and state.num_classes != num_classes:
+            state.reset_classifier(num_classes)
+    except (AttributeError, AssertionError) as error:
+        raise UserError(
+            f"{type(net).__name__} can't be changed to {num_classes} classes or {image_size} px ({error}): give a "
+            "timm ViT, or leave num_classes and image_size out."
+        ) from error
+    return net
+
+
+def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Module:
+    """`timm.create_model`, for files of unknown origin.
+
+    Args:
+        address: `local-dir:FOLDER`, `hf-hub:USER/NAME[@REVISION]`, or a timm name.
+        weights: False builds the architecture alone.
+        **options: for `timm.create_model`; None leaves an option to the model.
+
+    Raises:
+        UserError: if a file isn't what timm or moevision writes, or the weights are no safetensors.
+        Exception: whatever timm, torch and the hub's client raise when files don't fit or can't be fetched.
+    """
+    if address.startswith(HUB):
+        folder = _fetch_folder(address.split(":", 1)[1], weights)
+        model = open_model(f"{FOLDER}{folder}", weights=weights, **options)
+        # The path in this computer's cache means nothing to a reader of the model's facts.
+        found: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        found.update(source="hf-hub", hf_hub_id=address.split(":", 1)[1], file=None)
+        return model
+    if address.startswith(FOLDER):
+        check_model_folder(Path(address.removeprefix(FOLDER)), weights=weights)
+    elif weights:
+        options["pretrained_cfg_overlay"] = {"file": str(_fetch_weights(address)), "custom_load": False}
+    created: nn.Module = timm.create_model(address, pretrained=weights, **options)
+    return created
+
+
+def _fetch_folder(repository: str, weights: bool) -> Path:
+    """The files of a repository on the Hugging Face hub, both of one commit, in the hub's cache."""
+    name, _, revision = repository.partition("@")
+    config = _fetch(name, CONFIG, revision or None)
+    read_config(config)  # before gigabytes are fetched for nothing
+    if weights:
+        _fetch(name, WEIGHTS, config.parent.name)  # the cache names a folder after its commit
+    return config.parent
+
+
+def _fetch_weights(name: str) -> Path:
+    """The published weights of a timm name, as safetensors."""
+    known = timm.get_pretrained_cfg(name)
+    asked = "" if known is None else str(known.hf_hub_filename or "")
+    file = asked if asked.endswith(".safetensors") else _SAFE_NAMES.get(asked)
+    if known is None or not known.has_weights:
+        raise UserError(f"There are no pretrained weights for {name}: choose one of timm.list_pretrained().")
+    if not known.hf_hub_id or file is None:
+        raise UserError(f"The weights of {name} are not published as safetensors, and pickles are never read.")
+    repository, _, revision = str(known.hf_hub_id).partition("@")
+    path = _fetch(repository, file, revision or None)
+    read_header(path)
+    return path
+
+
+def _fetch(repository: str, file: str, revision: str | None) -> Path:
+    """One file of a repository on the hub, in the hub's cache.
+
+    Raises:
+        UserError: if the hub can't be reached, or has no such repository or file.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(
+            f"The hub can't be reached, and {file} of {repository} is not in its cache on this computer: connect it to "
+            "the network (without HF_HUB_OFFLINE), or give a folder with config.json and model.safetensors."
+        ) from error
+    except EntryNotFoundError as error:
+        only = (
+            "give a model that timm or moevision saved"
+            if file == CONFIG
+            else "only safetensors are read, never pickles"
+        )
+        raise UserError(f"{repository} has no {file} on the hub: {only}.") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(
+            f"The hub has no {repository} in this revision, or hides it from you: check the name, or log in there with "
+            "`hf auth login`."
+        ) from error
+
+
+def best_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")

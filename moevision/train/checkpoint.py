@@ -1,0 +1,372 @@
+"""Checkpoints that a crash, a full disk or a flipped bit can't turn into a wrong training.
+
+Contents: plain data only (`make_plain`), since a checkpoint is read with `weights_only=True`, which refuses NumPy's
+numbers, paths and the like; and the state of every global random generator, which Lightning (2.6.6) leaves out.
+
+Writing: Lightning writes through a temporary file in $TMPDIR, without fsync; on another file system that is a plain
+copy onto the final name, so a kill leaves half a file there. Here: a temporary file in the target's own folder, fsync,
+its SHA-256 into manifest.json, rename, fsync of the folder. What a disk refuses is kept in memory and tried again,
+while training goes on.
+
+Reading: a flipped bit inside a tensor loads without an error, so a file is compared with its hash in the manifest. The
+manifest is written before a new file is renamed over an old one and names both until then: at no moment is a whole file
+taken for a damaged one. Files without an entry (made by hand, or by an earlier version) are checked by the CRC-32 that
+their zip archive keeps of each part.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from moevision.data.transforms import hash_u64
+from moevision.errors import UserError
+from moevision.files import make_folder, rename, sync_folder, write_json_atomic, written_beside
+from moevision.train.processes import from_first, tell
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+MANIFEST = "manifest.json"
+RETRY_S = 30.0
+_MARGIN_BYTES = 1 << 20  # left free for the manifest, the metrics and the file system's own tables
+_BLOCK_BYTES = 1 << 20  # read at a time
+_PREFERRED = {LAST: 2, PREVIOUS: 1}
+
+
+def plain(value: Any) -> Any:
+    """`value` with NumPy numbers and arrays, paths and enumerations as plain data, at any depth; the rest as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, PurePath):
+        return str(value)
+    if type(value) is dict:
+        return {plain(key): plain(each) for key, each in value.items()}
+    if isinstance(value, OrderedDict):  # a module's state, with metadata as an attribute
+        for key, each in value.items():
+            value[key] = plain(each)
+        return value
+    if isinstance(value, Mapping):
+        return {plain(key): plain(each) for key, each in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(plain(each) for each in value)
+    return value
+
+
+def make_plain(checkpoint: dict[str, Any]) -> None:
+    """Make a checkpoint plain, in place."""
+    for key in list(checkpoint):
+        checkpoint[key] = plain(checkpoint[key])
+
+
+def random_state() -> dict[str, Any]:
+    """The generators' states of this process: tensors, lists, numbers and strings only."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.random.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def part_random_state(rank: int) -> None:
+    """Let this process draw other numbers than those that began with the same seed: its dropout is its own."""
+    seed = hash_u64(torch.initial_seed(), rank)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put every generator back to `state`; CUDA generators only if there are as many devices as then."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.random.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([device.cpu() for device in state["cuda"]])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known about one checkpoint file.
+
+    Attributes:
+        name: the file's name.
+        sha256: hash of its bytes, in hexadecimal.
+        step: optimizer steps done.
+        epoch: the epoch that it lies in.
+        size: bytes.
+        finite: whether all weights and buffers are finite.
+        written_utc: when.
+    """
+
+    name: str
+    sha256: str
+    step: int
+    epoch: int
+    size: int
+    finite: bool
+    written_utc: str
+
+    @classmethod
+    def of(cls, name: str, checkpoint: dict[str, Any], data: bytes) -> Entry:
+        """Describe a checkpoint that is about to be written as `data`."""
+        states = [checkpoint.get(key, {}) for key in ("state_dict", "current_model_state")]  # the second: beside an EMA
+        finite = all(
+            bool(torch.isfinite(value).all())
+            for state in states
+            for value in state.values()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        )
+        step, epoch = int(checkpoint.get("global_step", 0)), int(checkpoint.get("epoch", 0))
+        digest = hashlib.sha256(data).hexdigest()
+        return cls(name, digest, step, epoch, len(data), finite, datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def read_manifest(folder: Path) -> list[Entry]:
+    """The entries; none if there is no manifest, or it can't be read (the archives' own checksums remain then)."""
+    try:
+        return [Entry(**entry) for entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
+    """Replace the manifest."""
+    write_json_atomic(folder / MANIFEST, {"files": [asdict(entry) for entry in entries]})
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A checkpoint that was looked at.
+
+    Attributes:
+        path: the file.
+        step: optimizer steps done; -1 if that is unknown.
+        fault: why it can't be used; None if it can.
+        sha256: hash of the file; "" if it could not be read.
+    """
+
+    path: Path
+    step: int
+    fault: str | None
+    sha256: str = ""
+
+
+def verify(path: Path) -> Verified:
+    """Compare a checkpoint with the manifest beside it, or else with its own checksums."""
+    known = read_manifest(path.parent)
+    named = [entry for entry in known if entry.name == path.name]
+    expected = named[-1].step if named else -1
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        return Verified(path, expected, f"can't be read ({error.strerror})")
+    same = [entry for entry in known if entry.sha256 == digest]
+    if same:
+        fault = None if same[0].finite else "holds weights that are not finite"
+        return Verified(path, same[0].step, fault, digest)
+    if named:
+        return Verified(path, expected, "differs from its SHA-256 in manifest.json: it is damaged or cut off", digest)
+    return _verify_archive(path, digest)
+
+
+def _verify_archive(path: Path, digest: str) -> Verified:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            return Verified(path, -1, f"is damaged in {broken}", digest)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return Verified(path, int(content["global_step"]), None, digest)
+    except Exception as error:  # zip, pickle, key and OS errors alike: whatever it is, nothing can go on from it
+        return Verified(path, -1, f"is no whole checkpoint ({type(error).__name__})", digest)
+
+
+def newest_valid(folder: Path) -> tuple[Verified | None, list[Verified]]:
+    """The valid checkpoint of the latest step in `folder`, and all those that can't be used.
+
+    Between files of the same step `last.ckpt` wins, and then `previous.ckpt`.
+    """
+    seen = [verify(path) for path in sorted(folder.glob("*.ckpt")) if not path.name.startswith(".")]
+    valid = [each for each in seen if each.fault is None]
+    newest = max(valid, key=lambda each: (each.step, _PREFERRED.get(each.path.name, 0)), default=None)
+    return newest, [each for each in seen if each.fault is not None]
+
+
+@dataclass(frozen=True)
+class _Unwritten:
+    data: bytes
+    entry: Entry
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Writes checkpoints whole or not at all, and reads only those that are as they were written.
+
+    A new `last.ckpt` turns the one before into `previous.ckpt`, so that there are two to go on from.
+    """
+
+    def __init__(self) -> None:
+        self._unwritten: dict[Path, _Unwritten] = {}
+        self._tried_s = 0.0
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint; if the disk refuses, warn, keep it in memory and let `retry` write it later."""
+        path = Path(path).resolve()
+        memory = io.BytesIO()  # Lightning does so too; the exact size has to be known before the disk is touched
+        torch.save(checkpoint, memory)
+        data = memory.getvalue()
+        again = path in self._unwritten
+        self._unwritten[path] = _Unwritten(data, Entry.of(path.name, checkpoint, data))
+        self._write(path, again=again)
+
+    @property
+    def waiting(self) -> list[Path]:
+        """Checkpoints that the disk has refused so far."""
+        return list(self._unwritten)
+
+    def retry(self, *, now: bool = False) -> bool:
+        """Try again what the disk has refused, at most every RETRY_S seconds.
+
+        Args:
+            now: try even if the last attempt was a moment ago.
+
+        Returns:
+            Whether everything is written.
+        """
+        if self._unwritten and (now or time.monotonic() - self._tried_s >= RETRY_S):
+            for path in self.waiting:
+                if self._write(path, again=True):
+                    tell(f"note: {path} could be written now.")
+        return not self._unwritten
+
+    def _write(self, path: Path, *, again: bool = False) -> bool:
+        waiting = self._unwritten[path]
+        self._tried_s = time.monotonic()
+        try:
+            _write_safely(path, waiting)
+        except OSError as error:
+            if not again:
+                tell(
+                    f"warning: {path} ({waiting.entry.size / 1e6:.1f} MB) can't be written ({error.strerror}): "
+                    f"training goes on, and it is tried again every {RETRY_S:.0f} s; make room, or give write access."
+                )
+            return False
+        del self._unwritten[path]
+        return True
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, never by unpickling; `weights_only` is there for Lightning's sake.
+
+        Every process of a training must call it: one that the disk has refused is in the first one's memory only.
+
+        Raises:
+            UserError: if the file is missing, damaged or no checkpoint.
+        """
+        path = Path(path).resolve()
+        held = from_first(self._unwritten[path].data if path in self._unwritten else None)
+        if held is not None:  # the disk is full, and the best weights are only here
+            source: Any = io.BytesIO(held)
+        else:
+            fault = verify(path).fault if path.is_file() else "is missing"
+            if fault is not None:
+                raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
+            source = path
+        location = map_location if map_location is not None else "cpu"
+        loaded: dict[str, Any] = torch.load(source, map_location=location, weights_only=True)
+        return loaded
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint and its entry."""
+        path = Path(path).resolve()
+        self._unwritten.pop(path, None)
+        path.unlink(missing_ok=True)
+        write_manifest(path.parent, [entry for entry in read_manifest(path.parent) if entry.name != path.name])
+
+
+def _write_safely(path: Path, unwritten: _Unwritten) -> None:
+    folder = path.parent
+    known = read_manifest(folder)
+    if unwritten.entry in known and path.is_file() and sha256_of(path) == unwritten.entry.sha256:
+        sync_folder(folder)  # an earlier attempt failed behind the renames: done again they would lose previous.ckpt
+        return
+    make_folder(folder)
+    if shutil.disk_usage(folder).free < len(unwritten.data) + _MARGIN_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before the last free bytes are used up
+    with written_beside(path, unwritten.data) as temporary:
+        write_manifest(folder, [*known, unwritten.entry])
+        # Weights that are not finite don't push out finite ones.
+        before = [entry for entry in known if entry.name == path.name]
+        moves = path.name == LAST and all(entry.finite for entry in before)
+        rotates = moves and path.is_file()  # else a process died right here, or somebody deleted it
+        if rotates:
+            rename(path, folder / PREVIOUS)
+        rename(temporary, path)
+        sync_folder(folder)
+    replaced = {path.name, PREVIOUS} if rotates else {path.name}
+    moved = [replace(entry, name=PREVIOUS) for entry in before] if moves else []
+    write_manifest(folder, [*(entry for entry in known if entry.name not in replaced), *moved, unwritten.entry])
+
+
+def final_checkpoint(folder: Path, files: SafeCheckpointIO) -> tuple[Path, str]:
+    """The checkpoint that a finished training is tested with, and which weights these are.
+
+    Those of the best validation epoch; those of the last step if there is none, or `best.ckpt` got damaged.
+    """
+    best = folder / BEST
+    if best.resolve() not in files.waiting and not best.is_file():  # a training that ends within its first epoch
+        return folder / LAST, "the weights of the last step, because there is no best.ckpt"
+    if best.resolve() in files.waiting or verify(best).fault is None:
+        return best, "the weights of the best validation epoch"
+    tell(f"warning: {best} {verify(best).fault}: {LAST} is tested instead.")
+    return folder / LAST, "the weights of the last epoch, because best.ckpt was damaged"
+
+
+def check_checkpoint(name: str) -> None:
+    """Raise a UserError if this is a file that is missing, damaged, or of another program."""
+    if not Path(name).is_file():
+        raise UserError(f"There is no checkpoint {name}: look in runs/NAME/checkpoints/.")
+    try:
+        checkpoint = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle and OS errors alike; the cause stays attached
+        raise UserError(
+            f"The checkpoint {name} can't be read ({type(error).__name__}): it is damaged, or no checkpoint. "
+            "Use another one of the run, such as last.ckpt or best.ckpt."
+        ) from error
+    if not isinstance(checkpoint, dict) or "arch" not in checkpoint.get("hyper_parameters", {}):
+        raise UserError(f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/.")

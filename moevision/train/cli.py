@@ -1,0 +1,587 @@
+"""`moevision fit | validate | test` for LightningCLI: what the command line reads, and the training that it sets up.
+
+A configuration is data, not a program. jsonargparse imports whatever a `class_path` or a function-valued option
+names, and importing a module runs it. Here only Lightning's own parts and `moevision.train` may be imported; anything
+else is refused before its import. A configuration can't be fetched from an address, nor use YAML's anchors, whose few
+lines can stand for billions of values. Own classes work from Python: `Trainer(callbacks=[Mine()])`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import shutil
+import sys
+import warnings
+from argparse import SUPPRESS, Action, HelpFormatter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import lightning as L
+import torch
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ActionYesNo, get_loader, set_loader, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from moevision.data import ImageDataModule
+from moevision.errors import USER_ERROR, DataWarning, UserError
+from moevision.files import sync_file, sync_folder
+from moevision.models.config import build_model
+from moevision.models.safe_files import parse_yaml
+from moevision.names import shown
+from moevision.train.callbacks import RouterHealth, RunLogger, ScheduleCheck, Stopwatch
+from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
+from moevision.train.faults import KINDS, FaultInjector
+from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.optim import EmaConfig, WeightEMA, freeze_parameters
+from moevision.train.processes import tell
+from moevision.train.provenance import differences, fingerprint
+from moevision.train.recipe import default_precision, describe_plan, memory_advice, new_run_folder, run_name
+from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session, resume_command
+from moevision.train.task import ClassificationTask
+
+_NO_SUBTYPE = "Does not validate against any of the Union subtypes"  # jsonargparse's words
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 10,
+    "devices": 1,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+    "enable_model_summary": False,  # the plan says it in one line
+    "use_distributed_sampler": False,  # ImageDataModule shards by itself, and resumes where it stopped
+}
+# A class is imported by the name that is written and checked again by the module that it is defined in, hence fabric.
+ALLOWED = (
+    "moevision.train",
+    "lightning.pytorch.accelerators",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    "lightning.fabric.plugins",
+    "lightning.fabric.loggers",
+)
+_load_plain_yaml = partial(parse_yaml, load=get_loader("yaml"))
+ALL = "--help-all"
+# What most people change; `--help-all` shows the rest.
+SHORT = frozenset(
+    [
+        "help",
+        "config",
+        "print_config",
+        "seed_everything",
+        "name",
+        "with_twin",
+        "runs_root",
+        "ckpt_path",
+        "resume",
+        "trainer.max_epochs",
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.precision",
+        "trainer.accumulate_grad_batches",
+        "model.arch.name",
+        "model.arch.pretrained",
+        "model.arch.num_experts",
+        "model.arch.top_k",
+        "model.arch.router",
+        "model.arch.moe_layers",
+        "model.optim.lr",
+        "model.optim.freeze",
+        "model.compile",
+        "data.path",
+        "data.image_size",
+        "data.batch_size",
+        "data.num_workers",
+        "data.augment",
+        "data.crop",
+        "data.mixup",
+        "data.group_by",
+    ]
+)
+_ABOUT = {
+    "fit": "Train a model on a folder of images, a dataset or a config; everything that it leaves is in runs/NAME/.",
+    "validate": "Evaluate a checkpoint on the validation images.",
+    "test": "Evaluate a checkpoint on the test images.",
+}
+# What the verb refuses, or what changes nothing for it.
+_USELESS = {
+    "fit": {"ckpt_path"},
+    "validate": {"resume", "with_twin", "trainer.max_epochs", "trainer.accumulate_grad_batches"},
+}
+_USELESS["test"] = _USELESS["validate"]
+_TRAIN = """\
+  moevision fit --config quickstart
+  moevision fit path/to/images --model.arch.router expert_choice
+  moevision fit path/to/images --model.arch.num_experts 16 --model.arch.top_k 2 --with-twin
+"""
+_EVALUATE = """\
+  moevision {verb} --config runs/pets/config.yaml --ckpt_path runs/pets/checkpoints/best.ckpt
+"""
+_BELOW = """\
+examples
+{examples}
+exit codes: 0 done; 2 something that you can mend, the last line says what; {diverged}130 Ctrl-C,
+129 terminal closed, 143 SIGTERM, 138 SIGUSR1{saved}.
+
+{all} shows every option: other routers' knobs (capacity, noise, shared experts), balance losses, data, Trainer.
+"""
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)", re.IGNORECASE)
+_KEY = re.compile(r'Parser key "([^"]+)":')
+_VALUE = re.compile(r"(?:Got|Given) value: (.*)")
+_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value.*)?$", re.MULTILINE)
+_DENIED = re.compile(r"Importing '([^']+)' is not allowed")
+_NOT_ACCEPTED = re.compile(r"does not accept option '([^']+)'")
+# Lightning's warnings about what the verbs chose on purpose, or what nobody at the command line can change.
+_CHATTER = (
+    "LightningCLI's args parameter",  # we read the command line ourselves and hand it on
+    "Experiment logs directory .* exists and is not empty",  # splits.csv lies there already; no log is deleted
+    "The '.*dataloader' does not have many workers",
+    "The number of training batches .* is smaller than the logging interval",
+    r"(?s)\s.*(JsonargparseDeprecationWarning|was deprecated in v\d|instantiate_classes)",  # Lightning's own calls
+    "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # evaluation needs none
+    "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
+    r".ModelCheckpoint\(monitor='val/top1'\). could not find the monitored key",  # a training of less than an epoch
+    "You're resuming from a checkpoint that ended before the epoch ended",  # ImageDataModule can
+    r"It is recommended to use .self\.log\('(val|test|moe)/.*, sync_dist=True",  # torchmetrics has summed them up
+    r".isinstance\(treespec, LeafSpec\). is deprecated",
+)
+
+
+def restrict_configurations() -> None:
+    """Let this process's configurations name nothing but `ALLOWED`, and hold nothing but plain values.
+
+    It holds for all of jsonargparse in this process, so that only the command line calls it.
+    """
+    set_parsing_settings(
+        config_read_mode_urls_enabled=False,
+        config_read_mode_fsspec_enabled=False,  # Lightning's command line turns it on
+        import_path_denylist=["*"],
+        import_path_allowlist=list(ALLOWED),
+    )
+    set_loader("yaml", _load_plain_yaml, exceptions=(yaml.YAMLError, RecursionError))
+
+
+def hide_rare_options(parser: LightningArgumentParser) -> None:
+    """Leave only the options in `SHORT` in the help of a training verb."""
+    verb = verb_of(parser)
+    short = SHORT - _USELESS[verb]
+    for action in parser._actions:
+        if action.dest not in short:
+            action.help = SUPPRESS
+    for group in parser._action_groups:
+        if not any(action.dest in short for action in group._group_actions):
+            group.description = None
+    parser.usage = f"moevision {verb} [FOLDER] [--config NAME] [options]"
+    parser.description = _ABOUT[verb]
+
+
+def verb_of(parser: LightningArgumentParser) -> str:
+    """`fit`, `validate` or `test`."""
+    return parser.prog.split()[-1]
+
+
+def examples(verb: str) -> str:
+    """What stands below the short help."""
+    trains = verb == "fit"
+    return _BELOW.format(
+        examples=(_TRAIN if trains else _EVALUATE).format(verb=verb),
+        all=ALL,
+        diverged="3 diverged, see divergence.md; " if trains else "",
+        saved=": saved, the last line goes on with it" if trains else "",
+    )
+
+
+class SentenceParser(LightningArgumentParser):
+    """A parser that names the mistake in one sentence, with the option that was probably meant.
+
+    Its help shows what most people need, unless `show_all` is set.
+    """
+
+    show_all = False
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """The short help of a verb, or the long one."""
+        if SentenceParser.show_all or " " not in self.prog:
+            return str(super().format_help(formatter))
+        hide_rare_options(self)
+        return f"{super().format_help(formatter)}\n{examples(verb_of(self))}"
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and leave with the exit code of a user's mistake."""
+        if not self.exit_on_error:  # a helper parser of jsonargparse's own, whose caller tries something else then
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        verb = parser.prog.replace(" [options]", "")
+        print(shown(f"moevision: {explain(message, options_of(parser))} See {verb} --help."), file=sys.stderr)
+        self.exit(USER_ERROR)
+
+
+def options_of(parser: LightningArgumentParser) -> list[str]:
+    """All long options of a parser and of its verbs, without their dashes."""
+    actions: list[Action] = list(parser._actions)
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            actions += [inner for verb in action.choices.values() for inner in verb._actions]
+    names = {name.removeprefix("--") for action in actions for name in action.option_strings if name.startswith("--")}
+    return sorted(names)
+
+
+def explain(message: str, options: list[str]) -> str:
+    """The parser's message as one sentence; for an unknown option with its near ones.
+
+    Args:
+        message: what the parser found, in one or more lines.
+        options: all options there are, without dashes.
+    """
+    if match := _DENIED.search(message):
+        return (
+            f"{match[1]!r} is not imported: options and configurations name only parts of Lightning and of "
+            "moevision.train; use your own classes from Python."
+        )
+    if (match := _UNRECOGNIZED.search(message)) and not match[1].startswith("-"):
+        return f"{match[1]!r} stands where an option is expected: a folder comes right after the verb."
+    if match := match or _NOT_ACCEPTED.search(message):
+        return _unknown_option(match[1].split("=")[0].lstrip("-"), options)
+    if (key := _KEY.search(message)) and (value := _VALUE.search(message)):
+        kinds = dict.fromkeys(_kind(kind) for kind in _EXPECTED.findall(message))
+        return f"--{key[1]} is {value[1]!r}: it must be {' or '.join(kinds)}."
+    return " ".join(message.split()).rstrip(".") + "."
+
+
+def _kind(kind: str) -> str:
+    """A type as people write its values: `<class 'int'>` -> int, `typing.Literal['a', 'b']` -> 'a', 'b'."""
+    inner = re.fullmatch(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", kind)
+    name = next(filter(None, inner.groups())) if inner else kind
+    return "null" if name == "NoneType" else name
+
+
+def _unknown_option(key: str, options: list[str]) -> str:
+    near = difflib.get_close_matches(key, options, n=3)
+    if not near:  # a mistyped group has its last part in common with the right one
+        near = [name for name in options if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:3]
+    hint = f", did you mean {', '.join(near)}?" if near else "."
+    return f"there is no option {key!r}{hint}"
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Hide Lightning's advertising and its remarks on deliberate choices; other warnings stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in _CHATTER:
+            warnings.filterwarnings("ignore", message=message)
+        warnings.simplefilter("ignore", DataWarning)  # the description of the data says it too
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def add_run_options(parser: LightningArgumentParser) -> None:
+    """Resuming, checkpoints, guard, moving average, faults, the name of the run and its twin."""
+    parser.add_argument(
+        "--resume",
+        type=str | None,
+        default=None,
+        help="Resume an interrupted run: its folder, such as runs/pets; or auto: the run folder of this very "
+        "command, if a valid checkpoint is there, else a fresh start. Images are compared with the run's by path, "
+        "label and file size, not by content. For fit, on the command line only.",
+    )
+    parser.add_class_arguments(CheckpointConfig, "checkpoint")
+    parser.add_class_arguments(GuardConfig, "guard")
+    parser.add_class_arguments(EmaConfig, "ema")
+    parser.add_argument(
+        "--fault",
+        type=str | None,
+        default=None,
+        help="Faults to inject, to see what the guard does about them: KIND@BATCH, ... such as 'nan_loss@7, "
+        f"inf_grad@9:expert3, spike@20x50, nan_weight@12'. Kinds: {', '.join(KINDS)}.",
+    )
+    parser.add_argument("--name", type=str, default=None, help="Name of the run folder, runs/NAME.")
+    parser.add_argument(
+        "--with-twin",
+        action=ActionYesNo(yes_prefix="with-", no_prefix="without-"),
+        help="Train the dense twin by the same recipe too, and compare both on the same test images.",
+    )
+    parser.add_argument("--runs_root", type=str, default="runs", help="The folder in which run folders are made.")
+
+
+def watching(fault: str | None, ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
+    """Faults, moving average, guard, router health, in this order: each sees what those before it did."""
+    faults = [FaultInjector(fault)] if fault else []
+    average = [WeightEMA(ema)] if ema.decay is not None else []
+    guards = [StabilityGuard(guard)] if guard.enabled else []
+    return [*faults, *average, *guards, RouterHealth()]
+
+
+class _KeptConfig(SaveConfigCallback):
+    """Flushes the config to the disk: without it a checkpoint could not be resumed after a power cut."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write it as Lightning does, and flush it."""
+        saves = not self.already_saved
+        super().setup(trainer, pl_module, stage)
+        if not saves:
+            return
+        file = Path(cast(str, trainer.log_dir)) / self.config_filename  # asking for it is a broadcast
+        if trainer.is_global_zero:
+            sync_file(file)
+            sync_folder(file.parent)
+
+
+class TrainingCLI(LightningCLI):
+    """The three training verbs; one run folder holds everything that a `fit` leaves.
+
+    Args:
+        arguments: what LightningCLI reads.
+        session: this process's share of the run.
+        start: where training begins; None: the session finds out.
+    """
+
+    run_dir: Path | None = None
+
+    def __init__(self, arguments: list[str], session: Session, start: Start | None = None) -> None:
+        self.session, self.start = session, start
+        self.files = SafeCheckpointIO()
+        self.stopwatch = Stopwatch(session.clock)
+        self.started = datetime.now(UTC)
+        restrict_configurations()
+        with self._no_trace_of_a_failed_start():
+            super().__init__(
+                ClassificationTask,
+                ImageDataModule,
+                args=arguments,
+                trainer_defaults={**TRAINER_DEFAULTS, "precision": default_precision()},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                save_config_callback=_KeptConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_class=SentenceParser,
+                parser_kwargs={"prog": "moevision"},
+            )
+
+    @contextmanager
+    def _no_trace_of_a_failed_start(self) -> Iterator[None]:
+        """Remove a new run folder if everything ends before one batch was trained on."""
+        try:
+            yield
+        except BaseException:
+            self._forget_failed_start()
+            raise
+
+    def _forget_failed_start(self) -> None:
+        if self.run_dir is not None and self.stopwatch.images == 0 and self.start is None:
+            if self.session.processes.first:
+                shutil.rmtree(self.run_dir, ignore_errors=True)
+            self.session.interruption.command = None
+
+    def _another_ended(self) -> str:
+        self._forget_failed_start()
+        return self.session.another_ended()
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, and the Trainer arguments that the command line supplies itself."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only"},
+            "test": {"model", "dataloaders", "datamodule", "weights_only"},
+        }
+
+    @property
+    def fast_dev_run(self) -> bool:
+        """Whether this is only a test that everything runs, which leaves nothing to report."""
+        return bool(self._get(self.config, "trainer")["fast_dev_run"])
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of our own."""
+        add_run_options(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the arguments; a checkpoint among them is looked at before anything is made of it."""
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config["subcommand"]]
+        name = settings["ckpt_path"]
+        if settings["resume"] is not None:
+            raise UserError("resume belongs on the command line, not into a config: moevision fit --resume RUN.")
+        if name is not None and self.config["subcommand"] == "fit":
+            run_dir = Path(name).parent.parent
+            raise UserError(f"To resume a training, give its folder: moevision fit --resume {run_dir}.")
+        if name is not None:
+            check_checkpoint(str(name))
+        if self.start is None and self.config["subcommand"] == "fit":
+            self.config, self.start = self.session.begin(parser, self.config)
+        if self.start is not None and self.start.checkpoint is not None:  # the run's config stays as it is
+            count = len(list(self.start.run_dir.glob("config*.yaml"))) + 1
+            self.save_config_kwargs["config_filename"] = f"config-{count}.yaml"
+            if not self.session.notes:
+                self.save_config_callback = None
+
+    def instantiate_classes(self) -> None:
+        """Make what the configuration names, such as a strategy by the path of its class.
+
+        Raises:
+            UserError: if one of them doesn't take its arguments.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if _NO_SUBTYPE not in str(error):
+                raise
+            reasons = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
+            raise UserError(f"The Trainer does not take these options: {'; '.join(reasons)}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A Trainer that logs to and saves in the run folder."""
+        name = self._get(self.config, "name") or run_name(self._get(self.config, "data")["path"])
+        verb = str(self.subcommand)
+        if self.start is not None:
+            self.run_dir = self.start.run_dir
+        else:
+            name, root = name if verb == "fit" else f"{name}-{verb}", Path(self._get(self.config, "runs_root"))
+            new = self.session.processes.decide(lambda: str(self.session.claim(new_run_folder(name, root))))
+            self.run_dir = Path(new)
+        trainer_config = self._get(self.config_init, "trainer")
+        callbacks = list(trainer_config.get("callbacks") or [])
+        if verb == "fit":
+            self.point = self._resume_point()
+            callbacks += [self.stopwatch, ScheduleCheck(), LearningRateMonitor("step"), self._checkpoints()]
+            callbacks += watching(**{name: self._get(self.config_init, name) for name in ("fault", "ema", "guard")})
+            callbacks = [self.point, *callbacks, EpochEnd(self.point)]
+        try:
+            trainer = super().instantiate_trainer(
+                default_root_dir=str(self.run_dir),
+                logger=trainer_config.get("logger") or RunLogger(self.run_dir),
+                callbacks=callbacks,
+                plugins=[*_as_list(trainer_config.get("plugins")), self.files],
+                **kwargs,
+            )
+        except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
+            raise UserError(f"The Trainer does not take these options: {error}") from error
+        device = trainer.strategy.root_device
+        try:  # one that a strategy's arguments name, which Lightning doesn't look at
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA has an assertion for it
+            raise UserError(
+                f"The device {device} can't be used ({' '.join(str(error).split())[:200]}): choose another one by "
+                "--trainer.strategy, --trainer.accelerator or --trainer.devices."
+            ) from error
+        self.session.processes.watch(trainer, self._another_ended)
+        return trainer
+
+    def _checkpoints(self) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            dirpath=cast(Path, self.run_dir) / "checkpoints",
+            filename="best",
+            monitor="val/top1",
+            mode="max",
+            enable_version_counter=False,
+        )
+
+    def _resume_point(self) -> ResumePoint:
+        run_dir, interruption = cast(Path, self.run_dir), self.session.interruption
+        if interruption.command is None:  # the twin's turn comes when the run itself goes on
+            interruption.command = resume_command(run_dir)
+        every = self._get(self.config_init, "checkpoint")
+        return ResumePoint(run_dir / "checkpoints", self.files, every, interruption, self.session.clock)
+
+    def before_fit(self) -> None:
+        """Read the data, build the model, and print the plan."""
+        self.datamodule.run_dir = self._split_folder()
+        with self.session.processes.first_one_first():
+            self.datamodule.setup("fit")
+        fresh = self.start is None or self.start.checkpoint is None
+        if not hasattr(self.model, "net"):  # what goes on from a checkpoint needs no pretrained weights
+            self.model.build(self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=fresh)
+        if self._get(self.config, "with_twin"):  # better now than after the first training
+            twin = replace(self.model.arch, twin="active_flops")
+            with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
+                net = build_model(twin, self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=False)
+                freeze_parameters(net, self.model.optim.freeze)
+        if self.trainer.is_global_zero:
+            print(self.datamodule.describe())
+            with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+                print(describe_plan(self.model, self.datamodule, self.trainer))
+            print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
+        if not self.fast_dev_run:
+            self._compare_with_start()
+
+    def _compare_with_start(self) -> None:
+        """Warn about what prevents a bit-identical result, and record this start in sessions.json."""
+        start = self.start or Start(cast(Path, self.run_dir))
+        data = self.datamodule
+        self.point.fingerprint = fingerprint(
+            self.trainer, self.model, data.file_list_sha256(), data.file_sizes_sha256()
+        )
+        other = differences(start.fingerprint, self.point.fingerprint)
+        if other:
+            tell(f"warning: the result can't be bit-identical to an uninterrupted run: {'; '.join(other)}.")
+        if self.trainer.is_global_zero:
+            note_session(start, self.session.command, [*self.session.notes, *other])
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; a checkpoint is never unpickled."""
+        kwargs["ckpt_path"] = None if self.start is None else self.start.checkpoint
+        strategy = self._get(self.config, "trainer")["strategy"]
+        try:
+            with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+                self.trainer.fit(**kwargs, weights_only=True)
+        except Exception as error:  # a class of Lightning's fails in every type on arguments that don't fit
+            if self.point.began or isinstance(strategy, str) or isinstance(error, (UserError, OSError)):
+                raise
+            name, reason = type(self.trainer.strategy).__name__, " ".join(str(error).split())[:200]
+            raise UserError(
+                f"The training can't begin under {name} ({type(error).__name__}: {reason}): correct its arguments, or "
+                "use --trainer.strategy auto or ddp."
+            ) from error
+
+    def before_validate(self) -> None:
+        """Read the data."""
+        self._before_evaluation()
+
+    def before_test(self) -> None:
+        """Read the data."""
+        self._before_evaluation()
+
+    def _before_evaluation(self) -> None:
+        if not self._get(self.config, "ckpt_path"):
+            raise UserError(f"Say which weights to {self.subcommand}: --ckpt_path runs/NAME/checkpoints/best.ckpt.")
+        self.datamodule.run_dir = self._split_folder()
+
+    def _split_folder(self) -> Path:
+        """The run folder, with the split of the run whose checkpoint is used, if there is one."""
+        run_dir = cast(Path, self.run_dir)
+        checkpoint = self._get(self.config, "ckpt_path")
+        origin = Path(checkpoint).parent.parent / "splits.csv" if checkpoint else None
+        if origin is not None and origin.is_file():
+            shutil.copy(origin, run_dir / "splits.csv")
+        return run_dir
+
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate on the validation images."""
+        self.trainer.validate(**kwargs, weights_only=True)
+
+    def test(self, **kwargs: Any) -> None:
+        """Evaluate on the test images."""
+        self.trainer.test(**kwargs, weights_only=True)
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,307 @@
+"""`moevision fit | validate | test`, from the command line to the finished run folder, with the dense twin after it.
+
+A finished `fit` tests the best checkpoint, exports the model, and writes predictions, plots, provenance, model card
+and summary.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from moevision.allocator import keep_freed_memory
+from moevision.data import ImageDataModule
+from moevision.efficiency import measure_cost
+from moevision.errors import UserError
+from moevision.files import write_json_atomic, write_text_atomic
+from moevision.models.io import SavedModel, save_model
+from moevision.names import csv_name
+from moevision.train.callbacks import data_wait_advice
+from moevision.train.card import gather_facts, model_card
+from moevision.train.checkpoint import final_checkpoint, sha256_of
+from moevision.train.cli import ALL, SentenceParser, TrainingCLI, quiet_lightning
+from moevision.train.guard import StabilityGuard, TrainingDiverged
+from moevision.train.optim import WeightEMA
+from moevision.train.plots import plot_confusion, plot_curves
+from moevision.train.processes import Interrupted, gather, several_processes, tell
+from moevision.train.provenance import collect_provenance, device_name
+from moevision.train.recipe import describe_model
+from moevision.train.report import RunSummary, TestScores, TwinComparison, paired_difference, write_summary
+from moevision.train.resume import Session, Start, find_start
+from moevision.train.task import ClassificationTask
+
+
+def run(verb: str, arguments: Sequence[str]) -> None:
+    """Run `fit`, `validate` or `test` with command-line arguments.
+
+    Raises:
+        UserError: for anything that the user can mend.
+    """
+    torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
+    SentenceParser.show_all = ALL in arguments
+    _check_encoding(arguments)
+    arguments = ["--help" if argument == ALL else argument for argument in arguments]
+    session = Session(verb, arguments)
+    try:
+        with session.interruption, session.clock, quiet_lightning():
+            _train(verb, session)
+    except (Interrupted, TrainingDiverged) as stopped:
+        if not session.processes.first:
+            raise SystemExit(0) from None  # the first process says it, and its exit code counts
+        if isinstance(stopped, TrainingDiverged):
+            raise
+        command = session.interruption.command
+        tell(
+            f"Stopped by {stopped.signal_name}."
+            + (f" To go on:\n{command}" if command else " Nothing was trained yet.")
+        )
+        raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        command = session.interruption.command
+        raise UserError(f"The disk is full: make room, then go on with {command or 'the same command'}.") from error
+    except RuntimeError as error:
+        if not several_processes() or "by peer" not in str(error):  # gloo's words for a connection that has gone
+            raise
+        if not session.processes.first:
+            raise SystemExit(1) from None
+        raise UserError(session.another_ended()) from error
+    finally:
+        session.close()
+
+
+def _check_encoding(arguments: Sequence[str]) -> None:
+    """Files below the data may have any names, but config.yaml and safetensors can only hold UTF-8."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{argument} is not UTF-8 and can't stand in a run's config.yaml: rename the folder, or give a link to "
+                "it that has a plain name."
+            ) from None
+
+
+def _train(verb: str, session: Session) -> None:
+    cli = TrainingCLI([verb, *session.arguments], session)
+    run_dir = cast(Path, cli.run_dir)
+    if cli.fast_dev_run:  # logs nothing and saves nothing
+        if session.processes.first and cli.start is None:  # else the folder may be an earlier run's
+            shutil.rmtree(run_dir)
+        return
+    if verb != "fit":
+        return
+    result = finish_run(cli, session.command)
+    if cli._get(cli.config, "with_twin"):
+        result = _train_twin(cli, session, result)
+    if result is not None:
+        tell(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
+
+
+def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) -> RunResult | None:
+    start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir), session).plain()))
+    options = ["--model.arch.twin", "active_flops", "--without-twin"]
+    twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
+    # Experts that start as copies have the full width each, and the twin is the dense model they are copies of.
+    match = "active FLOPs" if cli.model.arch.pretrained is None else "pretrained weights, but fewer FLOPs"
+    other = finish_run(twin, [*session.command, *options])
+    return None if result is None or other is None else write_comparison(result, other, match)
+
+
+def _twin_start(run_dir: Path, session: Session) -> Start:
+    """Where the twin's training begins, in a folder that is made for it."""
+    folder = run_dir / "twin"
+    known = folder.is_dir()
+    session.claim(folder)
+    start = find_start(folder, fresh_if_none=True) if known else Start(folder)
+    if (run_dir / "splits.csv").is_file():
+        shutil.copy(run_dir / "splits.csv", folder / "splits.csv")
+    print("\nNow the dense twin, by the same recipe.", flush=True)
+    return start
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its summary, and what a comparison with another run needs.
+
+    Attributes:
+        summary: what summary.md says.
+        run_dir: the run folder.
+        correct: for each test image, by its stable id, whether it was classified correctly.
+    """
+
+    summary: RunSummary
+    run_dir: Path
+    correct: dict[str, bool]
+
+    @property
+    def headline(self) -> str:
+        """The result in one line."""
+        test = self.summary.test
+        loads = [layer.max_over_mean for layer in self.summary.layers]
+        balance = f", busiest expert at {max(loads):.2f} x the mean load" if loads else ""
+        return f"test/top1 {test.correct / test.total:.4f} on {test.total:,} test images{balance}"
+
+
+def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
+    """Test the best checkpoint, export the model, and write every file of the run folder.
+
+    Several processes test together; the first one writes, and the others get None.
+
+    Args:
+        cli: after its `fit`.
+        command: the command line as typed.
+    """
+    task: ClassificationTask = cli.model
+    data: ImageDataModule = cli.datamodule
+    trainer, run_dir, stopwatch = cli.trainer, cast(Path, cli.run_dir), cli.stopwatch
+    seed: int | None = cli._get(cli.config, "seed_everything")
+    watched, duration_s = StabilityGuard.record_of(trainer), stopwatch.run_s
+    epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
+    checkpoint, weights = final_checkpoint(run_dir / "checkpoints", cli.files)
+    trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    rows = _predictions(task, data)
+    bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
+    if not trainer.is_global_zero:
+        return None
+    mean, std = cast(Any, data.mean), cast(Any, data.std)
+    save_model(SavedModel(task.net, data.class_names, data.image_size, mean, std), run_dir / "model")
+    _write_predictions(rows, data.class_names, run_dir / "predictions_test.csv")
+    plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
+    labels, predictions = np.array([row.label for row in rows]), np.array([row.prediction for row in rows])
+    plot_confusion(labels, predictions, data.class_names, run_dir / "confusion.png")
+    chosen = {
+        "backend": task.arch.backend or "auto",
+        "compile": task.compile_blocks,
+        "model_sha256": sha256_of(run_dir / "model" / "model.safetensors"),
+    }
+    provenance = collect_provenance(
+        command=list(command), seed=seed, data_sha256=data.file_list_sha256(), started=cli.started, extra=chosen
+    )
+    write_json_atomic(run_dir / "provenance.json", provenance)
+    summary = RunSummary(
+        name=run_dir.name,
+        model=describe_model(task),
+        data=data.path,
+        image_size=data.image_size,
+        split_note=data.split_note,
+        class_counts=data.class_counts,
+        test=replace(
+            _scores(rows, data, trainer.callback_metrics),
+            weights=weights if WeightEMA.of(trainer) is None else f"the moving average (EMA) of {weights}",
+        ),
+        cost=measure_cost(task.net, data.image_size),
+        epochs=epochs,
+        steps=steps,
+        batch_size=data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
+        duration_s=duration_s,
+        images_per_s=stopwatch.images / stopwatch.train_s if stopwatch.train_s else 0.0,
+        device=device_name(trainer) + (f", {trainer.world_size} processes" if trainer.world_size > 1 else ""),
+        precision=str(trainer.precision),
+        seed=seed,
+        data_wait=stopwatch.data_wait,
+        layers=task.test_loads,
+        bad_images=bad_images,
+        notes=[*data.warnings, *watched.sentences(), *data_wait_advice(stopwatch.data_wait, data)],
+    )
+    _write_summary(summary, run_dir)
+    return RunResult(summary, run_dir, {row.sample: row.prediction == row.label for row in rows})
+
+
+def write_comparison(result: RunResult, twin: RunResult, match: str) -> RunResult:
+    """Write the paired comparison with the dense twin into the run's summary.
+
+    Args:
+        result: the run.
+        twin: the run of its twin, on the same test images.
+        match: what the two have in common, e.g. "active FLOPs".
+
+    Returns:
+        The result with the comparison in it.
+    """
+    common = [sample for sample in result.correct if sample in twin.correct]
+    difference = paired_difference(
+        np.array([result.correct[sample] for sample in common]),
+        np.array([twin.correct[sample] for sample in common]),
+    )
+    other = twin.summary
+    comparison = TwinComparison(
+        difference=difference,
+        match=match,
+        correct=other.test.correct,
+        cost=other.cost,
+        duration_s=other.duration_s,
+        images_per_s=other.images_per_s,
+    )
+    summary = replace(result.summary, twin=comparison)
+    _write_summary(summary, result.run_dir)
+    return replace(result, summary=summary)
+
+
+def _write_summary(summary: RunSummary, run_dir: Path) -> None:
+    write_summary(summary, run_dir / "summary.md")
+    write_text_atomic(run_dir / "model" / "README.md", model_card(gather_facts(run_dir, summary=summary)))
+    # Last: a run that has it is finished (`resume.is_finished`).
+    write_json_atomic(run_dir / "summary.json", json.loads(json.dumps(asdict(summary), default=list)))
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    sample: str
+    label: int
+    prediction: int
+    probability: float
+
+
+def _predictions(task: ClassificationTask, data: ImageDataModule) -> list[_Prediction]:
+    """Of all processes, in the order of the test images."""
+    names = ("index", "label", "prediction", "probability")
+    own = [row for batch in task.test_outputs for row in zip(*(batch[name].tolist() for name in names), strict=True)]
+    return [
+        _Prediction(data.sample_id("test", index), label, prediction, probability)
+        for index, label, prediction, probability in sorted(chain.from_iterable(gather(own)))
+    ]
+
+
+def _write_predictions(rows: Sequence[_Prediction], class_names: Sequence[str], out: Path) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "label", "prediction", "probability", "correct"])
+    for row in rows:
+        words = class_names[row.label], class_names[row.prediction]
+        names = map(csv_name, (row.sample, *words))
+        writer.writerow([*names, f"{row.probability:.4f}", int(row.label == row.prediction)])
+    write_text_atomic(out, text.getvalue())
+
+
+def _scores(rows: Sequence[_Prediction], data: ImageDataModule, metrics: dict[str, Any]) -> TestScores:
+    train = data.class_counts["train"]
+    majority = max(train, key=lambda name: train[name])
+    per_class = []
+    for label, name in enumerate(data.class_names):
+        own = [row for row in rows if row.label == label]
+        per_class.append((name, sum(row.prediction == label for row in own), len(own)))
+    return TestScores(
+        correct=sum(row.prediction == row.label for row in rows),
+        total=len(rows),
+        majority_class=majority,
+        majority_correct=per_class[data.class_names.index(majority)][2],
+        loss=float(metrics["test/loss"]),
+        balanced_accuracy=float(metrics["test/balanced_acc"]),
+        ece=float(metrics["test/ece"]),
+        top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
+        per_class=per_class,
+    )

@@ -1,0 +1,183 @@
+"""Colours and counts of the figures: numbers worked out by hand, published values, and sums that must come out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moevision.analysis.describe import (
+    co_activation,
+    expected_co_activation,
+    gate_weight_quantiles,
+    majority_part,
+    part_expert_table,
+    part_fractions,
+    position_share,
+)
+from moevision.analysis.palette import (
+    EXPERT_COLOURS,
+    FADED,
+    HIGHLIGHT,
+    NEUTRAL,
+    contrast,
+    expert_colour,
+    expert_colours,
+    ink_on,
+)
+from moevision.errors import UserError
+
+
+def test_the_palette_is_okabe_and_itos() -> None:
+    # Okabe & Ito, "Color Universal Design", 2008: RGB of the eight colours.
+    published = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115)]
+    published += [(240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
+    assert sorted(EXPERT_COLOURS) == sorted("#{:02X}{:02X}{:02X}".format(*rgb) for rgb in published)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "ratio"),
+    [
+        ("#000000", "#FFFFFF", 21.0),
+        ("#123456", "#123456", 1.0),
+        ("#FFFFFF", "#767676", 4.54),  # the lightest grey that WCAG AA allows for text on white
+        ("#FFFFFF", "#FF0000", 4.00),  # 1.05 / (0.2126 + 0.05)
+    ],
+)
+def test_contrast_is_wcags(one: str, other: str, ratio: float) -> None:
+    assert contrast(one, other) == pytest.approx(ratio, abs=0.005)
+    assert contrast(other, one) == contrast(one, other)
+
+
+@given(st.integers(0, 0xFFFFFF))
+def test_the_ink_is_readable_on_any_colour(number: int) -> None:
+    colour = f"#{number:06X}"
+    # The two ratios multiply to 21 (1.05 / 0.05), so the better one is at least √21.
+    assert contrast(ink_on(colour), colour) >= math.sqrt(21) - 1e-9
+
+
+def test_up_to_eight_experts_have_colours_and_more_have_numbers_on_grey() -> None:
+    assert expert_colours(8) == list(EXPERT_COLOURS)
+    assert expert_colours(2) == list(EXPERT_COLOURS[:2])
+    assert set(expert_colours(9)) == {NEUTRAL}
+
+
+def test_one_expert_is_highlighted() -> None:
+    assert expert_colours(3, highlight=1) == [FADED, EXPERT_COLOURS[1], FADED]
+    assert [expert_colour(e, 64, highlight=5) for e in (4, 5, 6)] == [FADED, HIGHLIGHT, FADED]
+
+
+@pytest.mark.parametrize(("expert", "highlight"), [(8, None), (-1, None), (0, 8)])
+def test_an_expert_that_is_not_there(expert: int, highlight: int | None) -> None:
+    with pytest.raises(UserError, match="experts 0 to 7"):
+        expert_colour(expert, 8, highlight)
+
+
+# Two images of two patches, three choices of four experts.
+CHOICES = np.array([[[0, 1, 2], [0, 1, 3]], [[3, 1, 0], [2, 0, 1]]], dtype=np.int16)
+
+
+def test_co_activation_counts_all_pairs() -> None:
+    # By hand. The four sets are {0,1,2}, {0,1,3}, {0,1,3}, {0,1,2}. Rank neighbours alone would miss (0, 2) of the
+    # first set, whose ranks are 1 and 3.
+    expected = [[4, 4, 2, 2], [4, 4, 2, 2], [2, 2, 2, 0], [2, 2, 0, 2]]
+    np.testing.assert_array_equal(co_activation(CHOICES, 4), expected)
+
+
+@given(st.integers(2, 7), st.integers(1, 4), st.integers(0, 1000))
+def test_co_activation_adds_up(experts: int, choices: int, seed: int) -> None:
+    choices = min(choices, experts)
+    rng = np.random.default_rng(seed)
+    index = rng.random((3, 5, experts)).argsort(-1)[..., :choices]
+    counts = co_activation(index, experts)
+    np.testing.assert_array_equal(counts, counts.T)
+    # Each patch that chose an expert chose K - 1 others beside it.
+    np.testing.assert_array_equal(counts.sum(1), choices * np.diagonal(counts))
+    listed = sum(
+        (tuple(sorted(pair)) == (0, 1)) for p in index.reshape(-1, choices) for pair in itertools.combinations(p, 2)
+    )
+    assert counts[0, 1] == listed
+
+
+def test_expected_co_activation_with_equal_loads() -> None:
+    # 4 experts chosen 30 times each with k = 2: every one of the other three is the partner in 10.
+    counts = np.array([[30, 30, 0, 0], [30, 30, 0, 0], [0, 0, 30, 30], [0, 0, 30, 30]])
+    expected = np.full((4, 4), 10.0) + 20.0 * np.eye(4)
+    np.testing.assert_allclose(expected_co_activation(counts), expected, rtol=1e-9)
+
+
+def test_expected_co_activation_recovers_planted_independence() -> None:
+    # N_ij = a_i a_j with a = (1, 2, 3, 4) · 5 has no preference in it, so it is its own expectation.
+    planted = 25.0 * np.outer([1, 2, 3, 4], [1, 2, 3, 4])
+    np.fill_diagonal(planted, 0)
+    np.fill_diagonal(planted, planted.sum(1))
+    np.testing.assert_allclose(expected_co_activation(planted.astype(np.int64)), planted, rtol=1e-6)
+
+
+def test_expected_co_activation_of_an_unused_expert() -> None:
+    expected = expected_co_activation(np.array([[6, 6, 0], [6, 6, 0], [0, 0, 0]]))
+    np.testing.assert_allclose(expected, [[6, 6, 0], [6, 6, 0], [0, 0, 0]], atol=1e-6)
+
+
+def test_position_share_by_hand() -> None:
+    # Position 0 holds choices 0,1,2 and 3,1,0: six in all. Position 1 holds 0,1,3 and 2,0,1.
+    expected = np.array([[2, 2], [2, 2], [1, 1], [1, 1]]) / 6
+    np.testing.assert_allclose(position_share(CHOICES, 4), expected)
+    first_only = position_share(CHOICES[:, :, :1], 4)
+    np.testing.assert_allclose(first_only, np.array([[1, 1], [0, 0], [0, 1], [1, 0]]) / 2)
+
+
+def test_gate_weight_quantiles_by_hand() -> None:
+    weights = np.array([[[0.9, 0.1], [0.6, 0.4]], [[0.8, 0.2], [0.5, 0.3]]], dtype=np.float32)
+    # First choices sorted: .5 .6 .8 .9, seconds: .1 .2 .3 .4; the median is the mean of the middle two.
+    np.testing.assert_allclose(
+        gate_weight_quantiles(weights, (0, 0.5, 1)), [[0.5, 0.1], [0.7, 0.25], [0.9, 0.4]], rtol=1e-6
+    )
+
+
+# A picture of 4 x 4 pixels, a grid of 2 x 2 patches of 4 pixels, parts 0, 1 and 2.
+MASK = np.array([[0, 0, 1, 1], [0, 0, 1, 0], [0, 1, 2, 2], [1, 0, 2, 2]], dtype=np.uint8)[None]
+FRACTIONS = np.array([[[1, 0, 0], [0.25, 0.75, 0], [0.5, 0.5, 0], [0, 0, 1]]])
+
+
+def test_part_fractions_by_hand() -> None:
+    np.testing.assert_allclose(part_fractions(MASK, (2, 2), 3), FRACTIONS)
+    np.testing.assert_array_equal(majority_part(FRACTIONS), [[0, 1, 0, 2]])  # the tie goes to the lower number
+
+
+def test_part_fractions_of_a_wide_grid() -> None:
+    # One row of two patches, each 4 high and 2 wide: the left half holds 6 zeros and 2 ones.
+    np.testing.assert_allclose(part_fractions(MASK, (1, 2), 3)[0, 0], [0.75, 0.25, 0])
+
+
+def test_part_expert_table_by_hand() -> None:
+    choices = np.array([[[0, 1], [1, 0], [1, 2], [2, 1]]])
+    # Part 0 has area 1 + 1/4 + 1/2: half of each patch's share goes to either choice.
+    expected = np.array([
+        [0.5 + 0.125, 0.5 + 0.125 + 0.25, 0.25],
+        [0.375, 0.375 + 0.25, 0.25],
+        [0, 0.5, 0.5],
+    ])  # fmt: skip
+    table = part_expert_table(choices, FRACTIONS, 3)
+    np.testing.assert_allclose(table, expected)
+    assert table.sum() == pytest.approx(4)  # patches
+    np.testing.assert_allclose(table.sum(1), [1.75, 1.25, 1.0])  # area of each part
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: co_activation(CHOICES, 3),  # expert 3 isn't there
+        lambda: position_share(CHOICES[0], 4),  # an axis is missing
+        lambda: gate_weight_quantiles(np.zeros((0, 4, 2))),
+        lambda: part_fractions(MASK, (3, 3), 3),  # 4 pixels into 3 patches
+        lambda: part_expert_table(CHOICES, FRACTIONS, 4),  # 2 images of 2 patches, 1 of 4
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(call) -> None:
+    with pytest.raises(UserError):
+        call()

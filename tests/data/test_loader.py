@@ -1,0 +1,96 @@
+"""The order is a pure function of (seed, epoch), the position an offset into it."""
+
+from collections import Counter
+from math import ceil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moevision.data.loader import PositionSampler, eval_batches
+
+
+def indices(sampler: PositionSampler) -> list[int]:
+    return [index for _, index in sampler]
+
+
+def test_each_epoch_is_another_permutation_and_a_seed_repeats_it():
+    first = PositionSampler(50, seed=3)
+    orders = []
+    for epoch in range(3):
+        first.set_epoch(epoch)
+        orders.append(indices(first))
+        assert sorted(orders[-1]) == list(range(50))
+    assert len({tuple(order) for order in orders}) == 3
+    torch.manual_seed(99)  # the global generator has no say
+    again = PositionSampler(50, seed=3)
+    again.set_epoch(2)
+    assert indices(again) == orders[2]
+    assert indices(PositionSampler(50, seed=4)) != orders[0]
+
+
+def test_keys_carry_the_epoch_they_began_with():
+    sampler = PositionSampler(4)
+    iterator = iter(sampler)
+    first = next(iterator)
+    sampler.set_epoch(1)
+    assert [first[0], *(epoch for epoch, _ in iterator)] == [0, 0, 0, 0]
+
+
+def test_seek_resumes_once_and_keeps_the_length():
+    sampler = PositionSampler(20, seed=1)
+    whole = sampler.order(2)
+    sampler.seek(2, 12)
+    sampler.set_epoch(2)  # Lightning's call on resume
+    assert len(sampler) == 20
+    assert indices(sampler) == whole[12:]
+    assert indices(sampler) == whole
+    sampler.seek(2, 12)
+    sampler.set_epoch(3)  # another epoch begins at its beginning
+    assert indices(sampler) == sampler.order(3)
+
+
+@given(n=st.integers(1, 40), world=st.integers(1, 5), epoch=st.integers(0, 3), balanced=st.booleans())
+def test_ranks_share_out_the_common_order(n, world, epoch, balanced):
+    labels = [i % 3 for i in range(n)] if balanced else None
+    common = PositionSampler(n, balanced_labels=labels).order(epoch)
+    ranks = [PositionSampler(n, rank=r, world_size=world, balanced_labels=labels).order(epoch) for r in range(world)]
+    assert {len(own) for own in ranks} == {n // world}
+    interleaved = [index for step in zip(*ranks, strict=True) for index in step]
+    assert interleaved == common[: n // world * world]
+
+
+def test_balanced_order_draws_classes_equally_and_images_evenly():
+    labels = [0] * 2 + [1] * 7 + [2] * 91
+    sampler = PositionSampler(100, balanced_labels=labels)
+    drawn = sampler.order(0)
+    classes = Counter(labels[index] for index in drawn)
+    assert sorted(classes.values()) == [33, 33, 34]  # 100 draws over 3 classes
+    for members in (range(2), range(2, 9)):  # each image of a rare class before any of them comes once more
+        times = [drawn.count(index) for index in members]
+        assert max(times) - min(times) <= 1
+    assert drawn != sampler.order(1)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(2, 2), (-1, 1)])
+def test_rank_must_exist(rank, world):
+    with pytest.raises(ValueError, match="rank"):
+        PositionSampler(4, rank=rank, world_size=world)
+
+
+@given(n=st.integers(1, 60), batch=st.integers(1, 9), world=st.integers(1, 4))
+def test_eval_batches_cover_all_once_in_equally_many_batches(n, batch, world):
+    ranks = [eval_batches(n, batch, rank, world) for rank in range(world)]
+    assert sorted(index for own in ranks for part in own for index in part) == list(range(n))
+    assert {len(own) for own in ranks} == {ceil(ceil(n / world) / batch)}, "as few as the largest share needs"
+    assert max(len(part) for own in ranks for part in own) <= batch
+
+
+def test_eval_batches_of_one_process_are_consecutive():
+    assert eval_batches(5, 2) == [[0, 1], [2, 3], [4]]
+
+
+def test_every_image_has_a_label_to_balance_by():
+    with pytest.raises(ValueError, match="expected 4 balanced_labels, got 3"):
+        PositionSampler(4, balanced_labels=[0, 1, 1])

@@ -1,0 +1,285 @@
+"""Pixels are functions of (seed, epoch, index) and of nothing else, and each step does what torchvision's does."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from moevision.data import transforms
+from moevision.data.transforms import (
+    TRIES,
+    TrainTransform,
+    base_pixels,
+    erasing_boxes,
+    normalize,
+    pad_shifts,
+    resized_crop_boxes,
+    seeded_torch,
+    square_pixels,
+    uniform,
+)
+
+MEAN = (0.5, 0.25, 0.75)
+
+
+def transform(size: int = 16, **options) -> TrainTransform:
+    defaults = {
+        "augment": "light",
+        "crop": "pad",
+        "min_crop_scale": 0.25,
+        "hflip": True,
+        "random_erasing": 0.0,
+        "mean": MEAN,
+    }
+    return TrainTransform(size, **(defaults | options))
+
+
+def noise(height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def one(chain: TrainTransform, pixels: torch.Tensor, seed: int, epoch: int, index: int) -> torch.Tensor:
+    """A batch of one picture."""
+    return chain([pixels.numpy()], seed, [epoch], [index])[0]
+
+
+ALL = [
+    {"augment": augment, "crop": crop, "random_erasing": 0.5}
+    for augment in ("none", "light", "randaugment", "trivialaugment")
+    for crop in ("pad", "random_resized")
+]
+
+
+@pytest.mark.parametrize("options", ALL, ids=lambda options: f"{options['augment']}-{options['crop']}")
+def test_pixels_follow_from_the_key_alone(options):
+    chain, pixels = transform(**options), noise()
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    first = [one(chain, pixels, 5, epoch, index) for epoch in range(3) for index in range(6)]
+    torch.manual_seed(2), random.seed(2), np.random.seed(2)
+    again = [one(transform(**options), pixels, 5, epoch, index) for epoch in range(3) for index in range(6)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(result.shape == (3, 16, 16) and result.dtype == torch.uint8 for result in first)
+    assert len({result.numpy().tobytes() for result in first}) > 6  # epochs and indices do make a difference
+
+
+def test_global_generators_are_left_alone():
+    chain = transform(augment="randaugment", random_erasing=1.0)
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    expected = torch.rand(4), random.random(), np.random.rand()
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    one(chain, noise(), 1, 2, 3)
+    assert torch.equal(torch.rand(4), expected[0])
+    assert (random.random(), np.random.rand()) == expected[1:]
+
+
+def photos(count: int = 6, square: bool = False) -> list[np.ndarray]:
+    """Pictures of different sizes, in both orders that a cache keeps them in."""
+    made = [noise(16, 16, n) if square else noise(20 + n, 40 - 3 * n, n) for n in range(count)]
+    return [
+        p.permute(1, 2, 0).contiguous().permute(2, 0, 1).numpy() if n % 2 else p.numpy() for n, p in enumerate(made)
+    ]
+
+
+@pytest.mark.parametrize("options", ALL, ids=lambda options: f"{options['augment']}-{options['crop']}")
+@given(data=st.data())
+def test_a_batch_is_its_pictures_however_it_is_put_together(options, data):
+    """Any division of any order of the pictures into batches gives each the pixels it has alone."""
+    chain, pictures = transform(**options), photos(square="pad" in options["crop"] or options["augment"] == "none")
+    epochs = data.draw(st.lists(st.integers(0, 2**31), min_size=6, max_size=6))
+    order = data.draw(st.permutations(range(6)))
+    cut = data.draw(st.integers(0, 6))
+    alone = [chain([pictures[n]], 9, [epochs[n]], [n])[0] for n in range(6)]
+    before = [picture.copy() for picture in pictures]
+    for part in (order[:cut], order[cut:]):
+        batch = chain([pictures[n] for n in part], 9, [epochs[n] for n in part], part)
+        assert batch.shape == (len(part), 3, 16, 16)
+        for row, n in zip(batch, part, strict=True):
+            assert torch.equal(row, alone[n])
+    assert all(np.array_equal(*pair) for pair in zip(pictures, before, strict=True)), "a cache is only read"
+
+
+def test_rows_of_a_batch_have_decisions_of_their_own():
+    """The trap: torchvision's v2 on a batched tensor decides once for all."""
+    same, keys = [noise().numpy()] * 64, (3, [1] * 64, list(range(64)))
+    for options in ({"crop": "pad"}, {"crop": "random_resized"}, {"augment": "none", "random_erasing": 1.0}):
+        rows = transform(**options)(same, *keys)
+        assert len({row.numpy().tobytes() for row in rows}) > 30, options
+
+
+# torchvision's functions, given the same numbers. Expected streams: 3 crop, 4 flip, 5 and 6 erasing.
+
+EPOCHS, INDICES = [2] * 40, list(range(100, 140))
+KEY = (np.array(EPOCHS), np.array(INDICES))
+
+
+def flipped(rows: list[torch.Tensor], seed: int) -> torch.Tensor:
+    mirrored = uniform(1, seed, 4, *KEY)[:, 0] < 0.5
+    assert 10 < mirrored.sum() < 30
+    return torch.stack([functional.horizontal_flip(r) if flip else r for r, flip in zip(rows, mirrored, strict=True)])
+
+
+def test_light_pad_is_torchvision_s_pad_crop_and_flip():
+    pictures = [noise(seed=n) for n in range(40)]
+    shifts = pad_shifts(uniform(2, 7, 3, *KEY), 2)
+    padded = [functional.pad(p, [2], fill=[128, 64, 191]) for p in pictures]
+    rows = [functional.crop(p, 2 + y, 2 + x, 16, 16) for p, (y, x) in zip(padded, shifts.tolist(), strict=True)]
+    found = transform()([p.numpy() for p in pictures], 7, EPOCHS, INDICES)
+    assert torch.equal(found, flipped(rows, 7))
+
+
+def test_light_resized_is_torchvision_s_resized_crop_and_flip():
+    pictures = [noise(24 + n, 60 - n, n) for n in range(40)]
+    u = uniform(4 * TRIES, 7, 3, *KEY).reshape(-1, TRIES, 4)
+    boxes = resized_crop_boxes(u, np.array([p.shape[1:] for p in pictures]), (0.25, 1.0))
+    bicubic = v2.InterpolationMode.BICUBIC
+    rows = [
+        functional.resized_crop(p, *box, [16, 16], interpolation=bicubic, antialias=True)
+        for p, box in zip(pictures, boxes.tolist(), strict=True)
+    ]
+    found = transform(crop="random_resized")([p.numpy() for p in pictures], 7, EPOCHS, INDICES)
+    assert torch.equal(found, flipped(rows, 7))
+
+
+def test_erasing_is_torchvision_s_erase():
+    pictures = [noise(seed=n) for n in range(40)]
+    chosen = uniform(1, 7, 5, *KEY)[:, 0] < 0.6
+    assert 15 < chosen.sum() < 33
+    boxes = erasing_boxes(uniform(4 * TRIES, 7, 6, *KEY).reshape(-1, TRIES, 4), 16).tolist()
+    fill = torch.tensor([128, 64, 191], dtype=torch.uint8).view(3, 1, 1)
+    rows = [
+        functional.erase(p, *box, fill) if erased else p for p, box, erased in zip(pictures, boxes, chosen, strict=True)
+    ]
+    found = transform(augment="none", random_erasing=0.6)([p.numpy() for p in pictures], 7, EPOCHS, INDICES)
+    assert torch.equal(found, torch.stack(rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [("randaugment", v2.RandAugment), ("trivialaugment", v2.TrivialAugmentWide)]
+)
+def test_a_policy_is_torchvision_s_on_each_picture(name, policy):
+    """On a picture that is only shifted and mirrored before, drawn from the generator that its key seeds (stream 1)."""
+    pictures = [noise(seed=n).numpy() for n in range(20)]
+    keys = (7, EPOCHS[:20], INDICES[:20])
+    light, found = transform()(pictures, *keys), transform(augment=name)(pictures, *keys)
+    chain = policy(interpolation=v2.InterpolationMode.BILINEAR, fill=[128, 64, 191])
+    for row, before, epoch, index in zip(found, light, *keys[1:], strict=True):
+        with seeded_torch(7, 1, epoch, index):
+            expected = chain(functional.to_pil_image(before))
+        assert torch.equal(row, functional.pil_to_tensor(expected))
+    assert (found != light).flatten(1).any(dim=1).sum() > 10
+
+
+def test_streams_are_apart():
+    streams = [
+        transforms._POLICY,
+        transforms._CROP,
+        transforms._FLIP,
+        transforms._ERASE,
+        transforms._RECTANGLE,
+        transforms._MIX,
+    ]
+    assert len(set(streams)) == len(streams)
+
+
+def test_pad_crop_is_a_shift_by_at_most_an_eighth_filled_with_the_mean_colour():
+    fill = torch.tensor([128, 64, 191], dtype=torch.uint8)  # 255 x MEAN, rounded
+    pixels = noise()
+    padded = fill.view(3, 1, 1).repeat(1, 20, 20)
+    padded[:, 2:18, 2:18] = pixels  # 16 / 8 = 2 pixels on each side
+    windows = {
+        padded[:, top : top + 16, left : left + 16].numpy().tobytes(): (top, left)
+        for top in range(5)
+        for left in range(5)
+    }
+    seen = {windows[one(transform(hflip=False), pixels, 0, 0, index).numpy().tobytes()] for index in range(300)}
+    assert seen == set(windows.values())  # each of the 25 shifts, and nothing else
+
+
+def test_hflip_mirrors_about_half():
+    pixels, chain = noise(), transform(crop="random_resized", min_crop_scale=1.0)
+    mirrored = [
+        # the whole square is cropped in most draws; those are the picture or its mirror image
+        (torch.equal(result, pixels.flip(2)), torch.equal(result, pixels))
+        for result in (one(chain, pixels, 0, 0, index) for index in range(400))
+    ]
+    flips, stays = (sum(column) for column in zip(*mirrored, strict=True))
+    assert flips + stays > 50
+    # binomial: outside of 5 standard deviations once in a million
+    assert abs(flips - stays) < 5 * (flips + stays) ** 0.5
+
+
+def test_min_crop_scale_bounds_the_area():
+    # A picture whose red channel is the column and green the row, so a crop tells its own extent.
+    side = 200
+    ramp = torch.arange(side, dtype=torch.uint8)
+    pixels = torch.stack([ramp.expand(side, side), ramp.view(-1, 1).expand(side, side), torch.zeros(side, side)])
+    pixels = pixels.to(torch.uint8)
+    for scale in (0.1, 0.6):
+        chain = transform(32, crop="random_resized", min_crop_scale=scale)
+        areas = []
+        for index in range(200):
+            out = one(chain, pixels, 0, 0, index).float()
+            # pixel centres of a crop of width w span w - w/32
+            width = (out[0].max() - out[0].min()) / (1 - 1 / 32)
+            height = (out[1].max() - out[1].min()) / (1 - 1 / 32)
+            areas.append(float(width * height) / side**2)
+        assert scale - 0.05 < min(areas) < scale + 0.1
+        assert max(areas) > 0.85
+
+
+def test_augment_none_changes_nothing():
+    pixels = noise()
+    assert torch.equal(one(transform(augment="none"), pixels, 0, 0, 0), pixels)
+
+
+def test_random_erasing_fills_with_the_mean_colour():
+    pixels = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    out = one(transform(augment="none", random_erasing=1.0), pixels, 0, 0, 0)
+    erased = out[0] > 0
+    assert 0 < erased.sum() < 256
+    assert out[:, erased].unique(dim=1).flatten().tolist() == [128, 64, 191]
+
+
+def test_square_pixels_is_the_centre_at_full_size():
+    pixels = np.arange(6 * 10 * 3, dtype=np.uint8).reshape(6, 10, 3)
+    assert np.array_equal(square_pixels(Image.fromarray(pixels), 6), pixels[:, 2:8])
+
+
+@pytest.mark.parametrize(("size", "target"), [((40, 30), 16), ((30, 40), 16), ((20, 20), 32)])
+def test_square_pixels_equals_resize_then_centre_crop(size, target):
+    # Smooth, so that the half-pixel in which the two orders may differ stays small.
+    y, x = np.mgrid[: size[1], : size[0]]
+    image = Image.fromarray(np.stack([3 * x, 3 * y, 2 * (x + y)], axis=2).astype(np.uint8))
+    scale = target / min(size)
+    resized = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC)
+    left, top = (resized.width - target) // 2, (resized.height - target) // 2
+    expected = np.asarray(resized.crop((left, top, left + target, top + target))).astype(int)
+    assert np.abs(square_pixels(image, target).astype(int) - expected)[2:-2, 2:-2].max() <= 5
+
+
+def test_a_thin_strip_stays_small():
+    strip = Image.new("RGB", (4, 8000))
+    assert square_pixels(strip, 64).shape == (64, 64, 3)
+    assert base_pixels(strip, 64).shape == (16, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [((400, 200), (74, 148, 3)), ((80, 60), (60, 80, 3)), ((74, 74), (74, 74, 3))],  # 1.15 x 64 = 73.6
+)
+def test_base_pixels_shrinks_to_what_crops_need_and_never_enlarges(size, shape):
+    assert base_pixels(Image.new("RGB", size), 64).shape == shape
+
+
+def test_normalize_by_hand():
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    out = normalize(pixels, (0.5, 0.2, 0.0), (0.25, 0.5, 2.0))
+    # (0 - 0.5) / 0.25, (0.2 - 0.2) / 0.5, (1 - 0) / 2
+    torch.testing.assert_close(out.flatten(), torch.tensor([-2.0, 0.0, 0.5]))
+    assert out.dtype == torch.float32

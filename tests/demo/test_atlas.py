@@ -1,0 +1,169 @@
+"""The atlas: its numbers against brute-force counts, its size, and its way through a file."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from moevision.analysis.classes import class_expert_map
+from moevision.analysis.collect import collect_routing
+from moevision.analysis.describe import fractions_of_parts
+from moevision.analysis.images import View, open_pictures
+from moevision.analysis.specialization import specialization
+from moevision.data import SyntheticPets
+from moevision.demo.atlas import SCHEMA, build_atlas, load_atlas, sample_paths, save_atlas
+from moevision.errors import UserError
+from moevision.layers.moe import moe_layers
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return open_pictures(SyntheticPets(48, 32, 0, "test"), 32)
+
+
+@pytest.fixture(scope="module")
+def trace(pictures):
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit_moe", num_classes=8, img_size=32, patch_size=8).eval()
+    with torch.no_grad():  # an untrained model sends all patches the same way
+        net.pos_embed.normal_()
+        for layer in moe_layers(net):
+            layer.router.weight.normal_()
+    return collect_routing(net, pictures, progress=False)
+
+
+@pytest.fixture(scope="module")
+def atlas(trace, pictures):
+    maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=50) for layer in trace.layers}
+    return build_atlas(trace, pictures, specialization(trace, num_permutations=50), maps, max_patches=100)
+
+
+def test_it_says_what_it_is_about(atlas, trace):
+    assert atlas["schema"] == SCHEMA == "moevision.atlas/1"
+    assert atlas["n_images"] == 48
+    assert atlas["class_names"] == list(SyntheticPets.classes)
+    assert [layer["layer"] for layer in atlas["layers"]] == [layer.layer for layer in trace.layers]
+
+
+def test_loads_are_counts_of_kept_choices(atlas, trace):
+    for found, layer in zip(atlas["layers"], trace.layers, strict=True):
+        expected = [int((layer.expert_index[layer.kept] == expert).sum()) for expert in range(layer.num_experts)]
+        assert found["loads"] == expected
+        assert found["slowest"] == pytest.approx(max(expected) / np.mean(expected), abs=1e-4)
+
+
+def test_patches_are_named_and_routed_to_their_expert(atlas, trace):
+    for found, layer in zip(atlas["layers"], trace.layers, strict=True):
+        for entry in found["experts"]:
+            for name, image, patch, weight in entry["top"] + entry["random"]:
+                assert trace.picture_names[image] == name
+                choices = layer.expert_index[image, patch].tolist()
+                assert entry["expert"] in choices
+                place = choices.index(entry["expert"])
+                assert weight == pytest.approx(float(layer.combine_weight[image, patch, place]), abs=6e-5)
+
+
+def test_classes_are_the_rows_of_the_map(atlas):
+    for layer in atlas["layers"]:
+        for entry in layer["experts"]:
+            assert [row["above"] for row in entry["classes"]] == sorted(
+                (excess[entry["expert"]] for excess in layer["map"]["excess"]), reverse=True
+            )[:5]
+            for row in entry["classes"]:
+                place = atlas["class_names"].index(row["class"])
+                assert row["share"] == layer["map"]["share"][place][entry["expert"]]
+                assert row["significant"] == layer["map"]["significant"][place][entry["expert"]]
+
+
+def test_parts_are_shares_of_area(atlas, trace, pictures):
+    """For each part: pixels that went to the expert, over all pixels of it, counted pixel by pixel."""
+    layer, side = trace.layers[0], 32 // trace.grid[0]
+    area = np.zeros((len(SyntheticPets.parts), layer.num_experts))
+    for image in range(len(trace)):
+        mask = pictures.part_mask(image)
+        for row, column in np.ndindex(32, 32):
+            patch = row // side * trace.grid[1] + column // side
+            area[mask[row, column], layer.expert_index[image, patch]] += 1
+    overall = area.sum(0) / area.sum()
+    for entry in atlas["layers"][0]["experts"]:
+        for row in entry["parts"]:
+            part = area[SyntheticPets.parts.index(row["part"])]
+            share = part[entry["expert"]] / part.sum()
+            assert row["share"] == pytest.approx(share, abs=1e-4)
+            assert row["above"] == pytest.approx(share - overall[entry["expert"]], abs=1e-4)
+        assert [row["above"] for row in entry["parts"]] == sorted((r["above"] for r in entry["parts"]), reverse=True)
+
+
+def test_paths_are_counted_and_sampled(atlas, trace):
+    first = [layer.expert_index[..., 0] for layer in trace.layers]
+    paths = [tuple(int(layer[i, p]) for layer in first) for i, p in np.ndindex(first[0].shape)]
+    sampled = 0
+    for group in atlas["paths"]:
+        assert group["count"] == paths.count(tuple(group["path"]))
+        for image, patch in group["patches"]:
+            assert paths[image * first[0].shape[1] + patch] == tuple(group["path"])
+        sampled += len(group["patches"])
+    assert sampled == 100  # max_patches
+    counts = [group["count"] for group in atlas["paths"]]
+    assert counts == sorted(counts, reverse=True)
+    assert sum(group["count"] for group in sample_paths(trace, 10_000)) == len(paths)
+
+
+def test_the_file_is_small_and_comes_back(atlas, trace, pictures, tmp_path):
+    save_atlas(atlas, tmp_path / "atlas.json")
+    assert load_atlas(tmp_path / "atlas.json") == atlas
+    everything = dict(atlas, paths=sample_paths(trace))
+    save_atlas(everything, tmp_path / "atlas.json")
+    assert (tmp_path / "atlas.json").stat().st_size < 300_000
+
+
+def test_numbers_of_information_round_as_in_their_sentence(trace, pictures):
+    """0.02153 was stored as 0.0215, which a page wrote as 0.021 beside a sentence with 0.022."""
+    (entry, *_) = specialization(trace, num_permutations=50)
+    changed = replace(entry, estimate=replace(entry.estimate, high=0.02153))
+    maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=50) for layer in trace.layers}
+    built = build_atlas(trace, None, [changed], maps)
+    found = next(each for layer in built["layers"] for each in layer["information"])
+    assert f"{found['high']:.3f}" == "0.022"
+
+
+def test_a_class_without_pictures_is_null(trace, pictures):
+    some = trace.select(trace.labels != 3)
+    maps = {layer.layer: class_expert_map(some, layer.layer, num_permutations=50) for layer in some.layers}
+    built = build_atlas(some, None, [], maps)
+    assert built["layers"][0]["map"]["share"][3] == [None] * some.layers[0].num_experts
+    assert built["layers"][0]["experts"][0]["parts"] is None
+    for entry in built["layers"][0]["experts"]:
+        assert SyntheticPets.classes[3] not in [row["class"] for row in entry["classes"]]
+    two = trace.select(trace.labels < 2)
+    maps = {layer.layer: class_expert_map(two, layer.layer, num_permutations=50) for layer in two.layers}
+    for entry in build_atlas(two, None, [], maps)["layers"][0]["experts"]:
+        assert {row["class"] for row in entry["classes"]} == set(SyntheticPets.classes[:2])
+    json.dumps(built, allow_nan=False)
+
+
+def test_files_that_are_no_atlas(tmp_path):
+    with pytest.raises(UserError, match="no atlas"):
+        load_atlas(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        load_atlas(tmp_path / "bad.json")
+    (tmp_path / "old.json").write_text('{"schema": "moevision.atlas/0"}')
+    with pytest.raises(UserError, match=r"moevision\.atlas/0"):
+        load_atlas(tmp_path / "old.json")
+
+
+class NoMasks(View):
+    """Pictures that name parts and have no mask."""
+
+    def part_mask(self, index):
+        return None
+
+
+def test_parts_need_masks(pictures):
+    odd = NoMasks(pictures, range(3), pictures.class_names, range(8), "odd")
+    with pytest.raises(UserError, match=r"odd names parts, but the image test/.* has no mask"):
+        fractions_of_parts(odd, (4, 4))

@@ -1,0 +1,308 @@
+"""A saved model is the model: bit-equal logits, the same choices and weights, for everything that can be built."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from moevision import UserError, convert_to_moe, forward_routing
+from moevision.data.transforms import normalize
+from moevision.layers import ROUTERS, label_oracle, moe_layers
+from moevision.models.io import SavedModel, load_model, save_model
+
+WORDS = ["cat", "dog", "Käfer", "a|b", "dog house"]
+LABELS = torch.tensor([3, 0, 4])
+DEIT = {"base": "deit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+
+
+def images(size: int = 32) -> Tensor:
+    return torch.randn(len(LABELS), 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def trained(net: nn.Module) -> nn.Module:
+    """Moved off its initial values, buffers of the routers too: zero-init routers would hide what was lost."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for layer in moe_layers(net):
+            for buffer in layer.router.buffers():
+                buffer.copy_(
+                    buffer.logical_not()
+                    if buffer.dtype == torch.bool
+                    else buffer + torch.rand(buffer.shape, generator=generator)
+                )
+    return net.eval()
+
+
+def as_saved(net: nn.Module, size: int = 32, words: list[str] = WORDS) -> SavedModel:
+    return SavedModel(net, words, size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+
+
+def equal_after_a_round_trip(net: nn.Module, folder: Path, size: int = 32) -> SavedModel:
+    save_model(as_saved(net, size), folder)
+    back = load_model(str(folder))
+    assert (back.class_names, back.image_size, back.mean, back.std) == (WORDS, size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    ours, theirs = net.state_dict(), back.net.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(
+        torch.equal(tensor, theirs[name]) and tensor.dtype == theirs[name].dtype for name, tensor in ours.items()
+    )
+    assert back.net.moe_config == net.moe_config
+    with label_oracle(net, LABELS), label_oracle(back.net, LABELS), torch.no_grad():
+        logits, routings = forward_routing(net, images(size))
+        other_logits, other_routings = forward_routing(back.net, images(size))
+    assert torch.equal(logits, other_logits)
+    assert len(routings) == len(moe_layers(net)) > 0
+    for routing, other in zip(routings, other_routings, strict=True):
+        assert torch.equal(routing.expert_weights(), other.expert_weights())
+        assert torch.equal(routing.kept, other.kept)
+    return back
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router(router: str, tmp_path: Path) -> None:
+    net = trained(timm.create_model("test_vit_moe", router=router, num_classes=5))
+    equal_after_a_round_trip(net, tmp_path)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_in_a_converted_deit(router: str, tmp_path: Path) -> None:
+    """With a class token, built under `vit_moe`, whose address is the base's name."""
+    net = trained(timm.create_model("vit_moe", router=router, num_experts=4, num_classes=5, **DEIT))
+    equal_after_a_round_trip(net, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "vit_moe"
+
+
+PER_LAYER = {"num_experts": [3, 8], "top_k": [1, 2], "router": ["switch", "sigmoid"], "expert_hidden": [48, 16]}
+OPTIONS = {
+    "per layer": PER_LAYER,
+    "per layer, all blocks": {"moe_layers": "all", "router": ["hash", "soft", "expert_choice", "bias_balanced"]},
+    "fine-grained": {"num_experts": 64, "top_k": 8},
+    "shared": {"num_shared_experts": 2, "router": "bias_balanced", "expert_drop": 0.3},
+    "capacity": {
+        "eval_capacity_factor": 0.5,
+        "capacity_factor": 1.05,
+        "batch_priority": True,
+        "capacity_group": "image",
+    },
+    "gates": {"top_k": 1, "normalize_gates": True, "noise": "none"},
+    "V-MoE's gates": {"router": "vmoe_top_k", "normalize_gates": True, "noise": "fixed"},
+    "bias": {"router": "bias_balanced", "bias_rate": 0.01},
+    "slots": {"router": "soft", "slots_per_expert": 3},
+    "backend": {"backend": "dense"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", ["test_vit_moe", "vit_moe"])
+def test_every_option(name: str, options: dict[str, object], tmp_path: Path) -> None:
+    base = DEIT if name == "vit_moe" else {}
+    net = trained(timm.create_model(name, num_classes=5, **base, **options))
+    back = equal_after_a_round_trip(net, tmp_path)
+    for layer, other in zip(moe_layers(net), moe_layers(back.net), strict=True):
+        assert type(layer.router) is type(other.router)
+        assert (layer.router.num_experts, layer.router.top_k) == (other.router.num_experts, other.router.top_k)
+        assert (layer.num_shared_experts, layer.experts.backend) == (other.num_shared_experts, other.experts.backend)
+        assert layer.experts.fc1.weight.shape == other.experts.fc1.weight.shape
+        assert getattr(layer.router, "options", None) == getattr(other.router, "options", None)
+
+
+def test_a_model_converted_in_python_with_everything(tmp_path: Path) -> None:
+    vit = timm.create_model("deit_tiny_patch16_224", num_classes=5, **{**DEIT, "base": None})
+    net = convert_to_moe(vit, [0, 2], **PER_LAYER, num_shared_experts=1, capacity_factor=1.5)
+    equal_after_a_round_trip(trained(net), tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [("test_vit_moe", {}), ("vit_moe", DEIT)], ids=["own name", "DeiT"])
+def test_soft_keeps_its_slots_at_another_image_size(arguments: tuple[str, dict[str, object]], tmp_path: Path) -> None:
+    """K · tokens / E slots at 32 px (8 for 16 tokens, 9 for 17, rounded up) stay so many at 64 and at 96 px."""
+    name, base = arguments
+    net = timm.create_model(name, router="soft", num_experts=4, num_classes=5, **base)
+    slots = [layer.router.mu.shape for layer in moe_layers(net)]
+    assert slots == [(32, 4, 9 if base else 8)] * 2
+    net.set_input_size(64)
+    equal_after_a_round_trip(trained(net), tmp_path, size=64)
+    larger = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=96)
+    assert [layer.router.mu.shape for layer in moe_layers(larger)] == slots
+    assert torch.equal(moe_layers(larger)[0].router.mu, moe_layers(net)[0].router.mu)
+
+
+def test_bf16_weights_stay_what_they_are(tmp_path: Path) -> None:
+    """bf16 in the file; fp32 after loading, with the same values, so that .bfloat16() gives the model back."""
+    net = trained(timm.create_model("test_vit_moe", num_classes=5)).bfloat16()
+    save_model(as_saved(net), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    back = load_model(str(tmp_path)).net
+    assert {parameter.dtype for parameter in back.parameters()} == {torch.float32}
+    assert all(torch.equal(tensor, stored[name].to(tensor.dtype)) for name, tensor in back.state_dict().items())
+    assert torch.equal(back.bfloat16()(images().bfloat16()), net(images().bfloat16()))
+
+
+def test_weights_in_another_memory_order(tmp_path: Path) -> None:
+    net = trained(timm.create_model("test_vit_moe", num_classes=5)).to(memory_format=torch.channels_last)
+    assert not net.patch_embed.backbone[0].conv.weight.is_contiguous()
+    save_model(as_saved(net), tmp_path)
+    assert not net.patch_embed.backbone[0].conv.weight.is_contiguous()
+    back = load_model(str(tmp_path)).net
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in back.state_dict().items())
+
+
+def test_weights_are_flushed_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut after a finished run, whose summary is flushed, could leave an empty file of weights."""
+    flushed: list[tuple[int, int]] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(os.fstat(file)[1:3]), real(file)))
+    save_model(as_saved(timm.create_model("test_vit_moe", num_classes=3)), tmp_path)
+    assert [name for name in os.listdir(tmp_path) if os.stat(tmp_path / name)[1:3] not in flushed] == []
+
+
+def test_timm_alone_opens_it_in_a_new_interpreter(tmp_path: Path) -> None:
+    net = trained(timm.create_model("vit_moe", num_classes=5, **DEIT, **PER_LAYER))
+    save_model(as_saved(net), tmp_path / "model")
+    torch.save(images(), tmp_path / "images.pt")
+    code = (
+        "import sys, timm, torch, moevision\n"
+        "net = timm.create_model(f'local-dir:{sys.argv[1]}/model', pretrained=True).eval()\n"
+        "torch.save(net(torch.load(f'{sys.argv[1]}/images.pt')), f'{sys.argv[1]}/logits.pt')\n"
+        "assert net.pretrained_cfg['label_names'][2] == 'Käfer'\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=600)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), net(images()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.needs("transformers")
+@pytest.mark.parametrize("model", [("test_vit_moe", {}), ("vit_moe", DEIT)], ids=["own name", "DeiT"])
+def test_transformers_opens_it(model: tuple[str, dict[str, object]], tmp_path: Path) -> None:
+    """Its wrapper builds the same network by timm and keeps the file's weights where they lie in it.
+
+    So products may round otherwise there, in the last digits of fp32 logits of order 1.
+    """
+    import transformers
+
+    name, base = model
+    net = trained(timm.create_model(name, num_classes=5, **base))
+    save_model(as_saved(net), tmp_path)
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert all(torch.equal(value, by_timm.state_dict()[key]) for key, value in wrapped.timm_model.state_dict().items())
+    logits = wrapped(images()).logits
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, by_timm(images()), rtol=0, atol=1e-5)
+    assert list(wrapped.config.id2label.values()) == WORDS
+
+
+@pytest.mark.needs("transformers")
+def test_transformers_pipeline_answers_with_the_class_names(tmp_path: Path) -> None:
+    """The pipeline prepares the image as config.json says: bicubic to 32 px, then mean and standard deviation."""
+    import transformers
+
+    net = trained(timm.create_model("test_vit_moe", num_classes=5))
+    save_model(as_saved(net), tmp_path)
+    picture = Image.effect_mandelbrot((32, 32), (-2, -1, 1, 1), 60).convert("RGB")
+    classify = transformers.pipeline("image-classification", model=str(tmp_path), device="cpu")
+    said = {row["label"]: row["score"] for row in classify(picture, top_k=5)}
+    saved = load_model(str(tmp_path))
+    pixels = normalize(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], saved.mean, saved.std)
+    probabilities = saved.net(pixels).softmax(-1)[0].tolist()
+    assert said == pytest.approx(dict(zip(WORDS, probabilities, strict=True)), abs=1e-6)
+
+
+def test_a_file_that_gives_the_number_of_classes_twice_still_opens(tmp_path: Path) -> None:
+    """As moevision 0.1 wrote it; a model that is saved today gives it once."""
+    net = trained(timm.create_model("test_vit_moe", num_classes=5))
+    save_model(as_saved(net), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["num_classes"] == 5
+    assert "num_classes" not in config["model_args"]
+    config["model_args"]["num_classes"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load_model(str(tmp_path)).net(images()), net(images()))
+
+
+def test_what_is_saved_tells_nothing_of_where(tmp_path: Path) -> None:
+    """A model that was loaded from a folder and saved again doesn't carry that folder's path."""
+    save_model(as_saved(trained(timm.create_model("test_vit_moe", num_classes=5))), tmp_path / "secret")
+    save_model(load_model(str(tmp_path / "secret")), tmp_path / "again")
+    first, second = (tmp_path / name for name in ("secret", "again"))
+    assert sorted(file.name for file in second.iterdir()) == ["config.json", "model.safetensors"]
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (first, second))
+    assert theirs["pretrained_cfg"].pop("label_names") == WORDS  # timm repeats what it has read
+    assert ours == theirs
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    assert str(tmp_path) not in (second / "config.json").read_text()
+
+
+def relabel(folder: Path, **labels: object) -> list[str]:
+    config = json.loads((folder / "config.json").read_text())
+    del config["label_names"]
+    (folder / "config.json").write_text(json.dumps({**config, **labels}))
+    return load_model(str(folder)).class_names
+
+
+def test_class_names_as_timm_writes_them(tmp_path: Path) -> None:
+    """A list, or a dict from index to name; names may be codes that `label_descriptions` explains."""
+    save_model(as_saved(timm.create_model("test_vit_moe", num_classes=3), words=["cat", "dog", "owl"]), tmp_path)
+    kept = (tmp_path / "config.json").read_text()
+    assert json.loads(kept)["label_names"] == ["cat", "dog", "owl"]
+    cases = [
+        ({}, ["class 0", "class 1", "class 2"]),
+        (
+            {"label_names": ["n1", "n2", "n3"], "label_descriptions": {"n1": "tabby", "n3": "owl"}},
+            ["tabby", "n2", "owl"],
+        ),
+        ({"label_names": {"0": "cat", "2": "owl"}}, ["cat", "class 1", "owl"]),
+        ({"label_names": ["one", "two"]}, ["class 0", "class 1", "class 2"]),
+    ]
+    for labels, expected in cases:
+        (tmp_path / "config.json").write_text(kept)
+        assert relabel(tmp_path, **labels) == expected
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("a pickle was run"),)
+
+
+def test_foreign_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another program, of other sizes, or with a pickle instead of weights: refused in words, and never run."""
+    monkeypatch.chdir(tmp_path)
+    save_model(as_saved(timm.create_model("test_vit_moe", num_classes=5)), tmp_path / "model")
+    config, weights = tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors"
+    kept = config.read_text()
+    for change in ({"embed_dim": 64}, {"num_experts": 5}, {"router": "soft"}, {"router": "of another version"}):
+        given = json.loads(kept)
+        config.write_text(json.dumps({**given, "model_args": {**given["model_args"], **change}}))
+        with pytest.raises(UserError, match="can't be loaded"):
+            load_model("model")
+    config.write_text('{"model_type": "vit", "architectures": ["ViTForImageClassification"]}')
+    with pytest.raises(UserError, match="not saved by timm or moevision"):
+        load_model("model")
+    config.write_text(kept)
+    weights.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(UserError, match="can't be loaded"):
+        load_model("model")
+    weights.rename(tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"has no model\.safetensors: only safetensors are read"):
+        load_model("model")
+    assert not Path("a pickle was run").exists()
+
+
+def test_a_dense_model_of_timm(tmp_path: Path) -> None:
+    """Not ours, but a model: everything that works without experts works with it."""
+    net = timm.create_model("test_vit", num_classes=2).eval()
+    timm.models.save_for_hf(net, tmp_path, safe_serialization=True)
+    back = load_model(str(tmp_path))
+    assert back.class_names == ["class 0", "class 1"]
+    assert torch.equal(back.net(images(160)), net(images(160)))
