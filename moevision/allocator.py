@@ -2,7 +2,7 @@
 
 glibc gives large blocks back as soon as they are free, and trims the heap behind smaller ones. The next step takes the
 same memory again, and the system hands it out page by page, each zeroed first: a ViT's training step on a CPU can spend
-more time on that than on its matrix products (docs/performance.md has the figures). Memory that is kept costs nothing
+more time on that than on its matrix products (benchmarks/performance has figures). Memory that is kept costs nothing
 as long as the process needs it again, which a training does until its end.
 """
 

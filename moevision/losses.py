@@ -167,7 +167,7 @@ class AuxLoss:
     by the number K of micro-batches (as Lightning does), the gradients then add up to the whole batch's, where they
     would fade to (1 + 1/2 + ... + 1/K) / K of it. That is exact for the z loss of equally large micro-batches, and for
     all losses where micro-batches have the same statistic. Otherwise the direction is approximate, because earlier
-    micro-batches can't know what later ones will add (docs/concepts.md has measured values). A window that the end of
+    micro-batches can't know what later ones will add (benchmarks/accumulation has values). A window that the end of
     an epoch cuts short counts as much of a whole one as its cross-entropy does.
 
     Args:

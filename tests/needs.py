@@ -31,5 +31,10 @@ NEEDS = {
     "chromium": Need("Chromium", "apt-get install chromium", chromium),
     "onnx": Need("ONNX", 'pip install ".[export]"', lambda: _has("onnx", "onnxscript", "onnxruntime")),
     "transformers": Need("transformers", 'pip install ".[test]"', lambda: _has("transformers")),
+    "mkdocs": Need(
+        "mkdocs",
+        'pip install ".[docs]"',
+        lambda: _has("mkdocs", "material", "mkdocstrings", "pymdownx", "latex2mathml"),
+    ),
     "notebooks": Need("a notebook runner", 'pip install ".[test]"', lambda: _has("nbformat", "nbclient", "ipykernel")),
 }

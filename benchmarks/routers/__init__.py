@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks routers --cifar path/to/cifar10     # the trainings; goes on where it stopped
     OMP_NUM_THREADS=1 python -m benchmarks routers --speed                     # images/s, interleaved in one process
-    python -m benchmarks routers --report > tables.md                          # tables, and docs/img/routers.png
+    python -m benchmarks routers --report > tables.md                          # tables and figure
 
 All rows share the model, E = 8 (32 in the fine-grained row), the steps, the batch, the schedule and the images; one
 expert's width follows from K so that active FLOPs are those of the dense twin (measured and recorded; the report shows
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="measure images/s instead (about a minute)")
     parser.add_argument("--rounds", type=int, default=40, help="steps of each row for --speed (%(default)s)")
     parser.add_argument("--report", action="store_true", help="print tables and draw the figure instead")
-    parser.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "img" / "routers.png")
+    parser.add_argument("--figure", type=Path, default=HERE / "routers" / "routers.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.report:

@@ -3,7 +3,7 @@
     python -m benchmarks saving --stage speed --cifar path/to/cifar10          # images/s, interleaved; adds one
     python -m benchmarks saving --stage memory                                 # peak training memory
     python -m benchmarks saving --stage train --cifar path/to/cifar10 --jobs 2 # goes on where it stopped
-    python -m benchmarks saving --stage report > tables.md                     # tables, docs/img/{saving,levers}.png
+    python -m benchmarks saving --stage report > tables.md                     # tables and two figures
 
 The model, the batch and the recipe are those of configs/cifar10.yaml. Arms of the first question: the MoE, the dense
 twin of equal active FLOPs, and the dense twin of equal total parameters. Arms of the second: the MoE with gradient
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side (%(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="of --stage speed (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="processes per arm of --stage memory (%(default)s)")
-    parser.add_argument("--figures", type=Path, default=HERE.parent / "docs" / "img", help="folder (%(default)s)")
+    parser.add_argument("--figures", type=Path, default=HERE / "saving", help="folder (%(default)s)")
     options = parser.parse_args()
     if options.stage == "report":
         found = read_record(options.out)

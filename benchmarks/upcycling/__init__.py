@@ -1,7 +1,7 @@
 """Sparse upcycling on CIFAR-10 beside training on: accuracy against FLOPs and against time, over seeds.
 
     OMP_NUM_THREADS=1 python -m benchmarks upcycling --cifar path/to/cifar10   # the trainings; goes on where it stopped
-    python -m benchmarks upcycling --report > tables.md                        # table, and docs/img/upcycling.png
+    python -m benchmarks upcycling --report > tables.md                        # table and figure
 
 Four trainings per seed of one small ViT, each under one one-cycle schedule from the same learning rate:
 
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--images", type=int, default=2000, help="validation images of a curve (%(default)s)")
     parser.add_argument("--report", action="store_true", help="print the table and draw the figure instead")
-    parser.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "img" / "upcycling.png")
+    parser.add_argument("--figure", type=Path, default=HERE / "upcycling" / "upcycling.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.report:

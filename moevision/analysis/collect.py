@@ -91,9 +91,11 @@ def collect_routing(
         UserError: if there is no such model or data, the model has no MoE layer, no image can be read, or the model
             routes by the class and an image has none.
 
-    Example:
-        >>> trace = collect_routing("runs/pets/model", "synthetic_pets", limit=400)
-        >>> trace.layer(1).counts().sum(0)  # choices per expert
+    Examples:
+        >>> from moevision.demo import bundled_model
+        >>> trace = collect_routing(bundled_model("pets"), "synthetic_pets", limit=16, progress=False)
+        >>> trace.layer(1).counts().sum(0).shape  # choices per expert
+        (8,)
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: it must be at least 1.")

@@ -80,8 +80,8 @@ def upcycle() -> ArgumentParser:
         after, and how far the outputs are from the dense model's.
 
         Cost: --num-experts E stores E MLPs in each converted block; --top-k K computes K of them per token, so K = 1
-        costs what the dense model costs. Routers and options: docs/routers.md; what can't be upcycled:
-        docs/upcycling.md.
+        costs what the dense model costs. Routers and options: docs/reference/routers.md; what can't be upcycled:
+        docs/reference/conversions.md.
         """,
         """\
         moevision upcycle deit_tiny_patch16_224 --out tiny_moe            weights from the hub, 8 experts in two blocks

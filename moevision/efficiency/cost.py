@@ -433,7 +433,7 @@ def flop_counter() -> FlopCounterMode:
 def count_flops(function: Callable[[], object]) -> int:
     """FLOPs that one call executes, backward passes in it included.
 
-    Example:
+    Examples:
         >>> count_flops(lambda: torch.zeros(2, 3) @ torch.zeros(3, 5))
         60
     """

@@ -153,7 +153,7 @@ class EnergyMeter:
     Attributes:
         reading: what the scope took; there after it.
 
-    Example:
+    Examples:
         >>> with EnergyMeter("cpu", idle_s=0.1) as meter:
         ...     product = torch.ones(256, 256) @ torch.ones(256, 256)
         >>> meter.reading.source in ("rapl", "not measured")

@@ -8,7 +8,7 @@ Nothing here changes what is computed. `dispatch.py`, `experts.py` and `routers.
 - `looped_mlps`: the experts one after the other, with a backward pass that writes each gradient once.
 
 Custom backward passes can be differentiated once: `refuse_transforms` and `differentiable_once` say so.
-Measurements: docs/performance.md.
+Measurements: benchmarks/performance.
 
 Axes: T tokens, K choices, R rows (T·K and padding), D width, H hidden width, E experts.
 """

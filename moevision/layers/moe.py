@@ -53,7 +53,7 @@ class MoEMlp(Recordable):
         UserError: for an argument of timm's Mlp that experts cannot honour, an unknown router or backend, K > E, or an
             option that the router has no use for.
 
-    Example:
+    Examples:
         >>> layer = MoEMlp(192, 384, num_experts=8, top_k=2)
         >>> layer(torch.randn(4, 65, 192)).shape
         torch.Size([4, 65, 192])

@@ -43,7 +43,7 @@ from moevision.layers.routing import (
 JITTER = 0.01  # Switch Transformer, table 1 and its released code
 _MAX_SCALE = 100.0  # Tutel clamps the learned logit scale at ln 100
 # arXiv:2101.03961, §2.2 has 0.01 for every layer, added up; ours is a mean over layers. 0.01 of that left max/mean
-# loads of up to 2.0 where 0.05 keeps them below 1.5 (docs/routers.md).
+# loads of up to 2.0 where 0.05 keeps them below 1.5 (benchmarks/routers).
 _LOAD_BALANCING = 0.05
 _BIAS_RATE = 1e-3  # γ of arXiv:2412.19437, §4.2
 

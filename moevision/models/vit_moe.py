@@ -296,7 +296,7 @@ def _convert_base(base: str, twin: Match | Sequence[int] | None = None, **kwargs
 # Attention in timm is torch's fused kernel, or products one after the other. The fused one is the faster at inference
 # everywhere, and in training on a GPU. On a CPU its backward pass falls behind in bfloat16 as long as there are few
 # tokens: forward and backward of 64 images of 65 tokens took 3.4 times as long as the plain products, of 32 images of
-# 197 tokens 1.6 times; in float32 both are alike (docs/performance.md).
+# 197 tokens 1.6 times; in float32 both are alike (benchmarks/performance).
 SHORT = 300
 """N up to which plain products were the faster in bfloat16 with and without a matrix unit; at 577 that turns."""
 

@@ -84,7 +84,7 @@ def test_what_changes_the_output_reports_its_gap(vit: nn.Module, options: dict[s
     assert gap.agreement == float(agreement)
 
 
-DOCS = Path(__file__).parents[2] / "docs" / "upcycling.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "conversions.md"
 GAPS = re.findall(r"^\| `(.+)` \| (\S+|< 1e-5) \| (\S+) % \|$", DOCS.read_text(encoding="utf-8"), re.M)
 
 

@@ -1,6 +1,8 @@
-"""Which record every measured number of README.md and docs/ comes from; `tests/test_records.py` holds them together.
+"""Which record every measured number of a page comes from; `tests/test_records.py` holds them together.
 
-Each page has a module here, named as the page, with two lists:
+Pages are README.md, docs/ and the lab notes benchmarks/*/README.md. A page with measured numbers has a module here,
+named as the page (docs/reference/files.md: reference_files.py, benchmarks/routers/README.md: routers.py); `pages.py`
+has those with a number or two. A module has two lists:
 
 CLAIMS: what the page says, as a format; the record that says it; and which of its values fill the format.
 
@@ -81,17 +83,28 @@ class Page:
 
 
 def all_pages() -> list[Path]:
-    """README.md and docs/*.md."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """README.md, docs/ and the lab notes of benchmarks/."""
+    notes = (ROOT / "benchmarks").glob("*/README.md")
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(notes)]
+
+
+def module_of(path: Path) -> str:
+    """The name of a page's module here."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "benchmarks":
+        return parts[1]
+    return "_".join(parts[1:] if parts[0] == "docs" else parts).lower().replace("-", "_")
 
 
 def checked_pages() -> list[Page]:
-    """The pages that have a module here."""
-    pages = []
+    """All pages, with what their modules here claim, or `pages` of those with a number or two."""
+    few, pages = importlib.import_module(f"{__name__}.pages"), []
     for path in all_pages():
-        if (Path(__file__).parent / f"{path.stem.lower()}.py").is_file():
-            module = importlib.import_module(f"{__name__}.{path.stem.lower()}")
-            pages.append(Page(path, getattr(module, "CLAIMS", []), getattr(module, "DEFINITIONS", [])))
+        name, relative = module_of(path), str(path.relative_to(ROOT))
+        here = (Path(__file__).parent / f"{name}.py").is_file()
+        module = importlib.import_module(f"{__name__}.{name}") if here else None
+        claims = [*getattr(module, "CLAIMS", []), *few.CLAIMS.get(relative, [])]
+        pages.append(Page(path, claims, [*getattr(module, "DEFINITIONS", []), *few.DEFINITIONS.get(relative, [])]))
     return pages
 
 
@@ -101,7 +114,9 @@ def pattern(text: str) -> re.Pattern[str]:
     return re.compile(words.replace(r"\ %", "%").replace("%", r"\s*%").replace(r"\ ", r"\s+").replace(r"\-", "[-−]"))
 
 
-_CODE_AND_HEADINGS = re.compile(r"^```.*?^```|^ {4}[^\n]*|^#+ [^\n]*|<!--.*?-->", re.DOTALL | re.M)
+_CODE_AND_HEADINGS = re.compile(
+    r"^```.*?^```|^ {4}[^\n]*|^#+ [^\n]*|<!--.*?-->|\$\$.*?\$\$|\$[^$\n]+\$", re.DOTALL | re.M
+)
 _NAMES = re.compile(r"`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv:[\d.]+")
 _UNITS = r"%|percent|ms|s|min|minutes?|seconds?|hours?|images/s|[kMGT]i?B|points?|times|bits?|×|[MGTP]?FLOPs?|GFLOP/s"
 _WORDS = "two|three|four|five|six|seven|eight|nine|ten|fifteen|twenty|thirty|forty|fifty|sixty|ninety|hundred"

@@ -1,4 +1,4 @@
-"""docs/analysis.md."""
+"""benchmarks/analysis/README.md."""
 
 from typing import Any
 
@@ -51,7 +51,6 @@ CLAIMS = [
 ]
 
 DEFINITIONS = [
-    Definition("| **interval** | 95 %, over other images |", "the level of the intervals"),
     Definition("bits (95 %)", "the level of the intervals"),
     Definition("0, 0.05 and 0.25 bit", "what the simulations draw"),
 ]

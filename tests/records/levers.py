@@ -1,4 +1,4 @@
-"""docs/levers.md."""
+"""benchmarks/levers/README.md."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""docs/performance.md."""
+"""benchmarks/performance/README.md."""
 
 from typing import Any
 

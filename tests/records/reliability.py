@@ -1,4 +1,4 @@
-"""docs/reliability.md."""
+"""benchmarks/reliability/README.md."""
 
 from typing import Any
 

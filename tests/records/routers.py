@@ -1,4 +1,4 @@
-"""docs/routers.md."""
+"""benchmarks/routers/README.md."""
 
 from typing import Any
 
@@ -61,12 +61,7 @@ CLAIMS = [
 ]
 
 DEFINITIONS = [
-    Definition("importance .05, load .05", "defaults of `moevision/layers/routers.py`"),
-    Definition("load balancing .05", "default of `moevision/layers/routers.py`"),
-    Definition("γ of `bias_balanced`, .001", "default of `moevision/layers/routers.py`"),
     Definition("With .01 of the load-balancing loss instead of .05", "the two settings compared"),
-    Definition("(.2 to .4 where data are few: arXiv:2202.08906)", "the cited paper"),
-    Definition("V-MoE, §4.1", "a section of the cited paper"),
     Definition("0.001, 0.002, 0.004 with seed 0", "the rates of `benchmarks/routers/`"),
     Definition("best on average, 0.002", "asserted in `_above`"),
     Definition("better by more than 1 point", "TOLERANCE of `benchmarks/routers/report.py`"),

@@ -1,4 +1,4 @@
-"""docs/saving.md."""
+"""benchmarks/saving/README.md."""
 
 import statistics
 from collections.abc import Mapping

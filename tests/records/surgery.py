@@ -1,4 +1,4 @@
-"""docs/surgery.md."""
+"""benchmarks/surgery/README.md."""
 
 from typing import Any
 

@@ -100,7 +100,7 @@ def test_a_guard_that_does_nothing_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_thresholds_are_those_of_the_page() -> None:
-    """docs/stability.md: 10 losses above the mean by 6 standard deviations; a snapshot in 100 updates, two are kept."""
+    """benchmarks/guard: 10 losses above the mean by 6 standard deviations; a snapshot in 100 updates, two are kept."""
     config = GuardConfig()
     assert (config.spike_updates, config.spike_sigmas) == (10, 6.0)
     assert (config.snapshot_every, config.snapshots, config.max_skips, config.max_rollbacks) == (100, 2, 10, 3)

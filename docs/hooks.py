@@ -1,0 +1,111 @@
+"""What the site needs beyond mkdocs, so that the same Markdown reads well on a forge and here.
+
+- Links that leave docs/ (`../benchmarks/routers/README.md`): a page of Markdown becomes a page of the site under repo/,
+  any other file is copied there. So links are checked, and work without knowing where the repository lives.
+- `--8<-- "moevision/layers/reference.py:Expert.forward"` includes the source of one class or function by its name, and
+  `--8<-- "help:predict"` what `moevision predict --help` prints.
+- Formulas become MathML when the site is built; browsers draw that by themselves.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import posixpath
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+_LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
+_CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.M)
+_NAMED = re.compile(r'^--8<-- "([\w/.-]+\.py):([\w.]+)"$', re.M)
+_HELP = re.compile(r'^--8<-- "help:(\w+)"$', re.M)
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the files outside docs/ that pages link to, and those that these link to."""
+    waiting = [DOCS / file.src_uri for file in files.documentation_pages()]
+    known: set[str] = set()
+    while waiting:
+        page = waiting.pop()
+        for link in _LINK.findall(_CODE.sub("", page.read_text())):
+            target = _target(page, link)
+            uri = _uri(target)
+            if uri in known or not uri.startswith("repo/") or not target.is_file():
+                continue
+            known.add(uri)
+            files.append(File.generated(config, uri, abs_src_path=str(target)))
+            if target.suffix == ".md":
+                waiting.append(target)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Point links at where the files are in the site, and put named sources in."""
+    uri = page.file.src_uri
+    here = ROOT / uri.removeprefix("repo/") if uri.startswith("repo/") else DOCS / uri
+
+    def moved(link: re.Match[str]) -> str:
+        return posixpath.relpath(_uri(_target(here, link[1])), posixpath.dirname(uri) or ".")
+
+    parts, last = [], 0
+    for code in _CODE.finditer(markdown):
+        parts += [_LINK.sub(moved, markdown[last : code.start()]), _HELP.sub(_help, _NAMED.sub(_source, code[0]))]
+        last = code.end()
+    return "".join([*parts, _LINK.sub(moved, markdown[last:])])
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Formulas as MathML."""
+    return _FORMULA.sub(lambda found: convert(_plain(found[2]), display=_DISPLAY[found[1]]), html)
+
+
+_DISPLAY = {"span": "inline", "div": "block"}
+
+
+def _target(page: Path, link: str) -> Path:
+    """The file that a link of a page means; of a folder its README."""
+    target = Path(posixpath.normpath(page.parent / link))
+    return target / "README.md" if target.is_dir() else target
+
+
+def _uri(target: Path) -> str:
+    """Where a file of the repository is in the site's sources."""
+    if target.is_relative_to(DOCS):
+        return target.relative_to(DOCS).as_posix()
+    return f"repo/{target.relative_to(ROOT).as_posix()}"
+
+
+def _source(found: re.Match[str]) -> str:
+    text = (ROOT / found[1]).read_text()
+    node: Any = ast.parse(text)
+    for name in found[2].split("."):
+        inside = [each for each in node.body if getattr(each, "name", None) == name]
+        if not inside:
+            raise PluginError(f"{found[1]} has no {found[2]}")
+        node = inside[0]
+    return textwrap.dedent("\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno]))
+
+
+def _help(found: re.Match[str]) -> str:
+    from moevision.commands.parsers import PARSERS
+    from moevision.commands.training import help_file
+
+    if found[1] in PARSERS:
+        os.environ.update(COLUMNS="100", NO_COLOR="1")  # argparse looks at the terminal otherwise
+        return PARSERS[found[1]]().format_help().strip()
+    # jsonargparse writes backspaces.
+    return help_file(found[1], everything=False).read_text().replace(" \b", "").strip()
+
+
+def _plain(html: str) -> str:
+    return html.strip().replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")

@@ -1,0 +1,57 @@
+"""benchmarks/demo/README.md."""
+
+from typing import Any
+
+from tests.records import Claim
+
+Json = dict[str, Any]
+LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
+PETS, CIFAR = "benchmarks/demo/unlike_pets.json", "benchmarks/demo/unlike_cifar10.json"
+STEPS = {
+    "first_page": "first page, after the server is up", "layer_change": "another layer",
+    "patch_click": "click on a patch", "new_picture": "another image, until the overlay is there",
+    "own_picture": "one's own image",
+}  # fmt: skip
+KINDS = {  # as the page calls them, and each model's record
+    "its own test images": ("own test pictures", "own test pictures"),
+    "drawn pets": (None, "synthetic_pets"),
+    "CIFAR-10": ("cifar10", None),
+    "Imagenette": ("imagenette128", "imagenette128"),
+    "cats and dogs": ("cats_vs_dogs", None),
+    "uniform noise": ("uniform noise", "uniform noise"),
+    "one flat colour": ("one flat colour", "one flat colour"),
+}
+
+
+def unlike(*records: Json) -> list[Json]:
+    """How often images of each kind are called unlike, by model."""
+    rows = []
+    for kind, names in KINDS.items():
+        shares = [
+            "" if name is None else f"{record['rows'][name]['unlike']:.1%}"
+            for name, record in zip(names, records, strict=True)
+        ]
+        rows.append({"kind": kind, "cells": " | ".join(shares)})
+    return rows
+
+
+CLAIMS = [
+    Claim(LATENCY, "in headless Chromium on {cpus} cores ({cpu})"),
+    Claim(
+        LATENCY,
+        "| {what} | {median_ms:.0f} ms | {p95_ms:.0f} ms | {limit_ms} ms |",
+        lambda record: [{"what": what, **record[name]} for name, what in STEPS.items()],
+    ),
+    Claim(LOAD, "{visitors} visitors for {seconds} s with different images"),
+    Claim(
+        LOAD,
+        "{answers:,} answers, {answers_per_s:.1f} a second: {mixed_up} wrong, {busy} refused as busy, {error} failed",
+    ),
+    Claim(
+        LOAD,
+        "A new image took {latency[new picture][p50_ms]:.0f} ms (95 %: {latency[new picture][p95_ms]:.0f} ms), a "
+        "what-if {latency[what_if][p50_ms]:.0f} ms ({latency[what_if][p95_ms]:.0f} ms)",
+    ),
+    Claim(LOAD, "memory went from {server_rss[start_mb]:.1f} MB to {server_rss[end_mb]:.1f} MB"),
+    Claim((PETS, CIFAR), "| {kind} | {cells} |", unlike),
+]

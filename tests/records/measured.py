@@ -1,0 +1,128 @@
+"""docs/measured.md: one paragraph of each study, from the same records."""
+
+from typing import Any
+
+from tests.records import (
+    Claim,
+    Definition,
+    accumulation,
+    analysis,
+    demo,
+    levers,
+    performance,
+    quickstart,
+    reliability,
+    routers,
+    saving,
+    surgery,
+    upcycling,
+)
+from tests.records.studies import report
+
+Json = dict[str, Any]
+TRAIN, SURGERY = performance.TRAIN.format("cifar10"), surgery.BOTH
+
+
+def _restarted(record: Json) -> Json:
+    """The upcycled model beside the restarted dense one, in points."""
+    text = report("upcycling").differences(record)[0]
+    assert "not told apart" in text
+    return {"mean": text.split("mean ")[1].split(", p")[0]}
+
+
+def least_and_most(*records: Json) -> Json:
+    """The smallest and the largest cost of an operation, in points."""
+    costs = {
+        (model, name): -100 * record["accuracy"]["difference"]["difference"]
+        for model, part in (("pets", records[:7]), ("cifar10", records[7:]))
+        for name, record in zip(surgery.OPERATIONS, part, strict=True)
+    }
+    least, most = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)
+    assert (least, most) == (("cifar10", "prune_2"), ("pets", "most_used"))
+    return {"least": costs[least], "most": costs[most]}
+
+
+def class_in_l3(record: Json) -> Json:
+    """What block 3 of the bundled pets tells about the class."""
+    return analysis.of_layer(record, 3, "class")
+
+
+CLAIMS = [
+    Claim(
+        quickstart.QUICKSTART, "the quickstart's model is right on {moe} of {total:,} test images", quickstart.of_run
+    ),
+    Claim(quickstart.CIFAR_CARD, "CIFAR-10 model on {moe} of {total:,}, beside {dense} for its", quickstart.of_card),
+    Claim(
+        quickstart.QUICKSTART,
+        "of the quickstart has {most:.2f} times the mean load",
+        lambda record: {"most": max(float(value) for value in quickstart.loads(record)["slowest"].split(", "))},
+    ),
+    Claim(routers.STUDY, "`position` and `hash` are {position:.1f} and {hash:.1f} points above", routers._above),
+    Claim(
+        routers.STUDY, "`expert_choice` are {least_above:.1f} to {most_above:.1f} points above the twin", routers._above
+    ),
+    Claim(routers.STUDY, "at {least:.2f} to {most:.2f} times its images/s", routers._speeds),
+    Claim(
+        saving.STUDY,
+        "saves {flops_saved:.0%} of the FLOPs per image and is {above_large:.1f} points better after the same time",
+        saving._ratios,
+    ),
+    Claim(
+        saving.STUDY,
+        "that one trains at {small_train:.2f} times its images/s with {small_memory:.2f} times the memory, and is "
+        "{above_small:.1f} points behind",
+        saving._ratios,
+    ),
+    *levers.CLAIMS[:2],
+    Claim(upcycling.STUDY, "the dense model trained on: {mean}", _restarted),
+    Claim(
+        SURGERY,
+        "taking experts out cost {least:.2f} points at least (2 of 8 experts pruned, CIFAR-10) and {most:.2f} at most",
+        least_and_most,
+    ),
+    Claim(
+        analysis.ATLAS,
+        "the choice of expert in block 3 tells {value_bits:.3f} bits about the class (95 % interval {low:.3f} to "
+        "{high:.3f})",
+        class_in_l3,
+    ),
+    Claim(analysis.ATLAS, "clusters of the layer's input tell {kmeans_input:.3f} bits", class_in_l3),
+    Claim(
+        analysis.COVERAGE,
+        "in at least {score:.1%} of simulations",
+        lambda record: record["lowest_coverage"],
+    ),
+    Claim(TRAIN, "runs at {twin} times its dense twin's speed", performance.moe),
+    Claim(TRAIN, "{ratio} times the images/s of that twin in plain timm and Lightning", performance.in_lightning),
+    Claim(
+        performance.ALL_BARS,
+        "In {lowest} of {cases} cases the layer's median time is below that of every peer",
+        performance.overlapping,
+    ),
+    Claim(
+        demo.LATENCY,
+        "another layer appears after {layer_change[median_ms]:.0f} ms and one's own image after "
+        "{own_picture[median_ms]:.0f} ms",
+    ),
+    Claim(
+        demo.LOAD,
+        "{visitors} simulated visitors got {answers:,} answers in {seconds} s: {mixed_up} wrong, {busy} refused as "
+        "busy, {error} failed",
+    ),
+    Claim(
+        accumulation.ACCUMULATION,
+        "With 256 images its projection lies between {least:.2f} and {most:.2f}",
+        accumulation.extremes(256, "least", "most"),
+    ),
+    Claim(
+        accumulation.ACCUMULATION,
+        "with 32 images between {least:.2f} and {most:.2f}",
+        accumulation.extremes(32, "least", "most"),
+    ),
+    Claim(reliability.COST, "The guard costs {cost_percent:.2f} % of the CPU time of a step"),
+    Claim(reliability.RESUME, "bit-identical in {equal} of {cells} cells", reliability.equal_cells),
+]
+
+DEFINITIONS = [
+    Definition("less than 2 points of accuracy is not shown", "the margin; see `reliability.mean_difference`"),
+]

@@ -1,0 +1,81 @@
+"""Pages of docs/ that quote a number or two; those with more have a module of their own."""
+
+import re
+
+from tests.records import ROOT, Claim, Definition, analysis, demo, levers, measured, performance, quickstart, saving
+
+CLAIMS = {
+    "docs/faq.md": [
+        Claim(saving.STUDY, "a sparse model was {above_small:.1f} points above a dense one", saving._ratios),
+    ],
+    "docs/guides/dense-sparse.md": [
+        Claim(measured.SURGERY, "cost accuracy, from {least:.2f} to {most:.2f} points", measured.least_and_most),
+    ],
+    "docs/guides/laptop.md": [
+        Claim(levers.STUDY, "half of the patches gave {speed:.2f} times the images/s", levers._levers),
+        Claim(levers.STUDY, "saved {saved:.0%} of the memory for {slower:.0%} of the speed", levers._levers),
+        Claim(measured.TRAIN, "runs at {twin} times the speed of its dense twin", performance.moe),
+    ],
+    "docs/guides/more-than-chance.md": [
+        Claim(
+            analysis.ATLAS,
+            "different experts, yes ({value_bits:.3f} bits of 3). That training the router added to it is not shown: "
+            "clusters of the layer's input tell {kmeans_input:.3f} bits. Two other trainings tell {seeds[0]:.3f} and "
+            "{seeds[1]:.3f} bits",
+            measured.class_in_l3,
+        ),
+        Claim(analysis.ATLAS, "in block 3 ({value_bits:.2f} bits, 1,000 images)", measured.class_in_l3),
+    ],
+    "docs/guides/serve.md": [
+        Claim(demo.LOAD, "{visitors} simulated visitors got {answers_per_s:.1f} answers a second"),
+    ],
+    "docs/reference/models.md": [
+        Claim(quickstart.CARD, "eight classes | {total:,} | {moe} | {dense} |", quickstart.of_card),
+        Claim(quickstart.CIFAR_CARD, "of quality 75 | {total:,} | {moe} | {dense} |", quickstart.of_card),
+    ],
+}
+_MODELS = re.findall(r"^\| `vit_moe_.*\|$", (ROOT / "docs" / "reference" / "models.md").read_text(), re.M)
+DEFINITIONS = {
+    "docs/alternatives.md": [Definition("PyTorch 2.1 and CUDA 12.1", "versions")],
+    "docs/concepts/balance.md": [Definition("(V-MoE, §4.1)", "a section of the cited paper")],
+    "docs/concepts/evidence.md": [Definition("95 %, over other images", "the level of the intervals")],
+    "docs/concepts/walk.md": [
+        Definition("for 0.7 and another for 0.3 gets 0.7 of the one output and 0.3 of", "an example")
+    ],
+    "docs/faq.md": [
+        Definition("5.0 over five MoE layers is perfect, 5.0 in one layer", "the loss by its formula"),
+        Definition("A max/mean load of 1.2", "an example"),
+    ],
+    "docs/guides/keep-alive.md": [
+        Definition("every ten minutes", "a default of `CheckpointConfig`"),
+        Definition("about three times the weights", "weights and AdamW's two moments"),
+    ],
+    "docs/guides/laptop.md": [
+        Definition("has 8 × 8 pixels", "a size"),
+        Definition("at most ten minutes are lost", "a default of `CheckpointConfig`"),
+    ],
+    "docs/guides/more-than-chance.md": [
+        Definition("3 bits would determine one of 8 classes", "log2 8"),
+        Definition("95 %, over other images", "the level of the intervals"),
+    ],
+    "docs/guides/own-images.md": [Definition("Above 5 % of a split", "the default of `data.max_bad_fraction`")],
+    "docs/index.md": [Definition("Python 3.11 or newer", "a version")],
+    "docs/reference/config.md": [
+        Definition("input times U(0.99, 1.01)", "how jitter is defined"),
+        Definition("such as 0.75", "an example"),
+        Definition("tens of seconds at the start", "an order of magnitude that the option's own help names"),
+        Definition("about 3 × the weights each", "weights and AdamW's two moments"),
+        Definition("such as 0.999", "an example"),
+    ],
+    "docs/reference/models.md": [
+        *(Definition(row, "counted again by `tests/test_docs.py`") for row in _MODELS),
+        Definition("are Wilson's 95 % over", "the level of the intervals"),
+    ],
+    "docs/reference/routers.md": [
+        Definition("importance 0.05, load 0.05", "defaults of `moevision/layers/routers.py`"),
+        Definition("load balancing 0.05", "default of `moevision/layers/routers.py`"),
+        Definition("(0.2 to 0.4 where data are few", "the cited paper"),
+        Definition("(V-MoE, §4.1)", "a section of the cited paper"),
+        Definition("γ of `bias_balanced`, 0.001", "default of `moevision/layers/routers.py`"),
+    ],
+}

@@ -1,0 +1,22 @@
+"""docs/reference/conversions.md."""
+
+import re
+
+from tests.records import ROOT, Claim, Definition
+from tests.records.surgery import BOTH, effects
+
+_TABLES = re.findall(
+    r"^\| .+ \| (?:[\d.]+ M \| [\d.]+ M \| [\d.]+ \| [\d.]+|(?:< 1e-5|[\d.]+) \| [\d.]+ %) \|$",
+    (ROOT / "docs" / "reference" / "conversions.md").read_text(encoding="utf-8"),
+    re.M,
+)
+CLAIMS = [Claim(BOTH, "a token's two sum to {least_gates:.2f} to {most_gates:.2f} in the models", effects)]
+DEFINITIONS = [
+    *(Definition(row, "measured again by `tests/models/test_upcycle.py`") for row in _TABLES),
+    Definition("0.75^(L − i), the embedding at `lr` · 0.75^(L + 1)", "the rule of layer decay"),
+    Definition("hundreds of billions of tokens", "the cited paper"),
+    Definition("logits of standard deviation 1.5", "measured again by `tests/models/test_upcycle.py`"),
+    Definition("holds at most 2 GB", "a limit of the format"),
+    Definition("checked with 5.24", "a version"),
+    Definition("moevision 0.1", "a version"),
+]
