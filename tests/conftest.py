@@ -1,4 +1,4 @@
-"""What the command-line tests share, drawn pictures in a folder and one tiny finished run; and what tests need."""
+"""What the command-line tests share, drawn images in a folder and one tiny finished run; and what tests need."""
 
 import io
 import os
@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")
 
-# 32 px pictures, four experts: one epoch on 40 pictures takes a tenth of a second. fp32, so that a saved model, which
+# 32 px images, four experts: one epoch on 40 images takes a tenth of a second. fp32, so that a saved model, which
 # computes in fp32, can be compared with the run that made it.
 TINY = (
     "--model.arch.name=test_vit_moe",
@@ -114,7 +114,7 @@ def drawn_pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of `fit pets --with-twin` on 40 pictures and a broken one; not to be changed."""
+    """The run folder of `fit pets --with-twin` on 40 images and a broken one; not to be changed."""
     home = tmp_path_factory.mktemp("fit")
     pets = draw_folder(home / "pets")
     (pets / "dog" / "broken.png").write_bytes(b"no picture")

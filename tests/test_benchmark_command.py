@@ -132,7 +132,7 @@ def test_train_tells_speed_and_load(records):
     assert twin["training_flops_per_image"] < large["training_flops_per_image"]
     assert [layer["block"] for layer in record["load"]] == [1, 3]
     for layer in record["load"]:
-        assert sum(layer["counts"]) == 4 * 16 * 2  # pictures x patches x k
+        assert sum(layer["counts"]) == 4 * 16 * 2  # images x patches x k
         assert layer["slowest_over_mean"] == pytest.approx(max(layer["counts"]) / (sum(layer["counts"]) / 4), rel=1e-4)
     assert [row["name"] for row in record["peers"]["lightning"]] == [
         "MoE, moevision fit",

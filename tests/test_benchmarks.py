@@ -152,7 +152,7 @@ def test_saving_study_measures_resumes_and_reports(run, bench, photos, tmp_path)
     assert trained[:3] == [(arm, steps[arm]) for arm in ("MoE", "dense, equal FLOPs", "dense, equal parameters")]
     assert {("patch drop 50 %", steps["MoE"]), ("patch drop 50 %", steps["patch drop 50 %"])} <= set(trained)
     counts = [sum(layer["counts"]) for layer in first["runs"][0]["layers"]]
-    assert counts == [16 * 64 * 2]  # test pictures x patches x K in the one MoE layer
+    assert counts == [16 * 64 * 2]  # test images x patches x K in the one MoE layer
     run("saving", *common, "--stage", "speed", "--rounds", 2)
     run("saving", *common, "--stage", "train", "--seeds", 2)
     record = json.loads(out.read_text())

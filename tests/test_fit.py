@@ -70,7 +70,7 @@ def test_every_file_of_the_run_folder(tiny_run):
 
 def test_metrics_have_rows_of_training_and_validation(tiny_run):
     logged = rows(tiny_run / "metrics.csv")
-    assert len([row for row in logged if row["train/loss"]]) == 6  # 25 pictures, one of them broken: 3 steps an epoch
+    assert len([row for row in logged if row["train/loss"]]) == 6  # 25 images, one of them broken: 3 steps an epoch
     validated = [row for row in logged if row["val/top1"]]
     assert [row["epoch"] for row in validated] == ["0", "1"]
     for layer in (1, 3):
@@ -264,7 +264,7 @@ def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
 
 @pytest.mark.parametrize(
     ("images", "epochs", "batch"),
-    [(0, 100, 8), (400, 100, 20), (10_000, 20, 64), (50_000, 10, 64)],  # 200 000 pictures, 10 to 100 epochs
+    [(0, 100, 8), (400, 100, 20), (10_000, 20, 64), (50_000, 10, 64)],  # 200 000 images, 10 to 100 epochs
 )
 def test_recipe_follows_the_number_of_images(monkeypatch, images, epochs, batch):
     monkeypatch.setattr(recipe, "count_images", lambda _: images)

@@ -62,7 +62,7 @@ def test_folders_are_searched_to_the_bottom_and_the_order_is_kept(cli, tiny_run,
     assert [Path(row["path"]).relative_to(tmp_path).as_posix() for row in rows] == [
         *("b/0.png", "b/deep/1.png", "a.png", "b/0.png")
     ]
-    assert len({row["top5"] for row in rows}) == 1  # four times the same picture
+    assert len({row["top5"] for row in rows}) == 1  # four times the same image
 
 
 def test_an_unreadable_file_gets_a_row_that_says_why(cli, tiny_run, drawn_pets, tmp_path):

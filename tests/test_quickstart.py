@@ -11,7 +11,7 @@ from moevision.cli import main
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least 95 % of 2 000 test pictures; in each MoE layer no dead expert and max/mean load at most 1.5."""
+    """At least 95 % of 2 000 test images; in each MoE layer no dead expert and max/mean load at most 1.5."""
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", "quickstart"]) == 0
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())
@@ -20,6 +20,6 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [layer["layer"] for layer in summary["layers"]] == [1, 3]
     for layer in summary["layers"]:
         assert len(layer["counts"]) == 8
-        assert sum(layer["counts"]) == 2000 * 64 * 2  # pictures x patches x choices
+        assert sum(layer["counts"]) == 2000 * 64 * 2  # images x patches x choices
         assert layer["dead"] == 0
         assert layer["max_over_mean"] <= 1.5

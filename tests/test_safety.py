@@ -456,7 +456,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def test_a_mutated_config_gives_a_model_or_a_user_error(saved_model: Path) -> None:
-    """Any value anywhere; a model that loads also takes a picture."""
+    """Any value anywhere; a model that loads also takes an image."""
     rng, file = random.Random(0), saved_model / "config.json"
     kept, refusals = file.read_text(), 0
     paths = [path for path in places(json.loads(kept)) if path]

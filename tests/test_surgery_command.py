@@ -1,4 +1,4 @@
-"""`surgery`: what it measures, that it measures on other pictures than it decides on, and what it refuses."""
+"""`surgery`: what it measures, that it measures on other images than it decides on, and what it refuses."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ def refused(outcome, *words):
 
 
 def held_out(run, split):
-    """The network's input, the labels and the names of a run's pictures."""
+    """The network's input, the labels and the names of a run's images."""
     model = load_model(str(run))
     pictures = pictures_for(str(run), model, split=split)
     indices = range(len(pictures))
@@ -78,7 +78,7 @@ def test_the_control_is_the_model_without_its_experts(pruned, tiny_run):
 
 
 def test_experts_are_chosen_on_the_validation_pictures(pruned, tiny_run):
-    """None of which is a test picture; the run's own split says which they are."""
+    """None of which is a test image; the run's own split says which they are."""
     _, record, _ = pruned
     with (tiny_run / "splits.csv").open() as file:
         split_of = {row["path"]: row["split"] for row in csv.DictReader(file)}

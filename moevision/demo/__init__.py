@@ -1,6 +1,6 @@
 """The explorer: see in a browser, or in a notebook, which expert every patch goes to.
 
-`route_image(model, image)` gives the view of one picture, `bundled_model("pets")` a model to try it on;
+`route_image(model, image)` gives the view of one image, `bundled_model("pets")` a model to try it on;
 `moevision demo` serves the page. The names load on first use, so that `moevision demo --help` is quick.
 """
 

@@ -40,13 +40,13 @@ class Card:
         recipe: the command or config that trained it.
         seed: of that training; None if unknown.
         accuracy: test accuracy of `moe`, `dense` and `unbalanced`, from 0 to 1; missing if not measured.
-        test_images: number of pictures that the accuracy was measured on; None if unknown.
+        test_images: number of images that the accuracy was measured on; None if unknown.
         recipes: the commands that trained each variant, the dense twin among them.
         note: what the commands don't say about the training.
         validation_top1: of the trained model after each epoch.
         licence: of the weights.
         data_kind: name of the dataset as `--data` takes it; empty if unknown.
-        typical: what pictures of the training data look like to the model; None if not measured.
+        typical: what images of the training data look like to the model; None if not measured.
     """
 
     id: str
@@ -69,7 +69,7 @@ class Card:
         return {name: value for name, value in self.__dict__.items() if name != "typical"}
 
     def accuracy_text(self, variant: str) -> str:
-        """As in "97.5 % of test pictures right (dense twin: 97.1 %)"."""
+        """As in "97.5 % of test images right (dense twin: 97.1 %)"."""
         if variant == "untrained":
             return "not trained: its weights are random, so its predictions mean nothing"
         known = self.accuracy.get("moe" if variant == "trained" else variant)
@@ -168,7 +168,7 @@ class Entry:
         card: what people should know about it.
         variants: by name; `trained` comes first and is always there.
         dense: its dense twin, if there is one.
-        examples: the pictures that it can show.
+        examples: the images that it can show.
         foreign: whether those are other data than the model's own kind, as far as that is known.
     """
 
@@ -221,7 +221,7 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
 
 
 def open_entries(model: str | None, options: DataOptions, *, home: Path | None = None) -> list[Entry]:
-    """The model of that address, or all bundled ones; those with pictures to show come first, above all the user's.
+    """The model of that address, or all bundled ones; those with images to show come first, above all the user's.
 
     Raises:
         UserError: if there is none, or the data don't exist.
@@ -244,7 +244,7 @@ def open_entries(model: str | None, options: DataOptions, *, home: Path | None =
 
 
 def _data_for(card: Card, data: str | None, cards: Sequence[Card]) -> str | None:
-    """The pictures of a bundled model: the drawn ones for its own kind, the user's for the one that knows photos."""
+    """The images of a bundled model: the drawn ones for its own kind, the user's for the one that knows photos."""
     if card.data_kind == SYNTHETIC:
         return SYNTHETIC
     kinds = {other.data_kind for other in cards}
@@ -271,7 +271,7 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     own = options.data is None or (run is not None and is_data_of(run, options.data))
     try:
         pictures = pictures_for(address, trained) if own else _pictures(options, trained)
-    except UserError as error:  # routing one's own pictures works all the same
+    except UserError as error:  # routing one's own images works all the same
         if options.data is not None:
             raise
         warnings.warn(f"no pictures of the model's own: {error}", DataWarning, stacklevel=2)

@@ -1,6 +1,6 @@
-"""The pictures that a model can show: its own data's, those in a folder, and a few photos that gradio carries.
+"""The images that a model can show: its own data's, those in a folder, and a few photos that gradio carries.
 
-A picture is asked for by an id such as "pets/test/12", "data/cat/3.png" or "photo/lion". Ids are looked up in tables
+An image is asked for by an id such as "pets/test/12", "data/cat/3.png" or "photo/lion". Ids are looked up in tables
 that were made at start; none of them ever becomes a path.
 """
 
@@ -56,7 +56,7 @@ class Recent(Generic[T]):
 
 @dataclass(frozen=True)
 class Found:
-    """A picture with what is known about it; `pixels` are uint8 [S, S, 3] as the model sees them."""
+    """An image with what is known about it; `pixels` are uint8 [S, S, 3] as the model sees them."""
 
     id: str
     name: str
@@ -65,7 +65,7 @@ class Found:
 
 
 class Examples:
-    """The pictures of one model.
+    """The images of one model.
 
     Args:
         pictures: the model's data; None if there are none. Drawn ones have ids of their own kind, and no photos of
@@ -94,11 +94,11 @@ class Examples:
         return own + [f"photo/{name}" for name in self.photos]
 
     def id_of(self, pictures: PictureSet, index: int) -> str:
-        """The id of picture `index` of this model's data or of a part of it."""
+        """The id of image `index` of this model's data or of a part of it."""
         return self.id_of_name(pictures.picture_name(index))
 
     def id_of_name(self, name: str) -> str:
-        """The id of the picture of that name."""
+        """The id of the image of that name."""
         if self.prefix == "pets":  # "test/000012", as the data package names it
             split, _, number = name.partition("/")
             return f"pets/{split}/{int(number)}"
@@ -106,11 +106,11 @@ class Examples:
 
     @property
     def names(self) -> set[str]:
-        """Names of all pictures of the model's data."""
+        """Names of all images of the model's data."""
         return set() if self.pictures is None else set(map(self.pictures.picture_name, range(len(self.pictures))))
 
     def find(self, id: str) -> Found:
-        """The picture of that id.
+        """The image of that id.
 
         Raises:
             RequestError: if there is none.
@@ -134,7 +134,7 @@ class Examples:
 
 
 def thumb(pixels: Pixels) -> str:
-    """A picture, uint8 [S, S, 3], at no more than 96 px, as a data URI."""
+    """An image, uint8 [S, S, 3], at no more than 96 px, as a data URI."""
     if len(pixels) <= THUMB_PX:
         return data_uri(pixels, "jpeg")
     small = Image.fromarray(pixels).resize((THUMB_PX, THUMB_PX), Image.Resampling.BICUBIC)

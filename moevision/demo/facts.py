@@ -44,7 +44,7 @@ CHANGES: Final[tuple[Change, ...]] = ("ablate", "force", "random", "top_k", "cap
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What there is to know about one MoE layer before a picture is routed.
+    """What there is to know about one MoE layer before an image is routed.
 
     Attributes:
         layer: index of the transformer block.
@@ -109,7 +109,7 @@ class LayerFacts:
 
 
 def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Routing]) -> tuple[LayerFacts, ...]:
-    """What there is to know about the MoE layers of a model, from the layers and what each decided about a picture."""
+    """What there is to know about the MoE layers of a model, from the layers and what each decided about an image."""
     configured = getattr(net, "moe_config", {}).get("router")
     names = configured if isinstance(configured, list) else [configured] * len(layers)
     return tuple(
@@ -223,11 +223,11 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class PictureFacts:
-    """The picture as the model saw it.
+    """The image as the model saw it.
 
     Attributes:
         pixels: uint8 [S, S, 3].
-        id: how the explorer asks for it again; None for a picture that a visitor brought.
+        id: how the explorer asks for it again; None for an image that a visitor brought.
         name: in words.
         label: its class in words, if known.
         unlike: why it is unlike the training data, in one sentence; None if it isn't.
@@ -282,7 +282,7 @@ def title_of(address: str | Path) -> str:
 
 
 def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pixels:
-    """The central square of a picture as the model sees it, uint8 [S, S, 3].
+    """The central square of an image as the model sees it, uint8 [S, S, 3].
 
     Raises:
         BadImageError: if it can't be read, or is too small or too narrow to show anything.

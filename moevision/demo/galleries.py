@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class Held:
-    """The readable ones of some pictures, kept in memory; see `PictureSet` for the attributes."""
+    """The readable ones of some images, kept in memory; see `PictureSet` for the attributes."""
 
     def __init__(self, pictures: PictureSet) -> None:
         self.class_names, self.name, self.part_names = pictures.class_names, pictures.name, pictures.part_names
@@ -58,11 +58,11 @@ class Held:
                 self._indices.append(index)
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return len(self._indices)
 
     def image(self, index: int) -> Pixels:
-        """The picture, uint8 [S, S, 3]."""
+        """The image, uint8 [S, S, 3]."""
         return self._images[index]
 
     def label(self, index: int) -> int:
@@ -84,7 +84,7 @@ class Gallery:
 
     Attributes:
         pictures: at most `LIMIT`, the same number of each class.
-        trace: of these pictures, in their order.
+        trace: of these images, in their order.
     """
 
     pictures: PictureSet
@@ -95,8 +95,8 @@ class Galleries:
     """The galleries of all variants of all models.
 
     Args:
-        entries: the models; those without pictures have stored atlases only.
-        limit: pictures in a gallery.
+        entries: the models; those without images have stored atlases only.
+        limit: images in a gallery.
     """
 
     def __init__(self, entries: Sequence[Entry], limit: int = LIMIT) -> None:
@@ -135,7 +135,7 @@ class Galleries:
         return self._unless_failed(self._atlases.get((entry.card.id, variant)), entry, variant)
 
     def gallery(self, entry: Entry, variant: str) -> Gallery | None:
-        """The gallery of a variant; None while it is being collected or if the model has no pictures.
+        """The gallery of a variant; None while it is being collected or if the model has no images.
 
         Raises:
             RequestError: if it could not be made.
@@ -147,7 +147,7 @@ class Galleries:
         return "computing" if entry.examples.has_pictures else "no_pictures"
 
     def typical(self, entry: Entry) -> Typical | None:
-        """What pictures of the training data look like; None if that isn't known (yet)."""
+        """What images of the training data look like; None if that isn't known (yet)."""
         return self._typical.get(entry.card.id)
 
     def _unless_failed(self, found: T | None, entry: Entry, variant: str) -> T | None:
@@ -183,13 +183,13 @@ class Galleries:
 
     def _collect(self, entry: Entry, variant: str, held: Held) -> None:
         key = (entry.card.id, variant)
-        # Small batches: a visitor's picture waits no longer than one of them takes.
+        # Small batches: a visitor's image waits no longer than one of them takes.
         trace = collect_routing(
             entry.variants[variant].saved, held, batch_size=16, progress=False, name=entry.card.title
         )
         self._galleries[key] = Gallery(held, trace)
         stored = self._atlases.get(key)
-        if stored is None or not _names(stored) <= entry.examples.names:  # about pictures that can't be shown
+        if stored is None or not _names(stored) <= entry.examples.names:  # about images that can't be shown
             self._atlases[key] = atlas_of(trace, held)
 
 
@@ -207,7 +207,7 @@ def _stored(entry: Entry) -> list[tuple[Key, Json]]:
 
 
 def _names(atlas: Json) -> set[str]:
-    """Names of all pictures in the galleries of an atlas."""
+    """Names of all images in the galleries of an atlas."""
     return {
         patch[0]
         for layer in atlas["layers"]
@@ -272,7 +272,7 @@ class AtlasPages:
         return {"status": "ready", "n_images": atlas["n_images"], "class_names": names, "layers": layers, "note": note}
 
     def compare(self, request: Any) -> Json:
-        """How the pictures of two classes differ in the experts they use, with intervals."""
+        """How the images of two classes differ in the experts they use, with intervals."""
         given = read.fields(request, ("model", "variant", "a", "b"))
         entry, variant = self.model(given)
         gallery = self._gallery(entry, variant)
@@ -284,7 +284,7 @@ class AtlasPages:
         return self._compared.get(key, lambda: compare_classes(gallery.trace, a, b).to_json())
 
     def cell(self, request: Any) -> Json:
-        """The pictures of a class that use an expert most."""
+        """The images of a class that use an expert most."""
         given = read.fields(request, ("model", "variant", "layer", "expert", "class"))
         entry, variant = self.model(given)
         layer = read.whole(given, "layer", variant.facts.layers)
@@ -306,7 +306,7 @@ class AtlasPages:
         return {"pictures": pictures}
 
     def similar(self, request: Any) -> Json:
-        """Patches of other pictures that took the same path of first choices."""
+        """Patches of other images that took the same path of first choices."""
         given = read.fields(request, ("model", "variant", "path", "class"))
         entry, variant = self.model(given)
         path = read.path(given, variant.facts)

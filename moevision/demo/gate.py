@@ -1,6 +1,6 @@
 """Who may enter, and when: a door for requests that cost time, and a brake on wrong logins.
 
-Without the door a burst of visitors would fill the memory with waiting pictures, and everyone would wait for everyone.
+Without the door a burst of visitors would fill the memory with waiting images, and everyone would wait for everyone.
 """
 
 from __future__ import annotations

@@ -75,12 +75,12 @@ def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[d
         capacity: float | None = None,
         intervention: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Send a picture through a model and get the route of every patch.
+        """Send an image through a model and get the route of every patch.
 
         Args:
-            picture: gradio_client.handle_file("cat.jpg"), or the picture itself as base64 text, with or without
+            picture: gradio_client.handle_file("cat.jpg"), or the image itself as base64 text, with or without
                 "data:image/...;base64," in front. Paths and addresses are never opened.
-            example: instead of a picture, the id of an example such as "pets/test/0".
+            example: instead of an image, the id of an example such as "pets/test/0".
             model: id of a model.
             variant: trained, unbalanced or untrained.
             top_k: experts per patch (on average, where experts choose patches); null as trained.

@@ -203,7 +203,7 @@ def cpu_workers() -> int:
 
 
 def open_explorer(model: str | None, data: str | None, root: str, *, local: bool = True) -> Explorer:
-    """Load the models, start to look through their pictures, and warm everything up."""
+    """Load the models, start to look through their images, and warm everything up."""
     import torch
 
     from moevision.demo.bundle import DataOptions, open_entries

@@ -38,7 +38,7 @@ class Explorer:
 
     Args:
         entries: the models, the first of which is shown first.
-        galleries: what is known about their picture sets; not started if None.
+        galleries: what is known about their image sets; not started if None.
         local: whether only this computer can see the page.
     """
 
@@ -94,19 +94,19 @@ class Explorer:
         return self._boot
 
     def start_view(self) -> Json | None:
-        """The view that the page opens with; None if the first model has no picture to show."""
+        """The view that the page opens with; None if the first model has no image to show."""
         first = self._boot["default"]
         if first["picture"] is None:
             return None
         return self.route({"model": first["model"], "picture": {"kind": "example", "id": first["picture"]}})
 
     def route(self, request: Any) -> Json:
-        """Where every patch of a picture goes: `moevision.view/2`."""
+        """Where every patch of an image goes: `moevision.view/2`."""
         entry, variant, found, settings = self._read(request)
         return self._view(entry, variant, found, settings).to_json()
 
     def slots(self, request: Any) -> Json:
-        """What the slots of one expert of a Soft MoE layer read of a picture, and what its patches take from them."""
+        """What the slots of one expert of a Soft MoE layer read of an image, and what its patches take from them."""
         given = read.fields(request, (*ROUTE_FIELDS, "layer", "expert"))
         entry, variant, found, settings = self._read({name: given[name] for name in ROUTE_FIELDS if name in given})
         layer = read.whole(given, "layer", variant.facts.layers)
@@ -155,7 +155,7 @@ class Explorer:
 
     def _view(self, entry: Entry, variant: Variant, found: Found, settings: Settings) -> RoutingView:
         typical = self.galleries.typical(entry)
-        own = found.id.startswith("pets/")  # drawn as the training pictures were
+        own = found.id.startswith("pets/")  # drawn as the training images were
         picture = PictureFacts(
             found.pixels,
             id=found.id or None,
@@ -173,7 +173,7 @@ class Explorer:
         )
 
     def _class_effect(self, entry: Entry, variant: Variant, settings: Settings, target: str) -> ClassEffect | None:
-        """The same change over pictures of the class; None if there are too few of them (yet)."""
+        """The same change over images of the class; None if there are too few of them (yet)."""
         gallery = self.galleries.gallery(entry, variant.facts.variant)
         change = settings.intervention
         if gallery is None or change is None or target not in gallery.pictures.class_names:

@@ -1,8 +1,8 @@
-"""Is a picture unlike those that the model was trained on? A simple measure, and what it can't see.
+"""Is an image unlike those that the model was trained on? A simple measure, and what it can't see.
 
-A picture is summed up in 28 numbers that no object enters: mean and spread of its colours, how strong its edges are at
-three scales (six quantiles each), and how unevenly they lie over the picture. The measure is the Mahalanobis distance
-of these numbers from the training pictures'; a picture beyond the distance of 99 % of them is called unlike.
+An image is summed up in 28 numbers that no object enters: mean and spread of its colours, how strong its edges are at
+three scales (six quantiles each), and how unevenly they lie over the image. The measure is the Mahalanobis distance
+of these numbers from the training pictures'; an image beyond the distance of 99 % of them is called unlike.
 
 It notices noise, flat colour, logos, and drawings among photos or photos among drawings where their sharpness differs.
 It does not notice a strange object photographed in a familiar way, and at 32 pixels it tells hardly any drawing or
@@ -34,14 +34,14 @@ _LUMA: Final = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 @dataclass(frozen=True)
 class Typical:
-    """What training pictures look like, in statistics of their pixels; F is the number of statistics.
+    """What training images look like, in statistics of their pixels; F is the number of statistics.
 
     Attributes:
         mean: [F].
         whitening: [F, F] so that `whitening @ (statistics - mean)` has unit covariance.
-        threshold: squared distance beyond which 1 % of the pictures lie.
-        image_size: side of the pictures in pixels; the statistics depend on it.
-        n_images: how many pictures were measured.
+        threshold: squared distance beyond which 1 % of the images lie.
+        image_size: side of the images in pixels; the statistics depend on it.
+        n_images: how many images were measured.
     """
 
     mean: Floats
@@ -51,11 +51,11 @@ class Typical:
     n_images: int
 
     def distance(self, pixels: npt.NDArray[np.uint8]) -> float:
-        """Squared Mahalanobis distance of a picture, uint8 [S, S, 3], from the typical one."""
+        """Squared Mahalanobis distance of an image, uint8 [S, S, 3], from the typical one."""
         return float(np.square(self.whitening @ (picture_statistics(pixels) - self.mean)).sum())
 
     def unlike(self, pixels: npt.NDArray[np.uint8]) -> str | None:
-        """Why the picture is unlike the training data, in one sentence; None if it isn't."""
+        """Why the image is unlike the training data, in one sentence; None if it isn't."""
         if self.distance(pixels) <= self.threshold:
             return None
         return (
@@ -87,21 +87,21 @@ class Typical:
 
 
 def measure_typical(model: SavedModel, pictures: PictureSet) -> Typical:
-    """Measure what pictures of the training data look like, best on pictures that were held out.
+    """Measure what images of the training data look like, best on images that were held out.
 
     Args:
-        model: whose input size the pictures have.
+        model: whose input size the images have.
         pictures: at least 200 of them. Every other one fixes mean and covariance, the rest the threshold: on the same
-            pictures it would come out too low.
+            images it would come out too low.
 
     Raises:
-        UserError: if there are too few pictures or they have another size.
+        UserError: if there are too few images or they have another size.
     """
     return typical_of((pictures.image(index) for index in range(len(pictures))), model.image_size)
 
 
 def typical_of(pictures: Iterable[npt.NDArray[np.uint8]], image_size: int) -> Typical:
-    """Like `measure_typical`, for any pictures, uint8 [S, S, 3]."""
+    """Like `measure_typical`, for any images, uint8 [S, S, 3]."""
     rows = []
     for pixels in pictures:
         if pixels.shape != (image_size, image_size, 3):
@@ -120,7 +120,7 @@ def typical_of(pictures: Iterable[npt.NDArray[np.uint8]], image_size: int) -> Ty
 
 
 def picture_statistics(pixels: npt.NDArray[np.uint8]) -> Floats:
-    """[F] statistics of a picture, uint8 [S, S, 3] with S at least 16 pixels."""
+    """[F] statistics of an image, uint8 [S, S, 3] with S at least 16 pixels."""
     rgb = pixels.astype(np.float64) / 255
     colours = rgb.reshape(-1, 3)
     saturation = (colours.max(1) - colours.min(1)).mean()

@@ -43,7 +43,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SlotWeights:
-    """The slots of one layer, for the patches of one picture.
+    """The slots of one layer, for the patches of one image.
 
     Attributes:
         dispatch: [P, E, S] what each slot reads of each patch; with the prefix tokens it would sum to 1 over P.
@@ -55,7 +55,7 @@ class SlotWeights:
 
     @classmethod
     def of(cls, routing: SoftRouting) -> SlotWeights:
-        """The slots of a batch of one picture, prefix tokens left out."""
+        """The slots of a batch of one image, prefix tokens left out."""
         first = routing.num_prefix_tokens
         dispatch, combine = (
             weight[0, first:].float().cpu().numpy() for weight in (routing.dispatch_weight, routing.slot_weight)
@@ -101,11 +101,11 @@ FILLS: Final = ("next_best", "zero")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a picture is routed, where it differs from how the model was trained.
+    """How an image is routed, where it differs from how the model was trained.
 
     Attributes:
         top_k: experts per patch; None as trained.
-        capacity: an expert computes at most ceil(capacity · choices / E) of a picture's choices; None for no limit.
+        capacity: an expert computes at most ceil(capacity · choices / E) of an image's choices; None for no limit.
         intervention: at most one change of the routing, of one of `KINDS`.
     """
 
@@ -197,7 +197,7 @@ TOP: Final = 5
 
 @dataclass(frozen=True)
 class LayerView:
-    """Where one MoE layer sent the patches of the picture.
+    """Where one MoE layer sent the patches of the image.
 
     Attributes:
         facts: which layer, and how it routes; `top_k` is what is shown, which may not be as trained.
@@ -249,7 +249,7 @@ class LayerView:
     def to_json(self) -> dict[str, Any]:
         """The numbers as JSON, real ones with four decimals; where experts choose, those that took the patch only."""
         counts, facts = self.counts, self.facts.to_json()
-        del facts["refused"]  # about the model, not about this picture
+        del facts["refused"]  # about the model, not about this image
         choices: list[Any] = [self.expert_index.tolist(), _round(self.combine_weight), self.kept.tolist()]
         if self.facts.kind == "expert_choice":
             takers = [[rank for rank, taken in enumerate(row) if taken] for row in choices[2]]
@@ -269,11 +269,11 @@ class LayerView:
 
 @dataclass(frozen=True)
 class RoutingView:
-    """One picture, where every patch of it went, and what the model made of it.
+    """One image, where every patch of it went, and what the model made of it.
 
     Attributes:
         model: which model.
-        picture: which picture.
+        picture: which image.
         layers: one entry per MoE layer, in order of depth.
         probabilities: [C] of the MoE.
         dense_probabilities: [C] of its dense twin; None without one.
@@ -330,18 +330,18 @@ def route_image(
     facts: ModelFacts | None = None,
     picture: PictureFacts | None = None,
 ) -> RoutingView:
-    """Route one picture and say where every patch went.
+    """Route one image and say where every patch went.
 
     Args:
         model: a MoE model, or its folder or timm address.
-        image: a PIL picture, uint8 [H, W, 3] RGB pixels, or an image file; its central square is used.
+        image: a PIL image, uint8 [H, W, 3] RGB pixels, or an image file; its central square is used.
         dense: the dense twin, whose prediction then stands beside the MoE's.
         settings: other top-k, a capacity, or an intervention; as trained if None.
         facts: how the view calls the model; found out from the model if None.
-        picture: how the view calls the picture; its pixels are replaced by those that the model saw.
+        picture: how the view calls the image; its pixels are replaced by those that the model saw.
 
     Raises:
-        UserError: if the model has no MoE layer, or the picture can't be read.
+        UserError: if the model has no MoE layer, or the image can't be read.
     """
     saved = model if isinstance(model, SavedModel) else load_model(str(model))
     settings = settings or Settings()

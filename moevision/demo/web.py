@@ -83,7 +83,7 @@ _POST: Final = (
 _PRIVATE: Final = (UPLOAD, f"{API}/heartbeat/", f"{API}/cancel", f"{API}/reset")
 log = logging.getLogger(__name__)
 # gradio's page has scripts inside its HTML and makes functions from the component's templates ("unsafe-inline" and
-# "unsafe-eval"); everything else, pictures and answers above all, comes from here and goes nowhere else.
+# "unsafe-eval"); everything else, images and answers above all, comes from here and goes nowhere else.
 POLICY: Final = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; "

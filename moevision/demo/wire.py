@@ -1,6 +1,6 @@
-"""Pictures as text: data URIs to a browser, and the only door for a picture from one.
+"""Pictures as text: data URIs to a browser, and the only door for an image from one.
 
-A visitor's picture is base64 inside the request, never a path or an address, so nothing on the server's disk and
+A visitor's image is base64 inside the request, never a path or an address, so nothing on the server's disk and
 nothing on its network can be asked for. The bytes go through `moevision.data.images.safe_open`.
 """
 
@@ -25,11 +25,11 @@ MAX_CHARACTERS: Final = MAX_BYTES * 4 // 3 + 256
 
 
 class TooLargeError(UserError):
-    """A picture with more bytes than the page accepts."""
+    """An image with more bytes than the page accepts."""
 
 
 def data_uri(pixels: npt.NDArray[np.uint8], format: Literal["png", "jpeg"] = "png") -> str:
-    """A picture, uint8 [H, W, 3], as `data:image/...;base64,...`; PNG keeps every pixel, JPEG is small."""
+    """An image, uint8 [H, W, 3], as `data:image/...;base64,...`; PNG keeps every pixel, JPEG is small."""
     buffer = io.BytesIO()
     if format == "png":
         Image.fromarray(pixels).save(buffer, "PNG")
@@ -39,17 +39,17 @@ def data_uri(pixels: npt.NDArray[np.uint8], format: Literal["png", "jpeg"] = "pn
 
 
 def open_data_uri(text: str) -> Image.Image:
-    """Decode a picture that came inside a request.
+    """Decode an image that came inside a request.
 
     Args:
         text: `data:image/...;base64,...`, or the base64 alone.
 
     Returns:
-        An upright RGB picture.
+        An upright RGB image.
 
     Raises:
         TooLargeError: if it has more than `MAX_BYTES` bytes.
-        BadImageError: if it is not base64, or not a picture that `safe_open` accepts.
+        BadImageError: if it is not base64, or not an image that `safe_open` accepts.
     """
     if len(text) > MAX_CHARACTERS:
         raise TooLargeError(f"The picture is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")

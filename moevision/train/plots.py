@@ -115,7 +115,7 @@ def smooth(values: npt.NDArray[np.float64], span: float) -> npt.NDArray[np.float
 
 
 def calm(axes: Axes) -> None:
-    """Light grid, no box, quiet ticks: the data is the darkest thing in the picture."""
+    """Light grid, no box, quiet ticks: the data is the darkest thing in the image."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#bbbbbb")
@@ -199,7 +199,7 @@ def plot_confusion(
     """Draw, per true class (row), the share of its images that got each prediction (column).
 
     Up to 20 classes the cells carry percentages and up to 60 the classes are named; beyond that the axes
-    count classes, and the most frequent mix-ups are written beside the picture.
+    count classes, and the most frequent mix-ups are written beside the image.
 
     Args:
         labels: [n] true class of each image.

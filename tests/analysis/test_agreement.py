@@ -93,7 +93,7 @@ def test_renamed_experts_are_matched_and_independent_ones_dont_agree(make_trace)
 
 
 def test_flipped_pictures_are_compared_patch_by_patch(model, pictures) -> None:
-    # Pictures that are their own mirror image route alike after the flip, whatever the router.
+    # Images that are their own mirror image route alike after the flip, whatever the router.
     class Symmetric(Remembered):
         def image(self, index):
             half = super().image(index)[:, :16]

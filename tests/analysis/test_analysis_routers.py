@@ -94,7 +94,7 @@ ALONE = {
 
 @pytest.mark.parametrize("router", ALONE)
 def test_rows_of_one_picture_are_as_if_alone(router) -> None:
-    """In one batch with the control; they don't share a batch's capacity, and colour gates look at the picture."""
+    """In one batch with the control; they don't share a batch's capacity, and colour gates look at the image."""
     model, image = saved(router, **ALONE[router]), PETS.image(5)
     found = effect(model, image, Intervention("ablate", layer=1, expert=2), num_controls=3)
     x = network_input(model, image[None])
@@ -113,7 +113,7 @@ def test_an_untrained_router_has_no_bias_left() -> None:
 
 
 def test_the_rule_of_expert_choice() -> None:
-    """One picture, 3 patches, 2 experts, C = 1: the affinity is the softmax over experts, its best patch is taken.
+    """One image, 3 patches, 2 experts, C = 1: the affinity is the softmax over experts, its best patch is taken.
 
     Scores differ by 2, -1 and 1, so expert 0 is wanted most by patch 0, expert 1 by patch 1. The scale is found so
     that the mean entropy is the layer's; at scale 1 it is the mean of H(sigmoid(2)) and twice H(sigmoid(1)).
@@ -137,14 +137,14 @@ def test_the_rule_of_soft_moe() -> None:
 
 
 def weights_without_pattern(rng, images):
-    """Random maps of weights that hang together inside a picture and know nothing of class, place or part."""
+    """Random maps of weights that hang together inside an image and know nothing of class, place or part."""
     mood = rng.gamma(2.0, size=(images, 1, 4))
     maps = rng.gamma(1.0, size=(images, 9, 4)) * mood
     return maps / maps.sum(-1, keepdims=True)
 
 
 def test_weights_instead_of_counts_keep_their_level() -> None:
-    """60 sets of 40 pictures in which weights tell nothing: 95 % intervals of three questions hold 0.
+    """60 sets of 40 images in which weights tell nothing: 95 % intervals of three questions hold 0.
 
     Of 180 true zeros 171 are expected inside; fewer than 160 has a probability below 1e-3 even with 0.93 each.
     Multiplying all weights by a number changes nothing.
@@ -179,7 +179,7 @@ def test_weights_that_follow_the_class_are_found() -> None:
 
 
 def test_experts_of_soft_moe_are_compared_on_slots() -> None:
-    """CKA of experts 0 and 1 by definition: all slots of all pictures through both."""
+    """CKA of experts 0 and 1 by definition: all slots of all images through both."""
     model, pictures = saved("soft"), open_pictures(PETS, 32)
     moe = moe_layers(model.net)[0]
     assert isinstance(moe.router, SoftRouter)

@@ -65,7 +65,7 @@ def busiest(model: SavedModel, image: np.ndarray, layer: int) -> int:
 
 
 class Pictures:
-    """Ten pictures of each class in turn; picture 4 (a cat) can't be read."""
+    """Ten images of each class in turn; image 4 (a cat) can't be read."""
 
     class_names, name, part_names = ("dog", "cat", "owl"), "blocks", ()
 
@@ -251,7 +251,7 @@ def test_a_named_target() -> None:
 
 
 def test_class_effect_is_the_mean_of_single_effects() -> None:
-    """Cats are 1, 4, 7, ... here, class 0 of the model; picture 4 can't be read. Batches of 4, 4 and 2."""
+    """Cats are 1, 4, 7, ... here, class 0 of the model; image 4 can't be read. Batches of 4, 4 and 2."""
     model, pictures = make(), Pictures()
     change = Intervention("ablate", layer=1, expert=busiest(model, picture(1), 1))
     found = class_effect(model, pictures, "cat", change, batch_size=4)
@@ -281,7 +281,7 @@ def test_class_effect_of_some_pictures() -> None:
 
 
 def test_a_batch_of_one_picture() -> None:
-    """The batch that is left over may have one picture, which must not be taken for rows of the same picture."""
+    """The batch that is left over may have one image, which must not be taken for rows of the same image."""
     model, change = make(), Intervention("ablate", layer=1, expert=0)
     one_by_one = class_effect(model, Pictures(), "dog", change, batch_size=1)
     together = class_effect(model, Pictures(), "dog", change, batch_size=10)
@@ -290,7 +290,7 @@ def test_a_batch_of_one_picture() -> None:
 
 
 def test_models_without_numbered_blocks() -> None:
-    """Where the block of a layer isn't known the picture is repeated from the start."""
+    """Where the block of a layer isn't known the image is repeated from the start."""
     model, image = make(), picture(2)
     expected = effect(model, image, Intervention("ablate", layer=3, expert=2))
     for place, layer in enumerate(moe_layers(model.net)):

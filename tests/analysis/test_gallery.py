@@ -109,7 +109,7 @@ def test_an_expert_with_few_patches_has_a_short_gallery():
     layer = a_layer([[[0], [0], [1]], [[1], [1], [1]]], np.full((2, 3, 1), 0.5))
     gallery = layer_gallery(layer, count=8)
     assert [entry.expert for entry in gallery] == [0, 1, 2, 3]
-    assert [len(entry.top) for entry in gallery] == [1, 2, 0, 0]  # one of each picture
+    assert [len(entry.top) for entry in gallery] == [1, 2, 0, 0]  # one of each image
     assert [len(entry.random) for entry in gallery] == [2, 4, 0, 0]
 
 

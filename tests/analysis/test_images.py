@@ -1,4 +1,4 @@
-"""`open_pictures`: the same pictures as the data module, labels, subsets, and crops of patches."""
+"""`open_pictures`: the same images as the data module, labels, subsets, and crops of patches."""
 
 import json
 import subprocess
@@ -118,7 +118,7 @@ def test_part_masks_of_drawn_pets(drawn_pets):
 
 def test_mixed_sizes_become_central_squares(tmp_path):
     # Blue borders outside of the central square aren't shown, whatever the size and the orientation. Bicubic weights
-    # reach over its edge, as in resizing the whole picture and then cropping it: two source pixels, here four.
+    # reach over its edge, as in resizing the whole image and then cropping it: two source pixels, here four.
     for name, size, square in (("wide", (90, 30), (30, 0, 60, 30)), ("tall", (8, 40), (0, 16, 8, 24))):
         for number in range(3):
             image = Image.new("RGB", size, (0, 0, 255))
@@ -144,7 +144,7 @@ def test_a_limit_is_balanced_seeded_and_nested():
         assert names == sorted(set(names))
         assert names != names_of(whole)[:limit]
         assert set(names) < set(names_of(open_pictures("synthetic_pets", 16, limit=limit + 1)))
-    fixed = open_pictures(whole, 16, limit=20)  # another seed draws others from the same pictures
+    fixed = open_pictures(whole, 16, limit=20)  # another seed draws others from the same images
     other = open_pictures(whole, 16, limit=20, seed=1)
     assert names_of(fixed) == names_of(pictures)
     assert len(set(names_of(other)) & set(names_of(fixed))) < 5
@@ -217,7 +217,7 @@ def test_notes_of_the_folder_are_warnings(draw, tmp_path):
 
 
 def numbered_grid(rows=3, columns=4, height=2, width=5):
-    """A picture whose patches hold their index, but for one brighter pixel in the upper left corner of each."""
+    """An image whose patches hold their index, but for one brighter pixel in the upper left corner of each."""
     image = np.kron(np.arange(rows * columns).reshape(rows, columns), np.ones((height, width)))
     image[::height, ::width] += 100
     return np.repeat(image[..., None], 3, axis=-1).astype(np.uint8)
@@ -232,7 +232,7 @@ def test_the_crop_of_a_patch():
     )  # patch 5 is row 1, column 1: its neighbours are rows 0-2, columns 0-2
     assert np.array_equal(patch_crop(image, (3, 4), 6, context=0), image[2:4, 10:15])
     corner = patch_crop(image, (3, 4), 11)
-    # Beyond the lower right corner the picture is mirrored: patch 11 is seen to its right and below.
+    # Beyond the lower right corner the image is mirrored: patch 11 is seen to its right and below.
     assert corner[1::2, 2::5, 0].tolist() == [[6, 7, 7], [10, 11, 11], [10, 11, 11]]
     assert corner[2:4, 5:15, 0].tolist() == [[111, 11, 11, 11, 11, 11, 11, 11, 11, 111], [11] * 10]
 

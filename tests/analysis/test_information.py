@@ -119,7 +119,7 @@ def test_class_behind_position() -> None:
 
 def test_what_position_explains_is_no_excess_about_parts() -> None:
     rng = np.random.default_rng(2)
-    rim = np.repeat([0, 1], 8)  # the upper half shows part 0 in 90 % of the pictures, and has its own expert
+    rim = np.repeat([0, 1], 8)  # the upper half shows part 0 in 90 % of the images, and has its own expert
     parts = np.where(rng.random((400, 16)) < 0.9, rim, 1 - rim)
     maps = np.broadcast_to(one_hot(rim, 2), (400, 16, 2))
     estimate = part_information(maps, parts)
@@ -151,10 +151,10 @@ def test_position_and_part_keep_their_size() -> None:
     rng = np.random.default_rng(4)
     rejected = {"position": 0, "part": 0, "class_given_position": 0}
     for seed in range(200):
-        # clumps: each quarter of a picture has one expert and one part
+        # clumps: each quarter of an image has one expert and one part
         clump = np.array([0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2)
         maps, parts = one_hot(rng.integers(4, size=(80, 4))[:, clump], 4), rng.integers(3, size=(80, 4))[:, clump]
-        shift = rng.integers(4, size=2)  # the same for all pictures, so that clumps have no fixed place between runs
+        shift = rng.integers(4, size=2)  # the same for all images, so that clumps have no fixed place between runs
         maps = np.roll(maps.reshape(80, 4, 4, 4), shift, (1, 2)).reshape(80, 16, 4)
         labels = np.arange(80) % 4
         options = {"num_permutations": 100, "seed": seed}

@@ -116,7 +116,7 @@ def test_with_fewer_experts_than_choices_a_token_has_fewer() -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
 def test_ablating_an_unused_expert_changes_no_bit(fill: str, router: str, top_k: int) -> None:
-    """One picture has 16 tokens, so of 24 experts some are chosen by none."""
+    """One image has 16 tokens, so of 24 experts some are chosen by none."""
     model = make_model(num_experts=24, top_k=top_k, router=router).float()
     x = images(1).float()
     expected, routings = forward_routing(model, x)
@@ -275,7 +275,7 @@ SCOPES: dict[str, Scope] = {
 @pytest.mark.parametrize("name", SCOPES)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_batch_mates_change_nothing(router: str, name: str) -> None:
-    """Exact in float64: every picture alone, and in two batches; and every intervention changes something."""
+    """Exact in float64: every image alone, and in two batches; and every intervention changes something."""
     model, x = make_model(router=router), images(6)
     plain = model(x)
     with SCOPES[name](model):

@@ -100,7 +100,7 @@ def test_an_open_scope_that_changes_nothing_changes_no_bit(router: str, options:
 
 
 @pytest.mark.parametrize("fill", ["next_best", "zero"])
-@pytest.mark.parametrize("router", [name for name in TOKEN_CHOICE if name != "colour"])  # which needs a picture
+@pytest.mark.parametrize("router", [name for name in TOKEN_CHOICE if name != "colour"])  # which needs an image
 def test_tokens_without_the_ablated_expert_keep_their_output(router: str, fill: str) -> None:
     """So an expert that no token uses changes nothing; the others' products have more rows, and may round otherwise."""
     layer = layer_of(router)
@@ -192,7 +192,7 @@ def test_swap_is_exchanging_the_experts_weights(router: str) -> None:
 
 
 def test_random_patches_for_experts() -> None:
-    """As many as before, the same for every picture, weights by rank, and other ones for another seed."""
+    """As many as before, the same for every image, weights by rank, and other ones for another seed."""
     layer, x = layer_of("expert_choice"), tokens()
     _, free = routed(layer, x)
     seen = set()

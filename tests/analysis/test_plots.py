@@ -289,7 +289,7 @@ def test_gallery_shows_top_and_random_patches_and_an_idle_expert() -> None:
     layer.expert_index[layer.expert_index == 3] = 2  # nothing goes to expert 3
     figure = plots.plot_gallery(Pictures(), trace, 1, count=2)
     axes = figure.axes[0]
-    # One top patch at most of each of three pictures, so two of each kind for three busy experts.
+    # One top patch at most of each of three images, so two of each kind for three busy experts.
     assert len(axes.images) == 3 * 4
     assert words(axes).count("no patch goes to this expert") == 1
     values = {int(np.asarray(image.get_array()).max()) for image in axes.images}

@@ -1,4 +1,4 @@
-"""Small parts of the report: how numbers are shown, which pictures are, and that pictures are read once."""
+"""Small parts of the report: how numbers are shown, which images are, and that images are read once."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_shown_pictures_are_of_different_classes(make_trace):
 
 
 class Ten:
-    """Ten pictures that count how often they are read."""
+    """Ten images that count how often they are read."""
 
     class_names, name, part_names = ("cat", "dog"), "ten", ()
 

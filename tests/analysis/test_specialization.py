@@ -163,7 +163,7 @@ def test_colour_clusters_are_the_nearest_means(measured) -> None:
     first = found.expert_index[..., 0].ravel()
     means = np.stack([colours[first == e].mean(0) for e in range(4)])
     nearest = np.square(colours[:, None] - means).sum(-1).argmin(1)
-    # the means come from the other half of the pictures, so not every border patch agrees
+    # the means come from the other half of the images, so not every border patch agrees
     assert adjusted_rand_score(first, nearest) > 0.8
 
 

@@ -255,7 +255,7 @@ def test_no_picture_can_be_read(tmp_path):
 
 
 class Repeated:
-    """A picture set of any length that holds one picture."""
+    """An image set of any length that holds one image."""
 
     class_names, name, part_names = SyntheticPets.classes, "one picture", ()
 

@@ -32,7 +32,7 @@ from moevision.models.io import SavedModel
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PETS = SyntheticPets(16, 32, 0, "test")
 
-# One picture of 3 patches, 2 experts. Expert choice: both take patch 0, expert 1 takes patch 2, nobody takes patch 1.
+# One image of 3 patches, 2 experts. Expert choice: both take patch 0, expert 1 takes patch 2, nobody takes patch 1.
 TAKEN = LayerTrace(
     layer=1,
     expert_index=np.array([[[1, 0], [0, 1], [1, 0]]], np.int16),
@@ -99,12 +99,12 @@ def test_random_patches_of_soft_moe_are_drawn_as_they_are_read() -> None:
 
 
 def test_shares_of_weights_below_one() -> None:
-    """A picture may take little in sum: experts that nobody wants have small gates."""
+    """An image may take little in sum: experts that nobody wants have small gates."""
     np.testing.assert_allclose(image_shares(np.array([[0.1, 0.3], [0.0, 0.0]])), [[0.25, 0.75], [0.5, 0.5]])
 
 
 def test_patches_that_nobody_took_agree_with_each_other_only() -> None:
-    """Two pictures each half; patch 1 of both routers has no expert, which no matching of experts may hide."""
+    """Two images each half; patch 1 of both routers has no expert, which no matching of experts may hide."""
     layer = replace(TAKEN, **{name: np.repeat(array, 4, 0) for name, array in TAKEN.arrays().items()})
     found = match_experts(layer, layer)
     assert (found.order, found.agreement, found.kappa) == ((0, 1), 1.0, 1.0)
@@ -170,7 +170,7 @@ def test_only_traces_of_other_kinds_say_so(make_trace) -> None:
 
 
 def test_a_class_map_of_expert_choice_is_about_weights(make_trace) -> None:
-    """Both experts take one patch of every picture; class 1 gives expert 1 nine times the weight of expert 0."""
+    """Both experts take one patch of every image; class 1 gives expert 1 nine times the weight of expert 0."""
     labels = np.arange(40) % 2
     trace = make_trace(np.zeros((40, 2, 2)), labels=labels, num_experts=2, grid=(1, 2))
     heavy = np.where(labels == 1, 0.9, 0.1)

@@ -12,7 +12,7 @@ Folder = Callable[..., Path]
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Folder:
-    """Make a folder of PNG pictures, all different: `image_folder({"cat": 3, "dog": 2}, size=(12, 10))`."""
+    """Make a folder of PNG images, all different: `image_folder({"cat": 3, "dog": 2}, size=(12, 10))`."""
     rng = np.random.default_rng(0)
 
     def make(counts: Mapping[str, int], size: tuple[int, int] = (16, 16), name: str = "pictures") -> Path:

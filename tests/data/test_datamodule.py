@@ -141,7 +141,7 @@ def by_index(batches: list[dict[str, torch.Tensor]]) -> dict[int, bytes]:
 
 @pytest.fixture(scope="module")
 def forty_photos(tmp_path_factory) -> tuple[Path, dict[int, bytes]]:
-    """Photos of several sizes, and the training pixels of their epoch 1, one picture a batch."""
+    """Photos of several sizes, and the training pixels of their epoch 1, one image a batch."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for number in range(40):
         folder = root / ("cat" if number % 2 else "dog")
@@ -178,7 +178,7 @@ def test_the_loader_counts_the_time_it_is_waited_for(image_folder, monkeypatch):
     monkeypatch.setattr("moevision.data.dataset.ImageDataset.decode", slow)
     for _ in loader:
         clock[0] += 100  # a training step
-    assert loader.wait_s == 16 * 0.25  # two batches of 8 of the 16 training pictures
+    assert loader.wait_s == 16 * 0.25  # two batches of 8 of the 16 training images
 
 
 def test_the_same_picture_changes_from_epoch_to_epoch(image_folder):
@@ -299,7 +299,7 @@ def test_state_is_the_next_position_and_a_changed_batch_size_is_told(image_folde
 
 
 def test_what_all_processes_have_read_is_read_by_none_of_another_number(image_folder):
-    """Two processes read two batches of 4 each, 16 pictures; one goes on behind them. And the other way round."""
+    """Two processes read two batches of 4 each, 16 images; one goes on behind them. And the other way round."""
     root = image_folder({"cat": 20, "dog": 20})  # 32 of them for training
     whole = [index for batch in epoch_of(ready(root), 1) for index in batch["index"].tolist()]
     alone = ready(root, batch_size=4)
@@ -402,9 +402,9 @@ def test_bad_files_are_skipped_counted_and_listed(image_folder, tmp_path, option
     data.setup()
     sizes = [len(batch["label"]) for batch in epoch_of(data)]
     indices = [index for batch in data.test_dataloader() for index in batch["index"].tolist()]
-    assert sizes == [8] * (54 // 8)  # the next picture stands in
+    assert sizes == [8] * (54 // 8)  # the next image stands in
     assert len(indices) == len(set(indices)) == 19
-    # the cut by class puts each training picture into train or val
+    # the cut by class puts each training image into train or val
     split = "train" if data.bad_images[0][2] == "train" else "val"
     if split == "val":
         list(data.val_dataloader())
@@ -516,7 +516,7 @@ def test_imagenet_is_a_folder(image_folder, tmp_path):
 
 @pytest.fixture
 def fake_cifar10(tmp_path, monkeypatch) -> np.ndarray:
-    """CIFAR-10's files with 20 + 10 random pictures; their MD5 sums replace those torchvision checks."""
+    """CIFAR-10's files with 20 + 10 random images; their MD5 sums replace those torchvision checks."""
     from torchvision.datasets import CIFAR10
 
     folder = tmp_path / CIFAR10.base_folder

@@ -28,7 +28,7 @@ from tests.data.test_images import FORMATS, encoded, mutate, png_chunk, reason, 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
 
 FUZZED = 1_000
-SPARE_MB = 1_000  # of address space, above what the program has before the first picture; the worst case takes 572 MB
+SPARE_MB = 1_000  # of address space, above what the program has before the first image; the worst case takes 572 MB
 TIME_S = 300
 # Reads the folder's files in order; prints how many were opened, refused, the largest growth in MB, and
 # the seconds that the slowest took, read in full and then reduced.
@@ -59,7 +59,7 @@ print(json.dumps([opened, refused, (kb("VmHWM") - before) / 1024, slowest]))
 
 
 def pictures(mode: str) -> Image.Image:
-    """A smooth picture with a little noise, so that the compressed data have something in them."""
+    """A smooth image with a little noise, so that the compressed data have something in them."""
     ramp = np.linspace(0, 200, 96 * 64 * 3).reshape(64, 96, 3)
     noise = np.random.default_rng(0).integers(0, 56, ramp.shape)
     return Image.fromarray((ramp + noise).astype(np.uint8)).convert(mode)
@@ -186,7 +186,7 @@ HEADER = rgb_png(16, 16, b"")[:33]  # signature and IHDR
 
 
 def test_compressed_metadata_are_bounded(tmp_path: Path) -> None:
-    """Texts and colour profiles that would unfold to 200 MB, and pixels that go on behind the picture's end."""
+    """Texts and colour profiles that would unfold to 200 MB, and pixels that go on behind the image's end."""
     bombs = {
         "zTXt": HEADER + png_chunk(b"zTXt", b"a\0\0" + ZEROS) + SMALL,
         "iTXt": HEADER + png_chunk(b"iTXt", b"a\0\1\0\0\0" + ZEROS) + SMALL,
@@ -210,7 +210,7 @@ def scans(count: int, *, end: bytes = b"\xff\xd9") -> bytes:
 
 
 def test_a_jpeg_of_countless_scans_is_refused_at_once() -> None:
-    """Each scan costs a pass over the picture: 200 000 of them in a file of 6 MB would take most of an hour."""
+    """Each scan costs a pass over the image: 200 000 of them in a file of 6 MB would take most of an hour."""
     start = time.process_time()
     assert "more than 100 scans" in reason(scans(200_000))
     assert "countless segments" in reason(b"\xff\xd8" + b"\xff\xfe\x00\x02" * 100_000 + scans(0)[2:])

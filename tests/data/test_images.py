@@ -1,4 +1,4 @@
-"""safe_open: any image file comes out as the RGB picture a viewer shows, or as one BadImageError."""
+"""safe_open: any image file comes out as the RGB image a viewer shows, or as one BadImageError."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_plain_picture_keeps_its_pixels(tmp_path: Path, image_format: str) -> No
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_once(image_format: str, orientation: int) -> None:
-    # Stored is the upright picture under the inverse turn; numpy spells the turns of Exif 2.32, table 4.
+    # Stored is the upright image under the inverse turn; numpy spells the turns of Exif 2.32, table 4.
     upright = np.asarray(quadrants())
     stored = {
         1: upright,

@@ -96,7 +96,7 @@ def test_train_alone_counts_as_unsplit(image_folder):
 
 
 def copy_files(root: Path, sets: int, copies: int) -> None:
-    """Give each of the first pictures of a class some byte-identical copies."""
+    """Give each of the first images of a class some byte-identical copies."""
     for number in range(sets):
         for copy in range(copies):
             shutil.copy(root / f"cat/{number:03d}.png", root / f"cat/copy_{number}_{copy}.png")
@@ -183,7 +183,7 @@ def test_group_by_parent(image_folder):
     for name, split in split_of(splits).items():
         sides.setdefault(name.rpartition("/")[0], set()).add(split)
     assert all(len(side) == 1 for side in sides.values())
-    assert per_class(splits)["test"] == {0: 6, 1: 6}  # 2 of 10 patients with 3 pictures each
+    assert per_class(splits)["test"] == {0: 6, 1: 6}  # 2 of 10 patients with 3 images each
 
 
 def test_group_by_regex_also_across_classes_and_given_splits(image_folder):

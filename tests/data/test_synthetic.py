@@ -136,7 +136,7 @@ def test_the_scene_is_the_same_at_every_size() -> None:
 
 
 def test_mask_fits_the_picture() -> None:
-    """Parts end where the picture changes: the step across mask borders shrinks when the mask is moved."""
+    """Parts end where the image changes: the step across mask borders shrinks when the mask is moved."""
 
     def border_step(mask: npt.NDArray[np.uint8], grey: npt.NDArray[np.floating]) -> float:
         border = mask[:, 1:] != mask[:, :-1]

@@ -45,7 +45,7 @@ def noise(height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:
 
 
 def one(chain: TrainTransform, pixels: torch.Tensor, seed: int, epoch: int, index: int) -> torch.Tensor:
-    """A batch of one picture."""
+    """A batch of one image."""
     return chain([pixels.numpy()], seed, [epoch], [index])[0]
 
 
@@ -89,7 +89,7 @@ def photos(count: int = 6, square: bool = False) -> list[np.ndarray]:
 @pytest.mark.parametrize("options", ALL, ids=lambda options: f"{options['augment']}-{options['crop']}")
 @given(data=st.data())
 def test_a_batch_is_its_pictures_however_it_is_put_together(options, data):
-    """Any division of any order of the pictures into batches gives each the pixels it has alone."""
+    """Any division of any order of the images into batches gives each the pixels it has alone."""
     chain, pictures = transform(**options), photos(square="pad" in options["crop"] or options["augment"] == "none")
     epochs = data.draw(st.lists(st.integers(0, 2**31), min_size=6, max_size=6))
     order = data.draw(st.permutations(range(6)))
@@ -163,7 +163,7 @@ def test_erasing_is_torchvision_s_erase():
     ("name", "policy"), [("randaugment", v2.RandAugment), ("trivialaugment", v2.TrivialAugmentWide)]
 )
 def test_a_policy_is_torchvision_s_on_each_picture(name, policy):
-    """On a picture that is only shifted and mirrored before, drawn from the generator that its key seeds (stream 1)."""
+    """On an image that is only shifted and mirrored before, drawn from the generator that its key seeds (stream 1)."""
     pictures = [noise(seed=n).numpy() for n in range(20)]
     keys = (7, EPOCHS[:20], INDICES[:20])
     light, found = transform()(pictures, *keys), transform(augment=name)(pictures, *keys)
@@ -204,7 +204,7 @@ def test_pad_crop_is_a_shift_by_at_most_an_eighth_filled_with_the_mean_colour():
 def test_hflip_mirrors_about_half():
     pixels, chain = noise(), transform(crop="random_resized", min_crop_scale=1.0)
     mirrored = [
-        # the whole square is cropped in most draws; those are the picture or its mirror image
+        # the whole square is cropped in most draws; those are the image or its mirror image
         (torch.equal(result, pixels.flip(2)), torch.equal(result, pixels))
         for result in (one(chain, pixels, 0, 0, index) for index in range(400))
     ]
@@ -215,7 +215,7 @@ def test_hflip_mirrors_about_half():
 
 
 def test_min_crop_scale_bounds_the_area():
-    # A picture whose red channel is the column and green the row, so a crop tells its own extent.
+    # An image whose red channel is the column and green the row, so a crop tells its own extent.
     side = 200
     ramp = torch.arange(side, dtype=torch.uint8)
     pixels = torch.stack([ramp.expand(side, side), ramp.view(-1, 1).expand(side, side), torch.zeros(side, side)])

@@ -52,9 +52,9 @@ def test_numbers_of_neighbouring_keys_are_uniform_and_independent(stream):
         assert stats.kstest(column, "uniform").pvalue > 1e-3
     by_epoch = u[:, 0].reshape(20, 2000)
     pairs = [
-        *((u[:, a], u[:, b]) for a in range(4) for b in range(a)),  # numbers of one picture
+        *((u[:, a], u[:, b]) for a in range(4) for b in range(a)),  # numbers of one image
         (by_epoch[:, 1:].ravel(), by_epoch[:, :-1].ravel()),  # neighbours in an epoch
-        (by_epoch[1:].ravel(), by_epoch[:-1].ravel()),  # one picture in successive epochs
+        (by_epoch[1:].ravel(), by_epoch[:-1].ravel()),  # one image in successive epochs
         (u[:, 0], uniform(1, 1, stream, epoch, index)[:, 0]),  # successive seeds
         (u[:, 0], uniform(1, 0, stream + 1, epoch, index)[:, 0]),  # successive streams
     ]

@@ -1,4 +1,4 @@
-"""Mixtures are functions of (seed, epoch, index of the first picture); their targets say what is in them."""
+"""Mixtures are functions of (seed, epoch, index of the first image); their targets say what is in them."""
 
 import pytest
 import torch

@@ -74,7 +74,7 @@ def bundle():
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """Two bundled models, "pets" with pictures and "photos" without; not to be changed."""
+    """Two bundled models, "pets" with images and "photos" without; not to be changed."""
     home = tmp_path_factory.mktemp("models")
     write_bundle(home)
     write_bundle(home, "photos", "cifar10", seed=10)
@@ -83,7 +83,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def explorer(home):
-    """An explorer that has looked through 160 pictures of each variant."""
+    """An explorer that has looked through 160 images of each variant."""
     entries = open_entries(None, DataOptions(), home=home)
     explorer = Explorer(entries, Galleries(entries, limit=serving.GALLERY))
     explorer.galleries.start(explorer.pages.prepare)
@@ -101,5 +101,5 @@ def server(home):
 
 @pytest.fixture(scope="session")
 def pixels():
-    """Test picture number 3, a bear, uint8 [32, 32, 3]."""
+    """Test image number 3, a bear, uint8 [32, 32, 3]."""
     return SyntheticPets(2000, SIZE, split="test").image(3)

@@ -79,7 +79,7 @@ def uri(data: bytes, kind="image/png") -> str:
 
 
 def uploads(rng: random.Random) -> list[str]:
-    """Texts in the place of a picture, none of which is one."""
+    """Texts in the place of an image, none of which is one."""
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="http://169.254.169.254/"/><script>alert(1)</script></svg>'
     found = [
         uri(png_bomb(11_000, 11_000)),

@@ -101,7 +101,7 @@ def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Runn
 def serve(home: str, *options: str) -> None:
     """Serve the bundled models in `home`.
 
-    Options are `--auth USER:PASS`, `--gallery NUMBER` of pictures, `--allow-host NAME`, and `--tunnel ADDRESS`, which
+    Options are `--auth USER:PASS`, `--gallery NUMBER` of images, `--allow-host NAME`, and `--tunnel ADDRESS`, which
     stands for what gradio's tunnel for `--share` would be.
     """
     from gradio import networking

@@ -170,7 +170,7 @@ def test_a_file_object_opens_no_path_and_no_address(server, file, counted, clien
         for more in ({}, {"url": address}, {"is_stream": True}, {"orig_name": str(file), "mime_type": "image/png"})
     ]
     link.unlink()
-    assert {answer["code"] for answer in found} == {"bad_image", "bad_request"}  # "" is no picture at all
+    assert {answer["code"] for answer in found} == {"bad_image", "bad_request"}  # "" is no image at all
     assert client.predict(picture=handle_file(address), api_name="/route")["code"] == "bad_image"
     assert hits == []
 
@@ -226,7 +226,7 @@ def test_with_a_password_nothing_answers_without_it(home, file, tmp_path):
         signed_in = Client(server.url, auth=("class", "secret"), verbose=False)
         assert signed_in.predict(example="pets/test/1", api_name="/route")["schema"] == "moevision.view/2"
         assert signed_in.predict(picture=handle_file(file), api_name="/route")["schema"] == "moevision.view/2"
-        assert [path for path in tmp_path.glob("gradio/**/*") if path.is_file()] == []  # pictures are not kept
+        assert [path for path in tmp_path.glob("gradio/**/*") if path.is_file()] == []  # images are not kept
         # 60 guesses in 5.7 s; a made-up header doesn't make them come from elsewhere
         with ThreadPoolExecutor(60) as pool:
             guesses = [

@@ -1,4 +1,4 @@
-"""Which models and pictures the explorer offers: bundled ones with their cards, and someone's own run."""
+"""Which models and images the explorer offers: bundled ones with their cards, and someone's own run."""
 
 import json
 import shutil
@@ -116,7 +116,7 @@ def test_a_run_shows_what_it_held_out_when_its_own_folder_is_named(tiny_run, tmp
 def test_a_run_shows_the_pictures_that_it_held_out(tiny_run):
     """The tiny run cut 30 % of its folder off as a test set; its own splits.csv says which."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataWarning)  # about the broken picture in the folder
+        warnings.simplefilter("ignore", DataWarning)  # about the broken image in the folder
         entry = open_entries(str(tiny_run / "model"), DataOptions())[0]
     rows = [line.split(",") for line in (tiny_run / "splits.csv").read_text().splitlines()]
     path, split = rows[0].index("path"), rows[0].index("split")

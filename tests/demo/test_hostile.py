@@ -64,7 +64,7 @@ def test_more_than_three_hundred_hostile_calls(http, server, still_right):
         else:
             assert 400 <= answer.status_code < 500, (answer.status_code, what)
     assert slowest < SECONDS
-    assert server.rss_mb() < before + 200  # the largest picture that is decoded has 50 million pixels
+    assert server.rss_mb() < before + 200  # the largest image that is decoded has 50 million pixels
 
 
 @pytest.mark.slow

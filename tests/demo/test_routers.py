@@ -24,7 +24,7 @@ SHOWN = [name for name in ROUTERS if name != "label"]
 
 
 def routings_of(model, pixels):
-    """What every MoE layer decides about a picture, without anything of the demo."""
+    """What every MoE layer decides about an image, without anything of the demo."""
     x = normalize(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2), model.mean, model.std)
     with torch.no_grad():
         return moevision.forward_routing(model.net, x)[1]

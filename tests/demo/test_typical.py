@@ -1,4 +1,4 @@
-"""The measure of pictures unlike the training data: false alarms, what it notices, and that its numbers travel."""
+"""The measure of images unlike the training data: false alarms, what it notices, and that its numbers travel."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def share_unlike(typical, pictures):
 
 
 def test_new_pictures_of_the_same_kind_are_rarely_unlike(typical):
-    # 1 % of the pictures that set the threshold by design; binomial(400, 0.04) exceeds 0.065 in 1 of 100 cases
+    # 1 % of the images that set the threshold by design; binomial(400, 0.04) exceeds 0.065 in 1 of 100 cases
     assert share_unlike(typical, drawn(400, "test", seed=7)) <= 0.04
 
 

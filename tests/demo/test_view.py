@@ -24,7 +24,7 @@ def model(make):
 
 
 def raw(model, pixels):
-    """Logits and routings of a picture, without anything of the demo."""
+    """Logits and routings of an image, without anything of the demo."""
     x = normalize(torch.from_numpy(pixels)[None].permute(0, 3, 1, 2), model.mean, model.std)
     with torch.no_grad():
         return moevision.forward_routing(model.net, x)

@@ -220,7 +220,7 @@ def test_counting_leaves_the_model_alone():
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 def test_a_models_cost_has_no_padding(backend):
-    """One picture of 256 tokens is enough for rounded groups; the active FLOPs are K per token all the same."""
+    """One image of 256 tokens is enough for rounded groups; the active FLOPs are K per token all the same."""
     model = build(backend=backend, patch_size=2)
     tokens = (SIDE // 2) ** 2
     patches = 2 * tokens * 12 * DIM

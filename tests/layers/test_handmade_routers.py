@@ -165,7 +165,7 @@ def test_training_and_validation_tell_the_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("told", [1, 2, 5])
 def test_labels_must_be_those_of_the_images(told: int) -> None:
-    """One label for three pictures would silently send them all to one expert."""
+    """One label for three images would silently send them all to one expert."""
     layer = layer_of("label")
     with label_oracle(layer, torch.zeros(told, dtype=torch.int64)), pytest.raises((UserError, RuntimeError)):
         layer(torch.randn(3, 5, 8))
@@ -201,7 +201,7 @@ def test_colour_finds_the_clusters_of_the_first_training_batch() -> None:
 
 
 def test_colour_is_the_nearest_centroid_in_numpy() -> None:
-    """Mean of every patch's pixels; the class token has the mean of the picture."""
+    """Mean of every patch's pixels; the class token has the mean of the image."""
     net, (pictures, _) = net_of("colour").eval(), mosaic(4, 2)
     centroids = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     for layer in moe_layers(net):
@@ -216,7 +216,7 @@ def test_colour_is_the_nearest_centroid_in_numpy() -> None:
 
 
 def test_colours_of_copies_are_their_own() -> None:
-    """A copy, a pickle and a reloaded model look at their own pictures with the centroids that were found."""
+    """A copy, a pickle and a reloaded model look at their own images with the centroids that were found."""
     net = net_of("colour").train()
     net(mosaic(8, 0)[0])
     fresh = net_of("colour").eval()
@@ -224,7 +224,7 @@ def test_colours_of_copies_are_their_own() -> None:
     pictures = mosaic(4, 3)[0]
     expected = net.eval()(pictures)
     for twin in (copy.deepcopy(net), pickle.load(io.BytesIO(pickle.dumps(net))), fresh):
-        net(mosaic(4, 4)[0])  # the original has other pictures in mind
+        net(mosaic(4, 4)[0])  # the original has other images in mind
         assert torch.equal(twin(pictures), expected)
 
 

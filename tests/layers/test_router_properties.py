@@ -81,7 +81,7 @@ def test_evaluation_is_deterministic_and_draws_no_random_number(router: str) -> 
 @settings(max_examples=10, deadline=None)
 @given(order=st.permutations(range(9)))
 def test_tokens_may_come_in_any_order(router: str, options: dict[str, Any], order: list[int]) -> None:
-    """f(x[perm]) = f(x)[perm]: a learned router looks at content only. (By position in the picture, others don't.)"""
+    """f(x[perm]) = f(x)[perm]: a learned router looks at content only. (By position in the image, others don't.)"""
     layer, x = make(router, **options), randn(2, 9, WIDTH)
     torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order], rtol=1e-12, atol=1e-13)
 

@@ -72,7 +72,7 @@ def test_an_exception_closes_the_scope(model: nn.Module) -> None:
 
 
 def test_threads_do_not_mix_their_records(model: nn.Module) -> None:
-    """Each thread routes pictures of its own and must see exactly those."""
+    """Each thread routes images of its own and must see exactly those."""
     pictures = [torch.randn(1, 3, 32, 32) for _ in range(4)]
     expected = [forward_routing(model, picture)[1] for picture in pictures]
     wrong: list[int] = []

@@ -82,7 +82,7 @@ def test_the_file_answers_as_the_model(case: str, form: str, tmp_path: Path) -> 
     assert report.max_logit_delta <= 1e-4
     assert report.top1_agreement == 1
 
-    with torch.no_grad():  # other pictures and batch sizes than those that the exporter looked at
+    with torch.no_grad():  # other images and batch sizes than those that the exporter looked at
         expected, routings = moevision.forward_routing(model.net, pictures(5))
     assert all((routing.expert_weights().flatten(0, 1) > 0).any(0).sum() > 1 for routing in routings)
     for batch in (1, 3, 5):

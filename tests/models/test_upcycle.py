@@ -90,7 +90,7 @@ GAPS = re.findall(r"^\| `(.+)` \| (\S+|< 1e-5) \| (\S+) % \|$", DOCS.read_text(e
 
 @pytest.fixture(scope="module")
 def pets() -> tuple[nn.Module, torch.Tensor]:
-    """The bundled dense model and 128 drawn test pictures."""
+    """The bundled dense model and 128 drawn test images."""
     saved = load_model(str(Path(moevision.__file__).parent / "demo" / "models" / "pets" / "dense"))
     drawn = SyntheticPets(128, 64, 0, "test")
     pixels = torch.from_numpy(np.stack([drawn.image(index) for index in range(len(drawn))])).permute(0, 3, 1, 2)

@@ -185,7 +185,7 @@ def test_other_seeds(tiny_run: Path, facts: CardFacts) -> None:
 
 
 def test_nothing_private(tiny_run: Path, facts: CardFacts) -> None:
-    """No path of this computer, no name of a picture; a class name can't break the table that it stands in."""
+    """No path of this computer, no name of an image; a class name can't break the table that it stands in."""
     note = "3 pictures stand in several classes as byte-identical files (for example dog/jane doe.png): keep each"
     odd = replace(facts, class_names=["a|b", "<script>"], summary=replace(facts.summary, notes=[note]))
     card = model_card(odd)

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 PYTHON = [sys.executable, "-m"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-# 96 pictures, 2 x 8 of them in a step: 6 steps an epoch, 3 epochs. 33 test pictures can't be halved.
+# 96 images, 2 x 8 of them in a step: 6 steps an epoch, 3 epochs. 33 test images can't be halved.
 OPTIONS = (
     *("--model.arch.name=test_vit_moe", "--model.arch.proj_drop_rate=0.1", "--model.arch.drop_path_rate=0.1"),
     *("--data.image_size=32", "--data.batch_size=8", "--data.train_size=96", "--data.val_size=33"),
@@ -111,7 +111,7 @@ def test_one_run_folder_and_one_voice(work: Path, whole: tuple[Path, str]) -> No
 
 
 def test_every_test_picture_is_predicted_once(whole: tuple[Path, str]) -> None:
-    """33 pictures over two processes, in the order of one; the summary counts what predictions_test.csv says."""
+    """33 images over two processes, in the order of one; the summary counts what predictions_test.csv says."""
     with (whole[0] / "predictions_test.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     data = ImageDataModule("synthetic_pets", image_size=32, train_size=8, val_size=8, test_size=33)
@@ -167,9 +167,9 @@ def test_torchrun_starts_and_goes_on_with_the_same_run(work: Path, whole: tuple[
 
 
 def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path) -> None:
-    """With another number the order of the pictures is another one; one process instead of two takes twice the steps.
+    """With another number the order of the images is another one; one process instead of two takes twice the steps.
 
-    A step of two processes is 16 pictures, 18 steps in all; of one 8 pictures, 36 steps, and no schedule for them.
+    A step of two processes is 16 images, 18 steps in all; of one 8 images, 36 steps, and no schedule for them.
     """
     interrupt(work, "fewer", rows=10, number=signal.SIGTERM, everybody=False)
     said = fit(work, "--resume", "runs/fewer", "--trainer.devices=1", code=2)

@@ -78,7 +78,7 @@ def test_without_the_guard_one_nan_is_in_every_weight(tmp_path: Path) -> None:
 
 
 def test_every_refused_update_is_written_down(tmp_path: Path) -> None:
-    """guard.csv names the step, the source and the eight pictures of the batch; batch 3 holds the numbers 16 to 23."""
+    """guard.csv names the step, the source and the eight images of the batch; batch 3 holds the numbers 16 to 23."""
     Run(tmp_path, batches(4), faults="nan_loss@3")
     rows = (tmp_path / "guard.csv").read_text().splitlines()
     assert rows == ["step,epoch,kind,source,samples", "3,0,skip,cross-entropy,16 17 18 19 20 21 22 23"]
@@ -121,7 +121,7 @@ def test_weights_that_are_not_finite_are_no_beginning(tmp_path: Path) -> None:
 def test_the_command_line_says_what_was_left_out(
     cli: Callable[..., Any], tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path
 ) -> None:
-    """Two updates of six (24 pictures in batches of 8, two epochs) are refused, and one return takes one back."""
+    """Two updates of six (24 images in batches of 8, two epochs) are refused, and one return takes one back."""
     faults = "nan_loss@1, nan_input@2, nan_weight@4"
     outcome = cli("fit", drawn_pets, *tiny, "--runs_root", tmp_path, "--ema.decay=0.9", "--fault", faults)
     assert outcome.code == 0, outcome.err

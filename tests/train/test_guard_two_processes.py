@@ -86,6 +86,6 @@ def test_a_bad_buffer_of_another_process_changes_nothing(two: dict[str, list[dic
 
 
 def test_the_pictures_of_both_processes_are_named(two: dict[str, list[dict[str, Any]]]) -> None:
-    """The third batch of process 0 is the fifth of all, pictures 32 to 39; process 1 had the sixth."""
+    """The third batch of process 0 is the fifth of all, images 32 to 39; process 1 had the sixth."""
     (event,) = GuardRecord.from_state(two["loss"][0]["record"]).events
     assert event.samples == tuple(str(number) for number in range(32, 48))

@@ -1,4 +1,4 @@
-"""The run folder's pictures and its summary: right numbers, nothing invented, odd runs drawn too."""
+"""The run folder's images and its summary: right numbers, nothing invented, odd runs drawn too."""
 
 import csv
 import threading
@@ -99,7 +99,7 @@ def test_curves_of_usual_and_odd_runs(
 
 
 def test_curves_draw_every_layer(tmp_path: Path) -> None:
-    """Without validation loss only a second MoE layer brings orange into the picture."""
+    """Without validation loss only a second MoE layer brings orange into the image."""
     for count in (1, 2):
         layers = tuple(f"blocks.{i}.mlp" for i in range(count))
         rows = [{k: v for k, v in row.items() if k != "val/loss"} for row in _rows(3, layers)]

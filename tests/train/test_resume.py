@@ -35,7 +35,7 @@ from moevision.train.resume import CheckpointConfig, changed_options, claim, rec
 from moevision.train.task import ClassificationTask
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv")
-# 24 training pictures, batches of 8, two epochs: six steps.
+# 24 training images, batches of 8, two epochs: six steps.
 LATE = 5
 
 
@@ -257,7 +257,7 @@ def test_a_strategy_by_its_class_path_that_takes_no_such_arguments(cli, tiny, dr
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_an_epoch_that_became_too_short_is_validated_all_the_same(cli, tiny, drawn_pets, send_signal, accumulated):
-    """Two of three batches of the second epoch are done; then there are pictures for two batches only, or for one."""
+    """Two of three batches of the second epoch are done; then there are images for two batches only, or for one."""
     pets, options = Path(shutil.copytree(drawn_pets, "pets")), [f"--trainer.accumulate_grad_batches={accumulated}"]
     send_signal(LATE if accumulated == 1 else 3)
     assert cli("fit", "./pets", *tiny, *options).code == 143

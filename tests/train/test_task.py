@@ -114,7 +114,7 @@ def test_training_step_adds_the_weighted_balance_losses(tmp_path: Path) -> None:
 
 
 def test_evaluation_counts_every_choice(tmp_path: Path) -> None:
-    """16 test pictures of 16 patches with K = 2 are 512 choices in each of the layers 1 and 3."""
+    """16 test images of 16 patches with K = 2 are 512 choices in each of the layers 1 and 3."""
     task, data = task_of(), pets()
     trainer = trainer_of(tmp_path)
     trainer.test(task, data, verbose=False)

@@ -42,7 +42,7 @@ class Visit:
             self.complaints.append(message.text)
 
     def open(self, address):
-        """Go there and wait for the picture."""
+        """Go there and wait for the image."""
         self.page.goto(address)
         self.page.wait_for_selector(".mv-cell")
         self.page.wait_for_selector("[data-box=progress]", state="hidden")
@@ -112,7 +112,7 @@ def ask(explorer):
 
 
 def numbers(page):
-    """The text on every patch of the first picture."""
+    """The text on every patch of the first image."""
     return page.locator("[data-slot='0'] .mv-mark").all_text_contents()
 
 

@@ -43,7 +43,7 @@ def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(visit, look, sch
 def test_two_pictures_and_warnings_keep_these_manners(visit, look, size):
     page = visit("?picture2=pets/test/5&capacity=0.5&k=1&mode=drops&do=ablate.1.0.zero.0&tab=compare", **size).page
     page.wait_for_selector(".mv-mirror")
-    assert page.locator("[role=note]").count() == 4  # two pictures, off the distribution and changed
+    assert page.locator("[role=note]").count() == 4  # two images, off the distribution and changed
     assert serious(page) == []
     assert look.no_sideways_scroll(page)
 
@@ -183,7 +183,7 @@ def test_a_server_that_is_gone_gets_a_sentence_and_a_way_on(new_visit, server):
     page.unroute(SERVER_CALL)
     page.click("[data-action=retry]")
     page.wait_for_selector("[data-action=retry]", state="detached")
-    page.wait_for_selector(".mv-picture[alt*=rabbit]")  # picture i has label i mod 8
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")  # image i has label i mod 8
 
 
 def test_a_busy_server_is_asked_again(new_visit, server):

@@ -18,7 +18,7 @@ FORMATS = Path(__file__).parents[2] / "fixtures" / "formats"
 OLD_LINKS = {}
 for _file in sorted(FORMATS.glob("*/links.json")):
     OLD_LINKS |= json.loads(_file.read_text())
-SENT = "() => !location.search.includes('picture=')"  # one's own picture is in no link
+SENT = "() => !location.search.includes('picture=')"  # one's own image is in no link
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_a_link_reproduces_two_pictures(visit, look):
     page = visit("?picture=pets/test/2&picture2=pets/test/5").page
     assert page.locator("[data-slot]").count() >= 2
     labels = page.locator(".mv-verdict").all_text_contents()
-    assert ["rabbit" in labels[0], "fox" in labels[1]] == [True, True]  # picture i has label i mod 8
+    assert ["rabbit" in labels[0], "fox" in labels[1]] == [True, True]  # image i has label i mod 8
 
 
 def test_a_link_reproduces_an_intervention(visit, ask, look):
