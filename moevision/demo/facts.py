@@ -292,7 +292,7 @@ def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pi
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"A picture is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}.")
         if image.shape[:2] == (image_size, image_size):  # prepared already
-            return image
+            return image.copy()  # the given one may be read-only, which torch warns of
         image = Image.fromarray(image)
     elif not isinstance(image, Image.Image):
         image = safe_open(image, image_size)
