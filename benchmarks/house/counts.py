@@ -10,11 +10,14 @@ An import inside a function or under TYPE_CHECKING is an edge too, but cycles co
 from __future__ import annotations
 
 import ast
-import sys
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
+
+from benchmarks.house import put
 
 PACKAGE = "moevision"
 
@@ -65,27 +68,43 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def main() -> None:
-    """Count and print."""
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[2]
+def count(root: Path) -> dict[str, Any]:
+    """What the table shows, of the checkout in `root`."""
     known = modules(root)
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in known.items()}
-    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in known.items()}
-    folders = Counter(str(path.parent.relative_to(root)) for path in known.values())
-    print(f"{'folder':32} {'modules':>7} {'lines':>7} {'statements':>10}")
-    for folder in sorted(folders):
-        inside = [name for name, path in known.items() if str(path.parent.relative_to(root)) == folder]
-        amount = sum(statements(trees[name]) for name in inside)
-        print(f"{folder:32} {len(inside):7} {sum(lines[name] for name in inside):7} {amount:10}")
-    total = sum(map(statements, trees.values()))
-    print(f"{'all':32} {len(known):7} {sum(lines.values()):7} {total:10}")
+    folders: dict[str, Counter[str]] = {}
+    for name, path in known.items():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        size = Counter(modules=1, lines=lines, statements=statements(trees[name]))
+        folders.setdefault(str(path.parent.relative_to(root)), Counter()).update(size)
     graph = {name: imports(tree, known, at_import=False) - {name} for name, tree in trees.items()}
     importers = Counter(other for others in graph.values() for other in others)
     packages = {name for name, path in known.items() if path.name == "__init__.py"}
-    print(f"largest folder: {max(folders.values())} modules")
-    print(f"imported by exactly one other: {sum(importers[name] == 1 for name in known.keys() - packages)} modules")
     eager = {name: imports(tree, known, at_import=True) - {name} for name, tree in trees.items()}
-    print(f"import cycle: {' -> '.join(cycle(eager)) or 'none'}")
+    return {
+        **sum(folders.values(), Counter()),
+        "folders": {name: dict(size) for name, size in sorted(folders.items())},
+        "largest_folder": max(size["modules"] for size in folders.values()),
+        "single_importers": sum(importers[name] == 1 for name in known.keys() - packages),
+        "cycle": cycle(eager),
+    }
+
+
+def main() -> None:
+    """Count and print."""
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("checkout", nargs="?", type=Path, default=Path(__file__).resolve().parents[2])
+    parser.add_argument("--record", metavar="NAME", help="write into benchmarks/house/record.json, such as `after`")
+    options = parser.parse_args()
+    found = count(options.checkout)
+    print(f"{'folder':32} {'modules':>7} {'lines':>7} {'statements':>10}")
+    for name, size in (*found["folders"].items(), ("all", found)):
+        print(f"{name:32} {size['modules']:7} {size['lines']:7} {size['statements']:10}")
+    print(f"largest folder: {found['largest_folder']} modules")
+    print(f"imported by exactly one other: {found['single_importers']} modules")
+    print(f"import cycle: {' -> '.join(found['cycle']) or 'none'}")
+    if options.record:
+        put(options.record, "counts", found, options.checkout / PACKAGE)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 import moevision
+from benchmarks.house import put
 from moevision import MoEMlp
 
 PACKAGE = f"{Path(moevision.__file__).parent}{os.sep}"
@@ -117,6 +118,7 @@ def main() -> None:
     """Count and print."""
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--list", action="store_true", help="print the way of each trip too")
+    parser.add_argument("--record", metavar="NAME", help="write into benchmarks/house/record.json, such as `after`")
     parser.add_argument("command", nargs=REMAINDER, help="arguments of moevision, to be counted as well")
     arguments = parser.parse_args()
     trips = {
@@ -131,6 +133,9 @@ def main() -> None:
     print("| trip | files | hops |\n|---|--:|--:|")
     for name, trip in trips.items():
         print(trip.row(name))
+    if arguments.record:
+        rows = {name: {"files": len(set(trip.way)), "hops": len(trip.way) - 1} for name, trip in trips.items()}
+        put(arguments.record, "trips", rows, Path(PACKAGE))
     if arguments.list:
         for name, trip in trips.items():
             print(f"\n{name}\n  " + " → ".join(trip.way))

@@ -20,8 +20,11 @@ from typing import Any
 
 import torch
 
-SPOKEN = {"seconds", "provenance", "timings", "versions", "settings"}
-"""Parts of a report that tell how and when it was made."""
+import moevision
+from moevision.train.provenance import cpu_model, git_state
+
+LEFT_OUT = {"provenance", "effects"}
+"""Parts of a report: how it was made, and what is measured on as many images as fit into a given time."""
 
 
 def digest(value: Any) -> str:
@@ -47,14 +50,14 @@ def digest(value: Any) -> str:
     return found.hexdigest()
 
 
-def moevision(folder: Path, *words: str) -> None:
+def run_verb(folder: Path, *words: str) -> None:
     """Run a command of the package in a folder."""
     subprocess.run([sys.executable, "-m", "moevision", *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
 def quickstart(folder: Path) -> dict[str, str]:
     """One epoch of the quickstart: weights and metrics."""
-    moevision(folder, "fit", "--config", "quickstart", "--trainer.max_epochs", "1")
+    run_verb(folder, "fit", "--config", "quickstart", "--trainer.max_epochs", "1")
     (run,) = (folder / "runs").iterdir()
     return {
         f"quickstart, one epoch: {name}": digest((run / name).read_bytes())
@@ -82,18 +85,16 @@ def resumed(folder: Path) -> dict[str, str]:
 
 def report(folder: Path) -> dict[str, str]:
     """The numbers of `analyze` on a bundled model."""
-    import moevision as package
-
-    model = Path(package.__file__).parent / "demo" / "models" / "pets" / "trained"
-    moevision(folder, "analyze", str(model), "--data", "synthetic_pets", "--limit", "200", "--out", "report")
+    model = Path(moevision.__file__).parent / "demo" / "models" / "pets" / "trained"
+    run_verb(folder, "analyze", str(model), "--data", "synthetic_pets", "--limit", "200", "--out", "report")
     numbers = json.loads((folder / "report" / "report.json").read_bytes())
     return {"analyze: numbers of report.json": digest(only_numbers(numbers))}
 
 
 def only_numbers(value: Any) -> Any:
-    """A JSON value without its sentences and times, which may change."""
+    """A JSON value without its sentences, which may change, and what is left out."""
     if isinstance(value, dict):
-        kept = {key: only_numbers(each) for key, each in value.items() if key not in SPOKEN}
+        kept = {key: only_numbers(each) for key, each in value.items() if key not in LEFT_OUT}
         return {key: each for key, each in kept.items() if each is not None}
     if isinstance(value, list):
         return [only_numbers(each) for each in value]
@@ -120,9 +121,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found |= make(Path(folder))
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        about = {"machine": cpu_model(), "torch": torch.__version__}
+        record = {**git_state(Path(moevision.__file__).parent), **about, "results": found}
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if options.against:
-        before = json.loads(options.against.read_text(encoding="utf-8"))
+        before = json.loads(options.against.read_text(encoding="utf-8"))["results"]
         differs = [name for name in before.keys() | found.keys() if before.get(name) != found.get(name)]
         print("\n".join(f"differs: {name}" for name in sorted(differs)) or f"all {len(found)} results are the same")
         sys.exit(bool(differs))

@@ -1,0 +1,64 @@
+"""docs/architecture.md."""
+
+from typing import Any
+
+from tests.records import Claim, Definition
+
+Json = dict[str, Any]
+HOUSE = "benchmarks/house/record.json"
+
+
+def both(record: Json) -> Json:
+    """The totals before and after."""
+    return {"before": record["before"]["counts"], "after": record["after"]["counts"]}
+
+
+def folders(record: Json) -> list[Json]:
+    """Modules and lines of each folder with those inside, before and after."""
+
+    def size(when: str, folder: str) -> Json:
+        inside = {
+            f"moevision/{folder}",
+            *(n for n in record[when]["counts"]["folders"] if n.startswith(f"moevision/{folder}/")),
+        }
+        found = [each for name, each in record[when]["counts"]["folders"].items() if name in inside]
+        return {key: sum(each[key] for each in found) for key in ("modules", "lines")}
+
+    names = ("layers", "models", "data", "train", "analysis", "demo", "commands", "efficiency")
+    return [{"name": name, "before": size("before", name), "after": size("after", name)} for name in names]
+
+
+def trips(record: Json) -> list[Json]:
+    """Files and hops of the trips that don't depend on how much is computed."""
+    before, after = record["before"]["trips"], record["after"]["trips"]
+    return [{"name": name, "before": before[name], "after": after[name]} for name in before if "analyze" not in name]
+
+
+CLAIMS = [
+    Claim(HOUSE, "| modules | {before[modules]:,} | {after[modules]:,} |", both),
+    Claim(HOUSE, "| lines | {before[lines]:,} | {after[lines]:,} |", both),
+    Claim(HOUSE, "| statements, without docstrings | {before[statements]:,} | {after[statements]:,} |", both),
+    Claim(HOUSE, "| modules of the largest folder | {before[largest_folder]} | {after[largest_folder]} |", both),
+    Claim(
+        HOUSE,
+        "| modules that exactly one other imports | {before[single_importers]} | {after[single_importers]} |",
+        both,
+    ),
+    Claim(
+        HOUSE,
+        "| {name} | {before[modules]} | {after[modules]} | {before[lines]:,} | {after[lines]:,} |",
+        folders,
+    ),
+    Claim(HOUSE, "| {name} | {before[files]} | {after[files]} | {before[hops]} | {after[hops]} |", trips),
+    Claim(
+        HOUSE,
+        "| `moevision analyze` | {before[files]} | {after[files]} | | |",
+        lambda record: {when: record[when]["trips"]["`moevision analyze`"] for when in ("before", "after")},
+    ),
+]
+
+DEFINITIONS = [
+    Definition("CPU time of every answer at 0.3 s", "a bound that a test asserts"),
+    Definition("The aim of 26,000 lines", "the aim"),
+    Definition("| import cycles | 0 | 0 |", "`counts` and a test find none"),
+]
