@@ -8,6 +8,7 @@ import pytest
 from moevision.cli import main
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ print(json.dumps(marks))
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_import_costs_little_more_than_timm() -> None:
     """After timm, which moevision imports, so that the second number is all that it adds."""

@@ -6,6 +6,7 @@ import torch
 from benchmarks.demo import load as demo_load
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_five_seconds_of_visitors(explorer, server):
     threads = torch.get_num_threads()
