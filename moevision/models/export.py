@@ -95,7 +95,7 @@ def export_onnx(
         model: a loaded model.
         path: file to write; an existing one is replaced.
         opset: version of ONNX's operators, 18 to 23; from 20 on GELU is one of them.
-        images: [n, 3, S, S] prepared images to compare too, besides four of seeded noise.
+        pictures: [n, 3, S, S] prepared images to compare too, besides four of seeded noise.
 
     Raises:
         UserError: if the extra `export` is not installed, the model can't be exported, or the file would answer
