@@ -54,7 +54,7 @@ def test_boot_tells_everything_that_the_page_needs(explorer):
     assert "accuracy_text" not in pets  # each variant has its own
     texts = {name: variant.facts.accuracy_text for name, variant in explorer.entries["pets"].variants.items()}
     assert pets["accuracy_texts"] == texts
-    assert texts["trained"] == "12.5 % of test pictures right (dense twin: 13.0 %)"
+    assert texts["trained"] == "12.5 % of test images right (dense twin: 13.0 %)"
     assert len(set(texts.values())) == 3
     assert "typical" not in pets["card"]
     # classes take turns: the first eight examples show the eight classes
@@ -310,7 +310,7 @@ def test_an_atlas_of_other_pictures_is_not_shown_with_these(explorer, home, tmp_
 
 @pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about the broken image in the run's folder
 def test_data_of_the_users_own_are_not_taken_for_training_data(tiny_run, drawn_pets, monkeypatch):
-    for module in ("typical", "atlas_source"):  # the run held out 12 images only
+    for module in ("typical", "galleries"):  # the run held out 12 images only
         monkeypatch.setattr(f"moevision.demo.{module}.MIN_PICTURES", 10)
     for data, known in ((None, True), (str(drawn_pets), False)):
         entries = open_entries(str(tiny_run), DataOptions(data))
