@@ -73,7 +73,7 @@ class Card:
         if variant == "untrained":
             return "not trained: its weights are random, so its predictions mean nothing"
         known = self.accuracy.get("moe" if variant == "trained" else variant)
-        right = "accuracy not known" if known is None else f"{_percent(known)} of test pictures right"
+        right = "accuracy not known" if known is None else f"{_percent(known)} of test images right"
         if variant == "unbalanced":
             return f"{right}, trained without the balance loss"
         twin = f" (dense twin: {_percent(self.accuracy['dense'])})" if "dense" in self.accuracy else ""
@@ -132,7 +132,7 @@ def card_of_run(address: str) -> Card:
             id="own",
             title=shown(str(summary["name"])),
             subtitle=str(summary["model"]),
-            data=f"{shown(str(summary['data']))}: {sum(summary['class_counts']['train'].values()):,} training pictures",
+            data=f"{shown(str(summary['data']))}: {sum(summary['class_counts']['train'].values()):,} training images",
             recipe=f"moevision fit --config {shown(run.name)}/config.yaml",
             seed=seed if type(seed) is int else None,
             accuracy=accuracy,
@@ -186,7 +186,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What the user said about pictures: `--data` and `--root`; None for the model's own."""
+    """What the user said about images: `--data` and `--root`; None for the model's own."""
 
     data: str | None = None
     root: str = "data"
@@ -274,7 +274,7 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     except UserError as error:  # routing one's own images works all the same
         if options.data is not None:
             raise
-        warnings.warn(f"no pictures of the model's own: {error}", DataWarning, stacklevel=2)
+        warnings.warn(f"no images of the model's own: {error}", DataWarning, stacklevel=2)
         pictures = None
     return replace(_entry(card, nets, dense, pictures, None), foreign=not own)
 

@@ -127,7 +127,7 @@ class Examples:
             return Found(id, rest, None, model_input(self.photos[rest], self.image_size))
         index = self._index.get(id)
         if self.pictures is None or index is None:
-            raise RequestError(f"There is no picture {id!r} here: choose one of the examples.")
+            raise RequestError(f"There is no image {id!r} here: choose one of the examples.")
         label = self.pictures.label(index)
         word = self.pictures.class_names[label] if label >= 0 else None
         return Found(id, id if word is None else f"{word}, {rest}", word, self.pictures.image(index))
@@ -152,7 +152,7 @@ def photo_files() -> dict[str, Path]:
 
 
 def _spread(pictures: PictureSet) -> list[int]:
-    """Indices of a few pictures: the first of each class, then the second, until there are enough."""
+    """Indices of a few images: the first of each class, then the second, until there are enough."""
     of_class: dict[int, list[int]] = {}
     for index in range(len(pictures)):
         of_class.setdefault(pictures.label(index), []).append(index)

@@ -144,7 +144,7 @@ def check_not_an_oracle(layers: Iterable[MoEMlp]) -> None:
     """
     if any(isinstance(layer.router, LabelRouter) for layer in layers):
         raise UserError(
-            "This model's router 'label' is an oracle, which must be told the class of every picture: the explorer "
+            "This model's router 'label' is an oracle, which must be told the class of every image: the explorer "
             "can't show it. Open a model with another router."
         )
 
@@ -235,7 +235,7 @@ class PictureFacts:
 
     pixels: Pixels = field(repr=False)
     id: str | None = None
-    name: str = "picture"
+    name: str = "image"
     label: str | None = None
     unlike: str | None = None
 
@@ -290,7 +290,7 @@ def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pi
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise UserError(f"A picture is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}.")
+            raise UserError(f"An image is uint8 [H, W, 3], not {image.dtype} {list(image.shape)}.")
         if image.shape[:2] == (image_size, image_size):  # prepared already
             return image.copy()  # the given one may be read-only, which torch warns of
         image = Image.fromarray(image)

@@ -80,7 +80,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures of a model's data with the routing of every patch.
+    """Images of a model's data with the routing of every patch.
 
     Attributes:
         pictures: at most `LIMIT`, the same number of each class.
@@ -153,7 +153,7 @@ class Galleries:
     def _unless_failed(self, found: T | None, entry: Entry, variant: str) -> T | None:
         failed = self._failed.get((entry.card.id, variant))
         if found is None and failed is not None:
-            raise RequestError(f"The pictures of {entry.card.title} could not be looked through: {failed}")
+            raise RequestError(f"The images of {entry.card.title} could not be looked through: {failed}")
         return found
 
     def _work(self) -> None:
@@ -267,7 +267,7 @@ class AtlasPages:
             }
             for layer in atlas["layers"]
         ]
-        note = f"Measured on {atlas['n_images']:,} pictures: {atlas['data']}."
+        note = f"Measured on {atlas['n_images']:,} images: {atlas['data']}."
         names = atlas["class_names"]
         return {"status": "ready", "n_images": atlas["n_images"], "class_names": names, "layers": layers, "note": note}
 
@@ -326,9 +326,9 @@ class AtlasPages:
         if gallery is not None:
             return gallery
         if self.galleries.status(entry) == "computing":
-            raise RequestError("The pictures are still being looked through: try again in a few seconds.", "busy")
+            raise RequestError("The images are still being looked through: try again in a few seconds.", "busy")
         raise RequestError(
-            f"{entry.card.title} has no pictures here: start the explorer with --data DIR to give it some."
+            f"{entry.card.title} has no images here: start the explorer with --data DIR to give it some."
         )
 
     def _experts_page(self, entry: Entry, facts: ModelFacts, layer: int, atlas: Json) -> Json:
@@ -348,7 +348,7 @@ class AtlasPages:
             }
             for item in found["experts"]
         ]
-        source = f"From {atlas['n_images']:,} pictures: {atlas['data']}."
+        source = f"From {atlas['n_images']:,} images: {atlas['data']}."
         note = f"{source} The heaviest patches flatter an expert; the random ones don't." if shown else source
         status = "ready" if shown else "no_pictures"
         return {"status": status, "layer": layer, "name": f"L{layer}", "experts": experts, "note": note}
@@ -384,7 +384,7 @@ def _found(entry: Entry, pictures: PictureSet, index: int) -> Found:
 
 def _waiting(status: str, **empty: Any) -> Json:
     notes = {
-        "computing": "The pictures are being looked through.",
-        "no_pictures": "This model has no pictures here: start the explorer with --data DIR to give it some.",
+        "computing": "The images are being looked through.",
+        "no_pictures": "This model has no images here: start the explorer with --data DIR to give it some.",
     }
     return {"status": status, **empty, "note": notes[status]}

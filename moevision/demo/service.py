@@ -73,7 +73,7 @@ class Explorer:
         except TooLargeError as error:
             return failure(str(error), "too_large")
         except BadImageError as error:
-            return failure(f"This picture can't be used: {error.reason}.", "bad_image")
+            return failure(f"This image can't be used: {error.reason}.", "bad_image")
         except UserError as error:
             return failure(str(error), "bad_request")
         except Exception:  # a fault of ours: the log says where, the visitor that it wasn't them
@@ -150,8 +150,8 @@ class Explorer:
             return entry.examples.find(read.text(picture, "id"))
         data = picture.get("data")
         if not isinstance(data, str) or not data:
-            raise RequestError("The field 'data' must be a picture as data:image/...;base64,... text.")
-        return Found("", "your picture", None, model_input(open_data_uri(data), entry.facts.image_size))
+            raise RequestError("The field 'data' must be an image as data:image/...;base64,... text.")
+        return Found("", "your image", None, model_input(open_data_uri(data), entry.facts.image_size))
 
     def _view(self, entry: Entry, variant: Variant, found: Found, settings: Settings) -> RoutingView:
         typical = self.galleries.typical(entry)

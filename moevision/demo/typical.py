@@ -2,7 +2,7 @@
 
 An image is summed up in 28 numbers that no object enters: mean and spread of its colours, how strong its edges are at
 three scales (six quantiles each), and how unevenly they lie over the image. The measure is the Mahalanobis distance
-of these numbers from the training pictures'; an image beyond the distance of 99 % of them is called unlike.
+of these numbers from those of the training images; an image beyond the distance of 99 % of them is called unlike.
 
 It notices noise, flat colour, logos, and drawings among photos or photos among drawings where their sharpness differs.
 It does not notice a strange object photographed in a familiar way, and at 32 pixels it tells hardly any drawing or
@@ -59,7 +59,7 @@ class Typical:
         if self.distance(pixels) <= self.threshold:
             return None
         return (
-            f"Its colours and edges are further from the usual than in {SHARE:.0%} of the pictures that the model was "
+            f"Its colours and edges are further from the usual than in {SHARE:.0%} of the images that the model was "
             "made for, so prediction and routing may mean little here."
         ).replace("%", " %")
 
@@ -105,10 +105,10 @@ def typical_of(pictures: Iterable[npt.NDArray[np.uint8]], image_size: int) -> Ty
     rows = []
     for pixels in pictures:
         if pixels.shape != (image_size, image_size, 3):
-            raise UserError(f"The model's pictures are {image_size} px square, not of shape {pixels.shape}.")
+            raise UserError(f"The model's images are {image_size} px square, not of shape {pixels.shape}.")
         rows.append(picture_statistics(pixels))
     if len(rows) < MIN_PICTURES:
-        raise UserError(f"At least {MIN_PICTURES} pictures are needed to say what is typical, not {len(rows)}.")
+        raise UserError(f"At least {MIN_PICTURES} images are needed to say what is typical, not {len(rows)}.")
     fitted, held_out = np.stack(rows[::2]), np.stack(rows[1::2])
     mean, scale = fitted.mean(0), np.maximum(fitted.std(0), 1e-6)
     # A hundredth of the identity keeps the inverse tame where statistics nearly determine each other.

@@ -227,7 +227,7 @@ class Guard:
                     if len(body) > most:
                         raise too_large
                     if self._held > self.max_bodies:
-                        raise Refused(503, "Many people are sending pictures: try again in a few seconds.", "busy")
+                        raise Refused(503, "Many people are sending images: try again in a few seconds.", "busy")
                     if not message.get("more_body", False):
                         return
         except TimeoutError as error:
@@ -378,7 +378,7 @@ def _check_route(method: str, path: str) -> None:
     routes = _POST if method == "POST" else _GET
     found = any(path.startswith(one) if one.endswith("/") else path in (one, f"{one}/") for one in routes)
     if not found and not (path == "/" and method != "POST"):
-        raise Refused(404, "There is nothing here: pictures are sent inside a request, files are never opened.")
+        raise Refused(404, "There is nothing here: images are sent inside a request, files are never opened.")
 
 
 def _check_body(body: bytes, uploads: Uploads) -> bytes:

@@ -1,4 +1,4 @@
-"""Pictures as text: data URIs to a browser, and the only door for an image from one.
+"""Images as text: data URIs to a browser, and the only door for an image from one.
 
 A visitor's image is base64 inside the request, never a path or an address, so nothing on the server's disk and
 nothing on its network can be asked for. The bytes go through `moevision.data.images.safe_open`.
@@ -52,18 +52,18 @@ def open_data_uri(text: str) -> Image.Image:
         BadImageError: if it is not base64, or not an image that `safe_open` accepts.
     """
     if len(text) > MAX_CHARACTERS:
-        raise TooLargeError(f"The picture is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")
+        raise TooLargeError(f"The image is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")
     head, comma, body = text.partition(",") if text.startswith("data:") else ("", ",", text)
     if not comma or (head and not head.endswith(";base64")):
-        raise BadImageError("<upload>", "a picture is sent as data:image/...;base64,... or as plain base64")
+        raise BadImageError("<upload>", "an image is sent as data:image/...;base64,... or as plain base64")
     try:
         data = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadImageError(
             "<upload>",
             "it is neither base64 text nor a file that was just uploaded, which serves one request; a path or an "
-            "address is never opened, send the picture itself",
+            "address is never opened, send the image itself",
         ) from error
     if len(data) > MAX_BYTES:
-        raise TooLargeError(f"The picture is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")
+        raise TooLargeError(f"The image is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")
     return safe_open(io.BytesIO(data), max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS)

@@ -157,7 +157,7 @@ def test_expert_similarity_on_common_tokens(model, pictures) -> None:
     found = expert_similarity(model, pictures, 1, num_tokens=24 * 16)
     np.testing.assert_allclose(found, found.T)
     np.testing.assert_allclose(np.diag(found), 1)
-    # all tokens of all pictures: the same as computed whole
+    # all tokens of all images: the same as computed whole
     tokens = layer_inputs(model.net, network_input(model, np.stack([pictures.image(i) for i in range(24)])))[1]
     with torch.inference_mode():
         output = moe_layers(model.net)[0].experts.on_all_tokens(tokens.flatten(0, 1)).numpy()

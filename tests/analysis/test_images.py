@@ -19,7 +19,7 @@ CLASSES = SyntheticPets.classes
 
 
 class Tagged(Dataset):
-    """Pictures of 20 x 30 pixels whose red value is their index; labels as given."""
+    """Images of 20 x 30 pixels whose red value is their index; labels as given."""
 
     def __init__(self, labels, bad=(), **attributes):
         self.labels, self.bad = labels, bad

@@ -61,7 +61,7 @@ def make_trace(
 
 
 class Pictures:
-    """Pictures whose every pixel carries its image's number, so that a crop tells where it is from."""
+    """Images whose every pixel carries its image's number, so that a crop tells where it is from."""
 
     class_names = ("cat", "dog", "owl")
     name = "numbered"

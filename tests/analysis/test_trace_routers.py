@@ -114,7 +114,7 @@ def test_patches_that_nobody_took_agree_with_each_other_only() -> None:
 
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
-    """Every router, with a class token; saved and loaded again. `label` is told the pictures' classes."""
+    """Every router, with a class token; saved and loaded again. `label` is told the images' classes."""
     model = saved(router, class_token=True, global_pool="token")
     pictures = open_pictures(PETS, 32)
     trace = collect_routing(model, pictures, progress=False, path=tmp_path / "trace.safetensors", batch_size=5)

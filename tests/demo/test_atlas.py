@@ -157,7 +157,7 @@ def test_files_that_are_no_atlas(tmp_path):
 
 
 class NoMasks(View):
-    """Pictures that name parts and have no mask."""
+    """Images that name parts and have no mask."""
 
     def part_mask(self, index):
         return None

@@ -48,8 +48,8 @@ def test_bundled_numbers_and_their_sentences_round_alike():
 
 def test_accuracy_in_words():
     card = Card("x", "X", accuracy={"moe": 0.9876, "dense": 0.5, "unbalanced": 1.0})
-    assert card.accuracy_text("trained") == "98.8 % of test pictures right (dense twin: 50.0 %)"
-    assert card.accuracy_text("unbalanced") == "100.0 % of test pictures right, trained without the balance loss"
+    assert card.accuracy_text("trained") == "98.8 % of test images right (dense twin: 50.0 %)"
+    assert card.accuracy_text("unbalanced") == "100.0 % of test images right, trained without the balance loss"
     assert "random" in card.accuracy_text("untrained")
     assert Card("x", "X").accuracy_text("trained") == "accuracy not known"
 
@@ -131,7 +131,7 @@ def test_a_run_whose_pictures_are_gone(tiny_run, tmp_path):
     config = (run / "config.yaml").read_text()
     folder = next(line.split(": ", 1)[1] for line in config.splitlines() if line.strip().startswith("path: "))
     (run / "config.yaml").write_text(config.replace(folder, str(tmp_path / "gone")))
-    with pytest.warns(DataWarning, match="no pictures of the model's own"):
+    with pytest.warns(DataWarning, match="no images of the model's own"):
         entry = open_entries(str(run), DataOptions())[0]
     assert not entry.examples.has_pictures
     assert entry.examples.ids  # gradio's photos

@@ -54,7 +54,7 @@ def test_boot_tells_everything_that_the_page_needs(explorer):
     assert "accuracy_text" not in pets  # each variant has its own
     texts = {name: variant.facts.accuracy_text for name, variant in explorer.entries["pets"].variants.items()}
     assert pets["accuracy_texts"] == texts
-    assert texts["trained"] == "12.5 % of test pictures right (dense twin: 13.0 %)"
+    assert texts["trained"] == "12.5 % of test images right (dense twin: 13.0 %)"
     assert len(set(texts.values())) == 3
     assert "typical" not in pets["card"]
     # classes take turns: the first eight examples show the eight classes

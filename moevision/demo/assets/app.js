@@ -1,10 +1,10 @@
-// The explorer: choices of model, picture and settings around the shared view, and the tabs below it.
+// The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
 const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, AboutTab];
 
 const appLayout = () => html`
   <header class="mv-header" data-box="header"></header>
-  <div class="mv-columns"><nav class="mv-rail" aria-label="Pictures" data-box="rail"></nav>
+  <div class="mv-columns"><nav class="mv-rail" aria-label="Images" data-box="rail"></nav>
     <div class="mv-main" data-box="main"><div class="mv-progress" data-box="progress" hidden><i></i></div>
       <div data-box="trouble"></div><div data-box="blank" hidden></div><div class="mv-view" data-box="view">${coreLayout()}</div></div>
     <section class="mv-settings" aria-label="Change the routing" data-box="settings"></section></div>
@@ -38,12 +38,12 @@ class App {
     if (this.state && !tourMemory.seen()) new Tour(this.core);
   }
 
-  /** The picture of a link may not be here (another data folder): show the usual first one, and say so. */
+  /** The image of a link may not be here (another data folder): show the usual first one, and say so. */
   async startElsewhere({ picture, picture2, ...wish }) {
     this.choose(wish);
     if (!this.hasPicture()) return this.showBlank();
     await this.load([0], {}, wish);
-    return this.notify("The link's picture isn't on this server; here is another one.");
+    return this.notify("The link's image isn't on this server; here is another one.");
   }
 
   /** Take over what the address asks for, as far as this server has it. */
@@ -52,7 +52,7 @@ class App {
     const find = (id) => models.find((model) => model.id === id);
     this.model = find(wish.model) ?? find(first?.model) ?? models[0];
     this.variant = this.model.variants.includes(wish.variant) ? wish.variant : this.model.variants[0];
-    // The rail shows a few examples; a link may name any picture that the server knows.
+    // The rail shows a few examples; a link may name any image that the server knows.
     const usual = this.model.examples.find(({ id }) => id === first?.picture) ?? this.model.examples[0];
     const chosen = wish.picture ?? usual?.id;
     this.pictures = [chosen ? { kind: "example", id: chosen } : { kind: "none" }];
@@ -95,7 +95,7 @@ class App {
 
   // ---- choices ------------------------------------------------------------------------------------------------
 
-  /** What the server is asked about one of the pictures. */
+  /** What the server is asked about one of the images. */
   question(slot) {
     const { kind, id, data } = this.pictures[slot];
     const picture = kind === "example" ? { kind, id } : { kind, data };
@@ -110,7 +110,7 @@ class App {
     return this.load([this.slot]);
   }
 
-  /** Open a picture of the model's data, at a patch where one is named. */
+  /** Open an image of the model's data, at a patch where one is named. */
   async openExample(id, patch) {
     await this.choosePicture({ kind: "example", id });
     if (patch === undefined || !this.state) return;
@@ -138,7 +138,7 @@ class App {
     if (id === this.model.id) return undefined;
     const own = this.pictures.find(({ kind }) => kind === "upload");
     this.choose({ model: id });
-    // A visitor's own picture goes along; an example belongs to its model.
+    // A visitor's own image goes along; an example belongs to its model.
     if (own) this.pictures = [own];
     this.slot = 0;
     this.drawFrame();
@@ -182,7 +182,7 @@ class App {
     return undefined;
   }
 
-  /** Back and Forward: show what the address says, with the pictures that were there. */
+  /** Back and Forward: show what the address says, with the images that were there. */
   goTo(place) {
     clearTimeout(this.remembering);
     const wish = readAddress();
@@ -234,7 +234,7 @@ class App {
     this.remembering = setTimeout(() => writeAddress(this), 120);
   }
 
-  /** Keep an intervention on, as a setting: the first picture's view under it is here already. */
+  /** Keep an intervention on, as a setting: the first image's view under it is here already. */
   showChanged(intervention, view) {
     this.intervention = intervention;
     this.core.box("main").scrollIntoView({ block: "start" });
@@ -250,7 +250,7 @@ class App {
     this.core.box("view").hidden = true;
     this.core.box("blank").hidden = false;
     fillBox(this.core.box("trouble"), "");
-    fillBox(this.core.box("blank"), html`<div class="mv-state mv-tall"><p><b>Bring a picture</b></p>
+    fillBox(this.core.box("blank"), html`<div class="mv-state mv-tall"><p><b>Bring an image</b></p>
       <p class="mv-note">${this.model.title} knows ${this.model.class_names.join(", ")}. Drop a photo anywhere, paste one, or choose a file.</p>
       <button type="button" class="mv-primary" data-action="choose">Choose a file</button></div>`);
     this.refreshTab("model");
@@ -300,7 +300,7 @@ class App {
       const { patches } = await this.asker.remember("similar", { model: this.model.id, variant: this.variant, path, class: null });
       if (state.patch !== patch) return;
       fillBox(place, patches.length ? gallery("Patches with the same path", patches)
-        : html`<p class="mv-note">No patch of the model's pictures takes exactly this path.</p>`);
+        : html`<p class="mv-note">No patch of the model's images takes exactly this path.</p>`);
     } catch (error) {
       fillBox(place, errorBox(asAskError(error), "similar"));
     }
@@ -347,7 +347,7 @@ class App {
     const ticket = (this.panelTicket = Symbol(tab.id));
     const wanted = () => ticket === this.panelTicket;
     if (!this.state && tab.id !== "about") {
-      fillBox(panel, this.hasPicture() ? waitingBox("Opening the picture…") : emptyBox("No picture yet", "This fills when a picture is on the stage."));
+      fillBox(panel, this.hasPicture() ? waitingBox("Opening the image…") : emptyBox("No image yet", "This fills when an image is on the stage."));
       return;
     }
     try {

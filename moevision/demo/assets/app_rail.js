@@ -1,4 +1,4 @@
-// The rail on the left: pictures to look at, the visitor's own, and what may be changed about the routing.
+// The rail on the left: images to look at, the visitor's own, and what may be changed about the routing.
 
 const VARIANTS = {
   trained: { label: "Trained", tip: "The model as it was trained." },
@@ -13,7 +13,7 @@ function drawHeader(box, app) {
   const switches = model.variants.map((name) => html`<button type="button" data-action="variant" data-variant="${name}" data-key="variant-${name}"
     data-tip="${VARIANTS[name]?.tip}" aria-pressed="${name === variant}">${VARIANTS[name]?.label ?? name}</button>`);
   fillBox(box, html`
-    <div class="mv-title"><h1>moevision explorer</h1><p class="mv-soft">Which expert looks at which part of a picture</p></div>
+    <div class="mv-title"><h1>moevision explorer</h1><p class="mv-soft">Which expert looks at which part of an image</p></div>
     <div class="mv-model"><label><span class="mv-hidden">Model</span><select data-change="model" data-key="model">${options}</select></label>
       <p class="mv-soft"><b>${model.accuracy_texts[variant]}</b><br>${model.data_text}</p></div>
     <div class="mv-tools"><div class="mv-switch" role="group" aria-label="Version of the model">${switches}</div>${shareMenu()}</div>`);
@@ -21,23 +21,23 @@ function drawHeader(box, app) {
 
 function drawRail(box, app) {
   fillBox(box, html`
-    <div class="mv-rail-head"><h2>Pictures</h2>
-      <div class="mv-switch" role="group" aria-label="Number of pictures">${[1, 2].map((number) => html`<button type="button" data-action="count"
+    <div class="mv-rail-head"><h2>Images</h2>
+      <div class="mv-switch" role="group" aria-label="Number of images">${[1, 2].map((number) => html`<button type="button" data-action="count"
         data-count="${number}" data-key="count-${number}" aria-pressed="${number === app.pictures.length}">${["One", "Two"][number - 1]}</button>`)}</div></div>
     ${app.pictures.length > 1 && slotSwitch(app)}
     ${examples(app)}
-    <button type="button" class="mv-drop" data-action="choose" data-key="choose"><b>Your own picture</b><span>Drop it, paste it, or choose a file</span></button>
+    <button type="button" class="mv-drop" data-action="choose" data-key="choose"><b>Your own image</b><span>Drop it, paste it, or choose a file</span></button>
     <input type="file" accept="image/*" hidden data-change="file" data-box="file">
     <p class="mv-note">It is made small in your browser and stays between this page and the server.</p>
     <div data-box="rail-error"></div>`);
 }
 
-const slotSwitch = (app) => html`<div class="mv-switch mv-slots" role="group" aria-label="Which picture to change">${["First", "Second"].map((name, slot) => html`
+const slotSwitch = (app) => html`<div class="mv-switch mv-slots" role="group" aria-label="Which image to change">${["First", "Second"].map((name, slot) => html`
   <button type="button" data-action="slot" data-index="${slot}" data-key="slot-${slot}" aria-pressed="${slot === app.slot}">${name}</button>`)}</div>`;
 
 function examples(app) {
   if (!app.model.examples.length) {
-    return html`<p class="mv-note mv-none">This model comes without pictures. Bring your own, or start with
+    return html`<p class="mv-note mv-none">This model comes without images. Bring your own, or start with
       <code>moevision demo --data FOLDER</code>.</p>`;
   }
   const shown = app.pictures[app.slot];
@@ -127,7 +127,7 @@ function railHandlers(app) {
   };
 }
 
-// ---- the visitor's own picture ------------------------------------------------------------------------------
+// ---- the visitor's own image ------------------------------------------------------------------------------
 
 /** Drop anywhere on the page, and paste anywhere but into a field. */
 function listenForFiles(app, root) {
@@ -152,12 +152,12 @@ async function takeFile(app, file) {
     const data = await shrinkPicture(file, app.boot.limits);
     await app.choosePicture({ kind: "upload", data, name: file.name });
   } catch (error) {
-    const shown = error instanceof AskError ? error : new AskError("That file is no picture that this browser can read. JPEG, PNG and WebP work.");
+    const shown = error instanceof AskError ? error : new AskError("This browser can't read that file as an image. JPEG, PNG and WebP work.");
     fillBox(message, errorBox(shown));
   }
 }
 
-/** The picture as a data address, at most 512 px on its longer side: enough for any of the models, quick to send. */
+/** The image as a data address, at most 512 px on its longer side: enough for any of the models, quick to send. */
 async function shrinkPicture(file, { min_side: side, max_aspect: aspect }) {
   const bitmap = await createImageBitmap(file);
   const [short, long] = [bitmap.width, bitmap.height].sort((a, b) => a - b);

@@ -34,7 +34,7 @@ class Asker {
     return answer;
   }
 
-  /** Like `ask`, but the same question is asked once. For everything that doesn't depend on a visitor's picture. */
+  /** Like `ask`, but the same question is asked once. For everything that doesn't depend on a visitor's image. */
   remember(name, question) {
     const key = JSON.stringify([name, question]);
     if (!this.answers.has(key)) {

@@ -1,7 +1,7 @@
 // Taking the view elsewhere: the address, and the three exports.
 
 const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share and export</summary><div class="mv-menu-list">
-  ${[["link", "Copy link", "opens this view"], ["png", "Picture (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/2"],
+  ${[["link", "Copy link", "opens this view"], ["png", "Image (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/2"],
     ["page", "Page (HTML)", "one file, works without a network"]].map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}" data-key="export-${kind}">
     <b>${title}</b><span class="mv-soft">${hint}</span></button>`)}</div></details>`;
 
@@ -15,9 +15,9 @@ function shareHandlers(app) {
   return {
     "export-link": guarded(async () => {
       await copyText(location.href);
-      app.notify(app.pictures.some(({ kind }) => kind === "upload") ? "Link copied. It can't carry your own picture: it opens on an example." : "Link copied.");
+      app.notify(app.pictures.some(({ kind }) => kind === "upload") ? "Link copied. It can't carry your own image: it opens on an example." : "Link copied.");
     }),
-    "export-png": guarded(async () => { download(await stagePng(app.state), name("png")); app.notify("Picture saved."); }),
+    "export-png": guarded(async () => { download(await stagePng(app.state), name("png")); app.notify("Image saved."); }),
     "export-json": guarded(async () => {
       const text = JSON.stringify(app.state.view, null, 1);
       download(new Blob([text], { type: "application/json" }), name("json"));
@@ -58,7 +58,7 @@ const exportName = (state, ending) => ["moevision", state.view.model.id, state.v
 
 // ---- PNG ----------------------------------------------------------------------------------------------------
 
-/** The active stage as a picture of 1024 px with a caption that says what it is. */
+/** The active stage as an image of 1024 px with a caption that says what it is. */
 async function stagePng(state) {
   const { view, currentLayer: layer } = state;
   const [rows, columns] = view.model.grid;
@@ -118,7 +118,7 @@ function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
 
 // ---- the address --------------------------------------------------------------------------------------------
 
-/** Which entry of the history this is; `app.trail` keeps its pictures, since an address can't carry a visitor's own. */
+/** Which entry of the history this is; `app.trail` keeps its images, since an address can't carry a visitor's own. */
 const PLACE = "moevision.place";
 const LINK_KEYS = ["model", "variant", "picture", "picture2", "layer", "patch", "mode", "slot", "k", "capacity", "do", "tab"];
 
@@ -157,7 +157,7 @@ function readAddress() {
 }
 
 /**
- * Write the view into the address; foreign keys stay. Another picture, model, intervention or tab is a new entry in the
+ * Write the view into the address; foreign keys stay. Another image, model, intervention or tab is a new entry in the
  * browser's history, to which Back returns; layer, patch, colouring and sliders only change the entry.
  */
 function writeAddress(app) {

@@ -6,7 +6,7 @@ const box = (name, extra = "") => html`<div data-box="${name}" class="mv-box-${n
 
 /** The places that `Core` fills: the stage column and the inspector. */
 const coreLayout = () => html`
-  <section class="mv-center" aria-label="Picture and routing">
+  <section class="mv-center" aria-label="Image and routing">
     ${box("verdict")}
     <div class="mv-work">
       <div class="mv-stages">
@@ -27,7 +27,7 @@ const modeSwitch = () => html`<div class="mv-switch" role="group" aria-label="Co
 class Core {
   /**
    * @param root element that holds `coreLayout()`; all listeners sit on it, since what is inside comes and goes.
-   * @param state ViewState to draw, or null: then `attach` brings it later, when there is a picture.
+   * @param state ViewState to draw, or null: then `attach` brings it later, when there is an image.
    */
   constructor(root, state) {
     Object.assign(this, { root, state: null, stages: [] });
@@ -200,7 +200,7 @@ class Core {
     return undefined;
   }
 
-  /** Get the slots that are looked at, of every picture on the stage; the parts that show them draw when they come. */
+  /** Get the slots that are looked at, of every image on the stage; the parts that show them draw when they come. */
   fetchSlots() {
     const { state } = this;
     const { slotMaps: maps, slotExpert: expert } = state;

@@ -1,4 +1,4 @@
-// The answer beside the picture: prediction, what makes it less than the model's own, and the work of the experts.
+// The answer beside the image: prediction, what makes it less than the model's own, and the work of the experts.
 
 function predictionColumn(title, top, label) {
   const row = ({ class: name, p }) => html`<li><span class="mv-class">${name}${name === label && html` <small>label</small>`}</span>
@@ -13,7 +13,7 @@ function drawPrediction(box, view) {
     ${dense && predictionColumn(term("dense", "dense twin"), dense, view.picture.label)}</div>`);
 }
 
-/** One line per picture that answers the first question before anything else is read. */
+/** One line per image that answers the first question before anything else is read. */
 function drawVerdict(box, state) {
   fillBox(box, html`${state.views.map((view) => html`<div>${verdictLine(view)}${verdictNotes(view)}</div>`)}`);
 }
@@ -28,7 +28,7 @@ function verdictLine(view) {
     ${tag}${twin && html`<span class="mv-soft">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
 }
 
-/** What makes this view less than the model on its own kind of picture. */
+/** What makes this view less than the model on its own kind of image. */
 function verdictNotes(view) {
   const { unlike } = view.picture;
   const { intervention } = view.settings;

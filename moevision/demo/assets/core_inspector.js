@@ -1,11 +1,11 @@
 // The inspector: everything about one patch. Also the prediction and the load of the experts.
 
-/** A piece of the picture around a patch: `around` patches on every side, 0 for the patch alone. */
+/** A piece of the image around a patch: `around` patches on every side, 0 for the patch alone. */
 function zoomStyle(view, patch, around) {
   const [rows, columns] = view.model.grid;
   const [row, column] = rowColumn(patch, columns).map((place) => place - 1);
   const span = 2 * around + 1;
-  // background-position in percent counts in units of (picture - window), hence columns - span.
+  // background-position in percent counts in units of (image - window), hence columns - span.
   const place = (at, size) => (size > span ? clamp((at - around) / (size - span), 0, 1) : 0) * 100;
   const left = clamp(column - around, 0, Math.max(0, columns - span));
   const top = clamp(row - around, 0, Math.max(0, rows - span));
@@ -132,7 +132,7 @@ function drawInspector(box, state) {
     ...slotFacts(state, layer, patch)];
   fillBox(box, html`
     <p class="mv-where">${nobody ? html`<span class="mv-chip mv-big mv-none">–</span>` : chip(first, layer.num_experts, "mv-big")}
-      <span><b>${nobody ? `${layer.name}: no expert` : layerExpert(layer, first)}</b><br><span class="mv-soft">row ${row}, column ${column}${view === state.views[1] ? " · second picture" : ""}</span></span>
+      <span><b>${nobody ? `${layer.name}: no expert` : layerExpert(layer, first)}</b><br><span class="mv-soft">row ${row}, column ${column}${view === state.views[1] ? " · second image" : ""}</span></span>
       ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin">unpin</button>`}</p>
     ${drawZooms(view, patch)}
     ${drawChoices(view, layer, patch)}
@@ -145,6 +145,6 @@ function drawInspector(box, state) {
 function contextSentence(state) {
   const { layer, name } = state.currentLayer;
   const rounds = layer === 0 ? "one round of attention" : `${layer + 1} rounds of attention`;
-  return `By ${name} this patch has been through ${rounds}: it carries context from the whole picture, so the expert
+  return `By ${name} this patch has been through ${rounds}: it carries context from the whole image, so the expert
     doesn't answer to these pixels alone. A convolutional stem adds a little of the neighbours from the start.`;
 }

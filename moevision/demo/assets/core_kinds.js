@@ -34,7 +34,7 @@ function patchWeights(layer, patch) {
   return weights;
 }
 
-/** [E] parts of the picture that experts compute: of its choices, or for Soft MoE of what its patches take. */
+/** [E] parts of the image that experts compute: of its choices, or for Soft MoE of what its patches take. */
 function expertShares(layer) {
   const parts = layer.kind !== "soft" ? layer.counts
     : layer.experts.reduce((sum, _, patch) => patchWeights(layer, patch).map((weight, expert) => weight + sum[expert]), Array(layer.num_experts).fill(0));
@@ -138,12 +138,12 @@ function loadNote(view, layer) {
   }
   if (layer.kind === "expert_choice") {
     const patches = takerCounts(layer).flatMap((count, number) => (count ? [`${count} with ${number || "no"} expert${number === 1 ? "" : "s"}`] : []));
-    return `Experts choose, and each takes as many of the picture's tokens as every other: the load is even by construction.
+    return `Experts choose, and each takes as many of the image's tokens as every other: the load is even by construction.
       Patches: ${patches.join(", ")}.`;
   }
   const dropped = droppedChoices(layer, awayExpert(view, layer));
   const whose = layer.capacity === null || view.settings.capacity !== null ? "" : ` (the model's own limit is capacity factor ${layer.capacity})`;
   const mean = layer.counts.reduce((sum, count) => sum + count, 0) / layer.num_experts;
-  return `Choices of this picture's patches. Dashed: equal share, ${fixed(mean, mean % 1 ? 1 : 0)} each.
+  return `Choices of this image's patches. Dashed: equal share, ${fixed(mean, mean % 1 ? 1 : 0)} each.
     ${dropped > 0 ? `Hatched: ${dropped} dropped by capacity${whose}.` : ""}`;
 }

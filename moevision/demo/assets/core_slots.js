@@ -1,4 +1,4 @@
-// The slots of Soft MoE: what each slot of an expert reads of the picture, and what the patches take from it. A view
+// The slots of Soft MoE: what each slot of an expert reads of the image, and what the patches take from it. A view
 // carries the mean over an expert's slots; single slots come from the server when somebody looks at them.
 
 const SIDES = { reads: "What it reads", takes: "What patches take" };
@@ -10,7 +10,7 @@ class SlotMaps {
   /** {unit, reads, takes, ...} or {error}; undefined as long as it isn't here. */
   get(view, layer, expert) { return this.found.get(view)?.get(`${layer.layer}.${expert}`)?.answer; }
 
-  /** Ask once for the slots of an expert; `place` is the picture's place on the page. */
+  /** Ask once for the slots of an expert; `place` is the image's place on the page. */
   async need(view, place, layer, expert) {
     if (!this.found.has(view)) this.found.set(view, new Map());
     const known = this.found.get(view);

@@ -1,4 +1,4 @@
-// The stage: a picture under a grid of patches, and the strip of layers beneath it.
+// The stage: an image under a grid of patches, and the strip of layers beneath it.
 
 /** [patches] fill and label of every patch in the present colouring: {colour, alpha, text, chip, ...}. */
 function patchLooks(state, view, layer) {
@@ -7,7 +7,7 @@ function patchLooks(state, view, layer) {
   return layer.experts.map((_, patch) => patchLook(state, layer, patch, top));
 }
 
-/** The largest weight of the picture: of one expert, or of any. In Soft MoE all are small, and opacity is relative to it. */
+/** The largest weight of the image: of one expert, or of any. In Soft MoE all are small, and opacity is relative to it. */
 const topWeight = (layer, expert) => (expert === null ? strongest(layer).high
   : Math.max(...layer.experts.map((_, patch) => patchWeights(layer, patch)[expert]), 1e-6));
 
@@ -52,7 +52,7 @@ function dropLook(layer, patch) {
 
 const SCALE_COLOUR = "#4a3aa7";
 const DROP_COLOUR = "#b3261e";
-// A scale in one colour is read more easily on a grey picture.
+// A scale in one colour is read more easily on a grey image.
 const GREY_MODES = ["slots", "takers"];
 const NOBODY_COLOUR = "#808080";
 
@@ -61,7 +61,7 @@ const rgba = (hex, alpha) => {
   return `rgba(${part(1)},${part(3)},${part(5)},${alpha.toFixed(3)})`;
 };
 
-/** One picture with its grid; `slot` is the position of its view in the state. */
+/** One image with its grid; `slot` is the position of its view in the state. */
 class Stage {
   constructor(box, state, slot) {
     Object.assign(this, { box, state, slot });

@@ -27,7 +27,7 @@ function fillBox(box, markup) {
   if (key !== undefined) box.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
 }
 
-/** Only inline pictures are ever shown: a value that names an address would leave this machine. */
+/** Only inline images are ever shown: a value that names an address would leave this machine. */
 const pictureSource = (source) => (/^data:image\/(png|jpeg|webp);base64,/.test(source || "") ? source : "");
 
 // ---- numbers ------------------------------------------------------------------------------------------------
@@ -74,14 +74,14 @@ const rowColumn = (patch, columns) => [Math.floor(patch / columns) + 1, (patch %
 // ---- words that need explaining -----------------------------------------------------------------------------
 const TERMS = {
   expert: "One of several small networks in a layer. Every patch is computed by only a few of them.",
-  patch: "A square piece of the picture. The model cuts the picture into a grid of patches and works on them side by side.",
+  patch: "A square piece of the image. The model cuts the image into a grid of patches and works on them side by side.",
   layer: "One step of the network. Only some layers have experts; L3 is the block with index 3, counted from 0.",
   gate: "The weight with which a chosen expert's answer enters the result. The chosen experts' weights together say how the patch is shared out.",
   probability: "What the router gives to each expert; the experts' probabilities add up to 1. The highest ones are chosen.",
   share: "Every expert scores the patch on its own, by a sigmoid; shown is each one's part of their sum. Where a bias keeps the load balanced it takes part in the choice, so the largest share needn't come first.",
   affinity: "How well the patch suits each expert; the numbers of one patch add up to 1. Every expert takes the patches in which its own number is largest.",
   part: "Soft MoE makes no choice: a patch takes a weighted mean of all slots. Shown is the part that comes from this expert's slots.",
-  slot: "What an expert of Soft MoE computes: a weighted mean of all patches of the picture. Its result goes back to all patches, again by weights.",
+  slot: "What an expert of Soft MoE computes: a weighted mean of all patches of the image. Its result goes back to all patches, again by weights.",
   taken: "Experts choose patches here, not patches experts. One patch may have several experts, or none; then it goes on as it came.",
   margin: "Highest minus second-highest router probability. Near 0 the choice could easily have been another one.",
   entropy: "How undecided the router is, in bits: 0 when one expert gets everything, log2 of the number of experts when all are equal.",
@@ -89,7 +89,7 @@ const TERMS = {
   topk: "How many experts compute each patch.",
   load: "How many patch choices an expert computes. Ideal is an equal share for each.",
   slowest: "Load of the busiest expert divided by the mean load. Where experts run side by side, everyone waits for the busiest.",
-  dense: "A model without experts, of the same compute per picture, trained by the same recipe on the same pictures.",
+  dense: "A model without experts, of the same compute per image, trained by the same recipe on the same images.",
   bits: "How much knowing the expert tells about the class, in bits. 0 means nothing; the entropy of the classes is the most it could be.",
   excess: "Share of this class's patches that the expert computes, minus its mean share over all classes.",
   logit: "The model's raw score for a class, before scores are turned into probabilities.",

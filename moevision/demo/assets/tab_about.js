@@ -7,7 +7,7 @@ function cardRows(card, variant) {
   const others = Object.entries(recipes).filter(([name]) => name !== variant).map(([name, command]) => [`recipe, ${name}`, command]);
   // The card tells epochs and seed of the trained model only.
   const trained = variant === "trained" ? [["validation by epoch", epochs && `${epochs} %`], ["seed", card.seed]] : [];
-  const tested = variant !== "untrained" && card.test_images && `${card.test_images.toLocaleString("en")} pictures`;
+  const tested = variant !== "untrained" && card.test_images && `${card.test_images.toLocaleString("en")} images`;
   return [["recipe", recipes[variant]], ["note", card.note], ...trained, ["tested on", tested], ["data", card.data], ["licence", card.licence], ...others];
 }
 
@@ -32,23 +32,23 @@ class AboutTab {
     const card = model.card ?? {};
     const rows = cardRows(card, variant).filter(([, value]) => value || value === 0);
     fillBox(panel, html`<div class="mv-split"><section class="mv-prose"><h2>How to read this page</h2>
-      <p>A vision transformer cuts the picture into patches. In some of its layers there are experts,
+      <p>A vision transformer cuts the image into patches. In some of its layers there are experts,
         and a router shares the patches out among them. Colour and number of a patch name its first or strongest expert; stronger colour means a higher weight.</p>
       ${routingWords(model.routers).map(([where, words]) => html`<p><b>${where}</b>: ${words}. ${ROUTING_TEXTS[routingText(model.routers, words)]}</p>`)}
       <p>L3·E2 is expert 2 of block 3. Experts of different layers have nothing to do with each other, even where they share a colour.</p>
       <h2>What routing does not show</h2><ul>
         <li><b>Not what the model attends to.</b> Attention mixes the patches in every block, and this page doesn't draw it.</li>
         <li><b>Not everything that happens to a patch.</b> The residual path carries every patch past the experts unchanged; an expert only adds to it.</li>
-        <li><b>Not pixels alone.</b> A patch in a deep layer carries context from the whole picture.</li>
+        <li><b>Not pixels alone.</b> A patch in a deep layer carries context from the whole image.</li>
         <li><b>Not a cause.</b> Where patches go doesn't say what matters for the answer. Take an expert away under What if, and read the effect beside its controls.</li>
-        <li><b>Not a law from one picture.</b> A pattern counts when it stands above shuffled labels, an untrained router and plain clusters: see Classes.</li>
-        <li><b>Not a meaning.</b> Part and class names on cards are counts on one set of pictures. Another training run gives other experts.</li></ul></section>
+        <li><b>Not a law from one image.</b> A pattern counts when it stands above shuffled labels, an untrained router and plain clusters: see Classes.</li>
+        <li><b>Not a meaning.</b> Part and class names on cards are counts on one set of images. Another training run gives other experts.</li></ul></section>
       <section><h2>${model.title}</h2><p class="mv-note">${model.accuracy_texts[variant]}<br>${model.data_text}</p>
         <dl class="mv-card-table"><div><dt>shown</dt><dd>${VARIANTS[variant]?.label ?? variant}</dd></div>
           <div><dt>patches</dt><dd>${model.grid.join(" × ")} of ${fixed(model.image_size / model.grid[0], 0)} px</dd></div>
           <div><dt>experts</dt><dd>in blocks ${model.layers.join(", ")}; router ${[...new Set(model.routers.map(({ router }) => router))].join(", ")}</dd></div>
           ${rows.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
-        <p class="mv-note">moevision ${boot.version}. Nothing leaves this server; no picture is kept.</p>
+        <p class="mv-note">moevision ${boot.version}. Nothing leaves this server; no image is kept.</p>
         <p><button type="button" class="mv-quiet" data-action="tour" data-key="tour">Take the tour again</button></p></section></div>`);
   }
 }

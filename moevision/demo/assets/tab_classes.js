@@ -2,7 +2,7 @@
 
 const COMPARISONS = {
   untrained: ["untrained router", "The same network before training; one dot per random start."],
-  hash: ["hash routing", "Experts given out by a fixed hash, blind to the picture."],
+  hash: ["hash routing", "Experts given out by a fixed hash, blind to the image."],
   hash_position: ["hash of the position", "Experts given out by a fixed hash of where the patch lies."],
   kmeans_colour: ["clusters of patch colour", "As many clusters as experts, made from the patches' colours alone."],
   kmeans_input: ["clusters of the layer's input", "As many clusters as experts, made from what the layer gets."],
@@ -25,7 +25,7 @@ class ClassesTab {
     fillBox(panel, waitingBox("Counting which class goes where…"));
     const answer = await app.asker.whenReady("classes", { model: app.model.id, variant: app.variant }, wanted);
     if (!wanted()) return;
-    if (!answer.layers.length) return fillBox(panel, emptyBox("No pictures to count classes in", answer.note || NO_PICTURES));
+    if (!answer.layers.length) return fillBox(panel, emptyBox("No images to count classes in", answer.note || NO_PICTURES));
     Object.assign(this, { panel, answer, layer: answer.layers.find(({ layer }) => layer === app.state.currentLayer.layer) ?? answer.layers[0] });
     this.kind = app.model.routers.find(({ layer }) => layer === this.layer.layer).kind;
     fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div></div>
@@ -44,12 +44,12 @@ class ClassesTab {
       <h2>Class × expert in ${layer.name}</h2>
       <p class="mv-note">${this.kind === "token_choice" ? "Share of a class's patch choices that an expert computes." : "Of what a class's patches take from experts, the part that comes from one."} Coloured: further from the expert's mean share
         than ${fixed(layer.threshold * 100, 1)} points, which the most extreme cell exceeds by chance one time in twenty
-        (labels shuffled over ${answer.n_images} pictures). ${marked ? `${marked} cells stand out.` : "No cell stands out: on these pictures the experts don't tell the classes apart."}</p>
+        (labels shuffled over ${answer.n_images} images). ${marked ? `${marked} cells stand out.` : "No cell stands out: on these images the experts don't tell the classes apart."}</p>
       <div class="mv-scroll" tabindex="0" role="region" aria-label="Class by expert"><table class="mv-heat"><thead><tr><th scope="col"><span class="mv-soft">class</span></th>${columns.map((expert) => this.expertHead(expert))}</tr></thead>
       <tbody>${rows.map((row) => html`<tr><th scope="row"><button type="button" data-action="sort-class" data-class="${row}" data-key="class-${row}"
         aria-pressed="${this.byClass === row}" data-tip="Sort experts by ${answer.class_names[row]}">${answer.class_names[row]}</button></th>
         ${empty(row) ? html`<td class="mv-none" colspan="${columns.length}">no images</td>` : columns.map((expert) => this.cell(row, expert))}</tr>`)}</tbody></table></div>
-      <p class="mv-note"><i class="mv-key mv-more"></i> more than its mean share (+) <i class="mv-key mv-less"></i> less (−). Click a head to sort, a cell for its pictures.</p>`);
+      <p class="mv-note"><i class="mv-key mv-more"></i> more than its mean share (+) <i class="mv-key mv-less"></i> less (−). Click a head to sort, a cell for its images.</p>`);
   }
 
   expertHead(expert) {
@@ -74,7 +74,7 @@ class ClassesTab {
     const { app, layer } = this;
     const place = this.panel.querySelector("[data-part=cell]");
     const { class: name, expert } = button.dataset;
-    fillBox(place, waitingBox(`Looking for pictures of ${name}…`));
+    fillBox(place, waitingBox(`Looking for images of ${name}…`));
     try {
       const question = { model: app.model.id, variant: app.variant, layer: layer.layer, expert: Number(expert), class: name };
       const { pictures } = await app.asker.remember("cell", question);
@@ -83,7 +83,7 @@ class ClassesTab {
           <img src="${pictureSource(thumb)}" alt=""><span>${percent(share)}</span></button></li>`;
       };
       fillBox(place, html`<h3>${name} with most patches at ${layerExpert(layer, Number(expert))}</h3>
-        ${pictures.length ? html`<ul class="mv-thumbs">${pictures.map(item)}</ul>` : html`<p class="mv-note">No picture of ${name} has patches there.</p>`}`);
+        ${pictures.length ? html`<ul class="mv-thumbs">${pictures.map(item)}</ul>` : html`<p class="mv-note">No image of ${name} has patches there.</p>`}`);
     } catch (error) {
       fillBox(place, errorBox(asAskError(error)));
     }

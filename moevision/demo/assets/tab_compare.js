@@ -1,4 +1,4 @@
-// Tab "Compare": two pictures are described, two classes are tested. Finding nothing is a result too.
+// Tab "Compare": two images are described, two classes are tested. Finding nothing is a result too.
 
 class CompareTab {
   constructor(app) {
@@ -17,12 +17,12 @@ class CompareTab {
     const pick = (name, label, chosen) => html`<label><span>${label}</span><select data-change="${name}" data-key="${name}">${names.map((entry) => html`
       <option ${new Markup(entry === chosen ? "selected" : "")}>${entry}</option>`)}</select></label>`;
     fillBox(panel, html`<div class="mv-split"><section><h2>Two classes</h2>
-        ${this.app.model.has_pictures ? html`<p class="mv-note">Share of ${shareOf(this.app.model.routers)} per expert, first class minus second, over all pictures of both
-          (at least 20 each), with 95 % intervals from resampling pictures.</p>
+        ${this.app.model.has_pictures ? html`<p class="mv-note">Share of ${shareOf(this.app.model.routers)} per expert, first class minus second, over all images of both
+          (at least 20 each), with 95 % intervals from resampling images.</p>
           <div class="mv-form">${pick("compare-a", "Class", this.a)}${pick("compare-b", "against", this.b)}
           <button type="button" class="mv-primary" data-action="compare-run" data-key="compare-run">Compare</button></div>
-          <div data-part="classes" aria-live="polite"></div>` : emptyBox("No pictures to compare classes with", NO_PICTURES)}</section>
-      <section><h2>Two pictures</h2>${this.pictures()}</section></div>`);
+          <div data-part="classes" aria-live="polite"></div>` : emptyBox("No images to compare classes with", NO_PICTURES)}</section>
+      <section><h2>Two images</h2>${this.pictures()}</section></div>`);
     const result = this.results.get(this.subject());
     if (result) this.tell(this.differences(result));
   }
@@ -55,8 +55,8 @@ class CompareTab {
     const reach = Math.max(...all.flatMap(({ low, high }) => [Math.abs(low), Math.abs(high)]), 1e-6);
     const found = all.some(({ significant }) => significant);
     return html`<p class="mv-sentence">${answer.sentence}</p>
-      ${!found && html`<p class="mv-note">That is a result too: at this number of pictures, ${a} and ${b} share their experts.</p>`}
-      <p class="mv-note">${answer.n_a} pictures of ${a}, ${answer.n_b} of ${b}. Filled: stands out after ${term("fdr", "correction")} for looking at ${all.length} experts.</p>
+      ${!found && html`<p class="mv-note">That is a result too: at this number of images, ${a} and ${b} share their experts.</p>`}
+      <p class="mv-note">${answer.n_a} images of ${a}, ${answer.n_b} of ${b}. Filled: stands out after ${term("fdr", "correction")} for looking at ${all.length} experts.</p>
       ${answer.layers.map((layer) => html`<h3>L${layer.layer}</h3><ul class="mv-forest">${layer.experts.map((entry) => this.interval(entry, layer, reach))}</ul>`)}
       <p class="mv-forest-axis"><span>more in ${b}</span><span>0</span><span>more in ${a}</span></p>`;
   }
@@ -70,13 +70,13 @@ class CompareTab {
       <span class="mv-num">${signed(difference * 100, 1)} pts</span></li>`;
   }
 
-  /** Shares of two pictures next to each other: a description of these two, no test. */
+  /** Shares of two images next to each other: a description of these two, no test. */
   pictures() {
     const { state } = this.app;
     const [first, second] = state.views;
     if (!second) {
-      return html`<div class="mv-state"><p>Put a second picture beside the first to see where their patches go.</p>
-        <button type="button" class="mv-button" data-action="compare-two" data-key="compare-two">Show two pictures</button></div>`;
+      return html`<div class="mv-state"><p>Put a second image beside the first to see where their patches go.</p>
+        <button type="button" class="mv-button" data-action="compare-two" data-key="compare-two">Show two images</button></div>`;
     }
     const block = (layer, index) => {
       const experts = layer.num_experts;
@@ -87,7 +87,7 @@ class CompareTab {
         <span class="mv-num">${percent(here[expert])}</span>${bar(here[expert])}${chip(expert, experts)}${bar(there[expert])}
         <span class="mv-num">${percent(there[expert])}</span></li>`)}</ul>`;
     };
-    return html`<p class="mv-note">Part of each picture that every expert computes. This describes two pictures: it has no interval and says nothing about their classes.</p>
+    return html`<p class="mv-note">Part of each image that every expert computes. This describes two images: it has no interval and says nothing about their classes.</p>
       <p class="mv-mirror-head"><b>${pictureTitle(first)}</b><b>${pictureTitle(second)}</b></p>${first.layers.map(block)}`;
   }
 }

@@ -1,10 +1,10 @@
 // Tab "Experts": what each expert of the current layer is for, shown by what it computes.
 
-/** A patch of a gallery inside its surroundings; `box` frames it, in fractions of the crop. A click opens its picture. */
+/** A patch of a gallery inside its surroundings; `box` frames it, in fractions of the crop. A click opens its image. */
 function galleryPatch({ picture, patch, crop, box: [x, y, width, height], label, weight }) {
   const words = `${label ?? "patch"}, weight ${fixed(weight)}`;
-  return html`<li class="mv-crop"><button type="button" data-action="example" data-id="${picture}" data-patch="${patch}" data-tip="${words}: open its picture"
-    aria-label="Open the picture of this patch: ${words}"><img src="${pictureSource(crop)}" alt="">
+  return html`<li class="mv-crop"><button type="button" data-action="example" data-id="${picture}" data-patch="${patch}" data-tip="${words}: open its image"
+    aria-label="Open the image of this patch: ${words}"><img src="${pictureSource(crop)}" alt="">
     <i style="left:${x * 100}%;top:${y * 100}%;width:${width * 100}%;height:${height * 100}%"></i></button></li>`;
 }
 
@@ -30,12 +30,12 @@ function expertCard(card, layer, router) {
       <p class="mv-soft">${percent(card.load_share, 1)} of ${soft ? "what patches take" : "all choices"}, ${fixed(ratio, 1)} × an equal share</p></div></header>
     <span class="mv-bar mv-loadline" style="--mark:${Math.min(1, card.ideal_share * 2.5) * 100}%"><i style="width:${Math.min(100, card.load_share * 250)}%;
       background:${expertColour(card.expert, experts)}"></i></span>
-    ${withoutPictures ? "" : none ? html`<p class="mv-note">No patch of the pictures goes to this expert.</p>`
+    ${withoutPictures ? "" : none ? html`<p class="mv-note">No patch of the images goes to this expert.</p>`
       : [gallery(soft ? "Read most" : "Highest weight", card.top), gallery(soft ? "Drawn at random, as it reads them" : "Picked at random", card.random)]}
     <div class="mv-two">${shareRows("Classes", card.classes, "class", soft ? 1 : 0)}${shareRows("Drawn parts", card.parts, "part", soft ? 1 : 0)}</div>
     <footer><button type="button" class="mv-button" data-action="take-away" data-layer="${layer.layer}" data-expert="${card.expert}"
       data-key="take-${card.expert}">Take it away</button>
-      <button type="button" class="mv-quiet" data-action="highlight" data-expert="${card.expert}" data-key="show-${card.expert}">highlight in the picture</button></footer>
+      <button type="button" class="mv-quiet" data-action="highlight" data-expert="${card.expert}" data-key="show-${card.expert}">highlight in the image</button></footer>
   </article>`;
 }
 
@@ -48,13 +48,13 @@ class ExpertsTab {
   async draw(panel, wanted) {
     const { app } = this;
     const layer = app.state.currentLayer;
-    fillBox(panel, waitingBox(`Looking at the pictures of ${layer.name}…`));
+    fillBox(panel, waitingBox(`Looking at the images of ${layer.name}…`));
     const answer = await app.asker.whenReady("experts", { model: app.model.id, variant: app.variant, layer: layer.layer }, wanted);
     if (!wanted()) return;
-    if (!answer.experts.length) return fillBox(panel, emptyBox("No pictures to show experts by", answer.note || NO_PICTURES));
+    if (!answer.experts.length) return fillBox(panel, emptyBox("No images to show experts by", answer.note || NO_PICTURES));
     this.fetchOtherLayers(layer.layer);
     const router = app.model.routers.find((one) => one.layer === layer.layer);
-    const hint = answer.status === "no_pictures" ? NO_PICTURES : "A click on a patch opens its picture.";
+    const hint = answer.status === "no_pictures" ? NO_PICTURES : "A click on a patch opens its image.";
     return fillBox(panel, html`<p class="mv-note mv-lead">Experts of <b>${answer.name}</b>. ${answer.note} ${hint}</p>
       <div class="mv-cards">${answer.experts.map((card) => expertCard(card, answer, router))}</div>`);
   }
@@ -64,7 +64,7 @@ class ExpertsTab {
     const { app } = this;
     const ask = (layer) => app.asker.remember("experts", { model: app.model.id, variant: app.variant, layer });
     const others = app.model.layers.filter((layer) => layer !== current);
-    // One after another: a visitor's next picture should not wait behind all of them. A failure shows when the layer is opened.
+    // One after another: a visitor's next image should not wait behind all of them. A failure shows when the layer is opened.
     if (app.model.layers.length <= MOST_LAYERS_AHEAD) others.reduce((before, layer) => before.then(() => ask(layer)), Promise.resolve()).catch(() => {});
   }
 }
@@ -72,4 +72,4 @@ class ExpertsTab {
 const CARD_ROWS = 4;
 const MOST_LAYERS_AHEAD = 6;
 
-const NO_PICTURES = "This model comes without its pictures. Start the explorer with --data FOLDER to see patches of them here.";
+const NO_PICTURES = "This model comes without its images. Start the explorer with --data FOLDER to see patches of them here.";

@@ -59,7 +59,7 @@ class WhatIfTab {
       ${Object.entries(first.refused).filter(([kind]) => kind in KIND_WORDS).map(([kind, why]) => html`<p class="mv-note">
         "${KIND_WORDS[kind].token_choice}" has no meaning in ${first.name}: ${why}.</p>`)}`);
     if (!this.result) {
-      this.tell(html`<p class="mv-note mv-lead">The answer for this picture comes beside two controls: as much
+      this.tell(html`<p class="mv-note mv-lead">The answer for this image comes beside two controls: as much
         taken away at random in the same layer, and every other expert in turn.</p>`);
     }
   }
@@ -103,7 +103,7 @@ class WhatIfTab {
     }
   }
 
-  /** What the form asks about the first picture, as text that can be compared. */
+  /** What the form asks about the first image, as text that can be compared. */
   wish() { return JSON.stringify({ ...this.app.question(0), intervention: this.intervention() }); }
 
   /** The tab may have been drawn anew, or left, since the question was asked. */
@@ -122,8 +122,8 @@ class WhatIfTab {
       <div><h3>Change of the ${term("logit", "logit")} of ${result.target}</h3>${this.strip(result)}
         <p class="mv-note">Grey: ${control.what ?? "the same number of patch choices changed at random"}, ${control.n} times, mean ${signed(control.mean, 3)} ± ${fixed(control.sd, 3)}.
         Numbers: each other expert of the layer.</p>
-        <p class="mv-note">${byClass ? classWords(byClass) : "One picture is one picture: without a set of pictures there is no effect over the class."}</p></div></div>
-      <p class="mv-after"><button type="button" class="mv-button" data-action="if-show" data-key="if-show">Show the changed routing on the picture</button></p>`;
+        <p class="mv-note">${byClass ? classWords(byClass) : "No effect over the class: there are too few images of it here."}</p></div></div>
+      <p class="mv-after"><button type="button" class="mv-button" data-action="if-show" data-key="if-show">Show the changed routing on the image</button></p>`;
   }
 
   /** Control dots, other experts and the change itself on one axis. */
@@ -164,7 +164,7 @@ function stackRows(places, width) {
 }
 
 function classWords({ n, class: name, delta_p: p, delta_logit: logit, sd_logit: sd, control_delta_logit: control }) {
-  const spread = Number.isFinite(sd) ? ` ± ${fixed(sd, 3)} between pictures` : "";
+  const spread = Number.isFinite(sd) ? ` ± ${fixed(sd, 3)} between images` : "";
   const beside = Number.isFinite(control) ? `; with random choices instead ${signed(control, 3)}` : "";
-  return `Over ${n} pictures of ${name}: ${signed(p * 100, 1)} points of probability, logit ${signed(logit, 3)}${spread}${beside}.`;
+  return `Over ${n} images of ${name}: ${signed(p * 100, 1)} points of probability, logit ${signed(logit, 3)}${spread}${beside}.`;
 }

@@ -247,5 +247,5 @@ def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, look, a
 
 def test_about_says_what_the_page_does_not_show(visit):
     text = visit("?tab=about").page.text_content(".mv-panel")
-    for word in ("attends", "residual", "cause", "one picture", "seed", "Apache-2.0"):
+    for word in ("attends", "residual", "cause", "one image", "seed", "Apache-2.0"):
         assert word in text

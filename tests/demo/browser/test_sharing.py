@@ -1,4 +1,4 @@
-"""M10, M11 and one's own pictures: what leaves the page and what enters it."""
+"""M10, M11 and one's own images: what leaves the page and what enters it."""
 
 import base64
 import io
@@ -274,9 +274,9 @@ def test_an_image_that_shows_nothing_gets_a_sentence(visit, tmp_path):
 
 def test_a_file_that_is_no_picture_gets_a_sentence(visit, tmp_path):
     file = tmp_path / "notes.png"
-    file.write_text("no picture")
+    file.write_text("no image")
     one = visit()
     one.page.set_input_files("[data-box=file]", file)
     one.page.wait_for_selector("[role=alert]")
-    assert "no picture that this browser can read" in one.page.text_content("[role=alert]")
+    assert "can't read that file as an image" in one.page.text_content("[role=alert]")
     assert "route" not in one.asked

@@ -107,7 +107,7 @@ def test_the_inspector_lists_every_expert_by_its_probability(quiet, layers):
     facts = page.locator(".mv-facts dd").all_text_contents()
     assert float(facts[0]) == pytest.approx(layer["margin"][6], abs=0.0051)
     assert float(facts[1].split()[0]) == pytest.approx(layer["entropy"][6], abs=0.0051)
-    assert "carries context from the whole picture" in page.text_content(".mv-box-inspector")
+    assert "carries context from the whole image" in page.text_content(".mv-box-inspector")
 
 
 def test_hover_outlines_a_patch_and_draws_its_path(quiet, layers):

@@ -85,7 +85,7 @@ def test_a_class_without_images_has_no_numbers(visit, ask):
 
 
 def test_a_row_of_dots_tells_the_number_that_the_sentence_turns_on(visit):
-    sentence = "more than shuffled pictures give, but clusters of the layer's input give 0.501 bits"
+    sentence = "more than shuffled images give, but clusters of the layer's input give 0.501 bits"
 
     def compare(data):
         entry = data["layers"][1]["information"][0]
@@ -167,10 +167,10 @@ def test_two_pictures_are_described_without_interval_or_p_value(visit, ask):
         [100 * count / sum(counts) for count in counts], abs=0.51
     )
     text = page.locator("section:has(> .mv-mirror)").text_content()
-    assert "This describes two pictures" in text
+    assert "This describes two images" in text
     assert not re.search(r"±|\bp\s*[=<]|\bq\b|95 %", text)
     page.click("[data-slot='1'] [data-patch='3']")
-    assert "second picture" in page.text_content(".mv-where")
+    assert "second image" in page.text_content(".mv-where")
 
 
 def test_two_classes_get_intervals_or_plain_words(visit, ask):
@@ -236,7 +236,7 @@ def test_an_ablation_is_told_beside_its_controls_then_shown_and_undone(visit, as
     assert page.text_content(".mv-panel .mv-sentence") == expected["sentence"]
     assert page.locator(".mv-control").count() == expected["control"]["n"] >= 10
     assert page.locator(".mv-stripplot g").count() == len(expected["others"]) == 3
-    assert f"Over {expected['class_effect']['n']} pictures" in page.text_content(".mv-panel")
+    assert f"Over {expected['class_effect']['n']} images" in page.text_content(".mv-panel")
     page.click("[data-action=if-show]")
     page.wait_for_selector("[data-action=undo]")
     assert look.numbers(page) == [str(choices[0]) for choices in expected["view"]["layers"][1]["experts"]]
