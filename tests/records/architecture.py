@@ -57,6 +57,23 @@ CLAIMS = [
     ),
 ]
 
+LAYER = "4160, 192, 2"
+CLAIMS.append(
+    Claim(
+        HOUSE,
+        "takes {before[0]:.2f} and {before[1]:.2f} times a dense MLP's time before, {after[0]:.2f} and "
+        "{after[1]:.2f} after",
+        lambda record: {when: record[when]["speed"]["layer_time_to_dense"][LAYER] for when in ("before", "after")},
+    )
+)
+CLAIMS.append(
+    Claim(
+        HOUSE,
+        "at {before:.3f} times its dense twin's speed before, {after:.3f} after",
+        lambda record: {when: record[when]["speed"]["step_speed_to_twin"] for when in ("before", "after")},
+    )
+)
+
 DEFINITIONS = [
     Definition("CPU time of every answer at 0.3 s", "a bound that a test asserts"),
     Definition("The aim of 26,000 lines", "the aim"),
