@@ -19,7 +19,7 @@ class Choice(NamedTuple):
     """Which experts compute each token, with which weight, and what that was decided on."""
 
     expert: Tensor  # [T, K] int64, best first
-    gate: Tensor  # [T, K], sums to 1 over K
+    gate: Tensor  # [T, K], sums to 1 over K (but for K = 1)
     logits: Tensor  # [T, E] clean scores
     noisy_logits: Tensor  # [T, E] scores that the choice was made on
     noise_std: Tensor | None  # [T, E], None without noise
