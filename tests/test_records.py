@@ -15,7 +15,6 @@ DIRTY: set[str] = {"benchmarks/saving/record.json"}
 
 WITHOUT_COMMIT: set[str] = {
     "benchmarks/mutation_equivalent.json",  # reasons, written by hand
-    "benchmarks/guard/accuracy.json",
     "benchmarks/analysis/coverage.json",
     "moevision/demo/models/cifar10/atlas.json",
     "moevision/demo/models/cifar10/card.json",
