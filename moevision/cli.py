@@ -23,7 +23,7 @@ usage: moevision VERB [arguments]      (moevision VERB --help tells more)
 {verbs}
 
 begin with
-  moevision fit --config quickstart      drawn pets, about three minutes on two CPU cores, no download
+  moevision fit --config quickstart      drawn pets, a few minutes on a CPU, no download
   moevision fit path/to/images           your own images, one folder per class
   moevision predict runs/NAME/model image.jpg
   moevision demo                         the explorer, with models that come along

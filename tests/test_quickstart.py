@@ -1,4 +1,4 @@
-"""The README's first command keeps its promise: `moevision fit --config quickstart`, whole, about three minutes."""
+"""The README's first command keeps its promise: `moevision fit --config quickstart`, whole."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,6 @@ import pytest
 from moevision.cli import main
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
