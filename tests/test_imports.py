@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import moevision
+from benchmarks.house.counts import count, cycle
 
 PACKAGE = Path(moevision.__file__).parent
 
@@ -100,6 +101,13 @@ def test_imports_point_one_way(path: Path) -> None:
 )
 def test_the_rule_sees_every_kind_of_import(unit: str, source: str, package: str, expected: set[str]) -> None:
     assert violations(unit, source, package) == expected
+
+
+def test_no_modules_import_one_another() -> None:
+    """Nor do those inside one folder, of which the picture says nothing."""
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
+    assert not cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+    assert count(PACKAGE.parent)["cycle"] == []
 
 
 def test_the_picture_has_no_cycle() -> None:
