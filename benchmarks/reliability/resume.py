@@ -35,7 +35,7 @@ from moevision.train.callbacks import RunLogger, Stopwatch
 from moevision.train.checkpoint import SafeCheckpointIO, newest_valid
 from moevision.train.cli import quiet_lightning
 from moevision.train.guard import StabilityGuard
-from moevision.train.optim import EmaConfig, WeightEMA
+from moevision.train.optim import EmaConfig, OptimizerConfig, WeightEMA
 from moevision.train.processes import AwakeClock, Interrupted, Interruption
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint
 from moevision.train.task import ClassificationTask
@@ -52,6 +52,7 @@ class Setting:
     data: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     resumed_data: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
     ema: float | None = None
 
 
@@ -66,6 +67,7 @@ SETTINGS = (
     Setting("0 workers, then 2", resumed_data={"num_workers": 2}),
     Setting("2 workers, then 0", data={"num_workers": 2}, resumed_data={"num_workers": 0}),
     Setting("convolutional stem", arch={"stem": "conv"}),
+    Setting("hybrid, Muon", arch={"stem": "stages"}, optim={"name": "muon"}),
     Setting("validation twice an epoch", trainer={"val_check_interval": 0.5}),
     Setting("EMA, bias, bf16, accumulate 2, mixup", arch={"router": "bias_balanced", "bias_rate": 0.05}, ema=0.9,
             trainer={"precision": "bf16-mixed", "accumulate_grad_batches": 2}, data={"mixup": 0.4}),
@@ -126,7 +128,7 @@ def train(folder: Path, setting: Setting, place: int = 0, resume: Path | None = 
         "synthetic_pets", **({"image_size": 32, "batch_size": IMAGES // STEPS_PER_EPOCH} | sizes | options)
     )
     arch = {"name": "test_vit_moe", "stem": "patch", "proj_drop_rate": 0.1, "drop_path_rate": 0.1} | setting.arch
-    task = ClassificationTask(MoEConfig(**arch))
+    task = ClassificationTask(MoEConfig(**arch), OptimizerConfig(**setting.optim))
     files, clock, interruption = SafeCheckpointIO(), AwakeClock(), Interruption()
     point = ResumePoint(folder / "checkpoints", files, CheckpointConfig(), interruption, clock)
     best = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/top1", mode="max", enable_version_counter=False)

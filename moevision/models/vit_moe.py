@@ -1,8 +1,8 @@
 """Vision transformers with Mixture-of-Experts MLPs, under names that timm can create, save and load.
 
 Sources: V-MoE (Riquelme et al. 2021, arXiv:2106.05974) for sparse MLPs in a ViT and where to put them;
-"Early convolutions help transformers see better" (Xiao et al. 2021, arXiv:2106.14881, §3) for the convolutional stem;
-timm's VisionTransformer for everything else. Names exist after `import moevision`.
+timm's VisionTransformer for everything else, behind one of the stems of `moevision.models.stems`. Names exist after
+`import moevision`.
 
 Axes: B images, C classes, D width, N tokens of an image.
 """
@@ -11,22 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import HybridEmbed
 from timm.layers.config import use_reentrant_ckpt
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, RouterOptions, Routing, forward_routing
 from moevision.layers.experts import Backend
 from moevision.models.convert import convert_to_moe, scale_by_depth, scale_outputs_by_depth
+from moevision.models.stems import STEMS
 from moevision.models.twin import Match, make_dense
 
 ROUTER_OPTIONS = tuple(field.name for field in fields(RouterOptions))
@@ -53,7 +51,8 @@ class VisionTransformerMoE(VisionTransformer):
         expert_hidden: hidden width of one expert; mlp_ratio · D / (K + shared) if None, so that a token costs as in
             the plain ViT.
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
-        stem: `patch` (timm's) or `conv` (arXiv:2106.14881: for small models that learn from scratch).
+        stem: `patch` (timm's), `conv` (arXiv:2106.14881) or `stages` (the hybrids': the best of the three for small
+            images and models that learn from scratch); see `moevision.models.stems`.
         twin: build the dense twin instead, matched in `active_flops` or `total_params`, or of these hidden widths, one
             for each MoE layer.
         img_size: side(s) of the image in pixels.
@@ -86,10 +85,10 @@ class VisionTransformerMoE(VisionTransformer):
         **kwargs: Any,
     ) -> None:
         check_patches(img_size, patch_size)
-        if stem not in ("patch", "conv"):
-            raise UserError(f"There is no stem {stem!r}: choose 'patch' or 'conv'.")
-        if stem == "conv":
-            kwargs["embed_layer"] = conv_stem(embed_dim, patch_size)
+        if stem not in ("patch", *STEMS):
+            raise UserError(f"There is no stem {stem!r}: choose {', '.join(map(repr, ('patch', *STEMS)))}.")
+        if stem in STEMS:
+            kwargs["embed_layer"] = STEMS[stem](embed_dim, patch_size)
         router_options = {name: kwargs.pop(name) for name in ROUTER_OPTIONS if name in kwargs}
         super().__init__(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, **kwargs)
         convert_to_moe(
@@ -145,48 +144,6 @@ def check_patches(img_size: int | tuple[int, int], patch_size: int) -> None:
         )
 
 
-def conv_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
-    """A constructor for timm's `embed_layer`: stride-2 convolutions with the patch grid of plain patches.
-
-    3x3 convolutions halve the image until one place is one patch, doubling the channels up to D, and a 1x1
-    convolution follows, with BatchNorm and GELU between them (the paper has ReLU). In eval mode BatchNorm uses its
-    running statistics, so a prediction does not depend on batch-mates; in training it does. That was measured to be
-    worth it: on SyntheticPets two epochs gave 97.5 % with BatchNorm, 93.0 % with one GroupNorm over all channels and
-    87.4 % with LayerNorm over channels (one seed, 1 000 test images, `configs/quickstart.yaml`).
-
-    Args:
-        embed_dim: D.
-        patch_size: side of a patch in pixels, a power of two.
-
-    Raises:
-        UserError: if patch_size is not a power of two of at least 2.
-    """
-    steps = patch_size.bit_length() - 1
-    if steps < 1 or 2**steps != patch_size:
-        raise UserError(f"stem='conv' halves the image step by step: patch_size={patch_size} is no power of two.")
-    channels = (*(max(16, embed_dim // 2 ** (steps - 1 - step)) for step in range(steps)), embed_dim)
-    return partial(_conv_embed, channels=channels)
-
-
-def _conv_embed(
-    *, channels: tuple[int, ...], in_chans: int, patch_size: int, embed_dim: int, bias: bool, **kwargs: Any
-) -> HybridEmbed:
-    # patch_size, embed_dim and bias are how timm calls an embed_layer; the channels already say the first two, and
-    # the last convolution always has its bias.
-    factory = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
-    steps = len(channels) - 1
-    backbone = ConvStem(
-        in_chans,
-        depth=steps + 1,
-        channels=channels,
-        kernel_size=(*[3] * steps, 1),
-        stride=(*[2] * steps, 1),
-        act_layer=nn.GELU,
-        **factory,
-    )
-    return HybridEmbed(backbone, patch_size=1, in_chans=in_chans, embed_dim=embed_dim, proj=False, **kwargs)
-
-
 def _build(make: Callable[..., Any], variant: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
     feature_cfg = {"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"}
     return build_model_with_cfg(
@@ -216,10 +173,14 @@ def _cfg(size: int, **kwargs: Any) -> dict[str, Any]:
 
 
 _CONV = {"first_conv": "patch_embed.backbone.0.conv"}
+_HYBRID = {"first_conv": "patch_embed.backbone.0.0.conv"}
 default_cfgs = generate_default_cfgs(
     {
         "test_vit_moe.untrained": _cfg(32, **_CONV),
         "vit_moe_micro_patch4_32.untrained": _cfg(32, **_CONV),
+        "vit_moe_hybrid_patch4_32.untrained": _cfg(32, **_HYBRID),
+        "vit_moe_hybrid_patch8_32.untrained": _cfg(32, **_HYBRID),
+        "vit_moe_hybrid_patch16_128.untrained": _cfg(128, **_HYBRID),
         "vit_moe_tiny_patch16_224.untrained": _cfg(224),
         "vit_moe_small_patch16_224.untrained": _cfg(224),
         "vit_moe_base_patch16_224.untrained": _cfg(224),
@@ -242,6 +203,30 @@ def vit_moe_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTr
     size = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
     pool = {"class_token": False, "global_pool": "avg", "stem": "conv"}
     return _create("vit_moe_micro_patch4_32", pretrained, {**size, **pool}, kwargs)
+
+
+_HYBRID_SIZE = {"embed_dim": 128, "num_heads": 4, "class_token": False, "global_pool": "avg", "stem": "stages"}
+
+
+@register_model
+def vit_moe_hybrid_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
+    """For 32 px images from scratch: convolutional stages, then 4 MoE blocks of D 128 on 64 tokens."""
+    size = {"img_size": 32, "patch_size": 4, "depth": 4, "moe_layers": "all"}
+    return _create("vit_moe_hybrid_patch4_32", pretrained, {**_HYBRID_SIZE, **size}, kwargs)
+
+
+@register_model
+def vit_moe_hybrid_patch8_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
+    """For 32 px images from scratch, faster: more convolutions, then 2 MoE blocks of D 128 on 16 tokens."""
+    size = {"img_size": 32, "patch_size": 8, "depth": 2, "moe_layers": "all"}
+    return _create("vit_moe_hybrid_patch8_32", pretrained, {**_HYBRID_SIZE, **size}, kwargs)
+
+
+@register_model
+def vit_moe_hybrid_patch16_128(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
+    """For 128 px images from scratch: convolutional stages, then 4 MoE blocks of D 192 on 64 tokens."""
+    size = {"img_size": 128, "patch_size": 16, "depth": 4, "moe_layers": "all", "embed_dim": 192, "num_heads": 6}
+    return _create("vit_moe_hybrid_patch16_128", pretrained, {**_HYBRID_SIZE, **size}, kwargs)
 
 
 @register_model

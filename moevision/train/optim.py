@@ -1,4 +1,4 @@
-"""AdamW under a one-cycle schedule, what is frozen, and a moving average of the weights (EMA).
+"""The optimizer under a one-cycle schedule, what is frozen, and a moving average of the weights (EMA).
 
 Layer-wise decay as in BEiT (arXiv:2106.08254, appendix), in timm's form (`param_groups_layer_decay`): with L blocks,
 the classifier learns at lr, block i (from 0) at lr · layer_decay^(L - i), the patch and position embeddings at
@@ -32,19 +32,23 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from moevision.errors import UserError
 from moevision.layers import moe_layers
+from moevision.train.muon import Muon, matrices_of
 
 if TYPE_CHECKING:
     from moevision.train.task import ClassificationTask
 
+OptimizerName = Literal["adamw", "muon"]
 FreezeAllBut = Literal["all_but_experts", "all_but_head"]
 _NET = "net."  # where the network is in the task's state
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW under a one-cycle schedule.
+    """The optimizer under a one-cycle schedule.
 
     Args:
+        name: `adamw`, or `muon`: Muon for weight matrices (each expert's is one) and AdamW for the rest; the better
+            of the two from scratch.
         lr: the highest learning rate.
         weight_decay: decoupled weight decay on weight matrices; biases and norms have none, nor have position
             embeddings and class tokens under layer_decay.
@@ -57,6 +61,7 @@ class OptimizerConfig:
             frozen part keeps its statistics too; dropout and stochastic depth stay as configured.
     """
 
+    name: OptimizerName = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
     warmup_fraction: float = 0.2
@@ -86,7 +91,8 @@ def build_optimizer(
     if warmup * total_steps in (1, total_steps):
         warmup *= 1 - 1e-9  # a phase of no steps: OneCycleLR (torch 2.13) would divide by its length
     groups = parameter_groups(net, config)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
+    kind = Muon if config.name == "muon" else torch.optim.AdamW
+    optimizer = kind(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
     highest = [float(group["lr"]) for group in optimizer.param_groups]
     schedule = OneCycleLR(
         optimizer, max_lr=highest, total_steps=total_steps, pct_start=float(warmup), cycle_momentum=False
@@ -97,9 +103,13 @@ def build_optimizer(
 def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Parameters that learn, grouped by weight decay and (with layer_decay) learning rate; the classifier's first.
 
+    Under Muon, groups with `matrices: True` hold what it moves.
+
     Raises:
-        UserError: if nothing is left to learn, or layer_decay isn't in (0, 1].
+        UserError: if nothing is left to learn, layer_decay isn't in (0, 1], or there is no such optimizer.
     """
+    if config.name not in get_args(OptimizerName):
+        raise UserError(f"There is no optimizer {config.name!r}: use {' or '.join(get_args(OptimizerName))}.")
     spared = cast(Any, net).no_weight_decay()
     groups: list[dict[str, Any]]
     if config.layer_decay is None:
@@ -115,7 +125,19 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
         groups = [{**group, "lr": config.lr * group.pop("lr_scale")} for group in reversed(groups)]
     if not groups:
         raise UserError("Everything is frozen, so there is nothing to train: freeze less (--model.optim.freeze).")
-    return groups
+    return _set_matrices_apart(net, groups) if config.name == "muon" else groups
+
+
+def _set_matrices_apart(net: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same groups, each cut in two: what AdamW moves, and the matrices that Muon moves."""
+    names = matrices_of(net)
+    matrices = {id(parameter) for name, parameter in net.named_parameters() if name in names}
+    apart = [
+        {**group, "params": [p for p in group["params"] if (id(p) in matrices) is chosen], "matrices": chosen}
+        for group in groups
+        for chosen in (False, True)
+    ]
+    return [group for group in apart if group["params"]]
 
 
 def freeze_parameters(net: nn.Module, freeze: int | FreezeAllBut | None) -> nn.Module:

@@ -309,7 +309,7 @@ class ClassificationTask(L.LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW (fused, except under fp16 loss scaling) and a one-cycle schedule over all optimizer steps."""
+        """The optimizer (fused, except under fp16 loss scaling) and a one-cycle schedule over all optimizer steps."""
         # With a loss scaler the fused step unscales by itself, and clipping would see scaled gradients.
         fused = self.trainer.precision != "16-mixed"
         steps = int(self.trainer.estimated_stepping_batches)

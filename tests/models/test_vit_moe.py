@@ -159,6 +159,7 @@ def test_meta_device(name: str) -> None:
 def test_names_are_registered() -> None:
     names = set(timm.list_models("*vit_moe*"))
     expected = {"test_vit_moe", "vit_moe", "vit_moe_micro_patch4_32"}
+    expected |= {f"vit_moe_hybrid_{size}" for size in ("patch4_32", "patch8_32", "patch16_128")}
     expected |= {f"vit_moe_{size}_patch16_224" for size in ("tiny", "small", "base")}
     assert names == expected
 
@@ -169,6 +170,63 @@ def test_the_conv_stem_keeps_the_patch_grid() -> None:
         assert model.patch_embed(images(size)).shape == (2, (size // patch_size) ** 2, 32)
     with pytest.raises(UserError, match="no power of two"):
         timm.create_model("test_vit_moe", stem="conv", patch_size=12, img_size=48)
+
+
+@pytest.mark.parametrize(("patch_size", "size"), [(4, 32), (8, 32), (16, 64), (32, 64)])
+def test_the_stages_keep_the_patch_grid(patch_size: int, size: int) -> None:
+    """A patch's token changes most, in the mean over patches, when the pixels of that patch do."""
+    model = timm.create_model("test_vit_moe", stem="stages", patch_size=patch_size, img_size=size).double().eval()
+    side = size // patch_size
+    x = images(size).double()
+    tokens = model.patch_embed(x)
+    assert tokens.shape == (2, side**2, 32)
+    x[:, :, -patch_size:, :patch_size] += 1  # the lowest patch on the left: row side - 1, column 0
+    moved = (model.patch_embed(x) - tokens).abs().mean((0, 2))  # [N]
+    assert moved.argmax() == (side - 1) * side
+
+
+def test_stages_are_plain_convolutions() -> None:
+    """By hand, from the weights: convolution, BatchNorm, GELU; pooling; the residual pair in the middle stage."""
+    model = timm.create_model("test_vit_moe", stem="stages", patch_size=4).double().eval()
+    for norm in (module for module in model.patch_embed.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+
+    def conv(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        y = nn.functional.conv2d(x, layer.conv.weight, padding=1)
+        scale = layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()
+        y = (y - layer.bn.running_mean[:, None, None]) * scale[:, None, None] + layer.bn.bias[:, None, None]
+        return nn.functional.gelu(y)
+
+    first, second, third = model.patch_embed.backbone
+    x = images().double()
+    y = nn.functional.max_pool2d(conv(x, first[0]), 2)
+    y = conv(y, second[0])
+    y = nn.functional.max_pool2d(y + conv(conv(y, second[1].conv1), second[1].conv2), 2)
+    torch.testing.assert_close(model.patch_embed(x), conv(y, third[0]).flatten(2).mT)
+
+
+@pytest.mark.parametrize("name", ["vit_moe_hybrid_patch4_32", "vit_moe_hybrid_patch8_32", "vit_moe_hybrid_patch16_128"])
+def test_hybrids_keep_timms_contract(name: str) -> None:
+    """Features, other sizes, another head, copies, saved weights; the twin has no experts and as many FLOPs."""
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    model = timm.create_model(name, num_classes=10, router="vmoe_top_k").eval()
+    patch, width = size // model.patch_embed.grid_size[0], model.embed_dim
+    x = images(size)
+    tokens = (size // patch) ** 2
+    assert model.forward_features(x).shape == (2, tokens, width)
+    features = timm.create_model(name, features_only=True, out_indices=(0, 1)).eval()(x)
+    assert [feature.shape for feature in features] == [(2, width, size // patch, size // patch)] * 2
+    other = timm.create_model(name, num_classes=10, router="vmoe_top_k").eval()
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), model(x))
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+    cost = measure_cost(model, size)
+    assert cost.flops_per_image == measure_cost(dense_twin(model, "active_flops"), size).flops_per_image
+    model.set_input_size(2 * size)
+    model.reset_classifier(3)
+    assert model(images(2 * size)).shape == (2, 3)
+    assert forward_routing(model, images(2 * size))[1][0].grid == (2 * size // patch, 2 * size // patch)
 
 
 def test_predictions_do_not_depend_on_batch_mates() -> None:
@@ -186,7 +244,8 @@ def test_predictions_do_not_depend_on_batch_mates() -> None:
     [
         ({"img_size": 30}, "multiple of 8, such as 32"),
         ({"num_experts": 2, "top_k": 3}, "between 1 and 2"),
-        ({"stem": "resnet"}, "'patch' or 'conv'"),
+        ({"stem": "resnet"}, "'patch', 'conv', 'stages'"),
+        ({"stem": "stages", "patch_size": 2}, "at least 4 px"),
         ({"twin": "flops"}, "active_flops or total_params"),
         ({"router": "nope"}, "noisy_top_k"),
         ({"moe_layers": [9]}, "0 to 3"),

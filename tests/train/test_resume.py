@@ -99,6 +99,7 @@ def differing(run: Path, other: Path) -> list[str]:
         ("EMA, bias, bf16, accumulate 2, mixup", "last batch of an epoch"),
         ("EMA, bias, bf16, accumulate 2, mixup", "epoch 1"),
         ("0 workers, then 2", "epoch 1"),
+        ("hybrid, Muon", "mid-epoch"),
         ("validation twice an epoch", "at a validation"),
         ("plain", "in validation"),
     ],

@@ -1,0 +1,126 @@
+"""Muon for matrices and AdamW for the rest, as one optimizer.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a weight matrix by the
+nearest semi-orthogonal matrix, so that every direction moves equally far. A step is scaled by 0.2 · sqrt(max(out, in))
+(Liu et al. 2025, arXiv:2502.16982, §2.2): it is then about as large as one of AdamW at the same learning rate.
+
+A matrix is one linear map [out, in]. A convolution [out, in, h, w] is the map [out, in · h · w]; experts [E, out, in]
+are E maps, each made orthogonal by itself. timm's own `Muon` (1.0.31) takes a stack of experts for one map
+[E, out · in], hence this class around timm's iterations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
+from torch import Tensor, nn
+
+from moevision.layers import PackedLinear, moe_layers
+
+# Coefficients of five Newton-Schulz iterations, x <- a x + b (x xᵀ) x + c (x xᵀ)² x, each fitted to what the one
+# before leaves (https://leloykun.github.io/ponder/muon-opt-coeffs; timm's "quintic").
+_ITERATIONS = [
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+]
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for groups with `matrices: True`, AdamW for the others.
+
+    Args:
+        params: parameter groups.
+        lr: learning rate of both.
+        betas: decay of AdamW's moments.
+        momentum: decay of Muon's momentum, with Nesterov's look ahead.
+        **kwargs: what `torch.optim.AdamW` takes besides.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99), momentum: float = 0.95, **kwargs: Any
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, **kwargs)
+        for group in self.param_groups:
+            group.setdefault("matrices", False)
+            group.setdefault("momentum", momentum)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        for group in groups:
+            if group["matrices"]:
+                self._step_matrices(group)
+        # torch's own step, of the other groups only.
+        self.param_groups = [group for group in groups if not group["matrices"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+                state["step"] = torch.zeros(())  # torch's AdamW looks for one in every state that it loads
+            state["step"] += 1
+            average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+            update = orthogonal(as_matrices(weight.grad.lerp(average, momentum)))
+            weight.mul_(1 - lr * group["weight_decay"])
+            weight.add_(update.view_as(weight), alpha=-lr * get_lr_scale(update.shape))
+
+
+def as_matrices(weight: Tensor) -> Tensor:
+    """The linear maps of a weight: [out, in] and [E, out, in] as they are, a convolution as [out, in · h · w]."""
+    return weight.flatten(1) if weight.ndim == 4 else weight
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix of each, up to a few percent of its singular values.
+
+    Args:
+        matrices: [out, in] or [E, out, in]. Those that are zero, such as an unused expert's gradient, stay zero.
+    """
+    # bfloat16 suffices, but only GPUs are sure to multiply it fast: a CPU with AVX2 takes seventeen times as long.
+    dtype = torch.bfloat16 if matrices.is_cuda else torch.promote_types(matrices.dtype, torch.float32)
+    return zeropower_via_newtonschulz(matrices, len(_ITERATIONS), _ITERATIONS, dtype=dtype).to(matrices.dtype)
+
+
+def matrices_of(net: nn.Module) -> set[str]:
+    """Names of the weights that Muon moves: the linear maps and convolutions between the image and the classifier.
+
+    Left to AdamW are the classifier, the first convolution (it reads colours), routers (a row is an expert), and
+    everything that is no linear map: embeddings, norms and biases.
+
+    Args:
+        net: a timm model.
+    """
+    model = cast(Any, net)
+    classifier = model.get_classifier()
+    first = [module for module in net.modules() if isinstance(module, nn.Conv2d)][:1]
+    spared = [
+        *(classifier if isinstance(classifier, tuple) else (classifier,)),
+        *first,
+        *(layer.router for layer in moe_layers(net)),
+    ]
+    apart = {id(module) for parent in spared for module in parent.modules()}
+    return {
+        f"{name}.weight"
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | PackedLinear) and id(module) not in apart
+    }

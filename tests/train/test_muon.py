@@ -1,0 +1,180 @@
+"""Muon against its definition, written once more, and AdamW where it should be AdamW."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from moevision import forward_routing
+from moevision.errors import UserError
+from moevision.layers import PackedLinear, moe_layers
+from moevision.train.muon import Muon, matrices_of, orthogonal
+from moevision.train.optim import OptimizerConfig, build_optimizer, parameter_groups
+
+ITERATIONS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037))
+ITERATIONS += ((2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
+
+
+def by_definition(matrix: torch.Tensor) -> torch.Tensor:
+    """The iterations on the singular values, each s -> a s + b s³ + c s⁵; the singular vectors stay."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / matrix.norm()
+    for a, b, c in ITERATIONS:
+        s = a * s + b * s**3 + c * s**5
+    return u @ torch.diag(s) @ vh
+
+
+def maps(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The linear maps of a weight, one by one."""
+    if weight.ndim == 4:
+        return [weight.reshape(len(weight), -1)]
+    return list(weight) if weight.ndim == 3 else [weight]
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16), (3, 12, 20)])
+def test_orthogonal_is_the_nearest_orthogonal_matrix(shape: tuple[int, ...]) -> None:
+    """U Vᵀ of the singular value decomposition; exactly the iterations' polynomial in float64."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(shape, generator=generator, dtype=torch.float64)
+    found = orthogonal(matrices)
+    torch.testing.assert_close(found, torch.stack([by_definition(m) for m in maps(matrices)]).reshape(shape))
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    well = s / matrices.norm(dim=(-2, -1), keepdim=True)[..., 0] > 0.05
+    values = torch.linalg.svdvals(found)
+    assert ((values - 1).abs() < 0.15)[well].all()
+    assert (found * (u @ vh)).sum() / found.norm() / (u @ vh).norm() > 0.98
+
+
+def test_experts_are_made_orthogonal_one_by_one() -> None:
+    """As one matrix [E, out · in], which timm 1.0.31 makes of them, the update would point elsewhere."""
+    stack = torch.randn(8, 12, 20, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(stack)
+    torch.testing.assert_close(found, torch.stack([orthogonal(one) for one in stack]))
+    across = orthogonal(stack.flatten(1)).view_as(stack)
+    assert nn.functional.cosine_similarity(found.flatten(), across.flatten(), dim=0) < 0.95
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit_moe", num_classes=3, stem="stages", router="vmoe_top_k", top_k=2).double()
+    for layer in moe_layers(net):
+        nn.init.normal_(layer.router.weight)
+    return net
+
+
+def test_updates_follow_the_definition() -> None:
+    """Three steps in float64: v = β v + (1 - β) g; w -= lr (λ w + 0.2 sqrt(max(out, in)) O(β v + (1 - β) g))."""
+    net, twin = model(), model()
+    lr, decay, beta = 3e-3, 0.1, 0.95
+    optimizer, schedule = build_optimizer(net, OptimizerConfig("muon", lr=lr, weight_decay=decay), total_steps=9)
+    names = matrices_of(net)
+    decayed = {"head.weight", "patch_embed.backbone.0.0.conv.weight"}
+    decayed |= {f"blocks.{block}.mlp.router.weight" for block in (1, 3)}
+    rest = {name: p for name, p in twin.named_parameters() if name not in names}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [rest[name] for name in sorted(decayed)], "weight_decay": decay},
+            {"params": [p for name, p in rest.items() if name not in decayed], "weight_decay": 0.0},
+        ],
+        lr=lr,
+        betas=(0.9, 0.99),
+    )
+    momentum = {name: torch.zeros_like(p) for name, p in twin.named_parameters() if name in names}
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        torch.manual_seed(2)  # the router's noise
+        (forward_routing(net, x)[0].square().sum()).backward()
+        rate = optimizer.param_groups[0]["lr"]
+        for (name, mine), theirs in zip(net.named_parameters(), twin.parameters(), strict=True):
+            theirs.grad = mine.grad.clone()
+            if name in names:
+                weight, velocity, g = theirs.data, momentum[name], theirs.grad
+                velocity.copy_(beta * velocity + (1 - beta) * g)
+                steps = [
+                    0.2 * math.sqrt(max(m.shape)) * by_definition(m) for m in maps(beta * velocity + (1 - beta) * g)
+                ]
+                weight -= rate * (decay * weight + torch.stack(steps).reshape(weight.shape))
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        adamw.zero_grad()
+        for (name, mine), theirs in zip(net.named_parameters(), twin.named_parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs[1], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_what_is_a_matrix() -> None:
+    """Every linear map and convolution but the first, the routers and the classifier."""
+    expected = {f"blocks.{i}.attn.{name}.weight" for i in range(4) for name in ("qkv", "proj")}
+    expected |= {f"blocks.{i}.mlp.{name}.weight" for i in (0, 2) for name in ("fc1", "fc2")}
+    expected |= {f"blocks.{i}.mlp.experts.{name}.weight" for i in (1, 3) for name in ("fc1", "fc2")}
+    stages = ("1.0.conv", "1.1.conv1.conv", "1.1.conv2.conv", "2.0.conv", "2.1.conv1.conv", "2.1.conv2.conv")
+    expected |= {f"patch_embed.backbone.{name}.weight" for name in stages}
+    assert matrices_of(model()) == expected
+    distilled = matrices_of(timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1))
+    assert distilled == {f"blocks.0.{name}.weight" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_rates_and_decay_are_those_of_adamw(layer_decay: float | None) -> None:
+    """Groups are only cut in two; each parameter is in one."""
+    net = model()
+
+    def found(name: str) -> dict[int, tuple[float, float]]:
+        groups = parameter_groups(net, OptimizerConfig(name, lr=0.01, layer_decay=layer_decay))  # type: ignore[arg-type]
+        assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+        return {id(p): (group.get("lr", 0.01), group["weight_decay"]) for group in groups for p in group["params"]}
+
+    assert found("muon") == found("adamw")
+    first = parameter_groups(net, OptimizerConfig("muon", layer_decay=layer_decay))[0]
+    assert not first["matrices"], "the first group is the one that reports show"
+
+
+def test_an_expert_without_tokens_only_decays() -> None:
+    experts = PackedLinear(3, 4, 6)
+    optimizer = Muon([{"params": [experts.weight], "matrices": True, "weight_decay": 0.5}], lr=0.1)
+    before = experts.weight.detach().clone()
+    experts.weight.grad = torch.zeros_like(before)
+    experts.weight.grad[0] = torch.randn(experts.weight.grad[0].shape)
+    optimizer.step()
+    torch.testing.assert_close(experts.weight[1:], before[1:] * (1 - 0.1 * 0.5))
+    assert not torch.allclose(experts.weight[0], before[0])
+
+
+def test_weights_without_gradient_stay() -> None:
+    weight = nn.Parameter(torch.ones(4, 6))
+    Muon([{"params": [weight], "matrices": True}], lr=0.1).step()
+    assert torch.equal(weight, torch.ones(4, 6))
+
+
+def test_the_state_goes_on() -> None:
+    """Two steps, or one, a saved state, and another: the same weights bit for bit."""
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in net.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        optimizer.step()
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        net = model()
+        return net, build_optimizer(net, OptimizerConfig("muon"), total_steps=9)[0]
+
+    net, optimizer = start()
+    step(net, optimizer, 0)
+    resumed, other = start()
+    resumed.load_state_dict(net.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # which hands out the live tensors
+    step(net, optimizer, 1)
+    step(resumed, other, 1)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters(), strict=True))
+
+
+def test_an_unknown_optimizer_is_said() -> None:
+    with pytest.raises(UserError, match="'sgd': use adamw or muon"):
+        parameter_groups(model(), OptimizerConfig("sgd"))  # type: ignore[arg-type]
