@@ -5,6 +5,7 @@
 - `--8<-- "moevision/layers/reference.py:Expert.forward"` includes the source of one class or function by its name, and
   `--8<-- "help:predict"` what `moevision predict --help` prints.
 - Formulas become MathML when the site is built; browsers draw that by themselves.
+- In tables, numbers stay with their units, and names of code may break at their dots and underscores on a phone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 _CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.M)
 _NAMED = re.compile(r'^--8<-- "([\w/.-]+\.py):([\w.]+)"$', re.M)
 _HELP = re.compile(r'^--8<-- "help:(\w+)"$', re.M)
+_CELL = re.compile(r"<td\b[^>]*>.*?</td>", re.DOTALL)
+_UNIT = re.compile(r"(?<=\d) (?=(?:[MGT]|[kM]i?B|GB|ms|px|%)(?![\w-]))")
+_JOINT = re.compile(r"(?<=[A-Za-z])([._])(?=\w)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -65,8 +69,9 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Formulas as MathML."""
-    return _FORMULA.sub(lambda found: convert(_plain(found[2]), display=_DISPLAY[found[1]]), html)
+    """Formulas as MathML; cells of tables that break where a reader would."""
+    html = _FORMULA.sub(lambda found: convert(_plain(found[2]), display=_DISPLAY[found[1]]), html)
+    return _CELL.sub(_cell, html)
 
 
 _DISPLAY = {"span": "inline", "div": "block"}
@@ -105,6 +110,11 @@ def _help(found: re.Match[str]) -> str:
         return PARSERS[found[1]]().format_help().strip()
     # jsonargparse writes backspaces.
     return help_file(found[1], everything=False).read_text().replace(" \b", "").strip()
+
+
+def _cell(found: re.Match[str]) -> str:
+    cell = _UNIT.sub("\N{NO-BREAK SPACE}", found[0])
+    return re.sub(r"<code>.*?</code>", lambda code: _JOINT.sub(r"\1<wbr>", code[0]), cell, flags=re.DOTALL)
 
 
 def _plain(html: str) -> str:

@@ -17,6 +17,7 @@ from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -440,6 +441,18 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(site: Path) -> None:
         assert [each for each in parser.loaded if re.match(r"(https?:)?//", each)] == [], page
     styles = [url for file in site.rglob("*.css") for url in re.findall(r"url\(([^)]+)\)", file.read_text())]
     assert [url for url in styles if re.match(r"['\"]?(https?:)?//", url)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.needs("mkdocs")
+def test_every_link_of_the_site_leads_to_a_file(site: Path) -> None:
+    dead = []
+    for page in site.rglob("index.html"):
+        for link in re.findall(r'(?:href|src)="([^"#?]+)', page.read_text()):
+            target = page.parent / unquote(link)
+            if not re.match(r"[a-z]+:", link) and not (target.is_file() or (target / "index.html").is_file()):
+                dead.append(f"{page.relative_to(site)} -> {link}")
+    assert dead == []
 
 
 @pytest.mark.slow

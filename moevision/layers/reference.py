@@ -43,7 +43,7 @@ class NoisyTopKRouter(nn.Module):
             noisy = logits + torch.randn_like(logits) * std
         best, expert = noisy.topk(self.top_k, dim=-1)  # [T, K]
         gate = best.softmax(-1)
-        if self.top_k == 1:  # that is the constant 1, without a gradient: we take the probability among all experts
+        if self.top_k == 1:  # constant 1, no gradient: take the probability among all experts
             gate = noisy.softmax(-1).gather(-1, expert)
         return Choice(expert, gate, logits, noisy, std)
 
@@ -75,7 +75,7 @@ class ReferenceMoE(nn.Module):
         choice: Choice = self.router(tokens)
         y = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
-            token, rank = (choice.expert == number).nonzero(as_tuple=True)  # who chose this expert, as which choice
+            token, rank = (choice.expert == number).nonzero(as_tuple=True)  # who chose it, as which choice
             gate = choice.gate[token, rank].unsqueeze(-1)  # [R, 1]
             y = y.index_add(0, token, gate * expert(tokens[token]))
         return y.view_as(x), choice
