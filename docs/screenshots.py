@@ -1,7 +1,6 @@
 """Take the explorer's screenshots anew: `python docs/screenshots.py` (needs Chromium and `pip install ".[test]"`).
 
-explorer-slots.png shows a Soft MoE after one epoch of drawn pets, which is trained first:
-`moevision fit --config quickstart --name soft --model.arch.router soft --trainer.max_epochs 1`.
+explorer-slots.jpg shows a Soft MoE after 4,000 drawn pets, which is trained first if `runs/soft` isn't there.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -20,6 +21,9 @@ IMAGES = Path(__file__).parent / "img"
 CHROMIUM = os.environ.get("MOEVISION_CHROMIUM", "/usr/bin/chromium")
 DRAWN = 6000  # ms until galleries and statistics are there
 CAT = "?model=pets&picture=pets%2Ftest%2F0&layer=3&patch=36"
+SLOT = "?layer=3&patch=36&mode=slots&slot=6.3.reads"
+SOFT = Path("runs/soft")
+TRAIN = "fit --config quickstart --name soft --model.arch.router soft --trainer.max_epochs 1 --data.train_size 4000"
 
 
 def save(pixels: bytes, name: str, box: tuple[int, int, int, int] | None = None) -> None:
@@ -32,11 +36,16 @@ def save(pixels: bytes, name: str, box: tuple[int, int, int, int] | None = None)
     )
 
 
-def shoot(page: Page, url: str) -> None:
-    """The page as it opens, and its map of classes."""
-    page.goto(url + CAT)
+def opened(page: Page, address: str) -> None:
+    """The page at an address, without its tour, when all is drawn."""
+    page.goto(address)
     page.get_by_text("Skip the tour").click(timeout=60_000)
     page.wait_for_timeout(DRAWN)
+
+
+def shoot(page: Page, url: str) -> None:
+    """The page as it opens, and its map of classes."""
+    opened(page, url + CAT)
     save(page.screenshot(), "explorer.jpg")
     page.get_by_role("tab", name="Classes").click()
     page.wait_for_timeout(DRAWN)
@@ -45,20 +54,44 @@ def shoot(page: Page, url: str) -> None:
     save(below, "explorer-classes.jpg", (0, 0, width, width // 2))
 
 
-def main() -> None:
-    """Serve the bundled models, and take both."""
-    command = [sys.executable, "-u", "-m", "moevision", "demo", "--no-browser"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def shoot_slots(page: Page, url: str) -> None:
+    """What one slot of a Soft MoE reads: the stage and what stands beside it, down to the slots."""
+    opened(page, url + SLOT)
+    view, slots = page.locator(".mv-view"), page.locator(".mv-soft")
+    around, inner = view.bounding_box(), slots.bounding_box()
+    assert around is not None and inner is not None
+    height = round(inner["y"] + inner["height"] - around["y"])
+    save(view.screenshot(), "explorer-slots.jpg", (0, 0, round(around["width"]), height))
+
+
+def moevision(*words: str) -> list[str]:
+    """The command `moevision` of this Python."""
+    return [sys.executable, "-u", "-m", "moevision", *words]
+
+
+@contextmanager
+def served(*words: str) -> Iterator[str]:
+    """The address of `moevision demo`, as long as the scope lasts."""
+    server = subprocess.Popen(moevision("demo", "--no-browser", *words), stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
-    url = next(line for line in server.stdout if "The explorer is at" in line).split()[-1]
     try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            shoot(browser.new_page(viewport={"width": 1600, "height": 1034}), url)
-            browser.close()
+        yield next(line for line in server.stdout if "The explorer is at" in line).split()[-1]
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()
+
+
+def main() -> None:
+    """Serve the bundled models and a Soft MoE, and take all three."""
+    if not (SOFT / "model").is_dir():
+        subprocess.run(moevision(*TRAIN.split()), check=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        with served(str(SOFT)) as url:
+            shoot_slots(browser.new_page(viewport={"width": 1480, "height": 1034}), url)
+        with served() as url:
+            shoot(browser.new_page(viewport={"width": 1600, "height": 1034}), url)
+        browser.close()
 
 
 if __name__ == "__main__":
