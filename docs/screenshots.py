@@ -57,9 +57,10 @@ def shoot(page: Page, url: str) -> None:
 def shoot_slots(page: Page, url: str) -> None:
     """What one slot of a Soft MoE reads: the stage and what stands beside it, down to the slots."""
     opened(page, url + SLOT)
-    view, slots = page.locator(".mv-view"), page.locator(".mv-soft")
+    view, slots = page.locator(".mv-view"), page.locator(".mv-box-slots")
     around, inner = view.bounding_box(), slots.bounding_box()
-    assert around is not None and inner is not None
+    assert around
+    assert inner
     height = round(inner["y"] + inner["height"] - around["y"])
     save(view.screenshot(), "explorer-slots.jpg", (0, 0, round(around["width"]), height))
 
