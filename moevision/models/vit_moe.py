@@ -224,8 +224,8 @@ def vit_moe_hybrid_patch8_32(pretrained: bool = False, **kwargs: Any) -> VisionT
 
 @register_model
 def vit_moe_hybrid_patch16_128(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
-    """For 128 px images from scratch: convolutional stages, then 4 MoE blocks of D 192 on 64 tokens."""
-    size = {"img_size": 128, "patch_size": 16, "depth": 4, "moe_layers": "all", "embed_dim": 192, "num_heads": 6}
+    """For 128 px images from scratch: convolutional stages, then 4 MoE blocks of D 128 on 64 tokens."""
+    size = {"img_size": 128, "patch_size": 16, "depth": 4, "moe_layers": "all"}
     return _create("vit_moe_hybrid_patch16_128", pretrained, {**_HYBRID_SIZE, **size}, kwargs)
 
 
