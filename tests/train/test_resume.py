@@ -366,28 +366,27 @@ def test_a_claim_ends_with_its_process_and_not_with_its_forks(tmp_path):
         process.communicate()
 
 
-# Saves take half a second, so that there is a temporary file most of the time.
-SLOW_SAVES = """
-import os, sys, time
-real = os.fsync
-os.fsync = lambda descriptor: (time.sleep(0.5), real(descriptor))
+# The process stops itself when it is about to sync a file beside its first checkpoint, which is unfinished then.
+STOPS_WHILE_SAVING = """
+import os, signal, sys
+from pathlib import Path
+real, checkpoints = os.fsync, Path("runs/pets/checkpoints")
+def fsync(descriptor):
+    if (checkpoints / "last.ckpt").is_file() and list(checkpoints.glob(".*.tmp")):
+        os.fsync = real
+        os.kill(os.getpid(), signal.SIGSTOP)
+    real(descriptor)
+os.fsync = fsync
 from moevision.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def stop_while_saving(process, run):
-    """Stop the process at a moment when it has an unfinished file beside its first checkpoint."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until and process.poll() is None:
-        if (run / "checkpoints" / "last.ckpt").is_file() and list((run / "checkpoints").glob(".*.tmp")):
-            process.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
-            if unfinished := list((run / "checkpoints").glob(".*.tmp")):
-                return unfinished
-            process.send_signal(signal.SIGCONT)
-        time.sleep(0.01)
-    raise AssertionError(process.communicate()[0])
+def stopped_while_saving(process, run):
+    """Wait until the process has stopped; its unfinished files."""
+    found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert found.si_code == os.CLD_STOPPED, process.communicate()[0]
+    return list((run / "checkpoints").glob(".*.tmp"))
 
 
 def files_of(folder):
@@ -397,9 +396,9 @@ def files_of(folder):
 def test_a_refused_resume_touches_nothing(cli, tiny, drawn_pets, whole):
     """A watchdog repeats its command while the training that it started still lives: that one doesn't notice."""
     command = ("fit", drawn_pets, *tiny, "--checkpoint.every_steps=1")
-    process, run = start_real(*command, code=SLOW_SAVES), Path("runs/pets")
+    process, run = start_real(*command, code=STOPS_WHILE_SAVING), Path("runs/pets")
     try:
-        (unfinished,) = stop_while_saving(process, run)
+        (unfinished,) = stopped_while_saving(process, run)
         before = files_of(run)
         for again in (["--resume", run], ["--resume", run, "--data.num_workers=1"]):
             outcome = cli("fit", *again)
