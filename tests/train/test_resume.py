@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from enum import Enum
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 from jsonargparse import Namespace
 
 import moevision
+from benchmarks.reliability import resume as matrix
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
@@ -29,6 +31,7 @@ from moevision.train import checkpoint
 from moevision.train import cli as training_cli
 from moevision.train.callbacks import Stopwatch
 from moevision.train.checkpoint import newest_valid, plain
+from moevision.train.cli import quiet_lightning
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import random_state, restore_random_state
 from moevision.train.resume import CheckpointConfig, changed_options, claim, recorded_config, release, take_resume
@@ -37,6 +40,7 @@ from moevision.train.task import ClassificationTask
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv")
 # 24 training images, batches of 8, two epochs: six steps.
 LATE = 5
+OTHER = matrix.Setting("other", arch={"proj_drop_rate": 0.2})
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +96,19 @@ def differing(run: Path, other: Path) -> list[str]:
 # The whole matrix is benchmarks/reliability/resume.py; this is its hardest part.
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """State at the end of an uninterrupted training of the matrix, by its setting's name; each is trained once."""
+    settings = {setting.name: setting for setting in (*matrix.SETTINGS, OTHER)}
+
+    @cache
+    def train(name):
+        with quiet_lightning():
+            return matrix.train(tmp_path_factory.mktemp("matrix"), settings[name])
+
+    return train
+
+
 @pytest.mark.parametrize(
     ("name", "place"),
     [
@@ -104,17 +121,12 @@ def differing(run: Path, other: Path) -> list[str]:
         ("plain", "in validation"),
     ],
 )
-def test_interrupted_and_resumed_is_uninterrupted(name, place, tmp_path):
-    from benchmarks.reliability import resume as matrix
-    from moevision.train.cli import quiet_lightning
-
+def test_interrupted_and_resumed_is_uninterrupted(name, place, trained, tmp_path):
     setting = next(each for each in matrix.SETTINGS if each.name == name)
     with quiet_lightning():
-        baseline = matrix.train(tmp_path / "whole", setting)
-        found = matrix.run_cell(setting, place, baseline, tmp_path)
-        other = matrix.train(tmp_path / "other", matrix.Setting("other", arch={"proj_drop_rate": 0.2}))
+        found = matrix.run_cell(setting, place, trained(name), tmp_path)
     assert (found["differs"], found["leaked"]) == ([], [])
-    assert matrix.unequal(matrix.compared(baseline), matrix.compared(other)), "it can fail"
+    assert matrix.unequal(matrix.compared(trained(name)), matrix.compared(trained(OTHER.name))), "it can fail"
 
 
 def test_the_last_line_goes_on_with_the_run(cli, interrupted, whole):
