@@ -1,6 +1,7 @@
 """`python -m benchmarks`: what it records can be computed again, and what others break is reported."""
 
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import harness
 from benchmarks import layer as layer_module
 from benchmarks.__main__ import VERBS
 from benchmarks.layer import peers
 from benchmarks.layer.peers import PEERS, build_peer
+from benchmarks.train import lightning_peer
 
 KINDS = ("layer", "train", "infer", "data")
 TRAINING = """
@@ -32,7 +35,18 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def records(bench, config, tiny_run, tmp_path_factory):
+def forked_processes():
+    """Processes of their own come from one that has imported timm, instead of each importing it."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["timm"])
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (harness, lightning_peer):
+            patched.setattr(module, "get_context", lambda method: server)
+        yield
+
+
+@pytest.fixture(scope="module")
+def records(bench, config, tiny_run, tmp_path_factory, forked_processes):
     """Record and printed text of one quick run of each kind."""
     out = tmp_path_factory.mktemp("benchmark")
     calls = {

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from enum import Enum
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 from jsonargparse import Namespace
 
 import moevision
+from benchmarks.reliability import resume as matrix
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
@@ -29,6 +31,7 @@ from moevision.train import checkpoint
 from moevision.train import cli as training_cli
 from moevision.train.callbacks import Stopwatch
 from moevision.train.checkpoint import newest_valid, plain
+from moevision.train.cli import quiet_lightning
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import random_state, restore_random_state
 from moevision.train.resume import CheckpointConfig, changed_options, claim, recorded_config, release, take_resume
@@ -37,6 +40,7 @@ from moevision.train.task import ClassificationTask
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv")
 # 24 training images, batches of 8, two epochs: six steps.
 LATE = 5
+OTHER = matrix.Setting("other", arch={"proj_drop_rate": 0.2})
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +96,19 @@ def differing(run: Path, other: Path) -> list[str]:
 # The whole matrix is benchmarks/reliability/resume.py; this is its hardest part.
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """State at the end of an uninterrupted training of the matrix, by its setting's name; each is trained once."""
+    settings = {setting.name: setting for setting in (*matrix.SETTINGS, OTHER)}
+
+    @cache
+    def train(name):
+        with quiet_lightning():
+            return matrix.train(tmp_path_factory.mktemp("matrix"), settings[name])
+
+    return train
+
+
 @pytest.mark.parametrize(
     ("name", "place"),
     [
@@ -104,17 +121,12 @@ def differing(run: Path, other: Path) -> list[str]:
         ("plain", "in validation"),
     ],
 )
-def test_interrupted_and_resumed_is_uninterrupted(name, place, tmp_path):
-    from benchmarks.reliability import resume as matrix
-    from moevision.train.cli import quiet_lightning
-
+def test_interrupted_and_resumed_is_uninterrupted(name, place, trained, tmp_path):
     setting = next(each for each in matrix.SETTINGS if each.name == name)
     with quiet_lightning():
-        baseline = matrix.train(tmp_path / "whole", setting)
-        found = matrix.run_cell(setting, place, baseline, tmp_path)
-        other = matrix.train(tmp_path / "other", matrix.Setting("other", arch={"proj_drop_rate": 0.2}))
+        found = matrix.run_cell(setting, place, trained(name), tmp_path)
     assert (found["differs"], found["leaked"]) == ([], [])
-    assert matrix.unequal(matrix.compared(baseline), matrix.compared(other)), "it can fail"
+    assert matrix.unequal(matrix.compared(trained(name)), matrix.compared(trained(OTHER.name))), "it can fail"
 
 
 def test_the_last_line_goes_on_with_the_run(cli, interrupted, whole):
@@ -366,28 +378,27 @@ def test_a_claim_ends_with_its_process_and_not_with_its_forks(tmp_path):
         process.communicate()
 
 
-# Saves take half a second, so that there is a temporary file most of the time.
-SLOW_SAVES = """
-import os, sys, time
-real = os.fsync
-os.fsync = lambda descriptor: (time.sleep(0.5), real(descriptor))
+# The process stops itself when it is about to sync a file beside its first checkpoint, which is unfinished then.
+STOPS_WHILE_SAVING = """
+import os, signal, sys
+from pathlib import Path
+real, checkpoints = os.fsync, Path("runs/pets/checkpoints")
+def fsync(descriptor):
+    if (checkpoints / "last.ckpt").is_file() and list(checkpoints.glob(".*.tmp")):
+        os.fsync = real
+        os.kill(os.getpid(), signal.SIGSTOP)
+    real(descriptor)
+os.fsync = fsync
 from moevision.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def stop_while_saving(process, run):
-    """Stop the process at a moment when it has an unfinished file beside its first checkpoint."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until and process.poll() is None:
-        if (run / "checkpoints" / "last.ckpt").is_file() and list((run / "checkpoints").glob(".*.tmp")):
-            process.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
-            if unfinished := list((run / "checkpoints").glob(".*.tmp")):
-                return unfinished
-            process.send_signal(signal.SIGCONT)
-        time.sleep(0.01)
-    raise AssertionError(process.communicate()[0])
+def stopped_while_saving(process, run):
+    """Wait until the process has stopped; its unfinished files."""
+    found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert found.si_code == os.CLD_STOPPED, process.communicate()[0]
+    return list((run / "checkpoints").glob(".*.tmp"))
 
 
 def files_of(folder):
@@ -397,9 +408,9 @@ def files_of(folder):
 def test_a_refused_resume_touches_nothing(cli, tiny, drawn_pets, whole):
     """A watchdog repeats its command while the training that it started still lives: that one doesn't notice."""
     command = ("fit", drawn_pets, *tiny, "--checkpoint.every_steps=1")
-    process, run = start_real(*command, code=SLOW_SAVES), Path("runs/pets")
+    process, run = start_real(*command, code=STOPS_WHILE_SAVING), Path("runs/pets")
     try:
-        (unfinished,) = stop_while_saving(process, run)
+        (unfinished,) = stopped_while_saving(process, run)
         before = files_of(run)
         for again in (["--resume", run], ["--resume", run, "--data.num_workers=1"]):
             outcome = cli("fit", *again)
