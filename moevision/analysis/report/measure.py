@@ -26,10 +26,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moevision.analysis.agreement import consistency, expert_similarity, match_experts
 from moevision.analysis.baselines import measure_baselines
-from moevision.analysis.classes import ClassExpertMap, class_expert_map
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.describe import (
     QUANTILES,
+    ClassExpertMap,
+    class_expert_map,
     co_activation,
     fractions_of_parts,
     gate_weight_quantiles,
