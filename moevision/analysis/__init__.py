@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moevision.analysis.agreement import consistency, expert_similarity, match_experts
-    from moevision.analysis.baselines import measure_baselines
     from moevision.analysis.collect import collect_routing
     from moevision.analysis.describe import class_expert_map, compare_classes
     from moevision.analysis.effects import class_effect, effect
     from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
+    from moevision.analysis.specialization import measure_baselines
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 # The module that defines each name.
@@ -39,7 +39,7 @@ _HOME = {
     "expert_similarity": "agreement",
     "intervene": "intervention",
     "match_experts": "agreement",
-    "measure_baselines": "baselines",
+    "measure_baselines": "specialization",
     "open_pictures": "images",
     "patch_crop": "images",
 }
