@@ -24,7 +24,7 @@ from rich.table import Table
 
 import moevision
 from benchmarks.timing import rounded
-from moevision import allocator
+from moevision import allocator, package_version
 from moevision.efficiency import matmul_peak
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
@@ -32,7 +32,6 @@ from moevision.layers.cpu import has_matrix_unit
 from moevision.names import shown_lines
 from moevision.train.provenance import cpu_model, git_state, gpu_names, total_memory_bytes
 from moevision.train.recipe import default_precision
-from moevision.versions import package_version
 
 HERE = Path(__file__).parent
 LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy", "transformers", "torchtitan", "triton")

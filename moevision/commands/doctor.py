@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moevision import package_version
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.train.provenance import LIBRARIES, cpu_model, total_memory_bytes
 from moevision.train.recipe import default_precision
-from moevision.versions import package_version
 
 ROOT = Path("/")
 BUSY_SHARE = 0.1  # of the usable cores in the hands of others: beyond it timings can't be compared
