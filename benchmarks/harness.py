@@ -23,9 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import moevision
+from benchmarks.peak import matmul_peak
 from benchmarks.timing import rounded
 from moevision import allocator, package_version
-from moevision.efficiency import matmul_peak
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers.cpu import has_matrix_unit

@@ -9,8 +9,14 @@ import torch.nn.functional as F
 
 import moevision  # noqa: F401 (registers the names)
 from moevision import MoEMlp, dense_twin, forward_routing
-from moevision.efficiency import count_flops, flop_counter, inference_flops, measure_cost, training_flops
-from moevision.efficiency.cost import recomputed_attention_flops
+from moevision.efficiency import (
+    count_flops,
+    flop_counter,
+    inference_flops,
+    measure_cost,
+    recomputed_attention_flops,
+    training_flops,
+)
 from moevision.layers import ROUTERS, LocalDispatcher, moe_layers
 
 BACKENDS = [
