@@ -50,7 +50,7 @@ AREAS = {
     "safe readers": ["models/safe_files.py", "data/images.py"],
 }
 TESTS = (
-    *("layers", "models", "train", "data", "golden", "efficiency", "analysis", "test_losses.py", "test_metrics.py"),
+    *("layers", "models", "train", "data", "golden", "analysis", "test_flops.py", "test_losses.py", "test_metrics.py"),
     *("test_safety.py", "test_fit.py", "test_predict.py", "test_configs.py", "test_info.py"),
 )
 SKIPPED_FOLDERS = shutil.ignore_patterns(".git", "__pycache__", "runs", ".*cache", "*.png", "*.jpg")
