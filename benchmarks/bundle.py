@@ -20,12 +20,10 @@ import torch
 from rich.progress import track
 
 from benchmarks.harness import HERE, argument_parser
-from moevision.analysis.baselines import measure_baselines
-from moevision.analysis.classes import class_expert_map
 from moevision.analysis.collect import collect_routing, network_input
-from moevision.analysis.describe import fractions_of_parts, majority_part
+from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet, open_pictures, read_images
-from moevision.analysis.specialization import specialization
+from moevision.analysis.specialization import measure_baselines, specialization
 from moevision.demo.atlas import build_atlas, save_atlas
 from moevision.demo.typical import typical_of
 from moevision.files import write_json_atomic

@@ -23,16 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import moevision
+from benchmarks.peak import matmul_peak
 from benchmarks.timing import rounded
-from moevision import allocator
-from moevision.efficiency import matmul_peak
+from moevision import allocator, package_version
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers.cpu import has_matrix_unit
 from moevision.names import shown_lines
 from moevision.train.provenance import cpu_model, git_state, gpu_names, total_memory_bytes
 from moevision.train.recipe import default_precision
-from moevision.versions import package_version
 
 HERE = Path(__file__).parent
 LIBRARIES = ("torch", "torchvision", "timm", "lightning", "numpy", "transformers", "torchtitan", "triton")

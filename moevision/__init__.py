@@ -52,6 +52,16 @@ _HOME = {
 _MODULES = ("analysis", "data", "demo", "efficiency", "layers", "losses", "metrics", "models", "train")
 
 
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, without importing it; None if it isn't installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def __getattr__(name: str) -> object:
     """Import a public name, or a module of the package, on its first use."""
     if name in _HOME:

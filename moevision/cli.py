@@ -73,8 +73,7 @@ def usage() -> str:
 
 def versions() -> str:
     """The package's version, then those of Python and of what it stands on, a line each."""
-    from moevision import __version__
-    from moevision.versions import package_version
+    from moevision import __version__, package_version
 
     libraries = [
         f"{name} {package_version(name) or 'not installed'}" for name in ("torch", "torchvision", "timm", "lightning")

@@ -10,7 +10,6 @@ import torch
 from moevision.commands.doctor import (
     Gpu,
     Machine,
-    busy_cores,
     cpu_quota,
     findings,
     look,
@@ -76,21 +75,6 @@ def test_a_system_without_any_of_it(tmp_path):
     assert cpu_quota(tmp_path) is None
     assert memory_limit_bytes(tmp_path) is None
     assert memory_available_bytes(tmp_path) is None
-    assert busy_cores(tmp_path, seconds=0) is None
-
-
-def test_load_is_what_others_use_of_the_cores_that_are_ours(tmp_path, monkeypatch):
-    """Core 0's 100 ticks: 30 user, 10 nice, 5 system, 40 idle, 5 iowait, 10 stolen. Core 1 idles, core 2 isn't ours."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    # user nice system idle iowait irq softirq steal guest guest_nice
-    whole = "cpu  9 9 9 9 9 9 9 9 9 9"
-    zeros = "0 0 0 0 0 0 0 0 0 0"
-    before = "\n".join([whole, "cpu0 1 1 1 1 1 1 1 1 0 0", f"cpu1 {zeros}", f"cpu2 {zeros}"])
-    after = "\n".join(
-        [whole, "cpu0 31 11 6 41 6 1 1 11 30 0", "cpu1 0 0 0 99 1 0 0 0 0 0", "cpu2 99 0 0 0 0 0 0 0 0 0"]
-    )
-    root = write(tmp_path, {"proc/stat": before})
-    assert busy_cores(root, sleep=lambda _: write(root, {"proc/stat": after})) == pytest.approx(0.45)
 
 
 HEALTHY = Machine(
@@ -100,7 +84,6 @@ HEALTHY = Machine(
     quota_cores=None,
     threads=4,
     omp_num_threads=None,
-    others_busy_cores=0.1,
     memory_bytes=16 * GIB,
     memory_limit_bytes=None,
     memory_available_bytes=12 * GIB,
@@ -109,8 +92,6 @@ HEALTHY = Machine(
     gpus=[],
     nvidia_card=False,
     torch={"version": "2.13.0", "cuda": None, "hip": None},
-    libraries={},
-    compiler="/usr/bin/g++",
     device="cpu",
     precision="bf16-mixed",
 )
@@ -130,7 +111,6 @@ def test_a_healthy_machine_has_no_findings():
         ({"threads": 2}, "2 of 4 usable cores.", "OMP_NUM_THREADS=4"),
         ({"threads": 4, "usable_cores": 2}, "4 threads, but this process may use 2 of 4 cores", "OMP_NUM_THREADS=2"),
         ({"quota_cores": 1.5}, "4 threads, but its control group grants 1.5 cores", "OMP_NUM_THREADS=2"),
-        ({"others_busy_cores": 1.3}, "Other programs keep 1.3 of 4 cores busy", "can't be compared"),
         ({"memory_available_bytes": GIB // 2}, "512 MiB of memory are free.", "--data.batch_size"),
         (
             {"memory_available_bytes": GIB, "memory_limit_bytes": 2 * GIB},
@@ -139,7 +119,6 @@ def test_a_healthy_machine_has_no_findings():
         ),
         ({"shm_bytes": 64 * 2**20}, "/dev/shm holds 64 MiB", "--shm-size"),
         ({"disk_free_bytes": GIB}, "has 1.0 GiB left", "--runs_root"),
-        ({"compiler": None}, "no C++ compiler", "g++"),
         ({"nvidia_card": True}, "torch 2.13.0 was built without CUDA", "https://pytorch.org"),
         ({**CUDA}, "(CUDA 12.8) can't use it", "CUDA_VISIBLE_DEVICES"),
         ({**CUDA, "gpus": [replace(CARD, free_bytes=20 * GIB)]}, "Of the 80.0 GiB of Card only 20.0 GiB", "nvidia-smi"),
@@ -162,16 +141,14 @@ def test_the_machine_is_this_one():
     assert machine.torch["version"] == torch.__version__
     assert machine.disk_free_bytes > 0
     if os.path.exists("/proc/cpuinfo"):
-        assert 0 <= machine.others_busy_cores <= machine.usable_cores
         assert machine.memory_available_bytes <= machine.memory_bytes
 
 
-def test_everything_as_json(cli, tmp_path):
-    """Standard output and the file hold the same; nothing else is printed."""
-    outcome = cli("doctor", "--format", "json", "--json", tmp_path / "doctor.json")
+def test_everything_as_json(cli):
+    """Nothing else is printed."""
+    outcome = cli("doctor", "--format", "json")
     assert outcome.code == 0
     record = json.loads(outcome.out)
-    assert json.loads((tmp_path / "doctor.json").read_text()).keys() == record.keys()
     assert set(record) == {"machine", "findings"}
     assert record["machine"]["device"] in ("cpu", "cuda", "mps")
     assert record["machine"]["precision"] == default_precision()
@@ -187,10 +164,3 @@ def test_the_report_says_facts_and_findings(cli, monkeypatch):
         assert words in outcome.out
     assert "torch uses 10000 threads" in outcome.out
     assert "-> Set OMP_NUM_THREADS=" in outcome.out
-
-
-def test_a_file_that_cannot_be_written(cli, tmp_path):
-    (tmp_path / "file").write_text("")
-    outcome = cli("doctor", "--json", tmp_path / "file" / "doctor.json")
-    assert outcome.code == 2
-    assert "--json" in outcome.err

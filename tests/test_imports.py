@@ -14,9 +14,9 @@ from benchmarks.house.counts import count, cycle
 PACKAGE = Path(moevision.__file__).parent
 
 # layers -> {models, losses, metrics} -> efficiency; data -> {train, analysis} -> demo -> cli.
-# allocator, errors, files, names and versions are the floor that everyone stands on. Units of one brace don't import
+# allocator, errors, files and names are the floor that everyone stands on. Units of one brace don't import
 # each other, but for one arrow: metrics takes the definition of CV² from losses, so that there is one of it.
-_FLOOR = {"allocator", "errors", "files", "names", "versions"}
+_FLOOR = {"allocator", "errors", "files", "names"}
 _MODELS = _FLOOR | {"layers"}
 _NUMBERS = _MODELS | {"models", "losses", "metrics"}
 _TRAIN = _NUMBERS | {"efficiency", "data", "__init__"}
@@ -25,7 +25,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "allocator": set(),
     "names": set(),
     "errors": {"names"},
-    "versions": set(),
     "files": {"errors", "names"},
     "layers": _FLOOR,
     "models": _MODELS,
@@ -38,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": _DEMO,
     # The verbs name their modules in a table, demo's among them, which is imported when it is called.
     "commands": _DEMO,
-    "cli": {"__init__", "commands", "errors", "versions"},
+    "cli": {"__init__", "commands", "errors"},
     "__main__": {"cli"},
     "__init__": _NUMBERS | {"efficiency"},
 }

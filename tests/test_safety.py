@@ -30,15 +30,16 @@ from moevision.cli import VERBS
 from moevision.demo.atlas import load_atlas
 from moevision.demo.bundle import read_card
 from moevision.models import io as models_io
-from moevision.models import safe_config, safe_files
+from moevision.models import safe_files
 from moevision.models.io import create_from, load_model, open_model
-from moevision.models.safe_config import MAX_SIDE, read_config
 from moevision.models.safe_files import (
     MAX_HEADER_BYTES,
     MAX_JSON_VALUES,
+    MAX_SIDE,
     elements,
     parse_json,
     parse_yaml,
+    read_config,
     read_header,
     read_json,
     read_yaml,
@@ -682,6 +683,6 @@ def test_limits_hold_to_the_last_one() -> None:
     assert len(parse_json(most, "x")) == MAX_JSON_VALUES
     with pytest.raises(UserError, match="more than the 1,000,000 values"):
         parse_json(b"[1," + most[1:], "x")
-    safe_config._text("x" * safe_config.MAX_TEXT, "x")
+    safe_files._text("x" * safe_files.MAX_TEXT, "x")
     with pytest.raises(ValueError, match="at most 2000 characters"):
-        safe_config._text("x" * 2001, "x")
+        safe_files._text("x" * 2001, "x")

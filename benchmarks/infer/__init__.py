@@ -18,10 +18,10 @@ from torch import nn
 
 from benchmarks import harness
 from benchmarks.energy import energy_of, energy_text
+from benchmarks.flops import inference_flops
 from benchmarks.harness import DTYPES, Json, positive
 from benchmarks.subject import NAMES, Which, find_subject, inference
 from benchmarks.timing import Candidate, interleave, rounded, rows_of
-from moevision.efficiency import inference_flops
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.io import load_model, model_folder

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moevision import package_version
 from moevision.errors import UserError
 from moevision.layers import Routing
-from moevision.versions import package_version
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 PEERS = {

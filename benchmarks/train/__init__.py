@@ -20,13 +20,13 @@ import torch
 
 from benchmarks import harness
 from benchmarks.energy import energy_of, energy_text
+from benchmarks.flops import training_flops
 from benchmarks.harness import Json, count, positive
 from benchmarks.memory import beside_twin, memory_of
 from benchmarks.phases import ORDER, PhaseClock, breakdown, measure_load
 from benchmarks.subject import NAMES, Subject, TrainingStep, Which, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, rounded, rows_of
 from benchmarks.train import lightning_peer
-from moevision.efficiency import training_flops
 
 QUICK = {"batch_size": 4, "repetitions": 3, "warm_up": 1, "breakdown_steps": 2, "memory_runs": 1}
 EXAMPLES = """\

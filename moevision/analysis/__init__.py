@@ -1,8 +1,8 @@
 """What experts respond to: the routing of whole sets of images, and what can be said about it.
 
-- images and traces: `images`, `collect` (run the model), `trace`, `trace_io` (its file), `describe` (counts, galleries)
-- is it more than chance: `information`, `baselines`, `specialization`, `classes`, `agreement`
-- what if: `intervention` (by way of `decisions`), `effects`
+- images and traces: `images`, `collect` (run the model), `trace`, `describe` (counts, galleries, classes)
+- is it more than chance: `information`, `specialization` (beside its baselines), `agreement`
+- what if: `intervention`, `effects`
 - what it looks like: `plots` (all figures), `palette`, and `report` (`moevision analyze`)
 
 The names below load on first use, so that a trace can be collected without figures or statistics being imported.
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moevision.analysis.agreement import consistency, expert_similarity, match_experts
-    from moevision.analysis.baselines import measure_baselines
-    from moevision.analysis.classes import class_expert_map, compare_classes
     from moevision.analysis.collect import collect_routing
+    from moevision.analysis.describe import class_expert_map, compare_classes
     from moevision.analysis.effects import class_effect, effect
     from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
+    from moevision.analysis.specialization import measure_baselines
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 # The module that defines each name.
@@ -31,15 +31,15 @@ _HOME = {
     "PictureSet": "images",
     "RoutingTrace": "trace",
     "class_effect": "effects",
-    "class_expert_map": "classes",
+    "class_expert_map": "describe",
     "collect_routing": "collect",
-    "compare_classes": "classes",
+    "compare_classes": "describe",
     "consistency": "agreement",
     "effect": "effects",
     "expert_similarity": "agreement",
     "intervene": "intervention",
     "match_experts": "agreement",
-    "measure_baselines": "baselines",
+    "measure_baselines": "specialization",
     "open_pictures": "images",
     "patch_crop": "images",
 }

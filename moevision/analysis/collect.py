@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from moevision import __version__
 from moevision.analysis.images import Data, PictureSet, open_pictures
-from moevision.analysis.trace import RoutingTrace, describe_trace
-from moevision.analysis.trace_io import Array, TensorBuffer, TensorFile, TensorSpec
+from moevision.analysis.trace import Array, RoutingTrace, TensorBuffer, TensorFile, TensorSpec, describe_trace
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError

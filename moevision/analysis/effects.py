@@ -28,9 +28,20 @@ import torch
 from torch import Tensor, nn
 
 from moevision.analysis.collect import network_input
-from moevision.analysis.decisions import Capacity, Decision, Edit, Ranking, computed_pairs, each_row, routing_kind
 from moevision.analysis.images import PictureSet
-from moevision.analysis.intervention import Fill, Intervention, edited, numbered_layers
+from moevision.analysis.intervention import (
+    Capacity,
+    Decision,
+    Edit,
+    Fill,
+    Intervention,
+    Ranking,
+    computed_pairs,
+    each_row,
+    edited,
+    numbered_layers,
+    routing_kind,
+)
 from moevision.data.images import BadImageError
 from moevision.errors import UserError
 from moevision.layers import ColourRouter, MoEMlp, moe_layers, routing_lock

@@ -21,8 +21,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moevision.data.images import BadImageError
-from moevision.data.named import open_collection
-from moevision.data.sources import SPLITS, Collection, DrawnCollection, FileCollection, Sample
+from moevision.data.sources import SPLITS, Collection, DrawnCollection, FileCollection, Sample, open_collection
 from moevision.data.splits import Cut, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels

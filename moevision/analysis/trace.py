@@ -1,4 +1,4 @@
-"""`RoutingTrace`: what every MoE layer of a model decided about every patch of a set of images.
+"""`RoutingTrace`: what every MoE layer of a model decided about every patch of a set of images, and the file of it.
 
 Two questions can be asked of a patch and an expert. Where tokens choose they are one: the choice counts 1.
 
@@ -11,21 +11,35 @@ Two questions can be asked of a patch and an expert. Where tokens choose they ar
 Axes: I images, P patches (row-major in a grid of rows x columns; class and register tokens are left out), K choices
 best first (all E experts where tokens don't choose), E experts, C classes. An expert is named by block and index, both
 counted from 0: "L4·E3".
+
+The file is one safetensors file, written row by row in bounded memory and read through a memory map. The `safetensors`
+library writes a file only from arrays that lie in memory whole. The format is plain
+(https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header (little-endian), a header in
+JSON, and the arrays one after the other. So every array has its place before the first number is known. Rows are
+written at their place instead of through a writable map: a full disk is then an error with a sentence, while a map of a
+file with holes ends the process with SIGBUS. The header is written last and the file renamed at the end, so a file that
+was cut off is never taken for a whole one. Reading leaves all checks to the library.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
-from moevision.analysis.trace_io import Array, TensorFile, TensorSpec, read_tensors
 from moevision.errors import UserError
+from moevision.files import rename, sync_folder, temporary_for
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.safe_files import parse_json
 from moevision.names import shown
@@ -33,7 +47,7 @@ from moevision.names import shown
 LAYER_ARRAYS = ("expert_index", "kept", "combine_weight", "probs", "margin", "entropy_bits")
 _CHUNK = 64  # images that are counted or copied at once
 
-Numbers = npt.NDArray[Any]
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -86,21 +100,21 @@ class LayerTrace:
         return float(np.asarray(self.kept).sum() / max(1, np.asarray(self.margin).size))
 
     @property
-    def reads(self) -> Numbers:
+    def reads(self) -> Array:
         """[I, P, K] how much of the patch each of `expert_index` reads, see above."""
         return self._reads(slice(None))
 
     @property
-    def takes(self) -> Numbers:
+    def takes(self) -> Array:
         """[I, P, K] how much the patch takes from each of `expert_index`, see above."""
         return self._takes(slice(None))
 
     @property
-    def wanted(self) -> Numbers | None:
+    def wanted(self) -> Array | None:
         """[I, P, K] what each of `expert_index` counts where the router's wish is asked for: 1 (None) or `reads`."""
         return None if self.kind == "token_choice" else self.reads
 
-    def arrays(self) -> dict[str, Numbers]:
+    def arrays(self) -> dict[str, Array]:
         """Its arrays by name."""
         found = {name: getattr(self, name) for name in LAYER_ARRAYS}
         return found if self.read_weight is None else {**found, "read_weight": self.read_weight}
@@ -120,23 +134,23 @@ class LayerTrace:
         """The same of some images."""
         return LayerTrace(self.layer, kind=self.kind, **{name: array[images] for name, array in self.arrays().items()})
 
-    def counts(self) -> Numbers:
+    def counts(self) -> Array:
         """[I, E]: the load, int64: how many choices of each image every expert computes.
 
         Soft MoE, where every expert computes as many slots: float64, the sum of the weights that patches take.
         """
         return self._sums(self._takes if self.kind == "soft" else self._reads)
 
-    def image_takes(self) -> Numbers:
+    def image_takes(self) -> Array:
         """[I, E]: what each image takes from every expert; what questions about classes are asked of."""
         return self._sums(self._takes)
 
-    def patch_counts(self) -> Numbers:
+    def patch_counts(self) -> Array:
         """[P, E]: how much every expert reads at each place of the grid (a choice counts 1), over all images."""
         places = np.arange(self.expert_index.shape[1])[:, None]
         parts = chunks(len(self.expert_index))
         empty = self._tally(slice(0), places, self._reads(slice(0)))
-        total: Numbers = sum((self._tally(part, places, self._reads(part)) for part in parts), start=empty)
+        total: Array = sum((self._tally(part, places, self._reads(part)) for part in parts), start=empty)
         return total
 
     def kept_per_patch(self) -> npt.NDArray[np.int64]:
@@ -144,13 +158,13 @@ class LayerTrace:
         counts: npt.NDArray[np.int64] = np.bincount(np.asarray(self.kept).sum(-1).ravel(), minlength=self.top_k + 1)
         return counts
 
-    def _reads(self, part: slice) -> Numbers:
+    def _reads(self, part: slice) -> Array:
         return self.kept[part] if self.read_weight is None else self.read_weight[part] * self.kept[part]
 
-    def _takes(self, part: slice) -> Numbers:
+    def _takes(self, part: slice) -> Array:
         return self.kept[part] if self.kind == "token_choice" else self.combine_weight[part] * self.kept[part]
 
-    def _sums(self, amount: Callable[[slice], Numbers]) -> Numbers:
+    def _sums(self, amount: Callable[[slice], Array]) -> Array:
         """[I, E] amounts [I, P, K] by image and expert."""
         rows = [
             self._tally(part, np.arange(part.stop - part.start)[:, None, None], amount(part))
@@ -158,7 +172,7 @@ class LayerTrace:
         ]
         return np.concatenate([self._tally(slice(0), np.zeros((0, 1, 1), int), amount(slice(0))), *rows])
 
-    def _tally(self, part: slice, rows: npt.NDArray[np.int64], amount: Numbers) -> Numbers:
+    def _tally(self, part: slice, rows: npt.NDArray[np.int64], amount: Array) -> Array:
         """Amounts [images, P, K] of some images by row and expert; `rows` broadcasts to the same."""
         cells = rows * self.num_experts + self.expert_index[part]
         length = rows.size * self.num_experts
@@ -356,3 +370,205 @@ def describe_trace(
     if set(kinds) != {"token_choice"}:
         words["kinds"] = kinds
     return {"schema": SCHEMA, **{name: json.dumps(value) for name, value in words.items()}}
+
+
+_LENGTH_BYTES = 8
+_MOVED_BYTES = 2**20  # at once, where arrays are moved together
+_NAMES = {"float32": "F32", "float16": "F16", "int64": "I64", "int16": "I16", "bool": "BOOL"}
+_DTYPES = {name: np.dtype(dtype) for dtype, name in _NAMES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """Type and shape of an array; the first axis counts rows."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.dtype.itemsize * prod(self.shape[1:])
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.dtype.itemsize * prod(self.shape)
+
+
+class TensorBuffer:
+    """Arrays in memory that fill row by row; the same three calls as `TensorFile`, without a `with` block."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self._arrays = {name: np.empty(spec.shape, spec.dtype) for name, spec in specs.items()}
+        self._metadata = dict(metadata)
+
+    def write(self, rows: Mapping[str, Array], start: int) -> None:
+        """Copy rows into their place."""
+        for name, values in rows.items():
+            self._arrays[name][start : start + len(values)] = values
+
+    def shrink(self, rows: int, metadata: Mapping[str, str]) -> None:
+        """Keep only the first rows, with other metadata."""
+        self._arrays = {name: array[:rows] for name, array in self._arrays.items()}
+        self._metadata = dict(metadata)
+
+    def result(self) -> tuple[dict[str, Array], dict[str, str]]:
+        """The arrays and the metadata."""
+        return self._arrays, self._metadata
+
+
+class TensorFile:
+    """A file of arrays that fills row by row; it appears under its name when the `with` block ends well.
+
+    Args:
+        path: the file; an older one stays until the new one is complete.
+        specs: array name -> type and shape.
+        metadata: what the header says beside the arrays.
+
+    Raises:
+        UserError: on entry, while writing or on exit, if the disk doesn't take it.
+    """
+
+    def __init__(self, path: str | Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self.specs, self.path = dict(specs), Path(path)
+        self.partial = temporary_for(self.path)
+        self._header, self._starts = _header(self.specs, metadata)
+
+    def __enter__(self) -> Self:
+        """Make the unfinished file, with its full length and zeros for a header."""
+        with self._disk():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.partial.open("w+b")
+            self._file.truncate(len(self._header) + sum(spec.total_bytes for spec in self.specs.values()))
+        return self
+
+    def write(self, rows: Mapping[str, Array], start: int) -> None:
+        """Write rows to their place in the file."""
+        for name, values in rows.items():
+            spec = self.specs[name]
+            if values.dtype != spec.dtype or values.shape[1:] != spec.shape[1:] or start + len(values) > spec.shape[0]:
+                raise ValueError(f"{name} takes rows of {spec}, not {values.dtype} {values.shape} from row {start}")
+            with self._disk():
+                self._file.seek(self._starts[name] + start * spec.row_bytes)
+                self._file.write(values.tobytes())
+
+    def shrink(self, rows: int, metadata: Mapping[str, str]) -> None:
+        """Move the arrays' first rows together; the new metadata must not be longer than the old."""
+        specs = {name: TensorSpec(spec.dtype, (rows, *spec.shape[1:])) for name, spec in self.specs.items()}
+        header, starts = _header(specs, metadata, len(self._header))
+        with self._disk():
+            # Every array moves towards the front, and the front ones first: none is overwritten before it has moved.
+            for name in sorted(starts, key=starts.__getitem__):
+                self._move(self._starts[name], starts[name], specs[name].total_bytes)
+            self._file.truncate(len(header) + sum(spec.total_bytes for spec in specs.values()))
+        self.specs, self._header, self._starts = specs, header, starts
+
+    def _move(self, source: int, target: int, size: int) -> None:
+        for offset in range(0, size, _MOVED_BYTES):
+            self._file.seek(source + offset)
+            part = self._file.read(min(_MOVED_BYTES, size - offset))
+            self._file.seek(target + offset)
+            self._file.write(part)
+
+    def result(self) -> tuple[dict[str, Array], dict[str, str]]:
+        """The finished file, mapped."""
+        return read_tensors(self.path)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Complete and rename the file, or remove it after an error."""
+        try:
+            if kind is None:
+                with self._disk():
+                    self._complete()
+        finally:
+            self._file.close()
+            self.partial.unlink(missing_ok=True)
+
+    def _complete(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())  # the arrays are on the disk before the header says that they are
+        self._file.seek(0)
+        self._file.write(self._header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        rename(self.partial, self.path)
+        sync_folder(self.path.parent)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path} can't be written ({error.strerror}): give another place, or free some space."
+            ) from error
+
+
+def _header(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], length: int = 0
+) -> tuple[bytes, dict[str, int]]:
+    """The bytes in front of the arrays, and where each array starts in the file.
+
+    Wide types come first, and blanks (which the format allows) fill the header up to a multiple of 8 bytes: then every
+    array is aligned, which NumPy needs to be fast.
+
+    Args:
+        specs: array name -> type and shape.
+        metadata: what the header says beside them.
+        length: bytes that the header must have, 0 for as many as needed.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    starts: dict[str, int] = {}
+    offset = 0
+    for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
+        end = offset + spec.total_bytes
+        entries[name] = {"dtype": _NAMES[spec.dtype.name], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        starts[name], offset = offset, end
+    text = json.dumps(entries).encode()
+    blanks = length - _LENGTH_BYTES - len(text) if length else -len(text) % 8
+    if blanks < 0:
+        raise ValueError(f"a header of {len(text)} bytes doesn't fit into {length}")
+    text += b" " * blanks
+    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    return header, {name: start + len(header) for name, start in starts.items()}
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Map the arrays of a safetensors file into memory, read-only.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The arrays and the header's metadata.
+
+    Raises:
+        UserError: if there is no such file or it is damaged.
+    """
+    try:
+        with safe_open(str(path), framework="np") as checked:  # also that the file ends where it should
+            metadata = checked.metadata() or {}
+        with Path(path).open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            entries = json.loads(file.read(length))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        entries.pop("__metadata__", None)
+        start = _LENGTH_BYTES + length
+        arrays = {name: _view(mapped, start, entry) for name, entry in entries.items()}
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}: collect the routing again, or check the path.") from error
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged, or is no file of this kind ({error}): collect the routing again, or give another file."
+        ) from error
+    return arrays, metadata
+
+
+def _view(mapped: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Array:
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    first = start + entry["data_offsets"][0]
+    array: Array = np.frombuffer(mapped, dtype, count=prod(shape), offset=first if prod(shape) else 0)
+    return array.reshape(shape)

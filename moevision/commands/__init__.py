@@ -1,4 +1,4 @@
-"""The verbs of the command line: a table, and a module for each. `parsers` says what they take."""
+"""The verbs of the command line: a table of them, and where each is run. `parsers` says what they take."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ VERBS = {
     ),
     "export": Verb("write a model as ONNX or torch.export, checked against it", "moevision.commands.export:run"),
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
-    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.commands.analyze:run"),
+    "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report.build:run"),
     "doctor": Verb("what limits this machine, and what to change", "moevision.commands.doctor:run"),
     "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.demo.server:run"),
     "completion": Verb("make the shell complete verbs and flags", "moevision.commands.completion:run"),

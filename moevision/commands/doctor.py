@@ -3,7 +3,7 @@
 `look` collects facts, `findings` judges them, so that every rule can be shown a machine that breaks it.
 
 Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (cpu.max, memory.max; a limit of any ancestor holds), cgroup-v1
-(cpu.cfs_quota_us, memory.limit_in_bytes), proc(5) (/proc/stat, /proc/meminfo).
+(cpu.cfs_quota_us, memory.limit_in_bytes), proc(5) (/proc/meminfo).
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import json
 import math
 import os
 import shutil
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,14 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moevision.errors import UserError
-from moevision.files import write_json_atomic
-from moevision.train.provenance import LIBRARIES, cpu_model, total_memory_bytes
+from moevision.train.provenance import cpu_model, total_memory_bytes
 from moevision.train.recipe import default_precision
-from moevision.versions import package_version
 
 ROOT = Path("/")
-BUSY_SHARE = 0.1  # of the usable cores in the hands of others: beyond it timings can't be compared
 MEMORY_BYTES = 2 * 2**30  # a step of the micro model at batch 128 took 1.3 GiB with Lightning loaded
 DISK_BYTES = 2 * 2**30
 SHM_BYTES = 512 * 2**20  # Docker gives 64 MiB; four workers with two prepared batches of 64 x 224 px want about 300
@@ -56,7 +51,6 @@ class Machine:
     quota_cores: float | None  # cores' worth of time that the control group grants
     threads: int  # of torch
     omp_num_threads: str | None  # the environment variable
-    others_busy_cores: float | None  # cores' worth of other programs, right now
     memory_bytes: int | None
     memory_limit_bytes: int | None  # the control group's
     memory_available_bytes: int | None
@@ -65,8 +59,6 @@ class Machine:
     gpus: list[Gpu]  # that torch can use
     nvidia_card: bool  # whether the system has one, for torch or not
     torch: dict[str, str | None]  # version, and the CUDA or ROCm that it was built for
-    libraries: dict[str, str | None]
-    compiler: str | None  # C++, for torch.compile on a CPU
     device: str  # where moevision trains here
     precision: str  # and in which, if nobody says otherwise
 
@@ -80,23 +72,11 @@ class Finding:
 
 
 def run(chosen: Namespace) -> None:
-    """Print facts and findings, and write them to a file if asked.
-
-    Raises:
-        UserError: if the file can't be written.
-    """
-    # Status lines go to standard error, so that standard output stays JSON.
-    with Console(stderr=True).status("looking around"):
-        machine = look()
+    """Print facts and findings."""
+    machine = look()
     found = findings(machine)
-    record = {"machine": asdict(machine), "findings": [asdict(finding) for finding in found]}
-    if chosen.json is not None:
-        try:
-            write_json_atomic(chosen.json, record)
-        except OSError as error:
-            raise UserError(f"{chosen.json} can't be written ({error.strerror}): give --json another name.") from error
     if chosen.format == "json":
-        print(json.dumps(record, indent=2))
+        print(json.dumps({"machine": asdict(machine), "findings": [asdict(finding) for finding in found]}, indent=2))
     else:
         print_report(Console(highlight=False), machine, found)
 
@@ -125,8 +105,6 @@ def print_report(console: Console, machine: Machine, found: list[Finding]) -> No
     table.add_row("memory", ", ".join(f"{name}{gib(size)}" for name, size in sizes.items() if size is not None))
     table.add_row("GPU", "\n".join(gpus) or "none that torch can use")
     table.add_row("torch", f"{built['version']}, built for {built_for}")
-    table.add_row("libraries", ", ".join(f"{name} {number}" for name, number in machine.libraries.items() if number))
-    table.add_row("compiler", machine.compiler or "none")
     table.add_row("trains on", f"{machine.device}, precision {machine.precision}, unless you say otherwise")
     console.print(table)
     if not found:
@@ -141,8 +119,8 @@ def print_report(console: Console, machine: Machine, found: list[Finding]) -> No
 
 
 def findings(machine: Machine) -> list[Finding]:
-    """All rules that apply, the costliest first: the wrong device, then cores, memory, tools."""
-    rules = (_gpu, _threads, _company, _memory, _tools)
+    """All rules that apply, the costliest first: the wrong device, then cores, then memory."""
+    rules = (_gpu, _threads, _memory)
     return [Finding(what, advice) for rule in rules for what, advice in rule(machine)]
 
 
@@ -191,15 +169,6 @@ def _threads(machine: Machine) -> Iterator[tuple[str, str]]:
         )
 
 
-def _company(machine: Machine) -> Iterator[tuple[str, str]]:
-    busy = machine.others_busy_cores
-    if busy is not None and busy > BUSY_SHARE * machine.usable_cores:
-        yield (
-            f"Other programs keep {busy:.1f} of {machine.usable_cores} cores busy right now.",
-            "End them or wait: what is measured meanwhile is too slow and can't be compared.",
-        )
-
-
 def _memory(machine: Machine) -> Iterator[tuple[str, str]]:
     free, limit = machine.memory_available_bytes, machine.memory_limit_bytes
     if free is not None and free < MEMORY_BYTES:
@@ -221,14 +190,6 @@ def _memory(machine: Machine) -> Iterator[tuple[str, str]]:
         )
 
 
-def _tools(machine: Machine) -> Iterator[tuple[str, str]]:
-    if machine.compiler is None and machine.device == "cpu":
-        yield (
-            "There is no C++ compiler, so torch.compile doesn't work on this CPU.",
-            "Install one, such as the package g++; nothing else needs it.",
-        )
-
-
 def gib(size_bytes: int) -> str:
     """A size in GiB, or MiB below one."""
     return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
@@ -238,9 +199,8 @@ def gib(size_bytes: int) -> str:
 
 
 def look(root: Path = ROOT) -> Machine:
-    """Collect the facts; half a second, in which the load of other programs is observed."""
+    """Collect the facts."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    compilers = (os.environ.get("CXX") or "g++", "g++", "clang++", "cl")  # in the order in which Inductor looks for one
     return Machine(
         cpu=cpu_model(),
         cores=os.cpu_count() or 1,
@@ -248,7 +208,6 @@ def look(root: Path = ROOT) -> Machine:
         quota_cores=cpu_quota(root),
         threads=torch.get_num_threads(),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
-        others_busy_cores=busy_cores(root),
         memory_bytes=total_memory_bytes(),
         memory_limit_bytes=memory_limit_bytes(root),
         memory_available_bytes=memory_available_bytes(root),
@@ -257,8 +216,6 @@ def look(root: Path = ROOT) -> Machine:
         gpus=_gpus(cards),
         nvidia_card=shutil.which("nvidia-smi") is not None or (root / "proc/driver/nvidia/version").exists(),
         torch={"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
-        libraries={name: package_version(name) for name in ("moevision", *LIBRARIES)},
-        compiler=next((path for name in compilers if (path := shutil.which(name))), None),
         device="cuda" if cards else "mps" if torch.backends.mps.is_available() else "cpu",
         precision=default_precision(),
     )
@@ -309,32 +266,6 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int | None]]:
         used = _words(folder / "memory.current") or _words(folder / "memory.usage_in_bytes")
         if limit and limit[0] != "max" and int(limit[0]) < _V1_UNLIMITED:
             yield int(limit[0]), int(used[0]) if used else None
-
-
-def busy_cores(root: Path = ROOT, *, seconds: float = 0.5, sleep: Callable[[float], None] = time.sleep) -> float | None:
-    """Cores that others keep busy, of those that this process may use, while it sleeps; a container sees all."""
-    before = _ticks(root)
-    sleep(seconds)
-    after = _ticks(root)
-    if not before or before.keys() != after.keys():
-        return None
-    busy = 0.0
-    for core, start in before.items():
-        # user nice system idle iowait irq softirq steal; guest times are in user and nice already.
-        spent = [end - begin for begin, end in zip(start, after[core], strict=True)][:8]
-        busy += (sum(spent) - spent[3] - spent[4] - spent[7]) / (sum(spent) or 1)
-    return busy
-
-
-def _ticks(root: Path) -> dict[int, list[int]]:
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    ticks = {}
-    for line in _text(root / "proc/stat").splitlines():
-        name, *numbers = line.split() or [""]
-        number = name.removeprefix("cpu")
-        if name.startswith("cpu") and number.isdecimal() and (allowed is None or int(number) in allowed):
-            ticks[int(number)] = [int(word) for word in numbers]
-    return ticks
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

@@ -327,16 +327,14 @@ def doctor() -> ArgumentParser:
         "doctor",
         """\
         See what limits this machine before you train on it, and what to change: a torch without CUDA beside an NVIDIA
-        card, too few or too many threads, other programs, little memory, a tiny /dev/shm, no compiler. Findings are no
-        errors: the exit code is 0.
+        card, too few or too many threads, little memory, a tiny /dev/shm. Findings are no errors: the exit code is 0.
         """,
         """\
         moevision doctor
-        moevision doctor --json doctor.json            the same as a file, to attach to a bug report
+        moevision doctor --format json > doctor.json   as a file
         """,
     )
     parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
     return parser
 
 

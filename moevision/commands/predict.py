@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import track
 
 from moevision.commands import loading
-from moevision.data.folder import walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
+from moevision.data.sources import walk
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError
 from moevision.files import write_text_atomic

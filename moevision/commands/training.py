@@ -77,7 +77,7 @@ def render() -> dict[Path, str]:
 
 def rendering_versions() -> dict[str, str | None]:
     """What the text depends on besides this package."""
-    from moevision.versions import package_version
+    from moevision import package_version
 
     python = ".".join(map(str, sys.version_info[:2]))
     return {"python": python} | {name: package_version(name) for name in ("jsonargparse", "lightning", "torch")}

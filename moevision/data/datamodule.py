@@ -29,8 +29,7 @@ from moevision.data.contents import (
 )
 from moevision.data.dataset import ImageDataset
 from moevision.data.loader import Collate, ImageLoader, PositionSampler, eval_batches
-from moevision.data.named import open_collection
-from moevision.data.sources import SPLITS, Collection
+from moevision.data.sources import SPLITS, Collection, open_collection
 from moevision.data.splits import Cut
 from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
 from moevision.errors import DataWarning, UserError

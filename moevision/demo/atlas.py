@@ -44,7 +44,7 @@ from moevision.models.safe_files import read_json
 from moevision.names import json_text
 
 if TYPE_CHECKING:
-    from moevision.analysis.classes import ClassExpertMap
+    from moevision.analysis.describe import ClassExpertMap
     from moevision.analysis.images import PictureSet
     from moevision.analysis.specialization import LayerSpecialization
     from moevision.analysis.trace import LayerTrace, RoutingTrace

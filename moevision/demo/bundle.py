@@ -16,9 +16,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from moevision.analysis.baselines import fresh_copy
 from moevision.analysis.images import PictureSet, is_data_of, open_pictures, pictures_for, run_folder
-from moevision.data.named import DATASET_NAMES, SYNTHETIC
+from moevision.analysis.specialization import fresh_copy
+from moevision.data.sources import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples
 from moevision.demo.facts import ModelFacts, describe, title_of
 from moevision.demo.typical import Typical

@@ -15,9 +15,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moevision.analysis.classes import class_expert_map, compare_classes, image_shares
 from moevision.analysis.collect import collect_routing
-from moevision.analysis.describe import fractions_of_parts, majority_part, patches_on_path
+from moevision.analysis.describe import (
+    class_expert_map,
+    compare_classes,
+    fractions_of_parts,
+    image_shares,
+    majority_part,
+    patches_on_path,
+)
 from moevision.analysis.images import PictureSet, open_pictures, patch_crop
 from moevision.analysis.specialization import specialization
 from moevision.analysis.trace import RoutingTrace

@@ -21,8 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch import nn
 
-from moevision.analysis.decisions import routing_kind
-from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal
+from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal, routing_kind
 from moevision.demo.facts import (
     LayerFacts,
     ModelFacts,

@@ -2,7 +2,7 @@
 
 A saved model is a folder in timm's own format, `config.json` and `model.safetensors`, which opens with timm alone once
 `moevision` is imported: `timm.create_model("local-dir:runs/x/model", pretrained=True)`. Files of unknown origin are
-checked before anything is made of them (`safe_config`), and weights are always safetensors: timm itself would take
+checked before anything is made of them (`safe_files`), and weights are always safetensors: timm itself would take
 `pytorch_model.bin`, a pickle, from a folder or a repository that has nothing else.
 """
 
@@ -26,8 +26,7 @@ from torch import nn
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
 from moevision.files import sync_file, write_text_atomic
-from moevision.models.safe_config import CONFIG, WEIGHTS, check_model_folder, check_types, read_config
-from moevision.models.safe_files import read_header
+from moevision.models.safe_files import CONFIG, WEIGHTS, check_model_folder, check_types, read_config, read_header
 from moevision.names import shown
 
 ImageSize = int | tuple[int, int]

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.models.io import SavedModel, load_model, model_folder, save_model
-from moevision.models.safe_config import CONFIG, WEIGHTS
+from moevision.models.safe_files import CONFIG, WEIGHTS
 
 CARD = "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)

@@ -21,8 +21,8 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
-from moevision import __version__
-from moevision.data.named import UNKNOWN, DataTerms, terms_of
+from moevision import __version__, package_version
+from moevision.data.sources import UNKNOWN, DataTerms, terms_of
 from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError
 from moevision.layers import moe_layers
@@ -35,7 +35,6 @@ from moevision.train.report import (
     read_summary,
     render,
 )
-from moevision.versions import package_version
 
 Json = dict[str, Any]
 UNKNOWN_LICENCE = "unknown"  # huggingface.co's own word in the field `license`

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moevision import __version__
-from moevision.versions import package_version
+from moevision import __version__, package_version
 
 if TYPE_CHECKING:
     import lightning as L

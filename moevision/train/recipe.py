@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 
-from moevision.data.folder import walk
 from moevision.data.images import is_image_path
+from moevision.data.sources import walk
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers

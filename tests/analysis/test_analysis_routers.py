@@ -10,16 +10,14 @@ import torch
 
 from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.agreement import consistency, expert_similarity, linear_cka
-from moevision.analysis.baselines import Rule, fresh_copy, measure_baselines
-from moevision.analysis.classes import class_expert_map
 from moevision.analysis.collect import network_input
+from moevision.analysis.describe import class_expert_map
 from moevision.analysis.effects import class_effect, effect
 from moevision.analysis.information import class_information, part_information, position_information
 from moevision.analysis.intervention import Intervention, ablate
-from moevision.analysis.report.build import analyze
-from moevision.analysis.report.figures import caption, draw_figures
+from moevision.analysis.report.build import analyze, caption, draw_figures
 from moevision.analysis.report.measure import ReportSettings, Results, layer_numbers, model_numbers
-from moevision.analysis.specialization import specialization
+from moevision.analysis.specialization import Rule, fresh_copy, measure_baselines, specialization
 from moevision.data import SyntheticPets
 from moevision.demo.atlas import build_atlas, sample_paths
 from moevision.errors import UserError

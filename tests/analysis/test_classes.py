@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, permutation_test
 
-from moevision.analysis.classes import MIN_IMAGES, _permutation_p, class_expert_map, compare_classes, image_shares
+from moevision.analysis.describe import MIN_IMAGES, _permutation_p, class_expert_map, compare_classes, image_shares
 from moevision.errors import UserError
 
 

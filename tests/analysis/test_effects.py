@@ -10,7 +10,6 @@ import timm
 import torch
 
 from moevision import UserError, forward_routing
-from moevision.analysis.decisions import Ranking
 from moevision.analysis.effects import (
     ClassEffect,
     Control,
@@ -23,7 +22,7 @@ from moevision.analysis.effects import (
     run_under,
     take_away_random,
 )
-from moevision.analysis.intervention import Intervention, ablate, edited, intervene, use_top_k
+from moevision.analysis.intervention import Intervention, Ranking, ablate, edited, intervene, use_top_k
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.layers import Routing, build_router, moe_layers

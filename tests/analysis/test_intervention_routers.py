@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from moevision import UserError, forward_routing
-from moevision.analysis.decisions import routing_kind
 from moevision.analysis.effects import control_in_words, in_words
 from moevision.analysis.intervention import (
     Intervention,
@@ -20,6 +19,7 @@ from moevision.analysis.intervention import (
     limit_capacity,
     random_route,
     refusal,
+    routing_kind,
     swap,
     use_top_k,
 )

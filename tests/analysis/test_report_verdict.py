@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from moevision.analysis.baselines import Assignments
-from moevision.analysis.specialization import FOUND, NOT_FOUND, OPEN, listed, specialization, verdict_of
+from moevision.analysis.specialization import FOUND, NOT_FOUND, OPEN, Assignments, listed, specialization, verdict_of
 
 
 def planted_trace(make_trace, rng, follows_class):

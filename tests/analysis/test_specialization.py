@@ -13,10 +13,17 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 from moevision.analysis import collect_routing, open_pictures
-from moevision.analysis.baselines import NAMES, Assignments, fresh_copy, hash_scores, measure_baselines
 from moevision.analysis.images import image_patches
 from moevision.analysis.information import Estimate
-from moevision.analysis.specialization import exceeds, specialization
+from moevision.analysis.specialization import (
+    BASELINES,
+    Assignments,
+    exceeds,
+    fresh_copy,
+    hash_scores,
+    measure_baselines,
+    specialization,
+)
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers
@@ -140,7 +147,7 @@ def test_difference_interval_by_hand() -> None:
 
 def test_baselines_of_a_model(measured) -> None:
     _, _, trace, baselines = measured
-    assert set(baselines) == set(NAMES)
+    assert set(baselines) == set(BASELINES)
     blocks = [layer.layer for layer in trace.layers]
     assert [(each.layer, each.seed) for each in baselines["untrained"]] == [(b, s) for s in range(2) for b in blocks]
     assert {each.layer for name in ("hash", "hash_position", "kmeans_colour") for each in baselines[name]} == {None}

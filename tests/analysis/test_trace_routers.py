@@ -11,11 +11,13 @@ import torch
 from moevision import forward_routing
 from moevision.analysis import LayerTrace, RoutingTrace, collect_routing, open_pictures
 from moevision.analysis.agreement import match_experts
-from moevision.analysis.classes import class_expert_map, compare_classes, image_shares
 from moevision.analysis.describe import (
+    class_expert_map,
     co_activation,
+    compare_classes,
     first_choice_paths,
     gate_weight_quantiles,
+    image_shares,
     layer_gallery,
     part_expert_table,
     position_share,

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from PIL import Image
 
 from moevision.data import ImageDataModule
-from moevision.data.folder import words_of
+from moevision.data.sources import words_of
 from moevision.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

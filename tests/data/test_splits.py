@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moevision.data.folder import read_folder
-from moevision.data.sources import Collection, Sample
+from moevision.data.sources import Collection, Sample, read_folder
 from moevision.data.splits import Cut, Splits, identical, make_splits, read_splits, stratified_cut, write_splits
 from moevision.errors import UserError
 

@@ -8,9 +8,8 @@ import pytest
 import timm
 import torch
 
-from moevision.analysis.classes import class_expert_map
 from moevision.analysis.collect import collect_routing
-from moevision.analysis.describe import fractions_of_parts
+from moevision.analysis.describe import class_expert_map, fractions_of_parts
 from moevision.analysis.images import View, open_pictures
 from moevision.analysis.specialization import specialization
 from moevision.data import SyntheticPets

@@ -24,7 +24,7 @@ def folders(record: Json) -> list[Json]:
         found = [each for name, each in record[when]["counts"]["folders"].items() if name in inside]
         return {key: sum(each[key] for each in found) for key in ("modules", "lines")}
 
-    names = ("layers", "models", "data", "train", "analysis", "demo", "commands", "efficiency")
+    names = ("layers", "models", "data", "train", "analysis", "demo", "commands")
     return [{"name": name, "before": size("before", name), "after": size("after", name)} for name in names]
 
 

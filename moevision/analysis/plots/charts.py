@@ -1,6 +1,6 @@
 """Figures of numbers: load, gate weights, co-activation, maps by class, part and place, specialization, effects.
 
-Arrays in, a matplotlib Figure out. Nothing is decided here: statistics come from `specialization.py` and `classes.py`.
+Arrays in, a matplotlib Figure out. Nothing is decided here: statistics come from `specialization.py` and `describe.py`.
 Axes: L MoE layers, C classes (or parts), E experts, K choices, P patches (row-major in a grid of rows x columns),
 Q quantiles.
 """

@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moevision.analysis.agreement import consistency, expert_similarity, match_experts
-from moevision.analysis.baselines import measure_baselines
-from moevision.analysis.classes import ClassExpertMap, class_expert_map
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.describe import (
     QUANTILES,
+    ClassExpertMap,
+    class_expert_map,
     co_activation,
     fractions_of_parts,
     gate_weight_quantiles,
@@ -38,7 +38,13 @@ from moevision.analysis.describe import (
 from moevision.analysis.effects import class_effect
 from moevision.analysis.images import PictureSet
 from moevision.analysis.intervention import Intervention
-from moevision.analysis.specialization import LayerSpecialization, is_open, specialization, verdict_of
+from moevision.analysis.specialization import (
+    LayerSpecialization,
+    is_open,
+    measure_baselines,
+    specialization,
+    verdict_of,
+)
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.layers.routing import Kind as RoutingKind

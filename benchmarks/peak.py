@@ -1,4 +1,4 @@
-"""How fast this machine really multiplies matrices and copies memory.
+"""How fast this machine really multiplies matrices.
 
 A vendor's peak says nothing about a laptop, two cores of a shared server or a card under a power cap; a matrix product
 of torch's own on the same machine does. MFU is the share of this measured peak: compare it between programs on one
@@ -17,7 +17,6 @@ from moevision.errors import UserError
 _CPU_SIZES = (512, 1024, 2048)
 _GPU_SIZES = (2048, 4096, 8192)
 _PATIENCE = 2.0
-_CPU_COPY_BYTES, _GPU_COPY_BYTES = 2**28, 2**30  # more than any core keeps near it
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,6 @@ def matmul_peak(
             break
         best = max(best, _rate(device, dtype, size, seconds / len(sizes)), key=lambda peak: peak.flops_per_s)
     return best
-
-
-def copy_bandwidth(device: torch.device | str = "cpu", *, seconds: float = 0.3) -> float:
-    """Bytes per second that a copy of a large tensor reads and writes, both counted."""
-    device = torch.device(device)
-    size = _CPU_COPY_BYTES if device.type == "cpu" else _GPU_COPY_BYTES
-    source = torch.zeros(size // 4, device=device)
-    return (
-        2 * size / _median_s("target.copy_(source)", {"source": source, "target": torch.empty_like(source)}, seconds)[0]
-    )
 
 
 def _rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> MatmulPeak:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import moevision  # noqa: F401 (registers the names)
+from benchmarks.flops import inference_flops, recomputed_attention_flops, training_flops
 from moevision import MoEMlp, dense_twin, forward_routing
-from moevision.efficiency import count_flops, flop_counter, inference_flops, measure_cost, training_flops
-from moevision.efficiency.cost import recomputed_attention_flops
+from moevision.efficiency import flop_counter, measure_cost
 from moevision.layers import ROUTERS, LocalDispatcher, moe_layers
 
 BACKENDS = [
@@ -23,6 +23,13 @@ BACKENDS = [
 BATCH, SIDE, PATCH, DIM, HIDDEN, EXPERTS, CLASSES = 3, 32, 8, 32, 48, 4, 5
 BLOCKS, MOE_BLOCKS = 4, 2
 TOKENS = (SIDE // PATCH) ** 2
+
+
+def count_flops(function):
+    """FLOPs that one call executes, backward passes in it included."""
+    with flop_counter() as counter:
+        function()
+    return int(counter.get_total_flops())
 
 
 def build(router="vmoe_top_k", **kwargs):

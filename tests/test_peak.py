@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
+from benchmarks.peak import matmul_peak
 from moevision import UserError
-from moevision.efficiency import copy_bandwidth, matmul_peak
 
 
 def median_s(work):
@@ -44,7 +44,7 @@ def test_the_peak_is_a_rate_that_a_product_has(dtype):
 def test_the_best_size_wins(monkeypatch):
     """Times of 8, 2 and 64 s for sizes 2, 4 and 8 are 2, 64 and 16 FLOPs per second."""
     seconds = {2: 8.0, 4: 2.0, 8: 64.0}
-    monkeypatch.setattr("moevision.efficiency.peak._median_s", lambda _, names, __: (seconds[len(names["a"])], 5))
+    monkeypatch.setattr("benchmarks.peak._median_s", lambda _, names, __: (seconds[len(names["a"])], 5))
     peak = matmul_peak("cpu", sizes=(2, 4, 8), seconds=100)
     assert (peak.flops_per_s, peak.size, peak.repetitions) == (64.0, 4, 5)
 
@@ -57,7 +57,7 @@ def test_a_size_that_would_take_long_is_left_out(monkeypatch):
         tried.append(len(names["a"]))
         return 8.0 * (len(names["a"]) / 2) ** 3, 1
 
-    monkeypatch.setattr("moevision.efficiency.peak._median_s", slow)
+    monkeypatch.setattr("benchmarks.peak._median_s", slow)
     assert matmul_peak("cpu", sizes=(4, 2), seconds=30).size == 2
     assert tried == [2]
     matmul_peak("cpu", sizes=(4, 2), seconds=32)
@@ -67,11 +67,3 @@ def test_a_size_that_would_take_long_is_left_out(monkeypatch):
 def test_half_precision_is_refused_on_a_cpu():
     with pytest.raises(UserError, match="bfloat16"):
         matmul_peak("cpu", torch.float16)
-
-
-def test_bandwidth_counts_both_directions():
-    """A copy of as much memory by hand takes about as long."""
-    source, target = torch.zeros(2**26), torch.ones(2**26)
-    assert agree(
-        lambda: copy_bandwidth("cpu", seconds=0.05), lambda: 2 * 4 * 2**26 / median_s(lambda: target.copy_(source))
-    )

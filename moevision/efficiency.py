@@ -1,30 +1,24 @@
-"""What a model weighs, what one image costs, and how many FLOPs a pass really executes.
+"""What a model weighs and what one image costs: its parameters and its active FLOPs.
 
 Parameters are counted; so are FLOPs, by torch's counter with the formulas that it lacks. A multiply-add is two FLOPs,
 as in torch. Matrix products, convolutions and attention count; elementwise work, sorting, copies and the colour
 router's distances in three dimensions don't.
 
-- active (`ModelCost`): what one image asks for (K experts per token), without rows that a dispatcher adds; the routers'
-  FLOPs are apart.
-- executed: every product that ran, with the rows that the dispatcher adds so that groups have few different sizes,
-  choices that a capacity dropped, experts that nobody chose (`dense`), and what checkpointing and fused attention
-  compute a second time.
-- useful: what the definition of the model asks for: of the experts kept choices only (slots for experts that choose or
-  mix tokens), and nothing twice. MFU is made of these (Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B).
+Active is what one image asks for (K experts per token), without rows that a dispatcher adds; the routers' FLOPs are
+apart.
 
 Axes: B images, N tokens, D width, H hidden width of an expert, O output width, E experts or groups, P slots, R rows.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from moevision.layers import (
@@ -117,130 +111,6 @@ def _eval_with(model: nn.Module, backend: Backend) -> Iterator[None]:
             expert.backend = backend
         for module, was_training in training.items():
             module.training = was_training
-
-
-# ---- FLOPs of a pass, with everything that runs
-
-
-@dataclass(frozen=True)
-class FlopCount:
-    """FLOPs of one batch.
-
-    Attributes:
-        images: B.
-        executed: everything that ran.
-        useful: what the model needs.
-        router: the routers' part of both.
-        experts_executed: what ran of the routed experts, one computation of each row.
-        experts_useful: the part of it that reached an output.
-    """
-
-    images: int
-    executed: int
-    useful: int
-    router: int
-    experts_executed: int
-    experts_useful: int
-
-    @property
-    def useful_per_image(self) -> float:
-        """Useful FLOPs per image."""
-        return self.useful / self.images
-
-    @property
-    def padding_waste(self) -> float:
-        """1 - useful / executed of the routed experts, in [0, 1); 0 for a dense model."""
-        return 1 - self.experts_useful / self.experts_executed if self.experts_executed else 0.0
-
-    @property
-    def waste(self) -> float:
-        """1 - useful / executed of the whole pass: `padding_waste` diluted, and what was computed twice."""
-        return 1 - self.useful / self.executed
-
-
-def inference_flops(
-    model: nn.Module, images: Tensor, *, labels: Tensor | None = None, autocast: torch.dtype | None = None
-) -> FlopCount:
-    """Count one forward pass in eval mode without gradients; the model is left as it was.
-
-    Args:
-        model: an image model, MoE or dense.
-        images: [B, 3, H, W] on the model's device; padding depends on where their tokens go.
-        labels: [B] classes, which only the router `label` wants; zeros if None.
-        autocast: dtype of autocast; None for none.
-    """
-    return _count(model, images, labels, autocast, training=False)
-
-
-def training_flops(
-    model: nn.Module, images: Tensor, *, labels: Tensor | None = None, autocast: torch.dtype | None = None
-) -> FlopCount:
-    """Count one forward and backward pass in train mode, on a copy of the model.
-
-    Losses and optimizers have no matrix products (Muon and its like, which do, are not counted).
-
-    Args:
-        model: an image model, MoE or dense; parameters that don't require a gradient cost none.
-        images: [B, 3, H, W] on the model's device; the pixels get no gradient.
-        labels: as for `inference_flops`.
-        autocast: as for `inference_flops`.
-    """
-    once = _count(model, images, labels, autocast, training=True)
-    if not getattr(model, "grad_checkpointing", False):
-        return once
-    executed, _, _ = _run(model, images, labels, autocast, training=True, checkpointing=True)
-    return replace(once, executed=executed)
-
-
-def _count(
-    model: nn.Module, images: Tensor, labels: Tensor | None, autocast: torch.dtype | None, *, training: bool
-) -> FlopCount:
-    executed, recomputed, layers = _run(model, images, labels, autocast, training=training, checkpointing=False)
-    experts = [(layer.rows(), layer.kept_rows(), layer.per_row(backward=training)) for layer in layers]
-    wasted = sum((rows - kept) * per_row for rows, kept, per_row in experts)
-    return FlopCount(
-        images=len(images),
-        executed=executed,
-        useful=executed - wasted - recomputed,
-        router=sum(layer.router_flops(backward=training) for layer in layers),
-        experts_executed=sum(rows * per_row for rows, _, per_row in experts),
-        experts_useful=sum(kept * per_row for _, kept, per_row in experts),
-    )
-
-
-def _run(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor | None,
-    autocast: torch.dtype | None,
-    *,
-    training: bool,
-    checkpointing: bool,
-) -> tuple[int, int, list[LayerCount]]:
-    """FLOPs of one pass, those of attention scores computed twice, and the MoE layers (none under checkpointing)."""
-    # The copy of a compiled block is an uncompiled one; `torch.compile(model)` wraps the model instead.
-    net = copy.deepcopy(cast(nn.Module, getattr(model, "_orig_mod", model))).train(training)
-    if getattr(net, "grad_checkpointing", False) and not checkpointing:
-        cast(Any, net).set_grad_checkpointing(False)
-    labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-    scope: AbstractContextManager[Any] = (
-        nullcontext() if autocast is None else torch.autocast(images.device.type, dtype=autocast)
-    )
-    layers: list[LayerCount] = []
-    with (
-        flop_counter() as counter,
-        torch.random.fork_rng(devices=[images.device] if images.is_cuda else []),
-        label_oracle(net, labels),
-    ):
-        with scope, torch.set_grad_enabled(training):
-            if checkpointing:
-                output = net(images)
-            else:
-                output, layers = count_layers(net, counter, lambda: net(images))
-        if training:
-            # Any loss without a matrix product, whose gradient is no expanded tensor (`grouped_mm` refuses those).
-            output.float().square().mean().backward()
-    return int(counter.get_total_flops()), recomputed_attention_flops(counter), layers
 
 
 # ---- FLOPs of each MoE layer
@@ -413,14 +283,6 @@ _FORMULAS = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
-# These compute the scores again instead of having stored them: one of their five products.
-_RECOMPUTING = (
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward,
-    _aten._scaled_dot_product_flash_attention_backward,
-    _aten._scaled_dot_product_efficient_attention_backward,
-    _aten._scaled_dot_product_cudnn_attention_backward,
-)
-
 
 def flop_counter() -> FlopCounterMode:
     """Torch's counter with all formulas that a moevision model needs on a CPU or on CUDA.
@@ -428,21 +290,3 @@ def flop_counter() -> FlopCounterMode:
     Code that Inductor compiled hides its products from any counter: count the uncompiled model.
     """
     return FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-
-
-def count_flops(function: Callable[[], object]) -> int:
-    """FLOPs that one call executes, backward passes in it included.
-
-    Examples:
-        >>> count_flops(lambda: torch.zeros(2, 3) @ torch.zeros(3, 5))
-        60
-    """
-    with flop_counter() as counter:
-        function()
-    return int(counter.get_total_flops())
-
-
-def recomputed_attention_flops(counter: FlopCounterMode) -> int:
-    """FLOPs that fused attention spent on scores it had computed before (head widths of q, k and v are equal)."""
-    by_operation = counter.get_flop_counts().get("Global", {})
-    return sum(by_operation.get(operation, 0) for operation in _RECOMPUTING) // 5

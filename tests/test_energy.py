@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moevision.efficiency import EnergyMeter, joules_per_image
-from moevision.efficiency.energy import NotMeasured, RaplCounter
+from benchmarks.energy import EnergyMeter, NotMeasured, RaplCounter, joules_per_image
 
 RANGE_UJ = 262_143_328_850  # a real Xeon's
 
@@ -51,7 +50,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch):
     """What the meter takes for the time."""
-    monkeypatch.setattr("moevision.efficiency.energy.time", machine := Machine())
+    monkeypatch.setattr("benchmarks.energy.time", machine := Machine())
     return machine
 
 
@@ -268,7 +267,7 @@ def test_without_nvidias_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)  # makes its import fail
     with EnergyMeter("cuda:0", idle_s=0.01) as meter:
         pass
-    not_measured(meter.reading, "moevision[energy]")
+    not_measured(meter.reading, "nvidia-ml-py")
 
 
 def test_other_devices_have_no_counter():
