@@ -76,7 +76,8 @@ def collect_provenance(
         raise ValueError("started needs a time zone, e.g. datetime.now(UTC)")
     return {
         "moevision": __version__,
-        "code": git_state(_PACKAGE_FOLDER),
+        # A checkout has the shipped configurations beside the package; in a wheel they are inside.
+        "code": git_state(_PACKAGE_FOLDER, _PACKAGE_FOLDER.parent / "configs"),
         "command": list(command),
         "command_line": shlex.join(command),
         "started_utc": moment.astimezone(UTC).isoformat(timespec="seconds"),

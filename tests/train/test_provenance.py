@@ -97,6 +97,27 @@ def test_git_state_of_a_checkout(tmp_path: Path) -> None:
     assert git_state(package) == clean | {"dirty": True}
 
 
+def test_an_edited_configuration_is_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shipped configurations lie beside the package in a checkout: what ran isn't the commit's if one differs."""
+    for name in ("package/code.py", "configs/quickstart.yaml", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x\n")
+    _git(tmp_path, "init", "--quiet")
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "--quiet", "-m", "first")
+    monkeypatch.setattr(provenance, "_PACKAGE_FOLDER", tmp_path / "package")
+
+    def dirty() -> bool:
+        code = collect_provenance(command=["moevision"], seed=0, data_sha256=None)["code"]
+        return bool(code["dirty"])
+
+    assert not dirty()
+    (tmp_path / "README.md").write_text("y\n")
+    assert not dirty()
+    (tmp_path / "configs/quickstart.yaml").write_text("y\n")
+    assert dirty()
+
+
 def test_a_package_installed_inside_a_foreign_repository_has_no_commit(tmp_path: Path) -> None:
     site_packages = tmp_path / ".venv" / "site-packages" / "moevision"
     site_packages.mkdir(parents=True)
