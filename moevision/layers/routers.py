@@ -80,9 +80,9 @@ class TopKRouter(nn.Module):
     tokens to arbitrary experts (Switch Transformer, arXiv:2101.03961, §2.4); float64 stays float64.
 
     With `route_by="image"` the router sees one token per image, the mean of all its tokens, and decides once for all of
-    them (Mobile V-MoEs, arXiv:2309.04354, route images too, once for all layers). Class and register tokens are part of the mean: they
-    are computed by the same experts, and a layer needn't know where patches begin. Noise is drawn once per image, and a
-    capacity (of the batch) counts images.
+    them (Mobile V-MoEs, arXiv:2309.04354, route images too, once for all layers). Class and register tokens are part of
+    the mean: the same experts compute them, and a layer needn't know where patches begin. Noise is drawn once per
+    image, and a capacity (of the batch) counts images.
 
     Args:
         dim: D, the width of a token.

@@ -286,6 +286,12 @@ class RouterOptions:
         return self
 
 
+def routed_unit(router: object) -> RouteBy:
+    """What a router decides about: each token, or an image as a whole."""
+    options = getattr(router, "options", None)
+    return getattr(options, "route_by", None) or "token"
+
+
 def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
     if value is not None and value not in choices:
         raise UserError(f"There is no {name} {value!r}: choose one of {', '.join(choices)}.")

@@ -346,7 +346,7 @@ def test_others_refuse_in_a_sentence(router: str) -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match="There is no route_by 'patch': choose one of token, image."):
+    with pytest.raises(UserError, match=r"There is no route_by 'patch': choose one of token, image\.$"):
         RouterOptions(route_by="patch")  # type: ignore[arg-type]
     for name in ("capacity_factor", "eval_capacity_factor"):
         with pytest.raises(UserError, match="a capacity per image drops nothing: set capacity_group='batch'"):
