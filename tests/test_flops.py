@@ -93,6 +93,13 @@ def test_inference_is_the_closed_form(router, backend, autocast):
     assert found.padding_waste == pytest.approx(1 - rows_of(router, "loop") / rows_of(router, backend), abs=1e-12)
 
 
+def test_by_image_the_router_costs_one_token():
+    by_token, by_image = (measure_cost(build("sigmoid", route_by=unit), SIDE) for unit in (None, "image"))
+    assert by_token.router_flops_per_image == TOKENS * by_image.router_flops_per_image
+    assert by_image.router_flops_per_image == MOE_BLOCKS * router_flops("sigmoid", training=False)
+    assert by_token.flops_per_image == by_image.flops_per_image
+
+
 @pytest.mark.parametrize(("backend", "autocast"), BACKENDS)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_training_is_the_closed_form(router, backend, autocast):

@@ -135,3 +135,28 @@ def test_mistakes_are_said_in_one_sentence(cli, dense, arguments, message):
     assert message in outcome.err
     assert "Traceback" not in outcome.err
     assert not Path("x").exists()
+
+
+def test_routers_start_from_clusters_of_the_data(cli, dense, drawn_pets):
+    options = ("--num-experts", "3", "--option", "route_by=image", "--router-start", "cluster", "--data", drawn_pets)
+    outcome = cli("upcycle", dense, "--out", "moe", *options)
+    assert outcome.code == 0, outcome.err
+    assert "routers start from clusters of what" in outcome.out
+    record = json.loads(Path("moe/upcycle.json").read_text())
+    assert record["moe_config"]["route_by"] == "image"
+    assert record["router_start"]["kind"] == "cluster"
+    for shares in record["router_start"]["shares"].values():
+        assert sum(shares) == pytest.approx(1)
+        assert min(shares) > 0
+    assert record["step0_gap"]["max_logit"] < 1e-5
+    assert cli("upcycle", dense, "--out", "other", *options[:4]).code == 0
+    started, random = (load_model(name).net.state_dict() for name in ("moe", "other"))
+    different = {name for name, value in started.items() if not torch.equal(value, random[name])}
+    assert different == {"blocks.1.mlp.router.weight", "blocks.3.mlp.router.weight"}
+
+
+@pytest.mark.parametrize("options", [("--router-start", "cluster"), ("--data", "synthetic_pets")])
+def test_a_cluster_start_needs_images_and_images_a_cluster_start(cli, dense, options):
+    outcome = cli("upcycle", dense, "--out", "moe", *options)
+    assert outcome.code != 0
+    assert "--router-start cluster and --data belong together" in outcome.err

@@ -62,6 +62,7 @@ SETTINGS = (
     Setting("accumulate 2", trainer={"accumulate_grad_batches": 2}),
     Setting("accumulate 3, rest of 2", trainer={"accumulate_grad_batches": 3}),
     Setting("router bias", arch={"router": "bias_balanced", "bias_rate": 0.05}),
+    Setting("by image", arch={"route_by": "image"}),
     Setting("EMA", ema=0.9),
     Setting("mixup, cutmix, trivialaugment", data={"mixup": 0.4, "cutmix": 1.0, "augment": "trivialaugment"}),
     Setting("0 workers, then 2", resumed_data={"num_workers": 2}),

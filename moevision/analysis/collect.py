@@ -170,7 +170,8 @@ def _rows(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any
     layers = [place if routing.layer is None else routing.layer for place, routing in enumerate(routings)]
     for layer, routing in zip(layers, routings, strict=True):
         rows |= {f"L{layer}.{key}": array for key, array in _layer_rows(routing).items()}
-    return rows, {"layers": layers, "kinds": [routing.kind for routing in routings], "grid": grid}
+    units = [routing.route_by for routing in routings]
+    return rows, {"layers": layers, "kinds": [r.kind for r in routings], "route_by": units, "grid": grid}
 
 
 def _layer_rows(routing: Routing) -> dict[str, Array]:

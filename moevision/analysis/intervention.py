@@ -71,6 +71,7 @@ from moevision.layers import (
     within_capacity,
 )
 from moevision.layers.routing import Kind as RoutingKind
+from moevision.layers.routing import RouteBy, routed_unit
 
 Kind = Literal["ablate", "force", "swap", "random", "top_k", "capacity"]
 Fill = Literal["next_best", "zero"]
@@ -174,7 +175,7 @@ class Intervention:
         return {layer: self._edit(number, layer.router) for number, layer in chosen.items()}
 
     def _edit(self, layer: int, router: Any) -> Edit:
-        why = refusal(self.kind, routing_kind(router))
+        why = refusal(self.kind, routing_kind(router), routed_unit(router))
         if why is not None:
             raise UserError(f"The intervention {self.kind!r} has no meaning in L{layer}: {why}; choose another one.")
         last = router.num_experts - 1
@@ -199,8 +200,10 @@ class Intervention:
                 return methodcaller("at_capacity", self.factor)
 
 
-def refusal(kind: Kind, routing: RoutingKind) -> str | None:
+def refusal(kind: Kind, routing: RoutingKind, route_by: RouteBy = "token") -> str | None:
     """Why an intervention has no meaning for a kind of routing, as the end of a sentence; None where it has one."""
+    if route_by == "image" and kind == "capacity":
+        return "an image is routed as a whole, so one image never fills an expert"
     return _REFUSALS.get((routing, kind))
 
 
@@ -306,8 +309,9 @@ def swap(model: nn.Module, layer: int, a: int, b: int) -> AbstractContextManager
 def random_route(model: nn.Module, layer: int | None = None, seed: int = 0) -> AbstractContextManager[None]:
     """Send every token to K different experts drawn at random, with the gates of its own choices by rank.
 
-    The draw depends on seed, block index and token position: every image is sent the same way, so that its result
-    is the same alone and in any batch. Use several seeds to average over maps.
+    The draw depends on seed, block index and token position (not on that where images are routed as a whole): every
+    image is sent the same way, so that its result is the same alone and in any batch. Use several seeds to average over
+    maps.
 
     Expert choice: every expert takes as many tokens as before, at positions drawn at random, with the weights of its
     own choices by rank. Soft MoE: the slots read and give what they did, and are dealt out to the experts at random.
@@ -534,6 +538,7 @@ class Ranking(Decision):
                 self.capacity.factor,
                 priority=self.capacity.priority,
                 whole_batch=self.capacity.whole_batch,
+                unit=index.shape[1] if self.routing.route_by == "image" else 1,
             )
         return replace(self.routing, expert_index=index, combine_weight=weight, kept=kept)
 
@@ -550,10 +555,12 @@ class Ranking(Decision):
     def shuffle(self, key: Sequence[int]) -> Self:
         """Send the token at each position to experts drawn at random, K different ones; weights stay with the rank.
 
-        The draw depends on the key and the position only: every image is sent the same way, alone or in any batch.
+        The draw depends on the key and the position only (where images are routed as a whole, on the key): every image
+        is sent the same way, alone or in any batch.
         """
         _, tokens, num_experts = self.order.shape
-        return replace(self, order=draw_orders(key, tokens, num_experts, self.order.device).expand_as(self.order))
+        rows = 1 if self.routing.route_by == "image" else tokens
+        return replace(self, order=draw_orders(key, rows, num_experts, self.order.device).expand_as(self.order))
 
     def at_top_k(self, top_k: int) -> Self:
         """The first `top_k` of the list."""

@@ -21,7 +21,7 @@ The baselines:
 - `hash_position`: experts drawn by a hash of the patch's position, the same in every image.
 - `kmeans_colour`: E clusters of the patch's mean colour.
 - `kmeans_input`: E clusters of what the trained layer receives: what routing by similarity alone would tell. The tokens
-  are learned, the clusters know nothing of classes.
+  are learned, the clusters know nothing of classes. Where images are routed as a whole: clusters of their mean patch.
 
 Information depends on how many experts a patch has and on how evenly it takes from them, so a baseline chooses as the
 layer does (`Rule`) and differs from it in its scores only:
@@ -647,6 +647,8 @@ def _features(
         features: dict[int | None, Floats] = {None: np.stack(colours)}
         if with_input:
             for block, tokens in layer_inputs(model.net, network_input(model, images)).items():
+                if trace.layer(block).route_by == "image":
+                    tokens = tokens.mean(1, keepdim=True).expand_as(tokens)
                 features[block] = tokens.float().cpu().numpy()
         yield features
 

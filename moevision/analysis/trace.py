@@ -41,6 +41,7 @@ from safetensors import SafetensorError, safe_open
 from moevision.errors import UserError
 from moevision.files import rename, sync_folder, temporary_for
 from moevision.layers.routing import Kind as RoutingKind
+from moevision.layers.routing import RouteBy
 from moevision.models.safe_files import parse_json
 from moevision.names import shown
 
@@ -67,6 +68,7 @@ class LayerTrace:
         entropy_bits: [I, P] float32, entropy of the router's probabilities, 0 to log2 E bits.
         kind: who chooses: tokens, experts, or (Soft MoE) nobody.
         read_weight: [I, P, K] float32, Soft MoE only: how much of the patch the slots of each expert read.
+        route_by: what is routed: each `token`, or the `image`, all of whose patches then have the same row.
     """
 
     layer: int
@@ -78,6 +80,7 @@ class LayerTrace:
     entropy_bits: npt.NDArray[np.float32]
     kind: RoutingKind = "token_choice"
     read_weight: npt.NDArray[np.float32] | None = None
+    route_by: RouteBy = "token"
 
     @property
     def name(self) -> str:
@@ -132,7 +135,8 @@ class LayerTrace:
 
     def select(self, images: slice | npt.NDArray[np.int64]) -> LayerTrace:
         """The same of some images."""
-        return LayerTrace(self.layer, kind=self.kind, **{name: array[images] for name, array in self.arrays().items()})
+        chosen: dict[str, Any] = {name: array[images] for name, array in self.arrays().items()}
+        return replace(self, **chosen)
 
     def counts(self) -> Array:
         """[I, E]: the load, int64: how many choices of each image every expert computes.
@@ -286,7 +290,10 @@ class RoutingTrace:
         """What the file says beside the arrays."""
         fields = ("picture_names", "class_names", "prediction_names", "grid", "model", "data", "provenance")
         layers, kinds = [layer.layer for layer in self.layers], [layer.kind for layer in self.layers]
-        return describe_trace(layers=layers, kinds=kinds, **{name: getattr(self, name) for name in fields})
+        units = [layer.route_by for layer in self.layers]
+        return describe_trace(
+            layers=layers, kinds=kinds, route_by=units, **{name: getattr(self, name) for name in fields}
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the trace to one safetensors file, whole or not at all.
@@ -323,14 +330,16 @@ class RoutingTrace:
         words = {name: parse_json(value.encode(), name) for name, value in metadata.items() if name != "schema"}
         indices = words.pop("layers")
         kinds = words.pop("kinds", ["token_choice"] * len(indices))
+        units = words.pop("route_by", ["token"] * len(indices))
         layers = tuple(
             LayerTrace(
                 index,
                 kind=kind,
                 read_weight=arrays[f"L{index}.read_weight"] if kind == "soft" else None,
+                route_by=unit,
                 **{name: arrays[f"L{index}.{name}"] for name in LAYER_ARRAYS},
             )
-            for index, kind in zip(indices, kinds, strict=True)
+            for index, kind, unit in zip(indices, kinds, units, strict=True)
         )
         images: dict[str, Any] = {name: arrays[name] for name in IMAGE_ARRAYS}
         tuples: dict[str, Any] = {
@@ -345,6 +354,7 @@ def describe_trace(
     *,
     layers: Sequence[int],
     kinds: Sequence[RoutingKind],
+    route_by: Sequence[RouteBy],
     picture_names: Sequence[str],
     class_names: Sequence[str],
     prediction_names: Sequence[str],
@@ -355,7 +365,8 @@ def describe_trace(
 ) -> dict[str, str]:
     """The metadata of a trace's file: its schema, and the arguments (as in `RoutingTrace`) in JSON.
 
-    `kinds` is written only where tokens don't choose in some layer: other traces stay as earlier versions wrote them.
+    `kinds` is written only where tokens don't choose in some layer, `route_by` only where some layer routes images:
+    other traces stay as earlier versions wrote them.
     """
     words: dict[str, Any] = {
         "layers": layers,
@@ -369,6 +380,8 @@ def describe_trace(
     }
     if set(kinds) != {"token_choice"}:
         words["kinds"] = kinds
+    if set(route_by) != {"token"}:
+        words["route_by"] = route_by
     return {"schema": SCHEMA, **{name: json.dumps(value) for name, value in words.items()}}
 
 

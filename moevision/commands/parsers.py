@@ -107,6 +107,14 @@ def upcycle() -> ArgumentParser:
     add("--image-size", type=_positive, metavar="PX", help="resample positions, if it differs from the model's own")
     add("--noise", type=float, default=0.0, help="noise on the copies, relative to the spread of their weights")
     add("--reinit", type=float, default=0.0, help="share of each expert's hidden units that is drawn anew")
+    add(
+        "--router-start",
+        choices=("random", "cluster"),
+        default="random",
+        help="rows of the routers: random, or centroids of their own input on --data (%(default)s)",
+    )
+    add("--data", help=f"with --router-start cluster: {_DATA}")
+    add("--root", help=_ROOT)
     add("--seed", type=int, default=0, help="seed of everything that is drawn (%(default)s)")
     add(
         "--option",
@@ -114,7 +122,7 @@ def upcycle() -> ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="an option of the router, such as capacity_factor=1.25 or noise=none; may be repeated",
+        help="an option of the router, such as route_by=image or noise=none; may be repeated",
     )
     add("--force", action="store_true", help=_FORCE)
     return parser

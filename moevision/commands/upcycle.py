@@ -17,6 +17,8 @@ from rich.table import Table
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from moevision.analysis.collect import PictureReader
+from moevision.analysis.images import open_pictures
 from moevision.commands import loading
 from moevision.data import SyntheticPets
 from moevision.data.transforms import normalize
@@ -24,11 +26,12 @@ from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.models.io import SavedModel, describe, save_model
-from moevision.models.upcycle import load_dense, step0_gap, upcycle
+from moevision.models.upcycle import load_dense, start_routers, step0_gap, upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.names import shown
 
 GAP_IMAGES = 32  # drawn images for the comparison of outputs; one pass even of a large ViT takes seconds
+START_IMAGES = 2000  # whose tokens are clustered
 SAME = 1e-5  # max |Δ logit| below which two models compute the same in float32
 
 
@@ -40,6 +43,8 @@ def run(chosen: Namespace) -> None:
     """
     out = Path(chosen.out)
     check_folder(out, force=chosen.force)
+    if (chosen.router_start == "cluster") != (chosen.data is not None):
+        raise UserError("--router-start cluster and --data belong together: the images whose tokens are clustered.")
     options = _options(chosen.option)
     with loading("reading the dense model"):
         dense = load_dense(
@@ -51,12 +56,24 @@ def run(chosen: Namespace) -> None:
         names = ("layers", "num_experts", "top_k", "router", "noise", "reinit", "seed")
         moe = upcycle(dense, **{name: getattr(chosen, name) for name in names} | options)
     saved = describe(moe.eval())
+    start = _start_from_clusters(saved, chosen) if chosen.router_start == "cluster" else {}
     with loading("measuring"):
-        record = {"source": chosen.model, "moe_config": moe.moe_config, **measure(dense, saved)}
+        record = {"source": chosen.model, "moe_config": moe.moe_config, **start, **measure(dense, saved)}
     write_model(saved, out, "upcycle.json", record)
     console = Console(highlight=False)
     print_report(console, record)
     console.print(f"\nnext: {shown(next_command(saved, out))}", markup=False, soft_wrap=True)
+
+
+def _start_from_clusters(saved: SavedModel, chosen: Namespace) -> dict[str, Any]:
+    """Set the routers, and say from which images and how even the clusters are, for the record."""
+    data = {} if chosen.root is None else {"root": chosen.root}
+    pictures = open_pictures(chosen.data, saved.image_size, split="train", limit=START_IMAGES, seed=chosen.seed, **data)
+    reader = PictureReader(pictures, saved, batch_size=64)
+    with loading("clustering the routers' input"):
+        shares = start_routers(saved.net, (batch.images for batch in reader.batches(progress=True)), seed=chosen.seed)
+    reader.report()
+    return {"router_start": {"kind": "cluster", "pictures": pictures.name, "shares": shares}}
 
 
 def measure(dense: nn.Module, saved: SavedModel) -> dict[str, Any]:
@@ -87,6 +104,14 @@ def print_report(console: Console, record: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
+    if "router_start" in record:
+        shares = [max(each) * len(each) for each in record["router_start"]["shares"].values()]
+        console.print(
+            f"routers start from clusters of what {record['router_start']['pictures']} gives them; largest over mean "
+            f"cluster {', '.join(f'{share:.2f}' for share in shares)}",
+            markup=False,
+            soft_wrap=True,
+        )
     table = Table("", "parameters", "active", "MFLOPs / image", "routers' MFLOPs")
     for column in table.columns[1:]:
         column.justify = "right"

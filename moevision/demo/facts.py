@@ -27,7 +27,7 @@ from moevision.demo.wire import data_uri
 from moevision.errors import UserError
 from moevision.layers import HandmadeRouter, LabelRouter, MoEMlp, Routing, forward_routing
 from moevision.layers.moe import moe_layers
-from moevision.layers.routing import Kind
+from moevision.layers.routing import Kind, RouteBy
 from moevision.models.io import SavedModel
 from moevision.names import shown
 
@@ -59,6 +59,7 @@ class LayerFacts:
         train_capacity: the same in training.
         slots: S of Soft MoE, else None.
         refused: why a change of that kind has no meaning here, as the end of a sentence; kinds that aren't in it do.
+        route_by: `token`, or `image` where all patches of an image share one choice.
     """
 
     layer: int
@@ -72,6 +73,7 @@ class LayerFacts:
     train_capacity: float | None = None
     slots: int | None = None
     refused: dict[str, str] = field(default_factory=dict)
+    route_by: RouteBy = "token"
 
     @property
     def name(self) -> str:
@@ -93,6 +95,8 @@ class LayerFacts:
             return f"{experts} with {plural(self.slots or 0, 'slot')} each, which read all patches"
         if self.kind == "expert_choice":
             return f"{experts} that choose patches, {self.top_k} per patch on average"
+        if self.route_by == "image":
+            return f"top-{self.top_k} of {experts}, chosen once for the whole image"
         chosen = f"top-{self.top_k} of {experts}"
         return chosen if self.learned else f"{chosen} {RULES.get(self.router, 'by a rule')}, not learned"
 
@@ -124,7 +128,10 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
             capacity=_option(layer, "eval_capacity_factor"),
             train_capacity=_option(layer, "capacity_factor"),
             slots=slots_of(routing),
-            refused={kind: why for kind in CHANGES if (why := refusal(kind, routing.kind)) is not None},
+            refused={
+                kind: why for kind in CHANGES if (why := refusal(kind, routing.kind, routing.route_by)) is not None
+            },
+            route_by=routing.route_by,
         )
         for name, layer, routing in zip(names, layers, routings, strict=True)
     )

@@ -90,10 +90,11 @@ def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[d
 
         Returns:
             A moevision.view/2 object: "prediction" (moe and dense, each [{"class", "p"}]) and "layers" (per MoE layer
-            "router", "kind" ("token_choice", "expert_choice" or "soft"), "num_experts", "top_k", "experts", "weights",
-            "kept" [patches][experts of the patch, best first], "probs" [patches][experts], "margin", "entropy",
-            "counts", "requested", "slowest", and for Soft MoE "slots" and "reads" [experts][patches], the mean over an
-            expert's slots of what they read), beside "model", "picture" and "settings"; or {"error": a sentence,
+            "router", "kind" ("token_choice", "expert_choice" or "soft"), "route_by" ("token", or "image" where all
+            patches share one choice), "num_experts", "top_k", "experts", "weights", "kept" [patches][experts of the
+            patch, best first], "probs" [patches][experts], "margin", "entropy", "counts", "requested", "slowest", and
+            for Soft MoE "slots" and "reads" [experts][patches], the mean over an expert's slots of what they read),
+            beside "model", "picture" and "settings"; or {"error": a sentence,
             "code": "bad_request" | "busy" | "bad_image" | "too_large"}.
         """
         given = {"kind": "example", "id": example} if example else {"kind": "upload", "data": picture}

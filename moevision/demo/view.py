@@ -34,6 +34,7 @@ from moevision.demo.facts import (
     title_of,
 )
 from moevision.layers import Routing, SoftRouting
+from moevision.layers.routing import routed_unit
 from moevision.models.io import SavedModel, load_model
 
 UNIT: Final = 1e-5  # of the whole numbers in `maps`: an even share of 1,000 patches has three digits left
@@ -146,7 +147,11 @@ class Settings:
 
 def _where_possible(net: nn.Module, kind: Literal["top_k", "capacity"], **value: Any) -> list[Intervention]:
     layers = numbered_layers(net)
-    able = [number for number, layer in layers.items() if refusal(kind, routing_kind(layer.router)) is None]
+    able = [
+        number
+        for number, layer in layers.items()
+        if refusal(kind, routing_kind(layer.router), routed_unit(layer.router)) is None
+    ]
     # Where none is able, the first one says why.
     return [Intervention(kind, layer=number, **value) for number in able or layers]
 

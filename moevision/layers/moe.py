@@ -20,7 +20,7 @@ from moevision.layers.dispatch import LocalDispatcher
 from moevision.layers.experts import Backend, Experts
 from moevision.layers.routers import SigmoidRouter, build_router
 from moevision.layers.routers_soft import SoftRouting
-from moevision.layers.routing import Recordable, RouterOptions, Routing
+from moevision.layers.routing import Recordable, RouterOptions, Routing, routed_unit
 
 
 class MoEMlp(Recordable):
@@ -221,7 +221,7 @@ def update_router_bias(model: nn.Module, counts: Sequence[Tensor]) -> None:
 
 
 def describe_moe(layers: Sequence[MoEMlp]) -> str:
-    """What is mixed where, in words: "8 experts, 2 per token by vmoe_top_k, in blocks 1, 3"."""
+    """What is mixed where, in words: "8 experts, 2 per token by vmoe_top_k, in blocks 1, 3"; "per image" by image."""
 
     def each(values: list[Any]) -> str:
         words = [str(value) for value in values]
@@ -233,4 +233,5 @@ def describe_moe(layers: Sequence[MoEMlp]) -> str:
     shared = max(layer.num_shared_experts for layer in layers)
     extra = f" plus {shared} shared" if shared else ""
     blocks = ", ".join(str(layer.layer_index) for layer in layers)
-    return f"{experts} experts, {choices} per token{extra} by {routers}, in blocks {blocks}"
+    unit = each([routed_unit(layer.router) for layer in layers])
+    return f"{experts} experts, {choices} per {unit}{extra} by {routers}, in blocks {blocks}"

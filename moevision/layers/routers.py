@@ -79,13 +79,19 @@ class TopKRouter(nn.Module):
     The scores are computed in at least float32 whatever autocast says, since a near tie decided in bfloat16 sends
     tokens to arbitrary experts (Switch Transformer, arXiv:2101.03961, §2.4); float64 stays float64.
 
+    With `route_by="image"` the router sees one token per image, the mean of all its tokens, and decides once for all of
+    them (Mobile V-MoEs, arXiv:2309.04354, route images too, once for all layers). Class and register tokens are part of
+    the mean: the same experts compute them, and a layer needn't know where patches begin. Noise is drawn once per
+    image, and a capacity (of the batch) counts images.
+
     Args:
         dim: D, the width of a token.
         num_experts: E.
         top_k: K, between 1 and E.
         noise: `learned` (a second linear map gives each token's noise), `fixed` (σ = 1/E), `jitter` or `none`.
         softmax_over: `kept` (after the choice, sums to 1) or `all` (before the choice).
-        options: capacity, its priority and group, `normalize_gates` (over either softmax); `noise` in it wins.
+        options: `route_by`, capacity, its priority and group, `normalize_gates` (over either softmax); `noise` in it
+            wins.
         default_losses: weights of the balance losses where the user gives none.
         device: where the parameters live.
         dtype: dtype of the parameters.
@@ -150,6 +156,8 @@ class TopKRouter(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """Route tokens x [B, N, D]."""
         with full_precision(x):
+            if self.options.route_by == "image":
+                return self.choose(*self.scores(mean_token(x))).for_tokens(x.shape[1])
             return self.choose(*self.scores(at_least_float32(x)))
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -354,6 +362,11 @@ def straight_through(probability: Tensor) -> Tensor:
     return probability + (1 - probability).detach()
 
 
+def mean_token(x: Tensor) -> Tensor:
+    """[B, 1, D]: the mean of each image's tokens [B, N, D], added up in at least float32."""
+    return x.mean(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def jittered(x: Tensor) -> Tensor:
     """Tokens times U(0.99, 1.01): noise of the input, so that there are no clean logits."""
     return x * torch.empty_like(x).uniform_(1 - JITTER, 1 + JITTER)
@@ -407,7 +420,14 @@ def _colour(dim: int, num_experts: int, top_k: int, device: Any, **_: Any) -> Co
 
 
 _VMOE: dict[str, Any] = {"noise": "fixed", "softmax_over": "all", "default_losses": _IMPORTANCE_AND_LOAD}
-_SIGMOID = ("normalize_gates", "capacity_factor", "eval_capacity_factor", "batch_priority", "capacity_group")
+_SIGMOID = (
+    "route_by",
+    "normalize_gates",
+    "capacity_factor",
+    "eval_capacity_factor",
+    "batch_priority",
+    "capacity_group",
+)
 _TOKEN_CHOICE = ("noise", *_SIGMOID)
 ROUTERS: dict[str, RouterKind] = {
     "noisy_top_k": RouterKind(

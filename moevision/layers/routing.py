@@ -31,6 +31,7 @@ from moevision.errors import UserError
 Kind = Literal["token_choice", "expert_choice", "soft"]
 Noise = Literal["learned", "fixed", "jitter", "none"]
 Group = Literal["image", "batch"]
+RouteBy = Literal["token", "image"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Routing:
         layer: index of the transformer block, None outside a converted model.
         grid: (rows, columns) of the patch grid; None when tokens are not the whole grid (patch dropping).
         num_prefix_tokens: class and register tokens in front of the patches; they are routed too.
+        route_by: `token`, or `image` where all tokens of an image share one decision. The token axis is there all the
+            same (`for_tokens`), so that a count in choices is N times the one in images; ratios of counts, CV² and all
+            balance losses are those over images.
     """
 
     kind: ClassVar[Kind] = "token_choice"
@@ -62,6 +66,7 @@ class Routing:
     layer: int | None = None
     grid: tuple[int, int] | None = None
     num_prefix_tokens: int = 0
+    route_by: RouteBy = "token"
 
     @property
     def num_experts(self) -> int:
@@ -90,6 +95,14 @@ class Routing:
         """[B, E] int64: `counts()` of each image."""
         zeros = torch.zeros(len(self.kept), self.num_experts, dtype=torch.int64, device=self.kept.device)
         return zeros.scatter_add(1, self.expert_index.flatten(1), self.kept.flatten(1).to(torch.int64))
+
+    def for_tokens(self, tokens: int) -> Self:
+        """One decision per image [B, 1, ...] as that of each of its N tokens [B, N, ...], without a copy."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        expanded: dict[str, Any] = {
+            name: x.expand(-1, tokens, -1) for name, x in values.items() if isinstance(x, Tensor)
+        }
+        return replace(self, route_by="image", **expanded)
 
     def detach(self) -> Self:
         """The same decision without its autograd graph, for metrics and traces."""
@@ -218,6 +231,8 @@ class RouterOptions:
     Args:
         noise: noise of the choice in training: `learned` per token (Shazeer), `fixed` (σ = 1/E, V-MoE), `jitter`
             (input times U(0.99, 1.01), Switch) or `none`.
+        route_by: what is routed: each `token` (by default), or the `image` as a whole: the mean of its tokens decides,
+            once per image and layer, and its experts compute all of them.
         normalize_gates: a token's gates sum to 1. With one expert the gate is then 1 and keeps the gradient of the
             probability (straight-through).
         capacity_factor: in training an expert computes at most this times its fair share; None computes everything.
@@ -232,6 +247,7 @@ class RouterOptions:
     """
 
     noise: Noise | None = None
+    route_by: RouteBy | None = None
     normalize_gates: bool | None = None
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
@@ -242,6 +258,7 @@ class RouterOptions:
 
     def __post_init__(self) -> None:
         _check_choice("noise", self.noise, get_args(Noise))
+        _check_choice("route_by", self.route_by, get_args(RouteBy))
         _check_choice("capacity_group", self.capacity_group, get_args(Group))
         for name in ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert"):
             value = getattr(self, name)
@@ -251,6 +268,11 @@ class RouterOptions:
             idle = [name for name in ("batch_priority", "capacity_group") if getattr(self, name) is not None]
             if idle:
                 raise UserError(f"{idle[0]} does nothing without a capacity: set capacity_factor, such as 1.25.")
+        elif self.route_by == "image" and self.capacity_group != "batch":
+            raise UserError(
+                "With route_by='image' one image never fills an expert, so a capacity per image drops nothing: set "
+                "capacity_group='batch', or leave the capacity out."
+            )
 
     def given(self) -> dict[str, Any]:
         """The options that were set."""
@@ -262,6 +284,12 @@ class RouterOptions:
         if useless:
             raise UserError(f"The router {router!r} has no use for {', '.join(useless)}: leave it out.")
         return self
+
+
+def routed_unit(router: object) -> RouteBy:
+    """What a router decides about: each token, or an image as a whole."""
+    options = getattr(router, "options", None)
+    return getattr(options, "route_by", None) or "token"
 
 
 def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
@@ -305,6 +333,7 @@ def within_capacity(
     *,
     priority: bool = True,
     whole_batch: bool = False,
+    unit: int = 1,
 ) -> Tensor:
     """Which choices remain if an expert computes at most `capacity_of` choices of one group.
 
@@ -322,6 +351,7 @@ def within_capacity(
         factor: capacity over the load of perfect balance.
         priority: V-MoE's batch priority routing.
         whole_batch: a group is the whole batch, so that a prediction depends on its batch-mates; else one image.
+        unit: how many tokens are counted as one: N where images are routed as a whole.
 
     Returns:
         [B, N, K] bool.
@@ -339,7 +369,7 @@ def within_capacity(
     # [B, K·N, E] int32, how many are ahead for each expert: what a queue costs.
     ahead = (F.one_hot(expert, num_experts).to(torch.int32) * alive.unsqueeze(-1)).cumsum(1, dtype=torch.int32)
     place = ahead.gather(-1, expert.unsqueeze(-1)).squeeze(-1)  # [B, K·N] from 1
-    fits = alive & (place <= capacity_of(factor, tokens, top_k, num_experts))
+    fits = alive & (place <= unit * capacity_of(factor, tokens // unit, top_k, num_experts))
     if priority:
         fits = torch.zeros_like(fits).scatter(1, order, fits)
     return fits.view(fits.shape[0], top_k, tokens).mT.reshape(shape)  # not len(): it would fix the size of an export

@@ -5,26 +5,32 @@
   expert per token by a straight-through gate of value 1).
 - copies that differ: noise on them, or a share of each expert's hidden units drawn anew with the statistics of the
   units that they replace (Drop-Upcycling, Nakamura et al. 2025, arXiv:2502.19261, §3).
+- routers that start from clusters of what they will see: `start_routers` (cluster-aware upcycling, arXiv:2604.13508;
+  its experts from each cluster's SVD and its distillation loss are left out).
 
-Axes: D width, H hidden width of one expert, E experts, B images, C classes.
+Axes: D width, H hidden width of one expert, E experts, B images, C classes, T routed units (tokens, or images).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, label_oracle, moe_layers, router_kind
+from moevision.layers import CosineRouter, MoEMlp, TopKRouter, label_oracle, moe_layers, router_kind, routing_lock
+from moevision.layers.routers import mean_token
+from moevision.layers.routing import RouteBy, routed_unit
 from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp
 from moevision.models.io import ImageSize, create_from, reshape
 from moevision.models.vit_moe import MOE_ARGUMENTS
@@ -195,6 +201,150 @@ def _diversify(layer: MoEMlp, noise: float, reinit: float) -> None:
     if noise:
         for weight, std in spread:
             weight.add_(torch.randn_like(weight) * noise * std)
+
+
+# ---- routers from clusters
+
+_UNITS: dict[RouteBy, int] = {"token": 20_000, "image": 2_000}  # enough for E centres, more only costs time
+_OF_IMAGE = 40  # tokens that are taken of one image, so that there are many images among them
+_RESTARTS, _STEPS = 8, 50
+
+
+@torch.no_grad()
+def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0) -> dict[int, list[float]]:
+    """Let the routers of a model start from clusters of their own input, in place.
+
+    Each router's rows become the centroids of a spherical k-means of the first tokens that its layer receives (of mean
+    tokens where it routes images), so that at first a token goes to the cluster that it belongs to. What all centroids
+    have in common is taken off, which changes no choice, and one factor gives the logits of a token the standard
+    deviation 1 over experts, about that of random rows. The cosine router's embeddings become centroids of its
+    projected tokens. Of several clusterings the one with the most even clusters is taken; balance is then the business
+    of the training. Noise weights and selection biases stay as they are.
+
+    What routes by similarity from the start tells nothing about what training the router adds.
+
+    Args:
+        model: a converted model; its mode is left as it is.
+        batches: images [B, 3, H, W] as the model takes them, on its device; the first 2 000 images are enough.
+        seed: of the tokens that are drawn from each image, and of the clusterings.
+
+    Returns:
+        Block index -> share of the units that fell into each cluster, by expert.
+
+    Raises:
+        UserError: if the model has no MoE layer, a router has no row for each expert, or there are too few images.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no MoE layer, so it has no router to start: give a MoE model.")
+    for layer in layers:
+        if not isinstance(layer.router, TopKRouter):
+            raise UserError(
+                f"The router {layer.router_name!r} can't start from clusters: its tokens don't choose by a learned row "
+                "for each expert. Leave the cluster start out, or choose another router."
+            )
+    generator = torch.Generator().manual_seed(seed)
+    shares = {}
+    for place, (layer, units) in enumerate(zip(layers, _router_inputs(model, layers, batches, generator), strict=True)):
+        experts = layer.router.num_experts
+        if len(units) < experts:
+            what = "images" if routed_unit(layer.router) == "image" else "tokens"
+            raise UserError(f"{len(units)} {what} make no {experts} clusters, one for each expert: give more images.")
+        centroids, sizes = _most_even(units, experts, generator)
+        _set_rows(layer.router, centroids, units)
+        shares[place if layer.layer_index is None else layer.layer_index] = (sizes / sizes.sum()).tolist()
+    return shares
+
+
+def _router_inputs(
+    model: nn.Module, layers: Sequence[MoEMlp], batches: Iterable[Tensor], generator: torch.Generator
+) -> list[Tensor]:
+    """[T, D] float64 per layer, on the CPU: what its router scores, up to `_UNITS` of the first images."""
+    found: list[list[Tensor]] = [[] for _ in layers]
+    wanted = [_UNITS[routed_unit(layer.router)] for layer in layers]
+
+    def keep(place: int, layer: MoEMlp, arguments: tuple[Tensor, ...]) -> None:
+        tokens = arguments[0]
+        if routed_unit(layer.router) == "image":
+            found[place].append(mean_token(tokens)[:, 0].double().cpu())
+        else:
+            taken = torch.rand(tokens.shape[:2], generator=generator).argsort(1)[:, :_OF_IMAGE]  # [B, taken]
+            chosen = tokens.double().cpu().gather(1, taken.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+            found[place].append(chosen.flatten(0, 1))
+
+    training = model.training
+    with routing_lock(model):  # so that no other thread's images pass the hooks
+        handles = [layer.register_forward_pre_hook(partial(keep, place)) for place, layer in enumerate(layers)]
+        model.eval()
+        try:
+            for images in batches:
+                model(images)
+                if all(sum(map(len, units)) >= number for units, number in zip(found, wanted, strict=True)):
+                    break
+        finally:
+            for handle in handles:
+                handle.remove()
+            model.train(training)
+    if not found[0]:
+        raise UserError("There is no image to cluster: give at least one batch.")
+    return [
+        _scored(cast(TopKRouter, layer.router), torch.cat(units)[:number])
+        for layer, units, number in zip(layers, found, wanted, strict=True)
+    ]
+
+
+def _scored(router: TopKRouter, units: Tensor) -> Tensor:
+    """[T, features]: what the router multiplies with a row of each expert."""
+    if isinstance(router, CosineRouter):
+        weight, bias = (parameter.double().cpu() for parameter in (router.proj.weight, router.proj.bias))
+        return F.normalize(F.linear(units, weight, bias), dim=-1)
+    return units
+
+
+def _set_rows(router: TopKRouter, centroids: Tensor, units: Tensor) -> None:
+    if isinstance(router, CosineRouter):  # only the direction counts; as long as they were
+        length = router.expert_embedding.double().norm(dim=-1).mean().cpu()
+        router.expert_embedding.copy_(centroids * length)
+        return
+    rows = centroids - centroids.mean(0)
+    spread = F.linear(units, rows).std(-1, correction=0).mean()
+    router.weight.copy_(rows / spread.clamp_min(1e-12))
+
+
+def _most_even(units: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Centroids [E, D] and sizes [E] of the clustering whose largest cluster is smallest."""
+    found = [spherical_kmeans(units, clusters, generator) for _ in range(_RESTARTS)]
+    return min(found, key=lambda each: int(each[1].max()))
+
+
+def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Clusters by cosine: Lloyd's steps on directions, from seeds that are drawn far apart (k-means++).
+
+    Args:
+        x: [T, D], T >= clusters; lengths don't count.
+        clusters: E.
+        generator: draws the seeds.
+
+    Returns:
+        Unit centroids [E, D] and cluster sizes [E] int64; a cluster that lost all its members is moved to the direction
+        that its centroid represents worst.
+    """
+    x = F.normalize(x, dim=-1)
+    centroids = x[torch.randint(len(x), (1,), generator=generator)]
+    while len(centroids) < clusters:
+        away = (1 - (x @ centroids.T).amax(-1)).clamp_min(0) + 1e-12  # half the squared distance of unit vectors
+        centroids = torch.cat([centroids, x[torch.multinomial(away, 1, generator=generator)]])
+    for _ in range(_STEPS):
+        best, label = (x @ centroids.T).max(-1)
+        sizes = torch.bincount(label, minlength=clusters)
+        sums = torch.zeros_like(centroids).index_add_(0, label, x)
+        for empty in (sizes == 0).nonzero().flatten().tolist():
+            sums[empty] = x[best.argmin()]
+        moved = F.normalize(sums, dim=-1)
+        if torch.equal(moved, centroids):
+            break
+        centroids = moved
+    return centroids, torch.bincount((x @ centroids.T).argmax(-1), minlength=clusters)
 
 
 def _keep_address(model: nn.Module) -> None:

@@ -71,6 +71,7 @@ def test_a_view_of_every_router_has_the_weights_and_loads_of_the_model(make, pix
             {"router": "colour", "num_shared_experts": 2},
             "top-2 of 4 experts by the patch's colour, not learned, plus 2 shared experts that compute every patch",
         ),
+        ({"route_by": "image"}, "top-2 of 4 experts, chosen once for the whole image"),
         ({"router": "expert_choice"}, "4 experts that choose patches, 2 per patch on average"),
         ({"router": "soft", "slots_per_expert": 1}, "4 experts with 1 slot each, which read all patches"),
     ],
@@ -207,6 +208,26 @@ def test_an_absent_expert_has_no_weight(make, pixels, router):
 def test_an_oracle_is_refused_in_one_sentence(make, pixels):
     with pytest.raises(UserError, match=r"'label' is an oracle.*another router\.$"):
         route_image(make(router=["vmoe_top_k", "label"]), pixels)
+
+
+def test_route_by_image_answers_and_says_why_capacity_is_off(bundle, tmp_path):
+    bundle(tmp_path, twins=False, route_by="image")
+    entries = open_entries(None, DataOptions(), home=tmp_path)
+    explorer, picture = Explorer(entries), {"kind": "example", "id": "pets/test/3"}
+    answer = explorer.answer("route", {"picture": picture})
+    pixels = entries[0].examples.find("pets/test/3").pixels
+    for layer, routing in zip(answer["layers"], routings_of(entries[0].variants["trained"].saved, pixels), strict=True):
+        assert layer["route_by"] == "image"
+        assert layer["words"] == "top-2 of 4 experts, chosen once for the whole image"
+        assert layer["experts"] == [routing.expert_index[0, 0].tolist()] * 16
+        assert sorted(layer["counts"]) == [0, 0, 16, 16]
+    ablated = answer["layers"][0]["experts"][0][0]
+    change = {"kind": "ablate", "layer": 1, "expert": ablated, "fill": "next_best", "seed": 0}
+    after = explorer.answer("route", {"picture": picture, "intervention": change})["layers"][0]["experts"]
+    assert after == [after[0]] * 16
+    assert ablated not in after[0]
+    refused = explorer.answer("route", {"picture": picture, "capacity": 1.0})
+    assert "an image is routed as a whole, so one image never fills an expert" in refused["error"]
 
 
 def test_the_slots_of_one_expert_come_when_asked_for(bundle, tmp_path):

@@ -12,9 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
-from moevision.layers import ROUTERS, MoEMlp, Routing, record_routing, update_router_bias
+from moevision.layers import ROUTERS, MoEMlp, Routing, moe_layers, record_routing, update_router_bias
+from moevision.models.config import MoEConfig, build_model
+from moevision.train.recipe import shipped_configs
 from tests.layers import oracles
 from tests.layers.oracles import Array, Choice, Params, Slots, Taken
 
@@ -226,3 +230,26 @@ def test_bias_step_over_many_steps() -> None:
     assert layer.router.bias.dtype is torch.float32
     np.testing.assert_allclose(layer.router.bias, expected, atol=1e-6)
     assert float(layer.router.bias.sum()) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_config_moe_vie_is_its_router() -> None:
+    """arXiv:2608.17402: y = shared(x) + Σ over the 4 best by s + b of s / Σ s · expert(x), s = sigmoid(W x), of 32."""
+    arch = yaml.safe_load(shipped_configs()["moe_vie"].read_text(encoding="utf-8"))["model"]["arch"]
+    torch.manual_seed(0)
+    layers = moe_layers(build_model(MoEConfig(**arch), 2, 64).double().eval())
+    assert [layer.layer_index for layer in layers] == [1, 2, 3]
+    layer, x = layers[0], torch.randn(2, 3, 128, dtype=torch.float64)
+    assert (layer.router.num_experts, layer.router.top_k, layer.num_shared_experts) == (32, 4, 1)
+    assert {name for name, _ in layer.router.named_parameters()} == {"weight"}, "a linear map without a bias"
+    assert layer.router.default_losses == {}
+    layer.router.bias.normal_(std=0.1)
+    fc1, fc2 = layer.experts.fc1, layer.experts.fc2
+    with torch.no_grad():
+        affinity = (x @ layer.router.weight.T).sigmoid()
+        best = (affinity + layer.router.bias).topk(4).indices
+        assert not torch.equal(best, affinity.topk(4).indices), "the bias takes part in the choice"
+        gate = affinity.gather(-1, best) / affinity.gather(-1, best).sum(-1, keepdim=True)
+        hidden = F.gelu(torch.einsum("bnd,bnkhd->bnkh", x, fc1.weight[best]) + fc1.bias[best])
+        routed = torch.einsum("bnkh,bnkdh->bnkd", hidden, fc2.weight[best]) + fc2.bias[best]
+        expected = (gate.unsqueeze(-1) * routed).sum(2) + layer.shared(x)
+    torch.testing.assert_close(layer(x).detach(), expected, rtol=1e-10, atol=1e-12)

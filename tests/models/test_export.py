@@ -24,13 +24,14 @@ from moevision.models.io import SavedModel, load_model, save_model
 NAMES = ["cat", "dog", "Käuzchen"]
 EXPORTERS = {"onnx": export_onnx, "torch": export_torch}
 FORMS = [pytest.param("onnx", marks=pytest.mark.needs("onnx")), "torch"]
-QUICK = {"vmoe_top_k", "expert_choice", "soft"}  # one of each kind of routing
+QUICK = {"vmoe_top_k", "expert_choice", "soft", "by image"}  # one of each kind of routing
 CASES = {
     **{name: {"router": name} for name in ROUTERS if name != "label"},
     "capacity": {"router": "vmoe_top_k", "eval_capacity_factor": 0.75},
     "batch priority": {"router": "vmoe_top_k", "eval_capacity_factor": 0.75, "batch_priority": True},
     "gates that sum to 1": {"router": "switch", "normalize_gates": True},
     "shared expert": {"router": "sigmoid", "num_shared_experts": 1},
+    "by image": {"router": "sigmoid", "route_by": "image"},
     "another router in each layer": {"router": ["expert_choice", "sigmoid"], "num_experts": [4, 6], "top_k": [2, 1]},
 }
 

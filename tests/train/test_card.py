@@ -153,6 +153,14 @@ def test_cost_of_a_model_without_a_run_is_measured(bare: CardFacts) -> None:
     assert "every token takes a part of all experts" in card
 
 
+def test_a_model_by_image_says_so(facts: CardFacts) -> None:
+    by_image = "By image: one choice per image and layer, for all its tokens."
+    assert by_image not in model_card(facts)
+    card = model_card(replace(facts, options={**facts.options, "route_by": "image"}))
+    assert by_image in card
+    assert "| route by | image |" in card
+
+
 def test_an_oracle_is_called_one(facts: CardFacts) -> None:
     assert "its accuracy counts for nothing" in model_card(replace(facts, blocks=[MoEBlock(1, "label", 4, 2)]))
     assert "its accuracy counts for nothing" not in model_card(facts)

@@ -119,6 +119,7 @@ def trained(tmp_path_factory):
         ("hybrid, Muon", "mid-epoch"),
         ("validation twice an epoch", "at a validation"),
         ("plain", "in validation"),
+        ("by image", "mid-epoch"),
     ],
 )
 def test_interrupted_and_resumed_is_uninterrupted(name, place, trained, tmp_path):

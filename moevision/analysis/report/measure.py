@@ -336,6 +336,7 @@ def model_numbers(trace: RoutingTrace, address: str, image_size: int) -> Json:
         "top_k": _one_or_each([layer.top_k if layer.kind == "token_choice" else None for layer in trace.layers]),
         "experts_per_patch": _one_or_each([round(layer.experts_per_patch, 2) for layer in trace.layers]),
         "routing": _one_or_each([layer.kind for layer in trace.layers]),
+        "route_by": _one_or_each([layer.route_by for layer in trace.layers]),
         "class_names": list(trace.prediction_names or trace.class_names),
     }
 

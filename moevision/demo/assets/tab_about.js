@@ -13,6 +13,7 @@ function cardRows(card, variant) {
 
 const ROUTING_TEXTS = {
   token_choice: "Every patch chooses its experts.",
+  image: "The mean of all patches chooses: every patch of an image goes to the same experts.",
   expert_choice: "Every expert chooses the patches that suit it best, as many as every other expert. A patch may have several experts, or none.",
   soft: "Nothing is chosen: a slot is a weighted mean of all patches, an expert computes its slots, and every patch takes a weighted mean of the results.",
   rule: "Nobody trained this router: it is a rule to compare learned ones with.",
@@ -20,8 +21,9 @@ const ROUTING_TEXTS = {
 
 /** Which of these texts belongs to the layers that route in these words. */
 function routingText(routers, words) {
-  const { kind, learned } = routers.find((router) => router.words === words);
-  return learned ? kind : "rule";
+  const { kind, learned, route_by } = routers.find((router) => router.words === words);
+  if (!learned) return "rule";
+  return route_by === "image" ? "image" : kind;
 }
 
 class AboutTab {

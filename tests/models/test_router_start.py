@@ -1,0 +1,139 @@
+"""Routers that start from clusters: the clusters are found, and every unit goes to the expert of its own."""
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from moevision import UserError, convert_to_moe, forward_routing
+from moevision.layers import CosineRouter, moe_layers
+from moevision.models.upcycle import spherical_kmeans, start_routers, step0_gap, upcycle
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 3}
+EXPERTS, IMAGES, TOKENS = 4, 24, 17
+ROUTERS = ["noisy_top_k", "vmoe_top_k", "switch", "sigmoid", "cosine"]
+
+
+def images():
+    generator = torch.Generator().manual_seed(2)
+    colour = torch.randn(IMAGES, 3, 1, 1, generator=generator)
+    return colour + 0.5 * torch.randn(IMAGES, 3, 32, 32, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+
+
+def planted(seed):
+    """Four groups of directions of very different sizes and lengths, in eight dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.eye(8, dtype=torch.float64)[:4]
+    label = torch.arange(4).repeat_interleave(torch.tensor([10, 20, 40, 80]))
+    label = label[torch.randperm(len(label), generator=generator)]
+    noise = 0.15 * torch.randn(len(label), 8, dtype=torch.float64, generator=generator)
+    length = torch.rand(len(label), 1, dtype=torch.float64, generator=generator) * 9 + 1
+    return (centres[label] + noise) * length, label, generator
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_planted_clusters_are_found(seed):
+    x, label, generator = planted(seed)
+    best = max(
+        (spherical_kmeans(x, 4, generator) for _ in range(4)),
+        key=lambda found: float((F.normalize(x, dim=-1) @ found[0].T).amax(-1).sum()),
+    )
+    found = (F.normalize(x, dim=-1) @ best[0].T).argmax(-1)
+    pairs = {(int(mine), int(theirs)) for mine, theirs in zip(found, label, strict=True)}
+    assert len(pairs) == 4, "each found cluster is one planted one"
+    assert sorted(best[1].tolist()) == [10, 20, 40, 80]
+    torch.testing.assert_close(best[0].norm(dim=-1), torch.ones(4, dtype=torch.float64))
+
+
+def test_an_empty_cluster_is_filled_again():
+    """Three directions, one of them a thousand times: seeds that fall together have to part."""
+    x = torch.eye(3, dtype=torch.float64)[[0] * 1000 + [1, 2]]
+    for seed in range(5):
+        _, sizes = spherical_kmeans(x, 3, torch.Generator().manual_seed(seed))
+        assert sorted(sizes.tolist()) == [1, 1, 1000]
+
+
+@pytest.mark.parametrize("unit", ["token", "image"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_unit_goes_to_its_cluster(dense, router, unit):
+    """Equal experts with gates of 1 leave the second layer's input as it was: its clusters are exact too."""
+    net = upcycle(dense, num_experts=EXPERTS, router=router, top_k=1, route_by=unit).eval()
+    before = [layer.router.state_dict() for layer in moe_layers(net)]
+    shares = start_routers(net, images().split(8))
+    assert list(shares) == [1, 3]
+    with torch.no_grad():
+        routings = forward_routing(net, images())[1]
+    for routing, share in zip(routings, shares.values(), strict=True):
+        counts = routing.counts()
+        assert counts.tolist() == pytest.approx([each * IMAGES * TOKENS for each in share])
+        assert counts.min() > 0
+        assert (routing.route_by == "image") == (unit == "image")
+    assert step0_gap(dense, net, images()).max_logit < 1e-5
+    for layer, routing, old in zip(moe_layers(net), routings, before, strict=True):
+        if not isinstance(layer.router, CosineRouter):
+            assert float(routing.logits.std(-1, correction=0).mean()) == pytest.approx(1, rel=1e-3)
+            torch.testing.assert_close(layer.router.weight.mean(0), torch.zeros(32), rtol=0, atol=1e-6)
+        assert all(torch.equal(layer.router.state_dict()[name], old[name]) for name in old if "noise" in name)
+
+
+def test_the_seed_decides_and_nothing_else_changes(dense):
+    one, two, other = (upcycle(dense, num_experts=EXPERTS, route_by="image").train() for _ in range(3))
+    kept = {name: value.clone() for name, value in one.state_dict().items()}
+    state = torch.get_rng_state()
+    start_routers(one, [images()], seed=1)
+    torch.rand(3)
+    start_routers(two, [images()], seed=1)
+    start_routers(other, [images()], seed=2)
+    assert one.training
+    torch.set_rng_state(state)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name])
+        assert torch.equal(value, kept[name]) == ("router" not in name)
+    assert not all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_no_more_batches_are_read_than_needed(dense, monkeypatch):
+    from moevision.models import upcycle as module
+
+    monkeypatch.setattr(module, "_UNITS", {"token": 100, "image": 10})
+    read = []
+
+    def batches():
+        for batch in images().split(6):
+            read.append(len(batch))
+            yield batch
+
+    start_routers(upcycle(dense, num_experts=EXPERTS), batches())
+    assert read == [6], "6 images of 17 tokens are 102"
+    start_routers(upcycle(dense, num_experts=EXPERTS, route_by="image"), batches())
+    assert read == [6, 6, 6]
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft", "hash"])
+def test_routers_without_rows_refuse(dense, router):
+    net = upcycle(dense, num_experts=EXPERTS, router=router)
+    with pytest.raises(UserError, match=f"The router '{router}' can't start from clusters"):
+        start_routers(net, [images()])
+
+
+def test_too_little_to_cluster_is_refused(dense):
+    net = upcycle(dense, num_experts=EXPERTS, route_by="image")
+    with pytest.raises(UserError, match="3 images make no 4 clusters, one for each expert: give more images"):
+        start_routers(net, [images()[:3]])
+    with pytest.raises(UserError, match="There is no image to cluster"):
+        start_routers(net, [])
+    with pytest.raises(UserError, match="has no MoE layer"):
+        start_routers(dense, [images()])
+
+
+def test_a_layer_in_training_mode_is_clustered_without_its_noise(dense):
+    net = convert_to_moe(timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k")
+    twin = convert_to_moe(timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k")
+    twin.load_state_dict(net.state_dict())
+    assert start_routers(net.train(), [images()]) == start_routers(twin.eval(), [images()])
