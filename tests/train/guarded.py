@@ -19,13 +19,14 @@ from torch import Tensor
 from moevision.models.config import MoEConfig
 from moevision.train.faults import FaultInjector
 from moevision.train.guard import GuardConfig, GuardRecord, StabilityGuard
-from moevision.train.optim import EmaConfig, WeightEMA
-from moevision.train.task import ClassificationTask, OptimizerConfig
+from moevision.train.optim import EmaConfig, OptimizerConfig, OptimizerName, WeightEMA
+from moevision.train.task import ClassificationTask
 
 CLASSES = 4
 # Router noise, dropout in three places, stochastic depth, and a BatchNorm stem; or a router with a bias beside it.
 NOISY = {"router": "noisy_top_k"}
 BIASED = {"router": "bias_balanced", "bias_rate": 0.05}
+MUON = {**NOISY, "optimizer": "muon"}
 TWO_PROCESS_CASES = {
     "clean": "",
     "loss": "nan_loss@3:rank1",
@@ -52,13 +53,14 @@ def batches(count: int, size: int = 8) -> list[dict[str, Tensor]]:
     return found
 
 
-def tiny_task(lr: float = 3e-3, **options: Any) -> ClassificationTask:
+def tiny_task(lr: float = 3e-3, optimizer: OptimizerName = "adamw", **options: Any) -> ClassificationTask:
     """4 experts in blocks 1 and 3, from seed 0."""
     L.seed_everything(0, verbose=False)
     always = {"name": "test_vit_moe", "stem": "conv"}
     drops = {"proj_drop_rate": 0.1, "drop_path_rate": 0.1, "expert_drop": 0.1}
     arch = MoEConfig(**{**always, **drops, **NOISY, **options})
-    return ClassificationTask(arch=arch, optim=OptimizerConfig(lr=lr), num_classes=CLASSES, image_size=32)
+    optim = OptimizerConfig(optimizer, lr=lr)
+    return ClassificationTask(arch=arch, optim=optim, num_classes=CLASSES, image_size=32)
 
 
 class Epochs:

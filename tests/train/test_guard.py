@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moevision.errors import UserError
 from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, note
-from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
+from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 
 # name: (fault, which batches are left out with it, epochs, batches per epoch and per update, compared after so many
 # applied updates, first seen in)
@@ -42,7 +42,7 @@ def assert_same(one: Any, other: Any, where: str = "") -> None:
         assert one == other, where
 
 
-@pytest.mark.parametrize("router", [NOISY, BIASED], ids=["noise", "bias"])
+@pytest.mark.parametrize("router", [NOISY, BIASED, MUON], ids=["noise", "bias", "Muon"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_refused_update_never_existed(
     case: str, router: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moevision.train.guard import GuardConfig, GuardRecord, LossHistory, Recovery, TrainingDiverged, TrainingSnapshot
 from moevision.train.optim import EmaConfig, WeightEMA
-from tests.train.guarded import BIASED, NOISY, Run, batches, tiny_task
+from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 from tests.train.test_guard import assert_same
 
 EVERY_4 = GuardConfig(snapshot_every=4)
@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] =
     "a weight, at the first step": ("nan_weight@1", EVERY_4, NOISY, 6, [1, 2, 3, 4, 5], "weight of head.weight"),
     # Batch 7 computes NaN: back to the snapshot after four updates, so 5 and 6 are taken back and 7 is left out.
     "a weight": ("nan_weight@7", EVERY_4, NOISY, 12, [0, 1, 2, 3, 7, 8, 9, 10, 11], "weight of head.weight"),
+    "a weight, with Muon": ("nan_weight@7", EVERY_4, MUON, 12, [0, 1, 2, 3, 7, 8, 9, 10, 11], "weight of head.weight"),
     "a weight of an expert": (
         "nan_weight@7:expert1",
         EVERY_4,
