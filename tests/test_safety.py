@@ -199,7 +199,6 @@ def test_without_the_hub_it_is_said_so(saved_model: Path, tmp_path: Path, monkey
         with pytest.raises(UserError, match=r"you/nothing has no config\.json on the hub"):
             load_model("hf-hub:you/nothing")
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"http://127.0.0.1:9/{address}")  # nobody is there
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before each new try
     for repository, file in (("you/half", "model.safetensors"), ("you/other", "config.json")):
         said = f"The hub can't be reached, and {file} of {repository} is not in its cache on this computer"
         with pytest.raises(UserError, match=re.escape(said)):
@@ -227,7 +226,7 @@ def test_a_timm_name_means_safetensors(tmp_path: Path, monkeypatch: pytest.Monke
     save_file(net.state_dict(), tmp_path / "model.safetensors")
     asked: list[tuple[str, ...]] = []
 
-    def download(repository: str, file: str, revision: str | None = None) -> str:
+    def download(repository: str, file: str, **options: Any) -> str:
         asked.append((repository, file))
         return str(tmp_path / "model.safetensors")
 

@@ -10,6 +10,7 @@ Axis legend: B batch, C classes, S = ``image_size``.
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -337,6 +338,18 @@ class ImageDataModule(LightningDataModule):
     def test_dataloader(self) -> ImageLoader:
         """Test batches, in order, without randomness."""
         return self._eval_dataloader("test")
+
+    def plain_loader(self, split: str, indices: Sequence[int] | None = None) -> ImageLoader:
+        """Batches of a split (or of some of its images) in order, prepared as for evaluation, on this process alone."""
+        known = self.contents.datasets[split]
+        dataset = known
+        if split == "train":
+            dataset = ImageDataset(
+                split, known.collection, known.samples, image_size=self.image_size, square=True, seed=self.seed
+            )
+        wanted = list(range(len(dataset)) if indices is None else indices)
+        batches = [wanted[start : start + self.batch_size] for start in range(0, len(wanted), self.batch_size)]
+        return ImageLoader(dataset, batch_sampler=batches, **{**self._loader_options(), "persistent_workers": False})
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands: {epoch, batch} of the next batch, and what gives these numbers a meaning."""

@@ -6,15 +6,17 @@ Only JSON primitives: a Lightning checkpoint stores it, and loads under `weights
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import timm
 from torch import nn
 
 from moevision.errors import UserError
 from moevision.layers import RouterOptions, moe_layers
-from moevision.models.convert import convert_to_moe
+from moevision.models.architecture import architecture_of
+from moevision.models.convert import convert_to_moe, moe_layer_indices
 from moevision.models.io import create_from, unknown_name
+from moevision.models.reading import pool_patches
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS
 
@@ -30,8 +32,8 @@ class MoEConfig(RouterOptions):
         name: timm name of the model: a `vit_moe*` name, or `vit_moe` with `base`.
         base: for `vit_moe`: the dense timm ViT to convert, such as deit_tiny_patch16_224.
         pretrained: start from these weights: a timm name, a folder saved by timm or by moevision, or a `.safetensors`
-            file (with its architecture as `base`). A dense model is upcycled: experts start as copies of the MLP that
-            they replace. Sets `name`, `base` and all sizes.
+            file (its architecture is found out, or given as `base`). A dense model is upcycled: experts start as copies
+            of the MLP that they replace. Sets `name`, `base` and all sizes.
         num_experts: E, experts in each MoE layer.
         top_k: K, experts that compute each token; by default the router's own, 2 for most.
         router: `noisy_top_k`, `vmoe_top_k`, `switch`, `sigmoid`, `bias_balanced`, `cosine`, `expert_choice` or `soft`;
@@ -49,6 +51,8 @@ class MoEConfig(RouterOptions):
         drop_path_rate: stochastic depth at the last block.
         proj_drop_rate: dropout in MLPs, experts and attention projections.
         patch_drop_rate: share of patches left out in training.
+        global_pool: what the classifier reads: `token` (the class token) or `avg` (the mean of all patches, so that
+            every patch's route counts, in the last block too); by default the architecture's own.
         num_shared_experts: experts that every token passes besides the chosen ones.
         expert_drop: dropout inside the experts, in the place of `proj_drop_rate`.
         upcycle_noise: with `pretrained`: noise on the copies, relative to the spread of their weights.
@@ -74,6 +78,7 @@ class MoEConfig(RouterOptions):
     drop_path_rate: float | None = None
     proj_drop_rate: float | None = None
     patch_drop_rate: float | None = None
+    global_pool: Literal["token", "avg"] | None = None
     num_shared_experts: int | None = None
     expert_drop: float | None = None
     upcycle_noise: float | None = None
@@ -126,7 +131,8 @@ def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_
     # `noise` is the router's here; in `upcycle` that name means noise on the copies.
     return upcycle(
         source,
-        layers=config.moe_layers or "every2",
+        # In numbers: a checkpoint is rebuilt by its config, whatever a placement's name means to `upcycle` by then.
+        layers=moe_layer_indices(config.moe_layers or "every2", len(cast(Any, source).blocks)),
         **{"router": "noisy_top_k", "top_k": None, **given, "noise": config.upcycle_noise or 0.0},
         router_noise=config.noise,
         reinit=config.upcycle_reinit or 0.0,
@@ -137,8 +143,7 @@ def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_
 def _pretrained_source(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
     name, weights = str(config.pretrained), None
     if name.endswith(".safetensors"):
-        if config.base is None:
-            raise UserError(f"Say which architecture {name} belongs to: --model.arch.base deit_tiny_patch16_224.")
-        name, weights = config.base, name
+        name, weights = config.base or architecture_of(name), name
     rates = {name: getattr(config, name) for name in ("drop_path_rate", "proj_drop_rate", "patch_drop_rate")}
-    return create_from(name, num_classes, image_size, weights=weights, load_weights=load_weights, **rates)
+    source = create_from(name, num_classes, image_size, weights=weights, load_weights=load_weights, **rates)
+    return pool_patches(source) if config.global_pool == "avg" else source

@@ -27,15 +27,11 @@ import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
 from moevision.files import sync_file, write_text_atomic
 from moevision.models.safe_files import CONFIG, WEIGHTS, check_model_folder, check_types, read_config, read_header
+from moevision.models.published import cached, hub_answers, published
 from moevision.names import shown
 
 ImageSize = int | tuple[int, int]
 FOLDER, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
-_SAFE_NAMES = {
-    "": WEIGHTS,
-    "pytorch_model.bin": WEIGHTS,
-    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ def load_model(address: str) -> SavedModel:
         UserError: if there is no model, or its files are damaged or foreign.
     """
     with _loading(address):
-        saved = describe(open_model(_address(address)).eval())
+        saved = describe(open_model(address_of(address)).eval())
     _check_usable(saved, address)
     return saved
 
@@ -187,7 +183,7 @@ def create_from(
         UserError: if the name or folder doesn't exist, or its weights can't be loaded.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size, **rates}
-    address = _address(str(source))
+    address = address_of(str(source))
     if weights is not None and load_weights:
         return _create_from_file(address, Path(weights), num_classes, options)
     with _loading(str(source)):
@@ -208,7 +204,7 @@ def _loading(source: str) -> Iterator[None]:
         ) from error
 
 
-def _address(source: str) -> str:
+def address_of(source: str) -> str:
     """The timm address of a saved model's folder or run folder, and any other address as it is.
 
     Raises:
@@ -223,7 +219,7 @@ def _address(source: str) -> str:
             f"{path} is a file: give a saved model's folder, such as runs/NAME/model, or name its architecture too, "
             "such as deit_tiny_patch16_224, and give it as weights."
         )
-    if ":" not in source and timm.is_model(source):
+    if is_timm_name(source):
         return source
     if path.is_dir() or source.startswith(FOLDER):
         raise UserError(
@@ -235,6 +231,11 @@ def _address(source: str) -> str:
     if "/" in source or os.sep in source:
         raise UserError(f"There is no model at {source!r}: give a folder such as runs/NAME/model, or a timm name.")
     raise UserError(f"{unknown_name(source)} A saved model is a folder such as runs/NAME/model.")
+
+
+def is_timm_name(address: str) -> bool:
+    """Whether this is a timm name, and neither a folder nor another address."""
+    return ":" not in address and timm.is_model(address)
 
 
 def unknown_name(name: str) -> str:
@@ -319,7 +320,7 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     if address.startswith(FOLDER):
         check_model_folder(Path(address.removeprefix(FOLDER)), weights=weights)
     elif weights:
-        options["pretrained_cfg_overlay"] = {"file": str(_fetch_weights(address)), "custom_load": False}
+        options["pretrained_cfg_overlay"] = {"file": str(fetch_weights(address)), "custom_load": False}
     created: nn.Module = timm.create_model(address, pretrained=weights, **options)
     return created
 
@@ -334,28 +335,25 @@ def _fetch_folder(repository: str, weights: bool) -> Path:
     return config.parent
 
 
-def _fetch_weights(name: str) -> Path:
-    """The published weights of a timm name, as safetensors."""
-    known = timm.get_pretrained_cfg(name)
-    asked = "" if known is None else str(known.hf_hub_filename or "")
-    file = asked if asked.endswith(".safetensors") else _SAFE_NAMES.get(asked)
-    if known is None or not known.has_weights:
-        raise UserError(f"There are no pretrained weights for {name}: choose one of timm.list_pretrained().")
-    if not known.hf_hub_id or file is None:
-        raise UserError(f"The weights of {name} are not published as safetensors, and pickles are never read.")
-    repository, _, revision = str(known.hf_hub_id).partition("@")
-    path = _fetch(repository, file, revision or None)
+def fetch_weights(name: str) -> Path:
+    """The published weights of a timm name, as safetensors: from the hub's cache, else from the hub.
+
+    Raises:
+        UserError: if there are none, they are damaged, or the hub can't be reached.
+    """
+    weights = published(name)
+    path = cached(weights) or _fetch(weights.repository, weights.file, weights.revision)
     read_header(path)
     return path
 
 
 def _fetch(repository: str, file: str, revision: str | None) -> Path:
-    """One file of a repository on the hub, in the hub's cache.
+    """One file of a repository on the hub, in the hub's cache; an interrupted download goes on where it stopped.
 
     Raises:
         UserError: if the hub can't be reached, or has no such repository or file.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, hf_hub_url
     from huggingface_hub.errors import (
         EntryNotFoundError,
         LocalEntryNotFoundError,
@@ -364,8 +362,9 @@ def _fetch(repository: str, file: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    offline = not hub_answers(hf_hub_url(repository, file, revision=revision))
     try:
-        return Path(hf_hub_download(repository, file, revision=revision))
+        return Path(hf_hub_download(repository, file, revision=revision, local_files_only=offline))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UserError(
             f"The hub can't be reached, and {file} of {repository} is not in its cache on this computer: connect it to "
@@ -382,6 +381,13 @@ def _fetch(repository: str, file: str, revision: str | None) -> Path:
         raise UserError(
             f"The hub has no {repository} in this revision, or hides it from you: check the name, or log in there with "
             "`hf auth login`."
+        ) from error
+    except Exception as error:
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
+            raise
+        raise UserError(
+            f"The download of {file} of {repository} broke off ({type(error).__name__}): the same command goes on "
+            "where it stopped."
         ) from error
 
 

@@ -140,6 +140,20 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
         UserError: if it is no sound safetensors file.
         FileNotFoundError: if there is none.
     """
+    return _header_of(path)[0]
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts that the writer of a safetensors file put into its header, such as the licence.
+
+    Raises:
+        UserError: if it is no sound safetensors file.
+        FileNotFoundError: if there is none.
+    """
+    return _header_of(path)[1]
+
+
+def _header_of(path: str | Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     with _open_regular(Path(path)) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -156,7 +170,7 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
         raise _damaged(path, f"it has {len(given):,} tensors")
     entries = {name: _entry(path, name, entry) for name, entry in given.items()}
     _check_layout(path, entries, size - _LENGTH_BYTES - length)
-    return entries
+    return entries, metadata or {}
 
 
 def elements(entries: dict[str, TensorEntry]) -> int:

@@ -42,6 +42,7 @@ from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
 from moevision.train.faults import KINDS, FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.optim import EmaConfig, WeightEMA, freeze_parameters
+from moevision.train.probe import fit_probe, start_with
 from moevision.train.processes import tell
 from moevision.train.provenance import differences, fingerprint
 from moevision.train.recipe import default_precision, describe_plan, memory_advice, new_run_folder, run_name
@@ -514,12 +515,34 @@ class TrainingCLI(LightningCLI):
                 net = build_model(twin, self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=False)
                 freeze_parameters(net, self.model.optim.freeze)
         if self.trainer.is_global_zero:
-            print(self.datamodule.describe())
+            print(self.datamodule.describe(), flush=True)
+            if fresh and self.model.arch.pretrained is not None:
+                self._start_with_probe()
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
                 print(describe_plan(self.model, self.datamodule, self.trainer))
             print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
         if not self.fast_dev_run:
             self._compare_with_start()
+
+    def _start_with_probe(self) -> None:
+        """Head first: the classifier begins as a linear probe of the frozen features, which is reported too.
+
+        In the first process alone: the others get its weights when the training begins.
+        """
+        known = self.session.probe
+        if known is None:
+            strategy = self.trainer.strategy
+            known = fit_probe(
+                self.model.net, self.datamodule, strategy.root_device, strategy.precision_plugin.forward_context
+            )
+        if known is None:
+            return
+        self.session.probe = known
+        if known.beats_the_head:
+            start_with(self.model.net, known)
+        if not self.fast_dev_run:
+            known.write(cast(Path, self.run_dir))
+        print(known.sentence(), flush=True)
 
     def _compare_with_start(self) -> None:
         """Warn about what prevents a bit-identical result, and record this start in sessions.json."""

@@ -1,5 +1,7 @@
 """What `fit` chooses where the user did not (model, image size, batch, epochs, precision), and the plan that it prints.
 
+Few images start from pretrained weights (`start`), others from scratch.
+
 Every choice is printed and can be overridden on the command line. `runs/NAME/` is the run folder; `--config NAME` finds
 the configs that are shipped with the package.
 """
@@ -11,10 +13,10 @@ import difflib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers
 from moevision.names import shown
 from moevision.train.provenance import device_name, total_memory_bytes
+from moevision.train.start import AUTO, NONE, choose_start, pretrained_options, weights_alone
 
 if TYPE_CHECKING:
     import lightning as L
@@ -34,8 +37,14 @@ if TYPE_CHECKING:
     from moevision.train.task import ClassificationTask
 
 PACKAGE = Path(__file__).resolve().parent.parent
-SCRATCH_MINIMUM = 20_000  # images below which `fit` suggests a pretrained start
+SCRATCH_MINIMUM = 20_000  # images below which `fit` starts from pretrained weights
 _ASKS = ("-h", "--help", "--print_config")
+_PRETRAINED = "--model.arch.pretrained"
+# Who gives one of these has chosen a model.
+_MODEL = tuple(
+    f"--model.arch.{name}"
+    for name in ("name", "base", "stem", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+)
 # Images in the datasets known by name, which may have to be fetched before they can be counted.
 _NAMED_IMAGES = {
     "synthetic_pets": 16_000,
@@ -106,24 +115,29 @@ def default_precision() -> str:
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "32-true"
 
 
-def expand_arguments(verb: str, arguments: Sequence[str], *, recorded: bool = False) -> list[str]:
+def expand_arguments(
+    verb: str,
+    arguments: Sequence[str],
+    *,
+    recorded: bool = False,
+    decide: Callable[[Callable[[], Any]], Any] = lambda decision: decision(),
+) -> list[str]:
     """Rewrite what people type into what LightningCLI reads.
 
     `FOLDER` (or a dataset's name) in front becomes `--data.path`, with a recipe for it unless `--config` is given;
-    `--config NAME` finds shipped configs; `--pretrained X` becomes `--model.arch.pretrained X`.
+    `--config NAME` finds shipped configs; `--pretrained X` becomes `--model.arch.pretrained X`, where `auto` and `none`
+    are decided here; `--dense` becomes `--model.arch.twin active_flops`.
 
     Args:
         verb: the verb.
         arguments: what follows it.
         recorded: the run has a config already, so that nothing needs to be said and no recipe is chosen.
+        decide: calls a function in the first process of a training alone, and gives its result to all of them.
 
     Raises:
-        UserError: if a config does not exist, or nothing says what to train on.
+        UserError: if a config does not exist, nothing says what to train on, or pretrained weights can't be had.
     """
-    rest = [
-        argument.replace("--", "--model.arch.", 1) if _is(argument, "--pretrained") else argument
-        for argument in arguments
-    ]
+    asked, rest = take_pretrained(_with_dense(arguments))
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
     has_config = any(_is(argument, "--config") or _is(argument, "-c") for argument in rest)
     says_what = has_config or path is not None or any(_is(argument, "--data.path") for argument in rest)
@@ -134,13 +148,45 @@ def expand_arguments(verb: str, arguments: Sequence[str], *, recorded: bool = Fa
         )
     front: list[str] = []
     if path is not None and not has_config and path in shipped_configs() and not Path(path).exists():
-        front = ["--config", path]
-    elif path is not None:
-        pretrained = any(_is(argument, "--model.arch.pretrained") for argument in rest)
-        chooses = verb == "fit" and not has_config and not recorded
-        chosen = choose_recipe(path, pretrained=pretrained) if chooses else []
-        front = [*chosen, "--data.path", path]
+        front, path = ["--config", path], None
+    chooses = verb == "fit" and path is not None and not has_config and not recorded
+    if chooses:
+        front = decide(lambda: choose_recipe(cast(str, path), asked, rest))
+    elif asked is not None and not (recorded and asked in (AUTO, NONE)):  # a run that goes on has chosen
+        rest += decide(lambda: weights_alone(asked, rest))
+    if path is not None:
+        front = [*front, "--data.path", path]
     return _with_found_configs([*front, *rest] if not has_config else [*rest, *front])
+
+
+def take_pretrained(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Separate `--pretrained X` (or `--pretrained=X`, or in full `--model.arch.pretrained`) from the other arguments.
+
+    Raises:
+        UserError: if nothing follows it.
+    """
+    rest, asked = [], None
+    given = iter(arguments)
+    for argument in given:
+        option, equals, value = argument.partition("=")
+        if option not in ("--pretrained", _PRETRAINED):
+            rest.append(argument)
+            continue
+        asked = value if equals else next(given, "")
+        if not asked or asked.startswith("-"):
+            raise UserError(f"{option} needs a timm name, a file, a folder, {AUTO} or {NONE}.")
+    return (NONE if asked == "null" else asked), rest
+
+
+def _with_dense(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--dense` in full.
+
+    Raises:
+        UserError: beside `--with-twin`, which compares with the dense model.
+    """
+    if "--dense" in arguments and "--with-twin" in arguments:
+        raise UserError("--dense trains the dense model itself: leave --with-twin out, which trains both.")
+    return ["--model.arch.twin=active_flops" if argument == "--dense" else argument for argument in arguments]
 
 
 def _is(argument: str, option: str) -> bool:
@@ -160,30 +206,54 @@ def _with_found_configs(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def choose_recipe(path: str, *, pretrained: bool) -> list[str]:
+def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()) -> list[str]:
     """Command-line options for a folder of images or a dataset's name, from their number, free memory and device.
 
-    From scratch: the micro model, on 64 px images in 8 x 8 patches (64 tokens), with a convolutional stem; it
-    learns on a CPU. Pretrained: 224 px, as the weights were trained. Epochs aim at 200 000 images seen, at least
-    10 and at most 100 epochs.
+    Args:
+        path: what to train on.
+        asked: `--pretrained`; None: pretrained weights if there are few images and no model is named.
+        given: the other options, which come later and so win.
+
+    Raises:
+        UserError: if pretrained weights were asked for by name and can't be had.
     """
     named = path in _NAMED_IMAGES
     images = _NAMED_IMAGES[path] if named else count_images(Path(path))
+    few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
+    if asked is None and (not few or any(_is(argument, option) for argument in given for option in _MODEL)):
+        asked = NONE
+    weights = choose_start(asked, images, value_of(given, "--model.arch.base"))
     on_gpu = torch.cuda.is_available()
-    epochs = min(100, max(10, round(200_000 / max(1, images))))
-    batch = min(256 if on_gpu else 64, max(8, images // 20))
     options = {
-        "--data.image_size": 224 if pretrained else 64,
         "--data.crop": "auto" if named else "random_resized",
-        "--data.batch_size": batch,
         "--data.cache_mb": int(free_memory_bytes() * _CACHE_SHARE / 2**20),
         "--data.num_workers": min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0,
-        "--trainer.max_epochs": max(5, epochs // 5) if pretrained else epochs,
-        "--model.optim.lr": 1e-4 if pretrained else 1e-3,
+        **(scratch_options(images) if weights is None else pretrained_options(weights, images)),
     }
-    if not pretrained:
-        options |= {"--model.arch.name": "vit_moe_micro_patch4_32", "--model.arch.patch_size": 8}
     return [f"{option}={value}" for option, value in options.items()]
+
+
+def scratch_options(images: int) -> dict[str, Any]:
+    """From scratch: a model that learns on a CPU. Epochs aim at 200 000 images seen, at least 10 and at most 100."""
+    return {
+        "--model.arch.name": "vit_moe_micro_patch4_32",
+        "--model.arch.patch_size": 8,  # 64 tokens
+        "--data.image_size": 64,
+        "--data.batch_size": min(256 if torch.cuda.is_available() else 64, max(8, images // 20)),
+        "--trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
+        "--model.optim.lr": 1e-3,
+    }
+
+
+def value_of(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option on a command line, the last one; None if it isn't there."""
+    found = None
+    for place, argument in enumerate(arguments):
+        if argument == option:
+            found = arguments[place + 1] if place + 1 < len(arguments) else None
+        elif argument.startswith(option + "="):
+            found = argument.partition("=")[2]
+    return found
 
 
 def count_images(folder: Path) -> int:
@@ -221,8 +291,9 @@ def describe_plan(task: ClassificationTask, data: ImageDataModule, trainer: L.Tr
         lines.append(f"plan: {epochs} epochs of {train_images:,} images, {speed}")
     if task.arch.pretrained is None and train_images < SCRATCH_MINIMUM and data.path != "synthetic_pets":
         lines.append(
-            f"note: {train_images:,} images are few to learn from scratch; try a pretrained start: "
-            "--pretrained NAME_OR_FOLDER (any timm ViT, e.g. deit_tiny_patch16_224)."
+            f"note: {train_images:,} images are few to learn from scratch; try a pretrained start: --pretrained auto, "
+            "or a timm name, a file or a folder. On 2,048 photos of cats and dogs one reached 91 % in one epoch, a "
+            "model from scratch 73 % in twenty."
         )
     if _has_idle_nvidia_card():
         lines.append(

@@ -40,6 +40,7 @@ from moevision.names import shown
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+_UNBALANCED = 1.5
 _BISECTION_STEPS = 60  # halves [-1, 1] below the spacing of doubles
 
 
@@ -119,6 +120,64 @@ class TwinComparison:
 
 
 @dataclass(frozen=True)
+class Contender:
+    """One of the models that a run can end with, on the same test images as the others."""
+
+    name: str
+    """`linear probe`, `dense fine-tune` (or `dense twin`), `Mixture of Experts`."""
+    correct: int
+    total: int
+    balanced_accuracy: float
+    behind: PairedDifference
+    """Accuracy of the best of them minus this one's; of balanced accuracy where classes are unbalanced."""
+    ms_per_image: float
+    """One image at a time, on the device of the training; the median of a few."""
+    mbytes: float
+    """Of its weights as a file."""
+    train_s: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy."""
+        return accuracy_interval(self.correct, self.total)
+
+    @property
+    def within_error(self) -> bool:
+        """Whether it isn't shown to be worse than the best."""
+        return self.behind.low <= 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model to use: the simplest of those that aren't shown to be worse than the best."""
+
+    contenders: Sequence[Contender]
+    """The simplest first."""
+    unbalanced: bool
+    """Whether classes differ so much in size that balanced accuracy decides."""
+
+    @property
+    def recommended(self) -> Contender:
+        """The simplest within error."""
+        return next(each for each in self.contenders if each.within_error)
+
+    @property
+    def sentence(self) -> str:
+        """The advice, and why."""
+        best, chosen = min(self.contenders, key=lambda each: each.behind.difference), self.recommended
+        advice = {"linear probe": "Use the linear probe", "Mixture of Experts": "Use the Mixture of Experts"}
+        measure = "balanced accuracy" if self.unbalanced else "accuracy"
+        why = (
+            f"nothing here has a higher {measure}"
+            if chosen.behind.difference == best.behind.difference
+            else f"its {measure} is not shown to be lower than that of the {best.name} "
+            f"({points(-chosen.behind.difference)} points, 95 % interval {points(-chosen.behind.high)} to "
+            f"{points(-chosen.behind.low)}), and it is simpler"
+        )
+        return f"{advice.get(chosen.name, 'Use dense')}: {why}. One seed; another one moves all of them."
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """Everything that summary.md says about one finished run."""
 
@@ -153,6 +212,12 @@ class RunSummary:
     notes: Sequence[str] = ()
     """Whatever was skipped, stopped early or otherwise not as asked, a sentence each."""
     twin: TwinComparison | None = None
+    choice: Choice | None = None
+    """Beside a linear probe, the dense fine-tune, or both; None where there was neither."""
+    ms_per_image: float | None = None
+    """One image at a time, on the device of the training."""
+    mbytes: float | None = None
+    """Of the weights as a file."""
     next_commands: Sequence[tuple[str, str]] = ()
     """(what it does, the exact command); empty: what most people want next."""
 
@@ -177,6 +242,7 @@ def read_summary(file: Path) -> RunSummary:
                 "cost": ModelCost(**given["cost"]),
                 "layers": [LayerLoad(**layer) for layer in given["layers"]],
                 "twin": None if given.get("twin") is None else _read_twin(given["twin"]),
+                "choice": None if given.get("choice") is None else _read_choice(given["choice"]),
             }
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -189,6 +255,11 @@ def read_summary(file: Path) -> RunSummary:
 def _read_twin(given: dict[str, Any]) -> TwinComparison:
     difference, cost = PairedDifference(**given["difference"]), ModelCost(**given["cost"])
     return TwinComparison(**{**given, "difference": difference, "cost": cost})
+
+
+def _read_choice(given: dict[str, Any]) -> Choice:
+    contenders = [Contender(**{**each, "behind": PairedDifference(**each["behind"])}) for each in given["contenders"]]
+    return Choice(contenders, given["unbalanced"])
 
 
 def write_summary(summary: RunSummary, out: Path) -> None:
@@ -264,6 +335,64 @@ def flops(count: int) -> str:
     return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One of the models to choose from.
+
+    Attributes:
+        name: as in `Contender`.
+        correct: [n] whether each test image was classified correctly.
+        ms_per_image: one image at a time.
+        mbytes: of its weights.
+        train_s: seconds of its training.
+    """
+
+    name: str
+    correct: npt.NDArray[np.bool_]
+    ms_per_image: float
+    mbytes: float
+    train_s: float
+
+
+def choose(entries: Sequence[Entry], labels: npt.NDArray[np.int64], *, unbalanced: bool) -> Choice:
+    """Compare models on the same test images with the best of them.
+
+    Args:
+        entries: the simplest first.
+        labels: [n] the class of each test image.
+        unbalanced: whether balanced accuracy decides.
+    """
+
+    def balanced(correct: npt.NDArray[np.bool_]) -> float:
+        return float(np.mean([correct[labels == label].mean() for label in np.unique(labels)]))
+
+    best = max((entry.correct for entry in entries), key=balanced if unbalanced else np.mean)
+
+    def behind(correct: npt.NDArray[np.bool_]) -> PairedDifference:
+        return paired_macro_difference(best, correct, labels) if unbalanced else paired_difference(best, correct)
+
+    contenders = [
+        Contender(
+            name=entry.name,
+            correct=int(entry.correct.sum()),
+            total=len(entry.correct),
+            balanced_accuracy=balanced(entry.correct),
+            behind=behind(entry.correct),
+            ms_per_image=entry.ms_per_image,
+            mbytes=entry.mbytes,
+            train_s=entry.train_s,
+        )
+        for entry in entries
+    ]
+    return Choice(contenders, unbalanced)
+
+
+def is_unbalanced(counts: Iterable[int]) -> bool:
+    """Whether the largest class has more than one and a half times the images of the smallest."""
+    sizes = list(counts)
+    return max(sizes) > _UNBALANCED * max(1, min(sizes))
+
+
 def duration(seconds: float) -> str:
     """732.4 -> `12 min 12 s`."""
     minutes, rest = divmod(round(seconds), 60)
@@ -323,6 +452,34 @@ def paired_difference(
     low, high = _tango_interval(only_a, only_b, n, _normal_quantile(level))
     p_value = mcnemar_p_value(only_a, only_b)
     return PairedDifference((only_a - only_b) / n, low, high, n, only_a, only_b, p_value, level)
+
+
+def paired_macro_difference(
+    correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_], labels: npt.NDArray[np.int64]
+) -> PairedDifference:
+    """Compare the balanced accuracy of two models on the same images: the mean over classes of paired differences.
+
+    The 95 % interval is the normal one, with the variance of each class's own differences: rough below about ten images
+    of a class. The p-value is McNemar's, of the plain accuracies.
+
+    Args:
+        correct_a: [n] whether model a classified image i correctly.
+        correct_b: [n] the same for model b.
+        labels: [n] the class of image i.
+
+    Raises:
+        UserError: the two can't be compared, see `paired_difference`.
+    """
+    plain = paired_difference(correct_a, correct_b)
+    means, variances = [], []
+    for label in np.unique(labels):
+        gaps = correct_a[labels == label].astype(float) - correct_b[labels == label].astype(float)
+        means.append(gaps.mean())
+        variances.append(gaps.var() / len(gaps))
+    estimate = float(np.mean(means))
+    half = _normal_quantile(plain.level) * math.sqrt(sum(variances)) / len(means)
+    low, high = max(-1.0, estimate - half), min(1.0, estimate + half)
+    return PairedDifference(estimate, low, high, plain.n, plain.only_a, plain.only_b, plain.p_value, plain.level)
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:

@@ -33,6 +33,7 @@ from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
 from moevision.train.callbacks import RunLogger
 from moevision.train.checkpoint import LAST, SafeCheckpointIO, newest_valid
+from moevision.train.probe import Probe
 from moevision.train.processes import (
     AwakeClock,
     Interruption,
@@ -43,7 +44,7 @@ from moevision.train.processes import (
     restore_random_state,
     tell,
 )
-from moevision.train.recipe import expand_arguments, run_name
+from moevision.train.recipe import expand_arguments, run_name, value_of
 
 OPTION, AUTO = "--resume", "auto"
 SESSIONS = "sessions.json"
@@ -508,7 +509,10 @@ class Session:
         clock: time in which the process ran.
         notes: what differs from the run that is resumed, a phrase each.
         processes: this process among those of the training.
+        probe: of this training's pretrained weights, for the twin that starts from them too; None: none yet.
     """
+
+    probe: Probe | None = None
 
     def __init__(self, verb: str, arguments: Sequence[str]) -> None:
         self.command = ["moevision", verb, *arguments]
@@ -517,13 +521,19 @@ class Session:
         self._claims: list[int] = []
         self._target, self._typed = take_resume(arguments)
         if self._target is None:
-            self.arguments = expand_arguments(verb, arguments)
+            self.arguments = expand_arguments(verb, arguments, decide=self.processes.decide)
             return
         if verb != "fit":
             raise UserError(f"{OPTION} resumes a training: use it with fit; {verb} takes --ckpt_path.")
-        self.arguments = (
-            expand_arguments(verb, self._typed) if self._target == AUTO else self._as_recorded(Path(self._target))
-        )
+        self.arguments = self._automatic(verb) if self._target == AUTO else self._as_recorded(Path(self._target))
+
+    def _automatic(self, verb: str) -> list[str]:
+        """What was typed; a run that goes on has chosen its start, and nothing is chosen again for it."""
+        path = next((argument for argument in self._typed[:1] if not argument.startswith("-")), "")
+        name = value_of(self._typed, "--name") or (run_name(path) if path else "")
+        folder = Path(value_of(self._typed, "--runs_root") or "runs") / name / "checkpoints"
+        goes_on = bool(name) and folder.is_dir() and newest_valid(folder)[0] is not None
+        return expand_arguments(verb, self._typed, recorded=goes_on, decide=self.processes.decide)
 
     def claim(self, run_dir: Path) -> Path:
         """Keep other trainings out of this folder, until `close`; for the first process, before it touches anything.

@@ -1,7 +1,8 @@
 """A Hugging Face hub small enough to read: repositories in memory, behind the HTTP paths that huggingface_hub calls.
 
 It takes a commit whose files come along in base64 (the hub's "regular" upload) and serves them again, so that a model
-can be pushed and loaded with the real client libraries and without a network. The paths are those of huggingface_hub 2.
+can be pushed and loaded with the real client libraries and without a network. A download can be asked for in parts, and
+can be made to break off. The paths are those of huggingface_hub 2.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ class FakeHub:
         private: repository -> whether only its owner sees it.
         files: repository -> path -> bytes.
         asked: (method, path) of every request.
+        ranges: the Range of every download, empty for a whole file.
+        licence: of every repository, as its card states it.
+        break_after: bytes after which downloads break off; None lets them through.
     """
 
     url: str = ""
@@ -37,6 +41,9 @@ class FakeHub:
     private: dict[str, bool] = field(default_factory=dict)
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+    licence: str = "apache-2.0"
+    break_after: int | None = None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -82,17 +89,26 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/api/models/([^/]+/[^/?]+)(/revision/main)?(\?.*)?", self.path):
             if found[1] not in hub.private:
                 return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-            siblings = [{"rfilename": name} for name in hub.files[found[1]]]
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in hub.files[found[1]].items()]
             facts = {"id": found[1], "modelId": found[1], "private": hub.private[found[1]], "sha": COMMIT}
-            return self.answer(200, {**facts, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
+            card = {"cardData": {"license": hub.licence}, "tags": [f"license:{hub.licence}"]}
+            return self.answer(200, {**facts, **card, "siblings": siblings, "downloads": 0, "likes": 0})
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path):
             data = hub.files.get(found[1], {}).get(found[2])
             if data is None:
                 return self.answer(
                     404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
                 )
-            etag = hashlib.sha1(data).hexdigest()
-            return self.answer(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            if self.command == "GET":
+                hub.ranges.append(self.headers.get("Range", ""))
+            part = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            if part is None:
+                return self.answer(200, data, headers)
+            start = int(part[1])
+            return self.answer(
+                206, data[start:], {**headers, "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+            )
         return self.answer(404, {"error": f"this fake hub has no {self.path}"})
 
     def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
@@ -103,8 +119,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        if self.command == "HEAD":
+            return
+        limit = self.hub.break_after if "/resolve/" in self.path else None
+        self.wfile.write(data[:limit])
+        if limit is not None and limit < len(data):
+            self.close_connection = True
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing on the screen."""

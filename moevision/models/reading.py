@@ -1,0 +1,120 @@
+"""Which tokens of a ViT its classifier reads, and so which routes can change an answer.
+
+A class-token head reads one token. What the last block computes for the patches then reaches no logit: their routes
+there get no gradient from the classes and change no answer, however they look. Two ways out: pool over the patches, or
+leave the last block dense.
+
+Axes: B images, N tokens (prefix tokens such as the class token first, then patches), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from moevision.errors import UserError
+from moevision.layers import MoEMlp, label_oracle, moe_layers
+from moevision.models.convert import moe_layer_indices
+
+
+def reads_class_token_only(vit: nn.Module) -> bool:
+    """Whether the classifier of a timm ViT reads class and distillation tokens, and no patch."""
+    return getattr(vit, "global_pool", None) == "token"
+
+
+def pool_patches(vit: nn.Module) -> nn.Module:
+    """Let the classifier of a timm ViT read the mean of all patches instead of the class token, in place.
+
+    The final norm stays in front of the pooling, where its trained weights belong. The classifier starts anew. A model
+    that doesn't read the class token stays as it is.
+
+    Raises:
+        UserError: if the architecture can't pool.
+    """
+    if not reads_class_token_only(vit):
+        return vit
+    state = cast(Any, vit)
+    try:
+        state.reset_classifier(state.num_classes, global_pool="avg")
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{type(vit).__name__} can't pool over patches ({error}): leave --model.arch.global_pool out."
+        ) from error
+    # What rebuilds the model; timm itself would move the norm behind the pooling.
+    state._model_args = {**getattr(vit, "_model_args", {}), "global_pool": "avg", "fc_norm": False}
+    return vit
+
+
+def read_layer_indices(vit: nn.Module, layers: str | Sequence[int]) -> list[int]:
+    """Indices of the MoE blocks of `moe_layer_indices`, of which every patch's route reaches the classifier.
+
+    A named placement leaves out the last block where only the class token is read; `last2` is then the last two odd
+    blocks before it. A list is taken as it is.
+    """
+    depth = len(cast(Any, vit).blocks)
+    if isinstance(layers, str) and reads_class_token_only(vit):
+        return moe_layer_indices(layers, depth - 1)
+    return moe_layer_indices(layers, depth)
+
+
+def routes_read(model: nn.Module) -> list[bool]:
+    """For each MoE layer, whether what it computes for patches reaches the classifier.
+
+    Measured, not looked up: zeros are added to the output of every MoE layer in one pass over one image of noise, and
+    the features that the classifier reads have a gradient with respect to those at some patch, or at none.
+
+    Args:
+        model: any converted model. Call it before the model is shared between threads.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        return []
+    zeros: list[Tensor] = []
+
+    def add_zeros(_layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        zeros.append(torch.zeros_like(output, requires_grad=True))
+        return output + zeros[-1]
+
+    hooks = [layer.register_forward_hook(add_zeros) for layer in layers]
+    training = model.training
+    try:
+        with torch.enable_grad(), label_oracle(model.eval(), torch.zeros(1, dtype=torch.long)):
+            features = _features(model, _noise(model)).float()  # [1, D]
+            # Against random directions: a plain sum is constant behind a LayerNorm.
+            weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(features.device)
+            gradients = torch.autograd.grad((features * weights).sum(), zeros, allow_unused=True)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    return [gradient is not None and bool(gradient[:, prefix:].any()) for gradient in gradients]
+
+
+def unread_layers(model: nn.Module) -> list[int]:
+    """Block numbers of the MoE layers whose routes of patches no classifier reads."""
+    read = routes_read(model)
+    return [_block(layer) for layer, is_read in zip(moe_layers(model), read, strict=True) if not is_read]
+
+
+def _block(layer: MoEMlp) -> int:
+    return cast(int, layer.layer_index)
+
+
+def _noise(model: nn.Module) -> Tensor:
+    """One image of noise, [1, 3, H, W], of the model's own size, dtype and device."""
+    parameter = next(model.parameters())
+    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or (224, 224)
+    image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return image.to(parameter.device, parameter.dtype)
+
+
+def _features(model: nn.Module, image: Tensor) -> Tensor:
+    """What the classifier reads, [1, D]; a new classifier may be zero, and would hide everything."""
+    state = cast(Any, model)
+    if not hasattr(state, "forward_features"):
+        return cast(Tensor, state(image))
+    return cast(Tensor, state.forward_head(state.forward_features(image), pre_logits=True))

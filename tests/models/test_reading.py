@@ -1,0 +1,124 @@
+"""Which routes reach the classifier: measured by `routes_read`, and seen in the logits when one route changes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from moevision import Routing, UserError, convert_to_moe
+from moevision.layers import ROUTERS, moe_layers
+from moevision.models.config import MoEConfig, build_model
+from moevision.models.io import describe, load_model, save_model
+from moevision.models.reading import pool_patches, read_layer_indices, routes_read, unread_layers
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 3}
+VIT = "vit_tiny_patch16_224"
+
+
+def vit(name: str = VIT, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL, **options}).eval()
+
+
+def image() -> Tensor:
+    return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits_move(model: nn.Module, layer: int, patch: int = 5) -> bool:
+    """Whether the logits change when one patch is given another expert in one layer, and nothing else is done."""
+    moe = moe_layers(model)[layer]
+    place = int(model.num_prefix_tokens) + patch
+
+    def elsewhere(routing: Routing) -> Routing:
+        chosen = routing.expert_index.clone()  # [1, N, 1]
+        chosen[0, place] = (chosen[0, place] + 1) % routing.num_experts
+        return replace(routing, expert_index=chosen)
+
+    before = model(image())
+    moe.intervention = elsewhere
+    try:
+        return not torch.equal(before, model(image()))
+    finally:
+        moe.intervention = None
+
+
+def different_experts(model: nn.Module) -> nn.Module:
+    """Copies that differ, so that another expert computes something else."""
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            for weight in (layer.experts.fc1.weight, layer.experts.fc2.weight):
+                weight.add_(torch.randn_like(weight) * 0.1)
+    return model
+
+
+def pretrained(tmp_path: Path, **arch: Any) -> nn.Module:
+    """What `fit --pretrained` builds from a dense model of this folder."""
+    save_model(describe(vit()), tmp_path / "dense")
+    config = MoEConfig(pretrained=str(tmp_path / "dense"), num_experts=4, top_k=1, router="vmoe_top_k", **arch)
+    torch.manual_seed(0)
+    return different_experts(build_model(config, 3, 32)).eval()
+
+
+def test_every_route_of_a_pretrained_start_moves_the_logits(tmp_path: Path) -> None:
+    model = pretrained(tmp_path, moe_layers="last2", global_pool="avg")
+    assert [layer.layer_index for layer in moe_layers(model)] == [1, 3]
+    assert routes_read(model) == [True, True]
+    assert [logits_move(model, layer) for layer in (0, 1)] == [True, True]
+
+
+def test_with_a_class_token_the_last_block_is_not_read(tmp_path: Path) -> None:
+    model = pretrained(tmp_path, moe_layers="last2")
+    assert routes_read(model) == [True, False]
+    assert unread_layers(model) == [3]
+    assert [logits_move(model, layer) for layer in (0, 1)] == [True, False]
+
+
+def test_the_last_block_stays_dense_where_only_the_class_token_is_read() -> None:
+    net = vit()
+    assert read_layer_indices(net, "every2") == [1]
+    assert read_layer_indices(net, "all") == [0, 1, 2]
+    assert read_layer_indices(net, [3]) == [3]  # who names it means it
+    assert read_layer_indices(vit(depth=6), "last2") == [1, 3]
+    assert read_layer_indices(pool_patches(net), "last2") == [1, 3]
+    assert all(routes_read(convert_to_moe(vit(), read_layer_indices(vit(), "all"), num_experts=4)))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_for_every_router(router: str) -> None:
+    """The class token alone, and all patches; in training mode too, and without a trace."""
+    for pool, expected in (("token", [True, False]), ("avg", [True, True])):
+        model = convert_to_moe(vit(global_pool=pool), "every2", num_experts=4, router=router).train()
+        for parameter in model.head.parameters():
+            nn.init.zeros_(parameter)  # a new classifier may be zero, and hides nothing
+        assert routes_read(model) == expected
+        assert model.training
+        assert not any(layer._forward_hooks for layer in moe_layers(model))
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_dense_model_has_no_routes() -> None:
+    assert routes_read(vit()) == []
+
+
+def test_pooling_keeps_the_trained_norm_and_saves(tmp_path: Path) -> None:
+    """The features are the mean of the normed patches, computed here by hand; the saved model is the model."""
+    net = vit()
+    with torch.no_grad():
+        net.norm.weight.uniform_(0.5, 1.5)
+    features = net.forward_features(image())[:, 1:].mean(1)
+    torch.manual_seed(1)
+    pooled = pool_patches(net).eval()
+    torch.testing.assert_close(pooled.forward_head(pooled.forward_features(image()), pre_logits=True), features)
+    for name, model in (("dense", pooled), ("moe", convert_to_moe(pool_patches(vit()), "last2", num_experts=4).eval())):
+        save_model(describe(model), tmp_path / name)
+        assert torch.equal(load_model(str(tmp_path / name)).net(image()), model(image()))
+
+
+def test_what_cannot_pool_says_so() -> None:
+    with pytest.raises(UserError, match="can't pool over patches"):
+        pool_patches(vit("deit_tiny_distilled_patch16_224"))
