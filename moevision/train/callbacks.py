@@ -33,6 +33,8 @@ from moevision.train.task import ClassificationTask
 MAX_DATA_WAIT: Final = 0.03
 """Share of the training time above which waiting for data is worth a remedy."""
 _SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
+_SETTLED_STEPS = 10
+_WORTH_SAYING = 0.2  # of the whole time
 _PATIENCE = 100  # updates that are summed before a layer is judged
 _STARVED = 0.1  # of the mean load: an expert below it hardly learns
 
@@ -233,6 +235,43 @@ class Stopwatch(L.Callback):
         self._advised = True
         for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
             tell(sentence)
+
+
+class TimeLeft(L.Callback):
+    """Says how long the training still takes: once it has settled, and after an epoch if that has changed.
+
+    Args:
+        clock: what measures time.
+    """
+
+    def __init__(self, clock: AwakeClock) -> None:
+        self._clock = clock
+        self._began, self._first_step, self._said_s = 0.0, 0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to count."""
+        self._began, self._first_step, self._said_s = self._clock.now(), trainer.global_step, 0.0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The first time: as soon as the time of a step is known."""
+        steps = trainer.global_step - self._first_step
+        if not self._said_s and steps >= _SETTLED_STEPS and self._clock.now() - self._began >= _SETTLED_S:
+            self._say(trainer, steps)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Again, if the training as a whole takes another time than was said last."""
+        if self._said_s:
+            self._say(trainer, trainer.global_step - self._first_step)
+
+    def _say(self, trainer: L.Trainer, steps: int) -> None:
+        passed = self._clock.now() - self._began
+        left = (trainer.estimated_stepping_batches - trainer.global_step) * passed / max(1, steps)
+        whole = passed + left
+        if left >= 60 and abs(whole - self._said_s) > _WORTH_SAYING * whole:
+            self._said_s = whole
+            tell(f"about {left / 60:.0f} min left: {passed / steps:.2g} s a step over {steps:,} steps so far.")
 
 
 class ScheduleCheck(L.Callback):

@@ -37,7 +37,7 @@ from moevision.files import sync_file, sync_folder
 from moevision.models.config import build_model
 from moevision.models.safe_files import parse_yaml
 from moevision.names import shown
-from moevision.train.callbacks import RouterHealth, RunLogger, ScheduleCheck, Stopwatch
+from moevision.train.callbacks import RouterHealth, RunLogger, ScheduleCheck, Stopwatch, TimeLeft
 from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
 from moevision.train.faults import KINDS, FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
@@ -45,7 +45,14 @@ from moevision.train.optim import EmaConfig, WeightEMA, freeze_parameters
 from moevision.train.probe import fit_probe, start_with
 from moevision.train.processes import tell
 from moevision.train.provenance import differences, fingerprint
-from moevision.train.recipe import default_precision, describe_plan, memory_advice, new_run_folder, run_name
+from moevision.train.recipe import (
+    default_precision,
+    describe_plan,
+    expected_seconds,
+    memory_advice,
+    new_run_folder,
+    run_name,
+)
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session, resume_command
 from moevision.train.task import ClassificationTask
 
@@ -128,8 +135,20 @@ _TRAIN = """\
 _EVALUATE = """\
   moevision {verb} --config runs/pets/config.yaml --ckpt_path runs/pets/checkpoints/best.ckpt
 """
+_START = """\
+a pretrained start (fit FOLDER; by default below 20,000 images)
+  --pretrained auto     weights that fit this device, from the hub's cache or downloaded unasked; a computer without a
+                        network starts from scratch. Without --pretrained it asks on a terminal, and elsewhere takes
+                        only what the cache has.
+  --pretrained NAME     any timm ViT with plain MLPs, such as deit_tiny_patch16_224; also hf-hub:USER/NAME.
+  --pretrained FILE     a .safetensors file in timm's names; its architecture is found out, or --model.arch.base NAME.
+  --pretrained FOLDER   what timm or moevision saved.
+  --pretrained none     from scratch.
+  --dense               fine-tune the dense model, without experts; --with-twin trains both and says which to use.
+
+"""
 _BELOW = """\
-examples
+{start}examples
 {examples}
 exit codes: 0 done; 2 something that you can mend, the last line says what; {diverged}130 Ctrl-C,
 129 terminal closed, 143 SIGTERM, 138 SIGUSR1{saved}.
@@ -195,6 +214,7 @@ def examples(verb: str) -> str:
     """What stands below the short help."""
     trains = verb == "fit"
     return _BELOW.format(
+        start=_START if trains else "",
         examples=(_TRAIN if trains else _EVALUATE).format(verb=verb),
         all=ALL,
         diverged="3 diverged, see divergence.md; " if trains else "",
@@ -354,6 +374,7 @@ class TrainingCLI(LightningCLI):
     """
 
     run_dir: Path | None = None
+    expected_s: float | None = None  # how long the training should take, as it was said before
 
     def __init__(self, arguments: list[str], session: Session, start: Start | None = None) -> None:
         self.session, self.start = session, start
@@ -461,7 +482,13 @@ class TrainingCLI(LightningCLI):
         callbacks = list(trainer_config.get("callbacks") or [])
         if verb == "fit":
             self.point = self._resume_point()
-            callbacks += [self.stopwatch, ScheduleCheck(), LearningRateMonitor("step"), self._checkpoints()]
+            callbacks += [
+                self.stopwatch,
+                TimeLeft(self.session.clock),
+                ScheduleCheck(),
+                LearningRateMonitor("step"),
+                self._checkpoints(),
+            ]
             callbacks += watching(**{name: self._get(self.config_init, name) for name in ("fault", "ema", "guard")})
             callbacks = [self.point, *callbacks, EpochEnd(self.point)]
         try:
@@ -519,7 +546,8 @@ class TrainingCLI(LightningCLI):
             if fresh and self.model.arch.pretrained is not None:
                 self._start_with_probe()
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
-                print(describe_plan(self.model, self.datamodule, self.trainer))
+                self.expected_s = expected_seconds(self.model, self.datamodule, self.trainer)
+                print(describe_plan(self.model, self.datamodule, self.trainer, self.expected_s))
             print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
         if not self.fast_dev_run:
             self._compare_with_start()

@@ -272,8 +272,26 @@ def free_memory_bytes() -> int:
     return (total_memory_bytes() or 4 * 2**30) // 4
 
 
-def describe_plan(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> str:
-    """The lines that `fit` prints after the data's own description."""
+def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float | None:
+    """How long the training is expected to take, by a few timed steps; None for one without an end."""
+    train_images = sum(data.class_counts["train"].values())
+    per_epoch = max(1, train_images // (data.batch_size * trainer.world_size))
+    batches = per_epoch * max(0, trainer.max_epochs or 0)
+    # Validation and loading, about a tenth.
+    return batches * seconds_per_batch(task, data, trainer) * 1.1 if batches else None
+
+
+def describe_plan(
+    task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer, expected_s: float | None = None
+) -> str:
+    """The lines that `fit` prints after the data's own description.
+
+    Args:
+        task: after `build`.
+        data: after `setup`.
+        trainer: for device, precision and epochs.
+        expected_s: how long the training is expected to take; None: not known.
+    """
     train_images = sum(data.class_counts["train"].values())
     total, active = parameter_counts(task.net)
     lines = [
@@ -282,13 +300,13 @@ def describe_plan(task: ClassificationTask, data: ImageDataModule, trainer: L.Tr
         + (f" x {trainer.accumulate_grad_batches}" if trainer.accumulate_grad_batches > 1 else "")
         + (f" x {trainer.world_size} processes" if trainer.world_size > 1 else ""),
     ]
-    epochs = trainer.max_epochs or 0
-    seconds = seconds_per_batch(task, data, trainer)
-    batches = max(1, train_images // (data.batch_size * trainer.world_size)) * max(0, epochs)
-    if batches:
-        minutes = batches * seconds / 60 * 1.1  # validation and loading, about a tenth
-        speed = f"about {minutes:.0f} min at {data.batch_size * trainer.world_size / seconds:.0f} images/s"
-        lines.append(f"plan: {epochs} epochs of {train_images:,} images, {speed}")
+    if expected_s is not None:
+        epochs = trainer.max_epochs or 0
+        speed = f"about {expected_s / 60:.0f} min at {epochs * train_images / expected_s:.0f} images/s"
+        lines.append(
+            f"plan: {epochs} epochs of {train_images:,} images, {speed} (by a few timed steps on noise, plus a tenth "
+            "for loading and validation; corrected while it trains)"
+        )
     if task.arch.pretrained is None and train_images < SCRATCH_MINIMUM and data.path != "synthetic_pets":
         lines.append(
             f"note: {train_images:,} images are few to learn from scratch; try a pretrained start: --pretrained auto, "

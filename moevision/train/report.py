@@ -218,6 +218,8 @@ class RunSummary:
     """One image at a time, on the device of the training."""
     mbytes: float | None = None
     """Of the weights as a file."""
+    expected_s: float | None = None
+    """How long the training was expected to take when it began; None where nothing was said."""
     next_commands: Sequence[tuple[str, str]] = ()
     """(what it does, the exact command); empty: what most people want next."""
 

@@ -234,6 +234,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         data_wait=stopwatch.data_wait,
         layers=task.test_loads,
         bad_images=bad_images,
+        expected_s=cli.expected_s,
         ms_per_image=_ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
         notes=[*data.warnings, *watched.sentences(), *data_wait_advice(stopwatch.data_wait, data)],

@@ -33,7 +33,7 @@ class FakeHub:
         asked: (method, path) of every request.
         ranges: the Range of every download, empty for a whole file.
         licence: of every repository, as its card states it.
-        break_after: bytes after which downloads break off; None lets them through.
+        breaks: bytes after which the next downloads break off, one number for each; later ones are let through.
     """
 
     url: str = ""
@@ -43,7 +43,7 @@ class FakeHub:
     asked: list[tuple[str, str]] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
     licence: str = "apache-2.0"
-    break_after: int | None = None
+    breaks: list[int] = field(default_factory=list)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -121,10 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        limit = self.hub.break_after if "/resolve/" in self.path else None
+        limit = self.hub.breaks.pop(0) if "/resolve/" in self.path and self.hub.breaks else len(data)
         self.wfile.write(data[:limit])
-        if limit is not None and limit < len(data):
-            self.close_connection = True
+        self.close_connection = limit < len(data)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing on the screen."""

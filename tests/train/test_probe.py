@@ -1,0 +1,93 @@
+"""The linear probe is scikit-learn's regression on the model's own features, and the classifier begins with it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from moevision.data import ImageDataModule
+from moevision.train import probe as probe_module
+from moevision.train.probe import fit_probe, linear_head, read_probe, start_with
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(drawn_pets: Path, draw, tmp_path: Path) -> ImageDataModule:
+    module = ImageDataModule(str(drawn_pets), image_size=32, batch_size=8, test_fraction=0.3, val_fraction=0.2)
+    module.setup("fit")
+    return module
+
+
+@pytest.fixture
+def net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", img_size=32, num_classes=2)
+
+
+def features_of(net: torch.nn.Module, data: ImageDataModule, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """By the model's own forward pass, with its classifier taken off."""
+    bare = timm.create_model("test_vit", img_size=32, num_classes=0).eval()
+    bare.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("head.")})
+    with torch.no_grad():
+        batches = [(bare(batch["image"]), batch["label"]) for batch in data.plain_loader(split)]
+    return tuple(torch.cat(part).numpy() for part in zip(*batches, strict=True))
+
+
+def test_the_probe_is_scikit_learns(data: ImageDataModule, net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probe_module, "_STRENGTHS", (0.1,))
+    found = fit_probe(net, data, CPU)
+    assert found is not None
+    (x, y), (test_x, test_y) = (features_of(net, data, split) for split in ("train", "test"))
+    scaler = StandardScaler().fit(x)
+    expected = LogisticRegression(C=0.1, max_iter=300).fit(scaler.transform(x), y)
+    right = expected.predict(scaler.transform(test_x)) == test_y
+    assert list(found.test_correct.values()) == right.tolist()
+    assert found.train_images == len(y)
+    start_with(net, found)
+    net.eval()
+    with torch.no_grad():
+        logits = torch.cat([net(batch["image"]) for batch in data.plain_loader("test")])
+    margin = (logits[:, 1] - logits[:, 0]).numpy()
+    np.testing.assert_allclose(margin, expected.decision_function(scaler.transform(test_x)), rtol=1e-3, atol=1e-3)
+
+
+def test_a_classifier_that_is_as_good_is_kept(data: ImageDataModule, net: torch.nn.Module) -> None:
+    first = fit_probe(net, data, CPU)
+    assert first is not None
+    start_with(net, first)
+    second = fit_probe(net, data, CPU)
+    assert second is not None
+    assert second.head_val_correct == second.val_correct
+    assert not second.beats_the_head
+    assert "own classifier is kept" in second.sentence()
+
+
+def test_nothing_else_changes(data: ImageDataModule, net: torch.nn.Module, tmp_path: Path) -> None:
+    before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    found = fit_probe(net.train(), data, CPU)
+    assert found is not None
+    assert net.training
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    found.write(tmp_path)
+    assert read_probe(tmp_path) == found
+    assert read_probe(tmp_path / "none") is None
+
+
+def test_a_class_without_training_images_is_never_chosen() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 4)), rng.integers(0, 2, 60) * 2  # classes 0 and 2 of three
+    x[y == 2] += 3
+    weight, bias = probe_module._best_regression(x, y, x, y, 3)
+    assert set(probe_module._classify(x, weight, bias)) == {0, 2}
+
+
+def test_two_heads_have_no_probe(data: ImageDataModule) -> None:
+    net = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, num_classes=2, depth=1)
+    assert linear_head(net) is None
+    assert fit_probe(net, data, CPU) is None

@@ -1,0 +1,299 @@
+"""`fit FOLDER --pretrained ...`: what is chosen, asked, fetched and refused, with a hub of our own on this computer."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from huggingface_hub import HfApi, constants
+from safetensors.torch import save, save_file
+
+from moevision import UserError
+from moevision.layers import moe_layers
+from moevision.models.io import describe, load_model, save_model
+from moevision.models.published import PATIENCE_S
+from moevision.models.reading import routes_read
+from moevision.train import start
+from moevision.train.recipe import choose_recipe, expand_arguments
+from moevision.train.start import AUTO, NONE, Candidate, choose_start, pretrained_options
+from tests.models.fake_hub import FakeHub, fake_hub
+
+NAME = "test_vit.r160_in1k"
+REPOSITORY = f"timm/{NAME}"
+IMAGES = 500
+
+
+@pytest.fixture(autouse=True)
+def one_candidate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A tiny model is all there is to choose; the hub's cache is empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(start, "fitting", lambda images: [Candidate(NAME, 1e6)])
+    monkeypatch.setattr(start, "_on_terminal", lambda: False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub that has the weights of `NAME`."""
+    torch.manual_seed(0)
+    with fake_hub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        address = f"{running.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        running.private[REPOSITORY] = False
+        weights = save(timm.create_model("test_vit").state_dict())
+        running.files[REPOSITORY] = {"model.safetensors": weights}
+        yield running
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
+    """A terminal at which somebody types these answers."""
+    waiting = list(answers)
+    monkeypatch.setattr(start, "_on_terminal", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda *_: waiting.pop(0))
+    return waiting
+
+
+# ---- what is fetched, and when
+
+
+def test_without_a_terminal_nothing_is_downloaded(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose_start(None, IMAGES) is None
+    assert hub.asked == []
+    said = capsys.readouterr().err
+    assert "start: from scratch" in said
+    assert "--pretrained auto" in said
+
+
+def test_auto_downloads_once(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    found = choose_start(AUTO, IMAGES)
+    assert found is not None
+    assert found.source == NAME
+    size = len(hub.files[REPOSITORY]["model.safetensors"]) / 1e6
+    said = capsys.readouterr().err
+    assert f"downloading {NAME} from {REPOSITORY}, {size:.1f} MB, licence apache-2.0" in said
+    assert "500 images are few" in said
+    asked = len(hub.asked)
+    again = choose_start(None, IMAGES)  # from the cache: nobody is asked
+    assert again is not None
+    assert len(hub.asked) == asked
+    assert "from the hub's cache" in capsys.readouterr().err
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write in small pieces, as of a large file, and don't wait between two tries."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+
+
+def test_a_download_that_breaks_off_goes_on(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient(monkeypatch)
+    hub.breaks[:] = [100_000]
+    assert choose_start(AUTO, IMAGES) is not None
+    assert hub.ranges == ["", "bytes=100000-"]
+
+
+def test_an_interrupted_download_is_resumed_by_the_next_command(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient(monkeypatch)
+    hub.breaks[:] = [100_000] + [0] * 20
+    with pytest.raises(UserError, match=r"broke off .*the same command goes on where it stopped"):
+        choose_start(AUTO, IMAGES)
+    hub.breaks.clear()
+    hub.ranges.clear()
+    found = choose_start(AUTO, IMAGES)
+    assert found is not None
+    assert hub.ranges == ["bytes=100000-"]
+    torch.manual_seed(0)
+    expected = timm.create_model("test_vit").state_dict()
+    loaded = start.create_from(NAME).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("nobody", ["refuses", "is silent", "name server hangs", "HF_HUB_OFFLINE"])
+def test_offline_is_known_within_three_seconds(
+    nobody: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import socket
+
+    silent = socket.create_server(("127.0.0.1", 0))  # takes connections and never answers
+    port = silent.getsockname()[1] if nobody == "is silent" else 9
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    if nobody == "name server hangs":
+        monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: time.sleep(30))
+    if nobody == "HF_HUB_OFFLINE":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    began = time.monotonic()
+    with silent:
+        assert choose_start(AUTO, IMAGES) is None
+    assert time.monotonic() - began < PATIENCE_S + 2  # two seconds for a busy machine
+    said = capsys.readouterr().err
+    assert "start: from scratch (The hub can't be reached" in said
+    assert (nobody != "HF_HUB_OFFLINE") or "HF_HUB_OFFLINE is set" in said
+
+
+def test_named_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="can't be reached"):
+        choose_start(NAME, IMAGES)
+    with pytest.raises(UserError, match="Did you mean deit_tiny_patch16_224"):
+        choose_start("deit_tny_patch16_224", IMAGES)
+
+
+def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.licence = "cc-by-nc-4.0"
+    assert choose_start(AUTO, IMAGES) is None
+    said = capsys.readouterr().err
+    assert "cc-by-nc-4.0" in said
+    assert f"--pretrained {NAME}" in said
+    assert hub.ranges == []  # nothing was fetched
+    named = choose_start(NAME, IMAGES)
+    assert named is not None
+    assert "licence cc-by-nc-4.0, which restricts what you may do" in capsys.readouterr().err
+
+
+# ---- the question
+
+
+def test_yes_at_a_terminal(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    waiting = typed(monkeypatch, "")
+    found = choose_start(None, IMAGES)
+    assert found is not None
+    assert found.source == NAME
+    assert waiting == []
+    question = capsys.readouterr().err
+    assert "500 images are few to learn from scratch" in question
+    assert re.search(r"Start from test_vit\.r160_in1k \(\d+ MB, licence apache-2\.0\)", question)
+
+
+def test_no_at_a_terminal_and_another_choice(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    typed(monkeypatch, "n")
+    assert choose_start(None, IMAGES) is None
+    assert hub.ranges == []
+    save_model(describe(timm.create_model("test_vit", num_classes=2)), tmp_path / "dense")
+    typed(monkeypatch, "dense")
+    found = choose_start(None, IMAGES)
+    assert found is not None
+    assert found.source == "dense"
+
+
+# ---- what follows from the choice
+
+
+@pytest.fixture
+def weight_file(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    state = {name: value.half() for name, value in timm.create_model("test_vit", num_classes=0).state_dict().items()}
+    save_file(state, tmp_path / "weights.safetensors", {"source": "drawn at random", "license": "mit"})
+    return tmp_path / "weights.safetensors"
+
+
+def as_dict(options: list[str]) -> dict[str, str]:
+    return dict(option.split("=", 1) for option in options)
+
+
+def test_a_file_of_weights(weight_file: Path, drawn_pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = as_dict(choose_recipe(str(drawn_pets), str(weight_file)))
+    assert chosen["--model.arch.pretrained"] == str(weight_file)
+    assert chosen["--model.arch.base"] == "test_vit"
+    assert (chosen["--model.arch.moe_layers"], chosen["--model.arch.top_k"]) == ("last2", "1")
+    assert chosen["--model.arch.global_pool"] == "avg"
+    assert float(chosen["--model.optim.lr"]) == 3e-4
+    assert "--model.arch.name" not in chosen
+    said = capsys.readouterr().err
+    assert "weights.safetensors as test_vit" in said
+    assert "licence mit, from drawn at random" in said
+
+
+def test_sizes_follow_device_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def side(name: str, **options: Any) -> int:
+        return int(start.image_side(timm.create_model(name, **options), options.get("img_size", 224)))
+
+    monkeypatch.setattr(start, "_accelerated", lambda: False)
+    assert side("vit_tiny_patch16_224") == 112
+    assert side("test_vit", img_size=96) == 96  # never larger than the weights know
+    monkeypatch.setattr(start, "_accelerated", lambda: True)
+    assert side("vit_tiny_patch16_384", img_size=384) == 224
+
+
+def test_colours_and_heads_of_the_weights() -> None:
+    """AugReg's colours, not ImageNet's; a distilled DeiT can't pool, and keeps its last block dense."""
+    augreg = start.StartWeights("x", None, timm.create_model("vit_tiny_patch16_224", num_classes=0))
+    assert pretrained_options(augreg, IMAGES)["--data.mean"] == [0.5, 0.5, 0.5]
+    distilled = start.StartWeights("x", None, timm.create_model("deit_tiny_distilled_patch16_224"))
+    options = pretrained_options(distilled, IMAGES)
+    assert options["--model.arch.moe_layers"] == [7, 9]
+    assert "--model.arch.global_pool" not in options
+    assert "--data.mean" not in options
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(100, 20), (800, 10), (2_880, 3), (20_000, 3)])
+def test_epochs_follow_the_number_of_images(monkeypatch: pytest.MonkeyPatch, images: int, epochs: int) -> None:
+    monkeypatch.setattr(start, "_accelerated", lambda: False)
+    assert start.epochs_for(images) == epochs
+
+
+def test_a_slow_cpu_gets_the_smaller_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for threads, images, expected in ((4, 2_000, start.SMALL), (1, 19_000, start.TINY), (64, 19_000, start.SMALL)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert start.fitting(images)[0] == expected
+
+
+def test_who_names_a_model_is_not_asked(drawn_pets: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed(monkeypatch)  # an answer would be an IndexError
+    for given in (["--model.arch.name=test_vit_moe"], ["--model.arch.depth", "4"]):
+        assert as_dict(choose_recipe(str(drawn_pets), None, given))["--model.arch.name"] == "vit_moe_micro_patch4_32"
+    assert choose_recipe("synthetic_pets") == choose_recipe("synthetic_pets", NONE)
+    assert choose_recipe("cifar10") == choose_recipe("cifar10", NONE)
+    assert hub.asked == []
+
+
+def test_the_command_line(drawn_pets: Path) -> None:
+    folder = str(drawn_pets)
+    assert "--model.arch.twin=active_flops" in expand_arguments("fit", [folder, "--pretrained=none", "--dense"])
+    with pytest.raises(UserError, match="--dense trains the dense model itself"):
+        expand_arguments("fit", [folder, "--dense", "--with-twin"])
+    with pytest.raises(UserError, match="--pretrained needs a timm name, a file, a folder, auto or none"):
+        expand_arguments("fit", [folder, "--pretrained", "--name", "x"])
+    assert expand_arguments("fit", ["--pretrained=auto"], recorded=True) == []  # a run that goes on has chosen
+    assert expand_arguments("fit", ["--config=quickstart", "--pretrained=none"])[1:] == ["--model.arch.pretrained=null"]
+
+
+# ---- the whole way
+
+
+def test_fit_from_a_file_with_its_twin(
+    cli: Callable[..., Any], drawn_pets: Path, weight_file: Path, tmp_path: Path
+) -> None:
+    """Probe, head, experts whose routes all count, and one table that says which model to use."""
+    options = ("--trainer.max_epochs=1", "--trainer.precision=32-true", "--data.test_fraction=0.3")
+    quiet = ("--trainer.enable_progress_bar=false", "--data.image_size=32")
+    outcome = cli("fit", drawn_pets, "--pretrained", weight_file, "--with-twin", "--name=run", *options, *quiet)
+    assert outcome.code == 0, outcome.err
+    (line,) = re.findall(r"^linear probe: .*$", outcome.out, re.M)[:1]
+    probe = json.loads(Path("runs/run/probe.json").read_text())
+    assert len(probe["test_correct"]) == 12
+    assert f"of {probe['val_images']} validation" in line
+    assert json.loads(Path("runs/run/twin/probe.json").read_text()) == probe  # fitted once
+    summary = json.loads(Path("runs/run/summary.json").read_text())
+    rows = summary["choice"]["contenders"]
+    assert [row["name"] for row in rows] == ["linear probe", "dense fine-tune", "Mixture of Experts"]
+    assert rows[0]["correct"] == sum(probe["test_correct"].values())
+    assert [row["correct"] for row in rows[1:]] == [summary["twin"]["correct"], summary["test"]["correct"]]
+    assert all(row["ms_per_image"] > 0 and row["mbytes"] > 0 and row["train_s"] > 0 for row in rows)
+    assert rows[2]["mbytes"] > rows[1]["mbytes"]
+    text = Path("runs/run/summary.md").read_text()
+    assert "## Should this be a Mixture of Experts?" in text
+    assert re.search(r"\*\*Use (dense|the linear probe|the Mixture of Experts): ", text)
+    net = load_model("runs/run/model").net
+    assert [layer.layer_index for layer in moe_layers(net)] == [3, 5]
+    assert routes_read(net) == [True, True]
+    again = cli("fit", drawn_pets, "--pretrained", AUTO, "--resume=auto", "--name=run", *options, *quiet)
+    assert (again.code, "nothing to do" in again.err) == (0, True), again.err  # nor is anything chosen again
