@@ -251,6 +251,7 @@ def test_commands_exist(path: Path, command: str) -> None:
 ELSEWHERE = {
     "moevision demo": "runs until Ctrl-C; tests/demo starts it",
     "deit_tiny_patch16_224": "weights from the hub",
+    "--pretrained auto": "weights from the hub; tests/train/test_start.py",
     "vit_small_patch16_224.augreg_in21k": "weights from the hub",
     "--config cifar10": "a download",
     "--config imagenette": "a download",

@@ -38,7 +38,7 @@ def test_the_output_says_what_happens(tiny_run):
     assert re.search(r"^cat +12 +2 +6$", text, re.MULTILINE), text
     assert "with 4 experts, 2 per token by noisy_top_k, in blocks 1, 3" in text
     assert re.search(r"^device: .*, precision 32-true, batch 8$", text, re.MULTILINE)
-    assert re.search(r"^plan: 2 epochs of 25 images, about \d+ min at [\d,]+ images/s$", text, re.MULTILINE)
+    assert re.search(r"^plan: 2 epochs of 25 images, about \d+ min at [\d,]+ images/s \(by a few", text, re.MULTILINE)
     assert "25 images are few to learn from scratch; try a pretrained start: --pretrained" in text
     assert "litlogger" not in text
     assert "warning: 1 images can't be used, the first (train) is dog/broken.png" in text
@@ -234,7 +234,7 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
     assert "few to learn from scratch" not in outcome.out
     arguments = json.loads(Path("runs/up/model/config.json").read_text())["model_args"]
     assert (arguments["base"], arguments["expert_hidden"]) == ("test_vit", 192)  # 3 x width: test_vit's own MLP
-    assert "It has the same pretrained weights, but fewer FLOPs" in Path("runs/up/summary.md").read_text()
+    assert "It has the same pretrained weights and active FLOPs" in Path("runs/up/summary.md").read_text()
     twice = cli("fit", drawn_pets, "--pretrained", "runs/up/model", *options, "--name=moe")
     assert twice.code == 2
     assert "leave --with-twin out" in twice.err
@@ -249,17 +249,13 @@ def option(options, name):
 def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
     monkeypatch.setattr(recipe, "free_memory_bytes", lambda: 8 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    scratch = choose_recipe(str(drawn_pets), pretrained=False)
+    scratch = choose_recipe(str(drawn_pets), "none")
     assert option(scratch, "data.batch_size") == "8"  # 40 pictures: five steps an epoch
     assert option(scratch, "trainer.max_epochs") == "100"
     assert option(scratch, "data.image_size") == "64"
     assert option(scratch, "data.cache_mb") == "2048"  # a quarter of the free memory
-    assert option(scratch, "model.arch.name") == "vit_moe_micro_patch4_32"
-    pretrained = choose_recipe(str(drawn_pets), pretrained=True)
-    assert option(pretrained, "data.image_size") == "224"
-    assert option(pretrained, "trainer.max_epochs") == "20"
-    assert float(option(pretrained, "model.optim.lr")) < float(option(scratch, "model.optim.lr"))
-    assert not [text for text in pretrained if "arch" in text]
+    assert option(scratch, "model.arch.name") == "vit_moe_hybrid_patch8_32"
+    assert option(scratch, "model.optim.name") == "muon"
 
 
 @pytest.mark.parametrize(
@@ -269,14 +265,14 @@ def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
 def test_recipe_follows_the_number_of_images(monkeypatch, images, epochs, batch):
     monkeypatch.setattr(recipe, "count_images", lambda _: images)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    chosen = choose_recipe("pictures", pretrained=False)
+    chosen = choose_recipe("pictures", "none")
     assert option(chosen, "trainer.max_epochs") == str(epochs)
     assert option(chosen, "data.batch_size") == str(batch)
 
 
 def test_recipe_of_a_named_dataset_knows_its_size(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    chosen = choose_recipe("synthetic_pets", pretrained=False)
+    chosen = choose_recipe("synthetic_pets")
     assert option(chosen, "trainer.max_epochs") == "12"  # 200 000 / 16 000
     assert option(chosen, "data.batch_size") == "64"
     assert option(chosen, "data.crop") == "auto"

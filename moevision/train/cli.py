@@ -129,6 +129,7 @@ _USELESS = {
 _USELESS["test"] = _USELESS["validate"]
 _TRAIN = """\
   moevision fit --config quickstart
+  moevision fit path/to/images --pretrained auto --with-twin
   moevision fit path/to/images --model.arch.router expert_choice
   moevision fit path/to/images --model.arch.num_experts 16 --model.arch.top_k 2 --with-twin
 """
@@ -232,8 +233,10 @@ class SentenceParser(LightningArgumentParser):
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """The short help of a verb, or the long one."""
-        if SentenceParser.show_all or " " not in self.prog:
+        if " " not in self.prog:
             return str(super().format_help(formatter))
+        if SentenceParser.show_all:
+            return f"{super().format_help(formatter)}\n{_START if verb_of(self) == 'fit' else ''}".rstrip() + "\n"
         hide_rare_options(self)
         return f"{super().format_help(formatter)}\n{examples(verb_of(self))}"
 

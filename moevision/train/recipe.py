@@ -222,26 +222,29 @@ def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()
     few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
     if asked is None and (not few or any(_is(argument, option) for argument in given for option in _MODEL)):
         asked = NONE
+    own_model = any(_is(argument, option) for argument in given for option in _MODEL[:2])  # a name, a base
     weights = choose_start(asked, images, value_of(given, "--model.arch.base"))
     on_gpu = torch.cuda.is_available()
     options = {
         "--data.crop": "auto" if named else "random_resized",
         "--data.cache_mb": int(free_memory_bytes() * _CACHE_SHARE / 2**20),
         "--data.num_workers": min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0,
-        **(scratch_options(images) if weights is None else pretrained_options(weights, images)),
+        **(scratch_options(images, own_model=own_model) if weights is None else pretrained_options(weights, images)),
     }
     return [f"{option}={value}" for option, value in options.items()]
 
 
-def scratch_options(images: int) -> dict[str, Any]:
-    """From scratch: a model that learns on a CPU. Epochs aim at 200 000 images seen, at least 10 and at most 100."""
+def scratch_options(images: int, *, own_model: bool = False) -> dict[str, Any]:
+    """From scratch: a hybrid that learns on a CPU, with Muon; for a model that the user names, AdamW.
+
+    Epochs aim at 200 000 images seen, at least 10 and at most 100.
+    """
+    hybrid = {"--model.arch.name": "vit_moe_hybrid_patch8_32", "--model.optim.name": "muon", "--model.optim.lr": 6e-3}
     return {
-        "--model.arch.name": "vit_moe_micro_patch4_32",
-        "--model.arch.patch_size": 8,  # 64 tokens
-        "--data.image_size": 64,
+        **({"--model.arch.patch_size": 8, "--model.optim.lr": 1e-3} if own_model else hybrid),
+        "--data.image_size": 64,  # 64 tokens
         "--data.batch_size": min(256 if torch.cuda.is_available() else 64, max(8, images // 20)),
         "--trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
-        "--model.optim.lr": 1e-3,
     }
 
 

@@ -128,10 +128,15 @@ def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) ->
     start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir), session).plain()))
     options = ["--model.arch.twin", "active_flops", "--without-twin"]
     twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
-    # Experts that start as copies have the full width each, and the twin is the dense model they are copies of.
-    match = "active FLOPs" if cli.model.arch.pretrained is None else "pretrained weights, but fewer FLOPs"
     other = finish_run(twin, [*session.command, *options])
-    return None if result is None or other is None else write_comparison(result, other, match)
+    if result is None or other is None:
+        return None
+    match = "active FLOPs"
+    if cli.model.arch.pretrained is not None:
+        # Experts that start as copies have the full width each, and the twin is the dense model they are copies of.
+        same = result.summary.cost.flops_per_image == other.summary.cost.flops_per_image
+        match = f"pretrained weights{' and active FLOPs' if same else ', but fewer FLOPs'}"
+    return write_comparison(result, other, match)
 
 
 def _twin_start(run_dir: Path, session: Session) -> Start:

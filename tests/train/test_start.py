@@ -248,8 +248,11 @@ def test_a_slow_cpu_gets_the_smaller_model(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_who_names_a_model_is_not_asked(drawn_pets: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     typed(monkeypatch)  # an answer would be an IndexError
-    for given in (["--model.arch.name=test_vit_moe"], ["--model.arch.depth", "4"]):
-        assert as_dict(choose_recipe(str(drawn_pets), None, given))["--model.arch.name"] == "vit_moe_micro_patch4_32"
+    deeper = as_dict(choose_recipe(str(drawn_pets), None, ["--model.arch.depth", "4"]))
+    assert deeper["--model.arch.name"].startswith("vit_moe_hybrid")
+    assert deeper["--model.optim.name"] == "muon"
+    named = as_dict(choose_recipe(str(drawn_pets), None, ["--model.arch.name=test_vit_moe"]))
+    assert not {"--model.arch.name", "--model.optim.name", "--model.arch.pretrained"} & named.keys()
     assert choose_recipe("synthetic_pets") == choose_recipe("synthetic_pets", NONE)
     assert choose_recipe("cifar10") == choose_recipe("cifar10", NONE)
     assert hub.asked == []
