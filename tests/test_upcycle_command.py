@@ -11,9 +11,9 @@ import torch
 from moevision.layers import moe_layers
 from moevision.models.io import describe, load_model, save_model
 
-# vit of width 32, depth 4, 32 px in 8 px patches and a class token: 17 tokens; MLP 32 -> 128 -> 32.
+# vit of width 32, depth 6, 32 px in 8 px patches and a class token: 17 tokens; MLP 32 -> 128 -> 32.
 D, HIDDEN, TOKENS = 32, 128, 17
-SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": D, "depth": 4, "num_heads": 2}
+SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": D, "depth": 6, "num_heads": 2}
 
 
 @pytest.fixture
@@ -29,6 +29,7 @@ def test_upcycle_writes_a_model_and_what_it_costs(cli, dense):
     assert outcome.code == 0, outcome.err
     assert "dense: 2 classes, 32 px; 4 experts, top_k 1, router vmoe_top_k, in blocks 1, 3" in outcome.out
     assert "same class for 100%" in outcome.out
+    assert "change no answer" not in outcome.out
     assert "so training starts from other outputs" not in outcome.out
     record = json.loads(Path("moe/upcycle.json").read_text())
     before, after = record["costs"]["before"], record["costs"]["after"]
@@ -59,6 +60,14 @@ def test_the_next_command_trains_the_model(cli, dense, drawn_pets):
     start, end = (load_model(name).net.state_dict() for name in ("my moe", "runs/run"))
     assert torch.equal(start["blocks.0.mlp.fc1.weight"], end["blocks.0.mlp.fc1.weight"])
     assert not torch.equal(start["blocks.2.mlp.experts.fc1.weight"], end["blocks.2.mlp.experts.fc1.weight"])
+
+
+def test_routes_that_nobody_reads_are_named(cli, dense):
+    """Behind a class token those of the last block; named blocks are taken as they are."""
+    outcome = cli("upcycle", dense, "--out", "last", "--layers", "last2", "--num-experts", "2")
+    assert outcome.code == 0, outcome.err
+    assert "in blocks 3, 5" in outcome.out
+    assert "the routes of patches in block 5 change no answer" in " ".join(outcome.out.split())
 
 
 def test_a_twin_without_experts_to_train_is_refused_at_once(cli, dense, drawn_pets):
@@ -119,7 +128,7 @@ def test_an_earlier_folder_is_left_alone(cli, dense):
     [
         (("nowhere", "--out", "x"), "There is no model 'nowhere'"),
         (("dense", "--out", "x", "--layers", "most"), "every2, last2, all"),
-        (("dense", "--out", "x", "--layers", "3,9"), "they are 0 to 3"),
+        (("dense", "--out", "x", "--layers", "3,9"), "they are 0 to 5"),
         (("dense", "--out", "x", "--router", "best"), "There is no router 'best'"),
         (("dense", "--out", "x", "--option", "speed=2"), "There is no option 'speed'"),
         (("dense", "--out", "x", "--option", "speed"), "NAME=VALUE"),

@@ -96,8 +96,8 @@ def upcycle() -> ArgumentParser:
     add(
         "--layers",
         type=_layers,
-        default="last2",
-        help="last2 (of the odd blocks), every2 (1, 3, 5, ...), all, or numbers such as 8,10 (%(default)s)",
+        help="last2 (of the odd blocks), every2 (1, 3, 5, ...), all, or numbers such as 8,10 (last2, before the last "
+        "block where only the class token is read, so that the routes of all patches count)",
     )
     add("--top-k", type=_positive, default=1, metavar="K", help="experts per token (%(default)s)")
     add("--router", default="vmoe_top_k", metavar="NAME", help="router of the new layers (%(default)s)")

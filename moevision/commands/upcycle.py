@@ -26,6 +26,7 @@ from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.models.io import SavedModel, describe, save_model
+from moevision.models.reading import read_layer_indices, unread_layers
 from moevision.models.upcycle import load_dense, start_routers, step0_gap, upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.names import shown
@@ -53,8 +54,9 @@ def run(chosen: Namespace) -> None:
     if not dense.num_classes:
         raise UserError(f"{chosen.model} has no classifier: say how many classes it shall have, --num-classes N.")
     with loading("copying experts"):
-        names = ("layers", "num_experts", "top_k", "router", "noise", "reinit", "seed")
-        moe = upcycle(dense, **{name: getattr(chosen, name) for name in names} | options)
+        names = ("num_experts", "top_k", "router", "noise", "reinit", "seed")
+        layers = chosen.layers or (read_layer_indices(dense, "last2") if hasattr(dense, "blocks") else "last2")
+        moe = upcycle(dense, layers=layers, **{name: getattr(chosen, name) for name in names} | options)
     saved = describe(moe.eval())
     start = _start_from_clusters(saved, chosen) if chosen.router_start == "cluster" else {}
     with loading("measuring"):
@@ -62,6 +64,13 @@ def run(chosen: Namespace) -> None:
     write_model(saved, out, "upcycle.json", record)
     console = Console(highlight=False)
     print_report(console, record)
+    unread = unread_layers(saved.net)
+    if unread:
+        console.print(
+            f"the classifier reads the class token alone, so the routes of patches in block {unread[-1]} change no "
+            "answer: leave --layers out, or fine-tune with --model.arch.global_pool avg",
+            soft_wrap=True,
+        )
     console.print(f"\nnext: {shown(next_command(saved, out))}", markup=False, soft_wrap=True)
 
 

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -59,6 +60,14 @@ def test_the_view_is_what_the_model_computed(model, pixels):
     assert view["prediction"]["dense"] is None
     off = {"top_k": 2, "capacity": None, "intervention": None, "off_distribution": False, "off_reason": None}
     assert view["settings"] == off
+
+
+def test_a_layer_that_the_classifier_does_not_read_is_called_so():
+    """Behind a class token, what the last block computes for patches reaches no logit."""
+    net = timm.create_model("test_vit_moe", class_token=True, global_pool="token", num_classes=2).eval()
+    saved = SavedModel(net, ["a", "b"], 32, (0.5,) * 3, (0.5,) * 3)
+    words = [router["words"] for router in describe(saved).to_json()["routers"]]
+    assert words == ["top-2 of 4 experts", "top-2 of 4 experts, not read by the classifier"]
 
 
 def test_margin_and_entropy_by_hand():

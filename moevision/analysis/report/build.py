@@ -50,6 +50,7 @@ from moevision.files import write_bytes_atomic, write_json_atomic, write_text_at
 from moevision.layers import LabelRouter, moe_layers
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel, load_model
+from moevision.models.reading import routes_read
 from moevision.models.safe_files import read_json
 from moevision.names import shown
 
@@ -126,7 +127,8 @@ def analyze(settings: ReportSettings) -> Json:
                          "quick": settings.quick, "seeds": [_title(address) for address in settings.seeds]},
             "model": model_numbers(trace, settings.model, model.image_size),
             "data": data_numbers(trace),
-            "layers": [layer_numbers(layer) for layer in trace.layers],
+            "layers": [{**layer_numbers(layer), "read": read}
+                       for layer, read in zip(trace.layers, routes_read(model.net), strict=True)],
             **results.to_json(trace),
             "figures": [entry for entry, _ in drawn],
             "provenance": _provenance(settings, trace, started, time.perf_counter() - clock, stages.seconds),
