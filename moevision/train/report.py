@@ -224,6 +224,11 @@ class RunSummary:
     """(what it does, the exact command); empty: what most people want next."""
 
     @property
+    def unbalanced(self) -> bool:
+        """Whether classes differ so much in size that balanced accuracy comes first."""
+        return is_unbalanced(self.class_counts["train"].values())
+
+    @property
     def classes(self) -> list[str]:
         """The classes of all splits, each once."""
         return list(dict.fromkeys(name for split in self.class_counts.values() for name in split))

@@ -47,11 +47,11 @@ from moevision.train.report import (
     TestScores,
     TwinComparison,
     choose,
-    is_unbalanced,
     paired_difference,
     write_summary,
 )
 from moevision.train.resume import Session, Start, find_start
+from moevision.train.start import weights_file
 from moevision.train.task import ClassificationTask
 
 
@@ -175,7 +175,7 @@ class RunResult:
         balance = f", busiest expert at {max(loads):.2f} x the mean load" if loads else ""
         choice = "" if self.summary.choice is None else f"\n{self.summary.choice.sentence}"
         scores = f"test/top1 {test.correct / test.total:.4f}"
-        if is_unbalanced(self.summary.class_counts["train"].values()):
+        if self.summary.unbalanced:
             scores = f"test/balanced_acc {test.balanced_accuracy:.4f}, {scores}"
         return f"{scores} on {test.total:,} test images{balance}{choice}"
 
@@ -207,11 +207,14 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     labels, predictions = np.array([row.label for row in rows]), np.array([row.prediction for row in rows])
     plot_confusion(labels, predictions, data.class_names, run_dir / "confusion.png")
-    chosen = {
+    chosen: dict[str, Any] = {
         "backend": task.arch.backend or "auto",
         "compile": task.compile_blocks,
         "model_sha256": sha256_of(run_dir / "model" / "model.safetensors"),
     }
+    if task.arch.pretrained is not None:
+        origin = weights_file(task.arch.pretrained)
+        chosen["pretrained_sha256"] = None if origin is None else sha256_of(origin)
     provenance = collect_provenance(
         command=list(command), seed=seed, data_sha256=data.file_list_sha256(), started=cli.started, extra=chosen
     )
@@ -273,8 +276,8 @@ def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
         correct = np.array([probe.test_correct[sample] for sample in common])
         rows.insert(0, replace(rows[0], name="linear probe", correct=correct, train_s=probe.seconds))
     labels = np.array([result.labels[sample] for sample in common])
-    unbalanced = is_unbalanced(result.summary.class_counts["train"].values())
-    return replace(result, summary=replace(result.summary, choice=choose(rows, labels, unbalanced=unbalanced)))
+    choice = choose(rows, labels, unbalanced=result.summary.unbalanced)
+    return replace(result, summary=replace(result.summary, choice=choice))
 
 
 @torch.no_grad()

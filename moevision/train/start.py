@@ -27,7 +27,14 @@ from torch import nn
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.architecture import architectures_of
-from moevision.models.io import address_of, create_from, describe, fetch_weights, is_timm_name
+from moevision.models.io import (
+    address_of,
+    create_from,
+    describe,
+    fetch_weights,
+    is_timm_name,
+    model_folder,
+)
 from moevision.models.published import (
     NOT_STATED,
     HubFacts,
@@ -39,14 +46,16 @@ from moevision.models.published import (
     published,
 )
 from moevision.models.reading import read_layer_indices, reads_class_token_only
+from moevision.models.safe_config import WEIGHTS
 from moevision.models.safe_files import read_metadata
 from moevision.train.processes import tell
 
 AUTO, NONE = "auto", "none"
 _LARGE_GPU_BYTES = 12 * 2**30  # of a card that trains a ViT-B at 224 px
 _PATIENT_S = 3600.0  # a training on a CPU that is expected to take longer gets the smaller model
-# What a CPU's thread computes per second in training, in float32 with AVX2 (a ViT-S at 112 px).
-_CPU_FLOPS_PER_S = 20e9
+# What a CPU's thread computes per second in training, in float32, with room for AVX2: forward passes of a ViT-S at
+# 112 px reached 75e9 with AVX-512, decoding included.
+_CPU_FLOPS_PER_S = 30e9
 
 
 @dataclass(frozen=True)
@@ -203,6 +212,18 @@ def weights_alone(asked: str, given: Sequence[str]) -> list[str]:
     if asked.endswith(".safetensors") and Path(asked).is_file() and not names_base:
         options.append(f"--model.arch.base={architectures_of(asked)[0]}")
     return options
+
+
+def weights_file(source: str) -> Path | None:
+    """The file that pretrained weights were read from, for its hash; None for one that isn't known or has gone."""
+    if source.endswith(".safetensors"):
+        path: Path | None = Path(source)
+    elif is_timm_name(source):
+        path = cached(published(source))
+    else:
+        folder = model_folder(Path(source))
+        path = None if folder is None else folder / WEIGHTS
+    return path if path is not None and path.is_file() else None
 
 
 def outline(source: str) -> nn.Module:

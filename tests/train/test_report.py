@@ -1,9 +1,11 @@
 """The run folder's images and its summary: right numbers, nothing invented, odd runs drawn too."""
 
 import csv
+import json
+import math
 import threading
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,15 @@ from moevision.train.plots import (
     worst_mixups,
 )
 from moevision.train.report import (
+    Entry,
     PairedDifference,
     RunSummary,
     TestScores,
     TwinComparison,
     accuracy_interval,
+    choose,
+    paired_difference,
+    read_summary,
     write_summary,
 )
 
@@ -299,3 +305,59 @@ def test_many_classes_show_the_weakest_and_names_cannot_break_tables(summary: Ru
     assert len(recalls) == 10
     assert recalls[0] == r"| a\|b &lt;i>0 | 0.0 % | 0 of 30 |"
     assert any(line.startswith("| top-5 accuracy | 90.0 % |") for line in lines)
+
+
+def entry(name: str, correct: list[int], *, ms: float = 1.0) -> Entry:
+    return Entry(name, np.array(correct, dtype=bool), ms, 10.0, 60.0)
+
+
+LABELS = np.array([0] * 90 + [1] * 10)
+
+
+def test_the_simplest_within_error_is_recommended() -> None:
+    probe, dense, sparse = [1] * 95 + [0] * 5, [1] * 96 + [0] * 4, [1] * 97 + [0] * 3
+    names = ("linear probe", "dense fine-tune", "Mixture of Experts")
+    entries = [entry(name, right) for name, right in zip(names, (probe, dense, sparse), strict=True)]
+    close = choose(entries, LABELS, unbalanced=False)
+    assert close.recommended.name == "linear probe"
+    assert close.sentence.startswith("Use the linear probe: its accuracy is not shown to be lower than that of the Mix")
+    assert [each.behind for each in close.contenders] == [
+        paired_difference(entries[2].correct, each.correct) for each in entries
+    ]
+    far = choose([entry(names[0], [1] * 60 + [0] * 40), *entries[1:]], LABELS, unbalanced=False)
+    assert far.recommended.name == "dense fine-tune"
+    assert far.sentence.startswith("Use dense: its accuracy is not shown to be lower")
+    only = choose([entry(names[1], [0] * 100), entry(names[2], [1] * 100)], LABELS, unbalanced=False)
+    assert only.sentence.startswith("Use the Mixture of Experts: nothing here has a higher accuracy.")
+    best_is_dense = choose([entry(names[1], sparse), entry(names[2], probe)], LABELS, unbalanced=False)
+    assert best_is_dense.sentence.startswith("Use dense: nothing here has a higher accuracy.")
+
+
+def test_where_classes_are_unbalanced_their_mean_decides() -> None:
+    """Nine tenths of one class: the model that always answers it has the higher accuracy, and is not recommended."""
+    always = entry("dense fine-tune", [1] * 90 + [0] * 10)
+    fair = entry("Mixture of Experts", [1] * 78 + [0] * 12 + [1] * 10)
+    assert choose([always, fair], LABELS, unbalanced=False).recommended.name == "dense fine-tune"
+    choice = choose([always, fair], LABELS, unbalanced=True)
+    assert [each.balanced_accuracy for each in choice.contenders] == pytest.approx([0.5, (78 / 90 + 1) / 2])
+    assert choice.recommended.name == "Mixture of Experts"
+    behind = choice.contenders[0].behind
+    assert behind.difference == pytest.approx((78 / 90 + 1) / 2 - 0.5)
+    spread = math.sqrt((12 / 90) * (78 / 90) / 90) / 2  # of the first class's differences; the second's are all alike
+    assert behind.high - behind.low == pytest.approx(2 * 1.959964 * spread, rel=1e-5)
+
+
+def test_the_table_of_models_in_the_summary(tmp_path: Path, summary: RunSummary) -> None:
+    entries = [entry("linear probe", [1] * 90 + [0] * 10, ms=12.34), entry("Mixture of Experts", [1] * 99 + [0])]
+    for unbalanced in (False, True):
+        chosen = replace(summary, choice=choose(entries, LABELS, unbalanced=unbalanced))
+        write_summary(chosen, tmp_path / "summary.md")
+        text = (tmp_path / "summary.md").read_text()
+        rows = [
+            line for line in text.splitlines() if line.startswith(("| linear", "| Mixture", "| |", "| --- | --: |"))
+        ]
+        tables = [line.count("|") for line in rows if "MB" in line or "linear" in line or "Mixture" in line]
+        assert len(set(tables)) == 1, text
+        assert "| 12.3 | 10 | 1 min 0 s |" in text
+        (tmp_path / "summary.json").write_text(json.dumps(asdict(chosen), default=list))
+        assert read_summary(tmp_path / "summary.json").choice == chosen.choice
