@@ -348,7 +348,10 @@ def fetch_weights(name: str) -> Path:
 
 
 def _fetch(repository: str, file: str, revision: str | None) -> Path:
-    """One file of a repository on the hub, in the hub's cache; an interrupted download goes on where it stopped.
+    """One file of a repository on the hub, in the hub's cache.
+
+    Where the connection breaks, the hub's client goes on where it stopped, up to five times. What it keeps for another
+    process depends on its version: nothing from 2.0 on.
 
     Raises:
         UserError: if the hub can't be reached, or has no such repository or file.
@@ -386,8 +389,8 @@ def _fetch(repository: str, file: str, revision: str | None) -> Path:
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
         raise UserError(
-            f"The download of {file} of {repository} broke off ({type(error).__name__}): the same command goes on "
-            "where it stopped."
+            f"The download of {file} of {repository} broke off ({type(error).__name__}), five tries to go on included: "
+            "start the same command again, or give a file or folder."
         ) from error
 
 

@@ -324,7 +324,7 @@ def _on_terminal() -> bool:
 
 
 def _download(weights: Published, facts: HubFacts) -> None:
-    """Fetch with the hub's progress bar; what was interrupted goes on where it stopped."""
+    """Fetch with the hub's progress bar, which shows on a terminal."""
     size = "" if facts.size_bytes is None else f", {facts.size_bytes / 1e6:.1f} MB"
     tell(f"downloading {weights.name} from {weights.repository}{size}, licence {facts.licence or weights.licence}")
     fetch_weights(weights.name)

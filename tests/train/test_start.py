@@ -98,16 +98,16 @@ def test_a_download_that_breaks_off_goes_on(hub: FakeHub, monkeypatch: pytest.Mo
     assert hub.ranges == ["", "bytes=100000-"]
 
 
-def test_an_interrupted_download_is_resumed_by_the_next_command(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_is_given_up_leaves_nothing_half(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     impatient(monkeypatch)
     hub.breaks[:] = [100_000] + [0] * 20
-    with pytest.raises(UserError, match=r"broke off .*the same command goes on where it stopped"):
+    with pytest.raises(UserError, match=r"broke off .*start the same command again"):
         choose_start(AUTO, IMAGES)
+    assert hub.ranges[1:] == ["bytes=100000-"] * 5
+    assert choose_start(None, IMAGES) is None  # nothing that looks whole is in the cache
     hub.breaks.clear()
-    hub.ranges.clear()
     found = choose_start(AUTO, IMAGES)
     assert found is not None
-    assert hub.ranges == ["bytes=100000-"]
     torch.manual_seed(0)
     expected = timm.create_model("test_vit").state_dict()
     loaded = start.create_from(NAME).state_dict()
