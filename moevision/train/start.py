@@ -92,12 +92,12 @@ class StartWeights:
     net: nn.Module
 
 
-def choose_start(asked: str | None, images: int, base: str | None = None) -> StartWeights | None:
+def choose_start(asked: str | None, images: int = 0, base: str | None = None) -> StartWeights | None:
     """The weights to start from, fetched if need be; None: from scratch. Says what was chosen and why.
 
     Args:
         asked: `--pretrained`; None if it wasn't given.
-        images: in the dataset.
+        images: in the dataset; 0 if they weren't counted.
         base: the architecture of a file, if the user names it.
 
     Raises:
@@ -205,7 +205,7 @@ def weights_alone(asked: str, given: Sequence[str]) -> list[str]:
     if asked == NONE:
         return ["--model.arch.pretrained=null"]
     if asked == AUTO:
-        found = choose_start(AUTO, 0)
+        found = choose_start(AUTO)
         return [f"--model.arch.pretrained={'null' if found is None else found.source}"]
     options = [f"--model.arch.pretrained={asked}"]
     names_base = any(argument.split("=")[0] == "--model.arch.base" for argument in given)
@@ -332,11 +332,15 @@ def _download(weights: Published, facts: HubFacts) -> None:
 
 def _chosen(weights: Published, images: int, origin: str) -> StartWeights:
     start = StartWeights(weights.name, None, outline(weights.name))
-    where = "a GPU" if _accelerated() else f"a CPU with {torch.get_num_threads()} threads"
+    few = f"{images:,} images are few to learn from scratch, and " if images else ""
+    where = (
+        "a GPU"
+        if _accelerated()
+        else f"a CPU with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    )
     tell(
-        f"start: {weights.name} ({describe_weights(start.net)}, licence {weights.licence}), {origin}: {images:,} "
-        f"images are few to learn from scratch, and it suits {where}. Others: --pretrained NAME|FILE|FOLDER; none: "
-        f"--pretrained {NONE}."
+        f"start: {weights.name} ({describe_weights(start.net)}, licence {weights.licence}), {origin}: "
+        f"{few}it suits {where}. Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}."
     )
     return start
 
