@@ -546,7 +546,7 @@ class TrainingCLI(LightningCLI):
                 freeze_parameters(net, self.model.optim.freeze)
         if self.trainer.is_global_zero:
             print(self.datamodule.describe(), flush=True)
-            if fresh and self.model.arch.pretrained is not None:
+            if fresh and self.model.arch.pretrained is not None and not self.fast_dev_run:
                 self._start_with_probe()
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
                 self.expected_s = expected_seconds(self.model, self.datamodule, self.trainer)
@@ -571,8 +571,7 @@ class TrainingCLI(LightningCLI):
         self.session.probe = known
         if known.beats_the_head:
             start_with(self.model.net, known)
-        if not self.fast_dev_run:
-            known.write(cast(Path, self.run_dir))
+        known.write(cast(Path, self.run_dir))
         print(known.sentence(), flush=True)
 
     def _compare_with_start(self) -> None:

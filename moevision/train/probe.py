@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
+from moevision.layers import label_oracle
 from moevision.models.safe_files import read_json
 
 FILE = "probe.json"
-_MOST_IMAGES = 4_000  # training images that the probe sees; more cost time and change little
+_MOST_IMAGES = 4_000  # of each split that the probe sees; more cost time and change little
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse penalties, for features of unit variance
 _ABSENT = -20.0  # logit of a class without a training image
 Floats = npt.NDArray[np.float64]
@@ -44,7 +45,7 @@ class Probe:
         val_correct: validation images that it classifies correctly.
         val_images: all of them.
         head_val_correct: validation images that the model's own classifier, as it came, classifies correctly.
-        test_correct: for each test image, by its stable id, whether it is classified correctly.
+        test_correct: for each of its test images, by their stable ids, whether it is classified correctly.
         seconds: features and regression together.
         head: its weights [C, D] and biases [C]; None if it was read from a file.
     """
@@ -111,9 +112,7 @@ def fit_probe(
         return None
     began, training = time.perf_counter(), net.training
     net.to(device).eval()
-    chosen = _some(len(data.contents.datasets["train"]), data.seed)
-    wanted = {"train": chosen, "val": None, "test": None}
-    found = {split: _features(net, data, split, indices, device, context) for split, indices in wanted.items()}
+    found = {split: _features(net, data, split, device, context) for split in ("train", "val", "test")}
     net.train(training)
     (x, y, _), (val_x, val_y, _), (test_x, test_y, test_index) = (found[split] for split in ("train", "val", "test"))
     weight, bias = _best_regression(x, y, val_x, val_y, data.num_classes)
@@ -157,15 +156,14 @@ def _features(
     net: nn.Module,
     data: ImageDataModule,
     split: str,
-    indices: list[int] | None,
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Floats, Integers, Integers]:
     """Features [n, D], labels [n] and indices [n] of images without augmentation."""
     state = cast(Any, net)
     features, labels, places = [], [], []
-    for batch in data.plain_loader(split, indices):
-        with context():
+    for batch in data.plain_loader(split, _some(len(data.contents.datasets[split]), data.seed)):
+        with context(), label_oracle(net, batch["label"].to(device)):
             tokens = state.forward_features(batch["image"].to(device))
             features.append(state.forward_head(tokens, pre_logits=True).double().cpu())
         labels.append(batch["label"].cpu())

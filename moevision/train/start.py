@@ -333,11 +333,7 @@ def _download(weights: Published, facts: HubFacts) -> None:
 def _chosen(weights: Published, images: int, origin: str) -> StartWeights:
     start = StartWeights(weights.name, None, outline(weights.name))
     few = f"{images:,} images are few to learn from scratch, and " if images else ""
-    where = (
-        "a GPU"
-        if _accelerated()
-        else f"a CPU with {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-    )
+    where = "a GPU" if _accelerated() else f"a CPU (threads: {torch.get_num_threads()})"
     tell(
         f"start: {weights.name} ({describe_weights(start.net)}, licence {weights.licence}), {origin}: "
         f"{few}it suits {where}. Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}."
