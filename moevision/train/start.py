@@ -48,6 +48,7 @@ from moevision.models.published import (
 from moevision.models.reading import read_layer_indices, reads_class_token_only
 from moevision.models.safe_config import WEIGHTS
 from moevision.models.safe_files import read_metadata
+from moevision.models.upcycle import check_upcyclable
 from moevision.train.processes import tell
 
 AUTO, NONE = "auto", "none"
@@ -123,7 +124,9 @@ def named_start(source: str, base: str | None = None) -> StartWeights:
     if source.endswith(".safetensors"):
         return _from_file(Path(source), base)
     address = address_of(source)
-    licence = NOT_STATED
+    net, licence = outline(source), NOT_STATED
+    if not moe_layers(net):
+        check_upcyclable(net, "last2")  # before anything is downloaded
     if is_timm_name(address):
         weights = published(address)
         licence = weights.licence
@@ -131,9 +134,8 @@ def named_start(source: str, base: str | None = None) -> StartWeights:
             facts = ask_hub(weights)
             licence = facts.licence or licence
             _download(weights, facts)
-    start = StartWeights(source, None, outline(source))
-    tell(f"start: {source} ({describe_weights(start.net)}, licence {licence}{_restricted(licence)}).")
-    return start
+    tell(f"start: {source} ({describe_weights(net)}, licence {licence}{_restricted(licence)}).")
+    return StartWeights(source, None, net)
 
 
 def fitting(images: int) -> list[Candidate]:

@@ -144,6 +144,12 @@ def test_named_weights_that_cannot_be_had_are_an_error(monkeypatch: pytest.Monke
         choose_start("deit_tny_patch16_224", IMAGES)
 
 
+def test_what_cannot_become_experts_is_not_even_downloaded(hub: FakeHub) -> None:
+    with pytest.raises(UserError, match="ResNet has no list of transformer blocks"):
+        choose_start("resnet18", IMAGES)
+    assert hub.asked == []
+
+
 def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     hub.licence = "cc-by-nc-4.0"
     assert choose_start(AUTO, IMAGES) is None
