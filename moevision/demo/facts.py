@@ -59,7 +59,7 @@ class LayerFacts:
         capacity: the model's own capacity factor in evaluation; None if it drops nothing there.
         train_capacity: the same in training.
         slots: S of Soft MoE, else None.
-        read: whether the classifier reads what it computes for patches; else their routes change no answer.
+        read_by_classifier: whether what it computes for patches reaches the classifier; else routes change no answer.
         refused: why a change of that kind has no meaning here, as the end of a sentence; kinds that aren't in it do.
         route_by: `token`, or `image` where all patches of an image share one choice.
     """
@@ -74,7 +74,7 @@ class LayerFacts:
     capacity: float | None = None
     train_capacity: float | None = None
     slots: int | None = None
-    read: bool = True
+    read_by_classifier: bool = True
     refused: dict[str, str] = field(default_factory=dict)
     route_by: RouteBy = "token"
 
@@ -90,7 +90,7 @@ class LayerFacts:
         shared = {0: "", 1: ", plus 1 shared expert that computes every patch"}.get(
             self.num_shared_experts, f", plus {self.num_shared_experts} shared experts that compute every patch"
         )
-        return self._choice() + limit + shared + ("" if self.read else ", not read by the classifier")
+        return self._choice() + limit + shared + ("" if self.read_by_classifier else ", not read by the classifier")
 
     def _choice(self) -> str:
         experts = plural(self.num_experts, "expert")
@@ -131,13 +131,13 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
             capacity=_option(layer, "eval_capacity_factor"),
             train_capacity=_option(layer, "capacity_factor"),
             slots=slots_of(routing),
-            read=read,
+            read_by_classifier=is_read,
             refused={
                 kind: why for kind in CHANGES if (why := refusal(kind, routing.kind, routing.route_by)) is not None
             },
             route_by=routing.route_by,
         )
-        for name, layer, routing, read in zip(names, layers, routings, routes_read(net), strict=True)
+        for name, layer, routing, is_read in zip(names, layers, routings, routes_read(net), strict=True)
     )
 
 

@@ -26,8 +26,8 @@ from torch import nn
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
 from moevision.files import sync_file, write_text_atomic
-from moevision.models.safe_files import CONFIG, WEIGHTS, check_model_folder, check_types, read_config, read_header
 from moevision.models.published import cached, hub_answers, published
+from moevision.models.safe_files import CONFIG, WEIGHTS, check_model_folder, check_types, read_config, read_header
 from moevision.names import shown
 
 ImageSize = int | tuple[int, int]

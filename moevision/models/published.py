@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import timm
 
 from moevision.errors import UserError
-from moevision.models.safe_config import WEIGHTS
+from moevision.models.safe_files import WEIGHTS
 
 PATIENCE_S = 3.0
 _SAFE_NAMES = {

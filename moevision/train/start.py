@@ -46,8 +46,7 @@ from moevision.models.published import (
     published,
 )
 from moevision.models.reading import read_layer_indices, reads_class_token_only
-from moevision.models.safe_config import WEIGHTS
-from moevision.models.safe_files import read_metadata
+from moevision.models.safe_files import WEIGHTS, read_metadata
 from moevision.models.upcycle import check_upcyclable
 from moevision.train.processes import tell
 
