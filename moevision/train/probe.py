@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
-from moevision.layers import label_oracle
+from moevision.layers import label_oracle, moe_layers
 from moevision.models.safe_files import read_json
 
 FILE = "probe.json"
@@ -47,6 +47,7 @@ class Probe:
         head_val_correct: validation images that the model's own classifier, as it came, classifies correctly.
         test_correct: for each of its test images, by their stable ids, whether it is classified correctly.
         seconds: features and regression together.
+        mbytes: of the dense model that it is the classifier of, in float32.
         head: its weights [C, D] and biases [C]; None if it was read from a file.
     """
 
@@ -56,6 +57,7 @@ class Probe:
     head_val_correct: int
     test_correct: dict[str, bool]
     seconds: float
+    mbytes: float
     head: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -127,6 +129,7 @@ def fit_probe(
             data.sample_id("test", int(index)): bool(right) for index, right in zip(test_index, correct, strict=True)
         },
         seconds=time.perf_counter() - began,
+        mbytes=4 * _dense_parameters(net) / 1e6,
         head=(torch.from_numpy(weight), torch.from_numpy(bias)),
     )
 
@@ -149,6 +152,17 @@ def start_with(net: nn.Module, probe: Probe) -> None:
     head.weight.copy_(probe.head[0])
     if head.bias is not None:
         head.bias.copy_(probe.head[1])
+
+
+def _dense_parameters(net: nn.Module) -> int:
+    """Parameters of `net` where experts that are still copies of one MLP count once, and their routers not at all."""
+    count = sum(parameter.numel() for parameter in net.parameters())
+    for layer in moe_layers(net):
+        weight = layer.experts.fc1.weight  # [E, H, D]
+        if bool((weight == weight[0]).all()):
+            experts = sum(parameter.numel() for parameter in layer.experts.parameters())
+            count -= experts - experts // len(weight) + sum(p.numel() for p in layer.router.parameters())
+    return count
 
 
 @torch.no_grad()

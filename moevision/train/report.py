@@ -130,8 +130,8 @@ class Contender:
     balanced_accuracy: float
     behind: PairedDifference
     """Accuracy of the best of them minus this one's; of balanced accuracy where classes are unbalanced."""
-    ms_per_image: float
-    """One image at a time, on the device of the training; the median of a few."""
+    ms_per_image: float | None
+    """One image at a time, on the device of the training; the median of a few. None: not measured."""
     mbytes: float
     """Of its weights as a file."""
     train_s: float
@@ -349,14 +349,14 @@ class Entry:
     Attributes:
         name: as in `Contender`.
         correct: [n] whether each test image was classified correctly.
-        ms_per_image: one image at a time.
+        ms_per_image: one image at a time; None: not measured.
         mbytes: of its weights.
         train_s: seconds of its training.
     """
 
     name: str
     correct: npt.NDArray[np.bool_]
-    ms_per_image: float
+    ms_per_image: float | None
     mbytes: float
     train_s: float
 

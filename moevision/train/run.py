@@ -267,14 +267,16 @@ def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
     def entry(name: str, run: RunResult) -> Entry:
         made = run.summary
         correct = np.array([run.correct[sample] for sample in common])
-        return Entry(name, correct, made.ms_per_image or 0.0, made.mbytes or 0.0, made.duration_s)
+        return Entry(name, correct, made.ms_per_image, made.mbytes or 0.0, made.duration_s)
 
     dense = "dense fine-tune" if probe is not None else "dense twin"
     rows = [] if twin is None else [entry(dense, twin)]
     rows.append(entry("Mixture of Experts" if result.summary.layers else dense, result))
     if probe is not None:
         correct = np.array([probe.test_correct[sample] for sample in common])
-        rows.insert(0, replace(rows[0], name="linear probe", correct=correct, train_s=probe.seconds))
+        # The dense model with another classifier; where none was trained, its time isn't known.
+        speed = None if twin is None and result.summary.layers else rows[0].ms_per_image
+        rows.insert(0, Entry("linear probe", correct, speed, probe.mbytes, probe.seconds))
     labels = np.array([result.labels[sample] for sample in common])
     choice = choose(rows, labels, unbalanced=result.summary.unbalanced)
     return replace(result, summary=replace(result.summary, choice=choice))

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from moevision.data import ImageDataModule
+from moevision.models.upcycle import upcycle
 from moevision.train import probe as probe_module
 from moevision.train.probe import fit_probe, linear_head, read_probe, start_with
 
@@ -85,6 +86,16 @@ def test_a_class_without_training_images_is_never_chosen() -> None:
     x[y == 2] += 3
     weight, bias = probe_module._best_regression(x, y, x, y, 3)
     assert set(probe_module._classify(x, weight, bias)) == {0, 2}
+
+
+def test_copies_count_once(data: ImageDataModule, net: torch.nn.Module) -> None:
+    """The model that the probe is the classifier of is the dense one, whose size is counted here without experts."""
+    dense = 4 * sum(parameter.numel() for parameter in net.parameters()) / 1e6
+    moe = upcycle(net, num_experts=4)
+    assert sum(parameter.numel() for parameter in moe.parameters()) * 4 / 1e6 > dense
+    found = fit_probe(moe, data, CPU)
+    assert found is not None
+    assert found.mbytes == pytest.approx(dense)
 
 
 def test_two_heads_have_no_probe(data: ImageDataModule) -> None:
