@@ -91,7 +91,12 @@ def routes_read(model: nn.Module) -> list[bool]:
         for hook in hooks:
             hook.remove()
     prefix = int(getattr(model, "num_prefix_tokens", 0))
-    return [gradient is not None and bool(gradient[:, prefix:].any()) for gradient in gradients]
+    read = []
+    for layer, gradient in zip(layers, gradients, strict=True):
+        # Where an image decides once for all its tokens, the class token's part carries that route too.
+        by_image = getattr(getattr(layer.router, "options", None), "route_by", None) == "image"
+        read.append(gradient is not None and bool(gradient[:, 0 if by_image else prefix :].any()))
+    return read
 
 
 def unread_layers(model: nn.Module) -> list[int]:

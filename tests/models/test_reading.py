@@ -101,6 +101,11 @@ def test_for_every_router(router: str) -> None:
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_an_image_that_decides_for_all_tokens_is_read() -> None:
+    """The class token goes to the image's expert too."""
+    assert routes_read(convert_to_moe(vit(), "every2", num_experts=4, route_by="image")) == [True, True]
+
+
 def test_a_dense_model_has_no_routes() -> None:
     assert routes_read(vit()) == []
 
