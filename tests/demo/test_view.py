@@ -110,7 +110,7 @@ def test_the_schema_is_complete_and_plain_json(model, pixels):
     assert set(view["picture"]) == {"id", "name", "label", "src", "unlike"}
     numbers = {"experts", "weights", "kept", "probs", "margin", "entropy", "counts", "requested", "slowest"}
     routing = {"layer", "name", "words", "router", "kind", "learned", "num_experts", "top_k", "num_shared_experts"}
-    limits = {"capacity", "train_capacity", "slots", "reads", "read_by_classifier"}
+    limits = {"capacity", "train_capacity", "slots", "reads", "read_by_classifier", "route_by"}
     assert all(set(layer) == numbers | routing | limits for layer in view["layers"])
     assert view["model"]["grid"] == [4, 4]
 
