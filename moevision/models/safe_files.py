@@ -29,16 +29,14 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
-import timm
-import torch
 import yaml  # type: ignore[import-untyped]
-from timm.models import PretrainedCfg
-from torch import nn
 
-import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MAX_JSON_BYTES: Final = 16 * 2**20  # the names and descriptions of ImageNet-21k's 21 841 classes take 3 MB
 MAX_JSON_VALUES: Final = 1_000_000
@@ -261,7 +259,6 @@ _NOT_THE_MODELS = re.compile(
 )
 _LABELS: Final = frozenset(("label_names", "labels", "label_descriptions"))
 _COUNTS_LAYERS = re.compile("depth|layers|blocks|stages")
-_PRETRAINED: Final = frozenset(field.name for field in fields(PretrainedCfg)) - {"state_dict"}
 
 
 def check_model_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
@@ -331,6 +328,11 @@ def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
     Raises:
         UserError: if so, or if the model can't be built at all.
     """
+    import timm
+    import torch
+
+    import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
+
     try:
         with torch.device("meta"):
             net: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=False)
@@ -351,11 +353,14 @@ def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
 
 def _check_config(config: Any) -> None:
     """Raise a ValueError that names the field which isn't as timm writes it."""
+    from timm.models import PretrainedCfg  # here: what needs no model is checked without loading torch
+
+    known = frozenset(field.name for field in fields(PretrainedCfg)) - {"state_dict"}
     _mapping(config, "the whole")
     _text(config.get("architecture"), "architecture", _NAME)
     # Older files of timm have all fields in one object, newer ones may have more around them, which timm ignores.
     pretrained = _mapping(config.get("pretrained_cfg", config), "pretrained_cfg")
-    unknown = sorted(pretrained.keys() - _PRETRAINED - {"labels", "num_features"})
+    unknown = sorted(pretrained.keys() - known - {"labels", "num_features"})
     if unknown and pretrained is not config:
         raise ValueError(f"pretrained_cfg should have no field {unknown[0][:40]!r}")
     for place in (config, pretrained):
@@ -363,7 +368,7 @@ def _check_config(config: Any) -> None:
         _number(place.get("num_classes", 0), "num_classes", MAX_CLASSES)
         if "state_dict" in place:
             raise ValueError("weights stand in it")
-    for name in (_PRETRAINED & pretrained.keys()) - _LABELS:
+    for name in (known & pretrained.keys()) - _LABELS:
         _plain(pretrained[name], f"pretrained_cfg.{name}", MAX_CLASSES)
     for name in ("input_size", "test_input_size", "min_input_size"):
         if pretrained.get(name) is not None:
