@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, cast
@@ -160,6 +162,11 @@ class MetricsFile(ExperimentWriter):
         append_bytes(self.path, self._text(self._unwritten, header=False).encode("utf-8"))
 
 
+def _cpu_s() -> float:
+    times = os.times()  # of children; its steps of 10 ms are too coarse for our own
+    return time.process_time() + times.children_user + times.children_system
+
+
 class Stopwatch(L.Callback):
     """Seconds and images of training proper, over all sessions of a run: validation and sleep are left out.
 
@@ -182,6 +189,8 @@ class Stopwatch(L.Callback):
         self._waited: float | None = 0.0
         self._advised = False
         self._run_started, self._earlier_s = clock.now(), 0.0
+        self._cpu_started = _cpu_s()
+        self._earlier_cpu_s: float | None = 0.0
 
     @property
     def data_wait(self) -> float | None:
@@ -193,16 +202,23 @@ class Stopwatch(L.Callback):
         """Seconds since the run began, reading and validation included, interruptions left out."""
         return self._earlier_s + self._clock.now() - self._run_started
 
+    @property
+    def cpu_s(self) -> float | None:
+        """CPU seconds over the same time, all threads of this process and of workers that have ended; None: unknown."""
+        return None if self._earlier_cpu_s is None else self._earlier_cpu_s + _cpu_s() - self._cpu_started
+
     def state_dict(self) -> dict[str, Any]:
         """The counts that a resumed run continues."""
-        counts = {"train_s": self.train_s, "images": self.images, "run_s": self.run_s}
+        counts = {"train_s": self.train_s, "images": self.images, "run_s": self.run_s, "cpu_s": self.cpu_s}
         return {**counts, "data_wait_s": self.data_wait_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the counts."""
         self.train_s, self.images = float(state_dict["train_s"]), int(state_dict["images"])
         self._earlier_s = float(state_dict["run_s"])
-        self.data_wait_s = state_dict.get("data_wait_s")  # earlier versions didn't count it
+        # Earlier versions counted neither of these.
+        self._earlier_cpu_s = state_dict.get("cpu_s")
+        self.data_wait_s = state_dict.get("data_wait_s")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start."""

@@ -204,6 +204,8 @@ class RunSummary:
     device: str
     precision: str
     seed: int | None
+    cpu_s: float | None = None
+    """CPU seconds of the training, over all threads of this process; None if a part of it wasn't counted."""
     data_wait: float | None = None
     """Share of the training time in which the process waited for data; None where it wasn't measured."""
     layers: Sequence[LayerLoad] = ()

@@ -193,7 +193,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
     data: ImageDataModule = cli.datamodule
     trainer, run_dir, stopwatch = cli.trainer, cast(Path, cli.run_dir), cli.stopwatch
     seed: int | None = cli._get(cli.config, "seed_everything")
-    watched, duration_s = StabilityGuard.record_of(trainer), stopwatch.run_s
+    watched, duration_s, cpu_s = StabilityGuard.record_of(trainer), stopwatch.run_s, stopwatch.cpu_s
     epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
     checkpoint, weights = final_checkpoint(run_dir / "checkpoints", cli.files)
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
@@ -235,6 +235,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         steps=steps,
         batch_size=data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
         duration_s=duration_s,
+        cpu_s=cpu_s,
         images_per_s=stopwatch.images / stopwatch.train_s if stopwatch.train_s else 0.0,
         device=device_name(trainer) + (f", {trainer.world_size} processes" if trainer.world_size > 1 else ""),
         precision=str(trainer.precision),

@@ -45,6 +45,9 @@ def test_share_by_hand() -> None:
     train(resumed, clock, 10, wait_s=0.0, step_s=4.0)
     assert resumed.data_wait == 10 / 80
     assert resumed.images == 160
+    assert resumed.cpu_s is not None
+    assert watch.cpu_s is not None
+    assert resumed.cpu_s > watch.state_dict()["cpu_s"] > 0, "CPU time goes on from the earlier session's"
 
 
 def test_what_was_not_counted_is_not_known() -> None:
@@ -53,7 +56,7 @@ def test_what_was_not_counted_is_not_known() -> None:
     watch = Stopwatch(clock)
     watch.load_state_dict({"train_s": 5.0, "images": 8, "run_s": 5.0})
     train(watch, clock, 2, wait_s=1.0, step_s=1.0)
-    assert watch.data_wait is None
+    assert (watch.data_wait, watch.cpu_s) == (None, None)
     other = Stopwatch(clock)
     trainer = cast(Any, SimpleNamespace(train_dataloader=object(), world_size=1))
     other.on_train_epoch_start(trainer, cast(Any, None))
