@@ -288,7 +288,7 @@ def test_equal_time_is_measured_and_trained(bench, small, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("codes", "limit", "expected"),
-    [([0, 0, sparsity.NOTHING_LEFT], 0, (0, 3)), ([0, 143], 0, (143, 2)), ([0, 0, 0], 2, (0, 2))],
+    [([0, 0, sparsity.NOTHING_LEFT], 0, (0, 3)), ([0, 143], 0, (143, 2)), ([-15], 0, (143, 1)), ([0, 0, 0], 2, (0, 2))],
 )
 def test_a_queue_starts_a_process_for_each_run(monkeypatch, codes, limit, expected) -> None:
     started = []

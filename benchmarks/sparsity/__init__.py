@@ -129,8 +129,10 @@ def run_many(limit: int) -> int:
         code = child.wait()
         for number, handler in earlier.items():
             signal.signal(number, handler)
+        if code == NOTHING_LEFT:
+            return 0
         if code:
-            return 0 if code == NOTHING_LEFT else code
+            return code if code > 0 else 128 - code  # killed by a signal before it listened
         done += 1
     return 0
 
