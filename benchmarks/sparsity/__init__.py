@@ -1,0 +1,260 @@
+"""What does sparsity buy an image classifier? The queue of runs that protocol.md lists, and their report.
+
+    nice -n 19 python -m benchmarks sparsity run --data path/to/cifar10 --limit 0   # all runs; two such queues may run
+    python -m benchmarks sparsity speed --data path/to/cifar10                      # on an idle machine, three times
+    python -m benchmarks sparsity status
+    python -m benchmarks sparsity report                                            # README.md's tables and the figure
+
+`run` takes the next run that has no record and that no other queue is at, in a process of its own. A signal stops it
+after the step at hand; the same command goes on. It refuses a tree with uncommitted changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moevision
+from benchmarks.harness import HERE, about, argument_parser, count, positive, print_line, print_table
+from benchmarks.memory import memory_of
+from benchmarks.saving import endless
+from benchmarks.sparsity.arms import ARMS, EPOCHS, STAGES, STEPS_PER_EPOCH, TUNING_SEEDS, Job, cost_of, queue, rate_of
+from benchmarks.sparsity.report import write_report
+from benchmarks.sparsity.training import PROTOCOL, folder_of, train, write
+from benchmarks.study import open_data
+from benchmarks.subject import TrainingStep
+from benchmarks.timing import Candidate, interleave, ratio_of, spread
+from moevision.errors import UserError
+from moevision.files import write_json_atomic
+from moevision.train.provenance import git_state
+from moevision.train.resume import claim, release
+
+FOLDER = HERE / "sparsity"
+NOTHING_LEFT = 4  # exit code
+WAIT_S = 30.0
+WARM_UP = 10
+IDLE = 0.5  # load average below which a machine is
+MEASURED = [name for name, arm in ARMS.items() if (arm.data, arm.batch, arm.lr_factor) == ("cifar10", 128, 1.0)]
+
+
+def read_records(out: Path) -> list[dict[str, Any]]:
+    """All records of a folder, in the order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+
+
+# ---- the queue
+
+
+def pick(options: Namespace) -> tuple[Job | None, int | None, bool]:
+    """The next run, claimed; or None, and whether another queue is at work on one that might decide more."""
+    records, busy = read_records(options.out), False
+    for job in queue(records, options.device, options.tier):
+        if job.lr is None or (options.only and job.arm not in options.only) or not can_run(job, options):
+            continue
+        record, lock = options.out / f"{job.name}.json", options.work / f"{job.name}.lock"
+        if record.exists():
+            continue
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+        try:
+            held = claim(lock)
+        except UserError:
+            busy = True
+            continue
+        if not record.exists():  # it may have been finished since
+            return job, held, busy
+        release_if(held)
+    return None, None, busy
+
+
+def release_if(held: int | None) -> None:
+    """Give up a claim, where the system has such."""
+    if held is not None:
+        release(held)
+
+
+def can_run(job: Job, options: Namespace) -> bool:
+    """Whether the command line names what the run needs, and H2's steps are known."""
+    arm = ARMS[job.arm]
+    if job.arm == "twin-time" and options.twin_steps is None:
+        return False
+    return folder_of(arm, options) is not None and (arm.data == "cifar10" or options.pretrained is not None)
+
+
+def run(options: Namespace) -> None:
+    """Do the next run, or `limit` of them in processes of their own."""
+    code = git_state(Path(moevision.__file__).parent, HERE / "*.py", HERE.parent / "configs", PROTOCOL)
+    if (not code or code["dirty"]) and not options.allow_dirty:
+        raise UserError("The tree has uncommitted changes: commit them, or try things out with --allow-dirty.")
+    if options.limit != 1:
+        sys.exit(run_many(options.limit))
+    options.twin_steps = twin_steps(options.out, options.speed, options.device)
+    job, held, busy = pick(options)
+    while job is None and busy:  # what another queue does may decide a learning rate
+        time.sleep(WAIT_S)
+        job, held, busy = pick(options)
+    if job is None:
+        print("Nothing is left to do here: see `python -m benchmarks sparsity status`.", file=sys.stderr)
+        sys.exit(NOTHING_LEFT)
+    torch.set_num_threads(options.threads)
+    try:
+        record = train(job, options)
+        write(options.out, job, record)
+    finally:
+        release_if(held)
+    result = record["failed"] or f"val {record['val_top1']:.3f}, {record['cpu_s']:.0f} s CPU"
+    print(f"{job.name}: {result}", flush=True)
+
+
+def run_many(limit: int) -> int:
+    """Repeat the command for one run at a time, until `limit` (0: all) are done or one ends badly; the exit code."""
+    command, done = [sys.executable, "-m", "benchmarks", "sparsity", *sys.argv[1:], "--limit", "1"], 0
+    while not limit or done < limit:
+        # A session of its own: a signal reaches it through this process, and only once.
+        child = subprocess.Popen(command, start_new_session=True)
+        earlier = {
+            number: signal.signal(number, lambda number, _, child=child: child.send_signal(number))  # type: ignore[misc]
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        code = child.wait()
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+        if code == NOTHING_LEFT:
+            return 0
+        if code:
+            return code if code > 0 else 128 - code  # killed by a signal before it listened
+        done += 1
+    return 0
+
+
+# ---- equal time
+
+
+def twin_steps(out: Path, speed: Path, device: str) -> int | None:
+    """Steps of `twin-time`: those of its first record, else from the measured ratios; None without either."""
+    known = {run["steps"] for run in read_records(out) if (run["arm"], run["device"]) == ("twin-time", device)}
+    if known:
+        return int(min(known))
+    ratios = [each["ratio"]["median"] for each in read_speed(speed) if each["device"] == device]
+    return round(EPOCHS[device] * STEPS_PER_EPOCH * statistics.median(ratios)) if ratios else None
+
+
+def read_speed(speed: Path) -> list[dict[str, Any]]:
+    """The measurements so far."""
+    return list(json.loads(speed.read_text(encoding="utf-8"))) if speed.exists() else []
+
+
+def measure_speed(options: Namespace) -> None:
+    """Add one measurement of all arms: time of a training step with its loading, memory, FLOPs and ρ.
+
+    Raises:
+        UserError: if the machine isn't idle.
+    """
+    origin = {**about(), "command": "python -m benchmarks sparsity speed"}
+    load = origin["machine"]["load_average_before"]
+    if load is not None and load > IDLE and not options.busy:
+        raise UserError(f"The load average is {load}: wait until nothing else runs (below {IDLE}).")
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    data = open_data("cifar10", str(options.data))
+    data.batch_size = ARMS["moe"].batch
+    batches = endless(data)
+    loading: list[float] = []
+    arms = options.only or MEASURED
+    steps = {arm: TrainingStep(ARMS[arm].subject(arm), precision="fp32", device=device) for arm in arms}
+    batch: dict[str, torch.Tensor] = {}
+
+    def load_batch(_: int) -> None:
+        clock = time.process_time if options.device == "cpu" else time.perf_counter
+        start = clock()
+        batch.update(next(batches))
+        loading.append(clock() - start)
+        batch.update({name: batch[name].to(device) for name in ("image", "label")})
+
+    candidates = [
+        Candidate(arm, lambda step=step: step(batch["image"], batch["label"]))  # type: ignore[misc]
+        for arm, step in steps.items()
+    ]
+    rounds = {"repetitions": options.rounds, "warm_up": WARM_UP}
+    timings = interleave(candidates, **rounds, device=device, prepare=load_batch)
+    times = timings.cpu if options.device == "cpu" else timings.seconds
+    spent = {arm: [a + b for a, b in zip(times[arm], loading[WARM_UP:], strict=True)] for arm in arms}
+    memory = functools.partial(memory_of, precision="fp32", device=options.device, runs=1)
+    found = {
+        arm: {"ms": spread(spent[arm], 1e3), "memory": memory(ARMS[arm].subject(arm)), **cost_of(arm)} for arm in arms
+    }
+    measurement = {"device": options.device, "ratio": ratio_of(spent["moe"], spent["twin"]), "arms": found, **origin}
+    write_json_atomic(options.speed, [*read_speed(options.speed), measurement])
+    print(f"moe ÷ twin: {measurement['ratio']}", flush=True)
+
+
+# ---- the state
+
+
+def status(options: Namespace) -> None:
+    """Print for every arm what is done and what is missing."""
+    records = read_records(options.out)
+    jobs = list(queue(records, options.device, options.tier))
+    done = {(run["arm"], run["seed"], run["lr"]): run for run in records if run["device"] == options.device}
+    rows = []
+    for tier, arms, seeds in STAGES:
+        for arm in arms if tier in options.tier else ():
+            lr = rate_of(records, options.device, arm)
+            own = [done[arm, seed, lr] for seed in seeds if (arm, seed, lr) in done]
+            tuning = [job for job in jobs if job.arm == arm and job.seed in TUNING_SEEDS]
+            tuned = sum((job.arm, job.seed, job.lr) in done for job in tuning)
+            rows.append([
+                f"{tier}  {arm}",
+                f"{tuned} of {len(tuning)}" if tuning else ARMS[arm].tuned_as or "",
+                "" if lr is None else f"{lr:g}",
+                f"{len(own)} of {len(seeds)}",
+                str(sum(bool(run["failed"]) for run in own)),
+            ])  # fmt: skip
+    print_table("runs of the sparsity study", ["tier  arm", "tuning", "lr", "seeds", "failed"], rows)
+    left = sum((job.arm, job.seed, job.lr) not in done for job in jobs)
+    print_line(f"{len(jobs) - left} runs done, {left} missing (further learning rates not counted).")
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    found = argument_parser("sparsity", __doc__)
+    found.add_argument("verb", choices=("run", "speed", "status", "report"))
+    found.add_argument("--data", type=Path, metavar="DIR", help="CIFAR-10 as a folder")
+    found.add_argument("--cats", type=Path, metavar="DIR", help="cats_vs_dogs as a folder, for fine-tuning")
+    found.add_argument("--imagenette", type=Path, metavar="DIR", help="Imagenette as a folder, for fine-tuning")
+    found.add_argument("--pretrained", type=Path, metavar="FILE", help="safetensors of the pretrained ViT-S")
+    found.add_argument("--tier", type=int, nargs="+", choices=(1, 2, 3), default=(1, 2, 3), help="(all)")
+    found.add_argument("--only", nargs="+", choices=ARMS, metavar="ARM", help="these arms only")
+    found.add_argument("--limit", type=count, default=1, help="runs to do; 0: until none is left (%(default)s)")
+    found.add_argument("--device", choices=tuple(EPOCHS), default="cpu", help="(%(default)s)")
+    found.add_argument("--threads", type=positive, default=1, help="the protocol has %(default)s")
+    found.add_argument("--work", type=Path, default=Path("runs/sparsity"), help="run folders (%(default)s)")
+    found.add_argument("--out", type=Path, default=FOLDER / "runs", help="records (%(default)s)")
+    found.add_argument("--speed", type=Path, default=FOLDER / "speed.json", help="measured speeds (%(default)s)")
+    found.add_argument("--readme", type=Path, default=FOLDER / "README.md", help="where tables go (%(default)s)")
+    found.add_argument("--rounds", type=positive, default=40, help="of speed (%(default)s)")
+    found.add_argument("--busy", action="store_true", help="speed: try it out on a machine that isn't idle")
+    found.add_argument("--allow-dirty", action="store_true", help="run: try it out; the report leaves the run out")
+    return found
+
+
+def main() -> None:
+    """Run, measure, tell or report."""
+    options = parser().parse_args()
+    if options.verb in ("run", "speed") and options.data is None:
+        raise UserError("Say where CIFAR-10 is: --data path/to/cifar10.")
+    options.config, options.epochs = "cifar10", EPOCHS
+    if options.verb == "report":
+        write_report(read_records(options.out), read_speed(options.speed), options.readme)
+    else:
+        {"run": run, "speed": measure_speed, "status": status}[options.verb](options)

@@ -1,0 +1,188 @@
+"""The arms of the study, their learning rates, and the order of their runs, as protocol.md has them.
+
+Axes: E experts, K choices.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from benchmarks.routers.report import rate_beyond
+from benchmarks.subject import Subject, find_subject
+from moevision.efficiency import count_layers, flop_counter, measure_cost
+
+EPOCHS = {"cpu": 4, "cuda": 12}
+STEPS_PER_EPOCH = 351  # 45 000 training images in batches of 128, the rest left out
+TUNING_SEEDS = (100, 101)
+FACTORS = (0.5, 1.0, 2.0)
+UNBALANCED = {"importance": 0.0, "load": 0.0, "load_balancing": 0.0, "z": 0.0}
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm.
+
+    Attributes:
+        arch, aux: what it changes in `model.arch` and `model.aux` of configs/cifar10.yaml.
+        tuned_as: the arm whose learning rate it takes; None: it is tuned itself.
+        base_lr: the middle of the rates that are tried.
+        lr_factor: on the rate that it takes.
+        data: the data set.
+        batch: images per optimizer step.
+        accumulated: micro-batches of a step.
+        epochs: None: those of the device.
+        guard: whether the stability guard watches.
+        upcycled: whether a dense pretrained model is upcycled first (`training.upcycled`).
+    """
+
+    arch: Mapping[str, Any] = field(default_factory=dict)
+    aux: Mapping[str, Any] = field(default_factory=dict)
+    tuned_as: str | None = "moe"
+    base_lr: float = 6e-3
+    lr_factor: float = 1.0
+    data: str = "cifar10"
+    batch: int = 128
+    accumulated: int = 1
+    epochs: int | None = None
+    guard: bool = True
+    upcycled: bool = False
+
+    def subject(self, name: str = "") -> Subject:
+        """The model and its recipe, for measuring."""
+        base = find_subject("cifar10")
+        aux = {**base.aux, **self.aux}
+        return replace(base, name=name, arch={**base.arch, **self.arch}, aux=aux, batch_size=self.batch)
+
+
+def _batch(size: int, accumulated: int = 1) -> Arm:
+    return Arm(batch=size, accumulated=accumulated, lr_factor=(size / 128) ** 0.5)
+
+
+def _fine_tuned(data: str, epochs: int, *, upcycled: bool) -> Arm:
+    return Arm(tuned_as=None, base_lr=3e-4, data=data, batch=64, epochs=epochs, upcycled=upcycled)
+
+
+_LEARNS_NOTHING = {
+    name: {"arch": {"router": name}, "aux": UNBALANCED} for name in ("hash", "position", "colour", "random")
+}
+ARMS: dict[str, Arm] = {
+    "moe": Arm(tuned_as=None),
+    "twin": Arm({"twin": "active_flops"}, tuned_as=None),
+    "hash": Arm(**_LEARNS_NOTHING["hash"], tuned_as=None),
+    "position": Arm(**_LEARNS_NOTHING["position"], tuned_as=None),
+    "unbalanced": Arm(aux=UNBALANCED, tuned_as=None),
+    "importance": Arm(aux={**UNBALANCED, "importance": 0.1}),
+    "load": Arm(aux={**UNBALANCED, "load": 0.1}),
+    "z": Arm(aux={**UNBALANCED, "z": 0.001}),
+    "bias": Arm({"router": "bias_balanced"}, UNBALANCED),
+    "rho10": Arm({"moe_layers": [3]}, tuned_as=None),
+    "twin-time": Arm({"twin": "active_flops"}, tuned_as="twin"),
+    "cats-dense": _fine_tuned("cats", 3, upcycled=False),
+    "cats-upcycled": _fine_tuned("cats", 3, upcycled=True),
+    "imagenette-dense": _fine_tuned("imagenette", 1, upcycled=False),
+    "imagenette-upcycled": _fine_tuned("imagenette", 1, upcycled=True),
+    "rho20": Arm({"moe_layers": [1, 3]}),
+    **{f"e{count}": Arm({"num_experts": count}) for count in (2, 4, 16, 32)},
+    "colour": Arm(**_LEARNS_NOTHING["colour"]),
+    "random": Arm(**_LEARNS_NOTHING["random"]),
+    **{f"lr{factor}": Arm(lr_factor=factor) for factor in (4, 16)},
+    **{f"lr{factor}-unguarded": Arm(lr_factor=factor, guard=False) for factor in (4, 16)},
+    **{f"batch{size}": _batch(size) for size in (32, 512, 1024)},
+    "batch512-accumulated": _batch(512, accumulated=4),
+    "twin-parameters": Arm({"twin": "total_params"}),
+}
+LEARNED_NOTHING = ("hash", "position")
+BALANCE = ("unbalanced", "importance", "load", "moe", "z", "bias")
+_NAMES = list(ARMS)
+STAGES: tuple[tuple[int, Sequence[str], range], ...] = (
+    (1, ("moe", "twin"), range(6)),
+    (1, LEARNED_NOTHING, range(6)),
+    (1, ("unbalanced", "importance", "load", "z", "bias"), range(6)),
+    (1, ("moe", "twin", *LEARNED_NOTHING), range(6, 8)),
+    (2, ("rho10", "twin-time"), range(5)),
+    (2, _NAMES[_NAMES.index("cats-dense") : _NAMES.index("rho20")], range(5)),
+    (3, _NAMES[_NAMES.index("rho20") : _NAMES.index("lr4")], range(5)),
+    (3, _NAMES[_NAMES.index("lr4") :], range(5)),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run; `lr` is None as long as the runs that decide it aren't done."""
+
+    device: str
+    tier: int
+    arm: str
+    seed: int
+    lr: float | None
+
+    @property
+    def name(self) -> str:
+        """What its folder and its record are called."""
+        return f"{self.device}-{self.arm}-lr{self.lr:g}-s{self.seed}"
+
+
+def queue(records: Sequence[Record], device: str, tiers: Sequence[int] = (1, 2, 3)) -> Iterator[Job]:
+    """All runs of a device in order; `records` say which rates are tried and which one is chosen."""
+    tuned = set()
+    for tier, arms, seeds in STAGES:
+        if tier not in tiers:
+            continue
+        for arm in (ARMS[arm].tuned_as or arm for arm in arms):
+            if arm not in tuned:
+                tuned.add(arm)
+                for lr in rates_to_try(records, device, arm):
+                    yield from (Job(device, tier, arm, seed, lr) for seed in TUNING_SEEDS)
+        for seed in seeds:
+            yield from (Job(device, tier, arm, seed, rate_of(records, device, arm)) for arm in arms)
+
+
+def validation(records: Sequence[Record], device: str, arm: str) -> dict[float, float]:
+    """Mean validation accuracy of every learning rate whose tuning runs are all done; a failed run counts 0."""
+    found: dict[float, dict[int, float]] = {}
+    for run in records:
+        if (run["device"], run["arm"]) == (device, arm) and run["seed"] in TUNING_SEEDS:
+            found.setdefault(run["lr"], {})[run["seed"]] = 0.0 if run["failed"] else run["val_top1"]
+    return {lr: statistics.fmean(of.values()) for lr, of in found.items() if len(of) == len(TUNING_SEEDS)}
+
+
+def rates_to_try(records: Sequence[Record], device: str, arm: str) -> list[float]:
+    """The three of the protocol and, once they are done, one beyond whichever edge wins."""
+    rates = [factor * ARMS[arm].base_lr for factor in FACTORS]
+    tried = validation(records, device, arm)
+    while all(lr in tried for lr in rates):
+        further = rate_beyond({lr: tried[lr] for lr in rates})
+        if further is None:
+            break
+        rates.append(further)
+    return rates
+
+
+def rate_of(records: Sequence[Record], device: str, arm: str) -> float | None:
+    """The learning rate of an arm; None if it isn't decided."""
+    own = ARMS[arm]
+    if own.tuned_as is not None:
+        lr = rate_of(records, device, own.tuned_as)
+        return None if lr is None else own.lr_factor * lr
+    tried = validation(records, device, arm)
+    if any(lr not in tried for lr in rates_to_try(records, device, arm)):
+        return None
+    return max(tried, key=lambda lr: tried[lr])
+
+
+def cost_of(arm: str) -> dict[str, float]:
+    """Parameters and FLOPs per image of an arm on CIFAR-10, and ρ, the share of all its FLOPs in routed experts."""
+    subject = ARMS[arm].subject(arm)
+    net = subject.build().eval()
+    image = torch.zeros(1, 3, subject.image_size, subject.image_size)
+    with torch.no_grad(), flop_counter() as counter:
+        _, layers = count_layers(net, counter, lambda: net(image))
+    cost = measure_cost(net, subject.image_size)
+    routed = sum(layer.requested_rows() * layer.per_row(backward=False) for layer in layers)
+    return {**vars(cost), "routed_share": routed / (cost.flops_per_image + cost.router_flops_per_image)}

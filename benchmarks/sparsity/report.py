@@ -1,0 +1,173 @@
+"""README.md's tables and figure, from the records alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.sparsity.arms import ARMS, BALANCE, STAGES, TUNING_SEEDS, Record, rate_of
+from benchmarks.sparsity.verdict import Result, finished, is_dirty, judge, runs_of
+from moevision.errors import UserError
+from moevision.files import write_text_atomic
+from moevision.train.plots import BLUE, GRID, INK, SOFT, calm, save, title
+from moevision.train.report import flops, table
+
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+DEVICES = {"cpu": "CPU, 4 epochs", "cuda": "CUDA, 12 epochs"}
+NOT_RUN = "not run"
+Measurements = Sequence[Mapping[str, Any]]
+
+
+def write_report(records: Sequence[Record], speed: Measurements, readme: Path) -> None:
+    """Put the tables between the README's marks, and the figure beside it.
+
+    Raises:
+        UserError: if the README has no marks.
+    """
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    if not (BEGIN in text and END in text):
+        raise UserError(f"{readme} has no lines {BEGIN} and {END}: put them where the tables shall stand.")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    write_text_atomic(readme, f"{before}{BEGIN}\n\n{tables(records, speed)}\n\n{END}{after}")
+    judged = {device: judge(records, device) for device in DEVICES}
+    drawn = {device: results for device, results in judged.items() if any(result.contrast for result in results)}
+    if drawn:
+        draw(drawn, readme.with_name("sparsity.png"))
+
+
+def tables(records: Sequence[Record], speed: Measurements) -> str:
+    """All of it as Markdown."""
+    return "\n\n".join(parts_of(records, speed))
+
+
+def parts_of(records: Sequence[Record], speed: Measurements) -> list[str]:
+    """For each device its heading, the verdicts, the arms, the balance losses; then what was left out."""
+    parts = []
+    for device, name in DEVICES.items():
+        if not any(run["device"] == device for run in records):
+            parts += [f"### {name}", "Not run."]
+            continue
+        results = judge(records, device)
+        measured = next((each["arms"] for each in reversed(speed) if each["device"] == device), {})
+        parts += [
+            f"### {name}",
+            "\n".join(f"- **{result.hypothesis.name}.** {result.sentence}" for result in results),
+            hypothesis_table(results),
+            arm_table(records, device, measured),
+            balance_table(records, device),
+        ]
+    return [*parts, *left_out(records)]
+
+
+def hypothesis_table(results: Sequence[Result]) -> str:
+    """Every contrast with its interval, its adjusted p, and what could have been found."""
+    lines = []
+    for result in results:
+        contrast, hypothesis = result.contrast, result.hypothesis
+        second = contrast.second if contrast else " or ".join(hypothesis.seconds)
+        lines.append([
+            hypothesis.name,
+            f"`{hypothesis.first}` − `{second}`",
+            *(("", "", "", "") if contrast is None else (
+                str(len(contrast.gaps)),
+                contrast.interval,
+                f"{contrast.p:.3f}" if result.verdict in ("positive", "negative", "tie") else "",
+                "" if math.isnan(result.detectable) else f"{100 * result.detectable:.1f}",
+            )),
+            result.verdict,
+        ])  # fmt: skip
+    heads = ["", "contrast", "seeds", "points (95 %)", "p, adjusted", "detectable, points", "verdict"]
+    return table(heads, lines, "llrrrrl")
+
+
+def arm_table(records: Sequence[Record], device: str, measured: Mapping[str, Any]) -> str:
+    """Accuracy of every arm, and what it costs: FLOPs, memory and milliseconds side by side."""
+    planned = {arm: 0 for arm in ARMS}
+    for _, arms, seeds in STAGES:
+        for arm in arms:
+            planned[arm] += len(seeds)
+    lines = []
+    for arm, count in planned.items():
+        runs, lr = list(finished(runs_of(records, device, arm)).values()), rate_of(records, device, arm)
+        cost = measured.get(arm, {})
+        tested = [run["test_top1"] for run in runs]
+        spread = f" ± {100 * statistics.stdev(tested):.1f}" if len(runs) > 1 else ""
+        lines.append([
+            f"`{arm}`",
+            f"{len(runs)} of {count}" if runs else NOT_RUN,
+            "" if lr is None else f"{lr:g}",
+            f"{100 * statistics.fmean(tested):.1f}{spread}" if runs else "",
+            flops(runs[0]["cost"]["flops_per_image"] + runs[0]["cost"]["router_flops_per_image"]) if runs else "",
+            f"{cost['routed_share']:.2f}" if cost else "",
+            f"{runs[0]['cost']['total_parameters'] / 1e6:.2f} M" if runs else "",
+            f"{cost['ms']['median']:.0f}" if cost else "",
+            f"{cost['memory']['peak_mib']:.0f}" if "peak_mib" in cost.get("memory", {}) else "",
+            f"{statistics.fmean(run['cpu_s'] for run in runs):.0f}" if runs else "",
+            f"{statistics.fmean(run['peak_mib'] for run in runs):.0f}" if runs else "",
+        ])  # fmt: skip
+    heads = ["arm", "seeds", "lr", "test top-1, % ± SD", "FLOPs/image", "ρ", "parameters", "ms per step, idle",
+             "training, MiB", "CPU s of a run, busy", "its process, MiB"]  # fmt: skip
+    return table(heads, lines)
+
+
+def balance_table(records: Sequence[Record], device: str) -> str:
+    """Shazeer's Table 6 on images; the worst MoE layer, mean over seeds."""
+    lines = []
+    for arm in BALANCE:
+        runs = list(finished(runs_of(records, device, arm)).values())
+        if not runs:
+            lines.append([f"`{arm}`", NOT_RUN, *[""] * 4])
+            continue
+        loads = [max(math.sqrt(layer["cv_squared"]) for layer in run["layers"]) for run in runs]
+        ratios = [max(layer["max_over_mean"] for layer in run["layers"]) for run in runs]
+        importance = [max(run["cv_importance"]) for run in runs]
+        accuracy = statistics.fmean(run["test_top1"] for run in runs)
+        means = [f"{statistics.fmean(values):.2f}" for values in (importance, loads, ratios)]
+        lines.append([f"`{arm}`", str(len(runs)), *means, f"{100 * accuracy:.1f}"])
+    heads = ["balance (`moe`: both)", "seeds", "CV importance", "CV load", "max/mean", "test top-1, %"]
+    return table(heads, lines)
+
+
+def left_out(records: Sequence[Record]) -> list[str]:
+    """What failed or can't be trusted, where records come from, and whether they follow one protocol."""
+    if not records:
+        return []
+    notes = [f"- Failed: `{run['arm']}`, lr {run['lr']:g}, seed {run['seed']}: {run['failed']}" for run in records
+             if run["failed"]]  # fmt: skip
+    notes += [
+        f"- Left out, from a changed tree: `{run['arm']}`, seed {run['seed']}." for run in records if is_dirty(run)
+    ]
+    if len({run["protocol_sha256"] for run in records}) > 1:
+        notes.append("- The protocol changed between records: see its amendments.")
+    places = sorted({", ".join(run["machine"]["gpus"]) or str(run["machine"]["cpu"]) for run in records})
+    tuning = sum(run["seed"] in TUNING_SEEDS for run in records)
+    notes.append(f"- {len(records)} records, {tuning} of them of tuning, from {'; '.join(places)}.")
+    return ["\n".join(notes)]
+
+
+def draw(drawn: Mapping[str, Sequence[Result]], out: Path) -> None:
+    """A row per hypothesis: a dot per seed, mean and 95 % interval."""
+    figure = Figure(figsize=(5.6 * len(drawn), 3.6), dpi=150, layout="constrained")
+    for axes, (device, results) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
+        calm(axes)
+        axes.grid(visible=False)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+        shown = [(result, contrast) for result in results if (contrast := result.contrast) is not None]
+        for y, (result, contrast) in enumerate(shown):
+            color = SOFT if result.verdict not in ("positive", "negative") else BLUE
+            axes.scatter([100 * gap for gap in contrast.gaps], [y] * len(contrast.gaps), s=14, color=color, alpha=0.5,
+                         linewidths=0)  # fmt: skip
+            if math.isfinite(contrast.half):
+                axes.errorbar(100 * contrast.mean, y, xerr=100 * contrast.half, color=color, fmt="o", capsize=3)
+        names = [f"{result.hypothesis.name}  {contrast.first} − {contrast.second}" for result, contrast in shown]
+        axes.set_yticks(range(len(shown)), names)
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_xlabel("points of test top-1", fontsize=9, color=INK)
+        title(axes, f"{DEVICES[device]}", "dots: seeds; bar: mean and 95 %; blue: told apart")
+    save(figure, out)

@@ -1,0 +1,251 @@
+"""One run of the study: `moevision fit` without its choice of the best epoch, metered, and the record of it.
+
+Checkpoints, resuming, signals, the guard and the run folder are `fit`'s own (`moevision.train`): the same command goes
+on where a run was stopped.
+
+Axes: B images, N tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import resource
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from benchmarks.harness import HERE, about, finite
+from benchmarks.sparsity.arms import ARMS, Arm, Job
+from moevision.allocator import keep_freed_memory
+from moevision.cli import main as run_moevision
+from moevision.data import ImageDataModule
+from moevision.efficiency import measure_cost
+from moevision.errors import UserError
+from moevision.files import write_json_atomic
+from moevision.layers import forward_routing
+from moevision.losses import cv_squared
+from moevision.train.cli import TrainingCLI, quiet_lightning
+from moevision.train.guard import TrainingDiverged
+from moevision.train.processes import Interrupted, tell
+from moevision.train.resume import Session
+from moevision.train.run import RunResult, finish_run
+from moevision.train.task import ClassificationTask
+
+PROTOCOL = HERE / "sparsity" / "protocol.md"
+BASE, SIDE = "vit_small_patch14_dinov2", 112  # of the pretrained file, and the image in pixels
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+
+
+class Meter(L.Callback):
+    """What a run spends, over all its sessions, and its validation accuracy after every epoch.
+
+    Attributes:
+        cpu_s: CPU seconds of training, loading included, validation left out.
+        peak_mib: most memory of any session: of the process on a CPU, data included; of tensors on CUDA.
+        curve: [step, CPU seconds until then, validation accuracy] after every epoch.
+    """
+
+    def __init__(self) -> None:
+        self.cpu_s, self.peak_mib = 0.0, 0.0
+        self.curve: list[list[float]] = []
+        self._mark: float | None = None
+
+    def tick(self) -> None:
+        """Add what was spent since the last call."""
+        now = time.process_time()
+        self.cpu_s += 0.0 if self._mark is None else now - self._mark
+        self._mark = now
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else rss
+        self.peak_mib = max(self.peak_mib, peak / 2**20)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start."""
+        self._mark = time.process_time()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A point of the curve; evaluating it doesn't count as training."""
+        self.tick()
+        top1, _ = evaluate(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        self.curve.append([trainer.global_step, round(self.cpu_s, 1), top1])
+        self._mark = time.process_time()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop."""
+        self.tick()
+        self._mark = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run continues."""
+        self.tick()
+        return {"cpu_s": self.cpu_s, "peak_mib": self.peak_mib, "curve": [list(point) for point in self.curve]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue."""
+        self.cpu_s, self.peak_mib, self.curve = state_dict["cpu_s"], state_dict["peak_mib"], state_dict["curve"]
+
+
+@torch.no_grad()
+def evaluate(task: Any, data: ImageDataModule) -> tuple[float, list[float]]:
+    """Accuracy on the validation split, and the CV of the experts' importance in every MoE layer."""
+    right, total, importance = 0, 0, list[torch.Tensor]()
+    task.eval()
+    for batch in data.val_dataloader():
+        logits, routings = forward_routing(task.net, batch["image"].to(task.device))
+        right += int((logits.argmax(-1).cpu() == batch["label"]).sum())
+        total += len(batch["label"])
+        sums = [routing.expert_weights().flatten(0, -2).sum(0) for routing in routings]  # [E] for each layer
+        importance = [a + b for a, b in zip(importance, sums, strict=True)] if importance else sums
+    task.train()
+    return right / total, [math.sqrt(float(cv_squared(of_layer))) for of_layer in importance]
+
+
+class MeteredCLI(TrainingCLI):
+    """`fit` with a meter, and a seed that changes the order and the augmentation of the images but not their split."""
+
+    def __init__(self, arguments: list[str], session: Session, seed: int) -> None:
+        self.meter, self.image_seed = Meter(), seed
+        super().__init__(arguments, session)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Behind the first callback, whose place is fixed."""
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.insert(1, self.meter)  # type: ignore[attr-defined]
+        return trainer
+
+    def before_fit(self) -> None:
+        """After the split is made."""
+        super().before_fit()
+        self.datamodule.seed = self.datamodule.contents.datasets["train"].seed = self.image_seed
+
+
+def arguments_of(job: Job, options: Namespace) -> list[str]:
+    """The command line of `moevision fit` that this run is.
+
+    Args:
+        job: the run.
+        options: of the study's command line.
+    """
+    arm = ARMS[job.arm]
+    given: dict[str, Any] = {
+        "data.path": folder_of(arm, options),
+        "data.batch_size": arm.batch // arm.accumulated,
+        "model.optim.lr": job.lr,
+        "trainer.accumulate_grad_batches": arm.accumulated,
+        "trainer.max_epochs": arm.epochs or options.epochs[job.device],
+        "trainer.check_val_every_n_epoch": 1_000_000,  # the meter validates, and no epoch is chosen by it
+        "trainer.precision": "32-true",
+        "trainer.accelerator": {"cpu": "cpu", "cuda": "gpu"}[job.device],
+        "trainer.enable_progress_bar": "false",
+        "guard.enabled": str(arm.guard).lower(),
+        "seed_everything": job.seed,
+        "name": job.name,
+        "runs_root": options.work,
+        **{f"model.arch.{name}": value for name, value in arm.arch.items()},
+        **{f"model.aux.{name}": value for name, value in arm.aux.items()},
+    }
+    front = ["--config", options.config, "--data.download=false"]
+    if arm.data != "cifar10":
+        front = []
+        given |= {"data.image_size": SIDE, "data.crop": "random_resized", "model.optim.layer_decay": 0.75}
+        dense = {"pretrained": options.pretrained, "base": BASE, "twin": "active_flops"}
+        start = {"pretrained": upcycled(job, options)} if arm.upcycled else dense
+        given |= {f"model.arch.{name}": value for name, value in start.items()}
+    if job.arm == "twin-time":
+        given |= {"trainer.max_epochs": -1, "trainer.max_steps": options.twin_steps}
+    return [*front, *(f"--{name}={value}" for name, value in given.items()), "--resume=auto"]
+
+
+def folder_of(arm: Arm, options: Namespace) -> Path | None:
+    """The images of an arm; None if the command line doesn't name them."""
+    folder: Path | None = {"cifar10": options.data, "cats": options.cats, "imagenette": options.imagenette}[arm.data]
+    return folder
+
+
+def upcycled(job: Job, options: Namespace) -> Path:
+    """The folder of the upcycled model that a fine-tuning starts from, made if need be."""
+    images, out = folder_of(ARMS[job.arm], options), options.work / f"{job.name}-start"
+    if not (out / "upcycle.json").is_file():
+        assert images is not None
+        choice = {
+            "weights": options.pretrained, "num-classes": sum(path.is_dir() for path in (images / "train").iterdir()),
+            "image-size": SIDE, "num-experts": 4, "top-k": 1, "layers": "last2", "option": "route_by=image",
+            "router-start": "cluster", "data": images, "seed": job.seed, "out": out,
+        }  # fmt: skip
+        words = [word for name, value in choice.items() for word in (f"--{name}", str(value))]
+        if run_moevision(["upcycle", BASE, *words]):
+            raise UserError("The pretrained model can't be upcycled, see above: mend it, or leave these arms out.")
+    return out
+
+
+def train(job: Job, options: Namespace) -> dict[str, Any]:
+    """Do one run, or go on with it; its record.
+
+    Raises:
+        UserError: for what the user can mend.
+        Interrupted: if a signal asked to stop; everything is saved then.
+    """
+    torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
+    origin = {**about(), "command": "python -m benchmarks sparsity run"}  # without this machine's folders
+    arguments = arguments_of(job, options)
+    run_dir = options.work / job.name
+    (run_dir / "summary.json").unlink(missing_ok=True)  # ended between the run's last file and its record
+    key = {
+        **vars(job), "failed": None, "batch": ARMS[job.arm].batch, "precision": "32-true", **origin,
+        "protocol_sha256": hashlib.sha256(PROTOCOL.read_bytes()).hexdigest(),
+    }  # fmt: skip
+    session = Session("fit", arguments)
+    try:
+        with session.interruption, session.clock, quiet_lightning():
+            cli = MeteredCLI(["fit", *session.arguments], session, job.seed)
+            val, importance = evaluate(cli.model, cli.datamodule)
+            result = finish_run(cli, session.command)
+            assert result is not None, "one process"
+            return {**key, **found(cli.model, cli.meter, result), "val_top1": val, "cv_importance": importance,
+                    "steps": cli.trainer.global_step, "sessions": sessions_of(run_dir)}  # fmt: skip
+    except TrainingDiverged as error:
+        return {**key, "failed": str(error), "sessions": sessions_of(run_dir)}
+    except Interrupted as stopped:
+        tell(f"Stopped by {stopped.signal_name}: the same command goes on with {job.name}.")
+        raise
+    finally:
+        session.close()
+
+
+def found(task: ClassificationTask, meter: Meter, result: RunResult) -> dict[str, Any]:
+    """What the run's record says of its result and of what it cost."""
+    summary = result.summary
+    cost = measure_cost(task.net, summary.image_size)
+    return {
+        "failed": None if math.isfinite(summary.test.loss) else "the loss of the test is not finite",
+        "test_top1": summary.test.correct / summary.test.total,
+        "test_loss": summary.test.loss,
+        "layers": [vars(layer) for layer in summary.layers],
+        "cost": vars(cost),
+        "curve": meter.curve,
+        "cpu_s": round(meter.cpu_s, 1),
+        "wall_s": round(summary.duration_s, 1),
+        "images_per_s": round(summary.images_per_s, 1),
+        "peak_mib": round(meter.peak_mib, 1),
+        "steps_applied": summary.steps,
+        "notes": list(summary.notes),
+    }
+
+
+def sessions_of(run_dir: Path) -> int:
+    """How often the run was started."""
+    return len(json.loads((run_dir / "sessions.json").read_text(encoding="utf-8")))
+
+
+def write(out: Path, job: Job, record: dict[str, Any]) -> None:
+    """Keep a finished run in a file of its own, so that two queues never write the same one."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(out / f"{job.name}.json", finite(record))

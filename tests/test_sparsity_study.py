@@ -1,0 +1,338 @@
+"""The sparsity study: its verdicts follow from the records by the protocol, and its queue goes on where it stopped."""
+
+import json
+import math
+import os
+import re
+import signal
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from benchmarks import sparsity
+from benchmarks.sparsity import arms, report, training, verdict
+from benchmarks.sparsity.arms import ARMS, BALANCE, STAGES, TUNING_SEEDS, Arm, queue, rate_of
+from benchmarks.sparsity.verdict import HYPOTHESES, detectable, judge, p_of, sentences, verdict_of
+from benchmarks.study import Contrast
+from moevision.train.guard import TrainingDiverged
+from moevision.train.resume import claim, release
+
+PROTOCOL = training.PROTOCOL.read_text(encoding="utf-8")
+
+
+def record(arm, seed, test=0.8, val=None, lr=6e-3, **more):
+    """A finished run, as much of it as the report reads."""
+    layer = {"cv_squared": 0.04, "max_over_mean": 1.25}
+    return {
+        "device": "cpu", "arm": arm, "seed": seed, "lr": lr, "failed": None, "test_top1": test, "steps": 1404,
+        "val_top1": test if val is None else val, "layers": [layer], "cv_importance": [0.1], "cpu_s": 1900.0,
+        "peak_mib": 800.0, "cost": {"flops_per_image": 167_447_040, "router_flops_per_image": 0,
+        "total_parameters": 970_282}, "code": {"git_commit": "c", "dirty": False}, "protocol_sha256": "p",
+        "machine": {"gpus": [], "cpu": "a CPU"}, **more,
+    }  # fmt: skip
+
+
+def tuning(arm, best=6e-3):
+    """Runs that make `best`, one of the three rates, the chosen one."""
+    rates = [factor * ARMS[arm].base_lr for factor in arms.FACTORS]
+    return [record(arm, seed, lr=lr, val=0.5 + 0.1 * (lr == best)) for lr in rates for seed in TUNING_SEEDS]
+
+
+def study(gaps, first="moe", second="twin"):
+    """Records of two tuned arms whose difference by seed is `gaps`."""
+    others = [record(second, seed, 0.8 + 0.01 * (seed % 3)) for seed in range(len(gaps))]
+    runs = [record(first, run["seed"], run["test_top1"] + gap) for run, gap in zip(others, gaps, strict=True)]
+    return [*tuning(first), *tuning(second), *others, *runs]
+
+
+def of(results, name):
+    return next(result for result in results if result.hypothesis.name == name)
+
+
+def test_interval_p_and_detectable_difference_are_scipys() -> None:
+    gaps = [0.012, -0.003, 0.02, 0.007, 0.001, 0.016]
+    result = of(judge(study(gaps), "cpu"), "H1")
+    own = stats.ttest_1samp(gaps, 0)
+    assert result.contrast.p == pytest.approx(own.pvalue)
+    low, high = own.confidence_interval()
+    assert (result.contrast.mean - result.contrast.half, result.contrast.mean + result.contrast.half) == pytest.approx(
+        (low, high)
+    )
+    assert result.detectable == pytest.approx(1.434 * statistics.stdev(gaps), rel=1e-3)
+    margin = stats.ttest_1samp(gaps, -0.01, alternative="greater")
+    assert p_of(Contrast("a", "b", gaps), 0.01) == pytest.approx(min(1, 2 * margin.pvalue))
+
+
+def test_detectable_difference_has_its_power() -> None:
+    """By drawing: the share of significant tests is 80 %, three standard errors of 4 000 draws around it."""
+    draws = np.random.default_rng(0).normal(detectable(6), 1, size=(4000, 6))
+    assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.02)
+    assert detectable(8) == pytest.approx(1.16, abs=0.005)
+    assert detectable(5, 0.05 / 4) == pytest.approx(2.48, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "expected"),
+    [
+        ([0.02, 0.021, 0.019, 0.02, 0.022, 0.018], "positive"),
+        ([-0.02, -0.021, -0.019, -0.02, -0.022, -0.018], "negative"),
+        ([0.02, -0.02, 0.01, -0.01, 0.03, -0.03], "tie"),
+    ],
+)
+def test_a_verdict_is_the_sentence_that_was_written_before(gaps, expected) -> None:
+    result = of(judge(study(gaps), "cpu"), "H1")
+    assert result.verdict == expected
+    fixed = sentences()["H1", expected].split("{mean}")[0]
+    assert len(fixed) > 40
+    assert result.sentence.startswith(fixed)
+    reach = 100 * stats.t.ppf(0.975, 5) * statistics.stdev(gaps) / math.sqrt(6)
+    assert (f"cannot exclude ±{reach:.1f} points" in result.sentence) == (expected == "tie")
+
+
+@pytest.mark.parametrize(
+    ("gaps", "expected"),
+    [
+        ([-0.002, 0.001, 0.0, -0.001, 0.002], "positive"),  # surely above -1 point
+        ([-0.03, -0.031, -0.029, -0.03, -0.03], "negative"),  # surely below
+        ([-0.03, 0.01, -0.02, 0.02, -0.005], "tie"),
+    ],
+)
+def test_balance_is_judged_against_its_margin(gaps, expected) -> None:
+    own = Contrast("moe", "unbalanced", gaps)
+    assert verdict_of(Contrast("moe", "unbalanced", gaps, p_of(own, 0.01)), 0.01) == expected
+
+
+def test_what_was_not_run_counts_against_the_family() -> None:
+    """Only H5 has its seeds: Holm multiplies by all four tests, and nothing is said below the least number of seeds."""
+    gaps = [0.004, 0.001, -0.002, 0.003, 0.002]
+    results = judge(study(gaps, second="unbalanced"), "cpu")
+    assert of(results, "H5").contrast.p == pytest.approx(4 * p_of(Contrast("a", "b", gaps), 0.01))
+    assert [of(results, name).verdict for name in ("H1", "H2", "H3", "H4")] == ["not run"] * 4
+    few = of(judge(study(gaps), "cpu"), "H1")
+    assert few.sentence == "H1: partial: 5 of at least 6 seeds, no verdict."
+
+
+def test_the_rival_is_chosen_by_validation_accuracy() -> None:
+    """`hash` is the better one on validation images, `position` on those of the test."""
+    runs = [record("moe", seed, 0.80) for seed in range(6)]
+    runs += [record("hash", seed, 0.78, val=0.9) for seed in range(6)]
+    runs += [record("position", seed, 0.82, val=0.8) for seed in range(6)]
+    runs += [run for arm in ("moe", "hash", "position") for run in tuning(arm)]
+    contrast = of(judge(runs, "cpu"), "H4").contrast
+    assert (contrast.second, contrast.mean) == ("hash", pytest.approx(0.02))
+
+
+def test_failed_runs_and_changed_trees_leave_their_pairs() -> None:
+    runs = study([0.02] * 7)
+    runs[-1]["code"]["dirty"] = True
+    runs[-2]["failed"] = "diverged"
+    assert len(of(judge(runs, "cpu"), "H1").contrast.gaps) == 5
+    runs[-3]["failed"] = "diverged"
+    assert of(judge(runs, "cpu"), "H1").verdict == "not judged: 2 of 6 runs of moe failed"
+    text = report.tables(runs, [])
+    assert "Left out, from a changed tree: `moe`, seed 6" in text
+    assert text.count("- Failed: `moe`") == 2
+
+
+def test_the_protocol_lists_what_the_code_does() -> None:
+    assert set(sentences()) == {(h.name, v) for h in HYPOTHESES for v in ("positive", "negative", "tie")}
+    assert [name for name in ARMS if f"`{name}`" not in PROTOCOL] == []
+    listed = [int(row) for row in re.findall(r"^\| [123] \| `.*\| (\d+) \| \d+ \|$", PROTOCOL, re.MULTILINE)]
+    seen, counted = set(), []
+    for _, names, seeds in STAGES:
+        new = {ARMS[arm].tuned_as or arm for arm in names} - seen
+        seen |= new
+        counted.append(len(names) * len(seeds) + 6 * len(new))
+    assert listed == counted
+    assert "25 hours" in PROTOCOL
+    assert sum(counted[:4]) == 92
+    assert set(BALANCE) < set(ARMS)
+
+
+def test_routed_share_of_the_models_own_sizes() -> None:
+    """64 tokens · k (2) · 2 products · 2 FLOPs · 128 · 256 for each MoE block; the twin is the same at every ρ."""
+    routed = 64 * 2 * 2 * 2 * 128 * 256
+    costs = {arm: arms.cost_of(arm) for arm in ("moe", "rho10", "twin")}
+    assert {arm: round(cost["routed_share"], 2) for arm, cost in costs.items()} == {"moe": 0.4, "rho10": 0.1, "twin": 0}
+    total = costs["moe"]["flops_per_image"] + costs["moe"]["router_flops_per_image"]
+    assert costs["moe"]["routed_share"] == pytest.approx(4 * routed / total)
+    assert len({cost["flops_per_image"] for cost in costs.values()}) == 1
+    twins = [Arm({"twin": "active_flops", "moe_layers": layers}).subject().build() for layers in ("all", [3])]
+    shapes = [[(name, p.shape) for name, p in twin.named_parameters()] for twin in twins]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_queue_tunes_first_and_goes_beyond_a_winning_edge() -> None:
+    jobs = list(queue([], "cpu"))
+    assert [(job.arm, job.seed, job.lr) for job in jobs[:3]] == [
+        ("moe", 100, 3e-3), ("moe", 101, 3e-3), ("moe", 100, 6e-3),
+    ]  # fmt: skip
+    assert len([job for job in jobs if job.tier == 1]) == 92
+    assert {job.lr for job in jobs if job.seed not in TUNING_SEEDS} == {None}
+    edge = tuning("moe", best=12e-3)
+    assert (arms.rates_to_try(edge, "cpu", "moe")[3:], rate_of(edge, "cpu", "moe")) == ([24e-3], None)
+    edge += [record("moe", seed, lr=24e-3, val=0.1) for seed in TUNING_SEEDS]
+    assert rate_of(edge, "cpu", "moe") == 12e-3
+    assert rate_of(edge, "cpu", "lr4") == pytest.approx(48e-3)
+    assert rate_of(edge, "cuda", "moe") is None
+
+
+@pytest.fixture
+def small(monkeypatch, drawn_pets, tmp_path):
+    """Two epochs of four steps on a tiny model; the command line that all calls share."""
+    monkeypatch.setitem(ARMS, "moe", Arm({"name": "test_vit_moe"}, tuned_as=None, batch=8))
+    monkeypatch.setitem(arms.EPOCHS, "cpu", 2)
+    common = ("--data", drawn_pets, "--allow-dirty", "--only", "moe")
+    return lambda name: ("sparsity", "run", *common, "--out", tmp_path / name, "--work", tmp_path / f"work-{name}")
+
+
+def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(bench, small, tmp_path, monkeypatch) -> None:
+    whole = bench(*small("whole"))
+    assert whole.code == 0, whole.err
+    steps = []
+
+    def stop(self, trainer, *_):
+        steps.append(trainer.global_step)
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training.Meter, "on_train_batch_end", stop)
+    stopped = bench(*small("parts"))
+    assert stopped.code == 128 + signal.SIGTERM
+    assert "Stopped by SIGTERM" in stopped.err
+    assert not list((tmp_path / "parts").glob("*"))
+    assert bench(*small("parts")).code == 0
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]  # nothing is trained twice
+    one, other = (
+        json.loads((tmp_path / name / "cpu-moe-lr0.003-s100.json").read_text()) for name in ("whole", "parts")
+    )
+    assert (one["sessions"], other["sessions"]) == (1, 2)
+    assert one["steps"] == 8
+    assert [point[0] for point in other["curve"]] == [4, 8]
+    same = ("test_top1", "test_loss", "val_top1", "layers", "cv_importance", "steps", "seed", "cost")
+    assert {name: one[name] for name in same} == {name: other[name] for name in same}
+    assert min(one["cpu_s"], other["cpu_s"], one["peak_mib"]) > 0
+    assert set(one["code"]) == {"git_commit", "dirty"}
+    assert str(tmp_path) not in json.dumps(one)  # no folder of this machine
+
+
+def test_two_queues_take_different_runs_and_skip_what_is_done(bench, small, tmp_path, monkeypatch) -> None:
+    taken = []
+    monkeypatch.setattr(sparsity, "train", lambda job, options: taken.append(job.name) or record(job.arm, job.seed))
+    work = tmp_path / "work-shared"
+    work.mkdir()
+    (work / "cpu-moe-lr0.003-s100.lock").touch()
+    held = claim(work / "cpu-moe-lr0.003-s100.lock")  # the other queue is at the first run
+    for _ in range(2):
+        assert bench(*small("shared")).code == 0
+    release(held)
+    assert bench(*small("shared")).code == 0
+    assert taken == ["cpu-moe-lr0.003-s101", "cpu-moe-lr0.006-s100", "cpu-moe-lr0.003-s100"]
+
+
+def test_a_seed_changes_the_order_of_images_and_not_their_split(bench, small, tmp_path) -> None:
+    for _ in range(2):
+        assert bench(*small("seeds")).code == 0
+    work = tmp_path / "work-seeds"
+    splits = [(work / f"cpu-moe-lr0.003-s{seed}" / "splits.csv").read_text() for seed in TUNING_SEEDS]
+    assert splits[0] == splits[1]
+    runs = [json.loads(path.read_text()) for path in sorted((tmp_path / "seeds").glob("*.json"))]
+    assert runs[0]["test_loss"] != runs[1]["test_loss"]
+
+
+def test_a_diverged_run_is_recorded_and_not_repeated(bench, small, tmp_path, monkeypatch) -> None:
+    def diverge(*_):
+        raise TrainingDiverged("The loss is not finite.")
+
+    monkeypatch.setattr(training, "finish_run", diverge)
+    assert bench(*small("diverged")).code == 0
+    (path,) = (tmp_path / "diverged").glob("*.json")
+    assert json.loads(path.read_text())["failed"] == "The loss is not finite."
+    monkeypatch.setattr(sparsity, "train", lambda job, options: record(job.arm, job.seed, lr=job.lr))
+    assert "seed 101" in bench(*small("diverged")).out.replace("-s", " seed ")
+
+
+def test_equal_time_is_measured_and_trained(bench, small, tmp_path, monkeypatch) -> None:
+    """The twin gets 1.75 times the 8 steps of the MoE if a step of the MoE takes 1.75 times as long."""
+    twin = {"name": "test_vit_moe", "twin": "active_flops"}
+    monkeypatch.setitem(ARMS, "twin", Arm(twin, tuned_as=None, batch=8))
+    monkeypatch.setitem(ARMS, "twin-time", Arm(twin, tuned_as="twin", batch=8))
+    monkeypatch.setattr(sparsity, "STEPS_PER_EPOCH", 4)
+    monkeypatch.setattr(sparsity, "memory_of", lambda *_, **__: {"peak_mib": 100.0})
+    out, speed = tmp_path / "time", tmp_path / "speed.json"
+    common = (*small("time"), "--speed", speed, "--only")
+    measured = ("sparsity", "speed", *common[2:], "moe", "twin", "--busy", "--rounds", 3)
+    for _ in range(2):
+        assert bench(*measured).code == 0
+    first, second = json.loads(speed.read_text())
+    assert first["arms"]["moe"]["ms"]["n"] == 3
+    assert first["arms"]["moe"]["routed_share"] > first["arms"]["twin"]["routed_share"] == 0
+    for measurement, ratio in ((first, 1.5), (second, 2.0)):
+        measurement["ratio"]["median"] = ratio
+    speed.write_text(json.dumps([first, second]))
+    out.mkdir()
+    for run in tuning("twin"):
+        (out / f"{run['lr']}-{run['seed']}.json").write_text(json.dumps(run))
+    assert bench(*common, "twin-time").code == 0
+    (path,) = out.glob("cpu-twin-time-*.json")
+    run = json.loads(path.read_text())
+    assert (run["steps"], run["lr"], run["layers"]) == (14, 6e-3, [])
+    last = tmp_path / "work-time" / path.stem / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 14  # what was tested
+    speed.unlink()
+    assert sparsity.twin_steps(out, speed, "cpu") == 14  # fixed by the first record
+
+
+@pytest.mark.parametrize(
+    ("codes", "limit", "expected"),
+    [([0, 0, sparsity.NOTHING_LEFT], 0, (0, 3)), ([0, 143], 0, (143, 2)), ([-15], 0, (143, 1)), ([0, 0, 0], 2, (0, 2))],
+)
+def test_a_queue_starts_a_process_for_each_run(monkeypatch, codes, limit, expected) -> None:
+    started = []
+
+    class Child:
+        def __init__(self, command, **_):
+            started.append(command)
+
+        def wait(self):
+            return codes[len(started) - 1]
+
+    monkeypatch.setattr(sparsity.subprocess, "Popen", Child)
+    assert (sparsity.run_many(limit), len(started)) == expected
+    assert started[0][-2:] == ["--limit", "1"]
+
+
+def test_a_changed_tree_is_refused(bench, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(sparsity, "git_state", lambda *_: {"git_commit": "c", "dirty": True})
+    outcome = bench("sparsity", "run", "--data", tmp_path)
+    assert outcome.code == 2
+    assert "uncommitted changes" in outcome.err
+
+
+def test_status_and_report_of_nothing_and_of_something(bench, tmp_path) -> None:
+    out, readme = tmp_path / "runs", tmp_path / "README.md"
+    outcome = bench("sparsity", "status", "--out", out)
+    assert "0 of 6" in outcome.out
+    assert outcome.out.rstrip().endswith("0 runs done, 232 missing (further learning rates not counted).")
+    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    common = ("sparsity", "report", "--out", out, "--readme", readme, "--speed", tmp_path / "speed.json")
+    assert bench(*common).code == 0
+    assert "Not run." in readme.read_text()
+    assert not (tmp_path / "sparsity.png").exists()
+    out.mkdir()
+    for number, run in enumerate(study([0.02, 0.021, 0.019, 0.02, 0.022, 0.018])):
+        (out / f"{number}.json").write_text(json.dumps(run))
+    assert bench(*common).code == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "+2.0 (+1.9 to +2.1)" in text
+    assert "| `hash` | not run |" in text
+    assert (tmp_path / "sparsity.png").stat().st_size > 1000
+    assert bench(*common).code == 0
+    assert readme.read_text() == text
+    assert "6 of 6" in bench("sparsity", "status", "--out", out).out
+    assert verdict.POWER == 0.8
