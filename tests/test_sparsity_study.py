@@ -27,7 +27,7 @@ def record(arm, seed, test=0.8, val=None, lr=6e-3, **more):
     """A finished run, as much of it as the report reads."""
     layer = {"cv_squared": 0.04, "max_over_mean": 1.25}
     return {
-        "device": "cpu", "arm": arm, "seed": seed, "lr": lr, "failed": None, "test_top1": test, "steps": 1404,
+        "device": "cpu", "arm": arm, "seed": seed, "lr": lr, "failed": None, "test_top1": test, "steps": 1053,
         "val_top1": test if val is None else val, "layers": [layer], "cv_importance": [0.1], "cpu_s": 1900.0,
         "peak_mib": 800.0, "cost": {"flops_per_image": 167_447_040, "router_flops_per_image": 0,
         "total_parameters": 970_282}, "code": {"git_commit": "c", "dirty": False}, "protocol_sha256": "p",

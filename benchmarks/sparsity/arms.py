@@ -16,7 +16,7 @@ from benchmarks.routers.report import rate_beyond
 from benchmarks.subject import Subject, find_subject
 from moevision.efficiency import count_layers, flop_counter, measure_cost
 
-EPOCHS = {"cpu": 4, "cuda": 12}
+EPOCHS = {"cpu": 3, "cuda": 12}
 STEPS_PER_EPOCH = 351  # 45 000 training images in batches of 128, the rest left out
 TUNING_SEEDS = (100, 101)
 FACTORS = (0.5, 1.0, 2.0)

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.sparsity.arms import ARMS, BALANCE, STAGES, TUNING_SEEDS, Record, rate_of
+from benchmarks.sparsity.arms import ARMS, BALANCE, EPOCHS, STAGES, TUNING_SEEDS, Record, rate_of
 from benchmarks.sparsity.verdict import Result, finished, is_dirty, judge, runs_of
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
@@ -18,7 +18,7 @@ from moevision.train.plots import BLUE, GRID, INK, SOFT, calm, save, title
 from moevision.train.report import flops, table
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-DEVICES = {"cpu": "CPU, 4 epochs", "cuda": "CUDA, 12 epochs"}
+DEVICES = {name: f"{name.upper()}, {epochs} epochs" for name, epochs in EPOCHS.items()}
 NOT_RUN = "not run"
 Measurements = Sequence[Mapping[str, Any]]
 
