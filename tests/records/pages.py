@@ -58,7 +58,12 @@ DEFINITIONS = {
         Definition("3 bits would determine one of 8 classes", "log2 8"),
         Definition("95 %, over other images", "the level of the intervals"),
     ],
-    "docs/guides/own-images.md": [Definition("Above 5 % of a split", "the default of `data.max_bad_fraction`")],
+    "docs/guides/own-images.md": [
+        Definition("Above 5 % of a split", "the default of `data.max_bad_fraction`"),
+        Definition("a DINOv2 ViT-S (88 MB) on a CPU", "the size of the download that is named"),
+        Definition("over an hour, a ViT-B on a GPU of 12 GB", "constants of `moevision/train/start.py`"),
+        Definition("112 px on a CPU, 224 px on a GPU; layer decay 0.75", "what `moevision/train/start.py` chooses"),
+    ],
     "docs/index.md": [Definition("Python 3.11 or newer", "a version")],
     "docs/reference/config.md": [
         Definition("input times U(0.99, 1.01)", "how jitter is defined"),

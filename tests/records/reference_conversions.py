@@ -12,6 +12,7 @@ _TABLES = re.findall(
 )
 CLAIMS = [Claim(BOTH, "a token's two sum to {least_gates:.2f} to {most_gates:.2f} in the models", effects)]
 DEFINITIONS = [
+    Definition("blocks 7 and 9 of 12 instead of 9 and 11", "block numbers"),
     *(Definition(row, "measured again by `tests/models/test_upcycle.py`") for row in _TABLES),
     Definition("0.75^(L − i), the embedding at `lr` · 0.75^(L + 1)", "the rule of layer decay"),
     Definition("hundreds of billions of tokens", "the cited paper"),
