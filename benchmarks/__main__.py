@@ -17,6 +17,7 @@ MEASURE = {
     "demo-load": ("many visitors of the explorer at once, every answer compared with the truth", "demo.load"),
 }
 STUDY = {
+    "accuracy": ("records of finished runs of `moevision fit`: accuracy, cost, load, curve", "accuracy"),
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
     "upcycling": ("sparse upcycling beside training on", "upcycling"),
     "saving": ("what sparsity saves, and what two levers cost, after the same training time", "saving"),

@@ -1,12 +1,14 @@
 """What the benchmarks are made of: turns, phases, memory, load, and other libraries' layers."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import phases, timing
+from benchmarks.accuracy import record_of
 from benchmarks.layer import parser, shapes_of
 from benchmarks.layer.figure import draw, sweep
 from benchmarks.layer.peers import PEERS, build_peer, chosen_peers, flops_beside_ours, gated_width
@@ -299,3 +301,19 @@ def test_a_config_of_another_program_is_refused(tmp_path):
     path.write_text("model: {arch: {name: test_vit_moe, experts: 3}}")
     with pytest.raises(UserError, match="experts, which MoEConfig does not know"):
         find_subject(str(path))
+
+
+def test_the_record_of_a_run():
+    """16 images, each costing three forward passes; two validations, of 8 and of 16 images seen."""
+    record = record_of(Path(__file__).parent / "fixtures/formats/0.1/runs/finished")
+    assert (record["test"]["correct"], record["test"]["total"]) == (4, 8)
+    assert record["cost"]["training_flops"] == 3 * (827_456 + 4_096) * 16
+    assert record["curve"] == [(8, 0.5), (16, 0.5)]
+    assert record["layers"][0]["max_over_mean"] == 128 / 64
+    assert record["command"].startswith("moevision fit pets ")
+    assert record["cost"]["cpu_s"] is None, "that version didn't count it"
+
+
+def test_an_unfinished_run_has_no_record(tmp_path):
+    with pytest.raises(UserError, match="isn't finished"):
+        record_of(tmp_path)

@@ -1,0 +1,77 @@
+"""What the shipped recipes reach: one record for each finished run of `moevision fit`.
+
+    python -m benchmarks accuracy runs/cifar10-0 runs/cifar10-1    # writes benchmarks/accuracy/NAME.json
+
+A record has the test result, what it cost (images, FLOPs, CPU seconds), the load of every expert, the validation curve,
+and where it comes from. Nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import HERE, argument_parser
+from moevision.errors import UserError
+from moevision.files import write_json_atomic
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    """The record of a finished run folder.
+
+    Raises:
+        UserError: if it isn't finished.
+    """
+    if not (run / "summary.json").is_file():
+        raise UserError(f"{run} has no summary.json: its training isn't finished.")
+    summary, provenance = (json.loads((run / name).read_text()) for name in ("summary.json", "provenance.json"))
+    test, cost, images = summary["test"], summary["cost"], summary["steps"] * summary["batch_size"]
+    flops = 3 * (cost["flops_per_image"] + cost["router_flops_per_image"]) * images  # backward is twice forward
+    return {
+        "name": summary["name"],
+        "model": summary["model"],
+        "data": Path(summary["data"]).name,
+        "image_size": summary["image_size"],
+        "seed": summary["seed"],
+        "test": {"correct": test["correct"], "total": test["total"], "balanced_accuracy": test["balanced_accuracy"]},
+        "cost": {
+            **cost,
+            "images": images,
+            "training_flops": flops,
+            "cpu_s": summary.get("cpu_s"),
+            "duration_s": summary["duration_s"],
+            "device": summary["device"],
+            "precision": summary["precision"],
+        },
+        "layers": [
+            {name: layer[name] for name in ("layer", "counts", "max_over_mean", "cv_squared", "dead")}
+            for layer in summary["layers"]
+        ],
+        "curve": curve_of(run / "metrics.csv", summary["batch_size"]),
+        # The data's folder by its name only: where it lay is nobody's concern.
+        "command": provenance["command_line"].replace(summary["data"], Path(summary["data"]).name),
+        **{name: provenance[name] for name in ("code", "started_utc", "hardware", "libraries")},
+    }
+
+
+def curve_of(metrics: Path, batch_size: int) -> list[tuple[int, float]]:
+    """(training images seen, validation accuracy), one for each validation."""
+    with metrics.open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row.get("val/top1")]
+    return [((int(row["step"]) + 1) * batch_size, float(row["val/top1"])) for row in rows]
+
+
+def main() -> None:
+    """Write the records."""
+    parser = argument_parser("accuracy", __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of `moevision fit`")
+    parser.add_argument("--out", type=Path, default=HERE / "accuracy", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    for run in options.runs:
+        record = record_of(run)
+        write_json_atomic(options.out / f"{record['name']}.json", record)
+        share = record["test"]["correct"] / record["test"]["total"]
+        print(f"{record['name']}: {share:.2%} of {record['test']['total']:,} test images")
