@@ -261,7 +261,7 @@ class ArrowCollection(Collection):
 
     def column(self, name: str) -> Mapping[str, str] | None:
         """The values of a column by sample id."""
-        found = {}
+        found: dict[str, str] = {}
         for split, table in self.tables.items():
             if name not in table.column_names or name == self.image_column:
                 return None
