@@ -6,7 +6,7 @@ at most `MAX_KEYS` of them (asked for in NeMo-Automodel#1232). metrics.csv has t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from statistics import fmean
 from typing import Any, Final, cast
 
@@ -15,7 +15,12 @@ from lightning.pytorch.loggers import Logger
 MAX_KEYS: Final = 100
 """Numbers of single layers that a logger gets at once."""
 # Over all layers: the slowest expert, how decided a token is on average, experts without work.
-_BRIEF: Final = {"load_max": max, "max_violation": max, "entropy": fmean, "dead": sum}
+_BRIEF: Final[dict[str, Callable[[Iterable[float]], float]]] = {
+    "load_max": max,
+    "max_violation": max,
+    "entropy": fmean,
+    "dead": sum,
+}
 
 
 def log_routers(logger: Logger, *, per_layer: bool) -> Logger:

@@ -197,7 +197,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
     watched, duration_s, cpu_s = StabilityGuard.record_of(trainer), stopwatch.run_s, stopwatch.cpu_s
     epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
     stopped_early = [
-        each for stop in trainer.callbacks if isinstance(stop, StopEarly) for each in stop.sentences(trainer)
+        each for stop in cast(Any, trainer).callbacks if isinstance(stop, StopEarly) for each in stop.sentences(trainer)
     ]
     checkpoint, weights = final_checkpoint(run_dir / "checkpoints", cli.files)
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
