@@ -31,6 +31,7 @@ NEEDS = {
     "chromium": Need("Chromium", "apt-get install chromium", chromium),
     "onnx": Need("ONNX", 'pip install ".[export]"', lambda: _has("onnx", "onnxscript", "onnxruntime")),
     "transformers": Need("transformers", 'pip install ".[test]"', lambda: _has("transformers")),
+    "datasets": Need("datasets", 'pip install ".[test]"', lambda: _has("datasets")),
     "mkdocs": Need(
         "mkdocs",
         'pip install ".[docs]"',

@@ -342,6 +342,7 @@ def _default(name: str) -> Any:
     from moevision.data import ImageDataModule
     from moevision.losses import AuxLossWeights
     from moevision.models.config import MoEConfig
+    from moevision.train.callbacks import EarlyStoppingConfig
     from moevision.train.guard import GuardConfig
     from moevision.train.optim import EmaConfig, OptimizerConfig
     from moevision.train.resume import CheckpointConfig
@@ -349,13 +350,18 @@ def _default(name: str) -> Any:
 
     group, _, key = name.rpartition(".")
     known = {"model.arch": MoEConfig, "model.optim": OptimizerConfig, "model.aux": AuxLossWeights}
-    known |= {"checkpoint": CheckpointConfig, "guard": GuardConfig, "ema": EmaConfig}
+    known |= {
+        "checkpoint": CheckpointConfig,
+        "guard": GuardConfig,
+        "ema": EmaConfig,
+        "early_stopping": EarlyStoppingConfig,
+    }
     if group in known:
         return {field.name: field.default for field in fields(known[group])}[key]
     if group in ("data", "model"):
         value = inspect.signature({"data": ImageDataModule, "model": ClassificationTask}[group]).parameters[key].default
         return list(value) if isinstance(value, tuple) else value
-    return {"runs_root": "runs", "seed_everything": 0, "with_twin": False}.get(name)
+    return {"runs_root": "runs", "seed_everything": 0, "with_twin": False, "log_routers": "brief"}.get(name)
 
 
 def test_every_router_and_public_name_is_in_the_reference() -> None:

@@ -149,7 +149,7 @@ def test_the_model_opens_with_timm_and_predicts_what_the_run_predicted(tiny_run)
         pixels = np.asarray(Image.open(pets / row["image"]), dtype=np.float64) / 255
         image = torch.tensor((pixels - mean) / std, dtype=torch.float32).permute(2, 0, 1)[None]
         with torch.no_grad():
-            probability, label = net(image).softmax(-1)[0].max(0)
+            probability, label = (net(image) / config["calibration"]["temperature"]).softmax(-1)[0].max(0)
         assert config["label_names"][int(label)] == row["prediction"]
         assert float(probability) == pytest.approx(float(row["probability"]), abs=1e-4)
 

@@ -65,7 +65,9 @@ def test_a_run_folder_tells_what_it_is(cli, there):
 
 def test_a_run_folder_predicts_as_it_did(cli, there, tested):
     outcome = cli("predict", "runs/finished", "pets", "--format=json")
-    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.code == 0
+    calibrated = "calibration" in json.loads((there / "runs/finished/model/config.json").read_text())
+    assert ("not calibrated" in outcome.err) == (not calibrated)
     said = {row["path"].removeprefix("pets/"): row for row in json.loads(outcome.out)}
     assert len(said) == 24
     for row in tested:

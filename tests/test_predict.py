@@ -42,7 +42,8 @@ def test_csv(cli, tiny_run, drawn_pets):
 def test_json_says_the_same_as_csv(cli, tiny_run, drawn_pets):
     rows = json.loads(cli("predict", tiny_run, drawn_pets / "cat", "--format=json").out)
     for row, other in zip(rows, table(cli("predict", tiny_run, drawn_pets / "cat").out), strict=True):
-        assert list(row) == ["path", "class", "probability", "top5", "error"]
+        assert list(row) == ["path", "class", "probability", "calibrated", "unsure", "top5", "error"]
+        assert (row["calibrated"], row["unsure"]) == (True, False)
         assert row["error"] is None
         assert (row["path"], row["class"]) == (other["path"], other["class"])
         assert row["probability"] == pytest.approx(float(other["probability"]), abs=5.1e-5)
@@ -160,3 +161,60 @@ def test_bf16_says_nearly_the_same(cli, tiny_run, drawn_pets):
         by_class = {entry["class"]: entry["probability"] for entry in other["top5"]}
         moved += [abs(entry["probability"] - by_class[entry["class"]]) for entry in row["top5"]]
     assert 0 < max(moved) < 0.02
+
+
+# ---- how sure
+
+
+def changed_config(folder, change):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def test_probabilities_are_calibrated_by_the_stored_temperature(cli, saved_model, drawn_pets):
+    """softmax(z / T) from softmax(z): p^(1/T), normalised."""
+    temperature = json.loads((saved_model / "config.json").read_text())["calibration"]["temperature"]
+    (said,) = json.loads(cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json").out)
+    changed_config(saved_model, lambda config: config.pop("calibration"))
+    outcome = cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json")
+    assert outcome.code == 0
+    assert "Probabilities are not calibrated" in outcome.err
+    (plain,) = json.loads(outcome.out)
+    assert (plain["calibrated"], said["calibrated"]) == (False, True)
+    powers = {entry["class"]: entry["probability"] ** (1 / temperature) for entry in plain["top5"]}
+    for entry in said["top5"]:
+        assert entry["probability"] == pytest.approx(powers[entry["class"]] / sum(powers.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("calibration", [3, {}, {"temperature": 0}, {"temperature": "1"}, {"temperature": 1e9}])
+def test_a_temperature_that_can_not_be(cli, saved_model, drawn_pets, calibration):
+    changed_config(saved_model, lambda config: config.update(calibration=calibration))
+    refused(cli("predict", saved_model, drawn_pets), "calibration")
+
+
+def test_unsure_answers(cli, tiny_run, drawn_pets):
+    sure = json.loads(cli("predict", tiny_run, drawn_pets, "--format=json").out)
+    threshold = sorted(row["probability"] for row in sure)[len(sure) // 2]
+    options = ("--unsure", f"{threshold:.6f}")
+    outcome = cli("predict", tiny_run, drawn_pets, "--format=json", *options)
+    assert outcome.code == 0
+    rows = json.loads(outcome.out)
+    doubted = [row for row in rows if row["unsure"]]
+    assert 0 < len(doubted) < len(rows)
+    assert f"{len(doubted)} of {len(rows)} images are unsure" in outcome.err
+    for row, before in zip(rows, sure, strict=True):
+        assert row["unsure"] == (before["probability"] < float(options[1]))
+        assert row["class"] == ("unsure" if row["unsure"] else before["class"])
+        assert (row["probability"], row["top5"]) == (before["probability"], before["top5"])
+    by_csv = table(cli("predict", tiny_run, drawn_pets, *options).out)
+    assert [row["class"] for row in by_csv] == [row["class"] for row in rows]
+    for value in ("0", "1.5"):
+        refused(cli("predict", tiny_run, drawn_pets, "--unsure", value), "--unsure is", "probability")
+
+
+def test_an_unreadable_file_is_not_unsure(cli, tiny_run, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"x")
+    (row,) = json.loads(cli("predict", tiny_run, tmp_path, "--format=json", "--unsure=1").out)
+    assert (row["class"], row["unsure"]) == (None, False)

@@ -83,12 +83,14 @@ def open_pictures(
     root: str | Path = "data",
     download: bool = False,
     run_dir: str | Path | None = None,
+    columns: tuple[str | None, str | None] = (None, None),
 ) -> PictureSet:
     """Open images as evaluation sees them.
 
     Args:
         data: `synthetic_pets`, another dataset's name (`cifar10`, ...), a folder with one subfolder per class (also
-            inside train/, val/, test/), a torch dataset of (PIL image, label), or a `PictureSet`.
+            inside train/, val/, test/), a CSV manifest, a Hugging Face dataset (`hf:NAME`), a torch dataset of
+            (PIL image, label), or a `PictureSet`.
         image_size: S, side of the square images in pixels.
         split: `test`, `val`, `train`, or `all`; cut as `ImageDataModule` cuts it where the data came unsplit. A torch
             dataset or a `PictureSet` is taken as it is.
@@ -100,6 +102,7 @@ def open_pictures(
         root: folder in which named datasets live.
         download: fetch a named dataset that isn't there.
         run_dir: a run's folder; its splits.csv says which images were held out.
+        columns: of a table (a CSV manifest, a Hugging Face dataset), those with image and label; None finds them.
 
     Raises:
         UserError: if the data are missing, laid out otherwise, or have no such split.
@@ -113,7 +116,7 @@ def open_pictures(
         pets = SyntheticPets(len(data), image_size, data.seed, data.split)
         pictures = Collected.of_drawn(pets, f"synthetic_pets, {data.split} set, seed {data.seed}")
     elif isinstance(data, str | Path):
-        pictures = _from_collection(data, image_size, split, seed, root, download, run_dir)
+        pictures = _from_collection(data, image_size, split, seed, root, download, run_dir, columns)
     else:
         pictures = FromDataset(data, image_size, class_names)
     return _viewed(pictures, limit, seed, class_names)
@@ -127,11 +130,18 @@ def _from_collection(
     root: str | Path,
     download: bool,
     run_dir: str | Path | None,
+    columns: tuple[str | None, str | None],
 ) -> PictureSet:
     if split not in (*SPLITS, "all"):
         raise UserError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}, all.")
     collection = open_collection(
-        str(data), root=str(root), download=download, image_size=image_size, seed=seed, sizes=DRAWN_SIZES
+        str(data),
+        root=str(root),
+        download=download,
+        image_size=image_size,
+        seed=seed,
+        sizes=DRAWN_SIZES,
+        columns=columns,
     )
     samples, class_names, sentences = _samples(collection, split, seed, run_dir)
     for sentence in [*collection.notes, *sentences]:
@@ -190,7 +200,7 @@ class Collected:
     def of_drawn(cls, pets: SyntheticPets, name: str) -> Collected:
         """A set of drawn images, named as the data module names them."""
         samples = [Sample(f"{pets.split}/{number:06d}", pets.label(number)) for number in range(len(pets))]
-        collection = DrawnCollection(list(pets.classes), {pets.split: samples}, [], {pets.split: pets})
+        collection = DrawnCollection(list(pets.classes), {pets.split: samples}, pets={pets.split: pets})
         return cls(collection, samples, pets.image_size, pets.classes, name)
 
     def __len__(self) -> int:
@@ -526,6 +536,7 @@ def pictures_for(
     path = data or trained_on.get("path")
     if path is None:
         return None
+    own = run is not None and is_data_of(run, str(path))
     try:
         return open_pictures(
             str(path),
@@ -535,7 +546,8 @@ def pictures_for(
             seed=int(trained_on.get("seed") or 0),
             class_names=model.class_names,
             root=root or str(trained_on.get("root") or "data"),
-            run_dir=run if run is not None and is_data_of(run, str(path)) else None,
+            run_dir=run if own else None,
+            columns=(trained_on.get("image_column"), trained_on.get("label_column")) if own else (None, None),
         )
     except UserError as error:
         hint = "" if data else " (the run was trained on it; --data names other images)"

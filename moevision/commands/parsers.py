@@ -27,9 +27,13 @@ def predict() -> ArgumentParser:
         """\
         Classify images with a saved model: one row per image with the path, the class in words, its probability, and
         the five most likely classes. A file that can't be read gets a row that says why.
+
+        Probabilities are calibrated if fit stored a temperature with the model; if not, a line says so. --unsure is no
+        failure: the exit code stays 0.
         """,
         """\
         moevision predict runs/pets/model image.jpg
+        moevision predict runs/pets/model photos/ --unsure 0.6            "unsure" where no class reaches 60 %
         moevision predict runs/pets/model photos/ --out answers.csv       a folder with all its subfolders
         moevision predict hf-hub:user/pets-moe image.jpg --format json
         """,
@@ -45,6 +49,12 @@ def predict() -> ArgumentParser:
         default="fp32",
         help="bf16 is about twice as fast where the processor multiplies bfloat16, and leaves two to three digits of a "
         "probability (%(default)s)",
+    )
+    parser.add_argument(
+        "--unsure",
+        type=float,
+        metavar="P",
+        help='answer "unsure" where the likeliest class has a probability below P, such as 0.6',
     )
     return parser
 

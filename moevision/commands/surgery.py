@@ -100,7 +100,7 @@ def surgery(settings: SurgerySettings) -> dict[str, Any]:
     )
     use = measure_use(saved.net, (images for images, _ in _batches(saved, used_on, settings.batch_size)))
     net, layers = _operate(saved.net, settings, use)
-    after = replace(saved, net=net.eval())
+    after = replace(saved, net=net.eval(), temperature=None)  # another model, which isn't calibrated
     record = {
         "model": settings.model,
         "operation": {"kind": settings.operation, "amount": settings.amount, "align": settings.align},

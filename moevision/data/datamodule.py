@@ -39,7 +39,7 @@ _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",
 
 
 class ImageDataModule(LightningDataModule):
-    """Images of one folder or named dataset, split, augmented and batched."""
+    """Images of one folder, table or named dataset, split, augmented and batched."""
 
     def __init__(
         self,
@@ -53,6 +53,8 @@ class ImageDataModule(LightningDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         group_by: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
         check_duplicates: bool = True,
         augment: Augment = "light",
         crop: Literal["auto", "pad", "random_resized"] = "auto",
@@ -74,19 +76,23 @@ class ImageDataModule(LightningDataModule):
         """Describe the data; nothing is read before ``setup``.
 
         Args:
-            path: A folder with one subfolder per class (also inside train/, val/, test/), or one of
-                synthetic_pets, cifar10, cifar100, imagenette, pets, pets_cat_dog, flowers102, food101,
-                imagenet.
+            path: A folder with one subfolder per class (also inside train/, val/, test/), a CSV file with the
+                columns path and label, a Hugging Face dataset (hf:NAME[:CONFIG], or a folder that
+                save_to_disk wrote), or one of synthetic_pets, cifar10, cifar100, imagenette, pets,
+                pets_cat_dog, flowers102, food101, imagenet.
             root: Folder in which named datasets live.
-            download: Fetch a named dataset that is not in root.
+            download: Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache.
             image_size: Side of the square images the model sees, in pixels.
             batch_size: Images per batch and process.
             num_workers: Processes that prepare batches; 0 prepares them in the main process.
             seed: Seed of the split, the order, the augmentation and the drawn images.
             val_fraction: Share of the images cut for validation, where the dataset has no validation set.
             test_fraction: Share cut for the test, where the dataset came unsplit; 0 cuts none.
-            group_by: Keep files together on one side of the split: "parent" (their folder), or a regular
-                expression with one group that is searched in the relative path.
+            group_by: Keep images together on one side of the split: "parent" (files of one folder), the name of a
+                column (of a CSV or a Hugging Face dataset), or a regular expression with one group that is searched
+                in the relative path. The column "group" of a CSV is used unasked.
+            image_column: The column with the image, if it can't be found out; in a CSV the path.
+            label_column: The column with the label, if it can't be found out.
             check_duplicates: Keep byte-identical files on one side of the split.
             augment: Random changes of training images: none, light (crop and flip), or in addition
                 randaugment (arXiv:1909.13719) or trivialaugment (arXiv:2103.10158).
@@ -122,6 +128,7 @@ class ImageDataModule(LightningDataModule):
         )
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.group_by, self.check_duplicates = group_by, check_duplicates
+        self.columns = (image_column, label_column)
         self.augment, self.crop, self.min_crop_scale, self.hflip = augment, crop, min_crop_scale, hflip
         self.random_erasing, self.mixup, self.cutmix = random_erasing, mixup, cutmix
         self.class_weights, self.balanced_sampling = class_weights, balanced_sampling
@@ -160,6 +167,7 @@ class ImageDataModule(LightningDataModule):
             image_size=self.image_size,
             seed=self.seed,
             sizes=sizes,
+            columns=self.columns,
         )
 
     def prepare_data(self) -> None:

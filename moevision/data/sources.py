@@ -23,7 +23,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,11 +56,13 @@ class Collection(ABC):
         class_names: class names in words; a label is an index into them.
         given: samples per split the data came with ("train", "val", "test"), or all under "all".
         notes: sentences about what was left out while reading.
+        group_column: the column whose equal values are kept together, where the data say so themselves.
     """
 
     class_names: list[str]
     given: dict[str, list[Sample]]
     notes: list[str] = field(default_factory=list)
+    group_column: str | None = None
 
     @abstractmethod
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:
@@ -84,6 +86,10 @@ class Collection(ABC):
     def identity(self, sample: Sample) -> Hashable:
         """What two samples share only if one file is behind both, which links can bring about."""
         return sample.sample_id
+
+    def column(self, name: str) -> Mapping[str, str] | None:
+        """Values by sample id of a column, if the data are a table that has it."""
+        return None
 
 
 @dataclass
@@ -178,7 +184,7 @@ class DrawnCollection(Collection):
         return hashlib.sha256(name_bytes(sample.sample_id)).digest()
 
 
-_SPLIT_FOLDERS = {
+SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -238,20 +244,20 @@ def read_folder(root: Path) -> FileCollection:
         classes = given["train"]
         _check_classes(splits["train"], classes)
         for split, found in given.items():
-            _check_same_classes(splits["train"], classes, splits[split], found)
+            check_same_classes(splits["train"], classes, splits[split], found)
     folders = sorted(classes)
     samples = {
         split: [Sample(file, label) for label, name in enumerate(folders) for file in found[name]]
         for split, found in given.items()
     }
-    _check_distinct(folders)
-    _check_distinct([sample.sample_id for members in samples.values() for sample in members])
+    check_distinct(folders)
+    check_distinct([sample.sample_id for members in samples.values() for sample in members])
     if links["repeated"]:
         notes.append(
             f"{links['repeated']} links in {root} were left out: they lead to a folder that holds them, or to what "
             "their class has already"
         )
-    return FileCollection(words_of(folders), samples, notes, root, has_links=links["met"] > 0)
+    return FileCollection(words_of(folders), samples, notes, root=root, has_links=links["met"] > 0)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -319,7 +325,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for folder in _subfolders(root):
-        split = _SPLIT_FOLDERS.get(folder.name.lower())
+        split = SPLIT_NAMES.get(folder.name.lower())
         if split in found:
             raise UserError(f"{found[split]} and {folder} both stand for {split}: keep one of them")
         if split:
@@ -372,7 +378,7 @@ def _others(linked: list[str], real: list[str]) -> list[str]:
     return others
 
 
-def _check_distinct(names: list[str]) -> None:
+def check_distinct(names: list[str]) -> None:
     """Names must differ when they are written into a file, too."""
     known: dict[str, str] = {}
     for name in names:
@@ -397,7 +403,9 @@ def _check_classes(folder: Path, classes: dict[str, list[str]]) -> None:
         raise UserError(f"no images in the class folder {_some(empty)} of {folder}: fill or remove it")
 
 
-def _check_same_classes(train: Path, classes: dict[str, list[str]], other: Path, found: dict[str, list[str]]) -> None:
+def check_same_classes(
+    train: Path | str, classes: dict[str, list[str]], other: Path | str, found: dict[str, list[str]]
+) -> None:
     """Each split must hold every class, else its score would mean something else than the training's."""
     missing = sorted(name for name in classes if not found.get(name))
     if missing:
@@ -436,23 +444,39 @@ _IMAGENET = "for non-commercial research and education only (terms of access on 
 
 
 def open_collection(
-    path: str, *, root: str, download: bool, image_size: int, seed: int, sizes: dict[str, int]
+    path: str,
+    *,
+    root: str,
+    download: bool,
+    image_size: int,
+    seed: int,
+    sizes: dict[str, int],
+    columns: tuple[str | None, str | None] = (None, None),
 ) -> Collection:
     """Find the dataset that ``path`` names.
 
     Args:
-        path: one of `DATASET_NAMES`, or a folder (write ``./pets`` for a folder that bears such a name).
+        path: one of `DATASET_NAMES`, a folder (write ``./pets`` for a folder that bears such a name), a CSV manifest,
+            or a Hugging Face dataset (``hf:NAME[:CONFIG]``, or a folder that it was saved to).
         root: folder in which named datasets live.
         download: fetch a named dataset that isn't there.
         image_size: side of the drawn images, in pixels.
         seed: seed of the drawn images.
         sizes: number of drawn images per split.
+        columns: of a table, those with image and label; None finds them.
 
     Raises:
         UserError: if it isn't there, can't be fetched, or isn't laid out as a dataset.
     """
+    from moevision.data import tables  # which imports this module
+
     if path == SYNTHETIC:
         return synthetic_pets(image_size, seed, sizes)
+    place = Path(path).expanduser()
+    if path.startswith(tables.HF) or tables.is_saved_dataset(place):
+        return tables.read_dataset(path, tables.Columns(*columns), download=download)
+    if tables.is_manifest(place):
+        return tables.read_manifest(place, tables.Columns(*columns))
     if path not in DATASET_NAMES:
         try:
             return read_folder(Path(path).expanduser())
@@ -489,7 +513,7 @@ def synthetic_pets(image_size: int, seed: int, sizes: dict[str, int]) -> DrawnCo
         split: [Sample(f"{split}/{number:06d}", pets[split].label(number)) for number in range(sizes[split])]
         for split in SPLITS
     }
-    return DrawnCollection(list(SyntheticPets.classes), given, [], pets)
+    return DrawnCollection(list(SyntheticPets.classes), given, pets=pets)
 
 
 def _cifar(factory: Callable[..., Any], root: Path, download: bool) -> Collection:
@@ -502,7 +526,7 @@ def _cifar(factory: Callable[..., Any], root: Path, download: bool) -> Collectio
         for split, part in parts.items()
     }
     arrays = {split: np.asarray(part.data, dtype=np.uint8) for split, part in parts.items()}
-    return ArrayCollection(_in_words(parts["train"].classes), given, [], arrays)
+    return ArrayCollection(_in_words(parts["train"].classes), given, arrays=arrays)
 
 
 def _in_words(names: list[str]) -> list[str]:
@@ -518,7 +542,7 @@ def _files(root: Path, classes: list[str], parts: dict[str, tuple[list[Any], lis
         ]
         for split, (paths, labels) in parts.items()
     }
-    return FileCollection(_in_words(classes), given, [], root)
+    return FileCollection(_in_words(classes), given, root=root)
 
 
 def _imagenette(root: Path, download: bool) -> Collection:
@@ -637,11 +661,17 @@ def terms_of(path: str) -> DataTerms:
     """What is certain about the data that `--data` names.
 
     Args:
-        path: a name of `DATASET_NAMES`, or a folder. Of a folder only its last part is told: the rest may be private.
+        path: a name of `DATASET_NAMES`, a folder, or another place of images. Of a path only its last part is told:
+            the rest may be private.
     """
+    if path.startswith("hf:"):
+        name = path.removeprefix("hf:").partition(":")[0]
+        return DataTerms(shown(name), f"unknown: see https://huggingface.co/datasets/{shown(name)}", shown(name))
     if path in _KNOWN:
         title, terms, hub_id = _KNOWN[path]
         return DataTerms(title, terms, hub_id, path)
     if path in DATASET_NAMES:
         return DataTerms(path, kind=path)
+    if path.lower().endswith(".csv"):
+        return DataTerms(f"own images (listed in “{shown(Path(path).name)}”)")
     return DataTerms(f"own images (a folder called “{shown(Path(path).expanduser().resolve().name)}”)")

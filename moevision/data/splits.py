@@ -37,16 +37,19 @@ class Splits:
         notes: split -> half a sentence about its origin.
         warnings: whole sentences.
         unused: samples in no split, because another split holds a copy of them.
+        together: what was kept on one side, as a sentence; empty where nothing was asked for.
     """
 
     samples: dict[str, list[Sample]]
     notes: dict[str, str]
     warnings: list[str] = field(default_factory=list)
     unused: list[Sample] = field(default_factory=list)
+    together: str = ""
 
     def sentences(self) -> list[str]:
-        """One sentence per split, with its count."""
-        return [f"{split}: {len(members):,} images, {self.notes[split]}." for split, members in self.samples.items()]
+        """One sentence per split, with its count, and what was kept together."""
+        counts = [f"{split}: {len(members):,} images, {self.notes[split]}." for split, members in self.samples.items()]
+        return [*counts, *([self.together] if self.together else [])]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Cut:
         val_fraction: share of the images for validation, in (0, 1).
         test_fraction: share for the test where the collection came unsplit, in [0, 1).
         seed: seed of the cut.
-        group_by: None, "parent", or a regular expression with one group, searched in the sample id.
+        group_by: None (a manifest's column "group", if it has one), "parent", the name of a table's column, or a
+            regular expression with one group, searched in the sample id.
         check_duplicates: whether to look for byte-identical images.
     """
 
@@ -85,12 +89,13 @@ def make_splits(collection: Collection, cut: Cut) -> Splits:
     """
     given = _merged(collection.given)
     groups, warnings = group_samples(collection, given, cut.group_by, cut.check_duplicates)
+    together = _kept_together(collection, given, cut.group_by)
     notes = split_origins(collection.given, f", seed {cut.seed}")
     if "all" in given:
         fractions = {"test": cut.test_fraction, "val": cut.val_fraction}
         fractions = {part: share for part, share in fractions.items() if share}
         parts = stratified_cut(given["all"], groups, fractions, cut.seed, collection.class_names)
-        return Splits({split: parts[split] for split in SPLITS if split in parts}, notes, warnings)
+        return Splits({split: parts[split] for split in SPLITS if split in parts}, notes, warnings, [], together)
     if "test" not in given:
         given["test"] = given.pop("val")
     before = given
@@ -104,7 +109,7 @@ def make_splits(collection: Collection, cut: Cut) -> Splits:
             )
     if "val" not in given:
         given |= stratified_cut(given["train"], groups, {"val": cut.val_fraction}, cut.seed, collection.class_names)
-    return Splits({split: given[split] for split in SPLITS}, notes, warnings, unused)
+    return Splits({split: given[split] for split in SPLITS}, notes, warnings, unused, together)
 
 
 def _merged(given: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
@@ -209,7 +214,7 @@ def group_samples(
 ) -> tuple[dict[str, str], list[str]]:
     """Group of every sample id that isn't a group of its own, and warnings about contradictory copies."""
     samples = [sample for part in given.values() for sample in part]
-    group_of = _named_groups(samples, group_by)
+    group_of = _named_groups(collection, samples, group_by)
     warnings: list[str] = []
     parent: dict[str, str] = {}
 
@@ -235,10 +240,29 @@ def group_samples(
     return {sample_id: root(group) for sample_id, group in group_of.items()}, warnings
 
 
-def _named_groups(samples: Sequence[Sample], group_by: str | None) -> dict[str, str]:
-    """Groups by the parent folder or by a regular expression; keys can't collide with sample ids."""
+def _kept_together(collection: Collection, given: dict[str, list[Sample]], group_by: str | None) -> str:
+    """The sentence that names the groups of images that are in one split only."""
+    name = group_by or collection.group_column
+    if name is None:
+        return ""
+    samples = [sample for part in given.values() for sample in part]
+    groups = len(set(_named_groups(collection, samples, group_by).values()))
+    if name == "parent":
+        kind = "images of one folder (--data.group_by parent)"
+    elif collection.column(name) is not None:
+        kind = f"images with the same {name!r}"
+    else:
+        kind = f"images whose path agrees in {name} (--data.group_by)"
+    return f"Kept in one split: {kind}, {groups:,} groups."
+
+
+def _named_groups(collection: Collection, samples: Sequence[Sample], group_by: str | None) -> dict[str, str]:
+    """Groups by a column, the parent folder or a regular expression; keys can't collide with sample ids."""
+    group_by = group_by or collection.group_column
     if group_by is None:
         return {}
+    if (column := collection.column(group_by)) is not None:
+        return {sample.sample_id: f"//{column[sample.sample_id]}" for sample in samples if column.get(sample.sample_id)}
     if group_by == "parent":
         return {sample.sample_id: f"//{sample.sample_id.rpartition('/')[0]}" for sample in samples}
     try:

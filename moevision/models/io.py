@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +44,7 @@ class SavedModel:
         image_size: side of the square input in pixels.
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
+        temperature: what logits are divided by for calibrated probabilities; None: not calibrated.
     """
 
     net: nn.Module
@@ -51,6 +52,7 @@ class SavedModel:
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    temperature: float | None = None
 
 
 def load_model(address: str) -> SavedModel:
@@ -63,7 +65,8 @@ def load_model(address: str) -> SavedModel:
         UserError: if there is no model, or its files are damaged or foreign.
     """
     with _loading(address):
-        saved = describe(open_model(address_of(address)).eval())
+        net = open_model(address_of(address)).eval()
+        saved = replace(describe(net), temperature=getattr(net, "temperature", None))
     _check_usable(saved, address)
     return saved
 
@@ -157,6 +160,8 @@ def _save_for_timm(model: SavedModel, folder: Path) -> None:
     # timm.create_model, which is a TypeError.
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
+    if model.temperature is not None:
+        config["calibration"] = {"temperature": model.temperature}
     write_text_atomic(folder / CONFIG, json.dumps(config, indent=2))
 
 
@@ -317,11 +322,14 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
         found: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         found.update(source="hf-hub", hf_hub_id=address.split(":", 1)[1], file=None)
         return model
+    config: dict[str, Any] = {}
     if address.startswith(FOLDER):
-        check_model_folder(Path(address.removeprefix(FOLDER)), weights=weights)
+        config = check_model_folder(Path(address.removeprefix(FOLDER)), weights=weights)
     elif weights:
         options["pretrained_cfg_overlay"] = {"file": str(fetch_weights(address)), "custom_load": False}
     created: nn.Module = timm.create_model(address, pretrained=weights, **options)
+    if weights and "calibration" in config:
+        cast(Any, created).temperature = float(config["calibration"]["temperature"])  # for `load_model`
     return created
 
 

@@ -15,12 +15,14 @@ import io
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import lightning as L
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
@@ -308,6 +310,60 @@ class ScheduleCheck(L.Callback):
                     "on with its own epochs and number of processes, or start a new run from its weights with "
                     "--pretrained runs/NAME/model."
                 )
+
+
+@dataclass(frozen=True)
+class EarlyStoppingConfig:
+    """When a training that no longer improves ends.
+
+    Attributes:
+        patience: validations in a row without a better one, after which training stops; null trains to the end. The
+            learning rate then hasn't come down to its end, so the schedule's whole length often scores higher.
+        monitor: what must become better; best.ckpt stays the one with the best val/top1.
+    """
+
+    patience: int | None = None
+    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] = "val/top1"
+
+    def __post_init__(self) -> None:
+        """Refuse a patience that would stop at once."""
+        if self.patience is not None and self.patience < 1:
+            raise UserError(f"--early_stopping.patience is {self.patience}: it must be at least 1 validation.")
+
+
+class StopEarly(EarlyStopping):
+    """Lightning's EarlyStopping, which also stays stopped when a finished training is gone on with."""
+
+    def __init__(self, monitor: str, patience: int) -> None:
+        mode = "min" if monitor.endswith("loss") else "max"
+        # not finite is not better, and the guard's business
+        super().__init__(monitor, patience=patience, mode=mode, check_finite=False, strict=False)
+
+    @staticmethod
+    def of(config: EarlyStoppingConfig) -> list[L.Callback]:
+        """The callback that the config asks for, if it does."""
+        return [] if config.patience is None else [StopEarly(config.monitor, config.patience)]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Train no further epoch if the checkpoint was saved after the decision to stop."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say it."""
+        if trainer.is_global_zero:
+            for sentence in self.sentences(trainer):
+                tell(sentence)
+
+    def sentences(self, trainer: L.Trainer) -> list[str]:
+        """What summary.md says, if training ended before its last epoch."""
+        if self.wait_count < self.patience or trainer.current_epoch >= (trainer.max_epochs or 0):
+            return []
+        return [
+            f"Stopped early after {trainer.current_epoch} of {trainer.max_epochs} epochs: {self.monitor} was no better "
+            f"than {float(self.best_score):.4f} in {self.wait_count} validations. The learning rate had not come down "
+            "to its end."
+        ]
 
 
 def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import lightning as L
 import torch
@@ -30,6 +30,7 @@ from jsonargparse import ActionYesNo, get_loader, set_loader, set_parsing_settin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 
 from moevision.data import ImageDataModule
 from moevision.errors import USER_ERROR, DataWarning, UserError
@@ -37,10 +38,20 @@ from moevision.files import sync_file, sync_folder
 from moevision.models.config import build_model
 from moevision.models.safe_files import parse_yaml
 from moevision.names import shown
-from moevision.train.callbacks import RouterHealth, RunLogger, ScheduleCheck, Stopwatch, TimeLeft
+from moevision.train.calibration import Calibrate
+from moevision.train.callbacks import (
+    EarlyStoppingConfig,
+    RouterHealth,
+    RunLogger,
+    ScheduleCheck,
+    StopEarly,
+    Stopwatch,
+    TimeLeft,
+)
 from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
 from moevision.train.faults import KINDS, FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
+from moevision.train.loggers import MAX_KEYS, log_routers
 from moevision.train.optim import EmaConfig, WeightEMA, freeze_parameters
 from moevision.train.probe import fit_probe, start_with
 from moevision.train.processes import tell
@@ -114,6 +125,8 @@ SHORT = frozenset(
         "data.crop",
         "data.mixup",
         "data.group_by",
+        "early_stopping.patience",
+        "log_routers",
     ]
 )
 _ABOUT = {
@@ -328,6 +341,14 @@ def add_run_options(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(CheckpointConfig, "checkpoint")
     parser.add_class_arguments(GuardConfig, "guard")
     parser.add_class_arguments(EmaConfig, "ema")
+    parser.add_class_arguments(EarlyStoppingConfig, "early_stopping")
+    parser.add_argument(
+        "--log_routers",
+        type=Literal["brief", "layers"],
+        default="brief",
+        help="What a logger of --trainer.logger gets about the routers: brief (worst load, mean entropy, dead experts "
+        f"over all layers) or layers (each of them, up to {MAX_KEYS} numbers). metrics.csv always has all.",
+    )
     parser.add_argument(
         "--fault",
         type=str | None,
@@ -492,12 +513,14 @@ class TrainingCLI(LightningCLI):
                 LearningRateMonitor("step"),
                 self._checkpoints(),
             ]
+            callbacks += [*StopEarly.of(self._get(self.config_init, "early_stopping")), Calibrate()]
             callbacks += watching(**{name: self._get(self.config_init, name) for name in ("fault", "ema", "guard")})
             callbacks = [self.point, *callbacks, EpochEnd(self.point)]
         try:
             trainer = super().instantiate_trainer(
                 default_root_dir=str(self.run_dir),
-                logger=trainer_config.get("logger") or RunLogger(self.run_dir),
+                # the first one: Lightning takes the run folder from it
+                logger=[RunLogger(self.run_dir), *self._other_loggers(trainer_config.get("logger"))],
                 callbacks=callbacks,
                 plugins=[*_as_list(trainer_config.get("plugins")), self.files],
                 **kwargs,
@@ -514,6 +537,11 @@ class TrainingCLI(LightningCLI):
             ) from error
         self.session.processes.watch(trainer, self._another_ended)
         return trainer
+
+    def _other_loggers(self, asked: Any) -> list[Logger]:
+        """What --trainer.logger names, besides metrics.csv."""
+        per_layer = self._get(self.config, "log_routers") == "layers"
+        return [log_routers(logger, per_layer=per_layer) for logger in _as_list(asked) if isinstance(logger, Logger)]
 
     def _checkpoints(self) -> ModelCheckpoint:
         return ModelCheckpoint(

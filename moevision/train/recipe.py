@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from moevision.data.images import is_image_path
 from moevision.data.sources import walk
+from moevision.data.tables import HF, count_rows
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers
@@ -77,8 +78,9 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
 
 
 def run_name(data: str) -> str:
-    """What a run is called after its data: the name of the folder, without signs that a terminal can't show."""
-    name = Path(data).resolve().name
+    """What a run is called after its data: that of the folder or table, without signs that a terminal can't show."""
+    path = Path(data.removeprefix(HF).replace(":", "-") if data.startswith(HF) else data).resolve()
+    name = path.stem if path.suffix.lower() == ".csv" else path.name
     return name if shown(name) == name else shown(name).replace("\\", "_")
 
 
@@ -260,7 +262,9 @@ def value_of(arguments: Sequence[str], option: str) -> str | None:
 
 
 def count_images(folder: Path) -> int:
-    """Image files below `folder`, by their suffix; 0 if there is no such folder."""
+    """Image files below `folder`, by their suffix, or the rows of a table; 0 if there is no such folder."""
+    if (rows := count_rows(str(folder))) is not None:
+        return rows
     return sum(is_image_path(entry.name) for entry in walk(folder))
 
 

@@ -60,11 +60,17 @@ class TestScores:
     balanced_accuracy: float
     """Mean over classes of the share recognised, in [0, 1]."""
     ece: float
-    """Expected calibration error in [0, 1]."""
+    """Expected calibration error in [0, 1], without the temperature."""
     top5: float | None = None
     """Share with the right class among the five likeliest; None with five classes or fewer."""
     per_class: Sequence[tuple[str, int, int]] = ()
     """(class in words, recognised test images, test images) in class order."""
+    temperature: float | None = None
+    """Of the calibrated confidence, that of `predict`; None: not calibrated."""
+    calibrated_on: int = 0
+    """Validation images that the temperature was fitted on."""
+    calibrated_ece: float | None = None
+    """Expected calibration error with the temperature."""
     weights: str = "the weights of the best validation epoch"
     """Which weights were tested and exported, e.g. the moving average (EMA) of the weights."""
 

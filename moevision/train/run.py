@@ -30,7 +30,8 @@ from moevision.files import write_json_atomic, write_text_atomic
 from moevision.layers import label_oracle
 from moevision.models.io import SavedModel, save_model
 from moevision.names import csv_name
-from moevision.train.callbacks import data_wait_advice
+from moevision.train.calibration import Calibration, calibration_error
+from moevision.train.callbacks import StopEarly, data_wait_advice
 from moevision.train.card import gather_facts, model_card
 from moevision.train.checkpoint import final_checkpoint, sha256_of
 from moevision.train.cli import ALL, SentenceParser, TrainingCLI, quiet_lightning
@@ -195,6 +196,9 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
     seed: int | None = cli._get(cli.config, "seed_everything")
     watched, duration_s, cpu_s = StabilityGuard.record_of(trainer), stopwatch.run_s, stopwatch.cpu_s
     epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
+    stopped_early = [
+        each for stop in cast(Any, trainer).callbacks if isinstance(stop, StopEarly) for each in stop.sentences(trainer)
+    ]
     checkpoint, weights = final_checkpoint(run_dir / "checkpoints", cli.files)
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     rows = _predictions(task, data)
@@ -202,7 +206,8 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
     if not trainer.is_global_zero:
         return None
     mean, std = cast(Any, data.mean), cast(Any, data.std)
-    save_model(SavedModel(task.net, data.class_names, data.image_size, mean, std), run_dir / "model")
+    temperature = None if task.calibration is None else task.calibration.temperature
+    save_model(SavedModel(task.net, data.class_names, data.image_size, mean, std, temperature), run_dir / "model")
     _write_predictions(rows, data.class_names, run_dir / "predictions_test.csv")
     plot_curves(run_dir / "metrics.csv", run_dir / "curves.png")
     labels, predictions = np.array([row.label for row in rows]), np.array([row.prediction for row in rows])
@@ -227,7 +232,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         split_note=data.split_note,
         class_counts=data.class_counts,
         test=replace(
-            _scores(rows, data, trainer.callback_metrics),
+            _scores(rows, data, trainer.callback_metrics, task.calibration),
             weights=weights if WeightEMA.of(trainer) is None else f"the moving average (EMA) of {weights}",
         ),
         cost=measure_cost(task.net, data.image_size),
@@ -246,7 +251,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         expected_s=cli.expected_s,
         ms_per_image=_ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
-        notes=[*data.warnings, *watched.sentences(), *data_wait_advice(stopwatch.data_wait, data)],
+        notes=[*data.warnings, *stopped_early, *watched.sentences(), *data_wait_advice(stopwatch.data_wait, data)],
     )
     correct = {row.sample: row.prediction == row.label for row in rows}
     result = RunResult(summary, run_dir, correct, {row.sample: row.label for row in rows})
@@ -365,7 +370,9 @@ def _write_predictions(rows: Sequence[_Prediction], class_names: Sequence[str], 
     write_text_atomic(out, text.getvalue())
 
 
-def _scores(rows: Sequence[_Prediction], data: ImageDataModule, metrics: dict[str, Any]) -> TestScores:
+def _scores(
+    rows: Sequence[_Prediction], data: ImageDataModule, metrics: dict[str, Any], calibration: Calibration | None
+) -> TestScores:
     train = data.class_counts["train"]
     majority = max(train, key=lambda name: train[name])
     per_class = []
@@ -380,6 +387,14 @@ def _scores(rows: Sequence[_Prediction], data: ImageDataModule, metrics: dict[st
         loss=float(metrics["test/loss"]),
         balanced_accuracy=float(metrics["test/balanced_acc"]),
         ece=float(metrics["test/ece"]),
+        temperature=None if calibration is None else calibration.temperature,
+        calibrated_on=0 if calibration is None else calibration.images,
+        calibrated_ece=None if calibration is None else _calibration_error(rows),
         top5=float(metrics["test/top5"]) if data.num_classes > 5 else None,
         per_class=per_class,
     )
+
+
+def _calibration_error(rows: Sequence[_Prediction]) -> float:
+    confidence = np.array([row.probability for row in rows])
+    return calibration_error(confidence, np.array([row.prediction == row.label for row in rows]))

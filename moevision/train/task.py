@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import lightning as L
 import torch
@@ -38,6 +38,9 @@ from moevision.models.vit_moe import num_patches, set_fused_attention, trains_un
 from moevision.train.checkpoint import make_plain
 from moevision.train.optim import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.processes import sum_over_processes
+
+if TYPE_CHECKING:
+    from moevision.train.calibration import Calibration
 
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]
@@ -100,6 +103,7 @@ class ClassificationTask(L.LightningModule):
         self.class_weight: Tensor | None = None
         self.test_outputs: list[dict[str, Tensor]] = []
         self.test_loads: list[LayerLoad] = []
+        self.calibration: Calibration | None = None
         if num_classes is not None and image_size is not None:
             self.build(num_classes, image_size, load_pretrained=False)
 
@@ -244,7 +248,8 @@ class ClassificationTask(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As validation, and keep every prediction."""
         logits = self._evaluate(batch, self.test_metrics, self.test_loss)
-        probability, prediction = logits.float().softmax(-1).max(-1)  # [B], [B]
+        temperature = 1.0 if self.calibration is None else self.calibration.temperature
+        probability, prediction = (logits.float() / temperature).softmax(-1).max(-1)  # [B], [B]
         rows = {
             "index": batch["index"],
             "label": batch["label"],
@@ -265,6 +270,11 @@ class ClassificationTask(L.LightningModule):
         if self.routing_statistics is not None:
             self.routing_statistics.update(routings)
         return logits
+
+    def evaluation_logits(self, batch: Batch) -> Tensor:
+        """Logits [B, C] as in validation, fp32, without counting them."""
+        set_fused_attention(self.net, True)
+        return self._forward_routing(batch)[0].float()
 
     def _log_epoch(self, split: str, metrics: MetricCollection, mean_loss: MeanMetric) -> list[LayerLoad]:
         values: dict[str, Any] = {**metrics.compute(), f"{split}/loss": mean_loss.compute()}

@@ -225,3 +225,23 @@ def test_pretrained_starts_from_the_dense_weights(tmp_path: Path) -> None:
 def test_models_that_do_not_exist(config: MoEConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_model(config, num_classes=3, image_size=32)
+
+
+def test_each_block_is_compiled_and_trains_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By dynamo alone: what inductor makes of it on a CPU takes minutes."""
+    compiled: list[torch.nn.Module] = []
+    real = torch.nn.Module.compile
+
+    def compile_(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        real(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    seen = {}
+    for wanted in (False, True):
+        task, losses = task_of(compile=wanted), Losses()
+        trainer_of(tmp_path, callbacks=[losses], limit_val_batches=0, max_steps=2).fit(task, pets())
+        seen[wanted] = losses.values
+    assert compiled == list(task.net.blocks)  # type: ignore[arg-type]
+    assert len(seen[True]) == 2
+    assert seen[True] == pytest.approx(seen[False], rel=0.05)  # compiled code draws other noise

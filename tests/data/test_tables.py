@@ -1,0 +1,358 @@
+"""Datasets given as a table: CSV manifests, and Hugging Face datasets (saved Arrow folders; nothing is fetched)."""
+
+import io
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moevision.data import ImageDataModule
+from moevision.data.sources import open_collection
+from moevision.data.tables import count_rows
+from moevision.errors import UserError
+from moevision.train.recipe import run_name
+
+NO_SIZES = {"train": 1, "val": 1, "test": 1}
+
+
+def opened(path, **options):
+    return open_collection(str(path), root="data", download=False, image_size=16, seed=0, sizes=NO_SIZES, **options)
+
+
+def ready(path, **options):
+    data = ImageDataModule(str(path), image_size=16, batch_size=8, **options)
+    data.setup()
+    return data
+
+
+def listed(root, rows, head="path,label", name="list.csv"):
+    file = root / name
+    file.write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def pictures(image_folder):
+    return image_folder({"cat": 10, "dog": 10})
+
+
+def all_rows(root, extra=lambda number: ""):
+    files = sorted(root.glob("*/*.png"))
+    return [f"{file.relative_to(root).as_posix()},{file.parent.name}{extra(i)}" for i, file in enumerate(files)]
+
+
+# ---- CSV manifests
+
+
+def test_a_manifest_is_split_as_the_folder_that_it_lists(pictures):
+    table = ready(listed(pictures, all_rows(pictures)))
+    folder = ready(pictures)
+    assert table.class_names == folder.class_names
+    assert table.file_list_sha256() == folder.file_list_sha256()
+    assert table.file_sizes_sha256() == folder.file_sizes_sha256()
+    assert [split.samples for split in table.contents.datasets.values()] == [
+        split.samples for split in folder.contents.datasets.values()
+    ]
+
+
+def test_splits_and_groups_of_a_manifest(pictures):
+    splits = ["train"] * 6 + ["valid"] * 2 + ["TEST"] * 2
+    rows = all_rows(pictures, lambda i: f",{splits[i % 10]},{i % 10 // 2}")
+    data = ready(listed(pictures, rows, "path,label,split,group"))
+    assert data.class_counts == {
+        split: {"cat": count, "dog": count} for split, count in (("train", 6), ("val", 2), ("test", 2))
+    }
+    assert data.split_note.endswith("Kept in one split: images with the same 'group', 5 groups.")
+    # without given splits the groups decide
+    rows = all_rows(pictures, lambda i: f",{i % 10 // 2}")
+    for head, options in (("path,label,group", {}), ("path,label,patient", {"group_by": "patient"})):
+        data = ready(listed(pictures, rows, head), val_fraction=0.2, test_fraction=0.2, **options)
+        side = {}
+        for split, dataset in data.contents.datasets.items():
+            for sample in dataset.samples:
+                side.setdefault(int(sample.sample_id[4:7]) // 2, set()).add(split)
+        assert all(len(sides) == 1 for sides in side.values())
+        assert head.rpartition(",")[2] in data.split_note
+    ungrouped = ready(listed(pictures, rows, "path,label,patient"))
+    assert "Kept in one split" not in ungrouped.split_note
+
+
+def test_folders_and_patterns_are_named_too(pictures):
+    assert (
+        "images of one folder (--data.group_by parent), 4 groups."
+        in ready(_in_two_folders(pictures), group_by="parent", val_fraction=0.3, test_fraction=0).split_note
+    )
+    assert r"whose path agrees in (\d\d)\.png" in ready(pictures, group_by=r"(\d\d)\.png").split_note
+
+
+def _in_two_folders(root):
+    for index, file in enumerate(sorted(root.glob("*/*.png"))):
+        (file.parent / f"{index % 2}").mkdir(exist_ok=True)
+        file.rename(file.parent / f"{index % 2}" / file.name)
+    return root
+
+
+def test_paths_start_at_the_csv_and_may_be_absolute(pictures, tmp_path):
+    elsewhere = tmp_path / "lists"
+    elsewhere.mkdir()
+    rows = [f"../pictures/{row}" for row in all_rows(pictures)]
+    assert {sample.sample_id for sample in opened(listed(elsewhere, rows)).given["all"]} == {
+        row.split(",")[0] for row in rows
+    }
+    rows = [f"{pictures}/{row}" for row in all_rows(pictures)]
+    ids = {sample.sample_id for sample in opened(listed(pictures, rows)).given["all"]}
+    assert ids == {row.split(",")[0] for row in all_rows(pictures)}  # no folder of this machine is in them
+    collection = opened(listed(elsewhere, rows))
+    assert collection.open(collection.given["all"][0]).size == (16, 16)
+
+
+def test_a_manifest_from_a_spreadsheet(pictures):
+    rows = [f'"{path}" , {label}' for path, label in (row.split(",") for row in all_rows(pictures))]
+    file = listed(pictures, [*rows, "", ","], "﻿path, label")
+    assert len(opened(file).given["all"]) == 20
+    other = listed(pictures, all_rows(pictures), "file,kind")
+    assert len(opened(other, columns=("file", "kind")).given["all"]) == 20
+
+
+WRONG = {
+    "no path": (",cat", "line 4: it has no path"),
+    "no label": ("cat/000.png,", "line 4: it has no label"),
+    "no file": ("cat/no.png,cat", "line 4: there is no file"),
+    "an address": ("https://a.b/c.png,cat", "line 4: .* is no path of a file on this computer"),
+    "a NUL": ("cat/\0.png,cat", "line 4"),
+    "several labels": ("cat/003.png,cat|dog", r"line 4: 'cat\|dog' names several labels; .*multi-label"),
+    "a repeated path": ("cat/000.png,dog", "line 4: 'cat/000.png' is 'dog' here and 'cat' on line 2; .*multi-label"),
+    "a path spelled otherwise": ("dog/../cat/000.png,dog", "line 4: .* on line 2; .*multi-label"),
+    "too many cells": ("cat/000.png,cat,train", "line 4: it has 3 cells and the first line 2"),
+    "an endless cell": ("cat/" + "0" * 200_000 + ",cat", "line 4: it can't be read as CSV"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_errors_name_the_line(pictures, what):
+    row, words = WRONG[what]
+    file = listed(pictures, ["cat/000.png,cat", "dog/000.png,dog", row])
+    with pytest.raises(UserError, match=words):
+        opened(file)
+
+
+def test_splits_that_can_not_be(pictures):
+    head = "path,label,split"
+    both = ["cat/000.png,cat,train", "dog/000.png,dog,train"]
+    for rows, words in (
+        ([*both, "cat/001.png,cat,"], "line 4: some rows name a split and others don't"),
+        ([*both, "cat/001.png,cat,later"], "line 4: there is no split 'later'"),
+        ([*both, "cat/000.png,cat,test"], "line 4: 'cat/000.png' is in another split on line 2"),
+        ([*both, "cat/001.png,cat,test"], "its test split has no images of the class 'dog'"),
+        (["cat/000.png,cat,test", "dog/000.png,dog,test"], "has no train split, only test"),
+        (["cat/000.png,cat,train"], "has 1 classes, and a classifier needs two"),
+        ([], "lists no image"),
+    ):
+        with pytest.raises(UserError, match=words):
+            opened(listed(pictures, rows, head))
+    with pytest.raises(UserError, match="has the columns 'image', 'label': its first line must name path and label"):
+        opened(listed(pictures, [], "image,label"))
+
+
+def test_a_repeated_row_is_left_out_and_reported(pictures):
+    collection = opened(listed(pictures, [*all_rows(pictures), "cat/000.png,cat"]))
+    assert len(collection.given["all"]) == 20
+    assert "1 rows" in collection.notes[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_not_waited_for(pictures):
+    os.mkfifo(pictures / "pipe.png")
+    with pytest.raises(UserError, match="line 2: there is no file"):
+        opened(listed(pictures, ["pipe.png,cat", "dog/000.png,dog"]))
+
+
+def test_counts_and_names_for_the_recipe(pictures):
+    assert count_rows(str(listed(pictures, all_rows(pictures)))) == 20
+    assert count_rows(str(pictures)) is None
+    assert run_name("somewhere/birds.csv") == "birds"
+    assert run_name("hf:user/birds") == "birds"
+    assert run_name("hf:user/birds:small") == "birds-small"
+
+
+# ---- Hugging Face datasets
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The package `datasets`, kept from the network and from the user's cache."""
+    pytest.importorskip("datasets")
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def stored(seed, size=16):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "png")
+    return {"bytes": out.getvalue(), "path": None}
+
+
+def rows_of(hub, labels, feature=None, start=0, **more):
+    feature = feature or hub.ClassLabel(names=["dog", "cat", "never used"])
+    features = hub.Features({"img": hub.Image(), "label": feature, **{name: kind for name, (kind, _) in more.items()}})
+    columns = {name: values for name, (_, values) in more.items()}
+    images = [stored(start + number) for number in range(len(labels))]
+    return hub.Dataset.from_dict({"img": images, "label": labels, **columns}, features=features)
+
+
+needs_datasets = pytest.mark.needs("datasets")
+
+
+@needs_datasets
+def test_a_saved_dataset_without_splits(hub, tmp_path):
+    rows_of(hub, [0, 1] * 10).save_to_disk(tmp_path / "pets")
+    data = ready(tmp_path / "pets")
+    assert data.class_names == ["dog", "cat"]
+    assert data.class_counts == {
+        split: {"dog": count, "cat": count} for split, count in (("train", 8), ("val", 1), ("test", 1))
+    }
+    dataset = data.contents.datasets["train"]
+    sample = dataset.samples[3]
+    row = int(sample.sample_id.removeprefix("all/"))
+    assert sample.label == row % 2
+    expected = np.asarray(Image.open(io.BytesIO(stored(row)["bytes"])))
+    np.testing.assert_array_equal(dataset.collection.open(sample), expected)
+    assert dataset.collection.size_bytes(sample) == len(stored(row)["bytes"])
+    assert count_rows(str(tmp_path / "pets")) == 20
+    copy = pickle.loads(pickle.dumps(dataset.collection))  # as worker processes get it
+    np.testing.assert_array_equal(copy.open(sample), expected)
+
+
+@needs_datasets
+@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")
+def test_a_saved_dataset_keeps_its_splits(hub, tmp_path):
+    hub.DatasetDict(
+        train=rows_of(hub, [0, 1] * 6),
+        validation=rows_of(hub, [0, 1], start=50),
+        test=rows_of(hub, [1, 0, -1], start=70),
+        extra=rows_of(hub, [0, 1], start=90),
+    ).save_to_disk(tmp_path / "pets")
+    data = ready(tmp_path / "pets")
+    assert [sum(counts.values()) for counts in data.class_counts.values()] == [12, 2, 2]
+    assert "as the dataset gives them" in data.split_note
+    assert any("1 of 3 test images" in sentence for sentence in data.warnings)
+    assert any("'extra'" in sentence for sentence in data.warnings)
+
+
+@needs_datasets
+def test_copies_and_groups_stay_on_one_side(hub, tmp_path):
+    table = rows_of(hub, [0, 1] * 10, patient=(hub.Value("int64"), [number // 4 for number in range(20)]))
+    table.save_to_disk(tmp_path / "pets")
+    data = ready(tmp_path / "pets", group_by="patient", val_fraction=0.2, test_fraction=0.2)
+    sides = {}
+    for split, dataset in data.contents.datasets.items():
+        for sample in dataset.samples:
+            sides.setdefault(int(sample.sample_id[4:]) // 4, set()).add(split)
+    assert all(len(side) == 1 for side in sides.values())
+    assert "images with the same 'patient', 5 groups" in data.split_note
+    twice = hub.concatenate_datasets([rows_of(hub, [0, 1] * 5), rows_of(hub, [0, 1] * 5)])
+    twice.save_to_disk(tmp_path / "twice")
+    data = ready(tmp_path / "twice", val_fraction=0.2)
+    of = {sample.sample_id: split for split, d in data.contents.datasets.items() for sample in d.samples}
+    assert all(of[f"all/{row:06d}"] == of[f"all/{row + 10:06d}"] for row in range(10))
+
+
+@needs_datasets
+@pytest.mark.parametrize(("kind", "values"), [("string", ["cat", "dog"]), ("int64", [2, 10]), ("bool", [False, True])])
+def test_labels_without_names(hub, tmp_path, kind, values):
+    rows_of(hub, values * 6, hub.Value(kind)).save_to_disk(tmp_path / "pets")
+    assert opened(tmp_path / "pets").class_names == list(map(str, values))
+
+
+@needs_datasets
+def test_columns_must_be_clear(hub, tmp_path):
+    names = hub.ClassLabel(names=["a", "b"])
+    table = rows_of(hub, [0, 1] * 5, coarse=(names, [1, 1, 0, 0, 0] * 2), size=(hub.Value("float32"), [0.5] * 10))
+    table.save_to_disk(tmp_path / "two")
+    with pytest.raises(UserError, match=r"coarse \(ClassLabel\).*--data.label_column"):
+        opened(tmp_path / "two")
+    assert opened(tmp_path / "two", columns=(None, "coarse")).class_names == ["a", "b"]
+    with pytest.raises(UserError, match="there is no 'fine'"):
+        opened(tmp_path / "two", columns=(None, "fine"))
+    with pytest.raises(UserError, match=r"'label' of .* holds no images but ClassLabel"):
+        opened(tmp_path / "two", columns=("label", "coarse"))
+    with pytest.raises(UserError, match=r"'size' of .* holds measures"):
+        opened(tmp_path / "two", columns=(None, "size"))
+    table.remove_columns("img").save_to_disk(tmp_path / "blind")
+    with pytest.raises(UserError, match=r"--data.image_column"):
+        opened(tmp_path / "blind")
+
+
+@needs_datasets
+def test_multi_label_data_are_refused_in_words(hub, tmp_path):
+    lists = hub.Sequence(hub.ClassLabel(names=["a", "b"]))
+    for number, (feature, labels) in enumerate(
+        [
+            (lists, [[0], [0, 1]]),
+            (hub.Sequence(hub.Value("string")), [["a"], ["a", "b"]]),
+            (hub.Value("string"), ["a|b", "b"]),
+        ]
+    ):
+        rows_of(hub, labels * 4, feature).save_to_disk(tmp_path / f"{number}")
+        with pytest.raises(UserError, match="multi-label data can't be learned"):
+            opened(tmp_path / f"{number}")
+    table = rows_of(hub, [0, 1] * 4, objects=(lists, [[0], [1]] * 4)).remove_columns("label")
+    table.save_to_disk(tmp_path / "objects")
+    with pytest.raises(UserError, match=r"'objects' .* multi-label data"):
+        opened(tmp_path / "objects")
+
+
+@needs_datasets
+def test_rows_without_pixels_are_bad_images(hub, tmp_path):
+    table = rows_of(hub, [0, 1] * 10)
+    images = [*[stored(number) for number in range(18)], {"bytes": b"no image", "path": None}, None]
+    table = hub.Dataset.from_dict({"img": images, "label": table["label"][:]}, features=table.features)
+    table.save_to_disk(tmp_path / "pets")
+    data = ready(tmp_path / "pets", max_bad_fraction=1)
+    reasons = {name: reason for name, reason, _ in data.bad_images}
+    assert set(reasons) == {"all/000018", "all/000019"}
+    assert "it is not a JPEG" in reasons["all/000018"]
+
+
+@needs_datasets
+def test_a_dataset_that_is_not_there(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(
+        UserError, match=r"user/none can't be loaded .* add --data.download true .* hf:user/none:CONFIG"
+    ):
+        opened("hf:user/none")
+    rows_of(hub, [0, 1] * 4).save_to_disk(tmp_path / "pets")
+    (tmp_path / "pets" / "dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match="can't be read as a saved dataset"):
+        opened(tmp_path / "pets")
+
+
+@needs_datasets
+def test_nothing_is_fetched_unless_it_may_be(hub, monkeypatch):
+    """What `load_dataset` would find as its network setting, with and without --data.download."""
+    seen = []
+
+    def load_dataset(name, config):
+        seen.append((name, config, hub.config.HF_HUB_OFFLINE))
+        return rows_of(hub, [0, 1] * 5)
+
+    monkeypatch.setattr(hub, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub.config, "HF_HUB_OFFLINE", False)
+    opened("hf:user/pets")
+    open_collection("hf:user/pets:small", root="", download=True, image_size=16, seed=0, sizes=NO_SIZES)
+    assert seen == [("user/pets", None, True), ("user/pets", "small", False)]
+    assert hub.config.HF_HUB_OFFLINE is False
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    (tmp_path / "state.json").write_text(json.dumps({}))
+    with pytest.raises(UserError, match=r"pip install 'moevision\[datasets\]'"):
+        opened(tmp_path)

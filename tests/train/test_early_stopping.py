@@ -1,0 +1,68 @@
+"""Early stopping: when it stops, what summary.md says, and that a resumed run stops where the whole one does."""
+
+import csv
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from moevision.errors import UserError
+from moevision.train.callbacks import EarlyStoppingConfig, Stopwatch
+from moevision.train.resume import ResumePoint
+
+# A learning rate of 0: no epoch is better than the first, so a patience of 2 stops after the third.
+STOPS = ("--trainer.max_epochs=6", "--model.optim.lr=0", "--early_stopping.patience=2")
+COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "summary.md")
+
+
+@pytest.fixture(scope="module")
+def stopped(cli, tiny, drawn_pets, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("stopped")
+    outcome = cli("fit", drawn_pets, *tiny, *STOPS, f"--runs_root={root}")
+    assert outcome.code == 0, outcome.err
+    assert "Stopped early after 3 of 6 epochs: val/top1" in outcome.out + outcome.err
+    return root / "pets"
+
+
+def epochs_of(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return sum(bool(row["val/top1"]) for row in csv.DictReader(file))
+
+
+def test_it_stops_and_says_so(stopped):
+    assert epochs_of(stopped) == 3
+    summary = (stopped / "summary.md").read_text()
+    assert "Stopped early after 3 of 6 epochs: val/top1 was no better than" in summary
+
+
+@pytest.mark.parametrize("where", ["in the second epoch", "after the decision"])
+def test_a_resumed_run_stops_where_the_whole_one_does(cli, tiny, drawn_pets, stopped, where, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if where == "in the second epoch":
+        real, name, owner = Stopwatch.on_train_batch_end, "on_train_batch_end", Stopwatch
+        due = lambda trainer: trainer.global_step == 5  # noqa: E731
+    else:  # the checkpoint of the last epoch is written, and the training has not ended yet
+        real, name, owner = ResumePoint.save, "save", ResumePoint
+        due = lambda trainer: trainer.should_stop  # noqa: E731
+
+    def once(self, trainer, *rest):
+        real(self, trainer, *rest)
+        if due(trainer):
+            monkeypatch.setattr(owner, name, real)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(owner, name, once)
+    assert cli("fit", drawn_pets, *tiny, *STOPS).code == 143
+    outcome = cli("fit", "--resume", "runs/pets")
+    assert outcome.code == 0, outcome.err
+    run = Path("runs/pets")
+    assert epochs_of(run) == 3
+    for file in COMPARED[:3]:
+        assert (run / file).read_bytes() == (stopped / file).read_bytes(), file
+    assert "Stopped early after 3 of 6 epochs" in (run / "summary.md").read_text()
+
+
+def test_patience_that_can_not_be():
+    with pytest.raises(UserError, match="at least 1 validation"):
+        EarlyStoppingConfig(patience=0)
