@@ -610,7 +610,7 @@ class _Clustering:
         self, name: str, source: int | None, rule: Rule, layers: Sequence[int | None], seed: int, tokens: Floats
     ) -> None:
         self.name, self.source, self.rule, self.layers, self.seed = name, source, rule, layers, seed
-        self.mean = _fit(tokens, rule.num_experts, seed)
+        self.mean = fit_clusters(tokens.reshape(-1, tokens.shape[-1]), rule.num_experts, seed)
         self.scale = rule.scale(self._scores(tokens))
         self.chosen: list[Chosen] = []
 
@@ -631,10 +631,11 @@ class _Clustering:
         return scores
 
 
-def _fit(tokens: Floats, num_clusters: int, seed: int) -> KMeans:
+def fit_clusters(tokens: Floats, num_clusters: int, seed: int) -> KMeans:
+    """K-means of tokens [T, D]."""
     from sklearn.cluster import KMeans  # not needed, and slow to import, for anything else here
 
-    return KMeans(num_clusters, n_init=1, random_state=seed).fit(tokens.reshape(-1, tokens.shape[-1]))
+    return KMeans(num_clusters, n_init=1, random_state=seed).fit(tokens)
 
 
 def _features(
