@@ -41,6 +41,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
 
@@ -54,6 +55,7 @@ from moevision.analysis.information import Estimate, choice_counts, class_inform
 from moevision.analysis.intervention import Ranking, edited, numbered_layers
 from moevision.analysis.specialization import Assignments, Rule, exceeds, fit_clusters, listed
 from moevision.errors import UserError
+from moevision.models.safe_files import read_json, read_yaml
 
 if TYPE_CHECKING:
     from moevision.analysis.images import PictureSet
@@ -84,6 +86,7 @@ _PROBE_TOKENS = 6_000  # that a linear probe is fitted on
 _INPUT_TOKENS = 20_000  # whose inputs are kept of each layer
 _PRIOR = 1e-3  # of a probe's prediction: a class that it excludes costs 10 bits, not infinitely many
 _BATCH = 32
+UPCYCLE_RECORD = "upcycle.json"  # what `moevision upcycle` leaves beside a model
 
 
 @dataclass(frozen=True)
@@ -869,6 +872,56 @@ def function_answer(swap: Swap | None, why: str | None) -> Answer:
     return Answer("function", answer, detail, numbers)
 
 
+def answers_from_sums(
+    name: str,
+    estimate: Estimate,
+    share: Floats,
+    n_images: Ints,
+    loads: Floats,
+    controls: Mapping[str, Sequence[float]],
+    above_controls: bool | None,
+) -> LayerAnswers:
+    """The answers as far as sums over images go: no probe, no histogram of the image, no swap test.
+
+    For what was summed up before there were three questions, and where they would take too long. The guess comes from
+    the same images that it is tried on.
+
+    Args:
+        name: of the layer.
+        estimate: bits of all choices about the class.
+        share: [C, E] share of each class's choices; NaN for a class without images.
+        n_images: [C].
+        loads: [E].
+        controls: name of a baseline -> its bits.
+        above_controls: whether the layer exceeds them all; None: not compared.
+    """
+    weights = np.nan_to_num(share) * n_images[:, None]
+    total = max(float(weights.sum()), 1e-12)
+    load = Load(loads / max(loads.sum(), 1e-12), share)
+    guess, chance = float(weights.max(0).sum()) / total, float(n_images.max()) / max(1, n_images.sum())
+    detail = f"all choices guess {_percent(guess)} right, chance {_percent(chance)}"
+    shown = estimate.low > 0 and estimate.p_value <= _P_VALUE
+    answer = NOT_SHOWN if not shown else YES if estimate.share_of_entropy >= A_LITTLE else A_LITTLE_WORD
+    bits = Interval(estimate.value_bits, estimate.low, estimate.high)
+    numbers = [
+        f"{name}: {_signed(bits.value)} bits above shuffled labels ({_interval(bits)}), "
+        f"{_percent(estimate.share_of_entropy)} of the maximum; {load.words}."
+    ]
+    experts = Answer("experts", answer, detail, numbers)
+    known = {
+        words: max(controls[key])
+        for key, words in (("kmeans_input", "clusters of the same input tell"), ("untrained", "an untrained one tells"))
+        if controls.get(key)
+    }
+    if above_controls is None or not known:
+        training = Answer("training", NOT_MEASURED, "not compared with clusters of the same input")
+    else:
+        words, closest = max(known.items(), key=lambda pair: pair[1])
+        told = f"{words} {_signed(closest)} bits about the class, the router {_signed(bits.value)}"
+        training = Answer("training", YES if above_controls else NOT_SHOWN, told)
+    return LayerAnswers(name, (experts, training, function_answer(None, None)), load)
+
+
 def recording_of(
     model: SavedModel,
     pictures: PictureSet,
@@ -879,6 +932,7 @@ def recording_of(
     parts: Ints | None = None,
     part_names: Sequence[str] = (),
     swap: bool = True,
+    cluster_start: bool = False,
     seed: int = 0,
 ) -> Recording:
     """The recording of a model of ours.
@@ -893,6 +947,7 @@ def recording_of(
         parts: [I, P] the part that each patch shows.
         part_names: names of the parts; `background` is told apart from the object.
         swap: whether the swap test can be made.
+        cluster_start: from `cluster_started`.
         seed: of the patches whose inputs are kept.
     """
     patches = trace.grid[0] * trace.grid[1]
@@ -900,10 +955,9 @@ def recording_of(
     positions = np.sort(np.random.default_rng(seed).permutation(patches)[:kept])
     inputs, some = _inputs(model, pictures, trace, positions), None if kept == patches else positions
     found = baselines or {}
-    started = cluster_started(model)
     layers = []
     for place, layer in enumerate(trace.layers):
-        one = slice(None, 1) if routes_images(layer) else slice(None)
+        one = slice(None, 1) if layer.route_by == "image" else slice(None)
         mine = {
             name: [each for each in found.get(name, ()) if each.layer in (None, layer.layer)]
             for name in ("untrained", "kmeans_input")
@@ -921,12 +975,12 @@ def recording_of(
                 layer.num_experts,
                 np.asarray(layer.takes)[:, one],
                 tokens_choose=layer.kind == "token_choice",
-                by_image=routes_images(layer),
+                by_image=layer.route_by == "image",
                 inputs=inputs[layer.layer],
-                positions=None if routes_images(layer) else some,
+                positions=None if layer.route_by == "image" else some,
                 before=old,
                 clusters=mine["kmeans_input"] or None,
-                cluster_start=started,
+                cluster_start=cluster_start,
             )
         )
     objects = None
@@ -938,20 +992,38 @@ def recording_of(
     return Recording(np.asarray(trace.labels), layers, trace.class_names, parts, objects, run)
 
 
-def routes_images(layer: Any) -> bool:
-    """Whether a traced layer decides once for all patches of an image."""
-    return getattr(layer, "route_by", "token") == "image"
+def cluster_started(address: str | Path) -> bool:
+    """Whether a model's record, or that of the weights it was trained from, says that its routers began as clusters.
+
+    Args:
+        address: a run folder, or a model's folder.
+    """
+    folder = Path(address)
+    run = folder.parent if folder.name == "model" else folder
+    return any(_has_cluster_start(place) for place in (folder, run, *_trained_from(run)))
 
 
-def cluster_started(model: SavedModel) -> bool:
-    """Whether the model's record says that its routers started from clusters."""
-    return bool(getattr(model.net, "moe_config", {}).get("router_start"))
+def _trained_from(run: Path) -> list[Path]:
+    """The folder of the weights that a run says it started from."""
+    try:
+        source = read_yaml(run / "config.yaml")["model"]["arch"]["pretrained"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # no run folder, or one that started from scratch
+    return [Path(str(source).removeprefix("local-dir:"))] if source else []
+
+
+def _has_cluster_start(folder: Path) -> bool:
+    try:
+        record = read_json(folder / UPCYCLE_RECORD)
+    except (OSError, ValueError):
+        return False  # not upcycled
+    return isinstance(record, dict) and bool(record.get("router_start"))
 
 
 def _inputs(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, positions: Ints) -> dict[int, Floats]:
     """Block -> [I, p, D] what each layer receives of those patches; [I, 1, D] their mean where images are routed."""
     found: dict[int, list[Floats]] = {layer.layer: [] for layer in trace.layers}
-    whole = {layer.layer for layer in trace.layers if routes_images(layer)}
+    whole = {layer.layer for layer in trace.layers if layer.route_by == "image"}
     for start in range(0, len(trace), _BATCH):
         rows = range(start, min(start + _BATCH, len(trace)))
         for block, tokens in layer_inputs(model.net, network_input(model, read_images(pictures, rows))).items():

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -24,6 +23,7 @@ from moevision.analysis.questions import (
     RecordedLayer,
     Recording,
     Swap,
+    cluster_started,
     function_answer,
     guess_from_experts,
     headline,
@@ -37,9 +37,9 @@ from moevision.analysis.questions import (
 )
 from moevision.analysis.specialization import Assignments, measure_baselines
 from moevision.data import SyntheticPets
+from moevision.demo import bundled_model
 from moevision.errors import UserError
-from moevision.layers import forward_routing, moe_layers
-from moevision.models.io import SavedModel
+from moevision.layers import forward_routing
 
 IMAGES, PATCHES = 80, 9
 LABELS = np.arange(IMAGES) % 2
@@ -321,15 +321,8 @@ def test_routing_by_image_stands_beside_a_linear_probe() -> None:
 
 @pytest.fixture(scope="module")
 def ours():
-    torch.manual_seed(0)
-    net = timm.create_model("test_vit_moe", num_classes=8)
-    for layer in moe_layers(net):
-        nn.init.normal_(layer.router.weight)
-    with torch.no_grad():  # an untrained model sends all patches the same way
-        net.pos_embed.normal_()
-        net.head.weight.normal_()
-    model = SavedModel(net.eval(), list(SyntheticPets.classes), 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
-    pictures = open_pictures(SyntheticPets(48, 32, 0, "test"), 32)
+    model = bundled_model("pets")
+    pictures = open_pictures(SyntheticPets(48, model.image_size, 0, "test"), model.image_size)
     return model, pictures, collect_routing(model, pictures, progress=False)
 
 
@@ -354,7 +347,7 @@ def test_forced_routes_are_those_of_the_model_and_of_a_swap(ours) -> None:
 def test_a_model_of_ours_is_asked_everything(ours) -> None:
     model, pictures, trace = ours
     baselines = measure_baselines(model, pictures, trace, seeds=1, names=("untrained", "kmeans_input"))
-    parts = np.random.default_rng(0).integers(3, size=(len(trace), 16))
+    parts = np.random.default_rng(0).integers(3, size=(len(trace), trace.grid[0] * trace.grid[1]))
     recording = recording_of(
         model, pictures, trace, baselines=baselines, parts=parts, part_names=("background", "ear", "eye")
     )
@@ -372,3 +365,17 @@ def test_a_model_of_ours_is_asked_everything(ours) -> None:
     (first, *_) = three_questions(old, permutations=20)
     assert first.answers[1].answer == NOT_SHOWN  # it tells exactly what it did before
     assert first.answers[2].answer == NOT_MEASURED
+
+
+def test_a_cluster_start_is_read_off_the_records(tmp_path) -> None:
+    upcycled, run = tmp_path / "upcycled", tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    upcycled.mkdir()
+    assert not cluster_started(upcycled)
+    (upcycled / "upcycle.json").write_text(json.dumps({"moe_config": {}}))
+    assert not cluster_started(upcycled)
+    (upcycled / "upcycle.json").write_text(json.dumps({"router_start": {"kind": "cluster"}}))
+    assert cluster_started(upcycled)
+    for source, expected in ((str(upcycled), True), (f"local-dir:{upcycled}", True), ("vit_tiny", False)):
+        (run / "config.yaml").write_text(json.dumps({"model": {"arch": {"pretrained": source}}}))
+        assert cluster_started(run) is cluster_started(run / "model") is expected
