@@ -83,6 +83,7 @@ A_LITTLE = 0.1
 _LEVEL, _P_VALUE = 0.95, 0.05
 _CONTROL_PERMUTATIONS = 50  # a control's null is only subtracted
 _PROBE_TOKENS = 6_000  # that a linear probe is fitted on
+_PROBE_CLASSES = 100  # more take minutes to fit
 _INPUT_TOKENS = 20_000  # whose inputs are kept of each layer
 _PRIOR = 1e-3  # of a probe's prediction: a class that it excludes costs 10 bits, not infinitely many
 _BATCH = 32
@@ -434,7 +435,7 @@ class _Asked:
         self.halves = _halves(self.labels, seed)
         self._read(counts)
         self._compare(cluster_seeds)
-        if self.layer.inputs is not None:
+        if self.layer.inputs is not None and len(np.unique(self.labels)) <= _PROBE_CLASSES:
             self.probe = self._probe("class", self._class_target(self.layer.inputs.shape[1]))
 
     def counts(self, choices: Choices) -> Floats:
@@ -644,10 +645,11 @@ def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Int
     Returns:
         The share guessed right, with an interval over images, and that of always guessing the most frequent value.
     """
-    values = np.unique(target[target >= 0])
-    shown = (target[..., None] == values).astype(np.float32)  # [I, P, V]
-    tables = np.einsum("ipv,ipe->ive", shown, counts.astype(np.float32))  # [I, V, E]
-    total = tables.sum((1, 2), dtype=np.float64)  # [I]
+    image, patch = (target >= 0).nonzero()
+    values, ranks = np.unique(target[image, patch], return_inverse=True)
+    tables = np.zeros((len(counts), len(values), counts.shape[2]))  # [I, V, E]
+    np.add.at(tables, (image, ranks), counts[image, patch])
+    total = tables.sum((1, 2))  # [I]
     right = np.zeros(len(total))
     for half in (True, False):
         known = tables[halves != half].sum(0)  # [V, E]
@@ -949,7 +951,12 @@ def recording_of(
         swap: whether the swap test can be made.
         cluster_start: from `cluster_started`.
         seed: of the patches whose inputs are kept.
+
+    Raises:
+        UserError: `before` has other layers or is about other images.
     """
+    if before is not None and (before.picture_names != trace.picture_names or len(before.layers) != len(trace.layers)):
+        raise UserError("The model before training must have the same MoE layers, and be traced on the same images.")
     patches = trace.grid[0] * trace.grid[1]
     kept = min(patches, max(1, _INPUT_TOKENS // max(1, len(trace))))
     positions = np.sort(np.random.default_rng(seed).permutation(patches)[:kept])

@@ -365,6 +365,8 @@ def test_a_model_of_ours_is_asked_everything(ours) -> None:
     (first, *_) = three_questions(old, permutations=20)
     assert first.answers[1].answer == NOT_SHOWN  # it tells exactly what it did before
     assert first.answers[2].answer == NOT_MEASURED
+    with pytest.raises(UserError, match="same MoE layers"):
+        recording_of(model, pictures, trace, before=trace.select(slice(0, 8)))
 
 
 def test_a_cluster_start_is_read_off_the_records(tmp_path) -> None:

@@ -53,7 +53,9 @@ def report(runs, cli, tmp_path_factory):
     """The folder of a report, its numbers and its page."""
     out = tmp_path_factory.mktemp("analysis") / "report"
     one, two = runs
-    outcome = cli("analyze", one, "--seeds", two, "--quick", "--limit=48", "--permutations=40", f"--out={out}")
+    outcome = cli(
+        "analyze", one, "--seeds", two, "--before", two, "--quick", "--limit=48", "--permutations=40", f"--out={out}"
+    )
     assert (outcome.code, outcome.err) == (0, ""), outcome.err
     assert str(out / "report.html") in outcome.out
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -202,6 +204,7 @@ def test_the_three_answers_are_printed_and_stand_first(report):
     for layer, found in zip(numbers["verdict"]["layers"], numbers["questions"], strict=True):
         assert [f"{layer['name']}: {answer['sentence']}" for answer in found["answers"]] == layer["sentences"]
         assert len(found["trainings"]) == 2  # this one and the other, each against its own controls
+        assert [reading["unit"] for reading in found["controls"]["before"]] == ["patch", "image"]  # one, from --before
         assert found["load"]["share"] == pytest.approx(numbers["layers"][numbers["questions"].index(found)]["share"])
     assert "no learned specialization" not in (page + outcome.out).lower()
 
