@@ -77,6 +77,14 @@ LEADS: Final[dict[Question, str]] = {
     "training": "Training the router added to that",
     "function": "The experts do different things",
 }
+_CONTROLS: Final = {
+    "before": ("The router before training", "before training it told"),
+    "untrained": (
+        "The same model with fresh weights, in place of the router before training",
+        "the same model with fresh weights tells",
+    ),
+    "clusters": ("Clusters of the same input", "clusters of the same input tell"),
+}
 A_LITTLE = 0.1
 """Below this share of what the linear probe tells, what is shown is called "a little": a convention, not a test."""
 
@@ -104,6 +112,7 @@ class RecordedLayer:
         inputs: [I, p, D] what the router receives of some patches; None: no probe, no clusters.
         positions: [p] which patches those are; None: all in order.
         before: choices of the same router before training; one entry for each start that is known.
+        untrained: choices of the same model with freshly drawn weights, which stands for it where that isn't known.
         clusters: choices by clusters of the layer's input; made from `inputs` if None and those are of all patches.
         cluster_start: the router was started from clusters of its input.
     """
@@ -117,6 +126,7 @@ class RecordedLayer:
     inputs: Floats | None = None
     positions: Ints | None = None
     before: Sequence[Assignments] = ()
+    untrained: Sequence[Assignments] = ()
     clusters: Sequence[Assignments] | None = None
     cluster_start: bool = False
 
@@ -308,6 +318,7 @@ class LayerAnswers:
         readings: everything that was read off the choices.
         probe: the same of the linear probe's balanced groups; None without inputs.
         controls: name of a control -> what each of its seeds tells, of a patch and of the image.
+        same: name of a control -> the same of the router, on the images of that control.
         trainings: by how many bits each training exceeds its own best control: this one first, then the others; None
             where that wasn't measured.
         swap: the swap test; None where it wasn't made.
@@ -319,6 +330,7 @@ class LayerAnswers:
     readings: Sequence[Reading] = ()
     probe: Reading | None = None
     controls: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
+    same: Mapping[str, Sequence[Reading]] = field(default_factory=dict)
     trainings: Sequence[float | None] = ()
     swap: Swap | None = None
 
@@ -331,6 +343,7 @@ class LayerAnswers:
             "readings": [reading.to_json() for reading in self.readings],
             "probe": None if self.probe is None else self.probe.to_json(),
             "controls": {name: [reading.to_json() for reading in each] for name, each in self.controls.items()},
+            "same": {name: [reading.to_json() for reading in each] for name, each in self.same.items()},
             "trainings": list(self.trainings),
             "swap": None if self.swap is None else self.swap.to_json(),
         }
@@ -389,7 +402,7 @@ def three_questions(
         answers = (own.experts(), own.training(others), function_answer(swap, why))
         found.append(
             LayerAnswers(
-                layer.name, answers, own.load, own.readings, own.probe, own.controls,
+                layer.name, answers, own.load, own.readings, own.probe, own.controls, own.same,
                 [each.gain for each in (own, *others)], swap,
             )
         )  # fmt: skip
@@ -409,7 +422,7 @@ def headline(layers: Sequence[LayerAnswers]) -> list[Answer]:
         names = [name for name, answer in answers if answer.answer == best]
         # The deepest of them is quoted: there experts know most about the image.
         quoted = next(answer for name, answer in reversed(answers) if name == names[-1])
-        where = "" if len(layers) == 1 else f"in {listed(names)}; {names[-1]}: "
+        where = "" if len(layers) == 1 else f"{names[-1]}: " if len(names) == 1 else f"{listed(names)}; {names[-1]}: "
         found.append(replace(quoted, question=question, detail=where + quoted.detail))
     return found
 
@@ -422,6 +435,7 @@ class _Asked:
         self.labels, self.permutations = np.asarray(recording.labels), permutations
         self.readings: list[Reading] = []
         self.controls: dict[str, list[Reading]] = {}
+        self.same: dict[str, tuple[Reading, Reading]] = {}
         self.probe: Reading | None = None
         self.gain: float | None = None
         self.exceeds_controls = True
@@ -436,7 +450,9 @@ class _Asked:
         self._read(counts)
         self._compare(cluster_seeds)
         if self.layer.inputs is not None and len(np.unique(self.labels)) <= _PROBE_CLASSES:
-            self.probe = self._probe("class", self._class_target(self.layer.inputs.shape[1]))
+            target = np.broadcast_to(self.labels[:, None], self.layer.inputs.shape[:2])
+            groups = probe_groups(self.layer.inputs, target, self.layer.num_experts, self.halves, seed)
+            self.probe = self._patch(groups, "class", "first", "everywhere", _CONTROL_PERMUTATIONS)[0]
 
     def counts(self, choices: Choices) -> Floats:
         """[I, P, E] what each patch's choices count."""
@@ -488,10 +504,10 @@ class _Asked:
         if "clusters" not in self.controls:
             what = "not compared with clusters of the same input"
             return Answer("training", NOT_MEASURED if not self.controls else NOT_SHOWN, what, numbers)
-        if "before" not in self.controls:
+        if not {"before", "untrained"} & set(self.controls):
             numbers.append("The router before training: not recorded.")
         trainings = [self, *others]
-        above = [each.gain is not None and each.exceeds_controls for each in trainings]
+        above = [each.gain is not None and each.exceeds_controls and not each.layer.cluster_start for each in trainings]
         gains = [each.gain for each in trainings if each.gain is not None]
         if others:
             numbers.append(
@@ -503,9 +519,8 @@ class _Asked:
             ((name, each) for name, readings in self.controls.items() for each in readings if each.unit == "patch"),
             key=lambda pair: pair[1].bits.value,
         )
-        own = self.readings[0]
-        what = {"clusters": "clusters of the same input tell", "before": "before training it told"}[name]
-        detail = f"{what} {reading.bits.value:.3f} bits about the class, the router {own.bits.value:.3f}"
+        own = self.same[name][0]
+        detail = f"{_CONTROLS[name][1]} {reading.bits.value:.3f} bits about the class, the router {own.bits.value:.3f}"
         if len(above) > 1:
             detail += f"; {sum(above)} of {len(above)} trainings tell more than their own controls"
         if not all(above):
@@ -563,17 +578,19 @@ class _Asked:
             clusters = cluster_choices(self.layer, cluster_seeds, self.seed)
         own_counts = self.counts(self.primary)
         gains: list[float] = []
-        own: dict[bytes, Estimate] = {}
-        for name, controls in (("before", self.layer.before), ("clusters", clusters)):
+        known: dict[bytes, tuple[Reading, Estimate, Reading]] = {}
+        for name, controls in zip(_CONTROLS, (self.layer.before, self.layer.untrained, clusters), strict=True):
             for control in controls:
                 images = np.asarray(control.images)
                 key = images.tobytes()
-                if key not in own:
-                    # On the images of the control, so that both are about the same.
-                    same = len(images) == len(self.labels)
-                    own[key] = self.estimate if same else self._patch(
-                        own_counts[images], "class", self.primary, "everywhere", _CONTROL_PERMUTATIONS, images
-                    )[1]  # fmt: skip
+                if key not in known:  # clusters are measured on half of the images, and so the router there
+                    mine = own_counts[images]
+                    known[key] = (
+                        *self._patch(mine, "class", self.primary, "everywhere", self.permutations, images),
+                        self._image(mine, self.primary, "everywhere", images),
+                    )
+                own, own_estimate, own_image = known[key]
+                self.same[name] = (own, own_image)
                 patches = own_counts.shape[1]
                 index, amounts = (x if x is None else x[:, :patches] for x in (control.expert_index, control.takes))
                 counts = _counts(cast(Ints, index), amounts, control.num_experts, self.primary)
@@ -582,27 +599,19 @@ class _Asked:
                 )
                 image = self._image(counts, self.primary, "everywhere", images)
                 self.controls[name] = [*self.controls.get(name, []), reading, image]
-                self.exceeds_controls &= exceeds(own[key], estimate)
-                gains.append(own[key].value_bits - estimate.value_bits)
+                self.exceeds_controls &= exceeds(own_estimate, estimate)
+                gains.append(own_estimate.value_bits - estimate.value_bits)
         self.gain = min(gains) if gains else None
 
     def _control_words(self, name: str) -> str:
-        what = {"before": "The router before training", "clusters": "Clusters of the same input"}[name]
         bits, image = ([r.bits.value for r in self.controls[name] if r.unit == unit] for unit in ("patch", "image"))
         guess = [reading.guess.value for reading in self.controls[name] if reading.unit == "patch"]
-        own = next(each for each in self.readings if each.unit == "image")
+        own, own_image = self.same[name]
         return (
-            f"{what}: {_range(bits)} bits (router {self.readings[0].bits.value:.3f}), guess right {_percents(guess)} "
-            f"(router {_percent(self.readings[0].guess.value)}); histogram of the image {_range(image)} bits on "
-            f"held-out images (router {own.bits.value:.3f})."
+            f"{_CONTROLS[name][0]}: {_range(bits)} bits (router {_signed(own.bits.value)}), guess right "
+            f"{_percents(guess)} (router {_percent(own.guess.value)}); histogram of the image {_range(image)} bits on "
+            f"held-out images (router {_signed(own_image.bits.value)})."
         )
-
-    def _class_target(self, patches: int) -> Ints:
-        return np.broadcast_to(self.labels[:, None], (len(self.labels), patches))
-
-    def _probe(self, of: str, target: Ints) -> Reading:
-        counts = probe_groups(cast(Floats, self.layer.inputs), target, self.layer.num_experts, self.halves, self.seed)
-        return self._patch(counts, of, "first", "everywhere", _CONTROL_PERMUTATIONS)[0]
 
 
 def _counts(choices: Ints, amounts: npt.NDArray[Any] | None, num_experts: int, which: Choices) -> Floats:
@@ -862,13 +871,12 @@ def function_answer(swap: Swap | None, why: str | None) -> Answer:
     points, random = swap.points, swap.random
     detail = (
         f"a class's patches sent through another class's expert cost {_signed(points.value, 1)} points of accuracy, "
-        f"random swaps of as many choices {_signed(random.value, 1)}"
+        f"{_interval(points, 1)}; random swaps of as many choices {_signed(random.value, 1)}"
     )
     beside = "more than" if swap.more.low > 0 else "less than" if swap.more.high < 0 else "not told apart from"
     numbers = [
-        f"Swap: {_signed(points.value, 1)} points ({_interval(points, 1)}), random {_signed(random.value, 1)} "
-        f"({_interval(random, 1)}): {beside} random; {_percent(swap.moved)} of the choices of {swap.n_images:,} images "
-        "changed."
+        f"Swap: {beside} random swaps ({_interval(random, 1)}); {_percent(swap.moved)} of the choices "
+        f"of {swap.n_images:,} images changed."
     ]
     answer = NOT_SHOWN if points.low <= 0 else A_LITTLE_WORD if swap.more.high < 0 else YES
     return Answer("function", answer, detail, numbers)
@@ -969,7 +977,7 @@ def recording_of(
             name: [each for each in found.get(name, ()) if each.layer in (None, layer.layer)]
             for name in ("untrained", "kmeans_input")
         }
-        old = mine["untrained"]
+        old = []
         if before is not None:
             ago = before.layers[place]
             index = np.asarray(ago.expert_index)
@@ -986,6 +994,7 @@ def recording_of(
                 inputs=inputs[layer.layer],
                 positions=None if layer.route_by == "image" else some,
                 before=old,
+                untrained=() if old else mine["untrained"],
                 clusters=mine["kmeans_input"] or None,
                 cluster_start=cluster_start,
             )
@@ -1070,12 +1079,13 @@ def _percents(shares: Sequence[float]) -> str:
 
 
 def _range(bits: Sequence[float]) -> str:
-    low, high = _signed(min(bits), plus=False), _signed(max(bits), plus=False)
+    low, high = _signed(min(bits)), _signed(max(bits))
     return low if low == high else f"{low} to {high}"
 
 
-def _signed(value: float, digits: int = 3, *, plus: bool = False) -> str:
-    text = f"{value:{'+' if plus else ''}.{digits}f}"
+def _signed(value: float, digits: int = 3) -> str:
+    """With a true minus sign, and none in front of 0."""
+    text = f"{value:.{digits}f}"
     return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
 
 

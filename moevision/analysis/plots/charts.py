@@ -21,7 +21,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moevision.analysis.describe import QUANTILES, expected_co_activation
-from moevision.analysis.palette import EXPERT_COLOURS, expert_colour, expert_colours, ink_on
+from moevision.analysis.palette import EXPERT_COLOURS
 from moevision.analysis.plots.style import (
     AMOUNT,
     BELOW_ABOVE,
@@ -36,8 +36,11 @@ from moevision.analysis.plots.style import (
     calm,
     colour_bar,
     expert_chips,
+    expert_colour,
+    expert_colours,
     heading,
     hex_of,
+    ink_on,
     new_figure,
     panel_title,
     percent,
