@@ -55,6 +55,7 @@ from moevision.analysis.information import Estimate, choice_counts, class_inform
 from moevision.analysis.intervention import Ranking, edited, numbered_layers
 from moevision.analysis.specialization import Assignments, Rule, exceeds, fit_clusters, listed
 from moevision.errors import UserError
+from moevision.models.reading import routes_read
 from moevision.models.safe_files import read_json, read_yaml
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class RecordedLayer:
         untrained: choices of the same model with freshly drawn weights, which stands for it where that isn't known.
         clusters: choices by clusters of the layer's input; made from `inputs` if None and those are of all patches.
         cluster_start: the router was started from clusters of its input.
+        read: whether any logit reads these patches: with a class-token head it doesn't read those of the last block.
     """
 
     name: str
@@ -129,6 +131,7 @@ class RecordedLayer:
     untrained: Sequence[Assignments] = ()
     clusters: Sequence[Assignments] | None = None
     cluster_start: bool = False
+    read: bool = True
 
 
 @dataclass(frozen=True)
@@ -394,6 +397,8 @@ def three_questions(
         swap = why = None
         if recording.run is None or not layer.tokens_choose:
             why = "routes were not forced" if layer.tokens_choose else "no patch chooses its experts here"
+        elif not layer.read:
+            why = "no logit reads these patches, so that no swap can cost anything"
         elif not own.asked:
             why = own.why
         else:
@@ -971,7 +976,7 @@ def recording_of(
     inputs, some = _inputs(model, pictures, trace, positions), None if kept == patches else positions
     found = baselines or {}
     layers = []
-    for place, layer in enumerate(trace.layers):
+    for place, (layer, read) in enumerate(zip(trace.layers, routes_read(model.net), strict=True)):
         one = slice(None, 1) if layer.route_by == "image" else slice(None)
         mine = {
             name: [each for each in found.get(name, ()) if each.layer in (None, layer.layer)]
@@ -997,6 +1002,7 @@ def recording_of(
                 untrained=() if old else mine["untrained"],
                 clusters=mine["kmeans_input"] or None,
                 cluster_start=cluster_start,
+                read=read,
             )
         )
     objects = None

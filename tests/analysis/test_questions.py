@@ -170,6 +170,9 @@ def test_what_is_missing_is_not_measured() -> None:
     (unknown,) = three_questions(replace(bare, labels=np.full(IMAGES, -1)), **OPTIONS)
     assert words(unknown) == [NOT_MEASURED] * 3
     assert unknown.load.share.tolist() == [0.5, 0.5]
+    unread = recorded(Foreign(0, [-1.0, 1.0]), tokens_of(0), read=False)
+    (found,) = three_questions(unread, **OPTIONS)
+    assert "no logit reads these patches" in found.answers[2].sentence
     with pytest.raises(UserError, match="experts 0 to 1"):
         Recording(LABELS, [RecordedLayer("L1", np.full((IMAGES, 4, 1), 2), 2)], ["cat", "dog"])
 
@@ -366,7 +369,7 @@ def test_a_model_of_ours_is_asked_everything(ours) -> None:
         assert written["load"]["effective_experts"] == layer.load.effective
     old = recording_of(model, pictures, trace, before=trace, swap=False)
     (first, *_) = three_questions(old, permutations=20)
-    assert set(first.controls) == {"before"}
+    assert set(first.controls) == {"before", "clusters"}
     assert first.answers[1].answer == NOT_SHOWN  # it tells exactly what it did before
     assert first.answers[2].answer == NOT_MEASURED
     with pytest.raises(UserError, match="same MoE layers"):
