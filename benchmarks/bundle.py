@@ -23,6 +23,7 @@ from benchmarks.harness import HERE, argument_parser
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet, open_pictures, read_images
+from moevision.analysis.questions import headline, recording_of, three_questions
 from moevision.analysis.specialization import measure_baselines, specialization
 from moevision.demo.atlas import build_atlas, save_atlas
 from moevision.demo.typical import typical_of
@@ -142,13 +143,16 @@ def _atlas(model: SavedModel, pictures: PictureSet, seeds: list[SavedModel], tit
     trace = collect_routing(model, pictures, name=title)
     others = [collect_routing(other, pictures) for other in seeds]
     fractions = fractions_of_parts(pictures, trace.grid)
-    information = specialization(
-        trace,
-        baselines=measure_baselines(model, pictures, trace),
-        seeds=others,
-        parts=None if fractions is None else majority_part(fractions),
-    )
-    for entry in information:
-        print(entry.sentence)
+    parts = None if fractions is None else majority_part(fractions)
+    baselines = measure_baselines(model, pictures, trace)
+    information = specialization(trace, baselines=baselines, seeds=others, parts=parts)
+    own = recording_of(model, pictures, trace, baselines=baselines, parts=parts, part_names=pictures.part_names)
+    again = [
+        recording_of(other, pictures, routed, baselines=measure_baselines(other, pictures, routed), swap=False)
+        for other, routed in zip(seeds, others, strict=True)
+    ]
+    questions = three_questions(own, seeds=again)
+    for answer in headline(questions):
+        print(answer.sentence)
     maps = {layer.layer: class_expert_map(trace, layer.layer) for layer in trace.layers}
-    return build_atlas(trace, pictures, information, maps)
+    return build_atlas(trace, pictures, information, maps, questions=questions)

@@ -1,7 +1,8 @@
 """What experts respond to: the routing of whole sets of images, and what can be said about it.
 
 - images and traces: `images`, `collect` (run the model), `trace`, `describe` (counts, galleries, classes)
-- is it more than chance: `information`, `specialization` (beside its baselines), `agreement`
+- is it more than chance: `questions` (three answers about any model), `information`, `specialization` (baselines),
+  `agreement`
 - what if: `intervention`, `effects`
 - what it looks like: `plots` (all figures), `palette`, and `report` (`moevision analyze`)
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from moevision.analysis.effects import class_effect, effect
     from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
+    from moevision.analysis.questions import RecordedLayer, Recording, recording_of, three_questions
     from moevision.analysis.specialization import measure_baselines
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
@@ -29,6 +31,8 @@ _HOME = {
     "Intervention": "intervention",
     "LayerTrace": "trace",
     "PictureSet": "images",
+    "RecordedLayer": "questions",
+    "Recording": "questions",
     "RoutingTrace": "trace",
     "class_effect": "effects",
     "class_expert_map": "describe",
@@ -42,12 +46,16 @@ _HOME = {
     "measure_baselines": "specialization",
     "open_pictures": "images",
     "patch_crop": "images",
+    "recording_of": "questions",
+    "three_questions": "questions",
 }
 
 __all__ = [
     "Intervention",
     "LayerTrace",
     "PictureSet",
+    "RecordedLayer",
+    "Recording",
     "RoutingTrace",
     "class_effect",
     "class_expert_map",
@@ -61,6 +69,8 @@ __all__ = [
     "measure_baselines",
     "open_pictures",
     "patch_crop",
+    "recording_of",
+    "three_questions",
 ]
 
 

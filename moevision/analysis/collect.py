@@ -12,7 +12,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -114,7 +114,8 @@ def collect_routing(
     with ExitStack() as stack:
         stack.enter_context(evaluating(net))
         for batch in reader.batches(progress):
-            rows, place = _rows(net, batch)
+            with label_oracle(net, batch.labels) if oracles else nullcontext():
+                rows, place = _rows(net, batch)
             if sink is None:
                 names = [pictures.picture_name(index) for index in range(len(pictures))]
                 num_outputs = rows["probabilities"].shape[1]
@@ -152,8 +153,7 @@ def _about(saved: SavedModel, pictures: PictureSet, title: str, settings: dict[s
 def _rows(net: nn.Module, batch: Batch) -> tuple[dict[str, Array], dict[str, Any]]:
     """One batch's rows of all arrays, and where they come from: layers and grid."""
     dtype = next(net.parameters()).dtype
-    with label_oracle(net, batch.labels):
-        output, routings = forward_routing(net, batch.images.to(best_device(), dtype))
+    output, routings = forward_routing(net, batch.images.to(best_device(), dtype))
     if not routings:
         raise UserError("This model has no MoE layers: give a model that was converted by moevision.convert_to_moe.")
     grids = {routing.grid for routing in routings}

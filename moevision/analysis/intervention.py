@@ -547,6 +547,20 @@ class Ranking(Decision):
         back = (self.order != expert).to(torch.uint8)  # [B, N, E] 0 for the expert, which a stable sort puts first
         return replace(self, order=self.order.gather(-1, back.argsort(dim=-1, stable=True)))
 
+    def choose(self, experts: Tensor, prefix: int) -> Self:
+        """Send every patch to these experts [B, P, K]; weights stay with the rank, prefix tokens where they are.
+
+        With P = 1 all tokens of an image go to the same experts, the prefix tokens too.
+        """
+        if experts.shape[1] == 1:
+            wanted = experts.expand(-1, self.order.shape[1], -1)
+        else:
+            wanted = torch.cat([self.order[:, :prefix, : self.top_k], experts], 1)
+        others = torch.ones_like(self.order).scatter(-1, wanted, 0)  # [B, N, E] by expert
+        place = others.gather(-1, self.order).argsort(dim=-1, stable=True)
+        rest = self.order.gather(-1, place)[..., wanted.shape[-1] :]  # in their old order
+        return replace(self, order=torch.cat([wanted, rest], -1))
+
     def exchange(self, a: int, b: int) -> Self:
         """Give expert a's tokens to expert b, with the weight that they gave a, and the other way round."""
         order = self.order

@@ -1,17 +1,16 @@
-"""Did experts learn to specialize? Information about class, position and part beside everything it must exceed.
+"""What experts tell about class, position and part, in bits beside everything that tells as much without learning.
 
 "Above chance" is a low bar: a router that was never trained sorts patches by colour, and colour differs between
-classes. So each number stands beside three comparisons, all on held-out images:
+classes. So each number stands beside
 
-- (a) the null of `information.py`, permuted over images;
-- (b) the baselines (`measure_baselines`), in which no router has learned anything;
-- (c) other trainings of the same recipe: the finding has to come back in each of them, above (a) and (b) as well. (A
-  model needn't exceed its own siblings.) Experts of two trainings are matched before their choices are compared.
+- the null of `information.py`, permuted over images;
+- the baselines (`measure_baselines`), in which no router has learned anything, on held-out images;
+- other trainings of the same recipe, whose experts are matched before their choices are compared.
 
-`verdict` is True, and the words "learned specialization" are used, only above all three. A comparison that wasn't made
-counts as not passed, and the sentence says so. "Above a baseline" means that the interval of the difference of the two
-estimates lies above 0; it is put together from their own intervals (Zou and Donner, Statistics in Medicine 27, 2008,
-1693-1702, "MOVER"), as if they were independent. They rest on the same images, which makes this a little strict.
+What follows from that is said in `questions.py`, where every training stands against its own controls. "Above a
+baseline" means that the interval of the difference of the two estimates lies above 0; it is put together from their own
+intervals (Zou and Donner, Statistics in Medicine 27, 2008, 1693-1702, "MOVER"), as if they were independent. They rest
+on the same images, which makes this a little strict.
 
 The baselines:
 
@@ -48,7 +47,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -83,8 +82,6 @@ Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
 Json = dict[str, Any]
 
-FOUND, NOT_FOUND, OPEN = "found", "not_found", "open"
-
 ABOUT_WORDS = {
     "class": "the class",
     "class_given_position": "the class, position held fixed",
@@ -105,8 +102,6 @@ _SPECIALIZATION = {
     "part": "part specialization beyond position",
 }
 
-Passed = tuple[bool, bool | None, bool | None]
-
 
 @dataclass(frozen=True)
 class LayerSpecialization:
@@ -121,7 +116,6 @@ class LayerSpecialization:
         seed_kappas: agreement of first choices with each other training, experts matched, beyond chance.
         above_null: the estimate's interval lies above 0 and its p-value is at most 0.05.
         above_baselines: it exceeds every baseline; None if there is none.
-        above_seeds: every other training exceeds null and baselines too; None if there is none.
         sentence: the result in words.
     """
 
@@ -133,18 +127,12 @@ class LayerSpecialization:
     seed_kappas: tuple[float, ...]
     above_null: bool
     above_baselines: bool | None
-    above_seeds: bool | None
     sentence: str
 
     @property
     def name(self) -> str:
         """The layer as it is shown, such as "L4"."""
         return f"L{self.layer}"
-
-    @property
-    def verdict(self) -> bool:
-        """Whether this is learned specialization: above the null, every baseline, and in every other training."""
-        return self.above_null and bool(self.above_baselines) and bool(self.above_seeds)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON primitives, the estimate's fields beside the others."""
@@ -156,8 +144,7 @@ class LayerSpecialization:
             "baselines": {name: list(values) for name, values in self.baselines.items()},
             "seeds": list(self.seeds),
             "seed_kappas": list(self.seed_kappas),
-            "above": {"null": self.above_null, "baselines": self.above_baselines, "seeds": self.above_seeds},
-            "verdict": self.verdict,
+            "above": {"null": self.above_null, "baselines": self.above_baselines},
             "sentence": self.sentence,
         }
 
@@ -268,15 +255,10 @@ def _result(
     every = [each for estimates in baselines.values() for each in estimates]
     above_null = _above_null(own)
     above_baselines = all(exceeds(own, each) for each in every) if every else None
-    again = [_above_null(other) and all(exceeds(other, each) for each in every) for other in seeds]
     bits = {name: tuple(each.value_bits for each in estimates) for name, estimates in baselines.items() if estimates}
     seed_bits = tuple(each.value_bits for each in seeds)
-    above_seeds = all(again) if again else None
-    passed = (above_null, above_baselines, above_seeds)
-    sentence = sentence_of(layer.name, about, own, bits, seed_bits, passed, layer.kind)
-    return LayerSpecialization(
-        layer.layer, about, own, bits, seed_bits, kappas, above_null, above_baselines, above_seeds, sentence
-    )
+    sentence = sentence_of(layer.name, about, own, bits, seed_bits, above_null, above_baselines, layer.kind)
+    return LayerSpecialization(layer.layer, about, own, bits, seed_bits, kappas, above_null, above_baselines, sentence)
 
 
 def _above_null(estimate: Estimate) -> bool:
@@ -296,15 +278,13 @@ def sentence_of(
     layer: str,
     about: str,
     estimate: Estimate,
-    baselines: Mapping[str, tuple[float, ...]],
-    seeds: tuple[float, ...],
-    passed: Passed,
+    baselines: Mapping[str, Sequence[float]],
+    seeds: Sequence[float],
+    above_null: bool,
+    above_baselines: bool | None,
     kind: RoutingKind = "token_choice",
 ) -> str:
-    """The result in words: bits above chance first, then what they exceed, then p.
-
-    "Learned specialization" is said only above all comparisons; "no learned specialization" names the comparison that
-    explains the number as well; where a comparison is missing the sentence says which, instead of either.
+    """The result in words: bits above chance first, then the baseline that comes closest, then other trainings.
 
     Args:
         layer: as it is shown, such as "L4".
@@ -312,10 +292,10 @@ def sentence_of(
         estimate: of the layer.
         baselines: name -> excess in bits of each seed.
         seeds: excess in bits of other trainings.
-        passed: whether the layer is above the null, the baselines and, in every other training, both.
+        above_null: whether it exceeds shuffled images.
+        above_baselines: whether it exceeds every baseline; None: not compared.
         kind: who chooses in the layer.
     """
-    above_null, above_baselines, above_seeds = passed
     value, interval = _bits(estimate.value_bits), f"95 % CI {_bits(estimate.low)} to {_bits(estimate.high)}"
     if not above_null:
         where = "" if kind == "token_choice" else f" in {teller(about, kind)}"
@@ -325,36 +305,16 @@ def sentence_of(
         )
     told = (
         f"{layer}: {teller(about, kind)} tells {value} bits about {ABOUT_WORDS[about]} ({interval}, "
-        f"{_percent(estimate.share_of_entropy)} of the maximum, n = {estimate.n_images:,})."
+        f"{_percent(estimate.share_of_entropy)} of the maximum, n = {estimate.n_images:,}), more than shuffled images "
+        f"(p = {estimate.p_value:.2g})."
     )
-    if above_baselines is False:
-        name, bits = max(((name, max(values)) for name, values in baselines.items()), key=lambda pair: pair[1])
-        give = "give" if name.startswith("kmeans") else "gives"
-        how = "as much or more" if bits >= estimate.value_bits else "too close to tell apart"
-        return (
-            f"{told} That is more than shuffled images give, but {BASELINE_WORDS.get(name, name)} {give} {_bits(bits)} "
-            f"bits, {how}: no learned specialization."
-        )
-    closest = max((bits for values in baselines.values() for bits in values), default=0.0)
-    if above_seeds is False:
-        return (
-            f"{told} That is more than shuffled images and routing without learning give (at most {_bits(closest)} "
-            f"bits), but other trainings of the same recipe ({_range(seeds)} bits) do not all exceed those: no learned "
-            "specialization."
-        )
-    compared = {"routing without learning": above_baselines, "other trainings": above_seeds}
-    missing = [name for name, value in compared.items() if value is None]
-    if missing:
-        above = "shuffled images" if above_baselines is None else "shuffled images and routing without learning"
-        return (
-            f"{told} That is more than {above} give; it was not compared with {' and '.join(missing)}, so nothing is "
-            "said about learned specialization."
-        )
-    return (
-        f"{told} That is more than shuffled images (p = {estimate.p_value:.2g}) and every routing without learning "
-        f"give (at most {_bits(closest)} bits), and {len(seeds)} other training{'s' if len(seeds) > 1 else ''} "
-        f"repeat{'' if len(seeds) > 1 else 's'} it ({_range(seeds)} bits): learned specialization."
-    )
+    others = f" Other trainings: {_range(seeds)} bits." if seeds else ""
+    if above_baselines is None:
+        return f"{told} It was not compared with routing without learning.{others}"
+    name, bits = max(((name, max(values)) for name, values in baselines.items()), key=lambda pair: pair[1])
+    give, words = "give" if name.startswith("kmeans") else "gives", BASELINE_WORDS.get(name, name)
+    how = "less" if above_baselines else "as much or more" if bits >= estimate.value_bits else "too close to tell apart"
+    return f"{told} {words[0].upper()}{words[1:]} {give} {_bits(bits)} bits, {how}.{others}"
 
 
 def _bits(value: float) -> str:
@@ -365,89 +325,9 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %".replace("-", "−") if round(100 * share, 1) else "0.0 %"
 
 
-def _range(values: tuple[float, ...]) -> str:
+def _range(values: Sequence[float]) -> str:
     low, high = _bits(min(values)), _bits(max(values))
     return low if low == high else f"{low} to {high}"
-
-
-HEADLINES: Final = {
-    FOUND: "Learned specialization in {layers}: its routing depends on {about}",
-    OPEN: "Open: {layers} passes every comparison made, but was not compared with other trainings",
-    NOT_FOUND: "No learned specialization found",
-}
-_FOUND_WORDS: Final = (
-    "Only layers count whose routing tells more than chance, than the same model untrained, than routing by a hash and "
-    "than clusters of colour and of the layer's own input, and where other trainings of the recipe repeat it. It does "
-    "not say that the answer needs these experts: that is measured by taking them away, further down."
-)
-_OPEN_WORDS: Final = (
-    "The routing tells more than anything that needs no learning. Whether that comes with the recipe or by chance in "
-    "this one training shows only in other trainings: train with another --seed_everything, give the runs to --seeds."
-)
-_NOT_FOUND_WORDS: Final = (
-    "Experts do get different patches (see the galleries below), but what this tells is {reason}. This is a result, "
-    "not a failure: experts add capacity to a model whether or not any of them stands for something that has a name, "
-    "and a pattern that a router finds without learning is no evidence that it has learned one."
-)
-
-
-def verdict_of(entries: Sequence[LayerSpecialization], layer_names: Sequence[tuple[int, str]]) -> Json:
-    """The answer, its headline and explanation, and sentences for each layer.
-
-    Args:
-        entries: specialization of every layer, about everything that was asked.
-        layer_names: (block index, name) of every MoE layer, in order of depth.
-    """
-    layers = [
-        {"layer": layer, "name": name, **_of_layer([entry for entry in entries if entry.layer == layer])}
-        for layer, name in layer_names
-    ]
-    answers = [layer["answer"] for layer in layers]
-    answer = next((each for each in (FOUND, OPEN) if each in answers), NOT_FOUND)
-    names = [layer["name"] for layer in layers if layer["answer"] == answer]
-    about = dict.fromkeys(ABOUT_WORDS[entry.about] for entry in entries if entry.verdict)
-    headline = HEADLINES[answer].format(layers=listed(names), about=listed(list(about)))
-    if len(names) > 1:
-        headline = (
-            headline.replace(": its routing", ": their routing")
-            .replace(" passes ", " pass ")
-            .replace("was not", "were not")
-        )
-    words = {FOUND: _FOUND_WORDS, OPEN: _OPEN_WORDS, NOT_FOUND: _NOT_FOUND_WORDS}[answer]
-    explanation = words.format(reason=", or ".join(_reasons(entries)))
-    return {"answer": answer, "headline": headline, "explanation": explanation, "layers": layers}
-
-
-def _of_layer(own: Sequence[LayerSpecialization]) -> Json:
-    """A layer's answer, and the sentences of what it learned or came closest to; about the class in any case."""
-    learned, undecided = [entry for entry in own if entry.verdict], [entry for entry in own if is_open(entry)]
-    close = [entry for entry in own if entry.above_null and entry.above_baselines]
-    told = [entry for entry in own if entry.about == "class" or entry in (learned or undecided or close)] or list(own)
-    sentences = [entry.sentence for entry in told] or ["Nothing was asked of this layer."]
-    return {"answer": FOUND if learned else OPEN if undecided else NOT_FOUND, "sentences": sentences}
-
-
-def is_open(entry: LayerSpecialization) -> bool:
-    """Whether everything was passed that was looked at, and other trainings were not."""
-    return entry.above_null and bool(entry.above_baselines) and entry.above_seeds is None
-
-
-def _reasons(entries: Sequence[LayerSpecialization]) -> list[str]:
-    """What stood in the way, in words."""
-    above_null = [entry for entry in entries if entry.above_null]
-    if not above_null:
-        most = max((entry.estimate.high for entry in entries), default=0.0)
-        return [f"no more than shuffled images give by chance (these images leave room for up to {most:.3f} bits)"]
-    reasons = []
-    if any(entry.above_baselines is False for entry in above_null):
-        reasons.append(
-            "matched by routing in which no router has learned anything, such as clusters of similar patches"
-        )
-    if any(entry.above_baselines is None for entry in above_null):
-        reasons.append("compared with nothing that needs no learning")
-    if any(entry.above_baselines and entry.above_seeds is False for entry in above_null):
-        reasons.append("not repeated by other trainings of the same recipe")
-    return reasons
 
 
 def listed(words: Sequence[str]) -> str:
@@ -610,7 +490,7 @@ class _Clustering:
         self, name: str, source: int | None, rule: Rule, layers: Sequence[int | None], seed: int, tokens: Floats
     ) -> None:
         self.name, self.source, self.rule, self.layers, self.seed = name, source, rule, layers, seed
-        self.mean = _fit(tokens, rule.num_experts, seed)
+        self.mean = fit_clusters(tokens.reshape(-1, tokens.shape[-1]), rule.num_experts, seed)
         self.scale = rule.scale(self._scores(tokens))
         self.chosen: list[Chosen] = []
 
@@ -631,10 +511,11 @@ class _Clustering:
         return scores
 
 
-def _fit(tokens: Floats, num_clusters: int, seed: int) -> KMeans:
+def fit_clusters(tokens: Floats, num_clusters: int, seed: int) -> KMeans:
+    """K-means of tokens [T, D]."""
     from sklearn.cluster import KMeans  # not needed, and slow to import, for anything else here
 
-    return KMeans(num_clusters, n_init=1, random_state=seed).fit(tokens.reshape(-1, tokens.shape[-1]))
+    return KMeans(num_clusters, n_init=1, random_state=seed).fit(tokens)
 
 
 def _features(

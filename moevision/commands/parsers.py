@@ -267,8 +267,9 @@ def analyze() -> ArgumentParser:
           trace.safetensors   the routing of every patch, for your own questions:
                               moevision.analysis.RoutingTrace.load("OUT/trace.safetensors")
 
-        A layer counts as "learned specialization" only if its experts tell more about the images than chance, than the
-        same model untrained, than a hash and clusters of the patches and, with --seeds, if other trainings repeat it.
+        It answers three questions, each beside its controls: do classes go to different experts, did training the
+        router add to that (beside the router before training and clusters of its own input; with --seeds every training
+        against its own), and do the experts do different things (classes' patches through each other's experts).
         """,
         """\
         moevision analyze runs/pets                                   the images that the run held out for its test
@@ -282,6 +283,7 @@ def analyze() -> ArgumentParser:
     add("--out", default="report", metavar="DIR", help="folder to write to (%(default)s)")
     add("--limit", type=int, metavar="N", help="images, the same number of each class (1000)")
     add("--seeds", nargs="+", default=[], metavar="RUN", help="other trainings of the same recipe, to compare with")
+    add("--before", metavar="MODEL", help="the model before it was trained, to compare with (fresh weights)")
     add(
         "--permutations", type=int, metavar="N", help="shuffles behind each chance level (1000; smallest p = 1/(N + 1))"
     )

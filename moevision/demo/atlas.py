@@ -5,7 +5,8 @@ One JSON object, `"schema": "moevision.atlas/1"`:
 - `data`, `model`, `n_images`, `class_names`, `num_experts`, `top_k`, `grid`, `accuracy`;
 - `layers`, in order of depth, each with `layer`, `name`, `kind` (who chooses), `num_experts`, `experts_per_patch`,
   `loads` ([E] choices that each expert computed; Soft MoE: weight that patches took), `slowest` (busiest ÷ mean),
-  `map` (a `ClassExpertMap`), `information` (a list of `LayerSpecialization`) and `experts`: per expert its `top` and
+  `map` (a `ClassExpertMap`), `information` (a list of `LayerSpecialization`), `answers` (the three `Answer`s about the
+  layer), `load_words` and `experts`: per expert its `top` and
   `random` patches as `[image name, index of the image, patch, weight]`, its `classes` (the five that prefer it
   most) and its `parts` (null where the images have none), largest excess first;
 - `paths`: patches by the experts that they went through, `{"path": [an expert per layer], "count": patches on it,
@@ -13,7 +14,8 @@ One JSON object, `"schema": "moevision.atlas/1"`:
   expert of some layer took (expert choice) is on no path.
 
 `num_experts` and `top_k` are the first layer's; atlases of earlier versions have no `kind`, `num_experts` and
-`experts_per_patch` in a layer (all layers are then alike, and tokens choose).
+`experts_per_patch` in a layer (all layers are then alike, and tokens choose), and no `answers`: those and the sentences
+of `information` are said anew from its numbers when it is read.
 
 Floats are rounded to four decimals, and to seven in `information`, whose sentences tell three; null stands where there
 is no number, as for a class without images.
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +41,9 @@ from moevision.analysis.describe import (
     part_expert_table,
     spread_over_pictures,
 )
+from moevision.analysis.information import Estimate
+from moevision.analysis.questions import answers_from_sums
+from moevision.analysis.specialization import sentence_of
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
@@ -46,8 +52,10 @@ from moevision.names import json_text
 if TYPE_CHECKING:
     from moevision.analysis.describe import ClassExpertMap
     from moevision.analysis.images import PictureSet
+    from moevision.analysis.questions import LayerAnswers
     from moevision.analysis.specialization import LayerSpecialization
     from moevision.analysis.trace import LayerTrace, RoutingTrace
+    from moevision.layers.routing import Kind as RoutingKind
 
 SCHEMA = "moevision.atlas/1"
 """Version of the file; a change that an older reader would misread raises the number."""
@@ -64,6 +72,7 @@ def build_atlas(
     information: Sequence[LayerSpecialization],
     maps: Mapping[int, ClassExpertMap],
     *,
+    questions: Sequence[LayerAnswers] = (),
     count: int = 8,
     max_patches: int = 3000,
     seed: int = 0,
@@ -75,6 +84,7 @@ def build_atlas(
         pictures: whose parts are counted; None leaves parts out.
         information: from `specialization(trace, ...)`.
         maps: block index -> `class_expert_map(trace, layer)`.
+        questions: from `three_questions`; without them the answers say what the other numbers do.
         count: patches in each gallery.
         max_patches: of all paths together.
         seed: of what is drawn at random.
@@ -126,7 +136,10 @@ def build_atlas(
             "paths": sample_paths(trace, max_patches, seed),
         }
     )
-    return atlas
+    for layer, found in zip(atlas["layers"], questions, strict=False):
+        layer["answers"] = [answer.to_json() for answer in found.answers]
+        layer["load_words"] = found.load.words
+    return _said(atlas)
 
 
 def save_atlas(atlas: Json, path: str | Path) -> None:
@@ -149,7 +162,43 @@ def load_atlas(path: str | Path) -> Json:
     schema = atlas.get("schema") if isinstance(atlas, dict) else None
     if schema != SCHEMA:
         raise UserError(f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: build the atlas again.")
-    return dict(atlas)
+    return _said(atlas)
+
+
+def _said(atlas: Json) -> Json:
+    """The atlas with a sentence for every number, in the words of this version."""
+    layers = []
+    for layer in atlas["layers"]:
+        information = [
+            {**entry, "sentence": _sentence(entry, layer.get("kind", "token_choice"))} for entry in layer["information"]
+        ]
+        layers.append({**_answers(layer), **layer, "information": information})
+    return {**atlas, "layers": layers}
+
+
+def _estimate(entry: Json) -> Estimate:
+    return Estimate(**{field.name: entry[field.name] for field in fields(Estimate)})
+
+
+def _sentence(entry: Json, kind: RoutingKind) -> str:
+    above = entry["above"]
+    return sentence_of(
+        entry["name"], entry["about"], _estimate(entry), entry["baselines"], entry["seeds"],
+        above["null"], above["baselines"], kind,
+    )  # fmt: skip
+
+
+def _answers(layer: Json) -> Json:
+    """The three answers, as far as the sums of the layer tell them; nothing where classes weren't asked about."""
+    entry = next((each for each in layer["information"] if each["about"] == "class"), None)
+    if entry is None:
+        return {"answers": [], "load_words": ""}
+    share = np.array(layer["map"]["share"], dtype=np.float64)  # None, a class without images, becomes NaN
+    found = answers_from_sums(
+        layer["name"], _estimate(entry), share, np.array(layer["map"]["n_images"]), np.array(layer["loads"]),
+        entry["baselines"], entry["above"]["baselines"],
+    )  # fmt: skip
+    return {"answers": [answer.to_json() for answer in found.answers], "load_words": found.load.words}
 
 
 def sample_paths(trace: RoutingTrace, max_patches: int = 3000, seed: int = 0) -> list[Json]:

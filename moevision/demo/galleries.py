@@ -200,7 +200,7 @@ class Galleries:
 
 
 def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
-    """An atlas without the baselines of `measure_baselines`, which take minutes; so no verdict is given in it."""
+    """An atlas without the baselines, which take minutes, so that what training added is not measured."""
     maps = {layer.layer: class_expert_map(trace, layer.layer) for layer in trace.layers}
     fractions = fractions_of_parts(pictures, trace.grid)
     parts = None if fractions is None else majority_part(fractions)
@@ -270,6 +270,8 @@ class AtlasPages:
                 "name": layer["name"],
                 **{name: layer["map"][name] for name in ("share", "excess", "significant", "threshold")},
                 "information": layer["information"],
+                "answers": layer["answers"],
+                "load_words": layer["load_words"],
             }
             for layer in atlas["layers"]
         ]

@@ -19,16 +19,8 @@ from moevision.analysis.describe import (
     part_fractions,
     position_share,
 )
-from moevision.analysis.palette import (
-    EXPERT_COLOURS,
-    FADED,
-    HIGHLIGHT,
-    NEUTRAL,
-    contrast,
-    expert_colour,
-    expert_colours,
-    ink_on,
-)
+from moevision.analysis.palette import EXPERT_COLOURS, FADED, HIGHLIGHT, NEUTRAL
+from moevision.analysis.plots.style import contrast, expert_colour, expert_colours, ink_on
 from moevision.errors import UserError
 
 

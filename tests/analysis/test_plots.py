@@ -301,20 +301,21 @@ def row(**changes: Any) -> dict[str, Any]:
     plain = {
         "layer": 1, "about": "class", "value_bits": 0.2, "low": 0.15, "high": 0.25, "null_sd": 0.01, "n_images": 400,
         "baselines": {"untrained": [0.05, 0.06], "hash": [0.0], "kmeans_colour": [0.1], "kmeans_input": [0.12]},
-        "seeds": [0.18, 0.21], "verdict": True,
+        "seeds": [0.18, 0.21], "above": {"null": True, "baselines": True},
     }  # fmt: skip
     return plain | changes
 
 
 def test_specialization_stands_beside_all_comparisons() -> None:
-    figure = plots.plot_specialization([row(), row(layer=3, verdict=False, value_bits=-0.02), row(about="part")])
+    below = {"null": False, "baselines": False}
+    figure = plots.plot_specialization([row(), row(layer=3, above=below, value_bits=-0.02), row(about="part")])
     axes = figure.axes[0]
     drawn = {tuple(np.round(np.asarray(line.get_xdata()), 3)) for line in axes.lines}
     assert {(0.2,), (0.15, 0.25), (0.05, 0.06), (0.0,), (0.1,), (0.12,), (0.18, 0.21)} <= drawn
     band = axes.patches[0]
     assert (band.get_x(), band.get_width()) == pytest.approx((-0.0196, 0.0392))  # type: ignore[attr-defined]
-    assert "0.200 bits\nlearned" in words(axes)
-    assert "−0.020 bits\nlearned: not shown" in words(axes)
+    assert "0.200 bits\nabove all controls" in words(axes)
+    assert "−0.020 bits\nnot above all controls" in words(axes)
     assert axes.get_title("left") == "expert ↔ class"
     assert figure.axes[1].get_title("left") == "expert ↔ drawn part"
     assert_readable(figure)

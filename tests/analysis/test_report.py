@@ -12,9 +12,9 @@ import torch
 import yaml
 from markupsafe import escape
 
+from moevision.analysis.questions import A_LITTLE_WORD, LEADS, NOT_MEASURED, NOT_SHOWN, YES
 from moevision.analysis.report.build import analyze, claim_folder, render
 from moevision.analysis.report.measure import ReportSettings
-from moevision.analysis.specialization import FOUND, NOT_FOUND, OPEN
 from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets
 from moevision.layers.moe import moe_layers
@@ -53,7 +53,9 @@ def report(runs, cli, tmp_path_factory):
     """The folder of a report, its numbers and its page."""
     out = tmp_path_factory.mktemp("analysis") / "report"
     one, two = runs
-    outcome = cli("analyze", one, "--seeds", two, "--quick", "--limit=48", "--permutations=40", f"--out={out}")
+    outcome = cli(
+        "analyze", one, "--seeds", two, "--before", two, "--quick", "--limit=48", "--permutations=40", f"--out={out}"
+    )
     assert (outcome.code, outcome.err) == (0, ""), outcome.err
     assert str(out / "report.html") in outcome.out
     page = (out / "report.html").read_text(encoding="utf-8")
@@ -191,11 +193,20 @@ def test_it_says_where_it_comes_from(report):
     assert [match["run"] for layer in numbers["stability"] for match in layer["matches"]] == ["two", "two"]
 
 
-def test_the_verdict_is_printed_and_stands_first(report):
+def test_the_three_answers_are_printed_and_stand_first(report):
     _, numbers, page, outcome = report
-    verdict = numbers["verdict"]
-    assert outcome.out.splitlines()[0] == verdict["headline"]
-    assert page.index(verdict["headline"]) < page.index("Where each patch goes</h2>")
+    answers = numbers["verdict"]["answers"]
+    assert [answer["question"] for answer in answers] == list(LEADS)
+    assert outcome.out.splitlines()[:3] == [answer["sentence"] for answer in answers]
+    for answer in answers:
+        assert answer["answer"] in (YES, A_LITTLE_WORD, NOT_SHOWN, NOT_MEASURED)
+        assert page.index(str(escape(answer["sentence"]))) < page.index("Where each patch goes</h2>")
+    for layer, found in zip(numbers["verdict"]["layers"], numbers["questions"], strict=True):
+        assert [f"{layer['name']}: {answer['sentence']}" for answer in found["answers"]] == layer["sentences"]
+        assert len(found["trainings"]) == 2  # this one and the other, each against its own controls
+        assert [reading["unit"] for reading in found["controls"]["before"]] == ["patch", "image"]  # one, from --before
+        assert found["load"]["share"] == pytest.approx(numbers["layers"][numbers["questions"].index(found)]["share"])
+    assert "no learned specialization" not in (page + outcome.out).lower()
 
 
 def test_a_report_replaces_a_former_one_only(report, runs, tmp_path, monkeypatch):
@@ -214,7 +225,8 @@ def test_a_report_replaces_a_former_one_only(report, runs, tmp_path, monkeypatch
     assert not list((again / "figures").iterdir()), "nor are figures kept that the new report doesn't have"
     assert mine.read_text() == "mine"
     assert not list(again.rglob("*.tmp"))
-    assert json.loads((again / "report.json").read_text())["verdict"]["answer"] in (OPEN, NOT_FOUND)  # without --seeds
+    (first, *_) = json.loads((again / "report.json").read_text())["questions"]
+    assert len(first["trainings"]) == 1  # without --seeds
 
 
 def test_a_run_that_is_interrupted_leaves_the_former_page(report, runs, tmp_path, monkeypatch):
@@ -270,16 +282,16 @@ def test_a_model_without_experts(cli, tmp_path):
 def test_help_teaches(cli):
     outcome = cli("analyze", "--help")
     assert (outcome.code, outcome.err) == (0, "")
-    for words in ("report.html", "--seeds", "learned specialization", "--quick", "examples", "RoutingTrace.load"):
+    for words in ("report.html", "--seeds", "three questions", "--before", "--quick", "examples", "RoutingTrace.load"):
         assert words.lower() in outcome.out.lower()
 
 
-@pytest.mark.parametrize("answer", [FOUND, OPEN, NOT_FOUND])
+@pytest.mark.parametrize("answer", [YES, A_LITTLE_WORD, NOT_SHOWN, NOT_MEASURED])
 def test_each_answer_has_its_box(report, answer):
     _, numbers, _, _ = report
     other = json.loads(json.dumps(numbers))
-    other["figures"], other["verdict"]["answer"] = [], answer
-    assert f'<div class="verdict {answer}">' in render(other, {})
+    other["figures"], other["verdict"]["answers"][1]["answer"] = [], answer
+    assert f'<div class="verdict {answer.replace(" ", "-")}">' in render(other, {})
 
 
 def test_names_from_outside_stay_text(report):

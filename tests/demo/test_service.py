@@ -197,8 +197,13 @@ def test_classes_are_the_atlas(explorer):
     for label, row in enumerate(page["layers"][1]["share"]):
         assert row == pytest.approx(shares[trace.labels == label].mean(0), abs=1e-3)
     assert {entry["about"] for entry in page["layers"][0]["information"]} >= {"class", "position", "part"}
-    # nothing was compared with untrained models here, so nothing may be called learned
-    assert not any(entry["verdict"] for layer in page["layers"] for entry in layer["information"])
+    for layer, found in zip(page["layers"], trace.layers, strict=True):
+        answers = layer["answers"]
+        assert [answer["question"] for answer in answers] == ["experts", "training", "function"]
+        # nothing was compared with untrained models here, and no route was forced
+        assert [answer["answer"] for answer in answers[1:]] == ["not measured", "not measured"]
+        load = found.counts().sum(0)
+        assert layer["load_words"].startswith(f"max/mean load {load.max() / load.mean():.2f}, in effect ")
 
 
 def test_compare_is_the_difference_of_shares(explorer):

@@ -18,7 +18,12 @@ def of_layer(record: Json, number: int, about: str) -> Json:
     layer = next(layer for layer in record["layers"] if layer["layer"] == number)
     entry = next(entry for entry in layer["information"] if entry["about"] == about)
     baselines = {name: max(*values, 0.0) for name, values in entry["baselines"].items()}
-    return {**entry, **baselines, "about": QUESTIONS[about], "learned": "yes" if entry["verdict"] else "no"}
+    return {
+        **entry,
+        **baselines,
+        "about": QUESTIONS[about],
+        "above": "yes" if all(entry["above"][name] for name in ("null", "baselines")) else "no",
+    }
 
 
 def table(record: Json) -> list[Json]:
@@ -33,7 +38,7 @@ CLAIMS = [
         ATLAS,
         "| {name}, {about} | **{value_bits:.3f}** ({low:.3f} to {high:.3f}) | {share_of_entropy:.1%} | {null_mean:.3f} "
         "| {untrained:.3f} | {hash:.3f} | {hash_position:.3f} | {kmeans_colour:.3f} | {kmeans_input:.3f} "
-        "| {seeds[0]:.3f}, {seeds[1]:.3f} | {learned} |",
+        "| {seeds[0]:.3f}, {seeds[1]:.3f} | {above} |",
         table,
     ),
     Claim(

@@ -26,8 +26,8 @@ from moevision.train.report import read_summary
 
 ANALYSIS = {
     "verdict": {
-        "headline": "No learned specialization found",
-        "layers": [{"layer": 1, "sentences": ["L1: the choice of expert tells 0.123 bits about the class."]}],
+        "answers": [{"sentence": "Classes go to different experts: yes (the expert alone guesses 46.0 % right)."}],
+        "layers": [{"layer": 1, "sentences": ["L1: Classes go: yes."], "numbers": ["Max/mean load 1.20."]}],
     },
     "data": {"n_images": 40},
     "specialization": [
@@ -169,8 +169,8 @@ def test_an_oracle_is_called_one(facts: CardFacts) -> None:
 def test_specialization_stands_beside_its_comparisons(facts: CardFacts) -> None:
     """The strongest baseline is the largest of all their seeds: 0.2, from k-means; the position entry has no row."""
     card = model_card(replace(facts, analysis=ANALYSIS))
-    assert "**No learned specialization found.**" in card
-    assert "- L1: the choice of expert tells 0.123 bits about the class." in card
+    assert "**Classes go to different experts: yes (the expert alone guesses 46.0 % right).**" in card
+    assert "- L1: Classes go: yes.\n- Max/mean load 1.20." in card
     assert "| L1 | 0.123 | −0.002 to 0.250 | 0.03 | 0.200 (kmeans input) | 0.119, 0.400 |" in card
     assert "L1·E2 matters most, and changes the logit of the true class by −0.50 on average" in card
     assert "another expert taken away at random: −0.25" in card
@@ -180,6 +180,10 @@ def test_specialization_stands_beside_its_comparisons(facts: CardFacts) -> None:
     card = model_card(replace(facts, analysis=less))
     assert "| 0.03 | not measured | not measured |" in card
     assert "Taking experts away: not measured (too slow)." in card
+    old = {**ANALYSIS, "verdict": {"headline": "No learned specialization found", "layers": []}}
+    card = model_card(replace(facts, analysis=old))
+    assert "specialization found" not in card  # an earlier version's verdict over three questions
+    assert "Made by an earlier version" in card
 
 
 def test_other_seeds(tiny_run: Path, facts: CardFacts) -> None:

@@ -13,7 +13,7 @@
 | which parts of an image go where? | `plot_part_experts` |
 | where in the image does each expert work? | `plot_positions` |
 | what does an expert get? | `plot_gallery` |
-| is any of it learned? | `plot_specialization` |
+| what do experts tell, and what as much? | `plot_specialization` |
 | what changes without one expert? | `plot_effects` |
 
 `save_figure` writes one as PNG, `figure_png` gives the bytes; in a notebook a figure shows itself. No pyplot, no global

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moevision.analysis.describe import QUANTILES, expected_co_activation
-from moevision.analysis.palette import EXPERT_COLOURS, expert_colour, expert_colours, ink_on
+from moevision.analysis.palette import EXPERT_COLOURS
 from moevision.analysis.plots.style import (
     AMOUNT,
     BELOW_ABOVE,
@@ -36,8 +36,11 @@ from moevision.analysis.plots.style import (
     calm,
     colour_bar,
     expert_chips,
+    expert_colour,
+    expert_colours,
     heading,
     hex_of,
+    ink_on,
     new_figure,
     panel_title,
     percent,
@@ -347,8 +350,15 @@ def plot_class_experts(
             f"{cells} No cell stands above chance over images, "
             f"so none is coloured: no class was found to use an expert more than others do.{shown}"
         )
-    heading(figure, f"{layer_name}: which classes use which expert", note)
+    heading(figure, f"{layer_name}: which classes use which expert", f"{note} {_load_words(shares - above)}")
     return figure
+
+
+def _load_words(overall: Floats) -> str:
+    """The load behind a class map: without it two busy experts and two classes look like specialization."""
+    share = overall.mean(0) / overall.mean(0).sum()  # [E]
+    effective = np.exp(-(share * np.log(np.where(share > 0, share, 1))).sum())
+    return f"Load: max/mean {share.max() * len(share):.2f}, in effect {effective:.1f} of {len(share)} experts."
 
 
 def plot_part_experts(
@@ -535,7 +545,7 @@ def plot_specialization(results: Sequence[_Result | Row]) -> Figure:
     images = sorted({int(row["n_images"]) for row in table})
     note = (
         f"Held-out images: {' / '.join(f'{count:,}' for count in images)}. Zero is what labels permuted over images "
-        "give. “Learned”: above chance and every comparison, in every training."
+        "give."
     )
     heading(figure, "What the experts know beyond chance, and what gets there without learning", note)
     return figure
@@ -560,7 +570,10 @@ def _draw_specialization(axes: Axes, table: Sequence[Row], layers: Sequence[int]
     # with the largest of its values, which is the one that sentence and table tell.
     edge = 2.5 * max(max(row["high"], row["value_bits"], *row["seeds"]) for row in table)
     for row in table:
-        place, learned, seeds = layers.index(int(row["layer"])), bool(row["verdict"]), list(row["seeds"])
+        place, seeds, above = layers.index(int(row["layer"])), list(row["seeds"]), row["above"]
+        exceeds, told = bool(above["null"] and above["baselines"]), "not compared"
+        if above["baselines"] is not None:
+            told = "above all controls" if exceeds else "not above all controls"
         y, reach = place + lanes[0], 1.96 * row["null_sd"]
         axes.add_patch(Rectangle((-reach, place - 0.42), 2 * reach, 0.84, facecolor=_NULL, edgecolor="none", zorder=1))
         axes.plot(seeds, [y] * len(seeds), "D", markersize=4, color="white", markeredgecolor=_TRAINED,
@@ -578,9 +591,9 @@ def _draw_specialization(axes: Axes, table: Sequence[Row], layers: Sequence[int]
                 axes.annotate(f"{max(far):.2f} →", (edge, place + lane), (-4, 0), textcoords="offset points",
                               ha="right", va="center", fontsize=SMALL - 0.5, color=colour)  # fmt: skip
         axes.annotate(
-            f"{row['value_bits']:.3f} bits\n{'learned' if learned else 'learned: not shown'}".replace("-", "−"),
+            f"{row['value_bits']:.3f} bits\n{told}".replace("-", "−"),
             (1.0, place), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
-            fontsize=SMALL, color=INK if learned else SOFT, fontweight="bold" if learned else "normal", linespacing=1.3,
+            fontsize=SMALL, color=INK if exceeds else SOFT, fontweight="bold" if exceeds else "normal", linespacing=1.3,
         )  # fmt: skip
     axes.axvline(0, color="#9AA0A6", linewidth=0.8, zorder=2)
     axes.set(ylim=(len(layers) - 0.5, -0.5))

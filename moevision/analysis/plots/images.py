@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 
 from moevision.analysis.describe import ExpertGallery, GalleryPatch, layer_gallery
 from moevision.analysis.images import PictureSet, patch_crop
-from moevision.analysis.palette import EXPERT_COLOURS, expert_colour, expert_colours, ink_on
+from moevision.analysis.palette import EXPERT_COLOURS
 from moevision.analysis.plots.style import (
     AMOUNT,
     BLANK,
@@ -30,8 +30,11 @@ from moevision.analysis.plots.style import (
     bare,
     calm,
     colour_bar,
+    expert_colour,
+    expert_colours,
     heading,
     hex_of,
+    ink_on,
     new_figure,
     panel_title,
     rgb_of,

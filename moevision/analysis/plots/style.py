@@ -23,7 +23,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import Formatter
 
-from moevision.analysis.palette import expert_colour, ink_on
+from moevision.analysis.palette import BLACK, EXPERT_COLOURS, FADED, HIGHLIGHT, NEUTRAL, WHITE
+from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
 
 COLUMN_INCHES: Final = 3.5
@@ -184,3 +185,57 @@ def hex_of(colour: npt.ArrayLike) -> str:
 def rgb_of(colour: str) -> npt.NDArray[np.float64]:
     """[3] channels in [0, 1] of a colour's name."""
     return np.array(to_rgb(colour), dtype=np.float64)
+
+
+def expert_colour(expert: int, num_experts: int, highlight: int | None = None) -> str:
+    """The colour of one expert's cells, bars and chips, as `#RRGGBB`.
+
+    Args:
+        expert: index in 0..num_experts - 1.
+        num_experts: E of the layer; it decides between a palette and numbers on grey.
+        highlight: the one expert to show; all others fade.
+
+    Raises:
+        UserError: an expert that the layer doesn't have.
+    """
+    for index in (expert,) if highlight is None else (expert, highlight):
+        if not 0 <= index < num_experts:
+            raise UserError(f"There is no expert {index}: the layer has experts 0 to {num_experts - 1}.")
+    if highlight is not None and expert != highlight:
+        return FADED
+    if num_experts <= len(EXPERT_COLOURS):
+        return EXPERT_COLOURS[expert]
+    return HIGHLIGHT if expert == highlight else NEUTRAL
+
+
+def expert_colours(num_experts: int, highlight: int | None = None) -> list[str]:
+    """[E] colours of a layer's experts, in order."""
+    return [expert_colour(expert, num_experts, highlight) for expert in range(num_experts)]
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever is read more easily on `colour` (`#RRGGBB`).
+
+    The better of the two always has a contrast of at least √21 ≈ 4.58, more than the 4.5 of WCAG's level AA.
+    """
+    return max(WHITE, BLACK, key=lambda ink: contrast(ink, colour))
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast of two colours (`#RRGGBB`), from 1 (equal) to 21 (black on white), as WCAG 2.2 defines it.
+
+    https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio
+    """
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(colour: str) -> float:
+    """WCAG relative luminance of `#RRGGBB`, from 0 (black) to 1 (white)."""
+    red, green, blue = (_linear(int(colour[start : start + 2], 16) / 255) for start in (1, 3, 5))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _linear(channel: float) -> float:
+    """An sRGB channel in [0, 1] with its gamma undone."""
+    return channel / 12.92 if channel <= 0.04045 else float(((channel + 0.055) / 1.055) ** 2.4)

@@ -65,22 +65,24 @@ _SHOWN_PER_PIXEL = 0.6  # figures are drawn at 200 dots per inch; this shows 7.2
 
 
 def run(chosen: Namespace) -> None:
-    """`moevision analyze MODEL`: write the report, and print its headline and what it says of each layer."""
+    """`moevision analyze MODEL`: write the report, and print the three answers and what it says of each layer."""
     settings = ReportSettings(
         model=chosen.model,
         data=chosen.data,
         out=Path(chosen.out),
         limit=chosen.limit if chosen.limit is not None else 300 if chosen.quick else 1000,
         seeds=tuple(chosen.seeds),
+        before=chosen.before,
         permutations=chosen.permutations if chosen.permutations is not None else 200 if chosen.quick else 1000,
         seed=chosen.seed,
         quick=chosen.quick,
         command=chosen.command,
     )
     numbers = analyze(settings)
-    print(shown(numbers["verdict"]["headline"]))
+    for answer in numbers["verdict"]["answers"]:
+        print(shown(answer["sentence"]))
     for layer in numbers["verdict"]["layers"]:
-        print("\n".join(f"  {shown(sentence)}" for sentence in layer["sentences"]))
+        print("\n".join(f"  {shown(line)}" for line in [*layer["sentences"], *layer["numbers"]]))
     print(f"The report is {shown(str(settings.out / 'report.html'))}")
 
 
@@ -108,13 +110,14 @@ def analyze(settings: ReportSettings) -> Json:
         )
     pictures = _open(settings, model)
     others = [(_title(address), load_model(address)) for address in settings.seeds]
+    before = None if settings.before is None else load_model(settings.before)
     folder = claim_folder(settings.out)
-    stages = Stages(total=8, show=settings.progress)
+    stages = Stages(total=9, show=settings.progress)
     with stages.bar:
         with stages.stage("collecting the routing"):
             trace = collect_routing(model, pictures, path=folder / TRACE, progress=False, name=_title(settings.model))
             pictures = Remembered(aligned_pictures(pictures, trace))
-        results = measure(model, pictures, trace, others, settings, stages)
+        results = measure(model, pictures, trace, others, settings, stages, before)
         with stages.stage("drawing figures"):
             kinds = [layer.kind for layer in trace.layers]
             figures = draw_figures(trace, pictures, results, settings.seed)
@@ -124,7 +127,8 @@ def analyze(settings: ReportSettings) -> Json:
             "schema": SCHEMA,
             "title": f"What the experts of {trace.model} do",
             "settings": {"limit": settings.limit, "permutations": settings.permutations, "seed": settings.seed,
-                         "quick": settings.quick, "seeds": [_title(address) for address in settings.seeds]},
+                         "quick": settings.quick, "seeds": [_title(address) for address in settings.seeds],
+                         "before": settings.before and _title(settings.before)},
             "model": model_numbers(trace, settings.model, model.image_size),
             "data": data_numbers(trace),
             "layers": [{**layer_numbers(layer), "read": read}
@@ -439,7 +443,7 @@ CAPTIONS: Final = {
     "comparisons": Caption(
         "One row per MoE layer. Blue line: the interval of what the chosen expert tells about the image, in bits above "
         "chance. Grey band: what chance alone gives. Marks below: what the same images give without anything learned. "
-        "Hollow marks: other trainings of the same recipe. A layer counts as specialized only right of them all.",
+        "Hollow marks: other trainings of the same recipe, whose own controls are compared in the answers above.",
         "Whether the experts are needed: that is asked by taking them away, further down. Panels have their own "
         "scales.",
     ),
@@ -488,7 +492,7 @@ CAPTIONS: Final = {
     "parts": Caption(
         "Row: a part of the drawing, known exactly because the image is drawn; cells: where its area goes.",
         "A test of single cells. Whether parts are told apart at all, and more than by the baselines, stands in the "
-        "table of the verdict.",
+        "table above.",
     ),
     "gallery": Caption(
         "One row per expert. Left: the patches (framed, with their surroundings) with its largest weights, one "

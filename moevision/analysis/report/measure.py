@@ -38,13 +38,15 @@ from moevision.analysis.describe import (
 from moevision.analysis.effects import class_effect
 from moevision.analysis.images import PictureSet
 from moevision.analysis.intervention import Intervention
-from moevision.analysis.specialization import (
-    LayerSpecialization,
-    is_open,
-    measure_baselines,
-    specialization,
-    verdict_of,
+from moevision.analysis.questions import (
+    LayerAnswers,
+    Recording,
+    cluster_started,
+    headline,
+    recording_of,
+    three_questions,
 )
+from moevision.analysis.specialization import LayerSpecialization, measure_baselines, specialization
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.layers.routing import Kind as RoutingKind
@@ -70,6 +72,7 @@ class ReportSettings:
         out: folder to write to.
         limit: images, the same number of each class; 1 000 by default.
         seeds: other trainings of the same recipe, as addresses like `model`.
+        before: the model before it was trained, as an address; the same architecture with fresh weights if None.
         permutations: shuffles behind each chance level.
         seed: of everything that is drawn at random.
         quick: fewer untrained models, and experts taken away on fewer images.
@@ -82,6 +85,7 @@ class ReportSettings:
     out: Path = Path("report")
     limit: int = 1000
     seeds: tuple[str, ...] = ()
+    before: str | None = None
     permutations: int = 1000
     seed: int = 0
     quick: bool = False
@@ -130,7 +134,8 @@ class Results:
     """What was measured.
 
     Attributes:
-        information: specialization of each layer, about everything that was asked.
+        questions: the three answers about each layer.
+        information: what each layer's experts tell, about everything that was asked.
         maps: block index -> class x expert map; empty with fewer than two labelled classes.
         parts: [I, P, parts] share of each patch that belongs to each part; None where images have none.
         stability: per layer agreement under changes and with other trainings, and similarity of its experts.
@@ -138,6 +143,7 @@ class Results:
         skipped: `what` was left out and `why`.
     """
 
+    questions: Sequence[LayerAnswers]
     information: Sequence[LayerSpecialization]
     maps: dict[int, ClassExpertMap]
     parts: npt.NDArray[np.float32] | None
@@ -146,15 +152,29 @@ class Results:
     skipped: list[dict[str, str]] = field(default_factory=list)
 
     def to_json(self, trace: RoutingTrace) -> Json:
-        """Every number, and the verdict that follows from them."""
-        names = {layer.layer: layer.name for layer in trace.layers}
+        """Every number, and the answers that follow from them."""
         return {
-            "verdict": verdict_of(self.information, list(names.items())),
-            "specialization": [{**entry.to_json(), "open": is_open(entry)} for entry in self.information],
+            "verdict": self._in_short(trace),
+            "questions": [each.to_json() for each in self.questions],
+            "specialization": [entry.to_json() for entry in self.information],
             "maps": [found.to_json() for found in self.maps.values()],
             "stability": self.stability,
             "effects": self.effects,
             "skipped": self.skipped,
+        }
+
+    def _in_short(self, trace: RoutingTrace) -> Json:
+        """The three answers about the model, and the sentences about each layer; `headline` is all three in one."""
+        answers = headline(self.questions)
+        layers = []
+        for layer, found in zip(trace.layers, self.questions, strict=True):
+            numbers = [line for answer in found.answers for line in answer.numbers]
+            sentences = [f"{layer.name}: {answer.sentence}" for answer in found.answers]
+            layers.append({"layer": layer.layer, "name": layer.name, "sentences": sentences, "numbers": numbers})
+        return {
+            "headline": " ".join(answer.sentence for answer in answers).removesuffix("."),
+            "answers": [answer.to_json() for answer in answers],
+            "layers": layers,
         }
 
 
@@ -165,6 +185,7 @@ def measure(
     others: Sequence[tuple[str, SavedModel]],
     settings: ReportSettings,
     stages: Stages,
+    before: SavedModel | None = None,
 ) -> Results:
     """Run the stages.
 
@@ -175,18 +196,38 @@ def measure(
         others: names and models of other trainings of the same recipe.
         settings: how thoroughly.
         stages: tells the user.
+        before: the model before it was trained; one with fresh weights if None.
     """
     parts = fractions_of_parts(pictures, trace.grid)
     with stages.stage("measuring what needs no learning"):
         baselines = measure_baselines(model, pictures, trace, seeds=2 if settings.quick else 5)
     with stages.stage("looking at other trainings"):
         seeds = [collect_routing(other, pictures, progress=False, name=name) for name, other in others]
+    shown_parts = None if parts is None else majority_part(parts)
+    with stages.stage("asking three questions"):
+        ago = None if before is None else collect_routing(before, pictures, progress=False, name="before")
+        own = recording_of(
+            model, pictures, trace,
+            baselines=baselines, before=ago, parts=shown_parts, part_names=pictures.part_names,
+            cluster_start=cluster_started(settings.model), seed=settings.seed,
+        )  # fmt: skip
+        questions = three_questions(
+            own,
+            seeds=[
+                _other_training(other, pictures, found, address, settings)
+                for (_, other), found, address in zip(others, seeds, settings.seeds, strict=True)
+            ],
+            permutations=settings.permutations,
+            draws=1 if settings.quick else 3,
+            swap_images=200 if settings.quick else 400,
+            seed=settings.seed,
+        )
     with stages.stage("asking the experts"):
         information = specialization(
             trace,
             baselines=baselines,
             seeds=seeds,
-            parts=None if parts is None else majority_part(parts),
+            parts=shown_parts,
             num_permutations=settings.permutations,
             seed=settings.seed,
         )
@@ -199,7 +240,19 @@ def measure(
     skipped = []
     if effects["why"]:
         skipped.append({"what": "Taking experts away was left out", "why": effects["why"]})
-    return Results(information, maps, parts, stability, effects, skipped)
+    return Results(questions, information, maps, parts, stability, effects, skipped)
+
+
+def _other_training(
+    model: SavedModel, pictures: PictureSet, trace: RoutingTrace, address: str, settings: ReportSettings
+) -> Recording:
+    """Another training with controls of its own."""
+    names = ("untrained", "kmeans_input")
+    baselines = measure_baselines(model, pictures, trace, seeds=1 if settings.quick else 3, names=names)
+    started = cluster_started(address)
+    return recording_of(
+        model, pictures, trace, baselines=baselines, swap=False, cluster_start=started, seed=settings.seed
+    )
 
 
 def _maps(trace: RoutingTrace, settings: ReportSettings) -> dict[int, ClassExpertMap]:

@@ -49,7 +49,7 @@ class ClassesTab {
       <tbody>${rows.map((row) => html`<tr><th scope="row"><button type="button" data-action="sort-class" data-class="${row}" data-key="class-${row}"
         aria-pressed="${this.byClass === row}" data-tip="Sort experts by ${answer.class_names[row]}">${answer.class_names[row]}</button></th>
         ${empty(row) ? html`<td class="mv-none" colspan="${columns.length}">no images</td>` : columns.map((expert) => this.cell(row, expert))}</tr>`)}</tbody></table></div>
-      <p class="mv-note"><i class="mv-key mv-more"></i> more than its mean share (+) <i class="mv-key mv-less"></i> less (−). Click a head to sort, a cell for its images.</p>`);
+      <p class="mv-note"><i class="mv-key mv-more"></i> more than its mean share (+) <i class="mv-key mv-less"></i> less (−). Click a head to sort, a cell for its images. ${layer.load_words && `Load: ${layer.load_words}.`}</p>`);
   }
 
   expertHead(expert) {
@@ -91,9 +91,10 @@ class ClassesTab {
 
   information() {
     const { layer } = this;
-    return html`<h2>How much does ${layer.name} know?</h2>
-      <p class="mv-note">What knowing the expert tells, in ${term("bits", "bits")} beyond shuffled labels. "Learned" is said only when this
-        router and every other training lie above every comparison.</p>
+    return html`<h2>Three questions about ${layer.name}</h2>
+      ${layer.answers.map((answer) => html`<p class="mv-answer ${answer.answer === "yes" ? "mv-right" : ""}">${answer.sentence}</p>`)}
+      <p class="mv-note">Below: what knowing the expert tells, in ${term("bits", "bits")} beyond shuffled labels, beside what tells as much
+        without a trained router.</p>
       ${layer.information.map((entry) => this.measure(entry))}`;
   }
 
@@ -108,7 +109,7 @@ class ClassesTab {
     });
     return html`<section class="mv-measure"><h3>expert ↔ ${entry.about.replaceAll("_", " ")} <b class="mv-num">${fixed(entry.value_bits, 3)} bits</b>
       <span>(${fixed(entry.low, 3)} to ${fixed(entry.high, 3)}${Number.isFinite(entry.share_of_entropy) && `, ${percent(entry.share_of_entropy, 1)} of what there is to know`})</span></h3>
-      ${dotLines(lines)}<p class="${entry.verdict ? "mv-right" : ""}">${entry.sentence}</p></section>`;
+      ${dotLines(lines)}<p>${entry.sentence}</p></section>`;
   }
 }
 
