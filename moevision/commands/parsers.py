@@ -35,7 +35,6 @@ def predict() -> ArgumentParser:
         moevision predict runs/pets/model image.jpg
         moevision predict runs/pets/model photos/ --unsure 0.6            "unsure" where no class reaches 60 %
         moevision predict runs/pets/model photos/ --out answers.csv       a folder with all its subfolders
-        moevision predict hf-hub:user/pets-moe image.jpg --format json
         """,
     )
     parser.add_argument("model", help=MODEL)

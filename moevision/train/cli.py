@@ -143,8 +143,7 @@ _USELESS["test"] = _USELESS["validate"]
 _TRAIN = """\
   moevision fit --config quickstart
   moevision fit path/to/images --pretrained auto --with-twin
-  moevision fit path/to/images --model.arch.router expert_choice
-  moevision fit path/to/images --model.arch.num_experts 16 --model.arch.top_k 2 --with-twin
+  moevision fit path/to/images --model.arch.num_experts 16 --model.arch.router expert_choice
 """
 _EVALUATE = """\
   moevision {verb} --config runs/pets/config.yaml --ckpt_path runs/pets/checkpoints/best.ckpt

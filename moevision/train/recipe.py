@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from moevision.data.images import is_image_path
-from moevision.data.sources import walk
+from moevision.data.sources import open_collection, walk
 from moevision.data.tables import HF, count_rows
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
@@ -225,6 +225,10 @@ def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()
     if asked is None and (not few or any(_is(argument, option) for argument in given for option in _MODEL)):
         asked = NONE
     own_model = any(_is(argument, option) for argument in given for option in _MODEL[:2])  # a name, a base
+    if named and path != "synthetic_pets" and asked != NONE and value_of(given, "--data.download") in (None, "false"):
+        # Before weights are asked for or fetched: a dataset that isn't there needs none.
+        root = value_of(given, "--data.root") or "data"
+        open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={})
     weights = choose_start(asked, images, value_of(given, "--model.arch.base"))
     on_gpu = torch.cuda.is_available()
     options = {

@@ -45,6 +45,11 @@ DEFINITIONS = {
     "docs/faq.md": [
         Definition("5.0 over five MoE layers is perfect, 5.0 in one layer", "the loss by its formula"),
         Definition("A max/mean load of 1.2", "an example"),
+        Definition("takes tens of seconds", "an order of magnitude that the option's own help names"),
+    ],
+    "docs/guides/tables-and-logs.md": [
+        Definition("where no class reaches 60 %", "the example's `--unsure 0.6`"),
+        Definition("trackio 0.43", "a version"),
     ],
     "docs/guides/keep-alive.md": [
         Definition("every ten minutes", "a default of `CheckpointConfig`"),
