@@ -19,8 +19,8 @@ CLAIMS = {
     "docs/guides/more-than-chance.md": [
         Claim(
             analysis.ATLAS,
-            "different experts, yes ({value_bits:.3f} bits of 3, all choices). That training the router added to it is not "
-            "shown: clusters of the layer's input tell {kmeans_input:.3f} bits",
+            "different experts, yes ({value_bits:.3f} bits of 3, all choices). That training the router added to it is "
+            "not shown: clusters of the layer's input tell {kmeans_input:.3f} bits",
             measured.class_in_l3,
         ),
         Claim(analysis.ATLAS, "in block 3 ({value_bits:.2f} bits, 1,000 images)", measured.class_in_l3),
