@@ -284,7 +284,7 @@ def test_the_shapes_of_the_bars():
 
 def test_subjects():
     cifar = find_subject("cifar10")
-    assert (cifar.batch_size, cifar.image_size, cifar.arch["router"]) == (64, 32, "vmoe_top_k")
+    assert (cifar.batch_size, cifar.image_size, cifar.arch["router"]) == (128, 32, "vmoe_top_k")
     assert cifar.aux == {"importance": 0.05, "load": 0.05}
     dense = find_subject("vit_tiny_patch16_224", batch_size=2, num_classes=3)
     assert (dense.batch_size, dense.num_classes, dense.image_size) == (2, 3, 224)

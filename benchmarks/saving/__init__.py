@@ -35,7 +35,7 @@ from benchmarks.harness import HERE, Record, about, argument_parser, read_record
 from benchmarks.memory import memory_of
 from benchmarks.saving.report import MOE, SAVING, TRAINED_LEVERS, draw_levers, draw_saving, tables
 from benchmarks.study import BATCH, IMAGE_SIZE, evaluate, make_task, open_data, train
-from benchmarks.subject import Subject, TrainingStep, find_subject, inference
+from benchmarks.subject import Subject, TrainingStep, inference
 from benchmarks.timing import Candidate, interleave
 from moevision.allocator import keep_freed_memory
 from moevision.data import ImageDataModule
@@ -56,9 +56,8 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def model_of(arm: str) -> Subject:
-    """One arm: configs/cifar10.yaml with what the arm changes."""
+    """One arm: the recipe with what the arm changes."""
     subject = base()
-    assert (subject.batch_size, subject.image_size) == (BATCH, IMAGE_SIZE)
     own = ARMS[arm]
     return replace(
         subject,
@@ -68,12 +67,19 @@ def model_of(arm: str) -> Subject:
 
 
 def base() -> Subject:
-    """What all arms start from."""
-    return find_subject("cifar10")
+    """What all arms start from: the CIFAR-10 recipe of before the hybrids, which the record was made with."""
+    return Subject(
+        "cifar10",
+        {"name": "vit_moe_micro_patch4_32", "router": "vmoe_top_k"},
+        {"lr": 1e-3, "weight_decay": 0.05, "warmup_fraction": 0.2},
+        {"importance": 0.05, "load": 0.05},
+        image_size=IMAGE_SIZE,
+        batch_size=BATCH,
+    )
 
 
 def recipe() -> dict[str, Any]:
-    """The `model` section of configs/cifar10.yaml, with what it leaves to the defaults."""
+    """The `model` section of that recipe, with what it leaves to the defaults."""
     subject = base()
     optim = asdict(OptimizerConfig(**subject.optim))
     return {"arch": subject.arch, "optim": optim, "aux": subject.aux, "label_smoothing": subject.label_smoothing}

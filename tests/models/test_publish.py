@@ -169,7 +169,7 @@ def test_the_card_takes_a_report_of_this_model_only(cli: Callable[..., Any], tin
     report: dict[str, Any] = {
         "schema": "moevision.report/1",
         "model": {"name": "cats"},
-        "verdict": {"headline": "Open", "layers": []},
+        "verdict": {"answers": [{"sentence": "Open."}], "layers": []},
         "data": {"n_images": 12},
         "specialization": [],
         "effects": {"experts": [], "why": None},
