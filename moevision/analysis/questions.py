@@ -53,7 +53,7 @@ from moevision.analysis.collect import layer_inputs, network_input
 from moevision.analysis.images import read_images
 from moevision.analysis.information import Estimate, choice_counts, class_information, part_information
 from moevision.analysis.intervention import Ranking, edited, numbered_layers
-from moevision.analysis.specialization import Assignments, Rule, exceeds, fit_clusters, listed
+from moevision.analysis.specialization import Assignments, Rule, exceeds, fit_clusters, listed, percent, signed, span
 from moevision.errors import UserError
 from moevision.models.reading import routes_read
 from moevision.models.safe_files import read_json, read_yaml
@@ -470,9 +470,9 @@ class _Asked:
         reading, estimate = self.readings[0], self.estimate
         share = self.share(estimate.value_bits)
         told = "the expert alone" if self.layer.tokens_choose else "how much is taken from each expert"
-        detail = f"{told} guesses {_percent(reading.guess.value)} right, chance {_percent(reading.chance)}"
+        detail = f"{told} guesses {percent(reading.guess.value)} right, chance {percent(reading.chance)}"
         if self.probe is not None and self.layer.by_image:
-            detail += f", a linear probe of the same input in {self.layer.num_experts} groups " + _percent(
+            detail += f", a linear probe of the same input in {self.layer.num_experts} groups " + percent(
                 self.probe.guess.value
             )
         if not (estimate.low > 0 and estimate.p_value <= _P_VALUE):
@@ -492,7 +492,7 @@ class _Asked:
         """The readings in words."""
         reading = self.readings[0]
         probe = "" if self.probe is None else (
-            f", {_percent(self.share(reading.bits.value))} of the {self.probe.bits.value:.3f} bits of a linear probe "
+            f", {percent(self.share(reading.bits.value))} of the {self.probe.bits.value:.3f} bits of a linear probe "
             f"in {self.layer.num_experts} balanced groups"
         )  # fmt: skip
         told = [f"{self.layer.name}: {_bits_words(reading)}{probe}; {self.load.words}."]
@@ -516,7 +516,7 @@ class _Asked:
         gains = [each.gain for each in trainings if each.gain is not None]
         if others:
             numbers.append(
-                f"Beyond the best of its own controls, by training: {', '.join(_signed(gain) for gain in gains)} bits."
+                f"Beyond the best of its own controls, by training: {', '.join(signed(gain) for gain in gains)} bits."
             )
         else:
             numbers.append("One training; other trainings of the recipe were not compared.")
@@ -613,9 +613,9 @@ class _Asked:
         guess = [reading.guess.value for reading in self.controls[name] if reading.unit == "patch"]
         own, own_image = self.same[name]
         return (
-            f"{_CONTROLS[name][0]}: {_range(bits)} bits (router {_signed(own.bits.value)}), guess right "
-            f"{_percents(guess)} (router {_percent(own.guess.value)}); histogram of the image {_range(image)} bits on "
-            f"held-out images (router {_signed(own_image.bits.value)})."
+            f"{_CONTROLS[name][0]}: {span(bits)} bits (router {signed(own.bits.value)}), guess right "
+            f"{_percents(guess)} (router {percent(own.guess.value)}); histogram of the image {span(image)} bits on "
+            f"held-out images (router {signed(own_image.bits.value)})."
         )
 
 
@@ -875,12 +875,12 @@ def function_answer(swap: Swap | None, why: str | None) -> Answer:
         return Answer("function", NOT_MEASURED, why or "the swap test was not made")
     points, random = swap.points, swap.random
     detail = (
-        f"a class's patches sent through another class's expert cost {_signed(points.value, 1)} points of accuracy, "
-        f"{_interval(points, 1)}; random swaps of as many choices {_signed(random.value, 1)}"
+        f"a class's patches sent through another class's expert cost {signed(points.value, 1)} points of accuracy, "
+        f"{_interval(points, 1)}; random swaps of as many choices {signed(random.value, 1)}"
     )
     beside = "more than" if swap.more.low > 0 else "less than" if swap.more.high < 0 else "not told apart from"
     numbers = [
-        f"Swap: {beside} random swaps ({_interval(random, 1)}); {_percent(swap.moved)} of the choices "
+        f"Swap: {beside} random swaps ({_interval(random, 1)}); {percent(swap.moved)} of the choices "
         f"of {swap.n_images:,} images changed."
     ]
     answer = NOT_SHOWN if points.low <= 0 else A_LITTLE_WORD if swap.more.high < 0 else YES
@@ -914,13 +914,13 @@ def answers_from_sums(
     total = max(float(weights.sum()), 1e-12)
     load = Load(loads / max(loads.sum(), 1e-12), share)
     guess, chance = float(weights.max(0).sum()) / total, float(n_images.max()) / max(1, n_images.sum())
-    detail = f"all choices guess {_percent(guess)} right, chance {_percent(chance)}"
+    detail = f"all choices guess {percent(guess)} right, chance {percent(chance)}"
     shown = estimate.low > 0 and estimate.p_value <= _P_VALUE
     answer = NOT_SHOWN if not shown else YES if estimate.share_of_entropy >= A_LITTLE else A_LITTLE_WORD
     bits = Interval(estimate.value_bits, estimate.low, estimate.high)
     numbers = [
-        f"{name}: {_signed(bits.value)} bits above shuffled labels ({_interval(bits)}), "
-        f"{_percent(estimate.share_of_entropy)} of the maximum; {load.words}."
+        f"{name}: {signed(bits.value)} bits above shuffled labels ({_interval(bits)}), "
+        f"{percent(estimate.share_of_entropy)} of the maximum; {load.words}."
     ]
     experts = Answer("experts", answer, detail, numbers)
     known = {
@@ -932,7 +932,7 @@ def answers_from_sums(
         training = Answer("training", NOT_MEASURED, "not compared with clusters of the same input")
     else:
         words, closest = max(known.items(), key=lambda pair: pair[1])
-        told = f"{words} {_signed(closest)} bits about the class, the router {_signed(bits.value)}"
+        told = f"{words} {signed(closest)} bits about the class, the router {signed(bits.value)}"
         training = Answer("training", YES if above_controls else NOT_SHOWN, told)
     return LayerAnswers(name, (experts, training, function_answer(None, None)), load)
 
@@ -1075,32 +1075,17 @@ def _choose(decision: Ranking, experts: torch.Tensor, prefix: int) -> Ranking:
     return decision.choose(experts, prefix)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def _percents(shares: Sequence[float]) -> str:
-    low, high = _percent(min(shares)), _percent(max(shares))
+    low, high = percent(min(shares)), percent(max(shares))
     return low if low == high else f"{low} to {high}"
-
-
-def _range(bits: Sequence[float]) -> str:
-    low, high = _signed(min(bits)), _signed(max(bits))
-    return low if low == high else f"{low} to {high}"
-
-
-def _signed(value: float, digits: int = 3) -> str:
-    """With a true minus sign, and none in front of 0."""
-    text = f"{value:.{digits}f}"
-    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
 
 
 def _interval(interval: Interval, digits: int = 3) -> str:
-    return f"95 % CI {_signed(interval.low, digits)} to {_signed(interval.high, digits)}"
+    return f"95 % CI {signed(interval.low, digits)} to {signed(interval.high, digits)}"
 
 
 def _bits_words(reading: Reading) -> str:
-    return f"{_signed(reading.bits.value)} bits above shuffled labels ({_interval(reading.bits)})"
+    return f"{signed(reading.bits.value)} bits above shuffled labels ({_interval(reading.bits)})"
 
 
 def _points(interval: Interval) -> Interval:
@@ -1116,6 +1101,6 @@ def _reading_words(reading: Reading) -> str:
     if reading.of == "part":
         told += ", about the part beyond position"
     return (
-        f"{told}: guess right {_percent(reading.guess.value)} (chance {_percent(reading.chance)}), "
-        f"{_signed(reading.bits.value)} bits ({_interval(reading.bits)})."
+        f"{told}: guess right {percent(reading.guess.value)} (chance {percent(reading.chance)}), "
+        f"{signed(reading.bits.value)} bits ({_interval(reading.bits)})."
     )

@@ -296,7 +296,7 @@ def sentence_of(
         above_baselines: whether it exceeds every baseline; None: not compared.
         kind: who chooses in the layer.
     """
-    value, interval = _bits(estimate.value_bits), f"95 % CI {_bits(estimate.low)} to {_bits(estimate.high)}"
+    value, interval = signed(estimate.value_bits), f"95 % CI {signed(estimate.low)} to {signed(estimate.high)}"
     if not above_null:
         where = "" if kind == "token_choice" else f" in {teller(about, kind)}"
         return (
@@ -305,28 +305,32 @@ def sentence_of(
         )
     told = (
         f"{layer}: {teller(about, kind)} tells {value} bits about {ABOUT_WORDS[about]} ({interval}, "
-        f"{_percent(estimate.share_of_entropy)} of the maximum, n = {estimate.n_images:,}), more than shuffled images "
+        f"{percent(estimate.share_of_entropy)} of the maximum, n = {estimate.n_images:,}), more than shuffled images "
         f"(p = {estimate.p_value:.2g})."
     )
-    others = f" Other trainings: {_range(seeds)} bits." if seeds else ""
+    others = f" Other trainings: {span(seeds)} bits." if seeds else ""
     if above_baselines is None:
         return f"{told} It was not compared with routing without learning.{others}"
     name, bits = max(((name, max(values)) for name, values in baselines.items()), key=lambda pair: pair[1])
     give, words = "give" if name.startswith("kmeans") else "gives", BASELINE_WORDS.get(name, name)
     how = "less" if above_baselines else "as much or more" if bits >= estimate.value_bits else "too close to tell apart"
-    return f"{told} {words[0].upper()}{words[1:]} {give} {_bits(bits)} bits, {how}.{others}"
+    return f"{told} {words[0].upper()}{words[1:]} {give} {signed(bits)} bits, {how}.{others}"
 
 
-def _bits(value: float) -> str:
-    return f"{value:.3f}".replace("-", "−") if round(value, 3) else "0.000"
+def signed(value: float, digits: int = 3) -> str:
+    """With a true minus sign, and none in front of 0."""
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """0.1234 -> `12.3 %`."""
     return f"{100 * share:.1f} %".replace("-", "−") if round(100 * share, 1) else "0.0 %"
 
 
-def _range(values: Sequence[float]) -> str:
-    low, high = _bits(min(values)), _bits(max(values))
+def span(values: Sequence[float]) -> str:
+    """`0.123 to 0.456`; one number where both are the same."""
+    low, high = signed(min(values)), signed(max(values))
     return low if low == high else f"{low} to {high}"
 
 

@@ -82,7 +82,7 @@ def stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
 
 
 class Stages(nn.Sequential):
-    """Stages in a row, computed channels last: the convolutions of a CPU train an eighth faster so."""
+    """Stages in a row, computed channels last, as the convolutions of a CPU like it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, D, G, G]."""

@@ -51,8 +51,8 @@ class VisionTransformerMoE(VisionTransformer):
         expert_hidden: hidden width of one expert; mlp_ratio · D / (K + shared) if None, so that a token costs as in
             the plain ViT.
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
-        stem: `patch` (timm's), `conv` (arXiv:2106.14881) or `stages` (the hybrids': the best of the three for small
-            images and models that learn from scratch); see `moevision.models.stems`.
+        stem: `patch` (timm's), `conv` (arXiv:2106.14881) or `stages` (the hybrids', for small images from scratch); see
+            `moevision.models.stems`.
         twin: build the dense twin instead, matched in `active_flops` or `total_params`, or of these hidden widths, one
             for each MoE layer.
         img_size: side(s) of the image in pixels.

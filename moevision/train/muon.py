@@ -96,7 +96,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     Args:
         matrices: [out, in] or [E, out, in]. Those that are zero, such as an unused expert's gradient, stay zero.
     """
-    # bfloat16 suffices, but only GPUs are sure to multiply it fast: a CPU with AVX2 takes seventeen times as long.
+    # bfloat16 suffices, but only GPUs are sure to multiply it fast: a CPU with AVX2 is far slower than in float32.
     dtype = torch.bfloat16 if matrices.is_cuda else torch.promote_types(matrices.dtype, torch.float32)
     return zeropower_via_newtonschulz(matrices, len(_ITERATIONS), _ITERATIONS, dtype=dtype).to(matrices.dtype)
 

@@ -47,8 +47,7 @@ class OptimizerConfig:
     """The optimizer under a one-cycle schedule.
 
     Args:
-        name: `adamw`, or `muon`: Muon for weight matrices (each expert's is one) and AdamW for the rest; the better
-            of the two from scratch.
+        name: `adamw`, or `muon`: Muon for weight matrices (each expert's is one) and AdamW for the rest.
         lr: the highest learning rate.
         weight_decay: decoupled weight decay on weight matrices; biases and norms have none, nor have position
             embeddings and class tokens under layer_decay.
