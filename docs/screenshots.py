@@ -23,7 +23,7 @@ DRAWN = 6000  # ms until galleries and statistics are there
 CAT = "?model=pets&picture=pets%2Ftest%2F0&layer=3&patch=36"
 SLOT = "?layer=3&patch=36&mode=slots&slot=6.3.reads"
 SOFT = Path("runs/soft")
-TRAIN = "fit --config quickstart --name soft --model.arch.router soft --trainer.max_epochs 1 --data.train_size 4000"
+TRAIN = "fit --config quickstart --name soft --model.arch.router soft --data.train_size 4000"
 
 
 def save(pixels: bytes, name: str, box: tuple[int, int, int, int] | None = None) -> None:
