@@ -59,19 +59,45 @@ def stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     Raises:
         UserError: if D or patch_size doesn't fit.
     """
-    pools = min(3, _halvings("stages", patch_size))
+    pools = _poolings("stages", embed_dim, patch_size)
+    widths = (embed_dim // 4, embed_dim // 2, embed_dim)
+    return _stages(widths, (False, True, pools == 3), pools, patch_size)
+
+
+def wide_stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
+    """`stage_stem` for accuracy before speed: widths D/2, D, D, and two residual convolutions in both of width D.
+
+    Args:
+        embed_dim: D, divisible by 4.
+        patch_size: side of a patch in pixels, a power of two of at least 4.
+
+    Raises:
+        UserError: if D or patch_size doesn't fit.
+    """
+    pools = _poolings("wide_stages", embed_dim, patch_size)
+    return _stages((embed_dim // 2, embed_dim, embed_dim), (False, True, True), pools, patch_size)
+
+
+def _poolings(stem: str, embed_dim: int, patch_size: int) -> int:
+    pools = min(3, _halvings(stem, patch_size))
     if pools < 2 or embed_dim % 4:
         raise UserError(
-            f"stem='stages' needs patches of at least 4 px and a width divisible by 4: "
+            f"stem={stem!r} needs patches of at least 4 px and a width divisible by 4: "
             f"they are {patch_size} and {embed_dim}."
         )
-    widths, stride = (embed_dim // 4, embed_dim // 2, embed_dim), patch_size // 2**pools
+    return pools
+
+
+def _stages(
+    widths: tuple[int, ...], residual: tuple[bool, ...], pools: int, patch_size: int
+) -> Callable[..., HybridEmbed]:
+    stride = patch_size // 2**pools
 
     def backbone(in_chans: int, **factory: Any) -> nn.Module:
         stages = []
         for stage, (before, width) in enumerate(zip((in_chans, *widths), widths, strict=False)):
             layers = [_conv(before, width, stride if stage == 0 else 1, **factory)]
-            if stage == 1 or (stage == 2 and pools == 3):
+            if residual[stage]:
                 layers.append(Residual(width, **factory))
             if stage < pools:
                 layers.append(nn.MaxPool2d(2))
@@ -109,7 +135,11 @@ class Residual(nn.Module):
         return out
 
 
-STEMS: dict[str, Callable[[int, int], Callable[..., HybridEmbed]]] = {"conv": conv_stem, "stages": stage_stem}
+STEMS: dict[str, Callable[[int, int], Callable[..., HybridEmbed]]] = {
+    "conv": conv_stem,
+    "stages": stage_stem,
+    "wide_stages": wide_stage_stem,
+}
 """Stems by name, beside timm's `patch`."""
 
 

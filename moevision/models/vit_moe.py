@@ -51,8 +51,8 @@ class VisionTransformerMoE(VisionTransformer):
         expert_hidden: hidden width of one expert; mlp_ratio · D / (K + shared) if None, so that a token costs as in
             the plain ViT.
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
-        stem: `patch` (timm's), `conv` (arXiv:2106.14881) or `stages` (the hybrids', for small images from scratch); see
-            `moevision.models.stems`.
+        stem: `patch` (timm's), `conv` (arXiv:2106.14881), `stages` or `wide_stages` (the hybrids', for small images
+            from scratch); see `moevision.models.stems`.
         twin: build the dense twin instead, matched in `active_flops` or `total_params`, or of these hidden widths, one
             for each MoE layer.
         img_size: side(s) of the image in pixels.
@@ -181,6 +181,7 @@ default_cfgs = generate_default_cfgs(
         "vit_moe_hybrid_patch4_32.untrained": _cfg(32, **_HYBRID),
         "vit_moe_hybrid_patch8_32.untrained": _cfg(32, **_HYBRID),
         "vit_moe_hybrid_patch16_128.untrained": _cfg(128, **_HYBRID),
+        "vit_moe_hybrid_wide_patch4_32.untrained": _cfg(32, **_HYBRID),
         "vit_moe_tiny_patch16_224.untrained": _cfg(224),
         "vit_moe_small_patch16_224.untrained": _cfg(224),
         "vit_moe_base_patch16_224.untrained": _cfg(224),
@@ -227,6 +228,13 @@ def vit_moe_hybrid_patch16_128(pretrained: bool = False, **kwargs: Any) -> Visio
     """For 128 px images from scratch: convolutional stages, then 4 MoE blocks of D 128 on 64 tokens."""
     size = {"img_size": 128, "patch_size": 16, "depth": 4, "moe_layers": "all"}
     return _create("vit_moe_hybrid_patch16_128", pretrained, {**_HYBRID_SIZE, **size}, kwargs)
+
+
+@register_model
+def vit_moe_hybrid_wide_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformerMoE:
+    """For 32 px images from scratch, the most accurate: wide stages, then 2 MoE blocks of D 128 on 64 tokens."""
+    size = {"img_size": 32, "patch_size": 4, "depth": 2, "moe_layers": "all", "stem": "wide_stages"}
+    return _create("vit_moe_hybrid_wide_patch4_32", pretrained, {**_HYBRID_SIZE, **size}, kwargs)
 
 
 @register_model

@@ -172,22 +172,27 @@ def test_the_conv_stem_keeps_the_patch_grid() -> None:
         timm.create_model("test_vit_moe", stem="conv", patch_size=12, img_size=48)
 
 
-@pytest.mark.parametrize(("patch_size", "size"), [(4, 32), (8, 32), (16, 64), (32, 64)])
-def test_the_stages_keep_the_patch_grid(patch_size: int, size: int) -> None:
-    """A patch's token changes most, in the mean over patches, when the pixels of that patch do."""
-    model = timm.create_model("test_vit_moe", stem="stages", patch_size=patch_size, img_size=size).double().eval()
+@pytest.mark.parametrize("stem", ["stages", "wide_stages"])
+@pytest.mark.parametrize(("patch_size", "size"), [(4, 32), (8, 32), (16, 64), (32, 128)])
+def test_the_stages_keep_the_patch_grid(stem: str, patch_size: int, size: int) -> None:
+    """When the pixels of a patch change, the centre of the tokens that move lies in that patch."""
+    model = timm.create_model("test_vit_moe", stem=stem, patch_size=patch_size, img_size=size).double().eval()
     side = size // patch_size
-    x = images(size).double()
+    row, column = side - 2, 1
+    x = images(size, count=16).double()
     tokens = model.patch_embed(x)
-    assert tokens.shape == (2, side**2, 32)
-    x[:, :, -patch_size:, :patch_size] += 1  # the lowest patch on the left: row side - 1, column 0
-    moved = (model.patch_embed(x) - tokens).abs().mean((0, 2))  # [N]
-    assert moved.argmax() == (side - 1) * side
+    assert tokens.shape == (16, side**2, 32)
+    x[:, :, row * patch_size : (row + 1) * patch_size, patch_size : 2 * patch_size] += 1
+    moved = (model.patch_embed(x) - tokens).abs().mean((0, 2)).view(side, side)
+    places = torch.arange(side).double()
+    centre = torch.stack([moved.sum(1) @ places, moved.sum(0) @ places]) / moved.sum()
+    assert centre.round().tolist() == [row, column]
 
 
-def test_stages_are_plain_convolutions() -> None:
-    """By hand, from the weights: convolution, BatchNorm, GELU; pooling; the residual pair in the middle stage."""
-    model = timm.create_model("test_vit_moe", stem="stages", patch_size=4).double().eval()
+@pytest.mark.parametrize(("stem", "widths"), [("stages", [8, 16, 32]), ("wide_stages", [16, 32, 32])])
+def test_stages_are_plain_convolutions(stem: str, widths: list[int]) -> None:
+    """By hand, from the weights: convolution, BatchNorm, GELU; pooling; residual pairs, the last if stages are wide."""
+    model = timm.create_model("test_vit_moe", stem=stem, patch_size=4).double().eval()
     for norm in (module for module in model.patch_embed.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_mean)
         nn.init.uniform_(norm.running_var, 0.5, 2)
@@ -203,10 +208,22 @@ def test_stages_are_plain_convolutions() -> None:
     y = nn.functional.max_pool2d(conv(x, first[0]), 2)
     y = conv(y, second[0])
     y = nn.functional.max_pool2d(y + conv(conv(y, second[1].conv1), second[1].conv2), 2)
-    torch.testing.assert_close(model.patch_embed(x), conv(y, third[0]).flatten(2).mT)
+    y = conv(y, third[0])
+    if stem == "wide_stages":
+        y = y + conv(conv(y, third[1].conv1), third[1].conv2)
+    assert [stage[0].conv.out_channels for stage in (first, second, third)] == widths
+    torch.testing.assert_close(model.patch_embed(x), y.flatten(2).mT)
 
 
-@pytest.mark.parametrize("name", ["vit_moe_hybrid_patch4_32", "vit_moe_hybrid_patch8_32", "vit_moe_hybrid_patch16_128"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_moe_hybrid_patch4_32",
+        "vit_moe_hybrid_patch8_32",
+        "vit_moe_hybrid_patch16_128",
+        "vit_moe_hybrid_wide_patch4_32",
+    ],
+)
 def test_hybrids_keep_timms_contract(name: str) -> None:
     """Features, other sizes, another head, copies, saved weights; the twin has no experts and as many FLOPs."""
     size = timm.get_pretrained_cfg(name).input_size[-1]
@@ -244,7 +261,7 @@ def test_predictions_do_not_depend_on_batch_mates() -> None:
     [
         ({"img_size": 30}, "multiple of 8, such as 32"),
         ({"num_experts": 2, "top_k": 3}, "between 1 and 2"),
-        ({"stem": "resnet"}, "'patch', 'conv', 'stages'"),
+        ({"stem": "resnet"}, "'patch', 'conv', 'stages', 'wide_stages'"),
         ({"stem": "stages", "patch_size": 2}, "at least 4 px"),
         ({"twin": "flops"}, "active_flops or total_params"),
         ({"router": "nope"}, "noisy_top_k"),
