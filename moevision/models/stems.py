@@ -61,11 +61,17 @@ def stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     """
     pools = _poolings("stages", embed_dim, patch_size)
     widths = (embed_dim // 4, embed_dim // 2, embed_dim)
-    return _stages(widths, (False, True, pools == 3), pools, patch_size)
+
+    def stage(before: int, width: int, index: int, stride: int, **factory: Any) -> list[nn.Module]:
+        residual = [Residual(width, **factory)] if index == 1 or (index == 2 and pools == 3) else []
+        pooling = [nn.MaxPool2d(2)] if index < pools else []
+        return [_conv(before, width, stride, **factory), *residual, *pooling]
+
+    return _stages(widths, stage, patch_size // 2**pools)
 
 
 def wide_stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
-    """`stage_stem` for accuracy before speed: widths D/2, D, D, and two residual convolutions in both of width D.
+    """`stage_stem` for accuracy before speed: widths D/2, D, D, the last two with residual convolutions after pooling.
 
     Args:
         embed_dim: D, divisible by 4.
@@ -75,7 +81,13 @@ def wide_stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbe
         UserError: if D or patch_size doesn't fit.
     """
     pools = _poolings("wide_stages", embed_dim, patch_size)
-    return _stages((embed_dim // 2, embed_dim, embed_dim), (False, True, True), pools, patch_size)
+
+    def stage(before: int, width: int, index: int, stride: int, **factory: Any) -> list[nn.Module]:
+        residual = [Residual(width, **factory)] if index > 0 else []
+        pooling = [nn.MaxPool2d(2)] if index < pools else []
+        return [_conv(before, width, stride, **factory), *pooling, *residual]
+
+    return _stages((embed_dim // 2, embed_dim, embed_dim), stage, patch_size // 2**pools)
 
 
 def _poolings(stem: str, embed_dim: int, patch_size: int) -> int:
@@ -88,20 +100,11 @@ def _poolings(stem: str, embed_dim: int, patch_size: int) -> int:
     return pools
 
 
-def _stages(
-    widths: tuple[int, ...], residual: tuple[bool, ...], pools: int, patch_size: int
-) -> Callable[..., HybridEmbed]:
-    stride = patch_size // 2**pools
-
+def _stages(widths: tuple[int, ...], stage: Callable[..., list[nn.Module]], stride: int) -> Callable[..., HybridEmbed]:
     def backbone(in_chans: int, **factory: Any) -> nn.Module:
         stages = []
-        for stage, (before, width) in enumerate(zip((in_chans, *widths), widths, strict=False)):
-            layers = [_conv(before, width, stride if stage == 0 else 1, **factory)]
-            if residual[stage]:
-                layers.append(Residual(width, **factory))
-            if stage < pools:
-                layers.append(nn.MaxPool2d(2))
-            stages.append(nn.Sequential(*layers))
+        for index, (before, width) in enumerate(zip((in_chans, *widths), widths, strict=False)):
+            stages.append(nn.Sequential(*stage(before, width, index, stride if index == 0 else 1, **factory)))
         return Stages(*stages)
 
     return partial(_embed, backbone)

@@ -191,7 +191,7 @@ def test_the_stages_keep_the_patch_grid(stem: str, patch_size: int, size: int) -
 
 @pytest.mark.parametrize(("stem", "widths"), [("stages", [8, 16, 32]), ("wide_stages", [16, 32, 32])])
 def test_stages_are_plain_convolutions(stem: str, widths: list[int]) -> None:
-    """By hand, from the weights: convolution, BatchNorm, GELU; pooling; residual pairs, the last if stages are wide."""
+    """By hand, from the weights: convolution, BatchNorm, GELU; pooling; residual pairs before or after pooling."""
     model = timm.create_model("test_vit_moe", stem=stem, patch_size=4).double().eval()
     for norm in (module for module in model.patch_embed.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_mean)
@@ -203,14 +203,18 @@ def test_stages_are_plain_convolutions(stem: str, widths: list[int]) -> None:
         y = (y - layer.bn.running_mean[:, None, None]) * scale[:, None, None] + layer.bn.bias[:, None, None]
         return nn.functional.gelu(y)
 
+    def residual(y: torch.Tensor, pair: nn.Module) -> torch.Tensor:
+        return y + conv(conv(y, pair.conv1), pair.conv2)
+
+    pool = nn.MaxPool2d(2)
     first, second, third = model.patch_embed.backbone
     x = images().double()
-    y = nn.functional.max_pool2d(conv(x, first[0]), 2)
-    y = conv(y, second[0])
-    y = nn.functional.max_pool2d(y + conv(conv(y, second[1].conv1), second[1].conv2), 2)
-    y = conv(y, third[0])
-    if stem == "wide_stages":
-        y = y + conv(conv(y, third[1].conv1), third[1].conv2)
+    y = pool(conv(x, first[0]))
+    if stem == "stages":
+        y = conv(pool(residual(conv(y, second[0]), second[1])), third[0])
+    else:
+        y = residual(pool(conv(y, second[0])), second[2])
+        y = residual(conv(y, third[0]), third[1])
     assert [stage[0].conv.out_channels for stage in (first, second, third)] == widths
     torch.testing.assert_close(model.patch_embed(x), y.flatten(2).mT)
 
