@@ -1,16 +1,21 @@
 """The specialization study: its rule, the matching of experts, and one tiny run of the whole of it."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
+import timm
+import torch
 
 from benchmarks.queue import BEGIN, END
 from benchmarks.specialization import report, training, trunk
 from benchmarks.specialization.arms import ARMS, CLASS, CONFIRMING_SEEDS, DATA_SETS, SEEDS, queue
 from benchmarks.specialization.rule import CHOOSING, CONDITIONS, chosen, confirmation, failures, settings_of
 from moevision.layers import ROUTERS
+from moevision.models.reading import pool_patches
 
 PROTOCOL = training.PROTOCOL.read_text(encoding="utf-8")
 
@@ -171,6 +176,34 @@ def small(monkeypatch):
     monkeypatch.setattr(trunk, "HYBRID", {"name": "test_vit_moe", "top_k": 1, "twin": "active_flops"})
     monkeypatch.setattr(training, "SWAP_IMAGES", 16)
     return spec
+
+
+@pytest.mark.parametrize("name", ["test_vit_moe", "vit_moe"])
+def test_the_last_blocks_go_on_where_the_first_ones_stopped(name) -> None:
+    """With a class token, whose patches are pooled, and without; and only they learn."""
+    base = {"base": "test_vit", "img_size": 32, "num_classes": 3} if name == "vit_moe" else {"num_classes": 3}
+    net = pool_patches(timm.create_model(name, **base)).eval()
+    torch.nn.init.normal_(net.head.weight)
+    images, last = torch.randn(2, 3, 32, 32), len(net.blocks) - 1
+    tail = trunk.Tail(net, last).eval()
+    torch.testing.assert_close(tail(trunk.before(net, last, images)), net(images))
+    learning = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert learning == {
+        name for name, _ in net.named_parameters() if name.startswith((f"blocks.{last}.", "norm.", "fc_norm.", "head."))
+    }
+
+
+def test_an_arm_sees_what_its_trunk_would_have_seen_next(small) -> None:
+    data = trunk.open_images("pets", Namespace())
+    batches = data.train_batches()
+    whole = list(islice(trunk.training_batches(data), batches + 2))
+    rest = list(islice(trunk.training_batches(data, small.trunk_steps), batches + 2 - small.trunk_steps))
+    for one, other in zip(whole[small.trunk_steps :], rest, strict=True):
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["index"], other["index"])
+    indices = torch.cat([batch["index"] for batch in whole[:batches]])
+    assert len(indices.unique()) == len(indices)  # a pass sees every image once
+    assert not torch.equal(whole[batches]["image"], whole[0]["image"])  # the next one in another order
 
 
 def test_a_tiny_study_from_end_to_end(bench, small, tmp_path) -> None:
