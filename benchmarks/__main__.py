@@ -22,6 +22,10 @@ STUDY = {
     "upcycling": ("sparse upcycling beside training on", "upcycling"),
     "saving": ("what sparsity saves, and what two levers cost, after the same training time", "saving"),
     "sparsity": ("what sparsity buys: the queue of runs of a protocol, and its verdicts", "sparsity"),
+    "specialization": (
+        "whether experts specialize: three questions of routers, units and placements",
+        "specialization",
+    ),
     "accumulation": ("the balance losses' gradient under gradient accumulation", "accumulation"),
     "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),

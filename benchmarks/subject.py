@@ -177,18 +177,21 @@ class TrainingStep:
         which: the MoE model or one of its twins.
         precision: `bf16` (autocast) or `fp32`.
         device: where.
+        net: a model that is there already, in the place of the subject's.
+        total_steps: of the schedule.
     """
 
     def __init__(
-        self, subject: Subject, which: Which = "moe", precision: str = "bf16", device: torch.device | str = "cpu"
-    ) -> None:
+        self, subject: Subject, which: Which = "moe", precision: str = "bf16", device: torch.device | str = "cpu", *,
+        net: nn.Module | None = None, total_steps: int = _TOTAL_STEPS,
+    ) -> None:  # fmt: skip
         self.subject, self.device, self.bf16 = subject, torch.device(device), precision == "bf16"
-        self.net: nn.Module = subject.build(which).to(device)
+        self.net: nn.Module = (subject.build(which) if net is None else net.train()).to(device)
         tokens, dtype = num_patches(self.net), torch.bfloat16 if self.bf16 else torch.float32
         set_fused_attention(self.net, tokens is None or not trains_unfused(self.device, dtype, tokens))
         self.aux_loss = AuxLoss(AuxLossWeights(**subject.aux))
         self.optimizer, self.schedule = build_optimizer(
-            self.net, OptimizerConfig(**subject.optim), total_steps=_TOTAL_STEPS, fused=True
+            self.net, OptimizerConfig(**subject.optim), total_steps=total_steps, fused=True
         )
 
     def __call__(self, images: Tensor, labels: Tensor, clock: PhaseClock | None = None) -> None:

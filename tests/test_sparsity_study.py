@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
+from benchmarks import queue as queueing
 from benchmarks import sparsity
 from benchmarks.harness import about
 from benchmarks.sparsity import arms, report, training, verdict
@@ -307,7 +308,7 @@ def test_a_queue_starts_a_process_for_each_run(monkeypatch, codes, limit, expect
 
 
 def test_a_changed_tree_is_refused(bench, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(sparsity, "git_state", lambda *_: {"git_commit": "c", "dirty": True})
+    monkeypatch.setattr(queueing, "git_state", lambda *_: {"git_commit": "c", "dirty": True})
     outcome = bench("sparsity", "run", "--data", tmp_path)
     assert outcome.code == 2
     assert "uncommitted changes" in outcome.err
@@ -318,7 +319,7 @@ def test_status_and_report_of_nothing_and_of_something(bench, tmp_path) -> None:
     outcome = bench("sparsity", "status", "--out", out)
     assert "0 of 6" in outcome.out
     assert outcome.out.rstrip().endswith("0 runs done, 232 missing (further learning rates not counted).")
-    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{queueing.BEGIN}\n{queueing.END}\nafter\n")
     common = ("sparsity", "report", "--out", out, "--readme", readme, "--speed", tmp_path / "speed.json")
     assert bench(*common).code == 0
     assert "Not run." in readme.read_text()

@@ -19,68 +19,40 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import moevision
 from benchmarks.harness import HERE, about, argument_parser, count, positive, print_line, print_table
 from benchmarks.memory import memory_of
+from benchmarks.queue import next_run, read_records, refuse_changes, release_if, write_run
 from benchmarks.saving import endless
 from benchmarks.sparsity.arms import ARMS, EPOCHS, STAGES, STEPS_PER_EPOCH, TUNING_SEEDS, Job, cost_of, queue, rate_of
 from benchmarks.sparsity.report import write_report
-from benchmarks.sparsity.training import PROTOCOL, folder_of, train, write
+from benchmarks.sparsity.training import PROTOCOL, folder_of, train
 from benchmarks.study import open_data
 from benchmarks.subject import TrainingStep
 from benchmarks.timing import Candidate, interleave, ratio_of, spread
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
-from moevision.train.provenance import git_state
-from moevision.train.resume import claim, release
 
 FOLDER = HERE / "sparsity"
 NOTHING_LEFT = 4  # exit code
-WAIT_S = 30.0
 WARM_UP = 10
 IDLE = 0.5  # load average below which a machine is
 MEASURED = [name for name, arm in ARMS.items() if (arm.data, arm.batch, arm.lr_factor) == ("cifar10", 128, 1.0)]
 
 
-def read_records(out: Path) -> list[dict[str, Any]]:
-    """All records of a folder, in the order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
-
-
 # ---- the queue
 
 
-def pick(options: Namespace) -> tuple[Job | None, int | None, bool]:
-    """The next run, claimed; or None, and whether another queue is at work on one that might decide more."""
-    records, busy = read_records(options.out), False
+def runs_to_do(records: list[dict[str, Any]], options: Namespace) -> Iterator[Job]:
+    """What this command line can do of the queue, in order."""
     for job in queue(records, options.device, options.tier):
-        if job.lr is None or (options.only and job.arm not in options.only) or not can_run(job, options):
-            continue
-        record, lock = options.out / f"{job.name}.json", options.work / f"{job.name}.lock"
-        if record.exists():
-            continue
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-        try:
-            held = claim(lock)
-        except UserError:
-            busy = True
-            continue
-        if not record.exists():  # it may have been finished since
-            return job, held, busy
-        release_if(held)
-    return None, None, busy
-
-
-def release_if(held: int | None) -> None:
-    """Give up a claim, where the system has such."""
-    if held is not None:
-        release(held)
+        if job.lr is not None and (not options.only or job.arm in options.only) and can_run(job, options):
+            yield job
 
 
 def can_run(job: Job, options: Namespace) -> bool:
@@ -93,23 +65,19 @@ def can_run(job: Job, options: Namespace) -> bool:
 
 def run(options: Namespace) -> None:
     """Do the next run, or `limit` of them in processes of their own."""
-    code = git_state(Path(moevision.__file__).parent, HERE / "*.py", HERE.parent / "configs", PROTOCOL)
-    if (not code or code["dirty"]) and not options.allow_dirty:
-        raise UserError("The tree has uncommitted changes: commit them, or try things out with --allow-dirty.")
+    refuse_changes(PROTOCOL, allowed=options.allow_dirty)
     if options.limit != 1:
         sys.exit(run_many(options.limit))
     options.twin_steps = twin_steps(options.out, options.speed, options.device)
-    job, held, busy = pick(options)
-    while job is None and busy:  # what another queue does may decide a learning rate
-        time.sleep(WAIT_S)
-        job, held, busy = pick(options)
+    # What another queue does may decide a learning rate, so it is waited for.
+    job, held = next_run(functools.partial(runs_to_do, options=options), options.out, options.work)
     if job is None:
         print("Nothing is left to do here: see `python -m benchmarks sparsity status`.", file=sys.stderr)
         sys.exit(NOTHING_LEFT)
     torch.set_num_threads(options.threads)
     try:
         record = train(job, options)
-        write(options.out, job, record)
+        write_run(options.out, job.name, record)
     finally:
         release_if(held)
     result = record["failed"] or f"val {record['val_top1']:.3f}, {record['cpu_s']:.0f} s CPU"

@@ -10,14 +10,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.queue import fill_readme, is_dirty
 from benchmarks.sparsity.arms import ARMS, BALANCE, EPOCHS, STAGES, TUNING_SEEDS, Record, rate_of
-from benchmarks.sparsity.verdict import Result, finished, is_dirty, judge, runs_of
-from moevision.errors import UserError
-from moevision.files import write_text_atomic
+from benchmarks.sparsity.verdict import Result, finished, judge, runs_of
 from moevision.train.plots import BLUE, GRID, INK, SOFT, calm, save, title
 from moevision.train.report import flops, table
 
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 DEVICES = {name: f"{name.upper()}, {epochs} epochs" for name, epochs in EPOCHS.items()}
 NOT_RUN = "not run"
 Measurements = Sequence[Mapping[str, Any]]
@@ -29,11 +27,7 @@ def write_report(records: Sequence[Record], speed: Measurements, readme: Path) -
     Raises:
         UserError: if the README has no marks.
     """
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if not (BEGIN in text and END in text):
-        raise UserError(f"{readme} has no lines {BEGIN} and {END}: put them where the tables shall stand.")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    write_text_atomic(readme, f"{before}{BEGIN}\n\n{tables(records, speed)}\n\n{END}{after}")
+    fill_readme(readme, parts_of(records, speed))
     judged = {device: judge(records, device) for device in DEVICES}
     drawn = {device: results for device, results in judged.items() if any(result.contrast for result in results)}
     if drawn:

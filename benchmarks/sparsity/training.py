@@ -8,7 +8,6 @@ Axes: B images, N tokens, E experts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import resource
@@ -21,14 +20,14 @@ from typing import Any
 import lightning as L
 import torch
 
-from benchmarks.harness import HERE, about, finite
+from benchmarks.harness import HERE, about
+from benchmarks.queue import sha256_of
 from benchmarks.sparsity.arms import ARMS, Arm, Job
 from moevision.allocator import keep_freed_memory
 from moevision.cli import main as run_moevision
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
-from moevision.files import write_json_atomic
 from moevision.layers import forward_routing
 from moevision.losses import cv_squared
 from moevision.train.cli import TrainingCLI, quiet_lightning
@@ -200,7 +199,7 @@ def train(job: Job, options: Namespace) -> dict[str, Any]:
     (run_dir / "summary.json").unlink(missing_ok=True)  # ended between the run's last file and its record
     key = {
         **vars(job), "failed": None, "batch": ARMS[job.arm].batch, "precision": "32-true", **origin,
-        "protocol_sha256": hashlib.sha256(PROTOCOL.read_bytes()).hexdigest(),
+        "protocol_sha256": sha256_of(PROTOCOL),
     }  # fmt: skip
     session = Session("fit", arguments)
     try:
@@ -243,9 +242,3 @@ def found(task: ClassificationTask, meter: Meter, result: RunResult) -> dict[str
 def sessions_of(run_dir: Path) -> int:
     """How often the run was started."""
     return len(json.loads((run_dir / "sessions.json").read_text(encoding="utf-8")))
-
-
-def write(out: Path, job: Job, record: dict[str, Any]) -> None:
-    """Keep a finished run in a file of its own, so that two queues never write the same one."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(out / f"{job.name}.json", finite(record))

@@ -13,6 +13,7 @@ from scipy.optimize import brentq
 from scipy.stats import nct
 from scipy.stats import t as student
 
+from benchmarks.queue import is_dirty
 from benchmarks.sparsity.arms import LEARNED_NOTHING, TUNING_SEEDS, Record, rate_of
 from benchmarks.sparsity.training import PROTOCOL
 from benchmarks.study import Contrast, holm
@@ -84,11 +85,6 @@ def runs_of(records: Sequence[Record], device: str, arm: str) -> dict[int, Recor
         if (run["device"], run["arm"], run["lr"]) == (device, arm, lr) and run["seed"] not in TUNING_SEEDS
         and not is_dirty(run)
     }  # fmt: skip
-
-
-def is_dirty(run: Record) -> bool:
-    """Whether it isn't known which code did the run."""
-    return not run["code"] or bool(run["code"]["dirty"])
 
 
 def finished(runs: dict[int, Record]) -> dict[int, Record]:

@@ -203,12 +203,24 @@ def match_experts(a: LayerTrace, b: LayerTrace, *, seed: int = 0) -> ExpertMatch
             f"Experts can be matched on the same images and for equal numbers of experts only, not {first.shape} "
             f"with {a.num_experts} and {second.shape} with {b.num_experts}: collect both traces on the same data."
         )
+    return pair_experts(first, second, a.num_experts, seed=seed)
+
+
+def pair_experts(first: npt.NDArray[Any], second: npt.NDArray[Any], num_experts: int, *, seed: int = 0) -> ExpertMatch:
+    """Pair the experts of two routers by their first choices on the same images; see `match_experts`.
+
+    Args:
+        first: [I, ...] the expert of each patch; -1: none.
+        second: [I, ...] the other router's.
+        num_experts: E, of both.
+        seed: of the halves.
+    """
     from scipy.optimize import linear_sum_assignment
 
     half = np.random.default_rng(seed).permutation(len(first))
     fitted, measured = half[: len(half) // 2], half[len(half) // 2 :]
     # A patch that no expert took (-1) is an answer of its own, which is its own partner.
-    nobody = a.num_experts
+    nobody = num_experts
     first, second = (np.where(choice < 0, nobody, choice) for choice in (first, second))
     pairs = pair_counts(first[fitted], second[fitted], nobody + 1)[:nobody, :nobody]
     _, order = linear_sum_assignment(pairs, maximize=True)

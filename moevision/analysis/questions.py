@@ -59,8 +59,11 @@ from moevision.models.reading import routes_read
 from moevision.models.safe_files import read_json, read_yaml
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from moevision.analysis.images import PictureSet
     from moevision.analysis.trace import RoutingTrace
+    from moevision.layers import MoEMlp
     from moevision.models.io import SavedModel
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -1065,10 +1068,27 @@ def run_forced(
     for start in range(0, len(images), _BATCH):
         part = slice(start, start + _BATCH)
         pixels = network_input(model, read_images(pictures, images[part]))
-        wanted = torch.from_numpy(experts[part].astype(np.int64)).to(pixels.device)
-        with edited(model.net, {layer: partial(_choose, experts=wanted, prefix=prefix)}):
-            logits.append(model.net(pixels).float().cpu().numpy())
+        logits.append(forced_logits(model.net, layer, pixels, experts[part], prefix))
     return np.concatenate(logits)
+
+
+@torch.inference_mode()
+def forced_logits(
+    net: nn.Module, layer: MoEMlp, inputs: torch.Tensor, experts: Ints, prefix: int = 0
+) -> npt.NDArray[np.float32]:
+    """Logits [R, C] of what `net` takes [R, ...] while the patches go to these experts [R, P, K] in one of its layers.
+
+    Args:
+        net: in eval mode.
+        layer: the layer.
+        inputs: what `net` is called with.
+        experts: best first.
+        prefix: tokens before the patches, which stay where they are.
+    """
+    wanted = torch.from_numpy(experts.astype(np.int64)).to(inputs.device)
+    with edited(net, {layer: partial(_choose, experts=wanted, prefix=prefix)}):
+        logits: npt.NDArray[np.float32] = net(inputs).float().cpu().numpy()
+    return logits
 
 
 def _choose(decision: Ranking, experts: torch.Tensor, prefix: int) -> Ranking:

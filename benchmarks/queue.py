@@ -1,0 +1,127 @@
+"""A queue of runs that a protocol lists: one record each, and two queues side by side never take the same one.
+
+A run is claimed by a lock that ends with its process, so that nothing is left to clean up where one was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import moevision
+from benchmarks.harness import HERE, finite
+from moevision.errors import UserError
+from moevision.files import write_json_atomic, write_text_atomic
+from moevision.train.provenance import git_state
+from moevision.train.resume import claim, release
+
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+WAIT_S = 30.0  # before a queue looks again whether another one has decided something
+
+
+class Named(Protocol):
+    """What the queue knows of a run."""
+
+    @property
+    def name(self) -> str:
+        """What its record is called."""
+
+
+T = TypeVar("T", bound=Named)
+
+
+def read_records(out: Path) -> list[dict[str, Any]]:
+    """All records of a folder, in the order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+
+
+def write_run(out: Path, name: str, record: dict[str, Any]) -> None:
+    """Keep a finished run in a file of its own, so that two queues never write the same one."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(out / f"{name}.json", finite(record))
+
+
+def next_run(jobs: Callable[[list[dict[str, Any]]], Iterable[T]], out: Path, work: Path) -> tuple[T | None, int | None]:
+    """The first run without a record, claimed; None where none is left, after waiting for what other queues do.
+
+    Args:
+        jobs: all runs in order, as far as these records decide them.
+        out: where the records are.
+        work: where the locks are.
+
+    Returns:
+        The run, and what `release_if` takes.
+    """
+    while True:
+        busy = False
+        for job in jobs(read_records(out)):
+            record = out / f"{job.name}.json"
+            if record.exists():
+                continue
+            try:
+                held = claim_file(work / f"{job.name}.lock")
+            except UserError:
+                busy = True
+                continue
+            if not record.exists():  # it may have been finished since
+                return job, held
+            release_if(held)
+        if not busy:
+            return None, None
+        time.sleep(WAIT_S)
+
+
+def claim_file(lock: Path) -> int | None:
+    """Claim by a file, which is made.
+
+    Raises:
+        UserError: if another process has it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    return claim(lock)
+
+
+def release_if(held: int | None) -> None:
+    """Give up a claim, where the system has such."""
+    if held is not None:
+        release(held)
+
+
+def refuse_changes(protocol: Path, *, allowed: bool) -> None:
+    """Runs come from a committed tree.
+
+    Raises:
+        UserError: if the package, the benchmarks, the configs or the protocol have uncommitted changes.
+    """
+    code = git_state(Path(moevision.__file__).parent, HERE / "*.py", HERE.parent / "configs", protocol)
+    if (not code or code["dirty"]) and not allowed:
+        raise UserError("The tree has uncommitted changes: commit them, or try things out with --allow-dirty.")
+
+
+def is_dirty(run: Any) -> bool:
+    """Whether it isn't known which code did the run."""
+    return not run["code"] or bool(run["code"]["dirty"])
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def fill_readme(readme: Path, parts: Sequence[str]) -> None:
+    """Put the tables between the README's marks.
+
+    Raises:
+        UserError: if it has no marks.
+    """
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    if not (BEGIN in text and END in text):
+        raise UserError(f"{readme} has no lines {BEGIN} and {END}: put them where the tables shall stand.")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    body = "\n\n".join(parts)
+    write_text_atomic(readme, f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
