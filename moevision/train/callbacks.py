@@ -319,11 +319,11 @@ class EarlyStoppingConfig:
     Attributes:
         patience: validations in a row without a better one, after which training stops; null trains to the end. The
             learning rate then hasn't come down to its end, so the schedule's whole length often scores higher.
-        monitor: what must become better; best.ckpt stays the one with the best val/top1.
+        monitor: what must become better; null: what best.ckpt is chosen by.
     """
 
     patience: int | None = None
-    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] = "val/top1"
+    monitor: Literal["val/top1", "val/balanced_acc", "val/loss"] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a patience that would stop at once."""
@@ -334,10 +334,10 @@ class EarlyStoppingConfig:
 class StopEarly(EarlyStopping):
     """Lightning's EarlyStopping, which also stays stopped when a finished training is gone on with."""
 
-    def __init__(self, monitor: str, patience: int) -> None:
-        mode = "min" if monitor.endswith("loss") else "max"
+    def __init__(self, monitor: str | None, patience: int) -> None:
+        mode = "min" if monitor == "val/loss" else "max"
         # not finite is not better, and the guard's business
-        super().__init__(monitor, patience=patience, mode=mode, check_finite=False, strict=False)
+        super().__init__(monitor or "val/top1", patience=patience, mode=mode, check_finite=False, strict=False)
 
     @staticmethod
     def of(config: EarlyStoppingConfig) -> list[L.Callback]:

@@ -64,6 +64,7 @@ from moevision.train.recipe import (
     new_run_folder,
     run_name,
 )
+from moevision.train.report import BALANCED, is_unbalanced
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session, resume_command
 from moevision.train.task import ClassificationTask
 
@@ -183,7 +184,7 @@ _CHATTER = (
     r"(?s)\s.*(JsonargparseDeprecationWarning|was deprecated in v\d|instantiate_classes)",  # Lightning's own calls
     "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",  # evaluation needs none
     "Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
-    r".ModelCheckpoint\(monitor='val/top1'\). could not find the monitored key",  # a training of less than an epoch
+    r".ModelCheckpoint\(monitor='val/\w+'\). could not find the monitored key",  # a training of less than an epoch
     "You're resuming from a checkpoint that ended before the epoch ended",  # ImageDataModule can
     r"It is recommended to use .self\.log\('(val|test|moe)/.*, sync_dist=True",  # torchmetrics has summed them up
     r".isinstance\(treespec, LeafSpec\). is deprecated",
@@ -504,13 +505,13 @@ class TrainingCLI(LightningCLI):
         trainer_config = self._get(self.config_init, "trainer")
         callbacks = list(trainer_config.get("callbacks") or [])
         if verb == "fit":
-            self.point = self._resume_point()
+            self.point, self.best = self._resume_point(), self._checkpoints()
             callbacks += [
                 self.stopwatch,
                 TimeLeft(self.session.clock),
                 ScheduleCheck(),
                 LearningRateMonitor("step"),
-                self._checkpoints(),
+                self.best,
             ]
             callbacks += [*StopEarly.of(self._get(self.config_init, "early_stopping")), Calibrate()]
             callbacks += watching(**{name: self._get(self.config_init, name) for name in ("fault", "ema", "guard")})
@@ -546,10 +547,28 @@ class TrainingCLI(LightningCLI):
         return ModelCheckpoint(
             dirpath=cast(Path, self.run_dir) / "checkpoints",
             filename="best",
-            monitor="val/top1",
+            monitor="val/top1",  # `_choose_monitor` knows the classes
             mode="max",
             enable_version_counter=False,
         )
+
+    def _choose_monitor(self, *, fresh: bool) -> None:
+        """What best.ckpt, early stopping and the headline go by; config.yaml keeps it for a run that goes on."""
+        settings, early = (self._get(self.config, name) for name in ("checkpoint", "early_stopping"))
+        counts = self.datamodule.class_counts["train"].values()
+        if settings["monitor"] is None:
+            # A run of an earlier version goes on as it began.
+            settings["monitor"] = BALANCED if fresh and is_unbalanced(counts) else "val/top1"
+            if settings["monitor"] == BALANCED and self.trainer.is_global_zero:
+                print(
+                    f"Classes have {min(counts):,} to {max(counts):,} training images: best.ckpt is chosen by "
+                    "val/balanced_acc, the mean recall of the classes (--checkpoint.monitor val/top1: by accuracy)."
+                )
+        self.monitor = settings["monitor"]
+        for callback in cast(Any, self.trainer).callbacks:
+            follows = isinstance(callback, StopEarly) and early["monitor"] is None
+            if follows or callback is self.best:
+                callback.monitor = self.monitor
 
     def _resume_point(self) -> ResumePoint:
         run_dir, interruption = cast(Path, self.run_dir), self.session.interruption
@@ -573,6 +592,8 @@ class TrainingCLI(LightningCLI):
                 freeze_parameters(net, self.model.optim.freeze)
         if self.trainer.is_global_zero:
             print(self.datamodule.describe(), flush=True)
+        self._choose_monitor(fresh=fresh)
+        if self.trainer.is_global_zero:
             if fresh and self.model.arch.pretrained is not None and not self.fast_dev_run:
                 self._start_with_probe()
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):

@@ -40,6 +40,8 @@ from moevision.names import shown
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+BALANCED = "val/balanced_acc"
+"""Macro recall, what goes before accuracy where classes are unbalanced."""
 _UNBALANCED = 1.5
 _BISECTION_STEPS = 60  # halves [-1, 1] below the spacing of doubles
 
@@ -228,13 +230,17 @@ class RunSummary:
     """Of the weights as a file."""
     expected_s: float | None = None
     """How long the training was expected to take when it began; None where nothing was said."""
+    monitor: str | None = None
+    """What best.ckpt had the highest of; None in summaries of earlier versions, which was val/top1."""
     next_commands: Sequence[tuple[str, str]] = ()
     """(what it does, the exact command); empty: what most people want next."""
 
     @property
     def unbalanced(self) -> bool:
-        """Whether classes differ so much in size that balanced accuracy comes first."""
-        return is_unbalanced(self.class_counts["train"].values())
+        """Whether balanced accuracy comes first, because classes differ in size or it was asked for."""
+        if self.monitor is None:
+            return is_unbalanced(self.class_counts["train"].values())
+        return self.monitor == BALANCED
 
     @property
     def classes(self) -> list[str]:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -56,7 +56,7 @@ _FREE = (
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark"),
     *("trainer.deterministic", "trainer.default_root_dir", "trainer.plugins", "trainer.use_distributed_sampler"),
     *("model.compile", "model.grad_checkpointing", "model.arch.backend"),
-    *("with_twin", "checkpoint", "guard", "fault"),
+    *("with_twin", "checkpoint.every_minutes", "checkpoint.every_steps", "guard", "fault"),
 )
 _SILENT = ("config", "name", "runs_root", "resume", "ckpt_path", "print_config")  # don't touch the training
 _FLOATING = ("model.compile", "model.grad_checkpointing", "model.arch.backend", "trainer.strategy")  # other rounding
@@ -66,15 +66,18 @@ _claims: set[int] = set()  # open descriptors of the run folders that this proce
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How often a point to resume from is saved, besides the end of every epoch.
+    """How often a point to resume from is saved, besides the end of every epoch; and which epoch is the best.
 
     Attributes:
         every_minutes: minutes between two of them.
         every_steps: optimizer steps between two of them; null is no limit.
+        monitor: what best.ckpt has the highest of. null: val/balanced_acc (macro recall) where the largest class has
+            more than 1.5 times the training images of the smallest, else val/top1.
     """
 
     every_minutes: float = 10.0
     every_steps: int | None = None
+    monitor: Literal["val/top1", "val/balanced_acc"] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would never or always save."""

@@ -43,6 +43,7 @@ from moevision.train.processes import Interrupted, gather, several_processes, te
 from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
 from moevision.train.report import (
+    BALANCED,
     Entry,
     RunSummary,
     TestScores,
@@ -249,15 +250,20 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         layers=task.test_loads,
         bad_images=bad_images,
         expected_s=cli.expected_s,
+        monitor=cli.monitor,
         ms_per_image=_ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
-        notes=[*data.warnings, *stopped_early, *watched.sentences(), *data_wait_advice(stopwatch.data_wait, data)],
+        notes=[*data.warnings, *_chosen_by(cli.monitor), *stopped_early, *watched.sentences(), *data_wait_advice(stopwatch.data_wait, data)],
     )
     correct = {row.sample: row.prediction == row.label for row in rows}
     result = RunResult(summary, run_dir, correct, {row.sample: row.label for row in rows})
     result = _with_choice(result)
     _write_summary(result.summary, run_dir)
     return result
+
+
+def _chosen_by(monitor: str) -> list[str]:
+    return ["best.ckpt is the epoch with the best balanced accuracy on val."] if monitor == BALANCED else []
 
 
 def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:

@@ -327,10 +327,25 @@ class ClassificationTask(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class MacroRecall(MulticlassAccuracy):
+    """The mean of the recalls of those classes that have images.
+
+    torchmetrics also counts a class without images as 0 as soon as one image is taken for it. A small class may have
+    none among the validation images.
+    """
+
+    def compute(self) -> Tensor:
+        """A scalar in [0, 1]."""
+        right, _, _, wrong = self._final_state()  # [C] each: true positives, ..., false negatives
+        images = right + wrong
+        share = (images > 0) / (images > 0).sum()  # [C]
+        return (right / images.clamp_min(1) * share).sum()
+
+
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:
     metrics: dict[str, Metric | MetricCollection] = {
         "top1": MulticlassAccuracy(num_classes, average="micro"),
-        "balanced_acc": MulticlassAccuracy(num_classes, average="macro"),
+        "balanced_acc": MacroRecall(num_classes, average="macro"),
         "ece": MulticlassCalibrationError(num_classes, n_bins=15),
     }
     if num_classes > 5:  # with fewer, everything is among the five likeliest
