@@ -253,7 +253,13 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         monitor=cli.monitor,
         ms_per_image=_ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
-        notes=[*data.warnings, *_chosen_by(cli.monitor), *stopped_early, *watched.sentences(), *data_wait_advice(stopwatch.data_wait, data)],
+        notes=[
+            *data.warnings,
+            *_chosen_by(cli.monitor),
+            *stopped_early,
+            *watched.sentences(),
+            *data_wait_advice(stopwatch.data_wait, data),
+        ],
     )
     correct = {row.sample: row.prediction == row.label for row in rows}
     result = RunResult(summary, run_dir, correct, {row.sample: row.label for row in rows})

@@ -64,7 +64,8 @@ def test_macro_recall_chooses_the_epoch_and_heads_the_result(cli, tiny, two_to_o
     assert recorded(run) == BALANCED
     assert best_of(run) == (BALANCED, pytest.approx(highest(run, BALANCED)))
     summary = read_summary(run / "summary.json")
-    assert summary.monitor == BALANCED and summary.unbalanced
+    assert summary.monitor == BALANCED
+    assert summary.unbalanced
     assert f"\ntest/balanced_acc {summary.test.balanced_accuracy:.4f}, test/top1" in outcome.out + outcome.err
     assert "best.ckpt is the epoch with the best balanced accuracy" in (run / "summary.md").read_text()
 
@@ -102,7 +103,8 @@ def test_a_run_that_goes_on_keeps_its_choice(cli, tiny, two_to_one, earlier_vers
     # Images have come or gone: the rule would answer otherwise.
     monkeypatch.setattr(training, "is_unbalanced", lambda counts: earlier_version)
     refused = cli("fit", "--resume", run, f"--checkpoint.monitor={'val/top1' if first == BALANCED else BALANCED}")
-    assert refused.code == 2 and "--checkpoint.monitor" in refused.err
+    assert refused.code == 2
+    assert "--checkpoint.monitor" in refused.err
     outcome = cli("fit", "--resume", run)
     assert outcome.code == 0, outcome.err
     assert best_of(run) == (first, pytest.approx(highest(run, first)))
