@@ -2,7 +2,7 @@
 
 Nothing here changes what is computed. `dispatch.py`, `experts.py` and `routers.py` call one function each time:
 
-- `stable_order`, `padded_counts`: sorting by expert, and group sizes that matrix kernels like;
+- `sort_choices`, `padded_counts`: sorting by expert, and group sizes that matrix kernels like;
 - `best`, `softmax_over_experts`: a router's choice;
 - `take_rows`, `sum_rows`: rows moved and summed by index, with gradients that gather too;
 - `looped_mlps`: the experts one after the other, with a backward pass that writes each gradient once.
@@ -30,6 +30,9 @@ from moevision.errors import UserError
 
 MULTIPLE, SMALL_MULTIPLE = 32, 16
 """What sizes of large and small groups are rounded up to in bfloat16: 6 % of additional rows at most, on average."""
+
+FEW = 1024
+"""Rows up to which the number of calls counts more than what each of them does: those of a few images at most."""
 
 _ALIGNMENT = 16
 """Bytes that the start and the strides of a matrix must be multiples of for `grouped_mm`."""
@@ -98,12 +101,30 @@ class _Refuse(torch.autograd.Function):
 # ---- dispatch: order and group sizes
 
 
-def stable_order(expert: Tensor, num_experts: int) -> Tensor:
-    """[R] int64: the order that sorts `expert` [R] int64, equal ones as they stand."""
-    if expert.device.type != "cpu" or torch.compiler.is_compiling() or num_experts > 256:
-        return expert.argsort(stable=True)
-    # NumPy sorts single bytes by counting them: a tenth of the time of torch's comparisons.
-    return torch.from_numpy(np.argsort(expert.to(torch.uint8).numpy(), kind="stable"))
+def sort_choices(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort choices by expert, equal ones as they stand.
+
+    Args:
+        expert: [R] int64, the expert of each choice.
+        num_experts: E.
+
+    Returns:
+        int64: [R] the choices in order, [R] where each of them stands then (the inverse), [E] how many fell on each
+        expert.
+    """
+    on_cpu = expert.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and len(expert) <= FEW:  # few calls count here
+        order = expert.argsort(stable=True)
+        return order, order.argsort(), torch.bincount(expert, minlength=num_experts)
+    if on_cpu and num_experts <= 256:
+        # NumPy sorts single bytes by counting them: a tenth of the time of torch's comparisons.
+        order = torch.from_numpy(np.argsort(expert.to(torch.uint8).numpy(), kind="stable"))
+    else:
+        order = expert.argsort(stable=True)
+    row = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
+    # scatter_add has a static result shape: no host synchronisation, and it compiles, unlike bincount.
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
+    return order, row, counts.scatter_add(0, expert, torch.ones_like(expert))
 
 
 def padded_counts(
@@ -167,7 +188,8 @@ def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 def softmax_over_experts(logits: Tensor) -> Tensor:
     """Softmax of logits [B, N, E] over E; on a CPU across tokens, since E numbers don't fill a vector register."""
-    if logits.device.type != "cpu":
+    eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    if logits.device.type != "cpu" or (eager and logits.numel() <= FEW):  # for few tokens one call, not three
         return logits.softmax(-1)
     return logits.mT.contiguous().softmax(-2).mT
 
@@ -190,7 +212,7 @@ def take_rows(x: Tensor, token: Tensor, position: Tensor) -> Tensor:
     Returns:
         [R, D].
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return x.index_select(0, token)
     rows: Tensor = _TakeRows.apply(x, token, position)  # type: ignore[no-untyped-call]
     return rows
@@ -210,7 +232,7 @@ def sum_rows(rows: Tensor, weight: Tensor, token: Tensor, position: Tensor) -> T
         [T, D] in the rows' dtype.
     """
     weight = weight.to(rows.dtype)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _sum(rows, position, weight)
     total: Tensor = _SumRows.apply(rows, weight, token, position)  # type: ignore[no-untyped-call]
     return total
@@ -335,7 +357,8 @@ def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tens
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     groups = zip(bias.unbind(), rows.split(counts), weight.mT.unbind(), out.split(counts), strict=True)
     for one_bias, group, one_weight, place in groups:
-        torch.addmm(one_bias, group, one_weight, out=place)
+        if len(group):  # with few rows many experts have none
+            torch.addmm(one_bias, group, one_weight, out=place)
     return out
 
 

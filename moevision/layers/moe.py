@@ -8,7 +8,6 @@ Axes: B images, N tokens, D width, E experts, K choices, T = BÂ·N tokens, R = TÂ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,7 +115,7 @@ class MoEMlp(Recordable):
         A 2-D x is one image's tokens.
         """
         tokens = x.unsqueeze(0) if x.ndim == 2 else x.flatten(1, -2)  # [B, N, D]
-        routing = self.decide(replace(self.router(tokens), layer=self.layer_index))
+        routing = self.decide(self.router(tokens))
         flat = tokens.flatten(0, 1)  # [T, D]
         if self.experts.backend == "dense":
             mixed = self._mix_densely(flat, routing)

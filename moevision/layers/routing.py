@@ -128,7 +128,10 @@ class Recordable(nn.Module):
     intervention: Callable[[Routing], Routing] | None = None
 
     def decide(self, routing: Routing) -> Routing:
-        """What the layer will compute: `routing` as the open intervention changes it; the open recorder gets it too."""
+        """What the layer will compute: `routing` as the open intervention changes it; the open recorder gets it too.
+
+        Both see the number of the layer in it, which the layer itself has no use for.
+        """
         if torch.compiler.is_compiling():
             return _decide_uncompiled(self, routing)
         return _decide(self, routing)
@@ -141,6 +144,9 @@ class Recordable(nn.Module):
 def _decide(layer: Recordable, routing: Routing) -> Routing:
     # Read once: another thread may close its scope between a check and a use.
     intervention, recorder = layer.intervention, layer.recorder
+    if intervention is None and recorder is None:
+        return routing
+    routing = replace(routing, layer=layer.layer_index)
     if intervention is not None:
         routing = intervention(routing)
     if recorder is not None:

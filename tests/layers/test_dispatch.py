@@ -181,15 +181,18 @@ def test_experts_that_change_nothing_give_the_weighted_token(case: Case) -> None
     torch.testing.assert_close(mixed, case.x() * factor)
 
 
+@pytest.mark.parametrize("size", [cpu.FEW, 5000])
 @pytest.mark.parametrize("num_experts", [1, 2, 255, 256, 257, 1000])
-def test_the_order_is_that_of_a_stable_sort(num_experts: int) -> None:
+def test_the_order_is_that_of_a_stable_sort(num_experts: int, size: int) -> None:
     """A byte holds 256 experts; above that torch sorts. 300 was 44 in a byte."""
-    expert = torch.randint(num_experts, (5000,), generator=torch.Generator().manual_seed(0))
+    expert = torch.randint(num_experts, (size,), generator=torch.Generator().manual_seed(0))
     expert[:2] = num_experts - 1
-    order = cpu.stable_order(expert, num_experts)
-    assert order.dtype == torch.int64
-    assert order.tolist() == sorted(range(5000), key=expert.tolist().__getitem__)  # Python's sort is stable
-    assert torch.equal(order, cpu.stable_order(expert, num_experts))
+    order, row, counts = cpu.sort_choices(expert, num_experts)
+    assert {each.dtype for each in (order, row, counts)} == {torch.int64}
+    assert order.tolist() == sorted(range(size), key=expert.tolist().__getitem__)  # Python's sort is stable
+    assert row[order].tolist() == list(range(size))
+    assert counts.tolist() == [expert.tolist().count(each) for each in range(num_experts)]
+    assert torch.equal(order, cpu.sort_choices(expert, num_experts)[0])
 
 
 def test_compiled_code_sorts_and_pads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
