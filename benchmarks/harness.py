@@ -82,6 +82,11 @@ def parse(parser: ArgumentParser, quick: Mapping[str, Any]) -> Namespace:
     return options
 
 
+def add_arch(parser: ArgumentParser) -> None:
+    """Another model by the config's recipe."""
+    parser.add_argument("--arch", metavar="NAME", help="timm name of the model, in the place of the config's")
+
+
 def add_image_sizes(parser: ArgumentParser) -> None:
     """Batch size, image size and precision of a training step."""
     parser.add_argument("--batch-size", type=positive, metavar="N", help="images per step (the config's)")
@@ -170,6 +175,7 @@ def about() -> dict[str, Any]:
             "gpus": gpu_names(),
             "freed_memory_is_kept": allocator.is_kept(),
             "matrix_unit": has_matrix_unit(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "load_average_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         },
         "versions": {

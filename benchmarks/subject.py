@@ -102,13 +102,19 @@ class Subject:
 
 
 def find_subject(
-    name: str, *, batch_size: int | None = None, image_size: int | None = None, num_classes: int | None = None
+    name: str,
+    *,
+    arch: str | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    num_classes: int | None = None,
 ) -> Subject:
     """What to train.
 
     Args:
         name: a config's name or file, a run folder, or a timm name; a dense ViT's is converted with the defaults of
             `convert_to_moe`.
+        arch: timm name of another model in the place of the config's; router, optimizer and losses stay the config's.
         batch_size: images per step, in the place of the config's.
         image_size: side in pixels, likewise.
         num_classes: C; a config doesn't know it before its data is read, so 10 by default.
@@ -131,6 +137,10 @@ def find_subject(
     else:
         configs = ", ".join(shipped_configs())
         raise UserError(f"There is no config, run folder or model {name!r} (configs: {configs}). {unknown_name(name)}")
+    if arch is not None:
+        if not timm.is_model(arch):
+            raise UserError(f"There is no model {arch!r}. {unknown_name(arch)}")
+        subject = replace(subject, name=f"{name} with {arch}", arch={**subject.arch, "name": arch})
     return subject.given(batch_size=batch_size, image_size=image_size, num_classes=num_classes)
 
 

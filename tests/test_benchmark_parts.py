@@ -105,10 +105,11 @@ def test_hooks_are_gone_afterwards():
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in net.modules())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_is_fit_s_step(checkpointing):
+@pytest.mark.parametrize(("checkpointing", "optimizer"), [(False, "adamw"), (True, "adamw"), (False, "muon")])
+def test_a_step_is_fit_s_step(checkpointing, optimizer):
     """All parameters move, clocks or not, and what is computed again in the backward pass counts as forward work."""
-    subject = Subject("tiny", {"name": "test_vit_moe"}, batch_size=4, grad_checkpointing=checkpointing)
+    given = {"optim": {"name": optimizer}, "grad_checkpointing": checkpointing}
+    subject = Subject("tiny", {"name": "test_vit_moe"}, batch_size=4, **given)
     step = TrainingStep(subject, "moe", "fp32", torch.device("cpu"))
     before = [parameter.detach().clone() for parameter in step.net.parameters()]
     clock = PhaseClock()
@@ -118,6 +119,16 @@ def test_a_step_is_fit_s_step(checkpointing):
     assert all(not torch.equal(old, new) for old, new in zip(before, step.net.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in step.net.parameters())
     assert {"router", "experts", "backward", "clip and optimizer"} <= set(clock.seconds)
+
+
+def test_another_model_by_a_config_s_recipe():
+    plain, other = find_subject("cifar10"), find_subject("cifar10", arch="vit_moe_hybrid_patch8_32")
+    assert other.arch == {**plain.arch, "name": "vit_moe_hybrid_patch8_32"}
+    assert other.optim == plain.optim
+    assert other.optim["name"] == "muon"
+    assert other.name == "cifar10 with vit_moe_hybrid_patch8_32"
+    with pytest.raises(UserError, match="no model 'vit_moe_hybrid'"):
+        find_subject("cifar10", arch="vit_moe_hybrid")
 
 
 def test_peak_memory_of_a_known_allocation():

@@ -31,6 +31,7 @@ QUICK = {"batch_size": [1, 2], "repetitions": 3, "warm_up": 1}
 EXAMPLES = """\
   python -m benchmarks infer runs/quickstart
   python -m benchmarks infer cifar10 --batch-size 1 256 --precision bf16
+  python -m benchmarks infer cifar10 --arch vit_moe_hybrid_patch8_32 --batch-size 1 --precision fp32 --threads 1
 """
 
 
@@ -38,6 +39,7 @@ def parser() -> ArgumentParser:
     """The command line."""
     parser = harness.argument_parser("infer", __doc__, EXAMPLES)
     parser.add_argument("model", metavar="MODEL", help="a run folder, a timm address, a config or a timm name")
+    harness.add_arch(parser)
     parser.add_argument(
         "--batch-size", type=positive, nargs="+", default=[1, 8, 64], metavar="N", help="images per call (1 8 64)"
     )
@@ -53,9 +55,10 @@ def main() -> None:
     """Measure, print tables and write the record."""
     options = harness.parse(parser(), QUICK)
     device = harness.set_up(options)
-    net, size = find_net(options.model, options.image_size)
+    net, size = find_net(options.model, options.image_size, options.arch)
     peak = harness.measure_peaks(options, device, options.precision)
     record = {**harness.new_record("infer", options, device), "image_size": size, "measured_peak_flops": peak}
+    record["subject"] = options.model if options.arch is None else f"{options.model} with {options.arch}"
     nets = {NAMES[which]: (net if which == "moe" else dense_twin(net, which)) for which in get_args(Which)}
     nets = {name: each.to(device).eval() for name, each in nets.items()}
     image = torch.randn(1, 3, size, size, device=device)
@@ -80,17 +83,19 @@ def main() -> None:
     harness.write_record(options.out, record)
 
 
-def find_net(name: str, image_size: int | None) -> tuple[nn.Module, int]:
+def find_net(name: str, image_size: int | None, arch: str | None = None) -> tuple[nn.Module, int]:
     """A saved model, or an untrained one by a config's or a timm name, and the side of its images.
 
     Raises:
-        UserError: if there is none, or it is dense.
+        UserError: if there is none, it is dense, or it is trained and `arch` names another one.
     """
     if model_folder(Path(name)) is not None or ":" in name:
+        if arch is not None:
+            raise UserError(f"{name} is a trained model: leave --arch out, or give a config.")
         saved = load_model(name)
         net, size = saved.net, saved.image_size
     else:
-        subject = find_subject(name, image_size=image_size)
+        subject = find_subject(name, image_size=image_size, arch=arch)
         net, size = subject.build().eval(), subject.image_size
     if not moe_layers(net):
         raise UserError(f"{name} has no MoE layers, so there is nothing to compare: give a MoE model.")
@@ -120,7 +125,7 @@ def _compare(
 def show(record: Json) -> None:
     """One table per batch size and precision."""
     harness.print_machine(record)
-    harness.print_line(f"{record['settings']['model']}: {record['image_size']} px")
+    harness.print_line(f"{record['subject']}: {record['image_size']} px")
     for comparison in record["comparisons"]:
         rows = [
             [

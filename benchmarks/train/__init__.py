@@ -1,7 +1,7 @@
 """Time the training step of a model beside its dense twins of equal active FLOPs and of equal parameters.
 
-Forward under autocast, losses, backward, clipping and AdamW on a batch of noise. WHAT is a config, a run folder, or a
-timm name (a dense one is converted).
+Forward under autocast, losses, backward, clipping and the config's optimizer on a batch of noise. WHAT is a config, a
+run folder, or a timm name (a dense one is converted).
 
 Tells images/s, MFU against the measured matmul peak, the phases of a step (router, dispatch, experts, attention, ...),
 balance and padding of the experts, peak memory (each model in processes of its own), and joules per image where the
@@ -32,6 +32,7 @@ QUICK = {"batch_size": 4, "repetitions": 3, "warm_up": 1, "breakdown_steps": 2, 
 EXAMPLES = """\
   python -m benchmarks train cifar10 --out benchmarks/train/cifar10
   python -m benchmarks train cifar10 --peer lightning     beside plain timm in Lightning, both in real Trainers
+  python -m benchmarks train cifar10 --arch vit_moe_hybrid_patch8_32 --peer lightning
 """
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "other")
 
@@ -40,6 +41,7 @@ def parser() -> ArgumentParser:
     """The command line."""
     parser = harness.argument_parser("train", __doc__, EXAMPLES)
     parser.add_argument("model", metavar="WHAT", help="a config, a run folder, or a timm name")
+    harness.add_arch(parser)
     harness.add_image_sizes(parser)
     parser.add_argument("--num-classes", type=positive, metavar="N", help="classes, where the config has none (10)")
     parser.add_argument(
@@ -60,7 +62,7 @@ def main() -> None:
     options = harness.parse(parser(), QUICK)
     device = harness.set_up(options)
     sizes = {"batch_size": options.batch_size, "image_size": options.image_size, "num_classes": options.num_classes}
-    subject = find_subject(options.model, **sizes)
+    subject = find_subject(options.model, arch=options.arch, **sizes)
     peak = harness.measure_peaks(options, device, [options.precision])
     record = {**harness.new_record("train", options, device), "model": asdict(subject), "measured_peak_flops": peak}
     steps = {NAMES[which]: TrainingStep(subject, which, options.precision, device) for which in get_args(Which)}
