@@ -132,8 +132,8 @@ def find_subject(
     elif timm.is_model(name):
         config = timm.get_pretrained_cfg(name)
         size = 224 if config is None else int(config.input_size[-1])
-        arch = {"name": name} if "vit_moe" in name else {"name": "vit_moe", "base": name}
-        subject = Subject(name, arch, image_size=size)
+        own = {"name": name} if "vit_moe" in name else {"name": "vit_moe", "base": name}
+        subject = Subject(name, own, image_size=size)
     else:
         configs = ", ".join(shipped_configs())
         raise UserError(f"There is no config, run folder or model {name!r} (configs: {configs}). {unknown_name(name)}")
