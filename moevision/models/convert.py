@@ -296,7 +296,7 @@ def _moe_like(vit: nn.Module, index: int, plan: dict[str, Any], copy_weights: bo
 
 @torch.no_grad()
 def _copy_into_experts(mlp: Mlp, moe: MoEMlp) -> None:
-    parts = mlp.fc1.out_features // moe.experts.fc1.out_features
+    parts = len(cast(nn.Linear, mlp.fc1).weight) // int(moe.experts.fc1.out_features)
     if parts > 1:
         _share_out(mlp, moe, parts)
         return
@@ -320,7 +320,7 @@ def _share_out(mlp: Mlp, moe: MoEMlp, parts: int) -> None:
         )
     fc1, fc2 = moe.experts.fc1, moe.experts.fc2
     for group in range(moe.router.num_experts // parts):
-        units = torch.randperm(mlp.fc1.out_features).chunk(parts)
+        units = torch.randperm(len(cast(nn.Linear, mlp.fc1).weight)).chunk(parts)
         for expert, own in enumerate(units, start=group * parts):
             fc1.weight[expert] = mlp.fc1.weight[own]  # [H, D]
             fc2.weight[expert] = parts * mlp.fc2.weight[:, own]  # [D, H]

@@ -178,8 +178,7 @@ def _dense_copy(
 ) -> tuple[nn.Module, torch.device]:
     """The dense model on the CPU, where seeds mean the same on every machine, and the device that it came from."""
     if not isinstance(source, nn.Module):
-        sizes = {"num_classes": num_classes, "image_size": image_size, "depth": depth}
-        dense = load_dense(source, weights, **sizes, seed=seed)
+        dense = load_dense(source, weights, num_classes=num_classes, image_size=image_size, depth=depth, seed=seed)
         return dense, torch.device("cpu")
     if weights is not None:
         raise UserError("A model brings its own weights: give a timm name together with a file of weights.")
