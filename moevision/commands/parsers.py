@@ -114,6 +114,13 @@ def upcycle() -> ArgumentParser:
     add("--weights", metavar="FILE", help="a .safetensors file for the architecture NAME")
     add("--num-classes", type=_positive, metavar="C", help="a new classifier, if it differs from the model's own")
     add("--image-size", type=_positive, metavar="PX", help="resample positions, if it differs from the model's own")
+    add("--depth", type=_positive, metavar="L", help="take only the first L blocks; the model must then be trained on")
+    add(
+        "--expert-hidden",
+        type=_positive,
+        metavar="H",
+        help="a whole part of the MLP's hidden units, which experts share",
+    )
     add("--noise", type=float, default=0.0, help="noise on the copies, relative to the spread of their weights")
     add("--reinit", type=float, default=0.0, help="share of each expert's hidden units that is drawn anew")
     add(

@@ -48,13 +48,12 @@ def run(chosen: Namespace) -> None:
         raise UserError("--router-start cluster and --data belong together: the images whose tokens are clustered.")
     options = _options(chosen.option)
     with loading("reading the dense model"):
-        dense = load_dense(
-            chosen.model, chosen.weights, num_classes=chosen.num_classes, image_size=chosen.image_size, seed=chosen.seed
-        )
+        sizes = {name: getattr(chosen, name) for name in ("num_classes", "image_size", "depth")}
+        dense = load_dense(chosen.model, chosen.weights, **sizes, seed=chosen.seed)
     if not dense.num_classes:
         raise UserError(f"{chosen.model} has no classifier: say how many classes it shall have, --num-classes N.")
     with loading("copying experts"):
-        names = ("num_experts", "top_k", "router", "noise", "reinit", "seed")
+        names = ("num_experts", "top_k", "router", "expert_hidden", "noise", "reinit", "seed")
         layers = chosen.layers or (read_layer_indices(dense, "last2") if hasattr(dense, "blocks") else "last2")
         moe = upcycle(dense, layers=layers, **{name: getattr(chosen, name) for name in names} | options)
     saved = describe(moe.eval())
@@ -109,7 +108,8 @@ def print_report(console: Console, record: dict[str, Any]) -> None:
     blocks = ", ".join(map(str, config["moe_layers"]))
     console.print(
         f"{shown(record['source'])}: {record['classes']} classes, {record['image_size']} px; "
-        f"{config['num_experts']} experts, top_k {config['top_k']}, router {config['router']}, in blocks {blocks}",
+        f"{config['num_experts']} experts of {config['expert_hidden']} hidden units, top_k {config['top_k']}, router "
+        f"{config['router']}, in blocks {blocks}",
         markup=False,
         soft_wrap=True,
     )
@@ -141,7 +141,7 @@ def print_report(console: Console, record: dict[str, Any]) -> None:
     if gap["max_logit"] > SAME:
         console.print(
             "so training starts from other outputs than the dense model's: noise, reinit, a capacity in evaluation, "
-            "and the routers expert_choice and soft change them",
+            "fewer experts per token than share an MLP, and the routers expert_choice and soft change them",
             soft_wrap=True,
         )
 

@@ -13,6 +13,8 @@ One JSON object, `"schema": "moevision.atlas/1"`:
   "patches": [[index of the image, patch], ...]}`, most frequent first; `patches` is a random sample. A patch that no
   expert of some layer took (expert choice) is on no path.
 
+`shown`, where it stands, says which other images galleries and paths are of.
+
 `num_experts` and `top_k` are the first layer's; atlases of earlier versions have no `kind`, `num_experts` and
 `experts_per_patch` in a layer (all layers are then alike, and tokens choose), and no `answers`: those and the sentences
 of `information` are said anew from its numbers when it is read.
@@ -73,6 +75,7 @@ def build_atlas(
     maps: Mapping[int, ClassExpertMap],
     *,
     questions: Sequence[LayerAnswers] = (),
+    shown: RoutingTrace | None = None,
     count: int = 8,
     max_patches: int = 3000,
     seed: int = 0,
@@ -85,6 +88,7 @@ def build_atlas(
         information: from `specialization(trace, ...)`.
         maps: block index -> `class_expert_map(trace, layer)`.
         questions: from `three_questions`; without them the answers say what the other numbers do.
+        shown: of other images, whose patches stand in galleries and on paths, where those of `trace` can't be shown.
         count: patches in each gallery.
         max_patches: of all paths together.
         seed: of what is drawn at random.
@@ -94,7 +98,8 @@ def build_atlas(
     """
     fractions = None if pictures is None else fractions_of_parts(pictures, trace.grid)
     layers = []
-    for layer in trace.layers:
+    on_show = trace if shown is None else shown
+    for layer, of_shown in zip(trace.layers, on_show.layers, strict=True):
         loads = layer.counts().sum(0)
         parts = None if fractions is None or pictures is None else _part_shares(layer, fractions)
         class_map = maps[layer.layer]
@@ -112,12 +117,12 @@ def build_atlas(
                 "experts": [
                     {
                         "expert": gallery.expert,
-                        "top": _named(gallery.top, trace),
-                        "random": _named(gallery.random, trace),
+                        "top": _named(gallery.top, on_show),
+                        "random": _named(gallery.random, on_show),
                         "classes": _favourite_classes(class_map, gallery.expert, trace.class_names),
                         "parts": None if parts is None else _parts_of(parts, gallery.expert, pictures),
                     }
-                    for gallery in layer_gallery(layer, count, seed)
+                    for gallery in layer_gallery(of_shown, count, seed)
                 ],
             }
         )
@@ -133,7 +138,8 @@ def build_atlas(
             "grid": list(trace.grid),
             "accuracy": trace.accuracy,
             "layers": layers,
-            "paths": sample_paths(trace, max_patches, seed),
+            "paths": sample_paths(on_show, max_patches, seed),
+            **({} if shown is None else {"shown": shown.data}),
         }
     )
     for layer, found in zip(atlas["layers"], questions, strict=False):

@@ -5,16 +5,26 @@ A bundled model is a folder with `card.json` (what it is, what it was trained on
 written by `moevision.models.io.save_model`; `atlas.json` and `atlas_unbalanced.json` sum up what they do with their
 test images. Weights are stored in bfloat16 and computed with in float32. The variant "untrained" is the same
 architecture with fresh weights. The card of a user's own model comes from its run folder.
+
+A model of photos may also have
+
+- `examples/CLASS/*.jpg` and `examples/SOURCES.json`: photos to show; per name `author`, `licence`, `source`, `changes`;
+- `dense.json`: `class_names` and `probabilities` by name of the example, what the dense twin says, without its weights;
+- `history.safetensors`: routing of the examples while it was trained (`moevision.models.history`);
+- `NOTICE`: where weights and photos come from.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from moevision.analysis.images import PictureSet, is_data_of, open_pictures, pictures_for, run_folder
 from moevision.analysis.specialization import fresh_copy
@@ -26,6 +36,9 @@ from moevision.errors import DataWarning, UserError
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.safe_files import read_json
 from moevision.names import shown
+
+Floats = npt.NDArray[np.float32]
+SOURCES: Final = Path("examples/SOURCES.json")
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,8 @@ class Card:
         recipe: the command or config that trained it.
         seed: of that training; None if unknown.
         accuracy: test accuracy of `moe`, `dense` and `unbalanced`, from 0 to 1; missing if not measured.
+        accuracy_interval: 95 % interval [low, high] of each accuracy; missing if not measured.
+        balanced_accuracy: mean of the classes' accuracies and its 95 % interval, [share, low, high], by the same names.
         test_images: number of images that the accuracy was measured on; None if unknown.
         recipes: the commands that trained each variant, the dense twin among them.
         note: what the commands don't say about the training.
@@ -56,6 +71,8 @@ class Card:
     recipe: str = ""
     seed: int | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
+    accuracy_interval: dict[str, list[float]] = field(default_factory=dict)
+    balanced_accuracy: dict[str, list[float]] = field(default_factory=dict)
     test_images: int | None = None
     recipes: dict[str, str] = field(default_factory=dict)
     note: str = ""
@@ -102,6 +119,10 @@ def _check_types(given: dict[str, Any]) -> None:
             right = value is None or type(value) is int
         elif name == "validation_top1":
             right = isinstance(value, list) and all(isinstance(share, int | float) for share in value)
+        elif name in ("accuracy_interval", "balanced_accuracy"):
+            right = isinstance(value, dict) and all(
+                isinstance(row, list) and all(isinstance(share, int | float) for share in row) for row in value.values()
+            )
         elif name in ("accuracy", "recipes"):
             kind = str if name == "recipes" else int | float
             right = isinstance(value, dict) and all(isinstance(inner, kind) for inner in value.values())
@@ -170,6 +191,8 @@ class Entry:
         dense: its dense twin, if there is one.
         examples: the images that it can show.
         foreign: whether those are other data than the model's own kind, as far as that is known.
+        dense_answers: [C] what the dense twin says about examples, by their ids, where the twin itself isn't here.
+        history: file with the routing of the examples while the model was trained; None if there is none.
     """
 
     card: Card
@@ -177,6 +200,8 @@ class Entry:
     dense: SavedModel | None
     examples: Examples
     foreign: bool = False
+    dense_answers: Mapping[str, Floats] = field(default_factory=dict)
+    history: Path | None = None
 
     @property
     def facts(self) -> ModelFacts:
@@ -258,7 +283,47 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
         nets["unbalanced"] = (load_model(str(folder / "unbalanced")), "atlas_unbalanced.json")
     nets["untrained"] = (untrained(trained), "atlas_untrained.json")
     dense = load_model(str(folder / "dense")) if (folder / "dense").is_dir() else None
-    return _entry(card, nets, dense, _pictures(options, trained), folder)
+    pictures, credits = _pictures(options, trained), None
+    if pictures is None and (folder / SOURCES).is_file():
+        pictures = open_pictures(
+            folder / SOURCES.parent, trained.image_size, split="all", class_names=trained.class_names
+        )
+        credits = credits_of(folder / SOURCES)
+    entry = _entry(card, nets, dense, pictures, folder, credits)
+    history = folder / "history.safetensors"
+    return replace(
+        entry,
+        dense_answers={} if credits is None else _dense_answers(folder, entry.examples),
+        history=history if credits is not None and history.is_file() else None,
+    )
+
+
+def credits_of(file: Path) -> dict[str, str]:
+    """Whose an example is and under which licence, by its name, from SOURCES.json.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    try:
+        given = read_json(file)
+        return {
+            name: ", ".join(shown(str(row[key])) for key in ("author", "licence", "source", "changes") if row.get(key))
+            for name, row in given.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}): put back the file that the package came with.") from error
+
+
+def _dense_answers(folder: Path, examples: Examples) -> dict[str, Floats]:
+    """What the dense twin says about the examples, by their ids."""
+    file = folder / "dense.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = read_json(file)["probabilities"]
+        return {examples.id_of_name(name): np.array(row, dtype=np.float32) for name, row in found.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{file} is damaged ({error}): put back the file that the package came with.") from error
 
 
 def _open_own(address: str, options: DataOptions) -> Entry:
@@ -285,6 +350,7 @@ def _entry(
     dense: SavedModel | None,
     pictures: PictureSet | None,
     folder: Path | None,
+    credits: Mapping[str, str] | None = None,
 ) -> Entry:
     variants = {}
     for name, (saved, file) in nets.items():
@@ -295,7 +361,7 @@ def _entry(
         variants[name] = Variant(saved, facts, atlas)
     if dense is not None:
         dense.net.to(best_device())
-    examples = Examples(pictures, nets["trained"][0].image_size)
+    examples = Examples(pictures, nets["trained"][0].image_size, credits)
     return Entry(card, variants, dense, examples)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,12 +56,16 @@ class Recent(Generic[T]):
 
 @dataclass(frozen=True)
 class Found:
-    """An image with what is known about it; `pixels` are uint8 [S, S, 3] as the model sees them."""
+    """An image with what is known about it; `pixels` are uint8 [S, S, 3] as the model sees them.
+
+    `credit` says whose it is and under which licence, where that has to be said.
+    """
 
     id: str
     name: str
     label: str | None
     pixels: Pixels
+    credit: str | None = None
 
 
 class Examples:
@@ -71,15 +75,17 @@ class Examples:
         pictures: the model's data; None if there are none. Drawn ones have ids of their own kind, and no photos of
             gradio's beside them.
         image_size: S.
+        credits: of images that the package carries, by their names; those have no photos of gradio's beside them.
     """
 
-    def __init__(self, pictures: PictureSet | None, image_size: int) -> None:
+    def __init__(self, pictures: PictureSet | None, image_size: int, credits: Mapping[str, str] | None = None) -> None:
         self.pictures, self.image_size = pictures, image_size
         drawn = pictures is not None and tuple(pictures.part_names) == SyntheticPets.parts
         self.prefix = "pets" if drawn else "data"
         indices = range(0 if pictures is None else len(pictures))
         self._index = {self.id_of(pictures, index): index for index in indices} if pictures is not None else {}
-        self.photos = {} if drawn else photo_files()
+        self.credits = credits or {}
+        self.photos = {} if drawn or self.credits else photo_files()
         self._recent: Recent[Found] = Recent(256)
 
     @property
@@ -130,7 +136,8 @@ class Examples:
             raise RequestError(f"There is no image {id!r} here: choose one of the examples.")
         label = self.pictures.label(index)
         word = self.pictures.class_names[label] if label >= 0 else None
-        return Found(id, id if word is None else f"{word}, {rest}", word, self.pictures.image(index))
+        credit = self.credits.get(self.pictures.picture_name(index))
+        return Found(id, id if word is None else f"{word}, {rest}", word, self.pictures.image(index), credit)
 
 
 def thumb(pixels: Pixels) -> str:

@@ -242,6 +242,7 @@ class PictureFacts:
         name: in words.
         label: its class in words, if known.
         unlike: why it is unlike the training data, in one sentence; None if it isn't.
+        credit: whose image it is and under which licence; None where nothing has to be said.
     """
 
     pixels: Pixels = field(repr=False)
@@ -249,6 +250,7 @@ class PictureFacts:
     name: str = "image"
     label: str | None = None
     unlike: str | None = None
+    credit: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON, the pixels as a PNG."""
@@ -258,6 +260,7 @@ class PictureFacts:
             "label": self.label,
             "src": data_uri(self.pixels),
             "unlike": self.unlike,
+            "credit": self.credit,
         }
 
 

@@ -357,6 +357,7 @@ class AtlasPages:
             for item in found["experts"]
         ]
         source = f"From {atlas['n_images']:,} images: {atlas['data']}."
+        source += f" Patches shown are of {atlas['shown']}." if "shown" in atlas else ""
         note = f"{source} The heaviest patches flatter an expert; the random ones don't." if shown else source
         status = "ready" if shown else "no_pictures"
         return {"status": status, "layer": layer, "name": f"L{layer}", "experts": experts, "note": note}

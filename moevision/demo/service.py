@@ -156,17 +156,20 @@ class Explorer:
     def _view(self, entry: Entry, variant: Variant, found: Found, settings: Settings) -> RoutingView:
         typical = self.galleries.typical(entry)
         own = found.id.startswith("pets/")  # drawn as the training images were
+        trained = variant.facts.variant == "trained"
         picture = PictureFacts(
             found.pixels,
             id=found.id or None,
             name=found.name,
             label=found.label,
             unlike=None if own or typical is None else typical.unlike(found.pixels),
+            credit=found.credit,
         )
         return route_image(
             variant.saved,
             found.pixels,
-            dense=entry.dense if variant.facts.variant == "trained" else None,
+            dense=entry.dense if trained else None,
+            dense_probabilities=entry.dense_answers.get(found.id) if trained else None,
             settings=settings,
             facts=variant.facts,
             picture=picture,
@@ -222,7 +225,7 @@ def _about(entry: Entry) -> Json:
         "subtitle": card.subtitle,
         "variants": list(entry.variants),
         "accuracy_texts": {name: variant.facts.accuracy_text for name, variant in entry.variants.items()},
-        "has_dense": entry.dense is not None,
+        "has_dense": entry.dense is not None or bool(entry.dense_answers),
         "has_pictures": entry.examples.has_pictures,
         "has_parts": pictures is not None and bool(pictures.part_names),
         "card": card.to_json(),

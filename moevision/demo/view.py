@@ -330,6 +330,7 @@ def route_image(
     image: Image.Image | Pixels | str | Path,
     *,
     dense: SavedModel | None = None,
+    dense_probabilities: npt.NDArray[np.float32] | None = None,
     settings: Settings | None = None,
     facts: ModelFacts | None = None,
     picture: PictureFacts | None = None,
@@ -340,6 +341,7 @@ def route_image(
         model: a MoE model, or its folder or timm address.
         image: a PIL image, uint8 [H, W, 3] RGB pixels, or an image file; its central square is used.
         dense: the dense twin, whose prediction then stands beside the MoE's.
+        dense_probabilities: [C] what the dense twin said about this image, where the twin itself isn't here.
         settings: other top-k, a capacity, or an intervention; as trained if None.
         facts: how the view calls the model; found out from the model if None.
         picture: how the view calls the image; its pixels are replaced by those that the model saw.
@@ -356,12 +358,12 @@ def route_image(
     known = picture or PictureFacts(pixels, name=Path(image).name if isinstance(image, str | Path) else "one image")
     return RoutingView(
         model=facts,
-        picture=PictureFacts(pixels, known.id, known.name, known.label, known.unlike),
+        picture=replace(known, pixels=pixels),
         layers=tuple(
             _layer_view(routing, router, settings) for routing, router in zip(routings, facts.routers, strict=True)
         ),
         probabilities=softmax(logits)[0],
-        dense_probabilities=None if dense is None else _dense(dense, image, pixels),
+        dense_probabilities=dense_probabilities if dense is None else _dense(dense, image, pixels),
         settings=settings,
     )
 

@@ -143,6 +143,11 @@ class TopKRouter(nn.Module):
             nn.init.zeros_(self.noise_weight)
 
     @property
+    def rows(self) -> nn.Parameter:
+        """[E, features]: the row of each expert, by which tokens choose it."""
+        return self.weight
+
+    @property
     def losses(self) -> frozenset[str]:
         """Names of the balance losses this router can supply; the load loss needs Gaussian noise."""
         names = {"importance", "load_balancing", "z"}
@@ -254,6 +259,11 @@ class CosineRouter(TopKRouter):
         self.proj = nn.Linear(self.dim, features, device=device, dtype=dtype)
         self.expert_embedding = nn.Parameter(torch.empty(self.num_experts, features, device=device, dtype=dtype))
         self.temperature = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """[E, features]: the embeddings, which are compared with projected tokens."""
+        return self.expert_embedding
 
     def reset_parameters(self) -> None:
         """Embeddings drawn small (only their direction counts), scale 2."""

@@ -33,19 +33,20 @@ class MoEConfig(RouterOptions):
         base: for `vit_moe`: the dense timm ViT to convert, such as deit_tiny_patch16_224.
         pretrained: start from these weights: a timm name, a folder saved by timm or by moevision, or a `.safetensors`
             file (its architecture is found out, or given as `base`). A dense model is upcycled: experts start as copies
-            of the MLP that they replace. Sets `name`, `base` and all sizes.
+            of the MLP that they replace, or of parts of it. Sets `name`, `base` and all sizes but `depth`.
         num_experts: E, experts in each MoE layer.
         top_k: K, experts that compute each token; by default the router's own, 2 for most.
         router: `noisy_top_k`, `vmoe_top_k`, `switch`, `sigmoid`, `bias_balanced`, `cosine`, `expert_choice` or `soft`;
             baselines `hash`, `random`, `position`, `colour`, `label`.
         moe_layers: `every2`, `last2`, `all`, or a list of block numbers counting from 0.
-        expert_hidden: hidden width of one expert; by default mlp_ratio x width / (top_k + shared experts).
+        expert_hidden: hidden width of one expert; by default mlp_ratio x width / (top_k + shared experts), and with
+            `pretrained` that of the MLP; half of it there starts each pair of experts as the two halves of the MLP.
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
         twin: train the dense twin instead, matched in `active_flops` or `total_params`.
         stem: `patch` or `conv`.
         patch_size: side of a patch in pixels.
         embed_dim: width of a token.
-        depth: number of blocks.
+        depth: number of blocks; with `pretrained` so many of the first ones, all by default.
         num_heads: attention heads.
         mlp_ratio: hidden width of a dense MLP over the width of a token.
         drop_path_rate: stochastic depth at the last block.
@@ -145,5 +146,7 @@ def _pretrained_source(config: MoEConfig, num_classes: int, image_size: int, loa
     if name.endswith(".safetensors"):
         name, weights = config.base or architecture_of(name), name
     rates = {name: getattr(config, name) for name in ("drop_path_rate", "proj_drop_rate", "patch_drop_rate")}
-    source = create_from(name, num_classes, image_size, weights=weights, load_weights=load_weights, **rates)
+    source = create_from(
+        name, num_classes, image_size, weights=weights, load_weights=load_weights, depth=config.depth, **rates
+    )
     return pool_patches(source) if config.global_pool == "avg" else source

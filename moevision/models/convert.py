@@ -23,6 +23,7 @@ from moevision.layers import (
     MoEMlp,
     PackedLinear,
     RouterOptions,
+    TopKRouter,
     capacity_of,
     moe_layers,
     router_kind,
@@ -71,6 +72,7 @@ def convert_to_moe(
     By default the experts are freshly initialised and one expert has the dense MLP's hidden width / (K + shared), so
     that a token costs what it cost before. With `copy_weights` every expert starts as a copy of the MLP that it
     replaces, at full width ("sparse upcycling", arXiv:2212.05055): with gates that sum to 1 the output is unchanged.
+    With a fraction 1/G of that width, G experts in a row share an MLP out among them (`_share_out`).
 
     Args:
         vit: a timm model whose `blocks[i].mlp` is a plain `timm.layers.Mlp` (ViT, DeiT, AugReg, ...).
@@ -80,7 +82,7 @@ def convert_to_moe(
         router: a name of `moevision.layers.ROUTERS`.
         expert_hidden: hidden width H of one expert.
         backend: how the experts are computed.
-        copy_weights: start every expert as a copy of the dense MLP.
+        copy_weights: start every expert as a copy of the dense MLP, or of a part of its hidden units.
         num_shared_experts: experts that every token passes besides the routed ones.
         expert_drop: dropout inside the experts, in the place of the MLP's.
         **router_options: see `moevision.layers.RouterOptions`; a router ignores what only another layer's can use.
@@ -156,15 +158,28 @@ def _plan(
 def _expert_hidden(index: int, plan: dict[str, Any], dense_hidden: int, copy_weights: bool) -> int:
     """Hidden width of one expert: what was asked, or what costs as much as the dense MLP (as wide, for copies)."""
     asked, units = plan["hidden_features"], plan["top_k"] + plan["num_shared_experts"]
-    if copy_weights and asked not in (None, dense_hidden):
-        raise UserError(
-            f"Copies of the MLP in block {index} have {dense_hidden} hidden units, not {asked}: "
-            "leave expert_hidden out."
-        )
+    if copy_weights and asked is not None:
+        _check_parts(index, plan, dense_hidden)
     hidden = int(asked or (dense_hidden if copy_weights else dense_hidden // units))
     if hidden < 1:
         raise UserError(f"top_k={units} leaves an expert no hidden unit: choose a smaller top_k or set expert_hidden.")
     return hidden
+
+
+def _check_parts(index: int, plan: dict[str, Any], dense_hidden: int) -> None:
+    """Raise a UserError unless experts of the width that was asked can share the dense MLP out among them."""
+    asked, experts = plan["hidden_features"], plan["num_experts"]
+    parts, rest = divmod(dense_hidden, asked) if 0 < asked <= dense_hidden else (0, 1)
+    if rest:
+        raise UserError(
+            f"The MLP in block {index} has {dense_hidden} hidden units, which experts of {asked} can't share: use a "
+            f"whole part of it, such as expert_hidden {dense_hidden // 2}, or leave expert_hidden out."
+        )
+    if experts % parts:
+        raise UserError(
+            f"{experts} experts make no groups of {parts}, each of which holds the MLP in block {index}: change "
+            "num_experts or expert_hidden."
+        )
 
 
 def _per_layer(name: str, value: Any, count: int) -> list[Any]:
@@ -281,10 +296,42 @@ def _moe_like(vit: nn.Module, index: int, plan: dict[str, Any], copy_weights: bo
 
 @torch.no_grad()
 def _copy_into_experts(mlp: Mlp, moe: MoEMlp) -> None:
+    parts = len(cast(nn.Linear, mlp.fc1).weight) // int(moe.experts.fc1.out_features)
+    if parts > 1:
+        _share_out(mlp, moe, parts)
+        return
     for dense, packed in ((mlp.fc1, moe.experts.fc1), (mlp.fc2, moe.experts.fc2)):
         packed.weight.copy_(dense.weight)  # broadcasts over the experts
         if packed.bias is not None:
             packed.bias.copy_(cast(torch.Tensor, dense.bias))
+
+
+def _share_out(mlp: Mlp, moe: MoEMlp, parts: int) -> None:
+    """Let every `parts` experts in a row hold the dense MLP together: virtual groups, arXiv:2410.07524.
+
+    The hidden units of an MLP are a sum, so that any division of them can be added up again. Each group draws its own
+    (the paper's groups are copies of one another). The experts of a group get one router row, so that they come into a
+    token's choice together; a gate of 1/parts is made up for by fc2, whose bias stays, as gates sum to 1.
+    """
+    if not isinstance(moe.router, TopKRouter):
+        raise UserError(
+            f"The router {moe.router_name!r} has no learned row for each expert, so it can't send a token to all parts "
+            "of an MLP: leave expert_hidden out, or choose another router."
+        )
+    fc1, fc2 = moe.experts.fc1, moe.experts.fc2
+    for group in range(moe.router.num_experts // parts):
+        units = torch.randperm(len(cast(nn.Linear, mlp.fc1).weight)).chunk(parts)
+        for expert, own in enumerate(units, start=group * parts):
+            fc1.weight[expert] = mlp.fc1.weight[own]  # [H, D]
+            fc2.weight[expert] = parts * mlp.fc2.weight[:, own]  # [D, H]
+            if fc1.bias is not None:
+                fc1.bias[expert] = cast(torch.Tensor, mlp.fc1.bias)[own]
+    if fc2.bias is not None:
+        fc2.bias.copy_(cast(torch.Tensor, mlp.fc2.bias))
+    rows = moe.router.rows
+    if not rows.any():  # where noise is learned rows start at zero, and every group would tie with every other
+        nn.init.normal_(rows, std=rows.shape[1] ** -0.5)
+    rows.copy_(rows[::parts].repeat_interleave(parts, 0))
 
 
 @torch.no_grad()

@@ -21,11 +21,13 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.layers import DropPath
 from torch import nn
 
 import moevision.models.vit_moe  # noqa: F401  (registers the vit_moe names)
 from moevision.errors import UserError
 from moevision.files import sync_file, write_text_atomic
+from moevision.layers import moe_layers
 from moevision.models.published import cached, hub_answers, published
 from moevision.models.safe_files import CONFIG, WEIGHTS, check_model_folder, check_types, read_config, read_header
 from moevision.names import shown
@@ -172,6 +174,7 @@ def create_from(
     *,
     weights: str | Path | None = None,
     load_weights: bool = True,
+    depth: int | None = None,
     **rates: float | None,
 ) -> nn.Module:
     """A model and its weights; another class count replaces the classifier, another size resamples positions.
@@ -182,6 +185,7 @@ def create_from(
         image_size: side(s) of the input in pixels; that of the weights if None.
         weights: a `.safetensors` file for the architecture that `source` names.
         load_weights: False builds the same architecture without weights.
+        depth: keep so many of the first blocks (`first_blocks`); all if None.
         **rates: timm's drop_path_rate, proj_drop_rate and patch_drop_rate, for training.
 
     Raises:
@@ -190,9 +194,11 @@ def create_from(
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": image_size, **rates}
     address = address_of(str(source))
     if weights is not None and load_weights:
-        return _create_from_file(address, Path(weights), num_classes, options)
-    with _loading(str(source)):
-        return open_model(address, weights=load_weights, **options)
+        net = _create_from_file(address, Path(weights), num_classes, options)
+    else:
+        with _loading(str(source)):
+            net = open_model(address, weights=load_weights, **options)
+    return net if depth is None else first_blocks(net, depth)
 
 
 @contextmanager
@@ -301,6 +307,56 @@ def reshape(net: nn.Module, num_classes: int | None, image_size: ImageSize | Non
             "timm ViT, or leave num_classes and image_size out."
         ) from error
     return net
+
+
+def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
+    """Keep the first `depth` transformer blocks of a timm ViT, with everything around them, in place.
+
+    The final norm and the classifier then read another block's output than they were trained on, so the cut model has
+    to be trained on. Stochastic depth grows to its full rate at the new last block.
+
+    Raises:
+        UserError: if there are no such blocks, some of them have experts, or the architecture takes no other depth.
+    """
+    state, name = cast(Any, vit), type(vit).__name__
+    blocks = getattr(vit, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        raise UserError(f"{name} has no list of transformer blocks: leave depth out.")
+    if not 1 <= depth <= len(blocks):
+        raise UserError(f"depth is {depth}, and the pretrained model has {len(blocks)} blocks: use 1 to {len(blocks)}.")
+    if depth == len(blocks):
+        return vit
+    if moe_layers(vit):
+        raise UserError(f"{name} has experts, and only a dense model can be cut to its first blocks: leave depth out.")
+    for module in blocks.modules():
+        if isinstance(module, DropPath):  # from 0 at the first block to the rate at the last one, as timm spaces it
+            module.drop_prob *= (len(blocks) - 1) / max(1, depth - 1)
+    state.blocks = blocks[:depth]
+    if isinstance(getattr(vit, "feature_info", None), list):
+        state.feature_info = state.feature_info[:depth]
+    state._model_args = {**getattr(vit, "_model_args", {}), "depth": depth}
+    _check_rebuilds(vit)
+    return vit
+
+
+def _check_rebuilds(vit: nn.Module) -> None:
+    """Raise a UserError unless the model's own record builds the same tensors, as loading it again will."""
+    state = cast(Any, vit)
+    arguments = {**state._model_args, "num_classes": state.num_classes}
+    try:
+        with torch.device("meta"):
+            rebuilt: nn.Module = timm.create_model(state.pretrained_cfg["architecture"], **arguments)
+        same = _shapes(rebuilt) == _shapes(vit)
+    except (TypeError, RuntimeError, AssertionError):
+        same = False
+    if not same:
+        raise UserError(
+            f"{type(vit).__name__} can't be built with {state._model_args['depth']} blocks: leave depth out."
+        )
+
+
+def _shapes(net: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in net.state_dict().items()}
 
 
 def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Module:

@@ -3,6 +3,8 @@
 - every expert starts as a copy of the MLP that it replaces: Komatsuzaki et al. 2022, arXiv:2212.05055, §2. With gates
   that sum to 1 the mixture of equal experts is that MLP, so they are normalised here wherever the router can (for one
   expert per token by a straight-through gate of value 1).
+- experts of a part of the MLP's width: each group of G experts holds one dense MLP (virtual groups, He et al. 2024,
+  arXiv:2410.07524), and a token whose k is a multiple of G gets whole groups at first (`convert_to_moe`).
 - copies that differ: noise on them, or a share of each expert's hidden units drawn anew with the statistics of the
   units that they replace (Drop-Upcycling, Nakamura et al. 2025, arXiv:2502.19261, §3).
 - routers that start from clusters of what they will see: `start_routers` (cluster-aware upcycling, arXiv:2604.13508;
@@ -32,7 +34,7 @@ from moevision.layers import CosineRouter, MoEMlp, TopKRouter, label_oracle, moe
 from moevision.layers.routers import mean_token
 from moevision.layers.routing import RouteBy, routed_unit
 from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp
-from moevision.models.io import ImageSize, create_from, reshape
+from moevision.models.io import ImageSize, create_from, first_blocks, reshape
 from moevision.models.vit_moe import MOE_ARGUMENTS
 
 
@@ -46,6 +48,7 @@ def upcycle(
     weights: str | Path | None = None,
     num_classes: int | None = None,
     image_size: ImageSize | None = None,
+    depth: int | None = None,
     noise: float = 0.0,
     reinit: float = 0.0,
     seed: int | None = 0,
@@ -54,9 +57,9 @@ def upcycle(
 ) -> nn.Module:
     """Turn a trained dense ViT into a Mixture of Experts that starts from its weights.
 
-    With a dropless token-choice router (the default), and noise and reinit left at 0, the result computes what the
-    dense model computes; `step0_gap` measures how far another choice is from that. A token costs top_k times the MLP
-    that was replaced, plus the router.
+    With a dropless token-choice router (the default), and noise and reinit left at 0, the result computes in
+    evaluation what the dense model computes, with experts of 1/G of its width if top_k is a multiple of G; `step0_gap`
+    measures how far another choice is from that. A token costs top_k experts, plus the router.
 
     Args:
         source: a timm name, a saved model's folder, any timm address, or a model (which is copied, not changed).
@@ -67,13 +70,14 @@ def upcycle(
         weights: a `.safetensors` file for the architecture that `source` names.
         num_classes: C; another number than the source's replaces the classifier.
         image_size: side(s) of the input in pixels; another size resamples the position embedding.
+        depth: take so many of the source's first blocks; all if None. The cut model must be trained on.
         noise: Gaussian noise on the copies' weight matrices, relative to the matrix's standard deviation; breaks the
             symmetry of equal experts.
         reinit: share of each expert's hidden units that are drawn anew.
         seed: of routers, a new classifier, noise and reinit; None draws from torch's global generator.
         router_noise: the router option `noise` (`learned`, `fixed`, `jitter`, `none`), whose name is taken here.
         **moe_options: further arguments of `convert_to_moe`, such as capacity_factor. `normalize_gates` is True where
-            a router can.
+            a router can. `expert_hidden`, 1/G of the MLP's hidden width, shares an MLP out among G experts in a row.
 
     Returns:
         The converted model, which saves and loads under the registered name `vit_moe`.
@@ -84,7 +88,7 @@ def upcycle(
     for name, value, highest in (("noise", noise, None), ("reinit", reinit, 1.0)):
         if value < 0 or (highest is not None and value > highest):
             raise UserError(f"{name} is {value}: it must be at least 0" + (" and at most 1." if highest else "."))
-    dense, device = _dense_copy(source, weights, num_classes, image_size, seed)
+    dense, device = _dense_copy(source, weights, num_classes, image_size, depth, seed)
     check_upcyclable(dense, layers)
     with _seeded(seed, stream=1):
         options = {"normalize_gates": True if _can_normalize(router) else None, "noise": router_noise, **moe_options}
@@ -130,6 +134,7 @@ def load_dense(
     *,
     num_classes: int | None = None,
     image_size: ImageSize | None = None,
+    depth: int | None = None,
     seed: int | None = 0,
 ) -> nn.Module:
     """The dense model that `upcycle` with the same arguments starts from, in training mode.
@@ -138,7 +143,7 @@ def load_dense(
         UserError: if it can't be found or loaded.
     """
     with _seeded(seed):
-        return create_from(source, num_classes, image_size, weights=weights)
+        return create_from(source, num_classes, image_size, weights=weights, depth=depth)
 
 
 def check_upcyclable(vit: nn.Module, layers: str | Sequence[int]) -> None:
@@ -168,17 +173,19 @@ def _dense_copy(
     weights: str | Path | None,
     num_classes: int | None,
     image_size: ImageSize | None,
+    depth: int | None,
     seed: int | None,
 ) -> tuple[nn.Module, torch.device]:
     """The dense model on the CPU, where seeds mean the same on every machine, and the device that it came from."""
     if not isinstance(source, nn.Module):
-        dense = load_dense(source, weights, num_classes=num_classes, image_size=image_size, seed=seed)
+        dense = load_dense(source, weights, num_classes=num_classes, image_size=image_size, depth=depth, seed=seed)
         return dense, torch.device("cpu")
     if weights is not None:
         raise UserError("A model brings its own weights: give a timm name together with a file of weights.")
     device = next(source.parameters()).device
     with _seeded(seed):
-        return reshape(copy.deepcopy(source).cpu(), num_classes, image_size), device
+        dense = copy.deepcopy(source).cpu()
+        return reshape(dense if depth is None else first_blocks(dense, depth), num_classes, image_size), device
 
 
 def _can_normalize(router: str | Sequence[str]) -> bool:
@@ -218,7 +225,8 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
     tokens where it routes images), so that at first a token goes to the cluster that it belongs to. What all centroids
     have in common is taken off, which changes no choice, and one factor gives the logits of a token the standard
     deviation 1 over experts, about that of random rows. The cosine router's embeddings become centroids of its
-    projected tokens. Of several clusterings the one with the most even clusters is taken; balance is then the business
+    projected tokens. Experts that have equal rows, as those that hold one MLP together, get one centroid. Of several
+    clusterings the one with the most even clusters is taken; balance is then the business
     of the training. Noise weights and selection biases stay as they are.
 
     What routes by similarity from the start tells nothing about what training the router adds.
@@ -229,7 +237,7 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
         seed: of the tokens that are drawn from each image, and of the clusterings.
 
     Returns:
-        Block index -> share of the units that fell into each cluster, by expert.
+        Block index -> share of the units that fell into each cluster, by expert or group of experts with equal rows.
 
     Raises:
         UserError: if the model has no MoE layer, a router has no row for each expert, or there are too few images.
@@ -246,12 +254,14 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
     generator = torch.Generator().manual_seed(seed)
     shares = {}
     for place, (layer, units) in enumerate(zip(layers, _router_inputs(model, layers, batches, generator), strict=True)):
-        experts = layer.router.num_experts
-        if len(units) < experts:
+        router = cast(TopKRouter, layer.router)
+        group = _groups(router)  # [E]
+        clusters = int(group.max()) + 1
+        if len(units) < clusters:
             what = "images" if routed_unit(layer.router) == "image" else "tokens"
-            raise UserError(f"{len(units)} {what} make no {experts} clusters, one for each expert: give more images.")
-        centroids, sizes = _most_even(units, experts, generator)
-        _set_rows(layer.router, centroids, units)
+            raise UserError(f"{len(units)} {what} make no {clusters} clusters, one for each expert: give more images.")
+        centroids, sizes = _most_even(units, clusters, generator)
+        _set_rows(router, centroids[group], units)
         shares[place if layer.layer_index is None else layer.layer_index] = (sizes / sizes.sum()).tolist()
     return shares
 
@@ -301,14 +311,22 @@ def _scored(router: TopKRouter, units: Tensor) -> Tensor:
     return units
 
 
+def _groups(router: TopKRouter) -> Tensor:
+    """[E] int64: which experts share a row, numbered as they come; rows that are all equal (zeros) are E rows."""
+    _, group = torch.unique(router.rows.cpu(), dim=0, return_inverse=True)
+    if router.num_experts > 1 and not group.any():
+        return torch.arange(router.num_experts)
+    order: dict[int, int] = {}
+    return torch.tensor([order.setdefault(int(each), len(order)) for each in group])
+
+
 def _set_rows(router: TopKRouter, centroids: Tensor, units: Tensor) -> None:
     if isinstance(router, CosineRouter):  # only the direction counts; as long as they were
-        length = router.expert_embedding.double().norm(dim=-1).mean().cpu()
-        router.expert_embedding.copy_(centroids * length)
+        router.rows.copy_(centroids * router.rows.double().norm(dim=-1).mean().cpu())
         return
     rows = centroids - centroids.mean(0)
     spread = F.linear(units, rows).std(-1, correction=0).mean()
-    router.weight.copy_(rows / spread.clamp_min(1e-12))
+    router.rows.copy_(rows / spread.clamp_min(1e-12))
 
 
 def _most_even(units: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

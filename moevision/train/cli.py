@@ -64,6 +64,7 @@ from moevision.train.recipe import (
     new_run_folder,
     run_name,
 )
+from moevision.train.record import RecordRouting, RecordRoutingConfig
 from moevision.train.report import BALANCED, is_unbalanced
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session, resume_command
 from moevision.train.task import ClassificationTask
@@ -127,6 +128,7 @@ SHORT = frozenset(
         "data.mixup",
         "data.group_by",
         "early_stopping.patience",
+        "record_routing.images",
         "log_routers",
     ]
 )
@@ -342,6 +344,7 @@ def add_run_options(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(GuardConfig, "guard")
     parser.add_class_arguments(EmaConfig, "ema")
     parser.add_class_arguments(EarlyStoppingConfig, "early_stopping")
+    parser.add_class_arguments(RecordRoutingConfig, "record_routing")
     parser.add_argument(
         "--log_routers",
         type=Literal["brief", "layers"],
@@ -515,6 +518,7 @@ class TrainingCLI(LightningCLI):
             ]
             callbacks += [*StopEarly.of(self._get(self.config_init, "early_stopping")), Calibrate()]
             callbacks += watching(**{name: self._get(self.config_init, name) for name in ("fault", "ema", "guard")})
+            callbacks += RecordRouting.of(self._get(self.config_init, "record_routing"), self.run_dir)
             callbacks = [self.point, *callbacks, EpochEnd(self.point)]
         try:
             trainer = super().instantiate_trainer(

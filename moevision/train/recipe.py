@@ -27,6 +27,7 @@ from moevision.data.tables import HF, count_rows
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers
+from moevision.models.io import first_blocks
 from moevision.names import shown
 from moevision.train.provenance import device_name, total_memory_bytes
 from moevision.train.start import AUTO, NONE, choose_start, pretrained_options, weights_alone
@@ -230,6 +231,9 @@ def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()
         root = value_of(given, "--data.root") or "data"
         open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={})
     weights = choose_start(asked, images, value_of(given, "--model.arch.base"))
+    depth = value_of(given, "--model.arch.depth") or ""
+    if weights is not None and depth.isdecimal():
+        first_blocks(weights.net, int(depth))  # before experts are placed
     on_gpu = torch.cuda.is_available()
     options = {
         "--data.crop": "auto" if named else "random_resized",

@@ -135,7 +135,7 @@ def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) ->
         return None
     match = "active FLOPs"
     if cli.model.arch.pretrained is not None:
-        # Experts that start as copies have the full width each, and the twin is the dense model they are copies of.
+        # Experts that start as copies may cost more together than the dense model that they are copies of, the twin.
         same = result.summary.cost.flops_per_image == other.summary.cost.flops_per_image
         match = f"pretrained weights{' and active FLOPs' if same else ', but fewer FLOPs'}"
     return write_comparison(result, other, match)

@@ -107,7 +107,7 @@ def test_the_schema_is_complete_and_plain_json(model, pixels):
     assert set(view) == {"schema", "model", "picture", "layers", "prediction", "settings"}
     facts = {"id", "title", "image_size", "grid", "num_experts", "top_k", "max_top_k", "layers", "class_names"}
     assert set(view["model"]) == facts | {"routers", "variant", "accuracy_text", "data_text"}
-    assert set(view["picture"]) == {"id", "name", "label", "src", "unlike"}
+    assert set(view["picture"]) == {"id", "name", "label", "src", "unlike", "credit"}
     numbers = {"experts", "weights", "kept", "probs", "margin", "entropy", "counts", "requested", "slowest"}
     routing = {"layer", "name", "words", "router", "kind", "learned", "num_experts", "top_k", "num_shared_experts"}
     limits = {"capacity", "train_capacity", "slots", "reads", "read_by_classifier", "route_by"}

@@ -65,7 +65,7 @@ async function stagePng(state) {
   const side = 1024 / columns;
   const canvas = document.createElement("canvas");
   canvas.width = 1024;
-  canvas.height = side * rows + 76;
+  canvas.height = side * rows + 76 + (view.picture.credit ? 26 : 0);
   const context = canvas.getContext("2d");
   context.fillStyle = "#ffffff";
   context.fillRect(0, 0, canvas.width, canvas.height);
@@ -109,6 +109,7 @@ function paintCaption(context, state, top) {
   context.font = "18px Arial, sans-serif";
   context.fillStyle = "#5c5c57";
   context.fillText(`prediction: ${best.class} ${percent(best.p)} · ${layer.words} · moevision`, 12, top + 60, 1000);
+  if (view.picture.credit) context.fillText(`photo: ${view.picture.credit}`, 12, top + 86, 1000);
 }
 
 function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {

@@ -10,7 +10,8 @@ function drawPrediction(box, view) {
   const { moe, dense } = view.prediction;
   fillBox(box, html`<h2>Prediction</h2><div class="mv-two">
     ${predictionColumn("with experts", moe, view.picture.label)}
-    ${dense && predictionColumn(term("dense", "dense twin"), dense, view.picture.label)}</div>`);
+    ${dense && predictionColumn(term("dense", "dense twin"), dense, view.picture.label)}</div>
+    ${view.picture.credit && html`<p class="mv-note">Photo: ${view.picture.credit}</p>`}`);
 }
 
 /** One line per image that answers the first question before anything else is read. */

@@ -8,7 +8,7 @@ function cardRows(card, variant) {
   // The card tells epochs and seed of the trained model only.
   const trained = variant === "trained" ? [["validation by epoch", epochs && `${epochs} %`], ["seed", card.seed]] : [];
   const tested = variant !== "untrained" && card.test_images && `${card.test_images.toLocaleString("en")} images`;
-  return [["recipe", recipes[variant]], ["note", card.note], ...trained, ["tested on", tested], ["data", card.data], ["licence", card.licence], ...others];
+  return [["recipe", recipes[variant]], ["note", card.note], ...trained, ["tested on", tested], ["balanced accuracy", interval(card.balanced_accuracy?.[variant === "trained" ? "moe" : variant])], ["data", card.data], ["licence", card.licence], ...others];
 }
 
 const ROUTING_TEXTS = {
@@ -25,6 +25,9 @@ function routingText(routers, words) {
   if (!learned) return "rule";
   return route_by === "image" ? "image" : kind;
 }
+
+/** A share with the interval around it, in percent; nothing where it wasn't measured. */
+const interval = (found) => found && `${percent(found[0], 1)} (95 % interval ${percent(found[1], 1)} to ${percent(found[2], 1)})`;
 
 class AboutTab {
   constructor(app) { Object.assign(this, { app, id: "about", label: "About", follows: ["model"] }); }
