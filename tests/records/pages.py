@@ -48,6 +48,10 @@ DEFINITIONS = {
     ],
     "docs/guides/tables-and-logs.md": [
         Definition("where no class reaches 60 %", "the example's `--unsure 0.6`"),
+        Definition("more than 1.5 times the training images", "a constant of `moevision.train.report`"),
+        Definition("Lightning 2.6.6", "a version"),
+        Definition("| `mlflow` 3.17 |", "a version"),
+        Definition("MLflow 3.17", "a version"),
         Definition("trackio 0.43", "a version"),
     ],
     "docs/guides/keep-alive.md": [
