@@ -93,9 +93,15 @@ def explorer(home):
 
 
 @pytest.fixture(scope="session")
-def server(home):
-    """The same explorer behind its web page, in a process of its own; `server.url` is where."""
-    with running(serving.__file__, str(home)) as server:
+def gradio_dir(tmp_path_factory):
+    """Where gradio would keep files."""
+    return tmp_path_factory.mktemp("gradio")
+
+
+@pytest.fixture(scope="session")
+def server(home, gradio_dir):
+    """The same explorer behind its web page, in a process of its own; `server.url` is where, `server.doors` too."""
+    with running(serving.__file__, str(home), env={"GRADIO_TEMP_DIR": str(gradio_dir)}) as server:
         yield server
 
 

@@ -28,7 +28,7 @@ def routers_home(tmp_path_factory, bundle):
 
 @pytest.fixture(scope="module")
 def routers_server(routers_home):
-    with serving.running(serving.__file__, str(routers_home), "--gallery", "32") as server:
+    with serving.running(serving.__file__, str(routers_home), "32") as server:
         yield server
 
 
