@@ -344,39 +344,37 @@ def test_one_process_at_a_time(tmp_path):
     release(claim(tmp_path))
 
 
-def start_real(*arguments, code=None, own_group=False):
-    """The command in a process of its own."""
-    command = [sys.executable, *(["-m", "moevision"] if code is None else ["-c", code]), *map(str, arguments)]
+def start_real(*arguments, code):
+    """Code in a process of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(moevision.__file__).parents[1])}
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=own_group,
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_a_claim_ends_with_its_process_and_not_with_its_forks(tmp_path):
     """A training with workers is killed; they find out seconds later, and hold nothing until then."""
-    code = (
-        "import os, sys, time; from pathlib import Path; from moevision.train.resume import claim\n"
-        "claim(Path(sys.argv[1]))\n"
-        "if os.fork() == 0: time.sleep(60)\n"
-        "print('claimed', flush=True); time.sleep(60)"
-    )
-    process = start_real(tmp_path, code=code, own_group=True)
+    claimed, tell = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            os.setsid()
+            claim(tmp_path)
+            if os.fork() != 0:
+                os.write(tell, b".")
+            time.sleep(60)
+        finally:
+            os._exit(1)
     try:
-        assert process.stdout.readline() == "claimed\n"
+        os.close(tell)
+        assert os.read(claimed, 1) == b"."
         with pytest.raises(UserError, match="Another process is training"):
             claim(tmp_path)
-        process.kill()
-        process.wait()
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
         release(claim(tmp_path))
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        os.killpg(process, signal.SIGKILL)
+        os.close(claimed)
 
 
 # The process stops itself when it is about to sync a file beside its first checkpoint, which is unfinished then.
