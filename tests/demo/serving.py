@@ -27,7 +27,7 @@ class Running:
 
     Attributes:
         url: where it is, with a slash at the end.
-        doors: where it is in other ways, by their names in `DOORS`.
+        doors: further addresses by their names, those in `DOORS` and "other".
         lines: what it has printed, errors included.
     """
 
@@ -112,8 +112,8 @@ DOORS: dict[str, dict[str, Any]] = {
 }
 
 
-def serve(home: str, gallery: str = str(GALLERY)) -> None:
-    """Serve the bundled models in `home`, with so many images in a gallery; open to everyone, and by each of `DOORS`.
+def serve(home: str, other_home: str) -> None:
+    """Serve the bundled models in `home` to everyone, and by each of `DOORS`; those in `other_home` at "other".
 
     `TUNNEL` stands for what gradio's tunnel for `--share` would be.
     """
@@ -125,15 +125,20 @@ def serve(home: str, gallery: str = str(GALLERY)) -> None:
     from moevision.demo.server import Server, Serving
     from moevision.demo.service import Explorer
 
-    entries = open_entries(None, DataOptions(), home=Path(home))
-    explorer = Explorer(entries, Galleries(entries, limit=int(gallery)))
-    explorer.galleries.start(explorer.pages.prepare)
-    explorer.galleries.wait(START_S)
+    def explorer_of(home: str, gallery: int) -> Explorer:
+        entries = open_entries(None, DataOptions(), home=Path(home))
+        explorer = Explorer(entries, Galleries(entries, limit=gallery))
+        explorer.galleries.start(explorer.pages.prepare)
+        explorer.galleries.wait(START_S)
+        return explorer
+
     networking.setup_tunnel = lambda **options: TUNNEL
+    explorer, other = explorer_of(home, GALLERY), explorer_of(other_home, GALLERY // 5)
+    doors = {name: (explorer, door) for name, door in DOORS.items()}
     with ExitStack() as servers:
-        for name, door in {**DOORS, "": {}}.items():
+        for name, (shown, door) in {**doors, "other": (other, {}), "": (explorer, {})}.items():
             Context.id = 0  # numbers of gradio's components, as in a process of its own
-            server = servers.enter_context(Server(explorer, Serving(public=True, **door)))
+            server = servers.enter_context(Server(shown, Serving(public=True, **door)))
             print(f"door {name} {server.url}" if name else f"The explorer is at {server.url}", flush=True)
         try:
             threading.Event().wait()
