@@ -200,14 +200,15 @@ def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path
     assert said.index("can't be bit-identical") < said.index("test/top1")
 
 
-def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path, number: int) -> None:
     """Before it can join the first one, which waits for it in a call that no signal interrupts."""
-    process = start(work, PYTHON, "synthetic_pets", *TWO, "--name=unborn")
+    process = start(work, PYTHON, "synthetic_pets", *TWO, f"--name=unborn-{number}")
     try:
         while not (found := subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout):
             assert process.poll() is None
             time.sleep(0.05)
-        os.kill(int(found.split()[0]), signal.SIGKILL)
+        os.kill(int(found.split()[0]), number)
         said, _ = process.communicate(timeout=WAIT_S)
     finally:
         _end(process)
