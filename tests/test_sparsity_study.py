@@ -263,6 +263,7 @@ def test_equal_time_is_measured_and_trained(bench, small, tmp_path, monkeypatch)
     monkeypatch.setitem(ARMS, "twin", Arm(twin, tuned_as=None, batch=8))
     monkeypatch.setitem(ARMS, "twin-time", Arm(twin, tuned_as="twin", batch=8))
     monkeypatch.setattr(sparsity, "STEPS_PER_EPOCH", 4)
+    monkeypatch.setattr(sparsity, "WARM_UP", 1)
     monkeypatch.setattr(sparsity, "memory_of", lambda *_, **__: {"peak_mib": 100.0})
     out, speed = tmp_path / "time", tmp_path / "speed.json"
     common = (*small("time"), "--speed", speed, "--only")

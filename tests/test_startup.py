@@ -16,7 +16,7 @@ import pytest
 
 from moevision.commands import VERBS
 
-ROUNDS = 5
+ROUNDS = 3
 HELP_S = 0.3
 HEAVY = (
     *("torch", "timm", "numpy", "lightning", "pytorch_lightning", "gradio", "torchmetrics", "matplotlib"),

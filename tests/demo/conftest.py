@@ -93,9 +93,28 @@ def explorer(home):
 
 
 @pytest.fixture(scope="session")
-def server(home):
-    """The same explorer behind its web page, in a process of its own; `server.url` is where."""
-    with running(serving.__file__, str(home)) as server:
+def gradio_dir(tmp_path_factory):
+    """Where gradio would keep files."""
+    return tmp_path_factory.mktemp("gradio")
+
+
+@pytest.fixture(scope="session")
+def routers_home(tmp_path_factory):
+    """A model of expert choice whose experts leave patches out, and one of Soft MoE."""
+    home = tmp_path_factory.mktemp("routers")
+    write_bundle(home, "choice", twins=False, router="expert_choice", top_k=1)
+    write_bundle(home, "soft", twins=False, router=["vmoe_top_k", "soft"], num_experts=[4, 6], top_k=[2, 1])
+    return home
+
+
+@pytest.fixture(scope="session")
+def server(home, routers_home, gradio_dir):
+    """The same explorer behind its web page, in a process of its own.
+
+    `server.url` is where; `server.doors` has further addresses, "other" that of the models in `routers_home`.
+    """
+    env = {"GRADIO_TEMP_DIR": str(gradio_dir)}
+    with running(serving.__file__, str(home), str(routers_home), env=env) as server:
         yield server
 
 

@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 START_S = 300  # of a machine that does much else
 GALLERY = 160
@@ -26,11 +27,13 @@ class Running:
 
     Attributes:
         url: where it is, with a slash at the end.
+        doors: further addresses by their names, those in `DOORS` and "other".
         lines: what it has printed, errors included.
     """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process, self.url, self.lines = process, "", []
+        self.doors: dict[str, str] = {}
         self._queue: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -93,35 +96,50 @@ def running(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Runn
     server = Running(process)
     try:
         server.url = server.wait_for("The explorer is at").split()[-1]
+        server.doors = dict(line.split()[1:] for line in server.lines if line.startswith("door "))
         yield server
     finally:
         server.stop()
 
 
-def serve(home: str, *options: str) -> None:
-    """Serve the bundled models in `home`.
+TUNNEL = "https://abc.tunnel.example"
+LOGIN = ("class", "secret")
+# Further ways into the explorer of `serve`; a process for each would cost ten seconds more.
+DOORS: dict[str, dict[str, Any]] = {
+    "locked": {"auth": LOGIN},
+    "shared": {"share": True},
+    "locked-shared": {"auth": LOGIN, "share": True, "allow_host": ("*.lab.example",)},
+}
 
-    Options are `--auth USER:PASS`, `--gallery NUMBER` of images, `--allow-host NAME`, and `--tunnel ADDRESS`, which
-    stands for what gradio's tunnel for `--share` would be.
+
+def serve(home: str, other_home: str) -> None:
+    """Serve the bundled models in `home` to everyone, and by each of `DOORS`; those in `other_home` at "other".
+
+    `TUNNEL` stands for what gradio's tunnel for `--share` would be.
     """
     from gradio import networking
+    from gradio.context import Context
 
     from moevision.demo.bundle import DataOptions, open_entries
     from moevision.demo.galleries import Galleries
     from moevision.demo.server import Server, Serving
     from moevision.demo.service import Explorer
 
-    given = dict(zip(options[::2], options[1::2], strict=True))
-    auth = tuple(given["--auth"].split(":")) if "--auth" in given else None
-    entries = open_entries(None, DataOptions(), home=Path(home))
-    explorer = Explorer(entries, Galleries(entries, limit=int(given.get("--gallery", GALLERY))))
-    explorer.galleries.start(explorer.pages.prepare)
-    explorer.galleries.wait(START_S)
-    networking.setup_tunnel = lambda **options: given["--tunnel"]
-    names = (given["--allow-host"],) if "--allow-host" in given else ()
-    serving = Serving(auth=auth, share="--tunnel" in given, public=True, allow_host=names)
-    with Server(explorer, serving) as server:
-        print(f"The explorer is at {server.url}", flush=True)
+    def explorer_of(home: str, gallery: int) -> Explorer:
+        entries = open_entries(None, DataOptions(), home=Path(home))
+        explorer = Explorer(entries, Galleries(entries, limit=gallery))
+        explorer.galleries.start(explorer.pages.prepare)
+        explorer.galleries.wait(START_S)
+        return explorer
+
+    networking.setup_tunnel = lambda **options: TUNNEL
+    explorer, other = explorer_of(home, GALLERY), explorer_of(other_home, GALLERY // 5)
+    doors = {name: (explorer, door) for name, door in DOORS.items()}
+    with ExitStack() as servers:
+        for name, (shown, door) in {**doors, "other": (other, {}), "": (explorer, {})}.items():
+            Context.id = 0  # numbers of gradio's components, as in a process of its own
+            server = servers.enter_context(Server(shown, Serving(public=True, **door)))
+            print(f"door {name} {server.url}" if name else f"The explorer is at {server.url}", flush=True)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

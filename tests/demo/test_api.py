@@ -4,13 +4,11 @@ import asyncio
 import base64
 import io
 import json
-import tempfile
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import httpx
 import pytest
@@ -21,8 +19,8 @@ from moevision.demo import gate, route_image
 from moevision.demo.gate import Gate
 from moevision.demo.requests import RequestError
 from moevision.demo.web import Uploads
-from tests.demo import hostile, serving
-from tests.demo.serving import running
+from tests.demo import hostile
+from tests.demo.serving import LOGIN
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +155,11 @@ def counted():
         thread.join()
 
 
-def test_a_file_object_opens_no_path_and_no_address(server, file, counted, client):
+def test_a_file_object_opens_no_path_and_no_address(server, file, counted, client, gradio_dir):
     address, hits = counted
-    folder = Path(tempfile.gettempdir()) / "gradio"  # where gradio alone would look
+    folder = gradio_dir  # where gradio alone would look
     link = folder / "moevision-test" / "link.png"
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
+    link.parent.mkdir()
     link.symlink_to(file)
     found = [
         route_file(server, path, **more)
@@ -205,39 +202,38 @@ def log_in(url, password, address="127.0.0.1", **headers):
         return client.post(f"{url}login", data=data, headers=headers).status_code
 
 
-def test_with_a_password_nothing_answers_without_it(home, file, tmp_path):
-    env = {"GRADIO_TEMP_DIR": str(tmp_path / "gradio")}
-    with running(serving.__file__, str(home), "--auth", "class:secret", env=env) as server:
-        assert ask(server.url, "boot", {}).status_code == 401
-        for path in ("config", "gradio_api/info", "gradio_api/queue/status", "gradio_api/heartbeat/x"):
-            assert httpx.get(server.url + path, timeout=120).status_code == 401
-        assert httpx.get(server.url + "openapi.json", timeout=120).status_code == 404
-        assert upload(server.url, b"x").status_code == 401
-        cancel = {"session_hash": "x", "fn_index": 0, "event_id": "x"}
-        assert httpx.post(f"{server.url}gradio_api/cancel", json=cancel, timeout=120).status_code == 401
-        call = httpx.post(f"{server.url}gradio_api/call/route", json={"data": ["", "pets/test/1"]}, timeout=120)
-        assert call.status_code == 401
-        wrong = httpx.post(f"{server.url}login", data={"username": "class", "password": "guess"}, timeout=120)
-        assert wrong.status_code == 400
-        right = httpx.post(f"{server.url}login", data={"username": "class", "password": "secret"}, timeout=120)
-        cookie = "; ".join(f"{name}={value}" for name, value in right.cookies.items())
-        assert ask(server.url, "boot", {}, cookie=cookie).json()["default"]["model"] == "pets"
-        assert upload(server.url, b"x", cookie=cookie).status_code == 200
-        signed_in = Client(server.url, auth=("class", "secret"), verbose=False)
-        assert signed_in.predict(example="pets/test/1", api_name="/route")["schema"] == "moevision.view/2"
-        assert signed_in.predict(picture=handle_file(file), api_name="/route")["schema"] == "moevision.view/2"
-        assert [path for path in tmp_path.glob("gradio/**/*") if path.is_file()] == []  # images are not kept
-        # 60 guesses in 5.7 s; a made-up header doesn't make them come from elsewhere
-        with ThreadPoolExecutor(60) as pool:
-            guesses = [
-                pool.submit(log_in, server.url, "guess", "127.0.0.1", **{"x-forwarded-for": f"203.0.113.{number}"})
-                for number in range(60)
-            ]
-            assert log_in(server.url, "secret", "127.0.0.2") == 200  # the others of the class notice nothing
-            found = Counter(guess.result() for guess in guesses)
-        assert set(found) == {400, 429}
-        assert found[400] <= 10
-        assert log_in(server.url, "secret", "127.0.0.1") == 200  # and it is the made-up header that waits
+def test_with_a_password_nothing_answers_without_it(server, file, gradio_dir):
+    url = server.doors["locked"]
+    assert ask(url, "boot", {}).status_code == 401
+    for path in ("config", "gradio_api/info", "gradio_api/queue/status", "gradio_api/heartbeat/x"):
+        assert httpx.get(url + path, timeout=120).status_code == 401
+    assert httpx.get(url + "openapi.json", timeout=120).status_code == 404
+    assert upload(url, b"x").status_code == 401
+    cancel = {"session_hash": "x", "fn_index": 0, "event_id": "x"}
+    assert httpx.post(f"{url}gradio_api/cancel", json=cancel, timeout=120).status_code == 401
+    call = httpx.post(f"{url}gradio_api/call/route", json={"data": ["", "pets/test/1"]}, timeout=120)
+    assert call.status_code == 401
+    wrong = httpx.post(f"{url}login", data={"username": "class", "password": "guess"}, timeout=120)
+    assert wrong.status_code == 400
+    right = httpx.post(f"{url}login", data={"username": "class", "password": "secret"}, timeout=120)
+    cookie = "; ".join(f"{name}={value}" for name, value in right.cookies.items())
+    assert ask(url, "boot", {}, cookie=cookie).json()["default"]["model"] == "pets"
+    assert upload(url, b"x", cookie=cookie).status_code == 200
+    signed_in = Client(url, auth=LOGIN, verbose=False)
+    assert signed_in.predict(example="pets/test/1", api_name="/route")["schema"] == "moevision.view/2"
+    assert signed_in.predict(picture=handle_file(file), api_name="/route")["schema"] == "moevision.view/2"
+    assert [path for path in gradio_dir.glob("**/*") if path.is_file()] == []  # images are not kept
+    # 60 guesses in 5.7 s; a made-up header doesn't make them come from elsewhere
+    with ThreadPoolExecutor(60) as pool:
+        guesses = [
+            pool.submit(log_in, url, "guess", "127.0.0.1", **{"x-forwarded-for": f"203.0.113.{number}"})
+            for number in range(60)
+        ]
+        assert log_in(url, "secret", "127.0.0.2") == 200  # the others of the class notice nothing
+        found = Counter(guess.result() for guess in guesses)
+    assert set(found) == {400, 429}
+    assert found[400] <= 10
+    assert log_in(url, "secret", "127.0.0.1") == 200  # and it is the made-up header that waits
 
 
 def test_the_brake_waits_ever_longer_and_forgets(monkeypatch):
@@ -281,31 +277,30 @@ def test_what_counts_as_one_address(client, proxied, forwarded, expected):
     assert gate.client_address(client and (client, 9), proxied, forwarded) == expected
 
 
-def test_behind_a_proxy_or_a_tunnel(home):
+def test_behind_a_proxy_or_a_tunnel(server):
     """`--share` with a password, as a tunnel's requests look: its name, visitors' addresses in a header."""
-    options = ("--auth", "class:secret", "--tunnel", "https://abc.tunnel.example", "--allow-host", "*.lab.example")
-    with running(serving.__file__, str(home), *options) as server:
+    url = server.doors["locked-shared"]
 
-        def get(name):
-            return httpx.get(server.url, headers={"host": name}, timeout=120)
+    def get(name):
+        return httpx.get(url, headers={"host": name}, timeout=120)
 
-        assert [get(name).status_code for name in ("abc.tunnel.example", "moe.lab.example:80", "evil.example")] == [
-            200,
-            200,
-            421,
-        ]
-        shared = get("abc.tunnel.example")
-        assert "gradio.s3" not in shared.text  # its scripts come from here, not from a server of gradio's
-        assert "frame-ancestors 'self'" in shared.headers["content-security-policy"].split(";")[-1]
-        assert "localhost" not in shared.headers["content-security-policy"]
-        visitors = ["198.51.100.1", "203.0.113.9, 198.51.100.1", "1.2.3.4, 198.51.100.1"]  # what they claim comes first
-        for visitor in visitors * 2:
-            assert log_in(server.url, "guess", **{"x-forwarded-for": visitor}) == 400
-        begin = time.monotonic()
-        assert log_in(server.url, "secret", **{"x-forwarded-for": "198.51.100.2"}) == 200
-        assert time.monotonic() - begin < 1.9
-        assert log_in(server.url, "secret", **{"x-forwarded-for": visitors[0]}) == 200
-        assert time.monotonic() - begin > 0.5  # the sixth wrong one waited a second, this one two more
+    assert [get(name).status_code for name in ("abc.tunnel.example", "moe.lab.example:80", "evil.example")] == [
+        200,
+        200,
+        421,
+    ]
+    shared = get("abc.tunnel.example")
+    assert "gradio.s3" not in shared.text  # its scripts come from here, not from a server of gradio's
+    assert "frame-ancestors 'self'" in shared.headers["content-security-policy"].split(";")[-1]
+    assert "localhost" not in shared.headers["content-security-policy"]
+    visitors = ["198.51.100.1", "203.0.113.9, 198.51.100.1", "1.2.3.4, 198.51.100.1"]  # what they claim comes first
+    for visitor in visitors * 2:
+        assert log_in(url, "guess", **{"x-forwarded-for": visitor}) == 400
+    begin = time.monotonic()
+    assert log_in(url, "secret", **{"x-forwarded-for": "198.51.100.2"}) == 200
+    assert time.monotonic() - begin < 1.9
+    assert log_in(url, "secret", **{"x-forwarded-for": visitors[0]}) == 200
+    assert time.monotonic() - begin > 0.5  # the sixth wrong one waited a second, this one two more
 
 
 def test_a_full_gate_says_busy():

@@ -1,7 +1,7 @@
 """What the tests of the stability guard share: a tiny training with everything that a forward pass can move.
 
-Run as a script (`python guarded.py FOLDER`, with the environment of torch's launcher) it is one of two processes: it
-writes `FOLDER/CASE-RANK.pt`, one for each case of `TWO_PROCESS_CASES`.
+Run as a script (`python guarded.py FOLDER`, with torch's MASTER_ADDR and MASTER_PORT) it trains in two processes: they
+write `FOLDER/CASE-RANK.pt`, one for each case of `TWO_PROCESS_CASES`.
 """
 
 import os
@@ -160,16 +160,13 @@ class Run:
         return self.guard.record
 
 
-def main() -> None:
-    """One process of two."""
+def one_of_two(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     warnings.simplefilter("ignore")  # Lightning's advice, and the guard's own words
-    folder, rank, world = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     for case, faults in TWO_PROCESS_CASES.items():
-        mine = batches(24)[rank::world]
-        run = Run(
-            folder / case, mine, faults=faults, task=tiny_task(**BIASED), processes=world, guard=TWO_PROCESS_GUARD
-        )
+        mine = batches(24)[rank::2]
+        run = Run(folder / case, mine, faults=faults, task=tiny_task(**BIASED), processes=2, guard=TWO_PROCESS_GUARD)
         torch.save(
             {
                 "net": dict(run.task.net.state_dict()),
@@ -182,5 +179,5 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # forks, so that torch and Lightning are imported once for both
+    torch.multiprocessing.start_processes(one_of_two, (Path(sys.argv[1]),), nprocs=2, start_method="fork")

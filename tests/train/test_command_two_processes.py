@@ -7,6 +7,7 @@ and a moving average are on, and the two processes draw different numbers, so th
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,15 @@ def whole(work: Path) -> tuple[Path, str]:
     return work / "runs" / "whole", fit(work, "synthetic_pets", *TWO, "--name=whole")
 
 
+@pytest.fixture(scope="module")
+def stopped(work: Path) -> tuple[int, str]:
+    """Exit code and words of a run that was stopped early, runs/mid-epoch; runs/launched and runs/fewer are copies."""
+    found = interrupt(work, "mid-epoch", rows=3, number=signal.SIGTERM, everybody=False)
+    for name in ("launched", "fewer"):
+        shutil.copytree(work / "runs" / "mid-epoch", work / "runs" / name)
+    return found
+
+
 def differing(run: Path, other: Path) -> list[str]:
     return [name for name in SAME if (run / name).read_bytes() != (other / name).read_bytes()]
 
@@ -132,16 +142,25 @@ def test_each_process_draws_numbers_of_its_own(whole: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     ("name", "rows", "number", "everybody", "code"),
     [
-        ("mid-epoch", 3, signal.SIGTERM, False, 143),
+        ("mid-epoch", None, signal.SIGTERM, False, 143),
         ("later", 18, signal.SIGINT, True, 130),
         ("killed", 25, signal.SIGKILL, False, -9),
     ],
 )
 def test_interrupted_and_resumed_is_uninterrupted(
-    work: Path, whole: tuple[Path, str], name: str, rows: int, number: int, everybody: bool, code: int
+    work: Path,
+    whole: tuple[Path, str],
+    stopped: tuple[int, str],
+    name: str,
+    rows: int | None,
+    number: int,
+    everybody: bool,
+    code: int,
 ) -> None:
     """One process, or both as by Ctrl-C, are signalled; the command that is printed goes on, both processes again."""
-    found, said = interrupt(work, name, rows=rows, number=number, everybody=everybody)
+    found, said = stopped
+    if rows is not None:
+        found, said = interrupt(work, name, rows=rows, number=number, everybody=everybody)
     assert found == code, said[-3000:]
     if code > 0:
         assert said.splitlines()[-1] == f"moevision fit --resume runs/{name}"
@@ -152,9 +171,9 @@ def test_interrupted_and_resumed_is_uninterrupted(
     assert differing(work / "runs" / name, whole[0]) == []
 
 
+@pytest.mark.usefixtures("stopped")
 def test_torchrun_starts_and_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str]) -> None:
     """Where all processes begin at once they still agree; what Lightning's launcher began, torchrun ends; a twin."""
-    interrupt(work, "launched", rows=10, number=signal.SIGTERM, everybody=False)
     fit(work, "--resume", "runs/launched", launcher=TORCHRUN)
     assert differing(work / "runs" / "launched", whole[0]) == []
     fit(work, "synthetic_pets", *TWO, "--name=torchrun", "--with-twin", launcher=TORCHRUN)
@@ -166,12 +185,12 @@ def test_torchrun_starts_and_goes_on_with_the_same_run(work: Path, whole: tuple[
     assert not (work / "runs" / "one").exists()
 
 
+@pytest.mark.usefixtures("stopped")
 def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path) -> None:
     """With another number the order of the images is another one; one process instead of two takes twice the steps.
 
     A step of two processes is 16 images, 18 steps in all; of one 8 images, 36 steps, and no schedule for them.
     """
-    interrupt(work, "fewer", rows=10, number=signal.SIGTERM, everybody=False)
     said = fit(work, "--resume", "runs/fewer", "--trainer.devices=1", code=2)
     assert "the number of processes (--trainer.devices) was 2, now 1" in said
     assert said.splitlines()[-1].startswith("moevision: The checkpoint's learning rate ends after 18 steps")

@@ -40,19 +40,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, An
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = str(opened.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(2):
-        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-        with (folder / f"log-{rank}.txt").open("w") as log:
-            command = [sys.executable, guarded.__file__, str(folder)]
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=900) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join((folder / f"log-{rank}.txt").read_text()[-3000:] for rank in range(2))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, guarded.__file__, str(folder)]
+    done = subprocess.run(command, env={**os.environ, **shared}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
     return {
         case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
         for case in TWO_PROCESS_CASES

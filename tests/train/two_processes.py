@@ -1,7 +1,7 @@
-"""Train a tiny model for a few optimizer steps; run as a script, as one of the processes of a DDP training.
+"""Train a tiny model for a few optimizer steps; run as a script, in the two processes of a DDP training.
 
-`RANK=r python two_processes.py FOLDER` with the environment of torch's launcher writes `FOLDER/CASE-r.pt`, one for
-each case of `CASES`. `train` in one process is what it has to equal.
+`python two_processes.py FOLDER` with torch's MASTER_ADDR and MASTER_PORT writes `FOLDER/CASE-RANK.pt`, one for each
+case of `CASES` and process. `train` in one process is what it has to equal.
 """
 
 import os
@@ -88,14 +88,14 @@ def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batc
     return {**task.net.state_dict(), "counts": counts}
 
 
-def main() -> None:
+def one_of_two(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     warnings.simplefilter("ignore")  # Lightning's advice on speed
-    folder, rank, processes = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     for case, (_, _, micro_batches) in CASES.items():
-        torch.save(train(case, folder, processes, rank, micro_batches), folder / f"{case}-{rank}.pt")
+        torch.save(train(case, folder, 2, rank, micro_batches), folder / f"{case}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # forks, so that torch and Lightning are imported once for both
+    torch.multiprocessing.start_processes(one_of_two, (Path(sys.argv[1]),), nprocs=2, start_method="fork")

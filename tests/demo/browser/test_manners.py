@@ -7,8 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 
-from tests.demo import serving
-from tests.demo.serving import running
+from tests.demo.serving import LOGIN
 
 pytestmark = pytest.mark.needs("chromium")
 
@@ -113,27 +112,25 @@ def test_who_may_show_the_page_in_a_frame(new_visit, server):
             thread.join()
 
 
-def test_a_login_works_and_complains_about_nothing(new_visit, home):
-    with running(serving.__file__, str(home), "--auth", "class:secret") as server:
-        one = new_visit()
-        one.page.goto(server.url)
-        for password, then in (("guess", "text=Incorrect credentials"), ("secret", ".mv-cell")):
-            one.page.fill("input >> nth=0", "class")
-            one.page.fill("input[type=password]", password)
-            one.page.click("button.primary")
-            one.page.wait_for_selector(then)
-        assert not any("Content Security Policy" in complaint for complaint in one.complaints)
-        assert one.strangers(server.url) == []
+def test_a_login_works_and_complains_about_nothing(new_visit, server):
+    one = new_visit()
+    one.page.goto(server.doors["locked"])
+    for password, then in (("guess", "text=Incorrect credentials"), (LOGIN[1], ".mv-cell")):
+        one.page.fill("input >> nth=0", LOGIN[0])
+        one.page.fill("input[type=password]", password)
+        one.page.click("button.primary")
+        one.page.wait_for_selector(then)
+    assert not any("Content Security Policy" in complaint for complaint in one.complaints)
+    assert one.strangers(server.doors["locked"]) == []
 
 
-def test_a_shared_page_asks_no_server_of_gradios(new_visit, home):
-    with running(serving.__file__, str(home), "--tunnel", "https://abc.tunnel.example") as server:
-        one = new_visit()
-        one.open(server.url)
-        one.page.click("[data-action=example] >> nth=2")
-        one.page.wait_for_selector(".mv-picture[alt*=rabbit]")
-        assert one.complaints == []
-        assert one.strangers(server.url) == []
+def test_a_shared_page_asks_no_server_of_gradios(new_visit, server):
+    one = new_visit()
+    one.open(server.doors["shared"])
+    one.page.click("[data-action=example] >> nth=2")
+    one.page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    assert one.complaints == []
+    assert one.strangers(server.doors["shared"]) == []
 
 
 def test_the_tour_comes_once(visit):

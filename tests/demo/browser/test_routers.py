@@ -8,7 +8,6 @@ from axe_playwright_python.sync_playwright import Axe
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.galleries import Galleries
 from moevision.demo.service import Explorer
-from tests.demo import serving
 
 pytestmark = pytest.mark.needs("chromium")
 
@@ -17,19 +16,9 @@ PHONE = {"width": 390, "height": 844}
 SLOTS = 3
 
 
-@pytest.fixture(scope="module")
-def routers_home(tmp_path_factory, bundle):
-    """A model of expert choice whose experts leave patches out, and one of Soft MoE."""
-    home = tmp_path_factory.mktemp("routers")
-    bundle(home, "choice", twins=False, router="expert_choice", top_k=1)
-    bundle(home, "soft", twins=False, router=["vmoe_top_k", "soft"], num_experts=[4, 6], top_k=[2, 1])
-    return home
-
-
-@pytest.fixture(scope="module")
-def routers_server(routers_home):
-    with serving.running(serving.__file__, str(routers_home), "--gallery", "32") as server:
-        yield server
+@pytest.fixture
+def address(server):
+    return server.doors["other"]
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +35,19 @@ def ask(routers_home):
 
 
 @pytest.fixture
-def visit(new_visit, routers_server):
+def visit(new_visit, address):
     """Opens visits and holds each of them to the same manners: no complaint, no request to anywhere else."""
     visits = []
 
     def begin(query, **options):
         visits.append(new_visit(**options))
-        visits[-1].open(routers_server.url + query)
+        visits[-1].open(address + query)
         return visits[-1]
 
     yield begin
     for one in visits:
         assert one.complaints == []
-        assert one.strangers(routers_server.url) == []
+        assert one.strangers(address) == []
 
 
 def serious(page):
@@ -173,8 +162,8 @@ def test_axe_finds_nothing_serious_in_either(visit, look, scheme):
         assert look.no_sideways_scroll(page)
 
 
-def test_slots_that_can_not_be_had_are_asked_for_again(new_visit, routers_server):
-    page = new_visit().open(routers_server.url + "?model=soft")
+def test_slots_that_can_not_be_had_are_asked_for_again(new_visit, address):
+    page = new_visit().open(address + "?model=soft")
     broken = re.compile(r"/component_server\b")
     page.route(broken, lambda route: route.abort())
     page.click("[data-mode=slots]")
