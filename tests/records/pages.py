@@ -50,6 +50,8 @@ DEFINITIONS = {
         Definition("where no class reaches 60 %", "the example's `--unsure 0.6`"),
         Definition("more than 1.5 times the training images", "a constant of `moevision.train.report`"),
         Definition("Lightning 2.6.6", "a version"),
+        Definition("| `tensorboard` 2.21 |", "a version"),
+        Definition("| `wandb` 0.31 |", "a version"),
         Definition("| `mlflow` 3.17 |", "a version"),
         Definition("MLflow 3.17", "a version"),
         Definition("trackio 0.43", "a version"),
@@ -73,7 +75,11 @@ DEFINITIONS = {
         Definition("112 px on a CPU, 224 px on a GPU; layer decay 0.75", "what `moevision/train/start.py` chooses"),
     ],
     "docs/index.md": [Definition("Python 3.11 or newer", "a version")],
+    "docs/reference/files.md": [
+        Definition("balanced accuracy with 95 % intervals", "a confidence level"),
+    ],
     "docs/reference/config.md": [
+        Definition("more than 1.5 times the training", "a constant of `moevision.train.report`"),
         Definition("input times U(0.99, 1.01)", "how jitter is defined"),
         Definition("such as 0.75", "an example"),
         Definition("tens of seconds at the start", "an order of magnitude that the option's own help names"),

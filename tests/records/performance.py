@@ -201,5 +201,6 @@ DEFINITIONS = [
     Definition("less than 15 % more", "the goal"),
     Definition("backward is 2 × forward", "how useful FLOPs are defined"),
     Definition("at least three times", "how often to measure energy"),
+    Definition("2 MiB a layer in float32 where the twin reads 0.5", "sizes: 8 and 2 experts of 2 · 128 · 256 weights"),
     Definition("compute capability 9.0", "a generation of NVIDIA's devices"),
 ]
