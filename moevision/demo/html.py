@@ -1,7 +1,8 @@
 """The page's own files, put together: for gradio's `gr.HTML`, for an exported page, and for a notebook.
 
-There is no build step. `assets/` holds plain JavaScript and CSS; this module concatenates the scripts inside one
-function, so that nothing leaks into the page around, and adds the one thing that Python knows: the experts' colours.
+There is no build step. `assets/` holds CSS and ES modules, which editors, `tsc` and node read as they are. gradio takes
+the body of one function, and an exported page must be one file whose policy forbids to load anything: so `_joined` puts
+the modules one after another, each behind those that it imports, and leaves `import`, `export` and JSDoc out.
 
 gradio reads `css_template` as a Handlebars *and* a JavaScript template and wraps the result into a rule of the
 component's id (gradio 6.31, components/html.py); `_read_css` refuses what either would swallow.
@@ -10,37 +11,16 @@ component's id (gradio 6.31, components/html.py); `_read_css` refuses what eithe
 from __future__ import annotations
 
 import html
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any, Final
 
-from moevision.analysis.palette import EXPERT_COLOURS, HIGHLIGHT, NEUTRAL
 from moevision.names import json_text
 
-CORE_SCRIPTS: Final = (
-    "core_util.js",
-    "core_kinds.js",
-    "core_state.js",
-    "core_stage.js",
-    "core_slots.js",
-    "core_inspector.js",
-    "core_answer.js",
-    "core.js",
-)
-APP_SCRIPTS: Final = (
-    "app_server.js",
-    "app_rail.js",
-    "app_share.js",
-    "app_tour.js",
-    "tab_experts.js",
-    "tab_classes.js",
-    "tab_whatif.js",
-    "tab_compare.js",
-    "tab_about.js",
-    "app.js",
-)
 CORE_STYLES: Final = ("explorer_base.css", "explorer_stage.css")
 APP_STYLES: Final = ("explorer.css", "explorer_tabs.css")
 # The page around `.mv` has its background (--bg in explorer_base.css), so that a wide screen shows no seam.
@@ -54,6 +34,12 @@ body, gradio-app { background: #fbfbf9 !important; }
 VIEW_SCHEMA: Final = "moevision.view/2"
 
 _TEMPLATE_SIGNS: Final = ("{{", "${", "`", "\\", "@keyframes", ":root")
+_IMPORT: Final = re.compile(r'^import \{[^}]*\} from "\./([\w-]+\.js)";\n', re.M)
+_EXPORT: Final = re.compile(r"^export (?=(?:async )?(?:function|class|const) )", re.M)
+_ODD: Final = re.compile(r"^(?:import|export)\b.*|\bimport\(.*", re.M)
+_DECLARED: Final = re.compile(r"^(?:async )?(?:function|class|const|let|var) (\w+)", re.M)
+DOCS: Final = re.compile(r"^ */\*\*(?:(?!\*/).)*\*/\n", re.M | re.S)
+"""JSDoc above a declaration: for readers and tsc; the page goes without."""
 _WAITING: Final = (
     '<div class="mv" data-mv><div class="mv-boot" role="status"><h1>moevision explorer</h1>'
     "<p>Opening the model…</p></div></div>"
@@ -79,9 +65,7 @@ class Component:
 @cache
 def component() -> Component:
     """What the explorer hands to `gr.HTML`."""
-    script = _script(
-        (*CORE_SCRIPTS, *APP_SCRIPTS), "startApp(element.querySelector('[data-mv]'), props.value, server);"
-    )
+    script = _script("app.js", "startApp(element.querySelector('[data-mv]'), props.value, server);")
     return Component(_WAITING, _read_css((*CORE_STYLES, *APP_STYLES)), script)
 
 
@@ -111,7 +95,7 @@ def view_html(view: Mapping[str, Any], *, full_page: bool) -> str:
 def _page(view: Mapping[str, Any]) -> str:
     picture = view["picture"]
     title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
-    script = _script(CORE_SCRIPTS, "startStatic(document.querySelector('[data-mv]'), VIEW);", VIEW=view)
+    script = _script("core.js", "startStatic(document.querySelector('[data-mv]'), VIEW);", VIEW=view)
     # The policy is a second lock: even a bug could not make the page load something from elsewhere.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return (
@@ -123,13 +107,45 @@ def _page(view: Mapping[str, Any]) -> str:
     )
 
 
-def _script(names: tuple[str, ...], last: str, **constants: Any) -> str:
-    """The scripts in one function that starts with constants and ends with the call `last`."""
-    values = {"PALETTE": list(EXPERT_COLOURS), "NEUTRAL": NEUTRAL, "HIGHLIGHT": HIGHLIGHT, **constants}
-    lines = [f"const {name} = {_inline_json(value)};" for name, value in values.items()]
+def _script(entry: str, last: str, **constants: Any) -> str:
+    """The module `entry` and all that it imports in one function, which ends with the call `last`."""
+    lines = [f"const {name} = {_inline_json(value)};" for name, value in constants.items()]
     # `</script` in a text would end the page's script element; `<\/` means the same inside JavaScript.
-    body = "\n".join(_read(name) for name in names).replace("</script", "<\\/script")
-    return "\n".join(["(() => {", '"use strict";', *lines, body, last, "})();"])
+    return "\n".join(
+        ["(() => {", '"use strict";', *lines, _joined(entry).replace("</script", "<\\/script"), last, "})();"]
+    )
+
+
+def _joined(entry: str) -> str:
+    """The text of a module and of all that it imports, in one scope.
+
+    Raises:
+        ValueError: where one scope would mean something else than modules do: two of them declare the same name, or
+            import each other, or import and export in another form than `import { name } from "./file.js"` and
+            `export const|function|class`.
+    """
+    text = "\n".join(_EXPORT.sub("", _IMPORT.sub("", DOCS.sub("", _read(name)))) for name in modules(entry))
+    if odd := _ODD.findall(text):
+        raise ValueError(f"the page can't join a module with {odd[0]!r}")
+    if twice := [name for name, times in Counter(_DECLARED.findall(text)).items() if times > 1]:
+        raise ValueError(f"two modules of the page declare {', '.join(twice)}")
+    return text
+
+
+def modules(entry: str) -> tuple[str, ...]:
+    """The files that a module of the page consists of: each behind those that it imports, `entry` last."""
+    order: list[str] = []
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            raise ValueError(f"modules of the page import each other: {' -> '.join((*above, name))}")
+        if name not in order:
+            for imported in _IMPORT.findall(_read(name)):
+                visit(imported, (*above, name))
+            order.append(name)
+
+    visit(entry, ())
+    return tuple(order)
 
 
 def _inline_json(value: Any) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import moevision.demo
-from moevision.analysis.palette import EXPERT_COLOURS
+from moevision.analysis import palette
 from moevision.demo import route_image
-from moevision.demo.html import APP_SCRIPTS, APP_STYLES, CORE_SCRIPTS, CORE_STYLES, component, view_html
+from moevision.demo.html import APP_STYLES, CORE_STYLES, DOCS, component, modules, view_html
 
 ASSETS = Path(moevision.demo.__file__).parent / "assets"
 HOSTILE = "</script><img src=x onerror=alert(1)> & \" ' ${1} {{2}} \u2028"
@@ -45,19 +45,60 @@ class Page(HTMLParser):
 
 def embedded(page, name):
     """The JSON constant that a page's script starts with."""
-    line = next(line for line in Page(page).scripts[0].splitlines() if line.startswith(f"const {name} = "))
-    return json.loads(line.removeprefix(f"const {name} = ").removesuffix(";"))
+    return constant(Page(page).scripts[0], name)
 
 
 def test_every_asset_is_used():
-    used = {*CORE_SCRIPTS, *APP_SCRIPTS, *CORE_STYLES, *APP_STYLES}
-    assert used == {file.name for file in ASSETS.iterdir()}
+    used = {*modules("app.js"), *CORE_STYLES, *APP_STYLES}
+    assert used == {file.name for file in ASSETS.iterdir() if not file.name.endswith(".d.ts")}
+    assert set(modules("core.js")) < used
+
+
+def constant(script, name):
+    """A constant of the page's script that is written as JSON."""
+    line = next(line for line in script.splitlines() if line.startswith(f"const {name} = "))
+    return json.loads(line.removeprefix(f"const {name} = ").removesuffix(";"))
+
+
+def test_modules_stand_behind_what_they_import():
+    order = modules("app.js")
+    for place, name in enumerate(order):
+        imported = re.findall(r'from "\./([\w-]+\.js)"', DOCS.sub("", (ASSETS / name).read_text()))
+        assert set(imported) <= set(order[:place]), name
+    script = component().js_on_load
+    assert not re.search(r"^\s*(import|export)\b", script, re.M)
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"app.js": 'import { b } from "./b.js";\n', "b.js": 'import { a } from "./app.js";\n'}, "import each other"),
+        ({"app.js": 'import { b } from "./b.js";\nconst a = 1;\n', "b.js": "function a() {}\n"}, "declare a"),
+        ({"app.js": "export default 1;\n"}, "export default"),
+        ({"app.js": 'import * as b from "./b.js";\n'}, "import \\*"),
+        ({"app.js": 'const late = () => import("./b.js");\n'}, "import\\("),
+    ],
+    ids=["circle", "twice", "default", "star", "late"],
+)
+def test_modules_that_one_scope_would_change_are_refused(files, why, monkeypatch):
+    monkeypatch.setattr("moevision.demo.html._read", lambda name: files.get(name, ""))
+    component.cache_clear()
+    with pytest.raises(ValueError, match=why):
+        component()
+    component.cache_clear()
+
+
+def test_the_page_has_the_colours_of_the_figures():
+    script = component().js_on_load
+    assert constant(script, "PALETTE") == list(palette.EXPERT_COLOURS)
+    assert constant(script, "NEUTRAL") == palette.NEUTRAL
+    assert constant(script, "HIGHLIGHT") == palette.HIGHLIGHT
 
 
 @pytest.mark.parametrize("file", sorted(ASSETS.iterdir()), ids=lambda file: file.name)
 def test_an_asset_is_read_in_one_sitting_and_reaches_for_nothing_outside(file):
     text = file.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 400
+    assert len(DOCS.sub("", text).splitlines()) <= 400 or file.name.endswith(".d.ts")
     assert not re.findall(
         r"(?:https?:)?//[\w-]+\.\w+|@import|url\(\s*['\"]?(?!\$)[\w/]|\bfetch\(|XMLHttpRequest|WebSocket", text
     )
@@ -67,7 +108,6 @@ def test_the_component_is_a_function_body_and_a_style_that_gradio_can_nest():
     parts = component()
     assert parts.js_on_load.startswith("(() => {")
     assert parts.js_on_load.endswith("startApp(element.querySelector('[data-mv]'), props.value, server);\n})();")
-    assert f"const PALETTE = {json.dumps(list(EXPERT_COLOURS), separators=(',', ':'))};" in parts.js_on_load
     # gradio compiles both with Handlebars and as a JavaScript template literal.
     for text in (parts.css_template, parts.html_template):
         assert not re.search(r"\{\{|\$\{|`|\\", text)
@@ -88,7 +128,6 @@ def test_a_style_that_gradio_would_swallow_is_refused(bad, monkeypatch):
 def test_a_page_holds_the_view_and_asks_for_nothing(view):
     page = view_html(view, full_page=True)
     assert embedded(page, "VIEW") == view
-    assert embedded(page, "PALETTE") == list(EXPERT_COLOURS)
     found = Page(page)
     policy = next(attrs["content"] for tag, attrs in found.elements if attrs.get("http-equiv"))
     assert policy.startswith("default-src 'none'; img-src data:;")

@@ -1,5 +1,20 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
+import { drawHeader, drawRail, drawSettings, limitable, listenForFiles, otherK, railHandlers } from "./app_rail.js";
+import { asAskError, Asker, emptyBox, errorBox, waitingBox } from "./app_server.js";
+import { PLACE, readAddress, readIntervention, readPlace, shareHandlers, writeAddress } from "./app_share.js";
+import { Tour, tourMemory } from "./app_tour.js";
+import { Core, coreLayout } from "./core.js";
+import { pictureTitle } from "./core_stage.js";
+import { centrePatch, ViewState } from "./core_state.js";
+import { fillBox, html, percent } from "./core_util.js";
+import { AboutTab } from "./tab_about.js";
+import { ClassesTab } from "./tab_classes.js";
+import { CompareTab } from "./tab_compare.js";
+import { ExpertsTab, gallery } from "./tab_experts.js";
+import { WhatIfTab } from "./tab_whatif.js";
+/** @import { Boot, Chosen, Intervention, Server, Tab, View, Wish } from "./types.js" */
+
 const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, AboutTab];
 
 const appLayout = () => html`
@@ -13,19 +28,36 @@ const appLayout = () => html`
   <div class="mv-toast" role="status" data-box="toast" hidden></div>
   <div class="mv-hidden" aria-live="polite" data-live></div>`;
 
-class App {
+export class App {
+  /** @param {HTMLElement} root @param {Server} server */
   constructor(root, server) {
-    Object.assign(this, { root, asker: new Asker(server), state: null, slot: 0, topK: null, capacity: null, intervention: null, tab: "experts", tickets: [0, 0],
-      place: history.state?.[PLACE] ?? 0, page: null, trail: [] });
+    this.root = root;
+    this.asker = new Asker(server);
+    /** @type {ViewState | null} */
+    this.state = null;
+    this.slot = 0;
+    this.topK = null;
+    this.capacity = null;
+    /** @type {Intervention | null} */
+    this.intervention = null;
+    this.tab = "experts";
+    this.tickets = [0, 0];
+    this.place = history.state?.[PLACE] ?? 0;
+    this.page = null;
+    /** @type {Chosen[][]} */
+    this.trail = [];
   }
 
+  /** @param {any} value */
   async start(value) {
     const given = typeof value === "string" ? JSON.parse(value || "{}") : value ?? {};
+    /** @type {Boot} */
     this.boot = given.boot ?? (await this.asker.ask("boot", {}));
     const wish = readAddress();
     this.choose(wish);
     this.root.innerHTML = String(appLayout());
     this.core = new Core(this.root, null);
+    /** @type {(Tab | WhatIfTab)[]} */
     this.tabs = TABS.map((Tab) => new Tab(this));
     this.connect();
     this.drawFrame();
@@ -38,7 +70,10 @@ class App {
     if (this.state && !tourMemory.seen()) new Tour(this.core);
   }
 
-  /** The image of a link may not be here (another data folder): show the usual first one, and say so. */
+  /**
+   * The image of a link may not be here (another data folder): show the usual first one, and say so.
+   * @param {Wish} given
+   */
   async startElsewhere({ picture, picture2, ...wish }) {
     this.choose(wish);
     if (!this.hasPicture()) return this.showBlank();
@@ -46,7 +81,10 @@ class App {
     return this.notify("The link's image isn't on this server; here is another one.");
   }
 
-  /** Take over what the address asks for, as far as this server has it. */
+  /**
+   * Take over what the address asks for, as far as this server has it.
+   * @param {Wish} wish
+   */
   choose(wish) {
     const { models, default: first } = this.boot;
     const find = (id) => models.find((model) => model.id === id);
@@ -55,6 +93,7 @@ class App {
     // The rail shows a few examples; a link may name any image that the server knows.
     const usual = this.model.examples.find(({ id }) => id === first?.picture) ?? this.model.examples[0];
     const chosen = wish.picture ?? usual?.id;
+    /** @type {Chosen[]} */
     this.pictures = [chosen ? { kind: "example", id: chosen } : { kind: "none" }];
     if (wish.picture2) this.pictures.push({ kind: "example", id: wish.picture2 });
     const k = Number(wish.k);
@@ -66,6 +105,7 @@ class App {
     if (["experts", "classes", "whatif", "compare", "about"].includes(wish.tab)) this.tab = wish.tab;
   }
 
+  /** @param {Wish} wish */
   isDefault(wish) {
     const { default: first } = this.boot;
     return this.model.id === first?.model && this.variant === this.model.variants[0] && this.pictures[0].id === first?.picture
@@ -88,14 +128,17 @@ class App {
     this.root.addEventListener("keydown", (event) => this.onTabKey(event));
     window.addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && this.goTo(state[PLACE]));
     document.addEventListener("click", (event) => {
-      const menu = this.root.querySelector(".mv-menu[open]");
-      if (menu && !menu.contains(event.target)) menu.open = false;
+      const menu = /** @type {HTMLDetailsElement | null} */ (this.root.querySelector(".mv-menu[open]"));
+      if (menu && !menu.contains(/** @type {Node} */ (event.target))) menu.open = false;
     });
   }
 
   // ---- choices ------------------------------------------------------------------------------------------------
 
-  /** What the server is asked about one of the images. */
+  /**
+   * What the server is asked about one of the images.
+   * @param {number} slot
+   */
   question(slot) {
     const { kind, id, data } = this.pictures[slot];
     const picture = kind === "example" ? { kind, id } : { kind, data };
@@ -105,12 +148,16 @@ class App {
   /** All of that, as text that can be compared. */
   questions() { return JSON.stringify(this.pictures.map((_, slot) => this.question(slot))); }
 
+  /** @param {Chosen} picture */
   choosePicture(picture) {
     this.pictures[this.slot] = picture;
     return this.load([this.slot]);
   }
 
-  /** Open an image of the model's data, at a patch where one is named. */
+  /**
+   * Open an image of the model's data, at a patch where one is named.
+   * @param {string} id @param {string} [patch]
+   */
   async openExample(id, patch) {
     await this.choosePicture({ kind: "example", id });
     if (patch === undefined || !this.state) return;
@@ -118,6 +165,7 @@ class App {
     this.core.box("main").scrollIntoView({ block: "start" });
   }
 
+  /** @param {number} count */
   choosePictureCount(count) {
     if (count === this.pictures.length) return undefined;
     if (count === 1) {
@@ -132,8 +180,10 @@ class App {
     return this.load([1]);
   }
 
+  /** @param {number} slot */
   chooseSlot(slot) { this.slot = slot; this.drawFrame(); }
 
+  /** @param {string} id */
   chooseModel(id) {
     if (id === this.model.id) return undefined;
     const own = this.pictures.find(({ kind }) => kind === "upload");
@@ -146,11 +196,13 @@ class App {
     return this.load([0], {}, null, "model");
   }
 
+  /** @param {string} variant */
   chooseVariant(variant) {
     this.variant = variant;
     return this.load([...this.pictures.keys()], {}, null, "model");
   }
 
+  /** @param {Partial<App>} change */
   chooseSettings(change) {
     Object.assign(this, change);
     this.drawFrame();
@@ -159,7 +211,11 @@ class App {
 
   // ---- views --------------------------------------------------------------------------------------------------
 
-  /** Get the views of some slots and show them; an answer that a newer question has overtaken is dropped. */
+  /**
+   * Get the views of some slots and show them; an answer that a newer question has overtaken is dropped.
+   * @param {number[]} slots @param {Record<number, View>} [ready] @param {Wish | null} [wish]
+   * @param {string} [kind]
+   */
   async load(slots, ready = {}, wish = null, kind = "picture") {
     if (!this.hasPicture()) return this.showBlank();
     this.drawFrame();
@@ -182,7 +238,10 @@ class App {
     return undefined;
   }
 
-  /** Back and Forward: show what the address says, with the images that were there. */
+  /**
+   * Back and Forward: show what the address says, with the images that were there.
+   * @param {number} place
+   */
   goTo(place) {
     clearTimeout(this.remembering);
     const wish = readAddress();
@@ -196,6 +255,7 @@ class App {
     return this.load([...this.pictures.keys()], {}, wish, "model");
   }
 
+  /** @param {View[]} views @param {string | null} kind @param {Wish | null} [wish] */
   show(views, kind, wish = null) {
     if (!views[0]) return;
     this.core.box("blank").hidden = true;
@@ -217,11 +277,13 @@ class App {
     this.refreshTab(first ? null : kind);
   }
 
+  /** @param {View} view */
   announceResult(view) {
     const best = view.prediction.moe[0];
     this.core.announce(`${pictureTitle(view)}: the model sees ${best.class}, ${percent(best.p)}`);
   }
 
+  /** @param {Set<string>} changed */
   follow(changed) {
     if (["patch", "active", "views"].some((name) => changed.has(name))) this.drawSimilar();
     if (changed.has("layer")) this.refreshTab("layer");
@@ -234,7 +296,10 @@ class App {
     this.remembering = setTimeout(() => writeAddress(this), 120);
   }
 
-  /** Keep an intervention on, as a setting: the first image's view under it is here already. */
+  /**
+   * Keep an intervention on, as a setting: the first image's view under it is here already.
+   * @param {Intervention} intervention @param {View} view
+   */
   showChanged(intervention, view) {
     this.intervention = intervention;
     this.core.box("main").scrollIntoView({ block: "start" });
@@ -257,6 +322,7 @@ class App {
     this.remember();
   }
 
+  /** @param {boolean} is */
   busy(is) {
     const bar = this.core.box("progress");
     bar.hidden = !is;
@@ -273,6 +339,7 @@ class App {
     drawSettings(this.core.box("settings"), this);
   }
 
+  /** @param {string} text */
   notify(text) {
     const toast = this.core.box("toast");
     toast.textContent = text;
@@ -314,6 +381,7 @@ class App {
     this.core.box("panel").setAttribute("aria-labelledby", `mv-tab-${this.tab}`);
   }
 
+  /** @param {any} event */
   onTabKey(event) {
     if (event.target.getAttribute("role") !== "tab") return;
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -321,9 +389,10 @@ class App {
     event.preventDefault();
     const index = this.tabs.findIndex(({ id }) => id === this.tab);
     this.openTab(this.tabs[(index + step + this.tabs.length) % this.tabs.length].id);
-    this.root.querySelector("[role=tab][aria-selected=true]").focus();
+    /** @type {HTMLElement} */ (this.root.querySelector("[role=tab][aria-selected=true]")).focus();
   }
 
+  /** @param {string} id */
   openTab(id) {
     this.tab = id;
     this.drawTabs();
@@ -331,15 +400,19 @@ class App {
     this.remember();
   }
 
+  /** @param {number} layer @param {number} expert */
   takeAway(layer, expert) {
-    const tab = this.tabs.find(({ id }) => id === "whatif");
+    const tab = this.tabs.find((one) => one instanceof WhatIfTab);
     tab.preset(layer, expert);
     this.openTab("whatif");
     this.core.box("tabs").scrollIntoView({ block: "start" });
     return this.state && tab.run();
   }
 
-  /** Draw the open tab again if what changed matters to it (null: it was just opened). */
+  /**
+   * Draw the open tab again if what changed matters to it (null: it was just opened).
+   * @param {string | null} kind
+   */
   async refreshTab(kind) {
     const tab = this.tabs.find(({ id }) => id === this.tab);
     if (kind !== null && kind !== "model" && !tab.follows.includes(kind)) return;
@@ -358,8 +431,11 @@ class App {
   }
 }
 
-/** Entry of the gradio page. A page that can't even start says so in place of the empty screen. */
-function startApp(root, value, server) {
+/**
+ * Entry of the gradio page. A page that can't even start says so in place of the empty screen.
+ * @param {HTMLElement} root @param {any} value @param {Server} server
+ */
+export function startApp(root, value, server) {
   const app = new App(root, server);
   return app.start(value).catch((error) => {
     root.innerHTML = String(errorBox(asAskError(error)));

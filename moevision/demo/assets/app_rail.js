@@ -1,13 +1,21 @@
 // The rail on the left: images to look at, the visitor's own, and what may be changed about the routing.
 
-const VARIANTS = {
+import { AskError, errorBox } from "./app_server.js";
+import { shareMenu } from "./app_share.js";
+import { capital, routingWords } from "./core_kinds.js";
+import { fillBox, fixed, html, Markup, pictureSource, term } from "./core_util.js";
+/** @import { App } from "./app.js" */
+/** @import { BootModel, Limits, Router } from "./types.js" */
+
+export const VARIANTS = {
   trained: { label: "Trained", tip: "The model as it was trained." },
   unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep the experts balanced." },
   untrained: { label: "Untrained", tip: "The same network before training: what the routing looks like before anything is learned." },
 };
 const LONGEST_SIDE = 512;
 
-function drawHeader(box, app) {
+/** @param {HTMLElement} box @param {App} app */
+export function drawHeader(box, app) {
   const { model, variant } = app;
   const options = app.boot.models.map(({ id, title }) => html`<option value="${id}" ${new Markup(id === model.id ? "selected" : "")}>${title}</option>`);
   const switches = model.variants.map((name) => html`<button type="button" data-action="variant" data-variant="${name}" data-key="variant-${name}"
@@ -19,7 +27,8 @@ function drawHeader(box, app) {
     <div class="mv-tools"><div class="mv-switch" role="group" aria-label="Version of the model">${switches}</div>${shareMenu()}</div>`);
 }
 
-function drawRail(box, app) {
+/** @param {HTMLElement} box @param {App} app */
+export function drawRail(box, app) {
   fillBox(box, html`
     <div class="mv-rail-head"><h2>Images</h2>
       <div class="mv-switch" role="group" aria-label="Number of images">${[1, 2].map((number) => html`<button type="button" data-action="count"
@@ -32,9 +41,11 @@ function drawRail(box, app) {
     <div data-box="rail-error"></div>`);
 }
 
+/** @param {App} app */
 const slotSwitch = (app) => html`<div class="mv-switch mv-slots" role="group" aria-label="Which image to change">${["First", "Second"].map((name, slot) => html`
   <button type="button" data-action="slot" data-index="${slot}" data-key="slot-${slot}" aria-pressed="${slot === app.slot}">${name}</button>`)}</div>`;
 
+/** @param {App} app */
 function examples(app) {
   if (!app.model.examples.length) {
     return html`<p class="mv-note mv-none">This model comes without images. Bring your own, or start with
@@ -47,7 +58,8 @@ function examples(app) {
   return html`<ul class="mv-examples">${app.model.examples.map(thumb)}</ul>`;
 }
 
-function drawSettings(box, app) {
+/** @param {HTMLElement} box @param {App} app */
+export function drawSettings(box, app) {
   const { model, topK, capacity } = app;
   fillBox(box, html`<h2>Change the routing</h2>
     ${routingWords(model.routers).map(([where, words]) => html`<p class="mv-note"><b>${where}</b>: ${words}</p>`)}
@@ -57,16 +69,24 @@ function drawSettings(box, app) {
     ${(topK !== null || capacity !== null) && html`<button type="button" class="mv-quiet" data-action="as-trained" data-key="as-trained">as trained</button>`}`);
 }
 
-/** The layers in which a change has a meaning, and why it has none in the others. */
+/**
+ * The layers in which a change has a meaning, and why it has none in the others.
+ * @param {BootModel} model @param {string} name
+ */
 const changeable = (model, name) => model.routers.filter(({ refused }) => !(name in refused));
-/** Where experts choose, a capacity is nothing else than another k. */
-const limitable = (model) => changeable(model, "capacity").filter(({ kind }) => kind === "token_choice");
+/**
+ * Where experts choose, a capacity is nothing else than another k.
+ * @param {BootModel} model
+ */
+export const limitable = (model) => changeable(model, "capacity").filter(({ kind }) => kind === "token_choice");
+/** @param {Router[]} routers @param {string[]} names */
 function refusals(routers, names) {
   const sentences = [...new Set(routers.flatMap(({ refused }) => names.flatMap((name) => refused[name] ?? [])))];
   const where = (sentence) => routers.filter(({ refused }) => Object.values(refused).includes(sentence)).map(({ name }) => name);
   return sentences.map((sentence) => (where(sentence).length < routers.length ? `${where(sentence).join(", ")}: ${sentence}.` : `${capital(sentence)}.`));
 }
 
+/** @param {BootModel} model @param {number | null} topK */
 function kControl(model, topK) {
   const [first] = changeable(model, "top_k");
   const mean = changeable(model, "top_k").some(({ kind }) => kind === "expert_choice") ? " on average" : "";
@@ -75,6 +95,7 @@ function kControl(model, topK) {
     <p class="mv-off" data-box="k-mark" ${new Markup(topK === null ? "hidden" : "")}>off the training distribution</p>`;
 }
 
+/** @param {BootModel} model @param {number | null} capacity */
 function capacityControl(model, capacity) {
   const own = [...new Set(limitable(model).map((layer) => layer.capacity))].filter((factor) => factor !== null);
   const hidden = new Markup(capacity === null ? "hidden" : "");
@@ -86,9 +107,13 @@ function capacityControl(model, capacity) {
     <p class="mv-off" ${new Markup(trained ? "hidden" : "")}>off the training distribution</p>`;
 }
 
-/** k as it is wished, or null if that is what every layer was trained with. */
-const otherK = (model, k) => (changeable(model, "top_k").every((layer) => layer.top_k === k) ? null : k);
+/**
+ * k as it is wished, or null if that is what every layer was trained with.
+ * @param {BootModel} model @param {number} k
+ */
+export const otherK = (model, k) => (changeable(model, "top_k").every((layer) => layer.top_k === k) ? null : k);
 
+/** @param {BootModel} model @param {number | null} topK */
 function kWords(model, topK) {
   const able = changeable(model, "top_k");
   const trained = [...new Set(able.map((layer) => layer.top_k))];
@@ -96,8 +121,11 @@ function kWords(model, topK) {
   return trained.length === 1 ? `${trained[0]}, as trained` : able.map((layer) => `${layer.top_k} in ${layer.name}`).join(", ");
 }
 
-/** What the handlers of header and rail do; `app` keeps the choices and asks the server. */
-function railHandlers(app) {
+/**
+ * What the handlers of header and rail do; `app` keeps the choices and asks the server.
+ * @param {App} app
+ */
+export function railHandlers(app) {
   let waiting;
   const soon = (job) => { clearTimeout(waiting); waiting = setTimeout(job, 180); };
   return {
@@ -129,10 +157,13 @@ function railHandlers(app) {
 
 // ---- the visitor's own image ------------------------------------------------------------------------------
 
-/** Drop anywhere on the page, and paste anywhere but into a field. */
-function listenForFiles(app, root) {
+/**
+ * Drop anywhere on the page, and paste anywhere but into a field.
+ * @param {App} app @param {HTMLElement} root
+ */
+export function listenForFiles(app, root) {
   root.addEventListener("dragover", (event) => { event.preventDefault(); root.classList.add("mv-dragging"); });
-  root.addEventListener("dragleave", (event) => { if (!root.contains(event.relatedTarget)) root.classList.remove("mv-dragging"); });
+  root.addEventListener("dragleave", (event) => { if (!root.contains(/** @type {Node} */ (event.relatedTarget))) root.classList.remove("mv-dragging"); });
   root.addEventListener("drop", (event) => {
     event.preventDefault();
     root.classList.remove("mv-dragging");
@@ -144,6 +175,7 @@ function listenForFiles(app, root) {
   });
 }
 
+/** @param {App} app @param {File | undefined} file */
 async function takeFile(app, file) {
   if (!file) return;
   const message = app.core.box("rail-error");
@@ -157,7 +189,10 @@ async function takeFile(app, file) {
   }
 }
 
-/** The image as a data address, at most 512 px on its longer side: enough for any of the models, quick to send. */
+/**
+ * The image as a data address, at most 512 px on its longer side: enough for any of the models, quick to send.
+ * @param {File} file @param {Limits} given
+ */
 async function shrinkPicture(file, { min_side: side, max_aspect: aspect }) {
   const bitmap = await createImageBitmap(file);
   const [short, long] = [bitmap.width, bitmap.height].sort((a, b) => a - b);

@@ -1,18 +1,27 @@
 // Asking the server: one place for errors, for "busy", and for answers that aren't ready yet.
 
+import { html, Markup } from "./core_util.js";
+/** @import { Failure, Server, Wanted } from "./types.js" */
+
 /** What went wrong, in a sentence for the visitor. */
-class AskError extends Error {
+export class AskError extends Error {
+  /** @param {string} sentence @param {string} [code] */
   constructor(sentence, code) { super(sentence); this.code = code; }
 }
 
+/** @param {number} milliseconds */
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const BUSY_TRIES = 4;
 const READY_TRIES = 80;
 
-class Asker {
+export class Asker {
+  /** @param {Server} server */
   constructor(server) { this.server = server; this.answers = new Map(); }
 
-  /** Call a server function with one object. A busy server is asked again a few times before that is an error. */
+  /**
+   * Call a server function with one object. A busy server is asked again a few times before that is an error.
+   * @param {string} name @param {object} question @param {(words: string) => unknown} [onBusy]
+   */
   async ask(name, question, onBusy = () => {}) {
     for (let attempt = 1; ; attempt += 1) {
       const answer = await this.call(name, question);
@@ -23,6 +32,7 @@ class Asker {
     }
   }
 
+  /** @param {string} name @param {object} question */
   async call(name, question) {
     const silent = new AskError("The server doesn't answer. If it is still running, try again.", "offline");
     // gradio's client writes what went wrong to the console and returns nothing; a later one may throw instead.
@@ -34,7 +44,10 @@ class Asker {
     return answer;
   }
 
-  /** Like `ask`, but the same question is asked once. For everything that doesn't depend on a visitor's image. */
+  /**
+   * Like `ask`, but the same question is asked once. For everything that doesn't depend on a visitor's image.
+   * @param {string} name @param {object} question
+   */
   remember(name, question) {
     const key = JSON.stringify([name, question]);
     if (!this.answers.has(key)) {
@@ -48,7 +61,10 @@ class Asker {
     return this.answers.get(key);
   }
 
-  /** Ask until the answer isn't "computing" any more; `wanted()` tells whether anybody still waits for it. */
+  /**
+   * Ask until the answer isn't "computing" any more; `wanted()` tells whether anybody still waits for it.
+   * @param {string} name @param {object} question @param {Wanted} wanted
+   */
   async whenReady(name, question, wanted) {
     for (let attempt = 0; attempt < READY_TRIES; attempt += 1) {
       const answer = await this.remember(name, question);
@@ -65,15 +81,21 @@ class Asker {
 const SPINNER = new Markup(`<svg class="mv-spinner" viewBox="0 0 24 24" aria-hidden="true"><circle cx="12" cy="12" r="9"/>
   <path d="M12 3a9 9 0 0 1 9 9"><animateTransform attributeName="transform" type="rotate" from="0 12 12" to="360 12 12" dur="0.9s" repeatCount="indefinite"/></path></svg>`);
 
-const waitingBox = (text) => html`<div class="mv-state" role="status">${SPINNER}<p>${text}</p></div>`;
+/** @param {string} text */
+export const waitingBox = (text) => html`<div class="mv-state" role="status">${SPINNER}<p>${text}</p></div>`;
 
-const emptyBox = (title, text) => html`<div class="mv-state"><p><b>${title}</b></p><p class="mv-note">${text}</p></div>`;
+/** @param {string} title @param {string} text */
+export const emptyBox = (title, text) => html`<div class="mv-state"><p><b>${title}</b></p><p class="mv-note">${text}</p></div>`;
 
-const errorBox = (error, action) => html`<div class="mv-state mv-error" role="alert"><p><b>${error.code === "busy" ? "Busy" : "That didn't work"}</b></p>
+/** @param {Failure} error @param {string} [action] */
+export const errorBox = (error, action) => html`<div class="mv-state mv-error" role="alert"><p><b>${error.code === "busy" ? "Busy" : "That didn't work"}</b></p>
   <p>${error.message}</p>${action && html`<button type="button" class="mv-button" data-action="${action}">Try again</button>`}</div>`;
 
-/** Anything that isn't an AskError is a fault of the page: say so on the console too. */
-function asAskError(error) {
+/**
+ * Anything that isn't an AskError is a fault of the page: say so on the console too.
+ * @param {any} error
+ */
+export function asAskError(error) {
   if (error instanceof AskError) return error;
   console.error(error);
   return new AskError(`The page stumbled (${error.message}). Reload it.`, "page");

@@ -1,11 +1,21 @@
 // Taking the view elsewhere: the address, and the three exports.
 
-const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share and export</summary><div class="mv-menu-list">
+import { asAskError, AskError } from "./app_server.js";
+import { MODES } from "./core_kinds.js";
+import { SIDES } from "./core_slots.js";
+import { GREY_MODES, patchLooks, pictureTitle } from "./core_stage.js";
+import { clamp, html, inkOn, layerExpert, percent, pictureSource, rgba } from "./core_util.js";
+/** @import { App } from "./app.js" */
+/** @import { ViewState } from "./core_state.js" */
+/** @import { BootModel, Intervention, Look, View, Wish } from "./types.js" */
+
+export const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share and export</summary><div class="mv-menu-list">
   ${[["link", "Copy link", "opens this view"], ["png", "Image (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/2"],
     ["page", "Page (HTML)", "one file, works without a network"]].map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}" data-key="export-${kind}">
     <b>${title}</b><span class="mv-soft">${hint}</span></button>`)}</div></details>`;
 
-function shareHandlers(app) {
+/** @param {App} app */
+export function shareHandlers(app) {
   const name = (ending) => exportName(app.state, ending);
   const close = (button) => { button.closest("details").open = false; };
   const guarded = (job) => async (button) => {
@@ -31,7 +41,10 @@ function shareHandlers(app) {
   };
 }
 
-/** The clipboard is only open to secure pages (https or loopback); a classroom's http address needs the old way. */
+/**
+ * The clipboard is only open to secure pages (https or loopback); a classroom's http address needs the old way.
+ * @param {string} text
+ */
 async function copyText(text) {
   if (navigator.clipboard && window.isSecureContext) {
     try { return await navigator.clipboard.writeText(text); } catch { /* no permission: fall through to the old way */ }
@@ -45,6 +58,7 @@ async function copyText(text) {
   if (!copied) throw new AskError("The browser doesn't let the page copy. The address bar holds the same link.");
 }
 
+/** @param {Blob} blob @param {string} name */
 function download(blob, name) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
@@ -53,12 +67,16 @@ function download(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
+/** @param {ViewState} state @param {string} ending */
 const exportName = (state, ending) => ["moevision", state.view.model.id, state.view.picture.name, state.currentLayer.name, state.mode]
   .join("_").replace(/[^\w.-]+/g, "-") + `.${ending}`;
 
 // ---- PNG ----------------------------------------------------------------------------------------------------
 
-/** The active stage as an image of 1024 px with a caption that says what it is. */
+/**
+ * The active stage as an image of 1024 px with a caption that says what it is.
+ * @param {ViewState} state
+ */
 async function stagePng(state) {
   const { view, currentLayer: layer } = state;
   const [rows, columns] = view.model.grid;
@@ -80,6 +98,7 @@ async function stagePng(state) {
   return new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("no PNG")))));
 }
 
+/** @param {string} source */
 async function loadPicture(source) {
   const picture = new Image();
   picture.src = source;
@@ -87,6 +106,10 @@ async function loadPicture(source) {
   return picture;
 }
 
+/**
+ * @param {CanvasRenderingContext2D} context @param {Look} look @param {number} x @param {number} y
+ * @param {number} side
+ */
 function paintPatch(context, look, x, y, side) {
   context.fillStyle = rgba(look.colour, look.alpha);
   context.fillRect(x, y, side, side);
@@ -100,6 +123,7 @@ function paintPatch(context, look, x, y, side) {
   context.fillText(look.text, x + side - width + size * 0.35, y + side - size * 0.3);
 }
 
+/** @param {CanvasRenderingContext2D} context @param {ViewState} state @param {number} top */
 function paintCaption(context, state, top) {
   const { view, currentLayer: layer } = state;
   const best = view.prediction.moe[0];
@@ -112,6 +136,7 @@ function paintCaption(context, state, top) {
   if (view.picture.credit) context.fillText(`photo: ${view.picture.credit}`, 12, top + 86, 1000);
 }
 
+/** @param {ViewState} given */
 function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
   if (mode !== "slots") return MODES[mode].label.toLowerCase();
   return `${slot === null ? "slots" : `slot ${slot}`} of ${layerExpert(layer, slotExpert)}, ${SIDES[slotSide].toLowerCase()}`;
@@ -120,39 +145,51 @@ function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
 // ---- the address --------------------------------------------------------------------------------------------
 
 /** Which entry of the history this is; `app.trail` keeps its images, since an address can't carry a visitor's own. */
-const PLACE = "moevision.place";
+export const PLACE = "moevision.place";
 const LINK_KEYS = ["model", "variant", "picture", "picture2", "layer", "patch", "mode", "slot", "k", "capacity", "do", "tab"];
 
-/** An intervention as one word of the address, "ablate.3.1.next_best.0", and back; null if the word makes no sense. */
+/**
+ * An intervention as one word of the address, "ablate.3.1.next_best.0", and back; null if the word makes no sense.
+ * @param {Intervention} given
+ */
 const interventionWord = ({ kind, layer, expert, fill, seed }) => [kind, layer ?? "all", expert ?? "any", fill ?? "next_best", seed ?? 0].join(".");
 
-function readIntervention(word, model) {
+/** @param {string | undefined} word @param {BootModel} model @returns {Intervention | null} */
+export function readIntervention(word, model) {
   const [kind, layerText, expertText, fill, seedText] = (word ?? "").split(".");
   const [layer, expert, seed] = [layerText, expertText, seedText].map(Number);
   const every = kind === "random" && layerText === "all";
   const experts = model.routers.find((router) => router.layer === layer)?.num_experts ?? 0;
   const sound = ["ablate", "force", "random"].includes(kind) && ["next_best", "zero"].includes(fill) && Number.isInteger(seed) && seed >= 0
     && (every || model.layers.includes(layer)) && (kind === "random" || (Number.isInteger(expert) && expert >= 0 && expert < experts));
-  return sound ? { kind, layer: every ? null : layer, expert: kind === "random" ? null : expert, fill, seed } : null;
+  // Checked above, which types can't follow.
+  return sound ? /** @type {Intervention} */ ({ kind, layer: every ? null : layer, expert: kind === "random" ? null : expert, fill, seed }) : null;
 }
 
-/** Which slots are shown, as one word of the address, "2.5.reads" or "2.all.takes", and back. */
+/**
+ * Which slots are shown, as one word of the address, "2.5.reads" or "2.all.takes", and back.
+ * @param {ViewState} given
+ */
 const slotWord = ({ slotExpert, slot, slotSide }) => [slotExpert, slot ?? "all", slotSide].join(".");
 
+/** @param {string | undefined} word */
 function readSlot(word) {
   if (!word) return {};
   const [expert, slot, side] = word.split(".");
   return { slotExpert: Number(expert), slot: slot === "all" ? null : Number(slot), slotSide: side };
 }
 
-/** Layer, patch and colouring that the address asks for, as fields of the state; nonsense becomes null. */
-function readPlace(wish, view) {
+/**
+ * Layer, patch and colouring that the address asks for, as fields of the state; nonsense becomes null.
+ * @param {Wish} wish @param {View} view
+ */
+export function readPlace(wish, view) {
   const layer = view.layers.findIndex((entry) => String(entry.layer) === wish.layer);
   return { layer: layer < 0 ? null : layer, patch: Number(wish.patch), mode: wish.mode ?? "expert", ...readSlot(wish.slot) };
 }
 
 /** What the address asks for: texts, checked by whoever uses them. */
-function readAddress() {
+export function readAddress() {
   const found = new URLSearchParams(location.search);
   return Object.fromEntries(LINK_KEYS.filter((key) => found.has(key)).map((key) => [key, found.get(key)]));
 }
@@ -160,8 +197,9 @@ function readAddress() {
 /**
  * Write the view into the address; foreign keys stay. Another image, model, intervention or tab is a new entry in the
  * browser's history, to which Back returns; layer, patch, colouring and sliders only change the entry.
+ * @param {App} app
  */
-function writeAddress(app) {
+export function writeAddress(app) {
   const { state, pictures } = app;
   const values = {
     model: app.model.id,

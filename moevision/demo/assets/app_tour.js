@@ -1,5 +1,8 @@
 // Four steps for somebody who is here for the first time. Shown once per browser, skippable at every step.
 
+import { clamp, html } from "./core_util.js";
+/** @import { Core } from "./core.js" */
+
 const TOUR_KEY = "moevision.tour.seen";
 const TOUR = [
   { at: "verdict", title: "What does the model see?", text: "The answer comes first, with the label where there is one, and beside it the answer of a dense twin of the same cost." },
@@ -9,12 +12,13 @@ const TOUR = [
 ];
 
 /** Private windows may refuse storage; then the tour comes again, which is better than a broken page. */
-const tourMemory = {
+export const tourMemory = {
   seen() { try { return localStorage.getItem(TOUR_KEY) !== null; } catch { return false; } },
   keep() { try { localStorage.setItem(TOUR_KEY, "1"); } catch { /* nothing to keep it in */ } },
 };
 
-class Tour {
+export class Tour {
+  /** @param {Core} core */
   constructor(core) {
     this.core = core;
     this.step = 0;
@@ -30,6 +34,7 @@ class Tour {
     this.show(0);
   }
 
+  /** @param {number} step */
   show(step) {
     if (step >= TOUR.length) return this.end();
     this.step = step;
@@ -42,7 +47,7 @@ class Tour {
       <div class="mv-tour-foot"><button type="button" class="mv-quiet" data-action="tour-end">${last ? "" : "Skip the tour"}</button>
       <button type="button" class="mv-primary" data-action="tour-next">${last ? "Start" : "Next"}</button></div>`);
     this.place();
-    this.bubble.querySelector(".mv-primary").focus({ preventScroll: true });
+    /** @type {HTMLElement} */ (this.bubble.querySelector(".mv-primary")).focus({ preventScroll: true });
   }
 
   /** Beside the target where there is room, else below its top edge. */
@@ -66,6 +71,8 @@ class Tour {
     this.bubble.remove();
     // The last step is far below: what the tour was about is on the screen when it is over.
     this.core.box("verdict").scrollIntoView({ block: "nearest" });
-    this.core.box("stage-0").querySelector(".mv-cell[tabindex='0']")?.focus({ preventScroll: true });
+    /** @type {HTMLElement | null} */
+    const cell = this.core.box("stage-0").querySelector(".mv-cell[tabindex='0']");
+    cell?.focus({ preventScroll: true });
   }
 }

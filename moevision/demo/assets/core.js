@@ -2,10 +2,20 @@
 // notebook use it alike. Everything here works on what is in the page already: no change of layer, no hover and no
 // click asks a server.
 
+import { drawLoads, drawPrediction, drawVerdict } from "./core_answer.js";
+import { drawInspector } from "./core_inspector.js";
+import { describePatch, MODES, modesOf, routingWords } from "./core_kinds.js";
+import { drawSlots } from "./core_slots.js";
+import { drawLegend, drawStrip, frameStrip, pictureTitle, Stage } from "./core_stage.js";
+import { centrePatch, ViewState } from "./core_state.js";
+import { clamp, fillBox, html, TERMS } from "./core_util.js";
+/** @import { Handlers, View } from "./types.js" */
+
+/** @param {string} name @param {string} [extra] */
 const box = (name, extra = "") => html`<div data-box="${name}" class="mv-box-${name} ${extra}"></div>`;
 
 /** The places that `Core` fills: the stage column and the inspector. */
-const coreLayout = () => html`
+export const coreLayout = () => html`
   <section class="mv-center" aria-label="Image and routing">
     ${box("verdict")}
     <div class="mv-work">
@@ -24,19 +34,26 @@ const modeSwitch = () => html`<div class="mv-switch" role="group" aria-label="Co
   ${Object.entries(MODES).map(([mode, { label }]) => html`<button type="button" data-action="mode" data-mode="${mode}"
     data-key="mode-${mode}">${label}</button>`)}</div>`;
 
-class Core {
+export class Core {
   /**
    * @param root element that holds `coreLayout()`; all listeners sit on it, since what is inside comes and goes.
    * @param state ViewState to draw, or null: then `attach` brings it later, when there is an image.
    */
   constructor(root, state) {
-    Object.assign(this, { root, state: null, stages: [] });
+    this.root = root;
+    /** @type {ViewState} */
+    this.state = null;
+    /** @type {Stage[]} */
+    this.stages = [];
+    /** @type {Handlers} what a click on `data-action` does. */
     this.actions = this.ownActions();
+    /** @type {Handlers} what a field with `data-change` does. */
     this.changes = { strength: (input) => this.state.set({ strength: input.value / 100 }) };
     this.listen();
     if (state) this.attach(state);
   }
 
+  /** @param {ViewState} state */
   attach(state) {
     this.state = state;
     this.drawAll();
@@ -44,6 +61,7 @@ class Core {
     state.subscribe((changed) => this.update(changed));
   }
 
+  /** @param {string} name @returns {HTMLElement} */
   box(name) { return this.root.querySelector(`[data-box="${name}"]`); }
 
   ownActions() {
@@ -81,6 +99,7 @@ class Core {
     new Tooltip(root);
   }
 
+  /** @param {any} event */
   onClick(event) {
     const cell = event.target.closest(".mv-cell");
     if (cell) return this.pin(Number(cell.dataset.patch), this.slotOf(cell));
@@ -88,8 +107,10 @@ class Core {
     if (target && !target.disabled) this.actions[target.dataset.action]?.(target, event);
   }
 
-  slotOf(element) { return Number(element.closest("[data-slot]").dataset.slot); }
+  /** @param {HTMLElement} element */
+  slotOf(element) { return Number(/** @type {HTMLElement} */ (element.closest("[data-slot]")).dataset.slot); }
 
+  /** @param {any} event */
   onPoint(event) {
     // A finger has no hover: its tap pins.
     if (event.pointerType === "touch" || !this.state) return;
@@ -98,6 +119,7 @@ class Core {
     else if (this.state.hover !== null) this.state.set({ hover: null });
   }
 
+  /** @param {any} event */
   onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || !this.state) return;
     const typing = event.target.matches("input:not([type=range]), select, textarea");
@@ -107,6 +129,7 @@ class Core {
     if (cell) this.onGridKey(event, Number(cell.dataset.patch), this.slotOf(cell));
   }
 
+  /** @param {any} event @param {number} patch @param {number} slot */
   onGridKey(event, patch, slot) {
     const [rows, columns] = this.state.view.model.grid;
     const column = patch % columns;
@@ -126,23 +149,27 @@ class Core {
     this.pin(target, slot);
   }
 
+  /** @param {number} patch @param {number} slot */
   pin(patch, slot) {
     this.state.set({ patch, active: slot, hover: null });
     this.stages[slot].focusPatch(patch);
     this.announce(describePatch(this.state.view, this.state.currentLayer, patch));
   }
 
+  /** @param {number} step @param {Event} event */
   stepLayer(step, event) {
     event.preventDefault();
     this.goToLayer(clamp(this.state.layer + step, 0, this.state.view.layers.length - 1));
   }
 
+  /** @param {number} index */
   goToLayer(index) {
     this.state.set({ layer: index });
     const { currentLayer: layer, patch, view } = this.state;
     this.announce(`Layer ${layer.name}${patch === null ? "" : `, ${describePatch(view, layer, patch)}`}`);
   }
 
+  /** @param {string} text */
   announce(text) {
     const region = this.root.querySelector("[data-live]");
     if (region) region.textContent = text;
@@ -182,6 +209,7 @@ class Core {
     if (slider) slider.value = state.strength * 100;
   }
 
+  /** @param {Set<string>} changed */
   update(changed) {
     const { state } = this;
     const has = (...names) => names.some((name) => changed.has(name));
@@ -216,6 +244,7 @@ class Core {
 
 /** Explanations of terms: one floating box, shown on hover and focus, gone on Escape. */
 class Tooltip {
+  /** @param {HTMLElement} root */
   constructor(root) {
     this.root = root;
     this.bubble = document.createElement("div");
@@ -231,6 +260,7 @@ class Tooltip {
     document.addEventListener("keydown", (event) => event.key === "Escape" && this.show(null));
   }
 
+  /** @param {HTMLElement | null} target */
   show(target) {
     this.bubble.hidden = !target;
     if (!target) return;
@@ -245,8 +275,11 @@ class Tooltip {
   }
 }
 
-/** A page of one view without a server: export and notebook. */
-function startStatic(root, view) {
+/**
+ * A page of one view without a server: export and notebook.
+ * @param {HTMLElement} root @param {View} view
+ */
+export function startStatic(root, view) {
   // In a notebook's frame there is less room, and its height is fixed.
   root.classList.toggle("mv-framed", window.self !== window.top);
   const about = [view.model.title, view.model.accuracy_text, ...routingWords(view.layers).map(([where, words]) => `${where}: ${words}`)];

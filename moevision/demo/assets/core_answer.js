@@ -1,12 +1,19 @@
 // The answer beside the image: prediction, what makes it less than the model's own, and the work of the experts.
 
-function predictionColumn(title, top, label) {
+import { expertShares, loadNote, sharedWords } from "./core_kinds.js";
+import { chip, expertColour, fillBox, fixed, html, layerExpert, percent, term } from "./core_util.js";
+/** @import { ViewState } from "./core_state.js" */
+/** @import { Fill, Guess, Intervention, Router, View } from "./types.js" */
+
+/** @param {Fill} title @param {Guess[]} top @param {string | null} label */
+export function predictionColumn(title, top, label) {
   const row = ({ class: name, p }) => html`<li><span class="mv-class">${name}${name === label && html` <small>label</small>`}</span>
     <span class="mv-num">${percent(p)}</span><span class="mv-bar mv-accent"><i style="width:${p * 100}%"></i></span></li>`;
   return html`<div><h3>${title}</h3><ol class="mv-top">${top.map(row)}</ol></div>`;
 }
 
-function drawPrediction(box, view) {
+/** @param {HTMLElement} box @param {View} view */
+export function drawPrediction(box, view) {
   const { moe, dense } = view.prediction;
   fillBox(box, html`<h2>Prediction</h2><div class="mv-two">
     ${predictionColumn("with experts", moe, view.picture.label)}
@@ -14,11 +21,15 @@ function drawPrediction(box, view) {
     ${view.picture.credit && html`<p class="mv-note">Photo: ${view.picture.credit}</p>`}`);
 }
 
-/** One line per image that answers the first question before anything else is read. */
-function drawVerdict(box, state) {
+/**
+ * One line per image that answers the first question before anything else is read.
+ * @param {HTMLElement} box @param {ViewState} state
+ */
+export function drawVerdict(box, state) {
   fillBox(box, html`${state.views.map((view) => html`<div>${verdictLine(view)}${verdictNotes(view)}</div>`)}`);
 }
 
+/** @param {View} view */
 function verdictLine(view) {
   const best = view.prediction.moe[0];
   const twin = view.prediction.dense?.[0];
@@ -29,7 +40,10 @@ function verdictLine(view) {
     ${tag}${twin && html`<span class="mv-soft">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
 }
 
-/** What makes this view less than the model on its own kind of image. */
+/**
+ * What makes this view less than the model on its own kind of image.
+ * @param {View} view
+ */
 function verdictNotes(view) {
   const { unlike } = view.picture;
   const { intervention } = view.settings;
@@ -42,6 +56,7 @@ function verdictNotes(view) {
   ];
 }
 
+/** @param {Intervention} given @param {Router[]} routers */
 function interventionWords({ kind, layer, expert, fill }, routers) {
   const where = layer === null || layer === undefined ? "in every layer" : `in L${layer}`;
   const way = routers.find((router) => router.layer === layer)?.kind ?? "token_choice";
@@ -52,18 +67,21 @@ function interventionWords({ kind, layer, expert, fill }, routers) {
 }
 
 /** The changes under What if, and what becomes of an absent expert's patches, by the way in which the layer routes. */
-const KIND_WORDS = {
+export const KIND_WORDS = {
   ablate: { token_choice: "Take an expert away", expert_choice: "Take an expert away", soft: "Take an expert away" },
   force: { token_choice: "Send every patch to one expert" },
   random: { token_choice: "Send patches to random experts", expert_choice: "Let experts take random patches", soft: "Deal the slots out to random experts" },
 };
-const FILL_WORDS = {
+export const FILL_WORDS = {
   next_best: { token_choice: "go to their next-best expert", expert_choice: "keep the other experts that took them", soft: "take more from the other slots" },
   zero: { token_choice: "get nothing in its place", expert_choice: "get nothing in its place", soft: "get nothing in its place" },
 };
 
-/** Work of the experts; for Soft MoE, where all slots are alike, the part of the output that comes from them. */
-function drawLoads(box, state) {
+/**
+ * Work of the experts; for Soft MoE, where all slots are alike, the part of the output that comes from them.
+ * @param {HTMLElement} box @param {ViewState} state
+ */
+export function drawLoads(box, state) {
   const { view, currentLayer: layer } = state;
   const experts = layer.num_experts;
   const soft = layer.kind === "soft";

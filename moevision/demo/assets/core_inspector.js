@@ -1,6 +1,17 @@
 // The inspector: everything about one patch. Also the prediction and the load of the experts.
 
-/** A piece of the image around a patch: `around` patches on every side, 0 for the patch alone. */
+import { affinity, capital, lostWords, patchWeights, sharedWords } from "./core_kinds.js";
+import { slotFacts } from "./core_slots.js";
+import {
+  chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, percent, pictureSource, rowColumn, term,
+} from "./core_util.js";
+/** @import { ViewState } from "./core_state.js" */
+/** @import { Layer, View } from "./types.js" */
+
+/**
+ * A piece of the image around a patch: `around` patches on every side, 0 for the patch alone.
+ * @param {View} view @param {number} patch @param {number} around
+ */
 function zoomStyle(view, patch, around) {
   const [rows, columns] = view.model.grid;
   const [row, column] = rowColumn(patch, columns).map((place) => place - 1);
@@ -18,9 +29,11 @@ function zoomStyle(view, patch, around) {
   };
 }
 
+/** @param {View} view @param {number} patch */
 function drawZooms(view, patch) {
   const [rows, columns] = view.model.grid;
   const whole = (Math.min(rows, columns) - 1) / 2;
+  /** @type {[number, string][]} */
   const levels = [[0, "patch"], [1, "neighbours"], [whole, "where it sits"]];
   return html`<div class="mv-zooms">${levels.map(([around, label]) => {
     const style = zoomStyle(view, patch, around);
@@ -29,7 +42,10 @@ function drawZooms(view, patch) {
   })}</div>`;
 }
 
-/** The experts of the layer, best first; those that compute the patch with their weight, the others in grey. */
+/**
+ * The experts of the layer, best first; those that compute the patch with their weight, the others in grey.
+ * @param {View} view @param {Layer} layer @param {number} patch
+ */
 function drawChoices(view, layer, patch) {
   const experts = layer.num_experts;
   const weights = patchWeights(layer, patch);
@@ -52,6 +68,7 @@ function drawChoices(view, layer, patch) {
     ${patchNotes(layer, patch).map((note) => html`<p class="mv-note">${note}</p>`)}`;
 }
 
+/** @param {Layer} layer */
 function choicesHeading(layer) {
   const [name, words] = affinity(layer);
   if (layer.kind === "soft") return term(name, "What the patch takes from each expert");
@@ -59,6 +76,7 @@ function choicesHeading(layer) {
   return html`${term(name, capital(words))} and ${term("gate", "gate weight")}`;
 }
 
+/** @param {View} view @param {Layer} layer @param {number} patch @param {number} rank */
 function rankWords(view, layer, patch, rank) {
   const kept = layer.kept[patch][rank];
   const words = kept ? `weight ${fixed(layer.weights[patch][rank])}` : lostWords(view, layer, layer.experts[patch][rank]);
@@ -66,7 +84,10 @@ function rankWords(view, layer, patch, rank) {
   return html`<b>${layer.kind === "expert_choice" ? "took it" : ordinal(rank + 1)}</b> ${words}`;
 }
 
-/** What the list alone doesn't say: nobody's patches, dropped choices, experts that compute every patch. */
+/**
+ * What the list alone doesn't say: nobody's patches, dropped choices, experts that compute every patch.
+ * @param {Layer} layer @param {number} patch
+ */
 function patchNotes(layer, patch) {
   const asked = layer.experts[patch].length;
   const kept = layer.kept[patch].filter(Boolean).length;
@@ -80,9 +101,13 @@ function patchNotes(layer, patch) {
   return shared ? [...notes, shared] : notes;
 }
 
+/** @param {number} number */
 const ordinal = (number) => `${number}${["th", "st", "nd", "rd"][number % 10 < 4 && Math.floor(number / 10) !== 1 ? number % 10 : 0]}`;
 
-/** The way of a patch through the MoE layers: first choice as a dot, second choice thin. Drawn by hand in SVG. */
+/**
+ * The way of a patch through the MoE layers: first choice as a dot, second choice thin. Drawn by hand in SVG.
+ * @param {ViewState} state @param {number} patch
+ */
 function drawPath(state, patch) {
   const { view } = state;
   const step = Math.min(96, 272 / view.layers.length);
@@ -116,7 +141,8 @@ function drawPath(state, patch) {
     </div>`;
 }
 
-function drawInspector(box, state) {
+/** @param {HTMLElement} box @param {ViewState} state */
+export function drawInspector(box, state) {
   const patch = state.shown;
   if (patch === null) {
     fillBox(box, html`<div class="mv-empty"><p><b>Point at a patch.</b> Its experts, their weights and its path appear here.</p>
@@ -141,7 +167,10 @@ function drawInspector(box, state) {
     <p class="mv-note">${contextSentence(state)}</p>`);
 }
 
-/** Attention comes before the experts within a block, so block n has had n + 1 rounds of it. */
+/**
+ * Attention comes before the experts within a block, so block n has had n + 1 rounds of it.
+ * @param {ViewState} state
+ */
 function contextSentence(state) {
   const { layer, name } = state.currentLayer;
   const rounds = layer === 0 ? "one round of attention" : `${layer + 1} rounds of attention`;

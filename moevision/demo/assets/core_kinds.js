@@ -1,7 +1,10 @@
 // How a layer routes, in words and numbers. The layers of one model may differ in router, experts and k, so everything
 // here asks a layer: patches choose experts, experts choose patches, or slots mix all patches (Soft MoE).
 
-const MODES = {
+import { fixed, percent, rowColumn } from "./core_util.js";
+/** @import { Layer, Mode, Router, View, Worded } from "./types.js" */
+
+export const MODES = {
   expert: { label: "Expert" },
   slots: { label: "Slots" },
   takers: { label: "How many" },
@@ -10,83 +13,122 @@ const MODES = {
   drops: { label: "Drops" },
 };
 
-/** The colourings that mean something in a layer; gates by a rule have no probabilities, so no entropy either. */
-function modesOf({ kind, learned }) {
+/**
+ * The colourings that mean something in a layer; gates by a rule have no probabilities, so no entropy either.
+ * @param {Router | Layer} given
+ */
+export function modesOf({ kind, learned }) {
   if (kind === "soft") return ["expert", "slots", "entropy", "margin"];
   if (kind === "expert_choice") return ["expert", "takers", "entropy", "margin"];
   return learned ? ["expert", "entropy", "margin", "drops"] : ["expert", "drops"];
 }
 
-/** What the router's numbers are called: [term, words]. Sigmoids don't compete, so only their shares add up to 1. */
-function affinity({ kind, router }) {
+/**
+ * What the router's numbers are called: [term, words]. Sigmoids don't compete, so only their shares add up to 1.
+ * @param {Router | Layer} given
+ */
+export function affinity({ kind, router }) {
   if (kind === "soft") return ["part", "share of an expert"];
   if (kind === "expert_choice") return ["affinity", "affinity"];
   return ["sigmoid", "bias_balanced"].includes(router) ? ["share", "share of affinity"] : ["probability", "router probability"];
 }
 
-const capital = (text) => text[0].toUpperCase() + text.slice(1);
-const plural = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
+/** @param {string} text */
+export const capital = (text) => text[0].toUpperCase() + text.slice(1);
+/** @param {number} number @param {string} word */
+export const plural = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
 
-/** [E] the weight of every expert in a patch, 0 where it doesn't compute it. */
-function patchWeights(layer, patch) {
+/**
+ * [E] the weight of every expert in a patch, 0 where it doesn't compute it.
+ * @param {Layer} layer @param {number} patch
+ */
+export function patchWeights(layer, patch) {
   const weights = Array(layer.num_experts).fill(0);
   layer.experts[patch].forEach((expert, rank) => { if (layer.kept[patch][rank]) weights[expert] = layer.weights[patch][rank]; });
   return weights;
 }
 
-/** [E] parts of the image that experts compute: of its choices, or for Soft MoE of what its patches take. */
-function expertShares(layer) {
+/**
+ * [E] parts of the image that experts compute: of its choices, or for Soft MoE of what its patches take.
+ * @param {Layer} layer
+ */
+export function expertShares(layer) {
   const parts = layer.kind !== "soft" ? layer.counts
     : layer.experts.reduce((sum, _, patch) => patchWeights(layer, patch).map((weight, expert) => weight + sum[expert]), Array(layer.num_experts).fill(0));
   const total = parts.reduce((sum, part) => sum + part, 0);
   return parts.map((part) => (total > 0 ? part / total : 0));
 }
 
-/** What shares of experts are shares of. */
-const shareOf = (layers) => (layers.every(({ kind }) => kind === "token_choice") ? "patch choices" : "what patches take from the experts");
+/**
+ * What shares of experts are shares of.
+ * @param {(Router | Layer)[]} layers
+ */
+export const shareOf = (layers) => (layers.every(({ kind }) => kind === "token_choice") ? "patch choices" : "what patches take from the experts");
 
-/** Smallest and largest weight of the strongest expert, over the patches that have one. */
-function strongest(layer) {
+/**
+ * Smallest and largest weight of the strongest expert, over the patches that have one.
+ * @param {Layer} layer
+ */
+export function strongest(layer) {
   const first = layer.experts.flatMap((experts, patch) => (experts.length ? [layer.weights[patch][0]] : []));
   return { low: Math.min(...first, 1), high: Math.max(...first, 0) };
 }
 
-/** How many patches have 0, 1, 2, ... experts. */
+/**
+ * How many patches have 0, 1, 2, ... experts.
+ * @param {Layer} layer
+ */
 function takerCounts(layer) {
   const counts = [];
   layer.experts.forEach(({ length }) => { counts[length] = (counts[length] ?? 0) + 1; });
   return [...counts].map((count) => count ?? 0);
 }
 
-/** How many choices aren't computed, leaving out those of an expert that is taken away. */
+/**
+ * How many choices aren't computed, leaving out those of an expert that is taken away.
+ * @param {Layer} layer @param {number | null} [away]
+ */
 const droppedChoices = (layer, away = null) => layer.kept.reduce((sum, row, patch) => sum
   + row.filter((kept, rank) => !kept && layer.experts[patch][rank] !== away).length, 0);
 
-/** The expert of a layer that the view's intervention takes away; null without one. */
+/**
+ * The expert of a layer that the view's intervention takes away; null without one.
+ * @param {View} given @param {Layer} given
+ */
 function awayExpert({ settings: { intervention } }, { layer }) {
   return intervention?.kind === "ablate" && intervention.layer === layer ? intervention.expert : null;
 }
 
-/** The experts that compute every patch besides the routed ones; empty where there are none. */
-function sharedWords({ num_shared_experts: shared }) {
+/**
+ * The experts that compute every patch besides the routed ones; empty where there are none.
+ * @param {Layer} given
+ */
+export function sharedWords({ num_shared_experts: shared }) {
   if (!shared) return "";
   return shared === 1 ? "Besides, 1 shared expert computes every patch." : `Besides, ${shared} shared experts compute every patch.`;
 }
 
 // ---- sentences ----------------------------------------------------------------------------------------------
 
-/** How layers route, those alike together: [["L1, L3", "top-2 of 8 experts"], ...]. `layers` have `name` and `words`. */
-function routingWords(layers) {
+/**
+ * How layers route, those alike together: [["L1, L3", "top-2 of 8 experts"], ...]. `layers` have `name` and `words`.
+ * @param {Worded[]} layers
+ */
+export function routingWords(layers) {
   const ways = [...new Set(layers.map(({ words }) => words))];
   return ways.map((words) => [layers.filter((layer) => layer.words === words).map(({ name }) => name).join(", "), words]);
 }
 
-/** What a screen reader says about a patch. */
-function describePatch(view, layer, patch) {
+/**
+ * What a screen reader says about a patch.
+ * @param {View} view @param {Layer} layer @param {number} patch
+ */
+export function describePatch(view, layer, patch) {
   const [row, column] = rowColumn(patch, view.model.grid[1]);
   return `row ${row}, column ${column}: ${describeExperts(view, layer, patch)}`;
 }
 
+/** @param {View} view @param {Layer} layer @param {number} patch */
 function describeExperts(view, layer, patch) {
   const { kind } = layer;
   const [experts, weights, kept] = [layer.experts[patch], layer.weights[patch], layer.kept[patch]];
@@ -97,11 +139,17 @@ function describeExperts(view, layer, patch) {
   return kept[0] ? first : `${first}, ${lostWords(view, layer, experts[0])}`;
 }
 
-/** Why an expert that was chosen doesn't compute a patch. */
-const lostWords = (view, layer, expert) => (awayExpert(view, layer) === expert ? "taken away" : "dropped by capacity");
+/**
+ * Why an expert that was chosen doesn't compute a patch.
+ * @param {View} view @param {Layer} layer @param {number} expert
+ */
+export const lostWords = (view, layer, expert) => (awayExpert(view, layer) === expert ? "taken away" : "dropped by capacity");
 
-/** What colour and number of a patch say in the present colouring. */
-function modeHint(view, layer, mode) {
+/**
+ * What colour and number of a patch say in the present colouring.
+ * @param {View} view @param {Layer} layer @param {Mode} mode
+ */
+export function modeHint(view, layer, mode) {
   const [, name] = affinity(layer);
   return {
     expert: () => expertHint(view, layer),
@@ -114,6 +162,7 @@ function modeHint(view, layer, mode) {
   }[mode]();
 }
 
+/** @param {View} view @param {Layer} layer */
 function expertHint(view, layer) {
   if (layer.kind === "soft") {
     const { low, high } = strongest(layer);
@@ -128,10 +177,14 @@ function expertHint(view, layer) {
   return `colour and number: first-choice expert${layer.learned ? " · stronger colour: higher gate weight" : ", by a rule that nobody learned"}${dropped}`;
 }
 
+/** @param {View} view @param {Layer} layer */
 const droppedFirst = (view, layer) => layer.kept.some(([first], patch) => !first && layer.experts[patch][0] !== awayExpert(view, layer));
 
-/** What the bars of a layer's load mean. */
-function loadNote(view, layer) {
+/**
+ * What the bars of a layer's load mean.
+ * @param {View} view @param {Layer} layer
+ */
+export function loadNote(view, layer) {
   if (layer.kind === "soft") {
     return `Every expert computes ${plural(layer.slots, "slot")}, so the load is even by construction. Bars: the part of the patches' output that comes
       from each expert. Dashed: equal parts.`;

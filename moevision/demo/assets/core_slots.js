@@ -1,16 +1,27 @@
 // The slots of Soft MoE: what each slot of an expert reads of the image, and what the patches take from it. A view
 // carries the mean over an expert's slots; single slots come from the server when somebody looks at them.
 
-const SIDES = { reads: "What it reads", takes: "What patches take" };
+import { patchWeights, plural } from "./core_kinds.js";
+import { chip, clamp, fillBox, fixed, html, layerExpert, percent, rgba, SCALE_COLOUR, term } from "./core_util.js";
+/** @import { ViewState } from "./core_state.js" */
+/** @import { Layer, SlotChoice, View } from "./types.js" */
+
+export const SIDES = { reads: "What it reads", takes: "What patches take" };
 
 /** Slot weights that are here already, by view, layer and expert. */
-class SlotMaps {
+export class SlotMaps {
   constructor() { this.ask = null; this.found = new WeakMap(); }
 
-  /** {unit, reads, takes, ...} or {error}; undefined as long as it isn't here. */
+  /**
+   * {unit, reads, takes, ...} or {error}; undefined as long as it isn't here.
+   * @param {View} view @param {Layer} layer @param {number} expert
+   */
   get(view, layer, expert) { return this.found.get(view)?.get(`${layer.layer}.${expert}`)?.answer; }
 
-  /** Ask once for the slots of an expert; `place` is the image's place on the page. */
+  /**
+   * Ask once for the slots of an expert; `place` is the image's place on the page.
+   * @param {View} view @param {number} place @param {Layer} layer @param {number} expert
+   */
   async need(view, place, layer, expert) {
     if (!this.found.has(view)) this.found.set(view, new Map());
     const known = this.found.get(view);
@@ -24,30 +35,41 @@ class SlotMaps {
     return entry.promise;
   }
 
+  /** @param {View} view @param {Layer} layer @param {number} expert */
   forget(view, layer, expert) { this.found.get(view)?.delete(`${layer.layer}.${expert}`); }
 }
 
-/** [patches] values of the chosen map; null as long as they aren't here. */
-function slotValues(state, view, layer) {
+/**
+ * [patches] values of the chosen map; null as long as they aren't here.
+ * @param {SlotChoice} state @param {View} view @param {Layer} layer
+ */
+export function slotValues(state, view, layer) {
   const { slotExpert: expert, slot, slotSide: side } = state;
   if (slot === null) return side === "reads" ? layer.reads[expert] : layer.experts.map((_, patch) => patchWeights(layer, patch)[expert]);
   const maps = state.slotMaps.get(view, layer, expert);
   return maps?.[side] ? maps[side][slot].map((value) => value * maps.unit) : null;
 }
 
-/** What a patch would have if all were alike. */
+/**
+ * What a patch would have if all were alike.
+ * @param {ViewState} state @param {Layer} layer @param {number[]} values
+ */
 function evenShare(state, layer, values) {
   if (state.slotSide === "reads") return values.reduce((sum, value) => sum + value, 0) / values.length;
   return 1 / (layer.num_experts * (state.slot === null ? 1 : layer.slots));
 }
 
-function rangeOf(values) {
+/** @param {number[]} values */
+export function rangeOf(values) {
   const [low, high] = [Math.min(...values), Math.max(...values)];
   return { low, high, place: (value) => (high > low ? (value - low) / (high - low) : 0.5) };
 }
 
-/** [patches] looks in the colouring by slots. */
-function slotLooks(state, view, layer) {
+/**
+ * [patches] looks in the colouring by slots.
+ * @param {ViewState} state @param {View} view @param {Layer} layer
+ */
+export function slotLooks(state, view, layer) {
   const values = slotValues(state, view, layer);
   if (!values) return layer.experts.map(() => ({ colour: SCALE_COLOUR, alpha: 0, text: "", chip: null }));
   const { place } = rangeOf(values);
@@ -57,8 +79,11 @@ function slotLooks(state, view, layer) {
   }));
 }
 
-/** How a value of a map is written as a multiple of an even share: with more digits where all are nearly alike. */
-function ratioWords(state, layer, values) {
+/**
+ * How a value of a map is written as a multiple of an even share: with more digits where all are nearly alike.
+ * @param {ViewState} state @param {Layer} layer @param {number[]} values
+ */
+export function ratioWords(state, layer, values) {
   const even = evenShare(state, layer, values);
   const { low, high } = rangeOf(values);
   return (value) => fixed(value / even, high - low < even / 2 ? 2 : 1);
@@ -66,7 +91,8 @@ function ratioWords(state, layer, values) {
 
 // ---- the panel ----------------------------------------------------------------------------------------------
 
-function drawSlots(box, state) {
+/** @param {HTMLElement} box @param {ViewState} state */
+export function drawSlots(box, state) {
   const { currentLayer: layer, view } = state;
   box.hidden = state.mode !== "slots";
   if (box.hidden) return fillBox(box, "");
@@ -85,6 +111,7 @@ function drawSlots(box, state) {
   return undefined;
 }
 
+/** @param {ViewState} state @param {Layer} layer */
 function slotThumbs(state, layer) {
   const maps = state.slotMaps.get(state.view, layer, state.slotExpert);
   const pick = (slot, label, spoken) => html`<button type="button" class="mv-slot" data-action="soft-slot" data-pick="${slot ?? "all"}" data-key="soft-slot-${slot ?? "all"}"
@@ -96,6 +123,7 @@ function slotThumbs(state, layer) {
       : html`<p class="mv-note">This page carries the mean over the slots; the explorer shows each of them.</p>`)}`;
 }
 
+/** @param {HTMLCanvasElement} canvas @param {ViewState} state @param {View} view @param {Layer} layer */
 function drawSlotThumb(canvas, state, view, layer) {
   const [rows, columns] = view.model.grid;
   const { pick } = canvas.parentElement.dataset;
@@ -110,7 +138,10 @@ function drawSlotThumb(canvas, state, view, layer) {
   });
 }
 
-/** The chosen map in numbers. */
+/**
+ * The chosen map in numbers.
+ * @param {ViewState} state @param {View} view @param {Layer} layer
+ */
 function slotSentence(state, view, layer) {
   const values = slotValues(state, view, layer);
   if (!values) return "";
@@ -128,8 +159,11 @@ function slotSentence(state, view, layer) {
   return `Slot ${slot} is one weighted mean of all patches, ${span} each: as concentrated as an even mean of ${fixed(spread[slot], 0)} of the ${patches}.${rest}`;
 }
 
-/** What the chosen map says about one patch, for the inspector: [name, value]. */
-function slotFacts(state, layer, patch) {
+/**
+ * What the chosen map says about one patch, for the inspector: [name, value].
+ * @param {ViewState} state @param {Layer} layer @param {number} patch
+ */
+export function slotFacts(state, layer, patch) {
   if (state.mode !== "slots") return [];
   const which = state.slot === null ? layerExpert(layer, state.slotExpert) : `slot ${state.slot}`;
   return Object.keys(SIDES).flatMap((side) => {

@@ -1,16 +1,33 @@
 // The stage: an image under a grid of patches, and the strip of layers beneath it.
 
-/** [patches] fill and label of every patch in the present colouring: {colour, alpha, text, chip, ...}. */
-function patchLooks(state, view, layer) {
+import { describePatch, modeHint, patchWeights, plural, routingWords, strongest } from "./core_kinds.js";
+import { rangeOf, ratioWords, slotLooks, slotValues } from "./core_slots.js";
+import {
+  chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pictureSource, rgba, SCALE_COLOUR,
+  term,
+} from "./core_util.js";
+import { PALETTE } from "./palette.js";
+/** @import { ViewState } from "./core_state.js" */
+/** @import { Layer, Ramp, View } from "./types.js" */
+
+/**
+ * [patches] fill and label of every patch in the present colouring: {colour, alpha, text, chip, ...}.
+ * @param {ViewState} state @param {View} view @param {Layer} layer
+ */
+export function patchLooks(state, view, layer) {
   if (state.mode === "slots") return slotLooks(state, view, layer);
   const top = layer.kind === "soft" ? topWeight(layer, state.highlight) : 1;
   return layer.experts.map((_, patch) => patchLook(state, layer, patch, top));
 }
 
-/** The largest weight of the image: of one expert, or of any. In Soft MoE all are small, and opacity is relative to it. */
+/**
+ * The largest weight of the image: of one expert, or of any. In Soft MoE all are small, and opacity is relative to it.
+ * @param {Layer} layer @param {number | null} expert
+ */
 const topWeight = (layer, expert) => (expert === null ? strongest(layer).high
   : Math.max(...layer.experts.map((_, patch) => patchWeights(layer, patch)[expert]), 1e-6));
 
+/** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top */
 function patchLook(state, layer, patch, top) {
   if (state.mode === "expert") return state.highlight === null ? expertLook(state, layer, patch, top) : highlightLook(state, layer, patch, top);
   if (state.mode === "drops") return dropLook(layer, patch);
@@ -21,6 +38,7 @@ function patchLook(state, layer, patch, top) {
   return { colour: SCALE_COLOUR, alpha: 0.06 + 0.8 * share, text: fixed(value, 1), chip: null };
 }
 
+/** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top */
 function expertLook(state, layer, patch, top) {
   const [expert] = layer.experts[patch];
   if (expert === undefined) return { colour: NOBODY_COLOUR, alpha: 0.55 * state.strength, text: "–", chip: null };
@@ -30,6 +48,7 @@ function expertLook(state, layer, patch, top) {
     text: others ? `${expert}+${others}` : String(expert), chip: expert, hatched: !kept };
 }
 
+/** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top */
 function highlightLook(state, layer, patch, top) {
   const expert = state.highlight;
   const rank = layer.experts[patch].indexOf(expert);
@@ -38,40 +57,39 @@ function highlightLook(state, layer, patch, top) {
     text: String(expert), chip: expert, faint: !uses, hatched: uses && !layer.kept[patch][rank] };
 }
 
+/** @param {Layer} layer @param {number} patch */
 function takersLook(layer, patch) {
   const most = Math.max(1, ...layer.experts.map(({ length }) => length));
   const { length } = layer.experts[patch];
   return { colour: SCALE_COLOUR, alpha: length ? 0.06 + (0.8 * length) / most : 0, text: String(length), chip: null };
 }
 
+/** @param {Layer} layer @param {number} patch */
 function dropLook(layer, patch) {
   const dropped = layer.kept[patch].filter((kept) => !kept).length;
   const share = dropped / layer.kept[patch].length;
   return { colour: DROP_COLOUR, alpha: 0.7 * share, text: dropped ? `×${dropped}` : "", chip: null, hatched: dropped > 0 };
 }
 
-const SCALE_COLOUR = "#4a3aa7";
 const DROP_COLOUR = "#b3261e";
 // A scale in one colour is read more easily on a grey image.
-const GREY_MODES = ["slots", "takers"];
+export const GREY_MODES = ["slots", "takers"];
 const NOBODY_COLOUR = "#808080";
 
-const rgba = (hex, alpha) => {
-  const part = (start) => parseInt(hex.slice(start, start + 2), 16);
-  return `rgba(${part(1)},${part(3)},${part(5)},${alpha.toFixed(3)})`;
-};
-
 /** One image with its grid; `slot` is the position of its view in the state. */
-class Stage {
+export class Stage {
+  /** @param {HTMLElement} box @param {ViewState} state @param {number} slot */
   constructor(box, state, slot) {
-    Object.assign(this, { box, state, slot });
+    this.box = box;
+    this.state = state;
+    this.slot = slot;
     this.build();
   }
 
   get view() { return this.state.views[this.slot]; }
 
   build() {
-    const { view, state } = this;
+    const { view } = this;
     const [rows, columns] = view.model.grid;
     const cell = (row, column) => html`<div role="gridcell" class="mv-cell" tabindex="-1"
       data-patch="${row * columns + column}"><span class="mv-mark"></span></div>`;
@@ -82,7 +100,8 @@ class Stage {
         <div class="mv-grid" role="grid" aria-label="Patches of ${pictureTitle(view)}, ${rows} rows and ${columns} columns"
           aria-rowcount="${rows}" aria-colcount="${columns}">${[...Array(rows).keys()].map(line)}</div>
       </div>`);
-    this.cells = [...this.box.querySelectorAll(".mv-cell")];
+    const cells = /** @type {NodeListOf<HTMLElement>} */ (this.box.querySelectorAll(".mv-cell"));
+    this.cells = [...cells];
     this.colour();
     this.outline();
   }
@@ -95,7 +114,7 @@ class Stage {
     const looks = patchLooks(state, view, layer);
     this.cells.forEach((cell, patch) => {
       const look = looks[patch];
-      const mark = cell.firstElementChild;
+      const mark = /** @type {HTMLElement} */ (cell.firstElementChild);
       cell.style.backgroundColor = rgba(look.colour, look.alpha);
       cell.classList.toggle("mv-hatched", Boolean(look.hatched));
       cell.classList.toggle("mv-faint", Boolean(look.faint));
@@ -121,16 +140,21 @@ class Stage {
     });
   }
 
+  /** @param {number} patch */
   focusPatch(patch) { this.cells[patch]?.focus({ preventScroll: true }); }
 }
 
-function pictureTitle({ picture: { label, name } }) {
+/** @param {View} given */
+export function pictureTitle({ picture: { label, name } }) {
   return label && !name.startsWith(label) ? `${label}, ${name}` : name;
 }
 
 // ---- the strip of layers ------------------------------------------------------------------------------------
 
-/** Thumbnails are drawn a cell per pixel and enlarged by the browser: cheap at any depth. */
+/**
+ * Thumbnails are drawn a cell per pixel and enlarged by the browser: cheap at any depth.
+ * @param {HTMLCanvasElement} canvas @param {Layer} layer @param {[number, number]} given
+ */
 function drawThumbnail(canvas, layer, [rows, columns]) {
   const top = layer.kind === "soft" ? strongest(layer).high : 1;
   canvas.width = columns;
@@ -146,7 +170,8 @@ function drawThumbnail(canvas, layer, [rows, columns]) {
   });
 }
 
-function drawStrip(box, state) {
+/** @param {HTMLElement} box @param {ViewState} state */
+export function drawStrip(box, state) {
   const { layers, model } = state.view;
   const item = (layer, index) => html`
     <button type="button" class="mv-layer" data-action="layer" data-index="${index}" data-key="layer-${index}"
@@ -163,12 +188,16 @@ function drawStrip(box, state) {
   box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model.grid));
 }
 
-/** A change of layer only moves the frame: nothing is drawn again, the focus stays. */
-function frameStrip(box, state) {
+/**
+ * A change of layer only moves the frame: nothing is drawn again, the focus stays.
+ * @param {HTMLElement} box @param {ViewState} state
+ */
+export function frameStrip(box, state) {
   box.querySelectorAll(".mv-layer").forEach((button, index) => button.setAttribute("aria-pressed", String(index === state.layer)));
 }
 
-function drawLegend(box, state) {
+/** @param {HTMLElement} box @param {ViewState} state */
+export function drawLegend(box, state) {
   const { mode, view, currentLayer: layer } = state;
   const experts = layer.num_experts;
   const ramp = (low, high) => html`<span class="mv-ramp" aria-hidden="true"></span><span>${low} – ${high}</span>`;
@@ -185,14 +214,17 @@ function drawLegend(box, state) {
   fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint">${legendHint(state)}</span>`);
 }
 
+/** @param {ViewState} state */
 function legendHint(state) {
   if (state.highlight !== null) return `only patches of ${layerExpert(state.currentLayer, state.highlight)} are coloured, stronger where its weight is higher`;
   return modeHint(state.view, state.currentLayer, state.mode);
 }
 
+/** @param {ViewState} state @param {View} view @param {Layer} layer @param {Ramp} ramp */
 function slotRamp(state, view, layer, ramp) {
   const values = slotValues(state, view, layer);
   if (!values) return "";
   const { low, high } = rangeOf(values);
-  return ramp(...[low, high].map(ratioWords(state, layer, values)).map((ratio) => `${ratio} ×`));
+  const ratio = ratioWords(state, layer, values);
+  return ramp(`${ratio(low)} ×`, `${ratio(high)} ×`);
 }

@@ -1,5 +1,10 @@
 // What is being looked at. Parts of the page subscribe and draw themselves; nobody else is told.
 
+import { modesOf } from "./core_kinds.js";
+import { SIDES, SlotMaps } from "./core_slots.js";
+import { clamp } from "./core_util.js";
+/** @import { Fields, Mode, View } from "./types.js" */
+
 /**
  * State of the shared view.
  *
@@ -9,13 +14,15 @@
  * Of Soft MoE: slotExpert, whose slots are shown; slot: one of them, null for their mean; slotSide: "reads" or "takes";
  * slotMaps: what the server said about them, slotsHere: how often it did.
  */
-class ViewState {
+export class ViewState {
+  /** @param {View} view @param {Fields} [start] */
   constructor(view, start = {}) {
     this.views = [view];
     this.active = 0;
     this.layer = 0;
     this.patch = null;
     this.hover = null;
+    /** @type {Mode} */
     this.mode = "expert";
     this.highlight = null;
     this.strength = 0.65;
@@ -29,9 +36,13 @@ class ViewState {
     this.settle();
   }
 
+  /** @param {(changed: Set<string>, state: ViewState) => unknown} listener */
   subscribe(listener) { this.listeners.push(listener); }
 
-  /** Change some fields and tell the subscribers which ones really changed. */
+  /**
+   * Change some fields and tell the subscribers which ones really changed.
+   * @param {Fields} change
+   */
   set(change) {
     const before = { ...this };
     Object.assign(this, change);
@@ -67,5 +78,8 @@ class ViewState {
   get shown() { return this.hover ?? this.patch; }
 }
 
-/** The patch that is pinned when nobody has chosen one, so that the inspector shows what it is for. */
-const centrePatch = ({ model: { grid: [rows, columns] } }) => Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+/**
+ * The patch that is pinned when nobody has chosen one, so that the inspector shows what it is for.
+ * @param {View} given
+ */
+export const centrePatch = ({ model: { grid: [rows, columns] } }) => Math.floor(rows / 2) * columns + Math.floor(columns / 2);

@@ -1,16 +1,24 @@
 // Small tools that every other file uses: escaping templates, colours, words. No state lives here.
 
+import { HIGHLIGHT, NEUTRAL, PALETTE } from "./palette.js";
+/** @import { Fill } from "./types.js" */
+
 /** Marks a string that is HTML already, so that `html` doesn't escape it a second time. */
-class Markup {
+export class Markup {
+  /** @param {string} text */
   constructor(text) { this.text = text; }
   toString() { return this.text; }
 }
 
 const ENTITIES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
+/** @param {unknown} value */
 const escapeText = (value) => String(value).replace(/[&<>"']/g, (character) => ENTITIES[character]);
 
-/** Template tag: everything that is put in is escaped unless it came out of `html` itself (or an array of that). */
-function html(strings, ...values) {
+/**
+ * Template tag: everything that is put in is escaped unless it came out of `html` itself (or an array of that).
+ * @param {TemplateStringsArray} strings @param {...Fill} values
+ */
+export function html(strings, ...values) {
   const fill = (value) => {
     if (value === null || value === undefined || value === false) return "";
     if (value instanceof Markup) return value.text;
@@ -19,37 +27,55 @@ function html(strings, ...values) {
   return new Markup(strings.reduce((text, part, index) => text + fill(values[index - 1]) + part));
 }
 
-/** Put markup into a box. Focus survives if the focused element has a data-key that comes back. */
-function fillBox(box, markup) {
+/**
+ * Put markup into a box. Focus survives if the focused element has a data-key that comes back.
+ * @param {Element | null} box @param {Fill} markup
+ */
+export function fillBox(box, markup) {
   if (!box) return;
-  const key = box.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
+  const focused = /** @type {HTMLElement} */ (document.activeElement);
+  const key = box.contains(focused) ? focused.dataset.key : undefined;
   box.innerHTML = String(markup);
-  if (key !== undefined) box.querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
+  if (key === undefined) return;
+  const again = /** @type {HTMLElement | null} */ (box.querySelector(`[data-key="${CSS.escape(key)}"]`));
+  again?.focus({ preventScroll: true });
 }
 
-/** Only inline images are ever shown: a value that names an address would leave this machine. */
-const pictureSource = (source) => (/^data:image\/(png|jpeg|webp);base64,/.test(source || "") ? source : "");
+/**
+ * Only inline images are ever shown: a value that names an address would leave this machine.
+ * @param {string} source
+ */
+export const pictureSource = (source) => (/^data:image\/(png|jpeg|webp);base64,/.test(source || "") ? source : "");
 
 // ---- numbers ------------------------------------------------------------------------------------------------
-const MINUS = "\u2212";
+export const MINUS = "\u2212";
 // A value that rounds to nothing has no sign.
+/** @param {string} text */
 const withoutZeroSign = (text) => (/[1-9]/.test(text) ? text : text.replace("-", ""));
-const fixed = (value, digits = 2) => (Number.isFinite(value) ? withoutZeroSign(value.toFixed(digits)).replace("-", MINUS) : "–");
-const signed = (value, digits = 2) => (value > 0 && /[1-9]/.test(value.toFixed(digits)) ? "+" : "") + fixed(value, digits);
-const percent = (value, digits = 0) => `${fixed(value * 100, digits)} %`;
-const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
+/** @param {number} value @param {number} [digits] */
+export const fixed = (value, digits = 2) => (Number.isFinite(value) ? withoutZeroSign(value.toFixed(digits)).replace("-", MINUS) : "–");
+/** @param {number} value @param {number} [digits] */
+export const signed = (value, digits = 2) => (value > 0 && /[1-9]/.test(value.toFixed(digits)) ? "+" : "") + fixed(value, digits);
+/** @param {number} value @param {number} [digits] */
+export const percent = (value, digits = 0) => `${fixed(value * 100, digits)} %`;
+/** @param {number} value @param {number} low @param {number} high */
+export const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
 // ---- experts ------------------------------------------------------------------------------------------------
-// PALETTE, NEUTRAL and HIGHLIGHT come from analysis/palette.py through html.py, so figures and page agree.
-const hasColours = (experts) => experts <= PALETTE.length;
+/** @param {number} experts */
+export const hasColours = (experts) => experts <= PALETTE.length;
 
-/** Beyond the palette an expert is its number on grey, and one at a time can stand out. */
-function expertColour(expert, experts, standsOut = false) {
+/**
+ * Beyond the palette an expert is its number on grey, and one at a time can stand out.
+ * @param {number} expert @param {number} experts @param {boolean} [standsOut]
+ */
+export function expertColour(expert, experts, standsOut = false) {
   if (hasColours(experts)) return PALETTE[expert];
   return standsOut ? HIGHLIGHT : NEUTRAL;
 }
 
-function luminance(hex) {
+/** @param {string} hex */
+export function luminance(hex) {
   const channel = (start) => {
     const value = parseInt(hex.slice(start, start + 2), 16) / 255;
     return value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
@@ -57,22 +83,39 @@ function luminance(hex) {
   return 0.2126 * channel(1) + 0.7152 * channel(3) + 0.0722 * channel(5);
 }
 
-/** Black or white, whichever is easier to read on a colour (WCAG contrast ratio; black from luminance 0.179 on). */
-const inkOn = (hex) => (luminance(hex) > 0.179 ? "#000000" : "#ffffff");
+/**
+ * Black or white, whichever is easier to read on a colour (WCAG contrast ratio; black from luminance 0.179 on).
+ * @param {string} hex
+ */
+export const inkOn = (hex) => (luminance(hex) > 0.179 ? "#000000" : "#ffffff");
 
-/** Number on the expert's colour: the one mark by which an expert is known everywhere on the page. */
-function chip(expert, experts, extra = "") {
+/** The colour of every scale: how much, not which. */
+export const SCALE_COLOUR = "#4a3aa7";
+
+/** @param {string} hex @param {number} alpha */
+export const rgba = (hex, alpha) => {
+  const part = (start) => parseInt(hex.slice(start, start + 2), 16);
+  return `rgba(${part(1)},${part(3)},${part(5)},${alpha.toFixed(3)})`;
+};
+
+/**
+ * Number on the expert's colour: the one mark by which an expert is known everywhere on the page.
+ * @param {number} expert @param {number} experts @param {string} [extra]
+ */
+export function chip(expert, experts, extra = "") {
   const colour = expertColour(expert, experts);
   return html`<span class="mv-chip ${extra}" style="background:${colour};color:${inkOn(colour)}">${expert}</span>`;
 }
 
-const layerExpert = (layer, expert) => `${layer.name}·E${expert}`;
+/** @param {{ name: string }} layer @param {number} expert */
+export const layerExpert = (layer, expert) => `${layer.name}·E${expert}`;
 
 // ---- patches ------------------------------------------------------------------------------------------------
-const rowColumn = (patch, columns) => [Math.floor(patch / columns) + 1, (patch % columns) + 1];
+/** @param {number} patch @param {number} columns */
+export const rowColumn = (patch, columns) => [Math.floor(patch / columns) + 1, (patch % columns) + 1];
 
 // ---- words that need explaining -----------------------------------------------------------------------------
-const TERMS = {
+export const TERMS = {
   expert: "One of several small networks in a layer. Every patch is computed by only a few of them.",
   patch: "A square piece of the image. The model cuts the image into a grid of patches and works on them side by side.",
   layer: "One step of the network. Only some layers have experts; L3 is the block with index 3, counted from 0.",
@@ -97,7 +140,10 @@ const TERMS = {
   fdr: "Among the differences that are marked, at most about 5 % are expected to be chance.",
 };
 
-/** A word with its explanation on hover, focus or tap. */
-function term(name, label) {
+/**
+ * A word with its explanation on hover, focus or tap.
+ * @param {string} name @param {Fill} label
+ */
+export function term(name, label) {
   return html`<button type="button" class="mv-term" data-term="${name}" aria-description="${TERMS[name]}">${label}</button>`;
 }

@@ -1,6 +1,15 @@
 // Tab "About": how to read the page, what it doesn't show, and where the model comes from.
 
-/** What the card says about the training of a variant, in words, and by which commands the others came about: [name, value]. */
+import { VARIANTS } from "./app_rail.js";
+import { routingWords } from "./core_kinds.js";
+import { fillBox, fixed, html, percent } from "./core_util.js";
+/** @import { App } from "./app.js" */
+/** @import { Router } from "./types.js" */
+
+/**
+ * What the card says about the training of a variant, in words, and by which commands the others came about: [name, value].
+ * @param {Record<string, any>} card @param {string} variant
+ */
 function cardRows(card, variant) {
   const recipes = { trained: card.recipe, ...card.recipes };
   const epochs = (card.validation_top1 ?? []).map((top1) => fixed(100 * top1, 1)).join(", ");
@@ -19,19 +28,32 @@ const ROUTING_TEXTS = {
   rule: "Nobody trained this router: it is a rule to compare learned ones with.",
 };
 
-/** Which of these texts belongs to the layers that route in these words. */
+/**
+ * Which of these texts belongs to the layers that route in these words.
+ * @param {Router[]} routers @param {string} words
+ */
 function routingText(routers, words) {
   const { kind, learned, route_by } = routers.find((router) => router.words === words);
   if (!learned) return "rule";
   return route_by === "image" ? "image" : kind;
 }
 
-/** A share with the interval around it, in percent; nothing where it wasn't measured. */
+/**
+ * A share with the interval around it, in percent; nothing where it wasn't measured.
+ * @param {[number, number, number] | undefined} found
+ */
 const interval = (found) => found && `${percent(found[0], 1)} (95 % interval ${percent(found[1], 1)} to ${percent(found[2], 1)})`;
 
-class AboutTab {
-  constructor(app) { Object.assign(this, { app, id: "about", label: "About", follows: ["model"] }); }
+export class AboutTab {
+  /** @param {App} app */
+  constructor(app) {
+    this.app = app;
+    this.id = "about";
+    this.label = "About";
+    this.follows = ["model"];
+  }
 
+  /** @param {HTMLElement} panel */
   async draw(panel) {
     const { model, boot, variant } = this.app;
     const card = model.card ?? {};

@@ -1,5 +1,13 @@
 // Tab "Classes": class against expert, only what stands above the null coloured, and every number beside comparisons.
 
+import { asAskError, emptyBox, errorBox, waitingBox } from "./app_server.js";
+import {
+  chip, clamp, fillBox, fixed, html, layerExpert, MINUS, percent, pictureSource, signed, term,
+} from "./core_util.js";
+import { NO_PICTURES } from "./tab_experts.js";
+/** @import { App } from "./app.js" */
+/** @import { ClassesAnswer, DotLine, Information, Wanted } from "./types.js" */
+
 const COMPARISONS = {
   untrained: ["untrained router", "The same network before training; one dot per random start."],
   hash: ["hash routing", "Experts given out by a fixed hash, blind to the image."],
@@ -9,9 +17,17 @@ const COMPARISONS = {
 };
 const RESET = "none";
 
-class ClassesTab {
+export class ClassesTab {
+  /** @param {App} app */
   constructor(app) {
-    Object.assign(this, { app, id: "classes", label: "Classes", follows: ["model", "layer"], byExpert: RESET, byClass: RESET });
+    this.app = app;
+    this.id = "classes";
+    this.label = "Classes";
+    this.follows = ["model", "layer"];
+    /** @type {number | string} */
+    this.byExpert = RESET;
+    /** @type {number | string} */
+    this.byClass = RESET;
     const sort = (key, value) => { this[key] = this[key] === value ? RESET : value; this.drawTable(); };
     this.actions = {
       "sort-expert": (button) => sort("byExpert", Number(button.dataset.expert)),
@@ -20,13 +36,17 @@ class ClassesTab {
     };
   }
 
+  /** @param {HTMLElement} panel @param {Wanted} wanted */
   async draw(panel, wanted) {
     const { app } = this;
     fillBox(panel, waitingBox("Counting which class goes where…"));
     const answer = await app.asker.whenReady("classes", { model: app.model.id, variant: app.variant }, wanted);
     if (!wanted()) return;
     if (!answer.layers.length) return fillBox(panel, emptyBox("No images to count classes in", answer.note || NO_PICTURES));
-    Object.assign(this, { panel, answer, layer: answer.layers.find(({ layer }) => layer === app.state.currentLayer.layer) ?? answer.layers[0] });
+    this.panel = panel;
+    /** @type {ClassesAnswer} */
+    this.answer = answer;
+    this.layer = this.answer.layers.find(({ layer }) => layer === app.state.currentLayer.layer) ?? answer.layers[0];
     this.kind = app.model.routers.find(({ layer }) => layer === this.layer.layer).kind;
     fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div></div>
       <div>${this.information()}</div></div>`);
@@ -52,12 +72,14 @@ class ClassesTab {
       <p class="mv-note"><i class="mv-key mv-more"></i> more than its mean share (+) <i class="mv-key mv-less"></i> less (−). Click a head to sort, a cell for its images. ${layer.load_words && `Load: ${layer.load_words}.`}</p>`);
   }
 
+  /** @param {number} expert */
   expertHead(expert) {
     const experts = this.layer.share[0].length;
     return html`<th scope="col" aria-sort="${this.byExpert === expert ? "descending" : "none"}"><button type="button" data-action="sort-expert"
       data-expert="${expert}" data-key="head-${expert}" aria-label="Sort classes by expert ${expert}">${chip(expert, experts)}</button></th>`;
   }
 
+  /** @param {number} row @param {number} expert */
   cell(row, expert) {
     const { share, excess, significant } = this.layer;
     const over = excess[row][expert];
@@ -70,6 +92,7 @@ class ClassesTab {
       ${fixed(share[row][expert] * 100, this.kind === "soft" ? 1 : 0)}${significant[row][expert] && html`<sup>${over > 0 ? "+" : MINUS}</sup>`}</button></td>`;
   }
 
+  /** @param {HTMLElement} button */
   async showCell(button) {
     const { app, layer } = this;
     const place = this.panel.querySelector("[data-part=cell]");
@@ -98,7 +121,9 @@ class ClassesTab {
       ${layer.information.map((entry) => this.measure(entry))}`;
   }
 
+  /** @param {Information} entry */
   measure(entry) {
+    /** @type {DotLine[]} */
     const lines = [["this router", [entry.value_bits], [entry.low, entry.high], "The router of this model, with its 95 % interval."]];
     // Of several dots the number is the one that the sentence below turns on: every other training has to exceed, and
     // every comparison to be exceeded.
@@ -113,7 +138,10 @@ class ClassesTab {
   }
 }
 
-/** Named rows of dots on one axis: [label, values, interval or null, explanation, "min" or "max": which of several is told]. */
+/**
+ * Named rows of dots on one axis: [label, values, interval or null, explanation, "min" or "max": which of several is told].
+ * @param {DotLine[]} lines
+ */
 function dotLines(lines) {
   const every = lines.flatMap(([, values, interval]) => [...values, ...(interval ?? [])]).filter(Number.isFinite);
   const [low, high] = [Math.min(0, ...every), Math.max(1e-3, ...every)];

@@ -1,14 +1,29 @@
 // Tab "Compare": two images are described, two classes are tested. Finding nothing is a result too.
 
-class CompareTab {
+import { asAskError, AskError, emptyBox, errorBox, waitingBox } from "./app_server.js";
+import { expertShares, shareOf } from "./core_kinds.js";
+import { pictureTitle } from "./core_stage.js";
+import { chip, fillBox, fixed, html, Markup, percent, signed, term } from "./core_util.js";
+import { NO_PICTURES } from "./tab_experts.js";
+/** @import { App } from "./app.js" */
+/** @import { CompareAnswer, DifferenceLayer, ExpertDifference, Fill } from "./types.js" */
+
+export class CompareTab {
+  /** @param {App} app */
   constructor(app) {
-    Object.assign(this, { app, id: "compare", label: "Compare", follows: ["model", "picture", "settings"], a: null, b: null });
+    this.app = app;
+    this.id = "compare";
+    this.label = "Compare";
+    this.follows = ["model", "picture", "settings"];
+    this.a = null;
+    this.b = null;
     this.results = new Map(); // the last comparison of each variant: it is still there when somebody comes back
     const choose = (side) => (select) => { this[side] = select.value; };
     this.changes = { "compare-a": choose("a"), "compare-b": choose("b") };
     this.actions = { "compare-run": () => this.run(), "compare-two": () => app.choosePictureCount(2) };
   }
 
+  /** @param {HTMLElement} panel */
   async draw(panel) {
     const names = this.app.model.class_names;
     this.panel = panel;
@@ -30,7 +45,10 @@ class CompareTab {
   /** Which model's classes are compared. */
   subject() { return `${this.app.model.id} ${this.app.variant}`; }
 
-  /** The tab may have been drawn anew, or left, since the question was asked. */
+  /**
+   * The tab may have been drawn anew, or left, since the question was asked.
+   * @param {Fill} markup
+   */
   tell(markup) { fillBox(this.panel.querySelector("[data-part=classes]"), markup); }
 
   async run() {
@@ -49,6 +67,7 @@ class CompareTab {
     return undefined;
   }
 
+  /** @param {CompareAnswer} answer */
   differences(answer) {
     const { class_a: a, class_b: b } = answer;
     const all = answer.layers.flatMap(({ experts }) => experts);
@@ -61,6 +80,7 @@ class CompareTab {
       <p class="mv-forest-axis"><span>more in ${b}</span><span>0</span><span>more in ${a}</span></p>`;
   }
 
+  /** @param {ExpertDifference} given @param {DifferenceLayer} layer @param {number} reach */
   interval({ expert, difference, low, high, q, significant }, layer, reach) {
     const at = (value) => 50 + (value / reach) * 48;
     const words = `L${layer.layer}·E${expert}: ${signed(difference * 100, 1)} points, ${signed(low * 100, 1)} to ${signed(high * 100, 1)}, q ${fixed(q, 3)}`;

@@ -1,6 +1,14 @@
 // Tab "Experts": what each expert of the current layer is for, shown by what it computes.
 
-/** A patch of a gallery inside its surroundings; `box` frames it, in fractions of the crop. A click opens its image. */
+import { emptyBox, waitingBox } from "./app_server.js";
+import { chip, expertColour, fillBox, fixed, html, percent, pictureSource, signed } from "./core_util.js";
+/** @import { App } from "./app.js" */
+/** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Router, ShareRow, Wanted } from "./types.js" */
+
+/**
+ * A patch of a gallery inside its surroundings; `box` frames it, in fractions of the crop. A click opens its image.
+ * @param {GalleryPatch} given
+ */
 function galleryPatch({ picture, patch, crop, box: [x, y, width, height], label, weight }) {
   const words = `${label ?? "patch"}, weight ${fixed(weight)}`;
   return html`<li class="mv-crop"><button type="button" data-action="example" data-id="${picture}" data-patch="${patch}" data-tip="${words}: open its image"
@@ -8,8 +16,10 @@ function galleryPatch({ picture, patch, crop, box: [x, y, width, height], label,
     <i style="left:${x * 100}%;top:${y * 100}%;width:${width * 100}%;height:${height * 100}%"></i></button></li>`;
 }
 
-const gallery = (title, patches) => html`<h3>${title}</h3><ul class="mv-gallery">${patches.map(galleryPatch)}</ul>`;
+/** @param {string} title @param {GalleryPatch[]} patches */
+export const gallery = (title, patches) => html`<h3>${title}</h3><ul class="mv-gallery">${patches.map(galleryPatch)}</ul>`;
 
+/** @param {string} title @param {ShareRow[]} rows @param {string} name @param {number} digits */
 function shareRows(title, rows, name, digits) {
   if (!rows?.length) return "";
   // The strongest few: a card is no table, and the heatmap under Classes has every number.
@@ -19,6 +29,7 @@ function shareRows(title, rows, name, digits) {
   return html`<div><h3>${title}</h3><ul class="mv-shares">${shown.map(row)}</ul></div>`;
 }
 
+/** @param {ExpertCard} card @param {ExpertsAnswer} layer @param {Router} router */
 function expertCard(card, layer, router) {
   const experts = router.num_experts;
   const soft = router.kind === "soft";
@@ -39,12 +50,17 @@ function expertCard(card, layer, router) {
   </article>`;
 }
 
-class ExpertsTab {
+export class ExpertsTab {
+  /** @param {App} app */
   constructor(app) {
-    Object.assign(this, { app, id: "experts", label: "Experts", follows: ["model", "layer"] });
+    this.app = app;
+    this.id = "experts";
+    this.label = "Experts";
+    this.follows = ["model", "layer"];
     this.actions = { "take-away": (button) => app.takeAway(Number(button.dataset.layer), Number(button.dataset.expert)) };
   }
 
+  /** @param {HTMLElement} panel @param {Wanted} wanted */
   async draw(panel, wanted) {
     const { app } = this;
     const layer = app.state.currentLayer;
@@ -59,7 +75,10 @@ class ExpertsTab {
       <div class="mv-cards">${answer.experts.map((card) => expertCard(card, answer, router))}</div>`);
   }
 
-  /** Ask ahead for the other layers, so that a change of layer finds its cards in the page. */
+  /**
+   * Ask ahead for the other layers, so that a change of layer finds its cards in the page.
+   * @param {number} current
+   */
   fetchOtherLayers(current) {
     const { app } = this;
     const ask = (layer) => app.asker.remember("experts", { model: app.model.id, variant: app.variant, layer });
@@ -72,4 +91,4 @@ class ExpertsTab {
 const CARD_ROWS = 4;
 const MOST_LAYERS_AHEAD = 6;
 
-const NO_PICTURES = "This model comes without its images. Start the explorer with --data FOLDER to see patches of them here.";
+export const NO_PICTURES = "This model comes without its images. Start the explorer with --data FOLDER to see patches of them here.";

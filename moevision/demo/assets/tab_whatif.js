@@ -1,8 +1,20 @@
 // Tab "What if": change the routing, see what becomes of the prediction, and what chance changes of that size do.
 
-class WhatIfTab {
+import { asAskError, errorBox, waitingBox } from "./app_server.js";
+import { FILL_WORDS, KIND_WORDS, predictionColumn } from "./core_answer.js";
+import { expertColour, fillBox, fixed, html, inkOn, Markup, signed, term } from "./core_util.js";
+/** @import { App } from "./app.js" */
+/** @import { ClassEffect, Effect, Fill, Intervention } from "./types.js" */
+
+export class WhatIfTab {
+  /** @param {App} app */
   constructor(app) {
-    Object.assign(this, { app, id: "whatif", label: "What if", follows: ["model", "picture", "settings"], result: null });
+    this.app = app;
+    this.id = "whatif";
+    this.label = "What if";
+    this.follows = ["model", "picture", "settings"];
+    this.result = null;
+    /** @type {Intervention} */
     this.form = { kind: "ablate", layer: null, expert: 0, fill: "next_best", seed: 0 };
     const field = (name, convert) => (input) => { this.touched = true; this.form[name] = convert(input.value); this.result = null; this.drawForm(); };
     this.changes = {
@@ -17,12 +29,14 @@ class WhatIfTab {
     };
   }
 
+  /** @param {number} layer @param {number} expert */
   preset(layer, expert) {
     Object.assign(this.form, { kind: "ablate", layer, expert });
     this.touched = true;
     this.result = null;
   }
 
+  /** @param {HTMLElement} panel */
   async draw(panel) {
     const { form, app } = this;
     const { layers } = app.model;
@@ -84,7 +98,7 @@ class WhatIfTab {
 
   async run() {
     const { app } = this;
-    const button = this.panel.querySelector("[data-action=if-run]");
+    const button = /** @type {HTMLButtonElement} */ (this.panel.querySelector("[data-action=if-run]"));
     const token = (this.token = Symbol("run"));
     this.touched = true; // what was asked stays in the form
     button.disabled = true;
@@ -94,7 +108,8 @@ class WhatIfTab {
     try {
       const result = await app.asker.ask("what_if", JSON.parse(asked), (words) => wanted() && this.tell(waitingBox(words)));
       if (!wanted()) return;
-      Object.assign(this, { result, asked });
+      this.result = result;
+      this.asked = asked;
       this.tell(this.story(result));
     } catch (error) {
       if (wanted()) this.tell(errorBox(asAskError(error), "if-run"));
@@ -106,14 +121,19 @@ class WhatIfTab {
   /** What the form asks about the first image, as text that can be compared. */
   wish() { return JSON.stringify({ ...this.app.question(0), intervention: this.intervention() }); }
 
-  /** The tab may have been drawn anew, or left, since the question was asked. */
+  /**
+   * The tab may have been drawn anew, or left, since the question was asked.
+   * @param {Fill} markup
+   */
   tell(markup) { fillBox(this.panel.querySelector("[data-part=result]"), markup); }
 
+  /** @returns {Intervention} */
   intervention() {
     const { kind, layer, expert, fill, seed } = this.form;
     return { kind, layer, expert: kind === "random" ? null : expert, fill, seed };
   }
 
+  /** @param {Effect} result */
   story(result) {
     const { before, after, control, class_effect: byClass } = result;
     const label = this.app.state.views[0].picture.label;
@@ -126,7 +146,10 @@ class WhatIfTab {
       <p class="mv-after"><button type="button" class="mv-button" data-action="if-show" data-key="if-show">Show the changed routing on the image</button></p>`;
   }
 
-  /** Control dots, other experts and the change itself on one axis. */
+  /**
+   * Control dots, other experts and the change itself on one axis.
+   * @param {Effect} result
+   */
   strip(result) {
     const { control, others } = result;
     const experts = others.length + 1; // of the layer, where the change is about one of them
@@ -152,7 +175,10 @@ class WhatIfTab {
   }
 }
 
-/** For marks at these places the lowest row each in which no mark is nearer than `width`. */
+/**
+ * For marks at these places the lowest row each in which no mark is nearer than `width`.
+ * @param {number[]} places @param {number} width
+ */
 function stackRows(places, width) {
   const taken = [];
   return places.map((place) => {
@@ -163,6 +189,7 @@ function stackRows(places, width) {
   });
 }
 
+/** @param {ClassEffect} given */
 function classWords({ n, class: name, delta_p: p, delta_logit: logit, sd_logit: sd, control_delta_logit: control }) {
   const spread = Number.isFinite(sd) ? ` ± ${fixed(sd, 3)} between images` : "";
   const beside = Number.isFinite(control) ? `; with random choices instead ${signed(control, 3)}` : "";

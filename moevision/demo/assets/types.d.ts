@@ -1,0 +1,263 @@
+// Types of what the server sends and of what the page hands around; read by editors and by tsc, never by a browser.
+// The schemas' homes are demo/view.py, demo/facts.py and demo/service.py.
+
+import type { App } from "./app.js";
+import type { AskError } from "./app_server.js";
+import type { ViewState } from "./core_state.js";
+import type { Markup } from "./core_util.js";
+
+export type Kind = "token_choice" | "expert_choice" | "soft";
+export type Mode = "expert" | "slots" | "takers" | "entropy" | "margin" | "drops";
+export type Side = "reads" | "takes";
+
+/** What there is to know about an MoE layer before an image is routed. */
+export interface Router {
+  layer: number;
+  name: string;
+  words: string;
+  router: string;
+  kind: Kind;
+  learned: boolean;
+  num_experts: number;
+  top_k: number;
+  num_shared_experts: number;
+  capacity: number | null;
+  train_capacity: number | null;
+  slots: number | null;
+  read_by_classifier: boolean;
+  route_by: "token" | "image";
+  refused: Record<string, string>;
+}
+
+/** Where a layer sent the patches of one image: P patches, K choices, E experts. */
+export interface Layer extends Omit<Router, "refused"> {
+  experts: number[][];
+  weights: number[][];
+  kept: boolean[][];
+  probs: number[][];
+  margin: number[];
+  entropy: number[];
+  counts: number[];
+  requested: number[];
+  slowest: number;
+  /** [E][P] of Soft MoE. */
+  reads: number[][] | null;
+}
+
+export interface Model {
+  id: string;
+  title: string;
+  image_size: number;
+  grid: [number, number];
+  layers: number[];
+  routers: Router[];
+  class_names: string[];
+  variant: string;
+  accuracy_text: string;
+  data_text: string;
+  num_experts: number | null;
+  top_k: number | null;
+  max_top_k: number;
+}
+
+export interface Picture {
+  id: string | null;
+  name: string;
+  label: string | null;
+  src: string;
+  unlike: string | null;
+  credit?: string | null;
+}
+
+export interface Guess { class: string; p: number }
+
+export interface Intervention {
+  kind: "ablate" | "force" | "random";
+  layer: number | null;
+  expert: number | null;
+  fill: "next_best" | "zero";
+  seed: number;
+}
+
+/** A `moevision.view/2` object. */
+export interface View {
+  schema: string;
+  model: Model;
+  picture: Picture;
+  layers: Layer[];
+  prediction: { moe: Guess[]; dense: Guess[] | null };
+  settings: {
+    top_k: number | null;
+    capacity: number | null;
+    intervention: Intervention | null;
+    off_distribution: boolean;
+    off_reason: string | null;
+  };
+}
+
+/** The single slots of one expert, or why they aren't here. */
+export interface SlotAnswer {
+  unit: number;
+  reads: number[][];
+  takes: number[][];
+  reads_patches: number[];
+  reads_prefix: number[];
+  error?: Error;
+}
+
+/** Which slots are looked at: a `ViewState`, or one of another slot. */
+export type SlotChoice = Pick<ViewState, "slotExpert" | "slot" | "slotSide" | "slotMaps">;
+
+/** What a state starts with or changes to; a value from an address may be out of range. */
+export interface Fields {
+  views?: View[];
+  active?: number;
+  layer?: number | null;
+  patch?: number | null;
+  hover?: number | null;
+  mode?: string;
+  highlight?: number | null;
+  strength?: number;
+  slotExpert?: number | null;
+  slot?: number | null;
+  slotSide?: string;
+  slotsHere?: number;
+}
+
+/** How one patch is drawn on the stage. */
+export interface Look {
+  colour: string;
+  alpha: number;
+  text: string;
+  chip: number | null;
+  hatched?: boolean;
+  faint?: boolean;
+}
+
+/** What the `html` tag takes: other values are written as text. */
+export type Fill = Markup | string | number | boolean | null | undefined | Fill[];
+export type Ramp = (low: string | number, high: string | number) => Markup;
+
+// ---- the app ------------------------------------------------------------------------------------------------
+
+/** gradio's functions of the server, by name. */
+export type Server = Record<string, (question: unknown) => Promise<any>>;
+export type Handler = (element: any, event: Event) => unknown;
+export type Handlers = Record<string, Handler>;
+export type Wanted = () => boolean;
+/** A router's facts as the rail needs them, or those of a view's layer. */
+export type Worded = Pick<Router, "name" | "words">;
+
+export interface BootModel extends Model {
+  subtitle: string;
+  variants: string[];
+  accuracy_texts: Record<string, string>;
+  has_dense: boolean;
+  has_pictures: boolean;
+  has_parts: boolean;
+  card: Record<string, any>;
+  examples: { id: string; name: string; label: string | null; thumb: string }[];
+}
+
+export interface Boot {
+  version: string;
+  local: boolean;
+  models: BootModel[];
+  limits: Limits;
+  default: { model: string; picture: string | null };
+}
+
+export interface Limits { max_bytes: number; max_pixels: number; min_side: number; max_aspect: number }
+
+/** What stands on a stage: an example of the model's data, a visitor's own image, or nothing yet. */
+export interface Chosen { kind: "example" | "upload" | "none"; id?: string; data?: string; name?: string }
+
+/** What an address asks for, unchecked. */
+export type Wish = Partial<Record<string, string>>;
+
+export interface Tab {
+  id: string;
+  label: string;
+  follows: string[];
+  actions?: Handlers;
+  changes?: Handlers;
+  draw(panel: HTMLElement, wanted: Wanted): unknown;
+}
+export type TabMaker = new (app: App) => Tab;
+export type Failure = AskError;
+
+// ---- answers below the stage: demo/galleries.py, demo/atlas.py, analysis/effects.py ------------------------------
+
+export interface GalleryPatch {
+  picture: string;
+  patch: number;
+  crop: string;
+  box: [number, number, number, number];
+  label: string | null;
+  weight: number;
+}
+export type ShareRow = Record<string, any> & { share: number; above: number; significant?: boolean };
+export interface ExpertCard {
+  expert: number;
+  name: string;
+  load_share: number;
+  ideal_share: number;
+  top: GalleryPatch[];
+  random: GalleryPatch[];
+  classes: ShareRow[];
+  parts: ShareRow[];
+}
+export interface ExpertsAnswer { status: string; layer: number; name: string; note: string; experts: ExpertCard[] }
+export interface Information {
+  about: string;
+  value_bits: number;
+  low: number;
+  high: number;
+  share_of_entropy: number;
+  seeds?: number[];
+  baselines?: Record<string, number[]>;
+  sentence: string;
+}
+export interface ClassLayer {
+  layer: number;
+  name: string;
+  share: (number | null)[][];
+  excess: number[][];
+  significant: boolean[][];
+  threshold: number;
+  load_words: string;
+  answers: { answer: string; sentence: string }[];
+  information: Information[];
+}
+export interface ClassesAnswer { status: string; note: string; n_images: number; class_names: string[]; layers: ClassLayer[] }
+export interface ExpertDifference { expert: number; difference: number; low: number; high: number; q: number; significant: boolean }
+export interface DifferenceLayer { layer: number; experts: ExpertDifference[] }
+export interface CompareAnswer {
+  class_a: string;
+  class_b: string;
+  n_a: number;
+  n_b: number;
+  sentence: string;
+  layers: DifferenceLayer[];
+}
+export interface ClassEffect {
+  n: number;
+  class: string;
+  delta_p: number;
+  delta_logit: number;
+  sd_logit: number | null;
+  control_delta_logit: number | null;
+}
+export interface Effect {
+  sentence: string;
+  target: string;
+  delta_logit: number;
+  before: Guess[];
+  after: Guess[];
+  control: { n: number; mean: number; sd: number; deltas: number[]; what?: string };
+  others: { expert: number; delta_logit: number }[];
+  class_effect: ClassEffect | null;
+  view: View;
+}
+/** A row of dots: label, values, interval, explanation, which of several values is told. */
+export type DotLine = [string, number[], [number, number] | null, string, ("min" | "max")?];

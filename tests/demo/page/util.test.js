@@ -1,0 +1,73 @@
+// What every other script of the page builds on: escaping, numbers, colours, and the state's range.
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { patchWeights, plural } from "../../../moevision/demo/assets/core_kinds.js";
+import { SlotMaps } from "../../../moevision/demo/assets/core_slots.js";
+import { ViewState } from "../../../moevision/demo/assets/core_state.js";
+import { fixed, html, inkOn, luminance, percent, pictureSource, rowColumn, signed } from "../../../moevision/demo/assets/core_util.js";
+import { PALETTE } from "../../../moevision/demo/assets/palette.js";
+
+test("what is put into markup is text, unless it is markup", () => {
+  const name = `<img src=x onerror="alert('1')">&`;
+  const escaped = "&lt;img src=x onerror=&quot;alert(&#39;1&#39;)&quot;&gt;&amp;";
+  assert.equal(String(html`<b title="${name}">${name}</b>`), `<b title="${escaped}">${escaped}</b>`);
+  assert.equal(String(html`<p>${html`<b>${1}</b>`}${[html`<i></i>`, "<"]}${null}${undefined}${false}${0}</p>`), "<p><b>1</b><i></i>&lt;0</p>");
+});
+
+test("only inline images are shown", () => {
+  assert.equal(pictureSource("data:image/png;base64,AA=="), "data:image/png;base64,AA==");
+  for (const source of ["https://example.org/a.png", "data:text/html;base64,AA==", "data:image/svg+xml;base64,AA==", "", undefined]) {
+    assert.equal(pictureSource(source), "");
+  }
+});
+
+test("numbers have a true minus, and what rounds to nothing has no sign", () => {
+  assert.deepEqual([fixed(-1.255, 1), fixed(-0.004), fixed(NaN), percent(0.123), percent(0.123, 1)], ["\u22121.3", "0.00", "–", "12 %", "12.3 %"]);
+  assert.deepEqual([signed(0.5), signed(-0.5), signed(0.001), signed(-0.001)], ["+0.50", "\u22120.50", "0.00", "0.00"]);
+});
+
+test("the ink on every expert's colour has a contrast of at least 4.5", () => {
+  for (const colour of PALETTE) {
+    const [low, high] = [luminance(colour), luminance(inkOn(colour))].sort((a, b) => a - b);
+    assert.ok((high + 0.05) / (low + 0.05) >= 4.5, colour);
+  }
+});
+
+test("places and plurals", () => {
+  assert.deepEqual([rowColumn(0, 4), rowColumn(7, 4), rowColumn(8, 4)], [[1, 1], [2, 4], [3, 1]]);
+  assert.deepEqual([plural(1, "slot"), plural(2, "slot")], ["1 slot", "2 slots"]);
+});
+
+const LAYER = { kind: "token_choice", learned: true, num_experts: 4, slots: null, experts: [[2, 0], [1, 3], [], [0]],
+  weights: [[0.7, 0.2], [0.6, 0.3], [], [1]], kept: [[true, false], [true, true], [], [true]] };
+const view = () => ({ model: { grid: [2, 2] }, layers: [LAYER, LAYER] });
+
+test("a choice that was dropped has no weight", () => {
+  assert.deepEqual(patchWeights(LAYER, 0), [0, 0, 0.7, 0]);
+  assert.deepEqual(patchWeights(LAYER, 1), [0, 0.6, 0, 0.3]);
+});
+
+test("a state keeps every field in the range of its views, and tells what changed", () => {
+  const state = new ViewState(view(), { layer: 7, patch: 99, mode: "slots" });
+  assert.deepEqual([state.layer, state.patch, state.mode], [1, null, "expert"]);
+  const heard = [];
+  state.subscribe((changed) => heard.push([...changed]));
+  state.set({ patch: 3, layer: 1 });
+  state.set({ patch: 3 });
+  state.set({ hover: -1, highlight: 4, active: 1 });
+  assert.deepEqual(heard, [["patch"]]);
+  assert.equal(state.shown, 3);
+});
+
+test("slots are asked for once, and again after they were forgotten", async () => {
+  const maps = new SlotMaps();
+  const [one, layer, asked] = [view(), { layer: 3 }, []];
+  maps.ask = async (...question) => { asked.push(question); return asked.length > 1 ? { unit: 1 } : Promise.reject(new Error("away")); };
+  await Promise.all([maps.need(one, 0, layer, 2), maps.need(one, 0, layer, 2)]);
+  assert.deepEqual(asked, [[0, 3, 2]]);
+  assert.equal(maps.get(one, layer, 2).error.message, "away");
+  maps.forget(one, layer, 2);
+  await maps.need(one, 0, layer, 2);
+  assert.deepEqual(maps.get(one, layer, 2), { unit: 1 });
+});
