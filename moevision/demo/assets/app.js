@@ -3,6 +3,7 @@
 import { drawHeader, drawRail, drawSettings, limitable, listenForFiles, otherK, railHandlers } from "./app_rail.js";
 import { asAskError, Asker, emptyBox, errorBox, waitingBox } from "./app_server.js";
 import { PLACE, readAddress, readIntervention, readPlace, shareHandlers, writeAddress } from "./app_share.js";
+import { drawSimilar, showSimilar } from "./app_similar.js";
 import { Tour, tourMemory } from "./app_tour.js";
 import { Core, coreLayout } from "./core.js";
 import { pictureTitle } from "./core_stage.js";
@@ -11,7 +12,7 @@ import { fillBox, html, percent } from "./core_util.js";
 import { AboutTab } from "./tab_about.js";
 import { ClassesTab } from "./tab_classes.js";
 import { CompareTab } from "./tab_compare.js";
-import { ExpertsTab, gallery } from "./tab_experts.js";
+import { ExpertsTab } from "./tab_experts.js";
 import { WhatIfTab } from "./tab_whatif.js";
 /** @import { Boot, Chosen, Intervention, Server, Tab, View, Wish } from "./types.js" */
 
@@ -120,7 +121,7 @@ export class App {
       tab: (button) => this.openTab(button.dataset.tab),
       retry: () => this.load([...this.pictures.keys()]),
       undo: () => this.undo(),
-      similar: () => this.showSimilar(),
+      similar: () => showSimilar(this),
       tour: () => this.state && new Tour(this.core),
     });
     Object.assign(this.core.changes, rail.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
@@ -272,7 +273,7 @@ export class App {
       this.state.set({ views, active: Math.min(this.slot, views.length - 1), ...start });
     }
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
-    this.drawSimilar();
+    drawSimilar(this);
     this.remember();
     this.refreshTab(first ? null : kind);
   }
@@ -285,7 +286,7 @@ export class App {
 
   /** @param {Set<string>} changed */
   follow(changed) {
-    if (["patch", "active", "views"].some((name) => changed.has(name))) this.drawSimilar();
+    if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
     if (changed.has("layer")) this.refreshTab("layer");
     if (["layer", "patch", "mode", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
   }
@@ -346,31 +347,6 @@ export class App {
     toast.hidden = false;
     clearTimeout(this.toasting);
     this.toasting = setTimeout(() => { toast.hidden = true; }, 4000);
-  }
-
-  // ---- patches with the same path -----------------------------------------------------------------------------
-
-  drawSimilar() {
-    const { patch, view } = this.state;
-    // A path needs an expert in every layer; where experts choose, a patch may have none.
-    const wanted = this.model.has_pictures && patch !== null && view.layers.every((layer) => layer.experts[patch].length);
-    fillBox(this.core.box("similar"), wanted ? html`<button type="button" class="mv-button" data-action="similar" data-key="similar">Patches with the same path</button>` : "");
-  }
-
-  async showSimilar() {
-    const { state } = this;
-    const place = this.core.box("similar");
-    const patch = state.patch;
-    fillBox(place, waitingBox("Looking for patches with this path…"));
-    try {
-      const path = state.view.layers.map((layer) => layer.experts[patch][0]);
-      const { patches } = await this.asker.remember("similar", { model: this.model.id, variant: this.variant, path, class: null });
-      if (state.patch !== patch) return;
-      fillBox(place, patches.length ? gallery("Patches with the same path", patches)
-        : html`<p class="mv-note">No patch of the model's images takes exactly this path.</p>`);
-    } catch (error) {
-      fillBox(place, errorBox(asAskError(error), "similar"));
-    }
   }
 
   // ---- tabs ---------------------------------------------------------------------------------------------------
