@@ -23,6 +23,7 @@ from moevision.analysis.intervention import Kind as Change
 from moevision.analysis.intervention import refusal
 from moevision.data.images import BadImageError, safe_open
 from moevision.data.transforms import square_pixels
+from moevision.demo.steps import steps
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError
 from moevision.layers import HandmadeRouter, LabelRouter, MoEMlp, Routing, forward_routing
@@ -62,6 +63,8 @@ class LayerFacts:
         read_by_classifier: whether what it computes for patches reaches the classifier; else routes change no answer.
         refused: why a change of that kind has no meaning here, as the end of a sentence; kinds that aren't in it do.
         route_by: `token`, or `image` where all patches of an image share one choice.
+        steps: what the router does, step by step (`demo.steps`).
+        expert_parameters: parameters of one routed expert.
     """
 
     layer: int
@@ -77,6 +80,8 @@ class LayerFacts:
     read_by_classifier: bool = True
     refused: dict[str, str] = field(default_factory=dict)
     route_by: RouteBy = "token"
+    steps: dict[str, str] = field(default_factory=dict)
+    expert_parameters: int = 0
 
     @property
     def name(self) -> str:
@@ -136,6 +141,8 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
                 kind: why for kind in CHANGES if (why := refusal(kind, routing.kind, routing.route_by)) is not None
             },
             route_by=routing.route_by,
+            steps=steps(layer),
+            expert_parameters=sum(weight.numel() for weight in layer.experts.parameters()) // routing.num_experts,
         )
         for name, layer, routing, is_read in zip(names, layers, routings, routes_read(net), strict=True)
     )
@@ -187,7 +194,7 @@ MAX_ASPECT: Final = 20
 class ModelFacts:
     """What a view says about the model that made it; see `describe`.
 
-    `routers` has one entry per MoE layer, in order of depth.
+    `routers` has one entry per MoE layer, in order of depth; `parameters` is all that the model has.
     """
 
     id: str
@@ -199,6 +206,7 @@ class ModelFacts:
     variant: str = "trained"
     accuracy_text: str = ""
     data_text: str = ""
+    parameters: int = 0
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -285,6 +293,7 @@ def describe(model: SavedModel, *, id: str = "model", title: str = "model", **te
         grid=grid,
         routers=layer_facts(model.net, layers, routings),
         class_names=tuple(model.class_names),
+        parameters=sum(weight.numel() for weight in model.net.parameters()),
         **texts,
     )
 

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 from moevision.analysis.intervention import Intervention, intervene, numbered_layers, refusal, routing_kind
+from moevision.demo.computation import Computation, Heard, listen
 from moevision.demo.facts import (
     LayerFacts,
     ModelFacts,
@@ -211,6 +212,7 @@ class LayerView:
             other patches.
         probs: [P, E] the router's affinities, summing to 1.
         slots: what slots read and patches take; None but for Soft MoE.
+        computation: what was computed of it, in numbers; None where nobody listened.
     """
 
     facts: LayerFacts
@@ -219,6 +221,7 @@ class LayerView:
     kept: npt.NDArray[np.bool_]
     probs: npt.NDArray[np.float32]
     slots: SlotWeights | None = None
+    computation: Computation | None = None
 
     @property
     def margin(self) -> npt.NDArray[np.float32]:
@@ -267,6 +270,7 @@ class LayerView:
             "counts": counts.tolist(),
             "requested": self.requested.tolist(),
             "slowest": round(float(counts.max() / counts.mean()), 4) if counts.any() else 0.0,
+            "computation": None if self.computation is None else self.computation.to_json(),
             "reads": None if self.slots is None else np.round(self.slots.reads, 5).tolist(),
         }
 
@@ -353,14 +357,15 @@ def route_image(
     settings = settings or Settings()
     facts = facts or describe(saved, title="" if isinstance(model, SavedModel) else title_of(model))
     pixels = model_input(image, saved.image_size)
-    with settings.applied(saved.net):
+    with settings.applied(saved.net), listen(saved.net) as heard:
         logits, routings = route_batch(saved, pixels[None])
     known = picture or PictureFacts(pixels, name=Path(image).name if isinstance(image, str | Path) else "one image")
     return RoutingView(
         model=facts,
         picture=replace(known, pixels=pixels),
         layers=tuple(
-            _layer_view(routing, router, settings) for routing, router in zip(routings, facts.routers, strict=True)
+            _layer_view(routing, router, settings, one)
+            for routing, router, one in zip(routings, facts.routers, heard, strict=True)
         ),
         probabilities=softmax(logits)[0],
         dense_probabilities=dense_probabilities if dense is None else _dense(dense, image, pixels),
@@ -381,7 +386,7 @@ def _dense(dense: SavedModel, image: Image.Image | Pixels | str | Path, pixels: 
     return probabilities
 
 
-def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings) -> LayerView:
+def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: Heard) -> LayerView:
     first = routing.num_prefix_tokens
     top_k = routing.top_k  # also what an intervention around us has made of it
     if routing.kind != "token_choice":
@@ -393,6 +398,7 @@ def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings) -> Laye
         kept=routing.kept[0, first:].cpu().numpy(),
         probs=routing.probs[0, first:].float().cpu().numpy(),
         slots=SlotWeights.of(routing) if isinstance(routing, SoftRouting) else None,
+        computation=heard.computation(routing),
     )
 
 

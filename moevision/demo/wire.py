@@ -1,4 +1,4 @@
-"""Images as text: data URIs to a browser, and the only door for an image from one.
+"""Images and arrays as text: data URIs to a browser, the only door for an image from one, and packed numbers.
 
 A visitor's image is base64 inside the request, never a path or an address, so nothing on the server's disk and
 nothing on its network can be asked for. The bytes go through `moevision.data.images.safe_open`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,19 @@ def data_uri(pixels: npt.NDArray[np.uint8], format: Literal["png", "jpeg"] = "pn
     else:
         Image.fromarray(pixels).save(buffer, "JPEG", quality=90, subsampling=0)
     return f"data:image/{format};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def packed(values: npt.NDArray[np.floating[Any]]) -> dict[str, Any]:
+    """Real numbers as a few characters each.
+
+    Returns:
+        `data`, base64 of little-endian int16 in row-major order; `unit`, what 1 stands for, so that the largest number
+        is 32767 and none is off by more than half a unit; and `shape`.
+    """
+    largest = float(np.abs(values).max(initial=0.0))
+    unit = largest / 32767 if largest > 0 else 1.0
+    whole = np.round(np.asarray(values, np.float64) / unit).astype("<i2")
+    return {"unit": unit, "shape": list(values.shape), "data": base64.b64encode(whole.tobytes()).decode("ascii")}
 
 
 def open_data_uri(text: str) -> Image.Image:

@@ -106,9 +106,10 @@ def test_the_schema_is_complete_and_plain_json(model, pixels):
     assert view["schema"] == "moevision.view/2"
     assert set(view) == {"schema", "model", "picture", "layers", "prediction", "settings"}
     facts = {"id", "title", "image_size", "grid", "num_experts", "top_k", "max_top_k", "layers", "class_names"}
-    assert set(view["model"]) == facts | {"routers", "variant", "accuracy_text", "data_text"}
+    assert set(view["model"]) == facts | {"routers", "variant", "accuracy_text", "data_text", "parameters"}
     assert set(view["picture"]) == {"id", "name", "label", "src", "unlike", "credit"}
     numbers = {"experts", "weights", "kept", "probs", "margin", "entropy", "counts", "requested", "slowest"}
+    numbers |= {"computation", "steps", "expert_parameters"}
     routing = {"layer", "name", "words", "router", "kind", "learned", "num_experts", "top_k", "num_shared_experts"}
     limits = {"capacity", "train_capacity", "slots", "reads", "read_by_classifier", "route_by"}
     assert all(set(layer) == numbers | routing | limits for layer in view["layers"])

@@ -1,0 +1,129 @@
+"""What each router does with a patch, in its own words: the sentences of the computation card.
+
+They are read off the layer's router and its options, for evaluation, which is what the explorer shows; the numbers
+beside them are `computation.py`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from moevision.layers import ExpertChoiceRouter, HandmadeRouter, MoEMlp, SoftRouter, TopKRouter
+from moevision.layers.routers import JITTER, CosineRouter, SigmoidRouter
+from moevision.layers.routing import routed_unit
+
+STEPS: Final = ("scores", "shares", "kept", "weights")
+# Where a gate that nobody learned gets its expert from.
+_RULES: Final = {
+    "HashRouter": "A hash of the patch's position",
+    "RandomRouter": "A draw that is fixed for each position (in training a new one each time)",
+    "PositionRouter": "The patch's place, from top to bottom,",
+    "ColourRouter": "The nearest of a few colours",
+    "LabelRouter": "The class of the image, which it is told,",
+}
+
+
+def steps(layer: MoEMlp) -> dict[str, str]:
+    """One or two sentences for each of `STEPS`."""
+    router: Any = layer.router
+    if isinstance(router, HandmadeRouter):
+        return _by_rule(router)
+    if isinstance(router, SoftRouter):
+        return _soft()
+    if isinstance(router, ExpertChoiceRouter):
+        return _expert_choice(router)
+    if isinstance(router, SigmoidRouter):
+        return _sigmoid(router)
+    if isinstance(router, TopKRouter):
+        return _top_k(router)
+    own = f"The router {type(router).__name__} gives each expert a number."
+    return {"scores": own, "shares": "As shares of 1.", "kept": "It chooses experts.", "weights": "It gives weights."}
+
+
+def _top_k(router: TopKRouter) -> dict[str, str]:
+    if isinstance(router, CosineRouter):
+        scores = "The angle between the patch and one learned direction per expert, times a learned scale."
+    else:
+        scores = "The patch is compared with one learned direction per expert."
+    noise = {
+        "learned": " Training adds noise, as strong as a second learned map says for this patch; here there is none.",
+        "fixed": f" Training adds noise of size 1/{router.num_experts}; here there is none.",
+        "jitter": f" Training shakes the patch by up to {JITTER:.0%} first; here it doesn't.",
+        "none": "",
+    }[router.noise]
+    if router.softmax_over == "kept" and router.normalizes(router.top_k):
+        weights = "Softmax over the kept scores alone: the weights add up to 1."
+    elif router.normalizes(router.top_k):
+        weights = "The kept shares, divided by their sum: the weights add up to 1."
+    else:
+        weights = "Each kept share is the weight. The rest belonged to the other experts, and is left out."
+    return {
+        "scores": _unit(router) + scores + noise,
+        "shares": "Softmax turns the scores into shares that add up to 1.",
+        "kept": "The highest are kept; the others don't run." + _capacity(router),
+        "weights": weights,
+    }
+
+
+def _sigmoid(router: SigmoidRouter) -> dict[str, str]:
+    balanced = router.bias is not None
+    best = "The highest affinity plus bias is kept: the bias keeps the load even, and enters no weight."
+    weights = (
+        "The kept affinities, divided by their sum: the weights add up to 1."
+        if router.normalizes(router.top_k)
+        else "Each kept affinity is the weight; the weights needn't add up to 1."
+    )
+    return {
+        "scores": _unit(router) + "The patch is compared with one learned direction per expert.",
+        "shares": "A sigmoid for each score alone gives an affinity from 0 to 1: experts don't compete here.",
+        "kept": (best if balanced else "The highest are kept; the others don't run.") + _capacity(router),
+        "weights": weights,
+    }
+
+
+def _expert_choice(router: ExpertChoiceRouter) -> dict[str, str]:
+    noise = (
+        f" Training adds noise of size 1/{router.num_experts}; here there is none." if router.noise == "fixed" else ""
+    )
+    return {
+        "scores": "The patch is compared with one learned direction per expert." + noise,
+        "shares": "Softmax turns the scores into shares that add up to 1.",
+        "kept": "Experts choose patches: each takes the patches of the image with its largest shares, all experts "
+        "equally many. A patch may get several experts, or none.",
+        "weights": "The shares, divided by their sum over the experts that took the patch, are the weights."
+        if router.options.normalize_gates
+        else "The share of each expert that took the patch is its weight. The rest is left out.",
+    }
+
+
+def _soft() -> dict[str, str]:
+    return {
+        "scores": "The patch is compared with every slot of every expert; an expert's score sums up its slots.",
+        "shares": "Softmax over all slots: the patch's shares add up to 1.",
+        "kept": "Nothing is left out: experts compute slots, means of all patches, and every patch takes from all.",
+        "weights": "The shares are the weights; they add up to 1.",
+    }
+
+
+def _by_rule(router: HandmadeRouter) -> dict[str, str]:
+    rule = _RULES.get(type(router).__name__, "A rule")
+    return {
+        "scores": f"Nothing is learned here. {rule} decides.",
+        "shares": "No shares: the rule has decided already.",
+        "kept": "The rule's expert is kept, and the next ones in cyclic order if there are several.",
+        "weights": "Every kept expert gets the same weight; the weights add up to 1.",
+    }
+
+
+def _unit(router: TopKRouter) -> str:
+    if routed_unit(router) == "token":
+        return ""
+    return "The image is routed as a whole: the mean of its patches decides for all of them. "
+
+
+def _capacity(router: TopKRouter) -> str:
+    factor = router.options.eval_capacity_factor
+    if factor is None:
+        return ""
+    first = "the smallest weights" if router.options.batch_priority else "the last patches"
+    return f" A full expert (capacity factor {factor:g}) turns away {first}."
