@@ -3,7 +3,8 @@
 // click asks a server.
 
 import { drawLoads, drawPrediction, drawVerdict } from "./core_answer.js";
-import { drawInspector } from "./core_inspector.js";
+import { drawInspector, drawWhere } from "./core_inspector.js";
+import { Card } from "./core_card.js";
 import { describePatch, MODES, modesOf, routingWords } from "./core_kinds.js";
 import { drawSlots } from "./core_slots.js";
 import { drawLegend, drawStrip, frameStrip, pictureTitle, Stage } from "./core_stage.js";
@@ -28,7 +29,7 @@ export const coreLayout = () => html`
       <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}</div>
     </div>
   </section>
-  <aside class="mv-inspector" aria-label="Patch inspector">${box("inspector")}${box("similar")}</aside>`;
+  <aside class="mv-inspector" aria-label="Patch inspector">${box("where")}${box("card")}${box("inspector")}${box("similar")}</aside>`;
 
 const modeSwitch = () => html`<div class="mv-switch" role="group" aria-label="Colour by">
   ${Object.entries(MODES).map(([mode, { label }]) => html`<button type="button" data-action="mode" data-mode="${mode}"
@@ -56,6 +57,7 @@ export class Core {
   /** @param {ViewState} state */
   attach(state) {
     this.state = state;
+    this.card = new Card(this.box("card"), state, (text) => this.announce(text));
     this.drawAll();
     if (state.mode === "slots") this.fetchSlots();
     state.subscribe((changed) => this.update(changed));
@@ -72,6 +74,8 @@ export class Core {
       "soft-side": (button) => this.state.set({ slotSide: button.dataset.side }),
       "soft-slot": (button) => this.state.set({ slot: button.dataset.pick === "all" ? null : Number(button.dataset.pick) }),
       "soft-again": () => { this.state.slotMaps.forget(this.state.view, this.state.currentLayer, this.state.slotExpert); this.fetchSlots(); },
+      step: (button) => this.card.go(Number(button.dataset.step)),
+      play: () => this.card.play(),
       unpin: () => this.state.set({ patch: null }),
       highlight: (button) => {
         const { state } = this;
@@ -195,6 +199,12 @@ export class Core {
     drawLoads(this.box("loads"), this.state);
     drawLegend(this.box("legend"), this.state);
     drawSlots(this.box("slots"), this.state);
+    this.drawPatch();
+  }
+
+  drawPatch() {
+    drawWhere(this.box("where"), this.state);
+    this.card.draw();
     drawInspector(this.box("inspector"), this.state);
   }
 
@@ -223,7 +233,8 @@ export class Core {
     if (has("layer", "highlight", "active")) drawLoads(this.box("loads"), this.state);
     if (has("layer", "mode", "highlight", "active") || slots) drawLegend(this.box("legend"), this.state);
     if (has("layer", "mode", "active") || slots) drawSlots(this.box("slots"), this.state);
-    if (has("layer", "patch", "hover", "active", "mode") || slots) drawInspector(this.box("inspector"), this.state);
+    if (has("layer", "patch", "hover", "active", "mode") || slots) this.drawPatch();
+    else if (has("step")) this.card.draw();
     if (has("layer", "mode", "strength")) this.drawControls();
     return undefined;
   }

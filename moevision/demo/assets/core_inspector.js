@@ -141,6 +141,21 @@ function drawPath(state, patch) {
     </div>`;
 }
 
+/**
+ * Which patch it is, and its first expert.
+ * @param {HTMLElement} box @param {ViewState} state
+ */
+export function drawWhere(box, state) {
+  const { view, currentLayer: layer, shown: patch } = state;
+  if (patch === null) return fillBox(box, "");
+  const [row, column] = rowColumn(patch, view.model.grid[1]);
+  const [first] = layer.experts[patch];
+  const nobody = first === undefined;
+  return fillBox(box, html`<p class="mv-where">${nobody ? html`<span class="mv-chip mv-big mv-none">–</span>` : chip(first, layer.num_experts, "mv-big")}
+      <span><b>${nobody ? `${layer.name}: no expert` : layerExpert(layer, first)}</b><br><span class="mv-soft">row ${row}, column ${column}${view === state.views[1] ? " · second image" : ""}</span></span>
+      ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin">unpin</button>`}</p>`);
+}
+
 /** @param {HTMLElement} box @param {ViewState} state */
 export function drawInspector(box, state) {
   const patch = state.shown;
@@ -150,18 +165,12 @@ export function drawInspector(box, state) {
     return;
   }
   const { view, currentLayer: layer } = state;
-  const [row, column] = rowColumn(patch, view.model.grid[1]);
-  const [first] = layer.experts[patch];
-  const nobody = first === undefined;
   const facts = [...(layer.learned ? [[term("margin", "margin"), html`${fixed(layer.margin[patch], layer.kind === "soft" ? 3 : 2)}`],
     [term("entropy", "entropy"), html`${fixed(layer.entropy[patch])} <small>of ${fixed(Math.log2(layer.num_experts), Number.isInteger(Math.log2(layer.num_experts)) ? 0 : 1)} bits</small>`]] : []),
     ...slotFacts(state, layer, patch)];
   fillBox(box, html`
-    <p class="mv-where">${nobody ? html`<span class="mv-chip mv-big mv-none">–</span>` : chip(first, layer.num_experts, "mv-big")}
-      <span><b>${nobody ? `${layer.name}: no expert` : layerExpert(layer, first)}</b><br><span class="mv-soft">row ${row}, column ${column}${view === state.views[1] ? " · second image" : ""}</span></span>
-      ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin">unpin</button>`}</p>
     ${drawZooms(view, patch)}
-    ${drawChoices(view, layer, patch)}
+    <div class="mv-weights">${drawChoices(view, layer, patch)}</div>
     ${facts.length > 0 && html`<dl class="mv-facts">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
     ${drawPath(state, patch)}
     <p class="mv-note">${contextSentence(state)}</p>`);

@@ -95,7 +95,7 @@ const droppedChoices = (layer, away = null) => layer.kept.reduce((sum, row, patc
  * The expert of a layer that the view's intervention takes away; null without one.
  * @param {View} given @param {Layer} given
  */
-function awayExpert({ settings: { intervention } }, { layer }) {
+export function awayExpert({ settings: { intervention } }, { layer }) {
   return intervention?.kind === "ablate" && intervention.layer === layer ? intervention.expert : null;
 }
 

@@ -1,6 +1,7 @@
 // What is being looked at. Parts of the page subscribe and draw themselves; nobody else is told.
 
 import { modesOf } from "./core_kinds.js";
+import { LAST_STEP } from "./core_numbers.js";
 import { SIDES, SlotMaps } from "./core_slots.js";
 import { clamp } from "./core_util.js";
 /** @import { Fields, Mode, View } from "./types.js" */
@@ -11,6 +12,7 @@ import { clamp } from "./core_util.js";
  * views: one or two `moevision.view/2` objects of the same model; active: the one whose patch is inspected;
  * layer: position in `layers` (0 is the first MoE layer); patch: the pinned one; hover: the one under the pointer;
  * highlight: an expert whose patches stand out; strength: opacity of a patch with gate weight 1.
+ * step: how far the computation card is.
  * Of Soft MoE: slotExpert, whose slots are shown; slot: one of them, null for their mean; slotSide: "reads" or "takes";
  * slotMaps: what the server said about them, slotsHere: how often it did.
  */
@@ -31,6 +33,7 @@ export class ViewState {
     this.slotSide = "reads";
     this.slotMaps = new SlotMaps();
     this.slotsHere = 0;
+    this.step = LAST_STEP;
     this.listeners = [];
     Object.assign(this, start);
     this.settle();
@@ -48,7 +51,7 @@ export class ViewState {
     Object.assign(this, change);
     this.settle();
     const names = ["views", "active", "layer", "patch", "hover", "mode", "highlight", "strength",
-      "slotExpert", "slot", "slotSide", "slotsHere"];
+      "slotExpert", "slot", "slotSide", "slotsHere", "step"];
     const changed = new Set(names.filter((name) => before[name] !== this[name]));
     if (changed.size) this.listeners.forEach((listener) => listener(changed, this));
   }
@@ -63,6 +66,7 @@ export class ViewState {
     this.hover = inside(this.hover, patches);
     this.active = this.views.length > 1 ? clamp(this.active, 0, 1) : 0;
     const layer = this.currentLayer;
+    this.step = inside(this.step, LAST_STEP + 1) ?? LAST_STEP;
     this.highlight = inside(this.highlight, layer.num_experts);
     if (!modesOf(layer).includes(this.mode)) this.mode = "expert";
     if (this.mode !== "slots") return;

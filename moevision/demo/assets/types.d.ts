@@ -27,6 +27,32 @@ export interface Router {
   read_by_classifier: boolean;
   route_by: "token" | "image";
   refused: Record<string, string>;
+  /** What the router does: scores, shares, kept, weights. */
+  steps: Record<string, string>;
+  expert_parameters: number;
+}
+
+/** Numbers as demo/wire.py packs them: base64 of little-endian int16, times a unit. */
+export interface Packed { unit: number; shape: number[]; data: string }
+
+/** An expert that a patch chose: its weight, whether it ran, and the length of what it gave. */
+export interface Choice { expert: number; weight: number; kept: boolean; length: number }
+
+/** How a layer computed one patch; lengths are those of vectors. */
+export interface Computed {
+  scores: number[];
+  /** Softmax of the scores, or sigmoids. */
+  shares: number[];
+  sigmoid: boolean;
+  bias: number[] | null;
+  choices: Choice[];
+  kept: Choice[];
+  total: number;
+  shared: number | null;
+  before: number | null;
+  added: number | null;
+  after: number | null;
+  missing: string[];
 }
 
 /** Where a layer sent the patches of one image: P patches, K choices, E experts. */
@@ -40,6 +66,8 @@ export interface Layer extends Omit<Router, "refused"> {
   counts: number[];
   requested: number[];
   slowest: number;
+  /** demo/computation.py; null where nobody listened. */
+  computation: Record<string, Packed | null> | null;
   /** [E][P] of Soft MoE. */
   reads: number[][] | null;
 }
@@ -58,6 +86,7 @@ export interface Model {
   num_experts: number | null;
   top_k: number | null;
   max_top_k: number;
+  parameters: number;
 }
 
 export interface Picture {
@@ -122,6 +151,7 @@ export interface Fields {
   slot?: number | null;
   slotSide?: string;
   slotsHere?: number;
+  step?: number;
 }
 
 /** How one patch is drawn on the stage. */

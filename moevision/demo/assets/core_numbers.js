@@ -1,0 +1,110 @@
+// The numbers of one patch's computation, read from a view: what the server packed, and what follows from it.
+
+import { lostWords } from "./core_kinds.js";
+import { fixed, layerExpert } from "./core_util.js";
+/** @import { Choice, Computed, Layer, Packed, View } from "./types.js" */
+
+/** The steps from scores to what the layer adds to the residual stream. */
+export const STEPS = [["scores", "Scores"], ["shares", "Shares"], ["kept", "Kept"], ["outputs", "Outputs"], ["sum", "Sum"]];
+export const LAST_STEP = STEPS.length - 1;
+
+const unpacked = new WeakMap();
+
+/**
+ * Numbers that the server packed (demo/wire.py): base64 of little-endian int16, times a unit.
+ * @param {Packed} packed @returns {number[]}
+ */
+export function unpack(packed) {
+  if (!unpacked.has(packed)) {
+    const bytes = atob(packed.data);
+    const whole = (index) => ((bytes.charCodeAt(index + 1) << 24) >> 16) | bytes.charCodeAt(index);
+    unpacked.set(packed, Array.from({ length: bytes.length / 2 }, (_, index) => whole(2 * index) * packed.unit));
+  }
+  return unpacked.get(packed);
+}
+
+/**
+ * One row of a packed table, or one number of a packed list; null where there is none.
+ * @param {Packed | null} packed @param {number} row @returns {any}
+ */
+function rowOf(packed, row) {
+  if (!packed) return null;
+  const width = packed.shape[1];
+  return width === undefined ? unpack(packed)[row] : unpack(packed).slice(row * width, (row + 1) * width);
+}
+
+/**
+ * How a layer computed a patch; null if the view doesn't say (an older export).
+ * @param {View} view @param {Layer} layer @param {number} patch @returns {Computed | null}
+ */
+export function computedPatch(view, layer, patch) {
+  const { computation } = layer;
+  if (!computation) return null;
+  const at = (name) => rowOf(computation[name], patch);
+  const outputs = at("outputs");
+  /** @type {Choice[]} */
+  const choices = layer.experts[patch].map((expert, rank) => ({
+    expert, weight: layer.weights[patch][rank], kept: layer.kept[patch][rank], length: outputs[rank],
+  }));
+  const scores = at("scores");
+  const bias = computation.bias && unpack(computation.bias);
+  const sigmoid = ["sigmoid", "bias_balanced"].includes(layer.router);
+  const shares = sigmoid ? scores.map((score) => 1 / (1 + Math.exp(-score))) : layer.probs[patch];
+  return { scores, shares, sigmoid, bias, choices, kept: choices.filter(({ kept }) => kept), total: at("total"), shared: at("shared"),
+    before: at("before"), added: at("added"), after: at("after"), missing: missingWeight(view, layer, choices) };
+}
+
+/**
+ * Where weight went that no expert's output got: nothing, or a sentence for each way. Below half a hundredth there is
+ * nothing to see.
+ * @param {View} view @param {Layer} layer @param {Choice[]} choices
+ */
+function missingWeight(view, layer, choices) {
+  const sum = (some) => some.reduce((total, { weight }) => total + weight, 0);
+  const sentences = choices.filter(({ kept, weight }) => !kept && weight >= 0.005).map(({ expert, weight }) => {
+    const why = lostWords(view, layer, expert) === "taken away" ? "it was taken away" : "it was full";
+    return `${fixed(weight)} was ${layerExpert(layer, expert)}'s: ${why}, and nobody else gets it.`;
+  });
+  const rest = 1 - sum(choices);
+  if (rest >= 0.005 && choices.length && layer.steps.weights.endsWith("left out.")) {
+    const others = layer.kind === "expert_choice" ? "experts that didn't take the patch" : "experts that weren't kept";
+    sentences.push(`The other ${fixed(rest)} belongs to ${others}, and is left out.`);
+  }
+  return sentences;
+}
+
+/**
+ * How many experts of a layer ran for a patch. Of Soft MoE all do.
+ * @param {Layer} layer @param {number} patch
+ */
+export const expertsRun = (layer, patch) => layer.kept[patch].filter(Boolean).length;
+
+/**
+ * Parameters that computed a patch, of all that the model has: experts that didn't run are left out in every layer.
+ * @param {View} view @param {number} patch
+ */
+export function parametersRun({ model, layers }, patch) {
+  const idle = layers.reduce((sum, layer) => sum + (layer.num_experts - expertsRun(layer, patch)) * layer.expert_parameters, 0);
+  return { run: model.parameters - idle, all: model.parameters };
+}
+
+const WORDS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
+
+/** @param {number} number */
+const millions = (number) => (number >= 1e6 ? `${fixed(number / 1e6, number >= 1e7 ? 0 : 1)} M` : `${Math.max(1, Math.round(number / 1e3))} K`);
+
+/**
+ * What sparsity means for a patch: said where it happens.
+ * @param {View} view @param {Layer} layer @param {number} patch
+ */
+export function sparsityWords(view, layer, patch) {
+  const { num_experts: experts } = layer;
+  if (layer.kind === "soft") return `All ${experts} experts ran, each on its slots: means of all patches, not patch by patch.`;
+  const ran = expertsRun(layer, patch);
+  const { run, all } = parametersRun(view, patch);
+  const idle = experts - ran;
+  const share = `${ran || "None"} of ${experts} experts ran for this patch`;
+  const cost = `: ${millions(run)} of the model's ${millions(all)} parameters`;
+  if (!idle) return `${share}${cost}.`;
+  return `${share}${cost}; the other ${WORDS[idle] ?? idle} cost memory, no time.`;
+}
