@@ -88,7 +88,7 @@ def view_html(view: Mapping[str, Any], *, full_page: bool) -> str:
     # The frame can't tell its height to a notebook from inside the sandbox; the style of `.mv-framed` fits into it.
     return (
         f'<iframe title="Patch routing" sandbox="allow-scripts" srcdoc="{html.escape(page)}" '
-        'style="width:100%;height:900px;border:1px solid #8884;border-radius:8px"></iframe>'
+        'style="width:100%;height:1000px;border:1px solid #8884;border-radius:8px"></iframe>'
     )
 
 

@@ -92,7 +92,9 @@ def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[d
             A moevision.view/2 object: "prediction" (moe and dense, each [{"class", "p"}]) and "layers" (per MoE layer
             "router", "kind" ("token_choice", "expert_choice" or "soft"), "route_by" ("token", or "image" where all
             patches share one choice), "num_experts", "top_k", "experts", "weights", "kept" [patches][experts of the
-            patch, best first], "probs" [patches][experts], "margin", "entropy", "counts", "requested", "slowest", and
+            patch, best first], "probs" [patches][experts], "margin", "entropy", "counts", "requested", "slowest",
+            "computation" (scores, lengths of the experts' outputs, of their sum and of the residual stream; each
+            {"unit", "shape", "data"}, base64 of little-endian int16 times the unit), and
             for Soft MoE "slots" and "reads" [experts][patches], the mean over an expert's slots of what they read),
             beside "model", "picture" and "settings"; or {"error": a sentence,
             "code": "bad_request" | "busy" | "bad_image" | "too_large"}.

@@ -12,6 +12,9 @@ const MOST_ROWS = 8;
 const ROW = 26; // px, the height of a row in the style sheet
 const FLOW = 64; // px, the width of the arrows beside the rows
 
+/** @param {number} value a length: three figures are enough */
+const long = (value) => fixed(value, value >= 9.995 ? 1 : 2);
+
 const calm = () => window.matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 export class Card {
@@ -82,11 +85,7 @@ export class Card {
     const steps = STEPS.map(([, label], step) => html`<button type="button" role="radio" data-step="${step}" data-action="step" data-key="step-${step}">${label}</button>`);
     const row = (expert) => html`<li data-expert="${expert}">${chip(expert, layer.num_experts)}
       <span class="mv-card-bar"><i style="background:${expertColour(expert, layer.num_experts)}"></i></span><span class="mv-num"></span></li>`;
-    const flow = (expert, index) => {
-      const y = ROW * (index + 0.5);
-      return html`<path data-flow="${expert}" pathLength="1" stroke="${expertColour(expert, layer.num_experts)}"
-        d="M 10 ${y} C 34 ${y} 40 ${y} 40 ${Math.min(y + 30, ROW * rows.length)} V ${ROW * rows.length + 19}"/>`;
-    };
+    const flow = (expert) => html`<path data-flow="${expert}" pathLength="1" stroke="${expertColour(expert, layer.num_experts)}"/>`;
     fillBox(this.box, html`<div class="mv-strip-head"><h2>How this patch was computed</h2>
         <button type="button" class="mv-quiet mv-play" data-action="play" data-key="play">Play</button></div>
       <div class="mv-switch mv-steps" role="radiogroup" aria-label="Step">${steps}</div>
@@ -108,7 +107,8 @@ export class Card {
       button.tabIndex = step === this.state.step ? 0 : -1;
     });
     const looks = rowLooks(view, layer, computed, name);
-    rows.forEach((expert) => {
+    const running = rows.filter((expert) => computed.kept.some((choice) => choice.expert === expert));
+    rows.forEach((expert, index) => {
       const item = /** @type {HTMLElement} */ (this.box.querySelector(`li[data-expert="${expert}"]`));
       const look = looks(expert);
       const bar = /** @type {HTMLElement} */ (item.querySelector("i"));
@@ -117,7 +117,12 @@ export class Card {
       item.classList.toggle("mv-away", look.away);
       item.classList.toggle("mv-lost-row", look.lost);
       item.querySelector(".mv-num").textContent = look.text;
-      this.box.querySelector(`[data-flow="${expert}"]`).setAttribute("style", `stroke-width:${look.flow};opacity:${look.flow && name === "sum" ? 1 : 0}`);
+      const flow = this.box.querySelector(`[data-flow="${expert}"]`);
+      // Each arrow has a lane of its own on its way down to the stream; the lowest row takes the one nearest to it.
+      const lane = FLOW - 14 - (30 * (running.indexOf(expert) + 0.5)) / Math.max(running.length, 2);
+      const y = ROW * (index + 0.5);
+      flow.setAttribute("d", `M 10 ${y} C ${lane} ${y} ${lane} ${y} ${lane} ${Math.min(y + 26, ROW * rows.length)} V ${ROW * rows.length + 19}`);
+      flow.setAttribute("style", `stroke-width:${look.flow};opacity:${look.flow && name === "sum" ? 1 : 0}`);
     });
     fillBox(this.box.querySelector("[data-part=say]"), this.sentence(layer, name, rows.length));
     fillBox(this.box.querySelector("[data-part=told]"), told(view, layer, patch, computed, name));
@@ -189,18 +194,17 @@ function rowLooks(view, layer, computed, name) {
       return { ...base, away: name !== "kept", lost: true, size: name === "kept" ? choice.weight : 0, text: name === "kept" ? `${fixed(choice.weight)} ${lost}` : "" };
     }
     if (name === "kept") return { ...base, size: clamp(choice.weight, 0, 1), text: fixed(choice.weight) };
-    if (name === "outputs") return { ...base, size: choice.length / longest, text: fixed(choice.length) };
+    if (name === "outputs") return { ...base, size: choice.length / longest, text: long(choice.length) };
     const push = choice.weight * choice.length;
-    return { ...base, size: push / longest, text: `${fixed(choice.weight)} × ${fixed(choice.length)}`, flow: 1.5 + (6 * push) / pushed };
+    return { ...base, size: push / longest, text: `${fixed(choice.weight)} × ${long(choice.length)}`, flow: 1.5 + (6 * push) / pushed };
   };
 }
 
 /** @param {HTMLElement} box @param {Computed} computed @param {string} name */
-function drawStream(box, { before, added, after }, name) {
+function drawStream(box, { before, after }, name) {
   box.hidden = before === null;
   if (box.hidden) return;
-  box.querySelector("span").textContent = name === "sum" ? `stream ${fixed(before, 1)} → ${fixed(after, 1)}` : `stream ${fixed(before, 1)}`;
-  box.style.setProperty("--added", String(clamp((10 * added) / before, 1, 10)));
+  box.querySelector("span").textContent = name === "sum" ? `stream ${long(before)} → ${long(after)}` : `stream ${long(before)}`;
 }
 
 /**
@@ -215,12 +219,12 @@ function told(view, layer, patch, computed, name) {
     const terms = layer.kind === "soft" ? "" : `${kept.map(({ weight }) => fixed(weight)).join(" + ")}${kept.length > 1 ? ` = ${fixed(sum)}` : ""}`;
     return html`${terms && html`<b class="mv-num">${terms}</b> `}${missing.join(" ")}`;
   }
-  if (name === "outputs") return kept.length ? `${shared === null ? "" : `Shared experts give ${fixed(shared)}, for every patch. `}Nothing ran for the others.` : nobody(layer, computed);
+  if (name === "outputs") return kept.length ? `${shared === null ? "" : `Shared experts give ${long(shared)}, for every patch. `}Nothing ran for the others.` : nobody(layer, computed);
   if (name !== "sum") return "";
   if (!kept.length && shared === null) return nobody(layer, computed);
   const parts = layer.kind === "soft" ? "all experts, by their shares" : equation(kept, shared);
-  const stream = before === null ? "" : ` The residual stream (${fixed(before, 1)}) goes on with that added: ${percent(added / before)} of its length.`;
-  return html`<b>${parts}</b> has length ${fixed(total)}.${stream} <span class="mv-sparse">${sparsityWords(view, layer, patch)}</span>`;
+  const stream = before === null ? "" : ` The residual stream (${long(before)}) goes on with that added: ${percent(added / before)} of its length.`;
+  return html`<b>${parts}</b> has length ${long(total)}.${stream} <span class="mv-sparse">${sparsityWords(view, layer, patch)}</span>`;
 }
 
 /** @param {Choice[]} kept @param {number | null} shared */

@@ -91,7 +91,7 @@ export function parametersRun({ model, layers }, patch) {
 const WORDS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
 
 /** @param {number} number */
-const millions = (number) => (number >= 1e6 ? `${fixed(number / 1e6, number >= 1e7 ? 0 : 1)} M` : `${Math.max(1, Math.round(number / 1e3))} K`);
+const millions = (number) => (number >= 1e6 ? `${fixed(number / 1e6, number >= 1e7 ? 0 : 1)}\u00a0M` : `${Math.max(1, Math.round(number / 1e3))}\u00a0K`);
 
 /**
  * What sparsity means for a patch: said where it happens.
