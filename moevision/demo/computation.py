@@ -79,7 +79,7 @@ class Heard:
         x = self.tokens.flatten(0, -2)  # [N, D]; one image
 
         def lengths(values: Tensor) -> Floats:
-            return _numpy(values.flatten(0, -2).float().norm(dim=-1)[first:])
+            return _numpy(_length(values.flatten(0, -2))[first:])
 
         # Behind a norm in a residual branch the norm's output is the layer's very input.
         before, after = (self.before, self.after) if self.normed is self.tokens else (None, None)
@@ -99,14 +99,14 @@ class Heard:
         """[N, K] lengths of the experts' outputs, in the order of `routing.expert_index`."""
         experts = self.layer.experts
         sent = self.layer.dispatcher.dispatch(x.to(experts.compute_dtype(x)), routing)
-        rows = self.rows if self.rows is not None else experts(sent.rows, sent.counts)  # the dense backend has no rows
+        rows: Tensor = experts(sent.rows, sent.counts) if self.rows is None else self.rows  # dense: none were computed
         if isinstance(routing, SoftRouting):
             weight = routing.slot_weight[0].to(rows.dtype)  # [N, E, S]
             slots = rows.view(routing.num_experts, -1, rows.shape[-1])  # [E, S, D]
             share = weight.sum(-1).clamp_min(torch.finfo(rows.dtype).tiny)  # [N, E]
-            mixed = torch.einsum("nes,esd->ned", weight, slots).float().norm(dim=-1) / share
+            mixed = _length(torch.einsum("nes,esd->ned", weight, slots)) / share
             return mixed.gather(-1, routing.expert_index[0])
-        length = rows.float().norm(dim=-1)  # [R]
+        length = _length(rows)  # [R]
         if isinstance(routing, ExpertChoiceRouting):
             by_expert = length.new_zeros(routing.logits.shape[2], routing.logits.shape[1])  # [E, N]
             by_expert.scatter_(1, routing.token_index[0], length.view_as(routing.token_index[0]))
@@ -150,6 +150,12 @@ def listen(net: nn.Module) -> Iterator[list[Heard]]:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Euclidean norms [...] of vectors [..., D], in float32."""
+    length: Tensor = torch.linalg.vector_norm(vectors.float(), dim=-1)
+    return length
 
 
 def _numpy(values: Tensor) -> Floats:
