@@ -15,8 +15,6 @@ const FLOW = 64; // px, the width of the arrows beside the rows
 /** @param {number} value a length: three figures are enough */
 const long = (value) => fixed(value, value >= 9.995 ? 1 : 2);
 
-const calm = () => window.matchMedia("(prefers-reduced-motion: reduce)").matches;
-
 export class Card {
   /** @param {HTMLElement} box @param {ViewState} state @param {(text: string) => void} announce */
   constructor(box, state, announce) {
@@ -100,7 +98,6 @@ export class Card {
   fill(view, layer, patch, computed, rows) {
     const [name] = STEPS[this.state.step];
     this.box.dataset.at = name;
-    this.box.classList.toggle("mv-calm", calm());
     const buttons = /** @type {NodeListOf<HTMLElement>} */ (this.box.querySelectorAll("[data-step]"));
     buttons.forEach((button, step) => {
       button.setAttribute("aria-checked", String(step === this.state.step));
@@ -217,12 +214,12 @@ function told(view, layer, patch, computed, name) {
     if (!kept.length) return nobody(layer, computed);
     const sum = kept.reduce((all, { weight }) => all + weight, 0);
     const terms = layer.kind === "soft" ? "" : `${kept.map(({ weight }) => fixed(weight)).join(" + ")}${kept.length > 1 ? ` = ${fixed(sum)}` : ""}`;
-    return html`${terms && html`<b class="mv-num">${terms}</b> `}${missing.join(" ")}`;
+    return html`${terms && html`<b class="mv-num">${terms}</b>`}${terms && missing.length > 0 && ". "}${missing.join(" ")}`;
   }
   if (name === "outputs") return kept.length ? `${shared === null ? "" : `Shared experts give ${long(shared)}, for every patch. `}Nothing ran for the others.` : nobody(layer, computed);
   if (name !== "sum") return "";
   if (!kept.length && shared === null) return nobody(layer, computed);
-  const parts = layer.kind === "soft" ? "all experts, by their shares" : equation(kept, shared);
+  const parts = layer.kind === "soft" ? "The sum over all slots" : equation(kept, shared);
   const stream = before === null ? "" : ` The residual stream (${long(before)}) goes on with that added: ${percent(added / before)} of its length.`;
   return html`<b>${parts}</b> has length ${long(total)}.${stream} <span class="mv-sparse">${sparsityWords(view, layer, patch)}</span>`;
 }
