@@ -142,6 +142,16 @@ def saved_model(tiny_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
 
 
+@pytest.fixture(autouse=True)
+def _environment_of_its_own() -> Generator[None, None, None]:
+    """Put the environment back: Lightning leaves LOCAL_RANK there, and what is launched then joins no launcher."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 # ---- what is missing here: skipped, and summed up at the end
 
 

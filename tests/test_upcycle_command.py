@@ -27,7 +27,10 @@ def dense(tmp_path, monkeypatch):
 def test_upcycle_writes_a_model_and_what_it_costs(cli, dense):
     outcome = cli("upcycle", dense, "--out", "moe", "--num-experts", "4")
     assert outcome.code == 0, outcome.err
-    assert "dense: 2 classes, 32 px; 4 experts, top_k 1, router vmoe_top_k, in blocks 1, 3" in outcome.out
+    assert (
+        "dense: 2 classes, 32 px; 4 experts of 128 hidden units, top_k 1, router vmoe_top_k, in blocks 1, 3"
+        in outcome.out
+    )
     assert "same class for 100%" in outcome.out
     assert "change no answer" not in outcome.out
     assert "so training starts from other outputs" not in outcome.out

@@ -24,6 +24,10 @@ UNBALANCED = {"importance": 0.0, "load": 0.0, "load_balancing": 0.0, "z": 0.0}
 Record = Mapping[str, Any]
 
 
+MODEL = {"name": "vit_moe_hybrid_patch4_32"}
+"""The study's model; the rest of its recipe is configs/cifar10.yaml, which trains a wider one."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One arm.
@@ -57,7 +61,7 @@ class Arm:
         """The model and its recipe, for measuring."""
         base = find_subject("cifar10")
         aux = {**base.aux, **self.aux}
-        return replace(base, name=name, arch={**base.arch, **self.arch}, aux=aux, batch_size=self.batch)
+        return replace(base, name=name, arch={**base.arch, **MODEL, **self.arch}, aux=aux, batch_size=self.batch)
 
 
 def _batch(size: int, accumulated: int = 1) -> Arm:

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.harness import HERE, about
 from benchmarks.queue import sha256_of
-from benchmarks.sparsity.arms import ARMS, Arm, Job
+from benchmarks.sparsity.arms import ARMS, MODEL, Arm, Job
 from moevision.allocator import keep_freed_memory
 from moevision.cli import main as run_moevision
 from moevision.data import ImageDataModule
@@ -133,6 +133,7 @@ def arguments_of(job: Job, options: Namespace) -> list[str]:
         options: of the study's command line.
     """
     arm = ARMS[job.arm]
+    arch = {**MODEL, **arm.arch} if arm.data == "cifar10" else arm.arch
     given: dict[str, Any] = {
         "data.path": folder_of(arm, options),
         "data.batch_size": arm.batch // arm.accumulated,
@@ -147,7 +148,7 @@ def arguments_of(job: Job, options: Namespace) -> list[str]:
         "seed_everything": job.seed,
         "name": job.name,
         "runs_root": options.work,
-        **{f"model.arch.{name}": value for name, value in arm.arch.items()},
+        **{f"model.arch.{name}": value for name, value in arch.items()},
         **{f"model.aux.{name}": value for name, value in arm.aux.items()},
     }
     front = ["--config", options.config, "--data.download=false"]

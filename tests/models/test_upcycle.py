@@ -323,7 +323,7 @@ def test_a_file_without_a_classifier(vit: nn.Module, small_name: str, tmp_path: 
 
 def test_files_that_do_not_fit(weight_file: Path, small_name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not hold the weights of deit_tiny_patch16_224"):
-        create_from("deit_tiny_patch16_224", num_classes=3, image_size=32, weights=weight_file, depth=5)  # type: ignore[arg-type]
+        create_from("deit_tiny_patch16_224", num_classes=3, image_size=32, weights=weight_file, embed_dim=96)  # type: ignore[arg-type]
     pickled = tmp_path / "weights.pth"
     torch.save({}, pickled)
     with pytest.raises(UserError, match="never pickles"):
