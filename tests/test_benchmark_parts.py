@@ -319,7 +319,7 @@ def test_the_record_of_a_run():
     record = record_of(Path(__file__).parent / "fixtures/formats/0.1/runs/finished")
     assert (record["test"]["correct"], record["test"]["total"]) == (4, 8)
     assert record["cost"]["training_flops"] == 3 * (827_456 + 4_096) * 16
-    assert record["curve"] == [(8, 0.5), (16, 0.5)]
+    assert record["curve"] == [(8, 0.5, 0.375), (16, 0.5, 0.875)]
     assert record["layers"][0]["max_over_mean"] == 128 / 64
     assert record["command"].startswith("moevision fit pets ")
     assert record["cost"]["cpu_s"] is None, "that version didn't count it"

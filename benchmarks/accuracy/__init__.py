@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,27 @@ def record_of(run: Path) -> dict[str, Any]:
             for layer in summary["layers"]
         ],
         "curve": curve_of(run / "metrics.csv", summary["batch_size"]),
-        # The data's folder by its name only: where it lay is nobody's concern.
-        "command": provenance["command_line"].replace(summary["data"], Path(summary["data"]).name),
+        # Files and folders by their names only: where they lay is nobody's concern.
+        "command": re.sub(r"(?<![^ =])/(?:[^/ ]+/)*", "", provenance["command_line"]),
         **{name: provenance[name] for name in ("code", "started_utc", "hardware", "libraries")},
     }
 
 
-def curve_of(metrics: Path, batch_size: int) -> list[tuple[int, float]]:
-    """(training images seen, validation accuracy), one for each validation."""
+def curve_of(metrics: Path, batch_size: int) -> list[tuple[int, float, float | None]]:
+    """One for each validation: training images seen, validation accuracy, and that of the epoch's logged batches.
+
+    Its batches are augmented and counted before their own steps, so that is less than the images themselves would give.
+    """
+    curve, trained = [], []
     with metrics.open(newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row.get("val/top1")]
-    return [((int(row["step"]) + 1) * batch_size, float(row["val/top1"])) for row in rows]
+        for row in csv.DictReader(lines):
+            if row.get("train/top1"):
+                trained.append(float(row["train/top1"]))
+            if row.get("val/top1"):
+                train = sum(trained) / len(trained) if trained else None
+                curve.append(((int(row["step"]) + 1) * batch_size, float(row["val/top1"]), train))
+                trained = []
+    return curve
 
 
 def main() -> None:
