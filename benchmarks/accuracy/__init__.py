@@ -53,7 +53,7 @@ def record_of(run: Path) -> dict[str, Any]:
         ],
         "curve": curve_of(run / "metrics.csv", summary["batch_size"]),
         # Files and folders by their names only: where they lay is nobody's concern.
-        "command": re.sub(r"(?<![^ =])/(?:[^/ ]+/)*", "", provenance["command_line"]),
+        "command": re.sub(r"(?<![^ =])[./][^ =]*/", "", provenance["command_line"]),
         **{name: provenance[name] for name in ("code", "started_utc", "hardware", "libraries")},
     }
 
