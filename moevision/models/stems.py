@@ -59,15 +59,7 @@ def stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
     Raises:
         UserError: if D or patch_size doesn't fit.
     """
-    pools = _poolings("stages", embed_dim, patch_size)
-    widths = (embed_dim // 4, embed_dim // 2, embed_dim)
-
-    def stage(before: int, width: int, index: int, stride: int, **factory: Any) -> list[nn.Module]:
-        residual = [Residual(width, **factory)] if index == 1 or (index == 2 and pools == 3) else []
-        pooling = [nn.MaxPool2d(2)] if index < pools else []
-        return [_conv(before, width, stride, **factory), *residual, *pooling]
-
-    return _stages(widths, stage, patch_size // 2**pools)
+    return _stages("stages", embed_dim, patch_size, (4, 2, 1), pool_first=False)
 
 
 def wide_stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbed]:
@@ -80,31 +72,30 @@ def wide_stage_stem(embed_dim: int, patch_size: int) -> Callable[..., HybridEmbe
     Raises:
         UserError: if D or patch_size doesn't fit.
     """
-    pools = _poolings("wide_stages", embed_dim, patch_size)
-
-    def stage(before: int, width: int, index: int, stride: int, **factory: Any) -> list[nn.Module]:
-        residual = [Residual(width, **factory)] if index > 0 else []
-        pooling = [nn.MaxPool2d(2)] if index < pools else []
-        return [_conv(before, width, stride, **factory), *pooling, *residual]
-
-    return _stages((embed_dim // 2, embed_dim, embed_dim), stage, patch_size // 2**pools)
+    return _stages("wide_stages", embed_dim, patch_size, (2, 1, 1), pool_first=True)
 
 
-def _poolings(stem: str, embed_dim: int, patch_size: int) -> int:
+def _stages(
+    stem: str, embed_dim: int, patch_size: int, parts: tuple[int, ...], *, pool_first: bool
+) -> Callable[..., HybridEmbed]:
+    """Stages of widths D / parts; with `pool_first` residual convolutions follow the pooling, in the last stage too."""
     pools = min(3, _halvings(stem, patch_size))
     if pools < 2 or embed_dim % 4:
         raise UserError(
             f"stem={stem!r} needs patches of at least 4 px and a width divisible by 4: "
             f"they are {patch_size} and {embed_dim}."
         )
-    return pools
+    widths, stride = [embed_dim // part for part in parts], patch_size // 2**pools
 
-
-def _stages(widths: tuple[int, ...], stage: Callable[..., list[nn.Module]], stride: int) -> Callable[..., HybridEmbed]:
     def backbone(in_chans: int, **factory: Any) -> nn.Module:
         stages = []
-        for index, (before, width) in enumerate(zip((in_chans, *widths), widths, strict=False)):
-            stages.append(nn.Sequential(*stage(before, width, index, stride if index == 0 else 1, **factory)))
+        for stage, (before, width) in enumerate(zip((in_chans, *widths), widths, strict=False)):
+            layers = [_conv(before, width, stride if stage == 0 else 1, **factory)]
+            if stage == 1 or (stage == 2 and (pool_first or pools == 3)):
+                layers.append(Residual(width, **factory))
+            if stage < pools:
+                layers.insert(1 if pool_first else len(layers), nn.MaxPool2d(2))
+            stages.append(nn.Sequential(*layers))
         return Stages(*stages)
 
     return partial(_embed, backbone)
