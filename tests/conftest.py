@@ -3,12 +3,13 @@
 import io
 import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import hypothesis
@@ -140,6 +141,25 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def saved_model(tiny_run: Path, tmp_path: Path) -> Path:
     """A copy of the tiny run's exported model, to be damaged."""
     return Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
+
+
+@pytest.fixture
+def send_signal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let this process, which trains, get a signal after a step; afterwards no more."""
+    from moevision.train.callbacks import Stopwatch
+
+    def after(step: int, number: int = signal.SIGTERM) -> None:
+        real = Stopwatch.on_train_batch_end
+
+        def once(self: Stopwatch, trainer: Any, *rest: Any) -> None:
+            real(self, trainer, *rest)
+            if trainer.global_step == step:
+                monkeypatch.setattr(Stopwatch, "on_train_batch_end", real)
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Stopwatch, "on_train_batch_end", once)
+
+    return after
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,6 @@
 """How routing formed: which moments are recorded, that they are the model's own, that a resumed run has the same."""
 
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ from moevision.errors import UserError
 from moevision.layers import forward_routing
 from moevision.models.history import FILE, RoutingHistory, moment_of, planned_moments
 from moevision.models.io import load_model
-from moevision.train.callbacks import Stopwatch
 from moevision.train.record import RecordRoutingConfig
 
 # Two epochs of three or four batches of 8.
@@ -83,17 +80,9 @@ def test_a_dense_twin_has_nothing_to_record(run):
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_a_resumed_run_has_the_same_file(cli, tiny, drawn_pets, shown, run, step, monkeypatch, tmp_path):
+def test_a_resumed_run_has_the_same_file(cli, tiny, drawn_pets, shown, run, step, monkeypatch, send_signal, tmp_path):
     monkeypatch.chdir(tmp_path)
-    real = Stopwatch.on_train_batch_end
-
-    def once(self, trainer, *rest):
-        real(self, trainer, *rest)
-        if trainer.global_step == step:
-            monkeypatch.setattr(Stopwatch, "on_train_batch_end", real)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Stopwatch, "on_train_batch_end", once)
+    send_signal(step)
     assert cli("fit", drawn_pets, *tiny, *OPTIONS, f"--record_routing.images={shown}").code == 143
     outcome = cli("fit", "--resume", "runs/pets")
     assert outcome.code == 0, outcome.err

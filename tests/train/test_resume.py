@@ -48,24 +48,6 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def send_signal(monkeypatch):
-    """Let the process get a signal after this step; afterwards no more."""
-
-    def after(step: int, number: int = signal.SIGTERM) -> None:
-        real = Stopwatch.on_train_batch_end
-
-        def once(self, trainer, *rest):
-            real(self, trainer, *rest)
-            if trainer.global_step == step:
-                monkeypatch.setattr(Stopwatch, "on_train_batch_end", real)
-                os.kill(os.getpid(), number)
-
-        monkeypatch.setattr(Stopwatch, "on_train_batch_end", once)
-
-    return after
-
-
 @pytest.fixture(scope="module")
 def whole(cli, tiny, drawn_pets, tmp_path_factory) -> Path:
     """The run folder of a training that nobody interrupted; not to be changed."""

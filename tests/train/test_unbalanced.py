@@ -1,8 +1,6 @@
 """Where classes differ in size, macro recall chooses best.ckpt, stops early and heads the result; also under resume."""
 
 import csv
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ import torch
 import yaml
 
 from moevision.train import cli as training
-from moevision.train.callbacks import Stopwatch
 from moevision.train.report import read_summary
 from moevision.train.task import MacroRecall
 
@@ -41,18 +38,6 @@ def highest(run, column):
 
 def recorded(run):
     return yaml.safe_load((run / "config.yaml").read_text())["checkpoint"]["monitor"]
-
-
-def interrupt_once(monkeypatch, step):
-    real = Stopwatch.on_train_batch_end
-
-    def once(self, trainer, *rest):
-        real(self, trainer, *rest)
-        if trainer.global_step == step:
-            monkeypatch.setattr(Stopwatch, "on_train_batch_end", real)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Stopwatch, "on_train_batch_end", once)
 
 
 def test_macro_recall_chooses_the_epoch_and_heads_the_result(cli, tiny, two_to_one, tmp_path):
@@ -88,11 +73,13 @@ def test_balanced_classes_go_by_accuracy(tiny_run):
 
 
 @pytest.mark.parametrize("earlier_version", [False, True])
-def test_a_run_that_goes_on_keeps_its_choice(cli, tiny, two_to_one, earlier_version, monkeypatch, tmp_path):
+def test_a_run_that_goes_on_keeps_its_choice(
+    cli, tiny, two_to_one, earlier_version, monkeypatch, send_signal, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     if earlier_version:
         monkeypatch.setattr(training, "is_unbalanced", lambda counts: False)
-    interrupt_once(monkeypatch, step=3)  # of 4, two an epoch
+    send_signal(3)  # of 4, two an epoch
     assert cli("fit", two_to_one, *tiny).code == 143
     run, first = Path("runs/pets"), "val/top1" if earlier_version else BALANCED
     assert recorded(run) == first
