@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -105,6 +106,23 @@ def cli() -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def bench() -> Callable[..., Outcome]:
     return run_bench
+
+
+@pytest.fixture(scope="module")
+def forked_processes() -> Generator[None, None, None]:
+    """Processes that the benchmarks spawn are forks of one that has imported torch, instead of each importing it."""
+    from torch import multiprocessing
+
+    from benchmarks import harness
+    from benchmarks.train import lightning_peer
+    from tests import forks
+
+    forks.begin()
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (harness, lightning_peer):
+            patched.setattr(module, "get_context", lambda method: forks.CONTEXT)
+        patched.setattr(multiprocessing, "spawn", partial(multiprocessing.start_processes, start_method="forkserver"))
+        yield
 
 
 @pytest.fixture(scope="session")

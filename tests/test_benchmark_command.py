@@ -1,7 +1,6 @@
 """`python -m benchmarks`: what it records can be computed again, and what others break is reported."""
 
 import json
-import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -10,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import harness
 from benchmarks import layer as layer_module
 from benchmarks.__main__ import VERBS
 from benchmarks.layer import peers
 from benchmarks.layer.peers import PEERS, build_peer
-from benchmarks.train import lightning_peer
 
 KINDS = ("layer", "train", "infer", "data")
 TRAINING = """
@@ -32,17 +29,6 @@ def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(TRAINING)
     return path
-
-
-@pytest.fixture(scope="module")
-def forked_processes():
-    """Processes of their own come from one that has imported timm, instead of each importing it."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["timm"])
-    with pytest.MonkeyPatch.context() as patched:
-        for module in (harness, lightning_peer):
-            patched.setattr(module, "get_context", lambda method: server)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -183,6 +183,7 @@ def test_saving_report_states_what_the_record_says() -> None:
     assert "mean +20.1 (+19.9 to +20.3), p = 0.000: above." in far
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_memory_of_an_arm_is_measured_in_its_own_process(monkeypatch) -> None:
     """Training must at least hold the weights, their gradients and AdamW's two moments: 16 bytes per parameter."""
     subject = saving.base()
@@ -193,6 +194,7 @@ def test_memory_of_an_arm_is_measured_in_its_own_process(monkeypatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_processes")
 def test_accumulation_is_measured_in_one_and_two_processes(run, tmp_path) -> None:
     """Exact at once, and for z in parts."""
     out = tmp_path / "accumulation.json"

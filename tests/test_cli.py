@@ -2,9 +2,9 @@
 
 import io
 import json
+import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from moevision.cli import VERBS
 from moevision.commands import loading, training
 from moevision.train.cli import explain
 from moevision.train.recipe import memory_advice
+from tests.forks import Forked
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +73,10 @@ def test_the_rendered_help_is_what_the_live_parsers_say(tmp_path):
         "print(json.dumps({file.name: text for file, text in render().items()}))"
     )
     # In a process of its own: the parsers name every callback that there is, those of other tests too.
-    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    for name, live in json.loads(process.stdout).items():
+    process = Forked(["-c", code], tmp_path, os.environ)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    for name, live in json.loads(said.splitlines()[-1]).items():
         file = training.HELP / name
         rendered = file.read_text(encoding="utf-8")
         assert set(ours.findall(rendered)) == set(ours.findall(live)), file

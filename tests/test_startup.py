@@ -108,7 +108,6 @@ print(json.dumps(marks))
 """
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_the_import_costs_little_more_than_timm() -> None:
     """After timm, which moevision imports, so that the second number is all that it adds."""
@@ -158,7 +157,8 @@ print(net.moe_config["num_experts"], type(timm.__loader__).__name__, type(timm._
 # Each program runs in a fork of a process that has imported what timm needs, neither timm nor moevision.
 IN_FORKS = """
 import os, sys
-import torch, torchvision
+import safetensors.torch, torch, torchvision, yaml
+from huggingface_hub import HfApi
 assert not {{"timm", "moevision"}} & set(sys.modules)
 for name, program in {programs!r}.items():
     print("==", name, flush=True)

@@ -164,7 +164,6 @@ def drip(connection, piece, seconds, every):
     return False
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_an_unfinished_header_is_given_up(server, http, unfinished):
     slow = unfinished(server.url, times=20)

@@ -1,7 +1,9 @@
 """`moevision fit` with two processes (gloo, CPU): one run folder, and a resumed run that is the uninterrupted one.
 
-Each case is the real command in processes of its own. Dropout, router noise, stochastic depth, Mixup, TrivialAugment
-and a moving average are on, and the two processes draw different numbers, so that each one's generators must come back.
+Each case is the whole command in processes of its own: one by Lightning's launcher and one by torchrun in new
+interpreters, the others in forks of one that has imported torch. Dropout, router noise, stochastic depth, Mixup,
+TrivialAugment and a moving average are on, and the two processes draw different numbers, so that each one's generators
+must come back.
 """
 
 import csv
@@ -19,11 +21,12 @@ import torch
 
 import moevision
 from moevision.data import ImageDataModule
+from tests.forks import Forked
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-PYTHON = [sys.executable, "-m"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+LIGHTNING = ["-m"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 # 96 images, 2 x 8 of them in a step: 6 steps an epoch, 3 epochs. 33 test images can't be halved.
 OPTIONS = (
     *("--model.arch.name=test_vit_moe", "--model.arch.proj_drop_rate=0.1", "--model.arch.drop_path_rate=0.1"),
@@ -37,10 +40,16 @@ SAME = ("metrics.csv", "predictions_test.csv", "model/model.safetensors")
 WAIT_S = 900  # of patience with a busy machine; a run takes 12 s of CPU
 
 
-def start(folder: Path, launcher: list[str], *arguments: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *arguments: str, launcher: list[str] = LIGHTNING, new: bool = False, others: int | None = None
+) -> subprocess.Popen[str] | Forked:
+    """Begin a training; `new`: in new interpreters, else in forks, as many beside it as the launcher starts."""
     environment = {**os.environ, "PYTHONPATH": str(Path(moevision.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "moevision", "fit", *arguments]
+    if not new:
+        return Forked(command, folder, environment, (1 if launcher is LIGHTNING else 2) if others is None else others)
     return subprocess.Popen(
-        [*launcher, "moevision", "fit", *arguments],
+        [sys.executable, *command],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -50,9 +59,9 @@ def start(folder: Path, launcher: list[str], *arguments: str) -> subprocess.Pope
     )
 
 
-def fit(folder: Path, *arguments: str, launcher: list[str] = PYTHON, code: int = 0) -> str:
+def fit(folder: Path, *arguments: str, launcher: list[str] = LIGHTNING, new: bool = False, code: int = 0) -> str:
     """Run to the end; what all processes said."""
-    process = start(folder, launcher, *arguments)
+    process = start(folder, *arguments, launcher=launcher, new=new)
     try:
         said, _ = process.communicate(timeout=WAIT_S)
     finally:
@@ -63,7 +72,7 @@ def fit(folder: Path, *arguments: str, launcher: list[str] = PYTHON, code: int =
 
 def interrupt(folder: Path, name: str, *arguments: str, rows: int, number: int, everybody: bool) -> tuple[int, str]:
     """Train until metrics.csv has so many rows, then signal; the exit code and what was said."""
-    process = start(folder, PYTHON, "synthetic_pets", *TWO, f"--name={name}", *arguments)
+    process = start(folder, "synthetic_pets", *TWO, f"--name={name}", *arguments)
     metrics, until = folder / "runs" / name / "metrics.csv", time.monotonic() + WAIT_S
     try:
         while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > rows):
@@ -77,7 +86,7 @@ def interrupt(folder: Path, name: str, *arguments: str, rows: int, number: int, 
     return process.returncode, said
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str] | Forked) -> None:
     """Whatever happens, leave none of the processes behind."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -92,7 +101,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(work: Path) -> tuple[Path, str]:
     """The run folder of a training by two processes that nobody interrupted, and what was said."""
-    return work / "runs" / "whole", fit(work, "synthetic_pets", *TWO, "--name=whole")
+    return work / "runs" / "whole", fit(work, "synthetic_pets", *TWO, "--name=whole", new=True)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +183,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
 @pytest.mark.usefixtures("stopped")
 def test_torchrun_starts_and_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str]) -> None:
     """Where all processes begin at once they still agree; what Lightning's launcher began, torchrun ends; a twin."""
-    fit(work, "--resume", "runs/launched", launcher=TORCHRUN)
+    fit(work, "--resume", "runs/launched", launcher=TORCHRUN, new=True)
     assert differing(work / "runs" / "launched", whole[0]) == []
     fit(work, "synthetic_pets", *TWO, "--name=torchrun", "--with-twin", launcher=TORCHRUN)
     assert differing(work / "runs" / "torchrun", whole[0]) == []
@@ -203,7 +212,7 @@ def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path, number: int) -> None:
     """Before it can join the first one, which waits for it in a call that no signal interrupts."""
-    process = start(work, PYTHON, "synthetic_pets", *TWO, f"--name=unborn-{number}")
+    process = start(work, "synthetic_pets", *TWO, f"--name=unborn-{number}", others=0)
     try:
         while not (found := subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout):
             assert process.poll() is None
@@ -219,7 +228,7 @@ def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path, 
 
 def test_another_process_that_dies_is_said_in_one_sentence(work: Path) -> None:
     """The second process is killed; the first one ends with the command that goes on, not with a traceback."""
-    process = start(work, PYTHON, "synthetic_pets", *TWO, "--name=lost", "--trainer.max_epochs=300")
+    process = start(work, "synthetic_pets", *TWO, "--name=lost", "--trainer.max_epochs=300")
     last = work / "runs" / "lost" / "checkpoints" / "last.ckpt"
     try:
         while not last.is_file():

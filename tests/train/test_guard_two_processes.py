@@ -3,14 +3,13 @@
 import os
 import re
 import socket
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 
 from moevision.train.guard import GuardRecord
+from tests.forks import Forked
 from tests.train import guarded
 from tests.train.guarded import TWO_PROCESS_CASES
 
@@ -40,10 +39,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, An
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = str(opened.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, guarded.__file__, str(folder)]
-    done = subprocess.run(command, env={**os.environ, **shared}, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    process = Forked([guarded.__file__, str(folder)], folder, {**os.environ, **shared})
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said[-6000:]
     return {
         case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
         for case in TWO_PROCESS_CASES

@@ -2,14 +2,13 @@
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.forks import Forked
 from tests.train import two_processes
 from tests.train.two_processes import CASES, IMAGES, train
 
@@ -26,10 +25,10 @@ def free_port() -> int:
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Tensor]]]:
     """What each of two processes had at the end of every case."""
     folder = tmp_path_factory.mktemp("two")
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, two_processes.__file__, str(folder)]
-    done = subprocess.run(command, env={**os.environ, **shared}, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process = Forked([two_processes.__file__, str(folder)], folder, {**os.environ, **shared})
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, said[-6000:]
     return {case: [torch.load(folder / f"{case}-{rank}.pt") for rank in range(2)] for case in CASES}
 
 
