@@ -32,6 +32,7 @@ class Computation:
 
     Attributes:
         scores: [P, E] the router's clean logits.
+        noise: [P, E] what was added to them, as in training; None without.
         bias: [E] what is added to an affinity for the choice alone; None without.
         outputs: [P, K] length of what each chosen expert gave, before its weight; of Soft MoE, of the weighted mean of
             the expert's slots; 0 where the expert didn't take the patch.
@@ -44,6 +45,7 @@ class Computation:
     """
 
     scores: Floats
+    noise: Floats | None
     bias: Floats | None
     outputs: Floats
     shared: Floats | None
@@ -71,8 +73,13 @@ class Heard:
     after: Tensor | None = None
 
     @torch.inference_mode()
-    def computation(self, routing: Routing) -> Computation:
-        """The numbers of the image's patches under the decision that was recorded with them."""
+    def computation(self, routing: Routing, *, noisy: bool = False) -> Computation:
+        """The numbers of the image's patches under the decision that was recorded with them.
+
+        Args:
+            routing: the decision.
+            noisy: whether the router drew noise for it; it must be back in evaluation.
+        """
         assert self.tokens is not None
         assert self.output is not None
         first = routing.num_prefix_tokens
@@ -84,8 +91,11 @@ class Heard:
         # Behind a norm in a residual branch the norm's output is the layer's very input.
         before, after = (self.before, self.after) if self.normed is self.tokens else (None, None)
         bias = getattr(self.layer.router, "bias", None)
+        # Jitter shakes the patch itself: the clean logits are those of the router without it.
+        clean = self.layer.router(self.tokens).logits if noisy else routing.logits
         return Computation(
-            scores=_numpy(routing.logits[0, first:]),
+            scores=_numpy(clean[0, first:]),
+            noise=_numpy((routing.noisy_logits - clean)[0, first:]) if noisy else None,
             bias=_numpy(bias) if isinstance(bias, Tensor) else None,
             outputs=_numpy(self._expert_lengths(x, routing)[first:]),
             shared=None if self.shared is None else lengths(self.shared),

@@ -23,6 +23,7 @@ from moevision.analysis.intervention import Kind as Change
 from moevision.analysis.intervention import refusal
 from moevision.data.images import BadImageError, safe_open
 from moevision.data.transforms import square_pixels
+from moevision.demo.noise import noise_of
 from moevision.demo.steps import steps
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError
@@ -65,6 +66,7 @@ class LayerFacts:
         route_by: `token`, or `image` where all patches of an image share one choice.
         steps: what the router does, step by step (`demo.steps`).
         expert_parameters: parameters of one routed expert.
+        noise: what the router adds in training: `learned`, `fixed`, `jitter` or `none`.
     """
 
     layer: int
@@ -82,6 +84,7 @@ class LayerFacts:
     route_by: RouteBy = "token"
     steps: dict[str, str] = field(default_factory=dict)
     expert_parameters: int = 0
+    noise: str = "none"
 
     @property
     def name(self) -> str:
@@ -143,6 +146,7 @@ def layer_facts(net: nn.Module, layers: Sequence[MoEMlp], routings: Sequence[Rou
             route_by=routing.route_by,
             steps=steps(layer),
             expert_parameters=sum(weight.numel() for weight in layer.experts.parameters()) // routing.num_experts,
+            noise=noise_of(layer.router),
         )
         for name, layer, routing, is_read in zip(names, layers, routings, routes_read(net), strict=True)
     )

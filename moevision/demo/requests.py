@@ -71,7 +71,7 @@ def whole(request: Mapping[str, Any], name: str, options: Sequence[int], default
 
 
 def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
-    """The fields `top_k`, `capacity` and `intervention`, each of which may be null."""
+    """The fields `top_k`, `capacity`, `intervention` and `noise`, each of which may be null."""
     top_k = request.get("top_k")
     if top_k is not None:
         if not facts.max_top_k:
@@ -81,10 +81,14 @@ def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
     if capacity is not None:
         capacity = _capacity(capacity)
     changed = request.get("intervention")
+    noise = None if request.get("noise") is None else whole(request, "noise", range(2**31))
+    if noise is not None and all(router.noise == "none" for router in facts.routers):
+        raise RequestError("The field 'noise' must be null here: the routers of this model have no noise.")
     return Settings(
         top_k=None if top_k == facts.top_k else top_k,
         capacity=capacity,
         intervention=None if changed is None else intervention(changed, facts),
+        noise=noise,
     )
 
 

@@ -27,7 +27,7 @@ from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, TooLargeError, open_data_
 from moevision.errors import UserError
 
 Json = dict[str, Any]
-ROUTE_FIELDS = ("model", "variant", "picture", "top_k", "capacity", "intervention")
+ROUTE_FIELDS = ("model", "variant", "picture", "top_k", "capacity", "intervention", "noise")
 CLASS_PICTURES = 50
 MIN_CLASS_PICTURES = 20
 log = logging.getLogger(__name__)
@@ -122,6 +122,8 @@ class Explorer:
         change = settings.intervention
         if change is None:
             raise RequestError("The field 'intervention' must say what to change.")
+        if settings.noise is not None:
+            raise RequestError("A change is measured without noise: the field 'noise' must be null.")
         with settings.conditions_applied(variant.saved.net):
             measured = effect(variant.saved, found.pixels, change)
         over_class = self._class_effect(entry, variant, settings, measured.class_names[measured.target])

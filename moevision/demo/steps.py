@@ -23,34 +23,28 @@ _RULES: Final = {
 }
 
 
-def steps(layer: MoEMlp) -> dict[str, str]:
-    """One or two sentences for each of `STEPS`."""
+def steps(layer: MoEMlp, *, noisy: bool = False) -> dict[str, str]:
+    """One or two sentences for each of `STEPS`; `noisy` says whether the noise of training is on."""
     router: Any = layer.router
     if isinstance(router, HandmadeRouter):
         return _by_rule(router)
     if isinstance(router, SoftRouter):
         return _soft()
     if isinstance(router, ExpertChoiceRouter):
-        return _expert_choice(router)
+        return _expert_choice(router, noisy)
     if isinstance(router, SigmoidRouter):
         return _sigmoid(router)
     if isinstance(router, TopKRouter):
-        return _top_k(router)
+        return _top_k(router, noisy)
     own = f"The router {type(router).__name__} gives each expert a number."
     return {"scores": own, "shares": "As shares of 1.", "kept": "It chooses experts.", "weights": "It gives weights."}
 
 
-def _top_k(router: TopKRouter) -> dict[str, str]:
+def _top_k(router: TopKRouter, noisy: bool) -> dict[str, str]:
     if isinstance(router, CosineRouter):
         scores = "The angle between the patch and one learned direction per expert, times a learned scale."
     else:
         scores = "The patch is compared with one learned direction per expert."
-    noise = {
-        "learned": " Training adds noise, as strong as a second learned map says for this patch; here there is none.",
-        "fixed": f" Training adds noise of size 1/{router.num_experts}; here there is none.",
-        "jitter": f" Training shakes the patch by up to {JITTER:.0%} first; here it doesn't.",
-        "none": "",
-    }[router.noise]
     if router.softmax_over == "kept" and router.normalizes(router.top_k):
         weights = "Softmax over the kept scores alone: the weights add up to 1."
     elif router.normalizes(router.top_k):
@@ -58,7 +52,7 @@ def _top_k(router: TopKRouter) -> dict[str, str]:
     else:
         weights = "Each kept share is the weight. The rest belonged to the other experts, and is left out."
     return {
-        "scores": _unit(router) + scores + noise,
+        "scores": _unit(router) + scores + _noise(router, noisy),
         "shares": "Softmax turns the scores into shares that add up to 1.",
         "kept": "The highest are kept; the others don't run." + _capacity(router),
         "weights": weights,
@@ -81,12 +75,9 @@ def _sigmoid(router: SigmoidRouter) -> dict[str, str]:
     }
 
 
-def _expert_choice(router: ExpertChoiceRouter) -> dict[str, str]:
-    noise = (
-        f" Training adds noise of size 1/{router.num_experts}; here there is none." if router.noise == "fixed" else ""
-    )
+def _expert_choice(router: ExpertChoiceRouter, noisy: bool) -> dict[str, str]:
     return {
-        "scores": "The patch is compared with one learned direction per expert." + noise,
+        "scores": "The patch is compared with one learned direction per expert." + _noise(router, noisy),
         "shares": "Softmax turns the scores into shares that add up to 1.",
         "kept": "Experts choose patches: each takes the patches of the image with its largest shares, all experts "
         "equally many. A patch may get several experts, or none.",
@@ -113,6 +104,18 @@ def _by_rule(router: HandmadeRouter) -> dict[str, str]:
         "kept": "The rule's expert is kept, and the next ones in cyclic order if there are several.",
         "weights": "Every kept expert gets the same weight; the weights add up to 1.",
     }
+
+
+def _noise(router: TopKRouter | ExpertChoiceRouter, noisy: bool) -> str:
+    """What training adds to the scores, and whether it is on here."""
+    if router.noise == "none":
+        return ""
+    size = {
+        "learned": "noise, as strong as a second learned map says for this patch",
+        "fixed": f"noise of size 1/{router.num_experts}",
+        "jitter": f"noise: it shakes the patch by up to {JITTER:.0%} first",
+    }[router.noise]
+    return f" As in training, with {size}." if noisy else f" Training adds {size}; here it is off."
 
 
 def _unit(router: TopKRouter) -> str:

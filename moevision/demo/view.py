@@ -34,6 +34,8 @@ from moevision.demo.facts import (
     softmax,
     title_of,
 )
+from moevision.demo.noise import noise_of_training
+from moevision.demo.steps import steps
 from moevision.layers import Routing, SoftRouting
 from moevision.layers.routing import routed_unit
 from moevision.models.io import SavedModel, load_model
@@ -108,11 +110,13 @@ class Settings:
         top_k: experts per patch; None as trained.
         capacity: an expert computes at most ceil(capacity · choices / E) of an image's choices; None for no limit.
         intervention: at most one change of the routing, of one of `KINDS`.
+        noise: seed of the noise that routers draw in training; None for evaluation, without noise.
     """
 
     top_k: int | None = None
     capacity: float | None = None
     intervention: Intervention | None = None
+    noise: int | None = None
 
     def conditions(self, net: nn.Module) -> tuple[Intervention, ...]:
         """Top-k and capacity as interventions on those layers of `net` where they have a meaning.
@@ -128,7 +132,7 @@ class Settings:
     def applied(self, net: nn.Module) -> Iterator[None]:
         """Hold `net` in these settings inside the scope; other threads wait for their turn on it."""
         changed = () if self.intervention is None else (self.intervention,)
-        with intervene(net, *self.conditions(net), *changed):
+        with intervene(net, *self.conditions(net), *changed), noise_of_training(net, self.noise):
             yield
 
     @contextmanager
@@ -318,6 +322,7 @@ class RoutingView:
                 "top_k": self.model.top_k if settings.top_k is None else settings.top_k,
                 "capacity": settings.capacity,
                 "intervention": None if changed is None else intervention_json(changed),
+                "noise": settings.noise,
                 "off_distribution": reason is not None or changed is not None,
                 "off_reason": reason,
             },
@@ -391,14 +396,15 @@ def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: 
     top_k = routing.top_k  # also what an intervention around us has made of it
     if routing.kind != "token_choice":
         top_k = facts.top_k if settings.top_k is None or "top_k" in facts.refused else settings.top_k
+    noisy = settings.noise is not None and facts.noise != "none"
     return LayerView(
-        facts=replace(facts, top_k=top_k),
+        facts=replace(facts, top_k=top_k, steps=steps(heard.layer, noisy=True) if noisy else facts.steps),
         expert_index=routing.expert_index[0, first:].cpu().numpy(),
         combine_weight=routing.combine_weight[0, first:].float().cpu().numpy(),
         kept=routing.kept[0, first:].cpu().numpy(),
         probs=routing.probs[0, first:].float().cpu().numpy(),
         slots=SlotWeights.of(routing) if isinstance(routing, SoftRouting) else None,
-        computation=heard.computation(routing),
+        computation=heard.computation(routing, noisy=noisy),
     )
 
 

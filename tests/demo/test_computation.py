@@ -17,7 +17,7 @@ from moevision.demo.facts import describe
 from moevision.demo.steps import STEPS
 from moevision.demo.view import Settings
 from moevision.demo.wire import packed
-from moevision.layers import ROUTERS, record_routing
+from moevision.layers import ROUTERS, forward_routing, record_routing
 from moevision.layers.reference import Expert, NoisyTopKRouter
 
 SHOWN = [name for name in ROUTERS if name != "label"]
@@ -160,6 +160,56 @@ def test_an_intervention_shows_what_was_computed_under_it(make, pixels):
     outputs = lengths(by_hand(model, pixels)[1][3])  # [P, E]
     assert [choices[0] for choices in after[1]["experts"]] == [2] * 16
     close(after[1]["computation"]["outputs"], np.take_along_axis(outputs, np.array(after[1]["experts"]), -1))
+
+
+NOISY = {
+    **{name: WAYS[name] for name in ("noisy_top_k", "vmoe_top_k", "cosine", "expert_choice", "by image", "capacity")},
+    "jitter": {"router": "switch", "noise": "jitter", "top_k": 1},
+    "one layer": {"router": ["vmoe_top_k", "soft"], "top_k": [2, 1]},
+}
+
+
+@pytest.mark.parametrize("way", NOISY)
+def test_noise_is_what_the_routers_draw_in_training(make, pixels, way):
+    model = shaken(make(**NOISY[way]))
+    clean = route_image(model, pixels).to_json()["layers"]
+    state = torch.get_rng_state()
+    shown, again, other = (
+        route_image(model, pixels, settings=Settings(noise=seed)).to_json()["layers"] for seed in (3, 3, 4)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert shown == again
+    assert route_image(model, pixels).to_json()["layers"] == clean
+    # The limit of evaluation stays, which training needn't have.
+    limit = {"capacity_factor": 0.5} if way == "capacity" else {}
+    for layer, before, another, routing in zip(
+        shown, clean, other, in_training(shaken(make(**NOISY[way], **limit)), pixels), strict=True
+    ):
+        numbers = layer["computation"]
+        if layer["noise"] == "none":
+            assert numbers["noise"] is None
+            assert layer["steps"] == before["steps"]
+            continue
+        assert " As in training, with noise" in layer["steps"]["scores"]
+        assert before["computation"]["noise"] is None
+        kept = routing.kept[0].numpy() if layer["kind"] == "expert_choice" else np.full(routing.kept.shape[1:], True)
+        for name, value in (("experts", routing.expert_index), ("weights", routing.combine_weight)):
+            assert np.concatenate(layer[name]) == pytest.approx(value[0].numpy()[kept], abs=5.1e-5)
+        noise = unpacked(numbers["noise"])
+        assert unpacked(numbers["scores"]) + noise == pytest.approx(routing.noisy_logits[0].numpy(), abs=1e-3)
+        assert np.abs(noise - unpacked(another["computation"]["noise"])).max() > 1e-3
+    assert shown[0]["computation"]["scores"] == clean[0]["computation"]["scores"]
+    assert (way == "capacity") == (not all(kept for layer in shown for row in layer["kept"] for kept in row))
+
+
+@torch.no_grad()
+def in_training(model, pixels):
+    """What each layer decides where the routers alone are in training, after the seed 3."""
+    for block in model.net.blocks:
+        if hasattr(block.mlp, "router"):
+            block.mlp.router.train()
+    torch.manual_seed(3)
+    return forward_routing(model.net, image(model, pixels))[1]
 
 
 def test_listening_costs_no_second_pass_and_leaves_nothing_behind(make, pixels):

@@ -265,6 +265,8 @@ def test_no_path_and_no_address_is_ever_opened(explorer, data, monkeypatch):
         ("picture", {"kind": "upload"}, "'data'"),
         ("picture", {"kind": "example", "id": "pets/test/2000"}, "choose one of the examples"),
         ("pictures", 1, "no field 'pictures'"),
+        ("noise", -1, "'noise'"),
+        ("noise", True, "'noise'"),
         ("intervention", {"kind": "swap"}, "ablate, force, random"),
         ("intervention", {"kind": "ablate", "expert": 1}, "one of 1, 3"),
         ("intervention", {"kind": "ablate", "layer": 2, "expert": 1}, "one of 1, 3"),

@@ -118,13 +118,20 @@ def test_untrained_is_the_same_at_every_start(explorer, home, pixels):
 
 
 def test_settings_reach_the_model(explorer, pixels):
-    request = {"top_k": 3, "capacity": 0.75, "intervention": ABLATE}
+    request = {"top_k": 3, "capacity": 0.75, "intervention": ABLATE, "noise": 7}
     answer = good(explorer, "route", model="pets", picture=PICTURE, **request)
     change = Intervention("ablate", layer=3, expert=1)
-    assert (
-        answer["layers"] == route_image(saved(explorer), pixels, settings=Settings(3, 0.75, change)).to_json()["layers"]
-    )
+    expected = route_image(saved(explorer), pixels, settings=Settings(3, 0.75, change, 7)).to_json()
+    assert answer["layers"] == expected["layers"]
     assert answer["settings"]["off_distribution"]
+
+
+def test_noise_needs_a_router_that_has_it_and_no_measurement(explorer, home, bundle, tmp_path):
+    refused = explorer.answer("what_if", {"picture": PICTURE, "intervention": ABLATE, "noise": 1})
+    assert "must be null" in refused["error"]
+    bundle(tmp_path, twins=False, router="sigmoid")
+    quiet = Explorer(open_entries(None, DataOptions(), home=tmp_path))
+    assert "have no noise" in quiet.answer("route", {"picture": PICTURE, "noise": 1})["error"]
 
 
 def test_bundled_weights_are_bfloat16_on_disk_and_float32_in_memory(explorer, home):

@@ -58,7 +58,8 @@ def test_the_view_is_what_the_model_computed(model, pixels):
     assert [entry["class"] for entry in view["prediction"]["moe"]] == [model.class_names[i] for i in top.indices]
     assert [entry["p"] for entry in view["prediction"]["moe"]] == pytest.approx(top.values.tolist(), abs=5.1e-5)
     assert view["prediction"]["dense"] is None
-    off = {"top_k": 2, "capacity": None, "intervention": None, "off_distribution": False, "off_reason": None}
+    off = {"top_k": 2, "capacity": None, "intervention": None, "noise": None}
+    off |= {"off_distribution": False, "off_reason": None}
     assert view["settings"] == off
 
 
@@ -109,7 +110,7 @@ def test_the_schema_is_complete_and_plain_json(model, pixels):
     assert set(view["model"]) == facts | {"routers", "variant", "accuracy_text", "data_text", "parameters"}
     assert set(view["picture"]) == {"id", "name", "label", "src", "unlike", "credit"}
     numbers = {"experts", "weights", "kept", "probs", "margin", "entropy", "counts", "requested", "slowest"}
-    numbers |= {"computation", "steps", "expert_parameters"}
+    numbers |= {"computation", "steps", "expert_parameters", "noise"}
     routing = {"layer", "name", "words", "router", "kind", "learned", "num_experts", "top_k", "num_shared_experts"}
     limits = {"capacity", "train_capacity", "slots", "reads", "read_by_classifier", "route_by"}
     assert all(set(layer) == numbers | routing | limits for layer in view["layers"])
