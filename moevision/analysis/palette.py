@@ -1,8 +1,8 @@
 """Colours of experts, which figures (`plots/style.py`) and the explorer share.
 
-The eight colours are Okabe & Ito's, "Color Universal Design" (2008), told apart under every common colour vision,
-with the values of matplotlib's `color_sequences["okabe_ito"]` (plain constants, so that the explorer needs no
-matplotlib). No palette of more than about eight colours is safe: beyond that an expert is a number on grey, and one
+The first seven colours are Okabe & Ito's, "Color Universal Design" (2008), told apart under every common colour
+vision, with the values of matplotlib's `color_sequences["okabe_ito"]` (plain constants, so that the explorer needs no
+matplotlib). The eighth is the grey of Tol's "bright" scheme (SRON technical note, 2021) instead of their black. No palette of more than about eight colours is safe: beyond that an expert is a number on grey, and one
 expert at a time is highlighted. A colour never stands alone, the number is always with it; and equal numbers in two
 layers are two unrelated experts.
 """
@@ -19,7 +19,7 @@ EXPERT_COLOURS: Final = (
     "#E69F00",  # orange
     "#56B4E9",  # sky blue
     "#F0E442",  # yellow
-    "#000000",  # black, last: it is the one that dark parts of an image can be taken for
+    "#BBBBBB",  # light grey, in place of black, which can't be seen on dark fur and in dark mode
 )
 """Colour of expert 0, 1, ... in a layer of up to eight experts."""
 

@@ -24,9 +24,9 @@ from moevision.analysis.plots.style import contrast, expert_colour, expert_colou
 from moevision.errors import UserError
 
 
-def test_the_palette_is_okabe_and_itos() -> None:
-    # Okabe & Ito, "Color Universal Design", 2008: RGB of the eight colours.
-    published = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115)]
+def test_the_palette_is_okabe_and_itos_with_grey_for_black() -> None:
+    # Okabe & Ito, "Color Universal Design", 2008: RGB of seven of the eight colours; then the grey of Tol's "bright".
+    published = [(187, 187, 187), (230, 159, 0), (86, 180, 233), (0, 158, 115)]
     published += [(240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
     assert sorted(EXPERT_COLOURS) == sorted("#{:02X}{:02X}{:02X}".format(*rgb) for rgb in published)
 
