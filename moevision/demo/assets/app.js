@@ -1,6 +1,8 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
 import { drawHeader, drawRail, drawSettings, limitable, listenForFiles, otherK, railHandlers } from "./app_rail.js";
+import { levelMemory, levelOf } from "./app_level.js";
+import { drawQuestion } from "./app_question.js";
 import { asAskError, Asker, emptyBox, errorBox, waitingBox } from "./app_server.js";
 import { PLACE, readAddress, readIntervention, readPlace, shareHandlers, writeAddress } from "./app_share.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
@@ -8,7 +10,7 @@ import { Tour, tourMemory } from "./app_tour.js";
 import { Core, coreLayout } from "./core.js";
 import { pictureTitle } from "./core_stage.js";
 import { centrePatch, ViewState } from "./core_state.js";
-import { fillBox, html, percent } from "./core_util.js";
+import { fillBox, html, percent, present } from "./core_util.js";
 import { AboutTab } from "./tab_about.js";
 import { ClassesTab } from "./tab_classes.js";
 import { CompareTab } from "./tab_compare.js";
@@ -23,49 +25,57 @@ const appLayout = () => html`
   <div class="mv-columns"><nav class="mv-rail" aria-label="Images" data-box="rail"></nav>
     <div class="mv-main" data-box="main"><div class="mv-progress" data-box="progress" hidden><i></i></div>
       <div data-box="trouble"></div><div data-box="blank" hidden></div><div class="mv-view" data-box="view">${coreLayout()}</div></div>
-    <section class="mv-settings" aria-label="Change the routing" data-box="settings"></section></div>
+    <section class="mv-settings mv-research" aria-label="Change the routing" data-box="settings"></section></div>
   <section class="mv-below" aria-label="What the experts do" data-box="tabs"><div class="mv-tabs" role="tablist" aria-label="Questions"></div>
     <div class="mv-panel" role="tabpanel" tabindex="0" data-box="panel"></div></section>
   <div class="mv-toast" role="status" data-box="toast" hidden></div>
   <div class="mv-hidden" aria-live="polite" data-live></div>`;
 
 export class App {
-  /** @param {HTMLElement} root @param {Server} server */
-  constructor(root, server) {
+  /** @param {HTMLElement} root @param {Asker} asker @param {Boot} boot */
+  constructor(root, asker, boot) {
     this.root = root;
-    this.asker = new Asker(server);
+    this.asker = asker;
+    this.boot = boot;
+    this.model = boot.models[0];
+    this.variant = this.model.variants[0];
+    /** @type {Chosen[]} */
+    this.pictures = [{ kind: "none" }];
     /** @type {ViewState | null} */
     this.state = null;
     this.slot = 0;
     this.topK = null;
     this.capacity = null;
+    this.noise = null;
     /** @type {Intervention | null} */
     this.intervention = null;
     this.tab = "experts";
+    this.level = "simple";
+    this.opened = false;
+    this.opening = false;
     this.tickets = [0, 0];
     this.place = history.state?.[PLACE] ?? 0;
     this.page = null;
     /** @type {Chosen[][]} */
     this.trail = [];
-  }
-
-  /** @param {any} value */
-  async start(value) {
-    const given = typeof value === "string" ? JSON.parse(value || "{}") : value ?? {};
-    /** @type {Boot} */
-    this.boot = given.boot ?? (await this.asker.ask("boot", {}));
-    const wish = readAddress();
-    this.choose(wish);
-    this.root.innerHTML = String(appLayout());
-    this.core = new Core(this.root, null);
+    root.innerHTML = String(appLayout());
+    this.core = new Core(root, null);
     /** @type {(Tab | WhatIfTab)[]} */
     this.tabs = TABS.map((Tab) => new Tab(this));
     this.connect();
+  }
+
+  /** @param {View | undefined} view the first one, which comes with the page */
+  async start(view) {
+    const wish = readAddress();
+    this.choose(wish);
+    if (this.level === "simple" && this.isDefault(wish)) this.opening = this.addOther();
     this.drawFrame();
     this.drawTabs();
     if (!this.hasPicture()) return this.showBlank();
     // The first view comes with the page, so that nothing has to be asked before something is seen.
-    const ready = given.view && this.isDefault(wish) ? { 0: given.view } : {};
+    /** @type {Record<number, View>} */
+    const ready = view && this.isDefault(wish) ? { 0: view } : {};
     await this.load([...this.pictures.keys()], ready, wish);
     if (!this.state && wish.picture) await this.startElsewhere(wish);
     if (this.state && !tourMemory.seen()) new Tour(this.core);
@@ -90,27 +100,31 @@ export class App {
     const { models, default: first } = this.boot;
     const find = (id) => models.find((model) => model.id === id);
     this.model = find(wish.model) ?? find(first?.model) ?? models[0];
-    this.variant = this.model.variants.includes(wish.variant) ? wish.variant : this.model.variants[0];
+    this.variant = this.model.variants.find((name) => name === wish.variant) ?? this.model.variants[0];
     // The rail shows a few examples; a link may name any image that the server knows.
     const usual = this.model.examples.find(({ id }) => id === first?.picture) ?? this.model.examples[0];
     const chosen = wish.picture ?? usual?.id;
-    /** @type {Chosen[]} */
     this.pictures = [chosen ? { kind: "example", id: chosen } : { kind: "none" }];
     if (wish.picture2) this.pictures.push({ kind: "example", id: wish.picture2 });
+    this.level = levelOf(wish, levelMemory.read());
+    this.opened ||= wish.tab !== undefined;
     const k = Number(wish.k);
     this.topK = Number.isInteger(k) && k >= 1 && k <= this.model.max_top_k ? otherK(this.model, k) : null;
     const capacity = Number(wish.capacity);
     const limited = wish.capacity !== undefined && limitable(this.model).length > 0;
     this.capacity = limited && capacity >= 0.25 && capacity <= 2 ? capacity : null;
+    const noise = Number(wish.noise);
+    const noisy = wish.noise !== undefined && this.model.routers.some((router) => router.noise !== "none");
+    this.noise = noisy && Number.isInteger(noise) && noise >= 0 && noise < 2 ** 31 ? noise : null;
     this.intervention = readIntervention(wish.do, this.model);
-    if (["experts", "classes", "whatif", "compare", "about"].includes(wish.tab)) this.tab = wish.tab;
+    this.tab = this.tabs.find(({ id }) => id === wish.tab)?.id ?? this.tab;
   }
 
   /** @param {Wish} wish */
   isDefault(wish) {
     const { default: first } = this.boot;
     return this.model.id === first?.model && this.variant === this.model.variants[0] && this.pictures[0].id === first?.picture
-      && this.topK === null && this.capacity === null && this.intervention === null && wish.picture2 === undefined;
+      && this.topK === null && this.capacity === null && this.noise === null && this.intervention === null && wish.picture2 === undefined;
   }
 
   hasPicture() { return this.pictures.every(({ kind }) => kind !== "none"); }
@@ -121,10 +135,14 @@ export class App {
       tab: (button) => this.openTab(button.dataset.tab),
       retry: () => this.load([...this.pictures.keys()]),
       undo: () => this.undo(),
+      level: (button) => this.chooseLevel(button.dataset.level),
+      calm: () => this.chooseSettings({ noise: null }),
+      redraw: () => this.chooseSettings({ noise: (this.noise ?? 0) + 1 }),
       similar: () => showSimilar(this),
       tour: () => this.state && new Tour(this.core),
     });
     Object.assign(this.core.changes, rail.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
+    this.core.changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
     this.root.addEventListener("keydown", (event) => this.onTabKey(event));
     window.addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && this.goTo(state[PLACE]));
@@ -143,7 +161,7 @@ export class App {
   question(slot) {
     const { kind, id, data } = this.pictures[slot];
     const picture = kind === "example" ? { kind, id } : { kind, data };
-    return { model: this.model.id, variant: this.variant, picture, top_k: this.topK, capacity: this.capacity, intervention: this.intervention };
+    return { model: this.model.id, variant: this.variant, picture, top_k: this.topK, capacity: this.capacity, intervention: this.intervention, noise: this.noise };
   }
 
   /** All of that, as text that can be compared. */
@@ -173,13 +191,35 @@ export class App {
       this.pictures.length = 1;
       this.slot = 0;
       this.drawFrame();
-      return this.show([this.state?.views[0]], "picture");
+      return this.state && this.show([this.state.views[0]], "picture");
     }
-    const others = this.model.examples.filter(({ id, label }) => id !== this.pictures[0].id && label !== this.state?.views[0].picture.label);
-    this.pictures.push(others.length ? { kind: "example", id: others[0].id } : { ...this.pictures[0] });
+    if (!this.addOther()) this.pictures.push({ ...this.pictures[0] });
     this.slot = 1;
     return this.load([1]);
   }
+
+  /** Put an example of another class beside the first image; false where there is none. */
+  addOther() {
+    const first = this.model.examples.find(({ id }) => id === this.pictures[0].id);
+    const label = first ? first.label : this.state?.views[0].picture.label;
+    const other = this.model.examples.find((one) => one.id !== this.pictures[0].id && one.label !== label);
+    if (other) this.pictures.push({ kind: "example", id: other.id });
+    return other !== undefined;
+  }
+
+  /** @param {string} level */
+  chooseLevel(level) {
+    this.level = level;
+    levelMemory.keep(level);
+    if (level === "simple") this.state?.set({ mode: "expert" });
+    this.drawFrame();
+    this.drawTabs();
+    this.refreshTab(null);
+    this.remember();
+  }
+
+  /** Simple shows what the experts do when somebody asks for it. */
+  get closed() { return this.level === "simple" && !this.opened; }
 
   /** @param {number} slot */
   chooseSlot(slot) { this.slot = slot; this.drawFrame(); }
@@ -229,7 +269,7 @@ export class App {
       const answers = await Promise.all(slots.map((slot) => ready[slot] ?? this.asker.ask("route", this.question(slot), words)));
       if (!current()) return undefined;
       fillBox(this.core.box("trouble"), "");
-      const views = this.pictures.map((_, slot) => (slots.includes(slot) ? answers[slots.indexOf(slot)] : this.state.views[slot]));
+      const views = this.pictures.map((_, slot) => (slots.includes(slot) ? answers[slots.indexOf(slot)] : present(this.state).views[slot]));
       this.show(views, kind, wish);
     } catch (error) {
       if (current()) fillBox(this.core.box("trouble"), errorBox(asAskError(error), "retry"));
@@ -263,7 +303,7 @@ export class App {
     this.core.box("view").hidden = false;
     const first = this.state === null;
     const start = first || wish ? readPlace(wish ?? {}, views[0]) : {};
-    if (first) {
+    if (!this.state) {
       if (wish?.patch === undefined) start.patch = centrePatch(views[0]);
       this.state = new ViewState(views[0], { views, ...start });
       this.state.slotMaps.ask = (place, number, expert) => this.asker.ask("slots", { ...this.question(place), layer: number, expert });
@@ -272,6 +312,7 @@ export class App {
     } else {
       this.state.set({ views, active: Math.min(this.slot, views.length - 1), ...start });
     }
+    drawQuestion(this);
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
     drawSimilar(this);
     this.remember();
@@ -287,6 +328,7 @@ export class App {
   /** @param {Set<string>} changed */
   follow(changed) {
     if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
+    if (changed.has("layer") || changed.has("highlight")) drawQuestion(this);
     if (changed.has("layer")) this.refreshTab("layer");
     if (["layer", "patch", "mode", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
   }
@@ -330,11 +372,12 @@ export class App {
     this.core.box("main").setAttribute("aria-busy", String(is));
     this.sliding?.cancel();
     if (is && !window.matchMedia("(prefers-reduced-motion: reduce)").matches) {
-      this.sliding = bar.firstElementChild.animate([{ left: "-30%" }, { left: "100%" }], { duration: 1000, iterations: Infinity });
+      this.sliding = present(bar.firstElementChild).animate([{ left: "-30%" }, { left: "100%" }], { duration: 1000, iterations: Infinity });
     }
   }
 
   drawFrame() {
+    this.root.classList.toggle("mv-simple", this.level === "simple");
     drawHeader(this.core.box("header"), this);
     drawRail(this.core.box("rail"), this);
     drawSettings(this.core.box("settings"), this);
@@ -353,7 +396,8 @@ export class App {
 
   drawTabs() {
     fillBox(this.root.querySelector(".mv-tabs"), html`${this.tabs.map(({ id, label }) => html`<button type="button" role="tab" id="mv-tab-${id}"
-      data-action="tab" data-tab="${id}" data-key="tab-${id}" aria-selected="${id === this.tab}" tabindex="${id === this.tab ? 0 : -1}">${label}</button>`)}`);
+      data-action="tab" data-tab="${id}" data-key="tab-${id}" aria-selected="${id === this.tab && !this.closed}" tabindex="${id === this.tab ? 0 : -1}">${label}</button>`)}`);
+    this.core.box("panel").hidden = this.closed;
     this.core.box("panel").setAttribute("aria-labelledby", `mv-tab-${this.tab}`);
   }
 
@@ -371,6 +415,7 @@ export class App {
   /** @param {string} id */
   openTab(id) {
     this.tab = id;
+    this.opened = true;
     this.drawTabs();
     this.refreshTab(null);
     this.remember();
@@ -378,7 +423,7 @@ export class App {
 
   /** @param {number} layer @param {number} expert */
   takeAway(layer, expert) {
-    const tab = this.tabs.find((one) => one instanceof WhatIfTab);
+    const tab = /** @type {WhatIfTab} */ (this.tabs.find((one) => one instanceof WhatIfTab));
     tab.preset(layer, expert);
     this.openTab("whatif");
     this.core.box("tabs").scrollIntoView({ block: "start" });
@@ -390,7 +435,8 @@ export class App {
    * @param {string | null} kind
    */
   async refreshTab(kind) {
-    const tab = this.tabs.find(({ id }) => id === this.tab);
+    if (this.closed) return;
+    const tab = present(this.tabs.find(({ id }) => id === this.tab));
     if (kind !== null && kind !== "model" && !tab.follows.includes(kind)) return;
     const panel = this.core.box("panel");
     const ticket = (this.panelTicket = Symbol(tab.id));
@@ -411,9 +457,12 @@ export class App {
  * Entry of the gradio page. A page that can't even start says so in place of the empty screen.
  * @param {HTMLElement} root @param {any} value @param {Server} server
  */
-export function startApp(root, value, server) {
-  const app = new App(root, server);
-  return app.start(value).catch((error) => {
+export async function startApp(root, value, server) {
+  try {
+    const given = typeof value === "string" ? JSON.parse(value || "{}") : value ?? {};
+    const asker = new Asker(server);
+    await new App(root, asker, given.boot ?? (await asker.ask("boot", {}))).start(given.view);
+  } catch (error) {
     root.innerHTML = String(errorBox(asAskError(error)));
-  });
+  }
 }

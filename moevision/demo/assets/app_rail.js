@@ -1,9 +1,10 @@
 // The rail on the left: images to look at, the visitor's own, and what may be changed about the routing.
 
+import { levelSwitch } from "./app_level.js";
 import { AskError, errorBox } from "./app_server.js";
 import { shareMenu } from "./app_share.js";
-import { capital, routingWords } from "./core_kinds.js";
-import { fillBox, fixed, html, Markup, pictureSource, term } from "./core_util.js";
+import { capital, headline, routingWords } from "./core_kinds.js";
+import { brush, fillBox, fixed, html, Markup, pictureSource, term } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { BootModel, Limits, Router } from "./types.js" */
 
@@ -21,10 +22,10 @@ export function drawHeader(box, app) {
   const switches = model.variants.map((name) => html`<button type="button" data-action="variant" data-variant="${name}" data-key="variant-${name}"
     data-tip="${VARIANTS[name]?.tip}" aria-pressed="${name === variant}">${VARIANTS[name]?.label ?? name}</button>`);
   fillBox(box, html`
-    <div class="mv-title"><h1>moevision explorer</h1><p class="mv-soft">Which expert looks at which part of an image</p></div>
+    <div class="mv-title"><h1>See inside a Mixture of Experts</h1><p class="mv-soft">${headline(model)}</p></div>
     <div class="mv-model"><label><span class="mv-hidden">Model</span><select data-change="model" data-key="model">${options}</select></label>
-      <p class="mv-soft"><b>${model.accuracy_texts[variant]}</b><br>${model.data_text}</p></div>
-    <div class="mv-tools"><div class="mv-switch" role="group" aria-label="Version of the model">${switches}</div>${shareMenu()}</div>`);
+      <p class="mv-soft mv-research"><b>${model.accuracy_texts[variant]}</b><br>${model.data_text}</p></div>
+    <div class="mv-tools"><div class="mv-switch" role="group" aria-label="Version of the model">${switches}</div>${levelSwitch(app.level)}${shareMenu()}</div>`);
 }
 
 /** @param {HTMLElement} box @param {App} app */
@@ -167,7 +168,7 @@ export function listenForFiles(app, root) {
   root.addEventListener("drop", (event) => {
     event.preventDefault();
     root.classList.remove("mv-dragging");
-    takeFile(app, event.dataTransfer.files[0]);
+    takeFile(app, event.dataTransfer?.files[0]);
   });
   document.addEventListener("paste", (event) => {
     const file = [...(event.clipboardData?.files ?? [])][0];
@@ -205,7 +206,7 @@ async function shrinkPicture(file, { min_side: side, max_aspect: aspect }) {
   const canvas = document.createElement("canvas");
   canvas.width = Math.round(bitmap.width * scale);
   canvas.height = Math.round(bitmap.height * scale);
-  const context = canvas.getContext("2d");
+  const context = brush(canvas);
   context.imageSmoothingQuality = "high";
   // Transparent parts become white, as on paper, and not black.
   context.fillStyle = "#ffffff";

@@ -4,7 +4,7 @@ import { asAskError, AskError } from "./app_server.js";
 import { MODES } from "./core_kinds.js";
 import { SIDES } from "./core_slots.js";
 import { GREY_MODES, patchLooks, pictureTitle } from "./core_stage.js";
-import { clamp, html, inkOn, layerExpert, percent, pictureSource, rgba } from "./core_util.js";
+import { brush, clamp, html, inkOn, layerExpert, percent, pictureSource, present, rgba } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { ViewState } from "./core_state.js" */
 /** @import { BootModel, Intervention, Look, View, Wish } from "./types.js" */
@@ -16,7 +16,7 @@ export const shareMenu = () => html`<details class="mv-menu"><summary class="mv-
 
 /** @param {App} app */
 export function shareHandlers(app) {
-  const name = (ending) => exportName(app.state, ending);
+  const name = (ending) => exportName(present(app.state), ending);
   const close = (button) => { button.closest("details").open = false; };
   const guarded = (job) => async (button) => {
     close(button);
@@ -27,14 +27,14 @@ export function shareHandlers(app) {
       await copyText(location.href);
       app.notify(app.pictures.some(({ kind }) => kind === "upload") ? "Link copied. It can't carry your own image: it opens on an example." : "Link copied.");
     }),
-    "export-png": guarded(async () => { download(await stagePng(app.state), name("png")); app.notify("Image saved."); }),
+    "export-png": guarded(async () => { download(await stagePng(present(app.state)), name("png")); app.notify("Image saved."); }),
     "export-json": guarded(async () => {
-      const text = JSON.stringify(app.state.view, null, 1);
+      const text = JSON.stringify(present(app.state).view, null, 1);
       download(new Blob([text], { type: "application/json" }), name("json"));
       app.notify("Data saved.");
     }),
     "export-page": guarded(async () => {
-      const page = await app.asker.ask("export_html", app.question(app.state.active));
+      const page = await app.asker.ask("export_html", app.question(present(app.state).active));
       download(new Blob([page.html], { type: "text/html" }), page.filename);
       app.notify("Page saved.");
     }),
@@ -84,7 +84,7 @@ async function stagePng(state) {
   const canvas = document.createElement("canvas");
   canvas.width = 1024;
   canvas.height = side * rows + 76 + (view.picture.credit ? 26 : 0);
-  const context = canvas.getContext("2d");
+  const context = brush(canvas);
   context.fillStyle = "#ffffff";
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.imageSmoothingEnabled = false;
@@ -146,7 +146,7 @@ function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
 
 /** Which entry of the history this is; `app.trail` keeps its images, since an address can't carry a visitor's own. */
 export const PLACE = "moevision.place";
-const LINK_KEYS = ["model", "variant", "picture", "picture2", "layer", "patch", "mode", "slot", "k", "capacity", "do", "tab"];
+const LINK_KEYS = ["model", "variant", "picture", "picture2", "layer", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "level"];
 
 /**
  * An intervention as one word of the address, "ablate.3.1.next_best.0", and back; null if the word makes no sense.
@@ -191,7 +191,9 @@ export function readPlace(wish, view) {
 /** What the address asks for: texts, checked by whoever uses them. */
 export function readAddress() {
   const found = new URLSearchParams(location.search);
-  return Object.fromEntries(LINK_KEYS.filter((key) => found.has(key)).map((key) => [key, found.get(key)]));
+  /** @type {Wish} */
+  const wish = Object.fromEntries([...found].filter(([key]) => LINK_KEYS.includes(key)));
+  return wish;
 }
 
 /**
@@ -212,8 +214,10 @@ export function writeAddress(app) {
     slot: state?.mode === "slots" ? slotWord(state) : null,
     k: app.topK,
     capacity: app.capacity,
+    noise: app.noise,
     do: app.intervention && interventionWord(app.intervention),
     tab: app.tab === "experts" ? null : app.tab,
+    level: app.level,
   };
   const address = new URL(location.href);
   LINK_KEYS.forEach((key) => {

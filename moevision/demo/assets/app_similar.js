@@ -1,12 +1,13 @@
 // Patches of the model's images that take the same path as the pinned one; asked for by a button below the inspector.
 
 import { asAskError, errorBox, waitingBox } from "./app_server.js";
-import { fillBox, html } from "./core_util.js";
+import { fillBox, html, present } from "./core_util.js";
 import { gallery } from "./tab_experts.js";
 /** @import { App } from "./app.js" */
 
 /** @param {App} app */
-export function drawSimilar({ state: { patch, view }, model, core }) {
+export function drawSimilar({ state, model, core }) {
+  const { patch, view } = present(state);
   // A path needs an expert in every layer; where experts choose, a patch may have none.
   const wanted = model.has_pictures && patch !== null && view.layers.every((layer) => layer.experts[patch].length);
   fillBox(core.box("similar"), wanted ? html`<button type="button" class="mv-button" data-action="similar" data-key="similar">Patches with the same path</button>` : "");
@@ -15,12 +16,13 @@ export function drawSimilar({ state: { patch, view }, model, core }) {
 /** @param {App} app */
 export async function showSimilar({ state, asker, model, variant, core }) {
   const place = core.box("similar");
-  const patch = state.patch;
+  const { view, patch } = present(state);
+  if (patch === null) return;
   fillBox(place, waitingBox("Looking for patches with this path…"));
   try {
-    const path = state.view.layers.map((layer) => layer.experts[patch][0]);
+    const path = view.layers.map((layer) => layer.experts[patch][0]);
     const { patches } = await asker.remember("similar", { model: model.id, variant, path, class: null });
-    if (state.patch !== patch) return;
+    if (present(state).patch !== patch) return;
     fillBox(place, patches.length ? gallery("Patches with the same path", patches)
       : html`<p class="mv-note">No patch of the model's images takes exactly this path.</p>`);
   } catch (error) {

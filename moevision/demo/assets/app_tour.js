@@ -1,13 +1,13 @@
 // Four steps for somebody who is here for the first time. Shown once per browser, skippable at every step.
 
-import { clamp, html } from "./core_util.js";
+import { clamp, html, present } from "./core_util.js";
 /** @import { Core } from "./core.js" */
 
 const TOUR_KEY = "moevision.tour.seen";
 const TOUR = [
-  { at: "verdict", title: "What does the model see?", text: "The answer comes first, with the label where there is one, and beside it the answer of a dense twin of the same cost." },
+  { at: "verdict", title: "What does the model see?", text: "The model's guess comes first; ✓ means that it is right." },
   { at: "stage-0", title: "Where did each patch go?", text: "The number in a patch is the expert that computes it; stronger colour means a higher weight. Click a patch, or walk with the arrow keys." },
-  { at: "inspector", title: "Why this expert?", text: "All experts that the router weighed for the patch, how close it was, and the patch's path through the layers." },
+  { at: "inspector", title: "Why this expert?", text: "How the patch was computed, step by step, and its path through the layers." },
   { at: "tabs", title: "Is it more than chance?", text: "What each expert is for, what changes without it, and whether a pattern stands above simple comparisons." },
 ];
 
@@ -53,7 +53,7 @@ export class Tour {
   /** Beside the target where there is room, else below its top edge. */
   place() {
     const home = this.core.root.getBoundingClientRect();
-    const at = this.target.getBoundingClientRect();
+    const at = present(this.target).getBoundingClientRect();
     const width = Math.min(320, home.width - 24);
     this.bubble.style.width = `${width}px`;
     const right = at.right + 16 + width < home.right;

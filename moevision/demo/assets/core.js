@@ -18,7 +18,7 @@ const box = (name, extra = "") => html`<div data-box="${name}" class="mv-box-${n
 /** The places that `Core` fills: the stage column and the inspector. */
 export const coreLayout = () => html`
   <section class="mv-center" aria-label="Image and routing">
-    ${box("verdict")}
+    ${box("question")}${box("verdict")}
     <div class="mv-work">
       <div class="mv-stages">
         <div class="mv-toolbar">${modeSwitch()}
@@ -29,9 +29,9 @@ export const coreLayout = () => html`
       <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}</div>
     </div>
   </section>
-  <aside class="mv-inspector" aria-label="Patch inspector">${box("where")}${box("card")}${box("inspector")}${box("similar")}</aside>`;
+  <aside class="mv-inspector" aria-label="Patch inspector">${box("where")}${box("card")}${box("inspector")}${box("similar", "mv-research")}</aside>`;
 
-const modeSwitch = () => html`<div class="mv-switch" role="group" aria-label="Colour by">
+const modeSwitch = () => html`<div class="mv-switch mv-research" role="group" aria-label="Colour by">
   ${Object.entries(MODES).map(([mode, { label }]) => html`<button type="button" data-action="mode" data-mode="${mode}"
     data-key="mode-${mode}">${label}</button>`)}</div>`;
 
@@ -42,8 +42,8 @@ export class Core {
    */
   constructor(root, state) {
     this.root = root;
-    /** @type {ViewState} */
-    this.state = null;
+    // Without an image there is nothing on the page that could ask for it.
+    this.state = /** @type {ViewState} */ (/** @type {any} */ (state));
     /** @type {Stage[]} */
     this.stages = [];
     /** @type {Handlers} what a click on `data-action` does. */
@@ -57,7 +57,7 @@ export class Core {
   /** @param {ViewState} state */
   attach(state) {
     this.state = state;
-    this.card = new Card(this.box("card"), state, (text) => this.announce(text));
+    this.card = new Card(this.box("card"), state, (text) => this.announce(text), this.changes);
     this.drawAll();
     if (state.mode === "slots") this.fetchSlots();
     state.subscribe((changed) => this.update(changed));
@@ -74,8 +74,8 @@ export class Core {
       "soft-side": (button) => this.state.set({ slotSide: button.dataset.side }),
       "soft-slot": (button) => this.state.set({ slot: button.dataset.pick === "all" ? null : Number(button.dataset.pick) }),
       "soft-again": () => { this.state.slotMaps.forget(this.state.view, this.state.currentLayer, this.state.slotExpert); this.fetchSlots(); },
-      step: (button) => this.card.go(Number(button.dataset.step)),
-      play: () => this.card.play(),
+      step: (button) => this.card?.go(Number(button.dataset.step)),
+      play: () => this.card?.play(),
       unpin: () => this.state.set({ patch: null }),
       highlight: (button) => {
         const { state } = this;
@@ -204,7 +204,7 @@ export class Core {
 
   drawPatch() {
     drawWhere(this.box("where"), this.state);
-    this.card.draw();
+    this.card?.draw();
     drawInspector(this.box("inspector"), this.state);
   }
 
@@ -234,7 +234,7 @@ export class Core {
     if (has("layer", "mode", "highlight", "active") || slots) drawLegend(this.box("legend"), this.state);
     if (has("layer", "mode", "active") || slots) drawSlots(this.box("slots"), this.state);
     if (has("layer", "patch", "hover", "active", "mode") || slots) this.drawPatch();
-    else if (has("step")) this.card.draw();
+    else if (has("step")) this.card?.draw();
     if (has("layer", "mode", "strength")) this.drawControls();
     return undefined;
   }

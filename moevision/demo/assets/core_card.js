@@ -3,9 +3,9 @@
 
 import { awayExpert } from "./core_kinds.js";
 import { computedPatch, LAST_STEP, sparsityWords, STEPS } from "./core_numbers.js";
-import { chip, clamp, expertColour, fillBox, fixed, html, percent } from "./core_util.js";
+import { chip, clamp, expertColour, fillBox, fixed, html, Markup, percent, present, signed } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
-/** @import { Choice, Computed, Layer, View } from "./types.js" */
+/** @import { Choice, Computed, Handlers, Layer, View } from "./types.js" */
 
 const STEP_MS = 1600;
 const MOST_ROWS = 8;
@@ -16,13 +16,18 @@ const FLOW = 64; // px, the width of the arrows beside the rows
 const long = (value) => fixed(value, value >= 9.995 ? 1 : 2);
 
 export class Card {
-  /** @param {HTMLElement} box @param {ViewState} state @param {(text: string) => void} announce */
-  constructor(box, state, announce) {
+  /**
+   * @param {HTMLElement} box @param {ViewState} state @param {(text: string) => void} announce
+   * @param {Handlers} changes what fields do: "noise" where a server can route the image again
+   */
+  constructor(box, state, announce, changes) {
     this.box = box;
     this.state = state;
     this.announce = announce;
+    this.changes = changes;
     this.built = "";
-    this.playing = null;
+    /** @type {ReturnType<typeof setTimeout> | undefined} */
+    this.playing = undefined;
     box.addEventListener("pointerover", (event) => this.point(event));
     box.addEventListener("keydown", (event) => this.press(event));
   }
@@ -52,14 +57,13 @@ export class Card {
 
   stop() {
     clearTimeout(this.playing);
-    this.playing = null;
   }
 
   play() {
     this.stop();
     const next = (step) => {
       this.state.set({ step });
-      this.playing = step < LAST_STEP ? setTimeout(next, STEP_MS, step + 1) : null;
+      this.playing = step < LAST_STEP ? setTimeout(next, STEP_MS, step + 1) : undefined;
     };
     next(0);
   }
@@ -91,7 +95,20 @@ export class Card {
       <div class="mv-card-body"><ol class="mv-card-rows">${rows.map(row)}</ol>
         <svg class="mv-flow" width="${FLOW}" height="${ROW * rows.length + 38}" aria-hidden="true">${rows.map(flow)}</svg>
         <div class="mv-stream" data-part="stream"><i></i><b></b><span></span></div></div>
-      <p class="mv-card-told" data-part="told"></p>`);
+      <p class="mv-card-told" data-part="told"></p><div class="mv-card-noise mv-research" data-part="noise"></div>`);
+  }
+
+  /**
+   * The switch of the noise, for routers that have some.
+   * @param {View} view @param {Layer} layer
+   */
+  drawNoise(view, layer) {
+    const draw = view.settings.noise ?? null;
+    const able = "noise" in this.changes && layer.noise && layer.noise !== "none";
+    fillBox(this.box.querySelector("[data-part=noise]"), able && html`<label class="mv-check"><input type="checkbox" data-change="noise" data-key="noise"
+        ${new Markup(draw === null ? "" : "checked")}>Noise, as in training</label>
+      ${draw !== null && html`<span class="mv-soft">draw ${draw}</span>
+        <button type="button" class="mv-quiet" data-action="redraw" data-key="redraw">Draw again</button>`}`);
   }
 
   /** @param {View} view @param {Layer} layer @param {number} patch @param {Computed} computed @param {number[]} rows */
@@ -113,8 +130,8 @@ export class Card {
       bar.style.width = `${look.size * 100}%`;
       item.classList.toggle("mv-away", look.away);
       item.classList.toggle("mv-lost-row", look.lost);
-      item.querySelector(".mv-num").textContent = look.text;
-      const flow = this.box.querySelector(`[data-flow="${expert}"]`);
+      present(item.querySelector(".mv-num")).textContent = look.text;
+      const flow = present(this.box.querySelector(`[data-flow="${expert}"]`));
       // Each arrow has a lane of its own on its way down to the stream; the lowest row takes the one nearest to it.
       const lane = FLOW - 14 - (30 * (running.indexOf(expert) + 0.5)) / Math.max(running.length, 2);
       const y = ROW * (index + 0.5);
@@ -123,6 +140,7 @@ export class Card {
     });
     fillBox(this.box.querySelector("[data-part=say]"), this.sentence(layer, name, rows.length));
     fillBox(this.box.querySelector("[data-part=told]"), told(view, layer, patch, computed, name));
+    this.drawNoise(view, layer);
     drawStream(/** @type {HTMLElement} */ (this.box.querySelector("[data-part=stream]")), computed, name);
   }
 
@@ -136,9 +154,9 @@ export class Card {
   /** What a screen reader hears of the step. */
   spoken() {
     const [name, label] = STEPS[this.state.step];
-    const rows = [...this.box.querySelectorAll("li:not(.mv-away)")].map((item) => `expert ${/** @type {HTMLElement} */ (item).dataset.expert} ${item.querySelector(".mv-num").textContent}`);
+    const rows = [...this.box.querySelectorAll("li:not(.mv-away)")].map((item) => `expert ${/** @type {HTMLElement} */ (item).dataset.expert} ${present(item.querySelector(".mv-num")).textContent}`);
     const parts = [`${label}, step ${this.state.step + 1} of ${STEPS.length}`, ...rows];
-    return `${parts.join(", ")}. ${name === "sum" || name === "kept" ? this.box.querySelector("[data-part=told]").textContent : ""}`;
+    return `${parts.join(", ")}. ${name === "sum" || name === "kept" ? present(this.box.querySelector("[data-part=told]")).textContent : ""}`;
   }
 }
 
@@ -166,8 +184,9 @@ function rowsOf(layer, { shares, choices }) {
  * @param {View} view @param {Layer} layer @param {Computed} computed @param {string} name
  */
 function rowLooks(view, layer, computed, name) {
-  const { scores, shares, sigmoid, bias, choices } = computed;
-  const reach = Math.max(...scores.map(Math.abs), 1e-6);
+  const { scores, noise, shares, sigmoid, bias, choices } = computed;
+  const drawn = noise ? scores.map((score, each) => score + noise[each]) : scores;
+  const reach = Math.max(...drawn.map(Math.abs), 1e-6);
   const longest = Math.max(...computed.kept.map(({ length }) => length), 1e-6);
   const pushed = Math.max(...computed.kept.map(({ length, weight }) => length * weight), 1e-6);
   const ruled = !layer.learned;
@@ -177,8 +196,9 @@ function rowLooks(view, layer, computed, name) {
     const base = { from: 0, size: 0, text: "", away: false, lost: false, flow: 0 };
     if (name === "scores") {
       if (ruled) return { ...base, size: choice ? 1 : 0, text: choice ? "the rule" : "–", away };
-      const part = Math.abs(scores[expert]) / reach / 2;
-      return { ...base, from: scores[expert] < 0 ? 0.5 - part : 0.5, size: part, text: fixed(scores[expert]) };
+      const part = Math.abs(drawn[expert]) / reach / 2;
+      const text = `${fixed(scores[expert])}${noise ? ` ${signed(noise[expert]).replace(/^(?=\d)/, "+")}` : ""}`;
+      return { ...base, from: drawn[expert] < 0 ? 0.5 - part : 0.5, size: part, text };
     }
     if (name === "shares") {
       if (ruled) return { ...base, size: choice ? 1 : 0, text: "–", away };
@@ -199,9 +219,9 @@ function rowLooks(view, layer, computed, name) {
 
 /** @param {HTMLElement} box @param {Computed} computed @param {string} name */
 function drawStream(box, { before, after }, name) {
-  box.hidden = before === null;
-  if (box.hidden) return;
-  box.querySelector("span").textContent = name === "sum" ? `stream ${long(before)} → ${long(after)}` : `stream ${long(before)}`;
+  box.hidden = before === null || after === null;
+  if (before === null || after === null) return;
+  present(box.querySelector("span")).textContent = name === "sum" ? `stream ${long(before)} → ${long(after)}` : `stream ${long(before)}`;
 }
 
 /**
@@ -220,8 +240,8 @@ function told(view, layer, patch, computed, name) {
   if (name !== "sum") return "";
   if (!kept.length && shared === null) return nobody(layer, computed);
   const parts = layer.kind === "soft" ? "The sum over all slots" : equation(kept, shared);
-  const stream = before === null ? "" : ` The residual stream (${long(before)}) goes on with that added: ${percent(added / before)} of its length.`;
-  return html`<b>${parts}</b> has length ${long(total)}.${stream} <span class="mv-sparse">${sparsityWords(view, layer, patch)}</span>`;
+  const stream = before === null || added === null ? "" : html` <span class="mv-research">The residual stream (${long(before)}) goes on with that added: ${percent(added / before)} of its length.</span>`;
+  return html`<b>${parts}</b><span class="mv-research"> has length ${long(total)}</span>.${stream} <span class="mv-sparse">${sparsityWords(view, layer, patch)}</span>`;
 }
 
 /** @param {Choice[]} kept @param {number | null} shared */

@@ -1,12 +1,12 @@
-// The inspector: everything about one patch. Also the prediction and the load of the experts.
+// The inspector: what the computation card leaves to be said about one patch.
 
-import { affinity, capital, lostWords, patchWeights, sharedWords } from "./core_kinds.js";
+import { capital, describePatch } from "./core_kinds.js";
 import { slotFacts } from "./core_slots.js";
 import {
-  chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, percent, pictureSource, rowColumn, term,
+  chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, pictureSource, rowColumn, term,
 } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
-/** @import { Layer, View } from "./types.js" */
+/** @import { View } from "./types.js" */
 
 /**
  * A piece of the image around a patch: `around` patches on every side, 0 for the patch alone.
@@ -41,68 +41,6 @@ function drawZooms(view, patch) {
       ${around > 0 && html`<i style="${style.frame}"></i>`}</div><figcaption>${label}</figcaption></figure>`;
   })}</div>`;
 }
-
-/**
- * The experts of the layer, best first; those that compute the patch with their weight, the others in grey.
- * @param {View} view @param {Layer} layer @param {number} patch
- */
-function drawChoices(view, layer, patch) {
-  const experts = layer.num_experts;
-  const weights = patchWeights(layer, patch);
-  const values = layer.kind === "soft" ? weights : layer.probs[patch];
-  const full = layer.kind === "soft" ? Math.max(...values, 1e-6) : 1;
-  const order = layer.learned ? [...Array(experts).keys()].sort((a, b) => values[b] - values[a]) : layer.experts[patch];
-  const row = (expert) => {
-    const rank = layer.experts[patch].indexOf(expert);
-    const value = layer.learned ? values[expert] : weights[expert];
-    const dropped = rank >= 0 && !layer.kept[patch][rank];
-    return html`<li class="${rank >= 0 ? "mv-chosen" : ""}">
-      ${chip(expert, experts)}
-      <span class="mv-bar"><i style="width:${(value / full) * 100}%;background:${expertColour(expert, experts)}"></i></span>
-      <span class="mv-num">${percent(value, layer.kind === "soft" ? 1 : 0)}</span>
-      <span class="mv-rank ${dropped ? "mv-dropped" : ""}">${rank >= 0 && rankWords(view, layer, patch, rank)}</span>
-    </li>`;
-  };
-  return html`<h3>${choicesHeading(layer)}</h3>
-    <ol class="mv-choices ${layer.kind === "soft" ? "mv-plain" : ""}">${order.map(row)}</ol>
-    ${patchNotes(layer, patch).map((note) => html`<p class="mv-note">${note}</p>`)}`;
-}
-
-/** @param {Layer} layer */
-function choicesHeading(layer) {
-  const [name, words] = affinity(layer);
-  if (layer.kind === "soft") return term(name, "What the patch takes from each expert");
-  if (!layer.learned) return html`Experts by a rule, not learned, and ${term("gate", "gate weight")}`;
-  return html`${term(name, capital(words))} and ${term("gate", "gate weight")}`;
-}
-
-/** @param {View} view @param {Layer} layer @param {number} patch @param {number} rank */
-function rankWords(view, layer, patch, rank) {
-  const kept = layer.kept[patch][rank];
-  const words = kept ? `weight ${fixed(layer.weights[patch][rank])}` : lostWords(view, layer, layer.experts[patch][rank]);
-  if (layer.kind === "soft") return kept ? "" : words;
-  return html`<b>${layer.kind === "expert_choice" ? "took it" : ordinal(rank + 1)}</b> ${words}`;
-}
-
-/**
- * What the list alone doesn't say: nobody's patches, dropped choices, experts that compute every patch.
- * @param {Layer} layer @param {number} patch
- */
-function patchNotes(layer, patch) {
-  const asked = layer.experts[patch].length;
-  const kept = layer.kept[patch].filter(Boolean).length;
-  const shared = sharedWords(layer);
-  const onward = shared ? "it gets the shared part only" : "the layer adds nothing to it, and it goes on as it came";
-  const notes = [];
-  if (!asked) notes.push(`No expert took this patch: ${onward}.`);
-  else if (!kept) notes.push(`No expert computes this patch: ${onward}.`);
-  else if (kept < asked && layer.kind === "token_choice") notes.push(`${asked} experts were asked, ${kept} computed it.`);
-  if (layer.router === "bias_balanced") notes.push("A balancing bias takes part in the choice, but not in these shares: the largest share needn't be chosen first.");
-  return shared ? [...notes, shared] : notes;
-}
-
-/** @param {number} number */
-const ordinal = (number) => `${number}${["th", "st", "nd", "rd"][number % 10 < 4 && Math.floor(number / 10) !== 1 ? number % 10 : 0]}`;
 
 /**
  * The way of a patch through the MoE layers: first choice as a dot, second choice thin. Drawn by hand in SVG.
@@ -170,10 +108,10 @@ export function drawInspector(box, state) {
     ...slotFacts(state, layer, patch)];
   fillBox(box, html`
     ${drawZooms(view, patch)}
-    <div class="mv-weights">${drawChoices(view, layer, patch)}</div>
-    ${facts.length > 0 && html`<dl class="mv-facts">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
+    ${!layer.computation && html`<p class="mv-note mv-older">${capital(describePatch(view, layer, patch))}. This view was saved before views carried how a patch was computed.</p>`}
+    ${facts.length > 0 && html`<dl class="mv-facts mv-research">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
     ${drawPath(state, patch)}
-    <p class="mv-note">${contextSentence(state)}</p>`);
+    <p class="mv-note mv-research">${contextSentence(state)}</p>`);
 }
 
 /**

@@ -2,7 +2,7 @@
 // here asks a layer: patches choose experts, experts choose patches, or slots mix all patches (Soft MoE).
 
 import { fixed, percent, rowColumn } from "./core_util.js";
-/** @import { Layer, Mode, Router, View, Worded } from "./types.js" */
+/** @import { Layer, Mode, Model, Router, View, Worded } from "./types.js" */
 
 export const MODES = {
   expert: { label: "Expert" },
@@ -24,13 +24,13 @@ export function modesOf({ kind, learned }) {
 }
 
 /**
- * What the router's numbers are called: [term, words]. Sigmoids don't compete, so only their shares add up to 1.
+ * What the router's numbers are called. Sigmoids don't compete, so only their shares add up to 1.
  * @param {Router | Layer} given
  */
-export function affinity({ kind, router }) {
-  if (kind === "soft") return ["part", "share of an expert"];
-  if (kind === "expert_choice") return ["affinity", "affinity"];
-  return ["sigmoid", "bias_balanced"].includes(router) ? ["share", "share of affinity"] : ["probability", "router probability"];
+function affinity({ kind, router }) {
+  if (kind === "soft") return "share of an expert";
+  if (kind === "expert_choice") return "affinity";
+  return ["sigmoid", "bias_balanced"].includes(router) ? "share of affinity" : "router probability";
 }
 
 /** @param {string} text */
@@ -119,6 +119,22 @@ export function routingWords(layers) {
   return ways.map((words) => [layers.filter((layer) => layer.words === words).map(({ name }) => name).join(", "), words]);
 }
 
+/** @param {number} number as in "7.7 M" */
+export const millions = (number) => (number >= 1e6 ? `${fixed(number / 1e6, number >= 1e7 ? 0 : 1)}\u00a0M` : `${Math.max(1, Math.round(number / 1e3))}\u00a0K`);
+
+/**
+ * What the model is, in a sentence: how many experts, how large, and who computes a patch.
+ * @param {Model} given
+ */
+export function headline({ routers, parameters }) {
+  const span = (values) => [...new Set(values)].sort((a, b) => a - b).join(" or ");
+  const experts = span(routers.map((router) => router.num_experts));
+  const sizes = [...new Set(routers.map((router) => millions(router.expert_parameters)))].join(" or ");
+  const chosen = span(routers.map((router) => router.top_k));
+  const who = routers.every(({ kind }) => kind === "token_choice") ? `; ${chosen} compute${chosen === "1" ? "s" : ""} each patch` : "";
+  return `${experts} networks share one image${who}. Each has ${sizes} of the model's ${millions(parameters)} parameters.`;
+}
+
 /**
  * What a screen reader says about a patch.
  * @param {View} view @param {Layer} layer @param {number} patch
@@ -150,14 +166,13 @@ export const lostWords = (view, layer, expert) => (awayExpert(view, layer) === e
  * @param {View} view @param {Layer} layer @param {Mode} mode
  */
 export function modeHint(view, layer, mode) {
-  const [, name] = affinity(layer);
   return {
     expert: () => expertHint(view, layer),
     slots: () => "times an even share; the palest and the strongest patch of this map span the scale",
     takers: () => "number of experts that took the patch",
     entropy: () => (layer.kind === "soft" ? "bits: how evenly a patch takes from the experts"
       : layer.kind === "expert_choice" ? "bits: how evenly the patch suits the experts" : "bits: how undecided the router is about the patch"),
-    margin: () => `best minus second-best ${name}`,
+    margin: () => `best minus second-best ${affinity(layer)}`,
     drops: () => (droppedChoices(layer, awayExpert(view, layer)) || layer.capacity !== null ? "choices that an expert's capacity turned away" : "no choice is dropped here"),
   }[mode]();
 }
@@ -166,7 +181,7 @@ export function modeHint(view, layer, mode) {
 function expertHint(view, layer) {
   if (layer.kind === "soft") {
     const { low, high } = strongest(layer);
-    return `every patch takes from all ${layer.num_experts * layer.slots} slots · colour and number: the expert with the largest share, `
+    return `every patch takes from all ${layer.num_experts * (layer.slots ?? 0)} slots · colour and number: the expert with the largest share, `
       + `${percent(low, 1)} to ${percent(high, 1)} here (even: ${percent(1 / layer.num_experts, 1)})`;
   }
   if (layer.kind === "expert_choice") {
@@ -186,7 +201,7 @@ const droppedFirst = (view, layer) => layer.kept.some(([first], patch) => !first
  */
 export function loadNote(view, layer) {
   if (layer.kind === "soft") {
-    return `Every expert computes ${plural(layer.slots, "slot")}, so the load is even by construction. Bars: the part of the patches' output that comes
+    return `Every expert computes ${plural(layer.slots ?? 0, "slot")}, so the load is even by construction. Bars: the part of the patches' output that comes
       from each expert. Dashed: equal parts.`;
   }
   if (layer.kind === "expert_choice") {

@@ -1,6 +1,6 @@
 // The numbers of one patch's computation, read from a view: what the server packed, and what follows from it.
 
-import { lostWords } from "./core_kinds.js";
+import { lostWords, millions } from "./core_kinds.js";
 import { fixed, layerExpert } from "./core_util.js";
 /** @import { Choice, Computed, Layer, Packed, View } from "./types.js" */
 
@@ -48,10 +48,20 @@ export function computedPatch(view, layer, patch) {
   }));
   const scores = at("scores");
   const bias = computation.bias && unpack(computation.bias);
+  const noise = at("noise");
   const sigmoid = ["sigmoid", "bias_balanced"].includes(layer.router);
-  const shares = sigmoid ? scores.map((score) => 1 / (1 + Math.exp(-score))) : layer.probs[patch];
-  return { scores, shares, sigmoid, bias, choices, kept: choices.filter(({ kept }) => kept), total: at("total"), shared: at("shared"),
+  const shares = sigmoid ? scores.map((score) => 1 / (1 + Math.exp(-score)))
+    : noise ? softmax(scores.map((score, expert) => score + noise[expert])) : layer.probs[patch];
+  return { scores, noise, shares, sigmoid, bias, choices, kept: choices.filter(({ kept }) => kept), total: at("total"), shared: at("shared"),
     before: at("before"), added: at("added"), after: at("after"), missing: missingWeight(view, layer, choices) };
+}
+
+/** @param {number[]} scores */
+function softmax(scores) {
+  const top = Math.max(...scores);
+  const parts = scores.map((score) => Math.exp(score - top));
+  const sum = parts.reduce((total, part) => total + part, 0);
+  return parts.map((part) => part / sum);
 }
 
 /**
@@ -89,9 +99,6 @@ export function parametersRun({ model, layers }, patch) {
 }
 
 const WORDS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
-
-/** @param {number} number */
-const millions = (number) => (number >= 1e6 ? `${fixed(number / 1e6, number >= 1e7 ? 0 : 1)}\u00a0M` : `${Math.max(1, Math.round(number / 1e3))}\u00a0K`);
 
 /**
  * What sparsity means for a patch: said where it happens.

@@ -2,7 +2,9 @@
 // carries the mean over an expert's slots; single slots come from the server when somebody looks at them.
 
 import { patchWeights, plural } from "./core_kinds.js";
-import { chip, clamp, fillBox, fixed, html, layerExpert, percent, rgba, SCALE_COLOUR, term } from "./core_util.js";
+import {
+  brush, chip, clamp, fillBox, fixed, html, layerExpert, percent, present, rgba, SCALE_COLOUR, term,
+} from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { Layer, SlotChoice, View } from "./types.js" */
 
@@ -27,7 +29,8 @@ export class SlotMaps {
     const known = this.found.get(view);
     const key = `${layer.layer}.${expert}`;
     if (known.has(key)) return known.get(key).promise;
-    const entry = { answer: undefined };
+    /** @type {{ answer?: any, promise?: Promise<unknown> }} */
+    const entry = {};
     entry.promise = this.ask(place, layer.layer, expert)
       .then((answer) => { entry.answer = answer; })
       .catch((error) => { entry.answer = { error }; });
@@ -45,7 +48,7 @@ export class SlotMaps {
  */
 export function slotValues(state, view, layer) {
   const { slotExpert: expert, slot, slotSide: side } = state;
-  if (slot === null) return side === "reads" ? layer.reads[expert] : layer.experts.map((_, patch) => patchWeights(layer, patch)[expert]);
+  if (slot === null) return side === "reads" ? present(layer.reads)[expert] : layer.experts.map((_, patch) => patchWeights(layer, patch)[expert]);
   const maps = state.slotMaps.get(view, layer, expert);
   return maps?.[side] ? maps[side][slot].map((value) => value * maps.unit) : null;
 }
@@ -56,7 +59,7 @@ export function slotValues(state, view, layer) {
  */
 function evenShare(state, layer, values) {
   if (state.slotSide === "reads") return values.reduce((sum, value) => sum + value, 0) / values.length;
-  return 1 / (layer.num_experts * (state.slot === null ? 1 : layer.slots));
+  return 1 / (layer.num_experts * (state.slot === null ? 1 : layer.slots ?? 1));
 }
 
 /** @param {number[]} values */
@@ -126,12 +129,12 @@ function slotThumbs(state, layer) {
 /** @param {HTMLCanvasElement} canvas @param {ViewState} state @param {View} view @param {Layer} layer */
 function drawSlotThumb(canvas, state, view, layer) {
   const [rows, columns] = view.model.grid;
-  const { pick } = canvas.parentElement.dataset;
+  const { pick } = present(canvas.parentElement).dataset;
   const values = slotValues({ ...state, slot: pick === "all" ? null : Number(pick) }, view, layer);
   const { place } = rangeOf(values);
   canvas.width = columns;
   canvas.height = rows;
-  const context = canvas.getContext("2d");
+  const context = brush(canvas);
   values.forEach((value, patch) => {
     context.fillStyle = rgba(SCALE_COLOUR, 0.06 + 0.9 * place(value));
     context.fillRect(patch % columns, Math.floor(patch / columns), 1, 1);
@@ -150,10 +153,10 @@ function slotSentence(state, view, layer) {
   const patches = view.model.grid[0] * view.model.grid[1];
   const span = `${percent(low, 1)} to ${percent(high, 1)}`;
   if (state.slotSide === "takes") {
-    const from = slot === null ? `the ${plural(layer.slots, "slot")} of this expert together` : `slot ${slot}`;
+    const from = slot === null ? `the ${plural(layer.slots ?? 0, "slot")} of this expert together` : `slot ${slot}`;
     return `Patches take ${span} of their output from ${from}; an even share is ${percent(evenShare(state, layer, values), 1)}.`;
   }
-  if (slot === null) return `Mean over ${plural(layer.slots, "slot")}: ${span} of what the expert reads is one patch; an even share is ${percent(1 / patches, 1)}.`;
+  if (slot === null) return `Mean over ${plural(layer.slots ?? 0, "slot")}: ${span} of what the expert reads is one patch; an even share is ${percent(1 / patches, 1)}.`;
   const { reads_patches: spread, reads_prefix: prefix } = state.slotMaps.get(view, layer, state.slotExpert);
   const rest = prefix[slot] >= 0.0005 ? ` ${percent(prefix[slot], 1)} of it are class or register tokens.` : "";
   return `Slot ${slot} is one weighted mean of all patches, ${span} each: as concentrated as an even mean of ${fixed(spread[slot], 0)} of the ${patches}.${rest}`;

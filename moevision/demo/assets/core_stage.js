@@ -3,8 +3,7 @@
 import { describePatch, modeHint, patchWeights, plural, routingWords, strongest } from "./core_kinds.js";
 import { rangeOf, ratioWords, slotLooks, slotValues } from "./core_slots.js";
 import {
-  chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pictureSource, rgba, SCALE_COLOUR,
-  term,
+  brush, chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pictureSource, rgba, SCALE_COLOUR, term,
 } from "./core_util.js";
 import { PALETTE } from "./palette.js";
 /** @import { ViewState } from "./core_state.js" */
@@ -83,7 +82,9 @@ export class Stage {
     this.box = box;
     this.state = state;
     this.slot = slot;
-    this.build();
+    this.cells = this.build();
+    this.colour();
+    this.outline();
   }
 
   get view() { return this.state.views[this.slot]; }
@@ -92,7 +93,7 @@ export class Stage {
     const { view } = this;
     const [rows, columns] = view.model.grid;
     const cell = (row, column) => html`<div role="gridcell" class="mv-cell" tabindex="-1"
-      data-patch="${row * columns + column}"><span class="mv-mark"></span></div>`;
+      data-patch="${row * columns + column}"><span class="mv-mark" aria-hidden="true"></span></div>`;
     const line = (row) => html`<div role="row" class="mv-row">${[...Array(columns).keys()].map((column) => cell(row, column))}</div>`;
     fillBox(this.box, html`
       <div class="mv-canvas" style="--columns:${columns};--rows:${rows};--aspect:${columns / rows}" data-slot="${this.slot}">
@@ -101,16 +102,14 @@ export class Stage {
           aria-rowcount="${rows}" aria-colcount="${columns}">${[...Array(rows).keys()].map(line)}</div>
       </div>`);
     const cells = /** @type {NodeListOf<HTMLElement>} */ (this.box.querySelectorAll(".mv-cell"));
-    this.cells = [...cells];
-    this.colour();
-    this.outline();
+    return [...cells];
   }
 
   /** Colours, numbers and spoken labels of all patches: on a change of layer or colouring. */
   colour() {
     const { state, view } = this;
     const layer = view.layers[state.layer];
-    this.box.firstElementChild.classList.toggle("mv-grey", GREY_MODES.includes(state.mode));
+    this.box.firstElementChild?.classList.toggle("mv-grey", GREY_MODES.includes(state.mode));
     const looks = patchLooks(state, view, layer);
     this.cells.forEach((cell, patch) => {
       const look = looks[patch];
@@ -159,7 +158,7 @@ function drawThumbnail(canvas, layer, [rows, columns]) {
   const top = layer.kind === "soft" ? strongest(layer).high : 1;
   canvas.width = columns;
   canvas.height = rows;
-  const context = canvas.getContext("2d");
+  const context = brush(canvas);
   layer.experts.forEach(([first], patch) => {
     if (first === undefined) return; // no expert took it
     context.fillStyle = hasColours(layer.num_experts)
@@ -180,11 +179,11 @@ export function drawStrip(box, state) {
     </button>`;
   fillBox(box, html`
     <div class="mv-strip-head"><h2>${term("layer", "Layers with experts")}</h2>
-      <span class="mv-keys"><kbd>+</kbd> <kbd>−</kbd> change layer</span></div>
+      <span class="mv-keys mv-research"><kbd>+</kbd> <kbd>−</kbd> change layer</span></div>
     <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
-    <p class="mv-note">Colours aren't comparable across layers: ${layers.map((layer) => layerExpert(layer, 0)).join(" and ")}
-      are different networks.</p>
-    ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how"><b>${where}</b>: ${words}</p>`)}`);
+    <p class="mv-note">Colours aren't comparable across layers<span class="mv-research">: ${layers.map((layer) => layerExpert(layer, 0)).join(" and ")}
+      are different networks</span>.</p>
+    ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how mv-research"><b>${where}</b>: ${words}</p>`)}`);
   box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model.grid));
 }
 
@@ -211,7 +210,7 @@ export function drawLegend(box, state) {
     takers: () => ramp("0", Math.max(...layer.experts.map(({ length }) => length))),
     slots: () => slotRamp(state, view, layer, ramp),
   }[mode]();
-  fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint">${legendHint(state)}</span>`);
+  fillBox(box, html`<div class="mv-legend-key">${key}</div><span class="mv-legend-hint mv-research">${legendHint(state)}</span>`);
 }
 
 /** @param {ViewState} state */

@@ -28,8 +28,20 @@ export function html(strings, ...values) {
 }
 
 /**
+ * What must be there.
+ * @template T @param {T} value @returns {NonNullable<T>}
+ */
+export function present(value) {
+  if (value === null || value === undefined) throw new Error("a part of the page is missing");
+  return value;
+}
+
+/** @param {HTMLCanvasElement} canvas */
+export const brush = (canvas) => present(canvas.getContext("2d"));
+
+/**
  * Put markup into a box. Focus survives if the focused element has a data-key that comes back.
- * @param {Element | null} box @param {Fill} markup
+ * @param {Element | null | undefined} box @param {Fill} markup
  */
 export function fillBox(box, markup) {
   if (!box) return;
@@ -119,10 +131,6 @@ export const TERMS = {
   expert: "One of several small networks in a layer. Every patch is computed by only a few of them.",
   patch: "A square piece of the image. The model cuts the image into a grid of patches and works on them side by side.",
   layer: "One step of the network. Only some layers have experts; L3 is the block with index 3, counted from 0.",
-  gate: "The weight with which a chosen expert's answer enters the result. The chosen experts' weights together say how the patch is shared out.",
-  probability: "What the router gives to each expert; the experts' probabilities add up to 1. The highest ones are chosen.",
-  share: "Every expert scores the patch on its own, by a sigmoid; shown is each one's part of their sum. Where a bias keeps the load balanced it takes part in the choice, so the largest share needn't come first.",
-  affinity: "How well the patch suits each expert; the numbers of one patch add up to 1. Every expert takes the patches in which its own number is largest.",
   part: "Soft MoE makes no choice: a patch takes a weighted mean of all slots. Shown is the part that comes from this expert's slots.",
   slot: "What an expert of Soft MoE computes: a weighted mean of all patches of the image. Its result goes back to all patches, again by weights.",
   taken: "Experts choose patches here, not patches experts. One patch may have several experts, or none; then it goes on as it came.",

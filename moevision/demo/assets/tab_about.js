@@ -2,7 +2,7 @@
 
 import { VARIANTS } from "./app_rail.js";
 import { routingWords } from "./core_kinds.js";
-import { fillBox, fixed, html, percent } from "./core_util.js";
+import { fillBox, fixed, html, percent, present } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { Router } from "./types.js" */
 
@@ -33,7 +33,7 @@ const ROUTING_TEXTS = {
  * @param {Router[]} routers @param {string} words
  */
 function routingText(routers, words) {
-  const { kind, learned, route_by } = routers.find((router) => router.words === words);
+  const { kind, learned, route_by } = present(routers.find((router) => router.words === words));
   if (!learned) return "rule";
   return route_by === "image" ? "image" : kind;
 }

@@ -2,7 +2,7 @@
 
 import { asAskError, emptyBox, errorBox, waitingBox } from "./app_server.js";
 import {
-  chip, clamp, fillBox, fixed, html, layerExpert, MINUS, percent, pictureSource, signed, term,
+  chip, clamp, fillBox, fixed, html, layerExpert, MINUS, percent, pictureSource, present, signed, term,
 } from "./core_util.js";
 import { NO_PICTURES } from "./tab_experts.js";
 /** @import { App } from "./app.js" */
@@ -46,21 +46,22 @@ export class ClassesTab {
     this.panel = panel;
     /** @type {ClassesAnswer} */
     this.answer = answer;
-    this.layer = this.answer.layers.find(({ layer }) => layer === app.state.currentLayer.layer) ?? answer.layers[0];
-    this.kind = app.model.routers.find(({ layer }) => layer === this.layer.layer).kind;
+    const shown = answer.layers.find(({ layer }) => layer === present(app.state).currentLayer.layer) ?? answer.layers[0];
+    this.layer = shown;
+    this.kind = app.model.routers.find(({ layer }) => layer === shown.layer)?.kind;
     fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div></div>
       <div>${this.information()}</div></div>`);
     this.drawTable();
   }
 
   drawTable() {
-    const { answer, layer } = this;
+    const [answer, layer] = [present(this.answer), this.layer];
     const order = (size, value) => [...Array(size).keys()].sort((a, b) => (value ? value(b) - value(a) : 0) || a - b);
     const empty = (row) => layer.share[row][0] === null; // no image of the class, so no share either
     const rows = order(answer.class_names.length, this.byExpert === RESET ? null : (row) => layer.excess[row][this.byExpert] ?? -Infinity);
     const columns = order(layer.share[0].length, this.byClass === RESET ? null : (column) => layer.excess[this.byClass][column]);
     const marked = layer.significant.flat().filter(Boolean).length;
-    fillBox(this.panel.querySelector("[data-part=table]"), html`
+    fillBox(this.panel?.querySelector("[data-part=table]"), html`
       <h2>Class × expert in ${layer.name}</h2>
       <p class="mv-note">${this.kind === "token_choice" ? "Share of a class's patch choices that an expert computes." : "Of what a class's patches take from experts, the part that comes from one."} Coloured: further from the expert's mean share
         than ${fixed(layer.threshold * 100, 1)} points, which the most extreme cell exceeds by chance one time in twenty
@@ -86,7 +87,7 @@ export class ClassesTab {
     const strength = Math.round(clamp(Math.abs(over) / Math.max(...excess.flat().map(Math.abs), 1e-9), 0.15, 1) * 60);
     const colour = over > 0 ? "var(--more)" : "var(--less)";
     const style = significant[row][expert] ? `background:color-mix(in srgb, ${colour} ${strength}%, transparent)` : "";
-    const name = this.answer.class_names[row];
+    const name = present(this.answer).class_names[row];
     return html`<td style="${style}"><button type="button" data-action="cell" data-class="${name}" data-expert="${expert}" data-key="cell-${row}-${expert}"
       aria-label="${name}, expert ${expert}: ${percent(share[row][expert], this.kind === "soft" ? 1 : 0)}, ${signed(over * 100, 1)} points${significant[row][expert] ? ", stands out" : ""}">
       ${fixed(share[row][expert] * 100, this.kind === "soft" ? 1 : 0)}${significant[row][expert] && html`<sup>${over > 0 ? "+" : MINUS}</sup>`}</button></td>`;
@@ -95,7 +96,7 @@ export class ClassesTab {
   /** @param {HTMLElement} button */
   async showCell(button) {
     const { app, layer } = this;
-    const place = this.panel.querySelector("[data-part=cell]");
+    const place = this.panel?.querySelector("[data-part=cell]");
     const { class: name, expert } = button.dataset;
     fillBox(place, waitingBox(`Looking for images of ${name}…`));
     try {

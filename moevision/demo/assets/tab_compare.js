@@ -3,7 +3,7 @@
 import { asAskError, AskError, emptyBox, errorBox, waitingBox } from "./app_server.js";
 import { expertShares, shareOf } from "./core_kinds.js";
 import { pictureTitle } from "./core_stage.js";
-import { chip, fillBox, fixed, html, Markup, percent, signed, term } from "./core_util.js";
+import { chip, fillBox, fixed, html, Markup, percent, present, signed, term } from "./core_util.js";
 import { NO_PICTURES } from "./tab_experts.js";
 /** @import { App } from "./app.js" */
 /** @import { CompareAnswer, DifferenceLayer, ExpertDifference, Fill } from "./types.js" */
@@ -49,7 +49,7 @@ export class CompareTab {
    * The tab may have been drawn anew, or left, since the question was asked.
    * @param {Fill} markup
    */
-  tell(markup) { fillBox(this.panel.querySelector("[data-part=classes]"), markup); }
+  tell(markup) { fillBox(this.panel?.querySelector("[data-part=classes]"), markup); }
 
   async run() {
     const { app, a, b } = this;
@@ -92,7 +92,7 @@ export class CompareTab {
 
   /** Shares of two images next to each other: a description of these two, no test. */
   pictures() {
-    const { state } = this.app;
+    const state = present(this.app.state);
     const [first, second] = state.views;
     if (!second) {
       return html`<div class="mv-state"><p>Put a second image beside the first to see where their patches go.</p>

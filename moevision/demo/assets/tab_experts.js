@@ -1,7 +1,7 @@
 // Tab "Experts": what each expert of the current layer is for, shown by what it computes.
 
 import { emptyBox, waitingBox } from "./app_server.js";
-import { chip, expertColour, fillBox, fixed, html, percent, pictureSource, signed } from "./core_util.js";
+import { chip, expertColour, fillBox, fixed, html, percent, pictureSource, present, signed } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Router, ShareRow, Wanted } from "./types.js" */
 
@@ -63,13 +63,13 @@ export class ExpertsTab {
   /** @param {HTMLElement} panel @param {Wanted} wanted */
   async draw(panel, wanted) {
     const { app } = this;
-    const layer = app.state.currentLayer;
+    const layer = present(app.state).currentLayer;
     fillBox(panel, waitingBox(`Looking at the images of ${layer.name}…`));
     const answer = await app.asker.whenReady("experts", { model: app.model.id, variant: app.variant, layer: layer.layer }, wanted);
     if (!wanted()) return;
     if (!answer.experts.length) return fillBox(panel, emptyBox("No images to show experts by", answer.note || NO_PICTURES));
     this.fetchOtherLayers(layer.layer);
-    const router = app.model.routers.find((one) => one.layer === layer.layer);
+    const router = present(app.model.routers.find((one) => one.layer === layer.layer));
     const hint = answer.status === "no_pictures" ? NO_PICTURES : "A click on a patch opens its image.";
     return fillBox(panel, html`<p class="mv-note mv-lead">Experts of <b>${answer.name}</b>. ${answer.note} ${hint}</p>
       <div class="mv-cards">${answer.experts.map((card) => expertCard(card, answer, router))}</div>`);

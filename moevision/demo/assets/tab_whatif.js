@@ -2,7 +2,7 @@
 
 import { asAskError, errorBox, waitingBox } from "./app_server.js";
 import { FILL_WORDS, KIND_WORDS, predictionColumn } from "./core_answer.js";
-import { expertColour, fillBox, fixed, html, inkOn, Markup, signed, term } from "./core_util.js";
+import { expertColour, fillBox, fixed, html, inkOn, Markup, present, signed, term } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { ClassEffect, Effect, Fill, Intervention } from "./types.js" */
 
@@ -41,7 +41,7 @@ export class WhatIfTab {
     const { form, app } = this;
     const { layers } = app.model;
     this.panel = panel;
-    if (form.kind !== "random" && !layers.includes(form.layer)) form.layer = app.state.currentLayer.layer;
+    if (form.kind !== "random" && !layers.includes(form.layer ?? -1)) form.layer = present(app.state).currentLayer.layer;
     if (!this.touched) this.suggest();
     fillBox(panel, html`<div data-part="form"></div><div data-part="result" aria-live="polite"></div>`);
     // Coming back to the tab finds the result that was left there, as long as it answers the same question.
@@ -52,19 +52,19 @@ export class WhatIfTab {
 
   /** Until somebody chooses: the expert of the pinned patch, in the layer that is shown. */
   suggest() {
-    const { currentLayer: layer, patch } = this.app.state;
+    const { currentLayer: layer, patch } = present(this.app.state);
     Object.assign(this.form, { layer: layer.layer, expert: patch === null ? 0 : layer.experts[patch][0] ?? 0 });
   }
 
   drawForm() {
     const { form, app } = this;
     const { layers } = app.model;
-    if (form.kind !== "random" && form.layer === null) form.layer = app.state.currentLayer.layer;
+    if (form.kind !== "random" && form.layer === null) form.layer = present(app.state).currentLayer.layer;
     const kinds = this.settle();
     const [first] = this.chosenLayers();
     const choice = (value, label, chosen) => html`<option value="${value}" ${new Markup(String(value) === String(chosen) ? "selected" : "")}>${label}</option>`;
     const pick = (name, label, options) => html`<label><span>${label}</span><select data-change="${name}" data-key="${name}">${options}</select></label>`;
-    fillBox(this.panel.querySelector("[data-part=form]"), html`<div class="mv-form">
+    fillBox(this.panel?.querySelector("[data-part=form]"), html`<div class="mv-form">
       ${pick("if-kind", "Change", kinds.map(([value, label]) => choice(value, label, form.kind)))}
       ${pick("if-layer", "Layer", [form.kind === "random" && choice("all", "every layer", form.layer ?? "all"), ...layers.map((layer) => choice(layer, `L${layer}`, form.layer))])}
       ${form.kind !== "random" && pick("if-expert", "Expert", [...Array(first.num_experts).keys()].map((expert) => choice(expert, `E${expert}`, form.expert)))}
@@ -92,13 +92,13 @@ export class WhatIfTab {
     const allowed = (kind) => layers.every(({ refused }) => !(kind in refused));
     const kinds = Object.entries(KIND_WORDS).filter(([kind]) => allowed(kind)).map(([kind, words]) => [kind, words[way]]);
     if (!kinds.some(([kind]) => kind === form.kind)) [[form.kind]] = kinds;
-    form.expert = Math.min(form.expert, layers[0].num_experts - 1);
+    form.expert = Math.min(form.expert ?? 0, layers[0].num_experts - 1);
     return kinds;
   }
 
   async run() {
     const { app } = this;
-    const button = /** @type {HTMLButtonElement} */ (this.panel.querySelector("[data-action=if-run]"));
+    const button = /** @type {HTMLButtonElement} */ (this.panel?.querySelector("[data-action=if-run]"));
     const token = (this.token = Symbol("run"));
     this.touched = true; // what was asked stays in the form
     button.disabled = true;
@@ -119,13 +119,13 @@ export class WhatIfTab {
   }
 
   /** What the form asks about the first image, as text that can be compared. */
-  wish() { return JSON.stringify({ ...this.app.question(0), intervention: this.intervention() }); }
+  wish() { return JSON.stringify({ ...this.app.question(0), noise: null, intervention: this.intervention() }); }
 
   /**
    * The tab may have been drawn anew, or left, since the question was asked.
    * @param {Fill} markup
    */
-  tell(markup) { fillBox(this.panel.querySelector("[data-part=result]"), markup); }
+  tell(markup) { fillBox(this.panel?.querySelector("[data-part=result]"), markup); }
 
   /** @returns {Intervention} */
   intervention() {
@@ -136,7 +136,7 @@ export class WhatIfTab {
   /** @param {Effect} result */
   story(result) {
     const { before, after, control, class_effect: byClass } = result;
-    const label = this.app.state.views[0].picture.label;
+    const label = present(this.app.state).views[0].picture.label;
     return html`<p class="mv-sentence">${result.sentence}</p>
       <div class="mv-split"><div class="mv-two">${predictionColumn("before", before, label)}${predictionColumn("after", after, label)}</div>
       <div><h3>Change of the ${term("logit", "logit")} of ${result.target}</h3>${this.strip(result)}
@@ -191,7 +191,7 @@ function stackRows(places, width) {
 
 /** @param {ClassEffect} given */
 function classWords({ n, class: name, delta_p: p, delta_logit: logit, sd_logit: sd, control_delta_logit: control }) {
-  const spread = Number.isFinite(sd) ? ` ± ${fixed(sd, 3)} between images` : "";
-  const beside = Number.isFinite(control) ? `; with random choices instead ${signed(control, 3)}` : "";
+  const spread = sd !== null && Number.isFinite(sd) ? ` ± ${fixed(sd, 3)} between images` : "";
+  const beside = control !== null && Number.isFinite(control) ? `; with random choices instead ${signed(control, 3)}` : "";
   return `Over ${n} images of ${name}: ${signed(p * 100, 1)} points of probability, logit ${signed(logit, 3)}${spread}${beside}.`;
 }

@@ -30,6 +30,7 @@ export interface Router {
   /** What the router does: scores, shares, kept, weights. */
   steps: Record<string, string>;
   expert_parameters: number;
+  noise: "learned" | "fixed" | "jitter" | "none";
 }
 
 /** Numbers as demo/wire.py packs them: base64 of little-endian int16, times a unit. */
@@ -41,6 +42,8 @@ export interface Choice { expert: number; weight: number; kept: boolean; length:
 /** How a layer computed one patch; lengths are those of vectors. */
 export interface Computed {
   scores: number[];
+  /** What was added to them, as in training. */
+  noise: number[] | null;
   /** Softmax of the scores, or sigmoids. */
   shares: number[];
   sigmoid: boolean;
@@ -119,6 +122,7 @@ export interface View {
     top_k: number | null;
     capacity: number | null;
     intervention: Intervention | null;
+    noise?: number | null;
     off_distribution: boolean;
     off_reason: string | null;
   };

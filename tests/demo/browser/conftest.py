@@ -26,10 +26,13 @@ def browser():
 class Visit:
     """A page in a profile of its own, with everything that it asked for and complained about."""
 
-    def __init__(self, browser, *, tour=False, **options):
+    def __init__(self, browser, *, tour=False, level="research", **options):
         self.context = browser.new_context(**{"viewport": WIDE, "accept_downloads": True, **options})
         if not tour:  # somebody who has been here before
             self.context.add_init_script("localStorage.setItem('moevision.tour.seen', '1')")
+        if level:  # as it was left at an earlier visit
+            keep = f"localStorage.getItem('moevision.level') ?? localStorage.setItem('moevision.level', '{level}')"
+            self.context.add_init_script(keep)
         self.context.set_default_timeout(120_000)  # ms; a busy machine may take most of it
         self.page = self.context.new_page()
         self.requests, self.complaints = [], []

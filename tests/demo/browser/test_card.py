@@ -98,6 +98,7 @@ def test_every_step_has_the_numbers_of_the_view(card):
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "label"])
 def test_every_router_walks_through_all_steps_in_its_own_words(card, router):
     page, layer = card({"router": router})
+    assert page.locator("[data-change=noise]").count() == 0  # nobody is there who could draw it
     for step in ("scores", "shares", "kept"):
         go(page, step)
         assert page.text_content("[data-part=say]").strip() == layer["steps"][step]
@@ -189,4 +190,5 @@ def test_a_view_of_an_older_version_has_no_card(card, make, pixels):
         del layer["computation"]
     page, _ = card(view=view)
     assert page.locator(".mv-box-card:visible").count() == 0
-    assert page.locator(".mv-choices:visible").count() == 1
+    experts, weights = view["layers"][-1]["experts"][PATCH], view["layers"][-1]["weights"][PATCH]
+    assert f"expert {experts[0]}, weight {weights[0]:.2f}" in page.text_content(".mv-older")

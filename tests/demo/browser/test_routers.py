@@ -72,12 +72,12 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask, look):
     nobody, several = texts.index("–"), next(patch for patch, text in enumerate(texts) if "+" in text)
     page.click(f".mv-cell[data-patch='{nobody}']")
     assert look.said(page).endswith("no expert took it")
-    inspector = page.text_content(".mv-box-inspector")
-    assert "No expert took this patch: the layer adds nothing to it" in inspector
-    assert "dropped" not in inspector
+    card = page.text_content(".mv-box-card")
+    assert "No expert took this patch: it goes on as it came" in card
+    assert "full" not in card
     page.click(f".mv-cell[data-patch='{several}']")
-    took = [row for row in page.locator(".mv-choices li").all() if "took it" in row.text_content()]
-    assert {row.locator(".mv-chip").text_content() for row in took} == {str(e) for e in layer["experts"][several]}
+    took = page.locator(".mv-card-rows li:not(.mv-away) .mv-chip").all_text_contents()
+    assert took == [str(expert) for expert in sorted(layer["experts"][several])]
     assert visible_modes(page) == ["expert", "takers", "entropy", "margin"]
     page.click("[data-mode=takers]")
     assert look.numbers(page) == [str(len(experts)) for experts in layer["experts"]]
@@ -110,8 +110,10 @@ def test_soft_patches_take_from_every_expert(visit, ask, look):
     page = visit("?model=soft&patch=5").page
     assert look.numbers(page) == [str(experts[0]) for experts in layer["experts"]]
     assert f"all {6 * SLOTS} slots" in page.text_content(".mv-box-legend")
-    shown = [float(text.removesuffix(" %")) for text in page.locator(".mv-choices .mv-num").all_text_contents()]
-    assert shown == pytest.approx([100 * weight for weight in layer["weights"][5]], abs=0.0551)
+    page.click("[data-step='1']")
+    shown = [float(text.removesuffix(" %")) for text in page.locator(".mv-card-rows .mv-num").all_text_contents()]
+    weights = dict(zip(layer["experts"][5], layer["weights"][5], strict=True))
+    assert shown == pytest.approx([100 * weights[expert] for expert in range(6)], abs=0.0551)
     assert sum(shown) == pytest.approx(100, abs=0.6)
     assert visible_modes(page) == ["expert", "slots", "entropy", "margin"]
     # the other layer has a router of its own, and its own number of experts

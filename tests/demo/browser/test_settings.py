@@ -1,10 +1,14 @@
 """M7 to M9: other colourings, loads, capacity, k, and the switch between versions of the model."""
 
+import numpy as np
 import pytest
+
+from tests.demo.test_computation import unpacked
 
 pytestmark = pytest.mark.needs("chromium")
 
 FIRST = {"kind": "example", "id": "pets/test/0"}
+MINUS = "\N{MINUS SIGN}"
 OFF = "off the training distribution"
 
 
@@ -46,7 +50,8 @@ def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask, loo
     assert page.locator(".mv-off:visible").text_content() == OFF
     patch = dropped.index(max(dropped))
     page.click(f".mv-cell[data-patch='{patch}']")
-    assert page.locator(".mv-rank.mv-dropped").count() == dropped[patch]
+    page.click("[data-step='2']")
+    assert page.locator(".mv-lost-row").count() == dropped[patch]
     assert f"Hatched: {sum(dropped)} dropped" in page.text_content(".mv-box-loads")
 
 
@@ -62,12 +67,52 @@ def test_another_k_is_marked(visit, ask, look):
     assert (
         page.text_content("[role=note]").strip() == "Off the training distribution. Trained with top-2, shown is top-3."
     )
-    assert page.locator(".mv-choices .mv-chosen").count() == 3
+    assert page.locator(".mv-card-rows li:not(.mv-away)").count() == 3
     page.click("[data-action=as-trained]")
     page.wait_for_selector("[role=note]", state="detached")
     assert one.question("route")["top_k"] is None
     plain = ask("route", picture=FIRST)["layers"][1]
     assert look.numbers(page) == [str(choices[0]) for choices in plain["experts"]]
+
+
+def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
+    def drawn(seed):
+        return [str(choices[0]) for choices in ask("route", picture=FIRST, noise=seed)["layers"][1]["experts"]]
+
+    one = visit("?patch=5")
+    page = one.page
+    page.check("[data-change=noise]")
+    page.wait_for_selector("[role=note]")
+    assert one.question("route")["noise"] == 1
+    assert "draw 1" in page.text_content("[data-part=noise]")
+    assert look.numbers(page) == drawn(1)
+    page.click("[data-step='0']")
+    numbers = {name: unpacked(value)[5] for name, value in one_layer(ask, noise=1).items()}
+    shown = [text.replace(MINUS, "-").split() for text in page.locator(".mv-card-rows .mv-num").all_text_contents()]
+    assert [float(clean) for clean, _ in shown] == pytest.approx(numbers["scores"], abs=0.0051)
+    assert [float(noise) for _, noise in shown] == pytest.approx(numbers["noise"], abs=0.0051)
+    assert "As in training, with noise of size 1/4" in page.text_content("[data-part=say]")
+    page.click("[data-step='1']")
+    noisy = np.exp(numbers["scores"] + numbers["noise"])
+    shown = [float(text.removesuffix(" %")) for text in page.locator(".mv-card-rows .mv-num").all_text_contents()]
+    assert shown == pytest.approx(100 * noisy / noisy.sum(), abs=0.51)
+    page.click("[data-action=redraw]")
+    page.wait_for_selector("[role=note]:has-text('draw 2')")
+    page.wait_for_function("location.search.includes('noise=2')")
+    assert look.numbers(page) == drawn(2)
+    look.open_tab(page, "whatif")
+    page.click("[data-action=if-run]")
+    page.wait_for_selector(".mv-stripplot")
+    assert one.question("what_if")["noise"] is None
+    page.click("[data-action=calm]")
+    page.wait_for_selector("[role=note]", state="detached")
+    assert not page.is_checked("[data-change=noise]")
+    assert look.numbers(page) == [str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]]
+
+
+def one_layer(ask, **settings):
+    numbers = ask("route", picture=FIRST, **settings)["layers"][1]["computation"]
+    return {name: numbers[name] for name in ("scores", "noise")}
 
 
 def test_one_switch_shows_the_unbalanced_and_the_untrained_model(visit, ask):

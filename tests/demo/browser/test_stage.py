@@ -91,19 +91,9 @@ def test_plus_and_minus_change_the_layer(quiet, layers, look):
     assert look.numbers(page) == [str(choices[0]) for choices in layers[1]["experts"]]
 
 
-def test_the_inspector_lists_every_expert_by_its_probability(quiet, layers):
+def test_the_inspector_says_how_sure_the_router_was(quiet, layers):
     page, layer = quiet.page, layers[1]
     page.click(".mv-cell[data-patch='6']")
-    probs, choices, weights = layer["probs"][6], layer["experts"][6], layer["weights"][6]
-    order = sorted(range(4), key=lambda expert: -probs[expert])
-    rows = page.locator(".mv-choices li").all()
-    assert [row.locator(".mv-chip").text_content() for row in rows] == [str(expert) for expert in order]
-    # Four decimals were sent: a half may round either way.
-    shown = [float(row.locator(".mv-num").text_content().removesuffix(" %")) for row in rows]
-    assert shown == pytest.approx([100 * probs[expert] for expert in order], abs=0.51)
-    ranks = [text.split() for text in page.locator(".mv-rank").all_text_contents() if text.strip()]
-    assert [(rank[0], rank[-1]) for rank in ranks] == [("1st", f"{weights[0]:.2f}"), ("2nd", f"{weights[1]:.2f}")]
-    assert order[:2] == choices
     facts = page.locator(".mv-facts dd").all_text_contents()
     assert float(facts[0]) == pytest.approx(layer["margin"][6], abs=0.0051)
     assert float(facts[1].split()[0]) == pytest.approx(layer["entropy"][6], abs=0.0051)

@@ -22,7 +22,7 @@ function view(change = {}) {
     layer: 3, name: "L3", kind: "token_choice", router: "vmoe_top_k", learned: true, num_experts: 4, expert_parameters: 1_000_000,
     experts: [[2, 0], [1, 3]], weights: [[0.86, 0.11], [0.5, 0.2]], kept: [[true, true], [false, true]],
     probs: [[0.11, 0.02, 0.86, 0.01], [0.2, 0.5, 0.1, 0.2]], steps: { weights: LEFT_OUT },
-    computation: { scores: packed([[1, -2, 3, -4], [0.5, 1.5, -0.25, 0]]), bias: null, outputs: packed([[7, 2], [3, 4]]), shared: null,
+    computation: { scores: packed([[1, -2, 3, -4], [0.5, 1.5, -0.25, 0]]), noise: null, bias: null, outputs: packed([[7, 2], [3, 4]]), shared: null,
       total: packed([6, 1]), before: packed([10, 20]), added: packed([5, 1]), after: packed([12, 20.5]) },
     ...change,
   };
@@ -46,6 +46,16 @@ test("a patch has its own row of every number", () => {
 test("sigmoids are taken one by one", () => {
   const one = view({ router: "sigmoid" });
   near(computedPatch(one, one.layers[0], 0).shares, [0.7311, 0.1192, 0.9526, 0.018]);
+});
+
+test("with noise the shares are those of the noisy scores", () => {
+  const one = view();
+  one.layers[0].computation.noise = packed([[0.5, 2, -1, 0], [0, 0, 0, 0]]);
+  const { scores, noise, shares } = computedPatch(one, one.layers[0], 0);
+  near(scores, [1, -2, 3, -4]);
+  near(noise, [0.5, 2, -1, 0]);
+  const parts = [1.5, 0, 2, -4].map(Math.exp);
+  near(shares, parts.map((part) => part / parts.reduce((sum, each) => sum + each)));
 });
 
 test("missing weight is accounted for", () => {
