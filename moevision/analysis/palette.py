@@ -2,9 +2,10 @@
 
 The first seven colours are Okabe & Ito's, "Color Universal Design" (2008), told apart under every common colour
 vision, with the values of matplotlib's `color_sequences["okabe_ito"]` (plain constants, so that the explorer needs no
-matplotlib). The eighth is the grey of Tol's "bright" scheme (SRON technical note, 2021) instead of their black. No palette of more than about eight colours is safe: beyond that an expert is a number on grey, and one
-expert at a time is highlighted. A colour never stands alone, the number is always with it; and equal numbers in two
-layers are two unrelated experts.
+matplotlib). The eighth is the grey of Tol's "bright" scheme (SRON technical note, 2021) instead of their black. No
+palette of more than about eight colours is safe: beyond that an expert is a number on grey, and one expert at a time is
+highlighted. A colour never stands alone, the number is always with it; and equal numbers in two layers are two
+unrelated experts.
 """
 
 from __future__ import annotations

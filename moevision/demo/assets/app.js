@@ -330,7 +330,7 @@ export class App {
     if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
     if (changed.has("layer") || changed.has("highlight")) drawQuestion(this);
     if (changed.has("layer")) this.refreshTab("layer");
-    if (["layer", "patch", "mode", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
+    if (["layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
   }
 
   /** Write the address a moment later: browsers refuse pages that rewrite it at every key press. */

@@ -43,7 +43,10 @@ export async function drawQuestion(app) {
   if (!found) return fillBox(box, "");
   const [expert, words] = found;
   // The page opens on that expert; afterwards the choice is the visitor's.
-  if (app.opening) { app.opening = false; state.set({ highlight: expert }); }
+  if (app.opening) {
+    Object.assign(app, { opening: false, page: null }); // no place in the history of its own
+    state.set({ highlight: expert });
+  }
   return fillBox(box, html`<p class="mv-question">${words} ${expert !== null && html`<button type="button" class="mv-quiet" data-action="highlight"
     data-expert="${expert}" data-key="question">${state.highlight === expert ? "Show all experts" : "Show its patches"}</button>`}</p>`);
 }

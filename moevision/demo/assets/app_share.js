@@ -146,7 +146,7 @@ function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
 
 /** Which entry of the history this is; `app.trail` keeps its images, since an address can't carry a visitor's own. */
 export const PLACE = "moevision.place";
-const LINK_KEYS = ["model", "variant", "picture", "picture2", "layer", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "level"];
+const LINK_KEYS = ["model", "variant", "picture", "picture2", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "level"];
 
 /**
  * An intervention as one word of the address, "ablate.3.1.next_best.0", and back; null if the word makes no sense.
@@ -180,12 +180,25 @@ function readSlot(word) {
 }
 
 /**
- * Layer, patch and colouring that the address asks for, as fields of the state; nonsense becomes null.
+ * The highlighted expert as one word of the address, "L3.E1", and back as the fields of the state that it names.
+ * @param {ViewState} given
+ */
+const expertWord = ({ highlight, currentLayer: layer }) => (highlight === null ? null : `${layer.name}.E${highlight}`);
+
+/** @param {string | undefined} word @param {View} view */
+export function readExpert(word, view) {
+  const [, name, number] = /^(L\d+)\.E(\d+)$/.exec(word ?? "") ?? [];
+  const layer = view.layers.findIndex((entry) => entry.name === name);
+  return layer < 0 ? { highlight: null } : { layer, highlight: Number(number) };
+}
+
+/**
+ * Layer, expert, patch and colouring that the address asks for, as fields of the state; nonsense becomes null.
  * @param {Wish} wish @param {View} view
  */
 export function readPlace(wish, view) {
   const layer = view.layers.findIndex((entry) => String(entry.layer) === wish.layer);
-  return { layer: layer < 0 ? null : layer, patch: Number(wish.patch), mode: wish.mode ?? "expert", ...readSlot(wish.slot) };
+  return { layer: layer < 0 ? null : layer, patch: Number(wish.patch), mode: wish.mode ?? "expert", ...readSlot(wish.slot), ...readExpert(wish.expert, view) };
 }
 
 /** What the address asks for: texts, checked by whoever uses them. */
@@ -197,8 +210,8 @@ export function readAddress() {
 }
 
 /**
- * Write the view into the address; foreign keys stay. Another image, model, intervention or tab is a new entry in the
- * browser's history, to which Back returns; layer, patch, colouring and sliders only change the entry.
+ * Write the view into the address; foreign keys stay. Another image, model, expert, intervention or tab is a new entry in
+ * the browser's history, to which Back returns; layer, patch, colouring and sliders only change the entry.
  * @param {App} app
  */
 export function writeAddress(app) {
@@ -209,6 +222,7 @@ export function writeAddress(app) {
     picture: pictures[0].kind === "example" ? pictures[0].id : null,
     picture2: pictures[1]?.kind === "example" ? pictures[1].id : null,
     layer: state?.currentLayer.layer,
+    expert: state && expertWord(state),
     patch: state?.patch,
     mode: state?.mode === "expert" ? null : state?.mode,
     slot: state?.mode === "slots" ? slotWord(state) : null,
@@ -225,7 +239,7 @@ export function writeAddress(app) {
     if (value === null || value === undefined) address.searchParams.delete(key);
     else address.searchParams.set(key, value);
   });
-  const page = JSON.stringify([app.model.id, app.variant, pictures, app.intervention, app.tab]);
+  const page = JSON.stringify([app.model.id, app.variant, pictures, state?.highlight, app.intervention, app.tab]);
   const moved = app.page !== null && app.page !== page;
   if (moved) app.place += 1;
   history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place }, "", address);

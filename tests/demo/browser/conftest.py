@@ -32,7 +32,7 @@ class Visit:
             self.context.add_init_script("localStorage.setItem('moevision.tour.seen', '1')")
         if level:  # as it was left at an earlier visit
             keep = f"localStorage.getItem('moevision.level') ?? localStorage.setItem('moevision.level', '{level}')"
-            self.context.add_init_script(keep)
+            self.context.add_init_script(f"try {{ {keep} }} catch {{}}")  # a sandboxed frame has no storage
         self.context.set_default_timeout(120_000)  # ms; a busy machine may take most of it
         self.page = self.context.new_page()
         self.requests, self.complaints = [], []

@@ -189,6 +189,21 @@ def test_back_and_forward_walk_through_what_was_looked_at(visit, look, tmp_path)
     page.wait_for_function("own => document.querySelector('.mv-picture').src === own", arg=own)
 
 
+def test_an_expert_has_a_link_and_a_place_in_the_history(visit):
+    page = visit("?expert=L1.E2").page
+    pressed = ".mv-loadbar[aria-pressed=true]"
+    assert page.locator(pressed).get_attribute("data-expert") == "2"
+    assert page.locator(".mv-layer[aria-pressed=true]").get_attribute("data-index") == "0"
+    start = page.evaluate("history.length")
+    page.click(".mv-loadbar[data-expert='3']")
+    page.wait_for_function("location.search.includes('expert=L1.E3')")
+    page.click(".mv-cell[data-patch='5']")  # no place of its own
+    page.wait_for_function("location.search.includes('patch=5')")
+    assert page.evaluate("history.length") == start + 1
+    page.go_back()
+    page.wait_for_selector(f"{pressed}[data-expert='2']")
+
+
 def test_a_link_reproduces_two_pictures(visit, look):
     page = visit("?picture=pets/test/2&picture2=pets/test/5").page
     assert page.locator("[data-slot]").count() >= 2

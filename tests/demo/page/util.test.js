@@ -3,6 +3,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { levelOf } from "../../../moevision/demo/assets/app_level.js";
+import { readExpert } from "../../../moevision/demo/assets/app_share.js";
 import { question, tellingExpert } from "../../../moevision/demo/assets/app_question.js";
 import { headline, patchWeights, plural } from "../../../moevision/demo/assets/core_kinds.js";
 import { SlotMaps } from "../../../moevision/demo/assets/core_slots.js";
@@ -103,4 +104,10 @@ test("the opening sentence is about the expert that stands out and differs most,
   const calm = { ...ANSWER, layers: [{ ...COUNTED, significant: COUNTED.significant.map((row) => row.map(() => false)) }] };
   assert.deepEqual(question(calm, views, layer), [null, "No expert of L3 stands out for cat or dog, counted over 400 images."]);
   for (const label of ["cat", "owl", null, "tower"]) assert.equal(question(ANSWER, [views[0], shown(label, [1, 1, 1])], layer), null);
+});
+
+test("a link names an expert by its layer", () => {
+  const two = { layers: [{ name: "L1" }, { name: "L3" }] };
+  assert.deepEqual(readExpert("L3.E1", two), { layer: 1, highlight: 1 });
+  for (const word of [undefined, "L2.E1", "L3.E", "3.1", "L3.E1<b>"]) assert.deepEqual(readExpert(word, two), { highlight: null });
 });
