@@ -8,7 +8,7 @@ import { PLACE, readAddress, readIntervention, readPlace, shareHandlers, writeAd
 import { drawSimilar, showSimilar } from "./app_similar.js";
 import { Tour, tourMemory } from "./app_tour.js";
 import { Core, coreLayout } from "./core.js";
-import { pictureTitle } from "./core_stage.js";
+import { keepOriginal, pictureTitle } from "./core_stage.js";
 import { centrePatch, ViewState } from "./core_state.js";
 import { fillBox, html, percent, present } from "./core_util.js";
 import { AboutTab } from "./tab_about.js";
@@ -268,6 +268,7 @@ export class App {
       const words = (text) => this.notify(text);
       const answers = await Promise.all(slots.map((slot) => ready[slot] ?? this.asker.ask("route", this.question(slot), words)));
       if (!current()) return undefined;
+      slots.forEach((slot, place) => { if (this.pictures[slot].data) keepOriginal(answers[place], this.pictures[slot].data); });
       fillBox(this.core.box("trouble"), "");
       const views = this.pictures.map((_, slot) => (slots.includes(slot) ? answers[slots.indexOf(slot)] : present(this.state).views[slot]));
       this.show(views, kind, wish);

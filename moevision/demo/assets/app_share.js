@@ -3,8 +3,8 @@
 import { asAskError, AskError } from "./app_server.js";
 import { MODES } from "./core_kinds.js";
 import { SIDES } from "./core_slots.js";
-import { GREY_MODES, patchLooks, pictureTitle } from "./core_stage.js";
-import { brush, clamp, html, inkOn, layerExpert, percent, pictureSource, present, rgba } from "./core_util.js";
+import { GREY_MODES, patchLooks, pictureTitle, underlay } from "./core_stage.js";
+import { brush, clamp, html, inkOn, layerExpert, percent, present, rgba } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { ViewState } from "./core_state.js" */
 /** @import { BootModel, Intervention, Look, View, Wish } from "./types.js" */
@@ -87,9 +87,13 @@ async function stagePng(state) {
   const context = brush(canvas);
   context.fillStyle = "#ffffff";
   context.fillRect(0, 0, canvas.width, canvas.height);
-  context.imageSmoothingEnabled = false;
+  const { source, sharp } = underlay(state, view);
+  const picture = await loadPicture(source);
+  const [width, height] = [picture.naturalWidth, picture.naturalHeight];
+  const square = Math.min(width, height);
+  context.imageSmoothingEnabled = sharp;
   if (GREY_MODES.includes(state.mode)) context.filter = "grayscale(1)";
-  context.drawImage(await loadPicture(pictureSource(view.picture.src)), 0, 0, 1024, side * rows);
+  context.drawImage(picture, (width - square) / 2, (height - square) / 2, square, square, 0, 0, 1024, side * rows);
   context.filter = "none";
   patchLooks(state, view, layer).forEach((look, patch) => {
     paintPatch(context, look, (patch % columns) * side, Math.floor(patch / columns) * side, side);

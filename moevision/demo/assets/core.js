@@ -7,7 +7,7 @@ import { drawInspector, drawWhere } from "./core_inspector.js";
 import { Card } from "./core_card.js";
 import { describePatch, MODES, modesOf, routingWords } from "./core_kinds.js";
 import { drawSlots } from "./core_slots.js";
-import { drawLegend, drawStrip, frameStrip, pictureTitle, Stage } from "./core_stage.js";
+import { drawLegend, drawStrip, frameStrip, hasOriginal, pictureTitle, Stage } from "./core_stage.js";
 import { centrePatch, ViewState } from "./core_state.js";
 import { clamp, fillBox, html, TERMS } from "./core_util.js";
 /** @import { Handlers, View } from "./types.js" */
@@ -22,6 +22,7 @@ export const coreLayout = () => html`
     <div class="mv-work">
       <div class="mv-stages">
         <div class="mv-toolbar">${modeSwitch()}
+          <label class="mv-check" data-box="as-seen" hidden><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label>
           <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
         <div class="mv-pictures"><div data-box="stage-0"></div><div data-box="stage-1" hidden></div></div>
         ${box("legend")}${box("slots")}${box("strip")}
@@ -49,7 +50,10 @@ export class Core {
     /** @type {Handlers} what a click on `data-action` does. */
     this.actions = this.ownActions();
     /** @type {Handlers} what a field with `data-change` does. */
-    this.changes = { strength: (input) => this.state.set({ strength: input.value / 100 }) };
+    this.changes = {
+      strength: (input) => this.state.set({ strength: input.value / 100 }),
+      "as-seen": (input) => this.state.set({ asSeen: input.checked }),
+    };
     this.listen();
     if (state) this.attach(state);
   }
@@ -215,6 +219,7 @@ export class Core {
       button.setAttribute("aria-pressed", String(button.dataset.mode === state.mode));
       button.hidden = !modes.includes(button.dataset.mode);
     });
+    this.box("as-seen").hidden = !state.views.some(hasOriginal);
     const slider = root.querySelector("[data-change=strength]");
     if (slider) slider.value = state.strength * 100;
   }
@@ -227,6 +232,7 @@ export class Core {
     if (state.mode === "slots" && (has("views", "active", "layer", "mode", "slotExpert"))) this.fetchSlots();
     if (has("views")) return this.drawAll();
     if (has("layer", "mode", "highlight", "strength") || slots) this.stages.forEach((stage) => stage.colour());
+    if (has("asSeen")) this.stages.forEach((stage) => stage.picture());
     if (has("patch", "hover", "active")) this.stages.forEach((stage) => stage.outline());
     if (has("layer")) frameStrip(this.box("strip"), this.state);
     if (has("active")) drawStrip(this.box("strip"), this.state);

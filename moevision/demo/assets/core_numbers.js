@@ -111,7 +111,7 @@ export function sparsityWords(view, layer, patch) {
   const { run, all } = parametersRun(view, patch);
   const idle = experts - ran;
   const share = `${ran || "None"} of ${experts} experts ran for this patch`;
-  const cost = `: ${millions(run)} of the model's ${millions(all)} parameters`;
+  const cost = `: ${millions(run)} of ${millions(all)} parameters`;
   if (!idle) return `${share}${cost}.`;
   return `${share}${cost}; the other ${WORDS[idle] ?? idle} cost memory, no time.`;
 }

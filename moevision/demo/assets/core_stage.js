@@ -75,6 +75,26 @@ const DROP_COLOUR = "#b3261e";
 export const GREY_MODES = ["slots", "takers"];
 const NOBODY_COLOUR = "#808080";
 
+const originals = new WeakMap();
+
+/**
+ * Keep the original of a view's image, whose central square the stage shows in place of the model's input.
+ * @param {View} view @param {string} source
+ */
+export const keepOriginal = (view, source) => originals.set(view, source);
+
+/** @param {View} view */
+export const hasOriginal = (view) => originals.has(view);
+
+/**
+ * What lies under the patches, and whether that is the original.
+ * @param {ViewState} state @param {View} view
+ */
+export function underlay({ asSeen }, view) {
+  const sharp = hasOriginal(view) && !asSeen;
+  return { sharp, source: pictureSource(sharp ? originals.get(view) : view.picture.src) };
+}
+
 /** One image with its grid; `slot` is the position of its view in the state. */
 export class Stage {
   /** @param {HTMLElement} box @param {ViewState} state @param {number} slot */
@@ -83,6 +103,7 @@ export class Stage {
     this.state = state;
     this.slot = slot;
     this.cells = this.build();
+    this.picture();
     this.colour();
     this.outline();
   }
@@ -97,7 +118,7 @@ export class Stage {
     const line = (row) => html`<div role="row" class="mv-row">${[...Array(columns).keys()].map((column) => cell(row, column))}</div>`;
     fillBox(this.box, html`
       <div class="mv-canvas" style="--columns:${columns};--rows:${rows};--aspect:${columns / rows}" data-slot="${this.slot}">
-        <img class="mv-picture" alt="${pictureTitle(view)}, as the model sees it" src="${pictureSource(view.picture.src)}" draggable="false">
+        <img class="mv-picture" alt="" draggable="false">
         <div class="mv-grid" role="grid" aria-label="Patches of ${pictureTitle(view)}, ${rows} rows and ${columns} columns"
           aria-rowcount="${rows}" aria-colcount="${columns}">${[...Array(rows).keys()].map(line)}</div>
       </div>`);
@@ -123,6 +144,15 @@ export class Stage {
       mark.style.color = look.chip === null ? "" : inkOn(look.colour);
       cell.setAttribute("aria-label", describePatch(view, layer, patch));
     });
+  }
+
+  /** The image under the patches: the original if it is here, or the model's input. */
+  picture() {
+    const { source, sharp } = underlay(this.state, this.view);
+    const picture = /** @type {HTMLImageElement} */ (this.box.querySelector(".mv-picture"));
+    picture.src = source;
+    picture.alt = `${pictureTitle(this.view)}${sharp ? "" : ", as the model sees it"}`;
+    picture.classList.toggle("mv-sharp", sharp);
   }
 
   /** Outline of the pinned and the hovered patch, and the one place in the grid that Tab reaches. */

@@ -11,6 +11,7 @@ import { clamp } from "./core_util.js";
  *
  * views: one or two `moevision.view/2` objects of the same model; active: the one whose patch is inspected;
  * layer: position in `layers` (0 is the first MoE layer); patch: the pinned one; hover: the one under the pointer;
+ * asSeen: whether the stage shows the model's input where it has a sharper original;
  * highlight: an expert whose patches stand out; strength: opacity of a patch with gate weight 1.
  * step: how far the computation card is.
  * Of Soft MoE: slotExpert, whose slots are shown; slot: one of them, null for their mean; slotSide: "reads" or "takes";
@@ -27,6 +28,7 @@ export class ViewState {
     /** @type {Mode} */
     this.mode = "expert";
     this.highlight = null;
+    this.asSeen = false;
     this.strength = 0.65;
     this.slotExpert = null;
     this.slot = null;
@@ -50,7 +52,7 @@ export class ViewState {
     const before = { ...this };
     Object.assign(this, change);
     this.settle();
-    const names = ["views", "active", "layer", "patch", "hover", "mode", "highlight", "strength",
+    const names = ["views", "active", "layer", "patch", "hover", "mode", "highlight", "strength", "asSeen",
       "slotExpert", "slot", "slotSide", "slotsHere", "step"];
     const changed = new Set(names.filter((name) => before[name] !== this[name]));
     if (changed.size) this.listeners.forEach((listener) => listener(changed, this));

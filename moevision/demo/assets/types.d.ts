@@ -151,6 +151,7 @@ export interface Fields {
   mode?: string;
   highlight?: number | null;
   strength?: number;
+  asSeen?: boolean;
   slotExpert?: number | null;
   slot?: number | null;
   slotSide?: string;

@@ -253,6 +253,13 @@ def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):
     assert sent["kind"] == "upload"
     with Image.open(io.BytesIO(base64.b64decode(sent["data"].partition(",")[2]))) as picture:
         assert picture.size == (512, 288)
+    # The stage shows the sharp original, and the model's 32 px when that is asked for.
+    assert one.page.get_attribute(".mv-picture", "src") == sent["data"]
+    one.page.check("[data-change=as-seen]")
+    seen = one.page.get_attribute(".mv-picture", "src")
+    with Image.open(io.BytesIO(base64.b64decode(seen.partition(",")[2]))) as picture:
+        assert picture.size == (32, 32)
+    assert one.page.get_attribute(".mv-picture", "alt").endswith("as the model sees it")
     assert "Unlike the training data" in one.page.text_content("[role=note]")
 
 

@@ -72,7 +72,7 @@ test("sparsity: experts and parameters that a patch used", () => {
   const one = view();
   assert.deepEqual([0, 1].map((patch) => expertsRun(one.layers[0], patch)), [2, 1]);
   assert.deepEqual(parametersRun(one, 0), { run: 7_000_000, all: 9_000_000 });
-  assert.equal(sparsityWords(one, one.layers[0], 0), "2 of 4 experts ran for this patch: 7.0\u00a0M of the model's 9.0\u00a0M parameters; the other two cost memory, no time.");
+  assert.equal(sparsityWords(one, one.layers[0], 0), "2 of 4 experts ran for this patch: 7.0\u00a0M of 9.0\u00a0M parameters; the other two cost memory, no time.");
   assert.match(sparsityWords(one, { ...one.layers[0], kind: "soft" }, 0), /^All 4 experts ran/);
 });
 
