@@ -4,7 +4,7 @@ import { drawHeader, drawRail, drawSettings, limitable, listenForFiles, otherK, 
 import { levelMemory, levelOf } from "./app_level.js";
 import { drawQuestion } from "./app_question.js";
 import { asAskError, Asker, emptyBox, errorBox, waitingBox } from "./app_server.js";
-import { PLACE, readAddress, readIntervention, readPlace, shareHandlers, writeAddress } from "./app_share.js";
+import { closeMenuByClick, PLACE, readAddress, readIntervention, readNoise, readPlace, shareHandlers, writeAddress } from "./app_share.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
 import { Tour, tourMemory } from "./app_tour.js";
 import { Core, coreLayout } from "./core.js";
@@ -113,9 +113,7 @@ export class App {
     const capacity = Number(wish.capacity);
     const limited = wish.capacity !== undefined && limitable(this.model).length > 0;
     this.capacity = limited && capacity >= 0.25 && capacity <= 2 ? capacity : null;
-    const noise = Number(wish.noise);
-    const noisy = wish.noise !== undefined && this.model.routers.some((router) => router.noise !== "none");
-    this.noise = noisy && Number.isInteger(noise) && noise >= 0 && noise < 2 ** 31 ? noise : null;
+    this.noise = readNoise(wish.noise, this.model);
     this.intervention = readIntervention(wish.do, this.model);
     this.tab = this.tabs.find(({ id }) => id === wish.tab)?.id ?? this.tab;
   }
@@ -146,10 +144,7 @@ export class App {
     listenForFiles(this, this.root);
     this.root.addEventListener("keydown", (event) => this.onTabKey(event));
     window.addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && this.goTo(state[PLACE]));
-    document.addEventListener("click", (event) => {
-      const menu = /** @type {HTMLDetailsElement | null} */ (this.root.querySelector(".mv-menu[open]"));
-      if (menu && !menu.contains(/** @type {Node} */ (event.target))) menu.open = false;
-    });
+    closeMenuByClick(this.root);
   }
 
   // ---- choices ------------------------------------------------------------------------------------------------

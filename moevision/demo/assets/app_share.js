@@ -14,6 +14,17 @@ export const shareMenu = () => html`<details class="mv-menu"><summary class="mv-
     ["page", "Page (HTML)", "one file, works without a network"]].map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}" data-key="export-${kind}">
     <b>${title}</b><span class="mv-soft">${hint}</span></button>`)}</div></details>`;
 
+/**
+ * A click beside the menu closes it.
+ * @param {HTMLElement} root
+ */
+export function closeMenuByClick(root) {
+  document.addEventListener("click", (event) => {
+    const menu = /** @type {HTMLDetailsElement | null} */ (root.querySelector(".mv-menu[open]"));
+    if (menu && !menu.contains(/** @type {Node} */ (event.target))) menu.open = false;
+  });
+}
+
 /** @param {App} app */
 export function shareHandlers(app) {
   const name = (ending) => exportName(present(app.state), ending);
@@ -168,6 +179,16 @@ export function readIntervention(word, model) {
     && (every || model.layers.includes(layer)) && (kind === "random" || (Number.isInteger(expert) && expert >= 0 && expert < experts));
   // Checked above, which types can't follow.
   return sound ? /** @type {Intervention} */ ({ kind, layer: every ? null : layer, expert: kind === "random" ? null : expert, fill, seed }) : null;
+}
+
+/**
+ * Which draw of the routers' noise; null for none, and where no router has any.
+ * @param {string | undefined} word @param {BootModel} model
+ */
+export function readNoise(word, model) {
+  const able = word !== undefined && model.routers.some(({ noise }) => noise !== "none");
+  const draw = Number(word);
+  return able && Number.isInteger(draw) && draw >= 0 && draw < 2 ** 31 ? draw : null;
 }
 
 /**
