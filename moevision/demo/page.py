@@ -74,7 +74,6 @@ def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[d
         top_k: int | None = None,
         capacity: float | None = None,
         intervention: dict[str, Any] | None = None,
-        noise: int | None = None,
     ) -> dict[str, Any]:
         """Send an image through a model and get the route of every patch.
 
@@ -88,7 +87,6 @@ def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[d
             capacity: capacity factor; null for the model's own limit, if it has one.
             intervention: {"kind": "ablate" | "force" | "random", "layer": int, "expert": int,
                 "fill": "next_best" | "zero", "seed": int}, or null.
-            noise: seed of the noise that routers draw in training; null for none.
 
         Returns:
             A moevision.view/2 object: "prediction" (moe and dense, each [{"class", "p"}]) and "layers" (per MoE layer
@@ -109,7 +107,6 @@ def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[d
             "top_k": top_k,
             "capacity": capacity,
             "intervention": intervention,
-            "noise": noise,
         }
         return await _asked(explorer, gate, "route", request)
 

@@ -41,7 +41,7 @@ def test_route_is_the_only_endpoint_and_documents_itself(client):
     assert info["unnamed_endpoints"] == {}
     route = info["named_endpoints"]["/route"]
     names = [parameter["parameter_name"] for parameter in route["parameters"]]
-    assert names == ["picture", "example", "model", "variant", "top_k", "capacity", "intervention", "noise"]
+    assert names == ["picture", "example", "model", "variant", "top_k", "capacity", "intervention"]
     assert "moevision.view/2" in route["description"]
 
 
