@@ -40,14 +40,14 @@ export function present(value) {
 export const brush = (canvas) => present(canvas.getContext("2d"));
 
 /**
- * Put markup into a box. Focus survives if the focused element has a data-key that comes back.
+ * Put markup into a box, as `html` would. Focus survives if the focused element has a data-key that comes back.
  * @param {Element | null | undefined} box @param {Fill} markup
  */
 export function fillBox(box, markup) {
   if (!box) return;
   const focused = /** @type {HTMLElement} */ (document.activeElement);
   const key = box.contains(focused) ? focused.dataset.key : undefined;
-  box.innerHTML = String(markup);
+  box.innerHTML = String(html`${markup}`);
   if (key === undefined) return;
   const again = /** @type {HTMLElement | null} */ (box.querySelector(`[data-key="${CSS.escape(key)}"]`));
   again?.focus({ preventScroll: true });

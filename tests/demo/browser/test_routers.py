@@ -110,6 +110,7 @@ def test_soft_patches_take_from_every_expert(visit, ask, look):
     page = visit("?model=soft&patch=5").page
     assert look.numbers(page) == [str(experts[0]) for experts in layer["experts"]]
     assert f"all {6 * SLOTS} slots" in page.text_content(".mv-box-legend")
+    assert "false" not in page.text_content(".mv-box-card")  # it has no switch for noise
     page.click("[data-step='1']")
     shown = [float(text.removesuffix(" %")) for text in page.locator(".mv-card-rows .mv-num").all_text_contents()]
     weights = dict(zip(layer["experts"][5], layer["weights"][5], strict=True))
