@@ -15,7 +15,6 @@ def of_run(record: Json) -> Json:
     """One row of the table."""
     cost, test = record["cost"], record["test"]
     return {
-        "total": test["total"],
         "top1": share(test["correct"], test["total"]),
         "images": cost["images"],
         "pflop": cost["training_flops"] / 1e15,
