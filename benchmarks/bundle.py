@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 from rich.progress import track
 
-from benchmarks.harness import HERE, argument_parser
+from benchmarks.harness import HERE, argument_parser, without_places
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet, open_pictures, read_images
@@ -311,10 +311,11 @@ def _provenance(run: Path) -> dict[str, Any]:
 
 
 def _command(run: Path) -> str:
-    """The command that trained a run, without the places of its data and of a checkpoint that it went on from."""
+    """The command that trained a run, without the places of its data, of its run and of what it went on from."""
     words = _provenance(run)["command"]
-    places = {"--data.path", "--ckpt_path"}
-    return " ".join(word for word, before in zip(words, ["", *words], strict=False) if not places & {word, before})
+    places = {"--data.path", "--ckpt_path", "--runs_root"}
+    left = (word for word, before in zip(words, ["", *words], strict=False) if not places & {word, before})
+    return without_places(" ".join(left))
 
 
 def _validation(run: Path) -> list[float]:

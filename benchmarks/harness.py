@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
@@ -270,6 +271,11 @@ class Record:
     def put(self, name: str, value: Any) -> None:
         """Set an entry beside the runs."""
         write_json_atomic(self.path, {**self.read(), name: finite(value)})
+
+
+def without_places(command: str) -> str:
+    """A command with files and folders by their names only: where they lay is nobody's concern."""
+    return re.sub(r"(?<![^ =])[./][^ =]*/", "", command)
 
 
 def finite(value: Any) -> Any:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import HERE, argument_parser
+from benchmarks.harness import HERE, argument_parser, without_places
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 
@@ -52,8 +51,7 @@ def record_of(run: Path) -> dict[str, Any]:
             for layer in summary["layers"]
         ],
         "curve": curve_of(run / "metrics.csv", summary["batch_size"]),
-        # Files and folders by their names only: where they lay is nobody's concern.
-        "command": re.sub(r"(?<![^ =])[./][^ =]*/", "", provenance["command_line"]),
+        "command": without_places(provenance["command_line"]),
         **{name: provenance[name] for name in ("code", "started_utc", "hardware", "libraries")},
     }
 

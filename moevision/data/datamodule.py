@@ -99,7 +99,7 @@ class ImageDataModule(LightningDataModule):
             crop: How training images are cropped: pad (by image_size / 8, for small images),
                 random_resized (for photos), or auto (pad for drawn ones and short sides up to 96 pixels).
             min_crop_scale: Smallest share of an image's area that a random_resized crop keeps.
-            hflip: Mirror half of the training images.
+            hflip: Mirror every training image in every other epoch, half of them in the first.
             random_erasing: Probability that a random rectangle of an image is erased (arXiv:1708.04896).
             mixup: Alpha of Mixup's Beta distribution (arXiv:1710.09412); 0 is off.
             cutmix: Alpha of CutMix's Beta distribution (arXiv:1905.04899); 0 is off. With both, each batch

@@ -139,7 +139,7 @@ class TrainTransform:
             augment: "none" leaves out crop, flip and policy.
             crop: "pad" expects S x S pixels; "random_resized" any size.
             min_crop_scale: smallest share of the image's area in a random resized crop.
-            hflip: mirror half of the images.
+            hflip: mirror every image in every other epoch, half of them in the first (arXiv:2404.00498, section 3.6).
             random_erasing: probability that a random rectangle is filled with the mean colour.
             mean: mean colour in [0, 1], the filling of what lies outside the image.
         """
@@ -171,7 +171,8 @@ class TrainTransform:
         out = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
         rows = list(out)
         if self.hflip:  # what is written into the mirrored view of a row is mirrored in the row
-            mirrored = uniform(1, seed, _FLIP, epoch, index)[:, 0] < 0.5  # [B]
+            first = uniform(1, seed, _FLIP, 0, index)[:, 0] < 0.5  # [B]
+            mirrored = first ^ (epoch % 2 == 1)  # two epochs in a row show both sides
             rows = [row[:, :, ::-1] if flip else row for row, flip in zip(rows, mirrored, strict=True)]
         if self.crop == "pad":
             out[:] = self.fill

@@ -119,7 +119,7 @@ KEY = (np.array(EPOCHS), np.array(INDICES))
 
 
 def flipped(rows: list[torch.Tensor], seed: int) -> torch.Tensor:
-    mirrored = uniform(1, seed, 4, *KEY)[:, 0] < 0.5
+    mirrored = uniform(1, seed, 4, 0, KEY[1])[:, 0] < 0.5  # of even epochs
     assert 10 < mirrored.sum() < 30
     return torch.stack([functional.horizontal_flip(r) if flip else r for r, flip in zip(rows, mirrored, strict=True)])
 
@@ -212,6 +212,22 @@ def test_hflip_mirrors_about_half():
     assert flips + stays > 50
     # binomial: outside of 5 standard deviations once in a million
     assert abs(flips - stays) < 5 * (flips + stays) ** 0.5
+
+
+def test_two_epochs_in_a_row_show_both_sides():
+    """The alternating flip of arXiv:2404.00498: from a random start, never the same side twice."""
+    pixels, chain = noise(), transform(crop="random_resized", min_crop_scale=1.0)
+    sides = {index: {} for index in range(100)}
+    for index, own in sides.items():
+        for epoch in range(6):
+            result = one(chain, pixels, 0, epoch, index)
+            for mirrored, side in ((False, pixels), (True, pixels.flip(2))):
+                if torch.equal(result, side):  # the whole square was cropped
+                    own[epoch] = mirrored ^ (epoch % 2 == 1)
+    seen = [set(own.values()) for own in sides.values() if len(own) > 1]
+    assert len(seen) > 50
+    assert all(len(own) == 1 for own in seen)
+    assert {side for own in seen for side in own} == {False, True}
 
 
 def test_min_crop_scale_bounds_the_area():
