@@ -173,6 +173,7 @@ def make(options: Namespace) -> None:
     train = open_pictures(data, size, split="train", limit=2000, **held_out)
     typical = typical_of((train.image(index) for index in range(len(train))), size)
     write_json_atomic(folder / "card.json", {**card, "typical": typical.to_json()})
+    write_json_atomic(folder / "provenance.json", {name: _origin(run) for name, run in runs.items()})
     shown = _write_photos(options, folder, models) if has_photos else None
     pictures = open_pictures(data, size, limit=options.images, **held_out)
     if (options.run / FILE).is_file():
@@ -308,6 +309,11 @@ def _rounded(run: Path, folder: Path) -> SavedModel:
 def _provenance(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
     return found
+
+
+def _origin(run: Path) -> dict[str, Any]:
+    """Code, time, machine and libraries of a training."""
+    return {name: _provenance(run)[name] for name in ("code", "started_utc", "hardware", "libraries")}
 
 
 def _command(run: Path) -> str:

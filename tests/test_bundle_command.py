@@ -116,6 +116,9 @@ def test_the_card_counts_held_out_images(made, folder):
         assert low < share < high
     assert card.test_images == len(test) == 102
     assert "--data.path" not in card.recipe
+    assert not [word for word in card.recipe.split() if word.startswith("/")]  # where things lay is nobody's concern
+    origin = json.loads((folder / "provenance.json").read_text())["trained"]
+    assert origin["code"] == json.loads((made / "runs/moe/provenance.json").read_text())["code"]
 
 
 def test_balanced_accuracy_by_hand():

@@ -16,8 +16,6 @@ DIRTY: set[str] = {"benchmarks/saving/record.json"}
 WITHOUT_COMMIT: set[str] = {
     "benchmarks/mutation_equivalent.json",  # reasons, written by hand
     "benchmarks/analysis/coverage.json",
-    "moevision/demo/models/cifar10/atlas.json",
-    "moevision/demo/models/cifar10/card.json",
     "moevision/demo/models/pets/atlas.json",
     "moevision/demo/models/pets/atlas_unbalanced.json",
     "moevision/demo/models/pets/card.json",

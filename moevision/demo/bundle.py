@@ -246,7 +246,7 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
 
 
 def open_entries(model: str | None, options: DataOptions, *, home: Path | None = None) -> list[Entry]:
-    """The model of that address, or all bundled ones; those with images to show come first, above all the user's.
+    """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones.
 
     Raises:
         UserError: if there is none, or the data don't exist.
@@ -261,7 +261,7 @@ def open_entries(model: str | None, options: DataOptions, *, home: Path | None =
         _open_bundled(folder, card, replace(options, data=_data_for(card, options.data, cards)))
         for folder, card in zip(folders, cards, strict=True)
     ]
-    drawn_first = options.data in (None, SYNTHETIC)
+    drawn_first = options.data == SYNTHETIC
     return sorted(
         entries,
         key=lambda entry: (not entry.examples.has_pictures, (entry.card.data_kind == SYNTHETIC) != drawn_first),

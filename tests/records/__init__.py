@@ -1,8 +1,8 @@
 """Which record every measured number of a page comes from; `tests/test_records.py` holds them together.
 
-Pages are README.md, docs/ and the lab notes benchmarks/*/README.md. A page with measured numbers has a module here,
-named as the page (docs/reference/files.md: reference_files.py, benchmarks/routers/README.md: routers.py); `pages.py`
-has those with a number or two. A module has two lists:
+Pages are README.md, docs/, the lab notes benchmarks/*/README.md and the heads of configs/*.yaml. A page with measured
+numbers has a module here, named as the page (docs/reference/files.md: reference_files.py, benchmarks/routers/README.md:
+routers.py); `pages.py` has those with a number or two. A module has two lists:
 
 CLAIMS: what the page says, as a format; the record that says it; and which of its values fill the format.
 
@@ -81,11 +81,19 @@ class Page:
         """What it says."""
         return self.path.read_text()
 
+    @property
+    def prose(self) -> str:
+        """The text for readers: of a config its comments."""
+        lines = self.text.splitlines(keepends=True)
+        if self.path.suffix != ".yaml":
+            return self.text
+        return "".join(line.removeprefix("#").removeprefix(" ") for line in lines if line.startswith("#"))
+
 
 def all_pages() -> list[Path]:
-    """README.md, docs/ and the lab notes of benchmarks/."""
-    notes = (ROOT / "benchmarks").glob("*/README.md")
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(notes)]
+    """README.md, docs/, the lab notes of benchmarks/ and the configs."""
+    notes, configs = (ROOT / "benchmarks").glob("*/README.md"), (ROOT / "configs").glob("*.yaml")
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(notes), *sorted(configs)]
 
 
 def module_of(path: Path) -> str:
@@ -109,9 +117,10 @@ def checked_pages() -> list[Page]:
 
 
 def pattern(text: str) -> re.Pattern[str]:
-    """What finds these words in a page, whatever its line breaks, blanks before % and minus signs."""
+    """What finds these words in a page, whatever its line breaks, blanks before % and minus signs; also in comments."""
     words = re.escape(" ".join(text.replace("−", "-").split()))
-    return re.compile(words.replace(r"\ %", "%").replace("%", r"\s*%").replace(r"\ ", r"\s+").replace(r"\-", "[-−]"))
+    words = words.replace(r"\ %", "%").replace("%", r"\s*%").replace(r"\-", "[-−]")
+    return re.compile(words.replace(r"\ ", r"(?:\s|\n#)+"))
 
 
 _CODE_AND_HEADINGS = re.compile(
@@ -125,7 +134,7 @@ _MEASURED = re.compile(rf"(?<![\w.])\d*\.\d+|\d+ of \d+|(?:\d|\b(?:{_WORDS}))\s?
 
 def unclaimed(page: Page) -> list[str]:
     """Measured numbers that stand in a page without a claim or a definition, each with the words around it."""
-    rest = _CODE_AND_HEADINGS.sub("", page.text)
+    rest = _CODE_AND_HEADINGS.sub("", page.prose)
     known = [text for claim in page.claims for text in claim.rendered()] + [each.text for each in page.definitions]
     for text in sorted(known, key=len, reverse=True):
         rest = pattern(text).sub("…", rest)

@@ -30,6 +30,26 @@ def mean(*records: Json) -> Json:
     return {"mean": sum(tests) / len(tests), "val": sum(val) / len(val), "train": sum(train) / len(train)}
 
 
+HEAD = (
+    "{top1} % of {total:,} test images (seeds {seeds}), {cpu_s} CPU seconds in bf16 on one thread. Validation after "
+    "each epoch (seed {first}): {curve} %"
+)
+"""What the head of a config says, for `of_runs`."""
+
+
+def of_runs(*records: Json) -> Json:
+    """A recipe's runs: accuracy and cost of each, and the first one's curve."""
+    tests = [record["test"] for record in records]
+    return {
+        "top1": ", ".join(f"{100 * test['correct'] / test['total']:.1f}" for test in tests),
+        "total": tests[0]["total"],
+        "seeds": ", ".join(str(record["seed"]) for record in records),
+        "cpu_s": ", ".join(f"{record['cost']['cpu_s']:,.0f}" for record in records),
+        "first": records[0]["seed"],
+        "curve": ", ".join(f"{100 * top1:.1f}" for _, top1, _ in records[0]["curve"]),
+    }
+
+
 def _row(path: str, run: str) -> Claim:
     return Claim(path, f"{run} | {{top1}} | {{images:,}} | {{pflop:.3f}} | {{cpu_s:,.0f}} | {{loads}} |", of_run)
 

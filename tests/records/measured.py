@@ -51,7 +51,11 @@ CLAIMS = [
     Claim(
         quickstart.QUICKSTART, "the quickstart's model is right on {moe} of {total:,} test images", quickstart.of_run
     ),
-    Claim(quickstart.CIFAR_CARD, "CIFAR-10 model on {moe} of {total:,}, beside {dense} for its", quickstart.of_card),
+    Claim(
+        quickstart.CATS_CARD,
+        "the bundled model of cats and dogs on {moe} of {total:,} test photos, beside {dense} for its dense twin",
+        quickstart.of_card,
+    ),
     Claim(
         quickstart.QUICKSTART,
         "of the quickstart has {most:.2f} times the mean load",

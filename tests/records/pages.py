@@ -2,9 +2,26 @@
 
 import re
 
-from tests.records import ROOT, Claim, Definition, analysis, demo, levers, measured, performance, quickstart, saving
+from tests.records import (
+    ROOT,
+    Claim,
+    Definition,
+    accuracy,
+    analysis,
+    demo,
+    levers,
+    measured,
+    performance,
+    quickstart,
+    saving,
+)
 
 CLAIMS = {
+    "configs/cats_vs_dogs.yaml": [Claim(tuple(accuracy.CATS), accuracy.HEAD, accuracy.of_runs)],
+    "configs/quickstart.yaml": [
+        Claim(quickstart.QUICKSTART, "test top-1 {moe} after {duration_s:.0f} s", quickstart.of_run),
+        Claim(quickstart.QUICKSTART, "{slowest} times the mean load", quickstart.loads),
+    ],
     "docs/faq.md": [
         Claim(saving.STUDY, "a sparse model was {above_small:.1f} points above a dense one", saving._ratios),
     ],
@@ -29,12 +46,19 @@ CLAIMS = {
         Claim(demo.LOAD, "{visitors} simulated visitors got {answers_per_s:.1f} answers a second"),
     ],
     "docs/reference/models.md": [
+        Claim(quickstart.CATS_CARD, "a pretrained ViT-S | {total:,} | {moe} | {dense} |", quickstart.of_card),
         Claim(quickstart.CARD, "eight classes | {total:,} | {moe} | {dense} |", quickstart.of_card),
-        Claim(quickstart.CIFAR_CARD, "of quality 75 | {total:,} | {moe} | {dense} |", quickstart.of_card),
     ],
 }
 _MODELS = re.findall(r"^\| `vit_moe_.*\|$", (ROOT / "docs" / "reference" / "models.md").read_text(), re.M)
 DEFINITIONS = {
+    "configs/cats_vs_dogs.yaml": [
+        Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it")
+    ],
+    "configs/moe_vie.yaml": [
+        Definition("4 of 32", "a setting"),
+        Definition("a hundred times larger", "by the paper"),
+    ],
     "docs/alternatives.md": [Definition("PyTorch 2.1 and CUDA 12.1", "versions")],
     "docs/concepts/balance.md": [Definition("(V-MoE, §4.1)", "a section of the cited paper")],
     "docs/concepts/evidence.md": [Definition("95 %, over other images", "the level of the intervals")],
