@@ -122,6 +122,14 @@ def test_the_rule_chooses_by_the_worst_seed_and_only_when_all_runs_are_there() -
     assert chosen(dirty) is None
 
 
+def test_one_failing_seed_of_every_setting_decides_without_the_others() -> None:
+    records = [run for run in study(**{"switch-image": layer()}) if run["seed"] == SEEDS[0]]
+    assert report.wanted(records) == [report.OUTCOMES["open"]]  # one setting may still keep the rule
+    records = [run for run in study() if run["seed"] == SEEDS[0]]
+    assert report.wanted(records)[0] == report.OUTCOMES["none"].format(count=24)
+    assert report.wanted(records[1:]) == [report.OUTCOMES["open"]]  # nobody knows about the missing arm
+
+
 def test_what_is_chosen_is_confirmed_by_new_seeds_on_other_photos() -> None:
     records = study(**{"switch-image": layer()})
     setting = chosen(records)

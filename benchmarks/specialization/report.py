@@ -13,8 +13,8 @@ from benchmarks.specialization.rule import (
     Layer,
     Setting,
     chosen,
-    complete,
     confirmation,
+    decided,
     failures,
     guess,
     max_over_mean,
@@ -54,7 +54,7 @@ def parts_of(records: Sequence[Record]) -> list[str]:
 
 def wanted(records: Sequence[Record]) -> list[str]:
     """What the rule says: a sentence, and the numbers behind it."""
-    if not complete(records):
+    if not decided(records):
         return [OUTCOMES["open"]]
     settings, setting = settings_of(records, CHOOSING, CLASS), chosen(records)
     if setting is None:

@@ -136,16 +136,19 @@ def choose(settings: Sequence[Setting]) -> Setting | None:
     return max(able, key=lambda setting: min(setting.each(guess)), default=None)
 
 
-def complete(records: Sequence[Record], data: str = CHOOSING) -> bool:
-    """Whether all runs that the rule looks at are there."""
+def decided(records: Sequence[Record], data: str = CHOOSING) -> bool:
+    """Whether all runs that the rule looks at are there, or no run that is left could change what it says."""
     done = {(run["arm"], run["seed"]) for run in records
             if (run["data"], run["split"]) == (data, DATA_SETS[data].asked[0]) and not is_dirty(run)}  # fmt: skip
-    return all((arm, seed) in done for arm in DATA_SETS[data].arms for seed in SEEDS)
+    if all((arm, seed) in done for arm in DATA_SETS[data].arms for seed in SEEDS):
+        return True
+    arms = {arm for arm, _ in done}
+    return arms == set(DATA_SETS[data].arms) and all(map(failures, settings_of(records, data, CLASS)))
 
 
 def chosen(records: Sequence[Record]) -> Setting | None:
-    """The one setting on real photos; None where none keeps the rule, or not all runs are done."""
-    if not complete(records):
+    """The one setting on real photos; None where none keeps the rule, or it isn't decided."""
+    if not decided(records):
         return None
     return choose(settings_of(records, CHOOSING, CLASS))
 
