@@ -22,6 +22,7 @@ from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, PictureFacts, model_input
 from moevision.demo.galleries import AtlasPages, Galleries
 from moevision.demo.html import view_html
 from moevision.demo.requests import RequestError
+from moevision.demo.times import Times
 from moevision.demo.view import RoutingView, Settings, route_image
 from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, TooLargeError, open_data_uri
 from moevision.errors import UserError
@@ -47,12 +48,14 @@ class Explorer:
             raise UserError("The explorer needs a model.")
         self.entries = {entry.card.id: entry for entry in entries}
         self.galleries = galleries or Galleries(entries)
+        self.times = {entry.card.id: times for entry in entries if (times := Times.of(entry)) is not None}
         self.local = local
         self.pages = AtlasPages(self.entries, self.galleries)
         self.handlers: dict[str, Callable[[Any], Json]] = {
             "boot": self.boot,
             "route": self.route,
             "slots": self.slots,
+            "history": self.history,
             "what_if": self.what_if,
             "export_html": self.export_html,
             "experts": self.pages.experts,
@@ -116,6 +119,14 @@ class Explorer:
             raise RequestError(f"{view.facts.name} has no slots: its router sends patches to experts, one by one.")
         return {"layer": layer, "expert": expert, **view.slots.maps(expert)}
 
+    def history(self, request: Any) -> Json:
+        """Where the patches of an example went at moments of the training, and what the model then made of it."""
+        given = read.fields(request, ("model", "picture"))
+        entry, _ = self.pages.model(given)
+        if entry.card.id not in self.times:
+            raise RequestError(f"The training of {entry.card.title} was not recorded.")
+        return self.times[entry.card.id].of_image(read.text(given, "picture"))
+
     def what_if(self, request: Any) -> Json:
         """What an intervention changes about the prediction, beside its control, with the view after it."""
         entry, variant, found, settings = self._read(request)
@@ -132,9 +143,13 @@ class Explorer:
 
     def export_html(self, request: Any) -> Json:
         """The view as one HTML page that needs neither server nor network."""
-        view = self.route(request)
+        entry, variant, found, settings = self._read(request)
+        view = self._view(entry, variant, found, settings).to_json()
+        times = self.times.get(entry.card.id)
+        as_trained = variant.facts.variant == "trained" and settings == Settings()
+        history = times.of_image(found.id) if times is not None and as_trained and found.id in times.rows else None
         name = re.sub(r"[^a-z0-9]+", "-", f"{view['model']['id']} {view['picture']['name']}".lower()).strip("-")
-        return {"filename": f"moevision-{name[:80]}.html", "html": view_html(view, full_page=True)}
+        return {"filename": f"moevision-{name[:80]}.html", "html": view_html(view, full_page=True, history=history)}
 
     def close(self) -> None:
         """Stop what runs in the background."""
@@ -199,7 +214,7 @@ class Explorer:
         return {
             "version": __version__,
             "local": self.local,
-            "models": [_about(entry) for entry in entries],
+            "models": [_about(entry, self.times.get(entry.card.id)) for entry in entries],
             "limits": {
                 "max_bytes": MAX_BYTES,
                 "max_pixels": MAX_PIXELS,
@@ -215,7 +230,7 @@ def failure(sentence: str, code: str) -> Json:
     return {"error": sentence, "code": code}
 
 
-def _about(entry: Entry) -> Json:
+def _about(entry: Entry, times: Times | None) -> Json:
     facts, card = entry.facts.to_json(), entry.card
     pictures = entry.examples.pictures
     examples = []
@@ -231,5 +246,6 @@ def _about(entry: Entry) -> Json:
         "has_pictures": entry.examples.has_pictures,
         "has_parts": pictures is not None and bool(pictures.part_names),
         "card": card.to_json(),
+        "history": None if times is None else times.about(),
         "examples": examples,
     }

@@ -51,6 +51,11 @@ def packed(values: npt.NDArray[np.floating[Any]]) -> dict[str, Any]:
     return {"unit": unit, "shape": list(values.shape), "data": base64.b64encode(whole.tobytes()).decode("ascii")}
 
 
+def halves(values: npt.NDArray[np.float16]) -> dict[str, Any]:
+    """Half-precision numbers as they are: `shape`, and `data`, base64 of little-endian float16 in row-major order."""
+    return {"shape": list(values.shape), "data": base64.b64encode(values.astype("<f2").tobytes()).decode("ascii")}
+
+
 def open_data_uri(text: str) -> Image.Image:
     """Decode an image that came inside a request.
 

@@ -1,11 +1,12 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
-import { drawHeader, drawRail, drawSettings, limitable, listenForFiles, otherK, railHandlers } from "./app_rail.js";
+import { blankBox, drawHeader, drawRail, drawSettings, limitable, listenForFiles, otherK, railHandlers } from "./app_rail.js";
 import { levelMemory, levelOf } from "./app_level.js";
 import { drawQuestion } from "./app_question.js";
-import { asAskError, Asker, emptyBox, errorBox, waitingBox } from "./app_server.js";
+import { asAskError, Asker, emptyBox, errorBox, slide, waitingBox } from "./app_server.js";
 import { closeMenuByClick, PLACE, readAddress, readIntervention, readNoise, readPlace, shareHandlers, writeAddress } from "./app_share.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
+import { nextStep, timeSource, trainedViews } from "./app_time.js";
 import { Tour, tourMemory } from "./app_tour.js";
 import { Core, coreLayout } from "./core.js";
 import { keepOriginal, pictureTitle } from "./core_stage.js";
@@ -60,6 +61,7 @@ export class App {
     this.trail = [];
     root.innerHTML = String(appLayout());
     this.core = new Core(root, null);
+    this.core.timeSource = timeSource(this);
     /** @type {(Tab | WhatIfTab)[]} */
     this.tabs = TABS.map((Tab) => new Tab(this));
     this.connect();
@@ -292,9 +294,11 @@ export class App {
     return this.load([...this.pictures.keys()], {}, wish, "model");
   }
 
-  /** @param {View[]} views @param {string | null} kind @param {Wish | null} [wish] */
-  show(views, kind, wish = null) {
-    if (!views[0]) return;
+  /** @param {View[]} given @param {string | null} kind @param {Wish | null} [wish] */
+  show(given, kind, wish = null) {
+    if (!given[0]) return;
+    const views = trainedViews(given);
+    const step = nextStep(this, kind, wish?.step);
     this.core.box("blank").hidden = true;
     this.core.box("view").hidden = false;
     const first = this.state === null;
@@ -308,6 +312,7 @@ export class App {
     } else {
       this.state.set({ views, active: Math.min(this.slot, views.length - 1), ...start });
     }
+    if (step !== undefined) this.core.time?.open(step);
     drawQuestion(this);
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
     drawSimilar(this);
@@ -324,9 +329,9 @@ export class App {
   /** @param {Set<string>} changed */
   follow(changed) {
     if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
-    if (changed.has("layer") || changed.has("highlight")) drawQuestion(this);
+    if (["layer", "highlight", "views"].some((name) => changed.has(name))) drawQuestion(this);
     if (changed.has("layer")) this.refreshTab("layer");
-    if (["layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
+    if (["views", "layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
   }
 
   /** Write the address a moment later: browsers refuse pages that rewrite it at every key press. */
@@ -354,22 +359,15 @@ export class App {
     this.core.box("view").hidden = true;
     this.core.box("blank").hidden = false;
     fillBox(this.core.box("trouble"), "");
-    fillBox(this.core.box("blank"), html`<div class="mv-state mv-tall"><p><b>Bring an image</b></p>
-      <p class="mv-note">${this.model.title} knows ${this.model.class_names.join(", ")}. Drop a photo anywhere, paste one, or choose a file.</p>
-      <button type="button" class="mv-primary" data-action="choose">Choose a file</button></div>`);
+    fillBox(this.core.box("blank"), blankBox(this.model));
     this.refreshTab("model");
     this.remember();
   }
 
   /** @param {boolean} is */
   busy(is) {
-    const bar = this.core.box("progress");
-    bar.hidden = !is;
     this.core.box("main").setAttribute("aria-busy", String(is));
-    this.sliding?.cancel();
-    if (is && !window.matchMedia("(prefers-reduced-motion: reduce)").matches) {
-      this.sliding = present(bar.firstElementChild).animate([{ left: "-30%" }, { left: "100%" }], { duration: 1000, iterations: Infinity });
-    }
+    slide(this.core.box("progress"), is);
   }
 
   drawFrame() {

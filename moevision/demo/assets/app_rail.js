@@ -42,6 +42,11 @@ export function drawRail(box, app) {
     <div data-box="rail-error"></div>`);
 }
 
+/** @param {BootModel} model */
+export const blankBox = (model) => html`<div class="mv-state mv-tall"><p><b>Bring an image</b></p>
+  <p class="mv-note">${model.title} knows ${model.class_names.join(", ")}. Drop a photo anywhere, paste one, or choose a file.</p>
+  <button type="button" class="mv-primary" data-action="choose">Choose a file</button></div>`;
+
 /** @param {App} app */
 const slotSwitch = (app) => html`<div class="mv-switch mv-slots" role="group" aria-label="Which image to change">${["First", "Second"].map((name, slot) => html`
   <button type="button" data-action="slot" data-index="${slot}" data-key="slot-${slot}" aria-pressed="${slot === app.slot}">${name}</button>`)}</div>`;

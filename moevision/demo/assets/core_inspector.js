@@ -103,12 +103,12 @@ export function drawInspector(box, state) {
     return;
   }
   const { view, currentLayer: layer } = state;
-  const facts = [...(layer.learned ? [[term("margin", "margin"), html`${fixed(layer.margin[patch], layer.kind === "soft" ? 3 : 2)}`],
+  const facts = [...(layer.learned && !layer.past ? [[term("margin", "margin"), html`${fixed(layer.margin[patch], layer.kind === "soft" ? 3 : 2)}`],
     [term("entropy", "entropy"), html`${fixed(layer.entropy[patch])} <small>of ${fixed(Math.log2(layer.num_experts), Number.isInteger(Math.log2(layer.num_experts)) ? 0 : 1)} bits</small>`]] : []),
     ...slotFacts(state, layer, patch)];
   fillBox(box, html`
     ${drawZooms(view, patch)}
-    ${!layer.computation && html`<p class="mv-note mv-older">${capital(describePatch(view, layer, patch))}. This view was saved before views carried how a patch was computed.</p>`}
+    ${!layer.computation && !layer.past && html`<p class="mv-note mv-older">${capital(describePatch(view, layer, patch))}. This view was saved before views carried how a patch was computed.</p>`}
     ${facts.length > 0 && html`<dl class="mv-facts mv-research">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`}
     ${drawPath(state, patch)}
     <p class="mv-note mv-research">${contextSentence(state)}</p>`);

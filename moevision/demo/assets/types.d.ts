@@ -73,6 +73,8 @@ export interface Layer extends Omit<Router, "refused"> {
   computation: Record<string, Packed | null> | null;
   /** [E][P] of Soft MoE. */
   reads: number[][] | null;
+  /** A moment of the training: only experts, weights and what follows from them is known. */
+  past?: boolean;
 }
 
 export interface Model {
@@ -126,7 +128,23 @@ export interface View {
     off_distribution: boolean;
     off_reason: string | null;
   };
+  /** When it was, if not after the training: demo/times.py has less than a view of the trained model. */
+  moment?: { step: number; total_steps: number };
 }
+
+/** Which images were recorded while the model was trained, and after how many optimizer steps. */
+export interface Recorded { images: string[]; steps: number[]; total_steps: number }
+/** [T][P][E] as float16. */
+export interface PastLayer { layer: number; weights: { shape: number[]; data: string } }
+/** The T moments of one image. */
+export interface Moments { picture: string; steps: number[]; total_steps: number; predictions: Guess[][]; layers: PastLayer[] }
+export interface TimeSource {
+  /** What was recorded of these images; a sentence if there is something to say instead, null if not. */
+  about(views: View[]): Pick<Recorded, "steps" | "total_steps"> | string | null;
+  get(view: View): Promise<Moments>;
+}
+/** Places in a row that can be played. */
+export interface Row { size(): number; at(): number; go(place: number): unknown }
 
 /** The single slots of one expert, or why they aren't here. */
 export interface SlotAnswer {
@@ -191,6 +209,7 @@ export interface BootModel extends Model {
   has_pictures: boolean;
   has_parts: boolean;
   card: Record<string, any>;
+  history: Recorded | null;
   examples: { id: string; name: string; label: string | null; thumb: string }[];
 }
 
