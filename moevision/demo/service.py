@@ -17,7 +17,7 @@ from moevision.analysis.effects import ClassEffect, class_effect, effect
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.bundle import Entry, Variant
-from moevision.demo.examples import Found, Recent
+from moevision.demo.examples import Found, Recent, sharp
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, PictureFacts, model_input
 from moevision.demo.galleries import AtlasPages, Galleries
 from moevision.demo.html import view_html
@@ -56,6 +56,7 @@ class Explorer:
             "route": self.route,
             "slots": self.slots,
             "history": self.history,
+            "sharp": self.sharp,
             "what_if": self.what_if,
             "export_html": self.export_html,
             "experts": self.pages.experts,
@@ -127,6 +128,12 @@ class Explorer:
             raise RequestError(f"The training of {entry.card.title} was not recorded.")
         return self.times[entry.card.id].of_image(read.text(given, "picture"))
 
+    def sharp(self, request: Any) -> Json:
+        """An example in more pixels than the model sees, as `src`; null where there are no more."""
+        given = read.fields(request, ("model", "picture"))
+        entry, _ = self.pages.model(given)
+        return {"src": entry.examples.sharp(read.text(given, "picture"))}
+
     def what_if(self, request: Any) -> Json:
         """What an intervention changes about the prediction, beside its control, with the view after it."""
         entry, variant, found, settings = self._read(request)
@@ -145,6 +152,10 @@ class Explorer:
         """The view as one HTML page that needs neither server nor network."""
         entry, variant, found, settings = self._read(request)
         view = self._view(entry, variant, found, settings).to_json()
+        if found.id:
+            view["picture"]["sharp"] = entry.examples.sharp(found.id)
+        else:
+            view["picture"]["sharp"] = sharp(open_data_uri(request["picture"]["data"]), entry.facts.image_size)
         times = self.times.get(entry.card.id)
         as_trained = variant.facts.variant == "trained" and settings == Settings()
         history = times.of_image(found.id) if times is not None and as_trained and found.id in times.rows else None
@@ -243,6 +254,7 @@ def _about(entry: Entry, times: Times | None) -> Json:
         "variants": list(entry.variants),
         "accuracy_texts": {name: variant.facts.accuracy_text for name, variant in entry.variants.items()},
         "has_dense": entry.dense is not None or bool(entry.dense_answers),
+        "has_sharp": entry.examples.has_sharp,
         "has_pictures": entry.examples.has_pictures,
         "has_parts": pictures is not None and bool(pictures.part_names),
         "card": card.to_json(),

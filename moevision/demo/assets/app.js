@@ -5,6 +5,7 @@ import { levelMemory, levelOf } from "./app_level.js";
 import { drawQuestion } from "./app_question.js";
 import { asAskError, Asker, emptyBox, errorBox, slide, waitingBox } from "./app_server.js";
 import { closeMenuByClick, PLACE, readAddress, readIntervention, readNoise, readPlace, shareHandlers, writeAddress } from "./app_share.js";
+import { sharpen } from "./app_sharp.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
 import { nextStep, timeSource, trainedViews } from "./app_time.js";
 import { Tour, tourMemory } from "./app_tour.js";
@@ -313,6 +314,7 @@ export class App {
       this.state.set({ views, active: Math.min(this.slot, views.length - 1), ...start });
     }
     if (step !== undefined) this.core.time?.open(step);
+    sharpen(this, views);
     drawQuestion(this);
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
     drawSimilar(this);

@@ -8,7 +8,7 @@ import { Player } from "./core_play.js";
 import { Card } from "./core_card.js";
 import { describePatch, MODES, modesOf, routingWords } from "./core_kinds.js";
 import { drawSlots } from "./core_slots.js";
-import { drawLegend, drawStrip, frameStrip, hasOriginal, pictureTitle, Stage } from "./core_stage.js";
+import { drawLegend, drawStrip, frameStrip, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
 import { centrePatch, ViewState } from "./core_state.js";
 import { Time } from "./core_time.js";
 import { clamp, fillBox, html, TERMS } from "./core_util.js";
@@ -252,7 +252,7 @@ export class Core {
     if (state.mode === "slots" && (has("views", "active", "layer", "mode", "slotExpert"))) this.fetchSlots();
     if (has("views")) return this.drawAll();
     if (has("layer", "mode", "highlight", "strength") || slots) this.stages.forEach((stage) => stage.colour());
-    if (has("asSeen")) this.stages.forEach((stage) => stage.picture());
+    if (has("asSeen")) this.drawPictures();
     if (has("patch", "hover", "active")) this.stages.forEach((stage) => stage.outline());
     if (has("layer")) frameStrip(this.box("strip"), this.state);
     if (has("active")) this.drawStrip();
@@ -263,6 +263,14 @@ export class Core {
     else if (has("step")) this.card?.draw();
     if (has("layer", "mode", "strength")) this.drawControls();
     return undefined;
+  }
+
+  /** What lies under the patches, wherever it is shown: when a sharper one came, or the model's input is wanted. */
+  drawPictures() {
+    this.stages.forEach((stage) => stage.picture());
+    this.drawStrip();
+    drawInspector(this.box("inspector"), this.state);
+    this.drawControls();
   }
 
   /** Get the slots that are looked at, of every image on the stage; the parts that show them draw when they come. */
@@ -326,6 +334,7 @@ export function startStatic(root, view, moments) {
     <p class="mv-note mv-footnote">Routing shows which expert computes a patch. It doesn't show what attention or the residual path
       contribute, nor what caused the prediction. Schema ${view.schema}.</p>
     <div class="mv-hidden" aria-live="polite" data-live></div>`);
+  if (view.picture.sharp) keepOriginal(view, view.picture.sharp);
   const core = new Core(root, null);
   if (moments) core.timeSource = { about: () => moments, get: () => Promise.resolve(moments) };
   core.attach(new ViewState(view, { layer: view.layers.length - 1, patch: centrePatch(view) }));

@@ -79,13 +79,13 @@ const NOBODY_COLOUR = "#808080";
 const originals = new WeakMap();
 
 /**
- * Keep the original of a view's image, whose central square the stage shows in place of the model's input.
+ * Keep the same square of a view's image in more pixels, which is shown in place of the model's input.
  * @param {View} view @param {string} source
  */
-export const keepOriginal = (view, source) => originals.set(view, source);
+export const keepOriginal = (view, source) => originals.set(view.picture, source);
 
 /** @param {View} view */
-export const hasOriginal = (view) => originals.has(view);
+export const hasOriginal = (view) => originals.has(view.picture);
 
 /**
  * What lies under the patches, and whether that is the original.
@@ -93,7 +93,7 @@ export const hasOriginal = (view) => originals.has(view);
  */
 export function underlay({ asSeen }, view) {
   const sharp = hasOriginal(view) && !asSeen;
-  return { sharp, source: pictureSource(sharp ? originals.get(view) : view.picture.src) };
+  return { sharp, source: pictureSource(sharp ? originals.get(view.picture) : view.picture.src) };
 }
 
 /** One image with its grid; `slot` is the position of its view in the state. */
@@ -227,6 +227,7 @@ export function drawStrip(box, state) {
     <p class="mv-note">Colours aren't comparable across layers<span class="mv-research">: ${layers.map((layer) => layerExpert(layer, 0)).join(" and ")}
       are different networks</span>.</p>
     ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how mv-research"><b>${where}</b>: ${words}</p>`)}`);
+  box.style.setProperty("--under", `url("${underlay(state, state.view).source}")`);
   box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model.grid));
 }
 

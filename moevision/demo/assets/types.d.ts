@@ -101,6 +101,8 @@ export interface Picture {
   src: string;
   unlike: string | null;
   credit?: string | null;
+  /** In an exported page: the same square in more pixels. */
+  sharp?: string | null;
 }
 
 export interface Guess { class: string; p: number }
@@ -207,6 +209,7 @@ export interface BootModel extends Model {
   accuracy_texts: Record<string, string>;
   has_dense: boolean;
   has_pictures: boolean;
+  has_sharp: boolean;
   has_parts: boolean;
   card: Record<string, any>;
   history: Recorded | null;
