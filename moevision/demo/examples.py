@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -102,9 +102,13 @@ class Examples:
 
     @property
     def ids(self) -> list[str]:
-        """The examples on the first screen: classes take turns, then the photos."""
-        own = [] if self.pictures is None else [self.id_of(self.pictures, index) for index in _spread(self.pictures)]
-        return own + [f"photo/{name}" for name in self.photos]
+        """The examples on the first screen: the first of all, then gradio's photos."""
+        return self.all_ids[:EXAMPLES] + [f"photo/{name}" for name in self.photos]
+
+    @cached_property
+    def all_ids(self) -> list[str]:
+        """All images of the model's data: classes take turns."""
+        return [] if self.pictures is None else [self.id_of(self.pictures, index) for index in _spread(self.pictures)]
 
     def id_of(self, pictures: PictureSet, index: int) -> str:
         """The id of image `index` of this model's data or of a part of it."""
@@ -190,9 +194,9 @@ def photo_files() -> dict[str, Path]:
 
 
 def _spread(pictures: PictureSet) -> list[int]:
-    """Indices of a few images: the first of each class, then the second, until there are enough."""
+    """Indices of all images: the first of each class, then the second, and so on."""
     of_class: dict[int, list[int]] = {}
     for index in range(len(pictures)):
         of_class.setdefault(pictures.label(index), []).append(index)
-    turns = [members[turn] for turn in range(EXAMPLES) for members in of_class.values() if turn < len(members)]
-    return turns[:EXAMPLES]
+    longest = max(map(len, of_class.values()), default=0)
+    return [members[turn] for turn in range(longest) for members in of_class.values() if turn < len(members)]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from moevision import __version__
 from moevision.analysis.effects import ClassEffect, class_effect, effect
 from moevision.data.images import BadImageError
@@ -31,6 +33,7 @@ Json = dict[str, Any]
 ROUTE_FIELDS = ("model", "variant", "picture", "top_k", "capacity", "intervention", "noise")
 CLASS_PICTURES = 50
 MIN_CLASS_PICTURES = 20
+MORE = 24  # further examples at a time
 log = logging.getLogger(__name__)
 
 
@@ -54,9 +57,11 @@ class Explorer:
         self.handlers: dict[str, Callable[[Any], Json]] = {
             "boot": self.boot,
             "route": self.route,
+            "shares": self.shares,
             "slots": self.slots,
             "history": self.history,
             "sharp": self.sharp,
+            "examples": self.examples,
             "what_if": self.what_if,
             "export_html": self.export_html,
             "experts": self.pages.experts,
@@ -109,6 +114,12 @@ class Explorer:
         entry, variant, found, settings = self._read(request)
         return self._view(entry, variant, found, settings).to_json()
 
+    def shares(self, request: Any) -> Json:
+        """What part of an image each expert computes: `route` in a few numbers, for comparing several images."""
+        view = self._view(*self._read(request))
+        layers = [{"layer": layer.facts.layer, "shares": np.round(layer.shares, 4).tolist()} for layer in view.layers]
+        return {"layers": layers}
+
     def slots(self, request: Any) -> Json:
         """What the slots of one expert of a Soft MoE layer read of an image, and what its patches take from them."""
         given = read.fields(request, (*ROUTE_FIELDS, "layer", "expert"))
@@ -127,6 +138,14 @@ class Explorer:
         if entry.card.id not in self.times:
             raise RequestError(f"The training of {entry.card.title} was not recorded.")
         return self.times[entry.card.id].of_image(read.text(given, "picture"))
+
+    def examples(self, request: Any) -> Json:
+        """The next examples of a model after the first `start` ones, classes in turn."""
+        given = read.fields(request, ("model", "start"))
+        entry, _ = self.pages.model(given)
+        ids = entry.examples.all_ids
+        start = read.whole(given, "start", range(len(ids) + 1))
+        return {"examples": [_example(entry, id) for id in ids[start : start + MORE]]}
 
     def sharp(self, request: Any) -> Json:
         """An example in more pixels than the model sees, as `src`; null where there are no more."""
@@ -244,10 +263,6 @@ def failure(sentence: str, code: str) -> Json:
 def _about(entry: Entry, times: Times | None) -> Json:
     facts, card = entry.facts.to_json(), entry.card
     pictures = entry.examples.pictures
-    examples = []
-    for id in entry.examples.ids:
-        found = entry.examples.find(id)
-        examples.append({"id": id, "name": found.name, "label": found.label, "thumb": entry.examples.thumb(id)})
     return {
         **{name: value for name, value in facts.items() if name not in ("variant", "accuracy_text")},
         "subtitle": card.subtitle,
@@ -259,5 +274,12 @@ def _about(entry: Entry, times: Times | None) -> Json:
         "has_parts": pictures is not None and bool(pictures.part_names),
         "card": card.to_json(),
         "history": None if times is None else times.about(),
-        "examples": examples,
+        "shown": entry.shown,
+        "num_examples": len(entry.examples.all_ids),
+        "examples": [_example(entry, id) for id in entry.examples.ids],
     }
+
+
+def _example(entry: Entry, id: str) -> Json:
+    found = entry.examples.find(id)
+    return {"id": id, "name": found.name, "label": found.label, "thumb": entry.examples.thumb(id)}

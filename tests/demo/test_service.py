@@ -77,6 +77,36 @@ def test_route_answers_what_route_image_computes(explorer, pixels):
     assert answer["model"]["variant"] == "trained"
 
 
+def test_shares_are_the_parts_of_the_choices(explorer, pixels):
+    upload = {"kind": "upload", "data": png(pixels)}
+    answer = good(explorer, "shares", model="pets", picture=upload, top_k=3)
+    view = good(explorer, "route", model="pets", picture=upload, top_k=3)
+    for layer, shown in zip(answer["layers"], view["layers"], strict=True):
+        assert layer["layer"] == shown["layer"]
+        assert layer["shares"] == pytest.approx([count / 48 for count in shown["counts"]], abs=5.1e-5)
+
+
+def test_shares_of_soft_moe_are_what_patches_take(routers_home):
+    entries = open_entries(None, DataOptions(), home=routers_home)
+    others = Explorer(entries, Galleries(entries, limit=8))
+    picture = {"kind": "example", "id": entries[0].examples.ids[0]}
+    shares = good(others, "shares", model="soft", picture=picture)["layers"][1]["shares"]
+    layer = good(others, "route", model="soft", picture=picture)["layers"][1]
+    taken = np.zeros(6)
+    for experts, weights in zip(layer["experts"], layer["weights"], strict=True):
+        np.add.at(taken, experts, weights)
+    assert shares == pytest.approx(taken / taken.sum(), abs=2e-4)
+
+
+def test_more_examples_follow_the_first_ones(explorer):
+    pets = explorer.answer("boot", {})["models"][0]
+    assert (len(pets["examples"]), pets["num_examples"], pets["shown"]) == (12, 2000, "")
+    more = good(explorer, "examples", model="pets", start=12)["examples"]
+    assert [example["id"] for example in more] == [f"pets/test/{index}" for index in range(12, 36)]  # labels in turn
+    assert good(explorer, "examples", model="pets", start=2000)["examples"] == []
+    assert "start" in explorer.answer("examples", {"model": "pets", "start": 2001})["error"]
+
+
 def pixels_of(uri):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
 
@@ -114,9 +144,9 @@ def test_drawn_images_have_no_more_pixels_than_the_model_sees(explorer):
 
 def test_a_labelled_folder_has_its_originals(tmp_path):
     """Labels of the model's are a view of the folder's own; the original is behind both."""
-    file = tmp_path / "cat" / "one.png"
-    file.parent.mkdir()
-    Image.effect_mandelbrot((80, 60), (-2, -1, 1, 1), 60).convert("RGB").save(file)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.effect_mandelbrot((80, 60), (-2, -1, 1, 1), 60).convert("RGB").save(tmp_path / name / "one.png")
     pictures = open_pictures(tmp_path, 32, split="all", class_names=["dog", "cat"])
     assert original_image(pictures, 0, 672).size == (80, 60)
     assert original_image(open_pictures("synthetic_pets", 32), 0, 672) is None

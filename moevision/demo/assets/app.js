@@ -1,7 +1,8 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
-import { blankBox, drawHeader, drawRail, drawSettings, limitable, listenForFiles, otherK, railHandlers } from "./app_rail.js";
+import { blankBox, drawHeader, drawRail, drawSettings, limitable, otherK, railHandlers } from "./app_rail.js";
 import { levelMemory, levelOf } from "./app_level.js";
+import { countShared, drawShared, listenForFiles, OWN, ownHandlers, ownMemory, restoreOwn } from "./app_own.js";
 import { drawQuestion } from "./app_question.js";
 import { asAskError, Asker, emptyBox, errorBox, slide, waitingBox } from "./app_server.js";
 import { closeMenuByClick, PLACE, readAddress, readIntervention, readNoise, readPlace, shareHandlers, writeAddress } from "./app_share.js";
@@ -18,7 +19,7 @@ import { ClassesTab } from "./tab_classes.js";
 import { CompareTab } from "./tab_compare.js";
 import { ExpertsTab } from "./tab_experts.js";
 import { WhatIfTab } from "./tab_whatif.js";
-/** @import { Boot, Chosen, Intervention, Server, Tab, View, Wish } from "./types.js" */
+/** @import { Boot, Chosen, Intervention, Server, Shares, Tab, View, Wish } from "./types.js" */
 
 const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, AboutTab];
 
@@ -45,6 +46,11 @@ export class App {
     this.pictures = [{ kind: "none" }];
     /** @type {ViewState | null} */
     this.state = null;
+    this.own = ownMemory.read();
+    this.lastOwn = Math.max(0, ...this.own.map(({ id }) => id));
+    /** @type {Shares[] | Error | null} */
+    this.shared = null;
+    this.counted = "";
     this.slot = 0;
     this.topK = null;
     this.capacity = null;
@@ -72,6 +78,7 @@ export class App {
   async start(view) {
     const wish = readAddress();
     this.choose(wish);
+    restoreOwn(this, history.state?.[OWN]);
     if (this.level === "simple" && this.isDefault(wish)) this.opening = this.addOther();
     this.drawFrame();
     this.drawTabs();
@@ -131,8 +138,8 @@ export class App {
   hasPicture() { return this.pictures.every(({ kind }) => kind !== "none"); }
 
   connect() {
-    const rail = railHandlers(this);
-    Object.assign(this.core.actions, rail.actions, shareHandlers(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
+    const [rail, own] = [railHandlers(this), ownHandlers(this)];
+    Object.assign(this.core.actions, rail.actions, own.actions, shareHandlers(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
       tab: (button) => this.openTab(button.dataset.tab),
       retry: () => this.load([...this.pictures.keys()]),
       undo: () => this.undo(),
@@ -142,7 +149,7 @@ export class App {
       similar: () => showSimilar(this),
       tour: () => this.state && new Tour(this.core),
     });
-    Object.assign(this.core.changes, rail.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
+    Object.assign(this.core.changes, rail.changes, own.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
     this.core.changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
     this.root.addEventListener("keydown", (event) => this.onTabKey(event));
@@ -159,8 +166,10 @@ export class App {
   question(slot) {
     const { kind, id, data } = this.pictures[slot];
     const picture = kind === "example" ? { kind, id } : { kind, data };
-    return { model: this.model.id, variant: this.variant, picture, top_k: this.topK, capacity: this.capacity, intervention: this.intervention, noise: this.noise };
+    return { ...this.settings(), picture };
   }
+
+  settings() { return { model: this.model.id, variant: this.variant, top_k: this.topK, capacity: this.capacity, intervention: this.intervention, noise: this.noise }; }
 
   /** All of that, as text that can be compared. */
   questions() { return JSON.stringify(this.pictures.map((_, slot) => this.question(slot))); }
@@ -289,6 +298,7 @@ export class App {
     this.tab = "experts"; // unless the address names another
     this.choose(wish);
     Object.assign(this, { place, page: null, slot: 0, pictures: this.trail[place] ? [...this.trail[place]] : this.pictures });
+    if (!this.trail[place]) restoreOwn(this, history.state?.[OWN]);
     this.drawTabs();
     this.drawFrame();
     if (this.state && this.questions() === before) return this.show(this.state.views, null, wish);
@@ -315,6 +325,7 @@ export class App {
     }
     if (step !== undefined) this.core.time?.open(step);
     sharpen(this, views);
+    countShared(this);
     drawQuestion(this);
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
     drawSimilar(this);
@@ -332,6 +343,7 @@ export class App {
   follow(changed) {
     if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
     if (["layer", "highlight", "views"].some((name) => changed.has(name))) drawQuestion(this);
+    if (changed.has("layer") || changed.has("highlight")) drawShared(this);
     if (changed.has("layer")) this.refreshTab("layer");
     if (["views", "layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
   }

@@ -1,5 +1,6 @@
 // Taking the view elsewhere: the address, and the three exports.
 
+import { OWN } from "./app_own.js";
 import { asAskError, AskError } from "./app_server.js";
 import { MODES } from "./core_kinds.js";
 import { SIDES } from "./core_slots.js";
@@ -269,7 +270,7 @@ export function writeAddress(app) {
   const page = JSON.stringify([app.model.id, app.variant, pictures, state?.highlight, app.intervention, app.tab]);
   const moved = app.page !== null && app.page !== page;
   if (moved) app.place += 1;
-  history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place }, "", address);
+  history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place, [OWN]: pictures.map(({ own }) => own ?? null) }, "", address);
   app.page = page;
   app.trail[app.place] = [...pictures];
 }

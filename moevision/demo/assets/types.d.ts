@@ -213,6 +213,8 @@ export interface BootModel extends Model {
   has_parts: boolean;
   card: Record<string, any>;
   history: Recorded | null;
+  shown: string;
+  num_examples: number;
   examples: { id: string; name: string; label: string | null; thumb: string }[];
 }
 
@@ -226,8 +228,12 @@ export interface Boot {
 
 export interface Limits { max_bytes: number; max_pixels: number; min_side: number; max_aspect: number }
 
-/** What stands on a stage: an example of the model's data, a visitor's own image, or nothing yet. */
-export interface Chosen { kind: "example" | "upload" | "none"; id?: string; data?: string; name?: string }
+/** What stands on a stage: an example of the model's data, a visitor's own image (`own` is its id), or nothing yet. */
+export interface Chosen { kind: "example" | "upload" | "none"; id?: string; data?: string; name?: string; own?: number }
+/** A visitor's image as a data address. */
+export interface Own { id: number; name: string; data: string }
+/** What part of an image each expert of each layer computes. */
+export interface Shares { layers: { layer: number; shares: number[] }[] }
 
 /** What an address asks for, unchecked. */
 export type Wish = Partial<Record<string, string>>;
