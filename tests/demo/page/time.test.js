@@ -58,7 +58,8 @@ function played(t) {
   const seen = [];
   const row = { size: () => 3, at: () => seen.at(-1) ?? 2, go: (place) => seen.push(place) };
   const player = new Player({ classList: { toggle() {} }, querySelectorAll: () => [] }, { training: row });
-  const turn = async () => { t.mock.timers.tick(1000); for (let i = 0; i < 5; i += 1) await Promise.resolve(); };
+  const settle = async () => { for (let i = 0; i < 5; i += 1) await Promise.resolve(); };
+  const turn = async () => { await settle(); t.mock.timers.tick(1000); await settle(); };
   return { seen, player, turn };
 }
 
