@@ -8,6 +8,7 @@ import { asAskError, Asker, emptyBox, errorBox, slide, waitingBox } from "./app_
 import { closeMenuByClick, PLACE, readAddress, readIntervention, readNoise, readPlace, shareHandlers, writeAddress } from "./app_share.js";
 import { sharpen } from "./app_sharp.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
+import { drawTabs, pressTab } from "./app_tabs.js";
 import { nextStep, timeSource, trainedViews } from "./app_time.js";
 import { Tour, tourMemory } from "./app_tour.js";
 import { Core, coreLayout } from "./core.js";
@@ -152,7 +153,7 @@ export class App {
     Object.assign(this.core.changes, rail.changes, own.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
     this.core.changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
-    this.root.addEventListener("keydown", (event) => this.onTabKey(event));
+    this.root.addEventListener("keydown", (event) => pressTab(this, event));
     window.addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && this.goTo(state[PLACE]));
     closeMenuByClick(this.root);
   }
@@ -402,23 +403,7 @@ export class App {
 
   // ---- tabs ---------------------------------------------------------------------------------------------------
 
-  drawTabs() {
-    fillBox(this.root.querySelector(".mv-tabs"), html`${this.tabs.map(({ id, label }) => html`<button type="button" role="tab" id="mv-tab-${id}"
-      data-action="tab" data-tab="${id}" data-key="tab-${id}" aria-selected="${id === this.tab && !this.closed}" tabindex="${id === this.tab ? 0 : -1}">${label}</button>`)}`);
-    this.core.box("panel").hidden = this.closed;
-    this.core.box("panel").setAttribute("aria-labelledby", `mv-tab-${this.tab}`);
-  }
-
-  /** @param {any} event */
-  onTabKey(event) {
-    if (event.target.getAttribute("role") !== "tab") return;
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step) return;
-    event.preventDefault();
-    const index = this.tabs.findIndex(({ id }) => id === this.tab);
-    this.openTab(this.tabs[(index + step + this.tabs.length) % this.tabs.length].id);
-    /** @type {HTMLElement} */ (this.root.querySelector("[role=tab][aria-selected=true]")).focus();
-  }
+  drawTabs() { drawTabs(this); }
 
   /** @param {string} id */
   openTab(id) {
