@@ -265,7 +265,7 @@ class FromDataset:
 
     def image(self, index: int) -> Pixels:
         """The image as evaluation sees it, uint8 [S, S, 3]; raises `BadImageError`."""
-        return square_pixels(self._item(index), self.image_size)
+        return square_pixels(self.original(index), self.image_size)
 
     def label(self, index: int) -> int:
         """The class; -1 where the image can't be read and nothing else tells."""
@@ -280,7 +280,7 @@ class FromDataset:
     def _label(self, index: int) -> int:
         if index not in self._labels:
             try:
-                self._item(index)
+                self.original(index)
             except BadImageError:
                 self._labels[index] = -1
         return self._labels[index]
@@ -293,7 +293,8 @@ class FromDataset:
         """None: the dataset knows no parts."""
         return None
 
-    def _item(self, index: int) -> Image.Image:
+    def original(self, index: int) -> Image.Image:
+        """The image in RGB, of any size; raises `BadImageError`."""
         try:
             item = self.dataset[index]
         except BadImageError:
@@ -406,6 +407,26 @@ def balanced_subset(pictures: PictureSet, limit: int, seed: int) -> list[int]:
         members[pictures.label(index)].append((key, index))
     turns = [(turn, label, index) for label, keyed in members.items() for turn, (_, index) in enumerate(sorted(keyed))]
     return sorted(index for _, _, index in sorted(turns)[:limit])
+
+
+def original_image(pictures: PictureSet, index: int, short_side: int) -> Image.Image | None:
+    """An image in RGB as it was before it became S x S; None where the set has nothing larger.
+
+    Args:
+        pictures: where it is.
+        index: which one.
+        short_side: to which it will be shrunk, in pixels; a large photo may come reduced, see `safe_open`.
+
+    Raises:
+        BadImageError: if it can't be read.
+    """
+    if isinstance(pictures, View):
+        return original_image(pictures.pictures, pictures.indices[index], short_side)
+    if isinstance(pictures, FromDataset):
+        return pictures.original(index)
+    if isinstance(pictures, Collected) and not isinstance(pictures.collection, DrawnCollection):
+        return pictures.collection.open(pictures.samples[index], short_side)
+    return None
 
 
 def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:

@@ -193,6 +193,7 @@ class Entry:
         foreign: whether those are other data than the model's own kind, as far as that is known.
         dense_answers: [C] what the dense twin says about examples, by their ids, where the twin itself isn't here.
         history: file with the routing of the examples while the model was trained; None if there is none.
+        shown: which images these are, in words, where the user named them (`--data`); else empty.
     """
 
     card: Card
@@ -202,6 +203,7 @@ class Entry:
     foreign: bool = False
     dense_answers: Mapping[str, Floats] = field(default_factory=dict)
     history: Path | None = None
+    shown: str = ""
 
     @property
     def facts(self) -> ModelFacts:
@@ -293,6 +295,7 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
     history = folder / "history.safetensors"
     return replace(
         entry,
+        shown=_named(options, entry.examples.pictures),
         dense_answers={} if credits is None else _dense_answers(folder, entry.examples),
         history=history if credits is not None and history.is_file() else None,
     )
@@ -341,7 +344,7 @@ def _open_own(address: str, options: DataOptions) -> Entry:
             raise
         warnings.warn(f"no images of the model's own: {error}", DataWarning, stacklevel=2)
         pictures = None
-    return replace(_entry(card, nets, dense, pictures, None), foreign=not own)
+    return replace(_entry(card, nets, dense, pictures, None), foreign=not own, shown=_named(options, pictures))
 
 
 def _entry(
@@ -377,6 +380,16 @@ def _pictures(options: DataOptions, saved: SavedModel) -> PictureSet | None:
         root=options.root,
         download=True,
     )
+
+
+def _named(options: DataOptions, pictures: PictureSet | None) -> str:
+    """As in "All 40 images of holiday"; "The 832 test images of cats_vs_dogs" of a dataset known by name."""
+    if options.data is None or options.data == SYNTHETIC or pictures is None:
+        return ""
+    name = shown(Path(options.data).expanduser().resolve().name)
+    if options.data in DATASET_NAMES:
+        return f"The {len(pictures):,} test images of {name}"
+    return f"All {len(pictures):,} images of {name}" if len(pictures) > 1 else f"The one image of {name}"
 
 
 def untrained(like: SavedModel, seed: int = UNTRAINED_SEED) -> SavedModel:

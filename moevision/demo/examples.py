@@ -11,16 +11,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from moevision.analysis.images import PictureSet
+from moevision.analysis.images import PictureSet, original_image
+from moevision.data.images import safe_open
 from moevision.data.synthetic import SyntheticPets
-from moevision.demo.facts import Pixels, model_input
+from moevision.demo.facts import SHARP_PX, Pixels, model_input, sharp_square
 from moevision.demo.requests import RequestError
 from moevision.demo.wire import data_uri
 from moevision.names import shown
@@ -87,6 +88,7 @@ class Examples:
         self.credits = credits or {}
         self.photos = {} if drawn or self.credits else photo_files()
         self._recent: Recent[Found] = Recent(256)
+        self._sharp: Recent[str | None] = Recent(64)
 
     @property
     def has_pictures(self) -> bool:
@@ -94,10 +96,19 @@ class Examples:
         return self.pictures is not None and len(self.pictures) > 0
 
     @property
+    def has_sharp(self) -> bool:
+        """Whether an image may have more pixels than the model sees: drawn ones are drawn at the model's size."""
+        return self.prefix != "pets"
+
+    @property
     def ids(self) -> list[str]:
-        """The examples on the first screen: classes take turns, then the photos."""
-        own = [] if self.pictures is None else [self.id_of(self.pictures, index) for index in _spread(self.pictures)]
-        return own + [f"photo/{name}" for name in self.photos]
+        """The examples on the first screen: the first of all, then gradio's photos."""
+        return self.all_ids[:EXAMPLES] + [f"photo/{name}" for name in self.photos]
+
+    @cached_property
+    def all_ids(self) -> list[str]:
+        """All images of the model's data: classes take turns."""
+        return [] if self.pictures is None else [self.id_of(self.pictures, index) for index in _spread(self.pictures)]
 
     def id_of(self, pictures: PictureSet, index: int) -> str:
         """The id of image `index` of this model's data or of a part of it."""
@@ -123,6 +134,24 @@ class Examples:
         """
         return self._recent.get(id, lambda: self._open(id))
 
+    def sharp(self, id: str) -> str | None:
+        """The same part of an image as the model sees, in more pixels, as a data URI; None where there are no more.
+
+        Raises:
+            RequestError: if there is no such image.
+        """
+        return self._sharp.get(id, lambda: self._open_sharp(id))
+
+    def _open_sharp(self, id: str) -> str | None:
+        kind, _, rest = id.partition("/")
+        if kind == "photo" and rest in self.photos:
+            return sharp(safe_open(self.photos[rest], SHARP_PX), self.image_size)
+        index = self._index.get(id)
+        if self.pictures is None or index is None:
+            raise RequestError(f"There is no image {id!r} here: choose one of the examples.")
+        image = original_image(self.pictures, index, SHARP_PX)
+        return None if image is None else sharp(image, self.image_size)
+
     def thumb(self, id: str) -> str:
         """A small version as a data URI."""
         return thumb(self.find(id).pixels)
@@ -138,6 +167,12 @@ class Examples:
         word = self.pictures.class_names[label] if label >= 0 else None
         credit = self.credits.get(self.pictures.picture_name(index))
         return Found(id, id if word is None else f"{word}, {rest}", word, self.pictures.image(index), credit)
+
+
+def sharp(image: Image.Image, image_size: int) -> str | None:
+    """The central square of an image as a data URI, a JPEG of quality 85; None if it isn't larger than S."""
+    square = sharp_square(image, image_size)
+    return None if square is None else data_uri(square, "jpeg", quality=85, subsampling=2)
 
 
 def thumb(pixels: Pixels) -> str:
@@ -159,9 +194,9 @@ def photo_files() -> dict[str, Path]:
 
 
 def _spread(pictures: PictureSet) -> list[int]:
-    """Indices of a few images: the first of each class, then the second, until there are enough."""
+    """Indices of all images: the first of each class, then the second, and so on."""
     of_class: dict[int, list[int]] = {}
     for index in range(len(pictures)):
         of_class.setdefault(pictures.label(index), []).append(index)
-    turns = [members[turn] for turn in range(EXAMPLES) for members in of_class.values() if turn < len(members)]
-    return turns[:EXAMPLES]
+    longest = max(map(len, of_class.values()), default=0)
+    return [members[turn] for turn in range(longest) for members in of_class.values() if turn < len(members)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moevision.analysis.collect import network_input
 from moevision.analysis.intervention import Kind as Change
 from moevision.analysis.intervention import refusal
-from moevision.data.images import BadImageError, safe_open
+from moevision.data.images import BadImageError, full_size, safe_open
 from moevision.data.transforms import square_pixels
 from moevision.demo.noise import noise_of
 from moevision.demo.steps import steps
@@ -325,6 +325,20 @@ def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pi
         image = safe_open(image, image_size)
     _check_shape(image, image_size)
     return square_pixels(image.convert("RGB"), image_size)
+
+
+SHARP_PX: Final = 672
+"""Most pixels on a side of what lies under the patches: enough for a stage of 560 px on a sharper screen."""
+
+
+def sharp_square(image: Image.Image, image_size: int) -> Pixels | None:
+    """The part of an image that a model sees, uint8 [Q, Q, 3], in more pixels than the model's S; never enlarged.
+
+    Returns:
+        The central square with S < Q <= `SHARP_PX`; None where the image isn't larger than the model's input.
+    """
+    side = min(*full_size(image)[0], SHARP_PX)
+    return square_pixels(image, side) if side > image_size else None
 
 
 def _check_shape(image: Image.Image, image_size: int) -> None:

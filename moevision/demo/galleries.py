@@ -38,6 +38,7 @@ from moevision.demo.typical import MIN_PICTURES, Typical, typical_of
 from moevision.demo.wire import data_uri
 
 LIMIT = 400  # images of a gallery
+MOST = 2000  # of a folder that the user named: all of it, as far as memory goes
 CELL_PICTURES = 12
 SIMILAR_PATCHES = 12
 CROP_PX = 40  # small patches are shown with more of what surrounds them
@@ -180,7 +181,8 @@ class Galleries:
         self._done.set()
 
     def _hold(self, entry: Entry, pictures: PictureSet) -> Held:
-        held = Held(open_pictures(pictures, entry.facts.image_size, limit=self.limit))
+        limit = max(self.limit, MOST) if entry.shown else self.limit
+        held = Held(open_pictures(pictures, entry.facts.image_size, limit=limit))
         # Other data's usual look is not that of the data which the model learned from.
         if not entry.foreign and entry.card.id not in self._typical and len(held) >= MIN_PICTURES:
             images = (held.image(index) for index in range(len(held)))

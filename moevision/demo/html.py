@@ -69,20 +69,21 @@ def component() -> Component:
     return Component(_WAITING, _read_css((*CORE_STYLES, *APP_STYLES)), script)
 
 
-def view_html(view: Mapping[str, Any], *, full_page: bool) -> str:
+def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str, Any] | None = None) -> str:
     """One view as HTML that needs neither server nor network.
 
     Args:
         view: JSON of a `moevision.view/2` object.
         full_page: True for a document to save; False for a frame to show in a notebook. The frame keeps the page's
             style and script to itself, and is sandboxed: the script can't reach the notebook.
+        history: of the image, as the request `history` answers it; then the page has the moments of the training too.
 
     Raises:
         ValueError: the view has another schema.
     """
     if view.get("schema") != VIEW_SCHEMA:
         raise ValueError(f"expected a view of schema {VIEW_SCHEMA}, got {view.get('schema')!r}")
-    page = _page(view)
+    page = _page(view, history)
     if full_page:
         return page
     # The frame can't tell its height to a notebook from inside the sandbox; the style of `.mv-framed` fits into it.
@@ -92,10 +93,11 @@ def view_html(view: Mapping[str, Any], *, full_page: bool) -> str:
     )
 
 
-def _page(view: Mapping[str, Any]) -> str:
+def _page(view: Mapping[str, Any], history: Mapping[str, Any] | None) -> str:
     picture = view["picture"]
     title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
-    script = _script("core.js", "startStatic(document.querySelector('[data-mv]'), VIEW);", VIEW=view)
+    last = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
+    script = _script("core.js", last, VIEW=view, HISTORY=history)
     # The policy is a second lock: even a bug could not make the page load something from elsewhere.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return (

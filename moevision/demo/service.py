@@ -12,16 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from moevision import __version__
 from moevision.analysis.effects import ClassEffect, class_effect, effect
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.bundle import Entry, Variant
-from moevision.demo.examples import Found, Recent
+from moevision.demo.examples import Found, Recent, sharp
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, PictureFacts, model_input
 from moevision.demo.galleries import AtlasPages, Galleries
 from moevision.demo.html import view_html
 from moevision.demo.requests import RequestError
+from moevision.demo.times import Times
 from moevision.demo.view import RoutingView, Settings, route_image
 from moevision.demo.wire import MAX_BYTES, MAX_PIXELS, TooLargeError, open_data_uri
 from moevision.errors import UserError
@@ -30,6 +33,7 @@ Json = dict[str, Any]
 ROUTE_FIELDS = ("model", "variant", "picture", "top_k", "capacity", "intervention", "noise")
 CLASS_PICTURES = 50
 MIN_CLASS_PICTURES = 20
+MORE = 24  # further examples at a time
 log = logging.getLogger(__name__)
 
 
@@ -47,12 +51,17 @@ class Explorer:
             raise UserError("The explorer needs a model.")
         self.entries = {entry.card.id: entry for entry in entries}
         self.galleries = galleries or Galleries(entries)
+        self.times = {entry.card.id: times for entry in entries if (times := Times.of(entry)) is not None}
         self.local = local
         self.pages = AtlasPages(self.entries, self.galleries)
         self.handlers: dict[str, Callable[[Any], Json]] = {
             "boot": self.boot,
             "route": self.route,
+            "shares": self.shares,
             "slots": self.slots,
+            "history": self.history,
+            "sharp": self.sharp,
+            "examples": self.examples,
             "what_if": self.what_if,
             "export_html": self.export_html,
             "experts": self.pages.experts,
@@ -105,6 +114,12 @@ class Explorer:
         entry, variant, found, settings = self._read(request)
         return self._view(entry, variant, found, settings).to_json()
 
+    def shares(self, request: Any) -> Json:
+        """What part of an image each expert computes: `route` in a few numbers, for comparing several images."""
+        view = self._view(*self._read(request))
+        layers = [{"layer": layer.facts.layer, "shares": np.round(layer.shares, 4).tolist()} for layer in view.layers]
+        return {"layers": layers}
+
     def slots(self, request: Any) -> Json:
         """What the slots of one expert of a Soft MoE layer read of an image, and what its patches take from them."""
         given = read.fields(request, (*ROUTE_FIELDS, "layer", "expert"))
@@ -115,6 +130,28 @@ class Explorer:
         if view.slots is None:
             raise RequestError(f"{view.facts.name} has no slots: its router sends patches to experts, one by one.")
         return {"layer": layer, "expert": expert, **view.slots.maps(expert)}
+
+    def history(self, request: Any) -> Json:
+        """Where the patches of an example went at moments of the training, and what the model then made of it."""
+        given = read.fields(request, ("model", "picture"))
+        entry, _ = self.pages.model(given)
+        if entry.card.id not in self.times:
+            raise RequestError(f"The training of {entry.card.title} was not recorded.")
+        return self.times[entry.card.id].of_image(read.text(given, "picture"))
+
+    def examples(self, request: Any) -> Json:
+        """The next examples of a model after the first `start` ones, classes in turn."""
+        given = read.fields(request, ("model", "start"))
+        entry, _ = self.pages.model(given)
+        ids = entry.examples.all_ids
+        start = read.whole(given, "start", range(len(ids) + 1))
+        return {"examples": [_example(entry, id) for id in ids[start : start + MORE]]}
+
+    def sharp(self, request: Any) -> Json:
+        """An example in more pixels than the model sees, as `src`; null where there are no more."""
+        given = read.fields(request, ("model", "picture"))
+        entry, _ = self.pages.model(given)
+        return {"src": entry.examples.sharp(read.text(given, "picture"))}
 
     def what_if(self, request: Any) -> Json:
         """What an intervention changes about the prediction, beside its control, with the view after it."""
@@ -132,9 +169,17 @@ class Explorer:
 
     def export_html(self, request: Any) -> Json:
         """The view as one HTML page that needs neither server nor network."""
-        view = self.route(request)
+        entry, variant, found, settings = self._read(request)
+        view = self._view(entry, variant, found, settings).to_json()
+        if found.id:
+            view["picture"]["sharp"] = entry.examples.sharp(found.id)
+        else:
+            view["picture"]["sharp"] = sharp(open_data_uri(request["picture"]["data"]), entry.facts.image_size)
+        times = self.times.get(entry.card.id)
+        as_trained = variant.facts.variant == "trained" and settings == Settings()
+        history = times.of_image(found.id) if times is not None and as_trained and found.id in times.rows else None
         name = re.sub(r"[^a-z0-9]+", "-", f"{view['model']['id']} {view['picture']['name']}".lower()).strip("-")
-        return {"filename": f"moevision-{name[:80]}.html", "html": view_html(view, full_page=True)}
+        return {"filename": f"moevision-{name[:80]}.html", "html": view_html(view, full_page=True, history=history)}
 
     def close(self) -> None:
         """Stop what runs in the background."""
@@ -199,7 +244,7 @@ class Explorer:
         return {
             "version": __version__,
             "local": self.local,
-            "models": [_about(entry) for entry in entries],
+            "models": [_about(entry, self.times.get(entry.card.id)) for entry in entries],
             "limits": {
                 "max_bytes": MAX_BYTES,
                 "max_pixels": MAX_PIXELS,
@@ -215,21 +260,26 @@ def failure(sentence: str, code: str) -> Json:
     return {"error": sentence, "code": code}
 
 
-def _about(entry: Entry) -> Json:
+def _about(entry: Entry, times: Times | None) -> Json:
     facts, card = entry.facts.to_json(), entry.card
     pictures = entry.examples.pictures
-    examples = []
-    for id in entry.examples.ids:
-        found = entry.examples.find(id)
-        examples.append({"id": id, "name": found.name, "label": found.label, "thumb": entry.examples.thumb(id)})
     return {
         **{name: value for name, value in facts.items() if name not in ("variant", "accuracy_text")},
         "subtitle": card.subtitle,
         "variants": list(entry.variants),
         "accuracy_texts": {name: variant.facts.accuracy_text for name, variant in entry.variants.items()},
         "has_dense": entry.dense is not None or bool(entry.dense_answers),
+        "has_sharp": entry.examples.has_sharp,
         "has_pictures": entry.examples.has_pictures,
         "has_parts": pictures is not None and bool(pictures.part_names),
         "card": card.to_json(),
-        "examples": examples,
+        "history": None if times is None else times.about(),
+        "shown": entry.shown,
+        "num_examples": len(entry.examples.all_ids),
+        "examples": [_example(entry, id) for id in entry.examples.ids],
     }
+
+
+def _example(entry: Entry, id: str) -> Json:
+    found = entry.examples.find(id)
+    return {"id": id, "name": found.name, "label": found.label, "thumb": entry.examples.thumb(id)}

@@ -28,13 +28,18 @@ class TooLargeError(UserError):
     """An image with more bytes than the page accepts."""
 
 
-def data_uri(pixels: npt.NDArray[np.uint8], format: Literal["png", "jpeg"] = "png") -> str:
-    """An image, uint8 [H, W, 3], as `data:image/...;base64,...`; PNG keeps every pixel, JPEG is small."""
+def data_uri(
+    pixels: npt.NDArray[np.uint8], format: Literal["png", "jpeg"] = "png", *, quality: int = 90, subsampling: int = 0
+) -> str:
+    """An image, uint8 [H, W, 3], as `data:image/...;base64,...`; PNG keeps every pixel, JPEG is small.
+
+    `quality` and `subsampling` of the colours (0 none, 2 half as many on each side) are JPEG's.
+    """
     buffer = io.BytesIO()
     if format == "png":
         Image.fromarray(pixels).save(buffer, "PNG")
     else:
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=90, subsampling=0)
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
     return f"data:image/{format};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
@@ -49,6 +54,11 @@ def packed(values: npt.NDArray[np.floating[Any]]) -> dict[str, Any]:
     unit = largest / 32767 if largest > 0 else 1.0
     whole = np.round(np.asarray(values, np.float64) / unit).astype("<i2")
     return {"unit": unit, "shape": list(values.shape), "data": base64.b64encode(whole.tobytes()).decode("ascii")}
+
+
+def halves(values: npt.NDArray[np.float16]) -> dict[str, Any]:
+    """Half-precision numbers as they are: `shape`, and `data`, base64 of little-endian float16 in row-major order."""
+    return {"shape": list(values.shape), "data": base64.b64encode(values.astype("<f2").tobytes()).decode("ascii")}
 
 
 def open_data_uri(text: str) -> Image.Image:

@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import moevision  # noqa: F401  (registers the models)
+from moevision.analysis.collect import network_input
+from moevision.analysis.images import open_pictures, read_images
 from moevision.data import SyntheticPets
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.galleries import Galleries
 from moevision.demo.service import Explorer
 from moevision.demo.typical import typical_of
-from moevision.models.io import SavedModel, save_model
+from moevision.models.history import RoutingHistory, moment_of
+from moevision.models.io import SavedModel, load_model, save_model
 from tests.demo import serving
 from tests.demo.serving import running
 
@@ -60,6 +64,44 @@ def write_bundle(home: Path, id="pets", data_kind="synthetic_pets", seed=0, twin
     }
     (folder / "card.json").write_text(json.dumps(card))
     return folder
+
+
+STEPS, TOTAL_STEPS = (0, 10, 40), 100
+PHOTOS, PHOTO_PX = 3, 96
+
+
+def write_photos(home: Path, id="snaps") -> Path:
+    """A bundled model with drawn images in the place of photos, larger than its input, and a recorded training.
+
+    At the moments of the training before the last one stand models of other seeds.
+    """
+    folder = write_bundle(home, id, "cats_vs_dogs", seed=20, twins=False)
+    pets = SyntheticPets(PHOTOS, PHOTO_PX, split="val")
+    sources = {}
+    for index in range(PHOTOS):
+        name = f"{CLASSES[pets.label(index)]}/{index}.png"
+        (folder / "examples" / name).parent.mkdir(parents=True)
+        Image.fromarray(pets.image(index)).save(folder / "examples" / name)
+        sources[name] = {"author": "Ann", "licence": "CC0", "source": "drawn", "changes": ""}
+    (folder / "examples" / "SOURCES.json").write_text(json.dumps(sources))
+    model = load_model(str(folder / "trained"))
+    pictures = open_pictures(folder / "examples", SIZE, split="all", class_names=CLASSES)
+    images = network_input(model, read_images(pictures, range(PHOTOS)))
+    history = RoutingHistory(
+        tuple(map(pictures.picture_name, range(PHOTOS))), tuple(model.class_names), total_steps=TOTAL_STEPS
+    )
+    for step, other in zip(STEPS, (make_model(31), make_model(32), model), strict=True):
+        history = history.plus(step, moment_of(other.net, images))
+    history.save(folder / "history.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos_home(tmp_path_factory):
+    """A model with photos and a history; not to be changed."""
+    home = tmp_path_factory.mktemp("snaps")
+    write_photos(home)
+    return home
 
 
 @pytest.fixture(scope="session")
@@ -108,13 +150,14 @@ def routers_home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(home, routers_home, gradio_dir):
+def server(home, routers_home, photos_home, gradio_dir):
     """The same explorer behind its web page, in a process of its own.
 
-    `server.url` is where; `server.doors` has further addresses, "other" that of the models in `routers_home`.
+    `server.url` is where; `server.doors` has further addresses, "other" that of the models in `routers_home`, "photos"
+    that of `photos_home`.
     """
     env = {"GRADIO_TEMP_DIR": str(gradio_dir)}
-    with running(serving.__file__, str(home), str(routers_home), env=env) as server:
+    with running(serving.__file__, str(home), str(routers_home), str(photos_home), env=env) as server:
         yield server
 
 

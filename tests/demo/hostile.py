@@ -132,6 +132,7 @@ def calls() -> list[str]:
     for name in NOT_A_NAME:
         found += [body(json.dumps({**ROUTE, field: name})) for field in ("model", "variant")]
         found.append(body(json.dumps({**ROUTE, "picture": {"kind": "example", "id": name}})))
+        found += [body(json.dumps({"model": "pets", "picture": name}), asked) for asked in ("sharp", "history")]
         found.append(body(json.dumps({"model": "pets", "a": name, "b": "dog"}), "compare"))
         found.append(body(json.dumps({"model": "pets", "layer": 1, "expert": 0, "class": name}), "cell"))
     for number in NOT_A_NUMBER:
@@ -145,6 +146,8 @@ def calls() -> list[str]:
             found.append(body(json.dumps(ROUTE)[:-1] + f', "capacity": {number}}}'))
         found.append(body(f'{{"model": "pets", "layer": {number}}}', "experts"))
         found.append(body(f'{{"model": "pets", "path": [0, {number}]}}', "similar"))
+        if number != "99":
+            found.append(body(f'{{"model": "pets", "start": {number}}}', "examples"))
     for value in (
         "null",
         "[]",
@@ -155,7 +158,7 @@ def calls() -> list[str]:
         "[" * 500 + "]" * 500,
         '{"model": ' * 200 + "1" + "}" * 200,
     ):
-        found += [body(value, name) for name in ("route", "what_if", "cell", "compare")]
+        found += [body(value, name) for name in ("route", "shares", "what_if", "sharp", "cell", "compare")]
     found.append(body(json.dumps({"model": "pets", "a": "cat", "b": "cat"}), "compare"))
     found.append(body(json.dumps({"model": "pets", "a": "cat", "b": ["dog"]}), "compare"))
     found.append(body(json.dumps({"model": "pets", "path": list(range(100_000))}), "similar"))

@@ -27,7 +27,7 @@ class Running:
 
     Attributes:
         url: where it is, with a slash at the end.
-        doors: further addresses by their names, those in `DOORS` and "other".
+        doors: further addresses by their names, those in `DOORS`, "other" and "photos".
         lines: what it has printed, errors included.
     """
 
@@ -112,8 +112,8 @@ DOORS: dict[str, dict[str, Any]] = {
 }
 
 
-def serve(home: str, other_home: str) -> None:
-    """Serve the bundled models in `home` to everyone, and by each of `DOORS`; those in `other_home` at "other".
+def serve(home: str, other_home: str, photos_home: str) -> None:
+    """Serve the bundled models in `home` to everyone, and by each of `DOORS`; the others' at "other" and "photos".
 
     `TUNNEL` stands for what gradio's tunnel for `--share` would be.
     """
@@ -134,9 +134,10 @@ def serve(home: str, other_home: str) -> None:
 
     networking.setup_tunnel = lambda **options: TUNNEL
     explorer, other = explorer_of(home, GALLERY), explorer_of(other_home, GALLERY // 5)
+    photos = explorer_of(photos_home, GALLERY)
     doors = {name: (explorer, door) for name, door in DOORS.items()}
     with ExitStack() as servers:
-        for name, (shown, door) in {**doors, "other": (other, {}), "": (explorer, {})}.items():
+        for name, (shown, door) in {**doors, "other": (other, {}), "photos": (photos, {}), "": (explorer, {})}.items():
             Context.id = 0  # numbers of gradio's components, as in a process of its own
             server = servers.enter_context(Server(shown, Serving(public=True, **door)))
             print(f"door {name} {server.url}" if name else f"The explorer is at {server.url}", flush=True)

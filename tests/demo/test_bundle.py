@@ -14,6 +14,7 @@ from moevision.data import SyntheticPets
 from moevision.demo import route_image
 from moevision.demo.atlas import load_atlas
 from moevision.demo.bundle import Card, DataOptions, bundled_folders, card_of_run, open_entries, read_card
+from moevision.demo.galleries import Galleries
 from moevision.demo.service import Explorer
 from moevision.errors import DataWarning, UserError
 from moevision.models.io import load_model
@@ -114,11 +115,19 @@ def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn
     assert len(files) == 40
     photos = open_entries(None, DataOptions(str(drawn_pets)), home=home)[0]
     assert photos.examples.names == files
+    assert photos.shown == f"All 40 images of {drawn_pets.name}"
+    assert sorted(photos.examples.all_ids) == sorted(f"data/{name}" for name in files)
+    galleries = Galleries([photos], limit=8)  # of images that nobody named
+    galleries.start()
+    assert galleries.wait(120)
+    assert len(galleries.gallery(photos, "trained").pictures) == 40
+    galleries.close()
     assert open_entries(str(tiny_run), DataOptions(str(drawn_pets)))[0].examples.names == files
     # A dataset known by name has a test set of its own, and the bundled model learned from the rest.
     drawn = open_entries(None, DataOptions("synthetic_pets"), home=home)[0]
     assert drawn.card.id == "pets"
     assert len(drawn.examples.pictures) == 2000
+    assert drawn.shown == ""
 
 
 @pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about the broken image in the folder

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from moevision.analysis.effects import class_effect, effect
-from moevision.analysis.images import open_pictures
+from moevision.analysis.images import open_pictures, original_image
 from moevision.analysis.intervention import Intervention
 from moevision.data import SyntheticPets
 from moevision.demo import route_image
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.examples import Examples, Recent, photo_files
+from moevision.demo.facts import SHARP_PX, sharp_square
 from moevision.demo.galleries import Galleries, Held
 from moevision.demo.service import Explorer
 from moevision.demo.view import Settings
@@ -74,6 +75,81 @@ def test_route_answers_what_route_image_computes(explorer, pixels):
     assert answer["picture"]["label"] == "bear"
     assert answer["picture"]["id"] == "pets/test/3"
     assert answer["model"]["variant"] == "trained"
+
+
+def test_shares_are_the_parts_of_the_choices(explorer, pixels):
+    upload = {"kind": "upload", "data": png(pixels)}
+    answer = good(explorer, "shares", model="pets", picture=upload, top_k=3)
+    view = good(explorer, "route", model="pets", picture=upload, top_k=3)
+    for layer, shown in zip(answer["layers"], view["layers"], strict=True):
+        assert layer["layer"] == shown["layer"]
+        assert layer["shares"] == pytest.approx([count / 48 for count in shown["counts"]], abs=5.1e-5)
+
+
+def test_shares_of_soft_moe_are_what_patches_take(routers_home):
+    entries = open_entries(None, DataOptions(), home=routers_home)
+    others = Explorer(entries, Galleries(entries, limit=8))
+    picture = {"kind": "example", "id": entries[0].examples.ids[0]}
+    shares = good(others, "shares", model="soft", picture=picture)["layers"][1]["shares"]
+    layer = good(others, "route", model="soft", picture=picture)["layers"][1]
+    taken = np.zeros(6)
+    for experts, weights in zip(layer["experts"], layer["weights"], strict=True):
+        np.add.at(taken, experts, weights)
+    assert shares == pytest.approx(taken / taken.sum(), abs=2e-4)
+
+
+def test_more_examples_follow_the_first_ones(explorer):
+    pets = explorer.answer("boot", {})["models"][0]
+    assert (len(pets["examples"]), pets["num_examples"], pets["shown"]) == (12, 2000, "")
+    more = good(explorer, "examples", model="pets", start=12)["examples"]
+    assert [example["id"] for example in more] == [f"pets/test/{index}" for index in range(12, 36)]  # labels in turn
+    assert good(explorer, "examples", model="pets", start=2000)["examples"] == []
+    assert "start" in explorer.answer("examples", {"model": "pets", "start": 2001})["error"]
+
+
+def pixels_of(uri):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+
+
+def test_what_lies_under_the_patches_is_the_same_square_in_more_pixels(photos_home):
+    (entry,) = open_entries(None, DataOptions(), home=photos_home)
+    photos = Explorer([entry], Galleries([entry], limit=3))
+    assert photos.answer("boot", {})["models"][0]["has_sharp"]
+    for id in entry.examples.ids:
+        sharp = pixels_of(good(photos, "sharp", picture=id)["src"])
+        assert sharp.shape == (96, 96, 3)  # as the file is: never enlarged
+        again = np.asarray(Image.fromarray(sharp).resize((32, 32), Image.Resampling.BICUBIC)).astype(float)
+        assert np.abs(again - entry.examples.find(id).pixels).mean() < 3  # grey levels; JPEG and rounding
+    assert "There is no image" in photos.answer("sharp", {"picture": "data/none.png"})["error"]
+
+
+def test_what_lies_under_the_patches_is_bounded_and_never_enlarged():
+    wide = Image.effect_mandelbrot((1500, 1000), (-2, -1, 1, 1), 60).convert("RGB")
+    sharp = sharp_square(wide, 32)
+    assert sharp.shape == (SHARP_PX, SHARP_PX, 3)
+    middle = wide.crop((250, 0, 1250, 1000)).resize((SHARP_PX, SHARP_PX), Image.Resampling.BICUBIC)
+    assert np.abs(sharp.astype(float) - np.asarray(middle)).mean() < 1
+    assert sharp_square(wide, 672) is None
+    assert sharp_square(wide.resize((40, 33)), 32).shape == (33, 33, 3)
+    assert sharp_square(wide.resize((40, 32)), 32) is None
+
+
+def test_drawn_images_have_no_more_pixels_than_the_model_sees(explorer):
+    pets, photos = explorer.answer("boot", {})["models"]
+    assert (pets["has_sharp"], photos["has_sharp"]) == (False, True)
+    assert good(explorer, "sharp", model="pets", picture="pets/test/3") == {"src": None}
+    lion = pixels_of(good(explorer, "sharp", model="photos", picture="photo/lion")["src"])
+    assert 32 < len(lion) <= SHARP_PX
+
+
+def test_a_labelled_folder_has_its_originals(tmp_path):
+    """Labels of the model's are a view of the folder's own; the original is behind both."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.effect_mandelbrot((80, 60), (-2, -1, 1, 1), 60).convert("RGB").save(tmp_path / name / "one.png")
+    pictures = open_pictures(tmp_path, 32, split="all", class_names=["dog", "cat"])
+    assert original_image(pictures, 0, 672).size == (80, 60)
+    assert original_image(open_pictures("synthetic_pets", 32), 0, 672) is None
 
 
 def test_an_upload_is_routed_like_the_example(explorer, pixels):

@@ -1,11 +1,15 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
-import { drawHeader, drawRail, drawSettings, limitable, listenForFiles, otherK, railHandlers } from "./app_rail.js";
+import { blankBox, drawHeader, drawRail, drawSettings, limitable, otherK, railHandlers } from "./app_rail.js";
 import { levelMemory, levelOf } from "./app_level.js";
+import { countShared, drawShared, listenForFiles, OWN, ownHandlers, ownMemory, restoreOwn } from "./app_own.js";
 import { drawQuestion } from "./app_question.js";
-import { asAskError, Asker, emptyBox, errorBox, waitingBox } from "./app_server.js";
+import { asAskError, Asker, emptyBox, errorBox, slide, waitingBox } from "./app_server.js";
 import { closeMenuByClick, PLACE, readAddress, readIntervention, readNoise, readPlace, shareHandlers, writeAddress } from "./app_share.js";
+import { sharpen } from "./app_sharp.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
+import { drawTabs, pressTab } from "./app_tabs.js";
+import { nextStep, timeSource, trainedViews } from "./app_time.js";
 import { Tour, tourMemory } from "./app_tour.js";
 import { Core, coreLayout } from "./core.js";
 import { keepOriginal, pictureTitle } from "./core_stage.js";
@@ -16,7 +20,7 @@ import { ClassesTab } from "./tab_classes.js";
 import { CompareTab } from "./tab_compare.js";
 import { ExpertsTab } from "./tab_experts.js";
 import { WhatIfTab } from "./tab_whatif.js";
-/** @import { Boot, Chosen, Intervention, Server, Tab, View, Wish } from "./types.js" */
+/** @import { Boot, Chosen, Intervention, Server, Shares, Tab, View, Wish } from "./types.js" */
 
 const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, AboutTab];
 
@@ -43,6 +47,11 @@ export class App {
     this.pictures = [{ kind: "none" }];
     /** @type {ViewState | null} */
     this.state = null;
+    this.own = ownMemory.read();
+    this.lastOwn = Math.max(0, ...this.own.map(({ id }) => id));
+    /** @type {Shares[] | Error | null} */
+    this.shared = null;
+    this.counted = "";
     this.slot = 0;
     this.topK = null;
     this.capacity = null;
@@ -60,6 +69,7 @@ export class App {
     this.trail = [];
     root.innerHTML = String(appLayout());
     this.core = new Core(root, null);
+    this.core.timeSource = timeSource(this);
     /** @type {(Tab | WhatIfTab)[]} */
     this.tabs = TABS.map((Tab) => new Tab(this));
     this.connect();
@@ -69,6 +79,7 @@ export class App {
   async start(view) {
     const wish = readAddress();
     this.choose(wish);
+    restoreOwn(this, history.state?.[OWN]);
     if (this.level === "simple" && this.isDefault(wish)) this.opening = this.addOther();
     this.drawFrame();
     this.drawTabs();
@@ -128,8 +139,8 @@ export class App {
   hasPicture() { return this.pictures.every(({ kind }) => kind !== "none"); }
 
   connect() {
-    const rail = railHandlers(this);
-    Object.assign(this.core.actions, rail.actions, shareHandlers(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
+    const [rail, own] = [railHandlers(this), ownHandlers(this)];
+    Object.assign(this.core.actions, rail.actions, own.actions, shareHandlers(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
       tab: (button) => this.openTab(button.dataset.tab),
       retry: () => this.load([...this.pictures.keys()]),
       undo: () => this.undo(),
@@ -139,10 +150,10 @@ export class App {
       similar: () => showSimilar(this),
       tour: () => this.state && new Tour(this.core),
     });
-    Object.assign(this.core.changes, rail.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
+    Object.assign(this.core.changes, rail.changes, own.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
     this.core.changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
-    this.root.addEventListener("keydown", (event) => this.onTabKey(event));
+    this.root.addEventListener("keydown", (event) => pressTab(this, event));
     window.addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && this.goTo(state[PLACE]));
     closeMenuByClick(this.root);
   }
@@ -156,8 +167,10 @@ export class App {
   question(slot) {
     const { kind, id, data } = this.pictures[slot];
     const picture = kind === "example" ? { kind, id } : { kind, data };
-    return { model: this.model.id, variant: this.variant, picture, top_k: this.topK, capacity: this.capacity, intervention: this.intervention, noise: this.noise };
+    return { ...this.settings(), picture };
   }
+
+  settings() { return { model: this.model.id, variant: this.variant, top_k: this.topK, capacity: this.capacity, intervention: this.intervention, noise: this.noise }; }
 
   /** All of that, as text that can be compared. */
   questions() { return JSON.stringify(this.pictures.map((_, slot) => this.question(slot))); }
@@ -286,15 +299,18 @@ export class App {
     this.tab = "experts"; // unless the address names another
     this.choose(wish);
     Object.assign(this, { place, page: null, slot: 0, pictures: this.trail[place] ? [...this.trail[place]] : this.pictures });
+    if (!this.trail[place]) restoreOwn(this, history.state?.[OWN]);
     this.drawTabs();
     this.drawFrame();
     if (this.state && this.questions() === before) return this.show(this.state.views, null, wish);
     return this.load([...this.pictures.keys()], {}, wish, "model");
   }
 
-  /** @param {View[]} views @param {string | null} kind @param {Wish | null} [wish] */
-  show(views, kind, wish = null) {
-    if (!views[0]) return;
+  /** @param {View[]} given @param {string | null} kind @param {Wish | null} [wish] */
+  show(given, kind, wish = null) {
+    if (!given[0]) return;
+    const views = trainedViews(given);
+    const step = nextStep(this, kind, wish?.step);
     this.core.box("blank").hidden = true;
     this.core.box("view").hidden = false;
     const first = this.state === null;
@@ -308,6 +324,9 @@ export class App {
     } else {
       this.state.set({ views, active: Math.min(this.slot, views.length - 1), ...start });
     }
+    if (step !== undefined) this.core.time?.open(step);
+    sharpen(this, views);
+    countShared(this);
     drawQuestion(this);
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
     drawSimilar(this);
@@ -324,9 +343,10 @@ export class App {
   /** @param {Set<string>} changed */
   follow(changed) {
     if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
-    if (changed.has("layer") || changed.has("highlight")) drawQuestion(this);
+    if (["layer", "highlight", "views"].some((name) => changed.has(name))) drawQuestion(this);
+    if (changed.has("layer") || changed.has("highlight")) drawShared(this);
     if (changed.has("layer")) this.refreshTab("layer");
-    if (["layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
+    if (["views", "layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
   }
 
   /** Write the address a moment later: browsers refuse pages that rewrite it at every key press. */
@@ -354,22 +374,15 @@ export class App {
     this.core.box("view").hidden = true;
     this.core.box("blank").hidden = false;
     fillBox(this.core.box("trouble"), "");
-    fillBox(this.core.box("blank"), html`<div class="mv-state mv-tall"><p><b>Bring an image</b></p>
-      <p class="mv-note">${this.model.title} knows ${this.model.class_names.join(", ")}. Drop a photo anywhere, paste one, or choose a file.</p>
-      <button type="button" class="mv-primary" data-action="choose">Choose a file</button></div>`);
+    fillBox(this.core.box("blank"), blankBox(this.model));
     this.refreshTab("model");
     this.remember();
   }
 
   /** @param {boolean} is */
   busy(is) {
-    const bar = this.core.box("progress");
-    bar.hidden = !is;
     this.core.box("main").setAttribute("aria-busy", String(is));
-    this.sliding?.cancel();
-    if (is && !window.matchMedia("(prefers-reduced-motion: reduce)").matches) {
-      this.sliding = present(bar.firstElementChild).animate([{ left: "-30%" }, { left: "100%" }], { duration: 1000, iterations: Infinity });
-    }
+    slide(this.core.box("progress"), is);
   }
 
   drawFrame() {
@@ -390,23 +403,7 @@ export class App {
 
   // ---- tabs ---------------------------------------------------------------------------------------------------
 
-  drawTabs() {
-    fillBox(this.root.querySelector(".mv-tabs"), html`${this.tabs.map(({ id, label }) => html`<button type="button" role="tab" id="mv-tab-${id}"
-      data-action="tab" data-tab="${id}" data-key="tab-${id}" aria-selected="${id === this.tab && !this.closed}" tabindex="${id === this.tab ? 0 : -1}">${label}</button>`)}`);
-    this.core.box("panel").hidden = this.closed;
-    this.core.box("panel").setAttribute("aria-labelledby", `mv-tab-${this.tab}`);
-  }
-
-  /** @param {any} event */
-  onTabKey(event) {
-    if (event.target.getAttribute("role") !== "tab") return;
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (!step) return;
-    event.preventDefault();
-    const index = this.tabs.findIndex(({ id }) => id === this.tab);
-    this.openTab(this.tabs[(index + step + this.tabs.length) % this.tabs.length].id);
-    /** @type {HTMLElement} */ (this.root.querySelector("[role=tab][aria-selected=true]")).focus();
-  }
+  drawTabs() { drawTabs(this); }
 
   /** @param {string} id */
   openTab(id) {

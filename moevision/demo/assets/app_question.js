@@ -1,6 +1,7 @@
 // The sentence that the page opens on: where the shown images differ most, counted in them and in all images of the atlas.
 
-import { expertShares } from "./core_kinds.js";
+import { capital, expertShares } from "./core_kinds.js";
+import { momentWords, trainedView } from "./core_time.js";
 import { fillBox, html, layerExpert, percent, present } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { ClassesAnswer, ClassLayer, Layer, View } from "./types.js" */
@@ -26,7 +27,12 @@ export function question(answer, views, layer) {
   if (!counted || first === second || [first, second].some((place) => place < 0 || counted.share[place][0] === null)) return null;
   const expert = tellingExpert(counted, first, second);
   if (expert === null) return [null, `No expert of ${layer.name} stands out for ${a} or ${b}, counted over ${answer.n_images} images.`];
-  const here = views.map((view) => expertShares(view.layers.find((one) => one.layer === layer.layer) ?? layer)[expert]);
+  const share = (view) => expertShares(present(view.layers.find((one) => one.layer === layer.layer)))[expert];
+  const [here, { moment }] = [views.map(share), views[0]];
+  if (moment) {
+    const now = views.map((view) => percent(share(trainedView(view)))).join(" and ");
+    return [expert, `${capital(momentWords(moment))}, ${layerExpert(layer, expert)} takes ${percent(here[0])} of this ${a} and ${percent(here[1])} of this ${b}. Trained: ${now}.`];
+  }
   return [expert, `${layerExpert(layer, expert)} takes ${percent(here[0])} of this ${a} and ${percent(here[1])} of this ${b}. `
     + `Over all ${answer.n_images} counted images: ${percent(counted.share[first][expert] ?? 0)} for ${a}, ${percent(counted.share[second][expert] ?? 0)} for ${b}.`];
 }

@@ -1,19 +1,19 @@
 // The rail on the left: images to look at, the visitor's own, and what may be changed about the routing.
 
 import { levelSwitch } from "./app_level.js";
-import { AskError, errorBox } from "./app_server.js";
+import { ownStrip } from "./app_own.js";
+import { asAskError } from "./app_server.js";
 import { shareMenu } from "./app_share.js";
 import { capital, headline, routingWords } from "./core_kinds.js";
-import { brush, fillBox, fixed, html, Markup, pictureSource, term } from "./core_util.js";
+import { fillBox, fixed, html, Markup, pictureSource, term } from "./core_util.js";
 /** @import { App } from "./app.js" */
-/** @import { BootModel, Limits, Router } from "./types.js" */
+/** @import { BootModel, Router } from "./types.js" */
 
 export const VARIANTS = {
   trained: { label: "Trained", tip: "The model as it was trained." },
   unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep the experts balanced." },
   untrained: { label: "Untrained", tip: "The same network before training: what the routing looks like before anything is learned." },
 };
-const LONGEST_SIDE = 512;
 
 /** @param {HTMLElement} box @param {App} app */
 export function drawHeader(box, app) {
@@ -35,12 +35,20 @@ export function drawRail(box, app) {
       <div class="mv-switch" role="group" aria-label="Number of images">${[1, 2].map((number) => html`<button type="button" data-action="count"
         data-count="${number}" data-key="count-${number}" aria-pressed="${number === app.pictures.length}">${["One", "Two"][number - 1]}</button>`)}</div></div>
     ${app.pictures.length > 1 && slotSwitch(app)}
+    ${ownStrip(app)}
     ${examples(app)}
-    <button type="button" class="mv-drop" data-action="choose" data-key="choose"><b>Your own image</b><span>Drop it, paste it, or choose a file</span></button>
-    <input type="file" accept="image/*" hidden data-change="file" data-box="file">
-    <p class="mv-note">It is made small in your browser and stays between this page and the server.</p>
+    <button type="button" class="mv-drop" data-action="choose" data-key="choose"><b>Your own images</b><span>Drop them, paste them, or choose files</span></button>
+    <button type="button" class="mv-button mv-camera" data-action="camera" data-key="camera">Take a photo</button>
+    <input type="file" accept="image/*" multiple hidden data-change="file" data-box="file">
+    <input type="file" accept="image/*" capture="environment" hidden data-change="file" data-box="camera">
+    <p class="mv-note">They are made small in your browser and stay between this page and the server; the browser forgets them with the tab.</p>
     <div data-box="rail-error"></div>`);
 }
+
+/** @param {BootModel} model */
+export const blankBox = (model) => html`<div class="mv-state mv-tall"><p><b>Bring an image</b></p>
+  <p class="mv-note">${model.title} knows ${model.class_names.join(", ")}. Drop a photo anywhere, paste one, or choose a file.</p>
+  <button type="button" class="mv-primary" data-action="choose">Choose a file</button></div>`;
 
 /** @param {App} app */
 const slotSwitch = (app) => html`<div class="mv-switch mv-slots" role="group" aria-label="Which image to change">${["First", "Second"].map((name, slot) => html`
@@ -56,7 +64,9 @@ function examples(app) {
   const thumb = ({ id, name, label, thumb: source }) => html`<li><button type="button" data-action="example" data-id="${id}" data-key="example-${id}"
     aria-pressed="${shown.kind === "example" && shown.id === id}" aria-label="${label ? `${label}, ${name}` : name}">
     <img src="${pictureSource(source)}" alt=""><span>${label ?? name}</span></button></li>`;
-  return html`<ul class="mv-examples">${app.model.examples.map(thumb)}</ul>`;
+  const { examples: here, num_examples: all, shown: which } = app.model;
+  return html`${which && html`<p class="mv-soft mv-which">${which}</p>`}<ul class="mv-examples" data-box="examples">${here.map(thumb)}</ul>
+    ${here.length < all && html`<button type="button" class="mv-quiet" data-action="more" data-key="more">More</button>`}`;
 }
 
 /** @param {HTMLElement} box @param {App} app */
@@ -122,6 +132,21 @@ function kWords(model, topK) {
   return trained.length === 1 ? `${trained[0]}, as trained` : able.map((layer) => `${layer.top_k} in ${layer.name}`).join(", ");
 }
 
+/** @param {App} app */
+async function moreExamples(app) {
+  const { model } = app;
+  try {
+    const { examples: next } = await app.asker.ask("examples", { model: model.id, start: model.examples.filter(({ id }) => !id.startsWith("photo/")).length });
+    const known = new Set(model.examples.map(({ id }) => id));
+    model.examples.push(...next.filter(({ id }) => !known.has(id)));
+    app.drawFrame();
+    const list = app.core.box("examples");
+    list.scrollTop = list.scrollHeight;
+  } catch (error) {
+    app.notify(asAskError(error).message);
+  }
+}
+
 /**
  * What the handlers of header and rail do; `app` keeps the choices and asks the server.
  * @param {App} app
@@ -134,13 +159,13 @@ export function railHandlers(app) {
       example: (button) => app.openExample(button.dataset.id, button.dataset.patch),
       variant: (button) => app.chooseVariant(button.dataset.variant),
       count: (button) => app.choosePictureCount(Number(button.dataset.count)),
+      more: () => moreExamples(app),
       slot: (button) => app.chooseSlot(Number(button.dataset.index)),
       choose: () => app.core.box("file").click(),
       "as-trained": () => app.chooseSettings({ topK: null, capacity: null }),
     },
     changes: {
       model: (select) => app.chooseModel(select.value),
-      file: (input) => { takeFile(app, input.files[0]); input.value = ""; },
       limit: (input) => app.chooseSettings({ capacity: input.checked ? 1 : null }),
       topk: (input) => {
         const topK = otherK(app.model, Number(input.value));
@@ -154,66 +179,4 @@ export function railHandlers(app) {
       },
     },
   };
-}
-
-// ---- the visitor's own image ------------------------------------------------------------------------------
-
-/**
- * Drop anywhere on the page, and paste anywhere but into a field.
- * @param {App} app @param {HTMLElement} root
- */
-export function listenForFiles(app, root) {
-  root.addEventListener("dragover", (event) => { event.preventDefault(); root.classList.add("mv-dragging"); });
-  root.addEventListener("dragleave", (event) => { if (!root.contains(/** @type {Node} */ (event.relatedTarget))) root.classList.remove("mv-dragging"); });
-  root.addEventListener("drop", (event) => {
-    event.preventDefault();
-    root.classList.remove("mv-dragging");
-    takeFile(app, event.dataTransfer?.files[0]);
-  });
-  document.addEventListener("paste", (event) => {
-    const file = [...(event.clipboardData?.files ?? [])][0];
-    if (file && root.isConnected) { event.preventDefault(); takeFile(app, file); }
-  });
-}
-
-/** @param {App} app @param {File | undefined} file */
-async function takeFile(app, file) {
-  if (!file) return;
-  const message = app.core.box("rail-error");
-  fillBox(message, "");
-  try {
-    const data = await shrinkPicture(file, app.boot.limits);
-    await app.choosePicture({ kind: "upload", data, name: file.name });
-  } catch (error) {
-    const shown = error instanceof AskError ? error : new AskError("This browser can't read that file as an image. JPEG, PNG and WebP work.");
-    fillBox(message, errorBox(shown));
-  }
-}
-
-/**
- * The image as a data address, at most 512 px on its longer side: enough for any of the models, quick to send.
- * @param {File} file @param {Limits} given
- */
-async function shrinkPicture(file, { min_side: side, max_aspect: aspect }) {
-  const bitmap = await createImageBitmap(file);
-  const [short, long] = [bitmap.width, bitmap.height].sort((a, b) => a - b);
-  // Asked here, where the image has its own size still; the server asks the same of what it gets.
-  if (short < side || long > aspect * short) {
-    throw new AskError(`This image has ${bitmap.width} × ${bitmap.height} px, and the model would see too little in it. Its shorter side must have
-      at least ${side} px, and its longer side at most ${aspect} times as many.`);
-  }
-  const scale = Math.min(1, LONGEST_SIDE / Math.max(bitmap.width, bitmap.height));
-  const canvas = document.createElement("canvas");
-  canvas.width = Math.round(bitmap.width * scale);
-  canvas.height = Math.round(bitmap.height * scale);
-  const context = brush(canvas);
-  context.imageSmoothingQuality = "high";
-  // Transparent parts become white, as on paper, and not black.
-  context.fillStyle = "#ffffff";
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  bitmap.close();
-  // PNG adds no traces of compression; only a large photo is sent as JPEG.
-  const exact = canvas.toDataURL("image/png");
-  return exact.length < 700000 ? exact : canvas.toDataURL("image/jpeg", 0.92);
 }

@@ -1,6 +1,6 @@
 // Asking the server: one place for errors, for "busy", and for answers that aren't ready yet.
 
-import { html, Markup } from "./core_util.js";
+import { html, Markup, present } from "./core_util.js";
 /** @import { Failure, Server, Wanted } from "./types.js" */
 
 /** What went wrong, in a sentence for the visitor. */
@@ -80,6 +80,19 @@ export class Asker {
 // Turned by SVG itself: gradio puts our style sheet inside a rule, where @keyframes can't stand.
 const SPINNER = new Markup(`<svg class="mv-spinner" viewBox="0 0 24 24" aria-hidden="true"><circle cx="12" cy="12" r="9"/>
   <path d="M12 3a9 9 0 0 1 9 9"><animateTransform attributeName="transform" type="rotate" from="0 12 12" to="360 12 12" dur="0.9s" repeatCount="indefinite"/></path></svg>`);
+
+/**
+ * Show that an answer is waited for; the bar moves where motion is wanted.
+ * @param {HTMLElement} bar @param {boolean} is
+ */
+export function slide(bar, is) {
+  const piece = present(bar.firstElementChild);
+  bar.hidden = !is;
+  piece.getAnimations().forEach((one) => one.cancel());
+  if (is && !window.matchMedia("(prefers-reduced-motion: reduce)").matches) {
+    piece.animate([{ left: "-30%" }, { left: "100%" }], { duration: 1000, iterations: Infinity });
+  }
+}
 
 /** @param {string} text */
 export const waitingBox = (text) => html`<div class="mv-state" role="status">${SPINNER}<p>${text}</p></div>`;

@@ -1,9 +1,11 @@
 // Taking the view elsewhere: the address, and the three exports.
 
+import { OWN } from "./app_own.js";
 import { asAskError, AskError } from "./app_server.js";
 import { MODES } from "./core_kinds.js";
 import { SIDES } from "./core_slots.js";
 import { GREY_MODES, patchLooks, pictureTitle, underlay } from "./core_stage.js";
+import { momentWords } from "./core_time.js";
 import { brush, clamp, html, inkOn, layerExpert, percent, present, rgba } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { ViewState } from "./core_state.js" */
@@ -147,7 +149,7 @@ function paintCaption(context, state, top) {
   context.fillText(`${view.model.title}, ${view.model.variant} · ${layer.name} · ${modeWords(state)} · ${pictureTitle(view)}`, 12, top + 32, 1000);
   context.font = "18px Arial, sans-serif";
   context.fillStyle = "#5c5c57";
-  context.fillText(`prediction: ${best.class} ${percent(best.p)} · ${layer.words} · moevision`, 12, top + 60, 1000);
+  context.fillText(`${view.moment ? `${momentWords(view.moment)}: ` : "prediction: "}${best.class} ${percent(best.p)} · ${layer.words} · moevision`, 12, top + 60, 1000);
   if (view.picture.credit) context.fillText(`photo: ${view.picture.credit}`, 12, top + 86, 1000);
 }
 
@@ -161,7 +163,7 @@ function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
 
 /** Which entry of the history this is; `app.trail` keeps its images, since an address can't carry a visitor's own. */
 export const PLACE = "moevision.place";
-const LINK_KEYS = ["model", "variant", "picture", "picture2", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "level"];
+const LINK_KEYS = ["model", "variant", "picture", "picture2", "step", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "level"];
 
 /**
  * An intervention as one word of the address, "ablate.3.1.next_best.0", and back; null if the word makes no sense.
@@ -246,6 +248,7 @@ export function writeAddress(app) {
     variant: app.variant === "trained" ? null : app.variant,
     picture: pictures[0].kind === "example" ? pictures[0].id : null,
     picture2: pictures[1]?.kind === "example" ? pictures[1].id : null,
+    step: state?.view.moment?.step,
     layer: state?.currentLayer.layer,
     expert: state && expertWord(state),
     patch: state?.patch,
@@ -267,7 +270,7 @@ export function writeAddress(app) {
   const page = JSON.stringify([app.model.id, app.variant, pictures, state?.highlight, app.intervention, app.tab]);
   const moved = app.page !== null && app.page !== page;
   if (moved) app.place += 1;
-  history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place }, "", address);
+  history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place, [OWN]: pictures.map(({ own }) => own ?? null) }, "", address);
   app.page = page;
   app.trail[app.place] = [...pictures];
 }

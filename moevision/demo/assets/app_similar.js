@@ -9,7 +9,7 @@ import { gallery } from "./tab_experts.js";
 export function drawSimilar({ state, model, core }) {
   const { patch, view } = present(state);
   // A path needs an expert in every layer; where experts choose, a patch may have none.
-  const wanted = model.has_pictures && patch !== null && view.layers.every((layer) => layer.experts[patch].length);
+  const wanted = model.has_pictures && !view.moment && patch !== null && view.layers.every((layer) => layer.experts[patch].length);
   fillBox(core.box("similar"), wanted ? html`<button type="button" class="mv-button" data-action="similar" data-key="similar">Patches with the same path</button>` : "");
 }
 

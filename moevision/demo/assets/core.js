@@ -4,13 +4,15 @@
 
 import { drawLoads, drawPrediction, drawVerdict } from "./core_answer.js";
 import { drawInspector, drawWhere } from "./core_inspector.js";
+import { Player } from "./core_play.js";
 import { Card } from "./core_card.js";
 import { describePatch, MODES, modesOf, routingWords } from "./core_kinds.js";
 import { drawSlots } from "./core_slots.js";
-import { drawLegend, drawStrip, frameStrip, hasOriginal, pictureTitle, Stage } from "./core_stage.js";
+import { drawLegend, drawStrip, frameStrip, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
 import { centrePatch, ViewState } from "./core_state.js";
+import { Time } from "./core_time.js";
 import { clamp, fillBox, html, TERMS } from "./core_util.js";
-/** @import { Handlers, View } from "./types.js" */
+/** @import { Handlers, Moments, TimeSource, View } from "./types.js" */
 
 /** @param {string} name @param {string} [extra] */
 const box = (name, extra = "") => html`<div data-box="${name}" class="mv-box-${name} ${extra}"></div>`;
@@ -25,7 +27,7 @@ export const coreLayout = () => html`
           <label class="mv-check" data-box="as-seen" hidden><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label>
           <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
         <div class="mv-pictures"><div data-box="stage-0"></div><div data-box="stage-1" hidden></div></div>
-        ${box("legend")}${box("slots")}${box("strip")}
+        ${box("legend")}${box("slots")}${box("time")}${box("strip")}
       </div>
       <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}</div>
     </div>
@@ -47,12 +49,19 @@ export class Core {
     this.state = /** @type {ViewState} */ (/** @type {any} */ (state));
     /** @type {Stage[]} */
     this.stages = [];
+    /** @type {TimeSource} where recorded moments of the training come from; whoever has some says so. */
+    this.timeSource = { about: () => null, get: () => Promise.reject(new Error("nothing was recorded")) };
+    this.player = new Player(root, {
+      layers: { size: () => this.state.view.layers.length, at: () => this.state.layer, go: (index) => this.goToLayer(index) },
+      training: { size: () => this.time?.steps.length ?? 0, at: () => this.time?.at ?? 0, go: (place) => this.time?.go(place) },
+    });
     /** @type {Handlers} what a click on `data-action` does. */
     this.actions = this.ownActions();
     /** @type {Handlers} what a field with `data-change` does. */
     this.changes = {
       strength: (input) => this.state.set({ strength: input.value / 100 }),
       "as-seen": (input) => this.state.set({ asSeen: input.checked }),
+      moment: (input) => this.time?.go(Number(input.value)),
     };
     this.listen();
     if (state) this.attach(state);
@@ -62,6 +71,7 @@ export class Core {
   attach(state) {
     this.state = state;
     this.card = new Card(this.box("card"), state, (text) => this.announce(text), this.changes);
+    this.time = new Time(this.box("time"), state, this.timeSource);
     this.drawAll();
     if (state.mode === "slots") this.fetchSlots();
     state.subscribe((changed) => this.update(changed));
@@ -80,6 +90,9 @@ export class Core {
       "soft-again": () => { this.state.slotMaps.forget(this.state.view, this.state.currentLayer, this.state.slotExpert); this.fetchSlots(); },
       step: (button) => this.card?.go(Number(button.dataset.step)),
       play: () => this.card?.play(),
+      run: (button) => this.player.toggle(button.dataset.row),
+      "to-moment": (button) => this.time?.go(Number(button.dataset.place)),
+      "to-trained": () => this.time?.go(this.time.last),
       unpin: () => this.state.set({ patch: null }),
       highlight: (button) => {
         const { state } = this;
@@ -187,16 +200,23 @@ export class Core {
 
   drawAll() {
     const { state } = this;
-    this.stages = state.views.map((_, slot) => new Stage(this.box(`stage-${slot}`), state, slot));
+    this.stages = state.views.map((view, slot) => (this.stages[slot]?.shows(view) ? this.stages[slot].drawAgain() : new Stage(this.box(`stage-${slot}`), state, slot)));
     this.box("stage-1").hidden = state.views.length < 2;
     this.root.classList.toggle("mv-pair", state.views.length > 1);
     drawVerdict(this.box("verdict"), state);
     drawPrediction(this.box("prediction"), state.views[0]);
     if (state.views[1]) drawPrediction(this.box("second"), state.views[1]);
     else fillBox(this.box("second"), "");
-    drawStrip(this.box("strip"), state);
+    this.drawStrip();
+    this.time?.draw();
+    this.root.classList.toggle("mv-past", state.view.moment !== undefined);
     this.drawLayer();
     this.drawControls();
+  }
+
+  drawStrip() {
+    drawStrip(this.box("strip"), this.state);
+    this.player.mark();
   }
 
   drawLayer() {
@@ -232,10 +252,10 @@ export class Core {
     if (state.mode === "slots" && (has("views", "active", "layer", "mode", "slotExpert"))) this.fetchSlots();
     if (has("views")) return this.drawAll();
     if (has("layer", "mode", "highlight", "strength") || slots) this.stages.forEach((stage) => stage.colour());
-    if (has("asSeen")) this.stages.forEach((stage) => stage.picture());
+    if (has("asSeen")) this.drawPictures();
     if (has("patch", "hover", "active")) this.stages.forEach((stage) => stage.outline());
     if (has("layer")) frameStrip(this.box("strip"), this.state);
-    if (has("active")) drawStrip(this.box("strip"), this.state);
+    if (has("active")) this.drawStrip();
     if (has("layer", "highlight", "active")) drawLoads(this.box("loads"), this.state);
     if (has("layer", "mode", "highlight", "active") || slots) drawLegend(this.box("legend"), this.state);
     if (has("layer", "mode", "active") || slots) drawSlots(this.box("slots"), this.state);
@@ -243,6 +263,14 @@ export class Core {
     else if (has("step")) this.card?.draw();
     if (has("layer", "mode", "strength")) this.drawControls();
     return undefined;
+  }
+
+  /** What lies under the patches, wherever it is shown: when a sharper one came, or the model's input is wanted. */
+  drawPictures() {
+    this.stages.forEach((stage) => stage.picture());
+    this.drawStrip();
+    drawInspector(this.box("inspector"), this.state);
+    this.drawControls();
   }
 
   /** Get the slots that are looked at, of every image on the stage; the parts that show them draw when they come. */
@@ -294,9 +322,9 @@ class Tooltip {
 
 /**
  * A page of one view without a server: export and notebook.
- * @param {HTMLElement} root @param {View} view
+ * @param {HTMLElement} root @param {View} view @param {Moments | null} moments of the training, where they were recorded
  */
-export function startStatic(root, view) {
+export function startStatic(root, view, moments) {
   // In a notebook's frame there is less room, and its height is fixed.
   root.classList.toggle("mv-framed", window.self !== window.top);
   const about = [view.model.title, view.model.accuracy_text, ...routingWords(view.layers).map(([where, words]) => `${where}: ${words}`)];
@@ -306,5 +334,9 @@ export function startStatic(root, view) {
     <p class="mv-note mv-footnote">Routing shows which expert computes a patch. It doesn't show what attention or the residual path
       contribute, nor what caused the prediction. Schema ${view.schema}.</p>
     <div class="mv-hidden" aria-live="polite" data-live></div>`);
-  return new Core(root, new ViewState(view, { layer: view.layers.length - 1, patch: centrePatch(view) }));
+  if (view.picture.sharp) keepOriginal(view, view.picture.sharp);
+  const core = new Core(root, null);
+  if (moments) core.timeSource = { about: () => moments, get: () => Promise.resolve(moments) };
+  core.attach(new ViewState(view, { layer: view.layers.length - 1, patch: centrePatch(view) }));
+  return core;
 }

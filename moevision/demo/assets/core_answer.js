@@ -1,6 +1,7 @@
 // The answer beside the image: prediction, what makes it less than the model's own, and the work of the experts.
 
-import { expertShares, loadNote, sharedWords } from "./core_kinds.js";
+import { capital, expertShares, loadNote, sharedWords } from "./core_kinds.js";
+import { momentWords } from "./core_time.js";
 import { chip, expertColour, fillBox, fixed, html, layerExpert, percent, term } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { Fill, Guess, Intervention, Router, View } from "./types.js" */
@@ -36,7 +37,7 @@ function verdictLine(view) {
   const { label } = view.picture;
   const tag = label === best.class ? html`<span class="mv-tag mv-right">✓<span class="mv-research"> matches the label</span></span>`
     : label && html`<span class="mv-tag mv-wrong">✗ the label is ${label}</span>`;
-  return html`<p class="mv-verdict"><span>The model sees</span> <b>${best.class}</b> <span class="mv-num">${percent(best.p)}</span>
+  return html`<p class="mv-verdict"><span>${view.moment ? `${capital(momentWords(view.moment))}:` : "The model sees"}</span> <b>${best.class}</b> <span class="mv-num">${percent(best.p)}</span>
     ${tag}${twin && html`<span class="mv-soft mv-research">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
 }
 

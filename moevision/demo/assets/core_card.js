@@ -3,6 +3,7 @@
 
 import { awayExpert } from "./core_kinds.js";
 import { computedPatch, LAST_STEP, sparsityWords, STEPS } from "./core_numbers.js";
+import { patchMoments } from "./core_time.js";
 import { chip, clamp, expertColour, fillBox, fixed, html, Markup, percent, present, signed } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { Choice, Computed, Handlers, Layer, View } from "./types.js" */
@@ -72,8 +73,12 @@ export class Card {
     const { state } = this;
     const { view, currentLayer: layer, shown: patch } = state;
     const computed = patch === null ? null : computedPatch(view, layer, patch);
-    this.box.hidden = !computed;
-    if (!computed) { this.stop(); return; }
+    this.box.hidden = !computed && (!view.moment || patch === null);
+    if (!computed) {
+      this.stop();
+      if (view.moment && patch !== null) this.sayPast(view, layer, patch);
+      return;
+    }
     const rows = rowsOf(layer, computed);
     // The same experts in the same order keep their rows.
     const wanted = `${view.model.id} ${layer.name} ${rows}`;
@@ -82,8 +87,19 @@ export class Card {
     this.fill(view, layer, patch, computed, rows);
   }
 
+  /**
+   * At a moment of the training only the gates of a patch are known. The box keeps its height.
+   * @param {View} view @param {Layer} layer @param {number} patch
+   */
+  sayPast(view, layer, patch) {
+    if (this.built) this.box.style.minHeight = `${this.box.offsetHeight}px`;
+    this.built = "";
+    fillBox(this.box, patchMoments(view, layer, patch));
+  }
+
   /** @param {Layer} layer @param {number[]} rows */
   build(layer, rows) {
+    this.box.style.minHeight = "";
     const steps = STEPS.map(([, label], step) => html`<button type="button" role="radio" data-step="${step}" data-action="step" data-key="step-${step}">${label}</button>`);
     const row = (expert) => html`<li data-expert="${expert}">${chip(expert, layer.num_experts)}
       <span class="mv-card-bar"><i style="background:${expertColour(expert, layer.num_experts)}"></i></span><span class="mv-num"></span></li>`;

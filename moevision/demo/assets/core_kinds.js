@@ -17,7 +17,8 @@ export const MODES = {
  * The colourings that mean something in a layer; gates by a rule have no probabilities, so no entropy either.
  * @param {Router | Layer} given
  */
-export function modesOf({ kind, learned }) {
+export function modesOf({ kind, learned, ...layer }) {
+  if ("past" in layer) return kind === "expert_choice" ? ["expert", "takers"] : ["expert"];
   if (kind === "soft") return ["expert", "slots", "entropy", "margin"];
   if (kind === "expert_choice") return ["expert", "takers", "entropy", "margin"];
   return learned ? ["expert", "entropy", "margin", "drops"] : ["expert", "drops"];

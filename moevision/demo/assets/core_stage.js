@@ -1,6 +1,7 @@
 // The stage: an image under a grid of patches, and the strip of layers beneath it.
 
 import { describePatch, modeHint, patchWeights, plural, routingWords, strongest } from "./core_kinds.js";
+import { playButton } from "./core_play.js";
 import { rangeOf, ratioWords, slotLooks, slotValues } from "./core_slots.js";
 import {
   brush, chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pictureSource, rgba, SCALE_COLOUR, term,
@@ -78,13 +79,13 @@ const NOBODY_COLOUR = "#808080";
 const originals = new WeakMap();
 
 /**
- * Keep the original of a view's image, whose central square the stage shows in place of the model's input.
+ * Keep the same square of a view's image in more pixels, which is shown in place of the model's input.
  * @param {View} view @param {string} source
  */
-export const keepOriginal = (view, source) => originals.set(view, source);
+export const keepOriginal = (view, source) => originals.set(view.picture, source);
 
 /** @param {View} view */
-export const hasOriginal = (view) => originals.has(view);
+export const hasOriginal = (view) => originals.has(view.picture);
 
 /**
  * What lies under the patches, and whether that is the original.
@@ -92,7 +93,7 @@ export const hasOriginal = (view) => originals.has(view);
  */
 export function underlay({ asSeen }, view) {
   const sharp = hasOriginal(view) && !asSeen;
-  return { sharp, source: pictureSource(sharp ? originals.get(view) : view.picture.src) };
+  return { sharp, source: pictureSource(sharp ? originals.get(view.picture) : view.picture.src) };
 }
 
 /** One image with its grid; `slot` is the position of its view in the state. */
@@ -102,11 +103,23 @@ export class Stage {
     this.box = box;
     this.state = state;
     this.slot = slot;
+    this.pictured = this.view.picture;
     this.cells = this.build();
+    this.drawAgain();
+  }
+
+  drawAgain() {
     this.picture();
     this.colour();
     this.outline();
+    return this;
   }
+
+  /**
+   * Whether another view is of the same image: then its cells stay, and what has the focus with them.
+   * @param {View} view
+   */
+  shows(view) { return this.pictured === view.picture; }
 
   get view() { return this.state.views[this.slot]; }
 
@@ -150,7 +163,7 @@ export class Stage {
   picture() {
     const { source, sharp } = underlay(this.state, this.view);
     const picture = /** @type {HTMLImageElement} */ (this.box.querySelector(".mv-picture"));
-    picture.src = source;
+    if (picture.getAttribute("src") !== source) picture.src = source;
     picture.alt = `${pictureTitle(this.view)}${sharp ? "" : ", as the model sees it"}`;
     picture.classList.toggle("mv-sharp", sharp);
   }
@@ -209,11 +222,12 @@ export function drawStrip(box, state) {
     </button>`;
   fillBox(box, html`
     <div class="mv-strip-head"><h2>${term("layer", "Layers with experts")}</h2>
-      <span class="mv-keys mv-research"><kbd>+</kbd> <kbd>−</kbd> change layer</span></div>
+      <span class="mv-keys mv-research"><kbd>+</kbd> <kbd>−</kbd> change layer</span>${layers.length > 1 && playButton("layers", "the layers")}</div>
     <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
     <p class="mv-note">Colours aren't comparable across layers<span class="mv-research">: ${layers.map((layer) => layerExpert(layer, 0)).join(" and ")}
       are different networks</span>.</p>
     ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how mv-research"><b>${where}</b>: ${words}</p>`)}`);
+  box.style.setProperty("--under", `url("${underlay(state, state.view).source}")`);
   box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model.grid));
 }
 

@@ -3,6 +3,7 @@
 import { asAskError, AskError, emptyBox, errorBox, waitingBox } from "./app_server.js";
 import { expertShares, shareOf } from "./core_kinds.js";
 import { pictureTitle } from "./core_stage.js";
+import { trainedView } from "./core_time.js";
 import { chip, fillBox, fixed, html, Markup, percent, present, signed, term } from "./core_util.js";
 import { NO_PICTURES } from "./tab_experts.js";
 /** @import { App } from "./app.js" */
@@ -93,7 +94,7 @@ export class CompareTab {
   /** Shares of two images next to each other: a description of these two, no test. */
   pictures() {
     const state = present(this.app.state);
-    const [first, second] = state.views;
+    const [first, second] = state.views.map(trainedView);
     if (!second) {
       return html`<div class="mv-state"><p>Put a second image beside the first to see where their patches go.</p>
         <button type="button" class="mv-button" data-action="compare-two" data-key="compare-two">Show two images</button></div>`;

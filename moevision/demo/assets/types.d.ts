@@ -73,6 +73,8 @@ export interface Layer extends Omit<Router, "refused"> {
   computation: Record<string, Packed | null> | null;
   /** [E][P] of Soft MoE. */
   reads: number[][] | null;
+  /** A moment of the training: only experts, weights and what follows from them is known. */
+  past?: boolean;
 }
 
 export interface Model {
@@ -99,6 +101,8 @@ export interface Picture {
   src: string;
   unlike: string | null;
   credit?: string | null;
+  /** In an exported page: the same square in more pixels. */
+  sharp?: string | null;
 }
 
 export interface Guess { class: string; p: number }
@@ -126,7 +130,23 @@ export interface View {
     off_distribution: boolean;
     off_reason: string | null;
   };
+  /** When it was, if not after the training: demo/times.py has less than a view of the trained model. */
+  moment?: { step: number; total_steps: number };
 }
+
+/** Which images were recorded while the model was trained, and after how many optimizer steps. */
+export interface Recorded { images: string[]; steps: number[]; total_steps: number }
+/** [T][P][E] as float16. */
+export interface PastLayer { layer: number; weights: { shape: number[]; data: string } }
+/** The T moments of one image. */
+export interface Moments { picture: string; steps: number[]; total_steps: number; predictions: Guess[][]; layers: PastLayer[] }
+export interface TimeSource {
+  /** What was recorded of these images; a sentence if there is something to say instead, null if not. */
+  about(views: View[]): Pick<Recorded, "steps" | "total_steps"> | string | null;
+  get(view: View): Promise<Moments>;
+}
+/** Places in a row that can be played. */
+export interface Row { size(): number; at(): number; go(place: number): unknown }
 
 /** The single slots of one expert, or why they aren't here. */
 export interface SlotAnswer {
@@ -189,8 +209,12 @@ export interface BootModel extends Model {
   accuracy_texts: Record<string, string>;
   has_dense: boolean;
   has_pictures: boolean;
+  has_sharp: boolean;
   has_parts: boolean;
   card: Record<string, any>;
+  history: Recorded | null;
+  shown: string;
+  num_examples: number;
   examples: { id: string; name: string; label: string | null; thumb: string }[];
 }
 
@@ -204,8 +228,12 @@ export interface Boot {
 
 export interface Limits { max_bytes: number; max_pixels: number; min_side: number; max_aspect: number }
 
-/** What stands on a stage: an example of the model's data, a visitor's own image, or nothing yet. */
-export interface Chosen { kind: "example" | "upload" | "none"; id?: string; data?: string; name?: string }
+/** What stands on a stage: an example of the model's data, a visitor's own image (`own` is its id), or nothing yet. */
+export interface Chosen { kind: "example" | "upload" | "none"; id?: string; data?: string; name?: string; own?: number }
+/** A visitor's image as a data address. */
+export interface Own { id: number; name: string; data: string }
+/** What part of an image each expert of each layer computes. */
+export interface Shares { layers: { layer: number; shares: number[] }[] }
 
 /** What an address asks for, unchecked. */
 export type Wish = Partial<Record<string, string>>;

@@ -1,0 +1,35 @@
+// A visitor's file becomes an image that is small enough to send: in the browser, before anything leaves it.
+
+import { AskError } from "./app_server.js";
+import { brush } from "./core_util.js";
+/** @import { Limits } from "./types.js" */
+
+const LONGEST_SIDE = 512;
+
+/**
+ * The part of the image that the model sees, its central square, as a data address of at most 512 px: quick to send.
+ * @param {File} file @param {Limits} given
+ */
+export async function shrinkPicture(file, { min_side: side, max_aspect: aspect }) {
+  const bitmap = await createImageBitmap(file);
+  const [short, long] = [bitmap.width, bitmap.height].sort((a, b) => a - b);
+  // Asked here, where the image has its own size still; the server asks the same of what it gets.
+  if (short < side || long > aspect * short) {
+    throw new AskError(`This image has ${bitmap.width} × ${bitmap.height} px, and the model would see too little in it. Its shorter side must have
+      at least ${side} px, and its longer side at most ${aspect} times as many.`);
+  }
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.min(short, LONGEST_SIDE);
+  canvas.height = canvas.width;
+  const context = brush(canvas);
+  context.imageSmoothingQuality = "high";
+  // Transparent parts become white, as on paper, and not black.
+  context.fillStyle = "#ffffff";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  const [left, top] = [bitmap.width, bitmap.height].map((length) => Math.floor((length - short) / 2)); // as the server cuts
+  context.drawImage(bitmap, left, top, short, short, 0, 0, canvas.width, canvas.height);
+  bitmap.close();
+  // PNG adds no traces of compression; a photo is sent as JPEG, of which a dozen fit into the browser's session.
+  const exact = canvas.toDataURL("image/png");
+  return exact.length < 150000 ? exact : canvas.toDataURL("image/jpeg", 0.92);
+}

@@ -1,0 +1,97 @@
+"""The recorded moments of a training, as the explorer sends them: the file's own numbers, of the file's own images."""
+
+import base64
+import shutil
+
+import numpy as np
+import pytest
+
+from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.galleries import Galleries
+from moevision.demo.service import Explorer
+from moevision.errors import UserError
+from moevision.models.history import RoutingHistory
+from tests.demo.test_html import embedded
+
+
+@pytest.fixture(scope="module")
+def photos(photos_home):
+    entries = open_entries(None, DataOptions(), home=photos_home)
+    return Explorer(entries, Galleries(entries, limit=3))
+
+
+@pytest.fixture(scope="module")
+def recorded(photos_home):
+    return RoutingHistory.load(photos_home / "snaps" / "history.safetensors")
+
+
+def weights_of(layer):
+    """[T, P, E]"""
+    packed = layer["weights"]
+    return np.frombuffer(base64.b64decode(packed["data"]), "<f2").reshape(packed["shape"])
+
+
+def test_boot_says_what_was_recorded(photos, recorded, explorer):
+    (snaps,) = photos.answer("boot", {})["models"]
+    assert snaps["history"] == {
+        "images": [f"data/{name}" for name in recorded.image_names],
+        "steps": [0, 10, 40],
+        "total_steps": 100,
+    }
+    assert set(snaps["history"]["images"]) == {example["id"] for example in snaps["examples"]}
+    assert [model["history"] for model in explorer.answer("boot", {})["models"]] == [None, None]
+
+
+def test_an_image_has_the_numbers_of_the_file(photos, recorded):
+    for row, name in enumerate(recorded.image_names):
+        answer = photos.answer("history", {"picture": f"data/{name}"})
+        assert (answer["steps"], answer["total_steps"]) == ([0, 10, 40], 100)
+        for layer in answer["layers"]:
+            assert np.array_equal(weights_of(layer), recorded.weights[layer["layer"]][:, row])
+        for top, p in zip(answer["predictions"], recorded.probabilities[:, row], strict=True):
+            assert top[0]["class"] == recorded.class_names[int(p.argmax())]
+            assert top[0]["p"] == pytest.approx(float(p.max()), abs=5.1e-5)
+            assert len(top) == 5
+
+
+def test_the_last_moment_is_the_model_that_the_page_shows(photos, recorded):
+    id = f"data/{recorded.image_names[0]}"
+    view = photos.answer("route", {"picture": {"kind": "example", "id": id}})
+    answer = photos.answer("history", {"picture": id})
+    for shown, layer in zip(view["layers"], answer["layers"], strict=True):
+        last = weights_of(layer)[-1].astype(float)
+        for patch, (experts, weights) in enumerate(zip(shown["experts"], shown["weights"], strict=True)):
+            assert last[patch, experts] == pytest.approx(weights, abs=5e-4)
+            assert np.count_nonzero(last[patch]) == len(experts)
+    assert [one["class"] for one in answer["predictions"][-1]] == [one["class"] for one in view["prediction"]["moe"]]
+
+
+def test_what_was_not_recorded_is_refused(photos, explorer):
+    assert "was not recorded for 'data/other.png'" in photos.answer("history", {"picture": "data/other.png"})["error"]
+    answer = explorer.answer("history", {"model": "pets", "picture": "pets/test/0"})
+    assert answer == {"error": "The training of The pets was not recorded.", "code": "bad_request"}
+
+
+def other_images(history):
+    return history.of_images(dict.fromkeys(history.image_names[:1], "elsewhere.png"))
+
+
+def one_moment(history):
+    return history.until(0)
+
+
+@pytest.mark.parametrize(("change", "what"), [(other_images, "other images"), (one_moment, "fewer than two moments")])
+def test_a_history_that_does_not_fit_its_model(photos_home, recorded, tmp_path, change, what):
+    shutil.copytree(photos_home / "snaps", tmp_path / "snaps")
+    change(recorded).save(tmp_path / "snaps" / "history.safetensors")
+    entries = open_entries(None, DataOptions(), home=tmp_path)
+    with pytest.raises(UserError, match=what):
+        Explorer(entries)
+
+
+def test_an_exported_page_has_the_moments_of_its_image(photos, recorded):
+    example = {"kind": "example", "id": f"data/{recorded.image_names[1]}"}
+    page = photos.answer("export_html", {"picture": example})["html"]
+    assert embedded(page, "HISTORY") == photos.answer("history", {"picture": example["id"]})
+    changed = photos.answer("export_html", {"picture": example, "top_k": 1})["html"]
+    assert embedded(changed, "HISTORY") is None
