@@ -1,6 +1,7 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
 import { drawHeader, drawRail, drawSettings, limitable, listenForFiles, otherK, railHandlers } from "./app_rail.js";
+import { askView, drawHand, handActions, spokenResult } from "./app_hand.js";
 import { levelMemory, levelOf } from "./app_level.js";
 import { drawQuestion } from "./app_question.js";
 import { asAskError, Asker, emptyBox, errorBox, waitingBox } from "./app_server.js";
@@ -60,7 +61,11 @@ export class App {
     this.trail = [];
     root.innerHTML = String(appLayout());
     this.core = new Core(root, null);
-    /** @type {(Tab | WhatIfTab)[]} */
+    /** @type {number | null} the expert that the page itself highlighted when it opened: nobody's choice yet */
+    this.given = null;
+    this.swapping = false;
+    this.waiting = false;
+    /** @type {Tab[]} */
     this.tabs = TABS.map((Tab) => new Tab(this));
     this.connect();
   }
@@ -69,7 +74,7 @@ export class App {
   async start(view) {
     const wish = readAddress();
     this.choose(wish);
-    if (this.level === "simple" && this.isDefault(wish)) this.opening = this.addOther();
+    if (this.level === "simple" && this.isDefault(wish)) this.opening = this.addOther() && wish.expert === undefined;
     this.drawFrame();
     this.drawTabs();
     if (!this.hasPicture()) return this.showBlank();
@@ -107,7 +112,7 @@ export class App {
     this.pictures = [chosen ? { kind: "example", id: chosen } : { kind: "none" }];
     if (wish.picture2) this.pictures.push({ kind: "example", id: wish.picture2 });
     this.level = levelOf(wish, levelMemory.read());
-    this.opened ||= wish.tab !== undefined;
+    this.opened ||= wish.tab !== undefined || wish.expert !== undefined;
     const k = Number(wish.k);
     this.topK = Number.isInteger(k) && k >= 1 && k <= this.model.max_top_k ? otherK(this.model, k) : null;
     const capacity = Number(wish.capacity);
@@ -129,10 +134,10 @@ export class App {
 
   connect() {
     const rail = railHandlers(this);
-    Object.assign(this.core.actions, rail.actions, shareHandlers(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
+    Object.assign(this.core.actions, rail.actions, shareHandlers(this), handActions(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
       tab: (button) => this.openTab(button.dataset.tab),
       retry: () => this.load([...this.pictures.keys()]),
-      undo: () => this.undo(),
+      undo: () => this.change(null),
       level: (button) => this.chooseLevel(button.dataset.level),
       calm: () => this.chooseSettings({ noise: null }),
       redraw: () => this.chooseSettings({ noise: (this.noise ?? 0) + 1 }),
@@ -216,6 +221,12 @@ export class App {
   /** Simple shows what the experts do when somebody asks for it. */
   get closed() { return this.level === "simple" && !this.opened; }
 
+  /** The expert that a visitor chose, whose page then stands under Experts; null for none. */
+  get chosenExpert() {
+    const { highlight } = present(this.state);
+    return highlight === this.given ? null : highlight;
+  }
+
   /** @param {number} slot */
   chooseSlot(slot) { this.slot = slot; this.drawFrame(); }
 
@@ -261,7 +272,7 @@ export class App {
     this.busy(true);
     try {
       const words = (text) => this.notify(text);
-      const answers = await Promise.all(slots.map((slot) => ready[slot] ?? this.asker.ask("route", this.question(slot), words)));
+      const answers = await Promise.all(slots.map((slot) => ready[slot] ?? askView(this, slot, words)));
       if (!current()) return undefined;
       slots.forEach((slot, place) => { if (this.pictures[slot].data) keepOriginal(answers[place], this.pictures[slot].data); });
       fillBox(this.core.box("trouble"), "");
@@ -308,6 +319,7 @@ export class App {
     } else {
       this.state.set({ views, active: Math.min(this.slot, views.length - 1), ...start });
     }
+    drawHand(this);
     drawQuestion(this);
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
     drawSimilar(this);
@@ -318,14 +330,17 @@ export class App {
   /** @param {View} view */
   announceResult(view) {
     const best = view.prediction.moe[0];
-    this.core.announce(`${pictureTitle(view)}: the model sees ${best.class}, ${percent(best.p)}`);
+    this.core.announce(spokenResult(view) ?? `${pictureTitle(view)}: the model sees ${best.class}, ${percent(best.p)}`);
   }
 
   /** @param {Set<string>} changed */
   follow(changed) {
     if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
+    if (["layer", "highlight", "mode"].some((name) => changed.has(name))) drawHand(this);
     if (changed.has("layer") || changed.has("highlight")) drawQuestion(this);
+    if (changed.has("highlight") && this.state?.highlight !== this.given) this.given = null;
     if (changed.has("layer")) this.refreshTab("layer");
+    else if (changed.has("highlight")) this.refreshTab("highlight");
     if (["layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
   }
 
@@ -336,19 +351,10 @@ export class App {
   }
 
   /**
-   * Keep an intervention on, as a setting: the first image's view under it is here already.
-   * @param {Intervention} intervention @param {View} view
+   * Change the routing, or undo that.
+   * @param {Intervention | null} intervention
    */
-  showChanged(intervention, view) {
-    this.intervention = intervention;
-    this.core.box("main").scrollIntoView({ block: "start" });
-    return this.load([...this.pictures.keys()], { 0: view }, null, "shown");
-  }
-
-  undo() {
-    this.intervention = null;
-    return this.load([...this.pictures.keys()], {}, null, "shown");
-  }
+  change(intervention) { return this.chooseSettings({ intervention }); }
 
   showBlank() {
     this.core.box("view").hidden = true;
@@ -363,6 +369,8 @@ export class App {
 
   /** @param {boolean} is */
   busy(is) {
+    this.waiting = is;
+    if (this.state) drawHand(this);
     const bar = this.core.box("progress");
     bar.hidden = !is;
     this.core.box("main").setAttribute("aria-busy", String(is));
@@ -419,11 +427,10 @@ export class App {
 
   /** @param {number} layer @param {number} expert */
   takeAway(layer, expert) {
-    const tab = /** @type {WhatIfTab} */ (this.tabs.find((one) => one instanceof WhatIfTab));
-    tab.preset(layer, expert);
-    this.openTab("whatif");
-    this.core.box("tabs").scrollIntoView({ block: "start" });
-    return this.state && tab.run();
+    if (!this.state) return undefined;
+    this.state.set({ layer: this.model.layers.indexOf(layer), highlight: expert, mode: "expert" });
+    this.core.box("main").scrollIntoView({ block: "start" });
+    return this.change({ kind: "ablate", layer, expert, fill: "next_best", seed: 0 });
   }
 
   /**

@@ -3,7 +3,7 @@
 import { capital, describePatch } from "./core_kinds.js";
 import { slotFacts } from "./core_slots.js";
 import {
-  chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, pictureSource, rowColumn, term,
+  chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, pickButton, pictureSource, rowColumn, term,
 } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { View } from "./types.js" */
@@ -89,7 +89,7 @@ export function drawWhere(box, state) {
   const [row, column] = rowColumn(patch, view.model.grid[1]);
   const [first] = layer.experts[patch];
   const nobody = first === undefined;
-  return fillBox(box, html`<p class="mv-where">${nobody ? html`<span class="mv-chip mv-big mv-none">–</span>` : chip(first, layer.num_experts, "mv-big")}
+  return fillBox(box, html`<p class="mv-where">${nobody ? html`<span class="mv-chip mv-big mv-none">–</span>` : pickButton(layer, first, state.highlight, chip(first, layer.num_experts, "mv-big"), "where")}
       <span><b>${nobody ? `${layer.name}: no expert` : layerExpert(layer, first)}</b><br><span class="mv-soft">row ${row}, column ${column}${view === state.views[1] ? " · second image" : ""}</span></span>
       ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin">unpin</button>`}</p>`);
 }
