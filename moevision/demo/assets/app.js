@@ -222,10 +222,7 @@ export class App {
   get closed() { return this.level === "simple" && !this.opened; }
 
   /** The expert that a visitor chose, whose page then stands under Experts; null for none. */
-  get chosenExpert() {
-    const { highlight } = present(this.state);
-    return highlight === this.given ? null : highlight;
-  }
+  get chosenExpert() { return this.state && this.state.highlight !== this.given ? this.state.highlight : null; }
 
   /** @param {number} slot */
   chooseSlot(slot) { this.slot = slot; this.drawFrame(); }

@@ -61,7 +61,7 @@ export function drawHand(app) {
   const state = present(app.state);
   if (state.highlight === null) app.swapping = false;
   const { currentLayer: layer, highlight: expert, mode } = state;
-  const row = expert === null ? html`<span class="mv-soft">Click an expert to take it away or to swap it.</span>` : picked(app, layer, expert);
+  const row = expert === null ? html`<span class="mv-soft">Click an expert to change it.</span>` : picked(app, layer, expert);
   fillBox(app.core.box("hand"), html`${mode !== "slots" && html`<div class="mv-hand-row">${row}</div>`}${app.intervention && results(app)}`);
 }
 
@@ -77,7 +77,7 @@ function picked(app, layer, expert) {
     aria-pressed="${same(wish(app, { kind, other }), app.intervention)}">${label}</button>`;
   return html`<b>${layerExpert(layer, expert)}</b><span class="mv-hand-row" role="group" aria-label="Change ${layerExpert(layer, expert)}">
     ${others.length > 0 && button("ablate", "Take away")}${!("force" in refused) && button("force", "Send all here")}
-    ${others.length > 0 && html`<button type="button" class="mv-button" data-action="hand-swap" data-key="hand-swap" aria-expanded="${app.swapping}">Swap with…</button>`}
+    ${others.length > 0 && html`<button type="button" class="mv-button" data-action="hand-swap" data-key="hand-swap" aria-expanded="${app.swapping}">Swap</button>`}
     ${app.swapping && others.map((other) => button("swap", chip(other, layer.num_experts), other))}</span>`;
 }
 

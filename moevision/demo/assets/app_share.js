@@ -9,7 +9,7 @@ import { brush, clamp, html, inkOn, layerExpert, percent, present, rgba } from "
 /** @import { ViewState } from "./core_state.js" */
 /** @import { BootModel, Intervention, Look, View, Wish } from "./types.js" */
 
-export const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share and export</summary><div class="mv-menu-list">
+export const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share</summary><div class="mv-menu-list">
   ${[["link", "Copy link", "opens this view"], ["png", "Image (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/2"],
     ["page", "Page (HTML)", "one file, works without a network"]].map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}" data-key="export-${kind}">
     <b>${title}</b><span class="mv-soft">${hint}</span></button>`)}</div></details>`;

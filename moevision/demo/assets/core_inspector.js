@@ -69,7 +69,7 @@ function drawPath(state, patch) {
   };
   const links = [...Array(Math.max(0, view.layers.length - 1)).keys()];
   const spoken = view.layers.map((layer) => `${layer.name} ${layer.experts[patch].length ? `expert ${layer.experts[patch][0]}` : "no expert"}`).join(", then ");
-  return html`<h3>Path through the layers</h3>
+  return html`<h3>Path</h3>
     <div class="mv-path" style="width:${width}px">
       <svg viewBox="0 0 ${width} 132" width="${width}" height="132" role="img" aria-label="Path: ${spoken}">
         ${links.map((index) => [1, 0].map((rank) => line(rank, index)))}
@@ -91,7 +91,7 @@ export function drawWhere(box, state) {
   const nobody = first === undefined;
   return fillBox(box, html`<p class="mv-where">${nobody ? html`<span class="mv-chip mv-big mv-none">–</span>` : pickButton(layer, first, state.highlight, chip(first, layer.num_experts, "mv-big"), "where")}
       <span><b>${nobody ? `${layer.name}: no expert` : layerExpert(layer, first)}</b><br><span class="mv-soft">row ${row}, column ${column}${view === state.views[1] ? " · second image" : ""}</span></span>
-      ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin">unpin</button>`}</p>`);
+      ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin" aria-label="Unpin">×</button>`}</p>`);
 }
 
 /** @param {HTMLElement} box @param {ViewState} state */

@@ -220,7 +220,7 @@ export function drawStrip(box, state) {
     <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
     <p class="mv-note">Colours aren't comparable across layers<span class="mv-research">: ${layers.map((layer) => layerExpert(layer, 0)).join(" and ")}
       are different networks</span>.</p>
-    <p class="mv-note mv-silent">${silentWords(state.view)}</p>
+    <p class="mv-note mv-silent mv-research">${silentWords(state.view)}</p>
     ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how mv-research"><b>${where}</b>: ${words}</p>`)}`);
   box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model.grid));
 }
