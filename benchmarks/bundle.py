@@ -45,6 +45,7 @@ from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet, open_pictures, read_images
 from moevision.analysis.questions import headline, recording_of, three_questions
+from moevision.analysis.report.measure import measure_effects
 from moevision.analysis.specialization import measure_baselines, specialization
 from moevision.analysis.trace import RoutingTrace
 from moevision.demo.atlas import build_atlas, save_atlas
@@ -59,6 +60,7 @@ from moevision.train.checkpoint import BEST, read_manifest
 from moevision.train.report import accuracy_interval
 
 MODELS = HERE.parent / "moevision" / "demo" / "models"
+EFFECTS_S = 1800.0  # for taking each expert away, over images of each class
 
 
 ABOUT = {  # what a card says in words
@@ -403,4 +405,5 @@ def _atlas(
         print(answer.sentence)
     maps = {layer.layer: class_expert_map(trace, layer.layer) for layer in trace.layers}
     on_show = None if shown is None else collect_routing(model, shown, name=title)
-    return build_atlas(trace, pictures, information, maps, questions=questions, shown=on_show)
+    effects = measure_effects(model, pictures, trace, budget_s=EFFECTS_S)
+    return build_atlas(trace, pictures, information, maps, questions=questions, shown=on_show, effects=effects)

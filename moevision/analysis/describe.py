@@ -14,6 +14,9 @@ a cell counts only if it is further from the mean than the *largest* cell of 95 
 max-statistic: Westfall and Young 1993; Nichols and Holmes, Hum. Brain Mapp. 15, 2002, 1-25). The chance that a table
 without any pattern shows a single coloured cell is then 5 %.
 
+`part_stands_out` asks the same of parts: the images' masks are permuted over the routing, so that chance keeps where in
+an image a part lies. Rare parts vary more, so each cell is measured in its own standard deviations.
+
 `compare_classes`: intervals come from resampling the images of each class (percentile bootstrap, which is sound for a
 difference of means), p-values from permuting the two labels over the images, and over all layers and experts the false
 discovery rate is held (Benjamini and Hochberg 1995).
@@ -189,6 +192,52 @@ def part_expert_table(
             weights = (share[:, :, part] * amount[:, :, choice]).ravel()
             table[part] += np.bincount(chosen[:, :, choice].ravel(), weights=weights, minlength=num_experts)
     return table
+
+
+def part_stands_out(
+    expert_index: Ints,
+    fractions: npt.NDArray[np.floating],
+    num_experts: int,
+    amount: Amounts | None = None,
+    *,
+    num_permutations: int = 400,
+    seed: int = 0,
+) -> Flags:
+    """[parts, E] bool: which experts get another share of a part than if masks belonged to other images.
+
+    Args:
+        expert_index: [I, P, K] chosen experts.
+        fractions: [I, P, parts] from `part_fractions`.
+        num_experts: E.
+        amount: [I, P, K] what each choice carries; 1/K if None.
+        num_permutations: R.
+        seed: of the permutations.
+    """
+    chosen = _checked(expert_index, num_experts)
+    images, patches, top_k = chosen.shape
+    carried = np.full(chosen.shape, 1 / top_k) if amount is None else np.asarray(amount, np.float64)
+    routed = np.zeros((images, patches, num_experts))
+    np.add.at(routed, (*np.indices(chosen.shape)[:2], chosen), carried)
+    area = np.asarray(fractions, np.float64)
+
+    def shares(order: Ints) -> Floats:
+        table = area[order].reshape(images * patches, -1).T @ routed.reshape(images * patches, -1)  # [parts, E]
+        total = table.sum(1, keepdims=True)
+        share: Floats = np.divide(table, total, out=np.zeros_like(table), where=total > 0)
+        return share
+
+    rng = np.random.default_rng(seed)
+    permuted = np.stack([shares(rng.permutation(images)) for _ in range(num_permutations)])  # [R, parts, E]
+    mean, spread = permuted.mean(0), permuted.std(0, ddof=1)
+
+    def distance(share: Floats) -> Floats:
+        return np.abs(
+            np.divide(share - mean, spread, out=np.zeros_like(share), where=np.broadcast_to(spread > 0, share.shape))
+        )
+
+    largest = distance(permuted).max((1, 2))
+    stands_out: Flags = distance(shares(np.arange(images))) > np.quantile(largest, _LEVEL, method="higher")
+    return stands_out
 
 
 def _checked(expert_index: Ints, num_experts: int) -> Ints:

@@ -8,7 +8,8 @@ One JSON object, `"schema": "moevision.atlas/1"`:
   `map` (a `ClassExpertMap`), `information` (a list of `LayerSpecialization`), `answers` (the three `Answer`s about the
   layer), `load_words` and `experts`: per expert its `top` and
   `random` patches as `[image name, index of the image, patch, weight]`, its `classes` (the five that prefer it
-  most) and its `parts` (null where the images have none), largest excess first;
+  most) and its `parts` (null where the images have none), largest excess first, `significant` where one stands out
+  beyond chance; and where it was measured `without`, what taking the expert away does (`measure_effects`);
 - `paths`: patches by the experts that they went through, `{"path": [an expert per layer], "count": patches on it,
   "patches": [[index of the image, patch], ...]}`, most frequent first; `patches` is a random sample. A patch that no
   expert of some layer took (expert choice) is on no path.
@@ -41,6 +42,7 @@ from moevision.analysis.describe import (
     fractions_of_parts,
     layer_gallery,
     part_expert_table,
+    part_stands_out,
     spread_over_pictures,
 )
 from moevision.analysis.information import Estimate
@@ -76,6 +78,7 @@ def build_atlas(
     *,
     questions: Sequence[LayerAnswers] = (),
     shown: RoutingTrace | None = None,
+    effects: Json | None = None,
     count: int = 8,
     max_patches: int = 3000,
     seed: int = 0,
@@ -89,6 +92,7 @@ def build_atlas(
         maps: block index -> `class_expert_map(trace, layer)`.
         questions: from `three_questions`; without them the answers say what the other numbers do.
         shown: of other images, whose patches stand in galleries and on paths, where those of `trace` can't be shown.
+        effects: of taking each expert away, from `moevision.analysis.report.measure.measure_effects`.
         count: patches in each gallery.
         max_patches: of all paths together.
         seed: of what is drawn at random.
@@ -121,6 +125,7 @@ def build_atlas(
                         "random": _named(gallery.random, on_show),
                         "classes": _favourite_classes(class_map, gallery.expert, trace.class_names),
                         "parts": None if parts is None else _parts_of(parts, gallery.expert, pictures),
+                        **_without(effects, layer.layer, gallery.expert),
                     }
                     for gallery in layer_gallery(of_shown, count, seed)
                 ],
@@ -146,6 +151,25 @@ def build_atlas(
         layer["answers"] = [answer.to_json() for answer in found.answers]
         layer["load_words"] = found.load.words
     return _said(atlas)
+
+
+def counted_name(expert: Json) -> Json | None:
+    """What an expert is called after: the part, or without parts the class, that stands out most beyond chance.
+
+    Args:
+        expert: one of a layer's `experts`.
+
+    Returns:
+        `kind` (`part` or `class`), `name`, the expert's `share` of it and its `overall` share of everything; None where
+        nothing stands out, or where an atlas of an earlier version doesn't say.
+    """
+    for kind, rows in (("part", expert["parts"]), ("class", expert["classes"])):
+        able = [row for row in rows or [] if row.get("significant") and row["above"] > 0]
+        if able:
+            best = max(able, key=lambda row: float(row["above"]))
+            overall = round(best["share"] - best["above"], _DIGITS)
+            return {"kind": kind, "name": best[kind], "share": best["share"], "overall": overall}
+    return None
 
 
 def save_atlas(atlas: Json, path: str | Path) -> None:
@@ -241,20 +265,37 @@ def sample_paths(trace: RoutingTrace, max_patches: int = 3000, seed: int = 0) ->
     return found
 
 
-def _part_shares(layer: LayerTrace, fractions: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float64], ...]:
-    """[parts, E]: which share of each part's area an expert got, and [E]: of all parts together."""
+def _part_shares(layer: LayerTrace, fractions: npt.NDArray[np.float32]) -> tuple[npt.NDArray[Any], ...]:
+    """[parts, E] which share of each part's area an expert got, [E] of all parts together, [parts, E] beyond chance."""
     table = part_expert_table(np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted)
     area = table.sum(1, keepdims=True)
-    return np.divide(table, area, out=np.zeros_like(table), where=area > 0), table.sum(0) / table.sum()
+    share = np.divide(table, area, out=np.zeros_like(table), where=area > 0)
+    beyond = part_stands_out(np.asarray(layer.expert_index), fractions, layer.num_experts, layer.wanted)
+    return share, table.sum(0) / table.sum(), beyond
 
 
-def _parts_of(
-    shares: tuple[npt.NDArray[np.float64], ...], expert: int, pictures: PictureSet | None
-) -> list[dict[str, Any]]:
-    share, overall = shares
+def _without(effects: Json | None, layer: int, expert: int) -> Json:
+    """What taking the expert away does to the logit of the true class, beside as much at random; empty if not told."""
+    if effects is None:
+        return {}
+    for found in effects["experts"]:
+        if (found["layer"], found["expert"]) == (layer, expert):
+            names = ("delta_logit", "control_delta_logit", "strongest_class", "strongest_delta_logit")
+            images = effects["pictures_per_class"]
+            return {"without": {"images_per_class": images, **{name: found[name] for name in names}}}
+    return {}
+
+
+def _parts_of(shares: tuple[npt.NDArray[Any], ...], expert: int, pictures: PictureSet | None) -> list[dict[str, Any]]:
+    share, overall, beyond = shares
     names = pictures.part_names if pictures is not None else ()
     rows: list[Json] = [
-        {"part": name, "share": float(share[part, expert]), "above": float(share[part, expert] - overall[expert])}
+        {
+            "part": name,
+            "share": float(share[part, expert]),
+            "above": float(share[part, expert] - overall[expert]),
+            "significant": bool(beyond[part, expert]),
+        }
         for part, name in enumerate(names)
         if share[part].sum() > 0
     ]

@@ -29,7 +29,7 @@ from moevision.analysis.specialization import specialization
 from moevision.analysis.trace import RoutingTrace
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
-from moevision.demo.atlas import build_atlas, load_atlas
+from moevision.demo.atlas import build_atlas, counted_name, load_atlas
 from moevision.demo.bundle import Entry, Variant
 from moevision.demo.examples import Found, Recent, thumb
 from moevision.demo.facts import ModelFacts, Pixels
@@ -355,6 +355,8 @@ class AtlasPages:
                 **{kind: self._patches(entry, facts, item[kind]) if shown else [] for kind in ("top", "random")},
                 "classes": item["classes"],
                 "parts": item["parts"],
+                "called": counted_name(item),
+                "without": item.get("without"),
             }
             for item in found["experts"]
         ]
@@ -382,6 +384,7 @@ def patch_json(found: Found, facts: ModelFacts, patch: int, weight: float) -> Js
         "patch": patch,
         "weight": round(float(weight), 4),
         "label": found.label,
+        "credit": found.credit,
         "crop": data_uri(patch_crop(found.pixels, facts.grid, patch, context), "jpeg"),
         "box": [round(value, 4) for value in (context * side, context * side, side, side)],
     }

@@ -94,17 +94,22 @@ def settings(request: Mapping[str, Any], facts: ModelFacts) -> Settings:
 
 def intervention(value: Any, facts: ModelFacts) -> Intervention:
     """One intervention that fits the model."""
-    given = fields(value, ("kind", "layer", "expert", "fill", "seed"))
+    given = fields(value, ("kind", "layer", "expert", "other", "fill", "seed"))
     kind = choice(given, "kind", KINDS)
     every = kind == "random" and given.get("layer") is None
     layer = None if every else whole(given, "layer", facts.layers)
     experts = 0 if layer is None else facts.router(layer).num_experts
     expert = None if kind == "random" else whole(given, "expert", range(experts))
+    other = whole(given, "other", range(experts)) if kind == "swap" else None
+    if kind != "swap" and given.get("other") is not None:
+        raise RequestError("The field 'other' names the second expert of a swap: it must be null here.")
+    if other is not None and other == expert:
+        raise RequestError("Two different experts can be swapped: 'expert' and 'other' are the same.")
     fill = choice(given, "fill", FILLS, "next_best")
     seed = whole(given, "seed", range(2**31), 0)
     if kind == "ablate" and experts == 1 and fill == "next_best":
         raise RequestError("The only expert has no next-best one: take it away with the fill 'zero'.")
-    return Intervention(cast(Kind, kind), layer=layer, expert=expert, fill=cast(Fill, fill), seed=seed)
+    return Intervention(cast(Kind, kind), layer=layer, expert=expert, other=other, fill=cast(Fill, fill), seed=seed)
 
 
 def path(request: Mapping[str, Any], facts: ModelFacts) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +62,7 @@ class Explorer:
             "sharp": self.sharp,
             "examples": self.examples,
             "what_if": self.what_if,
+            "class_effect": self.class_effect,
             "export_html": self.export_html,
             "experts": self.pages.experts,
             "classes": self.pages.classes,
@@ -163,9 +163,16 @@ class Explorer:
             raise RequestError("A change is measured without noise: the field 'noise' must be null.")
         with settings.conditions_applied(variant.saved.net):
             measured = effect(variant.saved, found.pixels, change)
-        over_class = self._class_effect(entry, variant, settings, measured.class_names[measured.target])
-        answer = replace(measured, class_effect=over_class).to_json()
-        return {**answer, "view": self._view(entry, variant, found, settings).to_json()}
+        return {**measured.to_json(), "view": self._view(entry, variant, found, settings).to_json()}
+
+    def class_effect(self, request: Any) -> Json:
+        """What the same intervention changes over images of a class; null if there are too few of them (yet)."""
+        given = read.fields(request, ("model", "variant", "top_k", "capacity", "intervention", "class"))
+        entry, variant = self.pages.model(given)
+        settings = read.settings(given, variant.facts)
+        name = read.choice(given, "class", variant.facts.class_names)
+        measured = self._class_effect(entry, variant, settings, name)
+        return {"class_effect": None if measured is None else measured.to_json()}
 
     def export_html(self, request: Any) -> Json:
         """The view as one HTML page that needs neither server nor network."""

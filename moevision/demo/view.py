@@ -34,6 +34,7 @@ from moevision.demo.facts import (
     softmax,
     title_of,
 )
+from moevision.demo.lens import block_outputs, lens
 from moevision.demo.noise import noise_of_training
 from moevision.demo.steps import steps
 from moevision.layers import Routing, SoftRouting
@@ -98,7 +99,7 @@ def spread(weights: Floats) -> Floats:
     return patches
 
 
-KINDS: Final = ("ablate", "force", "random")
+KINDS: Final = ("ablate", "force", "swap", "random")
 FILLS: Final = ("next_best", "zero")
 
 
@@ -190,18 +191,20 @@ def _other_capacity(factor: float, routers: Sequence[LayerFacts]) -> list[str]:
 
 
 def intervention_json(change: Intervention) -> dict[str, Any]:
-    """The five fields of an intervention as the explorer's requests and answers have them."""
+    """The fields of an intervention as the explorer's requests and answers have them; `other` is of a swap."""
+    other = {"other": change.other} if change.kind == "swap" else {}
     return {
         "kind": change.kind,
         "layer": change.layer,
         "expert": change.expert,
+        **other,
         "fill": change.fill,
         "seed": change.seed,
     }
 
 
 SCHEMA: Final = "moevision.view/2"
-TOP: Final = 5
+TOP, LENS_TOP = 5, 2
 
 
 @dataclass(frozen=True)
@@ -300,6 +303,7 @@ class RoutingView:
         probabilities: [C] of the MoE.
         dense_probabilities: [C] of its dense twin; None without one.
         settings: what was changed about the model.
+        lens: [blocks, C] probabilities by the logit lens (`demo/lens.py`); None for a network without blocks.
     """
 
     model: ModelFacts
@@ -308,6 +312,7 @@ class RoutingView:
     probabilities: npt.NDArray[np.float32] = field(repr=False)
     dense_probabilities: npt.NDArray[np.float32] | None = field(default=None, repr=False)
     settings: Settings = field(default_factory=Settings)
+    lens: npt.NDArray[np.float32] | None = field(default=None, repr=False)
 
     def layer(self, block_index: int) -> LayerView:
         """The MoE layer in that block."""
@@ -328,6 +333,7 @@ class RoutingView:
                 "moe": top_classes(names, self.probabilities),
                 "dense": None if dense is None else top_classes(names, dense),
             },
+            "lens": None if self.lens is None else [top_classes(names, block, LENS_TOP) for block in self.lens],
             "settings": {
                 "top_k": self.model.top_k if settings.top_k is None else settings.top_k,
                 "capacity": settings.capacity,
@@ -372,8 +378,9 @@ def route_image(
     settings = settings or Settings()
     facts = facts or describe(saved, title="" if isinstance(model, SavedModel) else title_of(model))
     pixels = model_input(image, saved.image_size)
-    with settings.applied(saved.net), listen(saved.net) as heard:
+    with settings.applied(saved.net), listen(saved.net) as heard, block_outputs(saved.net) as outputs:
         logits, routings = route_batch(saved, pixels[None])
+    after_blocks = lens(saved.net, outputs)
     known = picture or PictureFacts(pixels, name=Path(image).name if isinstance(image, str | Path) else "one image")
     return RoutingView(
         model=facts,
@@ -385,12 +392,13 @@ def route_image(
         probabilities=softmax(logits)[0],
         dense_probabilities=dense_probabilities if dense is None else _dense(dense, image, pixels),
         settings=settings,
+        lens=None if after_blocks is None else softmax(after_blocks),
     )
 
 
-def top_classes(names: Sequence[str], probabilities: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
-    """The likeliest classes, best first, at most five: `{"class", "p"}`."""
-    best = np.argsort(-probabilities, kind="stable")[:TOP]
+def top_classes(names: Sequence[str], probabilities: npt.NDArray[np.float32], count: int = TOP) -> list[dict[str, Any]]:
+    """The `count` likeliest classes, best first: `{"class", "p"}`."""
+    best = np.argsort(-probabilities, kind="stable")[:count]
     return [{"class": names[index], "p": round(float(probabilities[index]), 4)} for index in best]
 
 

@@ -17,6 +17,7 @@ from moevision.analysis.describe import (
     majority_part,
     part_expert_table,
     part_fractions,
+    part_stands_out,
     position_share,
 )
 from moevision.analysis.palette import EXPERT_COLOURS, FADED, HIGHLIGHT, NEUTRAL
@@ -158,6 +159,41 @@ def test_part_expert_table_by_hand() -> None:
     np.testing.assert_allclose(table, expected)
     assert table.sum() == pytest.approx(4)  # patches
     np.testing.assert_allclose(table.sum(1), [1.75, 1.25, 1.0])  # area of each part
+
+
+def masks_and_routing(follow: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """40 images of 16 patches and 2 parts: part 1 lies left more often, and the left goes to expert 1.
+
+    `follow` is the probability that a patch goes by its part and not by its side.
+    """
+    rng = np.random.default_rng(seed)
+    left = np.tile(np.repeat([1, 0], 8), (40, 1))  # [I, P]
+    part = np.where(rng.random((40, 16)) < 0.8, left, 1 - left)
+    expert = np.where(rng.random((40, 16)) < follow, part, left)
+    return expert[..., None], np.stack([part == 0, part == 1], -1).astype(np.float64)
+
+
+def test_a_part_stands_out_where_routing_goes_by_it() -> None:
+    choices, fractions = masks_and_routing(0.5, 0)
+    assert part_stands_out(choices, fractions, 2).all()
+
+
+def test_a_part_does_not_stand_out_where_routing_goes_by_the_place_alone() -> None:
+    """Expert 1 gets 80 % of part 1 and half of everything, and yet knows nothing of parts."""
+    found = []
+    for seed in range(40):
+        choices, fractions = masks_and_routing(0.0, seed)
+        table = part_expert_table(choices, fractions, 2)
+        assert table[1, 1] / table[1].sum() > 0.7
+        found.append(part_stands_out(choices, fractions, 2, num_permutations=100).any())
+    # No mask moves a share here: routing is the same in every image.
+    assert not any(found)
+    shuffled = 0
+    for seed in range(40):
+        _, fractions = masks_and_routing(0.0, seed)
+        choices = np.random.default_rng(1000 + seed).integers(0, 2, (40, 16, 1))
+        shuffled += part_stands_out(choices, fractions, 2, num_permutations=100).any()
+    assert shuffled <= 6  # 5 % of 40 tables are 2; more than 6 come by chance once in 300 times
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def explorer(home):
     entries = open_entries(None, DataOptions(), home=home)
     explorer = Explorer(entries, Galleries(entries, limit=serving.GALLERY))
     explorer.galleries.start(explorer.pages.prepare)
-    assert explorer.galleries.wait(60)
+    assert explorer.galleries.wait(serving.START_S)
     yield explorer
     explorer.close()
 

@@ -13,7 +13,7 @@ from moevision.analysis.describe import class_expert_map, fractions_of_parts
 from moevision.analysis.images import View, open_pictures
 from moevision.analysis.specialization import specialization
 from moevision.data import SyntheticPets
-from moevision.demo.atlas import SCHEMA, build_atlas, load_atlas, sample_paths, save_atlas
+from moevision.demo.atlas import SCHEMA, build_atlas, counted_name, load_atlas, sample_paths, save_atlas
 from moevision.errors import UserError
 from moevision.layers.moe import moe_layers
 
@@ -94,6 +94,32 @@ def test_parts_are_shares_of_area(atlas, trace, pictures):
             assert row["share"] == pytest.approx(share, abs=1e-4)
             assert row["above"] == pytest.approx(share - overall[entry["expert"]], abs=1e-4)
         assert [row["above"] for row in entry["parts"]] == sorted((r["above"] for r in entry["parts"]), reverse=True)
+        assert {type(row["significant"]) for row in entry["parts"]} == {bool}
+
+
+def row(name, share, above, significant):
+    return {"part": name, "class": name, "share": share, "above": above, "significant": significant}
+
+
+def test_a_name_is_what_stands_out_most_with_its_counts():
+    parts = [row("nose", 0.6, 0.46, False), row("whisker", 0.45, 0.31, True), row("ear", 0.1, -0.04, True)]
+    classes = [row("cat", 0.38, 0.25, True), row("dog", 0.2, 0.07, True)]
+    whisker = {"kind": "part", "name": "whisker", "share": 0.45, "overall": 0.14}
+    assert counted_name({"parts": parts, "classes": classes}) == whisker
+    cat = {"kind": "class", "name": "cat", "share": 0.38, "overall": 0.13}
+    assert counted_name({"parts": None, "classes": classes}) == cat  # photos have no part labels
+    assert counted_name({"parts": parts[2:], "classes": [row("cat", 0.38, 0.25, False)]}) is None
+    before = [{"part": "whisker", "share": 0.45, "above": 0.31}]  # an atlas that doesn't say what is chance
+    assert counted_name({"parts": before, "classes": []}) is None
+
+
+def test_the_effect_of_taking_an_expert_away_is_kept(trace, pictures):
+    maps = {layer.layer: class_expert_map(trace, layer.layer, num_permutations=5) for layer in trace.layers}
+    told = {"delta_logit": -0.5, "control_delta_logit": -0.1, "strongest_class": "cat", "strongest_delta_logit": -1.25}
+    effects = {"pictures_per_class": 7, "experts": [{"layer": 3, "expert": 2, "name": "L3·E2", **told}]}
+    made = build_atlas(trace, pictures, [], maps, effects=effects, max_patches=1)
+    found = [expert.get("without") for layer in made["layers"] for expert in layer["experts"]]
+    assert found == [*[None] * 6, {"images_per_class": 7, **told}, None]  # two layers of four
 
 
 def test_paths_are_counted_and_sampled(atlas, trace):

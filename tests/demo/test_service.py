@@ -221,19 +221,36 @@ def test_bundled_weights_are_bfloat16_on_disk_and_float32_in_memory(explorer, ho
 def test_what_if_answers_what_effect_measures(explorer, pixels):
     answer = good(explorer, "what_if", model="pets", picture=PICTURE, intervention=ABLATE)
     change = Intervention("ablate", layer=3, expert=1)
-    gallery = explorer.galleries.gallery(explorer.entries["pets"], "trained")
     alone = effect(saved(explorer), pixels, change)
-    target = alone.class_names[alone.target]
-    over_class = class_effect(saved(explorer), gallery.pictures, target, change, limit=50)
     assert answer["delta_logit"] == pytest.approx(alone.delta_logit)
     assert answer["moved"] == alone.moved
     assert answer["control"]["deltas"] == pytest.approx(list(alone.control.delta_logits))
     assert [other["expert"] for other in answer["others"]] == [0, 2, 3]
-    assert answer["class_effect"]["class"] == answer["target"] == target
-    assert answer["class_effect"]["delta_logit"] == pytest.approx(over_class.to_json()["delta_logit"])
+    assert answer["target"] == alone.class_names[alone.target]
     assert answer["view"] == good(explorer, "route", model="pets", picture=PICTURE, intervention=ABLATE)
     before = good(explorer, "route", model="pets", picture=PICTURE)["prediction"]["moe"]
     assert [entry["class"] for entry in answer["before"]] == [entry["class"] for entry in before]
+
+
+def test_a_swap_is_measured_and_shown(explorer, pixels):
+    request = {"kind": "swap", "layer": 3, "expert": 1, "other": 2}
+    answer = good(explorer, "what_if", model="pets", picture=PICTURE, intervention=request)
+    change = Intervention("swap", layer=3, expert=1, other=2)
+    assert answer["delta_logit"] == pytest.approx(effect(saved(explorer), pixels, change).delta_logit)
+    assert answer["view"]["settings"]["intervention"] == {**request, "fill": "next_best", "seed": 0}
+    plain = good(explorer, "route", model="pets", picture=PICTURE)["layers"][1]["experts"]
+    swapped = answer["view"]["layers"][1]["experts"]
+    assert swapped == [[{1: 2, 2: 1}.get(expert, expert) for expert in choices] for choices in plain]
+
+
+def test_an_effect_over_a_class_is_class_effect(explorer):
+    gallery = explorer.galleries.gallery(explorer.entries["pets"], "trained")
+    change = Intervention("ablate", layer=3, expert=1)
+    expected = class_effect(saved(explorer), gallery.pictures, "bear", change, limit=50).to_json()
+    request = {"model": "pets", "intervention": ABLATE, "class": "bear"}
+    answer = good(explorer, "class_effect", **request)["class_effect"]
+    assert {**answer, "delta_logit": 0} == {**expected, "delta_logit": 0}
+    assert answer["delta_logit"] == pytest.approx(expected["delta_logit"]) != 0
 
 
 def test_random_routing_in_all_layers(explorer):
@@ -350,8 +367,8 @@ def test_before_the_gallery_is_ready(home):
     assert explorer.answer("experts", {"model": "pets", "layer": 1})["status"] == "computing"
     assert explorer.answer("classes", {"model": "pets"})["status"] == "computing"
     assert explorer.answer("similar", {"model": "pets", "path": [0, 0]})["code"] == "busy"
-    what_if = explorer.answer("what_if", {"model": "pets", "picture": PICTURE, "intervention": ABLATE})
-    assert what_if["class_effect"] is None
+    request = {"model": "pets", "intervention": ABLATE, "class": "bear"}
+    assert explorer.answer("class_effect", request) == {"class_effect": None}
 
 
 def test_a_gallery_that_fails_says_why(home, monkeypatch):

@@ -1,14 +1,16 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
-import { blankBox, drawHeader, drawRail, drawSettings, limitable, otherK, railHandlers } from "./app_rail.js";
-import { levelMemory, levelOf } from "./app_level.js";
+import { addOther, choose, chooseCount, isDefault } from "./app_choice.js";
+import { blankBox, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
+import { askView, drawHand, handActions, spokenResult } from "./app_hand.js";
+import { levelMemory } from "./app_level.js";
 import { countShared, drawShared, listenForFiles, OWN, ownHandlers, ownMemory, restoreOwn } from "./app_own.js";
 import { drawQuestion } from "./app_question.js";
-import { asAskError, Asker, emptyBox, errorBox, slide, waitingBox } from "./app_server.js";
-import { closeMenuByClick, PLACE, readAddress, readIntervention, readNoise, readPlace, shareHandlers, writeAddress } from "./app_share.js";
+import { asAskError, Asker, errorBox, slide } from "./app_server.js";
+import { closeMenuByClick, PLACE, readAddress, readPlace, shareHandlers, writeAddress } from "./app_share.js";
 import { sharpen } from "./app_sharp.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
-import { drawTabs, pressTab } from "./app_tabs.js";
+import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
 import { nextStep, timeSource, trainedViews } from "./app_time.js";
 import { Tour, tourMemory } from "./app_tour.js";
 import { Core, coreLayout } from "./core.js";
@@ -63,6 +65,8 @@ export class App {
     this.opened = false;
     this.opening = false;
     this.tickets = [0, 0];
+    /** @type {symbol | null} */
+    this.panelTicket = null;
     this.place = history.state?.[PLACE] ?? 0;
     this.page = null;
     /** @type {Chosen[][]} */
@@ -70,7 +74,11 @@ export class App {
     root.innerHTML = String(appLayout());
     this.core = new Core(root, null);
     this.core.timeSource = timeSource(this);
-    /** @type {(Tab | WhatIfTab)[]} */
+    /** @type {number | null} the expert that the page itself highlighted when it opened: nobody's choice yet */
+    this.given = null;
+    this.swapping = false;
+    this.waiting = false;
+    /** @type {Tab[]} */
     this.tabs = TABS.map((Tab) => new Tab(this));
     this.connect();
   }
@@ -78,15 +86,15 @@ export class App {
   /** @param {View | undefined} view the first one, which comes with the page */
   async start(view) {
     const wish = readAddress();
-    this.choose(wish);
+    choose(this, wish);
     restoreOwn(this, history.state?.[OWN]);
-    if (this.level === "simple" && this.isDefault(wish)) this.opening = this.addOther();
+    if (this.level === "simple" && isDefault(this, wish)) this.opening = addOther(this) && wish.expert === undefined;
     this.drawFrame();
     this.drawTabs();
     if (!this.hasPicture()) return this.showBlank();
     // The first view comes with the page, so that nothing has to be asked before something is seen.
     /** @type {Record<number, View>} */
-    const ready = view && this.isDefault(wish) ? { 0: view } : {};
+    const ready = view && isDefault(this, wish) ? { 0: view } : {};
     await this.load([...this.pictures.keys()], ready, wish);
     if (!this.state && wish.picture) await this.startElsewhere(wish);
     if (this.state && !tourMemory.seen()) new Tour(this.core);
@@ -97,53 +105,20 @@ export class App {
    * @param {Wish} given
    */
   async startElsewhere({ picture, picture2, ...wish }) {
-    this.choose(wish);
+    choose(this, wish);
     if (!this.hasPicture()) return this.showBlank();
     await this.load([0], {}, wish);
     return this.notify("The link's image isn't on this server; here is another one.");
-  }
-
-  /**
-   * Take over what the address asks for, as far as this server has it.
-   * @param {Wish} wish
-   */
-  choose(wish) {
-    const { models, default: first } = this.boot;
-    const find = (id) => models.find((model) => model.id === id);
-    this.model = find(wish.model) ?? find(first?.model) ?? models[0];
-    this.variant = this.model.variants.find((name) => name === wish.variant) ?? this.model.variants[0];
-    // The rail shows a few examples; a link may name any image that the server knows.
-    const usual = this.model.examples.find(({ id }) => id === first?.picture) ?? this.model.examples[0];
-    const chosen = wish.picture ?? usual?.id;
-    this.pictures = [chosen ? { kind: "example", id: chosen } : { kind: "none" }];
-    if (wish.picture2) this.pictures.push({ kind: "example", id: wish.picture2 });
-    this.level = levelOf(wish, levelMemory.read());
-    this.opened ||= wish.tab !== undefined;
-    const k = Number(wish.k);
-    this.topK = Number.isInteger(k) && k >= 1 && k <= this.model.max_top_k ? otherK(this.model, k) : null;
-    const capacity = Number(wish.capacity);
-    const limited = wish.capacity !== undefined && limitable(this.model).length > 0;
-    this.capacity = limited && capacity >= 0.25 && capacity <= 2 ? capacity : null;
-    this.noise = readNoise(wish.noise, this.model);
-    this.intervention = readIntervention(wish.do, this.model);
-    this.tab = this.tabs.find(({ id }) => id === wish.tab)?.id ?? this.tab;
-  }
-
-  /** @param {Wish} wish */
-  isDefault(wish) {
-    const { default: first } = this.boot;
-    return this.model.id === first?.model && this.variant === this.model.variants[0] && this.pictures[0].id === first?.picture
-      && this.topK === null && this.capacity === null && this.noise === null && this.intervention === null && wish.picture2 === undefined;
   }
 
   hasPicture() { return this.pictures.every(({ kind }) => kind !== "none"); }
 
   connect() {
     const [rail, own] = [railHandlers(this), ownHandlers(this)];
-    Object.assign(this.core.actions, rail.actions, own.actions, shareHandlers(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
+    Object.assign(this.core.actions, rail.actions, own.actions, shareHandlers(this), handActions(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
       tab: (button) => this.openTab(button.dataset.tab),
       retry: () => this.load([...this.pictures.keys()]),
-      undo: () => this.undo(),
+      undo: () => this.change(null),
       level: (button) => this.chooseLevel(button.dataset.level),
       calm: () => this.chooseSettings({ noise: null }),
       redraw: () => this.chooseSettings({ noise: (this.noise ?? 0) + 1 }),
@@ -193,27 +168,7 @@ export class App {
   }
 
   /** @param {number} count */
-  choosePictureCount(count) {
-    if (count === this.pictures.length) return undefined;
-    if (count === 1) {
-      this.pictures.length = 1;
-      this.slot = 0;
-      this.drawFrame();
-      return this.state && this.show([this.state.views[0]], "picture");
-    }
-    if (!this.addOther()) this.pictures.push({ ...this.pictures[0] });
-    this.slot = 1;
-    return this.load([1]);
-  }
-
-  /** Put an example of another class beside the first image; false where there is none. */
-  addOther() {
-    const first = this.model.examples.find(({ id }) => id === this.pictures[0].id);
-    const label = first ? first.label : this.state?.views[0].picture.label;
-    const other = this.model.examples.find((one) => one.id !== this.pictures[0].id && one.label !== label);
-    if (other) this.pictures.push({ kind: "example", id: other.id });
-    return other !== undefined;
-  }
+  choosePictureCount(count) { return chooseCount(this, count); }
 
   /** @param {string} level */
   chooseLevel(level) {
@@ -229,6 +184,9 @@ export class App {
   /** Simple shows what the experts do when somebody asks for it. */
   get closed() { return this.level === "simple" && !this.opened; }
 
+  /** The expert that a visitor chose, whose page then stands under Experts; null for none. */
+  get chosenExpert() { return this.state && this.state.highlight !== this.given ? this.state.highlight : null; }
+
   /** @param {number} slot */
   chooseSlot(slot) { this.slot = slot; this.drawFrame(); }
 
@@ -236,7 +194,7 @@ export class App {
   chooseModel(id) {
     if (id === this.model.id) return undefined;
     const own = this.pictures.find(({ kind }) => kind === "upload");
-    this.choose({ model: id });
+    choose(this, { model: id });
     // A visitor's own image goes along; an example belongs to its model.
     if (own) this.pictures = [own];
     this.slot = 0;
@@ -274,7 +232,7 @@ export class App {
     this.busy(true);
     try {
       const words = (text) => this.notify(text);
-      const answers = await Promise.all(slots.map((slot) => ready[slot] ?? this.asker.ask("route", this.question(slot), words)));
+      const answers = await Promise.all(slots.map((slot) => ready[slot] ?? askView(this, slot, words)));
       if (!current()) return undefined;
       slots.forEach((slot, place) => { if (this.pictures[slot].data) keepOriginal(answers[place], this.pictures[slot].data); });
       fillBox(this.core.box("trouble"), "");
@@ -297,7 +255,7 @@ export class App {
     const wish = readAddress();
     const before = this.questions();
     this.tab = "experts"; // unless the address names another
-    this.choose(wish);
+    choose(this, wish);
     Object.assign(this, { place, page: null, slot: 0, pictures: this.trail[place] ? [...this.trail[place]] : this.pictures });
     if (!this.trail[place]) restoreOwn(this, history.state?.[OWN]);
     this.drawTabs();
@@ -327,6 +285,7 @@ export class App {
     if (step !== undefined) this.core.time?.open(step);
     sharpen(this, views);
     countShared(this);
+    drawHand(this);
     drawQuestion(this);
     this.announceResult(views[Math.min(this.slot, views.length - 1)]);
     drawSimilar(this);
@@ -337,15 +296,18 @@ export class App {
   /** @param {View} view */
   announceResult(view) {
     const best = view.prediction.moe[0];
-    this.core.announce(`${pictureTitle(view)}: the model sees ${best.class}, ${percent(best.p)}`);
+    this.core.announce(spokenResult(view) ?? `${pictureTitle(view)}: the model sees ${best.class}, ${percent(best.p)}`);
   }
 
   /** @param {Set<string>} changed */
   follow(changed) {
     if (["patch", "active", "views"].some((name) => changed.has(name))) drawSimilar(this);
+    if (["layer", "highlight", "mode"].some((name) => changed.has(name))) drawHand(this);
     if (["layer", "highlight", "views"].some((name) => changed.has(name))) drawQuestion(this);
     if (changed.has("layer") || changed.has("highlight")) drawShared(this);
+    if (changed.has("highlight") && this.state?.highlight !== this.given) this.given = null;
     if (changed.has("layer")) this.refreshTab("layer");
+    else if (changed.has("highlight")) this.refreshTab("highlight");
     if (["views", "layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
   }
 
@@ -356,19 +318,10 @@ export class App {
   }
 
   /**
-   * Keep an intervention on, as a setting: the first image's view under it is here already.
-   * @param {Intervention} intervention @param {View} view
+   * Change the routing, or undo that.
+   * @param {Intervention | null} intervention
    */
-  showChanged(intervention, view) {
-    this.intervention = intervention;
-    this.core.box("main").scrollIntoView({ block: "start" });
-    return this.load([...this.pictures.keys()], { 0: view }, null, "shown");
-  }
-
-  undo() {
-    this.intervention = null;
-    return this.load([...this.pictures.keys()], {}, null, "shown");
-  }
+  change(intervention) { return this.chooseSettings({ intervention }); }
 
   showBlank() {
     this.core.box("view").hidden = true;
@@ -381,6 +334,8 @@ export class App {
 
   /** @param {boolean} is */
   busy(is) {
+    this.waiting = is;
+    if (this.state) drawHand(this);
     this.core.box("main").setAttribute("aria-busy", String(is));
     slide(this.core.box("progress"), is);
   }
@@ -416,34 +371,14 @@ export class App {
 
   /** @param {number} layer @param {number} expert */
   takeAway(layer, expert) {
-    const tab = /** @type {WhatIfTab} */ (this.tabs.find((one) => one instanceof WhatIfTab));
-    tab.preset(layer, expert);
-    this.openTab("whatif");
-    this.core.box("tabs").scrollIntoView({ block: "start" });
-    return this.state && tab.run();
+    if (!this.state) return undefined;
+    this.state.set({ layer: this.model.layers.indexOf(layer), highlight: expert, mode: "expert" });
+    this.core.box("main").scrollIntoView({ block: "start" });
+    return this.change({ kind: "ablate", layer, expert, fill: "next_best", seed: 0 });
   }
 
-  /**
-   * Draw the open tab again if what changed matters to it (null: it was just opened).
-   * @param {string | null} kind
-   */
-  async refreshTab(kind) {
-    if (this.closed) return;
-    const tab = present(this.tabs.find(({ id }) => id === this.tab));
-    if (kind !== null && kind !== "model" && !tab.follows.includes(kind)) return;
-    const panel = this.core.box("panel");
-    const ticket = (this.panelTicket = Symbol(tab.id));
-    const wanted = () => ticket === this.panelTicket;
-    if (!this.state && tab.id !== "about") {
-      fillBox(panel, this.hasPicture() ? waitingBox("Opening the image…") : emptyBox("No image yet", "This fills when an image is on the stage."));
-      return;
-    }
-    try {
-      await tab.draw(panel, wanted);
-    } catch (error) {
-      if (wanted()) fillBox(panel, errorBox(asAskError(error)));
-    }
-  }
+  /** @param {string | null} kind */
+  refreshTab(kind) { return drawPanel(this, kind); }
 }
 
 /**

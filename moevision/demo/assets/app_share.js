@@ -11,7 +11,7 @@ import { brush, clamp, html, inkOn, layerExpert, percent, present, rgba } from "
 /** @import { ViewState } from "./core_state.js" */
 /** @import { BootModel, Intervention, Look, View, Wish } from "./types.js" */
 
-export const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share and export</summary><div class="mv-menu-list">
+export const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share</summary><div class="mv-menu-list">
   ${[["link", "Copy link", "opens this view"], ["png", "Image (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/2"],
     ["page", "Page (HTML)", "one file, works without a network"]].map(([kind, title, hint]) => html`<button type="button" data-action="export-${kind}" data-key="export-${kind}">
     <b>${title}</b><span class="mv-soft">${hint}</span></button>`)}</div></details>`;
@@ -72,7 +72,7 @@ async function copyText(text) {
 }
 
 /** @param {Blob} blob @param {string} name */
-function download(blob, name) {
+export function download(blob, name) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
   link.download = name;
@@ -116,7 +116,7 @@ async function stagePng(state) {
 }
 
 /** @param {string} source */
-async function loadPicture(source) {
+export async function loadPicture(source) {
   const picture = new Image();
   picture.src = source;
   await picture.decode();
@@ -166,21 +166,23 @@ export const PLACE = "moevision.place";
 const LINK_KEYS = ["model", "variant", "picture", "picture2", "step", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "level"];
 
 /**
- * An intervention as one word of the address, "ablate.3.1.next_best.0", and back; null if the word makes no sense.
+ * An intervention as one word of the address, "ablate.3.1.next_best.0" or "swap.3.1-4.next_best.0", and back; null if the word makes no sense.
  * @param {Intervention} given
  */
-const interventionWord = ({ kind, layer, expert, fill, seed }) => [kind, layer ?? "all", expert ?? "any", fill ?? "next_best", seed ?? 0].join(".");
+const interventionWord = ({ kind, layer, expert, other, fill, seed }) => [kind, layer ?? "all", kind === "swap" ? `${expert}-${other}` : expert ?? "any", fill ?? "next_best", seed ?? 0].join(".");
 
 /** @param {string | undefined} word @param {BootModel} model @returns {Intervention | null} */
 export function readIntervention(word, model) {
   const [kind, layerText, expertText, fill, seedText] = (word ?? "").split(".");
-  const [layer, expert, seed] = [layerText, expertText, seedText].map(Number);
+  const [layer, seed] = [layerText, seedText].map(Number);
+  const [expert, other] = (expertText ?? "").split("-").map(Number);
   const every = kind === "random" && layerText === "all";
   const experts = model.routers.find((router) => router.layer === layer)?.num_experts ?? 0;
-  const sound = ["ablate", "force", "random"].includes(kind) && ["next_best", "zero"].includes(fill) && Number.isInteger(seed) && seed >= 0
-    && (every || model.layers.includes(layer)) && (kind === "random" || (Number.isInteger(expert) && expert >= 0 && expert < experts));
+  const within = (number) => Number.isInteger(number) && number >= 0 && number < experts;
+  const sound = ["ablate", "force", "swap", "random"].includes(kind) && ["next_best", "zero"].includes(fill) && Number.isInteger(seed) && seed >= 0
+    && (every || model.layers.includes(layer)) && (kind === "random" || within(expert)) && (kind !== "swap" || (within(other) && other !== expert));
   // Checked above, which types can't follow.
-  return sound ? /** @type {Intervention} */ ({ kind, layer: every ? null : layer, expert: kind === "random" ? null : expert, fill, seed }) : null;
+  return sound ? /** @type {Intervention} */ ({ kind, layer: every ? null : layer, expert: kind === "random" ? null : expert, ...(kind === "swap" ? { other } : {}), fill, seed }) : null;
 }
 
 /**
@@ -210,7 +212,7 @@ function readSlot(word) {
  * The highlighted expert as one word of the address, "L3.E1", and back as the fields of the state that it names.
  * @param {ViewState} given
  */
-const expertWord = ({ highlight, currentLayer: layer }) => (highlight === null ? null : `${layer.name}.E${highlight}`);
+const expertWord = ({ highlight, currentLayer: layer }) => `${layer.name}.E${highlight}`;
 
 /** @param {string | undefined} word @param {View} view */
 export function readExpert(word, view) {
@@ -250,7 +252,7 @@ export function writeAddress(app) {
     picture2: pictures[1]?.kind === "example" ? pictures[1].id : null,
     step: state?.view.moment?.step,
     layer: state?.currentLayer.layer,
-    expert: state && expertWord(state),
+    expert: state && app.chosenExpert !== null ? expertWord(state) : null,
     patch: state?.patch,
     mode: state?.mode === "expert" ? null : state?.mode,
     slot: state?.mode === "slots" ? slotWord(state) : null,

@@ -1,6 +1,7 @@
-// The row of tabs: which one is open, and how arrow keys walk along it.
+// The row of tabs: which one is open, how arrow keys walk along it, and what stands below it.
 
-import { fillBox, html } from "./core_util.js";
+import { asAskError, emptyBox, errorBox, waitingBox } from "./app_server.js";
+import { fillBox, html, present } from "./core_util.js";
 /** @import { App } from "./app.js" */
 
 /** @param {App} app */
@@ -20,4 +21,26 @@ export function pressTab(app, event) {
   const index = app.tabs.findIndex(({ id }) => id === app.tab);
   app.openTab(app.tabs[(index + step + app.tabs.length) % app.tabs.length].id);
   /** @type {HTMLElement} */ (app.root.querySelector("[role=tab][aria-selected=true]")).focus();
+}
+
+/**
+ * Draw the open tab again if what changed matters to it (null: it was just opened).
+ * @param {App} app @param {string | null} kind
+ */
+export async function drawPanel(app, kind) {
+  if (app.closed) return;
+  const tab = present(app.tabs.find(({ id }) => id === app.tab));
+  if (kind !== null && kind !== "model" && !tab.follows.includes(kind)) return;
+  const panel = app.core.box("panel");
+  const ticket = (app.panelTicket = Symbol(tab.id));
+  const wanted = () => ticket === app.panelTicket;
+  if (!app.state && tab.id !== "about") {
+    fillBox(panel, app.hasPicture() ? waitingBox("Opening the image…") : emptyBox("No image yet", "This fills when an image is on the stage."));
+    return;
+  }
+  try {
+    await tab.draw(panel, wanted);
+  } catch (error) {
+    if (wanted()) fillBox(panel, errorBox(asAskError(error)));
+  }
 }

@@ -7,6 +7,7 @@ import { drawInspector, drawWhere } from "./core_inspector.js";
 import { Player } from "./core_play.js";
 import { Card } from "./core_card.js";
 import { describePatch, MODES, modesOf, routingWords } from "./core_kinds.js";
+import { drawLens } from "./core_lens.js";
 import { drawSlots } from "./core_slots.js";
 import { drawLegend, drawStrip, frameStrip, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
 import { centrePatch, ViewState } from "./core_state.js";
@@ -27,9 +28,9 @@ export const coreLayout = () => html`
           <label class="mv-check" data-box="as-seen" hidden><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label>
           <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
         <div class="mv-pictures"><div data-box="stage-0"></div><div data-box="stage-1" hidden></div></div>
-        ${box("legend")}${box("slots")}${box("time")}${box("strip")}
+        ${box("legend")}${box("hand")}${box("slots")}${box("time")}${box("strip")}
       </div>
-      <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}</div>
+      <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}${box("lens", "mv-research")}</div>
     </div>
   </section>
   <aside class="mv-inspector" aria-label="Patch inspector">${box("where")}${box("card")}${box("inspector")}${box("similar", "mv-research")}</aside>`;
@@ -203,11 +204,12 @@ export class Core {
     this.stages = state.views.map((view, slot) => (this.stages[slot]?.shows(view) ? this.stages[slot].drawAgain() : new Stage(this.box(`stage-${slot}`), state, slot)));
     this.box("stage-1").hidden = state.views.length < 2;
     this.root.classList.toggle("mv-pair", state.views.length > 1);
-    drawVerdict(this.box("verdict"), state);
+    drawVerdict(this.box("verdict"), state, "hand" in this.actions);
     drawPrediction(this.box("prediction"), state.views[0]);
     if (state.views[1]) drawPrediction(this.box("second"), state.views[1]);
     else fillBox(this.box("second"), "");
     this.drawStrip();
+    drawLens(this.box("lens"), state.view);
     this.time?.draw();
     this.root.classList.toggle("mv-past", state.view.moment !== undefined);
     this.drawLayer();
@@ -255,8 +257,12 @@ export class Core {
     if (has("asSeen")) this.drawPictures();
     if (has("patch", "hover", "active")) this.stages.forEach((stage) => stage.outline());
     if (has("layer")) frameStrip(this.box("strip"), this.state);
-    if (has("active")) this.drawStrip();
+    if (has("active")) {
+      this.drawStrip();
+      drawLens(this.box("lens"), state.view);
+    }
     if (has("layer", "highlight", "active")) drawLoads(this.box("loads"), this.state);
+    if (has("highlight")) drawWhere(this.box("where"), this.state);
     if (has("layer", "mode", "highlight", "active") || slots) drawLegend(this.box("legend"), this.state);
     if (has("layer", "mode", "active") || slots) drawSlots(this.box("slots"), this.state);
     if (has("layer", "patch", "hover", "active", "mode") || slots) this.drawPatch();

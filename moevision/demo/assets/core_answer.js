@@ -24,10 +24,10 @@ export function drawPrediction(box, view) {
 
 /**
  * One line per image that answers the first question before anything else is read.
- * @param {HTMLElement} box @param {ViewState} state
+ * @param {HTMLElement} box @param {ViewState} state @param {boolean} elsewhere whether another part of the page says how the model was changed
  */
-export function drawVerdict(box, state) {
-  fillBox(box, html`${state.views.map((view) => html`<div>${verdictLine(view)}${verdictNotes(view)}</div>`)}`);
+export function drawVerdict(box, state, elsewhere) {
+  fillBox(box, html`${state.views.map((view) => html`<div>${verdictLine(view)}${verdictNotes(view, elsewhere)}</div>`)}`);
 }
 
 /** @param {View} view */
@@ -38,14 +38,14 @@ function verdictLine(view) {
   const tag = label === best.class ? html`<span class="mv-tag mv-right">✓<span class="mv-research"> matches the label</span></span>`
     : label && html`<span class="mv-tag mv-wrong">✗ the label is ${label}</span>`;
   return html`<p class="mv-verdict"><span>${view.moment ? `${capital(momentWords(view.moment))}:` : "The model sees"}</span> <b>${best.class}</b> <span class="mv-num">${percent(best.p)}</span>
-    ${tag}${twin && html`<span class="mv-soft mv-research">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
+    ${tag}${view.settings.intervention && html`<span class="mv-tag mv-changed">changed model</span>`}${twin && html`<span class="mv-soft mv-research">${term("dense", "dense twin")}: ${twin.class} ${percent(twin.p)}</span>`}</p>`;
 }
 
 /**
  * What makes this view less than the model on its own kind of image.
- * @param {View} view
+ * @param {View} view @param {boolean} elsewhere
  */
-function verdictNotes(view) {
+function verdictNotes(view, elsewhere) {
   const { unlike } = view.picture;
   const { intervention, noise } = view.settings;
   const off = view.settings.off_reason;
@@ -54,27 +54,23 @@ function verdictNotes(view) {
     off && html`<p class="mv-warn" role="note"><b>Off the training distribution.</b> ${off}</p>`,
     typeof noise === "number" && html`<p class="mv-warn" role="note"><b>Noise of training is on.</b> The routers drew it once (draw ${noise}); predictions are made without.
       <button type="button" class="mv-quiet" data-action="calm" data-key="calm">Turn it off</button></p>`,
-    intervention && html`<p class="mv-warn" role="note"><b>Changed model.</b> ${interventionWords(intervention, view.model.routers)}
-      <button type="button" class="mv-quiet" data-action="undo" data-key="undo">Undo</button></p>`,
+    intervention && !elsewhere && html`<p class="mv-warn" role="note"><b>Changed model.</b> ${interventionWords(intervention, view.model.routers)}</p>`,
   ];
 }
 
 /** @param {Intervention} given @param {Router[]} routers */
-function interventionWords({ kind, layer, expert, fill }, routers) {
+export function interventionWords({ kind, layer, expert, other, fill }, routers) {
   const where = layer === null || layer === undefined ? "in every layer" : `in L${layer}`;
   const way = routers.find((router) => router.layer === layer)?.kind ?? "token_choice";
-  if (kind === "random" && way !== "token_choice") return `${KIND_WORDS.random[way]}, ${where}.`;
+  if (kind === "random" && way !== "token_choice") return `${RANDOM_WORDS[way]}, ${where}.`;
   if (kind === "random") return `Patches go to random experts ${where}.`;
+  if (kind === "swap") return `L${layer}·E${expert} and E${other} compute each other's ${way === "soft" ? "slots" : "patches"}.`;
   if (kind === "force") return `Every patch ${where} goes to L${layer}·E${expert}.`;
   return `Without L${layer}·E${expert}: its patches ${FILL_WORDS[fill][way]}.`;
 }
 
-/** The changes under What if, and what becomes of an absent expert's patches, by the way in which the layer routes. */
-export const KIND_WORDS = {
-  ablate: { token_choice: "Take an expert away", expert_choice: "Take an expert away", soft: "Take an expert away" },
-  force: { token_choice: "Send every patch to one expert" },
-  random: { token_choice: "Send patches to random experts", expert_choice: "Let experts take random patches", soft: "Deal the slots out to random experts" },
-};
+/** A random routing, and what becomes of an absent expert's patches, by the way in which the layer routes. */
+export const RANDOM_WORDS = { token_choice: "Send patches to random experts", expert_choice: "Let experts take random patches", soft: "Deal the slots out to random experts" };
 export const FILL_WORDS = {
   next_best: { token_choice: "go to their next-best expert", expert_choice: "keep the other experts that took them", soft: "take more from the other slots" },
   zero: { token_choice: "get nothing in its place", expert_choice: "get nothing in its place", soft: "get nothing in its place" },

@@ -3,7 +3,7 @@
 import { capital, describePatch } from "./core_kinds.js";
 import { slotFacts } from "./core_slots.js";
 import { underlay } from "./core_stage.js";
-import { chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, rowColumn, term } from "./core_util.js";
+import { chip, clamp, expertColour, fillBox, fixed, html, inkOn, layerExpert, pickButton, rowColumn, term } from "./core_util.js";
 /** @import { ViewState } from "./core_state.js" */
 /** @import { View } from "./types.js" */
 
@@ -70,7 +70,7 @@ function drawPath(state, patch) {
   };
   const links = [...Array(Math.max(0, view.layers.length - 1)).keys()];
   const spoken = view.layers.map((layer) => `${layer.name} ${layer.experts[patch].length ? `expert ${layer.experts[patch][0]}` : "no expert"}`).join(", then ");
-  return html`<h3>Path through the layers</h3>
+  return html`<h3>Path</h3>
     <div class="mv-path" style="width:${width}px">
       <svg viewBox="0 0 ${width} 132" width="${width}" height="132" role="img" aria-label="Path: ${spoken}">
         ${links.map((index) => [1, 0].map((rank) => line(rank, index)))}
@@ -90,9 +90,9 @@ export function drawWhere(box, state) {
   const [row, column] = rowColumn(patch, view.model.grid[1]);
   const [first] = layer.experts[patch];
   const nobody = first === undefined;
-  return fillBox(box, html`<p class="mv-where">${nobody ? html`<span class="mv-chip mv-big mv-none">–</span>` : chip(first, layer.num_experts, "mv-big")}
+  return fillBox(box, html`<p class="mv-where">${nobody ? html`<span class="mv-chip mv-big mv-none">–</span>` : pickButton(layer, first, state.highlight, chip(first, layer.num_experts, "mv-big"), "where")}
       <span><b>${nobody ? `${layer.name}: no expert` : layerExpert(layer, first)}</b><br><span class="mv-soft">row ${row}, column ${column}${view === state.views[1] ? " · second image" : ""}</span></span>
-      ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin">unpin</button>`}</p>`);
+      ${state.hover === null && html`<button type="button" class="mv-quiet" data-action="unpin" data-key="unpin" aria-label="Unpin">×</button>`}</p>`);
 }
 
 /** @param {HTMLElement} box @param {ViewState} state */

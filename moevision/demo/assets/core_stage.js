@@ -1,10 +1,11 @@
 // The stage: an image under a grid of patches, and the strip of layers beneath it.
 
-import { describePatch, modeHint, patchWeights, plural, routingWords, strongest } from "./core_kinds.js";
+import { awayExpert, describePatch, modeHint, patchWeights, plural, routingWords, strongest } from "./core_kinds.js";
+import { silentWords } from "./core_lens.js";
 import { playButton } from "./core_play.js";
 import { rangeOf, ratioWords, slotLooks, slotValues } from "./core_slots.js";
 import {
-  brush, chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pictureSource, rgba, SCALE_COLOUR, term,
+  brush, chip, clamp, expertColour, fillBox, fixed, hasColours, html, inkOn, layerExpert, pickButton, pictureSource, rgba, SCALE_COLOUR, term,
 } from "./core_util.js";
 import { PALETTE } from "./palette.js";
 /** @import { ViewState } from "./core_state.js" */
@@ -16,9 +17,16 @@ import { PALETTE } from "./palette.js";
  */
 export function patchLooks(state, view, layer) {
   if (state.mode === "slots") return slotLooks(state, view, layer);
-  const top = layer.kind === "soft" ? topWeight(layer, state.highlight) : 1;
-  return layer.experts.map((_, patch) => patchLook(state, layer, patch, top));
+  const lit = litExpert(state, view, layer);
+  const top = layer.kind === "soft" ? topWeight(layer, lit) : 1;
+  return layer.experts.map((_, patch) => patchLook(state, layer, patch, top, lit));
 }
+
+/**
+ * The expert whose patches stand out. One that was taken away has none: then all show where they went.
+ * @param {ViewState} state @param {View} view @param {Layer} layer
+ */
+const litExpert = ({ highlight }, view, layer) => (awayExpert(view, layer) === highlight ? null : highlight);
 
 /**
  * The largest weight of the image: of one expert, or of any. In Soft MoE all are small, and opacity is relative to it.
@@ -27,9 +35,9 @@ export function patchLooks(state, view, layer) {
 const topWeight = (layer, expert) => (expert === null ? strongest(layer).high
   : Math.max(...layer.experts.map((_, patch) => patchWeights(layer, patch)[expert]), 1e-6));
 
-/** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top */
-function patchLook(state, layer, patch, top) {
-  if (state.mode === "expert") return state.highlight === null ? expertLook(state, layer, patch, top) : highlightLook(state, layer, patch, top);
+/** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top @param {number | null} lit */
+function patchLook(state, layer, patch, top, lit) {
+  if (state.mode === "expert") return lit === null ? expertLook(state, layer, patch, top) : highlightLook(state, layer, patch, top, lit);
   if (state.mode === "drops") return dropLook(layer, patch);
   if (state.mode === "takers") return takersLook(layer, patch);
   const entropy = state.mode === "entropy";
@@ -48,9 +56,8 @@ function expertLook(state, layer, patch, top) {
     text: others ? `${expert}+${others}` : String(expert), chip: expert, hatched: !kept };
 }
 
-/** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top */
-function highlightLook(state, layer, patch, top) {
-  const expert = state.highlight;
+/** @param {ViewState} state @param {Layer} layer @param {number} patch @param {number} top @param {number} expert */
+function highlightLook(state, layer, patch, top, expert) {
   const rank = layer.experts[patch].indexOf(expert);
   const uses = rank >= 0;
   return { colour: expertColour(expert, layer.num_experts, uses), alpha: (patchWeights(layer, patch)[expert] / top) * state.strength,
@@ -226,6 +233,7 @@ export function drawStrip(box, state) {
     <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
     <p class="mv-note">Colours aren't comparable across layers<span class="mv-research">: ${layers.map((layer) => layerExpert(layer, 0)).join(" and ")}
       are different networks</span>.</p>
+    <p class="mv-note mv-silent mv-research">${silentWords(state.view)}</p>
     ${routingWords(layers).map(([where, words]) => html`<p class="mv-note mv-how mv-research"><b>${where}</b>: ${words}</p>`)}`);
   box.style.setProperty("--under", `url("${underlay(state, state.view).source}")`);
   box.querySelectorAll("canvas").forEach((canvas, index) => drawThumbnail(canvas, layers[index], model.grid));
@@ -246,7 +254,7 @@ export function drawLegend(box, state) {
   const ramp = (low, high) => html`<span class="mv-ramp" aria-hidden="true"></span><span>${low} – ${high}</span>`;
   const key = {
     expert: () => hasColours(experts)
-      ? [...Array(experts).keys()].map((expert) => chip(expert, experts))
+      ? [...Array(experts).keys()].map((expert) => pickButton(layer, expert, state.highlight, chip(expert, experts), `chip-${expert}`))
       : html`<span>More than ${PALETTE.length} experts: read the numbers, or highlight one in the load bars.</span>`,
     entropy: () => ramp("0", `${fixed(Math.log2(experts), 1)} bits`),
     margin: () => ramp("0", "1"),
@@ -259,7 +267,8 @@ export function drawLegend(box, state) {
 
 /** @param {ViewState} state */
 function legendHint(state) {
-  if (state.highlight !== null) return `only patches of ${layerExpert(state.currentLayer, state.highlight)} are coloured, stronger where its weight is higher`;
+  const lit = litExpert(state, state.view, state.currentLayer);
+  if (lit !== null) return `only patches of ${layerExpert(state.currentLayer, lit)} are coloured, stronger where its weight is higher`;
   return modeHint(state.view, state.currentLayer, state.mode);
 }
 

@@ -1,7 +1,7 @@
 // Small tools that every other file uses: escaping templates, colours, words. No state lives here.
 
 import { HIGHLIGHT, NEUTRAL, PALETTE } from "./palette.js";
-/** @import { Fill } from "./types.js" */
+/** @import { Fill, Layer } from "./types.js" */
 
 /** Marks a string that is HTML already, so that `html` doesn't escape it a second time. */
 export class Markup {
@@ -118,6 +118,13 @@ export function chip(expert, experts, extra = "") {
   const colour = expertColour(expert, experts);
   return html`<span class="mv-chip ${extra}" style="background:${colour};color:${inkOn(colour)}">${expert}</span>`;
 }
+
+/**
+ * An expert's mark that takes the expert into the hand, and puts it back.
+ * @param {Layer} layer @param {number} expert @param {number | null} highlight @param {Markup} mark @param {string} key
+ */
+export const pickButton = (layer, expert, highlight, mark, key) => html`<button type="button" class="mv-pick" data-action="highlight" data-expert="${expert}"
+  data-key="${key}" aria-pressed="${highlight === expert}" aria-label="${layerExpert(layer, expert)}: show its patches">${mark}</button>`;
 
 /** @param {{ name: string }} layer @param {number} expert */
 export const layerExpert = (layer, expert) => `${layer.name}·E${expert}`;

@@ -67,7 +67,7 @@ export class AboutTab {
         <li><b>Not what the model attends to.</b> Attention mixes the patches in every block, and this page doesn't draw it.</li>
         <li><b>Not everything that happens to a patch.</b> The residual path carries every patch past the experts unchanged; an expert only adds to it.</li>
         <li><b>Not pixels alone.</b> A patch in a deep layer carries context from the whole image.</li>
-        <li><b>Not a cause.</b> Where patches go doesn't say what matters for the answer. Take an expert away under What if, and read the effect beside its controls.</li>
+        <li><b>Not a cause.</b> Where patches go doesn't say what matters for the answer. Take an expert away under the image, and read the effect beside its control.</li>
         <li><b>Not a law from one image.</b> A pattern counts when it stands above shuffled labels, an untrained router and plain clusters: see Classes.</li>
         <li><b>Not a meaning.</b> Part and class names on cards are counts on one set of images. Another training run gives other experts.</li></ul></section>
       <section><h2>${model.title}</h2><p class="mv-note">${model.accuracy_texts[variant]}<br>${model.data_text}</p>

@@ -1,7 +1,9 @@
 // Tab "Experts": what each expert of the current layer is for, shown by what it computes.
 
-import { emptyBox, waitingBox } from "./app_server.js";
+import { asAskError, emptyBox, waitingBox } from "./app_server.js";
 import { chip, expertColour, fillBox, fixed, html, percent, pictureSource, present, signed } from "./core_util.js";
+import { saveExpert } from "./tab_experts_image.js";
+import { calledWords, withoutWords } from "./tab_experts_words.js";
 /** @import { App } from "./app.js" */
 /** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Router, ShareRow, Wanted } from "./types.js" */
 
@@ -29,24 +31,31 @@ function shareRows(title, rows, name, digits) {
   return html`<div><h3>${title}</h3><ul class="mv-shares">${shown.map(row)}</ul></div>`;
 }
 
-/** @param {ExpertCard} card @param {ExpertsAnswer} layer @param {Router} router */
-function expertCard(card, layer, router) {
+/**
+ * One of a layer's cards, or the page of that expert.
+ * @param {ExpertCard} card @param {ExpertsAnswer} layer @param {Router} router @param {boolean} alone
+ */
+function expertCard(card, layer, router, alone) {
   const experts = router.num_experts;
   const soft = router.kind === "soft";
   const withoutPictures = layer.status === "no_pictures";
   const ratio = card.ideal_share > 0 ? card.load_share / card.ideal_share : 0;
   const none = card.top.length + card.random.length === 0;
-  return html`<article class="mv-card" aria-label="${card.name}">
+  const called = calledWords(card);
+  return html`<article class="mv-card ${alone && "mv-alone"}" aria-label="${card.name}">
     <header>${chip(card.expert, experts, "mv-big")}<div><h2>${card.name}</h2>
-      <p class="mv-soft">${percent(card.load_share, 1)} of ${soft ? "what patches take" : "all choices"}, ${fixed(ratio, 1)} × an equal share</p></div></header>
+      ${called && html`<p class="mv-called">${called}</p>`}<p class="mv-soft">${percent(card.load_share, 1)} of ${soft ? "what patches take" : "all choices"}, ${fixed(ratio, 1)} × an equal share</p></div></header>
     <span class="mv-bar mv-loadline" style="--mark:${Math.min(1, card.ideal_share * 2.5) * 100}%"><i style="width:${Math.min(100, card.load_share * 250)}%;
       background:${expertColour(card.expert, experts)}"></i></span>
+    ${alone && withoutWords(card) && html`<p class="mv-without">${withoutWords(card)}</p>`}
     ${withoutPictures ? "" : none ? html`<p class="mv-note">No patch of the images goes to this expert.</p>`
-      : [gallery(soft ? "Read most" : "Highest weight", card.top), gallery(soft ? "Drawn at random, as it reads them" : "Picked at random", card.random)]}
+      : html`<div class="mv-galleries">${[[soft ? "Read most" : "Highest weight", card.top], [soft ? "Drawn at random, as it reads them" : "Picked at random", card.random]].map(([title, patches]) => html`<div>
+        ${gallery(/** @type {string} */ (title), /** @type {GalleryPatch[]} */ (patches))}</div>`)}</div>`}
     <div class="mv-two">${shareRows("Classes", card.classes, "class", soft ? 1 : 0)}${shareRows("Drawn parts", card.parts, "part", soft ? 1 : 0)}</div>
     <footer><button type="button" class="mv-button" data-action="take-away" data-layer="${layer.layer}" data-expert="${card.expert}"
       data-key="take-${card.expert}">Take it away</button>
-      <button type="button" class="mv-quiet" data-action="highlight" data-expert="${card.expert}" data-key="show-${card.expert}">highlight in the image</button></footer>
+      ${alone && !withoutPictures && html`<button type="button" class="mv-button" data-action="save-expert" data-expert="${card.expert}" data-key="save-expert">Save as image</button>`}
+      <button type="button" class="mv-quiet" data-action="highlight" data-expert="${card.expert}" data-key="show-${card.expert}">${alone ? `All experts of ${layer.name}` : "Its page"}</button></footer>
   </article>`;
 }
 
@@ -56,23 +65,42 @@ export class ExpertsTab {
     this.app = app;
     this.id = "experts";
     this.label = "Experts";
-    this.follows = ["model", "layer"];
-    this.actions = { "take-away": (button) => app.takeAway(Number(button.dataset.layer), Number(button.dataset.expert)) };
+    /** @type {any} what the cards that are shown were drawn from */
+    this.answer = null;
+    this.follows = ["model", "layer", "highlight"];
+    this.actions = {
+      "take-away": (button) => app.takeAway(Number(button.dataset.layer), Number(button.dataset.expert)),
+      "save-expert": (button) => this.save(Number(button.dataset.expert)),
+    };
   }
 
   /** @param {HTMLElement} panel @param {Wanted} wanted */
   async draw(panel, wanted) {
     const { app } = this;
     const layer = present(app.state).currentLayer;
-    fillBox(panel, waitingBox(`Looking at the images of ${layer.name}…`));
+    if (this.answer?.layer !== layer.layer) fillBox(panel, waitingBox(`Looking at the images of ${layer.name}…`));
     const answer = await app.asker.whenReady("experts", { model: app.model.id, variant: app.variant, layer: layer.layer }, wanted);
     if (!wanted()) return;
+    this.answer = answer;
     if (!answer.experts.length) return fillBox(panel, emptyBox("No images to show experts by", answer.note || NO_PICTURES));
     this.fetchOtherLayers(layer.layer);
     const router = present(app.model.routers.find((one) => one.layer === layer.layer));
     const hint = answer.status === "no_pictures" ? NO_PICTURES : "A click on a patch opens its image.";
-    return fillBox(panel, html`<p class="mv-note mv-lead">Experts of <b>${answer.name}</b>. ${answer.note} ${hint}</p>
-      <div class="mv-cards">${answer.experts.map((card) => expertCard(card, answer, router))}</div>`);
+    const one = app.chosenExpert;
+    const shown = one === null ? answer.experts : answer.experts.filter(({ expert }) => expert === one);
+    return fillBox(panel, html`<p class="mv-note mv-lead">${one === null && html`Experts of <b>${answer.name}</b>. `}${answer.note} ${hint}</p>
+      <div class="mv-cards">${shown.map((card) => expertCard(card, answer, router, one !== null))}</div>`);
+  }
+
+  /** @param {number} expert */
+  async save(expert) {
+    const { app, answer } = this;
+    try {
+      await saveExpert(app, answer.experts.find((card) => card.expert === expert), answer);
+      app.notify("Image saved.");
+    } catch (error) {
+      app.notify(asAskError(error).message);
+    }
   }
 
   /**

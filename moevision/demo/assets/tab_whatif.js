@@ -1,10 +1,12 @@
-// Tab "What if": change the routing, see what becomes of the prediction, and what chance changes of that size do.
+// Tab "What if": all numbers of the change that is on, and what chance changes of that size do; and the changes that
+// aren't about one expert. What one does with an expert is in app_hand.js.
 
-import { asAskError, errorBox, waitingBox } from "./app_server.js";
-import { FILL_WORDS, KIND_WORDS, predictionColumn } from "./core_answer.js";
+import { effectOf } from "./app_hand.js";
+import { asAskError, errorBox } from "./app_server.js";
+import { FILL_WORDS, predictionColumn, RANDOM_WORDS } from "./core_answer.js";
 import { expertColour, fillBox, fixed, html, inkOn, Markup, present, signed, term } from "./core_util.js";
 /** @import { App } from "./app.js" */
-/** @import { ClassEffect, Effect, Fill, Intervention } from "./types.js" */
+/** @import { ClassEffect, Effect, Intervention, Wanted } from "./types.js" */
 
 export class WhatIfTab {
   /** @param {App} app */
@@ -12,138 +14,55 @@ export class WhatIfTab {
     this.app = app;
     this.id = "whatif";
     this.label = "What if";
-    this.follows = ["model", "picture", "settings"];
-    this.result = null;
-    /** @type {Intervention} */
-    this.form = { kind: "ablate", layer: null, expert: 0, fill: "next_best", seed: 0 };
-    const field = (name, convert) => (input) => { this.touched = true; this.form[name] = convert(input.value); this.result = null; this.drawForm(); };
-    this.changes = {
-      "if-kind": field("kind", String),
-      "if-layer": field("layer", (value) => (value === "all" ? null : Number(value))),
-      "if-expert": field("expert", Number),
-      "if-fill": field("fill", String),
-    };
+    this.follows = ["model", "picture", "settings", "layer"];
+    this.changes = { "if-fill": (select) => app.change(/** @type {Intervention} */ ({ ...app.intervention, fill: select.value })) };
     this.actions = {
-      "if-run": () => this.run(),
-      "if-show": () => this.app.showChanged(this.intervention(), this.result.view),
+      "if-random": (button) => app.change({ kind: "random", layer: button.dataset.layer ? Number(button.dataset.layer) : null, expert: null, fill: "next_best", seed: 0 }),
     };
   }
 
-  /** @param {number} layer @param {number} expert */
-  preset(layer, expert) {
-    Object.assign(this.form, { kind: "ablate", layer, expert });
-    this.touched = true;
-    this.result = null;
-  }
-
-  /** @param {HTMLElement} panel */
-  async draw(panel) {
-    const { form, app } = this;
-    const { layers } = app.model;
-    this.panel = panel;
-    if (form.kind !== "random" && !layers.includes(form.layer ?? -1)) form.layer = present(app.state).currentLayer.layer;
-    if (!this.touched) this.suggest();
-    fillBox(panel, html`<div data-part="form"></div><div data-part="result" aria-live="polite"></div>`);
-    // Coming back to the tab finds the result that was left there, as long as it answers the same question.
-    if (this.asked !== this.wish()) this.result = null;
-    this.drawForm();
-    if (this.result) this.tell(this.story(this.result));
-  }
-
-  /** Until somebody chooses: the expert of the pinned patch, in the layer that is shown. */
-  suggest() {
-    const { currentLayer: layer, patch } = present(this.app.state);
-    Object.assign(this.form, { layer: layer.layer, expert: patch === null ? 0 : layer.experts[patch][0] ?? 0 });
-  }
-
-  drawForm() {
-    const { form, app } = this;
-    const { layers } = app.model;
-    if (form.kind !== "random" && form.layer === null) form.layer = present(app.state).currentLayer.layer;
-    const kinds = this.settle();
-    const [first] = this.chosenLayers();
-    const choice = (value, label, chosen) => html`<option value="${value}" ${new Markup(String(value) === String(chosen) ? "selected" : "")}>${label}</option>`;
-    const pick = (name, label, options) => html`<label><span>${label}</span><select data-change="${name}" data-key="${name}">${options}</select></label>`;
-    fillBox(this.panel?.querySelector("[data-part=form]"), html`<div class="mv-form">
-      ${pick("if-kind", "Change", kinds.map(([value, label]) => choice(value, label, form.kind)))}
-      ${pick("if-layer", "Layer", [form.kind === "random" && choice("all", "every layer", form.layer ?? "all"), ...layers.map((layer) => choice(layer, `L${layer}`, form.layer))])}
-      ${form.kind !== "random" && pick("if-expert", "Expert", [...Array(first.num_experts).keys()].map((expert) => choice(expert, `E${expert}`, form.expert)))}
-      ${form.kind === "ablate" && pick("if-fill", "Its patches", Object.entries(FILL_WORDS).map(([value, words]) => choice(value, words[first.kind], form.fill)))}
-      <button type="button" class="mv-primary" data-action="if-run" data-key="if-run">Try it</button></div>
-      ${Object.entries(first.refused).filter(([kind]) => kind in KIND_WORDS).map(([kind, why]) => html`<p class="mv-note">
-        "${KIND_WORDS[kind].token_choice}" has no meaning in ${first.name}: ${why}.</p>`)}`);
-    if (!this.result) {
-      this.tell(html`<p class="mv-note mv-lead">The answer for this image comes beside two controls: as much
-        taken away at random in the same layer, and every other expert in turn.</p>`);
-    }
-  }
-
-  /** The layers that the form is about. */
-  chosenLayers() {
-    const { routers } = this.app.model;
-    return this.form.layer === null ? routers : routers.filter(({ layer }) => layer === this.form.layer);
-  }
-
-  /** Bring the form to what the layer allows; returns the kinds of change that it does, with their words. */
-  settle() {
-    const { form } = this;
-    const layers = this.chosenLayers();
-    const way = form.layer === null ? "token_choice" : layers[0].kind;
-    const allowed = (kind) => layers.every(({ refused }) => !(kind in refused));
-    const kinds = Object.entries(KIND_WORDS).filter(([kind]) => allowed(kind)).map(([kind, words]) => [kind, words[way]]);
-    if (!kinds.some(([kind]) => kind === form.kind)) [[form.kind]] = kinds;
-    form.expert = Math.min(form.expert ?? 0, layers[0].num_experts - 1);
-    return kinds;
-  }
-
-  async run() {
+  /** @param {HTMLElement} panel @param {Wanted} wanted */
+  async draw(panel, wanted) {
     const { app } = this;
-    const button = /** @type {HTMLButtonElement} */ (this.panel?.querySelector("[data-action=if-run]"));
-    const token = (this.token = Symbol("run"));
-    this.touched = true; // what was asked stays in the form
-    button.disabled = true;
-    this.tell(waitingBox("Trying it, and the controls…"));
-    const asked = this.wish();
-    const wanted = () => this.token === token && asked === this.wish();
+    const [view] = present(app.state).views;
+    const effect = effectOf(view);
+    fillBox(panel, html`${this.choices()}<div data-part="result">${effect ? this.story(effect) : html`<p class="mv-note mv-lead">Click an expert under the image to take it
+      away, to send every patch to it, or to swap it with another. The answer then stands there beside a control, and all its numbers here.</p>`}</div>`);
+    if (!effect) return;
+    const told = panel.querySelector("[data-part=class]");
     try {
-      const result = await app.asker.ask("what_if", JSON.parse(asked), (words) => wanted() && this.tell(waitingBox(words)));
-      if (!wanted()) return;
-      this.result = result;
-      this.asked = asked;
-      this.tell(this.story(result));
+      const { picture, noise, ...asked } = app.question(0);
+      const { class_effect: byClass } = await app.asker.ask("class_effect", { ...asked, class: effect.target });
+      if (wanted()) fillBox(told, byClass ? classWords(byClass) : "No effect over the class: there are too few images of it here.");
     } catch (error) {
-      if (wanted()) this.tell(errorBox(asAskError(error), "if-run"));
-    } finally {
-      button.disabled = false;
+      if (wanted()) fillBox(told, errorBox(asAskError(error)));
     }
   }
 
-  /** What the form asks about the first image, as text that can be compared. */
-  wish() { return JSON.stringify({ ...this.app.question(0), noise: null, intervention: this.intervention() }); }
-
-  /**
-   * The tab may have been drawn anew, or left, since the question was asked.
-   * @param {Fill} markup
-   */
-  tell(markup) { fillBox(this.panel?.querySelector("[data-part=result]"), markup); }
-
-  /** @returns {Intervention} */
-  intervention() {
-    const { kind, layer, expert, fill, seed } = this.form;
-    return { kind, layer, expert: kind === "random" ? null : expert, fill, seed };
+  /** What an absent expert's patches get, and random routing: in the layer that is shown, and in every layer. */
+  choices() {
+    const { intervention, model: { routers }, state } = this.app;
+    const shown = present(routers.find(({ layer }) => layer === present(state).currentLayer.layer));
+    const random = (layer, label) => html`<button type="button" class="mv-button" data-action="if-random" data-layer="${layer}" data-key="if-random-${layer}"
+      aria-pressed="${intervention?.kind === "random" && intervention.layer === layer}">${label}</button>`;
+    const away = intervention?.kind === "ablate" && routers.find(({ layer }) => layer === intervention.layer);
+    return html`<div class="mv-form">${random(shown.layer, `${RANDOM_WORDS[shown.kind]} in ${shown.name}`)}
+      ${routers.length > 1 && random(null, "In every layer")}
+      ${away && html`<label><span>Patches of ${away.name}·E${intervention.expert}</span><select data-change="if-fill" data-key="if-fill">${Object.entries(FILL_WORDS).map(([value, words]) => html`<option
+        value="${value}" ${new Markup(value === intervention.fill ? "selected" : "")}>${words[away.kind]}</option>`)}</select></label>`}</div>
+      ${shown.refused.force && html`<p class="mv-note">Patches can't be sent to one expert in ${shown.name}: ${shown.refused.force}.</p>`}`;
   }
 
   /** @param {Effect} result */
   story(result) {
-    const { before, after, control, class_effect: byClass } = result;
+    const { before, after, control, others } = result;
     const label = present(this.app.state).views[0].picture.label;
     return html`<p class="mv-sentence">${result.sentence}</p>
       <div class="mv-split"><div class="mv-two">${predictionColumn("before", before, label)}${predictionColumn("after", after, label)}</div>
       <div><h3>Change of the ${term("logit", "logit")} of ${result.target}</h3>${this.strip(result)}
-        <p class="mv-note">Grey: ${control.what ?? "the same number of patch choices changed at random"}, ${control.n} times, mean ${signed(control.mean, 3)} ± ${fixed(control.sd, 3)}.
-        Numbers: each other expert of the layer.</p>
-        <p class="mv-note">${byClass ? classWords(byClass) : "No effect over the class: there are too few images of it here."}</p></div></div>
-      <p class="mv-after"><button type="button" class="mv-button" data-action="if-show" data-key="if-show">Show the changed routing on the image</button></p>`;
+        <p class="mv-note">Grey: ${control.what}, ${control.n} times, mean ${signed(control.mean, 3)} ± ${fixed(control.sd, 3)}.
+        ${others.length > 0 && "Numbers: each other expert of the layer."}</p>
+        <p class="mv-note" data-part="class" aria-live="polite">Looking at more images of ${result.target}…</p></div></div>`;
   }
 
   /**

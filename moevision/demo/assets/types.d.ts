@@ -108,9 +108,11 @@ export interface Picture {
 export interface Guess { class: string; p: number }
 
 export interface Intervention {
-  kind: "ablate" | "force" | "random";
+  kind: "ablate" | "force" | "swap" | "random";
   layer: number | null;
   expert: number | null;
+  /** The second of two that are swapped. */
+  other?: number;
   fill: "next_best" | "zero";
   seed: number;
 }
@@ -122,6 +124,8 @@ export interface View {
   picture: Picture;
   layers: Layer[];
   prediction: { moe: Guess[]; dense: Guess[] | null };
+  /** The likeliest classes after each block, by the logit lens; missing in earlier exports. */
+  lens?: Guess[][] | null;
   settings: {
     top_k: number | null;
     capacity: number | null;
@@ -257,6 +261,7 @@ export interface GalleryPatch {
   crop: string;
   box: [number, number, number, number];
   label: string | null;
+  credit?: string | null;
   weight: number;
 }
 export type ShareRow = Record<string, any> & { share: number; above: number; significant?: boolean };
@@ -269,6 +274,10 @@ export interface ExpertCard {
   random: GalleryPatch[];
   classes: ShareRow[];
   parts: ShareRow[];
+  /** What stands out beyond chance: its share of that, and of everything. */
+  called: { kind: "part" | "class"; name: string; share: number; overall: number } | null;
+  /** What taking it away does to the logit of the true class; means over test images. */
+  without: { images_per_class: number; delta_logit: number; control_delta_logit: number; strongest_class: string; strongest_delta_logit: number } | null;
 }
 export interface ExpertsAnswer { status: string; layer: number; name: string; note: string; experts: ExpertCard[] }
 export interface Information {
@@ -314,12 +323,15 @@ export interface ClassEffect {
 export interface Effect {
   sentence: string;
   target: string;
+  delta_p: number;
   delta_logit: number;
+  /** Choices of patches, and of class and register tokens, that the change takes from their experts. */
+  moved: number;
+  moved_prefix: number;
   before: Guess[];
   after: Guess[];
-  control: { n: number; mean: number; sd: number; deltas: number[]; what?: string };
+  control: { n: number; mean: number; sd: number; deltas: number[]; delta_ps: number[]; what: string };
   others: { expert: number; delta_logit: number }[];
-  class_effect: ClassEffect | null;
   view: View;
 }
 /** A row of dots: label, values, interval, explanation, which of several values is told. */

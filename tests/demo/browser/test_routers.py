@@ -87,12 +87,13 @@ def test_a_patch_of_expert_choice_has_several_experts_or_none(visit, ask, look):
 
 
 def test_what_may_be_changed_where_experts_choose(visit, look):
-    one = visit("?model=choice&tab=whatif")
+    one = visit("?model=choice&tab=whatif&expert=L3.E1")
     page = one.page
     page.wait_for_selector(".mv-form")
-    kinds = page.locator("[data-change=if-kind] option").evaluate_all("options => options.map(one => one.value)")
-    assert kinds == ["ablate", "random"]
-    assert "no token has a first choice" in page.text_content("[data-part=form]")
+    kinds = page.locator(".mv-box-hand [data-kind]").evaluate_all("all => all.map(one => one.dataset.kind)")
+    assert kinds == ["ablate"]
+    assert page.locator("[data-action=hand-swap]").count() == 1
+    assert "no token has a first choice" in page.text_content(".mv-panel")
     assert page.locator("[data-change=limit]").count() == 0
     assert "on average" in page.text_content(".mv-settings")
     page.focus("[data-change=topk]")
@@ -101,8 +102,9 @@ def test_what_may_be_changed_where_experts_choose(visit, look):
     assert one.question("route")["top_k"] == 2
     assert "Trained with 1 expert per patch on average, shown is 2." in page.text_content("[role=note]")
     assert page.locator(".mv-loadcount").all_text_contents() == ["8"] * 4
-    page.click("[data-action=if-run]")
+    page.click("[data-kind=ablate]")
     page.wait_for_selector(".mv-stripplot")
+    assert "keep the other experts that took them" in page.text_content(".mv-results")
 
 
 def test_soft_patches_take_from_every_expert(visit, ask, look):

@@ -100,12 +100,16 @@ def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
     page.wait_for_selector("[role=note]:has-text('draw 2')")
     page.wait_for_function("location.search.includes('noise=2')")
     assert look.numbers(page) == drawn(2)
-    look.open_tab(page, "whatif")
-    page.click("[data-action=if-run]")
-    page.wait_for_selector(".mv-stripplot")
-    assert one.question("what_if")["noise"] is None
+    page.click("[data-key=chip-1]")
+    page.click("[data-kind=ablate]")
+    page.wait_for_selector(".mv-results:has-text('measured without noise')")
+    assert "what_if" not in one.asked
     page.click("[data-action=calm]")
+    page.wait_for_selector(".mv-results:has-text('As much at random:')")
+    assert one.question("what_if")["noise"] is None
+    page.click("[data-action=undo]")
     page.wait_for_selector("[role=note]", state="detached")
+    page.click("[data-key=chip-1]")
     assert not page.is_checked("[data-change=noise]")
     assert look.numbers(page) == [str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]]
 

@@ -74,8 +74,7 @@ def test_plus_and_minus_need_no_focus(visit, layers, look):
     page.keyboard.press("-")
     assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
     page.click("[role=tab][data-tab=whatif]")
-    page.wait_for_selector("[data-change=if-kind]")
-    page.focus("[data-change=if-kind]")  # a field keeps its keys
+    page.focus("[data-change=model]")  # a field keeps its keys
     page.keyboard.press("+")
     assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
 

@@ -192,16 +192,14 @@ def test_two_classes_get_intervals_or_plain_words(visit, ask):
 
 
 def test_results_are_still_there_after_a_look_elsewhere(visit, look):
-    one = visit("?tab=compare")
+    one = visit("?tab=compare&do=ablate.3.1.next_best.0")
     page = one.page
     page.select_option("[data-change=compare-b]", "pig")
     page.click("[data-action=compare-run]")
     page.wait_for_selector(".mv-forest")
     compared = page.text_content("[data-part=classes]")
     look.open_tab(page, "whatif")
-    page.click("[data-action=if-run]")
     page.wait_for_selector(".mv-stripplot")
-    tried = page.text_content("[data-part=result]")
     look.open_tab(page, "compare")
     assert page.text_content("[data-part=classes]") == compared
     page.click("[data-variant=untrained]")
@@ -210,11 +208,8 @@ def test_results_are_still_there_after_a_look_elsewhere(visit, look):
     page.click("[data-variant=trained]")
     page.wait_for_selector(".mv-forest")
     assert page.text_content("[data-part=classes]") == compared
-    look.open_tab(page, "whatif")
-    assert page.text_content("[data-part=result]") == tried
-    assert one.asked.count("compare") == one.asked.count("what_if") == 1
-    page.click("[data-action=example] >> nth=3")
-    page.wait_for_selector(".mv-stripplot", state="detached")  # that was another image
+    assert one.asked.count("compare") == 1
+    assert one.asked.count("what_if") == 3  # one for each network and image that was shown
 
 
 def test_a_class_is_not_compared_with_itself(visit):
@@ -225,44 +220,29 @@ def test_a_class_is_not_compared_with_itself(visit):
     assert "compare" not in one.asked
 
 
-def test_an_ablation_is_told_beside_its_controls_then_shown_and_undone(visit, ask, look):
+def test_all_numbers_of_a_change_stand_under_what_if(visit, ask, look):
     expected = ask("what_if", picture=FIRST, intervention=ABLATION)
-    one = visit()
+    one = visit("?do=ablate.3.1.next_best.0&tab=whatif")
     page = one.page
-    page.wait_for_selector(".mv-card")
-    page.click(".mv-card >> nth=1 >> [data-action=take-away]")
     page.wait_for_selector(".mv-stripplot")
-    assert one.question("what_if")["intervention"] == ABLATION
     assert page.text_content(".mv-panel .mv-sentence") == expected["sentence"]
     assert page.locator(".mv-control").count() == expected["control"]["n"] >= 10
     assert page.locator(".mv-stripplot g").count() == len(expected["others"]) == 3
-    assert f"Over {expected['class_effect']['n']} images" in page.text_content(".mv-panel")
-    page.click("[data-action=if-show]")
-    page.wait_for_selector("[data-action=undo]")
-    assert look.numbers(page) == [str(choices[0]) for choices in expected["view"]["layers"][1]["experts"]]
-    assert "1" not in look.numbers(page)  # L3·E1 is gone
-    page.click("[data-action=undo]")
-    page.wait_for_selector("[data-action=undo]", state="detached")
-    plain = ask("route", picture=FIRST)["layers"][1]
-    assert look.numbers(page) == [str(choices[0]) for choices in plain["experts"]]
+    asked = {"intervention": ABLATION, "class": expected["target"]}
+    over_class = ask("class_effect", **asked)["class_effect"]
+    page.wait_for_selector(f".mv-panel:has-text('Over {over_class['n']} images of {expected['target']}')")
+    assert {name: one.question("class_effect")[name] for name in asked} == asked
+    page.select_option("[data-change=if-fill]", "zero")
+    page.wait_for_selector(".mv-sentence:has-text('its output set to zero')")
+    assert one.question("what_if")["intervention"] == {**ABLATION, "fill": "zero"}
 
 
-@pytest.mark.parametrize(
-    ("kind", "choices", "asked"),
-    [
-        ("force", {"if-layer": "1", "if-expert": "2"}, {"kind": "force", "layer": 1, "expert": 2}),
-        ("random", {"if-layer": "all"}, {"kind": "random", "layer": None, "expert": None}),
-        ("ablate", {"if-fill": "zero", "if-expert": "0"}, {"kind": "ablate", "layer": 3, "expert": 0, "fill": "zero"}),
-    ],
-)
-def test_every_kind_of_intervention_can_be_asked_for(visit, ask, kind, choices, asked):
+@pytest.mark.parametrize("layer", [3, None])
+def test_patches_can_be_sent_to_random_experts(visit, ask, layer):
     one = visit("?tab=whatif")
-    one.page.select_option("[data-change=if-kind]", kind)
-    for name, value in choices.items():
-        one.page.select_option(f"[data-change={name}]", value)
-    one.page.click("[data-action=if-run]")
+    one.page.click(f"[data-action=if-random] >> nth={0 if layer else 1}")
     one.page.wait_for_selector(".mv-stripplot")
-    question = {"fill": "next_best", "seed": 0, **asked}
+    question = {"kind": "random", "layer": layer, "expert": None, "fill": "next_best", "seed": 0}
     assert one.question("what_if")["intervention"] == question
     expected = ask("what_if", picture=FIRST, intervention=question)
     assert one.page.text_content(".mv-panel .mv-sentence") == expected["sentence"]
