@@ -105,7 +105,7 @@ def test_the_schema_is_complete_and_plain_json(model, pixels):
     view = route_image(model, pixels).to_json()
     assert json.loads(json.dumps(view, allow_nan=False)) == view
     assert view["schema"] == "moevision.view/2"
-    assert set(view) == {"schema", "model", "picture", "layers", "prediction", "settings"}
+    assert set(view) == {"schema", "model", "picture", "layers", "prediction", "settings", "lens"}
     facts = {"id", "title", "image_size", "grid", "num_experts", "top_k", "max_top_k", "layers", "class_names"}
     assert set(view["model"]) == facts | {"routers", "variant", "accuracy_text", "data_text", "parameters"}
     assert set(view["picture"]) == {"id", "name", "label", "src", "unlike", "credit"}

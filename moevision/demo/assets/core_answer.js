@@ -19,7 +19,7 @@ export function drawPrediction(box, view) {
   fillBox(box, html`<h2 class="mv-research">Prediction</h2><div class="mv-two mv-research">
     ${predictionColumn("with experts", moe, view.picture.label)}
     ${dense && predictionColumn(term("dense", "dense twin"), dense, view.picture.label)}</div>
-    ${view.picture.credit && html`<p class="mv-note">Photo: ${view.picture.credit}</p>`}`);
+    ${view.picture.credit && html`<details class="mv-note"><summary data-key="credit">Photo credit</summary>${view.picture.credit}</details>`}`);
 }
 
 /**

@@ -228,7 +228,7 @@ export function drawStrip(box, state) {
       <canvas aria-hidden="true"></canvas><span>${layer.name}</span>
     </button>`;
   fillBox(box, html`
-    <div class="mv-strip-head"><h2>${term("layer", "Layers with experts")}</h2>
+    <div class="mv-strip-head"><h2>${term("layer", "Layers")}</h2>
       <span class="mv-keys mv-research"><kbd>+</kbd> <kbd>−</kbd> change layer</span>${layers.length > 1 && playButton("layers", "the layers")}</div>
     <div class="mv-layers" role="group" aria-label="Layer">${layers.map(item)}</div>
     <p class="mv-note">Colours aren't comparable across layers<span class="mv-research">: ${layers.map((layer) => layerExpert(layer, 0)).join(" and ")}

@@ -132,7 +132,7 @@ export class Time {
     return html`<div class="mv-strip-head"><h2>Training</h2><output class="mv-soft" data-part="when"></output>${playButton("training", "the training")}</div>
       <div class="mv-moments"><span class="mv-stops" aria-hidden="true">${this.steps.map(stop)}</span>
         <input type="range" min="0" max="${this.last}" step="1" value="${this.last}" data-change="moment" data-key="moment" aria-label="Moment of the training"></div>
-      <p class="mv-ends"><span>before training</span><span>trained</span></p>`;
+      <p class="mv-ends"><span>before</span><span>after</span></p>`;
   }
 
   /** @param {string} [words] in place of when it is */

@@ -127,7 +127,7 @@ def test_strange_storage_is_no_image(visit, new_visit, server, kept):
 def test_more_examples_come_when_asked_for(visit):
     one = visit()
     page = one.page
-    assert page.locator("[data-action=example]").count() == 12
+    assert page.locator(".mv-rail [data-action=example]").count() == 12
     page.click("[data-action=more]")
     page.wait_for_selector("[data-action=example] >> nth=35")
     assert page.evaluate("document.activeElement.dataset.key") == "more"
