@@ -11,7 +11,7 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno
 _SILENT_S = 3600.0  # a temporary file to which nobody has written for so long is taken for a leftover
 
 
-def write_bytes_atomic(path: str | Path, data: bytes) -> None:
-    """Replace `path` by a file with these bytes; missing parent folders are made.
+def write_bytes_atomic(path: str | Path, data: bytes | Iterable[bytes]) -> None:
+    """Replace `path` by a file with these bytes, at once or part by part; missing parent folders are made.
 
     When it returns, the file is on the disk under its name.
 
@@ -38,7 +38,7 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
 
 
 @contextmanager
-def written_beside(path: Path, data: bytes) -> Iterator[Path]:
+def written_beside(path: Path, data: bytes | Iterable[bytes]) -> Iterator[Path]:
     """A temporary file in the folder of `path`, with these bytes, on the disk; gone at the end if it wasn't renamed.
 
     Raises:
@@ -49,7 +49,8 @@ def written_beside(path: Path, data: bytes) -> Iterator[Path]:
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            _write_all(descriptor, data)
+            for part in (data,) if isinstance(data, bytes) else data:
+                _write_all(descriptor, part)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -173,9 +174,13 @@ def _machine() -> str:
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
-def write_text_atomic(path: str | Path, text: str) -> None:
-    r"""Replace `path` by this text in UTF-8; a file name that isn't valid Unicode is shown with `\udcXX`."""
-    write_bytes_atomic(path, text.encode("utf-8", errors="backslashreplace"))
+def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
+    r"""Replace `path` by this text in UTF-8; a file name that isn't valid Unicode is shown with `\udcXX`.
+
+    Text that is large comes in parts, and is written part by part.
+    """
+    parts = (text,) if isinstance(text, str) else text
+    write_bytes_atomic(path, (part.encode("utf-8", errors="backslashreplace") for part in parts))
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:

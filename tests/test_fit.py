@@ -52,6 +52,7 @@ def test_every_file_of_the_run_folder(tiny_run):
         "summary.json",
         "provenance.json",
         "predictions_test.csv",
+        "scores.csv",
         "splits.csv",
         "bad_images.csv",
         "curves.png",

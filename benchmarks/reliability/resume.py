@@ -38,6 +38,7 @@ from moevision.train.guard import StabilityGuard
 from moevision.train.optim import EmaConfig, OptimizerConfig, WeightEMA
 from moevision.train.processes import AwakeClock, Interrupted, Interruption
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint
+from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
 
 STEPS_PER_EPOCH, EPOCHS, IMAGES = 8, 3, 64
@@ -134,7 +135,8 @@ def train(folder: Path, setting: Setting, place: int = 0, resume: Path | None = 
     point = ResumePoint(folder / "checkpoints", files, CheckpointConfig(), interruption, clock)
     best = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/top1", mode="max", enable_version_counter=False)
     average = [WeightEMA(EmaConfig(setting.ema))] if setting.ema else []
-    ours = [point, Stopwatch(clock), LearningRateMonitor("step"), *average, StabilityGuard(), Signal(place), best]
+    ours = [point, Stopwatch(clock), LearningRateMonitor("step"), *average, ExampleScores(), StabilityGuard()]
+    ours += [Signal(place), best]
     trainer = quiet_trainer(
         **({"max_epochs": EPOCHS, "log_every_n_steps": 1} | setting.trainer),
         callbacks=[*ours, EpochEnd(point)],

@@ -35,6 +35,7 @@ from moevision.data.splits import Cut
 from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
 from moevision.errors import DataWarning, UserError
 
+_MANY_IMAGES = 200_000  # from here on scores are kept only if asked for: they take memory
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
@@ -67,6 +68,7 @@ class ImageDataModule(LightningDataModule):
         balanced_sampling: bool = False,
         cache_mb: int = 4096,
         max_bad_fraction: float = 0.05,
+        scores: bool | None = None,
         train_size: int = 16_000,
         val_size: int = 1_000,
         test_size: int = 2_000,
@@ -109,6 +111,8 @@ class ImageDataModule(LightningDataModule):
             balanced_sampling: Draw every class equally often in training.
             cache_mb: Keep the decoded images in memory if they fit into this many MiB.
             max_bad_fraction: Stop when a larger share of a split's images can't be read.
+            scores: Keep scores of the training images (scores.csv); null: below 200,000 of them, without Mixup and
+                CutMix.
             train_size: Number of training images of synthetic_pets.
             val_size: Number of validation images of synthetic_pets.
             test_size: Number of test images of synthetic_pets.
@@ -133,6 +137,7 @@ class ImageDataModule(LightningDataModule):
         self.random_erasing, self.mixup, self.cutmix = random_erasing, mixup, cutmix
         self.class_weights, self.balanced_sampling = class_weights, balanced_sampling
         self.cache_mb, self.max_bad_fraction = cache_mb, max_bad_fraction
+        self.scores = scores
         self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
         self.mean, self.std = mean, std
         self.run_dir: Path | None = None
@@ -155,6 +160,10 @@ class ImageDataModule(LightningDataModule):
             if value < low or (high is not None and value > high):
                 allowed = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise UserError(f"--data.{name} is {value:g}: it must be {allowed}")
+        if self.scores and self.mixes:
+            raise UserError(
+                "--data.scores true needs images that aren't mixed with others: set --data.mixup and --data.cutmix to 0"
+            )
         if min(self.std) <= 0:
             raise UserError(f"--data.std is {self.std}: every channel's deviation must be above 0")
 
@@ -268,6 +277,17 @@ class ImageDataModule(LightningDataModule):
         """(path, reason, split) of the images that couldn't be used so far."""
         return self.contents.quarantine.entries()
 
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed with one another."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether training keeps scores of its images."""
+        few = len(self.contents.datasets["train"]) < _MANY_IMAGES
+        return not self.mixes and (few if self.scores is None else self.scores)
+
     def sample_id(self, split: str, index: int) -> str:
         """Stable name of an image: its path relative to the dataset."""
         return self.contents.sample_id(split, index)
@@ -317,8 +337,7 @@ class ImageDataModule(LightningDataModule):
         )
         self.sampler.seek(*self._start)
         self._start = (0, 0)  # used up: another fit with this module begins at the beginning
-        mixes = self.mixup > 0 or self.cutmix > 0
-        mixer = BatchMixer(self.mixup, self.cutmix, self.num_classes) if mixes else None
+        mixer = BatchMixer(self.mixup, self.cutmix, self.num_classes) if self.mixes else None
         return ImageLoader(
             dataset,
             sampler=self.sampler,

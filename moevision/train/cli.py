@@ -67,6 +67,7 @@ from moevision.train.recipe import (
 from moevision.train.record import RecordRouting, RecordRoutingConfig
 from moevision.train.report import BALANCED, is_unbalanced
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session, resume_command
+from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
 
 _NO_SUBTYPE = "Does not validate against any of the Union subtypes"  # jsonargparse's words
@@ -516,7 +517,7 @@ class TrainingCLI(LightningCLI):
                 LearningRateMonitor("step"),
                 self.best,
             ]
-            callbacks += [*StopEarly.of(self._get(self.config_init, "early_stopping")), Calibrate()]
+            callbacks += [*StopEarly.of(self._get(self.config_init, "early_stopping")), Calibrate(), ExampleScores()]
             callbacks += watching(**{name: self._get(self.config_init, name) for name in ("fault", "ema", "guard")})
             callbacks += RecordRouting.of(self._get(self.config_init, "record_routing"), self.run_dir)
             callbacks = [self.point, *callbacks, EpochEnd(self.point)]

@@ -40,6 +40,7 @@ from moevision.files import write_text_atomic
 from moevision.names import csv_name
 from moevision.train.optim import WeightEMA
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
+from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
 
 DIAGNOSIS = "divergence.md"
@@ -97,7 +98,7 @@ class GuardConfig:
 
 
 class StabilityGuard(L.Callback):
-    """Watches the updates of a `ClassificationTask`. In the list of callbacks it comes after `WeightEMA`.
+    """Watches the updates of a `ClassificationTask`; comes after `WeightEMA` and `ExampleScores` in the callbacks.
 
     Args:
         config: its thresholds.
@@ -443,7 +444,8 @@ class Recovery:
 class TrainingSnapshot:
     """Everything that an applied update moves, copied into main memory: a state to return to.
 
-    Weights, buffers, optimizer, schedule, loss scaler, moving average and random generators. `state_dict()` hands out
+    Weights, buffers, optimizer, schedule, loss scaler, moving average, random generators and the scores of the images.
+    `state_dict()` hands out
     the live tensors, and `Optimizer.load_state_dict` makes the optimizer use the ones it is given (both measured with
     torch 2.13). So everything is copied on the way in and on the way out; otherwise the second return to the same
     snapshot would restore what training has made of it since.
@@ -469,6 +471,8 @@ class TrainingSnapshot:
         average = WeightEMA.of(trainer)
         self._averaged = 0 if average is None else average.updates
         self._random = random_state()
+        scores = ExampleScores.of(trainer)
+        self._scores = None if scores is None or scores.sums is None else scores.sums.rows.copy()
 
     @torch.no_grad()
     def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
@@ -485,6 +489,9 @@ class TrainingSnapshot:
         if average is not None:
             average.updates = self._averaged
         restore_random_state(self._random)
+        scores = ExampleScores.of(trainer)
+        if scores is not None and scores.sums is not None and self._scores is not None:
+            scores.sums.rows[:] = self._scores
         self.restored += 1
 
 

@@ -51,6 +51,7 @@ SESSIONS = "sessions.json"
 # May differ in a run that goes on, and is listed then. What isn't here makes another training, and is refused.
 _FREE = (
     *("data.num_workers", "data.cache_mb", "data.path", "data.root", "data.download", "data.max_bad_fraction"),
+    "data.scores",
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.logger", "trainer.callbacks"),
     *("trainer.profiler", "trainer.detect_anomaly", "trainer.max_time", "trainer.enable_model_summary"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark"),

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]
 """Whether the update of this step is refused, by the norm of its gradients; asked once per optimizer step."""
+Observer = Callable[[Batch, Tensor, Sequence[Routing]], None]
+"""Is told of every training batch: the batch, its logits [B, C] and what each MoE layer decided, detached."""
 
 
 class ClassificationTask(L.LightningModule):
@@ -99,6 +101,7 @@ class ClassificationTask(L.LightningModule):
         # What the micro-batches of this optimizer step computed, by name: the stability guard judges by it.
         self.evidence: list[dict[str, Tensor]] = []
         self.update_gate: UpdateGate | None = None
+        self.observer: Observer | None = None
         self.update_refused = self.update_applied = False
         self.class_weight: Tensor | None = None
         self.test_outputs: list[dict[str, Tensor]] = []
@@ -173,6 +176,8 @@ class ClassificationTask(L.LightningModule):
         set_fused_attention(self.net, not self._trains_unfused)
         logits, routings = self._forward_routing(batch)
         self._count(routings)
+        if self.observer is not None:
+            self.observer(batch, logits.detach(), [routing.detach() for routing in routings])
         cross_entropy = self._cross_entropy(logits, batch.get("target", batch["label"]))  # target: [B] or soft [B, C]
         aux, values = self.aux_loss(routings)  # a scalar, or None without balance losses; each loss by name
         loss = cross_entropy if aux is None else cross_entropy + aux

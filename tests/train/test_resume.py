@@ -37,7 +37,7 @@ from moevision.train.processes import random_state, restore_random_state
 from moevision.train.resume import CheckpointConfig, changed_options, claim, recorded_config, release, take_resume
 from moevision.train.task import ClassificationTask
 
-COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv")
+COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv", "scores.csv")
 # 24 training images, batches of 8, two epochs: six steps.
 LATE = 5
 OTHER = matrix.Setting("other", arch={"proj_drop_rate": 0.2})

@@ -1,0 +1,176 @@
+"""Scores of the training images from the forward passes of the training itself; what they are, says `data.scores`.
+
+The task hands over the logits and routings of each micro-batch. They count when the update of their window is applied;
+where the stability guard takes updates back, it takes their scores back too. Under Mixup and CutMix no output belongs
+to one image: a batch with soft targets is left out.
+
+Axes: B images, C classes, E experts, H = sum of E over the MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from moevision.data import ImageDataModule
+from moevision.data.scores import FILE, MEASURES, Scores, ScoreSums, keys_of
+from moevision.errors import UserError
+from moevision.layers import Routing, moe_layers
+from moevision.train.processes import several_processes, tell
+from moevision.train.task import Batch, ClassificationTask
+
+
+class ExampleScores(L.Callback):
+    """Keeps scores of the images of an `ImageDataModule` and writes `scores.csv` when training ends.
+
+    In the list of callbacks it comes before the `StabilityGuard`, whose snapshots hold the rows. Every process has all
+    rows, so that the checkpoint of the first one is complete.
+
+    Attributes:
+        sums: the rows; None where no scores are kept (`ImageDataModule.keeps_scores`).
+    """
+
+    def __init__(self) -> None:
+        self.sums: ScoreSums | None = None
+        self._saved: Mapping[str, Any] | None = None  # by the checkpoint that is gone on from; {}: nothing
+        self._window: list[tuple[Tensor, Tensor]] = []  # [B] and [B, 5 or 5 + H] of each micro-batch
+        self._routed_from = float("inf")  # the step at which counting of experts begins
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> ExampleScores | None:
+        """The scores of this training, if it keeps any."""
+        found = next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, cls)), None)
+        return None if found is None or found.sums is None else found
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget an earlier training."""
+        if stage == "fit":
+            self.sums = self._saved = None
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what a checkpoint has until the images are known; a test has no use for it."""
+        if trainer.state.fn is TrainerFn.FITTING:
+            self._saved = checkpoint["callbacks"].get(self.state_key, {})
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make a row for each training image, or take those of the checkpoint.
+
+        Raises:
+            UserError: for other data or another module.
+        """
+        data, saved = cast(Any, trainer).datamodule, self._saved
+        if not isinstance(data, ImageDataModule) or not isinstance(pl_module, ClassificationTask):
+            raise UserError("ExampleScores needs a ClassificationTask and an ImageDataModule: leave it out for others.")
+        self._saved = None
+        if not data.keeps_scores:
+            if data.mixes and data.scores is None:
+                tell("note: no scores of the training images: under Mixup and CutMix no output belongs to one image.")
+            return
+        images = range(len(data.contents.datasets["train"]))
+        layers = moe_layers(pl_module.net)
+        experts = {cast(int, layer.layer_index): layer.router.num_experts for layer in layers}
+        sums = ScoreSums(keys_of(data.sample_id("train", image) for image in images), experts)
+        if saved is not None and not (saved and sums.load_state_dict(saved)):
+            tell("note: no scores of the training images: the checkpoint has none, and those of the rest mislead.")
+            return
+        self.sums = sums
+        pl_module.observer = lambda batch, logits, routings: self._observe(trainer, batch, logits, routings)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Stop listening."""
+        if stage == "fit" and isinstance(pl_module, ClassificationTask):
+            pl_module.observer = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find out where the last third begins, in which experts hardly change; a training without an end has none."""
+        steps = trainer.estimated_stepping_batches if self.sums is not None else float("inf")
+        self._routed_from = steps - steps // 3 if isfinite(steps) else steps
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Forget a window whose update was refused."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._window = []
+
+    @torch.no_grad()
+    def _observe(self, trainer: L.Trainer, batch: Batch, logits: Tensor, routings: Sequence[Routing]) -> None:
+        if "target" in batch:
+            return
+        found = [measure(logits, batch["label"])]
+        if trainer.global_step >= self._routed_from:
+            found += map(expert_shares, routings)
+        self._window.append((batch["index"], torch.cat(found, 1)))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the images of the window, of all processes, if its update was applied."""
+        if self.sums is None or not cast(ClassificationTask, pl_module).update_applied:
+            return
+        for visits in self._window:
+            own, values = of_all_processes(*visits, cast(Any, trainer).datamodule.batch_size)
+            measures, shares = values[:, : len(MEASURES)], values[:, len(MEASURES) :]
+            self.sums.add(own.numpy(), measures.numpy(), shares.numpy() if shares.shape[1] else None)
+        self._window = []
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the table, after the guard's last check."""
+        if self.sums is not None and trainer.is_global_zero and not bool(cast(Any, trainer).fast_dev_run):
+            self.table(cast(Any, trainer).datamodule).write(Path(trainer.default_root_dir) / FILE)
+
+    def table(self, data: ImageDataModule) -> Scores:
+        """The scores so far."""
+        samples = data.contents.datasets["train"].samples
+        labels = [data.class_names[sample.label] for sample in samples]
+        return cast(ScoreSums, self.sums).table([sample.sample_id for sample in samples], labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows, which a return of the guard changes in place while a checkpoint is being made."""
+        return {} if self.sums is None else self.sums.state_dict()
+
+
+def measure(logits: Tensor, label: Tensor) -> Tensor:
+    """[B, 5] float32: what one visit says of each image, in the order of `MEASURES`.
+
+    Args:
+        logits: [B, C].
+        label: [B].
+    """
+    z, own = logits.float(), label.unsqueeze(1)  # [B, C], [B, 1]
+    log_p = z.log_softmax(1)
+    margin = z.gather(1, own) - z.scatter(1, own, -torch.inf).amax(1, keepdim=True)
+    loss = -log_p.gather(1, own)
+    error = log_p.exp().scatter_add(1, own, -torch.ones_like(loss))  # p - onehot(y)
+    correct = (z.argmax(1, keepdim=True) == own).float()
+    return torch.cat([margin, error.norm(dim=1, keepdim=True), loss, (-loss).exp(), correct], 1)
+
+
+def expert_shares(routing: Routing) -> Tensor:
+    """[B, E] float32: share of each image's choices that each expert computes; with slots, of its tokens' weights."""
+    # All slots are always computed; what differs between images is how much of each their tokens take.
+    found = routing.expert_weights().sum(1) if routing.kind == "soft" else routing.image_counts()
+    found = found.float()
+    return found / found.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)  # 0 where all were dropped
+
+
+def of_all_processes(index: Tensor, values: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Index [B] and values [B, V] of all processes in order of rank, in main memory; at most `most` rows of each."""
+    if several_processes():
+        rows = torch.cat([index.double().unsqueeze(1), values.double()], 1)
+        rows = F.pad(rows, (0, 0, 0, most - len(rows)), value=-1.0)  # batches may have lost images that can't be read
+        found = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, rows)
+        whole = torch.cat(found)
+        whole = whole[whole[:, 0] >= 0]
+        index, values = whole[:, 0].long(), whole[:, 1:].float()
+    return index.cpu(), values.cpu()
