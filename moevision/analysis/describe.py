@@ -231,9 +231,9 @@ def part_stands_out(
     mean, spread = permuted.mean(0), permuted.std(0, ddof=1)
 
     def distance(share: Floats) -> Floats:
-        return np.abs(
-            np.divide(share - mean, spread, out=np.zeros_like(share), where=np.broadcast_to(spread > 0, share.shape))
-        )
+        known = np.broadcast_to(spread > 0, share.shape)
+        away: Floats = np.abs(np.divide(share - mean, spread, out=np.zeros_like(share), where=known))
+        return away
 
     largest = distance(permuted).max((1, 2))
     stands_out: Flags = distance(shares(np.arange(images))) > np.quantile(largest, _LEVEL, method="higher")

@@ -15,7 +15,16 @@ def busiest(unbalanced: Json, balanced: Json) -> Json:
     return {"without": without, "loss": loss, "n_images": balanced["n_images"]}
 
 
+def called(atlas: Json) -> Json:
+    """The part that exceeds an expert's share of everything most: both shares."""
+    cards = [card for layer in atlas["layers"] for card in layer["experts"]]
+    part = max((part for card in cards for part in card["parts"]), key=lambda part: part["above"])
+    return {**part, "overall": part["share"] - part["above"]}
+
+
 CLAIMS = [
+    Claim(ATLAS, '"{part}: {share:.0%}, its share of everything: {overall:.0%}" says', called),
+    Claim(ATLAS, "gets {share:.0%} of the area of all {part}s, and {overall:.0%} of everything", called),
     Claim(
         (UNBALANCED, ATLAS),
         "the busiest expert does {without[0]:.2f} and {without[1]:.2f} times the mean work (blocks 1 and 3, "
