@@ -60,6 +60,8 @@ def test_several_at_once_share_an_expert_as_counted(visit, files, explorer):
 def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):
     page = visit().page
     add(page, files[:2])
+    # The address is written a moment later, and one moment has one place in the history.
+    page.wait_for_function("history.state['moevision.own']?.[0] === 1")
     page.click(".mv-own button >> nth=1")
     page.wait_for_selector(f".mv-own [aria-pressed=true][aria-label='Your image {files[1].name}']")
     page.wait_for_function("history.state['moevision.own']?.[0] === 2")

@@ -223,8 +223,7 @@ def test_exports_say_which_moment_they_are_of(photos, tmp_path):
     assert {layer["computation"] for layer in view["layers"]} == {None}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize(("scheme", "width"), [("dark", 390), ("light", 1440)])
 def test_axe_finds_nothing_and_nothing_scrolls_sideways(photos, look, scheme, width):
     page = photos(color_scheme=scheme, viewport={"width": width, "height": 844}).page
     scrub(page, "Home", "before training")
