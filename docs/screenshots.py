@@ -44,9 +44,11 @@ def opened(page: Page, address: str) -> None:
 
 
 def shoot(page: Page, url: str) -> None:
-    """The page as it opens, and its map of classes."""
-    opened(page, url + CAT)
+    """The page as it opens, and the map of classes of the drawn pets."""
+    opened(page, url)
     save(page.screenshot(), "explorer.jpg")
+    page.goto(url + CAT)
+    page.wait_for_timeout(DRAWN)
     page.get_by_role("tab", name="Classes").click()
     page.wait_for_timeout(DRAWN)
     below = page.locator(".mv-below").screenshot()
