@@ -445,10 +445,9 @@ class TrainingSnapshot:
     """Everything that an applied update moves, copied into main memory: a state to return to.
 
     Weights, buffers, optimizer, schedule, loss scaler, moving average, random generators and the scores of the images.
-    `state_dict()` hands out
-    the live tensors, and `Optimizer.load_state_dict` makes the optimizer use the ones it is given (both measured with
-    torch 2.13). So everything is copied on the way in and on the way out; otherwise the second return to the same
-    snapshot would restore what training has made of it since.
+    `state_dict()` hands out the live tensors, and `Optimizer.load_state_dict` makes the optimizer use the ones it is
+    given (both measured with torch 2.13). So everything is copied on the way in and on the way out; otherwise the
+    second return to the same snapshot would restore what training has made of it since.
 
     Args:
         trainer: a trainer that fits.
@@ -472,7 +471,7 @@ class TrainingSnapshot:
         self._averaged = 0 if average is None else average.updates
         self._random = random_state()
         scores = ExampleScores.of(trainer)
-        self._scores = None if scores is None or scores.sums is None else scores.sums.rows.copy()
+        self._scores = None if scores is None else scores.rows.copy()
 
     @torch.no_grad()
     def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
@@ -490,8 +489,8 @@ class TrainingSnapshot:
             average.updates = self._averaged
         restore_random_state(self._random)
         scores = ExampleScores.of(trainer)
-        if scores is not None and scores.sums is not None and self._scores is not None:
-            scores.sums.rows[:] = self._scores
+        if scores is not None and self._scores is not None:
+            scores.rows[:] = self._scores
         self.restored += 1
 
 

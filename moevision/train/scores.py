@@ -46,10 +46,10 @@ class ExampleScores(L.Callback):
         self._routed_from = float("inf")  # the step at which counting of experts begins
 
     @classmethod
-    def of(cls, trainer: L.Trainer) -> ExampleScores | None:
-        """The scores of this training, if it keeps any."""
+    def of(cls, trainer: L.Trainer) -> ScoreSums | None:
+        """The rows of this training, if it keeps any."""
         found = next((callback for callback in cast(Any, trainer).callbacks if isinstance(callback, cls)), None)
-        return None if found is None or found.sums is None else found
+        return None if found is None else found.sums
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget an earlier training."""
