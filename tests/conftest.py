@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import signal
 import sys
@@ -17,6 +18,7 @@ import hypothesis
 import pytest
 import torch
 from PIL import Image
+from xdist.scheduler import LoadFileScheduling
 
 from moevision.cli import main
 from moevision.data import SyntheticPets
@@ -188,6 +190,26 @@ def _environment_of_its_own() -> Generator[None, None, None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+# ---- in which process a file is tested
+
+
+EXPLORER = re.compile(r"tests/demo/(browser/.*|test_(api|hostile|load|service))\.py")
+"""Files that need the explorer's server."""
+
+
+class Scheduling(LoadFileScheduling):
+    """With `--dist loadfile`: a file goes whole to one process, and all that need the explorer's server to the same."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "the explorer" if EXPLORER.fullmatch(file) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """The scheduler above, where it is asked for."""
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 # ---- what is missing here: skipped, and summed up at the end

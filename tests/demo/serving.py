@@ -76,6 +76,11 @@ class Running:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
+    def wakes(self) -> int:
+        """How often its threads have woken up so far (Linux)."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/status")
+        return sum(int(task.read_text().split("\nvoluntary_ctxt_switches:")[1].split()[0]) for task in tasks)
+
 
 def _listen_to_ctrl_c() -> None:
     """A shell that starts tests in the background ignores SIGINT, and so would everything that they start."""

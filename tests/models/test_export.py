@@ -24,31 +24,39 @@ from moevision.models.io import SavedModel, load_model, save_model
 NAMES = ["cat", "dog", "Käuzchen"]
 EXPORTERS = {"onnx": export_onnx, "torch": export_torch}
 FORMS = [pytest.param("onnx", marks=pytest.mark.needs("onnx")), "torch"]
-# Each router is one layer of a model: a file takes seconds to write, whatever is in it.
+# A file takes seconds to write, whatever is in it: each router, and each option, is one layer of a model.
 KINDS = ("vmoe_top_k", "expert_choice", "soft")  # one of each kind of routing
 OTHERS = [name for name in ROUTERS if name not in (*KINDS, "label")]
+OPTIONS = (
+    {"router": "vmoe_top_k", "eval_capacity_factor": 0.75},
+    {"router": "vmoe_top_k", "eval_capacity_factor": 0.75, "batch_priority": True},
+    {"router": "switch", "normalize_gates": True, "num_shared_experts": 1},
+    {"router": "expert_choice", "num_experts": 4, "top_k": 2},
+    {"router": "sigmoid", "num_experts": 6, "top_k": 1},
+)
 CASES = {
     "each kind": {"router": list(KINDS)},
     "by image": {"router": "sigmoid", "route_by": "image"},
-    **{", ".join(OTHERS[i : i + 3]): {"router": OTHERS[i : i + 3]} for i in range(0, len(OTHERS), 3)},
-    "capacity": {"router": "vmoe_top_k", "eval_capacity_factor": 0.75},
-    "batch priority": {"router": "vmoe_top_k", "eval_capacity_factor": 0.75, "batch_priority": True},
-    "gates that sum to 1, shared expert": {"router": "switch", "normalize_gates": True, "num_shared_experts": 1},
-    "experts and choices of its own": {"router": ["expert_choice", "sigmoid"], "num_experts": [4, 6], "top_k": [2, 1]},
+    "all other routers": {"router": OTHERS},
+    "capacity, batch priority, gates that sum to 1, shared expert, experts and choices of its own": OPTIONS,
 }
 QUICK = ("each kind", "by image")
 
 
-def tiny(**options) -> SavedModel:
+def tiny(*layers: dict, **options) -> SavedModel:
     """MoE blocks of 32 px, with weights so large that one token at another expert changes logits by > 1e-3.
 
-    As many as there are routers in a list, else two.
+    One for each of `layers`; or, with the same `options`, as many as there are routers in a list, else two.
     """
     torch.manual_seed(0)
-    routers = options["router"]
-    depth = len(routers) if isinstance(routers, list) else 2
-    net = timm.create_model("test_vit_moe", num_classes=3, depth=depth, moe_layers="all", **options).eval()
-    return SavedModel(with_character(net), NAMES, 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    routers = options.get("router")
+    depth = 1 if layers else len(routers) if isinstance(routers, list) else 2
+    nets = [
+        timm.create_model("test_vit_moe", num_classes=3, depth=depth, moe_layers="all", **layer)
+        for layer in layers or (options,)
+    ]
+    nets[0].blocks.extend(block for net in nets[1:] for block in net.blocks)
+    return SavedModel(with_character(nets[0].eval()), NAMES, 32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
 def with_character(net: nn.Module) -> nn.Module:
@@ -83,7 +91,8 @@ RUN = {"onnx": run_onnx, "torch": run_torch}
     "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_the_file_answers_as_the_model(case: str, form: str, tmp_path: Path) -> None:
-    model, path = tiny(**CASES[case]), tmp_path / "model"
+    chosen = CASES[case]
+    model, path = tiny(**chosen) if isinstance(chosen, dict) else tiny(*chosen), tmp_path / "model"
     before = copy.deepcopy(model.net.state_dict())
     report = EXPORTERS[form](model, path)
     assert (report.path, report.format, report.size_bytes) == (path, form, path.stat().st_size)
