@@ -188,7 +188,11 @@ export class App {
   get chosenExpert() { return this.state && this.state.highlight !== this.given ? this.state.highlight : null; }
 
   /** @param {number} slot */
-  chooseSlot(slot) { this.slot = slot; this.drawFrame(); }
+  chooseSlot(slot) {
+    this.slot = slot;
+    this.drawFrame();
+    this.core.bringImage(slot);
+  }
 
   /** @param {string} id */
   chooseModel(id) {

@@ -44,7 +44,9 @@ export function handActions(app) {
   return {
     highlight: (button, event) => {
       highlight(button, event);
-      if (button.closest(".mv-inspector")) app.core.box("hand").scrollIntoView({ block: "nearest" });
+      if (!button.closest(".mv-inspector")) return;
+      app.core.sheet.open(false);
+      app.core.box("hand").scrollIntoView({ block: "nearest" });
     },
     // What is on already goes off by the same button.
     hand: (button) => {

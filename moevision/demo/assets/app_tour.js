@@ -7,7 +7,7 @@ const TOUR_KEY = "moevision.tour.seen";
 const TOUR = [
   { at: "verdict", title: "What does the model see?", text: "The model's guess comes first; ✓ means that it is right." },
   { at: "stage-0", title: "Where did each patch go?", text: "The number in a patch is the expert that computes it; stronger colour means a higher weight. Click a patch, or walk with the arrow keys." },
-  { at: "inspector", title: "Why this expert?", text: "How the patch was computed, step by step, and its path through the layers." },
+  { at: "where", title: "Why this expert?", text: "How the patch was computed, step by step, and its path through the layers." },
   { at: "tabs", title: "Is it more than chance?", text: "What each expert is for, what changes without it, and whether a pattern stands above simple comparisons." },
 ];
 
@@ -58,7 +58,9 @@ export class Tour {
     this.bubble.style.width = `${width}px`;
     const right = at.right + 16 + width < home.right;
     const left = right ? at.right + 16 : clamp(at.left, home.left + 12, home.right - width - 12);
-    const below = right ? at.top : Math.min(at.bottom + 12, at.top + 260);
+    const { sheet } = this.core;
+    const low = sheet.isOne && sheet.box.contains(present(this.target));
+    const below = low ? at.top - this.bubble.offsetHeight - 12 : right ? at.top : Math.min(at.bottom + 12, at.top + 260);
     this.bubble.style.left = `${left - home.left}px`;
     this.bubble.style.top = `${below - home.top}px`;
     this.bubble.scrollIntoView({ block: "nearest" });

@@ -8,11 +8,12 @@ import { Player } from "./core_play.js";
 import { Card } from "./core_card.js";
 import { describePatch, MODES, modesOf, routingWords } from "./core_kinds.js";
 import { drawLens } from "./core_lens.js";
+import { Sheet } from "./core_sheet.js";
 import { drawSlots } from "./core_slots.js";
 import { drawLegend, drawStrip, frameStrip, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
 import { centrePatch, ViewState } from "./core_state.js";
 import { Time } from "./core_time.js";
-import { clamp, fillBox, html, TERMS } from "./core_util.js";
+import { clamp, fillBox, html, present, TERMS } from "./core_util.js";
 /** @import { Handlers, Moments, TimeSource, View } from "./types.js" */
 
 /** @param {string} name @param {string} [extra] */
@@ -33,7 +34,9 @@ export const coreLayout = () => html`
       <div class="mv-side">${box("prediction")}${box("second")}${box("loads")}${box("lens", "mv-research")}</div>
     </div>
   </section>
-  <aside class="mv-inspector" aria-label="Patch inspector">${box("where")}${box("card")}${box("inspector")}${box("similar", "mv-research")}</aside>`;
+  <aside class="mv-inspector" aria-label="Patch inspector"><div class="mv-grip">${box("where")}
+    <button type="button" class="mv-button mv-handle" data-action="sheet" aria-expanded="false">Details</button></div>
+    ${box("card")}${box("inspector")}${box("similar", "mv-research")}</aside>`;
 
 const modeSwitch = () => html`<div class="mv-switch mv-research" role="group" aria-label="Colour by">
   ${Object.entries(MODES).map(([mode, { label }]) => html`<button type="button" data-action="mode" data-mode="${mode}"
@@ -56,6 +59,7 @@ export class Core {
       layers: { size: () => this.state.view.layers.length, at: () => this.state.layer, go: (index) => this.goToLayer(index) },
       training: { size: () => this.time?.steps.length ?? 0, at: () => this.time?.at ?? 0, go: (place) => this.time?.go(place) },
     });
+    this.sheet = new Sheet(root);
     /** @type {Handlers} what a click on `data-action` does. */
     this.actions = this.ownActions();
     /** @type {Handlers} what a field with `data-change` does. */
@@ -94,6 +98,7 @@ export class Core {
       run: (button) => this.player.toggle(button.dataset.row),
       "to-moment": (button) => this.time?.go(Number(button.dataset.place)),
       "to-trained": () => this.time?.go(this.time.last),
+      sheet: () => this.sheet.open(!this.sheet.isOpen),
       unpin: () => this.state.set({ patch: null }),
       highlight: (button) => {
         const { state } = this;
@@ -124,7 +129,10 @@ export class Core {
   /** @param {any} event */
   onClick(event) {
     const cell = event.target.closest(".mv-cell");
-    if (cell) return this.pin(Number(cell.dataset.patch), this.slotOf(cell));
+    if (cell) {
+      this.pin(Number(cell.dataset.patch), this.slotOf(cell));
+      return this.sheet.open(true);
+    }
     const target = event.target.closest("[data-action]");
     if (target && !target.disabled) this.actions[target.dataset.action]?.(target, event);
   }
@@ -147,6 +155,7 @@ export class Core {
     const typing = event.target.matches("input:not([type=range]), select, textarea");
     if (!typing && (event.key === "+" || event.key === "=")) return this.stepLayer(1, event);
     if (!typing && (event.key === "-" || event.key === "_")) return this.stepLayer(-1, event);
+    if (event.key === "Escape" && this.sheet.isOpen) return this.sheet.open(false);
     const cell = event.target.closest(".mv-cell");
     if (cell) this.onGridKey(event, Number(cell.dataset.patch), this.slotOf(cell));
   }
@@ -169,6 +178,7 @@ export class Core {
     if (target === undefined) return;
     event.preventDefault();
     this.pin(target, slot);
+    if (event.key === "Enter" || event.key === " ") this.sheet.open(true);
   }
 
   /** @param {number} patch @param {number} slot */
@@ -216,6 +226,15 @@ export class Core {
     this.drawControls();
   }
 
+  /**
+   * Where the images lie in a row that is swiped (phones), show this one.
+   * @param {number} slot
+   */
+  bringImage(slot) {
+    const stage = this.box(`stage-${slot}`);
+    present(stage.parentElement).scrollTo({ left: stage.offsetLeft });
+  }
+
   drawStrip() {
     drawStrip(this.box("strip"), this.state);
     this.player.mark();
@@ -258,6 +277,7 @@ export class Core {
     if (has("patch", "hover", "active")) this.stages.forEach((stage) => stage.outline());
     if (has("layer")) frameStrip(this.box("strip"), this.state);
     if (has("active")) {
+      this.bringImage(state.active);
       this.drawStrip();
       drawLens(this.box("lens"), state.view);
     }
