@@ -177,10 +177,9 @@ def sharp(image: Image.Image, image_size: int) -> str | None:
 
 def thumb(pixels: Pixels) -> str:
     """An image, uint8 [S, S, 3], at no more than 96 px, as a data URI."""
-    if len(pixels) <= THUMB_PX:
-        return data_uri(pixels, "jpeg")
-    small = Image.fromarray(pixels).resize((THUMB_PX, THUMB_PX), Image.Resampling.BICUBIC)
-    return data_uri(np.asarray(small), "jpeg")
+    if len(pixels) > THUMB_PX:
+        pixels = np.asarray(Image.fromarray(pixels).resize((THUMB_PX, THUMB_PX), Image.Resampling.BICUBIC))
+    return data_uri(pixels, "jpeg", quality=80, subsampling=2)
 
 
 @cache

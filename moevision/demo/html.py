@@ -1,19 +1,18 @@
-"""The page's own files, put together: for gradio's `gr.HTML`, for an exported page, and for a notebook.
+"""The page's own files, put together: the explorer's document, an exported page, and a frame for a notebook.
 
-There is no build step. `assets/` holds CSS and ES modules, which editors, `tsc` and node read as they are. gradio takes
-the body of one function, and an exported page must be one file whose policy forbids to load anything: so `_joined` puts
-the modules one after another, each behind those that it imports, and leaves `import`, `export` and JSDoc out.
-
-gradio reads `css_template` as a Handlebars *and* a JavaScript template and wraps the result into a rule of the
-component's id (gradio 6.31, components/html.py); `_read_css` refuses what either would swallow.
+There is no build step. `assets/` holds CSS and ES modules, which editors, `tsc` and node read as they are. A page is one
+file whose policy forbids to load anything: so `_joined` puts the modules one after another, each behind those that it
+imports, and leaves `import`, `export` and JSDoc out.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -25,48 +24,59 @@ CORE_STYLES: Final = ("explorer_base.css", "explorer_stage.css")
 APP_STYLES: Final = ("explorer.css", "explorer_tabs.css")
 # The page around `.mv` has its background (--bg in explorer_base.css), so that a wide screen shows no seam.
 _PAGE_STYLE: Final = "body{margin:0;background:#fbfbf9}@media(prefers-color-scheme:dark){body{background:#131417}}\n"
-PAGE_CSS: Final = """\
-.gradio-container .main.app, .gradio-container .html-container { padding: 0 !important; }
-body, gradio-app { background: #fbfbf9 !important; }
-@media (prefers-color-scheme: dark) { body, gradio-app { background: #131417 !important; } }
-"""
-"""Style of gradio's page around the component, for `launch(css=...)`: the component brings its own margins."""
 VIEW_SCHEMA: Final = "moevision.view/2"
 
-_TEMPLATE_SIGNS: Final = ("{{", "${", "`", "\\", "@keyframes", ":root")
 _IMPORT: Final = re.compile(r'^import \{[^}]*\} from "\./([\w-]+\.js)";\n', re.M)
 _EXPORT: Final = re.compile(r"^export (?=(?:async )?(?:function|class|const) )", re.M)
 _ODD: Final = re.compile(r"^(?:import|export)\b.*|\bimport\(.*", re.M)
 _DECLARED: Final = re.compile(r"^(?:async )?(?:function|class|const|let|var) (\w+)", re.M)
 DOCS: Final = re.compile(r"^ */\*\*(?:(?!\*/).)*\*/\n", re.M | re.S)
 """JSDoc above a declaration: for readers and tsc; the page goes without."""
-_WAITING: Final = (
-    '<div class="mv" data-mv><div class="mv-boot" role="status"><h1>moevision explorer</h1>'
-    "<p>Opening the model…</p></div></div>"
-)
+_MARGIN: Final = re.compile(r"^ *//.*\n|^ +", re.M)
 
 
 @dataclass(frozen=True)
-class Component:
-    """The three texts that `gr.HTML` takes beside `apply_default_css=False` and its `server_functions`.
+class Document:
+    """A page of one file.
 
     Attributes:
-        html_template: what stands there until the script runs; no value enters it, so it is never rendered again.
-        css_template: rules for everything below the component.
-        js_on_load: body of a function of (element, trigger, props, server, upload, watch). It reads `props.value`,
-            `{"boot": ..., "view": ...}` as an object or as JSON text, and asks `server` for the rest.
+        text: the HTML.
+        policy: `script-src` of its Content-Security-Policy, which lets its own script run and no other.
     """
 
-    html_template: str
-    css_template: str
-    js_on_load: str
+    text: str
+    policy: str
 
 
-@cache
-def component() -> Component:
-    """What the explorer hands to `gr.HTML`."""
-    script = _script("app.js", "startApp(element.querySelector('[data-mv]'), props.value, server);")
-    return Component(_WAITING, _read_css((*CORE_STYLES, *APP_STYLES)), script)
+def app_page(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]], component: int) -> Document:
+    """The explorer: what stands there until the script runs, then the script with all that the first screen shows.
+
+    Args:
+        boot: what the request `boot` answers; `whole` says whether all models have their examples.
+        views: of the images that the page opens with.
+        component: number of gradio's component that answers the page's requests.
+    """
+    last = "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS, COMPONENT);"
+    script = _script("app.js", last, BOOT=boot, VIEWS=views, COMPONENT=component)
+    text = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<title>moevision explorer</title>\n"
+        f"<style>{_PAGE_STYLE}{_read_css((*CORE_STYLES, *APP_STYLES))}</style></head>\n"
+        f'<body><main class="mv" data-mv>{_waiting(boot, views)}</main>\n<script>{script}</script></body></html>\n'
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Document(text, f"script-src 'sha256-{digest}'")
+
+
+def _waiting(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]]) -> str:
+    """The first screen before its script: the images in a few pixels, where they will stand."""
+    thumbs = {one["id"]: one["thumb"] for model in boot["models"] for one in model["examples"]}
+    images = "".join(f'<img src="{html.escape(thumbs.get(view["picture"]["id"], ""))}" alt="">' for view in views)
+    return (
+        '<div class="mv-boot"><h1>See inside a Mixture of Experts</h1><p class="mv-soft" role="status">Opening the '
+        f'model…</p><div class="mv-boot-images">{images}</div></div>'
+    )
 
 
 def view_html(view: Mapping[str, Any], *, full_page: bool, history: Mapping[str, Any] | None = None) -> str:
@@ -131,7 +141,7 @@ def _joined(entry: str) -> str:
         raise ValueError(f"the page can't join a module with {odd[0]!r}")
     if twice := [name for name, times in Counter(_DECLARED.findall(text)).items() if times > 1]:
         raise ValueError(f"two modules of the page declare {', '.join(twice)}")
-    return text
+    return _MARGIN.sub("", text)
 
 
 def modules(entry: str) -> tuple[str, ...]:
@@ -160,15 +170,7 @@ def _inline_json(value: Any) -> str:
 
 def _read_css(names: tuple[str, ...]) -> str:
     text = "\n".join(_read(name) for name in names)
-    swallowed = [sign for sign in _TEMPLATE_SIGNS if sign in _without_comments(text)]
-    if swallowed:
-        raise ValueError(f"gradio's templates can't carry {swallowed} in a style sheet")
-    return _without_comments(text)
-
-
-def _without_comments(css: str) -> str:
-    kept = [part.split("*/", 1)[-1] for part in css.split("/*")]
-    return "".join(kept)
+    return "".join(part.split("*/", 1)[-1] for part in text.split("/*"))  # without its comments
 
 
 @cache

@@ -1,4 +1,7 @@
-"""The page: gradio's Blocks around one component of our own, and one documented API endpoint.
+"""What gradio serves: the explorer's document with the functions that it calls, and one documented API endpoint.
+
+The document is ours, not gradio's frontend, whose scripts and fonts (330 KB compressed) would come before the stage; it
+calls the `server_functions` of a `gr.HTML` as gradio's client does. gradio has queue, login, tunnel and the API.
 
 gradio is imported inside functions: it takes seconds, and `import moevision` must not.
 """
@@ -11,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from moevision.demo.gate import Gate
-from moevision.demo.html import component
+from moevision.demo.html import Document, app_page
 from moevision.demo.requests import RequestError
 from moevision.demo.service import Explorer, Json, failure
 
@@ -21,24 +24,17 @@ if TYPE_CHECKING:
 WAITING = 64
 QUEUE = 32
 IDLE_S = 0.05
-TITLE = "moevision explorer"
 
 
-def build_page(explorer: Explorer, gate: Gate) -> gr.Blocks:
-    """The page that shows `explorer`, whose handlers run in `gate`."""
+def build_page(explorer: Explorer, gate: Gate) -> tuple[gr.Blocks, Document]:
+    """The document that shows `explorer`, and what answers it; handlers run in `gate`."""
     # Read by gradio when Blocks are built; anything but "True" means: no telemetry and no look-up of a newer version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
-    parts = component()
     page: gr.Blocks
-    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(
-            value={"boot": explorer.boot({}), "view": explorer.start_view()},
-            html_template=parts.html_template,
-            css_template=parts.css_template,
-            js_on_load=parts.js_on_load,
-            apply_default_css=False,
+    with gr.Blocks(title="moevision explorer", analytics_enabled=False, fill_width=True) as page:
+        functions = gr.HTML(
             server_functions=[_server_function(explorer, gate, name) for name in explorer.handlers],
         )
         route = _route_endpoint(explorer, gate)
@@ -47,7 +43,7 @@ def build_page(explorer: Explorer, gate: Gate) -> gr.Blocks:
     page.queue(max_size=QUEUE, default_concurrency_limit=gate.workers, status_update_rate=2.0)
     # gradio's queue looks for calls a thousand times a second, so that an idle page keeps 4 % of a core busy.
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = IDLE_S
-    return page
+    return page, app_page(explorer.start_boot(), explorer.start_views(), functions._id)
 
 
 async def _asked(explorer: Explorer, gate: Gate, name: str, request: Any) -> Json:

@@ -51,6 +51,7 @@ class Serving:
         public: the user said that anyone may use it.
         browser: open a browser.
         allow_host: further names that the page goes by, as a proxy's; `*` stands for any characters.
+        root_path: where a reverse proxy shows the page, as `/moe`; it may take the path off or leave it.
         allow_embed: websites that may show the page in a frame, as `https://lab.example.org`.
     """
 
@@ -62,6 +63,7 @@ class Serving:
     browser: bool = False
     allow_host: tuple[str, ...] = ()
     allow_embed: tuple[str, ...] = ()
+    root_path: str = ""
 
     @property
     def local(self) -> bool:
@@ -81,6 +83,8 @@ class Serving:
         for site in self.allow_embed:
             if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*:(//[\w.*-]+(:(\d+|\*))?)?", site, re.ASCII):
                 raise UserError(f"--allow-embed is {site!r}: give a website's origin, as in https://lab.example.org.")
+        if not re.fullmatch(r"(/[\w.~-]+)*", self.root_path, re.ASCII):
+            raise UserError(f"--root-path is {self.root_path!r}: give a path without a slash at its end, as in /moe.")
         if not self.local and self.auth is None and not self.public:
             way = "--share" if self.share else f"--host {self.host}"
             raise UserError(
@@ -129,22 +133,26 @@ class Server(AbstractContextManager["Server"]):
         for name in _DOORS:
             os.environ.pop(name, None)
         from starlette.middleware import Middleware
+        from starlette.middleware.gzip import GZipMiddleware
 
         from moevision.demo.gate import Gate
-        from moevision.demo.html import PAGE_CSS
         from moevision.demo.page import WAITING, build_page
         from moevision.demo.web import Connection, Guard
         from moevision.demo.wire import MAX_BYTES
 
         self.explorer, self._gate = explorer, Gate(workers=cpu_workers(), waiting=WAITING)
-        self._page = build_page(explorer, self._gate)
+        self._page, document = build_page(explorer, self._gate)
         proxied = serving.share or bool(serving.allow_host) or _on_space()
-        guard = Middleware(Guard, known=self._known, frames=serving.frames(), proxied=proxied)
+        guard = Middleware(
+            Guard, known=self._known, home=document, frames=serving.frames(), proxied=proxied, root=serving.root_path
+        )
+        small = Middleware(GZipMiddleware, compresslevel=6)  # gradio compresses what has a file name only
         self._serving, self._tunnel = serving, ""
         try:
             _, self.url, self.share_url = self._page.launch(
                 server_name=serving.host,
                 server_port=serving.port,
+                root_path=serving.root_path,
                 auth=serving.auth,
                 share=serving.share,
                 inbrowser=serving.browser,
@@ -161,8 +169,7 @@ class Server(AbstractContextManager["Server"]):
                 ssr_mode=False,
                 pwa=False,
                 state_session_capacity=SESSIONS,
-                app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None, "openapi_url": None},
-                css=PAGE_CSS,
+                app_kwargs={"middleware": [guard, small], "docs_url": None, "redoc_url": None, "openapi_url": None},
             )
         except (OSError, ValueError) as error:  # ValueError: gradio can't reach itself, behind a proxy for instance
             self._gate.close()
@@ -313,4 +320,5 @@ def _serving(chosen: Namespace) -> Serving:
         chosen.browser,
         tuple(chosen.allow_host),
         tuple(chosen.allow_embed),
+        chosen.root_path,
     )

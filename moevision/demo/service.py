@@ -102,12 +102,21 @@ class Explorer:
         read.fields(request, ())
         return self._boot
 
-    def start_view(self) -> Json | None:
-        """The view that the page opens with; None if the first model has no image to show."""
-        first = self._boot["default"]
-        if first["picture"] is None:
-            return None
-        return self.route({"model": first["model"], "picture": {"kind": "example", "id": first["picture"]}})
+    def start_boot(self) -> Json:
+        """What the page needs of that to open: the examples of the first model only, unless `whole`."""
+        first, *others = self._boot["models"]
+        models = [first, *({**model, "examples": []} for model in others)]
+        return {**self._boot, "models": models, "whole": not others}
+
+    def start_views(self) -> list[Json]:
+        """The views that the page opens with: the first example, and beside it the first of another class.
+
+        So does `addOther` of app_choice.js choose.
+        """
+        model = self._boot["models"][0]
+        examples = model["examples"]
+        chosen = examples[:1] + [one for one in examples if one["label"] != examples[0]["label"]][:1]
+        return [self.route({"model": model["id"], "picture": {"kind": "example", "id": one["id"]}}) for one in chosen]
 
     def route(self, request: Any) -> Json:
         """Where every patch of an image goes: `moevision.view/2`."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 import logging
 import secrets
@@ -29,6 +30,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moevision.demo.gate import Brake, client_address
+from moevision.demo.html import Document
 from moevision.demo.server import is_loopback
 from moevision.demo.wire import MAX_BYTES, MAX_CHARACTERS
 
@@ -82,12 +84,17 @@ _POST: Final = (
 # gradio answers these without a login, or they are ours.
 _PRIVATE: Final = (UPLOAD, f"{API}/heartbeat/", f"{API}/cancel", f"{API}/reset")
 log = logging.getLogger(__name__)
-# gradio's page has scripts inside its HTML and makes functions from the component's templates ("unsafe-inline" and
+# gradio's page, where a visitor logs in, has scripts inside its HTML and makes functions from the component's templates ("unsafe-inline" and
 # "unsafe-eval"); everything else, images and answers above all, comes from here and goes nowhere else.
 POLICY: Final = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; "
     "frame-ancestors 'self' "
+)
+# Ours has one script, which is known.
+HOME_POLICY: Final = (
+    "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; img-src 'self' data: blob:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'self' "
 )
 HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
@@ -111,7 +118,9 @@ class Guard:
     Args:
         app: what it protects.
         known: whether a host name is one of the explorer's own.
+        home: the page, for those who are logged in.
         frames: who may show the page in a frame besides itself, as sources of a Content-Security-Policy.
+        root: path below which a proxy shows the page.
         proxied: whether `X-Forwarded-For` tells visitors apart: a proxy that sets it is known to be there.
         max_body: largest body of one request, in bytes.
         max_bodies: of all bodies that are being read or answered.
@@ -122,15 +131,21 @@ class Guard:
         self,
         app: App,
         known: Callable[[str], bool],
+        home: Document,
         frames: str = "",
         proxied: bool = False,
+        root: str = "",
         max_body: int = MAX_BODY,
         max_bodies: int = MAX_BODIES,
         read_s: float = READ_S,
     ) -> None:
-        self.app, self.known, self.proxied = app, known, proxied
+        self.app, self.known, self.proxied, self.root = app, known, proxied, root
         self.max_body, self.max_bodies, self.read_s = max_body, max_bodies, read_s
-        self.headers = (*HEADERS, (b"content-security-policy", (POLICY + frames).strip().encode()))
+        policy, own = (POLICY + frames).strip(), (HOME_POLICY + frames).strip()
+        self.headers = (*HEADERS, (b"content-security-policy", policy.encode()))
+        self.home_headers = (*HEADERS, (b"content-security-policy", f"{home.policy}; {own}".encode()))
+        self.home = home.text.encode()
+        self.home_gzip = gzip.compress(self.home, mtime=0)
         self.uploads, self.brake = Uploads(), Brake()
         self._held = 0  # bytes; touched by the event loop's thread only
 
@@ -142,6 +157,9 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if self.root and f"{scope['path']}/".startswith(f"{self.root}/"):  # a proxy that leaves it on
+            path = scope["path"].removeprefix(self.root) or "/"
+            scope = {**scope, "path": path, "raw_path": path.encode()}
         answer = _Answer(send, self.headers, scope["method"] == "POST")
         body = bytearray()
         try:
@@ -158,12 +176,27 @@ class Guard:
                 login = path in LOGIN
                 receive = _replayed(bytes(body) if login else _check_body(bytes(body), self.uploads), receive)
                 await (self._log_in if login else self._run)(scope, receive, answer)
+            elif path == "/" and await self._may_enter(scope, receive):
+                await self._show_home(scope, _Answer(send, self.home_headers, False))
             else:
                 await self._run(scope, receive, answer)
         except Refused as refused:
             await answer.refuse(refused)
         finally:
             self._held -= len(body)
+
+    async def _show_home(self, scope: Scope, answer: _Answer) -> None:
+        packed = "gzip" in Headers(scope=scope).get("accept-encoding", "")
+        body = self.home_gzip if packed else self.home
+        headers = [
+            (b"content-type", b"text/html; charset=utf-8"),
+            (b"content-length", str(len(body)).encode()),
+            (b"cache-control", b"no-cache"),
+            (b"vary", b"accept-encoding"),
+            *([(b"content-encoding", b"gzip")] if packed else []),
+        ]
+        await answer({"type": "http.response.start", "status": 200, "headers": headers})
+        await answer({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
     def _check_host(self, scope: Scope) -> None:
         given = Headers(scope=scope).get("host", "")

@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 
 from moevision.demo import web
+from moevision.demo.html import Document
 from moevision.demo.server import Serving
 from moevision.demo.web import HEADER_S, Connection, Guard
 from tests.demo import hostile
@@ -289,6 +290,9 @@ def test_too_large_says_how_large_it_may_be(explorer):
     assert "8 MB" in answer["error"]
 
 
+HOME = Document("", "")
+
+
 def ask_guard(chunks, *, path="/gradio_api/component_server", method="POST", headers=(), delay=0.0, **limits):
     """What the middleware answers to a body that arrives in chunks, and what reached the app behind it."""
     sent, reached = [], []
@@ -308,7 +312,7 @@ def ask_guard(chunks, *, path="/gradio_api/component_server", method="POST", hea
         async def send(message):
             sent.append(message)
 
-        guard = Guard(app, Serving().known, **limits)
+        guard = Guard(app, Serving().known, HOME, **limits)
         given = [(b"host", b"localhost"), *headers]
         scope = {"type": "http", "method": method, "path": path, "headers": given, "client": ("192.0.2.1", 9)}
         await guard(scope, receive, send)
@@ -359,5 +363,5 @@ def test_sockets_are_closed():
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Guard(None, Serving().known)({"type": "websocket", "path": "/"}, None, send))
+    asyncio.run(Guard(None, Serving().known, HOME)({"type": "websocket", "path": "/"}, None, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]

@@ -6,7 +6,7 @@ import { askView, drawHand, handActions, spokenResult } from "./app_hand.js";
 import { levelMemory } from "./app_level.js";
 import { countShared, drawShared, listenForFiles, OWN, ownHandlers, ownMemory, restoreOwn } from "./app_own.js";
 import { drawQuestion } from "./app_question.js";
-import { asAskError, Asker, errorBox, slide } from "./app_server.js";
+import { asAskError, Asker, errorBox, serverAt, slide } from "./app_server.js";
 import { closeMenuByClick, PLACE, readAddress, readPlace, shareHandlers, writeAddress } from "./app_share.js";
 import { sharpen } from "./app_sharp.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
@@ -22,7 +22,7 @@ import { ClassesTab } from "./tab_classes.js";
 import { CompareTab } from "./tab_compare.js";
 import { ExpertsTab } from "./tab_experts.js";
 import { WhatIfTab } from "./tab_whatif.js";
-/** @import { Boot, Chosen, Intervention, Server, Shares, Tab, View, Wish } from "./types.js" */
+/** @import { Boot, Chosen, Intervention, Shares, Tab, View, Wish } from "./types.js" */
 
 const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, AboutTab];
 
@@ -83,19 +83,19 @@ export class App {
     this.connect();
   }
 
-  /** @param {View | undefined} view the first one, which comes with the page */
-  async start(view) {
+  /** @param {View[]} views that come with the page */
+  async start(views) {
     const wish = readAddress();
+    if (wish.model !== undefined && wish.model !== this.model.id) await this.fetchExamples();
     choose(this, wish);
     restoreOwn(this, history.state?.[OWN]);
     if (this.level === "simple" && isDefault(this, wish)) this.opening = addOther(this) && wish.expert === undefined;
     this.drawFrame();
     this.drawTabs();
     if (!this.hasPicture()) return this.showBlank();
-    // The first view comes with the page, so that nothing has to be asked before something is seen.
-    /** @type {Record<number, View>} */
-    const ready = view && isDefault(this, wish) ? { 0: view } : {};
-    await this.load([...this.pictures.keys()], ready, wish);
+    // Nothing has to be asked before something is seen.
+    const here = isDefault(this, wish) ? this.pictures.map(({ id }) => views.find(({ picture }) => picture.id === id)) : [];
+    await this.load([...this.pictures.keys()], here, wish);
     if (!this.state && wish.picture) await this.startElsewhere(wish);
     if (this.state && !tourMemory.seen()) new Tour(this.core);
   }
@@ -107,8 +107,16 @@ export class App {
   async startElsewhere({ picture, picture2, ...wish }) {
     choose(this, wish);
     if (!this.hasPicture()) return this.showBlank();
-    await this.load([0], {}, wish);
+    await this.load([0], [], wish);
     return this.notify("The link's image isn't on this server; here is another one.");
+  }
+
+  /** The page comes with the examples of its first model. */
+  async fetchExamples() {
+    if (this.boot.whole) return;
+    const { models } = await this.asker.ask("boot", {});
+    this.boot.models = models.map((model) => (model.id === this.model.id ? this.model : model));
+    this.boot.whole = true;
   }
 
   hasPicture() { return this.pictures.every(({ kind }) => kind !== "none"); }
@@ -195,8 +203,14 @@ export class App {
   }
 
   /** @param {string} id */
-  chooseModel(id) {
+  async chooseModel(id) {
     if (id === this.model.id) return undefined;
+    try {
+      await this.fetchExamples();
+    } catch (error) {
+      this.drawFrame();
+      return this.notify(asAskError(error).message);
+    }
     const own = this.pictures.find(({ kind }) => kind === "upload");
     choose(this, { model: id });
     // A visitor's own image goes along; an example belongs to its model.
@@ -204,30 +218,30 @@ export class App {
     this.slot = 0;
     this.drawFrame();
     if (!this.hasPicture()) return this.showBlank();
-    return this.load([0], {}, null, "model");
+    return this.load([0], [], null, "model");
   }
 
   /** @param {string} variant */
   chooseVariant(variant) {
     this.variant = variant;
-    return this.load([...this.pictures.keys()], {}, null, "model");
+    return this.load([...this.pictures.keys()], [], null, "model");
   }
 
   /** @param {Partial<App>} change */
   chooseSettings(change) {
     Object.assign(this, change);
     this.drawFrame();
-    return this.load([...this.pictures.keys()], {}, null, "settings");
+    return this.load([...this.pictures.keys()], [], null, "settings");
   }
 
   // ---- views --------------------------------------------------------------------------------------------------
 
   /**
    * Get the views of some slots and show them; an answer that a newer question has overtaken is dropped.
-   * @param {number[]} slots @param {Record<number, View>} [ready] @param {Wish | null} [wish]
+   * @param {number[]} slots @param {(View | undefined)[]} [ready] @param {Wish | null} [wish]
    * @param {string} [kind]
    */
-  async load(slots, ready = {}, wish = null, kind = "picture") {
+  async load(slots, ready = [], wish = null, kind = "picture") {
     if (!this.hasPicture()) return this.showBlank();
     this.drawFrame();
     slots.forEach((slot) => { this.tickets[slot] += 1; });
@@ -265,7 +279,7 @@ export class App {
     this.drawTabs();
     this.drawFrame();
     if (this.state && this.questions() === before) return this.show(this.state.views, null, wish);
-    return this.load([...this.pictures.keys()], {}, wish, "model");
+    return this.load([...this.pictures.keys()], [], wish, "model");
   }
 
   /** @param {View[]} given @param {string | null} kind @param {Wish | null} [wish] */
@@ -386,14 +400,12 @@ export class App {
 }
 
 /**
- * Entry of the gradio page. A page that can't even start says so in place of the empty screen.
- * @param {HTMLElement} root @param {any} value @param {Server} server
+ * Entry of the page. A page that can't even start says so in place of the empty screen.
+ * @param {HTMLElement} root @param {Boot} boot @param {View[]} views @param {number} component of gradio that answers
  */
-export async function startApp(root, value, server) {
+export async function startApp(root, boot, views, component) {
   try {
-    const given = typeof value === "string" ? JSON.parse(value || "{}") : value ?? {};
-    const asker = new Asker(server);
-    await new App(root, asker, given.boot ?? (await asker.ask("boot", {}))).start(given.view);
+    await new App(root, new Asker(serverAt(component)), boot).start(views);
   } catch (error) {
     root.innerHTML = String(errorBox(asAskError(error)));
   }

@@ -43,6 +43,8 @@ export async function drawQuestion(app) {
   const box = app.core.box("question");
   const [views, layer] = [state.views, state.currentLayer];
   if (views.length < 2 || !app.model.has_pictures) return fillBox(box, "");
+  // Its place is kept until it is counted.
+  if (!box.firstElementChild) fillBox(box, html`<p class="mv-asking mv-soft">Counting…</p>`);
   const answer = await app.asker.remember("classes", { model: app.model.id, variant: app.variant }).catch(() => null);
   if (state.views !== views || state.currentLayer !== layer) return undefined;
   const found = answer && question(answer, views, layer);

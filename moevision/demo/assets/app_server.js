@@ -14,6 +14,20 @@ const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, mil
 const BUSY_TRIES = 4;
 const READY_TRIES = 80;
 
+/**
+ * The functions of one of gradio's components, called as gradio's client calls them. Nothing is kept per visitor, so all
+ * share a session.
+ * @param {number} component @returns {Server}
+ */
+export const serverAt = (component) => new Proxy({}, {
+  get: (_, name) => async (question) => {
+    const home = location.pathname.replace(/\/?$/, "/"); // below a proxy's path, too
+    const body = JSON.stringify({ component_id: component, fn_name: name, data: question, session_hash: "page" });
+    const answer = await fetch(`${home}gradio_api/component_server`, { method: "POST", headers: { "content-type": "application/json" }, body });
+    return answer.json();
+  },
+});
+
 export class Asker {
   /** @param {Server} server */
   constructor(server) { this.server = server; this.answers = new Map(); }
@@ -35,7 +49,6 @@ export class Asker {
   /** @param {string} name @param {object} question */
   async call(name, question) {
     const silent = new AskError("The server doesn't answer. If it is still running, try again.", "offline");
-    // gradio's client writes what went wrong to the console and returns nothing; a later one may throw instead.
     const answer = await Promise.resolve(this.server[name](question)).catch((cause) => {
       console.warn(`moevision: ${name} failed`, cause?.message ?? cause);
       throw silent;
@@ -77,7 +90,7 @@ export class Asker {
 
 // ---- designed states ----------------------------------------------------------------------------------------
 
-// Turned by SVG itself: gradio puts our style sheet inside a rule, where @keyframes can't stand.
+// Turned by SVG itself, which needs no rule of the style sheet.
 const SPINNER = new Markup(`<svg class="mv-spinner" viewBox="0 0 24 24" aria-hidden="true"><circle cx="12" cy="12" r="9"/>
   <path d="M12 3a9 9 0 0 1 9 9"><animateTransform attributeName="transform" type="rotate" from="0 12 12" to="360 12 12" dur="0.9s" repeatCount="indefinite"/></path></svg>`);
 

@@ -199,7 +199,7 @@ export type Ramp = (low: string | number, high: string | number) => Markup;
 
 // ---- the app ------------------------------------------------------------------------------------------------
 
-/** gradio's functions of the server, by name. */
+/** The server's functions, by name. */
 export type Server = Record<string, (question: unknown) => Promise<any>>;
 export type Handler = (element: any, event: Event) => unknown;
 export type Handlers = Record<string, Handler>;
@@ -228,6 +228,8 @@ export interface Boot {
   models: BootModel[];
   limits: Limits;
   default: { model: string; picture: string | null };
+  /** Whether all models have their examples. */
+  whole?: boolean;
 }
 
 export interface Limits { max_bytes: number; max_pixels: number; min_side: number; max_aspect: number }

@@ -101,7 +101,7 @@ def visit(new_visit, server):
     for one in visits:
         assert one.complaints == []
         assert one.strangers(server.url) == []
-        assert len(one.requests) > 3
+        assert one.requests
 
 
 @pytest.fixture(scope="module")
