@@ -435,6 +435,24 @@ def headline(layers: Sequence[LayerAnswers]) -> list[Answer]:
     return found
 
 
+def plainly(answers: Sequence[Answer]) -> str:
+    """The answers without a number, the clearest first.
+
+    Examples:
+        >>> plainly([Answer("experts", YES, "46 %"), Answer("training", NOT_SHOWN, "0 bits")])
+        'Classes go to different experts. Not shown: that training the router added to that.'
+    """
+    told = []
+    for word in (YES, A_LITTLE_WORD, NOT_SHOWN, NOT_MEASURED):
+        leads = [LEADS[answer.question] for answer in answers if answer.answer == word]
+        if word == YES:
+            told += [f"{lead}." for lead in leads]
+        elif leads:
+            clauses = listed([f"that {lead[0].lower()}{lead[1:]}" for lead in leads])
+            told.append(f"{word[0].upper()}{word[1:]}: {clauses}.")
+    return " ".join(told)
+
+
 class _Asked:
     """What one layer of one training tells, computed once."""
 

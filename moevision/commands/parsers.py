@@ -321,6 +321,9 @@ def demo() -> ArgumentParser:
     add("--root", default="data", metavar="DIR", help="folder of the datasets that are known by name (%(default)s)")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for the whole network (%(default)s)")
     add("--port", type=int, help="port (the first free one from 7860)")
+    add(
+        "--root-path", default="", metavar="/PATH", help="path below which a reverse proxy shows the page, such as /moe"
+    )
     add("--auth", metavar="USER:PASS", help="ask visitors for this user and password")
     add("--public", action="store_true", help="let anyone in, without a password, who can reach --host or --share")
     add(

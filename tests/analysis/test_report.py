@@ -198,6 +198,15 @@ def test_the_three_answers_are_printed_and_stand_first(report):
     answers = numbers["verdict"]["answers"]
     assert [answer["question"] for answer in answers] == list(LEADS)
     assert outcome.out.splitlines()[:3] == [answer["sentence"] for answer in answers]
+    plain = numbers["verdict"]["plain"]
+    assert not digits(plain)
+    first, _, details = page.partition('<details id="details">')
+    assert first.index(escape(plain)) < first.index('id="verdict"')
+    headings = [re.findall(r'<h2 id="([a-z]+)-title">', part) for part in (first, details)]
+    assert headings[0] == ["verdict", "pictures", "limits"]
+    assert len(headings[1]) == 7
+    open_text = re.sub(r"<details>.*?</details>", "", first, flags=re.DOTALL)
+    assert not [answer for answer in answers if str(escape(answer["sentence"])) in open_text]  # its numbers are folded
     for answer in answers:
         assert answer["answer"] in (YES, A_LITTLE_WORD, NOT_SHOWN, NOT_MEASURED)
         assert page.index(str(escape(answer["sentence"]))) < page.index("Where each patch goes</h2>")

@@ -1,23 +1,32 @@
 """`moevision demo`: safe by default, says what it does, and starts quickly."""
 
 import json
+import re
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import httpx
 import pytest
 import segno
+import yaml
+from packaging.requirements import Requirement
 
+import moevision
 from moevision.cli import main as cli_main
 from moevision.demo import server as launch
 from moevision.demo.server import Serving, is_loopback
 from moevision.errors import UserError
 from moevision.models.io import save_model
 from tests.demo.serving import running
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +76,7 @@ def test_others_may_come_in_when_that_is_said():
         (["--auth", ":x"], "colon"),
         (["--auth", "x:"], "colon"),
         (["--port", "0"], "--port is 0"),
+        (["--root-path", "/moe/"], "without a slash at its end"),
         (["--allow-host", "https://lab.example.org"], "a host name without a port"),
         (["--allow-host", "lab.example.org:80"], "a host name without a port"),
         (["--allow-embed", "lab.example.org"], "https://lab.example.org"),
@@ -175,7 +185,7 @@ def test_a_model_of_ones_own_from_start_to_stop(mine):
     with running("-m", "moevision", "demo", str(mine), "--no-browser", env=DOORS) as server:
         assert server.url.startswith("http://127.0.0.1:")
         config = json.loads(get(server.url + "config"))
-        assert "moevision" in get(server.url)
+        page = get(server.url)
         port = server.url.rstrip("/").rpartition(":")[2]
         second = [sys.executable, "-m", "moevision", "demo", str(mine), "--port", port, "--no-browser"]
         taken = subprocess.run(second, capture_output=True, text=True, timeout=600)
@@ -192,26 +202,60 @@ def test_a_model_of_ones_own_from_start_to_stop(mine):
     assert config["run_history"] is False
     assert config["footer_links"] == []
     assert not config.get("mcp_server")
-    boot = next(part["props"]["value"]["boot"] for part in config["components"] if part["type"] == "html")
+    boot = json.loads(re.search(r"^const BOOT = (.*);$", page, re.MULTILINE)[1])
     assert [model["title"] for model in boot["models"]] == ["mine"]
     assert boot["local"] is True
     with pytest.raises(OSError, match="refused"):
         get(server.url)
 
 
+@pytest.fixture
+def space(tmp_path):
+    """A Space as its README says to make one: this folder's files with the package beside them."""
+    folder = shutil.copytree(ROOT / "deploy" / "space", tmp_path / "space")
+    (folder / "moevision").symlink_to(Path(moevision.__file__).parent)
+    return folder
+
+
+def front_matter(folder):
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+
+
+def test_a_space_says_what_it_needs(space):
+    matter = front_matter(space)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (space / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line[0] not in "#-"] == project["dependencies"]
+    assert matter["sdk"] == "gradio"
+    (gradio,) = (Requirement(line) for line in project["dependencies"] if line.startswith("gradio"))
+    assert gradio.specifier.contains(matter["sdk_version"])
+    assert (space / matter["app_file"]).is_file()
+    assert matter["license"] == project["license"].lower()
+    assert len(matter["short_description"]) <= 60  # Hugging Face refuses a longer one
+
+
 @pytest.mark.slow
-def test_app_py_serves_a_class(mine):
-    shim = Path(__file__).parents[2] / "app.py"
-    options = ("--host", "0.0.0.0", "--auth", "class:secret", "--no-browser")
-    with running(str(shim), str(mine), *options) as server:
+def test_a_space_serves_a_class_below_a_path(mine, space):
+    app = space / front_matter(space)["app_file"]
+    options = ("--auth", "class:secret", "--root-path", "/moe", "--port", str(free_port()))
+    with running(str(app), str(mine), *options, env={"SPACE_ID": "me/moe", "PYTHONPATH": ""}) as server:
         port = server.url.rstrip("/").rpartition(":")[2]
         with pytest.raises(urllib.error.HTTPError, match="401"):
             get(f"http://127.0.0.1:{port}/config")
         address = launch._address_for_others("0.0.0.0", server.url)  # as the QR code says
         assert "moevision" in get(address)
-        evil = urllib.request.Request(address, headers={"Host": "evil.example"})
-        with pytest.raises(urllib.error.HTTPError, match="421"):
-            get(evil)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"host": "me-moe.hf.space"}, timeout=60) as http:
+            # The proxy leaves the path on, or takes it off.
+            assert http.post("/moe/login", data={"username": "class", "password": "secret"}).status_code == 200
+            page = http.get("/moe/")
+            assert page.text == http.get("/").text
+            assert re.search(r"^const BOOT = ", page.text, re.MULTILINE)
+            policy = page.headers["content-security-policy"]
+            assert policy.endswith("frame-ancestors 'self' https://huggingface.co https://*.hf.space")
+            assert "x-frame-options" not in page.headers
+            call = {"component_id": 1, "fn_name": "boot", "data": {}, "session_hash": "page"}
+            assert http.post("/moe/gradio_api/component_server", json=call).json()["default"]["model"] == "mine"
+            assert http.get("/moebius").status_code == 404
         server.stop()
     said = "\n".join(server.lines)
     assert "and log in" in said
@@ -219,10 +263,16 @@ def test_app_py_serves_a_class(mine):
     assert "▀" in said
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_app_py_takes_the_same_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["app.py", "--share"])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(Path(__file__).parents[2] / "app.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "app.py"), run_name="__main__")
     assert stopped.value.code == cli_main(["demo", "--share"]) == 2
 
 

@@ -43,6 +43,7 @@ from moevision.analysis.questions import (
     Recording,
     cluster_started,
     headline,
+    plainly,
     recording_of,
     three_questions,
 )
@@ -172,6 +173,7 @@ class Results:
             sentences = [f"{layer.name}: {answer.sentence}" for answer in found.answers]
             layers.append({"layer": layer.layer, "name": layer.name, "sentences": sentences, "numbers": numbers})
         return {
+            "plain": plainly(answers),
             "headline": " ".join(answer.sentence for answer in answers).removesuffix("."),
             "answers": [answer.to_json() for answer in answers],
             "layers": layers,
