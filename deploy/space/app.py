@@ -1,4 +1,4 @@
-"""The explorer for everyone who can reach this machine, as a Space serves it; arguments of `moevision demo` are added."""
+"""The explorer for everyone who can reach this machine, as a Space serves it; more arguments of `demo` may follow."""
 
 import sys
 

@@ -1,8 +1,8 @@
 """The page's own files, put together: the explorer's document, an exported page, and a frame for a notebook.
 
-There is no build step. `assets/` holds CSS and ES modules, which editors, `tsc` and node read as they are. A page is one
-file whose policy forbids to load anything: so `_joined` puts the modules one after another, each behind those that it
-imports, and leaves `import`, `export` and JSDoc out.
+There is no build step. `assets/` holds CSS and ES modules, which editors, `tsc` and node read as they are. A page is
+one file whose policy lets no other script run: so `_joined` puts the modules one after another, each behind those that
+it imports, and leaves `import`, `export` and JSDoc out.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ _POST: Final = (
 # gradio answers these without a login, or they are ours.
 _PRIVATE: Final = (UPLOAD, f"{API}/heartbeat/", f"{API}/cancel", f"{API}/reset")
 log = logging.getLogger(__name__)
-# gradio's page, where a visitor logs in, has scripts inside its HTML and makes functions from the component's templates ("unsafe-inline" and
-# "unsafe-eval"); everything else, images and answers above all, comes from here and goes nowhere else.
+# gradio's page, where a visitor logs in, has scripts inside its HTML and makes functions from the components' templates
+# ("unsafe-inline" and "unsafe-eval"); everything else comes from here and goes nowhere else.
 POLICY: Final = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; "
