@@ -5,6 +5,7 @@ What a page shows is compared with the service's own answer, which `ask` gets pa
 """
 
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -35,10 +36,18 @@ class Visit:
             self.context.add_init_script(f"try {{ {keep} }} catch {{}}")  # a sandboxed frame has no storage
         self.context.set_default_timeout(120_000)  # ms; a busy machine may take most of it
         self.page = self.context.new_page()
+        self.page.wait_for_function = self._wait_for
         self.requests, self.complaints = [], []
         self.page.on("request", lambda request: self.requests.append(request))
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def _wait_for(self, expression, *, arg=None):
+        """Playwright's own evaluates a text inside the page, which the page's policy forbids."""
+        end = time.monotonic() + 120
+        while not self.page.evaluate(expression, arg):
+            assert time.monotonic() < end, expression
+            self.page.wait_for_timeout(20)  # ms
 
     def _hear(self, message):
         if message.type in ("error", "warning"):
