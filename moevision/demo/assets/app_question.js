@@ -2,7 +2,7 @@
 
 import { capital, expertShares } from "./core_kinds.js";
 import { momentWords, trainedView } from "./core_time.js";
-import { fillBox, html, layerExpert, percent, present } from "./core_util.js";
+import { fillBox, html, percent, present } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { ClassesAnswer, ClassLayer, Layer, View } from "./types.js" */
 
@@ -31,9 +31,9 @@ export function question(answer, views, layer) {
   const [here, { moment }] = [views.map(share), views[0]];
   if (moment) {
     const now = views.map((view) => percent(share(trainedView(view)))).join(" and ");
-    return [expert, `${capital(momentWords(moment))}, ${layerExpert(layer, expert)} takes ${percent(here[0])} of this ${a} and ${percent(here[1])} of this ${b}. Trained: ${now}.`];
+    return [expert, `${capital(momentWords(moment))}, expert ${expert} of ${layer.name} takes ${percent(here[0])} of this ${a} and ${percent(here[1])} of this ${b}. Trained: ${now}.`];
   }
-  return [expert, `${layerExpert(layer, expert)} takes ${percent(here[0])} of this ${a} and ${percent(here[1])} of this ${b}. `
+  return [expert, `Expert ${expert} of ${layer.name} takes ${percent(here[0])} of this ${a} and ${percent(here[1])} of this ${b}. `
     + `Over all ${answer.n_images} counted images: ${percent(counted.share[first][expert] ?? 0)} for ${a}, ${percent(counted.share[second][expert] ?? 0)} for ${b}.`];
 }
 

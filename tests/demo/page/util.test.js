@@ -100,7 +100,7 @@ test("the opening sentence is about the expert that stands out and differs most,
   const layer = views[0].layers[0];
   assert.equal(tellingExpert(COUNTED, 0, 1), 1); // expert 0 differs more, and doesn't stand out
   assert.deepEqual(question(ANSWER, views, layer),
-    [1, "L3·E1 takes 60 % of this cat and 90 % of this dog. Over all 400 counted images: 30 % for cat, 60 % for dog."]);
+    [1, "Expert 1 of L3 takes 60 % of this cat and 90 % of this dog. Over all 400 counted images: 30 % for cat, 60 % for dog."]);
   const calm = { ...ANSWER, layers: [{ ...COUNTED, significant: COUNTED.significant.map((row) => row.map(() => false)) }] };
   assert.deepEqual(question(calm, views, layer), [null, "No expert of L3 stands out for cat or dog, counted over 400 images."]);
   for (const label of ["cat", "owl", null, "tower"]) assert.equal(question(ANSWER, [views[0], shown(label, [1, 1, 1])], layer), null);
