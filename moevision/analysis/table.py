@@ -37,8 +37,7 @@ class Table:
 
     def _repr_html_(self) -> str:
         def line(kind: str, row: Sequence[object]) -> str:
-            style = [' style="text-align:left"', *[""] * (len(row) - 1)]
-            cells = zip(style, row, strict=True)
-            return f"<tr>{''.join(f'<{kind}{left}>{html.escape(str(cell))}</{kind}>' for left, cell in cells)}</tr>"
+            cells = (f'<{kind} style="text-align:left">{html.escape(str(cell))}</{kind}>' for cell in row)
+            return f"<tr>{''.join(cells)}</tr>"
 
         return f"<table>{line('th', self.head)}{''.join(line('td', row) for row in self.rows)}</table>"

@@ -58,7 +58,7 @@ export function lessonSteps(lesson, sources) {
       choices: ["B", "C", "D"],
       right: ["B", "C", "D"].findIndex((letter) => same.includes(letter)),
       answer: html`<div class="ls-beside">${figure(cat, `Expert of first choice in L${layer}, for every patch.`, { first: map, marks: LETTERS })}
-        <p><b>${same.join(" and ")}.</b> Number and colour are the expert of first choice. Patches go together when they <i>look alike to the layer</i>, and after ${layer} blocks of attention that is more than fur or no fur.</p></div>`,
+        <p><b>${same.join(" and ")}.</b> Number and colour are the expert of first choice. Patches go together when they <i>look alike to the layer</i>, and after ${layer + 1} rounds of attention that is more than fur or no fur.</p></div>`,
     },
     {
       title: "One choice, by hand",
