@@ -5,6 +5,7 @@
 - `--8<-- "moevision/layers/reference.py:Expert.forward"` includes the source of one class or function by its name, and
   `--8<-- "help:predict"` what `moevision predict --help` prints.
 - Formulas become MathML when the site is built; browsers draw that by themselves.
+- `explorer/` has pages that the explorer exports: the photo of concepts/five-looks.md, and the same without an expert.
 - In tables, numbers stay with their units, and names of code may break at their dots and underscores on a phone.
 """
 
@@ -15,6 +16,7 @@ import os
 import posixpath
 import re
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,25 @@ def on_files(files: Files, config: Any) -> Files:
             files.append(File.generated(config, uri, abs_src_path=str(target)))
             if target.suffix == ".md":
                 waiting.append(target)
+    for name, page in _exported().items():
+        files.append(File.generated(config, f"explorer/{name}.html", content=page))
     return files
+
+
+@cache
+def _exported() -> dict[str, str]:
+    """Pages of one bundled photo as the explorer exports them, by name."""
+    from moevision.demo.bundle import DataOptions, open_entries
+    from moevision.demo.service import Explorer
+
+    explorer = Explorer([entry for entry in open_entries(None, DataOptions()) if entry.history is not None])
+    photo = {"kind": "example", "id": "data/cat/chelsea.jpg"}
+    gone = {"kind": "ablate", "layer": 9, "expert": 3, "fill": "next_best", "seed": 0}
+    asked = {"cat": None, "without": gone}
+    return {
+        name: explorer.export_html({"model": "cats_vs_dogs", "picture": photo, "intervention": change})["html"]
+        for name, change in asked.items()
+    }
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:

@@ -168,8 +168,8 @@ _FOREIGN = re.compile(rf"[\"'/]({'|'.join(sorted(set(DATASET_NAMES) - {SYNTHETIC
 
 
 def foreign_data(code: str) -> list[str]:
-    """Datasets and photos that a script opens, other than drawn ones; a bundled model's name is no dataset."""
-    return _FOREIGN.findall(re.sub(r"bundled_model\([^)]*\)|model=\w+", "", code))
+    """Datasets and photos that a script opens; the name of a bundled model, or of its photos, is no dataset."""
+    return _FOREIGN.findall(re.sub(r"bundled_(?:model|photos)\([^)]*\)|model=\w+", "", code))
 
 
 def foreign_ids(text: str) -> list[str]:

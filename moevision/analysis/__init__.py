@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moevision.analysis.intervention import Intervention, intervene
     from moevision.analysis.questions import RecordedLayer, Recording, recording_of, three_questions
     from moevision.analysis.specialization import measure_baselines
+    from moevision.analysis.table import Table
     from moevision.analysis.trace import LayerTrace, RoutingTrace
 
 # The module that defines each name.
@@ -34,6 +35,7 @@ _HOME = {
     "RecordedLayer": "questions",
     "Recording": "questions",
     "RoutingTrace": "trace",
+    "Table": "table",
     "class_effect": "effects",
     "class_expert_map": "describe",
     "collect_routing": "collect",
@@ -57,6 +59,7 @@ __all__ = [
     "RecordedLayer",
     "Recording",
     "RoutingTrace",
+    "Table",
     "class_effect",
     "class_expert_map",
     "collect_routing",

@@ -247,6 +247,26 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
     return load_model(str(folder / variant))
 
 
+def bundled_photos(name: str) -> PictureSet:
+    """The photos that come with a bundled model, as it sees them, labelled with its classes.
+
+    Args:
+        name: such as `cats_vs_dogs`; its NOTICE says where the photos come from.
+
+    Raises:
+        UserError: if there is no such model, or it comes without photos.
+    """
+    model = bundled_model(name)
+    folder = next(folder for folder in bundled_folders() if folder.name == name)
+    if not (folder / SOURCES).is_file():
+        raise UserError(f"The bundled model {name!r} comes without photos: open {SYNTHETIC!r}, which are drawn.")
+    return _photos(folder, model)
+
+
+def _photos(folder: Path, model: SavedModel) -> PictureSet:
+    return open_pictures(folder / SOURCES.parent, model.image_size, split="all", class_names=model.class_names)
+
+
 def open_entries(model: str | None, options: DataOptions, *, home: Path | None = None) -> list[Entry]:
     """The model of that address, or all bundled ones: first those with images to show, photos before drawn ones.
 
@@ -287,9 +307,7 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
     dense = load_model(str(folder / "dense")) if (folder / "dense").is_dir() else None
     pictures, credits = _pictures(options, trained), None
     if pictures is None and (folder / SOURCES).is_file():
-        pictures = open_pictures(
-            folder / SOURCES.parent, trained.image_size, split="all", class_names=trained.class_names
-        )
+        pictures = _photos(folder, trained)
         credits = credits_of(folder / SOURCES)
     entry = _entry(card, nets, dense, pictures, folder, credits)
     history = folder / "history.safetensors"

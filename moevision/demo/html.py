@@ -1,4 +1,4 @@
-"""The page's own files, put together: the explorer's document, an exported page, and a frame for a notebook.
+"""The page's own files, put together: the explorer's document, exported pages, a notebook's frame, and the lesson.
 
 There is no build step. `assets/` holds CSS and ES modules, which editors, `tsc` and node read as they are. A page is
 one file whose policy lets no other script run: so `_joined` puts the modules one after another, each behind those that
@@ -57,12 +57,12 @@ def app_page(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]], compon
         component: number of gradio's component that answers the page's requests.
     """
     last = "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS, COMPONENT);"
-    script = _script("app.js", last, BOOT=boot, VIEWS=views, COMPONENT=component)
+    script = script_of("app.js", last, BOOT=boot, VIEWS=views, COMPONENT=component)
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<title>moevision explorer</title>\n"
-        f"<style>{_PAGE_STYLE}{_read_css((*CORE_STYLES, *APP_STYLES))}</style></head>\n"
+        f"<style>{_PAGE_STYLE}{read_css((*CORE_STYLES, *APP_STYLES))}</style></head>\n"
         f'<body><main class="mv" data-mv>{_waiting(boot, views)}</main>\n<script>{script}</script></body></html>\n'
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -107,19 +107,31 @@ def _page(view: Mapping[str, Any], history: Mapping[str, Any] | None) -> str:
     picture = view["picture"]
     title = html.escape(f"Routing of {picture.get('label') or picture['name']}")
     last = "startStatic(document.querySelector('[data-mv]'), VIEW, HISTORY);"
-    script = _script("core.js", last, VIEW=view, HISTORY=history)
+    script = script_of("core.js", last, VIEW=view, HISTORY=history)
+    return document(title, read_css(CORE_STYLES), '<main class="mv" data-mv></main>', script)
+
+
+def document(title: str, style: str, body: str, script: str) -> str:
+    """A page in one file, which may load nothing.
+
+    Args:
+        title: as HTML.
+        style: of what is inside `body`; the page around it has its own.
+        body: as HTML.
+        script: runs when the body is there.
+    """
     # The policy is a second lock: even a bug could not make the page load something from elsewhere.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_PAGE_STYLE}{_read_css(CORE_STYLES)}</style></head>\n"
-        f'<body><main class="mv" data-mv></main>\n<script>{script}</script></body></html>\n'
+        f"<title>{title}</title>\n<style>{_PAGE_STYLE}{style}</style></head>\n"
+        f"<body>{body}\n<script>{script}</script></body></html>\n"
     )
 
 
-def _script(entry: str, last: str, **constants: Any) -> str:
+def script_of(entry: str, last: str, **constants: Any) -> str:
     """The module `entry` and all that it imports in one function, which ends with the call `last`."""
     lines = [f"const {name} = {_inline_json(value)};" for name, value in constants.items()]
     # `</script` in a text would end the page's script element; `<\/` means the same inside JavaScript.
@@ -136,7 +148,7 @@ def _joined(entry: str) -> str:
             import each other, or import and export in another form than `import { name } from "./file.js"` and
             `export const|function|class`.
     """
-    text = "\n".join(_EXPORT.sub("", _IMPORT.sub("", DOCS.sub("", _read(name)))) for name in modules(entry))
+    text = "\n".join(_EXPORT.sub("", _IMPORT.sub("", DOCS.sub("", read_asset(name)))) for name in modules(entry))
     if odd := _ODD.findall(text):
         raise ValueError(f"the page can't join a module with {odd[0]!r}")
     if twice := [name for name, times in Counter(_DECLARED.findall(text)).items() if times > 1]:
@@ -152,7 +164,7 @@ def modules(entry: str) -> tuple[str, ...]:
         if name in above:
             raise ValueError(f"modules of the page import each other: {' -> '.join((*above, name))}")
         if name not in order:
-            for imported in _IMPORT.findall(_read(name)):
+            for imported in _IMPORT.findall(read_asset(name)):
                 visit(imported, (*above, name))
             order.append(name)
 
@@ -168,11 +180,13 @@ def _inline_json(value: Any) -> str:
     return text
 
 
-def _read_css(names: tuple[str, ...]) -> str:
-    text = "\n".join(_read(name) for name in names)
+def read_css(names: tuple[str, ...]) -> str:
+    """Style sheets of `assets/`, one behind the other, without comments."""
+    text = "\n".join(read_asset(name) for name in names)
     return "".join(part.split("*/", 1)[-1] for part in text.split("/*"))  # without its comments
 
 
 @cache
-def _read(name: str) -> str:
+def read_asset(name: str) -> str:
+    """The text of a file in `assets/`."""
     return (files("moevision") / "demo" / "assets" / name).read_text(encoding="utf-8")

@@ -446,6 +446,6 @@ def test_ticks_of_small_shares_are_told_apart() -> None:
 
 def test_a_figure_is_a_cells_result_without_pyplot():
     figure = plots.plot_load([[3, 5]], ["L1"])
-    png = figure._repr_png_()
+    png = figure._repr_mimebundle_()["image/png"]
     with Image.open(io.BytesIO(png)) as shown:
         assert shown.size == tuple(int(side * 110) for side in figure.get_size_inches())

@@ -13,6 +13,7 @@ import moevision.demo
 from moevision.analysis import palette
 from moevision.demo import route_image
 from moevision.demo.html import APP_STYLES, CORE_STYLES, DOCS, app_page, modules, view_html
+from moevision.demo.lesson import NUMBERS
 
 ASSETS = Path(moevision.demo.__file__).parent / "assets"
 HOSTILE = "</script><img src=x onerror=alert(1)> & \" ' ${1} {{2}} \u2028"
@@ -51,7 +52,7 @@ def embedded(page, name):
 
 
 def test_every_asset_is_used():
-    used = {*modules("app.js"), *CORE_STYLES, *APP_STYLES}
+    used = {*modules("app.js"), *CORE_STYLES, *APP_STYLES, *modules("lesson.js"), "lesson.css", NUMBERS}
     assert used == {file.name for file in ASSETS.iterdir() if not file.name.endswith(".d.ts")}
     assert set(modules("core.js")) < used
 
@@ -87,7 +88,7 @@ def test_modules_stand_behind_what_they_import():
     ids=["circle", "twice", "default", "star", "late"],
 )
 def test_modules_that_one_scope_would_change_are_refused(files, why, monkeypatch):
-    monkeypatch.setattr("moevision.demo.html._read", lambda name: files.get(name, ""))
+    monkeypatch.setattr("moevision.demo.html.read_asset", lambda name: files.get(name, ""))
     with pytest.raises(ValueError, match=why):
         opened()
 

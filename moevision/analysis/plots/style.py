@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import Formatter
+from PIL import Image
 
 from moevision.analysis.palette import BLACK, EXPERT_COLOURS, FADED, HIGHLIGHT, NEUTRAL, WHITE
 from moevision.errors import UserError
@@ -49,13 +50,21 @@ AMOUNT: Final = LinearSegmentedColormap.from_list("moevision_amount", ["#F5F8FA"
 
 NOTEBOOK_DPI = 110
 """Sharp enough on a screen, and small in a saved notebook."""
+_LARGE: Final = 100_000  # bytes
 
 
 class NotebookFigure(Figure):
     """A figure that shows itself as a cell's result; matplotlib's own needs pyplot for that, which is global state."""
 
-    def _repr_png_(self) -> bytes:
-        return figure_png(self, NOTEBOOK_DPI)
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, bytes]:
+        """PNG; of a figure with a photo, which a PNG makes large, JPEG."""
+        png = figure_png(self, NOTEBOOK_DPI)
+        if len(png) < _LARGE:
+            return {"image/png": png}
+        buffer = io.BytesIO()
+        with Image.open(io.BytesIO(png)) as drawn:
+            drawn.convert("RGB").save(buffer, "JPEG", quality=90, optimize=True)
+        return {"image/jpeg": buffer.getvalue()}
 
 
 def new_figure(width_inches: float, height_inches: float) -> Figure:

@@ -9,6 +9,7 @@ import { fillBox, fixed, html, Markup, pictureSource, term } from "./core_util.j
 /** @import { App } from "./app.js" */
 /** @import { BootModel, Router } from "./types.js" */
 
+const VARIANTS_ASK = "What did training change?";
 export const VARIANTS = {
   trained: { label: "Trained", tip: "The model as it was trained." },
   unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep the experts balanced." },
@@ -25,7 +26,8 @@ export function drawHeader(box, app) {
     <div class="mv-title"><h1>See inside a Mixture of Experts</h1><p class="mv-soft">${headline(model)}</p></div>
     <div class="mv-model"><label><span class="mv-hidden">Model</span><select data-change="model" data-key="model">${options}</select></label>
       <p class="mv-soft mv-research"><b>${model.accuracy_texts[variant]}</b><br>${model.data_text}</p></div>
-    <div class="mv-tools"><div class="mv-switch" role="group" aria-label="Version of the model">${switches}</div>${levelSwitch(app.level)}${shareMenu()}</div>`);
+    <div class="mv-tools"><span class="mv-soft mv-asked" aria-hidden="true">${VARIANTS_ASK}</span>
+      <div class="mv-switch" role="group" aria-label="${VARIANTS_ASK}">${switches}</div>${levelSwitch(app.level)}${shareMenu()}</div>`);
 }
 
 /** @param {HTMLElement} box @param {App} app */

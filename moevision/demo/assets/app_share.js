@@ -9,7 +9,7 @@ import { momentWords } from "./core_time.js";
 import { brush, clamp, html, inkOn, layerExpert, percent, present, rgba } from "./core_util.js";
 /** @import { App } from "./app.js" */
 /** @import { ViewState } from "./core_state.js" */
-/** @import { BootModel, Intervention, Look, View, Wish } from "./types.js" */
+/** @import { BootModel, Intervention, Look, Wish } from "./types.js" */
 
 export const shareMenu = () => html`<details class="mv-menu"><summary class="mv-button">Share</summary><div class="mv-menu-list">
   ${[["link", "Copy link", "opens this view"], ["png", "Image (PNG)", "the stage as you see it"], ["json", "Data (JSON)", "every number, schema moevision.view/2"],
@@ -196,39 +196,16 @@ export function readNoise(word, model) {
 }
 
 /**
- * Which slots are shown, as one word of the address, "2.5.reads" or "2.all.takes", and back.
+ * Which slots are shown, as one word of the address, "2.5.reads" or "2.all.takes".
  * @param {ViewState} given
  */
 const slotWord = ({ slotExpert, slot, slotSide }) => [slotExpert, slot ?? "all", slotSide].join(".");
 
-/** @param {string | undefined} word */
-function readSlot(word) {
-  if (!word) return {};
-  const [expert, slot, side] = word.split(".");
-  return { slotExpert: Number(expert), slot: slot === "all" ? null : Number(slot), slotSide: side };
-}
-
 /**
- * The highlighted expert as one word of the address, "L3.E1", and back as the fields of the state that it names.
+ * The highlighted expert as one word of the address, "L3.E1".
  * @param {ViewState} given
  */
 const expertWord = ({ highlight, currentLayer: layer }) => `${layer.name}.E${highlight}`;
-
-/** @param {string | undefined} word @param {View} view */
-export function readExpert(word, view) {
-  const [, name, number] = /^(L\d+)\.E(\d+)$/.exec(word ?? "") ?? [];
-  const layer = view.layers.findIndex((entry) => entry.name === name);
-  return layer < 0 ? { highlight: null } : { layer, highlight: Number(number) };
-}
-
-/**
- * Layer, expert, patch and colouring that the address asks for, as fields of the state; nonsense becomes null.
- * @param {Wish} wish @param {View} view
- */
-export function readPlace(wish, view) {
-  const layer = view.layers.findIndex((entry) => String(entry.layer) === wish.layer);
-  return { layer: layer < 0 ? null : layer, patch: Number(wish.patch), mode: wish.mode ?? "expert", ...readSlot(wish.slot), ...readExpert(wish.expert, view) };
-}
 
 /** What the address asks for: texts, checked by whoever uses them. */
 export function readAddress() {

@@ -11,10 +11,10 @@ import { drawLens } from "./core_lens.js";
 import { Sheet } from "./core_sheet.js";
 import { drawSlots } from "./core_slots.js";
 import { drawLegend, drawStrip, frameStrip, hasOriginal, keepOriginal, pictureTitle, Stage } from "./core_stage.js";
-import { centrePatch, ViewState } from "./core_state.js";
+import { centrePatch, readPlace, ViewState } from "./core_state.js";
 import { Time } from "./core_time.js";
 import { clamp, fillBox, html, present, TERMS } from "./core_util.js";
-/** @import { Handlers, Moments, TimeSource, View } from "./types.js" */
+/** @import { Handlers, Moments, TimeSource, View, Wish } from "./types.js" */
 
 /** @param {string} name @param {string} [extra] */
 const box = (name, extra = "") => html`<div data-box="${name}" class="mv-box-${name} ${extra}"></div>`;
@@ -363,6 +363,21 @@ export function startStatic(root, view, moments) {
   if (view.picture.sharp) keepOriginal(view, view.picture.sharp);
   const core = new Core(root, null);
   if (moments) core.timeSource = { about: () => moments, get: () => Promise.resolve(moments) };
-  core.attach(new ViewState(view, { layer: view.layers.length - 1, patch: centrePatch(view) }));
+  core.attach(new ViewState(view, placeAsked(view)));
+  const openMoment = () => core.time?.open(Number(addressed().step ?? core.time.steps.at(-1)));
+  openMoment();
+  addEventListener("hashchange", () => {
+    core.state.set(placeAsked(view));
+    openMoment();
+  });
   return core;
 }
+
+/**
+ * What an exported page is asked for behind the #, in the words of the explorer's links: #layer=9&expert=L9.E3&step=0.
+ * @returns {Wish}
+ */
+const addressed = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+
+/** @param {View} view */
+const placeAsked = (view) => readPlace({ patch: String(centrePatch(view)), ...addressed() }, view);

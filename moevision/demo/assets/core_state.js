@@ -4,7 +4,7 @@ import { modesOf } from "./core_kinds.js";
 import { LAST_STEP } from "./core_numbers.js";
 import { SIDES, SlotMaps } from "./core_slots.js";
 import { clamp } from "./core_util.js";
-/** @import { Fields, Mode, View } from "./types.js" */
+/** @import { Fields, Mode, View, Wish } from "./types.js" */
 
 /**
  * State of the shared view.
@@ -89,3 +89,30 @@ export class ViewState {
  * @param {View} given
  */
 export const centrePatch = ({ model: { grid: [rows, columns] } }) => Math.floor(rows / 2) * columns + Math.floor(columns / 2);
+
+// ---- what an address asks for -------------------------------------------------------------------------------
+/** @param {string | undefined} word */
+function readSlot(word) {
+  if (!word) return {};
+  const [expert, slot, side] = word.split(".");
+  return { slotExpert: Number(expert), slot: slot === "all" ? null : Number(slot), slotSide: side };
+}
+
+/**
+ * The expert that "L3.E1" names, as fields of the state.
+ * @param {string | undefined} word @param {View} view
+ */
+export function readExpert(word, view) {
+  const [, name, number] = /^(L\d+)\.E(\d+)$/.exec(word ?? "") ?? [];
+  const layer = view.layers.findIndex((entry) => entry.name === name);
+  return layer < 0 ? { highlight: null } : { layer, highlight: Number(number) };
+}
+
+/**
+ * Layer, expert, patch and colouring that the address asks for, as fields of the state; nonsense becomes null.
+ * @param {Wish} wish @param {View} view
+ */
+export function readPlace(wish, view) {
+  const layer = view.layers.findIndex((entry) => String(entry.layer) === wish.layer);
+  return { layer: layer < 0 ? null : layer, patch: Number(wish.patch), mode: wish.mode ?? "expert", ...readSlot(wish.slot), ...readExpert(wish.expert, view) };
+}

@@ -207,7 +207,21 @@ def test_an_exported_page_has_the_scrubber_without_a_server(photos, new_visit, r
     alone = new_visit(offline=True)
     alone.page.goto(file.as_uri())
     scrub(alone.page, "Home", "before training")
-    assert look.numbers(alone.page) == first_choices(recorded, 0, image_of(page, recorded))
+    before = first_choices(recorded, 0, image_of(page, recorded))
+    assert look.numbers(alone.page) == before
+    # It opens where its address says, and follows it.
+    trained = page.locator("[data-slot='0'] .mv-mark").all_text_contents()
+    alone.page.goto("about:blank")
+    alone.page.goto(f"{file.as_uri()}#step=0&patch=2")
+    alone.page.wait_for_selector(".mv-past")
+    assert look.numbers(alone.page) == before
+    assert alone.page.get_attribute(".mv-pinned", "data-patch") == "2"
+    alone.page.evaluate("location.hash = '#expert=L3.E1'")
+    alone.page.wait_for_selector(".mv-loadbar[aria-pressed=true][data-expert='1']")
+    assert alone.page.locator(".mv-past").count() == 0
+    alone.page.evaluate("location.hash = '#layer=3'")
+    alone.page.wait_for_selector(".mv-loadbar[aria-pressed=true]", state="detached")
+    assert look.numbers(alone.page) == trained
     assert alone.complaints == []
 
 

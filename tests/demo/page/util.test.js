@@ -3,11 +3,10 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { levelOf } from "../../../moevision/demo/assets/app_level.js";
-import { readExpert } from "../../../moevision/demo/assets/app_share.js";
 import { question, tellingExpert } from "../../../moevision/demo/assets/app_question.js";
 import { headline, patchWeights, plural } from "../../../moevision/demo/assets/core_kinds.js";
 import { SlotMaps } from "../../../moevision/demo/assets/core_slots.js";
-import { ViewState } from "../../../moevision/demo/assets/core_state.js";
+import { readExpert, ViewState } from "../../../moevision/demo/assets/core_state.js";
 import { fixed, html, inkOn, luminance, percent, pictureSource, rowColumn, signed } from "../../../moevision/demo/assets/core_util.js";
 import { PALETTE } from "../../../moevision/demo/assets/palette.js";
 

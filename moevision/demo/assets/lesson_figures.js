@@ -1,0 +1,61 @@
+// Figures of the lesson: a photo with its routing, bars, tables. All of it is markup made from the lesson's numbers.
+
+import { chip, html, inkOn, rgba } from "./core_util.js";
+import { PALETTE } from "./palette.js";
+/** @import { Fill } from "./types.js" */
+
+const VEIL = 0.66; // of the expert's colour over the photo
+
+/**
+ * A photo and its patches. The photo is cut to its central square, as the model does.
+ * @param {{ src: string, grid: number[], about: string, caption: Fill }} photo
+ * @param {{ first?: string, only?: number, marks?: Record<number, string> }} [over] the expert that each patch goes to
+ *   first, one digit per patch; the one expert to show; letters on patches
+ */
+export function photoFigure({ src, grid, about, caption }, { first, only, marks = {} } = {}) {
+  const cells = Array.from({ length: grid[0] * grid[1] }, (_, patch) => {
+    const letter = marks[patch] && html`<b>${marks[patch]}</b>`;
+    const expert = first === undefined ? undefined : Number(first[patch]);
+    if (expert === undefined || (only !== undefined && expert !== only)) return html`<i>${letter}</i>`;
+    const colour = PALETTE[expert];
+    return html`<i style="background:${rgba(colour, VEIL)};color:${inkOn(colour)}">${letter || expert}</i>`;
+  });
+  return html`<figure class="ls-figure"><div class="ls-photo" style="--columns:${grid[1]};aspect-ratio:${grid[1]}/${grid[0]}">
+    <img src="${src}" alt="${about}"><div class="ls-cells" aria-hidden="true">${cells}</div></div><figcaption>${caption}</figcaption></figure>`;
+}
+
+/**
+ * Rows with a bar each.
+ * @param {{ name: Fill, value: number, text: Fill, colour?: string }[]} rows @param {number} most value of a full bar
+ */
+export const bars = (rows, most) => html`<ul class="ls-bars">${rows.map(({ name, value, text, colour }) => html`<li><span>${name}</span>
+  <span class="mv-bar mv-accent"><i style="width:${((value / most) * 100).toFixed(1)}%${colour ? `;background:${colour}` : ""}"></i></span><span class="mv-num">${text}</span></li>`)}</ul>`;
+
+/**
+ * A number stays with its unit.
+ * @param {Fill} cell
+ */
+const joined = (cell) => (typeof cell === "string" ? cell.replace(/(?<=\d) (?=%|points)/g, "\u00a0") : cell);
+
+/** @param {Fill[]} heads @param {Fill[][]} rows */
+export const table = (heads, rows) => html`<div class="ls-wide"><table class="ls-table"><thead><tr>${heads.map((head) => html`<th scope="col">${head}</th>`)}</tr></thead>
+  <tbody>${rows.map(([first, ...rest]) => html`<tr><th scope="row">${first}</th>${rest.map((cell) => html`<td>${joined(cell)}</td>`)}</tr>`)}</tbody></table></div>`;
+
+/** @param {number} expert */
+export const expertMark = (expert) => chip(expert, PALETTE.length);
+
+/**
+ * How many patches of a photo go to an expert first.
+ * @param {string} first @param {number} expert
+ */
+export const patchesOf = (first, expert) => [...first].filter((digit) => Number(digit) === expert).length;
+
+/**
+ * Patches that have the same number in two layers, and how many that would be if the numbers had nothing in common.
+ * @param {string} one @param {string} other @param {number} experts
+ */
+export function sameNumber(one, other, experts) {
+  const same = [...one].filter((digit, patch) => digit === other[patch]).length;
+  const both = Array.from({ length: experts }, (_, expert) => (patchesOf(one, expert) * patchesOf(other, expert)) / one.length);
+  return { same, chance: both.reduce((left, right) => left + right) };
+}

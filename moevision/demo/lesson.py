@@ -1,0 +1,275 @@
+"""A lesson of 45 minutes as one HTML file that needs neither server nor network.
+
+    python -m moevision.demo.lesson docs/lesson.html
+    python -m moevision.demo.lesson docs/lesson.html --measure    # its numbers anew first: 2 minutes on one core
+
+Text, toy and style are `assets/lesson*`. `measure` makes all numbers, from the bundled models alone: routing of three
+bundled photos as `route_image` exports it, the recorded routing before the training, counts over all test photos
+(atlas.json), and what happens to drawn pets when an expert is taken away. Which expert that is was chosen on validation
+images; what is reported was counted on test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from moevision.analysis import Intervention, effect
+from moevision.analysis.collect import network_input
+from moevision.analysis.intervention import intervene, numbered_layers
+from moevision.data import SyntheticPets
+from moevision.demo.bundle import SOURCES, bundled_folders, bundled_model, credits_of, read_card
+from moevision.demo.facts import model_input
+from moevision.demo.html import CORE_STYLES, document, read_asset, read_css, script_of
+from moevision.demo.view import route_image
+from moevision.efficiency import measure_cost
+from moevision.files import write_text_atomic
+from moevision.layers import forward_routing
+from moevision.models.history import RoutingHistory
+from moevision.models.io import SavedModel
+from moevision.models.safe_files import read_json
+from moevision.names import json_text
+
+NUMBERS: Final = "lesson_numbers.json"
+PHOTOS: Final = ("cat/chelsea.jpg", "cat/gcompris_kitten.jpg", "dog/gcompris_shepherd.jpg")
+GATE_PATCH: Final = 66  # of the first photo, in the layer below: on the cat's nose
+LAYER: Final = 9
+PETS: Final = 400  # drawn images of each split
+_BATCH = 100
+Pixels = npt.NDArray[np.uint8]
+
+
+def lesson_html() -> str:
+    """The page."""
+    home = _folder("cats_vs_dogs") / "examples"
+    photos = {name: f"data:image/jpeg;base64,{_base64((home / name).read_bytes())}" for name in PHOTOS}
+    script = script_of(
+        "lesson.js",
+        "startLesson(document.querySelector('[data-lesson]'), LESSON, PHOTOS);",
+        LESSON=json.loads(read_asset(NUMBERS)),
+        PHOTOS=photos,
+    )
+    body = (
+        '<main class="mv lesson" data-lesson><noscript>This lesson is computed in the page: allow its script.'
+        "</noscript></main>"
+    )
+    return document("Mixture of Experts in 45 minutes", read_css((*CORE_STYLES[:1], "lesson.css")), body, script)
+
+
+def measure() -> dict[str, Any]:
+    """Every number of the lesson, as JSON."""
+    saved, folder = bundled_model("cats_vs_dogs"), _folder("cats_vs_dogs")
+    card, atlas = read_card(folder / "card.json"), read_json(folder / "atlas.json")
+    history, credits = RoutingHistory.load(folder / "history.safetensors"), credits_of(folder / SOURCES)
+    shares = next(layer for layer in atlas["layers"] if layer["layer"] == LAYER)["map"]
+    cost = measure_cost(saved.net, saved.image_size)
+    before, after = (history.first_choice(LAYER)[moment].reshape(-1, *history.grid) for moment in (0, -1))
+    facts = route_image(saved, folder / "examples" / PHOTOS[0]).model
+    return {
+        "schema": "moevision.lesson/1",
+        "model": {
+            "title": card.title,
+            "data": card.data,
+            "grid": list(facts.grid),
+            "layers": list(numbered_layers(saved.net)),
+            "layer": LAYER,
+            "experts": facts.router(LAYER).num_experts,
+            "top_k": facts.router(LAYER).top_k,
+            "parameters": cost.total_parameters,
+            "active_parameters": cost.active_parameters,
+        },
+        "photos": [_photo(saved, folder, name, history, credits[name]) for name in PHOTOS],
+        "gate": _gate(saved, folder / "examples" / PHOTOS[0]),
+        "classes": {
+            "images": atlas["n_images"],
+            "names": shares["class_names"],
+            "share": np.round(shares["share"], 4).tolist(),
+        },
+        "neighbours": {
+            "photos": len(after),
+            "before": _neighbours(before),
+            "after": _neighbours(after),
+            "shuffled_before": _alike(before),
+            "shuffled_after": _alike(after),
+        },
+        "without": _without(),
+        "photos_without": _photos_without(saved, folder / "examples"),
+    }
+
+
+def _photo(saved: SavedModel, folder: Path, name: str, history: RoutingHistory, credit: str) -> dict[str, Any]:
+    """Where the patches of a photo go: first choices as one digit per patch, by layer; and before the training."""
+    view = route_image(saved, folder / "examples" / name).to_json()
+    best = view["prediction"]["moe"][0]
+    before = history.first_choice(LAYER)[0][history.image_names.index(name)]
+    return {
+        "name": name,
+        "label": name.partition("/")[0],
+        "credit": credit,
+        "answer": best["class"],
+        "probability": round(best["p"], 4),
+        "first": {
+            str(layer["layer"]): _digits([experts[0] for experts in layer["experts"]]) for layer in view["layers"]
+        },
+        "before": _digits(before),
+    }
+
+
+def _gate(saved: SavedModel, photo: Path) -> dict[str, Any]:
+    """Scores, softmax shares, kept experts and their weights of one patch."""
+    layer = route_image(saved, photo).layer(LAYER)
+    assert layer.computation is not None
+    return {
+        "patch": GATE_PATCH,
+        "scores": np.round(layer.computation.scores[GATE_PATCH].astype(float), 3).tolist(),
+        "shares": np.round(layer.probs[GATE_PATCH].astype(float), 4).tolist(),
+        "experts": layer.expert_index[GATE_PATCH].tolist(),
+        "weights": np.round(layer.combine_weight[GATE_PATCH].astype(float), 4).tolist(),
+    }
+
+
+def _neighbours(maps: npt.NDArray[np.int64]) -> float:
+    """Share of pairs of neighbours in [I, rows, columns] with the same expert: mean over images."""
+    pairs = [(maps[:, :, 1:] == maps[:, :, :-1]), (maps[:, 1:] == maps[:, :-1])]
+    return round(float(np.concatenate([pair.reshape(len(maps), -1) for pair in pairs], 1).mean()), 4)
+
+
+def _alike(maps: npt.NDArray[np.int64]) -> float:
+    """The same if the patches of every image were shuffled: chance that two of its patches have the same expert."""
+    counts = np.array([np.bincount(image.ravel(), minlength=maps.max() + 1) for image in maps])
+    total = counts.sum(1)
+    return round(float(((counts * (counts - 1)).sum(1) / (total * (total - 1))).mean()), 4)
+
+
+def _without() -> dict[str, Any]:
+    """Answers that change when an expert is taken away: the choice on validation images, the result on test images."""
+    saved = bundled_model("pets")
+    places = _experts(saved)
+    splits = {split: SyntheticPets(PETS, saved.image_size, split=split) for split in ("val", "test")}
+    images = {split: np.stack([pets.image(index) for index in range(PETS)]) for split, pets in splits.items()}
+    plain = {split: _answers(saved, pixels) for split, pixels in images.items()}
+    after = {(split, *place): _answers(saved, pixels, *place) for split, pixels in images.items() for place in places}
+    changed = {key: int((answers != plain[key[0]]).sum()) for key, answers in after.items()}
+    work = _work(saved, images["val"])
+    telling = max(places, key=lambda place: changed["val", *place])
+    quiet = max((place for place in places if changed["val", *place] == 0), key=work.__getitem__)
+    labels = np.array([splits["test"].label(index) for index in range(PETS)])
+    flipped = (after["test", *telling] != plain["test"]) & (plain["test"] == labels)
+    shown = int(np.flatnonzero(flipped)[0])
+    return {
+        "data": "drawn pets",
+        "images": PETS,
+        "experts": [
+            {
+                "name": f"L{layer}·E{expert}",
+                "work": round(work[layer, expert], 4),
+                "changed_validation": changed["val", layer, expert],
+                "changed_test": changed["test", layer, expert],
+            }
+            for layer, expert in places
+        ],
+        "right_test": int((plain["test"] == labels).sum()),
+        "shown": {"index": shown, "label": saved.class_names[labels[shown]], "src": _png(images["test"][shown])},
+        "telling": _one(saved, images["test"][shown], *telling),
+        "quiet": _one(saved, images["test"][shown], *quiet),
+    }
+
+
+def _one(saved: SavedModel, image: Pixels, layer: int, expert: int) -> dict[str, Any]:
+    """What taking an expert away does to one image, beside as many choices taken away at random."""
+    found = effect(saved, image, Intervention("ablate", layer=layer, expert=expert))
+    best = int(np.argmax(found.after))
+    return {
+        "name": f"L{layer}·E{expert}",
+        "patches": found.moved,
+        "before": round(found.before[found.target], 4),
+        "after": round(found.after[found.target], 4),
+        "answer": saved.class_names[best],
+        "answer_probability": round(found.after[best], 4),
+        "random_mean": round(float(np.mean(found.control.delta_ps)), 4),
+        "random_sd": round(float(np.std(found.control.delta_ps, ddof=1)), 4),
+        "draws": len(found.control.delta_ps),
+    }
+
+
+def _photos_without(saved: SavedModel, home: Path) -> dict[str, int]:
+    """How often one of the bundled photos gets another answer when one expert is taken away."""
+    photos = sorted(home.glob("*/*.jpg"))
+    images = np.stack([model_input(photo, saved.image_size) for photo in photos])
+    plain, places = (
+        _answers(saved, images),
+        [(layer, expert) for layer in numbered_layers(saved.net) for expert in range(8)],
+    )
+    changed = sum(int((_answers(saved, images, *place) != plain).sum()) for place in places)
+    return {"photos": len(photos), "removals": len(photos) * len(places), "changed": changed}
+
+
+def _experts(saved: SavedModel) -> list[tuple[int, int]]:
+    """Every (layer, expert) of a model."""
+    layers = numbered_layers(saved.net).items()
+    return [(number, expert) for number, layer in layers for expert in range(layer.router.num_experts)]
+
+
+@torch.inference_mode()
+def _answers(saved: SavedModel, images: Pixels, *place: int) -> npt.NDArray[np.int64]:
+    """Predicted class of each image [I], without the expert of `place` (layer, expert) if one is given."""
+    changes = [Intervention("ablate", layer=place[0], expert=place[1])] if place else []
+    with intervene(saved.net, *changes):
+        batches = [saved.net(batch).argmax(1) for batch in network_input(saved, images).split(_BATCH)]
+    return torch.cat(batches).numpy()
+
+
+def _work(saved: SavedModel, images: Pixels) -> dict[tuple[int, int], float]:
+    """Share of a layer's choices that each (layer, expert) gets."""
+    with torch.inference_mode():
+        passes = [forward_routing(saved.net, batch)[1] for batch in network_input(saved, images).split(_BATCH)]
+    found = {}
+    for place, number in enumerate(numbered_layers(saved.net)):
+        counts = torch.stack([routings[place].counts() for routings in passes]).sum(0).double()
+        found |= {(number, expert): float(share) for expert, share in enumerate(counts / counts.sum())}
+    return found
+
+
+def _digits(experts: Sequence[int] | npt.NDArray[np.int64]) -> str:
+    return "".join(str(int(expert)) for expert in experts)
+
+
+def _png(pixels: Pixels) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{_base64(buffer.getvalue())}"
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _folder(name: str) -> Path:
+    return next(folder for folder in bundled_folders() if folder.name == name)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page, and its numbers if asked to."""
+    about = "Write the lesson as one HTML file."
+    parser = argparse.ArgumentParser(prog="python -m moevision.demo.lesson", description=about)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--measure", action="store_true", help="measure the numbers anew first")
+    given = parser.parse_args(arguments)
+    if given.measure:
+        write_text_atomic(Path(__file__).parent / "assets" / NUMBERS, json_text(measure(), indent=1) + "\n")
+        read_asset.cache_clear()
+    write_text_atomic(given.out, lesson_html())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The lesson: the file in docs/ is what its sources make, asks for nothing, and its numbers are the models'."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from moevision.demo.bundle import bundled_model, bundled_photos
+from moevision.demo.html import read_asset
+from moevision.demo.lesson import GATE_PATCH, LAYER, NUMBERS, PHOTOS, lesson_html
+from moevision.demo.view import route_image
+
+PAGE = Path(__file__).parents[2] / "docs" / "lesson.html"
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    return json.loads(read_asset(NUMBERS))
+
+
+def test_the_committed_page_is_made_of_its_sources():
+    """Else: python -m moevision.demo.lesson docs/lesson.html."""
+    assert PAGE.read_text(encoding="utf-8") == lesson_html()
+
+
+def test_the_page_can_load_nothing():
+    text = PAGE.read_text(encoding="utf-8")
+    assert "default-src 'none'; img-src data:;" in text
+    assert re.findall(r"""(?:src|href)=["'](?!#|\$|data:)[^"']*""", text) == []
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_steps_take_45_minutes():
+    minutes = re.findall(r"^      minutes: (\d+),$", read_asset("lesson_steps.js"), re.M)
+    assert len(minutes) == 9
+    assert sum(map(int, minutes)) == 45
+
+
+def test_a_photo_is_routed_as_the_model_does(numbers):
+    """On another processor a patch whose two best experts are as good as equal may change sides."""
+    photos = bundled_photos("cats_vs_dogs")
+    index = next(index for index in range(len(photos)) if PHOTOS[0] in photos.picture_name(index))
+    view = route_image(bundled_model("cats_vs_dogs"), photos.image(index))
+    for layer in view.layers:
+        said = numbers["photos"][0]["first"][str(layer.facts.layer)]
+        agree = sum(str(experts[0]) == digit for experts, digit in zip(layer.expert_index, said, strict=True))
+        assert agree >= len(said) - 4
+    layer, gate = view.layer(LAYER), numbers["gate"]
+    assert gate["patch"] == GATE_PATCH
+    assert layer.computation.scores[GATE_PATCH] == pytest.approx(gate["scores"], abs=0.02)
+    assert layer.combine_weight[GATE_PATCH] == pytest.approx(gate["weights"], abs=0.01)
+
+
+def test_the_ablation_was_chosen_on_validation(numbers):
+    without = numbers["without"]
+    telling, quiet = (
+        next(row for row in without["experts"] if row["name"] == without[kind]["name"]) for kind in ("telling", "quiet")
+    )
+    assert telling["changed_validation"] == max(row["changed_validation"] for row in without["experts"])
+    assert quiet["changed_validation"] == 0
+    assert quiet["work"] == max(row["work"] for row in without["experts"] if not row["changed_validation"])
+    assert without["telling"]["answer"] != without["shown"]["label"] == without["quiet"]["answer"]
