@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 from moevision.cli import main
+from moevision.commands.parsers import PARSERS, tasks_of
 from moevision.train.recipe import shipped_configs
 from tests.conftest import TINY, draw_folder, run_cli
 from tests.forks import Forked
@@ -81,7 +82,9 @@ def run(path: Path, blocks: list[str], scope: dict[str, Any]) -> None:
 def flags_of(verb: str) -> frozenset[str]:
     """The long options that a verb's help names."""
     training = verb in ("fit", "validate", "test")
-    text = run_cli(verb, "--help-all" if training else "--help").out
+    tasks = tasks_of(PARSERS[verb]()) if verb in PARSERS else {}
+    asked = [[], *([task] for task in tasks)]
+    text = "".join(run_cli(verb, *task, "--help-all" if training else "--help").out for task in asked)
     known = set(re.findall(r"(?<![\w-])--[\w.-]+", text))
     return frozenset(known | {"--pretrained", "--help-all", "--print_config"} if training else known)
 
