@@ -14,7 +14,7 @@ from moevision.names import shown
 
 def run(chosen: Namespace) -> None:
     """Do the task that was asked for."""
-    {"prune": write_list}[chosen.task](chosen)
+    {"score": write_page, "prune": write_list}[chosen.task](chosen)
 
 
 def run_of(address: str) -> Path:
@@ -27,6 +27,22 @@ def run_of(address: str) -> Path:
     if folder is None:
         raise UserError(f"{address} is no run folder, it has no config.yaml: give the folder that fit wrote.")
     return folder
+
+
+def write_page(chosen: Namespace) -> None:
+    """`moevision data score RUN`: write the page and the table.
+
+    Raises:
+        UserError: if the run has no scores, or its images or model are gone.
+    """
+    from moevision.analysis.good_data.build import PAGE, TABLE, score
+
+    run_dir = run_of(chosen.run)
+    out = chosen.out or run_dir / "data"
+    found = score(run_dir, out, show=chosen.show, quick=chosen.quick, command=chosen.command)
+    counts = ", ".join(f"{count:,} {split}" for split, count in found["counts"].items())
+    print(f"{counts} images" + ("" if chosen.quick else f", {found['unreadable']:,} of them unreadable"))
+    print(f"The page is {shown(str(out / PAGE))}; every number is in {shown(str(out / TABLE))}")
 
 
 def write_list(chosen: Namespace) -> None:

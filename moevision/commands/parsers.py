@@ -306,16 +306,49 @@ def data() -> ArgumentParser:
         """\
         Good data: what a training found out about its images, and which of them to keep. It reads scores.csv, which fit
         leaves in the run folder, and changes none of your images: what you choose becomes a list that fit takes.
-        `moevision data prune --help` tells more.
+        `moevision data score --help` and `moevision data prune --help` tell more.
         """,
         """\
+        moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
         moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row
         moevision fit path/to/images --data.keep runs/pets/keep-ccs-0.7.csv
         """,
     )
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="{prune}")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="{score,prune}")
+    _score(tasks.add_parser)
     _prune(tasks.add_parser)
     return parser
+
+
+def _score(add_parser: Callable[..., ArgumentParser]) -> None:
+    parser = add_parser(
+        "score",
+        help="a page and a CSV of what is known about the images",
+        **_texts(
+            """\
+            Write what is known about the images of RUN, OUT/:
+
+              page.html    ranked lists with the images: labels that others speak against, hardest, easiest, of other
+                           experts than their class, near-duplicates, leaks between splits, blurred, dark, odd sizes,
+                           grey, damaged; a map; tables of classes and experts. One file, and nothing leaves it
+              images.csv   a row for each image with all numbers
+
+            On the page you decide by keyboard: keep, wrong label, drop; it saves decisions.csv, which
+            `moevision data prune --by decisions` makes a list of. Lists rank, and say of no image that it is bad.
+            One pass opens every image and runs the model on it.
+            """,
+            """\
+            moevision data score runs/pets
+            moevision data score runs/pets --quick                only the scores of the training, in seconds
+            """,
+        ),
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run folder with scores.csv")
+    add("--out", type=Path, metavar="DIR", help="folder to write to (RUN/data)")
+    add("--show", type=_positive, default=40, metavar="N", help="images in each list of the page (%(default)s)")
+    add("--quick", action="store_true", help="no pass over the images: without files, duplicates and predictions")
+    parser.set_defaults(command="")  # the command line, which the page records
 
 
 def _prune(add_parser: Callable[..., ArgumentParser]) -> None:
