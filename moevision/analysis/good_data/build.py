@@ -266,7 +266,7 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
             first(look["colour"], few_grey), lambda i: f"colour {look['colour'][i]:.3f}",
         ),
         Ranked("unreadable", "Can't be read", "Truncated, damaged or missing files.", broken[:show],
-               lambda i: known.problems[i]),
+               lambda i: ""),  # the frame says why
     ]  # fmt: skip
 
 
@@ -308,7 +308,7 @@ def _list_facts(ranked: Ranked, images: RunImages, known: Known, names: Sequence
         "key": ranked.key, "title": ranked.title, "about": ranked.about,
         "entries": [
             _entry(int(row), images, known, names) | {
-                "value": ranked.value(int(row)),
+                "value": ranked.value(int(row)).replace("-", "\N{MINUS SIGN}"),
                 "twin": _entry(ranked.twin(int(row)), images, known, names) if ranked.twin else None,
             }
             for row in ranked.rows

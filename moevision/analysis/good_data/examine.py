@@ -116,6 +116,7 @@ class Known:
         experts: block -> [m, E].
         visits: [m].
         unlike_class: [m] how little the experts that computed the image are those of its class (`class_doubt`).
+        features: float16 [n, at most 64] what is in front of the classifier, projected; None: not asked.
     """
 
     look: npt.NDArray[Any]
@@ -127,6 +128,7 @@ class Known:
     experts: dict[int, Floats]
     visits: Ints
     unlike_class: Floats
+    features: npt.NDArray[np.float16] | None = None
     problems: dict[int, str] = field(default_factory=dict)
 
 
@@ -176,11 +178,11 @@ def examine(
     )  # fmt: skip
     if model is None:
         return known
-    features = _look_at_all(images, model, known, advance)
+    known.features = _look_at_all(images, model, known, advance)
     split, read = images.split_of, known.look["read"]
     known.by_hash = nearest_by_hash(known.look["hash"], read & known.look["has_hash"], split)
-    if features is not None:
-        known.by_features = nearest_by_features(features, read, split)
+    if known.features is not None:
+        known.by_features = nearest_by_features(known.features, read, split)
     return known
 
 

@@ -195,6 +195,11 @@ function decide(told) {
     else return;
     event.preventDefault();
   });
+  select.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter") return; // which would only open the list of classes
+    event.preventDefault();
+    dialog.close("ok");
+  });
   dialog.addEventListener("close", () => {
     if (dialog.returnValue === "ok" && asked) take(asked, "relabel", told.class_ids[select.selectedIndex]);
     if (asked) focus(asked);
