@@ -264,6 +264,8 @@ ELSEWHERE = {
     "--config cats_vs_dogs": "a download",
     "--seeds": "three trainings",
     "--resume runs/images": "tests/train/test_resume.py",
+    "--data.keep": "the list must be of these images; tests/test_data_command.py",
+    "--decisions": "saved by the page; tests/analysis/test_good_data.py",
     "--pretrained tiny_moe": "made of weights from the hub",
     "runs/dense": "a dense run",
     "birds.yaml": "written by the reader; its keys are checked below",

@@ -29,7 +29,7 @@ def test_images_are_drawn_by_class_and_flips_by_the_kind_of_noise():
 
 
 def test_finding_by_hand():
-    """Flips at ranks 1 and 3 of 20: of 36 pairs 35 in order (the second flip is behind one other); one of the first two."""
+    """Flips at ranks 1 and 3 of 20: of 36 pairs 35 stand in order, and one of the first two is a flip."""
     suspicion = np.arange(20, 0, -1).astype(float)
     truth = np.isin(np.arange(20), [0, 2])
     assert finds(suspicion, truth) == {"auroc": pytest.approx(35 / 36, abs=1e-4), "precision": 0.5}

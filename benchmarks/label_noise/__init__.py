@@ -227,12 +227,16 @@ def _cell(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f}{spread}"
 
 
+def parts_of(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What stands in the README: a table for each kind of noise; runs from a changed tree are left out."""
+    clean = [record for record in records if not is_dirty(record)]
+    noises = [noise for noise in NOISES if any(record["noise"] == noise for record in clean)]
+    return [f"**{noise} flips**\n\n" + "\n".join(table(clean, noise)) for noise in noises] or ["Not run yet."]
+
+
 def report(options: Namespace) -> None:
-    """Put a table for each kind of noise into the README; runs from a changed tree are left out."""
-    records = [record for record in read_records(options.out) if not is_dirty(record)]
-    parts = [f"**{noise} flips**\n\n" + "\n".join(table(records, noise)) for noise in NOISES
-             if any(record["noise"] == noise for record in records)]  # fmt: skip
-    fill_readme(options.readme, parts or ["Not run yet."])
+    """Put the tables into the README."""
+    fill_readme(options.readme, parts_of(read_records(options.out)))
 
 
 def status(options: Namespace) -> None:

@@ -110,7 +110,7 @@ def test_the_table_has_every_image_with_what_is_known(planted):
 
 
 def test_tables_of_classes_and_experts_by_hand():
-    """Of class a one image was computed by E0, of b one by both: E0 has 1.5 images' worth, mean p (1 + .4 / 2) / 1.5."""
+    """An image of a was computed by E0, one of b by both: E0 has 1.5 images' worth, of mean p (1 + .4 / 2) / 1.5."""
     images = images_in(Path(), ["a", "b"], train=[("1", 0), ("2", 1)])
     scores = scores_of(images, p_mean=[1, 0.4], aum=[2, -1], correct=[1, 0])
     scores.experts[1] = np.array([[1, 0], [0.5, 0.5]], np.float32)
