@@ -67,14 +67,16 @@ def test_a_pruned_list_is_trained_on_and_gone_on_with(cli, tiny, tiny_run, send_
         (["--by", "decisions"], "--by decisions needs --decisions FILE"),
         (["--by", "loss", "--keep", "0.5", "--hardest", "0.1"], "--hardest belongs to --by ccs"),
         (["--by", "decisions", "--decisions", "none.csv"], "none.csv can't be read"),
-        (["--by", "aum", "--keep", "0.5", "--out", "no.csv/x.csv"], "no.csv/x.csv can't be written"),
+        (["--by", "aum", "--keep", "0.5", "--out", "mine.csv/x.csv"], "mine.csv/x.csv can't be written"),
+        (["--by", "aum", "--keep", "0.5", "--out", "mine.csv"], "mine.csv is there already and holds something else"),
     ],
 )
 def test_options_of_prune_that_do_not_fit(cli, tiny_run, options, words):
-    Path("no.csv").touch()
+    Path("mine.csv").write_text("path,label\n")
     outcome = cli("data", "prune", tiny_run, *options)
     assert (outcome.code, outcome.out) == (2, "")
     assert words in outcome.err
+    assert Path("mine.csv").read_text() == "path,label\n"
 
 
 def test_what_is_no_run_or_has_no_scores(cli, tiny_run):

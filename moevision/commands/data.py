@@ -6,9 +6,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from moevision.analysis.images import data_settings, run_folder
-from moevision.data.prune import class_shares, decide, expert_shares, prune, shares_table, starved
+from moevision.data.prune import HEAD, class_shares, decide, expert_shares, prune, shares_table, starved
 from moevision.data.scores import FILE, Scores
 from moevision.errors import UserError
+from moevision.files import refuse_foreign
 from moevision.names import shown
 
 
@@ -63,6 +64,7 @@ def write_list(chosen: Namespace) -> None:
         name = f"keep-{chosen.by}-{chosen.keep:g}.csv"
     out = chosen.out or run_dir / name
     relabelled = bool(data_settings(run_dir).get("relabel"))
+    refuse_foreign(out, HEAD.encode())
     plan.write(out, scores, relabelled=relabelled)
     classes, experts = class_shares(scores, plan), expert_shares(scores, plan.keep)
     for shares, what in ((classes, "class"), (experts, "expert")):

@@ -36,6 +36,7 @@ from moevision.names import csv_name
 
 METHODS: Final = ("aum", "el2n", "forgetting", "loss", "random", "ccs", "decisions")
 DECISIONS: Final = ("keep", "relabel", "drop")
+HEAD: Final = f"image,label,{KEEP},{NEW_LABEL},reason"
 STRATA: Final = 50
 STARVED: Final = 0.5  # of its former share: below that a class or an expert is warned about
 _BLOCK = 10_000
@@ -85,7 +86,7 @@ class Plan:
             raise UserError(f"{path} can't be written ({error.strerror}): give --out another file.") from error
 
     def _text(self, scores: Scores, relabelled: bool) -> Iterator[str]:
-        yield f"image,label,{KEEP},{NEW_LABEL},reason\n"
+        yield HEAD + "\n"
         for start in range(0, len(self.keep), _BLOCK):
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")

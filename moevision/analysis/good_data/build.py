@@ -37,7 +37,7 @@ from moevision.data.duplicates import Nearest
 from moevision.data.images import BadImageError
 from moevision.data.scores import FILE, SCORES, Floats, Ints, Scores
 from moevision.errors import UserError
-from moevision.files import write_text_atomic
+from moevision.files import refuse_foreign, write_text_atomic
 from moevision.models.io import load_model
 from moevision.names import csv_name, json_text, shown
 
@@ -68,6 +68,8 @@ def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, comm
     Raises:
         UserError: if there are no scores, images or model, or `out` can't be written.
     """
+    for name, mark in ((TABLE, b"split,image,label,"), (PAGE, b'content="moevision ')):
+        refuse_foreign(out / name, mark)
     scores = Scores.read(run_dir / FILE)
     images = images_of(run_dir)
     model = None if quick else load_model(str(run_dir))
