@@ -26,6 +26,7 @@ STUDY = {
         "whether experts specialize: three questions of routers, units and placements",
         "specialization",
     ),
+    "label_noise": ("which score finds wrong labels: planted flips on CIFAR-10", "label_noise"),
     "accumulation": ("the balance losses' gradient under gradient accumulation", "accumulation"),
     "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),

@@ -3,7 +3,8 @@
 - Links that leave docs/ (`../benchmarks/routers/README.md`): a page of Markdown becomes a page of the site under repo/,
   any other file is copied there. So links are checked, and work without knowing where the repository lives.
 - `--8<-- "moevision/layers/reference.py:Expert.forward"` includes the source of one class or function by its name, and
-  `--8<-- "help:predict"` what `moevision predict --help` prints.
+  `--8<-- "help:predict"` what `moevision predict --help` prints
+  (`"help:data prune"`: `moevision data prune --help`).
 - Formulas become MathML when the site is built; browsers draw that by themselves.
 - `explorer/` has pages that the explorer exports: the photo of concepts/five-looks.md, and the same without an expert.
 - In tables, numbers stay with their units, and names of code may break at their dots and underscores on a phone.
@@ -30,7 +31,7 @@ DOCS = ROOT / "docs"
 _LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 _CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.M)
 _NAMED = re.compile(r'^--8<-- "([\w/.-]+\.py):([\w.]+)"$', re.M)
-_HELP = re.compile(r'^--8<-- "help:(\w+)"$', re.M)
+_HELP = re.compile(r'^--8<-- "help:(\w+)(?: (\w+))?"$', re.M)
 _CELL = re.compile(r"<td\b[^>]*>.*?</td>", re.DOTALL)
 _UNIT = re.compile(r"(?<=\d) (?=(?:[MGT]|[kM]i?B|GB|ms|px|%)(?![\w-]))")
 _JOINT = re.compile(r"(?<=[A-Za-z])([._])(?=\w)")
@@ -122,12 +123,13 @@ def _source(found: re.Match[str]) -> str:
 
 
 def _help(found: re.Match[str]) -> str:
-    from moevision.commands.parsers import PARSERS
+    from moevision.commands.parsers import PARSERS, tasks_of
     from moevision.commands.training import help_file
 
     if found[1] in PARSERS:
         os.environ.update(COLUMNS="100", NO_COLOR="1")  # argparse looks at the terminal otherwise
-        return PARSERS[found[1]]().format_help().strip()
+        parser = PARSERS[found[1]]()
+        return (tasks_of(parser)[found[2]] if found[2] else parser).format_help().strip()
     # jsonargparse writes backspaces.
     return help_file(found[1], everything=False).read_text().replace(" \b", "").strip()
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moevision.errors import UserError
 from moevision.names import json_text
 
 # What file systems say that don't flush folders (FUSE, CIFS), or don't let this user open one.
@@ -181,6 +182,27 @@ def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
     """
     parts = (text,) if isinstance(text, str) else text
     write_bytes_atomic(path, (part.encode("utf-8", errors="backslashreplace") for part in parts))
+
+
+def refuse_foreign(path: Path, mark: bytes) -> None:
+    """Keep a file that somebody else made from being replaced.
+
+    Args:
+        path: what will be written; it need not be there.
+        mark: bytes that stand in the first 4 KiB of every file that the caller writes.
+
+    Raises:
+        UserError: if something without them lies there.
+    """
+    try:
+        with path.open("rb") as file:
+            ours = mark in file.read(4096)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError:  # a folder, or not readable: not ours, or writing says what is wrong
+        ours = False
+    if not ours:
+        raise UserError(f"{path} is there already and holds something else: give --out another place.")
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:

@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 from moevision.cli import main
+from moevision.commands.parsers import PARSERS, tasks_of
 from moevision.train.recipe import shipped_configs
 from tests.conftest import TINY, draw_folder, run_cli
 from tests.forks import Forked
@@ -81,7 +82,9 @@ def run(path: Path, blocks: list[str], scope: dict[str, Any]) -> None:
 def flags_of(verb: str) -> frozenset[str]:
     """The long options that a verb's help names."""
     training = verb in ("fit", "validate", "test")
-    text = run_cli(verb, "--help-all" if training else "--help").out
+    tasks = tasks_of(PARSERS[verb]()) if verb in PARSERS else {}
+    asked = [[], *([task] for task in tasks)]
+    text = "".join(run_cli(verb, *task, "--help-all" if training else "--help").out for task in asked)
     known = set(re.findall(r"(?<![\w-])--[\w.-]+", text))
     return frozenset(known | {"--pretrained", "--help-all", "--print_config"} if training else known)
 
@@ -261,6 +264,8 @@ ELSEWHERE = {
     "--config cats_vs_dogs": "a download",
     "--seeds": "three trainings",
     "--resume runs/images": "tests/train/test_resume.py",
+    "--data.keep": "the list must be of these images; tests/test_data_command.py",
+    "--decisions": "saved by the page; tests/analysis/test_good_data.py",
     "--pretrained tiny_moe": "made of weights from the hub",
     "runs/dense": "a dense run",
     "birds.yaml": "written by the reader; its keys are checked below",

@@ -32,6 +32,7 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["benchmark", "layer"]),
     *((0, [verb, "--help"]) for verb in VERBS),
     *((0, [verb, "path/to/images", "--help-all"]) for verb in ("fit", "validate", "test")),
+    *((0, ["data", task, "--help"]) for task in ("score", "prune")),
     *((0, ["completion", shell]) for shell in ("bash", "zsh", "fish")),
     # Usage errors
     (2, ["predict", "runs/pets"]),
@@ -43,6 +44,8 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["push", "runs/pets"]),
     (2, ["analyze"]),
     (2, ["analyze", "runs/pets", "--nothing"]),
+    (2, ["data"]),
+    (2, ["data", "prune", "runs/pets"]),
     (2, ["doctor", "runs/pets"]),
     (2, ["demo", "--port", "many"]),
     (2, ["completion", "tcsh"]),

@@ -9,7 +9,7 @@ import re
 from argparse import Namespace
 
 from moevision.commands import VERBS
-from moevision.commands.parsers import PARSERS
+from moevision.commands.parsers import PARSERS, tasks_of
 from moevision.commands.training import ALL, help_file
 
 BASH = """\
@@ -55,7 +55,10 @@ def run(chosen: Namespace) -> None:
 def flags_of(verb: str) -> list[str]:
     """The long flags of a verb, from its parser; those of the training verbs from their rendered help."""
     if verb in PARSERS:
-        return [flag for action in PARSERS[verb]()._actions for flag in action.option_strings if flag.startswith("--")]
+        parser = PARSERS[verb]()
+        actions = [action for each in (parser, *tasks_of(parser).values()) for action in each._actions]
+        flags = [flag for action in actions for flag in action.option_strings if flag.startswith("--")]
+        return list(dict.fromkeys(flags))
     text = help_file(verb, everything=True).read_text(encoding="utf-8")
     names = re.findall(r"^  (-.*?)(?: {2,}.*)?$", text, re.MULTILINE)  # `  -c CONFIG, --config CONFIG   what it is`
     return [ALL, *dict.fromkeys(flag for name in names for flag in re.findall(r"--[\w.-]+", name))]

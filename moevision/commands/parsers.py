@@ -7,7 +7,7 @@ task, data module and Trainer instead; see `moevision.commands.training`.
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -299,6 +299,93 @@ def analyze() -> ArgumentParser:
     return parser
 
 
+def data() -> ArgumentParser:
+    """What to do with the images of a run."""
+    parser = _parser(
+        "data",
+        """\
+        Good data: what a training found out about its images, and which of them to keep. It reads scores.csv, which fit
+        leaves in the run folder, and changes none of your images: what you choose becomes a list that fit takes.
+        `moevision data score --help` and `moevision data prune --help` tell more.
+        """,
+        """\
+        moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
+        moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row
+        moevision fit path/to/images --data.keep runs/pets/keep-ccs-0.7.csv
+        """,
+    )
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="{score,prune}")
+    _score(tasks.add_parser)
+    _prune(tasks.add_parser)
+    return parser
+
+
+def _score(add_parser: Callable[..., ArgumentParser]) -> None:
+    parser = add_parser(
+        "score",
+        help="a page and a CSV of what is known about the images",
+        **_texts(
+            """\
+            Write what is known about the images of RUN, OUT/:
+
+              page.html    ranked lists with the images: labels that others speak against, hardest, easiest, of other
+                           experts than their class, near-duplicates, leaks between splits, blurred, dark, odd sizes,
+                           grey, damaged; a map; tables of classes and experts. One file, and nothing leaves it
+              images.csv   a row for each image with all numbers
+
+            On the page you decide by keyboard: keep, wrong label, drop; it saves decisions.csv, which
+            `moevision data prune --by decisions` makes a list of. Lists rank, and say of no image that it is bad.
+            One pass opens every image and runs the model on it.
+            """,
+            """\
+            moevision data score runs/pets
+            moevision data score runs/pets --quick                only the scores of the training, in seconds
+            """,
+        ),
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run folder with scores.csv")
+    add("--out", type=Path, metavar="DIR", help="folder to write to (RUN/data)")
+    add("--show", type=_positive, default=40, metavar="N", help="images in each list of the page (%(default)s)")
+    add("--quick", action="store_true", help="no pass over the images: without files, duplicates and predictions")
+    parser.set_defaults(command="")  # the command line, which the page records
+
+
+def _prune(add_parser: Callable[..., ArgumentParser]) -> None:
+    parser = add_parser(
+        "prune",
+        help="a list of the training images to keep, which fit takes",
+        **_texts(
+            """\
+            Write a list of the training images of RUN to keep, with a reason per row, and print the share of each class
+            and expert before and after. fit takes the list: --data.keep FILE, and --data.relabel FILE where there are
+            new labels. Validation and test images are not touched.
+
+              aum, loss          give up first what speaks against its label: low margins, high mean loss
+              el2n, forgetting   give up first what is easy: low EL2N, never forgotten
+              ccs                give up the lowest AUM, then draw equally from strata of AUM (arXiv:2210.15809)
+              random             the baseline: at small shares scores have lost to it (arXiv:2302.06960)
+              decisions          give up what you dropped on the page of `moevision data score`
+
+            No class loses its last image; a class or an expert whose share falls by more than half is warned about.
+            """,
+            """\
+            moevision data prune runs/pets --by ccs --keep 0.7
+            moevision data prune runs/pets --by decisions --decisions ~/Downloads/decisions.csv
+            """,
+        ),
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run folder with scores.csv")
+    methods = ("aum", "el2n", "forgetting", "loss", "random", "ccs", "decisions")
+    add("--by", required=True, choices=methods, help="what decides, see above")
+    add("--keep", type=_share, metavar="SHARE", help="share of the images to keep, such as 0.7")
+    add("--hardest", type=_share, metavar="SHARE", help="with ccs: share with the lowest AUM that goes first (0.1)")
+    add("--decisions", type=Path, metavar="FILE", help="with decisions: the file that the page saved")
+    add("--seed", type=int, default=0, help="seed of what is drawn, and of ties (%(default)s)")
+    add("--out", type=Path, metavar="FILE", help="the list (RUN/keep-METHOD-SHARE.csv)")
+
+
 def demo() -> ArgumentParser:
     """Which model, which images, and who may see the page."""
     parser = _parser(
@@ -386,18 +473,31 @@ def completion() -> ArgumentParser:
 
 PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     function.__name__: function
-    for function in (predict, info, upcycle, surgery, export, push, analyze, demo, doctor, completion)
+    for function in (predict, info, upcycle, surgery, export, push, analyze, data, demo, doctor, completion)
 }
+
+
+def tasks_of(parser: ArgumentParser) -> dict[str, ArgumentParser]:
+    """The parsers of a verb's tasks, such as `prune` of `data`; most verbs have none."""
+    return {
+        name: task
+        for action in parser._actions
+        if isinstance(action, _SubParsersAction)
+        for name, task in action.choices.items()
+    }
 
 
 def _parser(verb: str, description: str, examples: str) -> ArgumentParser:
     """A parser whose help says what the verb does, and ends with one to three examples."""
-    return ArgumentParser(
-        prog=f"moevision {verb}",
-        description="\n".join(_lines(description)),
-        epilog="\n".join(["examples", *(f"  {line}" for line in _lines(examples))]),
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    return ArgumentParser(prog=f"moevision {verb}", **_texts(description, examples))
+
+
+def _texts(description: str, examples: str) -> dict[str, Any]:
+    return {
+        "description": "\n".join(_lines(description)),
+        "epilog": "\n".join(["examples", *(f"  {line}" for line in _lines(examples))]),
+        "formatter_class": RawDescriptionHelpFormatter,
+    }
 
 
 def _lines(text: str) -> list[str]:
@@ -409,6 +509,16 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ArgumentTypeError(f"{text!r} is no number of at least 1")
     return number
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 1:
+        raise ArgumentTypeError(f"{text!r} is no share between 0 and 1")
+    return share
 
 
 def _layers(text: str) -> str | list[int]:

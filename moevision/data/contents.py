@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import Progress
 from torch import Tensor
 
+from moevision.data.choices import Choices
 from moevision.data.dataset import BadImage, ImageDataset
 from moevision.data.images import BadImageError
 from moevision.data.sources import SPLITS, Collection, DrawnCollection, Sample
@@ -38,23 +39,29 @@ def is_main_process() -> bool:
     return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
 
 
-def split_collection(collection: Collection, cut: Cut, run_dir: Path | None) -> tuple[Splits, list[str]]:
+def split_collection(
+    collection: Collection,
+    cut: Cut,
+    run_dir: Path | None,
+    choices: Choices = Choices(),  # noqa: B008
+) -> tuple[Splits, list[str]]:
     """Split a collection, or take its split from ``splits.csv`` of the run folder.
 
     Args:
         collection: the labelled images.
         cut: how to cut what the collection doesn't come with.
-        run_dir: the run folder; None keeps no record. Drawn images need none.
+        run_dir: the run folder; None keeps no record. Drawn images need none, unless some are left out or relabelled.
+        choices: which training images are used, and as what; a ``splits.csv`` that is there holds them already.
 
     Returns:
         The splits and the class names that their labels index.
     """
-    if isinstance(collection, DrawnCollection):
+    if isinstance(collection, DrawnCollection) and not choices:
         return make_splits(collection, cut), collection.class_names
     table = None if run_dir is None else run_dir / "splits.csv"
     if table is not None and table.exists():
         return read_splits(table, collection)
-    splits = make_splits(collection, cut)
+    splits = choices.apply(make_splits(collection, cut), collection.class_names)
     if table is not None and is_main_process():
         write_splits(table, splits, collection.class_names)
     return splits, collection.class_names

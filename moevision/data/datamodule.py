@@ -19,6 +19,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from moevision.data.choices import Choices
 from moevision.data.contents import (
     ClassCounts,
     Contents,
@@ -69,6 +70,8 @@ class ImageDataModule(LightningDataModule):
         cache_mb: int = 4096,
         max_bad_fraction: float = 0.05,
         scores: bool | None = None,
+        keep: str | None = None,
+        relabel: str | None = None,
         train_size: int = 16_000,
         val_size: int = 1_000,
         test_size: int = 2_000,
@@ -113,6 +116,10 @@ class ImageDataModule(LightningDataModule):
             max_bad_fraction: Stop when a larger share of a split's images can't be read.
             scores: Keep scores of the training images (scores.csv); null: below 200,000 of them, without Mixup and
                 CutMix.
+            keep: CSV file of the training images to keep (columns image and keep, as `moevision data prune` writes it);
+                the others are left out. Validation and test images stay as they are.
+            relabel: CSV file of training images with another class (columns image and new_label, as `moevision data
+                prune` or the page of `moevision data score` writes it).
             train_size: Number of training images of synthetic_pets.
             val_size: Number of validation images of synthetic_pets.
             test_size: Number of test images of synthetic_pets.
@@ -138,6 +145,7 @@ class ImageDataModule(LightningDataModule):
         self.class_weights, self.balanced_sampling = class_weights, balanced_sampling
         self.cache_mb, self.max_bad_fraction = cache_mb, max_bad_fraction
         self.scores = scores
+        self.choices = Choices(*(None if file is None else Path(file).expanduser() for file in (keep, relabel)))
         self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
         self.mean, self.std = mean, std
         self.run_dir: Path | None = None
@@ -202,7 +210,7 @@ class ImageDataModule(LightningDataModule):
     def _read(self, collection: Collection) -> Contents:
         """Split the collection and describe a dataset per split."""
         cut = Cut(self.val_fraction, self.test_fraction, self.seed, self.group_by, self.check_duplicates)
-        splits, class_names = split_collection(collection, cut, self.run_dir)
+        splits, class_names = split_collection(collection, cut, self.run_dir, self.choices)
         train = count_classes(splits.samples, class_names)["train"]
         self._class_weights = class_weight_tensor(self.class_weights, train)
         imbalance = balance_warnings(train, self._class_weights is not None, self.balanced_sampling)

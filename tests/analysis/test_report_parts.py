@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from moevision.analysis.images import Remembered, aligned_pictures
-from moevision.analysis.report.build import number, shown_pictures
+from moevision.analysis.report.build import shown_pictures
 from moevision.analysis.report.measure import as_json
+from moevision.analysis.report.page import number
 from moevision.errors import UserError
 
 

@@ -102,6 +102,7 @@ DEFINITIONS = {
     "docs/index.md": [Definition("Python 3.11 or newer", "a version")],
     "docs/reference/files.md": [
         Definition("balanced accuracy with 95 % intervals", "a confidence level"),
+        Definition("in the fewest of 64 bits", "the length of the hash"),
         Definition("109 MB for 1.3 M images", "84 bytes each; `tests/data/test_scores.py` allocates them"),
     ],
     "docs/reference/config.md": [

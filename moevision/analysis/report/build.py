@@ -12,7 +12,6 @@ another number than the file does.
 from __future__ import annotations
 
 import base64
-import json
 import platform
 import struct
 import time
@@ -44,6 +43,7 @@ from moevision.analysis.report.measure import (
     measure,
     model_numbers,
 )
+from moevision.analysis.report.page import environment
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
@@ -187,31 +187,9 @@ def render(numbers: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         numbers: what `report.json` holds.
         pictures: file name -> PNG of every figure that it lists.
     """
-    import jinja2
-
-    page = jinja2.Environment(
-        loader=jinja2.PackageLoader("moevision.analysis.report", "."),
-        autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else shown(str(value)),  # names from outside
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters |= {"number": number, "image": lambda entry: _image(pictures[entry["file"]])}
-    return page.get_template("template.html.jinja").render(numbers)
-
-
-def number(value: float | int | None, form: str = ",") -> Markup:
-    """A number rounded by a format such as `.2f`, with a true minus sign; an en dash where there is none.
-
-    It carries its exact value, as `report.json` has it, in HTML's own element for that: `<data value="0.0123">`.
-    """
-    if value is None:
-        return Markup('<span class="soft">–</span>')
-    text = format(value, form).replace("-", "−")
-    if set(text) <= set("−+0.%"):
-        text = text.replace("−", "").replace("+", "")  # −0.00 would look like a direction
-    return Markup('<data value="{}">{}</data>').format(json.dumps(value), text)
+    page = environment()
+    page.filters |= {"image": lambda entry: _image(pictures[entry["file"]])}
+    return page.get_template("report/template.html.jinja").render(numbers)
 
 
 def _image(png: bytes) -> Json:

@@ -1,0 +1,452 @@
+"""`moevision data score`: the table and the page of what is known about the images of a run.
+
+images.csv   a row for each image of every split: scores, what the model says, its file, its doubles
+page.html    ranked lists with the images themselves, a map, tables of classes and experts; one file, nothing fetched
+
+The page ranks and judges nothing: how many of the first are bad depends on the data. What a person decides there is
+saved by the browser as decisions.csv, which `moevision data prune --by decisions` and `fit --data.relabel` read.
+
+Axes: n images of all splits, m of the training set (the first m of n).
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from moevision import __version__
+from moevision.analysis.good_data.examine import Known, RunImages, examine, images_of
+from moevision.analysis.report.page import environment
+from moevision.data.duplicates import Nearest
+from moevision.data.images import BadImageError
+from moevision.data.scores import FILE, SCORES, Floats, Ints, Scores
+from moevision.errors import UserError
+from moevision.files import refuse_foreign, write_text_atomic
+from moevision.models.io import load_model
+from moevision.names import csv_name, json_text, shown
+
+Json = dict[str, Any]
+TABLE, PAGE = "images.csv", "page.html"
+THUMB: Final = 112  # px, the longer side of an image on the page
+_BLOCK = 10_000
+_CELLS = (24, 16)  # of the map: mean p, spread
+_MOST_SPREAD = 0.5  # the largest standard deviation of numbers in [0, 1]
+_MOST_ROWS = 1000  # of a table of the page
+_GREY = 0.01  # mean difference of channels, 0 to 1: below it an image has no colour that one sees
+_FEW = 0.5  # grey images stand out where at most this share is grey
+
+
+def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, command: str = "") -> Json:
+    """Find out everything about the images of a run, and write the table and the page.
+
+    Args:
+        run_dir: the run folder, with scores.csv and its model.
+        out: the folder to write to.
+        show: images per list of the page.
+        quick: only the scores: no image is opened but those that are shown.
+        command: the command line, for the page.
+
+    Returns:
+        What the page was made of.
+
+    Raises:
+        UserError: if there are no scores, images or model, or `out` can't be written.
+    """
+    for name, mark in ((TABLE, b"split,image,label,"), (PAGE, b'content="moevision ')):
+        refuse_foreign(out / name, mark)
+    scores = Scores.read(run_dir / FILE)
+    images = images_of(run_dir)
+    model = None if quick else load_model(str(run_dir))
+    with Progress(console=Console(stderr=True), transient=True, disable=quick or len(images) < 1000) as bar:
+        task = bar.add_task("looking at images", total=len(images))
+        known = examine(images, scores, model, lambda done: bar.update(task, advance=done))
+    names = images.class_names if model is None else model.class_names
+    facts = page_facts(images, known, names, show)
+    facts |= {"title": f"The images of {shown(run_dir.resolve().name)}", "command": command, "quick": quick}
+    facts |= {"version": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
+    try:
+        write_text_atomic(out / TABLE, _table(images, known, names))
+        write_text_atomic(out / PAGE, render(facts, Thumbnails(images)))
+    except OSError as error:
+        raise UserError(f"{out} can't be written to ({error.strerror}): give --out another folder.") from error
+    return facts
+
+
+# ---- the table
+
+
+def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[str]:
+    """images.csv, part by part."""
+    yield ",".join([
+        "split", "image", "label", "visits", *SCORES, "unlike_class", "prediction", "certainty", "width", "height",
+        "sharpness", "brightness", "colour", "problem", "hash_twin", "hash_bits", "feature_twin", "feature_cosine",
+        "leak", "leak_bits", "leak_cosine",
+    ]) + "\n"  # fmt: skip
+    trained = len(known.visits)
+    everything = images.each()
+    for start in range(0, len(images), _BLOCK):
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for index in range(start, min(start + _BLOCK, len(images))):
+            split, sample = next(everything)
+            own: list[Any] = [""] * (len(SCORES) + 2)
+            if index < trained:
+                values = [*(known.scores[name][index] for name in SCORES), known.unlike_class[index]]
+                own = [known.visits[index], *map(_cell, values)]
+            look = known.look[index]
+            seen = ["", "", "", "", ""]
+            if look["read"]:
+                seen = [look["width"], look["height"], *(_cell(look[name]) for name in _MEASURED)]
+            twin = known.by_hash[0].other[index], known.by_features[0].other[index]
+            writer.writerow([
+                split, csv_name(sample.sample_id), csv_name(images.class_names[sample.label]), *own,
+                csv_name(names[known.prediction[index]]) if known.prediction[index] >= 0 else "",
+                _cell(known.certainty[index]), *seen, csv_name(known.problems.get(index, "")),
+                _name(images, twin[0]), _bits(known.by_hash[0], index),
+                _name(images, twin[1]), _cosine(known.by_features[0], index),
+                _name(images, leak_of(known, index)), _bits(known.by_hash[1], index),
+                _cosine(known.by_features[1], index),
+            ])  # fmt: skip
+        yield text.getvalue()
+
+
+_MEASURED: Final = ("sharpness", "brightness", "colour")
+
+
+def _cell(value: Any) -> str:
+    return "" if not math.isfinite(value) else f"{value:.5g}"
+
+
+def _name(images: RunImages, index: int) -> str:
+    return csv_name(images.place(int(index))[1].sample_id) if index >= 0 else ""
+
+
+def _bits(nearest: Nearest, index: int) -> str:
+    return f"{nearest.distance[index]:.0f}" if nearest.other[index] >= 0 else ""
+
+
+def _cosine(nearest: Nearest, index: int) -> str:
+    return _cell(1 - nearest.distance[index]) if nearest.other[index] >= 0 else ""
+
+
+def leak_of(known: Known, index: int) -> int:
+    """The most alike image of another split: by its hash if there is one, else by features; -1 without."""
+    by_hash = int(known.by_hash[1].other[index])
+    return by_hash if by_hash >= 0 else int(known.by_features[1].other[index])
+
+
+# ---- what the page says
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One ranked list.
+
+    Attributes:
+        key: its anchor.
+        title: what it is called.
+        about: what it is ranked by, and what it does not show.
+        rows: the first images, best first.
+        value: what is said of each.
+        twin: the image that is shown beside each, if it is about pairs.
+    """
+
+    key: str
+    title: str
+    about: str
+    rows: Ints
+    value: Callable[[int], str]
+    twin: Callable[[int], int] | None = None
+
+
+def page_facts(images: RunImages, known: Known, names: Sequence[str], show: int) -> Json:
+    """Everything on the page but the thumbnails: plain numbers and words."""
+    lists = [each for each in ranked_lists(known, images.split_of, show) if len(each.rows)]
+    return {
+        "counts": {split: len(images.samples[split]) for split in images.splits},
+        "unreadable": len(known.problems),
+        "lists": [_list_facts(each, images, known, names) for each in lists],
+        "map": map_cells(known.scores["p_mean"], known.scores["p_std"], images.labels[: len(known.visits)]),
+        "map_size": {"columns": _CELLS[0], "rows": _CELLS[1], "most": _MOST_SPREAD},
+        "classes": class_rows(images, known, names),
+        "experts": expert_rows(images, known),
+        "class_names": list(map(shown, images.class_names)),
+        "class_ids": list(map(csv_name, images.class_names)),
+    }
+
+
+def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
+    """The lists in the order of the page; those of what wasn't measured are empty."""
+    scores, look, read = known.scores, known.look, known.look["read"]
+
+    def first(value: npt.NDArray[Any], among: npt.NDArray[np.bool_] | None = None, count: int = show) -> Ints:
+        """The images with the lowest finite values."""
+        rows = np.flatnonzero(np.isfinite(value) if among is None else among & np.isfinite(value))
+        near = rows[np.argpartition(value[rows], count - 1)[:count]] if len(rows) > count else rows
+        return near[np.lexsort((near, value[near]))]
+
+    grey = read & (look["colour"] < _GREY)
+    few_grey = grey & (grey.sum() <= _FEW * read.sum())
+    odd = _oddness(look["width"], look["height"], read)
+    broken = np.fromiter(sorted(known.problems), np.int64, len(known.problems))
+    pairs, leaks = (_pair_value(h, f) for h, f in zip(known.by_hash, known.by_features, strict=True))
+    twin = [np.where(h.other >= 0, h.other, f.other) for h, f in zip(known.by_hash, known.by_features, strict=True)]
+    return [
+        Ranked(
+            "doubtful", "Other images speak against the label",
+            "Lowest area under the margin: the logit of the label less the largest other one, mean over the training. "
+            "Wrong labels come first, and with them rare and ambiguous images.",
+            first(scores["aum"]), lambda i: f"margin {scores['aum'][i]:.2f}",
+        ),
+        Ranked(
+            "hardest", "Hardest",
+            "Highest EL2N: how far the probabilities were from the label, mean over the training.",
+            first(-scores["el2n"]), lambda i: f"EL2N {scores['el2n'][i]:.2f}",
+        ),
+        Ranked(
+            "unsteady", "Most unsteady",
+            "Largest spread of the label's probability over the training: learned and lost again.",
+            first(-scores["p_std"]), lambda i: f"spread {scores['p_std'][i]:.2f}",
+        ),
+        Ranked(
+            "experts", "Computed by experts of other classes",
+            "How little the experts that computed an image are those of its class (linear discriminant analysis of "
+            "their shares; the classifier is not asked).",
+            first(-known.unlike_class), lambda i: f"−ln p {known.unlike_class[i]:.2f}",
+        ),
+        Ranked(
+            "easiest", "Easiest",
+            "Lowest EL2N. Many alike easy images teach little more than some of them.",
+            first(scores["el2n"]), lambda i: f"EL2N {scores['el2n'][i]:.2g}",
+        ),
+        Ranked(
+            "leaks", "In two splits",
+            "The most alike pairs with one image outside of training, by perceptual hash, then by the model's "
+            "features. A copy of a training image in a test set rewards memory.",
+            _once(first(leaks, split > 0, 2 * show), twin[1], show),
+            lambda i: _alike(known, 1, i), lambda i: int(twin[1][i]),
+        ),
+        Ranked(
+            "doubles", "Near-duplicates",
+            "The most alike pairs, by perceptual hash (bits of 64 that differ), then by the cosine of the model's "
+            "features, whitened. Mirrored copies are found by features only.",
+            _once(first(pairs, None, 2 * show), twin[0], show),
+            lambda i: _alike(known, 0, i), lambda i: int(twin[0][i]),
+        ),
+        Ranked(
+            "blurred", "Least detail",
+            "Lowest variance of the Laplacian, at a short side of at most 224 px: blurred, or plain.",
+            first(look["sharpness"], read), lambda i: f"variance {look['sharpness'][i]:.3g}",
+        ),
+        Ranked(
+            "dark", "Darkest", "Lowest mean luma.", first(look["brightness"], read),
+            lambda i: f"brightness {look['brightness'][i]:.2f}",
+        ),
+        Ranked(
+            "odd", "Odd sizes",
+            "Number of pixels or shape farthest from the median of all images; none where all are alike.",
+            first(-odd, odd > 0), lambda i: f"{look['width'][i]} × {look['height'][i]} px",
+        ),
+        Ranked(
+            "grey", "Grey among colour", "No difference between the channels, where most images have one.",
+            first(look["colour"], few_grey), lambda i: f"colour {look['colour'][i]:.3f}",
+        ),
+        Ranked("unreadable", "Can't be read", "Truncated, damaged or missing files.", broken[:show],
+               lambda i: ""),  # the frame says why
+    ]  # fmt: skip
+
+
+def _oddness(width: Ints, height: Ints, read: npt.NDArray[np.bool_]) -> Floats:
+    """[n] largest of |ln pixels − median| and |ln (width / height) − median|; 0 for what couldn't be read."""
+    found = np.zeros(len(read), np.float32)
+    if read.any():
+        w, h = np.log(width[read].astype(np.float64)), np.log(height[read].astype(np.float64))
+        found[read] = np.maximum(*(np.abs(each - np.median(each)) for each in (w + h, w - h)))
+    return np.where(found > 0.01, found, 0)  # a pixel more or less is not odd
+
+
+def _pair_value(by_hash: Nearest, by_features: Nearest) -> Floats:
+    """[n] by which pairs are ranked: the bits where hashes are near, and behind all of these 100 + the distance."""
+    return np.where(by_hash.other >= 0, by_hash.distance, 100 + by_features.distance)
+
+
+def _once(rows: Ints, twin: Ints, show: int) -> Ints:
+    """The rows without the second image of a pair whose first one is there already."""
+    seen: set[tuple[int, int]] = set()
+    kept = []
+    for row in rows.tolist():
+        pair = (min(row, int(twin[row])), max(row, int(twin[row])))
+        if pair not in seen:
+            seen.add(pair)
+            kept.append(row)
+    return np.array(kept[:show], np.int64)
+
+
+def _alike(known: Known, which: int, index: int) -> str:
+    bits = known.by_hash[which]
+    if bits.other[index] >= 0:
+        return f"{bits.distance[index]:.0f} of 64 bits differ"
+    return f"cosine {1 - known.by_features[which].distance[index]:.3f}"
+
+
+def _list_facts(ranked: Ranked, images: RunImages, known: Known, names: Sequence[str]) -> Json:
+    return {
+        "key": ranked.key, "title": ranked.title, "about": ranked.about,
+        "entries": [
+            _entry(int(row), images, known, names) | {
+                "value": ranked.value(int(row)).replace("-", "\N{MINUS SIGN}"),
+                "twin": _entry(ranked.twin(int(row)), images, known, names) if ranked.twin else None,
+            }
+            for row in ranked.rows
+        ],
+    }  # fmt: skip
+
+
+def _entry(index: int, images: RunImages, known: Known, names: Sequence[str]) -> Json:
+    """What the page says of one image."""
+    split, sample = images.place(index)
+    prediction = int(known.prediction[index])
+    said = shown(names[prediction]) if prediction >= 0 else ""
+    return {
+        "index": index, "split": split, "image": shown(sample.sample_id), "id": csv_name(sample.sample_id),
+        "label": shown(images.class_names[sample.label]), "label_id": csv_name(images.class_names[sample.label]),
+        "prediction": said, "prediction_id": csv_name(said),
+        "certainty": float(known.certainty[index]) if said else None,
+    }  # fmt: skip
+
+
+def map_cells(p_mean: Floats, p_std: Floats, labels: Ints) -> list[list[int]]:
+    """[class, column, row, images] of every cell of the map that has some; columns by mean p, rows by its spread."""
+    there = np.flatnonzero(np.isfinite(p_mean) & np.isfinite(p_std))
+    columns, rows = _CELLS
+    x = np.minimum(p_mean[there] * columns, columns - 1).astype(np.int64)
+    y = np.minimum(p_std[there] / _MOST_SPREAD * rows, rows - 1).astype(np.int64)
+    code, counts = np.unique((labels[there] * columns + x) * rows + y, return_counts=True)
+    found: list[list[int]] = np.stack(
+        [code // (columns * rows), code // rows % columns, code % rows, counts], 1
+    ).tolist()
+    return found
+
+
+def _mean_by(labels: Ints, values: npt.NDArray[Any], classes: int) -> npt.NDArray[np.float64]:
+    """[classes] means of the finite values; NaN where a class has none."""
+    there = np.isfinite(values)
+    counts = np.bincount(labels[there], minlength=classes)
+    sums = np.bincount(labels[there], values[there].astype(np.float64), minlength=classes)
+    means: npt.NDArray[np.float64] = np.divide(sums, counts, out=np.full(classes, np.nan), where=counts > 0)
+    return means
+
+
+def class_rows(images: RunImages, known: Known, names: Sequence[str]) -> list[Json]:
+    """A row for each class, the least certain first."""
+    labels, classes, m = images.labels, len(images.class_names), len(known.visits)
+    measured = ("p_mean", "aum", "correct", "forgetting")
+    means = {name: _mean_by(labels[:m], known.scores[name], classes) for name in measured}
+    train = np.bincount(labels[:m], minlength=classes)
+    asked = np.flatnonzero(known.prediction[:m] >= 0)
+    number_of = {name: number for number, name in enumerate(images.class_names)}
+    own = np.array([number_of.get(name, -1) for name in names], np.int64)
+    wrong = asked[own[known.prediction[asked]] != labels[asked]]
+    pairs, often = np.unique(np.stack([labels[wrong], known.prediction[wrong]], 1), axis=0, return_counts=True)
+    taken: dict[int, tuple[int, int]] = {}
+    for (label, prediction), count in zip(pairs.tolist(), often.tolist(), strict=True):
+        taken[label] = max(taken.get(label, (0, 0)), (count, prediction))
+    rows: list[Json] = [
+        {
+            "name": shown(name), "images": int(train[label]),
+            **{key: None if math.isnan(value[label]) else float(value[label]) for key, value in means.items()},
+            "taken_for": shown(names[taken[label][1]]) if label in taken else "",
+            "times": taken[label][0] if label in taken else 0,
+        }
+        for label, name in enumerate(images.class_names)
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: row["p_mean"] if row["p_mean"] is not None else 2.0)[:_MOST_ROWS]
+
+
+def expert_rows(images: RunImages, known: Known) -> list[Json]:
+    """A row for each expert: its share, how hard its images are beside those of the layer, and its main class."""
+    m = len(known.visits)
+    labels, classes = images.labels[:m], len(images.class_names)
+    found = []
+    for block, shares in known.experts.items():
+        there = np.flatnonzero(np.isfinite(shares[:, 0]) & np.isfinite(known.scores["p_mean"]))
+        if not len(there):
+            continue
+        weight = shares[there].astype(np.float64)  # [r, E]
+        total = np.maximum(weight.sum(0), 1e-12)
+        for expert in range(weight.shape[1]):
+            by_class = np.bincount(labels[there], weight[:, expert], minlength=classes)
+            most = int(by_class.argmax())
+            means = {name: float(weight[:, expert] @ known.scores[name][there] / total[expert])
+                     for name in ("p_mean", "aum", "correct")}  # fmt: skip
+            found.append({
+                "name": f"L{block}.E{expert}", "share": float(total[expert] / weight.sum()),
+                "images": float(total[expert]), **means, "class": shown(images.class_names[most]),
+                "of_class": float(by_class[most] / total[expert]),
+            })  # fmt: skip
+    return found[:_MOST_ROWS]
+
+
+# ---- the page
+
+
+class Thumbnails:
+    """Small copies of images as addresses that hold them; each is opened once."""
+
+    def __init__(self, images: RunImages) -> None:
+        self.images = images
+        self._known: dict[int, Json] = {}
+
+    def __call__(self, index: int) -> Json:
+        """`src`, `width` and `height`, or `problem` if it can't be read."""
+        if index not in self._known:
+            self._known[index] = self._make(index)
+        return self._known[index]
+
+    def _make(self, index: int) -> Json:
+        _, sample = self.images.place(index)
+        try:
+            image = self.images.collection.open(sample, THUMB)
+        except BadImageError as error:
+            return {"src": None, "problem": error.reason}
+        file = io.BytesIO()
+        if max(image.size) <= THUMB:  # a small one as it is
+            image.save(file, "PNG")
+            kind = "png"
+        else:
+            scale = THUMB / max(image.size)
+            size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+            image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=82)
+            kind = "jpeg"
+        return {"src": Markup(f"data:image/{kind};base64,") + base64.b64encode(file.getvalue()).decode("ascii")}
+
+
+def render(facts: Mapping[str, Any], thumbnail: Callable[[int], Json]) -> str:
+    """The page: one file, in which only its own script runs."""
+    script = files("moevision.analysis.good_data").joinpath("page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode("ascii")
+    page = environment()
+    page.filters |= {"thumbnail": thumbnail}
+    told = {name: facts[name] for name in ("class_ids", "map", "map_size")}
+    return page.get_template("good_data/template.html.jinja").render(
+        facts,
+        script=Markup("\n" + script),
+        script_sha256=Markup(digest),
+        told=Markup(json_text(told).replace("<", "\\u003c")),
+    )

@@ -1,0 +1,157 @@
+"""Near-duplicates among many images: for each the most alike other one, and the most alike one of another split.
+
+Two ways to be alike, because each misses what the other finds: a perceptual hash (`quality.perceptual_hash`), and the
+features of a model, whitened, so that they tell images apart instead of classes. Both searches are bounded for a
+million images, and may miss pairs:
+
+- hashes are sorted under `ORDERS` permutations of their bits, and compared with their `WINDOW` next neighbours
+  (Charikar, STOC 2002, §3): every image that shares its hash with another is found, and pairs that differ in four bits
+  nearly always;
+- features are compared within cells of at most `CELL` images, the nearest of k centroids (as SemDeDup does,
+  arXiv:2303.09540): pairs at a border between cells are missed. Up to `CELL` images there is one cell.
+
+Axes: n images, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from moevision.data.scores import Floats, Ints
+
+ORDERS, WINDOW, MOST_BITS = 16, 16, 10
+CELL: Final = 16_384
+WIDTH: Final = 64  # features that are kept of an image: 128 bytes
+_ROWS = 1024
+_ROUNDS = 5
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass
+class Nearest:
+    """The most alike other image of each.
+
+    Attributes:
+        other: [n] its index; -1: none was found.
+        distance: [n] of them, infinite without.
+    """
+
+    other: Ints
+    distance: Floats
+
+    @classmethod
+    def none(cls, n: int) -> Nearest:
+        """Nothing is found yet."""
+        return cls(np.full(n, -1, np.int64), np.full(n, np.inf, np.float32))
+
+    def offer(self, image: Ints, other: Ints, distance: Floats) -> None:
+        """Take pairs that are nearer than what is known; an image may be among them several times."""
+        order = np.lexsort((other, distance))
+        image, first = np.unique(image[order], return_index=True)
+        other, distance = other[order][first], distance[order][first]
+        better = distance < self.distance[image]
+        self.other[image[better]] = other[better]
+        self.distance[image[better]] = distance[better]
+
+
+def nearest_by_hash(hashes: npt.NDArray[np.uint64], usable: Bools, split: Ints) -> tuple[Nearest, Nearest]:
+    """By the number of bits in which hashes differ, at most `MOST_BITS`.
+
+    Args:
+        hashes: [n].
+        usable: [n], whether an image has a hash.
+        split: [n], number of its split.
+
+    Returns:
+        The nearest image, and the nearest one of another split.
+    """
+    rows, found = np.flatnonzero(usable), (Nearest.none(len(hashes)), Nearest.none(len(hashes)))
+    bits = np.unpackbits(hashes[rows].astype(">u8").view(np.uint8).reshape(-1, 8), axis=1)
+    generator = np.random.default_rng(0)
+    for _ in range(ORDERS if len(rows) > 1 else 0):
+        shuffled = np.ascontiguousarray(bits[:, generator.permutation(64)])
+        key = np.packbits(shuffled, axis=1).view(">u8")[:, 0]
+        order = rows[np.argsort(key, kind="stable")]
+        for step in range(1, min(WINDOW, len(rows) - 1) + 1):
+            left, right = order[:-step], order[step:]
+            differ = np.bitwise_count(hashes[left] ^ hashes[right])
+            near = differ <= MOST_BITS
+            _offer_both(found, left[near], right[near], differ[near].astype(np.float32), split)
+    return found
+
+
+def _offer_both(found: tuple[Nearest, Nearest], left: Ints, right: Ints, distance: Floats, split: Ints) -> None:
+    pairs = np.concatenate([left, right]), np.concatenate([right, left]), np.concatenate([distance, distance])
+    found[0].offer(*pairs)
+    across = split[pairs[0]] != split[pairs[1]]
+    found[1].offer(*(each[across] for each in pairs))
+
+
+def nearest_by_features(features: npt.NDArray[np.floating[Any]], usable: Bools, split: Ints) -> tuple[Nearest, Nearest]:
+    """By one less the cosine of whitened features [n, D]; see `nearest_by_hash` for the rest."""
+    found = (Nearest.none(len(features)), Nearest.none(len(features)))
+    rows = np.flatnonzero(usable)
+    if len(rows) < 2:
+        return found
+    white = whitened(features[rows])
+    for cell in _cells(white):
+        for start in range(0, len(cell), _ROWS):
+            block = cell[start : start + _ROWS]
+            cosine = white[block] @ white[cell].T  # [rows, cell]
+            cosine[np.arange(len(block)), start + np.arange(len(block))] = -np.inf
+            for each, allowed in zip(found, (None, split[rows[block], None] != split[rows[cell]]), strict=True):
+                if allowed is not None:
+                    cosine = np.where(allowed, cosine, -np.inf)
+                best = cosine.argmax(1)
+                value = cosine[np.arange(len(block)), best]
+                there = np.isfinite(value)
+                each.offer(rows[block[there]], rows[cell[best[there]]], 1 - value[there])
+    return found
+
+
+def whitened(features: npt.NDArray[np.floating[Any]]) -> Floats:
+    """Features [n, D] whose covariance is the identity, each of unit length; directions without spread stay out."""
+    centred = features.astype(np.float32)
+    centred -= centred.mean(0)
+    spread, axes = np.linalg.eigh(centred.T @ centred / len(centred))
+    kept = spread > 1e-5 * spread.max()  # features are kept as float16
+    white: Floats = centred @ (axes[:, kept] / np.sqrt(spread[kept] + 1e-12)).astype(np.float32)
+    white /= np.maximum(np.linalg.norm(white, axis=1, keepdims=True), np.float32(1e-12))
+    return white
+
+
+def _cells(white: Floats) -> list[Ints]:
+    """Indices of at most `CELL` images each, by their nearest centroid (Lloyd's algorithm on a sample)."""
+    n = len(white)
+    if n <= CELL:
+        return [np.arange(n)]
+    generator = np.random.default_rng(0)
+    sample = white[np.sort(generator.choice(n, min(n, 2 * CELL), replace=False))]
+    centroids = sample[generator.choice(len(sample), 2 * -(-n // CELL), replace=False)]
+    for _ in range(_ROUNDS):
+        mine = _nearest_centroid(sample, centroids)
+        filled = np.bincount(mine, minlength=len(centroids)) > 0
+        sums = np.zeros_like(centroids)
+        np.add.at(sums, mine, sample)
+        centroids[filled] = sums[filled] / np.maximum(np.linalg.norm(sums[filled], axis=1, keepdims=True), 1e-12)
+    mine = _nearest_centroid(white, centroids)
+    order = np.argsort(mine, kind="stable")
+    cells = np.split(order, np.flatnonzero(np.diff(mine[order])) + 1)
+    return [cell[start : start + CELL] for cell in cells for start in range(0, len(cell), CELL)]
+
+
+def _nearest_centroid(white: Floats, centroids: Floats) -> Ints:
+    parts = [(white[start : start + CELL] @ centroids.T).argmax(1) for start in range(0, len(white), CELL)]
+    return np.concatenate(parts)
+
+
+def projection(width: int, seed: int = 0) -> Floats:
+    """[D, at most `WIDTH`] orthonormal directions onto which features are projected, the same for every image."""
+    if width <= WIDTH:
+        return np.eye(width, dtype=np.float32)
+    square, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((width, WIDTH)))
+    return square.astype(np.float32)

@@ -1,0 +1,277 @@
+"""`data score`: planted damage and doubles are found, the page escapes everything, and its decisions become a list."""
+
+import csv
+import io
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from moevision.analysis.good_data.build import (
+    Thumbnails,
+    _table,
+    class_rows,
+    expert_rows,
+    map_cells,
+    page_facts,
+    render,
+    score,
+)
+from moevision.analysis.good_data.examine import RunImages, examine
+from moevision.data.prune import decide
+from moevision.data.scores import SCORES, Scores
+from moevision.data.sources import FileCollection, Sample
+from moevision.data.synthetic import SyntheticPets
+from moevision.errors import UserError
+from moevision.models.io import load_model
+from moevision.names import csv_name
+
+PETS = SyntheticPets(40, 48, 1, "train")
+ABOUT = {"title": "Images", "command": "", "quick": False, "version": "1", "made": ""}
+
+
+def images_in(root: Path, classes: list[str], **splits: list[tuple[str, int]]) -> RunImages:
+    samples = {split: [Sample(name, label) for name, label in members] for split, members in splits.items()}
+    return RunImages(FileCollection(classes, samples, root=root), classes, samples)
+
+
+def scores_of(images: RunImages, **values: list[float]) -> Scores:
+    train = images.samples["train"]
+    table = {name: np.array(values.get(name, np.linspace(0, 1, len(train))), np.float32) for name in SCORES}
+    names, labels = [each.sample_id for each in train], [images.class_names[each.label] for each in train]
+    experts = {1: np.array(np.random.default_rng(0).dirichlet([1, 1], len(train)), np.float32)}
+    return Scores(list(map(csv_name, names)), labels, np.full(len(train), 3), table, experts)
+
+
+def draw(root: Path, name: str, index: int) -> Image.Image:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(PETS.image(index))
+    image.save(root / name)
+    return image
+
+
+@pytest.fixture(scope="module")
+def planted(tiny_run, tmp_path_factory):
+    """16 drawn images for training and a recompressed copy of one for the test; blurred, dark, grey, odd, cut, gone."""
+    root = tmp_path_factory.mktemp("planted")
+    train = [(f"cat/{index:02d}.png", index % 2) for index in range(16)]
+    for index, (name, _) in enumerate(train):
+        draw(root, name, index)
+    draw(root, "dog/blurred.png", 20).filter(ImageFilter.GaussianBlur(5)).save(root / "dog/blurred.png")
+    draw(root, "dog/dark.png", 21).point(lambda value: value // 12).save(root / "dog/dark.png")
+    draw(root, "dog/grey.png", 22).convert("L").save(root / "dog/grey.png")
+    draw(root, "dog/odd.png", 23).resize((12, 150)).save(root / "dog/odd.png")
+    draw(root, "dog/cut.png", 24)
+    (root / "dog/cut.png").write_bytes((root / "dog/cut.png").read_bytes()[:700])
+    train += [(f"dog/{name}.png", 1) for name in ("blurred", "dark", "grey", "odd", "cut", "gone")]
+    draw(root, "test/copy.jpg", 3).resize((40, 40)).save(root / "test/copy.jpg", quality=50)
+    draw(root, "test/other.png", 30)
+    test = [("test/copy.jpg", 1), ("test/other.png", 0)]
+    images = images_in(root, ["cat", "dog"], train=train, test=test)
+    return images, examine(images, scores_of(images), load_model(str(tiny_run)))
+
+
+def listed(images: RunImages, known) -> dict[str, list[str]]:
+    facts = page_facts(images, known, images.class_names, 5)
+    return {each["key"]: [entry["image"] for entry in each["entries"]] for each in facts["lists"]}
+
+
+def test_planted_damage_leads_its_list(planted):
+    images, known = planted
+    found = listed(images, known)
+    first = {key: found[key][0] for key in ("blurred", "dark", "odd")}
+    assert first == {"blurred": "dog/blurred.png", "dark": "dog/dark.png", "odd": "dog/odd.png"}
+    assert found["grey"] == ["dog/grey.png"]
+    assert found["unreadable"] == ["dog/cut.png", "dog/gone.png"]
+    assert found["leaks"][0] == "test/copy.jpg"
+    assert set(found["doubles"][:1]) <= {"test/copy.jpg", "cat/03.png"}
+    assert found["easiest"] == [sample.sample_id for sample in images.samples["train"][:5]]  # EL2N rises with the row
+    assert found["hardest"][0] == found["unsteady"][0] == "dog/gone.png"
+
+
+def test_the_table_has_every_image_with_what_is_known(planted):
+    images, known = planted
+    rows = list(csv.DictReader(io.StringIO("".join(_table(images, known, images.class_names)))))
+    by_name = {row["image"]: row for row in rows}
+    assert [(row["split"], row["image"]) for row in rows] == [(split, each.sample_id) for split, each in images.each()]
+    copy, cut = by_name["test/copy.jpg"], by_name["dog/cut.png"]
+    assert (copy["hash_twin"], copy["leak"], copy["width"]) == ("cat/03.png", "cat/03.png", "40")
+    assert int(copy["hash_bits"]) <= 8
+    assert copy["aum"] == copy["visits"] == copy["problem"] == ""
+    assert (cut["width"], cut["prediction"], cut["visits"]) == ("", "", "3")
+    assert "truncated" in cut["problem"]
+    assert "no such file" in by_name["dog/gone.png"]["problem"]
+    assert float(by_name["cat/03.png"]["el2n"]) == pytest.approx(3 / 21, abs=1e-4)
+    assert {row["prediction"] for row in rows} <= {"cat", "dog", ""}
+
+
+def test_tables_of_classes_and_experts_by_hand():
+    """An image of a was computed by E0, one of b by both: E0 has 1.5 images' worth, of mean p (1 + .4 / 2) / 1.5."""
+    images = images_in(Path(), ["a", "b"], train=[("1", 0), ("2", 1)])
+    scores = scores_of(images, p_mean=[1, 0.4], aum=[2, -1], correct=[1, 0])
+    scores.experts[1] = np.array([[1, 0], [0.5, 0.5]], np.float32)
+    known = examine(images, scores, None)
+    assert [(row["name"], row["images"], row["aum"]) for row in class_rows(images, known, ["a", "b"])] == [
+        ("b", 1, -1.0),
+        ("a", 1, 2.0),
+    ]
+    first, second = expert_rows(images, known)
+    assert (first["name"], first["images"], first["class"]) == ("L1.E0", 1.5, "a")
+    assert (first["share"], first["p_mean"], first["of_class"]) == pytest.approx((0.75, 1.2 / 1.5, 1 / 1.5))
+    assert (second["class"], second["p_mean"]) == ("b", pytest.approx(0.4))
+    p, spread = np.array([0.0, 0.999, 1.0, np.nan], np.float32), np.array([0, 0.5, 0.26, 0], np.float32)
+    assert map_cells(p, spread, np.array([0, 0, 1, 1])) == [[0, 0, 0, 1], [0, 23, 15, 1], [1, 23, 8, 1]]
+
+
+def test_one_image_and_none_with_a_score(tmp_path):
+    draw(tmp_path, "a/1.png", 0)
+    images = images_in(tmp_path, ["a"], train=[("a/1.png", 0)])
+    scores = scores_of(images)
+    for visits in (3, 0):
+        scores.visits[0] = visits
+        if not visits:
+            for name in SCORES:
+                scores.scores[name][0] = np.nan
+        facts = page_facts(images, examine(images, scores, None), ["a"], 5)
+        assert [each["key"] for each in facts["lists"]] == (
+            ["doubtful", "hardest", "unsteady", "easiest"] if visits else []
+        )
+        assert "<h2" in render(facts | ABOUT, Thumbnails(images))
+    with pytest.raises(UserError, match="of other images"):
+        examine(images_in(tmp_path, ["a"], train=[("a/2.png", 0)]), scores, None)
+
+
+# ---- names of an attacker
+
+
+class Elements(HTMLParser):
+    """Every start tag, and every attribute of a handler."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: dict[str, int] = {}
+        self.handlers: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+
+CLASSES = ["=1+1<b>x", "\x1b[31m\"dog' & </script>", "plain"]
+NAMES = [
+    "<img src=x onerror=alert(1)>.png",
+    '"><script>alert(2)</script>.png',
+    "=cmd|' !A0.png",
+    "{{7*7}}\u202egpj.png",
+]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hostile")
+    train = [(f"{index}{name}", index % 3) for index, name in enumerate(NAMES * 2)]
+    for index, (name, _) in enumerate(train):
+        draw(root, name, index)
+    images = images_in(root, CLASSES, train=train, test=[("<i>gone", 0)])
+    scores = scores_of(images)
+    facts = page_facts(images, examine(images, scores, None), CLASSES, 8) | ABOUT | {"title": "<u>run"}
+    return images, scores, render(facts, Thumbnails(images))
+
+
+def test_no_name_becomes_an_element(hostile):
+    images, _, page = hostile
+    found = Elements(page)
+    assert (found.tags["script"], found.handlers) == (2, [])
+    assert {"b", "i", "u"} & found.tags.keys() == set()
+    assert found.tags["img"] == 5 * 8  # every list shows every training image
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert "{{7*7}}" in page
+    assert images.samples["test"][0].sample_id not in page
+
+
+@pytest.mark.needs("chromium")
+def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    from tests.needs import chromium
+
+    images, scores, page = hostile
+    (tmp_path / "page.html").write_text(page)
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
+        tab = browser.new_page(accept_downloads=True)
+        for event in ("console", "pageerror", "dialog", "request"):
+            tab.on(event, lambda found, event=event: complaints.append(f"{event} {found}"))
+        tab.goto((tmp_path / "page.html").as_uri())
+        assert tab.locator("#map rect.cell").count() > 0
+        cards = tab.locator("#doubtful .card")
+        cards.first.focus()
+        tab.keyboard.press("d")
+        tab.keyboard.press("ArrowRight")
+        tab.keyboard.press("w")
+        tab.keyboard.press("Home")
+        tab.keyboard.press("Enter")
+        tab.keyboard.press("ArrowRight")
+        tab.keyboard.press("k")
+        tab.keyboard.press("d")
+        tab.keyboard.press("u")  # back to keep
+        assert tab.locator("#count").inner_text() == "3 decisions"
+        assert [cards.nth(place).get_attribute("data-decision") for place in range(4)] == [
+            "drop",
+            "relabel",
+            "keep",
+            "",
+        ]
+        assert cards.nth(1).locator(".badge").inner_text() == f"label: {csv_name(CLASSES[0])}"
+        assert tab.locator("#easiest .card[data-decision=drop]").count() == 1  # the same image in another list
+        with tab.expect_download() as download:
+            tab.locator("#save").click()
+        download.value.save_as(tmp_path / "decisions.csv")
+        browser.close()
+    assert [text for text in complaints if not text.startswith("request") or "blob:" not in text][1:] == []  # the page
+    plan = decide(scores, tmp_path / "decisions.csv")
+    assert plan.keep.tolist() == [False] + [True] * 7
+    assert plan.new_label == {1: csv_name(CLASSES[0])}
+    assert [plan.reasons[each] for each in plan.reason[:4]] == [
+        "decided: drop",
+        "decided: wrong label",
+        "decided: keep",
+        "not decided",
+    ]
+    assert len(images.samples["train"]) == 8
+
+
+# ---- of a run
+
+
+def test_the_page_of_a_run(cli, tiny_run, tmp_path):
+    outcome = cli("data", "score", tiny_run, "--out", tmp_path / "found")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.search(r"\d+ train, \d+ val, \d+ test images, 1 of them unreadable", outcome.out)
+    with (tmp_path / "found/images.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (tiny_run / "predictions_test.csv").open(newline="") as file:
+        wanted = {row["image"]: row["prediction"] for row in csv.DictReader(file)}
+    assert {row["image"]: row["prediction"] for row in rows if row["split"] == "test"} == wanted
+    with (tiny_run / "scores.csv").open(newline="") as file:
+        aum = {row["image"]: row["aum"] for row in csv.DictReader(file)}
+    assert {row["image"]: row["aum"] for row in rows if row["split"] == "train"} == aum
+    page = (tmp_path / "found/page.html").read_text()
+    assert 'id="doubtful"' in page
+    assert 'id="leaks"' in page
+    assert "moevision data score" in page
+    quick = score(tiny_run, tmp_path / "quick", quick=True, show=3)
+    assert [each["key"] for each in quick["lists"]] == ["doubtful", "hardest", "unsteady", "experts", "easiest"]
+    assert all(len(each["entries"]) == 3 for each in quick["lists"])
+    moved = Path(shutil.copytree(tiny_run, tmp_path / "moved"))
+    (moved / "scores.csv").write_text("image\n")
+    outcome = cli("data", "score", moved)
+    assert outcome.code == 2
+    assert "is no table of scores" in outcome.err

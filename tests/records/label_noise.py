@@ -1,0 +1,22 @@
+"""benchmarks/label_noise/README.md: everything between its marks is the report of the committed runs."""
+
+from typing import Any
+
+from benchmarks.label_noise import FOLDER, parts_of
+from tests.records import ROOT, Claim, Definition
+from tests.records.studies import shown
+
+FILES = tuple(str(path.relative_to(ROOT)) for path in sorted(FOLDER.glob("runs/*.json")))
+
+
+def _parts(*runs: Any) -> list[dict[str, str]]:
+    return shown(parts_of(runs))
+
+
+CLAIMS = [Claim(FILES, "{text}", _parts)]
+DEFINITIONS = [
+    Definition("10 % of the labels of 20,000 CIFAR-10 training images are flipped", "what is planted"),
+    Definition("10 % of all images either way", "what is planted"),
+    Definition("(0.5: chance, 1: all first)", "the scale of the area"),
+    Definition("their share among the first 10 % (0.1: chance)", "how precision is defined"),
+]

@@ -1,0 +1,89 @@
+"""`moevision data`: lists made from a run, which fit takes and goes on with; and what is refused."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "splits.csv", "scores.csv")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_a_pruned_list_is_trained_on_and_gone_on_with(cli, tiny, tiny_run, send_signal):
+    """Half of the images by AUM, one of them relabelled; interrupted, the lists deleted, and gone on with."""
+    outcome = cli("data", "prune", tiny_run, "--by", "aum", "--keep", "0.5", "--out", "keep.csv")
+    assert (outcome.code, outcome.err) == (0, "")
+    scores = rows(tiny_run / "scores.csv")
+    scored = sorted((row for row in scores if row["visits"] != "0"), key=lambda row: -float(row["aum"]))
+    unseen = [row for row in scores if row["visits"] == "0"]  # a broken file among the images
+    half = {row["image"] for row in [*scored[: round(len(scored) / 2)], *unseen]}
+    listed = {row["image"]: row for row in rows(Path("keep.csv"))}
+    assert {image for image, row in listed.items() if row["keep"] == "yes"} == half
+    assert f"{len(half)} of {len(listed)} training images are kept: keep.csv" in outcome.out
+    assert "class   before    after" in outcome.out
+    assert "L1.E0" in outcome.out
+    first = scored[0]
+    new = "dog" if first["label"] == "cat" else "cat"
+    Path("decisions.csv").write_text(
+        f"image,label,decision,new_label\n{first['image']},{first['label']},relabel,{new}\n"
+    )
+    data = tiny_run.parents[1] / "pets"
+    options = (data, *tiny, "--data.max_bad_fraction=0.2", "--data.keep=keep.csv", "--data.relabel=decisions.csv")
+    assert cli("fit", *options, "--name=whole").code == 0
+    split = {(row["split"], row["path"]): row["class"] for row in rows(Path("runs/whole/splits.csv"))}
+    before = {(row["split"], row["path"]): row["class"] for row in rows(tiny_run / "splits.csv")}
+    assert {path for part, path in split if part == "train"} == half
+    assert {path for part, path in split if part == "unused"} == listed.keys() - half
+    assert split["train", first["image"]] == new
+    held = [key for key in before if key[0] in ("val", "test")]
+    assert [split[key] for key in held] == [before[key] for key in held]
+    send_signal(1)  # of two steps
+    assert cli("fit", *options, "--name=parts").code == 143
+    Path("keep.csv").unlink()
+    Path("decisions.csv").unlink()
+    outcome = cli("fit", "--resume", "runs/parts", "--data.keep=other.csv")
+    assert outcome.code == 2
+    assert "--data.keep is keep.csv in this run and can't become other.csv" in outcome.err
+    assert cli("fit", "--resume", "runs/parts").code == 0
+    for name in COMPARED:
+        assert Path("runs/whole", name).read_bytes() == Path("runs/parts", name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--by", "aum"], "--by aum needs --keep SHARE above 0"),
+        (["--by", "aum", "--keep", "0"], "needs --keep SHARE above 0"),
+        (["--by", "decisions"], "--by decisions needs --decisions FILE"),
+        (["--by", "loss", "--keep", "0.5", "--hardest", "0.1"], "--hardest belongs to --by ccs"),
+        (["--by", "decisions", "--decisions", "none.csv"], "none.csv can't be read"),
+        (["--by", "aum", "--keep", "0.5", "--out", "mine.csv/x.csv"], "mine.csv/x.csv can't be written"),
+        (["--by", "aum", "--keep", "0.5", "--out", "mine.csv"], "mine.csv is there already and holds something else"),
+    ],
+)
+def test_options_of_prune_that_do_not_fit(cli, tiny_run, options, words):
+    Path("mine.csv").write_text("path,label\n")
+    outcome = cli("data", "prune", tiny_run, *options)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err
+    assert Path("mine.csv").read_text() == "path,label\n"
+
+
+def test_what_is_no_run_or_has_no_scores(cli, tiny_run):
+    outcome = cli("data", "prune", "nothing", "--by", "random", "--keep", "0.5")
+    assert outcome.code == 2
+    assert "nothing is no run folder" in outcome.err
+    Path("run").mkdir()
+    shutil.copy(tiny_run / "config.yaml", "run/config.yaml")
+    outcome = cli("data", "prune", "run", "--by", "random", "--keep", "0.5")
+    assert "scores.csv can't be read" in outcome.err

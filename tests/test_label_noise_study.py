@@ -1,0 +1,67 @@
+"""The study of label noise: what is flipped, how finding it is measured, and one tiny run from flips to the table."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.label_noise import SIMILAR, drawn, finds, flipped, table
+from moevision.data.synthetic import SyntheticPets
+
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def test_images_are_drawn_by_class_and_flips_by_the_kind_of_noise():
+    labels = [index % 10 for index in range(5000)]
+    some = drawn(labels, 1000, seed=0)
+    assert Counter(labels[index] for index in some) == dict.fromkeys(range(10), 100)
+    assert drawn(labels, 1000, seed=1) != some == drawn(labels, 1000, seed=0)
+    own = [labels[index] for index in some]
+    flips = flipped(own, "random", NAMES, 0)
+    assert len(flips) == 100
+    assert all(own[place] != wrong for place, wrong in flips.items())
+    assert len({(own[place], wrong) for place, wrong in flips.items()}) > 50
+    similar = flipped(own, "similar", NAMES, 0)
+    assert len(similar) == 100
+    assert {(NAMES[own[place]], NAMES[wrong]) for place, wrong in similar.items()} == set(SIMILAR.items())
+
+
+def test_finding_by_hand():
+    """Flips at ranks 1 and 3 of 20: of 36 pairs 35 stand in order, and one of the first two is a flip."""
+    suspicion = np.arange(20, 0, -1).astype(float)
+    truth = np.isin(np.arange(20), [0, 2])
+    assert finds(suspicion, truth) == {"auroc": pytest.approx(35 / 36, abs=1e-4), "precision": 0.5}
+    suspicion[19] = np.nan  # without a score: the least suspicious
+    assert finds(suspicion, truth)["auroc"] == pytest.approx(35 / 36, abs=1e-4)
+
+
+def test_a_run_from_flips_to_the_table(bench, tmp_path):
+    pets = SyntheticPets(140, 32, 0, "train")
+    for index in range(140):
+        folder = tmp_path / "cifar" / ("train" if index < 110 else "test") / NAMES[index % 10]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pets.image(index)).save(folder / f"{index}.png")
+    small = ("model.arch.name=test_vit_moe", "model.arch.patch_size=8", "data.image_size=32", "data.batch_size=8",
+             "trainer.precision=32-true", "model.optim.name=adamw")  # fmt: skip
+    places = ("--data", tmp_path / "cifar", "--work", tmp_path / "work", "--out", tmp_path / "runs")
+    options = ("--images", 60, "--epochs", 1, "--seeds", 0, "--allow-dirty", *(f"--fit=--{option}" for option in small))
+    outcome = bench("label_noise", "run", *places, *options, "--arm", "moe", "--noise", "random")
+    assert outcome.code == 0, outcome.err
+    record = json.loads((tmp_path / "runs/random-moe-s0.json").read_text())
+    assert (record["images"], record["flips"], record["epochs"]) == (60, 6, 1)
+    assert {"aum", "el2n", "forgetting", "experts", "experts L1", "features"} <= record["scores"].keys()
+    assert all(0 <= value <= 1 for each in record["scores"].values() for value in each.values())
+    assert str(tmp_path) not in json.dumps(record)
+    lines = table([record], "random")
+    assert (
+        f"| aum | {record['scores']['aum']['auroc']:.3f} | {record['scores']['aum']['precision']:.3f} |  |  |" in lines
+    )
+    again = bench("label_noise", "run", *places, *options, "--arm", "moe", "--noise", "random")
+    assert "Nothing is left to do here." in again.err
+    (tmp_path / "README.md").write_text("<!-- tables: begin -->\n<!-- tables: end -->\n")
+    assert bench("label_noise", "report", "--out", tmp_path / "runs", "--readme", tmp_path / "README.md").code == 0
+    assert ("Not run yet." in (tmp_path / "README.md").read_text()) == bool(
+        not record["code"] or record["code"]["dirty"]
+    )
