@@ -2,8 +2,8 @@
 
     python -m benchmarks accuracy runs/cifar10-0 runs/cifar10-1    # writes benchmarks/accuracy/NAME.json
 
-A record has the test result, what it cost (images, FLOPs, CPU seconds), the load of every expert, the validation curve,
-and where it comes from. Nothing is trained here.
+A record has the test result, what it cost (images, FLOPs, CPU seconds, the time that was expected), what a pretrained
+start was compared with, the load of every expert, the validation curve, and where it comes from.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def record_of(run: Path) -> dict[str, Any]:
             "training_flops": flops,
             "cpu_s": summary.get("cpu_s"),
             "duration_s": summary["duration_s"],
+            "expected_s": summary.get("expected_s"),
             "device": summary["device"],
             "precision": summary["precision"],
         },
@@ -50,6 +51,7 @@ def record_of(run: Path) -> dict[str, Any]:
             {name: layer[name] for name in ("layer", "counts", "max_over_mean", "cv_squared", "dead")}
             for layer in summary["layers"]
         ],
+        "choice": summary.get("choice"),
         "curve": curve_of(run / "metrics.csv", summary["batch_size"]),
         "command": without_places(provenance["command_line"]),
         **{name: provenance[name] for name in ("code", "started_utc", "hardware", "libraries")},

@@ -311,7 +311,6 @@ def data() -> ArgumentParser:
         """\
         moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
         moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row
-        moevision fit path/to/images --data.keep runs/pets/keep-ccs-0.7.csv
         """,
     )
     tasks = parser.add_subparsers(dest="task", required=True, metavar="{score,prune}")

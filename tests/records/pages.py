@@ -62,6 +62,10 @@ DEFINITIONS = {
     ],
     "docs/alternatives.md": [Definition("PyTorch 2.1 and CUDA 12.1", "versions")],
     "docs/concepts/balance.md": [Definition("(V-MoE, §4.1)", "a section of the cited paper")],
+    "docs/concepts/five-looks.md": [
+        Definition("12 × 12 patches", "a size"),
+        Definition('rootMargin: "-65% 0px -30% 0px"', "where on the screen a section counts as read"),
+    ],
     "docs/concepts/evidence.md": [Definition("95 %, over other images", "the level of the intervals")],
     "docs/concepts/walk.md": [
         Definition("for 0.7 and another for 0.3 gets 0.7 of the one output and 0.3 of", "an example")
@@ -99,7 +103,7 @@ DEFINITIONS = {
         Definition("over an hour, a ViT-B on a GPU of 12 GB", "constants of `moevision/train/start.py`"),
         Definition("112 px on a CPU, 224 px on a GPU; layer decay 0.75", "what `moevision/train/start.py` chooses"),
     ],
-    "docs/index.md": [Definition("Python 3.11 or newer", "a version")],
+    "docs/index.md": [Definition("Python 3.11 or newer", "a version"), Definition("lesson of 45 minutes", "a plan")],
     "docs/reference/files.md": [
         Definition("balanced accuracy with 95 % intervals", "a confidence level"),
         Definition("in the fewest of 64 bits", "the length of the hash"),
