@@ -254,7 +254,7 @@ def test_a_space_serves_a_class_below_a_path(mine, space):
             assert policy.endswith("frame-ancestors 'self' https://huggingface.co https://*.hf.space")
             assert "x-frame-options" not in page.headers
             call = {"component_id": 1, "fn_name": "boot", "data": {}, "session_hash": "page"}
-            assert http.post("/moe/gradio_api/component_server", json=call).json()["default"]["model"] == "mine"
+            assert http.post("/moe/gradio_api/component_server", json=call).json()["models"][0]["title"] == "mine"
             assert http.get("/moebius").status_code == 404
         server.stop()
     said = "\n".join(server.lines)
