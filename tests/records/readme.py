@@ -16,4 +16,4 @@ CLAIMS = [
     Claim(STUDY, "it saves {flops_saved:.0%} of the FLOPs per image", _ratios),
 ]
 
-DEFINITIONS = [Definition("Apache-2.0", "the licence"), Definition("of 45 minutes", "a plan")]
+DEFINITIONS = [Definition("Apache-2.0", "the licence")]
