@@ -233,7 +233,7 @@ def _work(saved: SavedModel, images: Pixels) -> dict[tuple[int, int], float]:
     """Share of a layer's choices that each (layer, expert) gets."""
     with torch.inference_mode():
         passes = [forward_routing(saved.net, batch)[1] for batch in network_input(saved, images).split(_BATCH)]
-    found = {}
+    found: dict[tuple[int, int], float] = {}
     for place, number in enumerate(numbered_layers(saved.net)):
         counts = torch.stack([routings[place].counts() for routings in passes]).sum(0).double()
         found |= {(number, expert): float(share) for expert, share in enumerate(counts / counts.sum())}
