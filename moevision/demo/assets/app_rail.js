@@ -26,7 +26,7 @@ export function drawHeader(box, app) {
     <div class="mv-title"><h1>See inside a Mixture of Experts</h1><p class="mv-soft">${headline(model)}</p></div>
     <div class="mv-model"><label><span class="mv-hidden">Model</span><select data-change="model" data-key="model">${options}</select></label>
       <p class="mv-soft mv-research"><b>${model.accuracy_texts[variant]}</b><br>${model.data_text}</p></div>
-    <div class="mv-tools"><span class="mv-soft mv-asked" aria-hidden="true">${VARIANTS_ASK}</span>
+    <div class="mv-tools"><span class="mv-soft mv-research mv-asked" aria-hidden="true">${VARIANTS_ASK}</span>
       <div class="mv-switch" role="group" aria-label="${VARIANTS_ASK}">${switches}</div>${levelSwitch(app.level)}${shareMenu()}</div>`);
 }
 
