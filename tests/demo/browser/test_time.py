@@ -211,8 +211,8 @@ def test_an_exported_page_has_the_scrubber_without_a_server(photos, new_visit, r
     assert look.numbers(alone.page) == before
     # It opens where its address says, and follows it.
     trained = page.locator("[data-slot='0'] .mv-mark").all_text_contents()
-    alone.page.goto("about:blank")
     alone.page.goto(f"{file.as_uri()}#step=0&patch=2")
+    alone.page.reload()
     alone.page.wait_for_selector(".mv-past")
     assert look.numbers(alone.page) == before
     assert alone.page.get_attribute(".mv-pinned", "data-patch") == "2"
