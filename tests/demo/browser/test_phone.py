@@ -97,8 +97,8 @@ def test_the_stage_stands_early_on_a_slow_network(new_visit, opening):
     network.send("Network.emulateNetworkConditions", limits)
     start = time.monotonic()
     one.page.goto(address, wait_until="commit")
-    one.page.wait_for_selector(".mv-boot img")
-    assert one.page.eval_on_selector_all(".mv-boot img", "all => all.map((one) => one.naturalWidth)") == [96, 96]
+    seen = "[...document.querySelectorAll('.mv-boot img')].map((one) => one.naturalWidth)"
+    one.page.wait_for_function(f"String({seen}) === '96,96'")
     assert one.page.locator(".mv-cell").count() == 0
     one.page.wait_for_selector(".mv-cell")
     assert time.monotonic() - start < WITHIN_S
