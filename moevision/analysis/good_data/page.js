@@ -157,6 +157,17 @@ function decide(told) {
     select.focus();
   };
 
+  // At once: the dialog's event "close" comes behind keys that are typed by then, which meant another card.
+  /** @param {boolean} agreed */
+  const answer = (agreed) => {
+    const card = asked;
+    asked = null;
+    dialog.close();
+    if (!card) return;
+    if (agreed) take(card, "relabel", told.class_ids[select.selectedIndex]);
+    focus(card);
+  };
+
   const undo = () => {
     const id = decisions.undo();
     show();
@@ -198,13 +209,15 @@ function decide(told) {
   select.addEventListener("keydown", (event) => {
     if (event.key !== "Enter") return; // which would only open the list of classes
     event.preventDefault();
-    dialog.close("ok");
+    answer(true);
   });
-  dialog.addEventListener("close", () => {
-    if (dialog.returnValue === "ok" && asked) take(asked, "relabel", told.class_ids[select.selectedIndex]);
-    if (asked) focus(asked);
-    asked = null;
-    dialog.returnValue = "";
+  element("#relabel form", HTMLFormElement).addEventListener("submit", (event) => {
+    event.preventDefault();
+    answer(event.submitter instanceof HTMLButtonElement && event.submitter.value === "ok");
+  });
+  dialog.addEventListener("cancel", (event) => {
+    event.preventDefault();
+    answer(false);
   });
   element("#undo", HTMLButtonElement).addEventListener("click", undo);
   element("#save", HTMLButtonElement).addEventListener("click", () => {
