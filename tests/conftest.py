@@ -195,8 +195,8 @@ def _environment_of_its_own() -> Generator[None, None, None]:
 # ---- in which process a file is tested
 
 
-EXPLORER = re.compile(r"tests/demo/(browser/.*|test_(api|hostile|load|service))\.py")
-"""Files that need the explorer's server."""
+EXPLORER = re.compile(r"tests/demo/(browser/.*|test_(api|hostile|load|service|times))\.py")
+"""Files that need the explorer or its server."""
 
 
 class Scheduling(LoadFileScheduling):

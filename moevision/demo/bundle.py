@@ -225,6 +225,18 @@ def bundled_folders(home: Path | None = None) -> list[Path]:
     return sorted(file.parent for file in root.glob("*/card.json"))
 
 
+def bundled_folder(name: str) -> Path:
+    """The folder of one of the models that come with the package.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    folders = {folder.name: folder for folder in bundled_folders()}
+    if name not in folders:
+        raise UserError(f"There is no bundled model {name!r}: choose one of {', '.join(folders)}.")
+    return folders[name]
+
+
 def bundled_model(name: str, variant: str = "trained") -> SavedModel:
     """One of the models that come with the package.
 
@@ -235,10 +247,7 @@ def bundled_model(name: str, variant: str = "trained") -> SavedModel:
     Raises:
         UserError: if there is no such model or variant.
     """
-    folders = {folder.name: folder for folder in bundled_folders()}
-    if name not in folders:
-        raise UserError(f"There is no bundled model {name!r}: choose one of {', '.join(folders)}.")
-    folder = folders[name]
+    folder = bundled_folder(name)
     variants = [kind for kind in ("trained", "unbalanced", "dense") if (folder / kind).is_dir()] + ["untrained"]
     if variant not in variants:
         raise UserError(f"The bundled model {name!r} has no variant {variant!r}: choose one of {', '.join(variants)}.")
@@ -256,11 +265,10 @@ def bundled_photos(name: str) -> PictureSet:
     Raises:
         UserError: if there is no such model, or it comes without photos.
     """
-    model = bundled_model(name)
-    folder = next(folder for folder in bundled_folders() if folder.name == name)
+    folder = bundled_folder(name)
     if not (folder / SOURCES).is_file():
         raise UserError(f"The bundled model {name!r} comes without photos: open {SYNTHETIC!r}, which are drawn.")
-    return _photos(folder, model)
+    return _photos(folder, bundled_model(name))
 
 
 def _photos(folder: Path, model: SavedModel) -> PictureSet:

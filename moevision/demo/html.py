@@ -25,6 +25,8 @@ APP_STYLES: Final = ("explorer.css", "explorer_tabs.css")
 # The page around `.mv` has its background (--bg in explorer_base.css), so that a wide screen shows no seam.
 _PAGE_STYLE: Final = "body{margin:0;background:#fbfbf9}@media(prefers-color-scheme:dark){body{background:#131417}}\n"
 VIEW_SCHEMA: Final = "moevision.view/2"
+OFFLINE: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""A second lock: even a bug could not make a page of one file load something from elsewhere."""
 
 _IMPORT: Final = re.compile(r'^import \{[^}]*\} from "\./([\w-]+\.js)";\n', re.M)
 _EXPORT: Final = re.compile(r"^export (?=(?:async )?(?:function|class|const) )", re.M)
@@ -58,13 +60,8 @@ def app_page(boot: Mapping[str, Any], views: Sequence[Mapping[str, Any]], compon
     """
     last = "startApp(document.querySelector('[data-mv]'), BOOT, VIEWS, COMPONENT);"
     script = script_of("app.js", last, BOOT=boot, VIEWS=views, COMPONENT=component)
-    text = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<title>moevision explorer</title>\n"
-        f"<style>{_PAGE_STYLE}{read_css((*CORE_STYLES, *APP_STYLES))}</style></head>\n"
-        f'<body><main class="mv" data-mv>{_waiting(boot, views)}</main>\n<script>{script}</script></body></html>\n'
-    )
+    body = f'<main class="mv" data-mv>{_waiting(boot, views)}</main>'
+    text = document("moevision explorer", read_css((*CORE_STYLES, *APP_STYLES)), body, script, policy="")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Document(text, f"script-src 'sha256-{digest}'")
 
@@ -111,7 +108,7 @@ def _page(view: Mapping[str, Any], history: Mapping[str, Any] | None) -> str:
     return document(title, read_css(CORE_STYLES), '<main class="mv" data-mv></main>', script)
 
 
-def document(title: str, style: str, body: str, script: str) -> str:
+def document(title: str, style: str, body: str, script: str, *, policy: str = OFFLINE) -> str:
     """A page in one file, which may load nothing.
 
     Args:
@@ -119,12 +116,11 @@ def document(title: str, style: str, body: str, script: str) -> str:
         style: of what is inside `body`; the page around it has its own.
         body: as HTML.
         script: runs when the body is there.
+        policy: its Content-Security-Policy; empty where a server sends one.
     """
-    # The policy is a second lock: even a bug could not make the page load something from elsewhere.
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n' if policy else ""
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{meta}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_PAGE_STYLE}{style}</style></head>\n"
         f"<body>{body}\n<script>{script}</script></body></html>\n"

@@ -28,7 +28,7 @@ from moevision.analysis import Intervention, effect
 from moevision.analysis.collect import network_input
 from moevision.analysis.intervention import intervene, numbered_layers
 from moevision.data import SyntheticPets
-from moevision.demo.bundle import SOURCES, bundled_folders, bundled_model, credits_of, read_card
+from moevision.demo.bundle import SOURCES, bundled_folder, bundled_model, credits_of, read_card
 from moevision.demo.facts import model_input
 from moevision.demo.html import CORE_STYLES, document, read_asset, read_css, script_of
 from moevision.demo.view import route_image
@@ -51,7 +51,7 @@ Pixels = npt.NDArray[np.uint8]
 
 def lesson_html() -> str:
     """The page."""
-    home = _folder("cats_vs_dogs") / "examples"
+    home = bundled_folder("cats_vs_dogs") / "examples"
     photos = {name: f"data:image/jpeg;base64,{_base64((home / name).read_bytes())}" for name in PHOTOS}
     script = script_of(
         "lesson.js",
@@ -68,7 +68,7 @@ def lesson_html() -> str:
 
 def measure() -> dict[str, Any]:
     """Every number of the lesson, as JSON."""
-    saved, folder = bundled_model("cats_vs_dogs"), _folder("cats_vs_dogs")
+    saved, folder = bundled_model("cats_vs_dogs"), bundled_folder("cats_vs_dogs")
     card, atlas = read_card(folder / "card.json"), read_json(folder / "atlas.json")
     history, credits = RoutingHistory.load(folder / "history.safetensors"), credits_of(folder / SOURCES)
     shares = next(layer for layer in atlas["layers"] if layer["layer"] == LAYER)["map"]
@@ -206,10 +206,7 @@ def _photos_without(saved: SavedModel, home: Path) -> dict[str, int]:
     """How often one of the bundled photos gets another answer when one expert is taken away."""
     photos = sorted(home.glob("*/*.jpg"))
     images = np.stack([model_input(photo, saved.image_size) for photo in photos])
-    plain, places = (
-        _answers(saved, images),
-        [(layer, expert) for layer in numbered_layers(saved.net) for expert in range(8)],
-    )
+    plain, places = _answers(saved, images), _experts(saved)
     changed = sum(int((_answers(saved, images, *place) != plain).sum()) for place in places)
     return {"photos": len(photos), "removals": len(photos) * len(places), "changed": changed}
 
@@ -252,10 +249,6 @@ def _png(pixels: Pixels) -> str:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
-
-
-def _folder(name: str) -> Path:
-    return next(folder for folder in bundled_folders() if folder.name == name)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -98,7 +98,7 @@ def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[st
         "sharpness", "brightness", "colour", "problem", "hash_twin", "hash_bits", "feature_twin", "feature_cosine",
         "leak", "leak_bits", "leak_cosine",
     ]) + "\n"  # fmt: skip
-    trained = len(known.visits)
+    trained, leak = len(known.visits), _most_alike(known.by_hash[1], known.by_features[1])
     everything = images.each()
     for start in range(0, len(images), _BLOCK):
         text = io.StringIO()
@@ -120,7 +120,7 @@ def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[st
                 _cell(known.certainty[index]), *seen, csv_name(known.problems.get(index, "")),
                 _name(images, twin[0]), _bits(known.by_hash[0], index),
                 _name(images, twin[1]), _cosine(known.by_features[0], index),
-                _name(images, leak_of(known, index)), _bits(known.by_hash[1], index),
+                _name(images, leak[index]), _bits(known.by_hash[1], index),
                 _cosine(known.by_features[1], index),
             ])  # fmt: skip
         yield text.getvalue()
@@ -145,10 +145,9 @@ def _cosine(nearest: Nearest, index: int) -> str:
     return _cell(1 - nearest.distance[index]) if nearest.other[index] >= 0 else ""
 
 
-def leak_of(known: Known, index: int) -> int:
-    """The most alike image of another split: by its hash if there is one, else by features; -1 without."""
-    by_hash = int(known.by_hash[1].other[index])
-    return by_hash if by_hash >= 0 else int(known.by_features[1].other[index])
+def _most_alike(by_hash: Nearest, by_features: Nearest) -> Ints:
+    """[n] the most alike image: by its hash if there is one, else by features; -1 without."""
+    return np.where(by_hash.other >= 0, by_hash.other, by_features.other)
 
 
 # ---- what the page says
@@ -206,7 +205,7 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
     odd = _oddness(look["width"], look["height"], read)
     broken = np.fromiter(sorted(known.problems), np.int64, len(known.problems))
     pairs, leaks = (_pair_value(h, f) for h, f in zip(known.by_hash, known.by_features, strict=True))
-    twin = [np.where(h.other >= 0, h.other, f.other) for h, f in zip(known.by_hash, known.by_features, strict=True)]
+    twin = [_most_alike(h, f) for h, f in zip(known.by_hash, known.by_features, strict=True)]
     return [
         Ranked(
             "doubtful", "Other images speak against the label",
