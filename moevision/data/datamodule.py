@@ -52,6 +52,7 @@ class ImageDataModule(LightningDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
+        order_seed: int | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         group_by: str | None = None,
@@ -90,7 +91,9 @@ class ImageDataModule(LightningDataModule):
             image_size: Side of the square images the model sees, in pixels.
             batch_size: Images per batch and process.
             num_workers: Processes that prepare batches; 0 prepares them in the main process.
-            seed: Seed of the split, the order, the augmentation and the drawn images.
+            seed: Seed of the split and of drawn images.
+            order_seed: Seed of the order, crops and flips of training images; null: --seed_everything (without a
+                command line: seed).
             val_fraction: Share of the images cut for validation, where the dataset has no validation set.
             test_fraction: Share cut for the test, where the dataset came unsplit; 0 cuts none.
             group_by: Keep images together on one side of the split: "parent" (files of one folder), the name of a
@@ -137,6 +140,7 @@ class ImageDataModule(LightningDataModule):
             num_workers,
             seed,
         )
+        self.order_seed = order_seed
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.group_by, self.check_duplicates = group_by, check_duplicates
         self.columns = (image_column, label_column)
@@ -222,7 +226,7 @@ class ImageDataModule(LightningDataModule):
                 samples,
                 image_size=self.image_size,
                 square=split != "train" or self.crop_mode == "pad" or self.augment == "none",
-                seed=self.seed,
+                seed=self._order_seed,
                 transform=self._train_transform() if split == "train" else None,
             )
             for split, samples in splits.samples.items()
@@ -316,6 +320,10 @@ class ImageDataModule(LightningDataModule):
         """What the data are, in lines: splits, images per class, pixels, warnings."""
         return self.contents.describe(self.path, f"augmentation {self.augment}, crop {self.crop_mode}")
 
+    @property
+    def _order_seed(self) -> int:
+        return self.seed if self.order_seed is None else self.order_seed
+
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
@@ -323,12 +331,12 @@ class ImageDataModule(LightningDataModule):
         """What all loaders have in common."""
         return {
             "num_workers": self.num_workers,
-            "collate_fn": Collate(self.mean, self.std, self.seed, mixer),
+            "collate_fn": Collate(self.mean, self.std, self._order_seed, mixer),
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": _leave_signals_to_the_main_process,
             # own generator: otherwise every new iterator would draw from, and so move, the global one
-            "generator": torch.Generator().manual_seed(self.seed),
+            "generator": torch.Generator().manual_seed(self._order_seed),
             "on_bad": self.contents.quarantine.add,
         }
 
@@ -341,7 +349,7 @@ class ImageDataModule(LightningDataModule):
         dataset = self.contents.datasets["train"]
         labels = [sample.label for sample in dataset.samples] if self.balanced_sampling else None
         self.sampler = PositionSampler(
-            len(dataset), seed=self.seed, rank=rank, world_size=world_size, balanced_labels=labels
+            len(dataset), seed=self._order_seed, rank=rank, world_size=world_size, balanced_labels=labels
         )
         self.sampler.seek(*self._start)
         self._start = (0, 0)  # used up: another fit with this module begins at the beginning

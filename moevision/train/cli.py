@@ -557,6 +557,15 @@ class TrainingCLI(LightningCLI):
             enable_version_counter=False,
         )
 
+    def _choose_order(self) -> None:
+        """Another --seed_everything is another order, too; config.yaml keeps it for a run that goes on.
+
+        A run of an earlier version goes on as it began: there the order followed --data.seed.
+        """
+        settings = self._get(self.config, "data")
+        if settings["order_seed"] is None:
+            settings["order_seed"] = self.datamodule.order_seed = self._get(self.config, "seed_everything")
+
     def _choose_monitor(self, *, fresh: bool) -> None:
         """What best.ckpt, early stopping and the headline go by; config.yaml keeps it for a run that goes on."""
         settings, early = (self._get(self.config, name) for name in ("checkpoint", "early_stopping"))
@@ -584,10 +593,12 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Read the data, build the model, and print the plan."""
+        fresh = self.start is None or self.start.checkpoint is None
+        if fresh:
+            self._choose_order()
         self.datamodule.run_dir = self._split_folder()
         with self.session.processes.first_one_first():
             self.datamodule.setup("fit")
-        fresh = self.start is None or self.start.checkpoint is None
         if not hasattr(self.model, "net"):  # what goes on from a checkpoint needs no pretrained weights
             self.model.build(self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=fresh)
         if self._get(self.config, "with_twin"):  # better now than after the first training

@@ -385,6 +385,24 @@ def test_run_dir_keeps_the_split(image_folder, tmp_path):
     assert "as listed in splits.csv" in second.split_note
 
 
+def test_the_order_has_a_seed_of_its_own(image_folder):
+    root = image_folder({"cat": 20, "dog": 20})
+    plain, same, other = (ready(root, order_seed=seed) for seed in (None, 0, 1))
+    assert plain.file_list_sha256() == same.file_list_sha256() == other.file_list_sha256()
+    assert equal(epoch_of(plain), epoch_of(same))
+    assert not equal(epoch_of(plain), epoch_of(other))
+    drawn = [
+        {
+            int(index): image
+            for batch in epoch_of(data)
+            for index, image in zip(*map(batch.get, ("index", "image")), strict=True)
+        }
+        for data in (plain, other)
+    ]
+    both = drawn[0].keys() & drawn[1].keys()  # the last batch is dropped
+    assert not all(torch.equal(drawn[0][index], drawn[1][index]) for index in both), "other crops and flips, too"
+
+
 # Bad files
 
 

@@ -25,6 +25,7 @@ from jsonargparse import Namespace
 import moevision
 from benchmarks.reliability import resume as matrix
 from moevision.data import ImageDataModule
+from moevision.data.loader import PositionSampler
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
 from moevision.train import checkpoint
@@ -177,6 +178,29 @@ def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
     assert notes[0] == "--data.num_workers was 0, now 1"
     assert "num_workers: 0" in (interrupted / "config.yaml").read_text()
     assert "num_workers: 1" in (interrupted / "config-2.yaml").read_text()
+
+
+def test_another_seed_is_another_order_and_a_run_of_an_earlier_version_keeps_its_own(
+    cli, tiny, drawn_pets, whole, send_signal, monkeypatch
+):
+    seeds = []
+    real = PositionSampler.__init__
+
+    def heard(self, *args, seed, **options):
+        seeds.append(seed)
+        real(self, *args, seed=seed, **options)
+
+    monkeypatch.setattr(PositionSampler, "__init__", heard)
+    send_signal(LATE)
+    assert cli("fit", drawn_pets, *tiny, "--seed_everything=3").code == 143
+    run = Path("runs/pets")
+    config = (run / "config.yaml").read_text()
+    assert (seeds, config.count("  order_seed: 3\n")) == ([3], 1)
+    assert (run / "splits.csv").read_bytes() == (whole / "splits.csv").read_bytes()
+    # There the order followed --data.seed, and nothing else was written down.
+    (run / "config.yaml").write_text(config.replace("  order_seed: 3\n", ""))
+    assert cli("fit", "--resume", run).code == 0
+    assert seeds == [3, 0]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(cli, interrupted, whole):

@@ -93,6 +93,7 @@ def new_visit(browser):
 
     yield begin
     for one in visits:
+        one.page.unroute_all(behavior="ignoreErrors")  # a handler may still be on its way
         one.context.close()
 
 
@@ -123,13 +124,20 @@ def ask(explorer):
     return ask
 
 
+def answered(page):
+    """Wait for the view that was asked for last: it is drawn in one go, before the page says that it isn't busy."""
+    page.wait_for_selector("[data-box=main][aria-busy=true]", state="detached")
+
+
 def numbers(page):
     """The text on every patch of the first image."""
+    answered(page)
     return page.locator("[data-slot='0'] .mv-mark").all_text_contents()
 
 
 def fills(page):
     """Colour and opacity of every patch: [(r, g, b, a)]."""
+    answered(page)
     script = "cells => cells.map(cell => cell.style.backgroundColor)"
     colours = page.eval_on_selector_all("[data-slot='0'] .mv-cell", script)
     found = [[float(value) for value in re.findall(r"[\d.]+", colour)] for colour in colours]

@@ -25,6 +25,8 @@ def test_a_link_opens_an_experts_page_and_its_button_all_of_them(visit, ask, loo
     assert counts == [len(card["top"]), len(card["random"])]
     page.click("[data-key=show-2]")
     page.wait_for_function("document.querySelectorAll('.mv-card').length === 4")
+    # The address is written a moment later, and only what stands in it has a place in the history.
+    page.wait_for_function("!location.search.includes('expert=')")
     page.click("[data-key=show-3]")
     page.wait_for_selector(".mv-alone h2:has-text('L1·E3')")
     page.wait_for_function("location.search.includes('expert=L1.E3')")
