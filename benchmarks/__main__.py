@@ -35,6 +35,7 @@ STUDY = {
 PROVE = {
     "resume": ("interrupted and resumed against uninterrupted, bit for bit", "reliability.resume"),
     "kill": ("the same with kill -9 at random moments", "reliability.kill"),
+    "demo-photos": ("bundled photos, and photos never seen, through the explorer's page", "demo.photos"),
     "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),
     "mutation": ("small wrong changes, and the tests that notice them", "mutation"),
     "unchanged": ("hashes of a training, a resumed training, a report and a view, before and after", "house.unchanged"),

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+
+
+def browser_path() -> str | None:
+    """Debian's chromium, or what MOEVISION_CHROMIUM names; None for playwright's own."""
+    return os.environ.get("MOEVISION_CHROMIUM") or shutil.which("chromium")
 
 
 @contextmanager

@@ -213,6 +213,7 @@ def _diversify(layer: MoEMlp, noise: float, reinit: float) -> None:
 # ---- routers from clusters
 
 _UNITS: dict[RouteBy, int] = {"token": 20_000, "image": 2_000}  # enough for E centres, more only costs time
+START_IMAGES = 2_000  # whose tokens are clustered, at most
 _OF_IMAGE = 40  # tokens that are taken of one image, so that there are many images among them
 _RESTARTS, _STEPS = 8, 50
 

@@ -35,8 +35,10 @@ from lightning.pytorch.loggers import Logger
 from moevision.data import ImageDataModule
 from moevision.errors import USER_ERROR, DataWarning, UserError
 from moevision.files import sync_file, sync_folder
+from moevision.layers import moe_layers
 from moevision.models.config import build_model
 from moevision.models.safe_files import parse_yaml
+from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.names import shown
 from moevision.train.calibration import Calibrate
 from moevision.train.callbacks import (
@@ -347,6 +349,13 @@ def add_run_options(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(EarlyStoppingConfig, "early_stopping")
     parser.add_class_arguments(RecordRoutingConfig, "record_routing")
     parser.add_argument(
+        "--router_start",
+        type=Literal["random", "cluster"],
+        default="random",
+        help="With --pretrained: routers start at random, or from clusters of what some training images give them, so "
+        "that every expert is used from the first step on.",
+    )
+    parser.add_argument(
         "--log_routers",
         type=Literal["brief", "layers"],
         default="brief",
@@ -612,6 +621,8 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero:
             if fresh and self.model.arch.pretrained is not None and not self.fast_dev_run:
                 self._start_with_probe()
+                if self._get(self.config, "router_start") == "cluster" and moe_layers(self.model.net):
+                    self._start_from_clusters()
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
                 self.expected_s = expected_seconds(self.model, self.datamodule, self.trainer)
                 print(describe_plan(self.model, self.datamodule, self.trainer, self.expected_s))
@@ -637,6 +648,18 @@ class TrainingCLI(LightningCLI):
             start_with(self.model.net, known)
         known.write(cast(Path, self.run_dir))
         print(known.sentence(), flush=True)
+
+    def _start_from_clusters(self) -> None:
+        """Set the routers from what training images give them; like the probe in the first process alone."""
+        data, strategy = self.datamodule, self.trainer.strategy
+        order = torch.randperm(len(data.contents.datasets["train"]), generator=torch.Generator().manual_seed(data.seed))
+        some = order[:START_IMAGES].tolist()
+        net = self.model.net.to(strategy.root_device)
+        with strategy.precision_plugin.forward_context():
+            images = (batch["image"].to(strategy.root_device) for batch in data.plain_loader("train", some))
+            shares = start_routers(net, images, seed=data.seed)
+        largest = ", ".join(f"{max(each) * len(each):.2f}" for each in shares.values())
+        print(f"routers start from clusters of their input; largest over mean cluster {largest}", flush=True)
 
     def _compare_with_start(self) -> None:
         """Warn about what prevents a bit-identical result, and record this start in sessions.json."""

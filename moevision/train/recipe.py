@@ -241,6 +241,8 @@ def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()
         "--data.num_workers": min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0,
         **(scratch_options(images, own_model=own_model) if weights is None else pretrained_options(weights, images)),
     }
+    if value_of(given, "--model.arch.router") is not None:  # not every router can
+        options.pop("--router_start", None)
     return [f"{option}={value}" for option, value in options.items()]
 
 

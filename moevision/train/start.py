@@ -185,6 +185,7 @@ def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
         options |= {"--data.mean": list(saved.mean), "--data.std": list(saved.std)}
     if not moe_layers(net):
         options |= {"--model.arch.num_experts": 4, "--model.arch.top_k": 1, "--model.arch.router": "vmoe_top_k"}
+        options["--router_start"] = "cluster"
         pools = reads_class_token_only(net) and not hasattr(net, "dist_token")
         options["--model.arch.moe_layers"] = "last2" if pools else read_layer_indices(net, "last2")
         if pools:

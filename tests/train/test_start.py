@@ -210,6 +210,9 @@ def test_a_file_of_weights(weight_file: Path, drawn_pets: Path, capsys: pytest.C
     assert chosen["--model.arch.global_pool"] == "avg"
     assert float(chosen["--model.optim.lr"]) == 3e-4
     assert "--model.arch.name" not in chosen
+    assert chosen["--router_start"] == "cluster"
+    other = as_dict(choose_recipe(str(drawn_pets), str(weight_file), ["--model.arch.router", "expert_choice"]))
+    assert "--router_start" not in other, "which has no row for each expert"
     said = capsys.readouterr().err
     assert "weights.safetensors as test_vit" in said
     assert "licence mit, from drawn at random" in said
@@ -287,6 +290,8 @@ def test_fit_from_a_file_with_its_twin(
     outcome = cli("fit", drawn_pets, "--pretrained", weight_file, "--with-twin", "--name=run", *options, *quiet)
     assert outcome.code == 0, outcome.err
     (line,) = re.findall(r"^linear probe: .*$", outcome.out, re.M)[:1]
+    assert outcome.out.count("routers start from clusters of their input; largest over mean cluster") == 1  # no twin's
+    assert "router_start: cluster" in Path("runs/run/config.yaml").read_text()
     probe = json.loads(Path("runs/run/probe.json").read_text())
     assert len(probe["test_correct"]) == 12
     assert f"of {probe['val_images']} validation" in line
