@@ -8,7 +8,8 @@ Json = dict[str, Any]
 LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
 PETS, CIFAR = "benchmarks/demo/unlike_pets.json", "benchmarks/demo/unlike_cifar10.json"
 STEPS = {
-    "forward": "the model alone, one image", "first_page": "first page, after the server is up", "layer_change": "another layer",
+    "forward": "the model alone, one image", "first_page": "first page, after the server is up",
+    "layer_change": "another layer",
     "patch_click": "click on a patch", "new_picture": "another image, until the overlay is there",
     "own_picture": "one's own image",
 }  # fmt: skip
