@@ -302,3 +302,25 @@ def test_a_file_that_is_no_picture_gets_a_sentence(visit, tmp_path):
     one.page.wait_for_selector("[role=alert]")
     assert "can't read that file as an image" in one.page.text_content("[role=alert]")
     assert "route" not in one.asked
+
+
+def test_three_tabs_stay_apart(visit, ask, look, tmp_path):
+    """One browser, one visitor: images, changes and own images belong to a tab."""
+    file = tmp_path / "own.png"
+    Image.new("RGB", (64, 64), "teal").save(file)
+    one = visit(level=None)
+    tabs = [one.page, *(one.context.new_page() for _ in range(2))]
+    for tab, number in zip(tabs[1:], (2, 5), strict=True):
+        tab.goto(one.page.url.partition("?")[0] + f"?picture=pets/test/{number}&level=research")
+        tab.wait_for_selector(".mv-cell")
+    tabs[1].click("[data-key=chip-1]")
+    tabs[1].click(".mv-box-hand [data-kind=ablate]")
+    tabs[2].set_input_files("[data-box=file]", file)
+    tabs[2].wait_for_selector(".mv-own [aria-pressed=true]")
+    tabs[1].wait_for_selector(".mv-results[role=note]")
+    change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
+    changed = ask("route", picture={"kind": "example", "id": "pets/test/2"}, intervention=change)
+    assert look.numbers(tabs[1]) == [str(choices[0]) for choices in changed["layers"][1]["experts"]]
+    assert look.numbers(tabs[0]) == [str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]]
+    assert [tab.locator(".mv-own button").count() for tab in tabs] == [0, 0, 1]
+    assert tabs[0].locator("[data-action=undo]").count() == 0
