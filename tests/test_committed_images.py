@@ -169,7 +169,7 @@ _FOREIGN = re.compile(rf"[\"'/]({'|'.join(sorted(set(DATASET_NAMES) - {SYNTHETIC
 
 def foreign_data(code: str) -> list[str]:
     """Datasets and photos that a script opens; the name of a bundled model, or of its photos, is no dataset."""
-    return _FOREIGN.findall(re.sub(r"bundled_(?:model|photos)\([^)]*\)|model=\w+", "", code))
+    return _FOREIGN.findall(re.sub(r"bundled_(?:model|photos|folder)\([^)]*\)|model=\w+", "", code))
 
 
 def foreign_ids(text: str) -> list[str]:

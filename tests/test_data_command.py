@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "splits.csv", "scores.csv")
 
@@ -87,3 +88,30 @@ def test_what_is_no_run_or_has_no_scores(cli, tiny_run):
     shutil.copy(tiny_run / "config.yaml", "run/config.yaml")
     outcome = cli("data", "prune", "run", "--by", "random", "--keep", "0.5")
     assert "scores.csv can't be read" in outcome.err
+
+
+def test_a_curve_is_gone_on_with(cli, tiny_run, monkeypatch, send_signal):
+    """Equal steps on 25 images and on 13 of them; stopped in the first training, gone on with, not repeated."""
+    asked = ("data", "curve", tiny_run, "--by", "random", "--shares", "0.5", "--seeds", "1", "--out", "curve")
+    send_signal(3)
+    stopped = cli(*asked)
+    assert stopped.code == 143
+    assert "2 trainings of 6 steps, 0 of them done: all 25 images, and 50 % by random, with the seeds 0" in stopped.out
+    assert "The curve goes on by the same command" in stopped.err
+    outcome = cli(*asked)
+    assert outcome.code == 0, outcome.err
+    assert "step 3 (verified)" in Path("curve/log.txt").read_text()
+    assert "Training on 50 % of the images, drawn at random, isn't shown to be as good as training" in outcome.out
+    assert list(Path("curve/trainings").iterdir()) == []
+    with Image.open("curve/curve.png") as figure:
+        assert figure.width > 1000
+    found = rows(Path("curve/curve.csv"))
+    assert [(row["by"], row["images"], row["seeds"]) for row in found] == [("all", "25", "1"), ("random", "13", "1")]
+    record = Path("curve/records/random-0.5-s0.json")
+    assert '"steps": 6' in record.read_text()
+    monkeypatch.setattr("moevision.train.run.run", None)
+    again = cli(*asked)
+    assert "2 of them done" in again.out
+    assert again.out.splitlines()[-9:] == outcome.out.splitlines()[-9:]
+    record.write_text(record.read_text().replace('"recipe": "', '"recipe": "0'))
+    assert "is of another config.yaml or scores.csv" in cli(*asked).err

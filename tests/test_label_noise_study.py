@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.label_noise import SIMILAR, drawn, finds, flipped, table
+from benchmarks.label_noise import SIMILAR, drawn, final_scores, finds, flipped, table
 from moevision.data.synthetic import SyntheticPets
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -37,6 +38,17 @@ def test_finding_by_hand():
     assert finds(suspicion, truth)["auroc"] == pytest.approx(35 / 36, abs=1e-4)
 
 
+@pytest.mark.skipif(find_spec("cleanlab") is None, reason="an optional comparison")
+def test_cleanlab_is_asked_about_the_same_predictions():
+    labels, p = np.array([0, 1, 0, 1]), np.array([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.3, 0.7]])
+    found = final_scores(labels, p)
+    assert found["p_final"] == pytest.approx([-0.9, -0.2, -0.4, -0.7])
+    assert found["cleanlab self_confidence"] == pytest.approx(found["p_final"])
+    assert found["cleanlab normalized_margin"] == pytest.approx([-(0.5 + (a - b) / 2) for a, b in (
+        (0.9, 0.1), (0.2, 0.8), (0.4, 0.6), (0.7, 0.3))])  # fmt: skip
+    assert len(found) == 5
+
+
 def test_a_run_from_flips_to_the_table(bench, tmp_path):
     pets = SyntheticPets(140, 32, 0, "train")
     for index in range(140):
@@ -51,7 +63,7 @@ def test_a_run_from_flips_to_the_table(bench, tmp_path):
     assert outcome.code == 0, outcome.err
     record = json.loads((tmp_path / "runs/random-moe-s0.json").read_text())
     assert (record["images"], record["flips"], record["epochs"]) == (60, 6, 1)
-    assert {"aum", "el2n", "forgetting", "experts", "experts L1", "features"} <= record["scores"].keys()
+    assert {"aum", "el2n", "forgetting", "experts", "experts L1", "features", "p_final"} <= record["scores"].keys()
     assert all(0 <= value <= 1 for each in record["scores"].values() for value in each.values())
     assert str(tmp_path) not in json.dumps(record)
     lines = table([record], "random")

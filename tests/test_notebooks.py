@@ -23,8 +23,8 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_the_three_notebooks_are_here():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03"]
+def test_the_notebooks_are_here():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -21,6 +21,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,22 @@ import torch
 from benchmarks.harness import HERE, about, argument_parser, count, positive, print_table
 from benchmarks.queue import fill_readme, is_dirty, next_run, read_records, refuse_changes, release_if, write_run
 from benchmarks.timing import rounded
-from moevision.analysis.good_data.examine import examine, images_of
+from moevision import package_version
+from moevision.analysis.collect import evaluating, network_input
+from moevision.analysis.good_data.examine import RunImages, examine, images_of
 from moevision.cli import main as run_moevision
 from moevision.data import ImageDataModule
 from moevision.data.doubt import class_doubt
 from moevision.data.scores import FILE, Scores
+from moevision.data.transforms import square_pixels
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
-from moevision.models.io import load_model
+from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json
 from moevision.names import csv_name
 
 FOLDER = HERE / "label_noise"
-IMAGES, SHARE, EPOCHS, SEEDS, TOP = 20_000, 0.1, 8, (0, 1, 2), 0.1
+IMAGES, SHARE, EPOCHS, SEEDS, TOP, BATCH = 20_000, 0.1, 8, (0, 1, 2), 0.1, 256
 ARMS = {"moe": (), "dense": ("--model.arch.twin", "active_flops")}
 # Between similar classes, as arXiv:1609.03683 flips CIFAR-10; cat and dog both ways.
 SIMILAR = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat"}
@@ -145,7 +149,7 @@ def run_one(job: Job, options: Namespace) -> dict[str, Any]:
         **vars(job), "images": len(truth), "flips": int(truth.sum()), "epochs": options.epochs,
         "test_top1": test["correct"] / test["total"],
         "scores": {name: finds(value, truth) for name, value in suspicion.items()},
-        "cpu_s": round(spent, 1), **origin,
+        "cpu_s": round(spent, 1), "cleanlab": package_version("cleanlab"), **origin,
     }  # fmt: skip
 
 
@@ -164,9 +168,33 @@ def suspicions(run_dir: Path, wrong: set[str]) -> tuple[dict[str, np.ndarray], n
         found[f"experts L{block}"] = class_doubt(shares, labels)
     if known.experts:
         found["experts"] = known.unlike_class
+    found |= final_scores(labels, probabilities(images, load_model(str(run_dir))))
     if known.features is not None:
         found["features"] = class_doubt(known.features[: len(truth)].astype(np.float32), labels)
     return found, truth
+
+
+def probabilities(images: RunImages, model: SavedModel) -> np.ndarray:
+    """[n, C] what the finished model says of the training images, without augmentation."""
+    train, found = images.samples["train"], []
+    with evaluating(model.net), torch.inference_mode():
+        for start in range(0, len(train), BATCH):
+            opened = [images.collection.open(sample, model.image_size) for sample in train[start : start + BATCH]]
+            pixels = np.stack([square_pixels(image, model.image_size) for image in opened])
+            found.append(model.net(network_input(model, pixels)).float().softmax(-1).numpy())
+    return np.concatenate(found)
+
+
+def final_scores(labels: np.ndarray, p: np.ndarray) -> dict[str, np.ndarray]:
+    """The finished model's p of the label; and what cleanlab, if it is installed, makes of the same p [n, C]."""
+    found = {"p_final": -p[np.arange(len(p)), labels]}
+    if find_spec("cleanlab") is not None:
+        from cleanlab.rank import get_label_quality_scores
+
+        for method in ("self_confidence", "normalized_margin", "confidence_weighted_entropy"):
+            found[f"cleanlab {method}"] = -get_label_quality_scores(labels, p, method=method)
+        found["cleanlab adjusted"] = -get_label_quality_scores(labels, p, adjust_pred_probs=True)
+    return found
 
 
 def finds(suspicion: np.ndarray, truth: np.ndarray) -> dict[str, float]:

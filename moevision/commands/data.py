@@ -1,4 +1,4 @@
-"""`moevision data score | prune`: what a training found out about its images, and which of them to keep."""
+"""`moevision data score | prune | curve`: what a training found out about its images, and which of them to keep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moevision.names import shown
 
 def run(chosen: Namespace) -> None:
     """Do the task that was asked for."""
-    {"score": write_page, "prune": write_list}[chosen.task](chosen)
+    {"score": write_page, "prune": write_list, "curve": train_curve}[chosen.task](chosen)
 
 
 def run_of(address: str) -> Path:
@@ -75,6 +75,17 @@ def write_list(chosen: Namespace) -> None:
     print(f"{plan.keep.sum():,} of {len(plan.keep):,} training images are kept: {shown(str(out))}")
     relabel = f" --data.relabel {shown(str(out))}" if plan.new_label or relabelled else ""
     print(f"train on them: the options of the run, a new --name, and --data.keep {shown(str(out))}{relabel}")
+
+
+def train_curve(chosen: Namespace) -> None:
+    """`moevision data curve RUN`: train on fewer images, and compare.
+
+    Raises:
+        UserError: if the run has no scores or an end that is missing, or a training fails.
+    """
+    from moevision.commands.curve import run as run_curve
+
+    run_curve(chosen, run_of(chosen.run))
 
 
 def _check_options(chosen: Namespace, decided: bool) -> None:

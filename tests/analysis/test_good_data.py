@@ -2,8 +2,10 @@
 
 import csv
 import io
+import os
 import re
 import shutil
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+import moevision.analysis.good_data
 from moevision.analysis.good_data.build import (
     Thumbnails,
     _table,
@@ -32,6 +35,10 @@ from moevision.names import csv_name
 
 PETS = SyntheticPets(40, 48, 1, "train")
 ABOUT = {"title": "Images", "command": "", "quick": False, "version": "1", "made": ""}
+
+
+TEMPLATE = Path(moevision.analysis.good_data.__file__).with_name("template.html.jinja").read_text(encoding="utf-8")
+KNOWN_TAGS = {*re.findall(r"<(\w+)", TEMPLATE), "html", "head", "body", "style"}
 
 
 def images_in(root: Path, classes: list[str], **splits: list[tuple[str, int]]) -> RunImages:
@@ -73,6 +80,11 @@ def planted(tiny_run, tmp_path_factory):
     test = [("test/copy.jpg", 1), ("test/other.png", 0)]
     images = images_in(root, ["cat", "dog"], train=train, test=test)
     return images, examine(images, scores_of(images), load_model(str(tiny_run)))
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_run):
+    return load_model(str(tiny_run))
 
 
 def listed(images: RunImages, known) -> dict[str, list[str]]:
@@ -179,7 +191,7 @@ def hostile(tmp_path_factory):
         draw(root, name, index)
     images = images_in(root, CLASSES, train=train, test=[("<i>gone", 0)])
     scores = scores_of(images)
-    facts = page_facts(images, examine(images, scores, None), CLASSES, 8) | ABOUT | {"title": "<u>run"}
+    facts = page_facts(images, examine(images, scores, None), CLASSES, 8) | ABOUT | {"title": "<u>run" + 200 * "x"}
     return images, scores, render(facts, Thumbnails(images))
 
 
@@ -211,6 +223,7 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
             tab.on(event, lambda found, event=event: complaints.append(f"{event} {found}"))
         tab.goto((tmp_path / "page.html").as_uri())
         assert tab.locator("#map rect.cell").count() > 0
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")  # however long the run's name
         cards = tab.locator("#doubtful .card")
         cards.first.focus()
         tab.keyboard.press("d")
@@ -248,6 +261,129 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
     assert len(images.samples["train"]) == 8
 
 
+# ---- hostile folders
+
+SIGNS = [
+    "<img src=x onerror=alert(1)>", '"><script>alert(1)</script>', "</script><svg onload=alert(1)>", "' onfocus='a",
+    "<!-- ", "]]>", "&lt;b&gt;&#60;", "{{7*7}}{% raw %}", "${7*7}", "javascript:alert(1)", "#a?b=c&d", "100%20%",
+    "line\nbreak", "carriage\rreturn", "tab\t", "\x1b[2J", "\u202egpj", "\u200b", "\u2028", "\ufeff", "\udcff",
+    "🐈\u200d⬛ 👩\u200d👧", "e\u0301", "漢字 عربى", "-rf", "--help", "=1+1", "+1", "@SUM(1)", "＝1", "'=1", '"a","b"',
+    "a,b;c", "back\\slash", " space ", "...", "x" * 200, "__proto__", "NaN",
+]  # fmt: skip
+
+
+def named(name: str):
+    """Two classes and their images with such a name; one file is missing."""
+
+    def build(root: Path):
+        train = [(f"{name}/{name}1.png", 0), (f"{name}/{name}2.png", 0), ("b/3.png", 1)]
+        for index, (each, _) in enumerate(train):
+            draw(root, each, index)
+        return [name, "b"], train, [(f"{name}/{name}gone.png", 0)], 1
+
+    return build
+
+
+def of_files(bad: int, **writers):
+    """Three good images of two classes, and files that are written in such a way; `bad` of them can't be read."""
+
+    def build(root: Path):
+        for index in range(3):
+            draw(root, f"a/{index}.png", index)
+        for name, write in writers.items():
+            write(root / f"a/{name}.png")
+        train = [(f"a/{name}.png", index % 2) for index, name in enumerate([0, 1, 2, *writers])]
+        return ["a", "b"], train, [], bad
+
+    return build
+
+
+def of_size(width: int, height: int, mode: str = "RGB", kind: str = "PNG"):
+    return lambda path: Image.new(mode, (width, height), 1).save(path, kind)
+
+
+def one_image(root: Path):
+    draw(root, "a/1.png", 0)
+    return ["a"], [("a/1.png", 0)], [], 0
+
+
+def one_class_and_an_empty_one(root: Path):
+    for index in range(3):
+        draw(root, f"a/{index}.png", index)
+    return ["a", "nobody"], [(f"a/{index}.png", 0) for index in range(3)], [], 0
+
+
+def all_gone(root: Path):
+    return ["a", "b"], [("a/1.png", 0), ("b/2.png", 1)], [("a/3.png", 0)], 3
+
+
+def huge(path: Path):
+    """A header that promises 400,000 x 400,000 pixels."""
+    of_size(8, 8)(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = (400_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+FOLDERS = {f"named {name!r}"[:40]: named(name) for name in SIGNS} | {
+    "one image": one_image,
+    "one class, and an empty one": one_class_and_an_empty_one,
+    "all gone": all_gone,
+    "damaged": of_files(
+        6, empty=Path.touch, text=lambda path: path.write_text("<svg onload=alert(1)>"), huge=huge,
+        cut=lambda path: (of_size(64, 64)(path), path.write_bytes(path.read_bytes()[:60])),
+        folder=Path.mkdir, header=lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"),
+    ),
+    "links": of_files(
+        3, broken=lambda path: path.symlink_to("nothing"), round=lambda path: path.symlink_to(path.name),
+        folder=lambda path: path.symlink_to(".."), good=lambda path: path.symlink_to("0.png"),
+    ),
+    "no regular file": of_files(1, pipe=os.mkfifo),
+    "no such name": of_files(2, **{"y" * 300: lambda path: None, "nul\0": lambda path: None}),
+    "tiny and thin": of_files(0, one=of_size(1, 1), wide=of_size(3000, 1), high=of_size(1, 3000), two=of_size(2, 2)),
+    "black copies": of_files(0, **{f"black{index}": of_size(32, 32) for index in range(3)}),
+    "odd kinds": of_files(
+        0, grey=of_size(9, 9, "I;16"), palette=of_size(9, 9, "P"), clear=of_size(9, 9, "RGBA"),
+        cmyk=of_size(9, 9, "CMYK", "JPEG"), bit=of_size(9, 9, "1"), gif=of_size(9, 9, "P", "GIF"),
+    ),
+    "never visited": of_files(0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_hostile_folder(name, tiny_model, tmp_path):
+    """The page is written, has no element of a name, and says of each file that can't be read why."""
+    classes, train, test, bad = FOLDERS[name](tmp_path)
+    images = images_in(tmp_path, classes, train=train, **({"test": test} if test else {}))
+    scores = scores_of(images)
+    if name == "never visited":
+        scores = Scores(scores.images, scores.labels, 0 * scores.visits,
+                        {key: np.nan * value for key, value in scores.scores.items()},
+                        {block: np.nan * value for block, value in scores.experts.items()})  # fmt: skip
+    known = examine(images, scores, tiny_model)
+    facts = page_facts(images, known, tiny_model.class_names, 8)
+    page = render(facts | ABOUT | {"title": name}, Thumbnails(images))
+    found = Elements(page)
+    assert (found.tags["script"], found.handlers) == (2, [])
+    assert found.tags.keys() <= KNOWN_TAGS
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u200b\u2028\u202e\ufeff]", page)
+    page.encode()  # no lone surrogate
+    entries = [entry for each in facts["lists"] if each["key"] == "unreadable" for entry in each["entries"]]
+    assert (len(known.problems), len(entries)) == (bad, bad)
+    assert all(known.problems.values())
+    text = "".join(_table(images, known, tiny_model.class_names))
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert sum(row["problem"] != "" for row in rows) == bad
+    assert len(rows) == len(images)
+    for row in rows:
+        assert not any(row[key].startswith(("=", "+", "-", "@")) for key in ("image", "label", "problem"))
+    decided = [(row["image"], row["label"], "keep", "") for row in rows if row["split"] == "train"]
+    with (tmp_path / "decisions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "label", "decision", "new_label"), *decided])
+    assert decide(scores, tmp_path / "decisions.csv").keep.all()
+
+
 # ---- of a run
 
 
@@ -275,3 +411,45 @@ def test_the_page_of_a_run(cli, tiny_run, tmp_path):
     outcome = cli("data", "score", moved)
     assert outcome.code == 2
     assert "is no table of scores" in outcome.err
+
+
+def _no_data(run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"(?m)^  path: .*$", "  path: /nowhere/pets", text))
+
+
+def _half(run: Path) -> None:
+    lines = (run / "scores.csv").read_text().splitlines(keepends=True)
+    (run / "scores.csv").write_text("".join(lines[:9]))
+
+
+def _hostile_split(run: Path) -> None:
+    with (run / "splits.csv").open("a") as file:
+        file.write('train,"dog/<b>\\n=gone.png",dog\n')
+
+
+@pytest.mark.parametrize(
+    ("harm", "options", "words"),
+    [
+        (_no_data, [], "/nowhere/pets"),
+        (_no_data, ["--quick"], "/nowhere/pets"),
+        (lambda run: shutil.rmtree(run / "model"), [], "model"),
+        (lambda run: shutil.rmtree(run / "model"), ["--quick"], None),
+        (lambda run: (run / "splits.csv").unlink(), ["--quick"], None),
+        (_half, ["--quick"], None),
+        (lambda run: (run / "scores.csv").unlink(), [], "scores.csv can't be read"),
+        (lambda run: (run / "scores.csv").write_bytes(b"\xff\xfe\x00"), [], "scores"),
+        (lambda run: (run / "config.yaml").write_text("- 1\n"), [], "config.yaml can't be read"),
+        (_hostile_split, ["--quick"], "splits.csv"),
+    ],
+)
+def test_a_harmed_run(cli, tiny_run, tmp_path, harm, options, words):
+    """What is missing is said in a line, or the page does without it."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints", "twin"))
+    harm(run)
+    outcome = cli("data", "score", run, *options)
+    assert outcome.code == (2 if words else 0), outcome.err
+    assert (words or "") in outcome.err
+    assert (run / "data/page.html").exists() == (words is None)
+    assert len(outcome.err.splitlines()) <= 1

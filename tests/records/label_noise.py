@@ -18,5 +18,6 @@ DEFINITIONS = [
     Definition("10 % of the labels of 20,000 CIFAR-10 training images are flipped", "what is planted"),
     Definition("10 % of all images either way", "what is planted"),
     Definition("(0.5: chance, 1: all first)", "the scale of the area"),
+    Definition("2.9 (Apache-2.0)", "a version and its licence"),
     Definition("their share among the first 10 % (0.1: chance)", "how precision is defined"),
 ]

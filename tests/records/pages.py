@@ -85,6 +85,11 @@ DEFINITIONS = {
         Definition("MLflow 3.17", "a version"),
         Definition("trackio 0.43", "a version"),
     ],
+    "docs/guides/good-data.md": [
+        Definition("90, 70, 50 and 30 %", "defaults of `moevision data curve`"),
+        Definition("It prints whether 70 %", "the share that its sentence is about"),
+        Definition("what the last 10 % of the images were worth", "from its largest default share to all"),
+    ],
     "docs/guides/keep-alive.md": [
         Definition("every ten minutes", "a default of `CheckpointConfig`"),
         Definition("about three times the weights", "weights and AdamW's two moments"),

@@ -1,0 +1,355 @@
+"""`moevision data curve RUN`: train on fewer images, chosen by several methods, and compare with training on all.
+
+Every training is the recipe of the run's config.yaml with its number of steps: fewer images are seen more often, and
+are validated after as many steps, so that less data is not less training. A seed draws initial weights, order,
+augmentation and, where the method draws, the images; differences are between trainings of one seed, on the same test
+images. The scores are those of the one run.
+
+OUT/lists/      what each training keeps
+OUT/log.txt     what the trainings said
+OUT/records/    a JSON for each finished training, by which the same command goes on
+OUT/curve.csv   a row for each method and share; curve.png shows it
+
+Accuracies are fractions, differences are percentage points.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import shutil
+import statistics
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from scipy.stats import t as student
+
+from moevision.analysis.images import data_settings
+from moevision.data.prune import prune
+from moevision.data.scores import FILE, Scores
+from moevision.errors import UserError
+from moevision.files import refuse_foreign, write_json_atomic, write_text_atomic
+from moevision.models.safe_files import read_json, read_yaml
+from moevision.names import shown
+from moevision.train import run as training
+from moevision.train.plots import INK, OKABE_ITO, calm, save, title
+from moevision.train.processes import Interrupted, tell
+from moevision.train.resume import is_finished
+
+ALL: Final = "all"
+HARDEST: Final = 0.1  # what ccs drops first, or all that is dropped
+_HEAD: Final = "by,share,images,seeds,accuracy,accuracy_sd,beside_all,beside_all_low,beside_all_high,"
+_ASKED: Final = 0.7  # the share that a sentence is about, or the one nearest to it
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: which share of the images, chosen by what, under which seed."""
+
+    by: str
+    share: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What its record is called."""
+        return f"{self.by}-{self.share:g}-s{self.seed}"
+
+
+def jobs(methods: Sequence[str], shares: Sequence[float], seeds: int) -> list[Job]:
+    """All trainings, a seed after the other; that on all images is the same for all methods."""
+    kinds = [(ALL, 1.0), *product(methods, sorted(shares, reverse=True))]
+    return list(dict.fromkeys(Job(by, share, seed) for seed in range(seeds) for by, share in kinds))
+
+
+def schedule(config: Mapping[str, Any], images: int) -> tuple[int, int]:
+    """Steps of a recipe on so many images, and steps of one of its epochs, after which it is validated.
+
+    Raises:
+        UserError: for a recipe whose steps can't be kept equal.
+    """
+    trainer, epoch = config["trainer"], max(1, images // config["data"]["batch_size"])
+    if trainer["devices"] not in (1, "1") or trainer.get("num_nodes", 1) != 1:
+        raise UserError("The run was trained by several processes, and the curve is trained by one: see --devices 1.")
+    if trainer["accumulate_grad_batches"] != 1:
+        raise UserError("The run accumulates gradients, and its steps can't be kept equal on fewer images.")
+    ends = [epoch * (trainer["max_epochs"] or 0), trainer.get("max_steps") or 0]
+    if not any(end > 0 for end in ends):
+        raise UserError("The run's config.yaml says neither max_epochs nor max_steps: train it with an end.")
+    return min(end for end in ends if end > 0), epoch
+
+
+# ---- trainings
+
+
+def run(chosen: Namespace, run_dir: Path) -> None:
+    """Do what has no record yet, then write and print the results.
+
+    Raises:
+        UserError: if the run isn't finished or a training fails.
+    """
+    out = chosen.out or run_dir / "curve"
+    refuse_foreign(out / "curve.csv", _HEAD.encode())
+    scores, config = Scores.read(run_dir / FILE), read_yaml(run_dir / "config.yaml")
+    if not is_finished(run_dir, with_twin=False):
+        raise UserError(f"{run_dir} has no summary.json: finish it first, its scores and its time are needed.")
+    planned = jobs(chosen.by, chosen.shares, chosen.seeds)
+    recipe = hashlib.sha256((run_dir / "config.yaml").read_bytes() + (run_dir / FILE).read_bytes()).hexdigest()
+    steps, epoch = schedule(config, len(scores.images))
+    done = {job: record for job in planned if (record := _read(out, job, recipe)) is not None}
+    took = read_json(run_dir / "summary.json")["duration_s"]
+    shares = ", ".join(map(_percent, sorted(chosen.shares, reverse=True)))
+    print(
+        f"{len(planned)} trainings of {steps:,} steps, {len(done)} of them done: all {len(scores.images):,} images, "
+        f"and {shares} by {', '.join(chosen.by)}, with the seeds {', '.join(map(str, range(chosen.seeds)))}\n"
+        f"The run took {_time(took)}, so that the rest takes about {_time(took * (len(planned) - len(done)))} on the "
+        f"same machine\n{shown(str(out / 'records'))} has a record of each; the same command goes on",
+        flush=True,
+    )
+    try:
+        for job in planned:
+            if job in done:
+                continue
+            done[job] = _train(job, run_dir, out, scores, steps, epoch) | {"recipe": recipe}
+            write_json_atomic(out / "records" / f"{job.name}.json", done[job])
+            shutil.rmtree(out / "trainings" / job.name)
+            each = statistics.fmean(record["duration_s"] for record in done.values())
+            print(
+                f"[{len(done)}/{len(planned)}] {job.name}: {done[job]['correct'] / done[job]['total']:.2%} of "
+                f"{done[job]['total']:,} test images; {_time(each * (len(planned) - len(done)))} left",
+                flush=True,
+            )
+    except Interrupted:
+        tell("The curve goes on by the same command, in the training that was stopped.")
+        raise
+    rows = table(list(done.values()), chosen.by)
+    write_text_atomic(out / "curve.csv", _csv(rows))
+    draw(rows, chosen.margin, out / "curve.png")
+    print("\n".join(["", *lines(rows), "", *sentences(rows, list(done.values()), chosen.margin)]))
+    print(f"\n{shown(str(out / 'curve.csv'))} has every number, curve.png shows them")
+
+
+def _read(out: Path, job: Job, recipe: str) -> Json | None:
+    file = out / "records" / f"{job.name}.json"
+    if not file.is_file():
+        return None
+    record: Json = read_json(file)
+    if record["recipe"] != recipe:
+        raise UserError(f"{file} is of another config.yaml or scores.csv of the run: give --out another folder.")
+    return record
+
+
+def _train(job: Job, run_dir: Path, out: Path, scores: Scores, steps: int, epoch: int) -> Json:
+    """Train, or go on training; what a record says."""
+    by = "random" if job.by == ALL else job.by
+    plan = prune(scores, by, job.share, hardest=min(HARDEST, 1 - job.share), seed=job.seed)
+    keep, folder = out / "lists" / f"{job.name}.csv", out / "trainings" / job.name
+    relabelled = bool(data_settings(run_dir).get("relabel"))
+    plan.write(keep, scores, relabelled=relabelled)
+    options: dict[str, object] = {
+        "config": run_dir / "config.yaml", "name": job.name, "runs_root": out / "trainings", "resume": "auto",
+        "seed_everything": job.seed, "data.order_seed": job.seed, "data.keep": keep, "data.scores": "false",
+        "trainer.max_steps": steps, "trainer.max_epochs": -1, "trainer.min_epochs": "null",
+        "trainer.limit_train_batches": "null", "trainer.max_time": "null", "early_stopping.patience": "null",
+        "trainer.val_check_interval": epoch, "trainer.check_val_every_n_epoch": "null",
+        "trainer.logger": "null", "trainer.enable_progress_bar": "false", "record_routing.images": "null",
+    } | ({"data.relabel": keep} if relabelled else {})  # fmt: skip
+    if not is_finished(folder, with_twin=False):
+        with (out / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+            training.run("fit", [*(f"--{name}={value}" for name, value in options.items()), "--without-twin"])
+    summary = read_json(folder / "summary.json")
+    kept = {"images": int(plan.keep.sum()), "steps": summary["steps"], "duration_s": summary["duration_s"]}
+    return {**vars(job), **kept, **{name: summary["test"][name] for name in ("correct", "total", "loss")}}
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ---- results
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A mean difference over seeds, in points, with its 95 % t interval.
+
+    The interval is NaN without a spread, which one seed has not, nor have equal differences.
+    """
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @classmethod
+    def of(cls, differences: Sequence[float]) -> Gap:
+        """Of one difference for each seed; NaN for none."""
+        n = len(differences)
+        mean = statistics.fmean(differences) if n else math.nan
+        spread = statistics.stdev(differences) if n > 1 else 0.0
+        half = float(student.ppf(0.975, n - 1)) * spread / math.sqrt(n) if spread > 0 else math.nan
+        return cls(mean, mean - half, mean + half, n)
+
+    @property
+    def text(self) -> str:
+        """`-0.40 (-1.20 to +0.40)`."""
+        if math.isnan(self.mean):
+            return "-"
+        return f"{self.mean:+.2f}" + ("" if math.isnan(self.low) else f" ({self.low:+.2f} to {self.high:+.2f})")
+
+    def verdict(self, margin: float) -> str:
+        """What the interval shows, if what is less than `margin` worse counts as good."""
+        if self.low > -margin:
+            return f"is shown to be as good as training on all, to within {margin:g} points"
+        worse = "is shown to be worse than training on all"
+        return worse if self.high < 0 else "isn't shown to be as good as training on all"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one share; accuracies by seed."""
+
+    by: str
+    share: float
+    images: int
+    accuracy: dict[int, float]
+    beside_all: Gap
+    beside_random: Gap
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy."""
+        return statistics.fmean(self.accuracy.values())
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation over seeds; NaN for one."""
+        return statistics.stdev(self.accuracy.values()) if len(self.accuracy) > 1 else math.nan
+
+
+def table(records: Sequence[Json], methods: Sequence[str]) -> list[Row]:
+    """A row for all images, then one for each method and share."""
+    known: dict[tuple[str, float], dict[int, float]] = {}
+    images = {(record["by"], record["share"]): record["images"] for record in records}
+    for record in records:
+        by_seed = known.setdefault((record["by"], record["share"]), {})
+        by_seed[record["seed"]] = record["correct"] / record["total"]
+
+    def beside(mine: Mapping[int, float], other: Mapping[int, float]) -> Gap:
+        return Gap.of([100 * (mine[seed] - other[seed]) for seed in sorted(mine.keys() & other.keys())])
+
+    order = sorted(known, key=lambda kind: ([ALL, *methods].index(kind[0]), -kind[1]))
+    return [
+        Row(
+            *kind, images[kind], known[kind],
+            beside({} if kind[0] == ALL else known[kind], known.get((ALL, 1.0), {})),
+            beside({} if kind[0] in (ALL, "random") else known[kind], known.get(("random", kind[1]), {})),
+        )
+        for kind in order
+    ]  # fmt: skip
+
+
+def slope(rows: Sequence[Row]) -> tuple[Row, Gap] | None:
+    """The largest share that was drawn at random, and points per 1,000 images from there to all; None without one."""
+    whole = next(row for row in rows if row.by == ALL)
+    drawn = [row for row in rows if row.by == "random" and row.images < whole.images]
+    if not drawn:
+        return None
+    last = max(drawn, key=lambda row: row.share)
+    thousands = (whole.images - last.images) / 1000
+    both = sorted(last.accuracy.keys() & whole.accuracy.keys())
+    return last, Gap.of([100 * (whole.accuracy[seed] - last.accuracy[seed]) / thousands for seed in both])
+
+
+def sentences(rows: Sequence[Row], records: Sequence[Json], margin: float) -> list[str]:
+    """What was found, in plain words."""
+    chosen = [row for row in rows if row.by != ALL]
+    asked = min((row.share for row in chosen), key=lambda share: abs(share - _ASKED), default=0)
+    found = [
+        f"Training on {_percent(row.share)} of the images, "
+        f"{'drawn at random' if row.by == 'random' else f'chosen by {row.by}'}, "
+        f"{row.beside_all.verdict(margin)}: {row.beside_all.text} points."
+        for row in chosen
+        if row.share == asked
+    ]
+    if (end := slope(rows)) is not None:
+        last, gap = end
+        found.append(
+            f"The last {_percent(1 - last.share)} of the images, drawn at random, are worth {gap.text} points per "
+            "1,000 images. What more images than these would be worth was not measured."
+        )
+    seeds, total = len({record["seed"] for record in records}), records[0]["total"]
+    return [*found, f"In brackets: 95 % t intervals over {seeds} seeds, on the same {total:,} test images."
+            if seeds > 1 else "One seed has no interval."]  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """The table as text."""
+    head = f"{'by':<10} {'kept':>7} {'images':>10} {'accuracy':>9} {'sd':>6}  {'beside all':<26}beside random"
+    return [head, *(
+        f"{row.by:<10} {_percent(row.share):>7} {row.images:>10,} {_percent(row.mean):>9} {100 * row.sd:>6.2f}  "
+        f"{row.beside_all.text:<26}{row.beside_random.text}"
+        for row in rows
+    )]  # fmt: skip
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    text.write(_HEAD + "beside_random,beside_random_low,beside_random_high\n")
+    writer = csv.writer(text, lineterminator="\n")
+    for row in rows:
+        gaps = [number for gap in (row.beside_all, row.beside_random) for number in (gap.mean, gap.low, gap.high)]
+        numbers = ["" if math.isnan(number) else f"{number:.6g}" for number in (row.mean, row.sd, *gaps)]
+        writer.writerow([row.by, f"{row.share:g}", row.images, len(row.accuracy), *numbers])
+    return text.getvalue()
+
+
+def draw(rows: Sequence[Row], margin: float, out: Path) -> None:
+    """Accuracy by share, and its paired difference from training on all."""
+    figure = Figure(figsize=(10.8, 3.8), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    whole = [row for row in rows if row.by == ALL]
+    methods = list(dict.fromkeys(row.by for row in rows if row.by != ALL))
+    for place, by in enumerate(methods):
+        mine = [row for row in rows if row.by == by]
+        shift = 0.006 * (place - (len(methods) - 1) / 2)  # so that bars don't hide each other
+        with_all = [*whole, *mine]
+        _bars(left, [row.share + shift for row in with_all], [row.mean for row in with_all],
+              [row.sd for row in with_all], OKABE_ITO[place], by)  # fmt: skip
+        halves = [row.beside_all.high - row.beside_all.mean for row in mine]
+        _bars(right, [row.share + shift for row in mine], [row.beside_all.mean for row in mine], halves,
+              OKABE_ITO[place], by)  # fmt: skip
+    for axes in (left, right):
+        calm(axes)
+        axes.set_xticks(sorted({row.share for row in rows}))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlabel("share of the training images", fontsize=9, color=INK)
+    title(left, "Accuracy on the test images", "mean over seeds, bars: standard deviation; equal steps")
+    title(right, "Beside all images, in points", f"paired by seed, bars: 95 % t interval; dashed: margin of {margin:g}")
+    left.yaxis.set_major_formatter(PercentFormatter(1.0))
+    right.axhline(0, color=INK, linewidth=0.8)
+    right.axhline(-margin, color=INK, linewidth=0.8, linestyle="--")
+    if methods:
+        left.legend(frameon=False, fontsize=8)
+    save(figure, out)
+
+
+def _bars(axes: Axes, x: Sequence[float], y: Sequence[float], half: Sequence[float], colour: str, label: str) -> None:
+    axes.errorbar(x, y, yerr=half, color=colour, label=label, marker="o", markersize=3.5, linewidth=1.4, capsize=2.5)
