@@ -372,7 +372,13 @@ def _default(name: str) -> Any:
     if group in ("data", "model"):
         value = inspect.signature({"data": ImageDataModule, "model": ClassificationTask}[group]).parameters[key].default
         return list(value) if isinstance(value, tuple) else value
-    return {"runs_root": "runs", "seed_everything": 0, "with_twin": False, "log_routers": "brief"}.get(name)
+    return {
+        "runs_root": "runs",
+        "seed_everything": 0,
+        "with_twin": False,
+        "router_start": "random",
+        "log_routers": "brief",
+    }.get(name)
 
 
 def test_every_router_and_public_name_is_in_the_reference() -> None:
