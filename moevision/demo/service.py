@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ ROUTE_FIELDS = ("model", "variant", "picture", "top_k", "capacity", "interventio
 CLASS_PICTURES = 50
 MIN_CLASS_PICTURES = 20
 MORE = 24  # further examples at a time
+KEPT_VIEWS = 64  # of examples as the model was trained to route them, about 0.1 MB each
+LOOK_AHEAD_S = 1.0  # that the start may take longer, so that the first examples are there
 log = logging.getLogger(__name__)
 
 
@@ -71,6 +74,7 @@ class Explorer:
             "similar": self.pages.similar,
         }
         self._class_effects: Recent[ClassEffect] = Recent(512)
+        self._views: Recent[Json] = Recent(KEPT_VIEWS)
         self._boot = self._make_boot()
 
     def answer(self, name: str, request: Any) -> Json:
@@ -90,12 +94,16 @@ class Explorer:
             return failure("The explorer stumbled over this request; its log on the server says where.", "internal")
 
     def warm(self) -> None:
-        """Run every network once, so that the first visitor doesn't wait for it."""
+        """Run every network once, so that the first visitor doesn't wait for it; route the first model's examples."""
         for entry in self.entries.values():
             if entry.examples.ids:
                 for variant in entry.variants:
                     picture = {"kind": "example", "id": entry.examples.ids[0]}
                     self.route({"model": entry.card.id, "variant": variant, "picture": picture})
+        end, first = time.monotonic() + LOOK_AHEAD_S, next(iter(self.entries.values()))
+        for id in first.examples.ids:
+            if time.monotonic() < end:
+                self.route({"model": first.card.id, "picture": {"kind": "example", "id": id}})
 
     def boot(self, request: Any) -> Json:
         """What there is: models, their variants and examples, limits, and what to show first."""
@@ -121,7 +129,15 @@ class Explorer:
     def route(self, request: Any) -> Json:
         """Where every patch of an image goes: `moevision.view/2`."""
         entry, variant, found, settings = self._read(request)
-        return self._view(entry, variant, found, settings).to_json()
+
+        def view() -> Json:
+            return self._view(entry, variant, found, settings).to_json()
+
+        if not found.id or settings != Settings():
+            return view()
+        # An example is the same for everybody; only what it is compared with may come later.
+        known = self.galleries.typical(entry) is not None
+        return self._views.get((entry.card.id, variant.facts.variant, found.id, known), view)
 
     def shares(self, request: Any) -> Json:
         """What part of an image each expert computes: `route` in a few numbers, for comparing several images."""

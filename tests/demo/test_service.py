@@ -77,6 +77,24 @@ def test_route_answers_what_route_image_computes(explorer, pixels):
     assert answer["model"]["variant"] == "trained"
 
 
+def test_an_example_is_routed_once_for_everybody(explorer, pixels):
+    """As trained; whatever a visitor sets or brings is computed anew."""
+    net = explorer.entries["pets"].variants["trained"].saved.net
+    upload = {"kind": "upload", "data": png(pixels)}
+    passes = []
+    handle = net.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        answers = [good(explorer, "route", model="pets", picture=PICTURE) for _ in range(3)]
+        assert len(passes) <= 1, "another test may have asked before"
+        assert answers[0] == answers[1] == answers[2]
+        passes.clear()
+        for request in ({"picture": PICTURE, "top_k": 1}, {"picture": upload}) * 2:
+            good(explorer, "route", model="pets", **request)
+        assert len(passes) == 4
+    finally:
+        handle.remove()
+
+
 def test_shares_are_the_parts_of_the_choices(explorer, pixels):
     upload = {"kind": "upload", "data": png(pixels)}
     answer = good(explorer, "shares", model="pets", picture=upload, top_k=3)
