@@ -38,7 +38,7 @@ ABOUT = {"title": "Images", "command": "", "quick": False, "version": "1", "made
 
 
 TEMPLATE = Path(moevision.analysis.good_data.__file__).with_name("template.html.jinja").read_text(encoding="utf-8")
-KNOWN_TAGS = {*re.findall(r"<(\w+)", TEMPLATE), "html", "head", "body", "style"}
+KNOWN_TAGS = {*re.findall(r"<(\w+)", TEMPLATE), "data", "html", "head", "body", "style"}
 
 
 def images_in(root: Path, classes: list[str], **splits: list[tuple[str, int]]) -> RunImages:

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from tests.records import Claim
+from tests.records import Claim, Definition
 
 Json = dict[str, Any]
 LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
+PHOTOS = "benchmarks/demo/photos.json"
 PETS, CIFAR = "benchmarks/demo/unlike_pets.json", "benchmarks/demo/unlike_cifar10.json"
 STEPS = {
     "forward": "the model alone, one image", "first_page": "first page, after the server is up",
@@ -61,5 +62,25 @@ CLAIMS = [
         "what-if {latency[what_if][p50_ms]:.0f} ms ({latency[what_if][p95_ms]:.0f} ms)",
     ),
     Claim(LOAD, "memory went from {server_rss[start_mb]:.1f} MB to {server_rss[end_mb]:.1f} MB"),
+    Claim(PHOTOS, "All {photos} views of bundled photos", lambda record: record["bundled"]),
+    Claim(
+        PHOTOS,
+        "of the test photos {right} of {photos} are named right, and {called_unlike} is called unlike the training "
+        "data",
+        lambda record: record["unseen"],
+    ),
+    Claim(
+        PHOTOS,
+        "{complaints} complaints of the browser, {too_wide} pages too wide",
+        lambda record: {
+            **record["bundled"],
+            "complaints": sum(record[kind]["complaints"] for kind in ("bundled", "unseen")),
+        },
+    ),
     Claim((PETS, CIFAR), "| {kind} | {cells} |", unlike),
+]
+
+DEFINITIONS = [
+    Definition("median and, in brackets, 95 %", "a percentile"),
+    Definition("the model alone and 50 ms", "a goal"),
 ]
