@@ -246,7 +246,14 @@ def vit_moe_hybrid_wide_patch4_32(pretrained: bool = False, **kwargs: Any) -> Vi
 
     Without LayerScale: after nine epochs it made no difference (benchmarks/accuracy).
     """
-    size = {"img_size": 32, "patch_size": 4, "depth": 2, "moe_layers": "all", "stem": "wide_stages", "init_values": None}
+    size = {
+        "img_size": 32,
+        "patch_size": 4,
+        "depth": 2,
+        "moe_layers": "all",
+        "stem": "wide_stages",
+        "init_values": None,
+    }
     return _create("vit_moe_hybrid_wide_patch4_32", pretrained, {**_HYBRID_SIZE, **size}, kwargs)
 
 

@@ -10,7 +10,9 @@ CIFAR = [f"benchmarks/accuracy/cifar10-s{seed}.json" for seed in range(3)]
 NARROW, *WIDE = (f"benchmarks/accuracy/cifar10-{name}.json" for name in ("short-s0", "wide-s0", "wide-s1"))
 ERASED = "benchmarks/accuracy/cifar10-erase-s0.json"
 LONG = "benchmarks/accuracy/cifar10-long-s0.json"
-FOLDER = "benchmarks/accuracy/folder-pretrained.json"
+SCALED = [f"benchmarks/accuracy/cifar10-ls-s{seed}.json" for seed in range(2)]
+FOLDER, IDLE = (f"benchmarks/accuracy/folder-{name}.json" for name in ("clusters", "pretrained"))
+IMAGENETTE, IMAGENETTE_FOLDER = (f"benchmarks/accuracy/imagenette-{name}.json" for name in ("s0", "pretrained-s0"))
 CATS_DENSE = [f"benchmarks/accuracy/cats-dense-s{seed}.json" for seed in range(2)]
 CATS = [f"benchmarks/accuracy/cats-moe-s{seed}.json" for seed in range(3)]
 
@@ -52,7 +54,7 @@ def of_folder(record: Json) -> Json:
 
 
 HEAD = (
-    "{top1} % of {total:,} test images (seeds {seeds}), {cpu_s} CPU seconds in bf16 on one thread. Validation after "
+    "{top1} % of {total:,} test images ({seeds}), {cpu_s} CPU seconds in bf16 on one thread. Validation after "
     "each epoch (seed {first}): {curve} %"
 )
 """What the head of a config says, for `of_runs`."""
@@ -64,7 +66,7 @@ def of_runs(*records: Json) -> Json:
     return {
         "top1": ", ".join(f"{100 * test['correct'] / test['total']:.1f}" for test in tests),
         "total": tests[0]["total"],
-        "seeds": ", ".join(str(record["seed"]) for record in records),
+        "seeds": f"seed{'s' * (len(records) > 1)} " + ", ".join(str(record["seed"]) for record in records),
         "cpu_s": ", ".join(f"{record['cost']['cpu_s']:,.0f}" for record in records),
         "first": records[0]["seed"],
         "curve": ", ".join(f"{100 * top1:.1f}" for _, top1, _ in records[0]["curve"]),
@@ -84,6 +86,7 @@ CLAIMS = [
     _row(LONG, "long, seed 0"),
     _row(NARROW, "`vit_moe_hybrid_patch4_32`, float32 on AVX2, 9 epochs, seed 0"),
     *(_row(path, f"9 epochs, label smoothing 0.1, flips drawn anew, seed {seed}") for seed, path in enumerate(WIDE)),
+    *(_row(path, f"9 epochs with LayerScale 0.1, seed {seed}") for seed, path in enumerate(SCALED)),
     _row(ERASED, "the same, 10 epochs with random erasing (0.25), seed 0"),
     *(_row(path, f"MoE, seed {seed}") for seed, path in enumerate(CATS)),
     _row(CATS_DENSE[0], "dense, seed 0"),
@@ -96,12 +99,19 @@ CLAIMS = [
         of_folder,
     ),
     Claim(FOLDER, "frozen features is right on {probe}", of_folder),
+    Claim(IDLE, "From random rows, as before, {top1}, busiest experts at {loads} times the mean load", of_folder),
+    _row(IMAGENETTE, "from scratch, `configs/imagenette.yaml`, seed 0"),
+    _row(IMAGENETTE_FOLDER, "`fit FOLDER --pretrained FILE`, seed 0"),
 ]
 
 DEFINITIONS = [
     Definition("ten blocks at 168 px, 5 epochs", "a recipe"),
     Definition("required are 97 %", "an aim"),
     Definition("on 2,048 training photos of cats and dogs and the same 832 test photos", "the data"),
+    Definition("three epochs at 112 px", "what `fit` chose"),
+    Definition("16 epochs at 128 px", "a recipe"),
+    Definition("Required are 80 % from scratch and 95 % from pretrained weights", "an aim"),
+    Definition("LayerScale 0.1", "a setting"),
     Definition("It chose 112 px, three epochs and four experts of which one is active", "what `fit` chose"),
     Definition("64 tokens, Muon, 10 epochs", "a recipe"),
     Definition("Wilson's 95 % over test images", "the level of the intervals"),

@@ -18,6 +18,7 @@ from tests.records import (
 
 CLAIMS = {
     "configs/cats_vs_dogs.yaml": [Claim(tuple(accuracy.CATS), accuracy.HEAD, accuracy.of_runs)],
+    "configs/imagenette.yaml": [Claim(accuracy.IMAGENETTE, accuracy.HEAD, accuracy.of_runs)],
     "configs/cifar10.yaml": [Claim(tuple(accuracy.CIFAR), accuracy.HEAD, accuracy.of_runs)],
     "configs/quickstart.yaml": [
         Claim(quickstart.QUICKSTART, "test top-1 {moe} after {duration_s:.0f} s", quickstart.of_run),
