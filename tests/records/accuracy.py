@@ -10,6 +10,7 @@ CIFAR = [f"benchmarks/accuracy/cifar10-s{seed}.json" for seed in range(3)]
 NARROW, *WIDE = (f"benchmarks/accuracy/cifar10-{name}.json" for name in ("short-s0", "wide-s0", "wide-s1"))
 ERASED = "benchmarks/accuracy/cifar10-erase-s0.json"
 LONG = "benchmarks/accuracy/cifar10-long-s0.json"
+FOLDERS = [f"benchmarks/accuracy/folder-clusters{seed}.json" for seed in ("", "-s1", "-s2")]
 SCALED = [f"benchmarks/accuracy/cifar10-ls-s{seed}.json" for seed in range(2)]
 FOLDER, IDLE = (f"benchmarks/accuracy/folder-{name}.json" for name in ("clusters", "pretrained"))
 IMAGENETTE, IMAGENETTE_FOLDER = (f"benchmarks/accuracy/imagenette-{name}.json" for name in ("s0", "pretrained-s0"))
@@ -99,6 +100,15 @@ CLAIMS = [
         of_folder,
     ),
     Claim(FOLDER, "frozen features is right on {probe}", of_folder),
+    Claim(
+        tuple(FOLDERS[1:]),
+        "With seeds 1 and 2: {tests}, busiest experts of the last block at {loads};",
+        lambda *records: {
+            "tests": ", ".join(of_run(record)["top1"] for record in records),
+            "loads": ", ".join(of_run(record)["loads"].split(", ")[-1] for record in records),
+        },
+    ),
+    Claim(tuple(FOLDERS), "the mean of three is {mean:.1%}", mean),
     Claim(IDLE, "From random rows, as before, {top1}, busiest experts at {loads} times the mean load", of_folder),
     _row(IMAGENETTE, "from scratch, `configs/imagenette.yaml`, seed 0"),
     _row(IMAGENETTE_FOLDER, "`fit FOLDER --pretrained FILE`, seed 0"),
