@@ -212,9 +212,7 @@ _HYBRID_SIZE = {
     "class_token": False,
     "global_pool": "avg",
     "stem": "stages",
-    # LayerScale (arXiv:2103.17239): what the convolutions found is there at once, and the blocks add to it. It helps a
-    # short training: CIFAR-10, two epochs of the wide stages at D 192, 16 tokens, one seed: 83.5 % of validation with
-    # it, 81.8 % without, 83.2 % without any block.
+    # LayerScale (arXiv:2103.17239): what the convolutions found is there at once, and the blocks add to it.
     "init_values": 0.1,
 }
 
