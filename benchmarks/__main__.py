@@ -12,6 +12,7 @@ MEASURE = {
     "train": ("a training step beside both dense twins: images/s, MFU, phases, peak memory", "train"),
     "infer": ("images/s and latency of a model beside both dense twins", "infer"),
     "data": ("the input pipeline alone, and what a training step waits for it", "data"),
+    "scores-cost": ("CPU time of the training images' scores as a share of a training", "guard.scores"),
     "guard-cost": ("training steps with and without the stability guard", "guard.cost"),
     "demo-latency": ("how long a visitor of the explorer waits, in headless Chromium", "demo.latency"),
     "demo-load": ("many visitors of the explorer at once, every answer compared with the truth", "demo.load"),

@@ -2,9 +2,8 @@
 
     python -m benchmarks bundle pets --run runs/pets_moe --dense runs/pets_twin \
         --unbalanced runs/pets_unbalanced --seeds runs/pets_seed1 runs/pets_seed2
-    python -m benchmarks bundle cifar10 --run runs/cifar_moe --dense runs/cifar_twin --data path/to/cifar10
 
-A model of photos, with the routing of the photos that it will show while it was trained:
+A model of photos, `cats_vs_dogs` or `cifar10`, with the routing of the photos that it will show while it was trained:
 
     python -m benchmarks bundle cats_vs_dogs --photos PHOTOS --examples shown
     moevision fit --config cats_vs_dogs --pretrained FILE --data.path DIR --record_routing.images shown --name moe
@@ -77,7 +76,7 @@ ABOUT = {  # what a card says in words
         "data": "CIFAR-10 (Krizhevsky 2009), JPEG copy of quality 75: 45 000 photos to learn from, "
         "10 000 others to test",
         "data_kind": "cifar10",
-        "licence": "Apache-2.0 (weights); the photos of CIFAR-10 are not part of this package",
+        "licence": "Apache-2.0; the photos shown are not of CIFAR-10, see NOTICE",
     },
     "cats_vs_dogs": {
         "title": "Cats and dogs",
@@ -97,6 +96,16 @@ The weights in trained/ were made in three steps:
    (Elson, Douceur, Howell and Saul 2007), from the public repository rajshah4/image_keras; under the Apache License
    2.0. No photo of that subset is part of this package.
 """,
+    "cifar10": """\
+The weights in trained/ were trained by this project from scratch on a JPEG copy of CIFAR-10 (Krizhevsky 2009), under
+the Apache License 2.0. No image of CIFAR-10 is part of this package.
+""",
+}
+# Which of the model's classes a photo shows that lies in the folder "other".
+OTHER = {
+    "bird": ("darknet_eagle", "gcompris_duck", "gcompris_erase_kingfisher", "gcompris_owl", "gcompris_scarlet_macaw"),
+    "deer": ("gcompris_moose",),
+    "horse": ("darknet_horses", "gcompris_horse"),
 }
 
 MIT = """
@@ -199,11 +208,12 @@ _CHANGED = " (changes by GCompris: "
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo, `file` below the folder of photos (CLASS/NAME.jpg), with what has to be said about it in words.
+    """A photo, `original` below the folder of photos and `file` (CLASS/NAME.jpg) here, with what has to be said of it.
 
     `copyright` is the line that the MIT licence wants to be kept; empty under other licences.
     """
 
+    original: str
     file: str
     author: str
     licence: str
@@ -217,23 +227,25 @@ def photos_to_show(folder: Path, class_names: Sequence[str]) -> list[Photo]:
 
     Args:
         folder: has SOURCES.md, a table of file, package, path inside, author, licence, quotation, grade.
-        class_names: subfolders to take from.
+        class_names: the model's; a photo's class is its subfolder, or what `OTHER` says.
 
     Raises:
         UserError: if there is none.
     """
     found = []
+    other = {f"other/{name}.jpg": f"{kind}/{name}.jpg" for kind, names in OTHER.items() for name in names}
     for row in _ROW.finditer((folder / "SOURCES.md").read_text(encoding="utf-8")):
         package, inside, author, licence, quoted, grade = (cell.strip() for cell in row["rest"].split(" | "))
         barred = grade not in ("A", "A-") or "-SA" in licence or _IMAGENET_ID.search(inside)
-        if barred or row["file"].split("/")[0] not in class_names:
+        file = other.get(row["file"], row["file"])
+        if barred or file.split("/")[0] not in class_names:
             continue
-        original = re.search(r"commons\.wikimedia\.org/wiki/[^\s\"]+", quoted)
+        commons = re.search(r"commons\.wikimedia\.org/wiki/[^\s\"]+", quoted)
         author, _, changed = author.partition(_CHANGED)
         changes = f"{changed.rstrip(')')} by GCompris; " if changed else ""
-        source, changes = original[0] if original else package, f"{changes}scaled, re-encoded"
+        source, changes = commons[0] if commons else package, f"{changes}scaled, re-encoded"
         line = re.search(r"Copyright[^/\"]*", quoted) if licence.startswith("MIT") else None
-        found.append(Photo(row["file"], author, licence, source, changes, line[0].strip() if line else ""))
+        found.append(Photo(row["file"], file, author, licence, source, changes, line[0].strip() if line else ""))
     if not found:
         raise UserError(f"{folder} has no photo of {' or '.join(class_names)} that may be carried: see its SOURCES.md.")
     return found
@@ -242,7 +254,8 @@ def photos_to_show(folder: Path, class_names: Sequence[str]) -> list[Photo]:
 def write_examples(options: Namespace) -> None:
     """The images that the explorer will show of a model, in files that are named as it names them."""
     if options.photos is not None:
-        _copy(options.photos, photos_to_show(options.photos, ["cat", "dog"]), options.examples)
+        classes = ("cat", "dog", *OTHER) if options.name == "cifar10" else ("cat", "dog")
+        _copy(options.photos, photos_to_show(options.photos, classes), options.examples)
         return
     size = load_model(str(MODELS / options.name / "trained")).image_size
     pictures = open_pictures(options.data or ABOUT[options.name]["data_kind"], size)
@@ -258,7 +271,7 @@ def write_examples(options: Namespace) -> None:
 def _copy(folder: Path, photos: Sequence[Photo], out: Path) -> None:
     for photo in photos:
         (out / photo.file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / photo.file, out / photo.file)
+        shutil.copyfile(folder / photo.original, out / photo.file)
 
 
 def _write_photos(options: Namespace, folder: Path, models: dict[str, SavedModel]) -> PictureSet:
