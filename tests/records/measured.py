@@ -6,6 +6,7 @@ from tests.records import (
     Claim,
     Definition,
     accumulation,
+    accuracy,
     analysis,
     demo,
     levers,
@@ -51,6 +52,21 @@ CLAIMS = [
     Claim(
         quickstart.QUICKSTART, "the quickstart's model is right on {moe} of {total:,} test images", quickstart.of_run
     ),
+    Claim(
+        tuple(accuracy.CIFAR),
+        "the recipe's model is right on {mean:.1%} of the test images, the mean of three seeds",
+        accuracy.mean,
+    ),
+    Claim(accuracy.TWIN, "its dense twin, trained once, on {mean:.1%}", accuracy.mean),
+    Claim(tuple(accuracy.CATS), "{mean:.1%} as a MoE (three seeds)", accuracy.mean),
+    Claim(
+        tuple(accuracy.CATS_DENSE),
+        "{first[mean]:.1%} and {second[mean]:.1%} dense",
+        lambda *records: dict(zip(("first", "second"), map(accuracy.mean, records), strict=True)),
+    ),
+    Claim(tuple(accuracy.FOLDERS), "`fit FOLDER` on the same photos: {mean:.1%} (three seeds)", accuracy.mean),
+    Claim(accuracy.IMAGENETTE, "{mean:.1%} from scratch", accuracy.mean),
+    Claim(accuracy.IMAGENETTE_FOLDER, "{mean:.1%} from pretrained weights", accuracy.mean),
     Claim(
         quickstart.CATS_CARD,
         "the bundled model of cats and dogs on {moe} of {total:,} test photos, beside {dense} for its dense twin",
