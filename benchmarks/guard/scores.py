@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks scores-cost --data path/to/cifar10
 
-A training by the recipe `cifar10`, cut to some steps; the last third counts experts too, as in a whole training. Counted
-are CPU seconds of the training's thread, which other programs on the machine don't enter: those of the callback's calls,
-and all from the first step to the last without validation. A loader's processes are not counted, which makes the share
-larger. Rows are those of all 45,000 images.
+A training by the recipe `cifar10`, cut to some steps; the last third counts experts too, as in a whole training.
+Counted are CPU seconds of the training's thread, which other programs on the machine don't enter: those of the
+callback's calls, and all from the first step to the last without validation. A loader's processes are not counted,
+which makes the share larger. Rows are those of all 45,000 images.
 """
 
 from __future__ import annotations

@@ -141,6 +141,7 @@ CLAIMS = [
         accumulation.extremes(32, "least", "most"),
     ),
     Claim(reliability.COST, "The guard costs {cost_percent:.2f} % of the CPU time of a step"),
+    Claim("benchmarks/guard/scores_cost.json", "scores of the training images costs {cost_percent:.2f} % of"),
     Claim(reliability.RESUME, "bit-identical in {equal} of {cells} cells", reliability.equal_cells),
 ]
 
