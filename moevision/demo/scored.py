@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
@@ -20,7 +21,7 @@ from moevision.analysis.images import Collected, PictureSet, open_pictures, run_
 from moevision.data.scores import FILE, Scores
 from moevision.data.sources import SPLITS
 from moevision.demo.requests import RequestError
-from moevision.errors import UserError
+from moevision.errors import DataWarning, UserError
 from moevision.models.io import SavedModel
 from moevision.names import csv_name
 
@@ -107,7 +108,9 @@ class ScoredRun:
     def _open(self) -> PictureSet:
         from moevision.analysis.good_data.examine import images_of  # and with it what finds duplicates
 
-        images = images_of(self.run)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)  # at start the explorer noted what there is to note
+            images = images_of(self.run)
         listed = [sample for _, sample in images.each()]
         self._index = {image_id(split, sample.sample_id): row for row, (split, sample) in enumerate(images.each())}
         pictures = Collected(images.collection, listed, self._image_size, tuple(images.class_names), "the run's images")

@@ -16,12 +16,14 @@ import csv
 import hashlib
 import io
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlencode
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +34,7 @@ from rich.progress import Progress
 
 from moevision import __version__
 from moevision.analysis.good_data.examine import Known, RunImages, examine, images_of
-from moevision.analysis.good_data.lists import SCORE_LISTS, lowest
+from moevision.analysis.good_data.lists import SCORE_LISTS, image_id, lowest
 from moevision.analysis.report.page import environment
 from moevision.data.duplicates import Nearest
 from moevision.data.images import BadImageError
@@ -44,6 +46,8 @@ from moevision.names import csv_name, json_text, shown
 
 Json = dict[str, Any]
 TABLE, PAGE = "images.csv", "page.html"
+EXPLORER: Final = "http://127.0.0.1:7860"
+"""Where `moevision demo` is, unless the port is taken."""
 THUMB: Final = 112  # px, the longer side of an image on the page
 _BLOCK = 10_000
 _CELLS = (24, 16)  # of the map: mean p, spread
@@ -80,6 +84,7 @@ def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, comm
     names = images.class_names if model is None else model.class_names
     facts = page_facts(images, known, names, show)
     facts |= {"title": f"The images of {shown(run_dir.resolve().name)}", "command": command, "quick": quick}
+    facts |= {"explorer": EXPLORER, "explorer_command": f"moevision demo {shlex.quote(shown(str(run_dir)))}"}
     facts |= {"version": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
         write_text_atomic(out / TABLE, _table(images, known, names))
@@ -306,6 +311,7 @@ def _entry(index: int, images: RunImages, known: Known, names: Sequence[str]) ->
     said = shown(names[prediction]) if prediction >= 0 else ""
     return {
         "index": index, "split": split, "image": shown(sample.sample_id), "id": csv_name(sample.sample_id),
+        "link": f"{EXPLORER}/?{urlencode({'picture': image_id(split, sample.sample_id), 'tab': 'data'})}",
         "label": shown(images.class_names[sample.label]), "label_id": csv_name(images.class_names[sample.label]),
         "prediction": said, "prediction_id": csv_name(said),
         "certainty": float(known.certainty[index]) if said else None,

@@ -38,9 +38,7 @@ class ScoreList:
     highest: bool
     words: str
 
-    def first(
-        self, scores: Mapping[str, Floats], count: int, among: npt.NDArray[np.bool_] | None = None
-    ) -> Ints:
+    def first(self, scores: Mapping[str, Floats], count: int, among: npt.NDArray[np.bool_] | None = None) -> Ints:
         """At most `count` rows of `scores`, score -> [m], in order; images without the score are in no list."""
         values = scores[self.score]
         return lowest(-values if self.highest else values, count, among)

@@ -73,7 +73,7 @@ export class DataTab {
 
   /** @param {RankedImage} given */
   card({ id, name, label, value, right, visits, thumb, problem }) {
-    const said = `right at ${right} of ${visits} visits`;
+    const said = `right ${right} of ${visits} times`;
     const words = html`<b>${label}</b><span>${value}</span><span>${said}</span>`;
     if (thumb === null) return html`<li class="mv-lost" data-tip="${name}"><i>${problem}</i>${words}</li>`;
     const { kind, id: shown } = present(this.app.pictures[this.app.slot]);
