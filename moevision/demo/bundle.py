@@ -371,7 +371,8 @@ def _open_own(address: str, options: DataOptions) -> Entry:
             raise
         warnings.warn(f"no images of the model's own: {error}", DataWarning, stacklevel=2)
         pictures = None
-    entry = _entry(card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained))
+    # Whoever names other images keeps those of the run to themselves (SECURITY.md).
+    entry = _entry(card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None)
     return replace(entry, foreign=not own, shown=_named(options, pictures))
 
 

@@ -88,6 +88,13 @@ def test_an_id_is_looked_up_and_never_opened(scored, id):
     assert "There is no image" in answer["error"] or "text of 1 to" in answer["error"]
 
 
+def test_other_images_named_by_data_are_the_only_ones_that_can_be_asked_for(scored_run, drawn_pets):
+    explorer = Explorer(open_entries(str(scored_run), DataOptions(str(drawn_pets))))
+    assert explorer.answer("boot", {})["models"][0]["score_lists"] == []
+    asked = {"picture": {"kind": "example", "id": f"train/{HOSTILE}"}}
+    assert explorer.answer("route", asked)["code"] == "bad_request"
+
+
 @pytest.fixture
 def moved(scored_run, tmp_path):
     """A run whose images may be taken away."""
