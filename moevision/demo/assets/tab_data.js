@@ -75,7 +75,7 @@ export class DataTab {
   card({ id, name, label, value, right, visits, thumb, problem }) {
     const said = `right ${right} of ${visits} times`;
     const words = html`<b>${label}</b><span>${value}</span><span>${said}</span>`;
-    if (thumb === null) return html`<li class="mv-lost" data-tip="${name}"><i>${problem}</i>${words}</li>`;
+    if (thumb === null) return html`<li class="mv-missing" data-tip="${name}"><i>${problem}</i>${words}</li>`;
     const { kind, id: shown } = present(this.app.pictures[this.app.slot]);
     return html`<li><button type="button" data-action="data-image" data-id="${id}" data-key="ranked-${id}" data-tip="${name}" aria-pressed="${kind === "example" && shown === id}"
       aria-label="Open ${name}: ${label}, ${value}, ${said}"><img src="${pictureSource(thumb)}" alt="">${words}</button></li>`;
