@@ -31,6 +31,7 @@ from moevision.analysis.specialization import fresh_copy
 from moevision.data.sources import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples
 from moevision.demo.facts import ModelFacts, describe, title_of
+from moevision.demo.scored import ScoredRun
 from moevision.demo.typical import Typical
 from moevision.errors import DataWarning, UserError
 from moevision.models.io import SavedModel, best_device, load_model
@@ -370,7 +371,9 @@ def _open_own(address: str, options: DataOptions) -> Entry:
             raise
         warnings.warn(f"no images of the model's own: {error}", DataWarning, stacklevel=2)
         pictures = None
-    return replace(_entry(card, nets, dense, pictures, None), foreign=not own, shown=_named(options, pictures))
+    # Whoever names other images keeps those of the run to themselves (SECURITY.md).
+    entry = _entry(card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None)
+    return replace(entry, foreign=not own, shown=_named(options, pictures))
 
 
 def _entry(
@@ -380,6 +383,7 @@ def _entry(
     pictures: PictureSet | None,
     folder: Path | None,
     credits: Mapping[str, str] | None = None,
+    scored: ScoredRun | None = None,
 ) -> Entry:
     variants = {}
     for name, (saved, file) in nets.items():
@@ -390,7 +394,7 @@ def _entry(
         variants[name] = Variant(saved, facts, atlas)
     if dense is not None:
         dense.net.to(best_device())
-    examples = Examples(pictures, nets["trained"][0].image_size, credits)
+    examples = Examples(pictures, nets["trained"][0].image_size, credits, scored)
     return Entry(card, variants, dense, examples)
 
 

@@ -1,7 +1,7 @@
 """The images that a model can show: its own data's, those in a folder, and a few photos that gradio carries.
 
-An image is asked for by an id such as "pets/test/12", "data/cat/3.png" or "photo/lion". Ids are looked up in tables
-that were made at start; none of them ever becomes a path.
+An image is asked for by an id such as "pets/test/12", "data/cat/3.png" or "photo/lion"; those of a run that kept scores
+by "train/cat/7.png", too (`demo/scored.py`). Ids are looked up in tables; none of them ever becomes a path.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import numpy as np
 from PIL import Image
 
 from moevision.analysis.images import PictureSet, original_image
-from moevision.data.images import safe_open
+from moevision.data.images import BadImageError, safe_open
 from moevision.data.synthetic import SyntheticPets
 from moevision.demo.facts import SHARP_PX, Pixels, model_input, sharp_square
 from moevision.demo.requests import RequestError
+from moevision.demo.scored import ScoredRun, gone
 from moevision.demo.wire import data_uri
 from moevision.names import shown
 
@@ -77,10 +78,17 @@ class Examples:
             gradio's beside them.
         image_size: S.
         credits: of images that the package carries, by their names; those have no photos of gradio's beside them.
+        scored: the run that the model comes from, if it kept scores of its training images.
     """
 
-    def __init__(self, pictures: PictureSet | None, image_size: int, credits: Mapping[str, str] | None = None) -> None:
-        self.pictures, self.image_size = pictures, image_size
+    def __init__(
+        self,
+        pictures: PictureSet | None,
+        image_size: int,
+        credits: Mapping[str, str] | None = None,
+        scored: ScoredRun | None = None,
+    ) -> None:
+        self.pictures, self.image_size, self.scored = pictures, image_size, scored
         drawn = pictures is not None and tuple(pictures.part_names) == SyntheticPets.parts
         self.prefix = "pets" if drawn else "data"
         indices = range(0 if pictures is None else len(pictures))
@@ -146,10 +154,7 @@ class Examples:
         kind, _, rest = id.partition("/")
         if kind == "photo" and rest in self.photos:
             return sharp(safe_open(self.photos[rest], SHARP_PX), self.image_size)
-        index = self._index.get(id)
-        if self.pictures is None or index is None:
-            raise RequestError(f"There is no image {id!r} here: choose one of the examples.")
-        image = original_image(self.pictures, index, SHARP_PX)
+        image = original_image(*self._place(id), SHARP_PX)
         return None if image is None else sharp(image, self.image_size)
 
     def thumb(self, id: str) -> str:
@@ -160,13 +165,29 @@ class Examples:
         kind, _, rest = id.partition("/")
         if kind == "photo" and rest in self.photos:
             return Found(id, rest, None, model_input(self.photos[rest], self.image_size))
+        pictures, index = self._place(id)
+        label = pictures.label(index)
+        word = pictures.class_names[label] if label >= 0 else None
+        credit = self.credits.get(pictures.picture_name(index))
+        try:
+            pixels = pictures.image(index)
+        except BadImageError as error:
+            raise (gone(rest) if isinstance(error.__cause__, FileNotFoundError) else error) from error
+        name = rest if pictures is self.pictures else id  # which says that it is a training image
+        return Found(id, id if word is None else f"{word}, {name}", word, pixels, credit)
+
+    def _place(self, id: str) -> tuple[PictureSet, int]:
+        """Where an image is.
+
+        Raises:
+            RequestError: if there is none of that id.
+        """
         index = self._index.get(id)
-        if self.pictures is None or index is None:
-            raise RequestError(f"There is no image {id!r} here: choose one of the examples.")
-        label = self.pictures.label(index)
-        word = self.pictures.class_names[label] if label >= 0 else None
-        credit = self.credits.get(self.pictures.picture_name(index))
-        return Found(id, id if word is None else f"{word}, {rest}", word, self.pictures.image(index), credit)
+        if self.pictures is not None and index is not None:
+            return self.pictures, index
+        if self.scored is not None and self.scored.holds(id):
+            return self.scored.place(id)
+        raise RequestError(f"There is no image {id!r} here: choose one of the examples.")
 
 
 def sharp(image: Image.Image, image_size: int) -> str | None:

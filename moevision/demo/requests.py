@@ -17,6 +17,7 @@ from moevision.errors import UserError
 
 Code = Literal["bad_request", "busy", "bad_image", "too_large"]
 MAX_NAME: Final = 200
+MAX_ID: Final = 4200  # of an image: the path of a file, of which Linux allows 4096 bytes, behind its kind
 MIN_CAPACITY, MAX_CAPACITY = 0.05, 16.0
 
 
@@ -42,14 +43,19 @@ def fields(request: Any, allowed: Sequence[str]) -> Mapping[str, Any]:
     return request
 
 
-def text(request: Mapping[str, Any], name: str, default: str | None = None) -> str:
+def text(request: Mapping[str, Any], name: str, default: str | None = None, *, longest: int = MAX_NAME) -> str:
     """A short string."""
     value = request.get(name, default)
     if value is None:
         value = default
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
-        raise RequestError(f"The field {name!r} must be a text of 1 to {MAX_NAME} characters.")
+    if not isinstance(value, str) or not 0 < len(value) <= longest:
+        raise RequestError(f"The field {name!r} must be a text of 1 to {longest} characters.")
     return value
+
+
+def image_id(request: Mapping[str, Any], name: str) -> str:
+    """The id of an image, which may have a long path in it."""
+    return text(request, name, longest=MAX_ID)
 
 
 def choice(request: Mapping[str, Any], name: str, options: Sequence[str], default: str | None = None) -> str:

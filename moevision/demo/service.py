@@ -16,6 +16,7 @@ import numpy as np
 
 from moevision import __version__
 from moevision.analysis.effects import ClassEffect, class_effect, effect
+from moevision.analysis.good_data.lists import SCORE_LISTS, image_id
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.bundle import Entry, Variant
@@ -72,6 +73,7 @@ class Explorer:
             "compare": self.pages.compare,
             "cell": self.pages.cell,
             "similar": self.pages.similar,
+            "data": self.data,
         }
         self._class_effects: Recent[ClassEffect] = Recent(512)
         self._views: Recent[Json] = Recent(KEPT_VIEWS)
@@ -162,7 +164,7 @@ class Explorer:
         entry, _ = self.pages.model(given)
         if entry.card.id not in self.times:
             raise RequestError(f"The training of {entry.card.title} was not recorded.")
-        return self.times[entry.card.id].of_image(read.text(given, "picture"))
+        return self.times[entry.card.id].of_image(read.image_id(given, "picture"))
 
     def examples(self, request: Any) -> Json:
         """The next examples of a model after the first `start` ones, classes in turn."""
@@ -176,7 +178,33 @@ class Explorer:
         """An example in more pixels than the model sees, as `src`; null where there are no more."""
         given = read.fields(request, ("model", "picture"))
         entry, _ = self.pages.model(given)
-        return {"src": entry.examples.sharp(read.text(given, "picture"))}
+        return {"src": entry.examples.sharp(read.image_id(given, "picture"))}
+
+    def data(self, request: Any) -> Json:
+        """The head of a list that ranks the run's training images by a score, of all classes or of one."""
+        given = read.fields(request, ("model", "list", "class"))
+        entry, _ = self.pages.model(given)
+        run = entry.examples.scored
+        if run is None:
+            raise RequestError(f"{entry.card.title} comes without scores of its training images, which fit leaves.")
+        one = SCORE_LISTS[read.choice(given, "list", tuple(SCORE_LISTS))]
+        wanted = None if given.get("class") is None else read.choice(given, "class", entry.facts.class_names)
+        rows, images = run.first(one.key, wanted)
+        run.open()  # if that fails, once for all of them
+        scores = run.scores()
+        entries = [
+            {
+                "id": image_id("train", scores.images[row]),
+                "name": scores.images[row],
+                "label": scores.labels[row],
+                "value": one.value(scores.scores, row),
+                "right": round(float(scores.scores["correct"][row]) * int(scores.visits[row])),
+                "visits": int(scores.visits[row]),
+                **_thumb_or_problem(entry, image_id("train", scores.images[row])),
+            }
+            for row in rows
+        ]
+        return {"images": images, "entries": entries}
 
     def what_if(self, request: Any) -> Json:
         """What an intervention changes about the prediction, beside its control, with the view after it."""
@@ -226,7 +254,7 @@ class Explorer:
     def _picture(self, entry: Entry, given: Any) -> Found:
         picture = read.fields(given, ("kind", "id", "data"))
         if read.choice(picture, "kind", ("example", "upload")) == "example":
-            return entry.examples.find(read.text(picture, "id"))
+            return entry.examples.find(read.image_id(picture, "id"))
         data = picture.get("data")
         if not isinstance(data, str) or not data:
             raise RequestError("The field 'data' must be an image as data:image/...;base64,... text.")
@@ -308,6 +336,10 @@ def _about(entry: Entry, times: Times | None) -> Json:
         "history": None if times is None else times.about(),
         "shown": entry.shown,
         "num_examples": len(entry.examples.all_ids),
+        "score_lists": [
+            {"key": one.key, "name": one.name, "title": one.title, "about": one.about}
+            for one in (SCORE_LISTS.values() if entry.examples.scored else ())
+        ],
         "examples": [_example(entry, id) for id in entry.examples.ids],
     }
 
@@ -315,3 +347,13 @@ def _about(entry: Entry, times: Times | None) -> Json:
 def _example(entry: Entry, id: str) -> Json:
     found = entry.examples.find(id)
     return {"id": id, "name": found.name, "label": found.label, "thumb": entry.examples.thumb(id)}
+
+
+def _thumb_or_problem(entry: Entry, id: str) -> Json:
+    """A small version of an image, or why there is none."""
+    try:
+        return {"thumb": entry.examples.thumb(id), "problem": None}
+    except BadImageError as error:
+        return {"thumb": None, "problem": f"It can't be used: {error.reason}."}
+    except RequestError as error:
+        return {"thumb": None, "problem": str(error)}

@@ -8,6 +8,7 @@ import shutil
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from moevision.names import csv_name
 
 PETS = SyntheticPets(40, 48, 1, "train")
 ABOUT = {"title": "Images", "command": "", "quick": False, "version": "1", "made": ""}
+ABOUT |= {"explorer": "http://127.0.0.1:7860", "explorer_command": "moevision demo '<i>'"}
 
 
 TEMPLATE = Path(moevision.analysis.good_data.__file__).with_name("template.html.jinja").read_text(encoding="utf-8")
@@ -244,6 +246,12 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
         ]
         assert cards.nth(1).locator(".badge").inner_text() == f"label: {csv_name(CLASSES[0])}"
         assert tab.locator("#easiest .card[data-decision=drop]").count() == 1  # the same image in another list
+        tab.context.route("http://127.0.0.1:7860/**", lambda route: route.fulfill(body="the explorer"))
+        cards.nth(1).focus()
+        with tab.expect_popup() as explorer:
+            tab.keyboard.press("e")
+        asked = parse_qs(urlsplit(explorer.value.url).query)
+        assert asked == {"picture": [f"train/{cards.nth(1).get_attribute('data-id')}"], "tab": ["data"]}
         with tab.expect_download() as download:
             tab.locator("#save").click()
         download.value.save_as(tmp_path / "decisions.csv")

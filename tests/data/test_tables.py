@@ -4,15 +4,18 @@ import io
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from moevision.data import ImageDataModule
+from moevision.data.scores import keys_of
 from moevision.data.sources import open_collection
 from moevision.data.tables import count_rows
 from moevision.errors import UserError
+from moevision.names import csv_name
 from moevision.train.recipe import run_name
 
 NO_SIZES = {"train": 1, "val": 1, "test": 1}
@@ -161,6 +164,19 @@ def test_a_repeated_row_is_left_out_and_reported(pictures):
     collection = opened(listed(pictures, [*all_rows(pictures), "cat/000.png,cat"]))
     assert len(collection.given["all"]) == 20
     assert "1 rows" in collection.notes[0]
+
+
+def test_files_of_one_name_are_images_of_their_own_and_names_that_are_written_alike_are_refused(pictures):
+    """scores.csv has a row for each sample id: no two images of a manifest may share one."""
+    collection = opened(listed(pictures, all_rows(pictures)))
+    names = [sample.sample_id for sample in collection.given["all"]]
+    assert len({name.rpartition("/")[2] for name in names}) < len(names)  # cat/000.png, dog/000.png
+    assert len(set(keys_of(map(csv_name, names)))) == len(names)
+    for alike in (("=1.png", "'=1.png"), ("a\x1b.png", "a\\x1b.png")):
+        for name in alike:
+            shutil.copy(pictures / "cat/000.png", pictures / name)
+        with pytest.raises(UserError, match="look the same when they are written down"):
+            opened(listed(pictures, [*all_rows(pictures), *(f"{name},cat" for name in alike)]))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

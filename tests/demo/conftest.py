@@ -1,6 +1,8 @@
 """A tiny explorer: bundled models with random weights, made in a second; enough for everything but accuracy."""
 
+import csv
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -102,6 +104,28 @@ def photos_home(tmp_path_factory):
     home = tmp_path_factory.mktemp("snaps")
     write_photos(home)
     return home
+
+
+HOSTILE = "cat/<img src=x onerror=alert(1)>'&quot;.png"
+
+
+@pytest.fixture(scope="session")
+def scored_run(tiny_run, tmp_path_factory):
+    """A copy of the tiny run with its images, the most doubtful of which has the name `HOSTILE`; not to be changed."""
+    home = tmp_path_factory.mktemp("scored")
+    run = Path(shutil.copytree(tiny_run, home / "run", ignore=shutil.ignore_patterns("checkpoints", "twin")))
+    shutil.copytree(tiny_run.parents[1] / "pets", home / "pets")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(f"path: {tiny_run.parents[1] / 'pets'}", f"path: {home / 'pets'}"))
+    with (run / "scores.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    row = next(row for row in rows if row[1] == "cat")
+    first, row[0], row[head.index("aum")] = row[0], HOSTILE, "-9"
+    with (run / "scores.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    (run / "splits.csv").write_text((run / "splits.csv").read_text().replace(first, f'"{HOSTILE}"'))
+    (home / "pets" / first).rename(home / "pets" / HOSTILE)
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -133,6 +133,7 @@ def calls() -> list[str]:
         found += [body(json.dumps({**ROUTE, field: name})) for field in ("model", "variant")]
         found.append(body(json.dumps({**ROUTE, "picture": {"kind": "example", "id": name}})))
         found += [body(json.dumps({"model": "pets", "picture": name}), asked) for asked in ("sharp", "history")]
+        found.append(body(json.dumps({"model": "pets", "list": name, "class": name}), "data"))
         found.append(body(json.dumps({"model": "pets", "a": name, "b": "dog"}), "compare"))
         found.append(body(json.dumps({"model": "pets", "layer": 1, "expert": 0, "class": name}), "cell"))
     for number in NOT_A_NUMBER:

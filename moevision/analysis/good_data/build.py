@@ -16,12 +16,14 @@ import csv
 import hashlib
 import io
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlencode
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,7 @@ from rich.progress import Progress
 
 from moevision import __version__
 from moevision.analysis.good_data.examine import Known, RunImages, examine, images_of
+from moevision.analysis.good_data.lists import SCORE_LISTS, image_id, lowest
 from moevision.analysis.report.page import environment
 from moevision.data.duplicates import Nearest
 from moevision.data.images import BadImageError
@@ -43,6 +46,8 @@ from moevision.names import csv_name, json_text, shown
 
 Json = dict[str, Any]
 TABLE, PAGE = "images.csv", "page.html"
+EXPLORER: Final = "http://127.0.0.1:7860"
+"""Where `moevision demo` is, unless the port is taken."""
 THUMB: Final = 112  # px, the longer side of an image on the page
 _BLOCK = 10_000
 _CELLS = (24, 16)  # of the map: mean p, spread
@@ -79,6 +84,7 @@ def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, comm
     names = images.class_names if model is None else model.class_names
     facts = page_facts(images, known, names, show)
     facts |= {"title": f"The images of {shown(run_dir.resolve().name)}", "command": command, "quick": quick}
+    facts |= {"explorer": EXPLORER, "explorer_command": f"moevision demo {shlex.quote(shown(str(run_dir)))}"}
     facts |= {"version": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
         write_text_atomic(out / TABLE, _table(images, known, names))
@@ -194,11 +200,9 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
     """The lists in the order of the page; those of what wasn't measured are empty."""
     scores, look, read = known.scores, known.look, known.look["read"]
 
-    def first(value: npt.NDArray[Any], among: npt.NDArray[np.bool_] | None = None, count: int = show) -> Ints:
-        """The images with the lowest finite values."""
-        rows = np.flatnonzero(np.isfinite(value) if among is None else among & np.isfinite(value))
-        near = rows[np.argpartition(value[rows], count - 1)[:count]] if len(rows) > count else rows
-        return near[np.lexsort((near, value[near]))]
+    def scored(key: str) -> Ranked:
+        one = SCORE_LISTS[key]
+        return Ranked(one.key, one.title, one.about, one.first(scores, show), lambda i: one.value(scores, i))
 
     grey = read & (look["colour"] < _GREY)
     few_grey = grey & (grey.sum() <= _FEW * read.sum())
@@ -207,64 +211,47 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
     pairs, leaks = (_pair_value(h, f) for h, f in zip(known.by_hash, known.by_features, strict=True))
     twin = [_most_alike(h, f) for h, f in zip(known.by_hash, known.by_features, strict=True)]
     return [
-        Ranked(
-            "doubtful", "Other images speak against the label",
-            "Lowest area under the margin: the logit of the label less the largest other one, mean over the training. "
-            "Wrong labels come first, and with them rare and ambiguous images.",
-            first(scores["aum"]), lambda i: f"margin {scores['aum'][i]:.2f}",
-        ),
-        Ranked(
-            "hardest", "Hardest",
-            "Highest EL2N: how far the probabilities were from the label, mean over the training.",
-            first(-scores["el2n"]), lambda i: f"EL2N {scores['el2n'][i]:.2f}",
-        ),
-        Ranked(
-            "unsteady", "Most unsteady",
-            "Largest spread of the label's probability over the training: learned and lost again.",
-            first(-scores["p_std"]), lambda i: f"spread {scores['p_std'][i]:.2f}",
-        ),
+        scored("doubtful"),
+        scored("hardest"),
+        scored("unsteady"),
         Ranked(
             "experts", "Computed by experts of other classes",
             "How little the experts that computed an image are those of its class (linear discriminant analysis of "
             "their shares; the classifier is not asked).",
-            first(-known.unlike_class), lambda i: f"−ln p {known.unlike_class[i]:.2f}",
+            lowest(-known.unlike_class, show), lambda i: f"−ln p {known.unlike_class[i]:.2f}",
         ),
-        Ranked(
-            "easiest", "Easiest",
-            "Lowest EL2N. Many alike easy images teach little more than some of them.",
-            first(scores["el2n"]), lambda i: f"EL2N {scores['el2n'][i]:.2g}",
-        ),
+        scored("easiest"),
         Ranked(
             "leaks", "In two splits",
             "The most alike pairs with one image outside of training, by perceptual hash, then by the model's "
             "features. A copy of a training image in a test set rewards memory.",
-            _once(first(leaks, split > 0, 2 * show), twin[1], show),
+            _once(lowest(leaks, 2 * show, split > 0), twin[1], show),
             lambda i: _alike(known, 1, i), lambda i: int(twin[1][i]),
         ),
         Ranked(
             "doubles", "Near-duplicates",
             "The most alike pairs, by perceptual hash (bits of 64 that differ), then by the cosine of the model's "
             "features, whitened. Mirrored copies are found by features only.",
-            _once(first(pairs, None, 2 * show), twin[0], show),
+            _once(lowest(pairs, 2 * show), twin[0], show),
             lambda i: _alike(known, 0, i), lambda i: int(twin[0][i]),
         ),
         Ranked(
             "blurred", "Least detail",
             "Lowest variance of the Laplacian, at a short side of at most 224 px: blurred, or plain.",
-            first(look["sharpness"], read), lambda i: f"variance {look['sharpness'][i]:.3g}",
+            lowest(look["sharpness"], show, read), lambda i: f"variance {look['sharpness'][i]:.3g}",
         ),
         Ranked(
-            "dark", "Darkest", "Lowest mean luma.", first(look["brightness"], read),
+            "dark", "Darkest", "Lowest mean luma.", lowest(look["brightness"], show, read),
             lambda i: f"brightness {look['brightness'][i]:.2f}",
         ),
         Ranked(
             "odd", "Odd sizes",
             "Number of pixels or shape farthest from the median of all images; none where all are alike.",
-            first(-odd, odd > 0), lambda i: f"{look['width'][i]} × {look['height'][i]} px",
+            lowest(-odd, show, odd > 0), lambda i: f"{look['width'][i]} × {look['height'][i]} px",
         ),
         Ranked(
             "grey", "Grey among colour", "No difference between the channels, where most images have one.",
-            first(look["colour"], few_grey), lambda i: f"colour {look['colour'][i]:.3f}",
+            lowest(look["colour"], show, few_grey), lambda i: f"colour {look['colour'][i]:.3f}",
         ),
         Ranked("unreadable", "Can't be read", "Truncated, damaged or missing files.", broken[:show],
                lambda i: ""),  # the frame says why
@@ -324,6 +311,7 @@ def _entry(index: int, images: RunImages, known: Known, names: Sequence[str]) ->
     said = shown(names[prediction]) if prediction >= 0 else ""
     return {
         "index": index, "split": split, "image": shown(sample.sample_id), "id": csv_name(sample.sample_id),
+        "link": f"{EXPLORER}/?{urlencode({'picture': image_id(split, sample.sample_id), 'tab': 'data'})}",
         "label": shown(images.class_names[sample.label]), "label_id": csv_name(images.class_names[sample.label]),
         "prediction": said, "prediction_id": csv_name(said),
         "certainty": float(known.certainty[index]) if said else None,

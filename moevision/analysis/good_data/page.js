@@ -202,6 +202,7 @@ function decide(told) {
     else if (!(card instanceof HTMLElement)) return;
     else if (event.key === "ArrowRight") move(card, 1);
     else if (event.key === "ArrowLeft") move(card, -1);
+    else if (key === "e") card.querySelector("a")?.click();
     else if (key in KEYS && card.dataset.id !== undefined) ask(card, KEYS[key]);
     else return;
     event.preventDefault();

@@ -20,11 +20,12 @@ import { fillBox, html, percent, present } from "./core_util.js";
 import { AboutTab } from "./tab_about.js";
 import { ClassesTab } from "./tab_classes.js";
 import { CompareTab } from "./tab_compare.js";
+import { DataTab } from "./tab_data.js";
 import { ExpertsTab } from "./tab_experts.js";
 import { WhatIfTab } from "./tab_whatif.js";
 /** @import { Boot, Chosen, Intervention, Shares, Tab, View, Wish } from "./types.js" */
 
-const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, AboutTab];
+const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, DataTab, AboutTab];
 
 const appLayout = () => html`
   <header class="mv-header" data-box="header"></header>
@@ -61,6 +62,8 @@ export class App {
     /** @type {Intervention | null} */
     this.intervention = null;
     this.tab = "experts";
+    /** @type {{ key: string | null, only: string | null }} the list of training images under Data, and its class */
+    this.ranked = { key: null, only: null };
     this.level = "simple";
     this.opened = false;
     this.opening = false;
@@ -79,7 +82,7 @@ export class App {
     this.swapping = false;
     this.waiting = false;
     /** @type {Tab[]} */
-    this.tabs = TABS.map((Tab) => new Tab(this));
+    this.tabs = TABS.filter((Tab) => Tab !== DataTab || boot.models.some(({ score_lists: lists }) => lists.length)).map((Tab) => new Tab(this));
     this.connect();
   }
 

@@ -29,6 +29,7 @@ export function choose(app, wish) {
   app.capacity = limited && capacity >= 0.25 && capacity <= 2 ? capacity : null;
   app.noise = readNoise(wish.noise, app.model);
   app.intervention = readIntervention(wish.do, app.model);
+  app.ranked = { key: wish.list ?? null, only: wish.class ?? null };
   app.tab = app.tabs.find(({ id }) => id === wish.tab)?.id ?? app.tab;
 }
 

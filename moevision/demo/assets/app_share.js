@@ -163,7 +163,7 @@ function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
 
 /** Which entry of the history this is; `app.trail` keeps its images, since an address can't carry a visitor's own. */
 export const PLACE = "moevision.place";
-const LINK_KEYS = ["model", "variant", "picture", "picture2", "step", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "level"];
+const LINK_KEYS = ["model", "variant", "picture", "picture2", "step", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "list", "class", "level"];
 
 /**
  * An intervention as one word of the address, "ablate.3.1.next_best.0" or "swap.3.1-4.next_best.0", and back; null if the word makes no sense.
@@ -238,6 +238,8 @@ export function writeAddress(app) {
     noise: app.noise,
     do: app.intervention && interventionWord(app.intervention),
     tab: app.tab === "experts" ? null : app.tab,
+    list: app.tab === "data" ? app.ranked.key : null,
+    class: app.tab === "data" ? app.ranked.only : null,
     level: app.level,
   };
   const address = new URL(location.href);

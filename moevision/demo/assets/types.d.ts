@@ -219,6 +219,8 @@ export interface BootModel extends Model {
   history: Recorded | null;
   shown: string;
   num_examples: number;
+  /** Of the run's training images; empty where it kept no scores. */
+  score_lists: { key: string; name: string; title: string; about: string }[];
   examples: { id: string; name: string; label: string | null; thumb: string }[];
 }
 
@@ -336,6 +338,18 @@ export interface Effect {
   others: { expert: number; delta_logit: number }[];
   view: View;
 }
+/** A training image in a list; `thumb` is null where it can't be opened, and `problem` says why. */
+export interface RankedImage {
+  id: string;
+  name: string;
+  label: string;
+  value: string;
+  right: number;
+  visits: number;
+  thumb: string | null;
+  problem: string | null;
+}
+export interface DataAnswer { images: number; entries: RankedImage[] }
 /** A row of dots: label, values, interval, explanation, which of several values is told. */
 export type DotLine = [string, number[], [number, number] | null, string, ("min" | "max")?];
 

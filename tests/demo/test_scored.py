@@ -1,0 +1,146 @@
+"""The training images of a run in the explorer: ranked by its scores.csv, found by their ids, and said to be gone."""
+
+import csv
+import re
+import shutil
+from html import unescape
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import pytest
+
+from moevision.analysis.good_data.build import score
+from moevision.analysis.images import open_pictures
+from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.service import Explorer
+from tests.demo.conftest import HOSTILE
+
+
+def opened(run):
+    return Explorer(open_entries(str(run), DataOptions()))
+
+
+def rows(file):
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.fixture(scope="module")
+def scored(scored_run):
+    return opened(scored_run)
+
+
+def test_lists_rank_as_the_table_of_scores_does(scored, scored_run):
+    table = [row for row in rows(scored_run / "scores.csv") if row["visits"] != "0"]
+    listed = {one["key"]: one["name"] for one in scored.answer("boot", {})["models"][0]["score_lists"]}
+    assert listed == {
+        "doubtful": "Doubtful labels",
+        "hardest": "Hardest",
+        "unsteady": "Most unsteady",
+        "easiest": "Easiest",
+    }
+    for key, column, sign in (("doubtful", "aum", 1), ("hardest", "el2n", -1), ("easiest", "el2n", 1)):
+        answer = scored.answer("data", {"list": key})
+        best = sorted(table, key=lambda row: sign * float(row[column]))[:36]
+        assert answer["images"] == len(table)
+        assert [each["name"] for each in answer["entries"]] == [row["image"] for row in best]
+        assert [each["label"] for each in answer["entries"]] == [row["label"] for row in best]
+    cats = scored.answer("data", {"list": "doubtful", "class": "cat"})
+    first = min((row for row in table if row["label"] == "cat"), key=lambda row: float(row["aum"]))
+    assert cats["images"] == sum(row["label"] == "cat" for row in table)
+    found = cats["entries"][0]
+    assert (found["id"], found["name"]) == (f"train/{HOSTILE}", HOSTILE)
+    assert found["value"] == f"margin {float(first['aum']):.2f}".replace("-", "\N{MINUS SIGN}")
+    assert (found["right"], found["visits"]) == (
+        round(float(first["correct"]) * int(first["visits"])),
+        int(first["visits"]),
+    )
+    assert found["thumb"].startswith("data:image/jpeg;base64,")
+
+
+def test_an_image_of_every_split_is_routed_by_its_id(scored, scored_run):
+    files = open_pictures(scored_run.parent / "pets", scored.entries["own"].facts.image_size, split="all")
+    pixels = {files.picture_name(index): index for index in range(len(files))}
+    for split in ("train", "val", "test"):
+        row = next(row for row in rows(scored_run / "splits.csv") if (row["split"], row["class"]) == (split, "cat"))
+        id = f"{split}/{row['path']}"
+        view = scored.answer("route", {"picture": {"kind": "example", "id": id}})
+        assert (view["picture"]["id"], view["picture"]["label"]) == (id, "cat")
+        assert split in view["picture"]["name"]
+        found = scored.entries["own"].examples.find(id).pixels
+        assert np.array_equal(found, files.image(pixels[row["path"]]))
+    assert scored.answer("sharp", {"picture": f"train/{HOSTILE}"}) == {"src": None}  # 32 px, as the model sees
+
+
+def test_nothing_but_whether_there_are_scores_is_looked_at_before_somebody_asks(scored_run, monkeypatch):
+    monkeypatch.setattr("moevision.demo.scored.Scores.read", None)
+    monkeypatch.setattr("moevision.analysis.good_data.examine.images_of", None)
+    opened(scored_run).warm()
+
+
+@pytest.mark.parametrize(
+    "id",
+    ["train/../../etc/passwd", "train//etc/passwd", "train/", "train", "val/\0", f"test/{HOSTILE}", "train/a" * 999],
+)
+def test_an_id_is_looked_up_and_never_opened(scored, id):
+    answer = scored.answer("route", {"picture": {"kind": "example", "id": id}})
+    assert answer["code"] == "bad_request"
+    assert "There is no image" in answer["error"] or "text of 1 to" in answer["error"]
+
+
+def test_other_images_named_by_data_are_the_only_ones_that_can_be_asked_for(scored_run, drawn_pets):
+    explorer = Explorer(open_entries(str(scored_run), DataOptions(str(drawn_pets))))
+    assert explorer.answer("boot", {})["models"][0]["score_lists"] == []
+    asked = {"picture": {"kind": "example", "id": f"train/{HOSTILE}"}}
+    assert explorer.answer("route", asked)["code"] == "bad_request"
+
+
+@pytest.fixture
+def moved(scored_run, tmp_path):
+    """A run whose images may be taken away."""
+    shutil.copytree(scored_run.parent, tmp_path / "home")
+    config = tmp_path / "home/run/config.yaml"
+    config.write_text(config.read_text().replace(str(scored_run.parent), str(tmp_path / "home")))
+    return tmp_path / "home/run"
+
+
+@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # noted at start, as files that vanished
+def test_a_file_that_is_gone_is_said_to_be_gone(moved):
+    pets, asked = moved.parent / "pets", {"picture": {"kind": "example", "id": f"train/{HOSTILE}"}}
+    words = f"The file of {HOSTILE!r} is gone: bring it back, or choose another image."
+    explorer = opened(moved)
+    explorer.answer("data", {"list": "easiest", "class": "dog"})  # the table of ids is made; then
+    (pets / HOSTILE).unlink()
+    for one in (explorer, opened(moved)):  # it goes while the explorer runs, or before
+        assert one.answer("route", asked) == {"error": words, "code": "bad_image"}
+        entries = one.answer("data", {"list": "doubtful"})["entries"]
+        assert [each["problem"] for each in entries[:2]] == [words, None]
+        assert entries[0]["thumb"] is None
+    shutil.rmtree(pets)
+    for answer in (opened(moved).answer("route", asked), opened(moved).answer("data", {"list": "doubtful"})):
+        assert answer["error"].startswith("The images of this run can't be opened: are they still where they were")
+        assert str(moved.parent) not in answer["error"]
+    (moved / "scores.csv").write_text("image\n")
+    answer = opened(moved).answer("data", {"list": "doubtful"})
+    assert answer["error"].startswith("The scores of this run can't be read: look at its scores.csv")
+    (moved / "scores.csv").unlink()
+    explorer = opened(moved)
+    assert explorer.answer("boot", {})["models"][0]["score_lists"] == []
+    assert "comes without scores" in explorer.answer("data", {"list": "doubtful"})["error"]
+    assert "choose one of the examples" in explorer.answer("route", asked)["error"]
+
+
+def test_every_link_of_the_page_of_data_score_opens(scored, scored_run, tmp_path):
+    score(scored_run, tmp_path, show=40)
+    page = (tmp_path / "page.html").read_text()
+    links = [unescape(link) for link in re.findall(r'<a href="(http[^"]*)"', page)]
+    asked = [parse_qs(urlsplit(link).query, strict_parsing=True) for link in links]
+    assert {urlsplit(link).netloc for link in links} == {"127.0.0.1:7860"}
+    assert all(each["tab"] == ["data"] for each in asked)
+    ids = {each["picture"][0] for each in asked}
+    assert {
+        f"{row['split']}/{row['path']}" for row in rows(scored_run / "splits.csv") if "broken" not in row["path"]
+    } <= ids
+    for id in ids:
+        assert scored.entries["own"].examples.find(id).id == id
+    assert f"moevision demo {scored_run}" in page
