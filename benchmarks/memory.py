@@ -29,6 +29,7 @@ from benchmarks.subject import Subject, TrainingStep, Which, noise_batch
 from benchmarks.timing import reason, rounded
 from moevision import allocator
 from moevision.errors import UserError
+from moevision.train.footprint import saved_bytes
 
 STEPS = 6  # the optimizer's moments exist from the first on; what is kept between steps has settled by then
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -131,22 +132,6 @@ def tensors_peak_bytes(work: Callable[[], object]) -> int:
     cpu = 0  # c10::DeviceType
     held = (event["args"] for event in events if event["name"] == "[memory]")
     return max((one["Total Allocated"] for one in held if one["Device Type"] == cpu), default=0)
-
-
-def saved_bytes(work: Callable[[], object], net: nn.Module) -> int:
-    """Bytes of the tensors that autograd keeps for a backward pass; weights don't count, views of one tensor once."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in weights:
-            kept[place] = tensor  # held, so that its address isn't used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        work()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def _status(name: str) -> int:

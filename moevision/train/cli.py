@@ -54,6 +54,7 @@ from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
 from moevision.train.faults import KINDS, FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.loggers import MAX_KEYS, log_routers
+from moevision.train.memory import check_memory, describe_memory
 from moevision.train.optim import EmaConfig, WeightEMA, freeze_parameters
 from moevision.train.probe import fit_probe, start_with
 from moevision.train.processes import tell
@@ -375,6 +376,12 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         action=ActionYesNo(yes_prefix="with-", no_prefix="without-"),
         help="Train the dense twin by the same recipe too, and compare both on the same test images.",
     )
+    parser.add_argument(
+        "--check_memory",
+        type=bool,
+        default=True,
+        help="Refuse a model whose weights, gradients and moments alone are larger than the memory.",
+    )
     parser.add_argument("--runs_root", type=str, default="runs", help="The folder in which run folders are made.")
 
 
@@ -615,6 +622,8 @@ class TrainingCLI(LightningCLI):
             with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
                 net = build_model(twin, self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=False)
                 freeze_parameters(net, self.model.optim.freeze)
+        if self._get(self.config, "check_memory"):
+            check_memory(self.model, self.trainer)
         if self.trainer.is_global_zero:
             print(self.datamodule.describe(), flush=True)
         self._choose_monitor(fresh=fresh)
@@ -625,7 +634,8 @@ class TrainingCLI(LightningCLI):
                     self._start_from_clusters()
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
                 self.expected_s = expected_seconds(self.model, self.datamodule, self.trainer)
-                print(describe_plan(self.model, self.datamodule, self.trainer, self.expected_s))
+                needed = describe_memory(self.model, self.datamodule, self.trainer)
+                print(describe_plan(self.model, self.datamodule, self.trainer, self.expected_s, needed))
             print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
         if not self.fast_dev_run:
             self._compare_with_start()

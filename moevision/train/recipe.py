@@ -299,7 +299,11 @@ def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L
 
 
 def describe_plan(
-    task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer, expected_s: float | None = None
+    task: ClassificationTask,
+    data: ImageDataModule,
+    trainer: L.Trainer,
+    expected_s: float | None = None,
+    memory: str | None = None,
 ) -> str:
     """The lines that `fit` prints after the data's own description.
 
@@ -308,6 +312,7 @@ def describe_plan(
         data: after `setup`.
         trainer: for device, precision and epochs.
         expected_s: how long the training is expected to take; None: not known.
+        memory: what `moevision.train.memory.describe_memory` says.
     """
     train_images = sum(data.class_counts["train"].values())
     total, active = parameter_counts(task.net)
@@ -317,6 +322,8 @@ def describe_plan(
         + (f" x {trainer.accumulate_grad_batches}" if trainer.accumulate_grad_batches > 1 else "")
         + (f" x {trainer.world_size} processes" if trainer.world_size > 1 else ""),
     ]
+    if memory is not None:
+        lines.append(memory)
     if expected_s is not None:
         epochs = trainer.max_epochs or 0
         speed = f"about {expected_s / 60:.0f} min at {epochs * train_images / expected_s:.0f} images/s"

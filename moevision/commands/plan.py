@@ -1,0 +1,406 @@
+"""`moevision plan MODEL`: memory, traffic and time of a training on several GPUs, layout by layout.
+
+The formulas are in `moevision.train.planner`, what they take a GPU for in `moevision.train.machine`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+import yaml  # type: ignore[import-untyped]
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from moevision.analysis.trace import RoutingTrace
+from moevision.commands import loading
+from moevision.errors import UserError
+from moevision.layers import moe_layers
+from moevision.models.config import MoEConfig, build_model
+from moevision.models.io import create_from, describe, is_timm_name, model_folder
+from moevision.models.safe_files import parse_yaml
+from moevision.names import shown
+from moevision.train.footprint import shape_of
+from moevision.train.machine import Machine, measured_machine, sheet_machine
+from moevision.train.planner import (
+    Job,
+    ModelShape,
+    Plan,
+    layouts,
+    plan,
+    recommend,
+    verdict_on_experts,
+)
+from moevision.train.recipe import default_precision, find_config, shipped_configs
+
+CLASSES = 1000  # where a name or configuration doesn't say
+IMAGES_PER_GPU = 64
+CV = 0.1
+_GB, _MB = 1e9, 1e6
+_UNITS = {  # of a machine's fields: unit, and the factor to it
+    "peak_flops": ("TFLOPS", 1e12),
+    "matmul_flops": ("TFLOPS", 1e12),
+    "memory_bytes_per_s": ("GB/s", 1e9),
+    "memory_bytes": ("GB", 1e9),
+    "link_bytes_per_s": ("GB/s", 1e9),
+    "network_bytes_per_s": ("GB/s", 1e9),
+    "gpus_per_node": ("", 1),
+    "latency_s": ("us", 1e-6),
+    "overlap": ("", 1),
+    "usable": ("", 1),
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model to plan for.
+
+    Attributes:
+        net: on the meta device, without weights.
+        image_size: side of its input in pixels.
+        arguments: what names it on the command line of `fit`.
+        optimizer: `adamw`, or what the configuration says.
+        classes_assumed: whether nothing said how many classes there are.
+    """
+
+    net: nn.Module
+    image_size: int
+    arguments: list[str]
+    optimizer: str = "adamw"
+    classes_assumed: bool = False
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number that the plan was made with: in `unit`, and where it comes from."""
+
+    name: str
+    value: float
+    unit: str
+    source: str
+
+
+def run(chosen: Namespace) -> None:
+    """Print plans of all layouts, what is recommended, and what was assumed."""
+    batch = chosen.batch or IMAGES_PER_GPU * chosen.gpus
+    if batch % chosen.gpus:
+        raise UserError(
+            f"{chosen.gpus} GPUs can't share a batch of {batch} equally: use --batch "
+            f"{chosen.gpus * max(1, round(batch / chosen.gpus))}."
+        )
+    with loading("counting the model"):
+        planned = open_planned(chosen.model, dict(chosen.option))
+        machine, measured, dtype = _machine(chosen, planned, batch // chosen.gpus)
+        shape = shape_of(
+            planned.net,
+            planned.image_size,
+            name=chosen.model,
+            optimizer=cast(Any, planned.optimizer),
+            dtype=dtype,
+        )
+        loads = loads_of(chosen.trace, shape) if chosen.trace else ()
+    job = Job(chosen.gpus, batch, cv=CV if chosen.cv is None else chosen.cv, loads=loads)
+    plans = [plan(shape, layout, job, machine) for layout in layouts(shape, job.gpus)]
+    best, checkpointing = recommend(plans), False
+    if best is None:  # blocks computed again need less memory
+        checkpointing = True
+        inputs = replace(shape, checkpointing=True)
+        plans = [plan(inputs, layout, job, machine) for layout in layouts(shape, job.gpus)]
+        best = recommend(plans)
+    command = None if best is None else launch_command(best, planned, machine, dtype, checkpointing)
+    assumed = [*_assumed(machine), *_assumed_of(chosen, planned)]
+    if chosen.format == "json":
+        print(json.dumps(_facts(shape, machine, plans, best, command, assumed, measured, checkpointing), indent=2))
+    else:
+        _print(shape, machine, plans, best, command, assumed, measured, checkpointing)
+
+
+# ---- what is planned for
+
+
+def open_planned(model: str, options: dict[str, Any]) -> Planned:
+    """The model that a name, a configuration or a folder describes, without weights.
+
+    Args:
+        model: a timm name, a shipped configuration or a YAML file of `fit`, a saved model's address.
+        options: fields of `MoEConfig`, in place of the name's or the configuration's own.
+
+    Raises:
+        UserError: if there is no such model, it is no ViT, or an option doesn't exist or fit.
+    """
+    unknown = set(options) - {field.name for field in fields(MoEConfig)}
+    if unknown:
+        raise UserError(f"There is no option {min(unknown)!r}: use one of fit's --model.arch, such as num_experts=8.")
+    with torch.device("meta"):
+        planned = _open(model, options)
+    if not hasattr(planned.net, "blocks"):
+        raise UserError(f"{model} is no ViT with a list of blocks: plans are made for those.")
+    return planned
+
+
+def _open(model: str, options: dict[str, Any]) -> Planned:
+    given = [f"--model.arch.{name}={_word(value)}" for name, value in options.items()]
+    is_config = model in shipped_configs() or Path(model).suffix in (".yaml", ".yml")
+    if is_config and model_folder(Path(model)) is None:
+        settings = _settings(find_config(model))
+        arch = {**settings.get("model", {}).get("arch", {}), **options}
+        size = int(settings.get("data", {}).get("image_size") or 32)
+        optimizer = settings.get("model", {}).get("optim", {}).get("name", "adamw")
+        net = build_model(MoEConfig(**arch), CLASSES, size, load_pretrained=False)
+        return Planned(net, size, ["--config", model, *given], optimizer, classes_assumed=True)
+    if not is_timm_name(model):
+        if options:
+            raise UserError("--option goes with a timm name or a configuration: a saved model is what it is.")
+        net = create_from(model, load_weights=False)
+        saved = describe(net)
+        return Planned(net, saved.image_size, ["FOLDER", "--pretrained", model])
+    size = int(timm.get_pretrained_cfg(options.get("base") or model).input_size[-1])  # type: ignore[union-attr]
+    name = ["FOLDER", f"--model.arch.name={model}", *given, f"--data.image_size={size}"]
+    if "moe" in model:
+        net = build_model(MoEConfig(name=model, **options), CLASSES, size, load_pretrained=False)
+        return Planned(net, size, name, classes_assumed=True)
+    if options:
+        raise UserError(f"{model} is a dense model: plan vit_moe with --option base={model} and your options.")
+    dense = [
+        "FOLDER",
+        "--model.arch.name=vit_moe",
+        f"--model.arch.base={model}",
+        "--dense",
+        f"--data.image_size={size}",
+    ]
+    return Planned(create_from(model, load_weights=False), size, dense, classes_assumed=True)
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file} can't be read as a configuration ({type(error).__name__}).") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} is no configuration of fit.")
+    return settings
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def loads_of(file: Path, shape: ModelShape) -> tuple[tuple[float, ...], ...]:
+    """[M][E] what each expert computed in a trace that `analyze` saved.
+
+    Raises:
+        UserError: if there is no such trace, or it is of another model.
+    """
+    trace = RoutingTrace.load(file)
+    loads = tuple(tuple(float(load) for load in layer.counts().sum(0)) for layer in trace.layers)
+    if [len(load) for load in loads] != [layer.num_experts for layer in shape.moe]:
+        raise UserError(
+            f"{file} has layers of {', '.join(str(len(load)) for load in loads)} experts and the model has "
+            f"{', '.join(str(layer.num_experts) for layer in shape.moe) or 'none'}: give this model's trace, or --cv."
+        )
+    return loads
+
+
+# ---- speeds
+
+
+def _machine(chosen: Namespace, planned: Planned, images: int) -> tuple[Machine, list[str], torch.dtype]:
+    """The machine, which of its fields were measured here, and the dtype of products."""
+    sheet = sheet_machine(chosen.gpu, chosen.gpus_per_node)
+    if not chosen.measure:
+        return sheet, [], torch.float16 if chosen.gpu == "t4" else torch.bfloat16
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(default_precision(), torch.float32)
+    width = int(cast(Any, planned.net).embed_dim)
+    layers = moe_layers(planned.net)
+    hidden = layers[0].experts.fc1.out_features if layers else 4 * width
+    patches = int(cast(Any, planned.net).patch_embed.num_patches)
+    machine = measured_machine(sheet, tokens=min(images, 32) * patches, width=width, hidden=hidden, dtype=dtype)
+    return machine, [name for name in sheet.assumed if name not in machine.assumed and name != "peak_flops"], dtype
+
+
+def _value(machine: Machine, name: str, source: str) -> Value:
+    unit, factor = _UNITS[name]
+    return Value(name, getattr(machine, name) / factor, unit, source)
+
+
+def _assumed(machine: Machine) -> list[Value]:
+    return [_value(machine, name, source) for name, source in machine.assumed.items()]
+
+
+def _assumed_of(chosen: Namespace, planned: Planned) -> list[Value]:
+    found = []
+    if chosen.trace is None and chosen.cv is None and moe_layers(planned.net):
+        found.append(Value("cv", CV, "", "of the experts' loads; --cv, or --trace for measured loads"))
+    if chosen.batch is None:
+        found.append(Value("images_per_gpu", IMAGES_PER_GPU, "", "--batch says how many on all GPUs"))
+    if planned.classes_assumed:
+        found.append(Value("classes", CLASSES, "", "the data will say"))
+    return found
+
+
+# ---- what to do
+
+
+def launch_command(best: Plan, planned: Planned, machine: Machine, dtype: torch.dtype, checkpointing: bool) -> str:
+    """The command that trains so; FOLDER and HOST are for the reader to fill in."""
+    job, per_node = best.job, min(best.job.gpus, machine.gpus_per_node)
+    nodes = -(-job.gpus // per_node)
+    start = ["moevision"]
+    if job.gpus > 1:
+        where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST"]
+        start = ["torchrun", *where, f"--nproc_per_node={per_node}", "-m", "moevision"]
+    precision = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}.get(dtype, "32-true")
+    options = [f"--data.batch_size={job.batch // job.gpus // job.accumulate}", f"--trainer.precision={precision}"]
+    if job.accumulate > 1:
+        options.append(f"--trainer.accumulate_grad_batches={job.accumulate}")
+    if checkpointing:
+        options.append("--model.grad_checkpointing=true")
+    if job.gpus > 1:
+        options += ["--parallel", best.layout.parallel, "--parallel.expert", str(best.layout.expert)]
+        options += [f"--trainer.devices={per_node}", f"--trainer.num_nodes={nodes}"]
+    return shlex.join([*start, "fit", *planned.arguments, *options])
+
+
+def _sentence(best: Plan | None, checkpointing: bool) -> str:
+    if best is None:
+        return "No layout fits, not even one image at a time with gradient checkpointing: use more or larger GPUs."
+    parts = f", each GPU's images in {best.job.accumulate} parts" if best.job.accumulate > 1 else ""
+    again = ", with gradient checkpointing (without it nothing fits)" if checkpointing else ""
+    return f"Recommended: {best.name}{parts}{again}."
+
+
+def _facts(
+    shape: ModelShape,
+    machine: Machine,
+    plans: list[Plan],
+    best: Plan | None,
+    command: str | None,
+    assumed: list[Value],
+    measured: list[str],
+    checkpointing: bool,
+) -> dict[str, Any]:
+    """Everything as JSON: bytes and milliseconds of one GPU and step."""
+    return {
+        "model": asdict(shape),
+        "machine": {name: getattr(machine, name) for name in ("name", *_UNITS)},
+        "measured": measured,
+        "assumed": [asdict(value) for value in assumed],
+        "grad_checkpointing": checkpointing,
+        "layouts": [
+            {
+                **asdict(each),
+                "name": each.name,
+                "memory": {**asdict(each.memory), "states": each.memory.states, "total": each.memory.total},
+                "step_ms": each.step_ms,
+            }
+            for each in plans
+        ],
+        "recommended": None if best is None else best.name,
+        "expert_parallelism": verdict_on_experts(plans),
+        "command": command,
+    }
+
+
+def _print(
+    shape: ModelShape,
+    machine: Machine,
+    plans: list[Plan],
+    best: Plan | None,
+    command: str | None,
+    assumed: list[Value],
+    measured: list[str],
+    checkpointing: bool,
+) -> None:
+    console = Console()
+    if console.width < 110 and not console.is_terminal:
+        console = Console(width=110)  # a file has room for all columns
+    job = plans[0].job
+    total = shape.dense.parameters + shape.experts.parameters
+    flops = shape.dense_flops + shape.expert_flops
+    console.print(
+        f"{shown(shape.name)}: {total / 1e6:,.1f} M parameters, {shape.experts.parameters / 1e6:,.1f} M of them in "
+        f"experts; {flops / 1e9:,.2f} GFLOPs forward per image (counted)",
+        markup=False,
+    )
+    console.print(f"{job.gpus} x {machine.name}, {job.batch:,} images a step, {job.batch // job.gpus} on each GPU\n")
+    columns = "weights", "gradients", "optimizer", "copies", "activations", "rows", "total", "fits", "guard, host"
+    _table(
+        console,
+        "memory of one GPU, GB",
+        columns,
+        (
+            (each.name, *_gigabytes(each), "yes" if each.fits else "no", f"{each.memory.snapshots / _GB:.1f}")
+            for each in plans
+        ),
+    )
+    columns = (
+        "all-reduce",
+        "all-gather",
+        "reduce-scatter",
+        "all-to-all",
+        "messages",
+        "wait",
+        "step",
+        "images/s",
+        "MFU",
+    )
+    _table(
+        console,
+        "one step of one GPU: MB sent, messages, ms",
+        columns,
+        ((each.name, *_step(each)) for each in plans),
+    )
+    for sentence in filter(None, (verdict_on_experts(plans), _sentence(best, checkpointing))):
+        console.print(sentence, markup=False, highlight=False)
+    if command is not None:
+        console.print(f"  {command}\n", markup=False, highlight=False, soft_wrap=True)
+    if measured:
+        values = (_value(machine, name, "") for name in measured)
+        said = "; ".join(f"{value.name} {value.value:.4g} {value.unit}".strip() for value in values)
+        console.print(f"measured here: {said}", markup=False, highlight=False)
+    for value in assumed:
+        said = f"{value.name} {value.value:.4g} {value.unit}".strip()
+        console.print(f"assumed: {said} ({value.source})", markup=False, highlight=False)
+    console.print("Times are computed from these, not measured: trust the order of layouts more than milliseconds.")
+
+
+def _table(console: Console, title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
+    table = Table("", *columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _gigabytes(each: Plan) -> list[str]:
+    held = each.memory
+    parts = (
+        held.weights,
+        held.gradients,
+        held.optimizer,
+        held.copies + held.buckets,
+        held.activations,
+        held.rows,
+        held.total,
+    )
+    return [f"{size / _GB:.2f}" for size in parts]
+
+
+def _step(each: Plan) -> list[str]:
+    sent = [
+        f"{each.bytes_of(kind) / _MB:,.0f}" for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+    ]
+    messages = sum(collective.messages for collective in each.collectives)
+    times = [f"{each.wait_ms:.1f}", f"{each.step_ms:.1f}", f"{each.images_per_s:,.0f}", f"{each.mfu:.2f}"]
+    return [*sent, f"{messages:,}", *times]

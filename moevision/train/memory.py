@@ -1,0 +1,130 @@
+"""How much memory a training takes, before it starts: one line of the plan that `fit` prints, and a refusal.
+
+Formulas: `moevision.train.planner`; what they need to know of a model: `moevision.train.footprint`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from math import ceil
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+from moevision.errors import UserError
+from moevision.layers import moe_layers
+from moevision.train.footprint import count_weights, shape_of
+from moevision.train.guard import StabilityGuard
+from moevision.train.optim import WeightEMA
+from moevision.train.planner import Job, Layout, Weights, memory, state_bytes
+from moevision.train.provenance import device_name, total_memory_bytes
+
+if TYPE_CHECKING:
+    from moevision.data import ImageDataModule
+    from moevision.train.task import ClassificationTask
+
+# Of products, by --trainer.precision; under the others weights are no longer fp32, and nothing is estimated.
+_DTYPES: dict[Any, torch.dtype] = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+
+
+def describe_memory(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> str | None:
+    """How much memory the training is expected to take, and a smaller batch if that is too much; None: not known."""
+    dtype, capacity = _DTYPES.get(trainer.precision), device_memory_bytes(trainer)
+    if dtype is None or capacity is None:
+        return None
+    try:
+        shape = shape_of(
+            task.net,
+            data.image_size,
+            optimizer=task.optim.name,
+            dtype=dtype,
+            checkpointing=task.grad_checkpointing,
+        )
+    except Exception:  # whatever torch can't do without weights: an estimate is no reason not to train
+        return None
+    layout = layout_of(trainer)
+    batch = data.batch_size * trainer.world_size
+    job = Job(trainer.world_size, batch, ema=_averages(trainer), snapshots=_snapshots(trainer))
+    found = memory(shape, layout, job)
+    snapshots = found.snapshots if trainer.strategy.root_device.type == "cpu" else 0.0
+    size = found.total + snapshots
+    said = (
+        f"memory: about {size / 1e9:.2f} of {capacity / 1e9:.1f} GB: weights, gradients and moments "
+        f"{found.states / 1e9:.2f}, copies of them {(found.copies + found.buckets) / 1e9:.2f}, activations "
+        f"{(found.activations + found.rows) / 1e9:.2f}"
+    )
+    where = "the guard's snapshots" if snapshots else "the guard's snapshots in main memory"
+    said += f"{', ' if snapshots else '; '}{where} {found.snapshots / 1e9:.2f}"
+    if size <= capacity:
+        return said
+    parts = 1
+    while size > capacity and data.batch_size // parts > 1:
+        parts *= 2
+        size = memory(shape, layout, replace(job, accumulate=parts)).total + snapshots
+    micro, times = data.batch_size // parts, parts * trainer.accumulate_grad_batches
+    return f"{said}; with --data.batch_size {micro} --trainer.accumulate_grad_batches {times}: {size / 1e9:.2f}"
+
+
+def check_memory(task: ClassificationTask, trainer: L.Trainer) -> None:
+    """Refuse a training whose weights, gradients and moments alone are larger than the memory.
+
+    Raises:
+        UserError: if so, with the nearest that fits.
+    """
+    capacity, layout = device_memory_bytes(trainer), layout_of(trainer)
+    if capacity is None or trainer.precision not in _DTYPES:
+        return
+    dense, experts = count_weights(task.net, task.optim.name)
+    ema = _averages(trainer)
+    size = sum(state_bytes(dense, experts, layout, trainer.world_size, ema=ema))
+    if size <= capacity:
+        return
+    ways = []
+    layers = moe_layers(task.net)
+    counts = {layer.router.num_experts for layer in layers}
+    most = counts.pop() if len(counts) == 1 else 0  # a list of numbers isn't halved
+    fewer = most // 2
+    while fewer >= max((layer.router.top_k for layer in layers), default=1):
+        fewest = Weights(*(number * fewer // most for number in asdict(experts).values()))
+        smaller = sum(state_bytes(dense, fewest, layout, trainer.world_size, ema=ema))
+        if smaller <= capacity:
+            ways.append(f"--model.arch.num_experts {fewer} ({smaller / 1e9:.1f} GB)")
+            break
+        fewer //= 2
+    if trainer.strategy.root_device.type == "cuda":
+        whole = sum(state_bytes(dense, experts, Layout(), 1, ema=ema))
+        ways.append(f"--parallel fsdp on {ceil(whole / capacity)} GPUs or more")
+    raise UserError(
+        f"Weights, gradients and moments of this model take {size / 1e9:.1f} GB, and {device_name(trainer)} has "
+        f"{capacity / 1e9:.1f} GB: use {' or '.join(ways) or 'a smaller model'}; --check_memory false tries it all the "
+        "same."
+    )
+
+
+def device_memory_bytes(trainer: L.Trainer) -> int | None:
+    """All memory of the device that a process trains on; None where the system doesn't say."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return torch.mps.recommended_max_memory() if device.type == "mps" else total_memory_bytes()
+
+
+def layout_of(trainer: L.Trainer) -> Layout:
+    """How a Trainer spreads the weights: FSDP2 divides them over all processes, every other strategy copies them."""
+    return Layout("fsdp" if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy) else "ddp")
+
+
+def _averages(trainer: L.Trainer) -> bool:
+    return WeightEMA.of(trainer) is not None
+
+
+def _snapshots(trainer: L.Trainer) -> int:
+    """How many the guard of this training keeps."""
+    guards = (each for each in cast(Any, trainer).callbacks if isinstance(each, StabilityGuard))
+    return next((guard.config.snapshots for guard in guards), 0)
