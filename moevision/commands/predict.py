@@ -1,15 +1,23 @@
-"""`moevision predict MODEL PATH...`: classify image files with a saved model."""
+"""`moevision predict MODEL PATH...`: classify image files with a saved model.
+
+`--shard i/n` classifies the i-th of n equal runs of the sorted files, in parts of `PART_IMAGES`, each a file that is
+there whole or not at all; what is there is not computed again. So n processes, or an array job on many machines, share
+a folder of answers without a word between them, and each may be killed and started again. Names sort in the order of
+the images, and the header is a part of its own in front: `cat` of all parts is what one process would have written.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -25,6 +33,8 @@ from moevision.models.io import SavedModel, best_device, load_model
 from moevision.names import csv_name, json_text
 
 UNSURE = "unsure"
+PART_IMAGES = 4096
+SHARDS_JSON = "shards.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ def predict(
     batch_size: int = 64,
     precision: Literal["fp32", "bf16"] = "fp32",
     unsure: float | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> None:
     """Classify images with a saved model.
 
@@ -68,20 +79,28 @@ def predict(
         precision: fp32, or bf16 autocast: for many images on a machine that multiplies bf16 faster; probabilities then
             have two to three digits.
         unsure: Answer "unsure" in the place of a class whose probability is below this.
+        shard: (i, n), i from 1: classify the i-th of n parts of the images, and write it in pieces below the folder
+            `out`, without those that are there.
 
     Raises:
-        UserError: If there is no such model or path, no image in the folders, or no place to write to.
+        UserError: If there is no such model or path, no image in the folders, or no place to write to; for a shard,
+            also if `out` holds answers about other images or by another model.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size is {batch_size}: it must be at least 1.")
     if unsure is not None and not 0 < unsure <= 1:
         raise UserError(f"--unsure is {unsure:g}: it must be a probability above 0, at most 1.")
+    if shard is not None and out is None:
+        raise UserError("--shard needs --out DIR, the folder that all shards write their parts into.")
     with loading("loading the model"):
         saved = load_model(model)
     files = list(find_images(paths))
-    batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
-    progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
-    predictions = [prediction for batch in progress for prediction in predict_batch(saved, batch, precision)]
+    if shard is not None:
+        said = {"model": model, "format": format, "precision": precision, "unsure": unsure}
+        predictions = _predict_shard(saved, files, shard, Path(cast(str, out)), batch_size, said)
+        _tell(predictions, unsure, calibrated=saved.temperature is not None)
+        return
+    predictions = _predict_files(saved, files, batch_size, precision)
     calibrated = saved.temperature is not None
     text = to_json(predictions, unsure, calibrated=calibrated) if format == "json" else to_csv(predictions, unsure)
     if out is None:
@@ -91,14 +110,108 @@ def predict(
             write_text_atomic(out, text)
         except OSError as error:
             raise UserError(f"{out} can't be written ({error.strerror}): give --out another place.") from error
+    _tell(predictions, unsure, calibrated=calibrated)
+
+
+def _predict_files(
+    saved: SavedModel, files: Sequence[Path], batch_size: int, precision: Literal["fp32", "bf16"]
+) -> list[Prediction]:
+    batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
+    progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
+    return [prediction for batch in progress for prediction in predict_batch(saved, batch, precision)]
+
+
+def _tell(predictions: Sequence[Prediction], unsure: float | None, *, calibrated: bool) -> None:
+    """Say on stderr what a reader of the rows should know."""
     if not calibrated:
         print("Probabilities are not calibrated: this model was saved without a temperature.", file=sys.stderr)
     doubted = sum(is_unsure(prediction, unsure) for prediction in predictions)
     if doubted:
-        print(f"{doubted} of {len(files)} images are unsure: no class reaches {unsure:g}.", file=sys.stderr)
+        print(f"{doubted} of {len(predictions)} images are unsure: no class reaches {unsure:g}.", file=sys.stderr)
     unread = [prediction for prediction in predictions if prediction.error]
     if unread:
-        print(f"{len(unread)} of {len(files)} files could not be read; their rows say why.", file=sys.stderr)
+        print(f"{len(unread)} of {len(predictions)} files could not be read; their rows say why.", file=sys.stderr)
+
+
+# ---- one shard of many
+
+
+def _predict_shard(
+    saved: SavedModel,
+    files: Sequence[Path],
+    shard: tuple[int, int],
+    folder: Path,
+    batch_size: int,
+    said: dict[str, Any],
+) -> list[Prediction]:
+    """Write the parts of one shard that aren't there; what was predicted for them."""
+    number, shards = shard
+    first, end = (len(files) * (number + step) // shards for step in (-1, 0))
+    suffix = "csv" if said["format"] == "csv" else "jsonl"
+    starts = range(first, end, PART_IMAGES)
+    parts = {folder / f"part-{start:012d}.{suffix}": files[start : min(start + PART_IMAGES, end)] for start in starts}
+    found: list[Prediction] = []
+    try:
+        _agree(folder, {**said, **_identity(saved, files), "shards": shards})
+        if suffix == "csv":  # sorts in front of all parts, and every shard writes the same
+            write_text_atomic(folder / "header.csv", to_csv([]))
+        missing = {file: images for file, images in parts.items() if not file.exists()}
+        for file, images in missing.items():
+            predictions = _predict_files(saved, images, batch_size, said["precision"])
+            write_text_atomic(file, _rows(predictions, said, calibrated=saved.temperature is not None))
+            found += predictions
+    except OSError as error:
+        raise UserError(f"{folder} can't be written ({error.strerror}): give --out another place.") from error
+    print(
+        f"shard {number} of {shards}: {len(found):,} of {end - first:,} images classified now, "
+        f"{len(parts) - len(missing)} of {len(parts)} parts were there",
+        file=sys.stderr,
+    )
+    return found
+
+
+def _rows(predictions: Sequence[Prediction], said: dict[str, Any], *, calibrated: bool) -> str:
+    """One line for each image, without a header."""
+    if said["format"] == "csv":
+        return to_csv(predictions, said["unsure"]).removeprefix(to_csv([]))
+    rows = to_rows(predictions, said["unsure"], calibrated=calibrated)
+    return "".join(json_text(row) + "\n" for row in rows)
+
+
+def _identity(saved: SavedModel, files: Sequence[Path]) -> dict[str, Any]:
+    """What must be the same for all shards: the images, in their order, and the weights."""
+    from moevision.analysis.collect import weights_sha256
+
+    names = hashlib.sha256()
+    for file in files:
+        names.update(f"{file}\n".encode(errors="surrogateescape"))
+    return {"images": len(files), "paths_sha256": names.hexdigest(), "weights_sha256": weights_sha256(saved.net)}
+
+
+def _agree(folder: Path, wanted: dict[str, Any]) -> None:
+    """Note what the parts in a folder answer, or compare with what is noted there.
+
+    Raises:
+        UserError: if other shards answer something else.
+    """
+    file = folder / SHARDS_JSON
+    wanted = {**wanted, "part_images": PART_IMAGES}
+    try:
+        noted = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        write_text_atomic(file, json_text(wanted, indent=2) + "\n")
+        return
+    except ValueError as error:
+        raise UserError(f"{file} is no list of what its parts answer: give --out another folder.") from error
+    other = [name for name, value in wanted.items() if noted.get(name) != value]
+    if other:
+        raise UserError(
+            f"{folder} holds parts of another job (it differs in {', '.join(other)}): give --out another folder, or "
+            "start every shard with the same command."
+        )
+
+
+# ---- images in, rows out
 
 
 def find_images(paths: Sequence[str]) -> Iterator[Path]:
@@ -180,7 +293,14 @@ def to_json(predictions: Sequence[Prediction], unsure: float | None = None, *, c
 
     Below the threshold `unsure` is true and the class `"unsure"`; a class may bear that name too, so ask `unsure`.
     """
-    rows = [
+    return json_text(to_rows(predictions, unsure, calibrated=calibrated), indent=2) + "\n"
+
+
+def to_rows(
+    predictions: Sequence[Prediction], unsure: float | None = None, *, calibrated: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of `to_json`."""
+    return [
         {
             "path": row.path,
             "class": UNSURE if is_unsure(row, unsure) else row.classes[0] if row.classes else None,
@@ -195,7 +315,6 @@ def to_json(predictions: Sequence[Prediction], unsure: float | None = None, *, c
         }
         for row in predictions
     ]
-    return json_text(rows, indent=2) + "\n"
 
 
 def run(chosen: Namespace) -> None:
