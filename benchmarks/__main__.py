@@ -31,6 +31,7 @@ STUDY = {
     "accumulation": ("the balance losses' gradient under gradient accumulation", "accumulation"),
     "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
+    "planner": ("planned step times to 1,024 GPUs, and what unequal experts cost: computed", "planner"),
     "unlike": ("how often the explorer calls an image unlike the training data", "demo.unlike"),
 }
 PROVE = {

@@ -1,0 +1,73 @@
+"""`plan`: the recommended command, what is said to be assumed, and what can't be planned."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moevision.analysis.trace import RoutingTrace
+from moevision.commands.completion import flags_of
+
+OLD = Path(__file__).parent / "fixtures" / "formats" / "0.1"
+TRACE = OLD / "report" / "trace.safetensors"
+
+
+def test_everything_assumed_is_said_and_the_command_has_options_that_exist(cli):
+    outcome = cli("plan", "test_vit_moe", "--gpus=16", "--batch=1024", "--option", "router=switch", "--format=json")
+    assert outcome.code == 0, outcome.err
+    facts = json.loads(outcome.out)
+    said = {each["name"] for each in facts["assumed"]}
+    assert said >= {name for name in facts["machine"] if name != "name"}
+    assert said >= {"cv", "classes"}
+    assert facts["measured"] == []
+    command = facts["command"].split()
+    assert command[0] == "torchrun"
+    assert "--nnodes=2" in command
+    assert command[command.index("-m") + 1 :][:3] == ["moevision", "fit", "FOLDER"]
+    options = {word.partition("=")[0] for word in command[command.index("fit") :] if word.startswith("--")}
+    assert options - {"--parallel", "--parallel.expert"} <= set(flags_of("fit"))
+    assert "--data.batch_size=64" in command
+
+
+def test_tables_and_the_verdict(cli):
+    """A small model computes so little that rows travel longer than they are computed."""
+    out = cli("plan", "vit_moe_micro_patch4_32", "--gpus=8", "--batch=512").out
+    assert "Expert parallelism does not pay here" in out
+    assert "assumed: peak_flops 989 TFLOPS (H100 SXM, data sheet)" in out
+    assert all(name in out for name in ("DDP", "FSDP2", "EP 8 + DDP", "EP 8 x FSDP2"))
+
+
+def test_measured_here_is_not_called_assumed(cli):
+    facts = json.loads(cli("plan", "quickstart", "--measure", "--format=json").out)
+    assert facts["measured"] == ["matmul_flops", "memory_bytes_per_s", "memory_bytes"]
+    assert not {each["name"] for each in facts["assumed"]} & {*facts["measured"], "peak_flops"}
+    assert facts["command"].startswith("moevision fit --config quickstart --data.batch_size=64")
+    assert [each["name"] for each in facts["layouts"]] == ["one GPU"]
+
+
+def test_a_saved_run_with_the_loads_of_a_trace(cli):
+    """The loads take the place of a CV: the sum of each half of the experts, the larger over the mean."""
+    facts = json.loads(cli("plan", OLD / "runs/finished", "--gpus=2", f"--trace={TRACE}", "--format=json").out)
+    assert "cv" not in {each["name"] for each in facts["assumed"]}
+    halves = [layer.counts().sum(0).reshape(2, -1).sum(1) for layer in RoutingTrace.load(TRACE).layers]
+    busiest = next(each["busiest_over_mean"] for each in facts["layouts"] if each["name"] == "EP 2 + DDP")
+    assert busiest == pytest.approx(sum(half.max() / half.mean() for half in halves) / len(halves))
+    outcome = cli("plan", "vit_moe_micro_patch4_32", f"--trace={TRACE}")
+    assert outcome.code == 2
+    assert "give this model's trace" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("test_vit_moe", "--gpus=3", "--batch=64"), "--batch 63"),
+        (("test_vit_moe", "--option", "nothing=1"), "'nothing'"),
+        (("test_vit", "--option", "num_experts=4"), "vit_moe with --option base=test_vit"),
+        (("runs/nowhere",), "runs/nowhere"),
+        (("resnet18",), "no ViT"),
+    ],
+)
+def test_what_cannot_be_planned(cli, arguments, words):
+    outcome = cli("plan", *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err
