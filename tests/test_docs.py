@@ -374,6 +374,7 @@ def _default(name: str) -> Any:
         return list(value) if isinstance(value, tuple) else value
     return {
         "runs_root": "runs",
+        "check_memory": True,
         "seed_everything": 0,
         "with_twin": False,
         "router_start": "random",

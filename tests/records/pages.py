@@ -54,6 +54,14 @@ CLAIMS = {
 }
 _MODELS = re.findall(r"^\| `vit_moe_.*\|$", (ROOT / "docs" / "reference" / "models.md").read_text(), re.M)
 DEFINITIONS = {
+    "docs/concepts/planner.md": [
+        Definition("at most 5 % longer than the fastest", "a rule of `recommend`, planner.SIMPLER"),
+        Definition("So 90 % of the memory counts as usable", "an assumption, Machine.usable"),
+        Definition("gather weights in 16 bits", "a precision"),
+        Definition("after 0.8 of the compute", "an assumption, Machine.overlap"),
+        Definition("takes 25 µs at least", "an assumption, Machine.latency_s"),
+    ],
+    "docs/guides/batch.md": [Definition("Run with 0.2.19", "a version")],
     "configs/cats_vs_dogs.yaml": [
         Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it")
     ],
