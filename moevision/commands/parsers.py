@@ -37,8 +37,7 @@ def predict() -> ArgumentParser:
         """,
         """\
         moevision predict runs/pets/model image.jpg
-        moevision predict runs/pets/model photos/ --unsure 0.6            "unsure" where no class reaches 60 %
-        moevision predict runs/pets/model photos/ --out answers.csv       a folder with all its subfolders
+        moevision predict runs/pets/model photos/ --unsure 0.6 --out answers.csv   a folder with all its subfolders
         moevision predict runs/pets/model photos/ --shard 1/8 --out answers/
         """,
     )
@@ -115,7 +114,7 @@ def plan() -> ArgumentParser:
     add("--cv", type=_at_least_0, help="standard deviation over mean of the experts' loads in a batch (0.1)")
     add("--trace", type=Path, metavar="FILE", help="the loads of a trace.safetensors of analyze, in place of --cv")
     add("--option", type=_option, action="append", default=[], metavar="NAME=VALUE",
-        help="an option of fit's --model.arch, such as num_experts=32; may be repeated")  # fmt: skip
+        help="one of fit's options model.arch.NAME, such as num_experts=32; may be repeated")  # fmt: skip
     add("--measure", action="store_true",
         help="measure matrix products at the model's widths and copies here; links stay assumed")  # fmt: skip
     add("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
