@@ -46,8 +46,8 @@ def describe_memory(task: ClassificationTask, data: ImageDataModule, trainer: L.
             dtype=dtype,
             checkpointing=task.grad_checkpointing,
         )
-    except Exception:  # whatever torch can't do without weights: an estimate is no reason not to train
-        return None
+    except Exception as error:  # whatever torch can't do without weights: an estimate is no reason not to train
+        return f"memory: not estimated ({type(error).__name__}: {error})"
     layout = layout_of(trainer)
     batch = data.batch_size * trainer.world_size
     job = Job(trainer.world_size, batch, ema=_averages(trainer), snapshots=_snapshots(trainer))
