@@ -39,6 +39,7 @@ PHOTOS = [
     ("dog/alike.jpg", "Ed", "CC-BY-SA-4.0", "e", "x", "A"),
     ("cat/imagenet.jpg", "Flo", "public domain", "cats!n02123045_281_tabby.jpg", "x", "A-"),
     ("other/cow.jpg", "Gus", "CC0", "g", "x", "A"),
+    ("other/gcompris_owl.jpg", "Hal", "CC0", "h", "x", "A"),
 ]
 TAKEN = ["cat/a.jpg", "cat/b.jpg", "dog/c.jpg"]
 
@@ -138,6 +139,11 @@ def test_only_photos_that_may_be_carried(folder, photos):
     ]
     with pytest.raises(UserError, match="no photo of mouse"):
         photos_to_show(photos, ["mouse"])
+
+
+def test_photos_of_other_animals_get_the_class_that_they_show(photos):
+    (owl,) = photos_to_show(photos, ["bird", "horse"])
+    assert (owl.original, owl.file, owl.author) == ("other/gcompris_owl.jpg", "bird/gcompris_owl.jpg", "Hal")
 
 
 def test_the_notice_names_weights_and_photos(folder):
