@@ -161,7 +161,8 @@ class AuxLoss:
 
     The statistic of a micro-batch is the detached sum over the earlier micro-batches of its accumulation window plus
     its own; `start_window` begins a new one. With `torch.distributed` it is summed over ranks by an all-reduce whose
-    backward also sums, which makes DDP's mean over ranks the gradient of the whole batch.
+    backward also sums, which makes DDP's mean over ranks the gradient of the whole batch: one all-reduce in each
+    direction for all losses and layers.
 
     The m-th micro-batch has about 1/m of a part in that statistic, so its own part's gradient counts m times: divided
     by the number K of micro-batches (as Lightning does), the gradients then add up to the whole batch's, where they
@@ -208,38 +209,45 @@ class AuxLoss:
         """The weighted sum (None without MoE layers or weights), and each loss's detached mean over its layers."""
         self._micro_batches += 1
         of_layer = self._of_layer or [_positive(self.given)] * len(routings)
+        wanted = [
+            (name, layer, routing, weight)
+            for layer, (routing, weights) in enumerate(zip(routings, of_layer, strict=True))
+            for name, weight in weights.items()
+        ]
+        if not wanted:
+            return None, {}
+        own = [self._sums(name, layer, routing) for name, layer, routing, _ in wanted]
         values: dict[str, list[Tensor]] = {}
         weighted = []
-        for layer, (routing, weights) in enumerate(zip(routings, of_layer, strict=True)):
-            for name, weight in weights.items():
-                value = self._value(name, layer, routing)
-                values.setdefault(name, []).append(value.detach())
-                weighted.append(weight * value)
-        if not weighted:
-            return None, {}
+        for (name, _, _, weight), sums in zip(wanted, _sum_over_ranks(own), strict=True):
+            value = _LOSSES[name].value(sums)
+            values.setdefault(name, []).append(value.detach())
+            weighted.append(weight * value)
         total = torch.stack(weighted).sum() / len(routings)
         return total, {name: torch.stack(found).mean() for name, found in values.items()}
 
-    def _value(self, name: str, layer: int, routing: Routing) -> Tensor:
-        loss = _LOSSES[name]
-        sums = loss.sums(routing, self.rule)
+    def _sums(self, name: str, layer: int, routing: Routing) -> Tensor:
+        """What one loss of one layer is a function of, summed over the window so far in this process."""
+        sums = _LOSSES[name].sums(routing, self.rule)
         earlier = self._window.get((name, layer))
         if earlier is not None:
             # The value of the sum, and m times the gradient of the own part.
             sums = earlier + sums + (self._micro_batches - 1) * (sums - sums.detach())
         self._window[name, layer] = sums.detach()
-        return loss.value(_sum_over_ranks(sums))
+        return sums
 
 
 def _positive(weights: dict[str, float]) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight}
 
 
-def _sum_over_ranks(sums: Tensor) -> Tensor:
+def _sum_over_ranks(sums: list[Tensor]) -> Sequence[Tensor]:
+    """Each of these tensors summed over ranks: all losses of all layers in one all-reduce, and one in backward."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return sums
-    total: Tensor = _AllReduce.apply(sums)  # type: ignore[no-untyped-call]
-    return total
+    flat = torch.cat([x.flatten() for x in sums])
+    total: Tensor = _AllReduce.apply(flat)  # type: ignore[no-untyped-call]
+    return [part.view_as(x) for part, x in zip(total.split([x.numel() for x in sums]), sums, strict=True)]
 
 
 class _AllReduce(torch.autograd.Function):

@@ -352,9 +352,10 @@ def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tens
     """rows_e · weight_eᵀ + bias_e: [R, I] -> [R, O]."""
     if bias is None:
         return _product(rows, counts, weight.mT)
+    out = rows.new_empty(rows.shape[0], weight.shape[1])  # no view of a product: FSDP2 warns of outputs that are views
     if _equal(counts):
-        return torch.baddbmm(bias.unsqueeze(1), _batched(rows, counts), weight.mT).flatten(0, 1)
-    out = rows.new_empty(rows.shape[0], weight.shape[1])
+        torch.baddbmm(bias.unsqueeze(1), _batched(rows, counts), weight.mT, out=_batched(out, counts))
+        return out
     groups = zip(bias.unbind(), rows.split(counts), weight.mT.unbind(), out.split(counts), strict=True)
     for one_bias, group, one_weight, place in groups:
         if len(group):  # with few rows many experts have none
@@ -364,11 +365,12 @@ def _linear(rows: Tensor, counts: Sequence[int], weight: Any, bias: Any) -> Tens
 
 def _product(rows: Tensor, counts: Sequence[int], weight: Tensor) -> Tensor:
     """rows_e · weight_e: rows [R, I], weight [E, I, O] -> [R, O]."""
-    if _equal(counts):
-        return torch.bmm(_batched(rows, counts), weight).flatten(0, 1)
-    if _fits_grouped_mm(rows, weight):
+    if not _equal(counts) and _fits_grouped_mm(rows, weight):
         return F.grouped_mm(rows, weight, offs=_ends(counts))
     out = rows.new_empty(rows.shape[0], weight.shape[2])
+    if _equal(counts):
+        torch.bmm(_batched(rows, counts), weight, out=_batched(out, counts))
+        return out
     for group, one, place in zip(rows.split(counts), weight.unbind(), out.split(counts), strict=True):
         torch.mm(group, one, out=place)
     return out

@@ -1,6 +1,7 @@
 """Dispatch and combine: from tokens to rows sorted by expert, and back.
 
-The dispatcher owns no parameters. It is the only object that knows where experts live; here all are local.
+The dispatcher owns no parameters. It is the only object that knows where experts live; here all are local, and
+`all_to_all.py` has the one whose experts are spread over processes.
 
 Axes: B images, N tokens of an image, T = B·N tokens, D width, K choices, R rows, E experts, C tokens that an expert
 takes of an image (expert choice), P slots of an expert (Soft MoE).
@@ -55,6 +56,10 @@ class LocalDispatcher:
         if isinstance(routing, ExpertChoiceRouting):
             return self._take_tokens(x, routing)
         return self._send_choices(x, routing)
+
+    def receive(self, sent: Dispatched) -> tuple[Tensor, Tensor]:
+        """Rows [R, D] for the experts of this process and the length of each group [E]: those that were sent."""
+        return sent.rows, sent.counts
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of the experts' rows [R, D], in the rows' dtype."""

@@ -14,7 +14,7 @@ Axes: R rows, T tokens, D width, H hidden width, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,11 @@ from moevision.layers.cpu import looped_mlps
 
 Backend = Literal["auto", "loop", "grouped", "dense"]
 _PLAIN_ACTIVATIONS = (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid)  # elementwise, without parameters or randomness
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, unless it is sharded over processes (a DTensor)."""
+    return cast(Any, x).to_local() if hasattr(x, "to_local") else x
 
 
 class PackedLinear(nn.Module):
@@ -57,13 +62,15 @@ class PackedLinear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def local_weights(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-        """Weight [E, out, in] and bias [E, out] of the experts in this process, in `dtype` if one is given.
+        """Weight [E', out, in] and bias [E', out] of the E' experts in this process, in `dtype` if one is given.
 
-        Every backend reads them here and nowhere else, so that sharded experts need no other change.
+        Every backend reads them here and nowhere else: products never see a sharded tensor. E' is E unless experts
+        are spread over processes (`moevision.train.parallel`).
         """
+        weight, bias = local(self.weight), None if self.bias is None else local(self.bias)
         if dtype is None:
-            return self.weight, self.bias
-        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+            return weight, bias
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -119,7 +126,7 @@ class Experts(nn.Module):
 
         Args:
             rows: [R, D], sorted by expert.
-            counts: [E] int64, the length of each group; any of them may be zero.
+            counts: [E'] int64, the length of each group, one for each expert in this process; any may be zero.
 
         Returns:
             [R, out_features] in the compute dtype (autocast's, if it is on).

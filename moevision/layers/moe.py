@@ -118,17 +118,22 @@ class MoEMlp(Recordable):
         routing = self.decide(self.router(tokens))
         flat = tokens.flatten(0, 1)  # [T, D]
         if self.experts.backend == "dense":
-            mixed = self._mix_densely(flat, routing)
+            shared, mixed = self._share(flat), self._mix_densely(flat, routing)
         else:
             refuse_transforms()
             # Cast before the copy: the rows are then half as large under bf16 autocast.
             sent = self.dispatcher.dispatch(flat.to(self.experts.compute_dtype(flat)), routing)
-            rows = self.experts(sent.rows, sent.counts)  # [R, out]
+            shared = self._share(flat)  # here, so that rows travel meanwhile if experts are on other processes
+            rows = self.experts(*self.dispatcher.receive(sent))  # [R, out]
             mixed = self.dispatcher.combine(rows, sent, routing)  # [T, out]
-        if self.shared is not None:
-            mixed = mixed + self.shared(flat)  # experts that every token passes
+        if shared is not None:
+            mixed = mixed + shared
         out: Tensor = self.drop(mixed.view(*x.shape[:-1], mixed.shape[-1]))
         return out
+
+    def _share(self, x: Tensor) -> Tensor | None:
+        """What the experts that every token passes make of x [T, D]; None without them."""
+        return None if self.shared is None else self.shared(x)
 
     def _mix_densely(self, x: Tensor, routing: Routing) -> Tensor:
         """Every expert on every token x [T, D]; in Soft MoE, whose experts see slots and never tokens, on its slots."""

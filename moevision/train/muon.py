@@ -1,4 +1,4 @@
-"""Muon for matrices and AdamW for the rest, as one optimizer.
+"""AdamW, and Muon for matrices with AdamW for the rest, as one optimizer; both work on sharded weights, too.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a weight matrix by the
 nearest semi-orthogonal matrix, so that every direction moves equally far. A step is scaled by 0.2 · sqrt(max(out, in))
@@ -18,7 +18,8 @@ import torch
 from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
 from torch import Tensor, nn
 
-from moevision.layers import PackedLinear, moe_layers
+from moevision.layers import PackedLinear, local, moe_layers
+from moevision.train.parallel import by_mesh, full, shard_like
 
 # Coefficients of five Newton-Schulz iterations, x <- a x + b (x xᵀ) x + c (x xᵀ)² x, each fitted to what the one
 # before leaves (https://leloykun.github.io/ponder/muon-opt-coeffs; timm's "quintic").
@@ -31,8 +32,37 @@ _ITERATIONS = [
 ]
 
 
-class Muon(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, which also takes groups of weights on several meshes: its fused step wants one at a time.
+
+    Groups stay as they were given for schedule and state, so that a checkpoint doesn't depend on the layout.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        self.param_groups = by_mesh(self._step_first(groups))
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _step_first(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Update what isn't AdamW's; the groups that are."""
+        return groups
+
+
+class Muon(AdamW):
     """Muon for groups with `matrices: True`, AdamW for the others.
+
+    A matrix that is sharded is gathered for its update (one at a time, every process then computes the same and keeps
+    its part); experts [E, out, in] are sharded between matrices, so that nothing is gathered for them.
 
     Args:
         params: parameter groups.
@@ -50,24 +80,11 @@ class Muon(torch.optim.AdamW):
             group.setdefault("matrices", False)
             group.setdefault("momentum", momentum)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        groups = self.param_groups
+    def _step_first(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for group in groups:
             if group["matrices"]:
                 self._step_matrices(group)
-        # torch's own step, of the other groups only.
-        self.param_groups = [group for group in groups if not group["matrices"]]
-        try:
-            super().step()
-        finally:
-            self.param_groups = groups
-        return loss
+        return [group for group in groups if not group["matrices"]]
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
         lr, momentum = group["lr"], group["momentum"]
@@ -80,9 +97,18 @@ class Muon(torch.optim.AdamW):
                 state["step"] = torch.zeros(())  # torch's AdamW looks for one in every state that it loads
             state["step"] += 1
             average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-            update = orthogonal(as_matrices(weight.grad.lerp(average, momentum)))
-            weight.mul_(1 - lr * group["weight_decay"])
-            weight.add_(update.view_as(weight), alpha=-lr * get_lr_scale(update.shape))
+            update = weight.grad.lerp(average, momentum)
+            shape = as_matrices(update).shape
+            update = orthogonal(local(update)) if weight.ndim == 3 else _orthogonal_whole(update)
+            own = local(weight)
+            own.mul_(1 - lr * group["weight_decay"])
+            own.add_(update, alpha=-lr * get_lr_scale(shape))
+
+
+def _orthogonal_whole(matrix: Tensor) -> Tensor:
+    """This process's part of `orthogonal`, of a matrix or convolution that may be sharded over its rows."""
+    whole = full(matrix)
+    return local(shard_like(orthogonal(as_matrices(whole)).view_as(whole), matrix))
 
 
 def as_matrices(weight: Tensor) -> Tensor:
@@ -96,6 +122,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
     Args:
         matrices: [out, in] or [E, out, in]. Those that are zero, such as an unused expert's gradient, stay zero.
     """
+    if not matrices.numel():  # a process that holds no part of these experts
+        return matrices
     # bfloat16 suffices, but only GPUs are sure to multiply it fast: a CPU with AVX2 is far slower than in float32.
     dtype = torch.bfloat16 if matrices.is_cuda else torch.promote_types(matrices.dtype, torch.float32)
     return zeropower_via_newtonschulz(matrices, len(_ITERATIONS), _ITERATIONS, dtype=dtype).to(matrices.dtype)

@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.train.muon import Muon, matrices_of
+from moevision.train.muon import AdamW, Muon, matrices_of
 
 if TYPE_CHECKING:
     from moevision.train.task import ClassificationTask
@@ -90,7 +90,7 @@ def build_optimizer(
     if warmup * total_steps in (1, total_steps):
         warmup *= 1 - 1e-9  # a phase of no steps: OneCycleLR (torch 2.13) would divide by its length
     groups = parameter_groups(net, config)
-    kind = Muon if config.name == "muon" else torch.optim.AdamW
+    kind = Muon if config.name == "muon" else AdamW
     optimizer = kind(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
     highest = [float(group["lr"]) for group in optimizer.param_groups]
     schedule = OneCycleLR(

@@ -37,6 +37,7 @@ from moevision.models.config import MoEConfig, build_model
 from moevision.models.vit_moe import num_patches, set_fused_attention, trains_unfused
 from moevision.train.checkpoint import make_plain
 from moevision.train.optim import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
+from moevision.train.parallel import clip, total_norm
 from moevision.train.processes import sum_over_processes
 
 if TYPE_CHECKING:
@@ -314,14 +315,14 @@ class ClassificationTask(L.LightningModule):
         Lightning's own clipping refuses fused optimizers, for the sake of loss scaling, which they don't meet here.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         self.log("train/grad_norm", norm)
         if self.update_gate is not None and self.update_gate(norm):
             self.update_refused = True
             optimizer.zero_grad(set_to_none=True)  # zeros would still decay weights and move moments
         elif gradient_clip_val:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            clip(parameters, gradient_clip_val, norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer (fused, except under fp16 loss scaling) and a one-cycle schedule over all optimizer steps."""

@@ -93,7 +93,7 @@ def cosine_top_k(x: Array, p: Params, k: int) -> Choice:
         for expert in range(len(key)):
             norms = np.sqrt((query[place] ** 2).sum()) * np.sqrt((key[expert] ** 2).sum())
             cosine[place][expert] = query[place] @ key[expert] / norms
-    gates = softmax(cosine * min(math.exp(float(p["router.temperature"])), 100.0))
+    gates = softmax(cosine * min(math.exp(float(p["router.temperature"].item())), 100.0))
     return choose(gates, gates, k, normalise=False)
 
 
@@ -121,7 +121,7 @@ def soft(x: Array, p: Params) -> Slots:
     mu = p["router.mu"]
     unit_x = x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
     unit_mu = mu / np.sqrt((mu**2).sum(0, keepdims=True) + 1e-6)
-    logits = float(p["router.scale"]) * np.einsum("bnd,dep->bnep", unit_x, unit_mu)
+    logits = float(p["router.scale"].item()) * np.einsum("bnd,dep->bnep", unit_x, unit_mu)
     return Slots(softmax(logits, axis=1), softmax(logits, axis=(2, 3)))
 
 

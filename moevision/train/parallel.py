@@ -1,0 +1,283 @@
+"""One network over several processes: experts divided among them, everything else sharded by FSDP2.
+
+- **Expert parallelism** (GShard, arXiv:2006.16668): the W processes form a mesh (efsdp, ep). Each row of `ep` processes
+  holds every expert once, E / ep of them per process, and exchanges tokens by all-to-all (`layers/all_to_all.py`). All
+  W processes read images of their own: expert parallelism is carved out of data parallelism.
+- **Sharded data parallelism** (ZeRO-3, arXiv:1910.02054; torch's `fully_shard`): weights, gradients and moments of a
+  block are divided over all W processes, those of its experts over the `efsdp` processes that hold the same ones. A
+  block's weights are gathered while it computes.
+
+What a network's parameters are then: DTensors at the boundary (state dict, optimizer), plain local tensors in forward
+(`Experts` reads them through `local`). FSDP2 gathers dense weights into plain tensors by itself.
+
+Gradients are *summed* over processes, everywhere, and the loss is divided by W. Dividing by a factor instead is wrong
+for experts where efsdp = 1: torch 2.13 divides twice on a mesh of one process with a forced sum.
+
+Parameters then live on two meshes, and most of torch's functions on lists of tensors want one: `total_norm`, `clip` and
+`by_mesh` do each mesh by itself.
+
+Axes: E experts, W processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moevision.errors import UserError
+from moevision.layers import local, moe_layers
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which processes share what.
+
+    Attributes:
+        world: all W processes; the dense weights are divided among them.
+        experts: [efsdp, ep]; experts are divided among the `ep` processes of a row, and each process's part of them
+            once more among the `efsdp` processes of a column. None: experts are sharded with their block.
+    """
+
+    world: DeviceMesh
+    experts: DeviceMesh | None = None
+
+    @classmethod
+    def of(cls, device_type: str, expert: int = 1) -> Layout:
+        """The layout of all processes that are there; every one of them must call it.
+
+        Args:
+            device_type: `cpu` or `cuda`.
+            expert: ep, among how many processes one set of experts is divided.
+
+        Raises:
+            UserError: if it doesn't divide the number of processes.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
+        size = dist.get_world_size()
+        check_divides(expert, size)
+        world = init_device_mesh(device_type, (size,), mesh_dim_names=("world",))
+        if expert == 1:
+            return cls(world)
+        return cls(world, init_device_mesh(device_type, (size // expert, expert), mesh_dim_names=("efsdp", "ep")))
+
+
+def check_divides(expert: int, processes: int) -> None:
+    """Refuse an expert parallelism that the number of processes is no multiple of.
+
+    Raises:
+        UserError: if so.
+    """
+    if expert < 1 or processes % expert:
+        raise UserError(
+            f"--parallel.expert is {expert}, which does not divide the {processes} processes: use a divisor of "
+            f"{processes}."
+        )
+
+
+def check_network(net: nn.Module, expert: int) -> None:
+    """Refuse a network whose experts can't be divided.
+
+    Args:
+        net: a network that isn't sharded yet.
+        expert: ep.
+
+    Raises:
+        UserError: for no experts, a number of them that `expert` doesn't divide, or the dense backend.
+    """
+    if expert == 1:
+        return
+    layers = moe_layers(net)
+    if not layers:
+        raise UserError("--parallel.expert needs a model with experts; this one has none: leave it out.")
+    for layer in layers:
+        count = layer.router.num_experts
+        if count % expert:
+            raise UserError(
+                f"--parallel.expert is {expert}, which does not divide the {count} experts of block "
+                f"{layer.layer_index}: use a divisor of {count}."
+            )
+        if layer.experts.backend == "dense":
+            raise UserError(
+                "The dense backend computes every expert on every token, so that no token has to travel: leave "
+                "--parallel.expert or --model.arch.backend out."
+            )
+
+
+def same_everywhere(net: nn.Module) -> None:
+    """Give all processes the weights and buffers of the first one."""
+    for tensor in net.state_dict().values():
+        dist.broadcast(tensor, src=0)
+
+
+def shard(net: nn.Module, layout: Layout) -> nn.Module:
+    """Divide a network over the processes of a layout, in place; all of them have the same weights before.
+
+    Args:
+        net: a timm model with `blocks`.
+        layout: the processes.
+
+    Raises:
+        UserError: if its experts can't be divided.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    # A part of an expert is gathered in two steps, over efsdp and over ep; DTensor warns of each such gathering.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    check_network(net, 1 if layout.experts is None else layout.experts["ep"].size())
+    if layout.experts is not None:
+        for layer in moe_layers(net):
+            _divide_experts(layer.experts, layout.experts["ep"])
+            dispatcher = _all_to_all(layout.experts["ep"].get_group(), layer.dispatcher)
+            layer.dispatcher = dispatcher
+            # Only `forward` makes FSDP2 gather, so that experts are a unit of their own; the block shards the rest.
+            fully_shard(layer.experts, mesh=layout.experts["efsdp"])
+    for block in cast(Any, net).blocks:
+        fully_shard(block, mesh=layout.world)
+    # True: after a forward pass without a backward pass the state must be that of the shards, too.
+    fully_shard(net, mesh=layout.world, reshard_after_forward=True)
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return net
+
+
+def _all_to_all(group: dist.ProcessGroup, local_one: Any) -> Any:
+    from moevision.layers.all_to_all import AllToAllDispatcher
+
+    return AllToAllDispatcher(group, local_one.row_multiple, local_one.max_padding)
+
+
+def _divide_experts(experts: nn.Module, ep: DeviceMesh) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    for linear in experts.children():
+        for name, weight in list(linear.named_parameters(recurse=False)):
+            divided = distribute_tensor(weight.detach(), ep, [Shard(0)])  # [E, ...]
+            setattr(linear, name, nn.Parameter(divided, requires_grad=weight.requires_grad))
+
+
+def is_sharded(net: nn.Module) -> bool:
+    """Whether `shard` has divided it."""
+    return any(mesh_of(parameter) is not None for parameter in net.parameters())
+
+
+def mesh_of(x: Tensor) -> DeviceMesh | None:
+    """The processes that a tensor is divided over; None if it isn't."""
+    return getattr(x, "device_mesh", None)
+
+
+def full(x: Tensor) -> Tensor:
+    """A divided tensor as a whole; every process that holds a part must call it. Others are returned as they are."""
+    return x if mesh_of(x) is None else cast("DTensor", x).full_tensor()
+
+
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor that all processes have, divided as `like` is."""
+    mesh = mesh_of(like)
+    if mesh is None:
+        return whole
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    placements = cast(DTensor, like).placements
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
+    part = whole[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
+    return DTensor.from_local(
+        part.contiguous().to(like.device), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def first_row(x: Tensor) -> int:
+    """Index, in the whole tensor, of the first row that this process holds."""
+    mesh = mesh_of(x)
+    if mesh is None:
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(x.shape, mesh, cast("DTensor", x).placements)[1][0]
+
+
+def grouped_by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The tensors, those on the same mesh together; plain ones are a group too."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(mesh_of(tensor), []).append(tensor)
+    return list(groups.values())
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """2-norm over tensors, the same scalar on every process.
+
+    Sharded ones are divided over all processes without repetition (`Layout`), so that the squares of all parts add up.
+    """
+    whole, parts = [], []
+    for tensor in tensors:
+        (whole if mesh_of(tensor) is None else parts).append(own_part(tensor))
+    norm = torch.nn.utils.get_total_norm(whole)
+    if not parts:
+        return norm
+    own = torch.nn.utils.get_total_norm(parts)
+    squares = own.double().square()  # float32 would overflow at a norm of 1.8e19
+    dist.all_reduce(squares)
+    return (squares + norm.double().square()).sqrt().to(own.dtype)
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale gradients, whose norm over all meshes is known, so that it is at most `limit`; in place."""
+    for group in grouped_by_mesh(parameters):
+        torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
+
+
+def by_mesh(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups, each cut into parts of one mesh, for a fused step; as they are if nothing is sharded."""
+    if all(mesh_of(parameter) is None for group in groups for parameter in group["params"]):
+        return list(groups)
+    return [{**group, "params": part} for group in groups for part in grouped_by_mesh(group["params"])]
+
+
+def outline(net: nn.Module) -> nn.Module:
+    """A copy of a network that isn't sharded, with parameters that have shapes and no memory: `filled` gives values."""
+    known = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in net.parameters()
+    }
+    return copy.deepcopy(net, known)
+
+
+def filled(outline: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A copy of an outline that holds the tensors of a state, whole or sharded ones; FSDP2 itself has no copies."""
+    copied = copy.deepcopy(outline)
+    copied.load_state_dict(state, assign=True)
+    return copied
+
+
+@torch.no_grad()
+def gathered_state(net: nn.Module) -> dict[str, Tensor]:
+    """The whole state of a sharded network in main memory, tensor by tensor; every process must call it.
+
+    Only the first process keeps it; the others get an empty one.
+    """
+    state = {}
+    for name, tensor in net.state_dict().items():
+        whole = full(tensor.detach())
+        if dist.get_rank() == 0:
+            state[name] = whole.to("cpu", copy=True)
+    return state
+
+
+def own_part(x: Tensor) -> Tensor:
+    """The numbers of a tensor that this process holds, detached."""
+    return local(x.detach())

@@ -1,0 +1,295 @@
+"""Train a small network in 1, 2 and 4 processes under every layout; run as a script, which compares them.
+
+`python layouts.py FOLDER` trains each case of `CASES` in this process and then, in one group of 2 and one of 4 forks,
+under its layouts, and writes `FOLDER/errors-W.json`: for each case and layout the largest differences from the one
+process, over all steps and processes, relative to the largest number of their kind.
+"""
+
+import datetime
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moevision.layers import forward_routing, moe_layers, update_router_bias
+from moevision.losses import AuxLoss, AuxLossWeights
+from moevision.models.config import MoEConfig, build_model
+from moevision.train.optim import OptimizerConfig, OptimizerName, build_optimizer
+from moevision.train.parallel import (
+    Layout,
+    clip,
+    filled,
+    full,
+    gathered_state,
+    outline,
+    own_part,
+    same_everywhere,
+    shard,
+    shard_like,
+    total_norm,
+)
+
+IMAGES, CLASSES, CLIP = 16, 5, 0.5
+DDP, FSDP, EP2, EP4 = 0, 1, 2, 4
+"""Layouts: torch's DDP, or `Layout.of` with so many processes per set of experts."""
+EVERY = ((2, DDP), (2, FSDP), (2, EP2), (4, EP2), (4, EP4))
+"""Processes and layout; (4, EP2) is EP x FSDP: 2 processes hold the same experts and shard them."""
+TWO, FOUR = ((2, EP2),), ((4, EP2),)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and under which layouts."""
+
+    arch: dict[str, Any]
+    layouts: tuple[tuple[int, int], ...] = TWO
+    losses: dict[str, float] = field(default_factory=dict)
+    steps: int = 2
+    micro_batches: int = 1
+    optimizer: OptimizerName = "adamw"
+    precision: str = "64"
+    forced: tuple[int, ...] = ()  # experts that every token is sent to
+    shares: tuple[int, ...] = ()  # images of each process; equally many if empty
+    checkpointing: bool = False
+
+
+BALANCE = {"load_balancing": 0.05, "z": 0.01}
+CASES = {
+    "ten steps": Case({"router": "switch", "num_shared_experts": 1}, EVERY, BALANCE, steps=10),
+    "noisy_top_k": Case({"router": "noisy_top_k"}, losses={"importance": 0.1, "load": 0.0}),
+    "vmoe_top_k": Case({"router": "vmoe_top_k"}, losses={"importance": 0.1, "load": 0.0}),
+    "bias_balanced": Case({"router": "bias_balanced", "bias_rate": 0.01}, FOUR),
+    "sigmoid": Case({"router": "sigmoid"}),
+    "cosine": Case({"router": "cosine"}),
+    "expert choice": Case({"router": "expert_choice"}, FOUR, losses={"z": 0.01}),
+    "soft": Case({"router": "soft"}, ((2, FSDP), (4, EP2))),
+    "by image": Case({"router": "switch", "route_by": "image"}, FOUR, BALANCE),
+    "accumulation": Case({"router": "switch"}, ((2, FSDP), (4, EP2)), BALANCE, micro_batches=2),
+    "recomputed": Case({"router": "switch", "num_shared_experts": 1}, losses=BALANCE, checkpointing=True),
+    "all rows on one process": Case({"router": "vmoe_top_k"}, ((2, EP2), (4, EP4)), forced=(0, 1)),
+    "other numbers of images": Case({"router": "switch"}, ((2, EP2), (2, FSDP)), BALANCE, shares=(13, 3)),
+    "muon": Case({"router": "switch"}, ((2, FSDP), (4, EP2)), BALANCE, steps=3, optimizer="muon"),
+    "bf16": Case({"router": "vmoe_top_k"}, ((2, DDP), (2, FSDP), (2, EP2)), steps=1, precision="bf16"),
+}
+
+
+class Step(NamedTuple):
+    """What one optimizer step had; gradients and weights as whole tensors, of the first and the last step only."""
+
+    logits: Tensor
+    aux: Tensor
+    norm: Tensor
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]  # at the beginning of the step
+
+
+def build(case: Case) -> nn.Module:
+    """A network whose routers, far from zero, send different numbers of tokens to different experts."""
+    torch.manual_seed(0)
+    noise = {} if case.arch["router"] in ("switch", "sigmoid", "bias_balanced", "soft") else {"noise": "none"}
+    net = build_model(MoEConfig("test_vit_moe", stem="patch", num_experts=8, **noise, **case.arch), CLASSES, 32)
+    net = net.to(torch.float64 if case.precision == "64" else torch.float32).train()
+    if case.checkpointing:
+        cast(Any, net).set_grad_checkpointing()
+    with torch.no_grad():
+        for layer in moe_layers(net):
+            for name, parameter in layer.router.named_parameters():
+                if name != "scale" and case.arch["router"] != "cosine":  # whose scores don't grow with weights
+                    parameter.mul_(20)
+            if case.forced:
+                layer.intervention = lambda routing: replace(
+                    routing, expert_index=torch.tensor(case.forced).expand_as(routing.expert_index)
+                )
+    return net
+
+
+def train(
+    case: Case,
+    net: nn.Module,
+    forward: Callable[[Tensor], Any],
+    mine: Callable[[Tensor], Tensor],
+    record: Callable[[Step], None],
+    *,
+    mean: bool,
+) -> None:
+    """Train and hand every step to `record`.
+
+    Args:
+        case: what to train.
+        net: its network, sharded or not.
+        forward: computes logits and routings.
+        mine: this process's rows of a micro-batch.
+        mean: whether gradients are the mean over processes (DDP), or their sum, for which the loss is divided.
+        record: is called before the update, with gradients that are not clipped yet.
+    """
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(net.parameters()).dtype
+    aux_loss = AuxLoss(AuxLossWeights(**case.losses))
+    aux_loss.check(net)
+    optimizer, _ = build_optimizer(net, OptimizerConfig(case.optimizer, lr=1e-2), total_steps=10**6, fused=True)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2  # of the schedule's first step otherwise, which is small
+    for number in range(case.steps):
+        images = torch.randn(IMAGES, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
+        labels = torch.randint(CLASSES, (IMAGES,), generator=generator)
+        aux_loss.start_window()
+        optimizer.zero_grad()
+        logits, counts = [], []
+        for x, y in zip(images.chunk(case.micro_batches), labels.chunk(case.micro_batches), strict=True):
+            with torch.autocast("cpu", torch.bfloat16) if case.precision == "bf16" else nullcontext():
+                out, routings = forward(mine(x))
+            aux, _ = aux_loss(routings)
+            # The mean over all images of the micro-batch is the mean over processes of this.
+            loss = F.cross_entropy(out.to(dtype), mine(y), reduction="sum") * processes / len(y)
+            loss = (loss if aux is None else loss + aux) / case.micro_batches
+            (loss if mean else loss / processes).backward()
+            logits.append(out.detach())
+            counts.append(torch.stack([routing.requested_counts() for routing in routings]))
+        learning = [(name, p) for name, p in net.named_parameters() if p.grad is not None]
+        parameters = [parameter for _, parameter in learning]
+        norm = total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+        gradients, weights = {}, {}
+        if number in (0, case.steps - 1):  # to gather them takes longer than a step
+            gradients = {name: full(cast(Tensor, parameter.grad)).clone() for name, parameter in learning}
+            weights = {name: full(tensor.detach()).clone() for name, tensor in net.state_dict().items()}
+        aux = torch.zeros(()) if aux is None else aux.detach()
+        record(Step(torch.cat(logits), aux, norm, gradients, weights))
+        clip(parameters, CLIP, norm)
+        optimizer.step()
+        total = torch.stack(counts).sum(0)
+        if processes > 1:
+            dist.all_reduce(total)
+        update_router_bias(net, list(total))
+
+
+def alone(case: Case) -> list[Step]:
+    """The steps of one process."""
+    steps: list[Step] = []
+    net = build(case)
+    train(case, net, lambda x: forward_routing(net, x), lambda x: x, steps.append, mean=True)
+    return steps
+
+
+def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layout]) -> dict[str, float]:
+    """Train under a layout; the largest relative differences from the steps of one process, of each kind."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    net = build(case)
+    if rank:  # the first process's weights count
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.zero_()
+    same_everywhere(net)
+    plain = outline(net)
+    if layout == DDP:
+        wrapped = DistributedDataParallel(_Both(net))
+        forward: Callable[[Tensor], Any] = wrapped
+    else:
+        shard(net, layouts[layout])
+
+        def forward(x: Tensor) -> Any:
+            return forward_routing(net, x)
+
+    def mine(x: Tensor) -> Tensor:
+        return x.split(list(case.shares))[rank] if case.shares else x.chunk(processes)[rank]
+
+    worst: dict[str, float] = {}
+
+    def differ(kind: str, found: Tensor, expected: Tensor, scale: float | None = None) -> None:
+        scale = max(float(expected.abs().max()), 1e-30) if scale is None else scale
+        worst[kind] = max(worst.get(kind, 0.0), float((found - expected).abs().max()) / scale)
+
+    steps = iter(known)
+
+    def record(step: Step) -> None:
+        expected = next(steps)
+        own = torch.cat([mine(part) for part in expected.logits.chunk(case.micro_batches)])
+        differ("logits", step.logits, own)
+        differ("aux", step.aux, expected.aux)
+        differ("norm", step.norm, expected.norm)
+        scale = max((float(gradient.abs().max()) for gradient in expected.gradients.values()), default=0.0)
+        assert step.gradients.keys() == expected.gradients.keys()
+        for name, gradient in step.gradients.items():
+            differ("gradients", gradient, expected.gradients[name], scale)
+        for name, weight in step.weights.items():
+            differ("weights", weight, expected.weights[name])
+
+    train(case, net, forward, mine, record, mean=layout == DDP)
+    _check_boundary(net, plain)
+    errors = torch.tensor([worst[kind] for kind in sorted(worst)], dtype=torch.float64)
+    dist.all_reduce(errors, op=dist.ReduceOp.MAX)
+    return dict(zip(sorted(worst), errors.tolist(), strict=True))
+
+
+def _check_boundary(net: nn.Module, plain: nn.Module) -> None:
+    """Whole tensors, parts and copies of a network agree."""
+    for parameter in net.parameters():
+        again = shard_like(full(parameter.detach()), parameter)
+        assert torch.equal(own_part(again), own_part(parameter))
+    copied = filled(plain, {name: tensor.detach().clone() for name, tensor in net.state_dict().items()})
+    assert all(torch.equal(own_part(a), own_part(b)) for a, b in zip(copied.parameters(), net.parameters(), strict=True))
+    whole = gathered_state(net)
+    assert bool(whole) == (dist.get_rank() == 0)
+    if whole:
+        filled(plain, whole)(torch.zeros(1, 3, 32, 32, dtype=next(iter(whole.values())).dtype))
+
+
+class _Both(nn.Module):
+    """Logits and routings as one output, as DDP wants it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Any:
+        return forward_routing(self.net, x)
+
+
+def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], folder: Path) -> None:
+    """All cases of one group of processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=processes,
+        timeout=datetime.timedelta(seconds=600),
+    )
+    found = {}
+    layouts = {size: Layout.of("cpu", size) for size in (FSDP, EP2, EP4) if size <= processes}
+    for name, case in CASES.items():
+        for size, layout in case.layouts:
+            if size == processes:
+                found[f"{name}, {layout}"] = compare(case, layout, known[name], layouts)
+    if rank == 0:
+        (folder / f"errors-{processes}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def main(folder: Path) -> None:
+    """Compare all; the steps of one process are computed once, and forks have them."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    known = {name: alone(case) for name, case in CASES.items()}
+    for processes in (2, 4):
+        with socket.socket() as opened:
+            opened.bind(("127.0.0.1", 0))
+            port = int(opened.getsockname()[1])
+        torch.multiprocessing.start_processes(
+            one_of, (processes, port, known, folder), nprocs=processes, start_method="fork"
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

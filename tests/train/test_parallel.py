@@ -1,0 +1,91 @@
+"""Several processes under every layout (DDP, FSDP2, expert parallelism, both) train like one."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from moevision.errors import UserError
+from moevision.layers import MoEMlp
+from moevision.models.config import MoEConfig, build_model
+from moevision.train.parallel import check_divides, check_network, filled, outline, total_norm
+from tests.forks import Forked
+from tests.train import layouts
+from tests.train.layouts import CASES
+
+COMPARED = [(name, size, layout) for name, case in CASES.items() for size, layout in case.layouts]
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict[str, float]]]:
+    """For each number of processes, case and layout: the largest differences from one process, of each kind."""
+    folder = tmp_path_factory.mktemp("layouts")
+    process = Forked([layouts.__file__, str(folder)], folder, dict(os.environ))
+    said, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, said[-6000:]
+    assert "Warning" not in said, said[-6000:]
+    return {size: json.loads((folder / f"errors-{size}.json").read_text()) for size in (2, 4)}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("name", "size", "layout"), COMPARED)
+def test_layouts_train_like_one_process(
+    name: str, size: int, layout: int, errors: dict[int, dict[str, dict[str, float]]]
+) -> None:
+    """16 images a step, float64, clipped: logits, balance loss, every gradient, their norm and the weights.
+
+    AdamW divides by the root of the second moment, so that rounding in a gradient near 0 shows in its weight.
+    """
+    found = errors[size][f"{name}, {layout}"]
+    if CASES[name].precision == "bf16":
+        # One process rounds a gradient of bfloat16 (8 bits) once, several once each before they are summed.
+        assert found["gradients"] < 2**-7
+        assert found["logits"] < 2**-7
+        assert found["norm"] < 2**-7
+        return
+    assert found["logits"] < 1e-10
+    assert found["aux"] < 1e-10
+    assert found["gradients"] < 1e-10
+    assert found["norm"] < 1e-10
+    assert found["weights"] < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("expert", "experts", "backend", "says"),
+    [
+        (3, 8, "loop", "does not divide the 8 experts of block 1: use a divisor of 8"),
+        (2, 8, "dense", "The dense backend computes every expert on every token"),
+        (2, 0, "loop", "this one has none"),
+    ],
+)
+def test_networks_that_can_not_be_divided(expert: int, experts: int, backend: str, says: str) -> None:
+    twin = None if experts else "active_flops"
+    arch = MoEConfig("test_vit_moe", num_experts=experts or 8, twin=twin)
+    net = build_model(arch, 4, 32)
+    for layer in net.modules():
+        if isinstance(layer, MoEMlp):
+            layer.experts.backend = backend
+    check_network(net, 1)
+    with pytest.raises(UserError, match=says):
+        check_network(net, expert)
+
+
+def test_processes_that_can_not_be_divided() -> None:
+    check_divides(2, 4)
+    with pytest.raises(UserError, match="does not divide the 4 processes"):
+        check_divides(3, 4)
+
+
+def test_norm_without_processes() -> None:
+    """3, 4 and 12: a 2-norm of 13."""
+    assert float(total_norm([torch.tensor([3.0, 4.0]), torch.tensor([12.0])])) == 13
+
+
+def test_an_outline_takes_no_memory_and_is_filled_again() -> None:
+    net = build_model(MoEConfig("test_vit_moe"), 4, 32).eval()
+    empty = outline(net)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(filled(empty, net.state_dict())(x), net(x))
