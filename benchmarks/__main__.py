@@ -29,6 +29,7 @@ STUDY = {
     ),
     "label_noise": ("which score finds wrong labels: planted flips on CIFAR-10", "label_noise"),
     "accumulation": ("the balance losses' gradient under gradient accumulation", "accumulation"),
+    "waiting": ("what travels under expert parallelism, and how long processes wait for each other", "waiting"),
     "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "planner": ("planned step times to 1,024 GPUs, and what unequal experts cost: computed", "planner"),

@@ -9,6 +9,7 @@ that one place can be made to fail in a test (`tests/train/test_file_operations.
 import errno
 import os
 import platform
+import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -64,6 +65,24 @@ def written_beside(path: Path, data: bytes | Iterable[bytes]) -> Iterator[Path]:
 def rename(path: Path, target: Path) -> None:
     """Give a file another name in its folder, over what has that name; `sync_folder` makes it last."""
     os.replace(path, target)
+
+
+def rename_over(path: Path, target: Path) -> None:
+    """Give a file or folder another name in its folder, also over a folder; `sync_folder` makes it last.
+
+    Systems put a file over a file in one step, but nothing over a folder: that is moved away before and then deleted.
+    """
+    if not (path.is_dir() or target.is_dir()):
+        rename(path, target)
+        return
+    away = temporary_for(target.with_name(f"old-{target.name}"))
+    if target.exists():
+        os.replace(target, away)
+    os.replace(path, target)
+    if away.is_dir():
+        shutil.rmtree(away)
+    else:
+        away.unlink(missing_ok=True)
 
 
 def append_bytes(path: Path, data: bytes) -> None:
@@ -135,14 +154,17 @@ def temporary_for(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> int:
-    """Delete the temporary files that processes which have ended left in a folder, not below it; the number of them.
+    """Delete temporary files and folders that processes which have ended left in a folder, not below it; their number.
 
     A file stays while its process may live: as long as this machine has a process of that number, or if the name is of
     another machine. For numbers that were given again, and machines that were given up, an hour of silence is the end.
     """
-    leftovers = [path for path in folder.glob(".*.tmp") if path.is_file() and _has_ended(path)]
+    leftovers = [path for path in folder.glob(".*.tmp") if _has_ended(path)]
     for path in leftovers:
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return len(leftovers)
 
 

@@ -194,6 +194,29 @@ def test_memory_of_an_arm_is_measured_in_its_own_process(monkeypatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.usefixtures("forked_processes")
+def test_what_travels_between_two_processes(run, tmp_path) -> None:
+    """8 images of 16 patches, K = 1, two MoE layers: evenly routed, half of 128 rows go to the other process, and back.
+
+    Forced: of 8 experts the first gets 100 rows where the last gets one, so that the process with the first four has
+    1 / (1 + 100^(-4/7)) = 0.933 of all.
+    """
+    out = tmp_path / "waiting.json"
+    run("waiting", "--processes", 2, "--images", 8, "--steps", 1, "--out", out)
+    rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
+    even, forced = rows["even"], rows["forced"]
+    assert (even["rows_sent"], even["messages"]) == (2 * 2 * 64, 2 * 2)
+    assert even["bytes_sent"] == 2 * 2 * 64 * 64 * 4  # width 64, float32
+    assert (even["exchanges_of_rows"], even["exchanges_of_counts"]) == (4, 2)
+    assert even["busiest_over_mean"] == 1
+    assert forced["busiest_over_mean"] == pytest.approx(2 * 0.933, abs=0.02)
+    # What the first process sends away and what it gets back are of one size for each process and its counterpart.
+    assert forced["rows_sent"] == even["rows_sent"]
+    assert rows["no loss"]["busiest_over_mean"] > 1.2
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_processes")
 def test_accumulation_is_measured_in_one_and_two_processes(run, tmp_path) -> None:
     """Exact at once, and for z in parts."""

@@ -265,6 +265,7 @@ ELSEWHERE = {
     "--seeds": "three trainings",
     "data curve": "39 trainings; tests/test_data_command.py",
     "--resume runs/images": "tests/train/test_resume.py",
+    "--parallel": "several processes; tests/train/test_parallel_command.py",
     "--data.keep": "the list must be of these images; tests/test_data_command.py",
     "--decisions": "saved by the page; tests/analysis/test_good_data.py",
     "--pretrained tiny_moe": "made of weights from the hub",

@@ -2,7 +2,7 @@
 
 from moevision.layers.baselines import ColourRouter, HandmadeRouter, LabelRouter, label_oracle
 from moevision.layers.dispatch import Dispatched, LocalDispatcher
-from moevision.layers.experts import Backend, Experts, PackedLinear, local
+from moevision.layers.experts import Backend, Experts, PackedLinear
 from moevision.layers.moe import MoEMlp, SharedExperts, describe_moe, moe_layers, update_router_bias
 from moevision.layers.routers import (
     ROUTERS,
@@ -53,7 +53,6 @@ __all__ = [
     "describe_moe",
     "forward_routing",
     "label_oracle",
-    "local",
     "moe_layers",
     "record_routing",
     "router_kind",

@@ -5,8 +5,8 @@ Expert parallelism as in GShard (arXiv:2006.16668, §3.2): of W processes, proce
 result back. How many rows travel is known only after routing, so counts are exchanged first; the host must know them,
 which is the one synchronisation.
 
-`torch.distributed._functional_collectives.all_to_all_single_autograd` starts the transfer and doesn't wait for it: what
-is computed before `receive` (shared experts) overlaps with it. Its backward pass is the transfer in the other direction.
+torch's functional `all_to_all_single_autograd` starts the transfer and doesn't wait for it: what is computed before
+`receive` (shared experts) overlaps with it. Its backward pass is the transfer in the other direction.
 
 Axes: D width, E experts of all processes, E' = E / W of this one, R rows that a process sends, R' rows that it gets.
 """

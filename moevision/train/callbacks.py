@@ -31,6 +31,7 @@ from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import append_bytes, sync_file, write_text_atomic
 from moevision.layers import MoEMlp, moe_layers
+from moevision.train.parallel import total_norm
 from moevision.train.processes import AwakeClock, sum_over_processes, tell
 from moevision.train.task import ClassificationTask
 
@@ -425,9 +426,9 @@ class RouterHealth(L.Callback):
     @torch.no_grad()
     def _log_update(self, task: ClassificationTask, before: list[Tensor]) -> None:
         after = _learning(task)
-        update = torch.nn.utils.get_total_norm(torch._foreach_sub([p.detach() for p in after], before))
+        update = total_norm([now.detach() - then for now, then in zip(after, before, strict=True)])
         task.log("train/update_norm", update)
-        task.log("train/update_ratio", update / torch.nn.utils.get_total_norm(before))
+        task.log("train/update_ratio", update / total_norm(before))
 
     def _judge(self, task: ClassificationTask, layer: MoEMlp, load: Tensor) -> None:
         advice = _advice(layer)

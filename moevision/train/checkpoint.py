@@ -7,7 +7,8 @@ numbers, paths and the like; and the state of every global random generator (`pr
 Writing: Lightning writes through a temporary file in $TMPDIR, without fsync; on another file system that is a plain
 copy onto the final name, so a kill leaves half a file there. Here: a temporary file in the target's own folder, fsync,
 its SHA-256 into manifest.json, rename, fsync of the folder. What a disk refuses is kept in memory and tried again,
-while training goes on.
+while training goes on. Weights that are sharded over processes make the checkpoint a folder (`sharded.py`), renamed
+as a whole; what a disk refuses of it isn't kept, since the next point comes.
 
 Reading: a flipped bit inside a tensor loads without an error, so a file is compared with its hash in the manifest. The
 manifest is written before a new file is renamed over an old one and names both until then: at no moment is a whole file
@@ -38,8 +39,9 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from moevision.errors import UserError
-from moevision.files import make_folder, rename, sync_folder, write_json_atomic, written_beside
-from moevision.train.processes import from_first, tell
+from moevision.files import make_folder, rename_over, sync_folder, temporary_for, write_json_atomic, written_beside
+from moevision.train import sharded
+from moevision.train.processes import from_first, is_first, tell
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 MANIFEST = "manifest.json"
@@ -83,8 +85,8 @@ class Entry:
     """What is known about one checkpoint file.
 
     Attributes:
-        name: the file's name.
-        sha256: hash of its bytes, in hexadecimal.
+        name: the name of the file or folder.
+        sha256: hash of its bytes, in hexadecimal; for a folder over its files (`sharded.digest`).
         step: optimizer steps done.
         epoch: the epoch that it lies in.
         size: bytes.
@@ -129,7 +131,9 @@ def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
+    """SHA-256 of a file in hexadecimal; of a folder `sharded.digest`."""
+    if path.is_dir():
+        return sharded.digest(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -142,7 +146,7 @@ class Verified:
     """A checkpoint that was looked at.
 
     Attributes:
-        path: the file.
+        path: the file or folder.
         step: optimizer steps done; -1 if that is unknown.
         fault: why it can't be used; None if it can.
         sha256: hash of the file; "" if it could not be read.
@@ -173,6 +177,8 @@ def verify(path: Path) -> Verified:
 
 
 def _verify_archive(path: Path, digest: str) -> Verified:
+    if path.is_dir():
+        return Verified(path, -1, "has no entry in manifest.json", digest)
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -214,12 +220,33 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint; if the disk refuses, warn, keep it in memory and let `retry` write it later."""
         path = Path(path).resolve()
+        if sharded.is_sharded(checkpoint):
+            self._save_folder(checkpoint, path)
+            return
         memory = io.BytesIO()  # Lightning does so too; the exact size has to be known before the disk is touched
         torch.save(checkpoint, memory)
         data = memory.getvalue()
         again = path in self._unwritten
         self._unwritten[path] = _Unwritten(data, Entry.of(path.name, checkpoint, data))
         self._write(path, again=again)
+
+    def _save_folder(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Write sharded tensors, each process its own; a new attempt comes with the next point, not before."""
+        temporary = Path(from_first(str(temporary_for(path))))
+        fault = None
+        try:
+            digest, size, finite = sharded.write_folder(checkpoint, temporary)
+            if is_first():
+                step, epoch = int(checkpoint.get("global_step", 0)), int(checkpoint.get("epoch", 0))
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                _put(temporary, path, Entry(path.name, digest, step, epoch, size, finite, now))
+        except OSError as error:
+            fault = error.strerror
+        fault = from_first(fault)
+        if fault is not None:
+            tell(f"warning: {path} can't be written ({fault}): training goes on, and the next one is tried.")
+            if is_first():
+                shutil.rmtree(temporary, ignore_errors=True)
 
     @property
     def waiting(self) -> list[Path]:
@@ -257,11 +284,16 @@ class SafeCheckpointIO(CheckpointIO):
         return True
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+        self,
+        path: str | Path,
+        map_location: Any | None = None,
+        weights_only: bool | None = None,
+        like: sharded.Like | None = None,
     ) -> dict[str, Any]:
         """Read a checkpoint, never by unpickling; `weights_only` is there for Lightning's sake.
 
         Every process of a training must call it: one that the disk has refused is in the first one's memory only.
+        `like` says how the tensors of a folder shall be divided; by default they are whole.
 
         Raises:
             UserError: if the file is missing, damaged or no checkpoint.
@@ -271,11 +303,16 @@ class SafeCheckpointIO(CheckpointIO):
         if held is not None:  # the disk is full, and the best weights are only here
             source: Any = io.BytesIO(held)
         else:
-            fault = verify(path).fault if path.is_file() else "is missing"
+            fault = None
+            if is_first():  # reading it whole once is enough
+                fault = verify(path).fault if path.exists() else "is missing"
+            fault = from_first(fault)
             if fault is not None:
                 raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
             source = path
         location = map_location if map_location is not None else "cpu"
+        if held is None and path.is_dir():
+            return sharded.read_folder(path, like, location)
         loaded: dict[str, Any] = torch.load(source, map_location=location, weights_only=True)
         return loaded
 
@@ -283,7 +320,7 @@ class SafeCheckpointIO(CheckpointIO):
         """Delete a checkpoint and its entry."""
         path = Path(path).resolve()
         self._unwritten.pop(path, None)
-        path.unlink(missing_ok=True)
+        sharded.remove(path)
         write_manifest(path.parent, [entry for entry in read_manifest(path.parent) if entry.name != path.name])
 
 
@@ -297,18 +334,24 @@ def _write_safely(path: Path, unwritten: _Unwritten) -> None:
     if shutil.disk_usage(folder).free < len(unwritten.data) + _MARGIN_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before the last free bytes are used up
     with written_beside(path, unwritten.data) as temporary:
-        write_manifest(folder, [*known, unwritten.entry])
-        # Weights that are not finite don't push out finite ones.
-        before = [entry for entry in known if entry.name == path.name]
-        moves = path.name == LAST and all(entry.finite for entry in before)
-        rotates = moves and path.is_file()  # else a process died right here, or somebody deleted it
-        if rotates:
-            rename(path, folder / PREVIOUS)
-        rename(temporary, path)
-        sync_folder(folder)
+        _put(temporary, path, unwritten.entry)
+
+
+def _put(temporary: Path, path: Path, entry: Entry) -> None:
+    """Give a written checkpoint its name; a `last.ckpt` before it becomes `previous.ckpt`."""
+    folder, known = path.parent, read_manifest(path.parent)
+    write_manifest(folder, [*known, entry])
+    # Weights that are not finite don't push out finite ones.
+    before = [other for other in known if other.name == path.name]
+    moves = path.name == LAST and all(other.finite for other in before)
+    rotates = moves and path.exists()  # else a process died right here, or somebody deleted it
+    if rotates:
+        rename_over(path, folder / PREVIOUS)
+    rename_over(temporary, path)
+    sync_folder(folder)
     replaced = {path.name, PREVIOUS} if rotates else {path.name}
-    moved = [replace(entry, name=PREVIOUS) for entry in before] if moves else []
-    write_manifest(folder, [*(entry for entry in known if entry.name not in replaced), *moved, unwritten.entry])
+    moved = [replace(other, name=PREVIOUS) for other in before] if moves else []
+    write_manifest(folder, [*(other for other in known if other.name not in replaced), *moved, entry])
 
 
 def final_checkpoint(folder: Path, files: SafeCheckpointIO) -> tuple[Path, str]:
@@ -317,7 +360,7 @@ def final_checkpoint(folder: Path, files: SafeCheckpointIO) -> tuple[Path, str]:
     Those of the best validation epoch; those of the last step if there is none, or `best.ckpt` got damaged.
     """
     best = folder / BEST
-    if best.resolve() not in files.waiting and not best.is_file():  # a training that ends within its first epoch
+    if best.resolve() not in files.waiting and not best.exists():  # a training that ends within its first epoch
         return folder / LAST, "the weights of the last step, because there is no best.ckpt"
     if best.resolve() in files.waiting or verify(best).fault is None:
         return best, "the weights of the best validation epoch"
@@ -327,10 +370,11 @@ def final_checkpoint(folder: Path, files: SafeCheckpointIO) -> tuple[Path, str]:
 
 def check_checkpoint(name: str) -> None:
     """Raise a UserError if this is a file that is missing, damaged, or of another program."""
-    if not Path(name).is_file():
+    if not Path(name).exists():
         raise UserError(f"There is no checkpoint {name}: look in runs/NAME/checkpoints/.")
     try:
-        checkpoint = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
+        file = sharded.file_with_rest(Path(name))
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # zip, pickle and OS errors alike; the cause stays attached
         raise UserError(
             f"The checkpoint {name} can't be read ({type(error).__name__}): it is damaged, or no checkpoint. "

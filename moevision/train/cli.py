@@ -71,6 +71,7 @@ from moevision.train.record import RecordRouting, RecordRoutingConfig
 from moevision.train.report import BALANCED, is_unbalanced
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session, resume_command
 from moevision.train.scores import ExampleScores
+from moevision.train.strategy import MoEParallelStrategy, ParallelConfig, check_fit, describe_parallel
 from moevision.train.task import ClassificationTask
 
 _NO_SUBTYPE = "Does not validate against any of the Union subtypes"  # jsonargparse's words
@@ -112,6 +113,8 @@ SHORT = frozenset(
         "trainer.max_epochs",
         "trainer.accelerator",
         "trainer.devices",
+        "parallel.layout",
+        "parallel.expert",
         "trainer.precision",
         "trainer.accumulate_grad_batches",
         "model.arch.name",
@@ -144,7 +147,14 @@ _ABOUT = {
 # What the verb refuses, or what changes nothing for it.
 _USELESS = {
     "fit": {"ckpt_path"},
-    "validate": {"resume", "with_twin", "trainer.max_epochs", "trainer.accumulate_grad_batches"},
+    "validate": {
+        "resume",
+        "with_twin",
+        "parallel.layout",
+        "parallel.expert",
+        "trainer.max_epochs",
+        "trainer.accumulate_grad_batches",
+    },
 }
 _USELESS["test"] = _USELESS["validate"]
 _TRAIN = """\
@@ -344,6 +354,7 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         "command, if a valid checkpoint is there, else a fresh start. Images are compared with the run's by path, "
         "label and file size, not by content. For fit, on the command line only.",
     )
+    parser.add_class_arguments(ParallelConfig, "parallel")
     parser.add_class_arguments(CheckpointConfig, "checkpoint")
     parser.add_class_arguments(GuardConfig, "guard")
     parser.add_class_arguments(EmaConfig, "ema")
@@ -523,6 +534,8 @@ class TrainingCLI(LightningCLI):
             new = self.session.processes.decide(lambda: str(self.session.claim(new_run_folder(name, root))))
             self.run_dir = Path(new)
         trainer_config = self._get(self.config_init, "trainer")
+        if verb == "fit":  # one process suffices to evaluate
+            kwargs |= self._get(self.config_init, "parallel").strategy(trainer_config.get("strategy"))
         callbacks = list(trainer_config.get("callbacks") or [])
         if verb == "fit":
             self.point, self.best = self._resume_point(), self._checkpoints()
@@ -548,6 +561,8 @@ class TrainingCLI(LightningCLI):
             )
         except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
             raise UserError(f"The Trainer does not take these options: {error}") from error
+        if (divided := MoEParallelStrategy.of(trainer)) is not None:
+            divided.check(trainer)
         device = trainer.strategy.root_device
         try:  # one that a strategy's arguments name, which Lightning doesn't look at
             torch.empty(0, device=device)
@@ -622,6 +637,8 @@ class TrainingCLI(LightningCLI):
             with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
                 net = build_model(twin, self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=False)
                 freeze_parameters(net, self.model.optim.freeze)
+        records = self._get(self.config, "record_routing")["images"] is not None
+        check_fit(self.trainer, self.model, self.datamodule, records=records)
         if self._get(self.config, "check_memory"):
             check_memory(self.model, self.trainer)
         if self.trainer.is_global_zero:
@@ -636,6 +653,8 @@ class TrainingCLI(LightningCLI):
                 self.expected_s = expected_seconds(self.model, self.datamodule, self.trainer)
                 needed = describe_memory(self.model, self.datamodule, self.trainer)
                 print(describe_plan(self.model, self.datamodule, self.trainer, self.expected_s, needed))
+                if (line := describe_parallel(self.trainer, self.model.net)) is not None:
+                    print(line)
             print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
         if not self.fast_dev_run:
             self._compare_with_start()

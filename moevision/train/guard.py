@@ -39,6 +39,7 @@ from moevision.errors import DIVERGED, UserError
 from moevision.files import write_text_atomic
 from moevision.names import csv_name
 from moevision.train.optim import WeightEMA
+from moevision.train.parallel import first_row, own_part
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
@@ -463,7 +464,7 @@ class TrainingSnapshot:
         self.step = trainer.global_step
         self.restored = 0
         self.extra = extra
-        self._tensors = [tensor.detach().to("cpu", copy=True) for tensor in _tensors(trainer, task)]
+        self._tensors = [own_part(tensor).to("cpu", copy=True) for tensor in _tensors(trainer, task)]
         self._optimizers = [_copied(optimizer.state_dict()) for optimizer in trainer.optimizers]
         self._schedules = [_copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
         self._precision = _copied(trainer.precision_plugin.state_dict())
@@ -477,7 +478,7 @@ class TrainingSnapshot:
     def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
         """Restore the training and drop its gradients; may be called repeatedly."""
         for tensor, saved in zip(_tensors(trainer, task), self._tensors, strict=True):
-            tensor.copy_(saved)
+            own_part(tensor).copy_(saved)
         for optimizer, state in zip(trainer.optimizers, self._optimizers, strict=True):
             optimizer.load_state_dict(_copied(state))
             optimizer.zero_grad(set_to_none=True)
@@ -646,13 +647,13 @@ def source_of(evidence: Sequence[Mapping[str, Tensor]], gradients: Iterable[tupl
         for name, values in micro_batch.items():
             if not bool(values.isfinite().all()):
                 return name
-    bad = [(name, gradient) for name, gradient in gradients if not bool(gradient.isfinite().all())]
+    bad = [(name, gradient) for name, gradient in gradients if not bool(own_part(gradient).isfinite().all())]
     return name_tensors("gradient", bad) if bad else None
 
 
 def nonfinite_states(named: Mapping[str, Tensor], buffers: frozenset[str]) -> str | None:
     """The weights or buffers among these that are not finite, in words; None if all are finite."""
-    bad = [(name, tensor) for name, tensor in named.items() if not bool(tensor.isfinite().all())]
+    bad = [(name, tensor) for name, tensor in named.items() if not bool(own_part(tensor).isfinite().all())]
     if not bad:
         return None
     first = bad[0][0]
@@ -665,15 +666,16 @@ def name_tensors(kind: str, bad: Sequence[tuple[str, Tensor]]) -> str:
     name, tensor = bad[0]
     experts = ""
     if ".experts." in name:
-        found = (~tensor.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        rows = (~own_part(tensor).isfinite()).flatten(1).any(1).nonzero().flatten()
+        found = (rows + first_row(tensor)).tolist()
         experts = f" (expert{'s' if len(found) > 1 else ''} {', '.join(map(str, found))})"
     more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
     return f"{kind} of {name.removeprefix('net.').removeprefix('ema.')}{experts}{more}"
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all numbers of these tensors are finite, in one pass and with one synchronisation."""
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(list(tensors))))
+    """Whether all numbers of these tensors in this process are finite, in one pass and with one synchronisation."""
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm([own_part(tensor) for tensor in tensors])))
 
 
 def _times(count: int, what: str) -> str:

@@ -18,7 +18,8 @@ import torch
 from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
 from torch import Tensor, nn
 
-from moevision.layers import PackedLinear, local, moe_layers
+from moevision.layers import PackedLinear, moe_layers
+from moevision.layers.experts import local
 from moevision.train.parallel import by_mesh, full, shard_like
 
 # Coefficients of five Newton-Schulz iterations, x <- a x + b (x xᵀ) x + c (x xᵀ)² x, each fitted to what the one

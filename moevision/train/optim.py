@@ -33,6 +33,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.train.muon import AdamW, Muon, matrices_of
+from moevision.train.parallel import is_sharded
 
 if TYPE_CHECKING:
     from moevision.train.task import ClassificationTask
@@ -240,15 +241,18 @@ class WeightEMA(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin with the weights that training begins with, unless a checkpoint brought an average."""
         if self._average is None:
-            self._begin(pl_module)
+            self._begin(trainer, pl_module)
         cast(nn.Module, self.network).to(pl_module.device)
 
-    def _begin(self, pl_module: L.LightningModule) -> None:
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        net = cast("ClassificationTask", pl_module).net
+        divided = is_sharded(net)
         self._average = ModelEmaV3(
-            cast("ClassificationTask", pl_module).net,
+            cast(Any, trainer.strategy).copy_of(net) if divided else net,  # of the own part; FSDP2 has no copies
             decay=cast(float, self.config.decay),
             use_warmup=self.config.warmup,
             warmup_power=0.75,
+            foreach=not divided,  # torch's functions on lists of tensors want one mesh
         )
 
     def on_train_batch_end(
@@ -314,5 +318,5 @@ class WeightEMA(L.Callback):
         """Take the average, which the model has just loaded, and load the weights that training continues with."""
         if trainer.state.fn is not TrainerFn.FITTING:
             return
-        self._begin(pl_module)
+        self._begin(trainer, pl_module)
         pl_module.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))

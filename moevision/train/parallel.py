@@ -13,8 +13,8 @@ What a network's parameters are then: DTensors at the boundary (state dict, opti
 Gradients are *summed* over processes, everywhere, and the loss is divided by W. Dividing by a factor instead is wrong
 for experts where efsdp = 1: torch 2.13 divides twice on a mesh of one process with a forced sum.
 
-Parameters then live on two meshes, and most of torch's functions on lists of tensors want one: `total_norm`, `clip` and
-`by_mesh` do each mesh by itself.
+Parameters then live on two meshes, and most of torch's functions on lists of tensors want one: `total_norm` and `clip`
+work on each process's own parts, `by_mesh` does each mesh by itself.
 
 Axes: E experts, W processes.
 """
@@ -32,7 +32,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import local, moe_layers
+from moevision.layers import moe_layers
+from moevision.layers.experts import local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -174,7 +175,7 @@ def is_sharded(net: nn.Module) -> bool:
     return any(mesh_of(parameter) is not None for parameter in net.parameters())
 
 
-def mesh_of(x: Tensor) -> DeviceMesh | None:
+def mesh_of(x: Tensor | None) -> DeviceMesh | None:
     """The processes that a tensor is divided over; None if it isn't."""
     return getattr(x, "device_mesh", None)
 
@@ -223,7 +224,8 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
     Sharded ones are divided over all processes without repetition (`Layout`), so that the squares of all parts add up.
     """
-    whole, parts = [], []
+    whole: list[Tensor] = []
+    parts: list[Tensor] = []
     for tensor in tensors:
         (whole if mesh_of(tensor) is None else parts).append(own_part(tensor))
     norm = torch.nn.utils.get_total_norm(whole)
@@ -237,8 +239,12 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def clip(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
     """Scale gradients, whose norm over all meshes is known, so that it is at most `limit`; in place."""
-    for group in grouped_by_mesh(parameters):
-        torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
+    whole = [parameter for parameter in parameters if parameter.grad is not None]
+    parts = [own_part(cast(Tensor, each.grad)) for each in whole if mesh_of(each.grad) is not None]
+    if not parts:
+        torch.nn.utils.clip_grads_with_norm_(whole, limit, norm)
+        return
+    torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))  # torch's rule
 
 
 def by_mesh(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -53,11 +53,25 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first() -> bool:
+    """Whether this is the first of the processes that train together, or the only one."""
+    return not several_processes() or dist.get_rank() == 0
+
+
 def sum_over_processes(counts: Tensor) -> Tensor:
     """Sum over the processes of a training, in place."""
     if several_processes():
         dist.all_reduce(counts)
     return counts
+
+
+def mean_over_processes(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Detached scalars, each the mean over processes; all of them in one exchange."""
+    values = {name: value.detach() for name, value in values.items()}
+    if not several_processes():
+        return values
+    total = sum_over_processes(torch.stack([value.float() for value in values.values()]))
+    return dict(zip(values, (total / dist.get_world_size()).unbind(), strict=True))
 
 
 def sum_numbers(values: list[float], device: torch.device) -> list[float]:

@@ -129,7 +129,7 @@ def expand_arguments(
 
     `FOLDER` (or a dataset's name) in front becomes `--data.path`, with a recipe for it unless `--config` is given;
     `--config NAME` finds shipped configs; `--pretrained X` becomes `--model.arch.pretrained X`, where `auto` and `none`
-    are decided here; `--dense` becomes `--model.arch.twin active_flops`.
+    are decided here; `--dense` becomes `--model.arch.twin active_flops`, `--parallel X` `--parallel.layout X`.
 
     Args:
         verb: the verb.
@@ -140,7 +140,7 @@ def expand_arguments(
     Raises:
         UserError: if a config does not exist, nothing says what to train on, or pretrained weights can't be had.
     """
-    asked, rest = take_pretrained(_with_dense(arguments))
+    asked, rest = take_pretrained(_with_layout(_with_dense(arguments)))
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
     has_config = any(_is(argument, "--config") or _is(argument, "-c") for argument in rest)
     says_what = has_config or path is not None or any(_is(argument, "--data.path") for argument in rest)
@@ -190,6 +190,14 @@ def _with_dense(arguments: Sequence[str]) -> list[str]:
     if "--dense" in arguments and "--with-twin" in arguments:
         raise UserError("--dense trains the dense model itself: leave --with-twin out, which trains both.")
     return ["--model.arch.twin=active_flops" if argument == "--dense" else argument for argument in arguments]
+
+
+def _with_layout(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--parallel ddp|fsdp` in full."""
+    return [
+        argument.replace("--parallel", "--parallel.layout", 1) if _is(argument, "--parallel") else argument
+        for argument in arguments
+    ]
 
 
 def _is(argument: str, option: str) -> bool:

@@ -45,6 +45,7 @@ from moevision.train.processes import (
     tell,
 )
 from moevision.train.recipe import expand_arguments, run_name, value_of
+from moevision.train.sharded import file_with_rest
 
 OPTION, AUTO = "--resume", "auto"
 SESSIONS = "sessions.json"
@@ -56,11 +57,12 @@ _FREE = (
     *("trainer.profiler", "trainer.detect_anomaly", "trainer.max_time", "trainer.enable_model_summary"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark"),
     *("trainer.deterministic", "trainer.default_root_dir", "trainer.plugins", "trainer.use_distributed_sampler"),
-    *("model.compile", "model.grad_checkpointing", "model.arch.backend"),
+    *("model.compile", "model.grad_checkpointing", "model.arch.backend", "parallel"),
     *("with_twin", "checkpoint.every_minutes", "checkpoint.every_steps", "guard", "fault"),
 )
 _SILENT = ("config", "name", "runs_root", "resume", "ckpt_path", "print_config")  # don't touch the training
 _FLOATING = ("model.compile", "model.grad_checkpointing", "model.arch.backend", "trainer.strategy")  # other rounding
+_LAYOUT = "parallel."  # how processes share the weights rounds differently too
 MARK = "moevision"  # where a checkpoint keeps what is ours
 _claims: set[int] = set()  # open descriptors of the run folders that this process trains in
 
@@ -389,7 +391,7 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
 def _read_mark(path: Path) -> dict[str, Any]:
     """What `ResumePoint` has added to a checkpoint; nothing in the file is run."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(MARK, {}))
+        return dict(torch.load(file_with_rest(path), map_location="cpu", weights_only=True, mmap=True).get(MARK, {}))
     except Exception as error:  # pickle, zip, type and OS errors alike; the cause stays attached
         raise UserError(
             f"{path} holds something else than the data of a training ({type(error).__name__}) and is not used, "
@@ -423,7 +425,8 @@ def changed_options(recorded: Namespace, asked: Namespace) -> list[str]:
                 f"--{name} is {_plain(old)} in this run and can't become {_plain(new)} when it goes on: leave it out, "
                 "or start a new run from its weights with --pretrained runs/NAME/model."
             )
-        rounding = ", which may round differently" if name in _FLOATING else ""
+        rounds = name in _FLOATING or name.startswith(_LAYOUT)
+        rounding = ", which may round differently" if rounds else ""
         changed.append(f"--{name} was {_plain(old)}, now {_plain(new)}{rounding}")
     return changed
 

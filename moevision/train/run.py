@@ -54,6 +54,7 @@ from moevision.train.report import (
 )
 from moevision.train.resume import Session, Start, find_start
 from moevision.train.start import weights_file
+from moevision.train.strategy import MoEParallelStrategy
 from moevision.train.task import ClassificationTask
 
 
@@ -129,6 +130,8 @@ def _train(verb: str, session: Session) -> None:
 def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) -> RunResult | None:
     start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir), session).plain()))
     options = ["--model.arch.twin", "active_flops", "--without-twin"]
+    if (divided := MoEParallelStrategy.of(cli.trainer)) is not None and divided.expert > 1:
+        options += ["--parallel.expert", "1"]  # it has no experts
     twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
     other = finish_run(twin, [*session.command, *options])
     if result is None or other is None:
@@ -204,6 +207,8 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
     trainer.test(task, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
     rows = _predictions(task, data)
     bad_images = list(dict.fromkeys(chain.from_iterable(gather(data.bad_images))))
+    if (divided := MoEParallelStrategy.of(trainer)) is not None:
+        divided.gather()
     if not trainer.is_global_zero:
         return None
     mean, std = cast(Any, data.mean), cast(Any, data.std)

@@ -31,6 +31,7 @@ from moevision.layers import (
     moe_layers,
     update_router_bias,
 )
+from moevision.layers.routing import as_vector
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
 from moevision.models.config import MoEConfig, build_model
@@ -38,7 +39,7 @@ from moevision.models.vit_moe import num_patches, set_fused_attention, trains_un
 from moevision.train.checkpoint import make_plain
 from moevision.train.optim import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.parallel import clip, total_norm
-from moevision.train.processes import sum_over_processes
+from moevision.train.processes import mean_over_processes, sum_over_processes
 
 if TYPE_CHECKING:
     from moevision.train.calibration import Calibration
@@ -159,6 +160,14 @@ class ClassificationTask(L.LightningModule):
         """Keep what was given in Python, such as NumPy's numbers, from making the checkpoint unreadable."""
         make_plain(checkpoint)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take moments of what earlier versions kept as a scalar (`layers.routing.as_vector`)."""
+        for state in checkpoint.get("optimizer_states", []):
+            for moments in state["state"].values():
+                for name in moments:
+                    if name != "step":
+                        as_vector(moments, name)
+
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode; frozen BatchNorm layers stay in evaluation mode."""
         super().train(mode)
@@ -189,8 +198,9 @@ class ClassificationTask(L.LightningModule):
         )
         size = len(batch["label"])
         top1 = (logits.argmax(-1) == batch["label"]).float().mean()  # of labels [B], also under Mixup
-        self.log("train/loss", loss, prog_bar=True, batch_size=size)
-        self.log_dict({"train/cross_entropy": cross_entropy, "train/top1": top1}, batch_size=size)
+        means = mean_over_processes({"train/loss": loss, "train/cross_entropy": cross_entropy, "train/top1": top1})
+        self.log("train/loss", means.pop("train/loss"), prog_bar=True, batch_size=size)
+        self.log_dict(means, batch_size=size)
         self.log_dict({f"train/{name}_loss": value for name, value in values.items()}, batch_size=size)
         return loss
 

@@ -20,6 +20,8 @@ from moevision.models.config import MoEConfig
 from moevision.train.faults import FaultInjector
 from moevision.train.guard import GuardConfig, GuardRecord, StabilityGuard
 from moevision.train.optim import EmaConfig, OptimizerConfig, OptimizerName, WeightEMA
+from moevision.train.parallel import full
+from moevision.train.strategy import MoEParallelStrategy
 from moevision.train.task import ClassificationTask
 
 CLASSES = 4
@@ -36,6 +38,14 @@ TWO_PROCESS_CASES = {
     "buffer of another": "nan_buffer@3:block1:rank1",
     "average": "nan_ema@3:rank1",
     "spike": "spike@7x1000:rank1",
+}
+# The same with weights sharded over both processes and two experts of four in each.
+SHARDED_CASES = {
+    "sharded, loss": "nan_loss@3:rank1",
+    "sharded, gradient": "inf_grad@3:expert2:rank1",
+    "sharded, weight": "nan_weight@3:rank1",
+    "sharded, average": "nan_ema@3:rank1",
+    "sharded, spike": "spike@7x1000:rank1",
 }
 # Snapshots and spikes within the 12 batches of a process.
 TWO_PROCESS_GUARD = GuardConfig(snapshot_every=2, spike_warmup=4, spike_updates=2)
@@ -129,6 +139,7 @@ class Run:
         val: list[dict[str, Tensor]] | None = None,
         callbacks: tuple[L.Callback, ...] = (),
         processes: int = 1,
+        expert: int | None = None,
         **options: Any,
     ) -> None:
         self.task = task or tiny_task()
@@ -139,7 +150,7 @@ class Run:
         defaults = {"max_epochs": 1, "gradient_clip_val": 1.0, "enable_checkpointing": False, "devices": processes}
         self.trainer = L.Trainer(
             accelerator="cpu",
-            strategy="ddp" if processes > 1 else "auto",
+            strategy=MoEParallelStrategy(expert) if expert else "ddp" if processes > 1 else "auto",
             default_root_dir=folder,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
@@ -164,13 +175,21 @@ def one_of_two(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     warnings.simplefilter("ignore")  # Lightning's advice, and the guard's own words
     torch.set_num_threads(1)
-    for case, faults in TWO_PROCESS_CASES.items():
+    for case, faults in {**TWO_PROCESS_CASES, **SHARDED_CASES}.items():
         mine = batches(24)[rank::2]
-        run = Run(folder / case, mine, faults=faults, task=tiny_task(**BIASED), processes=2, guard=TWO_PROCESS_GUARD)
+        run = Run(
+            folder / case,
+            mine,
+            faults=faults,
+            task=tiny_task(**BIASED),
+            processes=2,
+            guard=TWO_PROCESS_GUARD,
+            expert=2 if case in SHARDED_CASES else None,
+        )
         torch.save(
             {
-                "net": dict(run.task.net.state_dict()),
-                "average": run.states.last["average"],
+                "net": {name: full(tensor) for name, tensor in run.task.net.state_dict().items()},
+                "average": {name: full(tensor) for name, tensor in run.states.last["average"].items()},
                 "record": run.record.state_dict(),
                 "injected": dict(run.injector.injected),
             },

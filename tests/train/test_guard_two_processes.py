@@ -11,7 +11,7 @@ import torch
 from moevision.train.guard import GuardRecord
 from tests.forks import Forked
 from tests.train import guarded
-from tests.train.guarded import TWO_PROCESS_CASES
+from tests.train.guarded import SHARDED_CASES, TWO_PROCESS_CASES
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -30,6 +30,7 @@ EXPECTED = {
     # Two losses in a row; back to the snapshot of update 6.
     "spike": (0, 1, 2, "loss spike: "),
 }
+EXPECTED |= {case: EXPECTED[case.removeprefix("sharded, ")] for case in SHARDED_CASES}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, An
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said[-6000:]
     return {
-        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
-        for case in TWO_PROCESS_CASES
+        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)] for case in EXPECTED
     }
 
 
@@ -66,7 +66,7 @@ def test_both_processes_decide_alike(case: str, two: dict[str, list[dict[str, An
         for name, tensor in first.items():
             if "running" not in name:  # each process has BatchNorm statistics of its own; rank 0's are used
                 assert torch.equal(tensor, second[name]), name
-    struck = re.findall(r"rank(\d)", TWO_PROCESS_CASES[case])
+    struck = re.findall(r"rank(\d)", {**TWO_PROCESS_CASES, **SHARDED_CASES}[case])
     assert [sum(state["injected"].values()) for state in two[case]] == [struck.count("0"), struck.count("1")]
 
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,9 @@ import torch
 from moevision.errors import UserError
 from moevision.layers import MoEMlp
 from moevision.models.config import MoEConfig, build_model
+from moevision.train.checkpoint import SafeCheckpointIO, newest_valid, verify
 from moevision.train.parallel import check_divides, check_network, filled, outline, total_norm
+from moevision.train.sharded import read_folder
 from tests.forks import Forked
 from tests.train import layouts
 from tests.train.layouts import CASES
@@ -19,26 +24,24 @@ COMPARED = [(name, size, layout) for name, case in CASES.items() for size, layou
 
 
 @pytest.fixture(scope="module")
-def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict[str, float]]]:
-    """For each number of processes, case and layout: the largest differences from one process, of each kind."""
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the script writes."""
     folder = tmp_path_factory.mktemp("layouts")
     process = Forked([layouts.__file__, str(folder)], folder, dict(os.environ))
     said, _ = process.communicate(timeout=1800)
     assert process.returncode == 0, said[-6000:]
     assert "Warning" not in said, said[-6000:]
-    return {size: json.loads((folder / f"errors-{size}.json").read_text()) for size in (2, 4)}
+    return folder
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("name", "size", "layout"), COMPARED)
-def test_layouts_train_like_one_process(
-    name: str, size: int, layout: int, errors: dict[int, dict[str, dict[str, float]]]
-) -> None:
+def test_layouts_train_like_one_process(name: str, size: int, layout: int, compared: Path) -> None:
     """16 images a step, float64, clipped: logits, balance loss, every gradient, their norm and the weights.
 
     AdamW divides by the root of the second moment, so that rounding in a gradient near 0 shows in its weight.
     """
-    found = errors[size][f"{name}, {layout}"]
+    found = json.loads((compared / f"errors-{size}.json").read_text())[f"{name}, {layout}"]
     if CASES[name].precision == "bf16":
         # One process rounds a gradient of bfloat16 (8 bits) once, several once each before they are summed.
         assert found["gradients"] < 2**-7
@@ -50,6 +53,53 @@ def test_layouts_train_like_one_process(
     assert found["gradients"] < 1e-10
     assert found["norm"] < 1e-10
     assert found["weights"] < 1e-8
+
+
+@pytest.mark.dist
+def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> None:
+    """Weights and both moments, by SHA-256; EP2 x FSDP2, EP2, none, EP4; folders, folder, a file."""
+    digests = json.loads((compared / "digests.json").read_text())
+    assert len(digests) == 4
+    assert len(set(digests)) == 1
+    four = compared / "checkpoints" / "four.ckpt"
+    assert sorted(path.name for path in four.iterdir()) == [
+        ".metadata",
+        *(f"__{r}_0.distcp" for r in range(4)),
+        "rest.pt",
+    ]
+    assert newest_valid(four.parent)[1] == []
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("file", [".metadata", "__1_0.distcp", "rest.pt"])
+def test_a_flipped_bit_in_a_folder_is_noticed(file: str, compared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(compared / "checkpoints", folder)
+    assert verify(folder / "four.ckpt").fault is None
+    damaged = bytearray((folder / "four.ckpt" / file).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (folder / "four.ckpt" / file).write_bytes(damaged)
+    assert "differs from its SHA-256" in str(verify(folder / "four.ckpt").fault)
+    with pytest.raises(UserError, match="damaged or cut off"):
+        SafeCheckpointIO().load_checkpoint(folder / "four.ckpt")
+
+
+@pytest.mark.dist
+def test_a_description_that_calls_something_is_refused(compared: Path, tmp_path: Path) -> None:
+    """DCP's .metadata is a pickle: one that makes a folder must not."""
+    shutil.copytree(compared / "checkpoints" / "two.ckpt", tmp_path / "two.ckpt")
+    (tmp_path / "two.ckpt" / ".metadata").write_bytes(pickle.dumps(_Calls(tmp_path / "made")))
+    with pytest.raises(pickle.UnpicklingError, match="no part of a checkpoint"):
+        read_folder(tmp_path / "two.ckpt")
+    assert not (tmp_path / "made").exists()
+
+
+class _Calls:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""`moevision fit --parallel fsdp --parallel.expert 2` with two processes (gloo, CPU): a run folder like any other."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moevision.train.sharded import read_folder
+from tests.train.test_command_two_processes import TWO, differing, fit, start
+
+SHARDED = (*(option for option in TWO if "strategy" not in option), "--parallel=fsdp", "--parallel.expert=2")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def whole(work: Path) -> tuple[Path, str]:
+    """The run folder of a training that nobody interrupted, and what was said."""
+    return work / "runs" / "whole", fit(work, "synthetic_pets", *SHARDED, "--name=whole")
+
+
+@pytest.fixture(scope="module")
+def stopped(work: Path) -> Path:
+    """The run folder of a training that was stopped after three steps of 18."""
+    process = start(work, "synthetic_pets", *SHARDED, "--name=stopped", "--checkpoint.every_steps=3")
+    last = work / "runs" / "stopped" / "checkpoints" / "last.ckpt"
+    while not last.is_dir():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+    os.kill(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == 143, said[-3000:]
+    shutil.copytree(work / "runs" / "stopped", work / "runs" / "unsharded")
+    return work / "runs" / "stopped"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_exported_model_is_the_best_checkpoint(whole: tuple[Path, str]) -> None:
+    """Weights are whole again, on one file; every file of a run is there, and the plan says how it is shared."""
+    run, said = whole
+    assert "parallel: weights sharded over 2 processes (FSDP2), 4 experts over 2 of them, 2 each" in said
+    best, model = read_folder(run / "checkpoints" / "best.ckpt"), load_file(run / "model" / "model.safetensors")
+    assert {f"net.{name}" for name in model} <= best["state_dict"].keys()
+    for name, tensor in model.items():
+        assert torch.equal(best["state_dict"][f"net.{name}"], tensor), name
+    for name in ("summary.md", "provenance.json", "predictions_test.csv", "curves.png"):
+        assert (run / name).is_file(), name
+    assert json.loads((run / "summary.json").read_text())["test"]["total"] == 33
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert sorted(line for line in set(lines) if lines.count(line) > 1) == []
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_interrupted_and_resumed_is_uninterrupted(work: Path, whole: tuple[Path, str], stopped: Path) -> None:
+    said = fit(work, "--resume", "runs/stopped")
+    assert "bit-identical" not in said
+    assert differing(stopped, whole[0]) == []
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.usefixtures("stopped")
+def test_a_run_goes_on_under_another_layout(work: Path) -> None:
+    said = fit(work, "--resume", "runs/unsharded", "--parallel=ddp", "--parallel.expert=1")
+    assert "--parallel.layout was fsdp, now ddp, which may round differently" in said
+    assert (work / "runs" / "unsharded" / "checkpoints" / "last.ckpt").is_file()
+    assert (work / "runs" / "unsharded" / "summary.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--parallel.expert=2"], "say --parallel fsdp too"),
+        (["--parallel", "fsdp"], "there is one: say --trainer.devices N"),
+        (["--parallel=fsdp", "--trainer.strategy=ddp"], "are two ways to say it"),
+        (["--parallel=fsdp", "--parallel.expert=2", "--trainer.devices=3"], "does not divide the 3 processes"),
+        (["--parallel=fsdp", "--parallel.expert=3", "--trainer.devices=3"], "does not divide the 4 experts of block"),
+        (["--parallel=fsdp", "--trainer.devices=2", "--trainer.precision=bf16-true"], "not in bf16-true"),
+        (["--parallel=fsdp", "--trainer.devices=2", "--model.compile=true"], "--model.compile has no tests"),
+        (
+            ["--parallel=fsdp", "--trainer.devices=3", "--data.batch_size=1"],
+            "8 val images in batches of 1 leave one",
+        ),
+    ],
+)
+def test_what_can_not_work_is_refused(
+    options: list[str], says: str, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--data.train_size=16", "--data.val_size=8", "--data.test_size=8", "--data.image_size=32"]
+    found = cli("fit", "synthetic_pets", "--model.arch.name=test_vit_moe", "--trainer.accelerator=cpu", *tiny, *options)
+    assert found.code == 2
+    assert says in found.err
+    assert not list(tmp_path.glob("runs/*/*"))
