@@ -60,8 +60,9 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
     Raises:
         OSError: on all processes, if one of them can't write.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     sharded: dict[Place, Tensor] = {}
     rest = _without_sharded(checkpoint, (), sharded)
@@ -77,9 +78,9 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
     if (fault := from_first(fault)) is not None:
         raise OSError(0, fault)
     try:
-        dcp.save(
+        save(
             {json.dumps(place): tensor.detach() for place, tensor in sharded.items()},
-            storage_writer=dcp.FileSystemWriter(folder),
+            storage_writer=FileSystemWriter(folder),
         )
     except CheckpointException as error:  # the same on all processes
         causes = [str(cause) for cause, _ in error.failures.values()]
@@ -107,7 +108,7 @@ def read_folder(folder: Path, like: Like | None = None, map_location: Any = "cpu
         like: how sharded tensors shall be divided; every process must then call it. None: all tensors are whole.
         map_location: where what isn't sharded is put.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = _reader(folder)
     checkpoint: dict[str, Any] = torch.load(folder / REST, map_location=map_location, weights_only=True)
@@ -118,7 +119,7 @@ def read_folder(folder: Path, like: Like | None = None, map_location: Any = "cpu
         targets[key] = torch.empty(known.size, dtype=dtype) if model is None else torch.empty_like(model, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        dcp.load(targets, storage_reader=reader, no_dist=like is None)
+        load(targets, storage_reader=reader, no_dist=like is None)
     for key, tensor in targets.items():
         *way, last = json.loads(key)
         holder: Any = checkpoint
@@ -235,7 +236,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _reader(folder: Path) -> Any:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
     class Reader(FileSystemReader):

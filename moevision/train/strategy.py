@@ -192,7 +192,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
         """
         net = self._task.net
         if any(isinstance(module, _BatchNorm) for module in net.modules()):
-            dist._broadcast_coalesced(dist.group.WORLD, list(net.buffers()), 250 << 20, 0)  # DDP's size of a bucket
+            cast(Any, dist)._broadcast_coalesced(
+                dist.group.WORLD, list(net.buffers()), 250 << 20, 0
+            )  # DDP's size of a bucket
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Gradients are summed over processes: those of the mean are wanted."""

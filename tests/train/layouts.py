@@ -60,7 +60,7 @@ class Case:
 
     arch: dict[str, Any]
     layouts: tuple[tuple[int, int], ...] = TWO
-    losses: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, Any] = field(default_factory=dict)
     steps: int = 2
     micro_batches: int = 1
     optimizer: OptimizerName = "adamw"
@@ -103,7 +103,9 @@ class Step(NamedTuple):
 def build(case: Case) -> nn.Module:
     """A network whose routers, far from zero, send different numbers of tokens to different experts."""
     torch.manual_seed(0)
-    noise = {} if case.arch["router"] in ("switch", "sigmoid", "bias_balanced", "soft") else {"noise": "none"}
+    noise: dict[str, Any] = (
+        {} if case.arch["router"] in ("switch", "sigmoid", "bias_balanced", "soft") else {"noise": "none"}
+    )
     net = build_model(MoEConfig("test_vit_moe", stem="patch", num_experts=8, **noise, **case.arch), CLASSES, 32)
     net = net.to(torch.float64 if case.precision == "64" else torch.float32).train()
     if case.checkpointing:
@@ -343,7 +345,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     known = {name: alone(case) for name, case in CASES.items()}
-    start = partial(torch.multiprocessing.start_processes, start_method="fork")
+    start = partial(torch.multiprocessing.start_processes, start_method="fork")  # type: ignore[attr-defined]
     for processes in (4, 2):
         start(one_of, (processes, free_port(), known, folder), nprocs=processes)
     carry_on(folder, "two.ckpt", "one.ckpt", None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moevision.errors import UserError
-from moevision.layers import MoEMlp
+from moevision.layers import Backend, MoEMlp
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.checkpoint import SafeCheckpointIO, newest_valid, verify
 from moevision.train.parallel import check_divides, check_network, filled, outline, total_norm
@@ -110,9 +110,8 @@ class _Calls:
         (2, 0, "loop", "this one has none"),
     ],
 )
-def test_networks_that_can_not_be_divided(expert: int, experts: int, backend: str, says: str) -> None:
-    twin = None if experts else "active_flops"
-    arch = MoEConfig("test_vit_moe", num_experts=experts or 8, twin=twin)
+def test_networks_that_can_not_be_divided(expert: int, experts: int, backend: Backend, says: str) -> None:
+    arch = MoEConfig("test_vit_moe", num_experts=experts or 8, twin=None if experts else "active_flops")
     net = build_model(arch, 4, 32)
     for layer in net.modules():
         if isinstance(layer, MoEMlp):

@@ -6,7 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def stopped(work: Path) -> Path:
     last = work / "runs" / "stopped" / "checkpoints" / "last.ckpt"
     while not last.is_dir():
         assert process.poll() is None, process.communicate()[0][-3000:]
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(cast(int, process.pid), signal.SIGTERM)
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 143, said[-3000:]
     shutil.copytree(work / "runs" / "stopped", work / "runs" / "unsharded")
@@ -63,6 +63,7 @@ def test_the_exported_model_is_the_best_checkpoint(whole: tuple[Path, str]) -> N
 @pytest.mark.dist
 @pytest.mark.slow
 def test_interrupted_and_resumed_is_uninterrupted(work: Path, whole: tuple[Path, str], stopped: Path) -> None:
+    """Also where the first process's running statistics (BatchNorm) are the only ones that are saved."""
     said = fit(work, "--resume", "runs/stopped")
     assert "bit-identical" not in said
     assert differing(stopped, whole[0]) == []
