@@ -357,6 +357,7 @@ def _default(name: str) -> Any:
     from moevision.train.optim import EmaConfig, OptimizerConfig
     from moevision.train.record import RecordRoutingConfig
     from moevision.train.resume import CheckpointConfig
+    from moevision.train.strategy import ParallelConfig
     from moevision.train.task import ClassificationTask
 
     group, _, key = name.rpartition(".")
@@ -367,6 +368,7 @@ def _default(name: str) -> Any:
         "ema": EmaConfig,
         "early_stopping": EarlyStoppingConfig,
         "record_routing": RecordRoutingConfig,
+        "parallel": ParallelConfig,
     }
     if group in known:
         return {field.name: field.default for field in fields(known[group])}[key]
