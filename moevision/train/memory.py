@@ -20,6 +20,7 @@ from moevision.train.guard import StabilityGuard
 from moevision.train.optim import WeightEMA
 from moevision.train.planner import Job, Layout, Weights, memory, state_bytes
 from moevision.train.provenance import device_name, total_memory_bytes
+from moevision.train.strategy import MoEParallelStrategy
 
 if TYPE_CHECKING:
     from moevision.data import ImageDataModule
@@ -117,6 +118,8 @@ def device_memory_bytes(trainer: L.Trainer) -> int | None:
 
 def layout_of(trainer: L.Trainer) -> Layout:
     """How a Trainer spreads the weights: FSDP2 divides them over all processes, every other strategy copies them."""
+    if isinstance(trainer.strategy, MoEParallelStrategy):
+        return Layout("fsdp", trainer.strategy.expert)
     return Layout("fsdp" if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy) else "ddp")
 
 
