@@ -1,4 +1,4 @@
-"""`moevision data score | prune | curve | shard`: good data, from what a training found out; many data, in tar shards."""
+"""`moevision data score | prune | curve | shard`: what a training found out about its images; images as tar shards."""
 
 from __future__ import annotations
 

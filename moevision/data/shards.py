@@ -289,10 +289,7 @@ class ShardFiles:
         """Nothing is opened yet."""
         self.folder = folder
         self.names = [shard.file for shard in shards]
-        self._opened = lru_cache(_OPEN_FILES)(self._open)
-
-    def _open(self, shard: int) -> _Descriptor:
-        return _Descriptor(self.folder / self.names[shard])
+        self._opened = lru_cache(_OPEN_FILES)(_Descriptor)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Bytes of a shard, fewer where it ends early; raises OSError."""
@@ -300,7 +297,7 @@ class ShardFiles:
             with (self.folder / self.names[shard]).open("rb") as file:
                 file.seek(offset)
                 return file.read(size)
-        return os.pread(self._opened(shard).number, size, offset)
+        return os.pread(self._opened(self.folder / self.names[shard]).number, size, offset)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, for workers that aren't forked."""
@@ -309,7 +306,7 @@ class ShardFiles:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open anew."""
         self.__dict__.update(state)
-        self._opened = lru_cache(_OPEN_FILES)(self._open)
+        self._opened = lru_cache(_OPEN_FILES)(_Descriptor)
 
 
 Places = tuple[dict[str, int], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]
