@@ -121,7 +121,7 @@ def test_a_curve_is_gone_on_with(cli, tiny_run, monkeypatch, send_signal):
 
 
 def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal):
-    """Stopped after a step, one shard to the next, and gone on with: the files of the folder's run, byte by byte."""
+    """Begun on the folder, stopped after a step, and gone on with from shards: the files of the folder's run."""
     folder = tiny_run.parents[1] / "pets"
     Path("pets.yaml").write_text(f"data: {{path: {json.dumps(str(folder))}}}\n")
     outcome = cli("data", "shard", "pets.yaml", "--out", "shards")
@@ -130,10 +130,11 @@ def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal)
     assert "1 of them kept from before: shards" in cli("data", "shard", folder, "--out", "shards").out
     assert cli("data", "shard", "shards", "--check").out == "1 shards have the bytes that were written: shards\n"
     send_signal(1)
-    assert cli("fit", "shards", *tiny, "--data.max_bad_fraction=0.2", "--data.cache_mb=0").code == 143
-    assert cli("fit", "--resume", "runs/shards").code == 0
+    options = (*tiny, "--data.max_bad_fraction=0.2", "--data.cache_mb=0", "--name=both")
+    assert cli("fit", folder, *options).code == 143
+    assert cli("fit", "--resume", "runs/both", "--data.path=shards").code == 0
     for name in (*COMPARED, "bad_images.csv"):
-        assert (tiny_run / name).read_bytes() == Path("runs/shards", name).read_bytes(), name
+        assert (tiny_run / name).read_bytes() == Path("runs/both", name).read_bytes(), name
     told = []
     for place in (folder, "shards"):
         answers = csv.DictReader(io.StringIO(cli("predict", tiny_run, place).out))

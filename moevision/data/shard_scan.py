@@ -36,7 +36,7 @@ from moevision.names import name_bytes, shown
 
 _KEY: Final = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")
 _LABEL_BYTES: Final = 2**20  # a .json may hold a long caption besides
-_WORDNET_KEY: Final = re.compile(r"(?:.*[/_])?(n\d{8})(?:_.*)?")
+_WORDNET_KEY: Final = re.compile(r"(?:.*[/_])?(n\d{8})(?:[/_].*)?")
 _NAME_FILES: Final = ("classnames.txt", "classes.txt")
 
 Label = int | str

@@ -146,6 +146,7 @@ def _begin(out: Path) -> dict[str, Shard]:
             return {shard.file: shard for shard in index.shards if _OWN_NAME.fullmatch(shard.file)}
     if any(out.iterdir()):
         raise UserError(f"{out} holds something else: give --out a new folder.")
+    _write_journal(out, {})  # from now on the folder is known as ours, whatever a kill leaves in it
     return {}
 
 

@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -106,7 +106,11 @@ class Index:
 
     def write(self, path: Path) -> None:
         """Write it whole or not at all."""
-        write_text_atomic(path, json_text({"moevision_shards": _FORMAT, **asdict(self)}) + "\n")
+        held = vars(self) | {
+            "shards": list(map(vars, self.shards)),
+            "splits": {split: vars(rows) for split, rows in self.splits.items()},
+        }
+        write_text_atomic(path, json_text({"moevision_shards": _FORMAT, **held}) + "\n")
 
 
 def read_index(path: Path) -> Index:
