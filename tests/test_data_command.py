@@ -146,20 +146,20 @@ def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["pets"], "Give --out SHARDS, the folder to write to, or --check"),
-        (["pets", "--out", "new", "--check"], "Give --out SHARDS"),
-        (["pets", "--check"], "pets holds no shards: give the folder"),
-        (["pets", "--out", "pets/new"], "pets/new lies in the folder of the images"),
-        (["pets", "--out", "other"], "other holds something else: give --out a new folder"),
-        (["pets", "--out", "pets/dog/0.png/new"], "lies in the folder"),
-        (["pets", "--out", "other/mine.txt/new"], "mine.txt"),
+        (["photos"], "Give --out SHARDS, the folder to write to, or --check"),
+        (["photos", "--out", "new", "--check"], "Give --out SHARDS"),
+        (["photos", "--check"], "photos holds no shards: give the folder"),
+        (["photos", "--out", "photos/new"], "photos/new lies in the folder of the images"),
+        (["photos", "--out", "other"], "other holds something else: give --out a new folder"),
+        (["photos", "--out", "photos/dog/0.png/new"], "lies in the folder"),
+        (["photos", "--out", "other/mine.txt/new"], "mine.txt"),
         (["quickstart", "--out", "new"], "synthetic_pets is drawn when it is opened"),
         (["empty.yaml", "--out", "new"], "empty.yaml names no images"),
         (["nothing", "--out", "new"], "There is no config 'nothing'"),
     ],
 )
 def test_what_can_not_be_sharded(cli, draw, arguments, words):
-    draw(Path("pets"), per_class=1)
+    draw(Path("photos"), per_class=1)
     Path("other").mkdir()
     Path("other/mine.txt").touch()
     Path("empty.yaml").write_text("seed: 1\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,7 +110,9 @@ def shard(chosen: Namespace) -> None:
         raise UserError(
             "Give --out SHARDS, the folder to write to, or --check to compare written shards with their hashes."
         )
-    bar = Progress(*Progress.get_default_columns(), console=Console(stderr=True), transient=True)
+    bar = Progress(
+        *Progress.get_default_columns(), console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    )
     if chosen.check:
         folder = Path(chosen.what).expanduser()
         if not is_shards(folder):
@@ -160,7 +163,7 @@ def _collection(what: str, root: str | None) -> Collection:
         download=bool(settings.get("download")),
         image_size=64,
         seed=0,
-        sizes=dict.fromkeys(SPLITS, 0),
+        sizes=dict.fromkeys(SPLITS, 1),
         columns=(settings.get("image_column"), settings.get("label_column")),
     )
 

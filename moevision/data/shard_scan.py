@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,7 +76,8 @@ def index_others(folder: Path) -> Index:
     """
     tars = tars_in(folder)
     total = sum(tar.stat().st_size for tar in tars)
-    with Progress(console=Console(stderr=True), transient=True, disable=not is_main_process()) as bar:
+    quiet = not (is_main_process() and sys.stderr.isatty())
+    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task("reading the tars' headers, once", total=total)
         index = scan(folder, tars, lambda done: bar.update(task, advance=done))
     for place in (folder / INDEX, cache_file(folder)):
