@@ -75,7 +75,7 @@ def main() -> None:
         record["shards"] = len(tars.files.names)
         record["equal"] = compare(folder, tars)
         record["training"] = train_both(options, out, Path(work))
-        record["rows"] = measure({"folder": options.folder, "shards": out}, options)
+        record["rows"] = measure({"folder": options.folder.resolve(), "shards": out}, options)
     show(record)
     harness.write_record(options.out, record)
 

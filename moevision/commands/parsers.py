@@ -368,7 +368,7 @@ def data() -> ArgumentParser:
     _score(tasks.add_parser)
     _prune(tasks.add_parser)
     _curve(tasks.add_parser)
-    _shard(tasks.add_parser)
+    _tars(tasks.add_parser)
     return parser
 
 
@@ -471,7 +471,7 @@ def _curve(add_parser: Callable[..., ArgumentParser]) -> None:
     add("--out", type=Path, metavar="DIR", help="folder to write to (RUN/curve)")
 
 
-def _shard(add_parser: Callable[..., ArgumentParser]) -> None:
+def _tars(add_parser: Callable[..., ArgumentParser]) -> None:
     parser = add_parser(
         "shard",
         help="images as a few large tars, which fit takes",

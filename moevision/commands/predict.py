@@ -117,7 +117,7 @@ def predict(
 
 
 def _predict_files(
-    saved: SavedModel, files: Sequence[Path], batch_size: int, precision: Literal["fp32", "bf16"]
+    saved: SavedModel, files: Sequence[Path | ShardImage], batch_size: int, precision: Literal["fp32", "bf16"]
 ) -> list[Prediction]:
     batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
@@ -141,7 +141,7 @@ def _tell(predictions: Sequence[Prediction], unsure: float | None, *, calibrated
 
 def _predict_shard(
     saved: SavedModel,
-    files: Sequence[Path],
+    files: Sequence[Path | ShardImage],
     shard: tuple[int, int],
     folder: Path,
     batch_size: int,
@@ -181,7 +181,7 @@ def _rows(predictions: Sequence[Prediction], said: dict[str, Any], *, calibrated
     return "".join(json_text(row) + "\n" for row in rows)
 
 
-def _identity(saved: SavedModel, files: Sequence[Path]) -> dict[str, Any]:
+def _identity(saved: SavedModel, files: Sequence[Path | ShardImage]) -> dict[str, Any]:
     """What must be the same for all shards: the images, in their order, and the weights."""
     from moevision.analysis.collect import weights_sha256
 
