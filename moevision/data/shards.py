@@ -281,9 +281,9 @@ class _Descriptor:
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # os is gone when Python ends
         if hasattr(self, "number"):
-            os.close(self.number)
+            close(self.number)
 
 
 class ShardFiles:

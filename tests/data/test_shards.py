@@ -163,6 +163,15 @@ def test_few_files_are_open_and_none_is_pickled(pictures, tmp_path, monkeypatch)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_nothing_is_said_when_python_ends(pictures, tmp_path, monkeypatch):
+    """Modules are None by then; what fails in `__del__` is a warning, and so an error here."""
+    write_shards(read_folder(pictures), tmp_path / "shards")
+    collection = open_shards(tmp_path / "shards")
+    collection.stored(collection.given["all"][0])
+    monkeypatch.setattr(shards, "os", None)
+    del collection
+
+
 # ---- interrupted, and started again
 
 
