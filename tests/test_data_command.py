@@ -1,6 +1,9 @@
-"""`moevision data`: lists made from a run, which fit takes and goes on with; and what is refused."""
+"""`moevision data`: lists made from a run, and shards, which fit takes and goes on with; and what is refused."""
 
 import csv
+import io
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -115,3 +118,52 @@ def test_a_curve_is_gone_on_with(cli, tiny_run, monkeypatch, send_signal):
     assert again.out.splitlines()[-9:] == outcome.out.splitlines()[-9:]
     record.write_text(record.read_text().replace('"recipe": "', '"recipe": "0'))
     assert "is of another config.yaml or scores.csv" in cli(*asked).err
+
+
+def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal):
+    """Begun on the folder, stopped after a step, and gone on with from shards: the files of the folder's run."""
+    folder = tiny_run.parents[1] / "pets"
+    Path("pets.yaml").write_text(f"data: {{path: {json.dumps(str(folder))}}}\n")
+    outcome = cli("data", "shard", "pets.yaml", "--out", "shards")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.match(r"41 all images in 1 shards, [\d.]+ MiB: shards\ntrain on them: moevision fit shards$", outcome.out)
+    assert "1 of them kept from before: shards" in cli("data", "shard", folder, "--out", "shards").out
+    assert cli("data", "shard", "shards", "--check").out == "1 shards have the bytes that were written: shards\n"
+    send_signal(1)
+    options = (*tiny, "--data.max_bad_fraction=0.2", "--data.cache_mb=0", "--name=both")
+    assert cli("fit", folder, *options).code == 143
+    assert cli("fit", "--resume", "runs/both", "--data.path=shards").code == 0
+    for name in (*COMPARED, "bad_images.csv"):
+        assert (tiny_run / name).read_bytes() == Path("runs/both", name).read_bytes(), name
+    told = []
+    for place in (folder, "shards"):
+        answers = csv.DictReader(io.StringIO(cli("predict", tiny_run, place).out))
+        told.append({row.pop("path").removeprefix(f"{place}/"): row for row in answers})
+    assert told[0] == told[1]
+    assert len(told[0]) == 41
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["photos"], "Give --out SHARDS, the folder to write to, or --check"),
+        (["photos", "--out", "new", "--check"], "Give --out SHARDS"),
+        (["photos", "--check"], "photos holds no shards: give the folder"),
+        (["photos", "--out", "photos/new"], "photos/new lies in the folder of the images"),
+        (["photos", "--out", "other"], "other holds something else: give --out a new folder"),
+        (["photos", "--out", "photos/dog/0.png/new"], "lies in the folder"),
+        (["photos", "--out", "other/mine.txt/new"], "mine.txt"),
+        (["quickstart", "--out", "new"], "synthetic_pets is drawn when it is opened"),
+        (["empty.yaml", "--out", "new"], "empty.yaml names no images"),
+        (["nothing", "--out", "new"], "There is no config 'nothing'"),
+    ],
+)
+def test_what_can_not_be_sharded(cli, draw, arguments, words):
+    draw(Path("photos"), per_class=1)
+    Path("other").mkdir()
+    Path("other/mine.txt").touch()
+    Path("empty.yaml").write_text("seed: 1\n")
+    outcome = cli("data", "shard", *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err
+    assert not Path("new").exists()

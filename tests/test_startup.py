@@ -32,7 +32,7 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["benchmark", "layer"]),
     *((0, [verb, "--help"]) for verb in VERBS),
     *((0, [verb, "path/to/images", "--help-all"]) for verb in ("fit", "validate", "test")),
-    *((0, ["data", task, "--help"]) for task in ("score", "prune")),
+    *((0, ["data", task, "--help"]) for task in ("score", "prune", "shard")),
     *((0, ["completion", shell]) for shell in ("bash", "zsh", "fish")),
     # Usage errors
     (2, ["predict", "runs/pets"]),

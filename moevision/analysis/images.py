@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moevision.data.images import BadImageError
+from moevision.data.shards import ShardCollection
 from moevision.data.sources import SPLITS, Collection, DrawnCollection, FileCollection, Sample, open_collection
 from moevision.data.splits import Cut, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
@@ -89,8 +90,8 @@ def open_pictures(
 
     Args:
         data: `synthetic_pets`, another dataset's name (`cifar10`, ...), a folder with one subfolder per class (also
-            inside train/, val/, test/), a CSV manifest, a Hugging Face dataset (`hf:NAME`), a torch dataset of
-            (PIL image, label), or a `PictureSet`.
+            inside train/, val/, test/), tar shards, a CSV manifest, a Hugging Face dataset (`hf:NAME`), a torch dataset
+            of (PIL image, label), or a `PictureSet`.
         image_size: S, side of the square images in pixels.
         split: `test`, `val`, `train`, or `all`; cut as `ImageDataModule` cuts it where the data came unsplit. A torch
             dataset or a `PictureSet` is taken as it is.
@@ -146,7 +147,11 @@ def _from_collection(
     samples, class_names, sentences = _samples(collection, split, seed, run_dir)
     for sentence in [*collection.notes, *sentences]:
         warnings.warn(sentence, DataWarning, stacklevel=4)
-    what = shown(Path(data).expanduser().resolve().name) if isinstance(collection, FileCollection) else str(data)
+    what = (
+        shown(Path(data).expanduser().resolve().name)
+        if isinstance(collection, FileCollection | ShardCollection)
+        else str(data)
+    )
     which = "all images" if split == "all" else f"{split} set"
     return Collected(collection, samples, image_size, tuple(class_names), f"{what}, {which}, seed {seed}")
 

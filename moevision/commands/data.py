@@ -1,21 +1,33 @@
-"""`moevision data score | prune | curve`: what a training found out about its images, and which of them to keep."""
+"""`moevision data score | prune | curve | shard`: what a training found out about its images; images as tar shards."""
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
 
 from moevision.analysis.images import data_settings, run_folder
 from moevision.data.prune import HEAD, class_shares, decide, expert_shares, prune, shares_table, starved
 from moevision.data.scores import FILE, Scores
+from moevision.data.shard_writer import write_shards
+from moevision.data.shards import find_index, is_shards, verify
+from moevision.data.sources import DATASET_NAMES, SPLITS, Collection, open_collection
+from moevision.data.tables import HF
 from moevision.errors import UserError
 from moevision.files import refuse_foreign
+from moevision.models.safe_files import read_yaml
 from moevision.names import shown
+from moevision.train.recipe import find_config
 
 
 def run(chosen: Namespace) -> None:
     """Do the task that was asked for."""
-    {"score": write_page, "prune": write_list, "curve": train_curve}[chosen.task](chosen)
+    {"score": write_page, "prune": write_list, "curve": train_curve, "shard": shard}[chosen.task](chosen)
 
 
 def run_of(address: str) -> Path:
@@ -86,6 +98,82 @@ def train_curve(chosen: Namespace) -> None:
     from moevision.commands.curve import run as run_curve
 
     run_curve(chosen, run_of(chosen.run))
+
+
+def shard(chosen: Namespace) -> None:
+    """`moevision data shard FOLDER|CONFIG --out SHARDS`: write tar shards, or check some.
+
+    Raises:
+        UserError: if there are no such images, or the shards can't be written or aren't whole.
+    """
+    if chosen.check == (chosen.out is not None):
+        raise UserError(
+            "Give --out SHARDS, the folder to write to, or --check to compare written shards with their hashes."
+        )
+    bar = Progress(
+        *Progress.get_default_columns(), console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    )
+    if chosen.check:
+        folder = Path(chosen.what).expanduser()
+        if not is_shards(folder):
+            raise UserError(f"{folder} holds no shards: give the folder that `moevision data shard` wrote.")
+        with bar:
+            task = bar.add_task("checking shards", total=sum(shard.bytes for shard in find_index(folder).shards))
+            index = verify(folder, lambda done: bar.update(task, advance=done))
+        print(f"{len(index.shards)} shards have the bytes that were written: {shown(str(folder))}")
+        return
+    collection = _collection(chosen.what, chosen.root)
+    _check_place(chosen.what, chosen.out)
+    count = sum(map(len, collection.given.values()))
+    with bar:
+        task = bar.add_task("writing shards", total=count)
+        written = write_shards(
+            collection,
+            chosen.out,
+            shard_bytes=chosen.shard_mb * 2**20,
+            on_progress=lambda done: bar.update(task, advance=done),
+        )
+    for sentence in collection.notes:
+        print(f"warning: {shown(sentence)}")
+    for name in written.changed:
+        print(f"warning: {name} had changed since it was written, and was written anew")
+    sizes = ", ".join(f"{len(rows.ids):,} {split}" for split, rows in written.index.splits.items())
+    total_mb = sum(each.bytes for each in written.index.shards) / 2**20
+    kept = f", {written.kept} of them kept from before" if written.kept else ""
+    print(f"{sizes} images in {len(written.index.shards)} shards, {total_mb:,.1f} MiB{kept}: {shown(str(chosen.out))}")
+    print(f"train on them: moevision fit {shown(str(chosen.out))}")
+
+
+def _collection(what: str, root: str | None) -> Collection:
+    """The dataset that a folder, a table, a dataset's name or a configuration names."""
+    is_data = what in DATASET_NAMES or what.startswith(HF) or Path(what).expanduser().is_dir()
+    settings: Mapping[str, Any] = {"path": what}
+    if not is_data and not what.lower().endswith(".csv"):
+        file = find_config(what)
+        try:
+            settings = read_yaml(file)["data"]
+            settings = {**settings, "path": str(settings["path"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file} names no images ({type(error).__name__}): it must say data: {{path: ...}}."
+            ) from error
+    return open_collection(
+        settings["path"],
+        root=root or settings.get("root", "data"),
+        download=bool(settings.get("download")),
+        image_size=64,
+        seed=0,
+        sizes=dict.fromkeys(SPLITS, 1),
+        columns=(settings.get("image_column"), settings.get("label_column")),
+    )
+
+
+def _check_place(what: str, out: Path) -> None:
+    source = Path(what).expanduser()
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"{out} lies in the folder of the images, which it would become part of: give --out another place."
+        )
 
 
 def _check_options(chosen: Namespace, decided: bool) -> None:

@@ -42,7 +42,12 @@ def predict() -> ArgumentParser:
         """,
     )
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files, and folders with all their subfolders")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="image files, folders with all their subfolders, and folders of tar shards",
+    )
     parser.add_argument("--format", choices=("csv", "json"), default="csv", help="what is written (%(default)s)")
     parser.add_argument("--out", metavar="FILE", help="write to FILE instead of standard output")
     parser.add_argument(
@@ -350,18 +355,20 @@ def data() -> ArgumentParser:
         """\
         Good data: what a training found out about its images, and which of them to keep. It reads scores.csv, which fit
         leaves in the run folder, and changes none of your images: what you choose becomes a list that fit takes.
-        `moevision data TASK --help` tells more.
+        And many images: `shard` puts them into a few large files. `moevision data TASK --help` tells more.
         """,
         """\
         moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
         moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row
         moevision data curve runs/pets                        what fewer images cost, by training on them
+        moevision data shard photos --out shards              a folder as tar shards, which fit takes
         """,
     )
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="{score,prune,curve}")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="{score,prune,curve,shard}")
     _score(tasks.add_parser)
     _prune(tasks.add_parser)
     _curve(tasks.add_parser)
+    _tars(tasks.add_parser)
     return parser
 
 
@@ -462,6 +469,37 @@ def _curve(add_parser: Callable[..., ArgumentParser]) -> None:
     add("--margin", type=float, default=1.0, metavar="POINTS",
         help="loss of accuracy, in percentage points, that counts as none (%(default)s)")  # fmt: skip
     add("--out", type=Path, metavar="DIR", help="folder to write to (RUN/curve)")
+
+
+def _tars(add_parser: Callable[..., ArgumentParser]) -> None:
+    parser = add_parser(
+        "shard",
+        help="images as a few large tars, which fit takes",
+        **_texts(
+            """\
+            Write the images of a folder (or what a configuration names) into tars in the WebDataset format, SHARDS/:
+
+              train-00000.tar ...      each image as stored, KEY.jpg, and its class beside it, KEY.cls
+              moevision-index.json     where each image is; its name, class and order in the folder; a hash of each tar
+
+            Every command that takes a folder of images takes SHARDS: ids, split, order, augmentation and resume are the
+            folder's. Stopped at any moment, the same command goes on: finished shards are checked by their hash and
+            kept. Tars that others made need no preparation: give their folder to fit.
+            """,
+            """\
+            moevision data shard path/to/images --out shards
+            moevision data shard imagenet.yaml --out shards --shard-mb 512
+            moevision data shard shards --check                   after a copy: compare every byte with the hashes
+            """,
+        ),
+    )
+    add = parser.add_argument
+    add("what", metavar="FOLDER|CONFIG",
+        help="a folder of images, a CSV, hf:NAME, a dataset's name, or a configuration with data")  # fmt: skip
+    add("--out", type=Path, metavar="SHARDS", help="folder to write to")
+    add("--shard-mb", type=_positive, default=256, metavar="MB", help="MiB of images in a shard (%(default)s)")
+    add("--root", metavar="DIR", help="folder of the datasets that are known by name (the configuration's, or data)")
+    add("--check", action="store_true", help="write nothing; compare the shards in FOLDER with their hashes")
 
 
 def demo() -> ArgumentParser:

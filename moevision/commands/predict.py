@@ -16,16 +16,19 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from moevision.commands import loading
 from moevision.data.images import BadImageError, is_image_path, safe_open
-from moevision.data.sources import walk
+from moevision.data.shards import ShardCollection, is_shards, open_shards
+from moevision.data.sources import Sample, walk
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
@@ -72,7 +75,7 @@ def predict(
 
     Args:
         model: A run folder, its model/ folder, or a timm address such as hf-hub:user/name.
-        paths: Image files and folders (searched with all subfolders).
+        paths: Image files, folders (searched with all subfolders), and folders of tar shards.
         format: csv or json.
         out: File to write to; standard output if not given.
         batch_size: Images per forward pass.
@@ -114,7 +117,7 @@ def predict(
 
 
 def _predict_files(
-    saved: SavedModel, files: Sequence[Path], batch_size: int, precision: Literal["fp32", "bf16"]
+    saved: SavedModel, files: Sequence[Path | ShardImage], batch_size: int, precision: Literal["fp32", "bf16"]
 ) -> list[Prediction]:
     batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     progress = track(batches, "classifying", console=Console(stderr=True), disable=len(batches) < 4, transient=True)
@@ -138,7 +141,7 @@ def _tell(predictions: Sequence[Prediction], unsure: float | None, *, calibrated
 
 def _predict_shard(
     saved: SavedModel,
-    files: Sequence[Path],
+    files: Sequence[Path | ShardImage],
     shard: tuple[int, int],
     folder: Path,
     batch_size: int,
@@ -178,7 +181,7 @@ def _rows(predictions: Sequence[Prediction], said: dict[str, Any], *, calibrated
     return "".join(json_text(row) + "\n" for row in rows)
 
 
-def _identity(saved: SavedModel, files: Sequence[Path]) -> dict[str, Any]:
+def _identity(saved: SavedModel, files: Sequence[Path | ShardImage]) -> dict[str, Any]:
     """What must be the same for all shards: the images, in their order, and the weights."""
     from moevision.analysis.collect import weights_sha256
 
@@ -214,10 +217,26 @@ def _agree(folder: Path, wanted: dict[str, Any]) -> None:
 # ---- images in, rows out
 
 
-def find_images(paths: Sequence[str]) -> Iterator[Path]:
+@dataclass(frozen=True)
+class ShardImage:
+    """An image in tar shards; its path is that of the shards and its sample id."""
+
+    collection: ShardCollection
+    sample: Sample
+
+    def __str__(self) -> str:
+        """What its row is called."""
+        return str(self.collection.files.folder / self.sample.sample_id)
+
+    def open(self, short_side: int) -> Image.Image:
+        """Decode it, as `safe_open` does a file."""
+        return self.collection.open(self.sample, short_side)
+
+
+def find_images(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
     """The files themselves, and every image below the folders, but for hidden subfolders (`.git`, `@eaDir`).
 
-    Links are followed; each folder is entered once.
+    Links are followed; each folder is entered once. A folder of tar shards yields all images in them.
 
     Raises:
         UserError: if a path does not exist or a folder holds no image.
@@ -226,9 +245,13 @@ def find_images(paths: Sequence[str]) -> Iterator[Path]:
         path = Path(name)
         if path.is_dir():
             images = sorted(Path(file.path) for file in walk(path) if is_image_path(file.name))
-            if not images:
+            if images:
+                yield from images
+            elif is_shards(path):
+                shards = open_shards(path)
+                yield from (ShardImage(shards, sample) for part in shards.given.values() for sample in part)
+            else:
                 raise UserError(f"The folder {path} holds no image.")
-            yield from images
         elif path.exists():
             yield path
         else:
@@ -237,19 +260,19 @@ def find_images(paths: Sequence[str]) -> Iterator[Path]:
 
 @torch.inference_mode()
 def predict_batch(
-    model: SavedModel, files: Sequence[Path], precision: Literal["fp32", "bf16"] = "fp32"
+    model: SavedModel, files: Sequence[Path | ShardImage], precision: Literal["fp32", "bf16"] = "fp32"
 ) -> list[Prediction]:
     """Classify one batch of files, in their order; unreadable ones are reported, not raised."""
     device = best_device()
-    errors: dict[Path, str] = {}
-    pixels: dict[Path, torch.Tensor] = {}  # uint8 [3, S, S]
+    errors: dict[str, str] = {}
+    pixels: dict[str, torch.Tensor] = {}  # uint8 [3, S, S]
     for file in files:
         try:
-            image = square_pixels(safe_open(file, model.image_size), model.image_size)
-            pixels[file] = torch.from_numpy(image).permute(2, 0, 1)
+            image = (file.open if isinstance(file, ShardImage) else partial(safe_open, file))(model.image_size)
+            pixels[str(file)] = torch.from_numpy(square_pixels(image, model.image_size)).permute(2, 0, 1)
         except BadImageError as error:
-            errors[file] = error.reason
-    top: dict[Path, tuple[list[float], list[int]]] = {}
+            errors[str(file)] = error.reason
+    top: dict[str, tuple[list[float], list[int]]] = {}
     if pixels:
         images = normalize(torch.stack(list(pixels.values())), model.mean, model.std).to(device)  # [B, 3, S, S]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
@@ -258,10 +281,10 @@ def predict_batch(
         values, indices = probabilities.topk(min(5, len(model.class_names)))  # [B, 5], best first
         top = dict(zip(pixels, zip(values.tolist(), indices.tolist(), strict=True), strict=True))
     return [
-        Prediction(str(file), error=errors[file])
+        Prediction(file, error=errors[file])
         if file in errors
-        else Prediction(str(file), tuple(model.class_names[index] for index in top[file][1]), tuple(top[file][0]))
-        for file in files
+        else Prediction(file, tuple(model.class_names[index] for index in top[file][1]), tuple(top[file][0]))
+        for file in map(str, files)
     ]
 
 

@@ -31,6 +31,7 @@ from moevision.data.contents import (
 )
 from moevision.data.dataset import ImageDataset
 from moevision.data.loader import Collate, ImageLoader, PositionSampler, eval_batches
+from moevision.data.shards import INDEX, find_index, is_shards
 from moevision.data.sources import SPLITS, Collection, open_collection
 from moevision.data.splits import Cut
 from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
@@ -82,8 +83,9 @@ class ImageDataModule(LightningDataModule):
         """Describe the data; nothing is read before ``setup``.
 
         Args:
-            path: A folder with one subfolder per class (also inside train/, val/, test/), a CSV file with the
-                columns path and label, a Hugging Face dataset (hf:NAME[:CONFIG], or a folder that
+            path: A folder with one subfolder per class (also inside train/, val/, test/), a folder of tar shards (as
+                `moevision data shard` writes them, or WebDataset's), a CSV file with the columns path and label, a
+                Hugging Face dataset (hf:NAME[:CONFIG], or a folder that
                 save_to_disk wrote), or one of synthetic_pets, cifar10, cifar100, imagenette, pets,
                 pets_cat_dog, flowers102, food101, imagenet.
             root: Folder in which named datasets live.
@@ -192,9 +194,11 @@ class ImageDataModule(LightningDataModule):
         )
 
     def prepare_data(self) -> None:
-        """Fetch the dataset if asked to; Lightning calls this in one process only."""
+        """Fetch the dataset if asked to, and index tar shards; Lightning calls this in one process only."""
         if self.download:
             self._open_collection(download=True)
+        elif is_shards(folder := Path(self.path).expanduser()) and not (folder / INDEX).is_file():
+            find_index(folder)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the file list, split it, and decode what fits into memory.

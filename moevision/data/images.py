@@ -43,6 +43,9 @@ __all__ = ["IMAGE_SUFFIXES", "BadImageError", "is_image_path", "safe_open"]
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """File name endings, in lower case, that a folder scan takes for images."""
 
+MAX_BYTES: Final = 256 * 1024 * 1024
+"""Largest file that is read, in bytes."""
+
 _JPEG: Final = b"\xff\xd8\xff"
 _DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], ...]] = (
     (_JPEG, JpegImageFile),
@@ -112,7 +115,7 @@ def safe_open(
     *,
     max_pixels: int = 50_000_000,
     max_side: int = 16_384,
-    max_bytes: int = 256 * 1024 * 1024,
+    max_bytes: int = MAX_BYTES,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Image.Image:
     """Opens an image file as an upright, fully loaded 8-bit RGB image.

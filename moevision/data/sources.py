@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,9 +88,19 @@ class Collection(ABC):
         """What two samples share only if one file is behind both, which links can bring about."""
         return sample.sample_id
 
+    def stored(self, sample: Sample) -> bytes:
+        """An image file: the stored bytes, or pixels as PNG; raises OSError if it can't be read."""
+        file = io.BytesIO()
+        self.open(sample).save(file, "PNG")
+        return file.getvalue()
+
     def column(self, name: str) -> Mapping[str, str] | None:
         """Values by sample id of a column, if the data are a table that has it."""
         return None
+
+    def column_names(self) -> Iterable[str]:
+        """The columns that `column` knows, without large ones."""
+        return ()
 
 
 @dataclass
@@ -125,6 +136,10 @@ class FileCollection(Collection):
             return hashlib.sha256((self.root / sample.sample_id).read_bytes()).digest()
         except OSError:
             return hashlib.sha256(name_bytes(sample.sample_id)).digest()
+
+    def stored(self, sample: Sample) -> bytes:
+        """The file."""
+        return (self.root / sample.sample_id).read_bytes()
 
     def identity(self, sample: Sample) -> Hashable:
         """Device and number of the file; nothing is read where there are no links."""
@@ -260,7 +275,7 @@ def read_folder(root: Path) -> FileCollection:
     return FileCollection(words_of(folders), samples, notes, root=root, has_links=links["met"] > 0)
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     """Subfolders in order, without hidden and system ones (__MACOSX, @eaDir) and links to a folder that holds them."""
     return sorted(
         entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] not in "._@" and not _leads_up(entry)
@@ -324,13 +339,13 @@ def _split_folders(root: Path) -> dict[str, Path]:
     A folder "train" that holds images and no folders is a class of that name (trains exist).
     """
     found: dict[str, Path] = {}
-    for folder in _subfolders(root):
+    for folder in subfolders(root):
         split = SPLIT_NAMES.get(folder.name.lower())
         if split in found:
             raise UserError(f"{found[split]} and {folder} both stand for {split}: keep one of them")
         if split:
             found[split] = folder
-    if "train" not in found or not _subfolders(found["train"]):
+    if "train" not in found or not subfolders(found["train"]):
         return {}
     return {split: found[split] for split in SPLITS if split in found}
 
@@ -345,7 +360,7 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
     above = 0 if root == Path() else len(os.path.join(root, ""))
     links["met"] += folder.is_symlink()
     links["repeated"] += sum(map(_leads_up, folder.iterdir()))
-    for class_folder in _subfolders(folder):
+    for class_folder in subfolders(folder):
         links["met"] += class_folder.is_symlink()
         real: list[str] = []
         linked: list[str] = []
@@ -395,7 +410,7 @@ def _check_classes(folder: Path, classes: dict[str, list[str]]) -> None:
         raise UserError(f"{folder} {inside}: {_LAYOUT}")
     if len(classes) == 1:
         only = folder / next(iter(classes))
-        inner = [entry.name for entry in _subfolders(only)]
+        inner = [entry.name for entry in subfolders(only)]
         hint = f"did you mean {only} (it holds {_some(inner)})?" if len(inner) > 1 else _LAYOUT
         raise UserError(f"{folder} has only one class folder, {only.name!r}, and a classifier needs two: {hint}")
     empty = [name for name, files in classes.items() if not files]
@@ -428,7 +443,7 @@ def _missing_folder(root: Path) -> str:
     parent = root.absolute().parent
     while not parent.is_dir():
         parent = parent.parent
-    folders = [entry.name for entry in _subfolders(parent)]
+    folders = [entry.name for entry in subfolders(parent)]
     alike = difflib.get_close_matches(root.name, folders, n=1)
     if alike:
         nearby = f"did you mean {parent / alike[0]}?"
@@ -456,8 +471,9 @@ def open_collection(
     """Find the dataset that ``path`` names.
 
     Args:
-        path: one of `DATASET_NAMES`, a folder (write ``./pets`` for a folder that bears such a name), a CSV manifest,
-            or a Hugging Face dataset (``hf:NAME[:CONFIG]``, or a folder that it was saved to).
+        path: one of `DATASET_NAMES`, a folder (write ``./pets`` for a folder that bears such a name) of images or of
+            tar shards, a CSV manifest, or a Hugging Face dataset (``hf:NAME[:CONFIG]``, or a folder that it was saved
+            to).
         root: folder in which named datasets live.
         download: fetch a named dataset that isn't there.
         image_size: side of the drawn images, in pixels.
@@ -468,7 +484,7 @@ def open_collection(
     Raises:
         UserError: if it isn't there, can't be fetched, or isn't laid out as a dataset.
     """
-    from moevision.data import tables  # which imports this module
+    from moevision.data import shards, tables  # which import this module
 
     if path == SYNTHETIC:
         return synthetic_pets(image_size, seed, sizes)
@@ -477,6 +493,8 @@ def open_collection(
         return tables.read_dataset(path, tables.Columns(*columns), download=download)
     if tables.is_manifest(place):
         return tables.read_manifest(place, tables.Columns(*columns))
+    if path not in DATASET_NAMES and shards.is_shards(place):
+        return shards.open_shards(place)
     if path not in DATASET_NAMES:
         try:
             return read_folder(Path(path).expanduser())

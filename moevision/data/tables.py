@@ -16,7 +16,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -94,6 +94,10 @@ class Manifest(FileCollection):
         """The values of a column by sample id."""
         return self.columns.get(name)
 
+    def column_names(self) -> Iterable[str]:
+        """The other columns of the CSV."""
+        return self.columns
+
 
 def read_manifest(file: Path, columns: Columns = Columns()) -> Manifest:  # noqa: B008 (never changed)
     """Read a CSV manifest.
@@ -139,7 +143,7 @@ def read_manifest(file: Path, columns: Columns = Columns()) -> Manifest:  # noqa
         given.setdefault(split or "all", []).append(Sample(sample_id, names.index(label)))
     if not given:
         raise UserError(f"{file} lists no image: add a row for each, with its path and label.")
-    _check_splits(given, names, str(file))
+    check_splits(given, names, str(file))
     notes = [f"{repeated} rows of {file} were left out: they repeat an earlier one"] if repeated else []
     group = "group" if any(others.get("group", {}).values()) else None
     return Manifest(words_of(names), given, notes, group, file.parent, True, others)
@@ -201,7 +205,7 @@ def _split(cell: str, where: str) -> str:
     return SPLIT_NAMES[cell.lower()] if cell else ""
 
 
-def _check_splits(given: Mapping[str, Sequence[Sample]], names: Sequence[str], where: str) -> None:
+def check_splits(given: Mapping[str, Sequence[Sample]], names: Sequence[str], where: str) -> None:
     """Two classes at least; a dataset that came split has a train set, and every class in every split."""
     if "all" not in given and "train" not in given:
         raise UserError(f"{where} has no train split, only {', '.join(given)}: add one, or give them as one split.")
@@ -259,6 +263,17 @@ class ArrowCollection(Collection):
         stored = self._stored(sample)
         return hashlib.sha256(stored if isinstance(stored, bytes) else sample.sample_id.encode()).digest()
 
+    def stored(self, sample: Sample) -> bytes:
+        """The stored bytes, or the file that the row names."""
+        stored = self._stored(sample)
+        return stored if isinstance(stored, bytes) else Path(stored).read_bytes()
+
+    def column_names(self) -> Iterable[str]:
+        """Columns with one number, word or class per row."""
+        kinds = (_datasets().Value, _datasets().ClassLabel)
+        features = next(iter(self.tables.values())).features
+        return [name for name, feature in features.items() if isinstance(feature, kinds)]
+
     def column(self, name: str) -> Mapping[str, str] | None:
         """The values of a column by sample id."""
         found: dict[str, str] = {}
@@ -298,7 +313,7 @@ def read_dataset(path: str, columns: Columns = Columns(), *, download: bool = Fa
         if missing := len(found) - len(samples[split]):
             notes.append(f"{missing} of {len(found)} {split} images of {path} have no label and were left out")
     samples = {split: found for split, found in samples.items() if found}
-    _check_splits(samples, names, path)
+    check_splits(samples, names, path)
     tables = {split: table.cast_column(image, _datasets().Image(decode=False)) for split, table in given.items()}
     return ArrowCollection(list(map(shown, names)), samples, notes, None, tables, image)
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from moevision.data.images import is_image_path
+from moevision.data.shards import find_index, is_shards
 from moevision.data.sources import open_collection, walk
 from moevision.data.tables import HF, count_rows
 from moevision.efficiency import parameter_counts
@@ -280,9 +281,11 @@ def value_of(arguments: Sequence[str], option: str) -> str | None:
 
 
 def count_images(folder: Path) -> int:
-    """Image files below `folder`, by their suffix, or the rows of a table; 0 if there is no such folder."""
+    """Image files below `folder`, by their suffix, rows of a table or images in shards; 0 of what isn't there."""
     if (rows := count_rows(str(folder))) is not None:
         return rows
+    if is_shards(folder):
+        return sum(len(split.ids) for split in find_index(folder).splits.values())
     return sum(is_image_path(entry.name) for entry in walk(folder))
 
 

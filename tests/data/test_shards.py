@@ -1,0 +1,500 @@
+"""Tar shards: written to the end whatever interrupts, read as the folder that they were made of; and others' tars."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from moevision.analysis.images import open_pictures
+from moevision.data import ImageDataModule, shards
+from moevision.data.images import BadImageError
+from moevision.data.shard_writer import write_shards
+from moevision.data.shards import INDEX, JOURNAL, is_shards, open_shards, verify
+from moevision.data.sources import open_collection, read_folder
+from moevision.errors import UserError
+from moevision.train.recipe import count_images
+
+KIB = 1024
+FEW = 3 * KIB  # bytes of a shard: about four of the noise images
+
+
+def ready(path, **options):
+    data = ImageDataModule(str(path), image_size=16, batch_size=8, **options)
+    data.setup()
+    return data
+
+
+def written(root, out, **options):
+    """The names and bytes of all files that are written."""
+    write_shards(read_folder(root), out, shard_bytes=FEW, **options)
+    return content(out)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def pictures(image_folder):
+    """An unsplit folder in which an image stands twice, and a file is damaged."""
+    root = image_folder({"cat": 10, "dog": 9})
+    shutil.copy(root / "dog" / "001.png", root / "dog" / os.fsdecode(b"\xff copy.of\n001.PNG"))
+    (root / "cat" / "bad.jpg").write_bytes(b"no image")
+    return root
+
+
+# ---- what we write, and read
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_shards_are_read_as_the_folder(pictures, image_folder, tmp_path, given):
+    """Ids, classes, split, sizes and the batches of two epochs, from memory and from the shards."""
+    root = image_folder({f"{part}/{name}": 8 for part in ("train", "val") for name in ("n02", "n01")}, name="given")
+    root = root if given else pictures
+    out = tmp_path / "shards"
+    write_shards(read_folder(root), out, shard_bytes=FEW)
+    assert len(list(out.glob("*.tar"))) > 4
+    assert count_images(out) == count_images(root) == (32 if given else 21)
+    for options in ({"cache_mb": 0, "crop": "random_resized"}, {"num_workers": 1}):
+        folder, tars = (ready(path, max_bad_fraction=0.2, **options) for path in (root, out))
+        assert tars.class_names == folder.class_names
+        assert tars.split_note == folder.split_note
+        assert tars.warnings == folder.warnings
+        assert tars.file_list_sha256() == folder.file_list_sha256()
+        assert tars.file_sizes_sha256() == folder.file_sizes_sha256()
+        for _ in range(2):
+            for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+                batches = [list(getattr(data, loader)()) for data in (folder, tars)]
+                for one, other in zip(*batches, strict=True):
+                    assert all(torch.equal(one[name], other[name]) for name in ("image", "label", "index"))
+        assert tars.bad_images == folder.bad_images
+        assert len(tars.bad_images) == (0 if given else 1)
+
+
+def test_every_image_is_evaluated_once(pictures, tmp_path):
+    write_shards(read_folder(pictures), tmp_path / "shards", shard_bytes=FEW)
+    data = ready(tmp_path / "shards", test_fraction=0.5, max_bad_fraction=0.5)
+    indices = torch.cat([batch["index"] for batch in data.test_dataloader()]).tolist()
+    bad = [name for name, _, split in data.bad_images if split == "test"]
+    seen = [data.sample_id("test", index) for index in indices]
+    assert sorted([*seen, *bad]) == sorted(sample.sample_id for sample in data.contents.datasets["test"].samples)
+
+
+def test_any_program_reads_the_tars(pictures, tmp_path):
+    """KEY.cls and the file as it is; the key is the place in the folder's order, the tars' order is another."""
+    files = written(pictures, tmp_path / "shards")
+    collection = read_folder(pictures)
+    held, keys = {}, []
+    for name, data in files.items():
+        if name.endswith(".tar"):
+            assert name.startswith("all-")
+            assert len(data) % tarfile.RECORDSIZE == 0
+            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+                for member in archive:
+                    key, _, ending = member.name.partition(".")
+                    held[key, ending] = archive.extractfile(member).read()
+                    keys += [int(key)] if ending == "cls" else []
+    assert len(held) == 2 * 21
+    assert sorted(keys) == list(range(21)) != keys
+    for place, sample in enumerate(collection.given["all"]):
+        ending = "jpg" if "bad" in sample.sample_id else "png"
+        assert held[f"{place:08d}", "cls"] == str(sample.label).encode()
+        assert held[f"{place:08d}", ending] == (pictures / sample.sample_id).read_bytes()
+
+
+def test_columns_of_a_table_and_its_groups_go_along(pictures, tmp_path):
+    rows = [f"{part}/{number:03d}.png,{part},{number // 3},x{number}" for part in ("cat", "dog") for number in range(9)]
+    table = pictures / "list.csv"
+    table.write_text("\n".join(["path,label,group,patient", *rows]) + "\n")
+    source = open_collection(str(table), root="", download=False, image_size=16, seed=0, sizes={})
+    write_shards(source, tmp_path / "shards")
+    for options in ({}, {"group_by": "patient"}):
+        folder, tars = ready(table, **options), ready(tmp_path / "shards", **options)
+        assert tars.split_note == folder.split_note
+        assert "Kept in one split" in tars.split_note
+        assert tars.file_list_sha256() == folder.file_list_sha256()
+
+
+def test_pixels_without_files_are_stored_as_png(tmp_path):
+    """As CIFAR-10 comes from torchvision; shards of shards are the same shards."""
+    import numpy as np
+
+    from moevision.data.sources import ArrayCollection, Sample
+
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    given = {"train": [Sample(f"train/{number}", number % 2) for number in range(6)]}
+    arrays = ArrayCollection(["one", "other"], given, arrays={"train": pixels})
+    write_shards(arrays, tmp_path / "a")
+    tars = open_shards(tmp_path / "a")
+    assert tars.given == given
+    for sample, expected in zip(given["train"], pixels, strict=True):
+        assert np.array_equal(np.asarray(tars.open(sample)), expected)
+    write_shards(tars, tmp_path / "b")
+    assert (tmp_path / "b" / "train-00000.tar").read_bytes() == (tmp_path / "a" / "train-00000.tar").read_bytes()
+
+
+def test_pictures_of_the_analysis(pictures, tmp_path):
+    write_shards(read_folder(pictures), tmp_path / "shards")
+    folder, tars = (open_pictures(path, 16, split="all", limit=4) for path in (pictures, tmp_path / "shards"))
+    assert [tars.picture_name(i) for i in range(4)] == [folder.picture_name(i) for i in range(4)]
+    assert all((tars.image(i) == folder.image(i)).all() for i in range(4))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted by /proc")
+def test_few_files_are_open_and_none_is_pickled(pictures, tmp_path, monkeypatch):
+    write_shards(read_folder(pictures), tmp_path / "shards", shard_bytes=1)  # an image each
+    monkeypatch.setattr(shards, "_OPEN_FILES", 2)
+    before = len(os.listdir("/proc/self/fd"))
+    collection = open_shards(tmp_path / "shards")
+    for _ in range(2):
+        for sample in collection.given["all"]:
+            assert len(collection.stored(sample)) == collection.size_bytes(sample)
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+        collection = pickle.loads(pickle.dumps(collection))  # as a worker that isn't forked gets it
+    del collection
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_nothing_is_said_when_python_ends(pictures, tmp_path, monkeypatch):
+    """Modules are None by then; what fails in `__del__` is a warning, and so an error here."""
+    write_shards(read_folder(pictures), tmp_path / "shards")
+    collection = open_shards(tmp_path / "shards")
+    collection.stored(collection.given["all"][0])
+    monkeypatch.setattr(shards, "os", None)
+    del collection
+
+
+# ---- interrupted, and started again
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a fork is killed")
+@pytest.mark.parametrize("images", [1, 6, 9, 21])
+def test_killed_and_started_again(pictures, tmp_path, images):
+    """kill -9 after so many images: the same files as without it, and finished shards aren't written again."""
+    whole = written(pictures, tmp_path / "whole")
+    out = tmp_path / "parts"
+    child = os.fork()
+    if child == 0:
+        left = images
+
+        def kill(done):
+            nonlocal left
+            left -= done
+            if left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        written(pictures, out, on_progress=kill)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert len(finished) < len(whole) - 1
+    assert list(out.glob(".*.tmp"))  # the shard that was being written
+    with pytest.raises(UserError, match="isn't finished: run `moevision data shard` again"):
+        open_shards(out)
+    assert written(pictures, out) == whole
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
+
+
+def test_damaged_and_started_again(pictures, tmp_path):
+    """A bit that flipped and a shard that is gone are written anew, and only they."""
+    out = tmp_path / "shards"
+    whole = written(pictures, out)
+    first, second, *others = sorted(out.glob("*.tar"))
+    flip(first)
+    second.unlink()
+    kept = [path.stat().st_mtime_ns for path in others]
+    done = write_shards(read_folder(pictures), out, shard_bytes=FEW)
+    assert content(out) == whole
+    assert (done.kept, done.changed) == (len(others), [first.name, second.name])
+    assert [path.stat().st_mtime_ns for path in others] == kept
+
+
+def test_images_that_changed_are_written_anew(pictures, tmp_path):
+    out = tmp_path / "shards"
+    written(pictures, out)
+    (pictures / "dog" / "000.png").write_bytes((pictures / "cat" / "000.png").read_bytes())
+    for number in range(1, 8):
+        (pictures / "dog" / f"00{number}.png").unlink()
+    again = written(pictures, out)
+    assert again == written(pictures, tmp_path / "fresh")  # without the shards that are no longer needed
+    assert open_shards(out).given == read_folder(pictures).given
+
+
+def test_what_is_not_written_over(pictures, tmp_path):
+    with pytest.raises(UserError, match="holds something else: give --out a new folder"):
+        write_shards(read_folder(pictures), pictures / "cat")
+    with pytest.raises(UserError, match="drawn when it is opened"):
+        write_shards(open_collection("synthetic_pets", root="", download=False, image_size=16, seed=0,
+                                     sizes={"train": 2, "val": 2, "test": 2}), tmp_path / "drawn")  # fmt: skip
+    collection = read_folder(pictures)
+    (pictures / "dog" / "003.png").rename(pictures / "gone.png")
+    with pytest.raises(UserError, match=r"dog/003\.png can't be read or written \(No such file"):
+        write_shards(collection, tmp_path / "new")
+
+
+# ---- damaged afterwards
+
+
+def flip(path, place=600):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_shards_that_are_not_whole(pictures, tmp_path):
+    out = tmp_path / "shards"
+    written(pictures, out)
+    first = min(out.glob("*.tar"))
+    before = first.read_bytes()
+    flip(first)
+    with pytest.raises(UserError, match=r"all-00000\.tar was changed: its SHA-256 isn't that of its index"):
+        verify(out)
+    for data, words in (
+        (before[:-100], r"all-00000\.tar is cut short: it has [\d,]+ of [\d,]+ bytes; copy it again"),
+        (before + b"x", r"all-00000\.tar was changed: it has [\d,]+ bytes, and [\d,]+ when"),
+    ):
+        first.write_bytes(data)
+        with pytest.raises(UserError, match=words):
+            open_shards(out)
+    first.unlink()
+    with pytest.raises(UserError, match=r"all-00000\.tar is missing .*moevision-index.json names it: bring it back\."):
+        open_shards(out)
+    first.write_bytes(before)
+    verify(out)
+
+
+def test_a_shard_that_ends_while_it_is_read(pictures, tmp_path):
+    """Its images count as bad ones, as a file does that vanishes from a folder."""
+    out = tmp_path / "shards"
+    written(pictures, out)
+    collection = open_shards(out)
+    first = min(out.glob("*.tar"))
+    first.write_bytes(first.read_bytes()[:100])
+    bad = 0
+    for sample in collection.given["all"]:
+        try:
+            collection.open(sample)
+        except BadImageError as error:
+            bad += error.reason == "its shard can't be read (all-00000.tar was cut short; copy it again)"
+    assert bad >= 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda held: held["shards"][0].update(file="../other.tar"),
+        lambda held: held["splits"]["all"]["offsets"].__setitem__(0, 10**9),
+        lambda held: held["splits"]["all"]["labels"].__setitem__(0, 2),
+        lambda held: held["splits"]["all"]["ids"].pop(),
+        lambda held: held["splits"]["all"]["ids"].__setitem__(0, held["splits"]["all"]["ids"][1]),
+        lambda held: held.pop("class_names"),
+    ],
+)
+def test_an_index_that_no_program_wrote(pictures, tmp_path, change):
+    out = tmp_path / "shards"
+    written(pictures, out)
+    held = json.loads((out / INDEX).read_text())
+    change(held)
+    (out / INDEX).write_text(json.dumps(held))
+    with pytest.raises(UserError, match="can't be read as an index of shards"):
+        open_shards(out)
+
+
+# ---- tars that others made
+
+CLASSES = ("n01440764", "n01443537")  # the first two of ImageNet: tench, goldfish
+
+
+def a_tar(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def picture(red, kind="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20), (red, 0, 0)).save(file, kind, lossless=True)
+    return file.getvalue()
+
+
+def imagenet(root):
+    """Tars named, and filled, as those of timm/imagenet-1k-wds: jpg, cls and json."""
+    for split, tars in (("train", 2), ("validation", 1)):
+        for tar in range(tars):
+            files = {}
+            for number in range(8):
+                key = f"{CLASSES[number % 2]}_{number}" if split == "train" else f"ILSVRC2012_val_{number:08d}"
+                files[f"{key}.cls"] = str(number % 2).encode()
+                files[f"{key}.jpg"] = picture(8 * tar + number + (100 if split == "validation" else 0), "WEBP")
+                files[f"{key}.json"] = b'{"label": 5, "height": 20}'
+            a_tar(root / f"imagenet1k-{split}-{tar:04d}.tar", files)
+    return root
+
+
+def eight(change=lambda number: {}, **endings):
+    """Eight samples of two classes; `endings` make the files of a sample from its number."""
+    made = endings or {"jpg": picture, "cls": lambda number: str(number % 2).encode()}
+    files = {}
+    for number in range(8):
+        files |= {f"{number:04d}.{ending}": make(number) for ending, make in made.items()}
+    return files
+
+
+def refused(folder, words):
+    with pytest.raises(UserError, match=words):
+        open_shards(folder)
+
+
+def test_imagenet_as_timm_publishes_it(tmp_path):
+    root = imagenet(tmp_path / "wds")
+    data = ready(root)
+    assert data.class_names == ["tench", "goldfish"]
+    assert data.class_counts["test"] == {"tench": 4, "goldfish": 4}  # the validation set, which is reported
+    assert sum(map(len, data.contents.datasets.values())) == 24
+    collection = open_shards(root)
+    names = [sample.sample_id for sample in collection.given["train"]]
+    assert names[8:10] == ["imagenet1k-train-0001/n01440764_0.jpg", "imagenet1k-train-0001/n01443537_1.jpg"]
+    for number, sample in enumerate(collection.given["train"]):
+        assert collection.open(sample).getpixel((0, 0)) == (number, 0, 0)
+        assert sample.label == number % 2
+
+
+def test_tars_in_folders_of_splits_with_names_beside_them(tmp_path):
+    """As the WebDataset form of the CLIP benchmark has them."""
+    for split in ("train", "test"):
+        a_tar(tmp_path / split / "0.tar", eight(webp=picture, cls=lambda number: str(3 * (number % 2)).encode()))
+    (tmp_path / "classnames.txt").write_text("apple\npear\nplum\nfig\n")
+    collection = open_shards(tmp_path)
+    assert collection.class_names == ["apple", "fig"]
+    assert {split: len(samples) for split, samples in collection.given.items()} == {"train": 8, "test": 8}
+    assert collection.given["test"][1] == ("test/0/0001.webp", 1)
+    (tmp_path / "classnames.txt").write_text("apple\npear\n")
+    (tmp_path / INDEX).unlink()
+    refused(tmp_path, "has 2 names, and there is a label 3")
+
+
+def test_words_as_labels_and_images_without_one(tmp_path):
+    def label(number):
+        return json.dumps({"label": ("dog", "cat", None, -1)[number % 4]}).encode()
+
+    a_tar(tmp_path / "a.tar", eight(png=picture, json=label) | {"._0000.png": b"", "0000.seg.png": b"", "note": b""})
+    collection = open_shards(tmp_path)
+    assert collection.class_names == ["cat", "dog"]
+    assert [sample[:2] for sample in collection.given["all"]] == [
+        *(("a/0000.png", 1), ("a/0001.png", 0), ("a/0004.png", 1), ("a/0005.png", 0))
+    ]
+    assert collection.notes == [f"4 of 8 images in the tars of {tmp_path} have no label: left out"]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            eight(jpg=picture, txt=bytes),
+            r"hold images but no labels \(8 x .jpg, 8 x .txt\): each image KEY.jpg .* needs",
+        ),
+        ({"cat/1.txt": b""}, r"hold no images \(1 x .txt\)"),
+        (eight(jpg=picture, json=lambda number: b"{"), "'0000.json', which is no JSON"),
+        (
+            eight(jpg=picture, json=lambda number: b'{"label": [1, 2]}'),
+            r"label of '0000.jpg' is \[1, 2\]; .* one label",
+        ),
+        (eight() | {"0000.JPG": b""}, "holds a .jpg of '0000' twice"),
+        (eight(jpg=picture, cls=lambda number: b"1"), "has 1 classes, and a classifier needs two"),
+    ],
+)
+def test_tars_that_hold_something_else(tmp_path, files, words):
+    a_tar(tmp_path / "a.tar", files)
+    refused(tmp_path, words)
+
+
+def test_tars_that_are_not_whole(tmp_path):
+    tar = a_tar(tmp_path / "a.tar", eight())
+    data = tar.read_bytes()
+    with tarfile.open(tar) as archive:
+        last, first = archive.getmembers()[-1], archive.getmembers()[2]
+    for damaged, words in (
+        (data[: last.offset_data], "a.tar is cut short"),  # within a member
+        (data[: last.offset], "a.tar is cut short: it ends after [0-9,]+ bytes without a tar's end"),  # between two
+        (data[: last.offset + 99], "a.tar is cut short"),
+        (data[: first.offset] + b"?" + data[first.offset + 1 :], rf"damaged at byte {first.offset:,}, where a header"),
+        (b"", "a.tar is no uncompressed tar, or is damaged"),
+        (b"?" * 2000, "a.tar is no uncompressed tar, or is damaged"),
+    ):
+        tar.write_bytes(damaged)
+        refused(tmp_path, words)
+    with tarfile.open(tar, "w:gz"):
+        pass
+    refused(tmp_path, "a.tar is no uncompressed tar")
+    tar.write_bytes(data)
+    assert len(open_shards(tmp_path).given["all"]) == 8
+
+
+def test_the_index_of_others_is_made_once(tmp_path, monkeypatch):
+    """It is kept beside the tars, and made anew when a tar came or was written; one that is gone is asked for."""
+    root = imagenet(tmp_path / "wds")
+    held = open_shards(root).given
+    index = root / INDEX
+    first = index.read_bytes()
+    monkeypatch.setattr("moevision.data.shard_scan.scan", None)  # not called
+    assert open_shards(root).given == held
+    monkeypatch.undo()
+    a_tar(root / "imagenet1k-train-0002.tar", eight())
+    assert len(open_shards(root).given["train"]) == len(held["train"]) + 8
+    (root / "imagenet1k-train-0002.tar").unlink()
+    refused(root, f"train-0002.tar is missing .* bring it back, or delete {index} to go without it")
+    index.write_bytes(first)
+    assert open_shards(root).given == held
+    tar = root / "imagenet1k-train-0000.tar"
+    swapped = tar.read_bytes().replace(b"n01440764_0.", b"n01440764_9.")  # as many bytes; the headers' sums are wrong
+    tar.write_bytes(swapped)
+    refused(root, "no uncompressed tar, or is damaged")
+    shutil.rmtree(root)
+    imagenet(root)
+    with pytest.raises(UserError, match="no hashes to check"):
+        verify(root)
+
+
+def test_the_index_of_a_folder_that_only_may_be_read(tmp_path, monkeypatch):
+    root = imagenet(tmp_path / "wds")
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    real = shards.Index.write
+
+    def write(index, path):  # root, who runs tests in containers, may write anywhere
+        if path.parent == root:
+            raise PermissionError(13, "Permission denied")
+        real(index, path)
+
+    monkeypatch.setattr(shards.Index, "write", write)
+    held = open_shards(root).given
+    assert not (root / INDEX).exists()
+    assert len(list((cache / "moevision" / "shards").glob("*.json"))) == 1
+    monkeypatch.setattr("moevision.data.shard_scan.scan", None)
+    assert open_shards(root).given == held
+
+
+def test_what_counts_as_shards(pictures, tmp_path):
+    a_tar(pictures / "pictures.tar", eight())  # the archive that a folder came in
+    assert not is_shards(pictures)
+    assert not is_shards(tmp_path / "nowhere")
+    assert is_shards(imagenet(tmp_path / "wds"))
+    a_tar(tmp_path / "wds" / "more.tar", eight())
+    refused(tmp_path / "wds", r"more\.tar says no split, and other tars' names do")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / JOURNAL).write_text("{}")
+    assert is_shards(tmp_path / "unfinished")
+    with pytest.raises(UserError, match="is damaged: delete it to write every shard anew"):
+        write_shards(read_folder(pictures), tmp_path / "unfinished")
