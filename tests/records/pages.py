@@ -84,6 +84,7 @@ DEFINITIONS = {
         Definition("A max/mean load of 1.2", "an example"),
         Definition("takes tens of seconds", "an order of magnitude that the option's own help names"),
     ],
+    "docs/guides/several-gpus.md": [Definition("The signal comes five minutes before", "--signal=USR1@300")],
     "docs/guides/tables-and-logs.md": [
         Definition("where no class reaches 60 %", "the example's `--unsure 0.6`"),
         Definition("more than 1.5 times the training images", "a constant of `moevision.train.report`"),
