@@ -360,7 +360,6 @@ def data() -> ArgumentParser:
         """\
         moevision data score runs/pets                        a page and a CSV: doubtful, hard, doubled, damaged
         moevision data prune runs/pets --by ccs --keep 0.7    a list with a reason per row
-        moevision data curve runs/pets                        what fewer images cost, by training on them
         moevision data shard photos --out shards              a folder as tar shards, which fit takes
         """,
     )
