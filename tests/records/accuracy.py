@@ -12,6 +12,7 @@ ERASED = "benchmarks/accuracy/cifar10-erase-s0.json"
 LONG = "benchmarks/accuracy/cifar10-long-s0.json"
 FOLDERS = [f"benchmarks/accuracy/folder-clusters{seed}.json" for seed in ("", "-s1", "-s2")]
 TWIN = "benchmarks/accuracy/cifar10-dense-s0.json"
+SHOWN, SHOWN_TWIN = (f"benchmarks/accuracy/cifar10-explorer{name}-s0.json" for name in ("", "-dense"))
 SCALED = [f"benchmarks/accuracy/cifar10-ls-s{seed}.json" for seed in range(2)]
 FOLDER, IDLE = (f"benchmarks/accuracy/folder-{name}.json" for name in ("clusters", "pretrained"))
 IMAGENETTE, IMAGENETTE_FOLDER = (f"benchmarks/accuracy/imagenette-{name}.json" for name in ("s0", "pretrained-s0"))
@@ -82,6 +83,8 @@ def _row(path: str, run: str) -> Claim:
 CLAIMS = [
     *(_row(path, f"seed {seed}") for seed, path in enumerate(CIFAR)),
     _row(TWIN, "dense twin, seed 0"),
+    _row(SHOWN, "the explorer's, seed 0"),
+    _row(SHOWN_TWIN, "dense twin of the explorer's"),
     Claim(tuple(CIFAR), "The mean of three seeds is {mean:.2%}", mean),
     Claim(tuple(CIFAR), "right on {train:.1%} of the last epoch's batches, {val:.1%} of validation", mean),
     Claim((LONG, *CIFAR), "gets {points:.2f} points more for {times:.1f} times the FLOPs", more),

@@ -49,6 +49,7 @@ CLAIMS = {
     ],
     "docs/reference/models.md": [
         Claim(quickstart.CATS_CARD, "a pretrained ViT-S | {total:,} | {moe} | {dense} |", quickstart.of_card),
+        Claim(quickstart.CIFAR_CARD, "from scratch | {total:,} | {moe} | {dense} |", quickstart.of_card),
         Claim(quickstart.CARD, "eight classes | {total:,} | {moe} | {dense} |", quickstart.of_card),
     ],
 }

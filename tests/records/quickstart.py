@@ -8,6 +8,7 @@ from tests.records.analysis import ATLAS, CARD
 
 Json = dict[str, Any]
 QUICKSTART = "benchmarks/quickstart/summary.json"
+CIFAR_CARD = CARD.replace("pets", "cifar10")
 CATS_CARD, CATS_ATLAS = CARD.replace("pets", "cats_vs_dogs"), ATLAS.replace("pets", "cats_vs_dogs")
 
 
