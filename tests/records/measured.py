@@ -17,6 +17,7 @@ from tests.records import (
     saving,
     surgery,
     upcycling,
+    waiting,
 )
 from tests.records.studies import report
 
@@ -142,6 +143,12 @@ CLAIMS = [
     ),
     Claim(reliability.COST, "The guard costs {cost_percent:.2f} % of the CPU time of a step"),
     Claim("benchmarks/guard/scores_cost.json", "scores of the training images costs {cost_percent:.2f} % of"),
+    Claim(
+        waiting.RUNS,
+        "{without} times as long as under an even load where an uneven router learns without a balance loss, "
+        "{with_loss} times with one",
+        waiting.extremes,
+    ),
     Claim(reliability.RESUME, "bit-identical in {equal} of {cells} cells", reliability.equal_cells),
 ]
 
