@@ -89,6 +89,31 @@ class Value:
     source: str
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What is printed.
+
+    Attributes:
+        shape: the model, counted.
+        machine: what a GPU was taken for.
+        plans: one for each layout.
+        best: the one that is recommended; None if none fits.
+        command: what launches it.
+        assumed: numbers that nothing measured.
+        measured: names of the machine's fields that were.
+        checkpointing: whether the plans compute blocks again in the backward pass.
+    """
+
+    shape: ModelShape
+    machine: Machine
+    plans: list[Plan]
+    best: Plan | None
+    command: str | None
+    assumed: list[Value]
+    measured: list[str]
+    checkpointing: bool
+
+
 def run(chosen: Namespace) -> None:
     """Print plans of all layouts, what is recommended, and what was assumed."""
     batch = chosen.batch or IMAGES_PER_GPU * chosen.gpus
@@ -118,10 +143,11 @@ def run(chosen: Namespace) -> None:
         best = recommend(plans)
     command = None if best is None else launch_command(best, planned, machine, dtype, checkpointing)
     assumed = [*_assumed(machine), *_assumed_of(chosen, planned)]
+    answer = Answer(shape, machine, plans, best, command, assumed, measured, checkpointing)
     if chosen.format == "json":
-        print(json.dumps(_facts(shape, machine, plans, best, command, assumed, measured, checkpointing), indent=2))
+        print(json.dumps(_facts(answer), indent=2))
     else:
-        _print(shape, machine, plans, best, command, assumed, measured, checkpointing)
+        _print(answer)
 
 
 # ---- what is planned for
@@ -278,23 +304,14 @@ def _sentence(best: Plan | None, checkpointing: bool) -> str:
     return f"Recommended: {best.name}{parts}{again}."
 
 
-def _facts(
-    shape: ModelShape,
-    machine: Machine,
-    plans: list[Plan],
-    best: Plan | None,
-    command: str | None,
-    assumed: list[Value],
-    measured: list[str],
-    checkpointing: bool,
-) -> dict[str, Any]:
+def _facts(answer: Answer) -> dict[str, Any]:
     """Everything as JSON: bytes and milliseconds of one GPU and step."""
     return {
-        "model": asdict(shape),
-        "machine": {name: getattr(machine, name) for name in ("name", *_UNITS)},
-        "measured": measured,
-        "assumed": [asdict(value) for value in assumed],
-        "grad_checkpointing": checkpointing,
+        "model": asdict(answer.shape),
+        "machine": {name: getattr(answer.machine, name) for name in ("name", *_UNITS)},
+        "measured": answer.measured,
+        "assumed": [asdict(value) for value in answer.assumed],
+        "grad_checkpointing": answer.checkpointing,
         "layouts": [
             {
                 **asdict(each),
@@ -302,24 +319,16 @@ def _facts(
                 "memory": {**asdict(each.memory), "states": each.memory.states, "total": each.memory.total},
                 "step_ms": each.step_ms,
             }
-            for each in plans
+            for each in answer.plans
         ],
-        "recommended": None if best is None else best.name,
-        "expert_parallelism": verdict_on_experts(plans),
-        "command": command,
+        "recommended": None if answer.best is None else answer.best.name,
+        "expert_parallelism": verdict_on_experts(answer.plans),
+        "command": answer.command,
     }
 
 
-def _print(
-    shape: ModelShape,
-    machine: Machine,
-    plans: list[Plan],
-    best: Plan | None,
-    command: str | None,
-    assumed: list[Value],
-    measured: list[str],
-    checkpointing: bool,
-) -> None:
+def _print(answer: Answer) -> None:
+    shape, machine, plans = answer.shape, answer.machine, answer.plans
     console = Console()
     if console.width < 110 and not console.is_terminal:
         console = Console(width=110)  # a file has room for all columns
@@ -359,15 +368,15 @@ def _print(
         columns,
         ((each.name, *_step(each)) for each in plans),
     )
-    for sentence in filter(None, (verdict_on_experts(plans), _sentence(best, checkpointing))):
+    for sentence in filter(None, (verdict_on_experts(plans), _sentence(answer.best, answer.checkpointing))):
         console.print(sentence, markup=False, highlight=False)
-    if command is not None:
-        console.print(f"  {command}\n", markup=False, highlight=False, soft_wrap=True)
-    if measured:
-        values = (_value(machine, name, "") for name in measured)
+    if answer.command is not None:
+        console.print(f"  {answer.command}\n", markup=False, highlight=False, soft_wrap=True)
+    if answer.measured:
+        values = (_value(machine, name, "") for name in answer.measured)
         said = "; ".join(f"{value.name} {value.value:.4g} {value.unit}".strip() for value in values)
         console.print(f"measured here: {said}", markup=False, highlight=False)
-    for value in assumed:
+    for value in answer.assumed:
         said = f"{value.name} {value.value:.4g} {value.unit}".strip()
         console.print(f"assumed: {said} ({value.source})", markup=False, highlight=False)
     console.print("Times are computed from these, not measured: trust the order of layouts more than milliseconds.")
