@@ -46,7 +46,7 @@ from moevision.models.safe_files import read_json
 from moevision.names import csv_name
 
 FOLDER = HERE / "label_noise"
-IMAGES, SHARE, EPOCHS, SEEDS, TOP, BATCH = 20_000, 0.1, 8, (0, 1, 2), 0.1, 256
+IMAGES, SHARE, EPOCHS, SEEDS, TOP, BATCH = 20_000, 0.1, 5, (0, 1, 2), 0.1, 256
 ARMS = {"moe": (), "dense": ("--model.arch.twin", "active_flops")}
 # Between similar classes, as arXiv:1609.03683 flips CIFAR-10; cat and dog both ways.
 SIMILAR = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat"}
