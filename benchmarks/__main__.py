@@ -29,6 +29,7 @@ STUDY = {
         "specialization",
     ),
     "label_noise": ("which score finds wrong labels: planted flips on CIFAR-10", "label_noise"),
+    "curve": ("what fewer, chosen training images cost on CIFAR-10", "curve"),
     "accumulation": ("the balance losses' gradient under gradient accumulation", "accumulation"),
     "waiting": ("what travels under expert parallelism, and how long processes wait for each other", "waiting"),
     "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
