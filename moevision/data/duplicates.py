@@ -6,7 +6,8 @@ million images, and may miss pairs:
 
 - hashes are sorted under `ORDERS` permutations of their bits, and compared with their `WINDOW` next neighbours
   (Charikar, STOC 2002, §3): every image that shares its hash with another is found, and pairs that differ in four bits
-  nearly always;
+  nearly always. Where more than `SURE_BITS` differ, the features must agree: among many images some are as near by
+  chance, and their number grows as that of all pairs does;
 - features are compared within cells of at most `CELL` images, the nearest of k centroids (as SemDeDup does,
   arXiv:2303.09540): pairs at a border between cells are missed. Up to `CELL` images there is one cell.
 
@@ -23,7 +24,8 @@ import numpy.typing as npt
 
 from moevision.data.scores import Floats, Ints
 
-ORDERS, WINDOW, MOST_BITS = 16, 16, 10
+ORDERS, WINDOW, MOST_BITS, SURE_BITS = 16, 16, 10, 4
+AGREE: Final = 0.7  # cosine; among 60 000 images of CIFAR-10, pairs of 7 to 10 bits below it are no copies, by eye
 CELL: Final = 16_384
 WIDTH: Final = 64  # features that are kept of an image: 128 bytes
 _ROWS = 1024
@@ -58,13 +60,16 @@ class Nearest:
         self.distance[image[better]] = distance[better]
 
 
-def nearest_by_hash(hashes: npt.NDArray[np.uint64], usable: Bools, split: Ints) -> tuple[Nearest, Nearest]:
+def nearest_by_hash(
+    hashes: npt.NDArray[np.uint64], usable: Bools, split: Ints, white: Floats | None = None
+) -> tuple[Nearest, Nearest]:
     """By the number of bits in which hashes differ, at most `MOST_BITS`.
 
     Args:
         hashes: [n].
         usable: [n], whether an image has a hash.
         split: [n], number of its split.
+        white: [n, D] of `whitened`, which must agree where more than `SURE_BITS` differ; None: they aren't asked.
 
     Returns:
         The nearest image, and the nearest one of another split.
@@ -79,7 +84,10 @@ def nearest_by_hash(hashes: npt.NDArray[np.uint64], usable: Bools, split: Ints) 
         for step in range(1, min(WINDOW, len(rows) - 1) + 1):
             left, right = order[:-step], order[step:]
             differ = np.bitwise_count(hashes[left] ^ hashes[right])
-            near = differ <= MOST_BITS
+            near = np.flatnonzero(differ <= MOST_BITS)
+            if white is not None:
+                cosine = np.einsum("pd,pd->p", white[left[near]], white[right[near]])
+                near = near[(differ[near] <= SURE_BITS) | (cosine >= AGREE)]
             _offer_both(found, left[near], right[near], differ[near].astype(np.float32), split)
     return found
 
@@ -91,33 +99,37 @@ def _offer_both(found: tuple[Nearest, Nearest], left: Ints, right: Ints, distanc
     found[1].offer(*(each[across] for each in pairs))
 
 
-def nearest_by_features(features: npt.NDArray[np.floating[Any]], usable: Bools, split: Ints) -> tuple[Nearest, Nearest]:
-    """By one less the cosine of whitened features [n, D]; see `nearest_by_hash` for the rest."""
-    found = (Nearest.none(len(features)), Nearest.none(len(features)))
+def nearest_by_features(white: Floats, usable: Bools, split: Ints) -> tuple[Nearest, Nearest]:
+    """By one less the cosine of `whitened` features [n, D]; see `nearest_by_hash` for the rest."""
+    found = (Nearest.none(len(white)), Nearest.none(len(white)))
     rows = np.flatnonzero(usable)
     if len(rows) < 2:
         return found
-    white = whitened(features[rows])
-    for cell in _cells(white):
+    for members in _cells(white[rows]):
+        cell = rows[members]
         for start in range(0, len(cell), _ROWS):
             block = cell[start : start + _ROWS]
             cosine = white[block] @ white[cell].T  # [rows, cell]
             cosine[np.arange(len(block)), start + np.arange(len(block))] = -np.inf
-            for each, allowed in zip(found, (None, split[rows[block], None] != split[rows[cell]]), strict=True):
+            for each, allowed in zip(found, (None, split[block, None] != split[cell]), strict=True):
                 if allowed is not None:
                     cosine = np.where(allowed, cosine, -np.inf)
                 best = cosine.argmax(1)
                 value = cosine[np.arange(len(block)), best]
                 there = np.isfinite(value)
-                each.offer(rows[block[there]], rows[cell[best[there]]], 1 - value[there])
+                each.offer(block[there], cell[best[there]], 1 - value[there])
     return found
 
 
-def whitened(features: npt.NDArray[np.floating[Any]]) -> Floats:
-    """Features [n, D] whose covariance is the identity, each of unit length; directions without spread stay out."""
+def whitened(features: npt.NDArray[np.floating[Any]], usable: Bools) -> Floats:
+    """Features [n, D] whose covariance is the identity, each of unit length; directions without spread stay out.
+
+    Images that aren't `usable` [n] take no part, and are 0.
+    """
     centred = features.astype(np.float32)
-    centred -= centred.mean(0)
-    spread, axes = np.linalg.eigh(centred.T @ centred / len(centred))
+    centred -= centred[usable].mean(0) if usable.any() else 0
+    centred[~usable] = 0
+    spread, axes = np.linalg.eigh(centred.T @ centred / max(1, usable.sum()))
     kept = spread > 1e-5 * spread.max()  # features are kept as float16
     white: Floats = centred @ (axes[:, kept] / np.sqrt(spread[kept] + 1e-12)).astype(np.float32)
     white /= np.maximum(np.linalg.norm(white, axis=1, keepdims=True), np.float32(1e-12))

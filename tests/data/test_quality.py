@@ -103,17 +103,30 @@ def test_features_find_a_pair_within_and_across_splits():
     features[5] = np.nan
     usable = ~np.isnan(features[:, 0])
     split = (np.arange(300) >= 200).astype(np.int64)
-    overall, across = nearest_by_features(np.nan_to_num(features), usable, split)
+    white = whitened(np.nan_to_num(features), usable)
+    overall, across = nearest_by_features(white, usable, split)
     for found in (overall, across):
         assert found.other[[0, 290]].tolist() == [290, 0]
         assert found.distance[0] < 0.05
     assert overall.other[5] == -1
     assert (split[across.other[usable]] != split[usable]).all()
     assert np.quantile(overall.distance[usable], 0.1) > 0.2
-    white = whitened(features[usable])
-    assert np.linalg.norm(white, axis=1) == pytest.approx(1, abs=1e-5)
-    assert nearest_by_features(np.zeros((3, 2)), np.ones(3, bool), np.zeros(3, np.int64))[0].other.tolist() != [0, 1, 2]
-    assert nearest_by_features(np.zeros((1, 2)), np.ones(1, bool), np.zeros(1, np.int64))[0].other.tolist() == [-1]
+    assert np.linalg.norm(white, axis=1) == pytest.approx(usable.astype(float), abs=1e-5)
+    for n in (3, 1):
+        white = whitened(np.zeros((n, 2)), np.ones(n, bool))
+        other = nearest_by_features(white, np.ones(n, bool), np.zeros(n, np.int64))[0].other
+        assert (other != np.arange(n)).all()
+
+
+def test_hashes_that_are_near_by_chance_need_features_that_agree():
+    """Four pairs that differ in 4 or 8 bits, with features at a cosine of 1 or 0: near in 8 bits alone is no pair."""
+    hashes = np.arange(4, dtype=np.uint64).repeat(2) * np.uint64(0x0F0F_0F0F_0F0F_0F0F)
+    hashes[1::2] ^= np.array([0xF, 0xF, 0xFF, 0xFF], np.uint64)
+    white = np.eye(8, dtype=np.float32)
+    white[[1, 5]] = white[[0, 4]]
+    usable, split = np.ones(8, bool), np.zeros(8, np.int64)
+    assert nearest_by_hash(hashes, usable, split)[0].other.tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
+    assert nearest_by_hash(hashes, usable, split, white)[0].other.tolist() == [1, 0, 3, 2, 5, 4, -1, -1]
     onto = projection(200)
     assert onto.T @ onto == pytest.approx(np.eye(64), abs=1e-5)
 
@@ -124,7 +137,8 @@ def test_many_images_are_compared_in_cells():
     features = generator.standard_normal((CELL + 500, 4)).astype(np.float16)
     features[:200] = features[-200:] * np.float16(1.001)
     tracemalloc.start()
-    overall, _ = nearest_by_features(features, np.ones(len(features), bool), np.zeros(len(features), np.int64))
+    usable = np.ones(len(features), bool)
+    overall, _ = nearest_by_features(whitened(features, usable), usable, np.zeros(len(features), np.int64))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     found = overall.distance[:200] < 1e-3

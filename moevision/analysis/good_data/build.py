@@ -104,7 +104,7 @@ def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[st
         "sharpness", "brightness", "colour", "problem", "hash_twin", "hash_bits", "feature_twin", "feature_cosine",
         "leak", "leak_bits", "leak_cosine",
     ]) + "\n"  # fmt: skip
-    trained, leak = len(known.visits), _most_alike(known.by_hash[1], known.by_features[1])
+    trained, leak = len(known.visits), known.most_alike(across=True).other
     everything = images.each()
     for start in range(0, len(images), _BLOCK):
         text = io.StringIO()
@@ -149,11 +149,6 @@ def _bits(nearest: Nearest, index: int) -> str:
 
 def _cosine(nearest: Nearest, index: int) -> str:
     return _cell(1 - nearest.distance[index]) if nearest.other[index] >= 0 else ""
-
-
-def _most_alike(by_hash: Nearest, by_features: Nearest) -> Ints:
-    """[n] the most alike image: by its hash if there is one, else by features; -1 without."""
-    return np.where(by_hash.other >= 0, by_hash.other, by_features.other)
 
 
 # ---- what the page says
@@ -208,8 +203,7 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
     few_grey = grey & (grey.sum() <= _FEW * read.sum())
     odd = _oddness(look["width"], look["height"], read)
     broken = np.fromiter(sorted(known.problems), np.int64, len(known.problems))
-    pairs, leaks = (_pair_value(h, f) for h, f in zip(known.by_hash, known.by_features, strict=True))
-    twin = [_most_alike(h, f) for h, f in zip(known.by_hash, known.by_features, strict=True)]
+    pair, leak = known.most_alike(across=False), known.most_alike(across=True)
     return [
         scored("doubtful"),
         scored("hardest"),
@@ -225,15 +219,15 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
             "leaks", "In two splits",
             "The most alike pairs with one image outside of training, by perceptual hash, then by the model's "
             "features. A copy of a training image in a test set rewards memory.",
-            _once(lowest(leaks, 2 * show, split > 0), twin[1], show),
-            lambda i: _alike(known, 1, i), lambda i: int(twin[1][i]),
+            _once(lowest(leak.distance, 2 * show, split > 0), leak.other, show),
+            lambda i: _alike(known, 1, i), lambda i: int(leak.other[i]),
         ),
         Ranked(
             "doubles", "Near-duplicates",
             "The most alike pairs, by perceptual hash (bits of 64 that differ), then by the cosine of the model's "
             "features, whitened. Mirrored copies are found by features only.",
-            _once(lowest(pairs, 2 * show), twin[0], show),
-            lambda i: _alike(known, 0, i), lambda i: int(twin[0][i]),
+            _once(lowest(pair.distance, 2 * show), pair.other, show),
+            lambda i: _alike(known, 0, i), lambda i: int(pair.other[i]),
         ),
         Ranked(
             "blurred", "Least detail",
@@ -265,11 +259,6 @@ def _oddness(width: Ints, height: Ints, read: npt.NDArray[np.bool_]) -> Floats:
         w, h = np.log(width[read].astype(np.float64)), np.log(height[read].astype(np.float64))
         found[read] = np.maximum(*(np.abs(each - np.median(each)) for each in (w + h, w - h)))
     return np.where(found > 0.01, found, 0)  # a pixel more or less is not odd
-
-
-def _pair_value(by_hash: Nearest, by_features: Nearest) -> Floats:
-    """[n] by which pairs are ranked: the bits where hashes are near, and behind all of these 100 + the distance."""
-    return np.where(by_hash.other >= 0, by_hash.distance, 100 + by_features.distance)
 
 
 def _once(rows: Ints, twin: Ints, show: int) -> Ints:

@@ -25,7 +25,7 @@ from moevision.analysis.collect import evaluating, network_input
 from moevision.analysis.images import data_settings
 from moevision.data import ImageDataModule
 from moevision.data.doubt import class_doubt
-from moevision.data.duplicates import Nearest, nearest_by_features, nearest_by_hash, projection
+from moevision.data.duplicates import Nearest, nearest_by_features, nearest_by_hash, projection, whitened
 from moevision.data.images import BadImageError
 from moevision.data.quality import LOOK, SIDE, look_at
 from moevision.data.scores import SCORES, Floats, Ints, Scores, keys_of
@@ -131,6 +131,18 @@ class Known:
     features: npt.NDArray[np.float16] | None = None
     problems: dict[int, str] = field(default_factory=dict)
 
+    def most_alike(self, *, across: bool) -> Nearest:
+        """The most alike image of each, or the one of another split: by hash if one is near, else by features.
+
+        The distance orders pairs, all by hash first: bits that differ, or 100 and one less the cosine.
+        """
+        by_hash, by_features = self.by_hash[across], self.by_features[across]
+        near = by_hash.other >= 0
+        return Nearest(
+            np.where(near, by_hash.other, by_features.other),
+            np.where(near, by_hash.distance, 100 + by_features.distance),
+        )
+
 
 def scores_in_order(scores: Scores, images: RunImages) -> tuple[Ints, dict[str, Floats], dict[int, Floats]]:
     """Visits [m], scores [m] each and experts [m, E] in the order of the training images.
@@ -180,9 +192,10 @@ def examine(
         return known
     known.features = _look_at_all(images, model, known, advance)
     split, read = images.split_of, known.look["read"]
-    known.by_hash = nearest_by_hash(known.look["hash"], read & known.look["has_hash"], split)
-    if known.features is not None:
-        known.by_features = nearest_by_features(known.features, read, split)
+    white = None if known.features is None else whitened(known.features, read)
+    known.by_hash = nearest_by_hash(known.look["hash"], read & known.look["has_hash"], split, white)
+    if white is not None:
+        known.by_features = nearest_by_features(white, read, split)
     return known
 
 

@@ -1,0 +1,27 @@
+"""benchmarks/curve/README.md: everything between its marks is the report of the committed record."""
+
+from typing import Any
+
+from benchmarks.curve import EPOCHS, FOLDER, IMAGES, MARGIN, SEEDS, parts_of
+from tests.records import ROOT, Claim, Definition
+from tests.records.studies import shown
+
+FILES = tuple(str(path.relative_to(ROOT)) for path in FOLDER.glob("record.json"))
+
+
+def _parts(*records: Any) -> list[dict[str, str]]:
+    return shown(part for record in records for part in parts_of(record))
+
+
+assert (IMAGES, EPOCHS, SEEDS, MARGIN) == (8_000, 4, 3, 1)
+CLAIMS = [Claim(FILES, "{text}", _parts)]
+DEFINITIONS = [
+    Definition("70 % of the training images", "the question"),
+    Definition("70 % drawn at random", "the question"),
+    Definition("800 of each class", "what is drawn"),
+    Definition("all 8,000 images", "what is drawn"),
+    Definition("the lowest 10 % of AUM go", "how ccs is run"),
+    Definition("less than 1 point worse counts as as good", "the margin"),
+    Definition("10,000 test images", "the data"),
+    Definition("95 % t intervals", "their level"),
+]
