@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from moevision.commands.curve import Gap, jobs, lines, schedule, sentences, slope, table
+from moevision.commands.curve import jobs, lines, schedule, sentences, slope, table, verdict
 from moevision.errors import UserError
+from moevision.train.differences import Gap
 
 T2, T3 = 12.7062, 4.30265
 """97.5 % quantiles of Student's t with one and two degrees of freedom, from a printed table."""
@@ -65,7 +66,7 @@ def test_an_interval_needs_a_spread():
     assert (two.low, two.high) == pytest.approx((1 - T2, 1 + T2), abs=1e-3)
     for each in (Gap.of([0.5]), Gap.of([0.5, 0.5])):
         assert (each.mean, math.isnan(each.low), each.text) == (0.5, True, "+0.50")
-        assert "isn't shown" in each.verdict(1.0)
+        assert "isn't shown" in verdict(each, 1.0)
     assert Gap.of([]).text == "-"
 
 
@@ -78,7 +79,7 @@ def test_an_interval_needs_a_spread():
     ],
 )
 def test_what_an_interval_shows(low, high, words):
-    assert words in Gap((low + high) / 2, low, high, 3).verdict(1.0)
+    assert words in verdict(Gap((low + high) / 2, low, high, 3), 1.0)
 
 
 def test_sentences_and_the_slope_at_the_end():

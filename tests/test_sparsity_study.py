@@ -15,10 +15,11 @@ from scipy import stats
 from benchmarks import queue as queueing
 from benchmarks import sparsity
 from benchmarks.harness import about
-from benchmarks.sparsity import arms, report, training, verdict
+from benchmarks.sparsity import arms, report, training
 from benchmarks.sparsity.arms import ARMS, BALANCE, STAGES, TUNING_SEEDS, Arm, queue, rate_of
-from benchmarks.sparsity.verdict import HYPOTHESES, detectable, judge, p_of, sentences, verdict_of
+from benchmarks.sparsity.verdict import HYPOTHESES, judge, p_of, sentences, verdict_of
 from benchmarks.study import Contrast
+from moevision.train.differences import LEVEL, POWER, detectable
 from moevision.train.guard import TrainingDiverged
 from moevision.train.resume import claim, release
 
@@ -338,4 +339,4 @@ def test_status_and_report_of_nothing_and_of_something(bench, tmp_path) -> None:
     assert bench(*common).code == 0
     assert readme.read_text() == text
     assert "6 of 6" in bench("sparsity", "status", "--out", out).out
-    assert verdict.POWER == 0.8
+    assert (LEVEL, POWER) == (0.05, 0.8)

@@ -38,6 +38,7 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["predict", "runs/pets"]),
     (2, ["predict", "runs/pets", "image.jpg", "--format", "xml"]),
     (2, ["info"]),
+    (2, ["compare"]),
     (2, ["plan", "quickstart", "--gpu", "abacus"]),
     (2, ["predict", "runs/pets", "image.jpg", "--shard", "3/2"]),
     (2, ["upcycle", "vit_tiny_patch16_224", "--out", "new", "--num-experts", "0"]),

@@ -9,17 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.optimize import brentq
-from scipy.stats import nct
 from scipy.stats import t as student
 
 from benchmarks.queue import is_dirty
 from benchmarks.sparsity.arms import LEARNED_NOTHING, TUNING_SEEDS, Record, rate_of
 from benchmarks.sparsity.training import PROTOCOL
 from benchmarks.study import Contrast, holm
+from moevision.train.differences import LEVEL, detectable
 from moevision.train.report import points
 
-LEVEL, POWER = 0.05, 0.8
 _SENTENCE = re.compile(r"^\| (\w+) \| (positive|negative|tie) \| (.+) \|$", re.MULTILINE)
 
 
@@ -167,12 +165,3 @@ def _result(hypothesis: Hypothesis, contrast: Contrast | None, obstacle: str, p:
     numbers = {name: points(value) for name, value in (("mean", contrast.mean), ("low", low), ("high", high))}
     sentence = sentences()[name, verdict].format(**numbers, n=count, x=f"{100 * reach:.1f}")
     return Result(hypothesis, contrast, verdict, sentence, found)
-
-
-def detectable(seeds: int, level: float = LEVEL, power: float = POWER) -> float:
-    """Mean difference, in SDs of the per-seed difference, that a two-sided paired t-test finds with this power.
-
-    By the noncentral t; the chance of a significant result in the wrong direction, below 1e-4, is left out.
-    """
-    critical = student.ppf(1 - level / 2, seeds - 1)
-    return float(brentq(lambda d: nct.sf(critical, seeds - 1, d * math.sqrt(seeds)) - power, 1e-6, 100.0))

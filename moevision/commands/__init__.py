@@ -28,6 +28,9 @@ VERBS = {
     "test": Verb("evaluate a checkpoint on the test images", "moevision.commands.training:test"),
     "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.commands.predict:run"),
     "info": Verb("parameters and FLOPs of a model, beside its dense twins", "moevision.commands.info:run"),
+    "compare": Verb(
+        "are two trainings told apart on the same test images, and at what cost", "moevision.commands.compare:run"
+    ),
     "plan": Verb("what a training costs on several GPUs, and in which layout", "moevision.commands.plan:run"),
     "upcycle": Verb(
         "turn a pretrained dense ViT into a Mixture of Experts that computes the same",

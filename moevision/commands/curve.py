@@ -32,7 +32,6 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from scipy.stats import t as student
 
 from moevision.analysis.images import data_settings
 from moevision.data.prune import prune
@@ -42,6 +41,7 @@ from moevision.files import refuse_foreign, write_json_atomic, write_text_atomic
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import shown
 from moevision.train import run as training
+from moevision.train.differences import Gap
 from moevision.train.plots import INK, OKABE_ITO, calm, save, title
 from moevision.train.processes import Interrupted, tell
 from moevision.train.resume import is_finished
@@ -183,42 +183,6 @@ def _time(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
-class Gap:
-    """A mean difference over seeds, in points, with its 95 % t interval.
-
-    The interval is NaN without a spread, which one seed has not, nor have equal differences.
-    """
-
-    mean: float
-    low: float
-    high: float
-    seeds: int
-
-    @classmethod
-    def of(cls, differences: Sequence[float]) -> Gap:
-        """Of one difference for each seed; NaN for none."""
-        n = len(differences)
-        mean = statistics.fmean(differences) if n else math.nan
-        spread = statistics.stdev(differences) if n > 1 else 0.0
-        half = float(student.ppf(0.975, n - 1)) * spread / math.sqrt(n) if spread > 0 else math.nan
-        return cls(mean, mean - half, mean + half, n)
-
-    @property
-    def text(self) -> str:
-        """`-0.40 (-1.20 to +0.40)`."""
-        if math.isnan(self.mean):
-            return "-"
-        return f"{self.mean:+.2f}" + ("" if math.isnan(self.low) else f" ({self.low:+.2f} to {self.high:+.2f})")
-
-    def verdict(self, margin: float) -> str:
-        """What the interval shows, if what is less than `margin` worse counts as good."""
-        if self.low > -margin:
-            return f"is shown to be as good as training on all, to within {margin:g} points"
-        worse = "is shown to be worse than training on all"
-        return worse if self.high < 0 else "isn't shown to be as good as training on all"
-
-
-@dataclass(frozen=True)
 class Row:
     """One method at one share; accuracies by seed."""
 
@@ -274,6 +238,14 @@ def slope(rows: Sequence[Row]) -> tuple[Row, Gap] | None:
     return last, Gap.of([100 * (whole.accuracy[seed] - last.accuracy[seed]) / thousands for seed in both])
 
 
+def verdict(gap: Gap, margin: float) -> str:
+    """What an interval shows, if what is less than `margin` points worse counts as good."""
+    if gap.low > -margin:
+        return f"is shown to be as good as training on all, to within {margin:g} points"
+    worse = "is shown to be worse than training on all"
+    return worse if gap.high < 0 else "isn't shown to be as good as training on all"
+
+
 def sentences(rows: Sequence[Row], records: Sequence[Json], margin: float) -> list[str]:
     """What was found, in plain words."""
     chosen = [row for row in rows if row.by != ALL]
@@ -281,7 +253,7 @@ def sentences(rows: Sequence[Row], records: Sequence[Json], margin: float) -> li
     found = [
         f"Training on {_percent(row.share)} of the images, "
         f"{'drawn at random' if row.by == 'random' else f'chosen by {row.by}'}, "
-        f"{row.beside_all.verdict(margin)}: {row.beside_all.text} points."
+        f"{verdict(row.beside_all, margin)}: {row.beside_all.text} points."
         for row in chosen
         if row.share == asked
     ]

@@ -92,6 +92,28 @@ def info() -> ArgumentParser:
     return parser
 
 
+def compare() -> ArgumentParser:
+    """Finished runs."""
+    parser = _parser(
+        "compare",
+        """\
+        Compare finished runs of fit on the test images that all of them were tested on: accuracy with its interval, the
+        difference, what difference would have been found with 80 % power, and cost: FLOPs, parameters, time, load.
+
+        Two runs are compared image by image: McNemar's exact test, Tango's interval. More runs are sorted into two
+        recipes by their config.yaml, equal but for the seed, and compared seed by seed: paired t-test, t interval. The
+        first run's recipe is A. Not told apart is not the same as equal: the answer says what it cannot exclude.
+        """,
+        """\
+        moevision compare runs/pets runs/pets/twin                    a Mixture of Experts and its dense twin
+        moevision compare runs/moe-* runs/dense-* --json out.json   several seeds of two recipes
+        """,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of fit, at least two")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
+    return parser
+
+
 def plan() -> ArgumentParser:
     """A model, and the GPUs to train it on."""
     parser = _parser(
@@ -588,7 +610,21 @@ def completion() -> ArgumentParser:
 
 PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     function.__name__: function
-    for function in (predict, info, plan, upcycle, surgery, export, push, analyze, data, demo, doctor, completion)
+    for function in (
+        predict,
+        info,
+        compare,
+        plan,
+        upcycle,
+        surgery,
+        export,
+        push,
+        analyze,
+        data,
+        demo,
+        doctor,
+        completion,
+    )
 }
 
 

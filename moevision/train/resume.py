@@ -420,7 +420,7 @@ def changed_options(recorded: Namespace, asked: Namespace) -> list[str]:
         old, new = before.get(name), now.get(name)
         if name.split(".")[0] in _SILENT or _same(name, old, new):
             continue
-        if not any(name == free or name.startswith(free + ".") for free in _FREE):
+        if not is_free(name):
             raise UserError(
                 f"--{name} is {_plain(old)} in this run and can't become {_plain(new)} when it goes on: leave it out, "
                 "or start a new run from its weights with --pretrained runs/NAME/model."
@@ -429,6 +429,12 @@ def changed_options(recorded: Namespace, asked: Namespace) -> list[str]:
         rounding = ", which may round differently" if rounds else ""
         changed.append(f"--{name} was {_plain(old)}, now {_plain(new)}{rounding}")
     return changed
+
+
+def is_free(option: str) -> bool:
+    """Whether an option leaves the training what it is, up to rounding and what the guard prevents."""
+    names = (*_SILENT, *_FREE)
+    return any(option == free or option.startswith(free + ".") for free in names)
 
 
 def _same(name: str, old: Any, new: Any) -> bool:
