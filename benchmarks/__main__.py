@@ -36,6 +36,7 @@ STUDY = {
     "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
     "planner": ("planned step times to 1,024 GPUs, and what unequal experts cost: computed", "planner"),
+    "ideas": ("docs/concepts/what-sparsity-buys.md: what all these say of each idea, from their records", "ideas"),
     "unlike": ("how often the explorer calls an image unlike the training data", "demo.unlike"),
 }
 PROVE = {

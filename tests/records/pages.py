@@ -86,6 +86,12 @@ DEFINITIONS = {
         Definition("takes tens of seconds", "an order of magnitude that the option's own help names"),
     ],
     "docs/guides/several-gpus.md": [Definition("The signal comes five minutes before", "--signal=USR1@300")],
+    "docs/guides/compare.md": [
+        Definition("with its 95 % interval", "the level of the intervals"),
+        Definition("(p ≥ .05)", "the level of the tests"),
+        Definition("tell apart with 80 % power", "POWER of `moevision.train.differences`"),
+        Definition("12.7 standard errors wide on either side, that of five seeds 2.8", "quantiles of Student's t"),
+    ],
     "docs/guides/tables-and-logs.md": [
         Definition("where no class reaches 60 %", "the example's `--unsure 0.6`"),
         Definition("more than 1.5 times the training images", "a constant of `moevision.train.report`"),

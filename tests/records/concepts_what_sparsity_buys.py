@@ -1,0 +1,20 @@
+"""docs/concepts/what-sparsity-buys.md: its table is what `python -m benchmarks ideas` makes of the records."""
+
+from typing import Any
+
+from benchmarks.ideas import ideas, read_all
+from tests.records import Claim, Definition, routers, saving, sparsity, specialization, upcycling, waiting
+from tests.records.studies import shown
+
+FILES = (
+    *(*sparsity.FILES, *specialization.FILES, *waiting.RUNS),
+    *(routers.STUDY, saving.STUDY, upcycling.STUDY),
+)
+
+
+def _rows(*_: Any) -> list[dict[str, str]]:
+    return shown(line for line in ideas(read_all()).splitlines() if "--" not in line)
+
+
+CLAIMS = [Claim(FILES, "{text}", _rows)]
+DEFINITIONS = [Definition("in brackets 95 % intervals over seeds", "the level of `benchmarks/study.py`")]
