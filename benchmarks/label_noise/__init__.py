@@ -35,7 +35,7 @@ from moevision import package_version
 from moevision.analysis.collect import evaluating, network_input
 from moevision.analysis.good_data.examine import RunImages, examine, images_of
 from moevision.cli import main as run_moevision
-from moevision.commands.curve import Gap, schedule
+from moevision.commands.curve import schedule
 from moevision.data import ImageDataModule
 from moevision.data.choices import KEEP, YES
 from moevision.data.doubt import class_doubt
@@ -48,6 +48,7 @@ from moevision.files import write_text_atomic
 from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import csv_name
+from moevision.train.differences import Gap
 
 FOLDER = HERE / "label_noise"
 SHARE, SEEDS, TOP, BATCH = 0.1, (0, 1, 2), 0.1, 256
