@@ -152,7 +152,12 @@ def expand_arguments(
         )
     front: list[str] = []
     if path is not None and not has_config and path in shipped_configs() and not Path(path).exists():
-        front, path = ["--config", path], None
+        if asked in (None, NONE) or path not in _NAMED_IMAGES:
+            front, path = ["--config", path], None
+        elif (
+            value_of(rest, "--data.download") is None
+        ):  # recipes from scratch don't suit pretrained weights, their data do
+            rest = ["--data.download=true", *rest]
     chooses = verb == "fit" and path is not None and not has_config and not recorded
     if chooses:
         front = decide(lambda: choose_recipe(cast(str, path), asked, rest))

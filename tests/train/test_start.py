@@ -278,6 +278,16 @@ def test_the_command_line(drawn_pets: Path) -> None:
     assert expand_arguments("fit", ["--config=quickstart", "--pretrained=none"])[1:] == ["--model.arch.pretrained=null"]
 
 
+def test_a_dataset_with_a_recipe_from_scratch_gets_another_for_pretrained_weights(weight_file: Path) -> None:
+    """configs/imagenette.yaml is a hybrid under Muon: neither is for a ViT that was trained already."""
+    assert expand_arguments("fit", ["imagenette"])[1].endswith("imagenette.yaml")
+    assert expand_arguments("fit", ["imagenette", "--pretrained=none"])[1].endswith("imagenette.yaml")
+    chosen = expand_arguments("fit", ["imagenette", f"--pretrained={weight_file}"])
+    assert not any("imagenette.yaml" in option for option in chosen)
+    assert {"--model.optim.layer_decay=0.75", "--data.download=true"} <= set(chosen)
+    assert chosen[chosen.index("--data.path") + 1] == "imagenette"
+
+
 # ---- the whole way
 
 
