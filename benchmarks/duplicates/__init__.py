@@ -2,11 +2,13 @@
 
     python -m benchmarks duplicates planted --data path/to/imagenette --model MODEL
     python -m benchmarks duplicates cifar10 --data path/to/cifar10 --model MODEL --sheet pairs.png
+    python -m benchmarks duplicates redundant --run RUN
     python -m benchmarks duplicates report                                # README.md's tables
 
 `planted` writes altered copies of some images beside the originals, every other one into the other split, and asks the
 page's two lists of pairs for them. `cifar10` counts the test images that have a training image so near, and draws pairs
-at some ranks, to be judged by eye.
+at some ranks, to be judged by eye. `redundant` asks whether images that the experts shared out alike are those with
+alike features, which need no experts.
 
 Axes: n images of both splits, c copies.
 """
@@ -28,8 +30,9 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from benchmarks.harness import HERE, about, argument_parser, positive, progress_bar
 from benchmarks.queue import fill_readme, refuse_changes
 from benchmarks.timing import rounded
-from moevision.analysis.good_data.examine import Known, RunImages, examine
-from moevision.data.scores import SCORES, Scores
+from moevision.analysis.good_data.examine import Known, RunImages, examine, images_of
+from moevision.data.duplicates import nearest_in_class
+from moevision.data.scores import FILE, SCORES, Scores
 from moevision.data.sources import read_folder
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
@@ -202,6 +205,47 @@ def sheet(images: RunImages, other: np.ndarray, distance: np.ndarray, rows: np.n
     return drawn
 
 
+# ---- images that the experts computed alike
+
+
+def redundant(options: Namespace) -> dict[str, Any]:
+    """How far the list of a run by its experts is that by its features; the record."""
+    images, model = images_of(options.run), load_model(str(options.run))
+    known = examine(images, Scores.read(options.run / FILE), model)
+    m, white = len(known.visits), known.white
+    if white is None or not known.experts:
+        raise UserError(f"{options.run} has no experts or no features: give a run of a Mixture of Experts.")
+    there = np.flatnonzero(known.by_experts.other >= 0)
+    partner = known.by_experts.other[there]
+    within = nearest_in_class(white[:m], images.labels[:m])
+    strangers = same_class_strangers(images.labels[:m][there], np.random.default_rng(0))
+    tenth = round(len(there) / 10)
+    first = [set(there[np.argsort(near.distance[there], kind="stable")[:tenth]].tolist())
+             for near in (known.by_experts, within)]  # fmt: skip
+    return {
+        "images": len(there), "layers": len(known.experts),
+        "coefficient": rounded(float(np.median(1 - known.by_experts.distance[there])), 4),
+        "cosine": _median_cosine(white, there, partner),
+        "cosine_nearest": rounded(float(np.median(1 - within.distance[there])), 3),
+        "cosine_of_strangers": _median_cosine(white, there, there[strangers]),
+        "same_partner": rounded(float((within.other[there] == partner).mean()), 4),
+        "shared_tenth": rounded(len(first[0] & first[1]) / tenth, 3),
+    }  # fmt: skip
+
+
+def _median_cosine(white: np.ndarray, rows: np.ndarray, others: np.ndarray) -> float:
+    return rounded(float(np.median(np.einsum("nd,nd->n", white[rows], white[others]))), 3)
+
+
+def same_class_strangers(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """For each image another one of its class, by chance."""
+    other = np.arange(len(labels))
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        other[rows] = np.roll(rows, 1)
+    return other
+
+
 # ---- the report
 
 
@@ -228,6 +272,15 @@ def parts_of(record: dict[str, Any]) -> list[str]:
         lines += [f"| cosine at least {least} | {many:,} | {100 * many / found['test']:.1f} % |"
                   for least, many in found["cosine"].items()]  # fmt: skip
         parts.append("\n".join(lines))
+    if "redundant" in record:
+        it = record["redundant"]
+        parts.append(
+            f"Of {it['images']:,} training images, the pairs that the experts shared out most alike have features of a "
+            f"median cosine of {it['cosine']:.2f}; the pairs most alike by features have {it['cosine_nearest']:.2f}, two "
+            f"images of a class {it['cosine_of_strangers']:.2f}. Both ways name the same partner for "
+            f"{100 * it['same_partner']:.1f} % of the images, and share {100 * it['shared_tenth']:.0f} % of the most "
+            "redundant tenth (chance: 10 %)."
+        )
     return parts or ["Not run yet."]
 
 
@@ -235,9 +288,10 @@ def parser() -> ArgumentParser:
     """The command line."""
     known = argument_parser("duplicates", __doc__)
     add = known.add_argument
-    add("verb", choices=("planted", "cifar10", "report"))
+    add("verb", choices=("planted", "cifar10", "redundant", "report"))
     add("--data", type=Path, metavar="DIR", help="images in two splits")
     add("--model", metavar="MODEL", help="whose features are compared")
+    add("--run", type=Path, metavar="RUN", help="redundant: a finished run with scores.csv")
     add("--train", type=positive, default=TRAIN, metavar="N", help="planted: training images (%(default)s)")
     add(
         "--outside",
@@ -262,10 +316,13 @@ def main() -> None:
     if options.verb == "report":
         fill_readme(options.readme, parts_of(record))
         return
-    if options.data is None or options.model is None:
+    if options.verb == "redundant" and options.run is None:
+        raise UserError("Say which run's images are compared: --run RUN.")
+    if options.verb != "redundant" and (options.data is None or options.model is None):
         raise UserError("Say where the images are and whose features to use: --data DIR --model MODEL.")
     refuse_changes(FOLDER / "README.md", allowed=options.allow_dirty)
     torch.set_num_threads(options.threads)
     origin = {**about(), "command": f"python -m benchmarks duplicates {options.verb}"}
-    measured = {"planted": planted, "cifar10": cifar10}[options.verb](options)
-    write_json_atomic(options.out, {**record, options.verb: {**measured, "model": Path(options.model).name, **origin}})
+    measured = {"planted": planted, "cifar10": cifar10, "redundant": redundant}[options.verb](options)
+    whose = {} if options.model is None else {"model": Path(options.model).name}
+    write_json_atomic(options.out, {**record, options.verb: {**measured, **whose, **origin}})

@@ -16,6 +16,7 @@ Axes: n images, D features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -100,7 +101,7 @@ def _offer_both(found: tuple[Nearest, Nearest], left: Ints, right: Ints, distanc
 
 
 def nearest_by_features(white: Floats, usable: Bools, split: Ints) -> tuple[Nearest, Nearest]:
-    """By one less the cosine of `whitened` features [n, D]; see `nearest_by_hash` for the rest."""
+    """By one less the cosine of vectors of unit length [n, D], as of `whitened`; `nearest_by_hash` says the rest."""
     found = (Nearest.none(len(white)), Nearest.none(len(white)))
     rows = np.flatnonzero(usable)
     if len(rows) < 2:
@@ -118,6 +119,31 @@ def nearest_by_features(white: Floats, usable: Bools, split: Ints) -> tuple[Near
                 value = cosine[np.arange(len(block)), best]
                 there = np.isfinite(value)
                 each.offer(block[there], cell[best[there]], 1 - value[there])
+    return found
+
+
+def nearest_by_experts(shares: Sequence[Floats], labels: Ints) -> Nearest:
+    """The image of the same class that the experts computed most alike, by one less the Bhattacharyya coefficient.
+
+    Args:
+        shares: of each layer [m, E], the share of an image's choices that each expert had; NaN: unknown.
+        labels: [m].
+
+    Returns:
+        The nearest images; the coefficient is the mean over layers of Σ_e √(p_e q_e), 1 for equal shares.
+    """
+    roots = np.sqrt(np.concatenate(shares, axis=1), dtype=np.float32) / np.sqrt(np.float32(len(shares)))
+    return nearest_in_class(roots, np.where(np.isfinite(roots).all(1), labels, -1))
+
+
+def nearest_in_class(vectors: Floats, labels: Ints) -> Nearest:
+    """The image of the same class by one less the cosine of vectors of unit length [m, D]; label -1 takes no part."""
+    found = Nearest.none(len(labels))
+    for label in np.unique(labels[labels >= 0]):
+        rows = np.flatnonzero(labels == label)
+        near, _ = nearest_by_features(vectors[rows], np.ones(len(rows), bool), np.zeros(len(rows), np.int64))
+        there = near.other >= 0
+        found.offer(rows[there], rows[near.other[there]], near.distance[there])
     return found
 
 

@@ -198,11 +198,12 @@ def hostile(tmp_path_factory):
 
 
 def test_no_name_becomes_an_element(hostile):
-    images, _, page = hostile
+    images, scores, page = hostile
     found = Elements(page)
     assert (found.tags["script"], found.handlers) == (2, [])
     assert {"b", "i", "u"} & found.tags.keys() == set()
-    assert found.tags["img"] == 5 * 8  # every list shows every training image
+    pairs = page_facts(images, examine(images, scores, None), CLASSES, 8)["lists"][-1]["entries"]
+    assert found.tags["img"] == 5 * 8 + 2 * len(pairs)  # every list of images shows every training image
     assert "\x1b" not in page
     assert "\u202e" not in page
     assert "{{7*7}}" in page
@@ -412,7 +413,14 @@ def test_the_page_of_a_run(cli, tiny_run, tmp_path):
     assert 'id="leaks"' in page
     assert "moevision data score" in page
     quick = score(tiny_run, tmp_path / "quick", quick=True, show=3)
-    assert [each["key"] for each in quick["lists"]] == ["doubtful", "hardest", "unsteady", "experts", "easiest"]
+    assert [each["key"] for each in quick["lists"]] == [
+        "doubtful",
+        "hardest",
+        "unsteady",
+        "experts",
+        "easiest",
+        "redundant",
+    ]
     assert all(len(each["entries"]) == 3 for each in quick["lists"])
     moved = Path(shutil.copytree(tiny_run, tmp_path / "moved"))
     (moved / "scores.csv").write_text("image\n")

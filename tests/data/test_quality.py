@@ -8,7 +8,14 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from moevision.data.doubt import class_doubt
-from moevision.data.duplicates import CELL, nearest_by_features, nearest_by_hash, projection, whitened
+from moevision.data.duplicates import (
+    CELL,
+    nearest_by_experts,
+    nearest_by_features,
+    nearest_by_hash,
+    projection,
+    whitened,
+)
 from moevision.data.quality import laplacian_variance, look_at, perceptual_hash
 from moevision.data.synthetic import SyntheticPets
 
@@ -129,6 +136,16 @@ def test_hashes_that_are_near_by_chance_need_features_that_agree():
     assert nearest_by_hash(hashes, usable, split, white)[0].other.tolist() == [1, 0, 3, 2, 5, 4, -1, -1]
     onto = projection(200)
     assert onto.T @ onto == pytest.approx(np.eye(64), abs=1e-5)
+
+
+def test_images_that_the_experts_shared_out_alike_by_hand():
+    """Of one class; images 0 and 1 differ in one layer of two: (1 + sqrt(.5 * 1)) / 2. Image 4 is of another class."""
+    first = np.array([[1, 0], [1, 0], [0.5, 0.5], [np.nan, np.nan], [1, 0]], np.float32)
+    second = np.array([[0.5, 0.5], [1, 0], [0, 1], [0, 1], [0.5, 0.5]], np.float32)
+    found = nearest_by_experts([first, second], np.array([0, 0, 0, 0, 1]))
+    assert found.other.tolist() == [1, 0, 0, -1, -1]
+    zero_two = (0.5**0.5 + 0.5**0.5) / 2
+    assert found.distance[:3] == pytest.approx([1 - (1 + 0.5**0.5) / 2] * 2 + [1 - zero_two], abs=1e-6)
 
 
 def test_many_images_are_compared_in_cells():

@@ -102,7 +102,7 @@ def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[st
     yield ",".join([
         "split", "image", "label", "visits", *SCORES, "unlike_class", "prediction", "certainty", "width", "height",
         "sharpness", "brightness", "colour", "problem", "hash_twin", "hash_bits", "feature_twin", "feature_cosine",
-        "leak", "leak_bits", "leak_cosine",
+        "leak", "leak_bits", "leak_cosine", "expert_twin", "expert_coefficient",
     ]) + "\n"  # fmt: skip
     trained, leak = len(known.visits), known.most_alike(across=True).other
     everything = images.each()
@@ -128,6 +128,8 @@ def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[st
                 _name(images, twin[1]), _cosine(known.by_features[0], index),
                 _name(images, leak[index]), _bits(known.by_hash[1], index),
                 _cosine(known.by_features[1], index),
+                *((_name(images, known.by_experts.other[index]), _cosine(known.by_experts, index))
+                  if index < trained else ("", "")),
             ])  # fmt: skip
         yield text.getvalue()
 
@@ -230,6 +232,14 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
             lambda i: _alike(known, 0, i), lambda i: int(pair.other[i]),
         ),
         Ranked(
+            "redundant", "Computed alike",
+            "Pairs of one class whose patches the experts shared out most alike in the last third of the training "
+            "(Bhattacharyya coefficient, 1: equal shares): what one teaches the experts, the other may too. Beside it "
+            "the cosine of their features, which a dense model has as well.",
+            _once(lowest(known.by_experts.distance, 2 * show), known.by_experts.other, show),
+            lambda i: _computed_alike(known, i), lambda i: int(known.by_experts.other[i]),
+        ),
+        Ranked(
             "blurred", "Least detail",
             "Lowest variance of the Laplacian, at a short side of at most 224 px: blurred, or plain.",
             lowest(look["sharpness"], show, read), lambda i: f"variance {look['sharpness'][i]:.3g}",
@@ -278,6 +288,13 @@ def _alike(known: Known, which: int, index: int) -> str:
     if bits.other[index] >= 0:
         return f"{bits.distance[index]:.0f} of 64 bits differ"
     return f"cosine {1 - known.by_features[which].distance[index]:.3f}"
+
+
+def _computed_alike(known: Known, index: int) -> str:
+    alike = f"coefficient {1 - known.by_experts.distance[index]:.4f}"
+    if known.white is None:
+        return alike
+    return f"{alike}, features {known.white[index] @ known.white[known.by_experts.other[index]]:.2f}"
 
 
 def _list_facts(ranked: Ranked, images: RunImages, known: Known, names: Sequence[str]) -> Json:

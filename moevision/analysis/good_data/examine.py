@@ -25,7 +25,14 @@ from moevision.analysis.collect import evaluating, network_input
 from moevision.analysis.images import data_settings
 from moevision.data import ImageDataModule
 from moevision.data.doubt import class_doubt
-from moevision.data.duplicates import Nearest, nearest_by_features, nearest_by_hash, projection, whitened
+from moevision.data.duplicates import (
+    Nearest,
+    nearest_by_experts,
+    nearest_by_features,
+    nearest_by_hash,
+    projection,
+    whitened,
+)
 from moevision.data.images import BadImageError
 from moevision.data.quality import LOOK, SIDE, look_at
 from moevision.data.scores import SCORES, Floats, Ints, Scores, keys_of
@@ -116,7 +123,9 @@ class Known:
         experts: block -> [m, E].
         visits: [m].
         unlike_class: [m] how little the experts that computed the image are those of its class (`class_doubt`).
+        by_experts: [m] the image of the same class that the experts computed most alike.
         features: float16 [n, at most 64] what is in front of the classifier, projected; None: not asked.
+        white: [n, D] the features, whitened; None: not asked.
     """
 
     look: npt.NDArray[Any]
@@ -128,7 +137,9 @@ class Known:
     experts: dict[int, Floats]
     visits: Ints
     unlike_class: Floats
+    by_experts: Nearest
     features: npt.NDArray[np.float16] | None = None
+    white: Floats | None = None
     problems: dict[int, str] = field(default_factory=dict)
 
     def most_alike(self, *, across: bool) -> Nearest:
@@ -187,15 +198,16 @@ def examine(
     known = Known(
         np.zeros(n, LOOK), np.full(n, -1), np.full(n, np.nan, np.float32), (Nearest.none(n), Nearest.none(n)),
         (Nearest.none(n), Nearest.none(n)), values, experts, visits, unlike.astype(np.float32),
+        nearest_by_experts(list(experts.values()), labels) if experts else Nearest.none(len(visits)),
     )  # fmt: skip
     if model is None:
         return known
     known.features = _look_at_all(images, model, known, advance)
     split, read = images.split_of, known.look["read"]
-    white = None if known.features is None else whitened(known.features, read)
-    known.by_hash = nearest_by_hash(known.look["hash"], read & known.look["has_hash"], split, white)
-    if white is not None:
-        known.by_features = nearest_by_features(white, read, split)
+    known.white = None if known.features is None else whitened(known.features, read)
+    known.by_hash = nearest_by_hash(known.look["hash"], read & known.look["has_hash"], split, known.white)
+    if known.white is not None:
+        known.by_features = nearest_by_features(known.white, read, split)
     return known
 
 
