@@ -276,7 +276,7 @@ def parts_of(record: dict[str, Any]) -> list[str]:
         it = record["redundant"]
         parts.append(
             f"Of {it['images']:,} training images, the pairs that the experts shared out most alike have features of a "
-            f"median cosine of {it['cosine']:.2f}; the pairs most alike by features have {it['cosine_nearest']:.2f}, two "
+            f"median cosine of {it['cosine']:.2f}; the nearest by features have {it['cosine_nearest']:.2f}, two "
             f"images of a class {it['cosine_of_strangers']:.2f}. Both ways name the same partner for "
             f"{100 * it['same_partner']:.1f} % of the images, and share {100 * it['shared_tenth']:.0f} % of the most "
             "redundant tenth (chance: 10 %)."
