@@ -58,6 +58,10 @@ class Forked:
 
     poll = returncode.fget
 
+    def said(self) -> str:
+        """All that it and its others have said so far."""
+        return self._said.read_text()
+
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end."""
         self._process.join(timeout)
@@ -68,7 +72,7 @@ class Forked:
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """Wait for its end; all that it and its others have said."""
         self.wait(timeout)
-        said = self._said.read_text()
+        said = self.said()
         self._said.unlink()
         return said, None
 

@@ -69,7 +69,7 @@ from moevision.train.recipe import (
 )
 from moevision.train.record import RecordRouting, RecordRoutingConfig
 from moevision.train.report import BALANCED, is_unbalanced
-from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session, resume_command
+from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session
 from moevision.train.scores import ExampleScores
 from moevision.train.strategy import MoEParallelStrategy, ParallelConfig, check_fit, describe_parallel
 from moevision.train.task import ClassificationTask
@@ -463,14 +463,9 @@ class TrainingCLI(LightningCLI):
             raise
 
     def _forget_failed_start(self) -> None:
-        if self.run_dir is not None and self.stopwatch.images == 0 and self.start is None:
-            if self.session.processes.first:
-                shutil.rmtree(self.run_dir, ignore_errors=True)
-            self.session.interruption.command = None
-
-    def _another_ended(self) -> str:
-        self._forget_failed_start()
-        return self.session.another_ended()
+        new = self.run_dir is not None and self.stopwatch.images == 0 and self.start is None
+        if new and self.session.processes.first:
+            shutil.rmtree(cast(Path, self.run_dir), ignore_errors=True)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning asks the object
         """The verb that was asked for alone, since each costs a parser of all options.
@@ -571,7 +566,7 @@ class TrainingCLI(LightningCLI):
                 f"The device {device} can't be used ({' '.join(str(error).split())[:200]}): choose another one by "
                 "--trainer.strategy, --trainer.accelerator or --trainer.devices."
             ) from error
-        self.session.processes.watch(trainer, self._another_ended)
+        self.session.processes.watch(trainer, self._forget_failed_start)
         return trainer
 
     def _other_loggers(self, asked: Any) -> list[Logger]:
@@ -617,8 +612,8 @@ class TrainingCLI(LightningCLI):
 
     def _resume_point(self) -> ResumePoint:
         run_dir, interruption = cast(Path, self.run_dir), self.session.interruption
-        if interruption.command is None:  # the twin's turn comes when the run itself goes on
-            interruption.command = resume_command(run_dir)
+        if self.session.run_dir is None:  # the twin's turn comes when the run itself goes on
+            self.session.run_dir = run_dir
         every = self._get(self.config_init, "checkpoint")
         return ResumePoint(run_dir / "checkpoints", self.files, every, interruption, self.session.clock)
 

@@ -44,8 +44,9 @@ from moevision.names import shown_lines
 HANDED_ON = "MOEVISION_DECISIONS"
 _PATIENCE_S = 20.0  # for processes that are about to end by themselves
 _LOOK_S = 0.5  # between two looks at the processes that Lightning started
+_BY_WHOM = ", by somebody or by a system that has run out of memory"
 _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH --signal=USR1@120`
-_HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
+_HANGUP, _KILL = getattr(signal, "SIGHUP", None), getattr(signal, "SIGKILL", 9)  # not on Windows
 
 
 def several_processes() -> bool:
@@ -180,11 +181,9 @@ class Interruption:
     Attributes:
         training: whether a step may be under way, so that stopping waits for its end.
         requested: the signal that asked to stop; None if none did.
-        command: what goes on with the run, for the last line that is printed; None if there is nothing to go on with.
     """
 
     def __init__(self) -> None:
-        self.command: str | None = None
         self.training = False
         self.requested: int | None = None
         self._process = os.getpid()
@@ -245,19 +244,25 @@ def _leave_terminal() -> None:
 class Processes:
     """This process among those of its training.
 
+    Args:
+        go_on: how to go on after another process has ended, for the end of a sentence.
+
     Attributes:
         first: whether it decides, speaks and writes the files.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, go_on: Callable[[], str] = str) -> None:
         self.first = is_main_process()
         self._decisions: list[Any] = []
         self._others: list[subprocess.Popen[bytes]] = []  # that Lightning started for this one
-        self._watched: tuple[L.Trainer, Callable[[], str]]  # the newest: a twin's training follows the run's
+        self._go_on = go_on
+        self._watched: tuple[L.Trainer, Callable[[], None]]  # the newest: a twin's training follows the run's
         self._closed = threading.Event()
         handed_on = os.environ.pop(HANDED_ON, None)
         if handed_on is not None and not self.first:
-            self._decisions = json.loads(handed_on)
+            first, self._decisions = json.loads(handed_on)
+            if os.name == "posix":  # elsewhere a process that has gone can't be told so easily
+                threading.Thread(target=self._observe_first, args=(first, os.getppid()), daemon=True).start()
 
     def decide(self, decision: Callable[[], Any]) -> Any:
         """What the first process finds when it calls `decision`, which is called nowhere else; JSON primitives.
@@ -271,7 +276,7 @@ class Processes:
             return self._send(decision)
         if self.first:
             self._decisions.append(decision())
-            os.environ[HANDED_ON] = json.dumps(self._decisions)
+            os.environ[HANDED_ON] = json.dumps([os.getpid(), self._decisions])
             return self._decisions[-1]
         if not self._decisions:
             raise UserError("Start several processes with --trainer.devices N, or with torchrun or SLURM's srun.")
@@ -300,12 +305,12 @@ class Processes:
             if together and self.first:
                 dist.barrier()
 
-    def watch(self, trainer: L.Trainer, give_up: Callable[[], str]) -> None:
+    def watch(self, trainer: L.Trainer, give_up: Callable[[], None]) -> None:
         """Take note of a trainer, which may start processes, and end this one if it would wait for ever for theirs.
 
         Args:
             trainer: the trainer.
-            give_up: called in another thread, before this process ends; what it says last.
+            give_up: called in another thread, before this process ends.
 
         Raises:
             UserError: if it expects other processes than there are, or such as can't agree on a run folder.
@@ -352,11 +357,49 @@ class Processes:
             trainer, give_up = self._watched
             late = failed_s is not None and time.monotonic() - failed_s > _PATIENCE_S
             if (starting or late) and trainer.state.status is TrainerStatus.RUNNING:
-                sentence = give_up()
+                give_up()
+                sentence = self.another_ended()
                 for process in self._others:
                     process.kill()
                 tell(f"moevision: {sentence}")
                 os._exit(USER_ERROR)
+
+    def _observe_first(self, first: int, parent: int) -> None:
+        """End this process when the first one was killed: else it waits for it, in starting up for half an hour.
+
+        A first process that isn't killed ends after the others (`close`).
+
+        Args:
+            first: its process id.
+            parent: that of this process's parent, the same unless a script stands between them, or it is gone already.
+        """
+        while os.getppid() == parent and _is_there(first):
+            if self._closed.wait(_LOOK_S):
+                return
+        if os.environ.get("LOCAL_RANK") == "1":  # one voice
+            sentence = f"The first process of this training was killed{_BY_WHOM}.{self._go_on()}"
+            with contextlib.suppress(OSError, ValueError):
+                print(shown_lines(f"moevision: {sentence}"), file=sys.stderr, flush=True)
+        os._exit(USER_ERROR)
+
+    def wait_for_first(self) -> None:
+        """Give `_observe_first` time to notice that the first process is the one that has gone."""
+        time.sleep(2 * _LOOK_S)
+
+    def another_ended(self) -> str:
+        """What to say when another process of this training has gone: which one was killed, and how to go on.
+
+        A connection ends a moment before its process has an exit code.
+        """
+        until = time.monotonic() + _LOOK_S
+        while self._others and not any(process.poll() for process in self._others) and time.monotonic() < until:
+            time.sleep(0.02)
+        killed = [rank for rank, process in enumerate(self._others, start=1) if process.poll() == -_KILL]
+        if killed:
+            sentence = f"Process {killed[0]} of this training was killed{_BY_WHOM}."  # others follow by themselves
+        else:
+            sentence = "Another process of this training has ended, see above if it said why."
+        return sentence + self._go_on()
 
     def close(self) -> None:
         """Let the processes that Lightning started come to their end, and end those that don't."""
@@ -383,6 +426,14 @@ def _meet() -> None:
     torchrun = isinstance(environment, TorchElasticEnvironment)
     address = "env://" if torchrun else f"tcp://{environment.main_address}:{environment.main_port}"
     dist.init_process_group(init_method=address, rank=environment.global_rank(), world_size=environment.world_size())
+
+
+def _is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def random_state() -> dict[str, Any]:

@@ -522,14 +522,16 @@ class Session:
         clock: time in which the process ran.
         notes: what differs from the run that is resumed, a phrase each.
         processes: this process among those of the training.
+        run_dir: the run's folder, also while its twin trains; None before it is known.
         probe: of this training's pretrained weights, for the twin that starts from them too; None: none yet.
     """
 
     probe: Probe | None = None
+    run_dir: Path | None = None
 
     def __init__(self, verb: str, arguments: Sequence[str]) -> None:
         self.command = ["moevision", verb, *arguments]
-        self.interruption, self.clock, self.processes = Interruption(), AwakeClock(), Processes()
+        self.interruption, self.clock, self.processes = Interruption(), AwakeClock(), Processes(self._go_on)
         self.notes: list[str] = []
         self._claims: list[int] = []
         self._target, self._typed = take_resume(arguments)
@@ -568,10 +570,16 @@ class Session:
             self._claims.append(held)
         return run_dir
 
-    def another_ended(self) -> str:
-        """What to say when another process of this training has gone."""
-        sentence = "Another process of this training has ended, see above if it said why."
-        return sentence + (f" To go on:\n{self.interruption.command}" if self.interruption.command else "")
+    @property
+    def resume_command(self) -> str | None:
+        """What goes on with the run; None if there is no checkpoint to go on from."""
+        if self.run_dir is None or not any(self.run_dir.glob("checkpoints/*.ckpt")):
+            return None
+        return resume_command(self.run_dir)
+
+    def _go_on(self) -> str:
+        command = self.resume_command
+        return f" To go on:\n{command}" if command else " Nothing was saved yet: start anew."
 
     def close(self) -> None:
         """Release the claimed folders, and end the processes that were started."""

@@ -78,23 +78,23 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             raise SystemExit(0) from None  # the first process says it, and its exit code counts
         if isinstance(stopped, TrainingDiverged):
             raise
-        command = session.interruption.command
+        command = session.resume_command
         tell(
-            f"Stopped by {stopped.signal_name}."
-            + (f" To go on:\n{command}" if command else " Nothing was trained yet.")
+            f"Stopped by {stopped.signal_name}." + (f" To go on:\n{command}" if command else " Nothing was saved yet.")
         )
         raise
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        command = session.interruption.command
+        command = session.resume_command
         raise UserError(f"The disk is full: make room, then go on with {command or 'the same command'}.") from error
     except RuntimeError as error:
         if not several_processes() or "by peer" not in str(error):  # gloo's words for a connection that has gone
             raise
         if not session.processes.first:
+            session.processes.wait_for_first()
             raise SystemExit(1) from None
-        raise UserError(session.another_ended()) from error
+        raise UserError(session.processes.another_ended()) from error
     finally:
         session.close()
 

@@ -37,6 +37,7 @@ OPTIONS = (
 )
 TWO = (*OPTIONS, "--trainer.devices=2")
 SAME = ("metrics.csv", "predictions_test.csv", "model/model.safetensors")
+KILLED = "Process 1 of this training was killed, by somebody or by a system that has run out of memory."
 WAIT_S = 900  # of patience with a busy machine; a run takes 12 s of CPU
 
 
@@ -209,8 +210,14 @@ def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path
     assert said.index("can't be bit-identical") < said.index("test/top1")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (signal.SIGKILL, KILLED),
+        (signal.SIGINT, "Another process of this training has ended, see above if it said why."),
+    ],
+)
+def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path, number: int, says: str) -> None:
     """Before it can join the first one, which waits for it in a call that no signal interrupts."""
     process = start(work, "synthetic_pets", *TWO, f"--name=unborn-{number}", others=0)
     try:
@@ -222,7 +229,7 @@ def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path, 
     finally:
         _end(process)
     assert process.returncode == 2, said[-3000:]
-    assert said.splitlines()[-1] == ("moevision: Another process of this training has ended, see above if it said why.")
+    assert said.splitlines()[-1] == f"moevision: {says} Nothing was saved yet: start anew."
     assert not list((work / "runs").glob("unborn*")), "nothing of worth was in it"
 
 
@@ -242,6 +249,6 @@ def test_another_process_that_dies_is_said_in_one_sentence(work: Path) -> None:
     assert process.returncode == 2, said[-3000:]
     assert "Traceback" not in said
     assert said.splitlines()[-2:] == [
-        "moevision: Another process of this training has ended, see above if it said why. To go on:",
+        f"moevision: {KILLED} To go on:",
         "moevision fit --resume runs/lost",
     ]

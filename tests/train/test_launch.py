@@ -1,5 +1,9 @@
 """Processes that Lightning starts for a training are looked after until its last trainer is done."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +27,8 @@ def test_a_process_that_dies_in_the_twins_training_is_noticed(monkeypatch: pytes
     lost = SimpleNamespace(poll=lambda: -9, kill=lambda: None, wait=lambda patience: -9)
     launchers = [_SubprocessScriptLauncher(LightningEnvironment(), 2, 1) for _ in range(2)]
     launchers[0]._call_children_scripts = lambda: launchers[0].procs.append(lost)  # type: ignore[method-assign]
-    ended, processes = threading.Event(), module.Processes()
-    said: list[str] = []
+    ended, processes = threading.Event(), module.Processes(lambda: " Go on.")
+    said, given_up = list[str](), list[str]()
 
     def end(code: int) -> None:
         ended.set()
@@ -36,12 +40,31 @@ def test_a_process_that_dies_in_the_twins_training_is_noticed(monkeypatch: pytes
     monkeypatch.setattr(module, "_LOOK_S", 0.01)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(module, "several_processes", lambda: False)
-    processes.watch(_trainer(launchers[0], TrainerStatus.FINISHED), lambda: "the run's")
+    processes.watch(_trainer(launchers[0], TrainerStatus.FINISHED), lambda: given_up.append("the run"))
     launchers[0]._call_children_scripts()
     assert not ended.wait(0.3), "nothing waits for the lost process"
-    processes.watch(_trainer(launchers[1], TrainerStatus.RUNNING), lambda: "the twin's")
+    processes.watch(_trainer(launchers[1], TrainerStatus.RUNNING), lambda: given_up.append("the twin"))
     try:
         assert ended.wait(30)
     finally:
         processes._closed.set()
-    assert said == ["moevision: the twin's"]
+    assert given_up == ["the twin"]
+    assert said == [f"moevision: Process 1 of this training was killed{module._BY_WHOM}. Go on."]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process can't be looked for elsewhere")
+def test_a_process_whose_first_one_is_gone_says_so_and_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be gone before this one has imported anything; nothing else would tell it for half an hour."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    ended = threading.Event()
+    monkeypatch.setattr(module.os, "_exit", lambda code: ended.set())
+    monkeypatch.setattr(module, "is_main_process", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv(module.HANDED_ON, json.dumps([gone.pid, []]))
+    module.Processes(lambda: " Go on.")
+    assert ended.wait(30)
+    said = capsys.readouterr().err
+    assert said == f"moevision: The first process of this training was killed{module._BY_WHOM}. Go on.\n"

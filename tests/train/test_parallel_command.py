@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from moevision.train.sharded import read_folder
-from tests.train.test_command_two_processes import TWO, differing, fit, start
+from tests.forks import Forked
+from tests.train.test_command_two_processes import KILLED, TWO, _end, differing, fit, start
 
 SHARDED = (*(option for option in TWO if "strategy" not in option), "--parallel=fsdp", "--parallel.expert=2")
 
@@ -43,6 +46,24 @@ def stopped(work: Path) -> Path:
     return work / "runs" / "stopped"
 
 
+def kill(work: Path, name: str, *arguments: str, until: str, first: bool) -> str:
+    """Train until a file of the run is there, kill one of both processes, and wait for the other one's last words."""
+    process = cast(Forked, start(work, "synthetic_pets", *SHARDED, f"--name={name}", *arguments))
+    try:
+        while not (work / "runs" / name / until).exists():
+            assert process.poll() is None, process.communicate()[0][-3000:]
+            time.sleep(0.005)
+        other = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+        os.kill(cast(int, process.pid) if first else int(other), signal.SIGKILL)
+        silent = time.monotonic() + 30
+        while "was killed" not in process.said() and time.monotonic() < silent:
+            time.sleep(0.05)
+        assert process.wait(60) == (-signal.SIGKILL if first else 2)
+    finally:
+        _end(process)
+    return process.communicate()[0]
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_exported_model_is_the_best_checkpoint(whole: tuple[Path, str]) -> None:
@@ -67,6 +88,29 @@ def test_interrupted_and_resumed_is_uninterrupted(work: Path, whole: tuple[Path,
     said = fit(work, "--resume", "runs/stopped")
     assert "bit-identical" not in said
     assert differing(stopped, whole[0]) == []
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_process_is_killed_while_it_trains(work: Path, whole: tuple[Path, str]) -> None:
+    """The other one says what happened and how to go on, and who does so ends where nobody was killed."""
+    every = "--checkpoint.every_steps=2"
+    said = kill(work, "killed", every, until="checkpoints/previous.ckpt", first=False)
+    assert said.splitlines()[-2:] == [f"moevision: {KILLED} To go on:", "moevision fit --resume runs/killed"]
+    assert "Traceback" not in said
+    fit(work, "--resume", "runs/killed")
+    assert differing(work / "runs" / "killed", whole[0]) == []
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_first_process_is_killed_before_it_trains(work: Path) -> None:
+    said = kill(work, "unborn", until="config.yaml", first=True)
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == (
+        "moevision: The first process of this training was killed, by somebody or by a system that has run out of "
+        "memory. Nothing was saved yet: start anew."
+    )
 
 
 @pytest.mark.dist
