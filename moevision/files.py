@@ -22,6 +22,7 @@ from moevision.names import json_text
 
 # What file systems say that don't flush folders (FUSE, CIFS), or don't let this user open one.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
+_MARGIN_BYTES = 1 << 20  # left free for the manifest, the metrics and the file system's own tables
 _SILENT_S = 3600.0  # a temporary file to which nobody has written for so long is taken for a leftover
 
 
@@ -37,6 +38,16 @@ def write_bytes_atomic(path: str | Path, data: bytes | Iterable[bytes]) -> None:
     with written_beside(path, data) as temporary:
         rename(temporary, path)
         sync_folder(path.parent)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Refuse to write so many bytes below a folder that is there, before the last free ones are used up.
+
+    Raises:
+        OSError: if the disk hasn't so many and a few more.
+    """
+    if shutil.disk_usage(folder).free < size + _MARGIN_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager

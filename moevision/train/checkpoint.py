@@ -18,11 +18,9 @@ their zip archive keeps of each part.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
-import os
 import shutil
 import time
 import zipfile
@@ -39,14 +37,21 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from moevision.errors import UserError
-from moevision.files import make_folder, rename_over, sync_folder, temporary_for, write_json_atomic, written_beside
+from moevision.files import (
+    check_room,
+    make_folder,
+    rename_over,
+    sync_folder,
+    temporary_for,
+    write_json_atomic,
+    written_beside,
+)
 from moevision.train import sharded
 from moevision.train.processes import from_first, is_first, tell
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 MANIFEST = "manifest.json"
 RETRY_S = 30.0
-_MARGIN_BYTES = 1 << 20  # left free for the manifest, the metrics and the file system's own tables
 _BLOCK_BYTES = 1 << 20  # read at a time
 _PREFERRED = {LAST: 2, PREVIOUS: 1}
 
@@ -211,9 +216,13 @@ class SafeCheckpointIO(CheckpointIO):
     """Writes checkpoints whole or not at all, and reads only those that are as they were written.
 
     A new `last.ckpt` turns the one before into `previous.ckpt`, so that there are two to go on from.
+
+    Attributes:
+        refused: sharded checkpoints that could not be written when they were last to be, and why; on every process.
     """
 
     def __init__(self) -> None:
+        self.refused: dict[Path, str] = {}
         self._unwritten: dict[Path, _Unwritten] = {}
         self._tried_s = 0.0
 
@@ -243,10 +252,19 @@ class SafeCheckpointIO(CheckpointIO):
         except OSError as error:
             fault = error.strerror
         fault = from_first(fault)
-        if fault is not None:
-            tell(f"warning: {path} can't be written ({fault}): training goes on, and the next one is tried.")
-            if is_first():
-                shutil.rmtree(temporary, ignore_errors=True)
+        known = self.refused.pop(path, None)
+        if fault is None:
+            if known is not None:
+                tell(f"note: {path} could be written now.")
+            return
+        self.refused[path] = fault
+        if is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
+        if known is None:
+            tell(
+                f"warning: {path} can't be written ({fault}): training goes on, and the next one is tried; make room, "
+                "or give write access."
+            )
 
     @property
     def waiting(self) -> list[Path]:
@@ -331,8 +349,7 @@ def _write_safely(path: Path, unwritten: _Unwritten) -> None:
         sync_folder(folder)  # an earlier attempt failed behind the renames: done again they would lose previous.ckpt
         return
     make_folder(folder)
-    if shutil.disk_usage(folder).free < len(unwritten.data) + _MARGIN_BYTES:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before the last free bytes are used up
+    check_room(folder, len(unwritten.data))
     with written_beside(path, unwritten.data) as temporary:
         _put(temporary, path, unwritten.entry)
 
@@ -363,7 +380,8 @@ def final_checkpoint(folder: Path, files: SafeCheckpointIO) -> tuple[Path, str]:
     if best.resolve() not in files.waiting and not best.exists():  # a training that ends within its first epoch
         return folder / LAST, "the weights of the last step, because there is no best.ckpt"
     if best.resolve() in files.waiting or verify(best).fault is None:
-        return best, "the weights of the best validation epoch"
+        saved = " that could be saved" if best.resolve() in files.refused else ""
+        return best, f"the weights of the best validation epoch{saved}"
     tell(f"warning: {best} {verify(best).fault}: {LAST} is tested instead.")
     return folder / LAST, "the weights of the last epoch, because best.ckpt was damaged"
 

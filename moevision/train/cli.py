@@ -713,6 +713,15 @@ class TrainingCLI(LightningCLI):
                 f"The training can't begin under {name} ({type(error).__name__}: {reason}): correct its arguments, or "
                 "use --trainer.strategy auto or ddp."
             ) from error
+        fault = self.files.refused.get(self.point.path.resolve())
+        if fault is not None and not self.fast_dev_run:  # what would be tested now are the weights of an earlier step
+            if not self.session.processes.first:
+                raise SystemExit(0)
+            command = self.session.resume_command
+            raise UserError(
+                f"The last steps can't be saved ({fault}): make room, or give write access, then "
+                + (f"go on with {command}." if command else "start anew.")
+            )
 
     def before_validate(self) -> None:
         """Read the data."""

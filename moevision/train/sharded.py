@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import pickle
 import shutil
@@ -27,9 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moevision.files import make_folder, sync_file, sync_folder
+from moevision.files import check_room, make_folder, sync_file, sync_folder
 from moevision.train.parallel import mesh_of, own_part
-from moevision.train.processes import from_first, gather
+from moevision.train.processes import gather
 
 REST = "rest.pt"
 _METADATA = ".metadata"
@@ -64,37 +65,45 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    class Writer(FileSystemWriter):
+        def write_data(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().write_data(*args, **kwargs)
+            except RuntimeError as error:  # its cause would get lost on the way to the other processes
+                raise OSError(0, _why(error)) from error
+
     sharded: dict[Place, Tensor] = {}
     rest = _without_sharded(checkpoint, (), sharded)
     first = dist.get_rank() == 0
-    fault = None
-    if first:
-        try:
-            make_folder(folder)
-            torch.save(rest, folder / REST)
-            sync_file(folder / REST)
-        except (OSError, RuntimeError) as error:  # torch wraps what its archive's writer meets
-            fault = str(error)
-    if (fault := from_first(fault)) is not None:
-        raise OSError(0, fault)
+    parts = sum(part.numel() * part.element_size() for part in map(own_part, sharded.values()))
+
+    def begin(size: int) -> None:
+        make_folder(folder)
+        memory = io.BytesIO()
+        torch.save(rest, memory)
+        check_room(folder, size + memory.tell())
+        (folder / REST).write_bytes(memory.getbuffer())
+        sync_file(folder / REST)
+
+    size = sum(gather(parts))
+    _on_all(lambda: begin(size) if first else None)
     try:
-        save(
-            {json.dumps(place): tensor.detach() for place, tensor in sharded.items()},
-            storage_writer=FileSystemWriter(folder),
-        )
+        save({json.dumps(place): tensor.detach() for place, tensor in sharded.items()}, storage_writer=Writer(folder))
     except CheckpointException as error:  # the same on all processes
-        causes = [str(cause) for cause, _ in error.failures.values()]
-        raise OSError(0, causes[0] if causes else "another process failed") from error
-    if first:
-        sync_folder(folder)
-    own = {f"__{dist.get_rank()}_"} | ({REST, _METADATA} if first else set())
-    files = [path for path in folder.iterdir() if any(path.name.startswith(name) for name in own)]
-    found = gather(
-        (
-            {path.name: (_sha256(path), path.stat().st_size) for path in files},
-            _is_finite(rest) and _is_finite({_WEIGHTS[0]: {str(n): x for n, x in sharded.items() if n[0] in _WEIGHTS}}),
-        )
-    )
+        raise OSError(
+            0, next((_why(cause) for cause, _ in error.failures.values()), "another process failed")
+        ) from error
+
+    def written() -> tuple[dict[str, tuple[str, int]], bool]:
+        if first:
+            sync_folder(folder)
+        own = {f"__{dist.get_rank()}_"} | ({REST, _METADATA} if first else set())
+        files = [path for path in folder.iterdir() if any(path.name.startswith(name) for name in own)]
+        weights = {_WEIGHTS[0]: {str(place): x for place, x in sharded.items() if place[0] in _WEIGHTS}}
+        known = {path.name: (_sha256(path), path.stat().st_size) for path in files}
+        return known, _is_finite(rest) and _is_finite(weights)
+
+    found = _on_all(written)
     known = {name: value for part, _ in found for name, value in part.items()}
     size = sum(size for _, size in known.values())
     return _digest({name: value for name, (value, _) in known.items()}), size, all(finite for _, finite in found)
@@ -183,6 +192,33 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _on_all(action: Callable[[], Any]) -> list[Any]:
+    """What an action gave on each process.
+
+    Raises:
+        OSError: on all of them, if it failed on one.
+    """
+    result = fault = None
+    try:
+        result = action()
+    except OSError as error:
+        fault = _why(error)
+    found = gather((result, fault))
+    if (fault := next((each for _, each in found if each is not None), None)) is not None:
+        raise OSError(0, fault)
+    return [each for each, _ in found]
+
+
+def _why(error: BaseException) -> str:
+    """The file system's own words; torch raises errors of its archive's writer instead."""
+    known: BaseException | None = error
+    while known is not None:
+        if isinstance(known, OSError) and known.strerror:
+            return known.strerror
+        known = known.__cause__ or known.__context__
+    return str(error)
 
 
 def _digest(files: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -44,6 +45,7 @@ from moevision.train.parallel import (
     shard_like,
     total_norm,
 )
+from moevision.train.processes import gather
 from moevision.train.sharded import divide, like_these
 
 IMAGES, CLASSES, CLIP = 16, 5, 0.5
@@ -285,6 +287,8 @@ def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], f
                 found[f"{name}, {layout}"] = compare(case, layout, known[name], layouts)
     before = {4: None, 2: "four.ckpt"}[processes]
     carry_on(folder, before, {4: "four.ckpt", 2: "two.ckpt"}[processes], layouts[EP2])
+    if processes == 2:
+        refuse(folder, layouts[EP2])
     if rank == 0:
         (folder / f"errors-{processes}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -324,6 +328,22 @@ def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout
         file = folder / "digests.json"
         known = json.loads(file.read_text()) if file.is_file() else []
         file.write_text(json.dumps([*known, digest.hexdigest()]))
+
+
+def refuse(folder: Path, layout: Layout) -> None:
+    """Write two.ckpt again while the second process may not write a byte, and another one when it may."""
+    net, files = build(CASES["expert choice"]), SafeCheckpointIO()
+    shard(net, layout)
+    state = {"state_dict": {f"net.{name}": tensor for name, tensor in net.state_dict().items()}, "global_step": 2}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    files.save_checkpoint(state, folder / "checkpoints" / "two.ckpt")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    words = gather(list(files.refused.items()))
+    if dist.get_rank() == 0:
+        (folder / "refused.json").write_text(json.dumps(words, default=str))
+    files.save_checkpoint(state, folder / "checkpoints" / "again.ckpt")
 
 
 def last_of(rank: int, port: int, folder: Path) -> None:

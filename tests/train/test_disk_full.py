@@ -12,6 +12,7 @@ import pytest
 
 from moevision.train import run
 from moevision.train.callbacks import Stopwatch
+from moevision.train.checkpoint import SafeCheckpointIO
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "model/config.json", "splits.csv")
 Cli = Callable[..., Any]
@@ -89,3 +90,24 @@ def test_a_disk_that_is_full_when_the_report_is_written(
     for name in COMPARED:
         assert (Path("runs/full") / name).read_bytes() == (whole / name).read_bytes(), name
     assert Path("runs/full/summary.md").is_file()
+
+
+def test_a_sharded_training_whose_end_is_refused_tests_no_earlier_step(
+    cli: Cli, tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last.ckpt that is there is an earlier one, and isn't kept in memory as a whole file is."""
+    real = SafeCheckpointIO.save_checkpoint
+
+    def save(files: SafeCheckpointIO, checkpoint: dict[str, Any], path: str | Path, **options: Any) -> None:
+        real(files, checkpoint, path, **options)
+        files.refused[Path(path).resolve()] = "No space left on device"
+
+    monkeypatch.setattr(SafeCheckpointIO, "save_checkpoint", save)
+    monkeypatch.chdir(tmp_path)
+    outcome = cli("fit", drawn_pets, *tiny, "--name=end", "--trainer.max_epochs=1")
+    assert outcome.code == 2, outcome.err
+    assert outcome.err.splitlines()[-1] == (
+        "moevision: The last steps can't be saved (No space left on device): make room, or give write access, then go "
+        "on with moevision fit --resume runs/end."
+    )
+    assert not (tmp_path / "runs/end/summary.json").exists()

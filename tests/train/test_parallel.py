@@ -71,6 +71,17 @@ def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> No
 
 
 @pytest.mark.dist
+def test_a_checkpoint_that_one_process_can_not_write(compared: Path) -> None:
+    """All hear why, nothing of it is left, and the one before is whole (the test above reads it afterwards)."""
+    path = compared / "checkpoints" / "two.ckpt"
+    assert json.loads((compared / "refused.json").read_text()) == [[[str(path), "File too large"]]] * 2
+    assert verify(path).fault is None
+    assert sorted(each.name for each in path.parent.iterdir()) == [
+        *("again.ckpt", "four.ckpt", "manifest.json", "one.ckpt", "two.ckpt"),
+    ]
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("file", [".metadata", "__1_0.distcp", "rest.pt"])
 def test_a_flipped_bit_in_a_folder_is_noticed(file: str, compared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
