@@ -119,7 +119,7 @@ def device_memory_bytes(trainer: L.Trainer) -> int | None:
 def layout_of(trainer: L.Trainer) -> Layout:
     """How a Trainer spreads the weights: FSDP2 divides them over all processes, every other strategy copies them."""
     if isinstance(trainer.strategy, MoEParallelStrategy):
-        return Layout("fsdp", trainer.strategy.expert)
+        return Layout("ddp" if trainer.strategy.replicated else "fsdp", trainer.strategy.expert)
     return Layout("fsdp" if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy) else "ddp")
 
 

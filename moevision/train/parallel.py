@@ -6,6 +6,9 @@
 - **Sharded data parallelism** (ZeRO-3, arXiv:1910.02054; torch's `fully_shard`): weights, gradients and moments of a
   block are divided over all W processes, those of its experts over the `efsdp` processes that hold the same ones. A
   block's weights are gathered while it computes.
+- **Divided experts beside replicated weights** (`Layout.replicated`): what would be divided over all W or over efsdp
+  processes is on all of them, and gradients are summed by all-reduce. For `fully_shard` that is a mesh whose second
+  dimension, over which it shards, has one process.
 
 What a network's parameters are then: DTensors at the boundary (state dict, optimizer), plain local tensors in forward
 (`Experts` reads them through `local`). FSDP2 gathers dense weights into plain tensors by itself.
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -48,18 +52,22 @@ class Layout:
         world: all W processes; the dense weights are divided among them.
         experts: [efsdp, ep]; experts are divided among the `ep` processes of a row, and each process's part of them
             once more among the `efsdp` processes of a column. None: experts are sharded with their block.
+        replicated: whether nothing but the experts, over `ep`, is divided; `world` is then [W, 1] and `experts`
+            [efsdp, 1, ep].
     """
 
     world: DeviceMesh
     experts: DeviceMesh | None = None
+    replicated: bool = False
 
     @classmethod
-    def of(cls, device_type: str, expert: int = 1) -> Layout:
+    def of(cls, device_type: str, expert: int = 1, *, replicated: bool = False) -> Layout:
         """The layout of all processes that are there; every one of them must call it.
 
         Args:
             device_type: `cpu` or `cuda`.
             expert: ep, among how many processes one set of experts is divided.
+            replicated: as the attribute.
 
         Raises:
             UserError: if it doesn't divide the number of processes.
@@ -68,6 +76,10 @@ class Layout:
 
         size = dist.get_world_size()
         check_divides(expert, size)
+        if replicated:
+            world = init_device_mesh(device_type, (size, 1), mesh_dim_names=("world", "one"))
+            sizes, names = (size // expert, 1, expert), ("efsdp", "one", "ep")
+            return cls(world, init_device_mesh(device_type, sizes, mesh_dim_names=names), replicated=True)
         world = init_device_mesh(device_type, (size,), mesh_dim_names=("world",))
         if expert == 1:
             return cls(world)
@@ -143,7 +155,7 @@ def shard(net: nn.Module, layout: Layout) -> nn.Module:
             dispatcher = _all_to_all(layout.experts["ep"].get_group(), layer.dispatcher)
             layer.dispatcher = dispatcher
             # Only `forward` makes FSDP2 gather, so that experts are a unit of their own; the block shards the rest.
-            fully_shard(layer.experts, mesh=layout.experts["efsdp"])
+            fully_shard(layer.experts, mesh=layout.experts[("efsdp", "one") if layout.replicated else ("efsdp",)])
     for block in cast(Any, net).blocks:
         fully_shard(block, mesh=layout.world)
     # True: after a forward pass without a backward pass the state must be that of the shards, too.
@@ -178,6 +190,15 @@ def is_sharded(net: nn.Module) -> bool:
 def mesh_of(x: Tensor | None) -> DeviceMesh | None:
     """The processes that a tensor is divided over; None if it isn't."""
     return getattr(x, "device_mesh", None)
+
+
+def copies(x: Tensor) -> int:
+    """How many processes hold the part of a tensor that this one holds; 0 if it isn't divided."""
+    mesh = mesh_of(x)
+    if mesh is None:
+        return 0
+    placements = cast("DTensor", x).placements
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_replicate())
 
 
 def full(x: Tensor) -> Tensor:
@@ -222,19 +243,22 @@ def grouped_by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """2-norm over tensors, the same scalar on every process.
 
-    Sharded ones are divided over all processes without repetition (`Layout`), so that the squares of all parts add up.
+    The squares of all processes' parts add up, those that several of them hold once.
     """
-    whole: list[Tensor] = []
-    parts: list[Tensor] = []
+    parts: dict[int, list[Tensor]] = {}
     for tensor in tensors:
-        (whole if mesh_of(tensor) is None else parts).append(own_part(tensor))
+        parts.setdefault(copies(tensor), []).append(own_part(tensor))
+    whole = parts.pop(0, [])
     norm = torch.nn.utils.get_total_norm(whole)
     if not parts:
         return norm
-    own = torch.nn.utils.get_total_norm(parts)
-    squares = own.double().square()  # float32 would overflow at a norm of 1.8e19
+    norms = {count: torch.nn.utils.get_total_norm(each) for count, each in parts.items()}
+    # float32 would overflow at a norm of 1.8e19
+    squares = sum(
+        (own.double().square() / count for count, own in norms.items()), norm.new_zeros((), dtype=torch.double)
+    )
     dist.all_reduce(squares)
-    return (squares + norm.double().square()).sqrt().to(own.dtype)
+    return (squares + norm.double().square()).sqrt().to(next(iter(norms.values())).dtype)
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:

@@ -531,11 +531,8 @@ def _copied_bytes(shape: ModelShape, layout: Layout, job: Job) -> float:
 
 
 def recommend(plans: Sequence[Plan]) -> Plan | None:
-    """The simplest layout that fits and is at most 5 % slower than the fastest that fits; None if none fits.
-
-    Only of those that `fit` starts: it divides experts only where it shards the rest.
-    """
-    fitting = [each for each in plans if each.fits and (each.layout.parallel == "fsdp" or each.layout.expert == 1)]
+    """The simplest layout that fits and is at most 5 % slower than the fastest that fits; None if none fits."""
+    fitting = [each for each in plans if each.fits]
     if not fitting:
         return None
     fastest = min(each.step_ms for each in fitting)

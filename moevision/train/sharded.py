@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from importlib import import_module
+from math import ceil
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moevision.files import check_room, make_folder, sync_file, sync_folder
-from moevision.train.parallel import mesh_of, own_part
+from moevision.train.parallel import copies, mesh_of, own_part
 from moevision.train.processes import gather
 
 REST = "rest.pt"
@@ -75,7 +76,7 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
     sharded: dict[Place, Tensor] = {}
     rest = _without_sharded(checkpoint, (), sharded)
     first = dist.get_rank() == 0
-    parts = sum(part.numel() * part.element_size() for part in map(own_part, sharded.values()))
+    parts = sum(own_part(x).nbytes / copies(x) for x in sharded.values())  # each is written once
 
     def begin(size: int) -> None:
         make_folder(folder)
@@ -85,7 +86,7 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
         (folder / REST).write_bytes(memory.getbuffer())
         sync_file(folder / REST)
 
-    size = sum(gather(parts))
+    size = ceil(sum(gather(parts)))
     _on_all(lambda: begin(size) if first else None)
     try:
         save({json.dumps(place): tensor.detach() for place, tensor in sharded.items()}, storage_writer=Writer(folder))

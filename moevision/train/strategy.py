@@ -1,4 +1,4 @@
-"""`fit --parallel fsdp --parallel.expert N`: sharded and expert parallelism as a Lightning strategy.
+"""`fit --parallel fsdp|ddp --parallel.expert N`: sharded and expert parallelism as a Lightning strategy.
 
 Lightning's `ModelParallelStrategy` brings launch, process groups and barriers. Here stands what differs: the mesh and
 the sharding (`parallel.py`), the loss divided by the number of processes (gradients are summed), and checkpoints as
@@ -51,18 +51,20 @@ class ParallelConfig:
 
     Attributes:
         layout: `ddp`: every process has all weights. `fsdp`: weights, gradients and moments are sharded (FSDP2).
-        expert: with `fsdp`: processes that one set of experts is divided among; tokens travel to their experts.
+        expert: processes that one set of experts is divided among; tokens travel to their experts.
     """
 
     layout: Literal["ddp", "fsdp"] | None = None
     expert: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse experts that are divided while the rest is not."""
+        """Refuse experts that are divided while it isn't said how the rest is."""
         if self.expert < 1:
             raise UserError(f"--parallel.expert is {self.expert}: it must be at least 1.")
-        if self.expert > 1 and self.layout != "fsdp":
-            raise UserError("--parallel.expert divides the experts of a sharded training: say --parallel fsdp too.")
+        if self.expert > 1 and self.layout is None:
+            raise UserError(
+                "--parallel.expert divides the experts: say --parallel fsdp or --parallel ddp for the rest."
+            )
 
     def strategy(self, asked: Any) -> dict[str, Any]:
         """The Trainer's argument.
@@ -77,7 +79,10 @@ class ParallelConfig:
             return {}
         if asked not in ("auto", self.layout):
             raise UserError(f"--parallel {self.layout} and --trainer.strategy {asked} are two ways to say it: use one.")
-        return {"strategy": "ddp" if self.layout == "ddp" else MoEParallelStrategy(self.expert)}
+        replicated = self.layout == "ddp"
+        if replicated and self.expert == 1:
+            return {"strategy": "ddp"}
+        return {"strategy": MoEParallelStrategy(self.expert, replicated=replicated)}
 
 
 class MoEParallelStrategy(ModelParallelStrategy):
@@ -85,17 +90,23 @@ class MoEParallelStrategy(ModelParallelStrategy):
 
     Args:
         expert: processes that one set of experts is divided among.
+        replicated: whether all processes have all of the rest.
     """
 
-    def __init__(self, expert: int = 1) -> None:
+    def __init__(self, expert: int = 1, *, replicated: bool = False) -> None:
         super().__init__(tensor_parallel_size=1)
-        self.expert = expert
+        self.expert, self.replicated = expert, replicated
         self._outline: nn.Module | None = None
 
     @staticmethod
     def of(trainer: L.Trainer) -> MoEParallelStrategy | None:
         """The strategy of this trainer, if it is one of these."""
         return trainer.strategy if isinstance(trainer.strategy, MoEParallelStrategy) else None
+
+    @property
+    def said(self) -> str:
+        """What follows --parallel."""
+        return f"ddp --parallel.expert {self.expert}" if self.replicated else "fsdp"
 
     def check(self, trainer: L.Trainer) -> None:
         """Refuse what a sharded training can't do.
@@ -106,14 +117,14 @@ class MoEParallelStrategy(ModelParallelStrategy):
         processes = trainer.num_nodes * trainer.num_devices
         if processes == 1:
             raise UserError(
-                "--parallel fsdp shards a model over several processes and there is one: say --trainer.devices N, or "
-                "leave --parallel out."
+                "--parallel divides a model among several processes and there is one: say --trainer.devices N, or "
+                "leave --parallel and --parallel.expert out."
             )
         check_divides(self.expert, processes)
         if trainer.precision not in PRECISIONS:
             raise UserError(
-                f"--parallel fsdp computes in {', '.join(PRECISIONS)}, not in {trainer.precision}: choose one of them "
-                "by --trainer.precision."
+                f"--parallel {self.said} computes in {', '.join(PRECISIONS)}, not in {trainer.precision}: choose one "
+                "of them by --trainer.precision."
             )
 
     @property
@@ -157,7 +168,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         self.model_to_device()
         same_everywhere(task.net)
         self._outline = outline(task.net)
-        shard(task.net, Layout.of(self.root_device.type, self.expert))
+        shard(task.net, Layout.of(self.root_device.type, self.expert, replicated=self.replicated))
 
     def copy_of(self, net: nn.Module) -> nn.Module:
         """A copy of a sharded network that holds the same parts; it can't compute."""
@@ -239,7 +250,8 @@ def describe_parallel(trainer: L.Trainer, net: nn.Module) -> str | None:
     strategy = MoEParallelStrategy.of(trainer)
     if strategy is None:
         return None
-    line = f"parallel: weights sharded over {trainer.world_size} processes (FSDP2)"
+    how = "on each of" if strategy.replicated else "sharded over"
+    line = f"parallel: weights {how} {trainer.world_size} processes{'' if strategy.replicated else ' (FSDP2)'}"
     if strategy.expert > 1:
         experts = moe_layers(net)[0].router.num_experts
         line += f", {experts} experts over {strategy.expert} of them, {experts // strategy.expert} each"
@@ -271,6 +283,8 @@ def check_fit(trainer: L.Trainer, task: ClassificationTask, data: ImageDataModul
                 "image while others wait for it: give more images, or another --data.batch_size."
             )
     if task.compile_blocks:
-        raise UserError("--model.compile has no tests under --parallel fsdp: leave one of them out.")
+        raise UserError(f"--model.compile has no tests under --parallel {strategy.said}: leave one of them out.")
     if records:
-        raise UserError("--record_routing asks one process alone, and under --parallel fsdp none has the whole model.")
+        raise UserError(
+            f"--record_routing asks one process alone, and under --parallel {strategy.said} none has the whole model."
+        )

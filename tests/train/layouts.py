@@ -49,9 +49,9 @@ from moevision.train.processes import gather
 from moevision.train.sharded import divide, like_these
 
 IMAGES, CLASSES, CLIP = 16, 5, 0.5
-DDP, FSDP, EP2, EP4 = 0, 1, 2, 4
-"""Layouts: torch's DDP, or `Layout.of` with so many processes per set of experts."""
-EVERY = ((2, DDP), (2, FSDP), (2, EP2), (4, EP2), (4, EP4))
+DDP, FSDP, EP2, EP4, REPLICATED = 0, 1, 2, 4, 8
+"""Layouts: torch's DDP, or `Layout.of` with so many processes per set of experts; REPLICATED: only they are divided."""
+EVERY = ((2, DDP), (2, FSDP), (2, EP2), (4, EP2), (4, EP4), (2, EP2 + REPLICATED), (4, EP2 + REPLICATED))
 """Processes and layout; (4, EP2) is EP x FSDP: 2 processes hold the same experts and shard them."""
 TWO, FOUR = ((2, EP2),), ((4, EP2),)
 
@@ -83,11 +83,13 @@ CASES = {
     "expert choice": Case({"router": "expert_choice"}, FOUR, losses={"z": 0.01}),
     "soft": Case({"router": "soft"}, ((2, FSDP), (4, EP2))),
     "by image": Case({"router": "switch", "route_by": "image"}, FOUR, BALANCE),
-    "accumulation": Case({"router": "switch"}, ((2, FSDP), (4, EP2)), BALANCE, micro_batches=2),
+    "accumulation": Case({"router": "switch"}, ((2, FSDP), (4, EP2), (4, EP2 + REPLICATED)), BALANCE, micro_batches=2),
     "recomputed": Case({"router": "switch", "num_shared_experts": 1}, losses=BALANCE, checkpointing=True),
     "all rows on one process": Case({"router": "vmoe_top_k"}, ((2, EP2), (4, EP4)), forced=(0, 1)),
     "other numbers of images": Case({"router": "switch"}, ((2, EP2), (2, FSDP)), BALANCE, shares=(13, 3)),
-    "muon": Case({"router": "switch"}, ((2, FSDP), (4, EP2)), BALANCE, steps=3, optimizer="muon"),
+    "muon": Case(
+        {"router": "switch"}, ((2, FSDP), (4, EP2), (2, EP2 + REPLICATED)), BALANCE, steps=3, optimizer="muon"
+    ),
     "bf16": Case({"router": "vmoe_top_k"}, ((2, DDP), (2, FSDP), (2, EP2)), steps=1, precision="bf16"),
 }
 
@@ -281,6 +283,7 @@ def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], f
     )
     found = {}
     layouts = {size: Layout.of("cpu", size) for size in (FSDP, EP2, EP4) if size <= processes}
+    layouts[EP2 + REPLICATED] = Layout.of("cpu", EP2, replicated=True)
     for name, case in CASES.items():
         for size, layout in case.layouts:
             if size == processes:
@@ -350,7 +353,8 @@ def last_of(rank: int, port: int, folder: Path) -> None:
     """What one process has written, in four others that divide it among all of them."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
-    carry_on(folder, "one.ckpt", None, Layout.of("cpu", EP4))
+    carry_on(folder, "one.ckpt", "replicated.ckpt", Layout.of("cpu", EP2, replicated=True))
+    carry_on(folder, "replicated.ckpt", None, Layout.of("cpu", EP4))
     dist.destroy_process_group()
 
 

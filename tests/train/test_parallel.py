@@ -57,9 +57,9 @@ def test_layouts_train_like_one_process(name: str, size: int, layout: int, compa
 
 @pytest.mark.dist
 def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> None:
-    """Weights and both moments, by SHA-256; EP2 x FSDP2, EP2, none, EP4; folders, folder, a file."""
+    """Weights and both moments, by SHA-256; EP2 x FSDP2, EP2, none, EP2 + DDP, EP4; folders, a file, a folder."""
     digests = json.loads((compared / "digests.json").read_text())
-    assert len(digests) == 4
+    assert len(digests) == 5
     assert len(set(digests)) == 1
     four = compared / "checkpoints" / "four.ckpt"
     assert sorted(path.name for path in four.iterdir()) == [
@@ -77,7 +77,7 @@ def test_a_checkpoint_that_one_process_can_not_write(compared: Path) -> None:
     assert json.loads((compared / "refused.json").read_text()) == [[[str(path), "File too large"]]] * 2
     assert verify(path).fault is None
     assert sorted(each.name for each in path.parent.iterdir()) == [
-        *("again.ckpt", "four.ckpt", "manifest.json", "one.ckpt", "two.ckpt"),
+        *("again.ckpt", "four.ckpt", "manifest.json", "one.ckpt", "replicated.ckpt", "two.ckpt"),
     ]
 
 

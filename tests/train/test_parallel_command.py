@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from moevision.train.sharded import read_folder
 from tests.forks import Forked
-from tests.train.test_command_two_processes import KILLED, TWO, _end, differing, fit, start
+from tests.train.test_command_two_processes import KILLED, TORCHRUN, TWO, _end, differing, fit, start
 
 SHARDED = (*(option for option in TWO if "strategy" not in option), "--parallel=fsdp", "--parallel.expert=2")
 
@@ -42,7 +42,8 @@ def stopped(work: Path) -> Path:
     os.kill(cast(int, process.pid), signal.SIGTERM)
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 143, said[-3000:]
-    shutil.copytree(work / "runs" / "stopped", work / "runs" / "unsharded")
+    for name in ("unsharded", "replicated"):
+        shutil.copytree(work / "runs" / "stopped", work / "runs" / name)
     return work / "runs" / "stopped"
 
 
@@ -92,6 +93,16 @@ def test_interrupted_and_resumed_is_uninterrupted(work: Path, whole: tuple[Path,
 
 @pytest.mark.dist
 @pytest.mark.slow
+def test_torchrun_starts_the_same_training_and_a_dense_twin(work: Path, whole: tuple[Path, str]) -> None:
+    """The twin has no experts to divide: its weights are sharded alone."""
+    said = fit(work, "synthetic_pets", *SHARDED, "--name=launched", "--with-twin", launcher=TORCHRUN)
+    assert differing(work / "runs" / "launched", whole[0]) == []
+    assert said.count("parallel: weights sharded over 2 processes (FSDP2)") == 2
+    assert (work / "runs" / "launched" / "twin" / "summary.md").is_file()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
 def test_a_process_is_killed_while_it_trains(work: Path, whole: tuple[Path, str]) -> None:
     """The other one says what happened and how to go on, and who does so ends where nobody was killed."""
     every = "--checkpoint.every_steps=2"
@@ -116,17 +127,20 @@ def test_the_first_process_is_killed_before_it_trains(work: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.usefixtures("stopped")
-def test_a_run_goes_on_under_another_layout(work: Path) -> None:
-    said = fit(work, "--resume", "runs/unsharded", "--parallel=ddp", "--parallel.expert=1")
+@pytest.mark.parametrize(("name", "expert"), [("unsharded", 1), ("replicated", 2)])
+def test_a_run_goes_on_under_another_layout(name: str, expert: int, work: Path) -> None:
+    said = fit(work, "--resume", f"runs/{name}", "--parallel=ddp", f"--parallel.expert={expert}")
     assert "--parallel.layout was fsdp, now ddp, which may round differently" in said
-    assert (work / "runs" / "unsharded" / "checkpoints" / "last.ckpt").is_file()
-    assert (work / "runs" / "unsharded" / "summary.md").is_file()
+    divided = "parallel: weights on each of 2 processes, 4 experts over 2 of them, 2 each"
+    assert (divided in said) == (expert > 1)
+    assert (work / "runs" / name / "checkpoints" / "last.ckpt").is_dir() == (expert > 1)
+    assert (work / "runs" / name / "summary.md").is_file()
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--parallel.expert=2"], "say --parallel fsdp too"),
+        (["--parallel.expert=2"], "say --parallel fsdp or --parallel ddp"),
         (["--parallel", "fsdp"], "there is one: say --trainer.devices N"),
         (["--parallel=fsdp", "--trainer.strategy=ddp"], "are two ways to say it"),
         (["--parallel=fsdp", "--parallel.expert=2", "--trainer.devices=3"], "does not divide the 3 processes"),
