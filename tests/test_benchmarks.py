@@ -217,6 +217,22 @@ def test_what_travels_between_two_processes(run, tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.usefixtures("forked_processes")
+def test_planned_and_measured_steps_stand_side_by_side(run, tmp_path) -> None:
+    """Every layout that one and two processes allow; a plan is the sum of its parts."""
+    out = tmp_path / "measured.json"
+    said = run("planner", "--measure", "--processes", 1, 2, "--images", 8, "--steps", 1, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    names = ["one GPU", "DDP", "FSDP2", "EP 2 + DDP", "EP 2 x FSDP2"]
+    assert [row["layout"] for row in rows] == names
+    for row in rows:
+        assert sum(row["parts_ms"].values()) == pytest.approx(row["planned_ms"])
+        assert row["error"] == pytest.approx(row["planned_ms"] / row["steps_ms"][0] - 1)
+        assert f"{100 * row['error']:+.0f} %" in str(said)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_processes")
 def test_accumulation_is_measured_in_one_and_two_processes(run, tmp_path) -> None:
     """Exact at once, and for z in parts."""

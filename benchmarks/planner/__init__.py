@@ -2,6 +2,8 @@
 
     python -m benchmarks planner
 
+`--measure` does something else: `measured.py`, planned and measured step times of a few processes of this machine.
+
 Two models of 224 px with 32 experts of which 1 is active, in every other block, 64 images on each GPU; the functions of
 `moevision.train.planner` with its data sheet of an H100. README.md says what to read off the figure.
 """
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import argument_parser
+from benchmarks.planner.measured import measure
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.footprint import shape_of
 from moevision.train.machine import Machine, sheet_machine
@@ -95,6 +99,21 @@ def draw(rows: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
 
 def main() -> None:
+    """Run with command-line arguments."""
+    parser = argument_parser("planner", __doc__)
+    parser.add_argument("--measure", action="store_true", help="time steps of this machine beside their plan instead")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="with --measure (%(default)s)")
+    parser.add_argument("--images", type=int, default=64, help="with --measure: of a process in a step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="with --measure: of each layout (%(default)s)")
+    parser.add_argument("--out", type=Path, help="with --measure: write the record as JSON")
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.processes, options.images, options.steps, options.out)
+    else:
+        compute()
+
+
+def compute() -> None:
     """Write the record and the figure."""
     machine = sheet_machine("h100")
     rows = {name: simulate(shape(base), machine) for name, base in MODELS.items()}
