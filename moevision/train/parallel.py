@@ -134,28 +134,33 @@ def same_everywhere(net: nn.Module) -> None:
         dist.broadcast(tensor, src=0)
 
 
-def shard(net: nn.Module, layout: Layout) -> nn.Module:
+def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None) -> nn.Module:
     """Divide a network over the processes of a layout, in place; all of them have the same weights before.
 
     Args:
         net: a timm model with `blocks`.
         layout: the processes.
+        gathered: autocast's dtype, in which the experts' weights then travel: they are cast to it in any case before
+            they are used. Everything else, routers and norms with it, travels as it is stored.
 
     Raises:
         UserError: if its experts can't be divided.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     # A part of an expert is gathered in two steps, over efsdp and over ep; DTensor warns of each such gathering.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     check_network(net, 1 if layout.experts is None else layout.experts["ep"].size())
-    if layout.experts is not None:
-        for layer in moe_layers(net):
+    policy = MixedPrecisionPolicy(gathered, torch.float32 if gathered else None, cast_forward_inputs=False)
+    for layer in moe_layers(net):
+        # Only `forward` makes FSDP2 gather, so that experts are a unit of their own; the block shards the rest.
+        if layout.experts is not None:
             _divide_experts(layer.experts, layout.experts["ep"])
-            dispatcher = _all_to_all(layout.experts["ep"].get_group(), layer.dispatcher)
-            layer.dispatcher = dispatcher
-            # Only `forward` makes FSDP2 gather, so that experts are a unit of their own; the block shards the rest.
-            fully_shard(layer.experts, mesh=layout.experts[("efsdp", "one") if layout.replicated else ("efsdp",)])
+            layer.dispatcher = _all_to_all(layout.experts["ep"].get_group(), layer.dispatcher)
+            same = layout.experts[("efsdp", "one") if layout.replicated else ("efsdp",)]
+            fully_shard(layer.experts, mesh=same, mp_policy=policy)
+        elif gathered is not None and layer.experts.backend != "dense":  # which bypasses it
+            fully_shard(layer.experts, mesh=layout.world, mp_policy=policy)
     for block in cast(Any, net).blocks:
         fully_shard(block, mesh=layout.world)
     # True: after a forward pass without a backward pass the state must be that of the shards, too.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -168,7 +169,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
         self.model_to_device()
         same_everywhere(task.net)
         self._outline = outline(task.net)
-        shard(task.net, Layout.of(self.root_device.type, self.expert, replicated=self.replicated))
+        layout = Layout.of(self.root_device.type, self.expert, replicated=self.replicated)
+        shard(task.net, layout, torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None)
 
     def copy_of(self, net: nn.Module) -> nn.Module:
         """A copy of a sharded network that holds the same parts; it can't compute."""

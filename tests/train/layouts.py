@@ -67,6 +67,7 @@ class Case:
     micro_batches: int = 1
     optimizer: OptimizerName = "adamw"
     precision: str = "64"
+    gathered: bool = False  # in bf16
     forced: tuple[int, ...] = ()  # experts that every token is sent to
     shares: tuple[int, ...] = ()  # images of each process; equally many if empty
     checkpointing: bool = False
@@ -90,7 +91,10 @@ CASES = {
     "muon": Case(
         {"router": "switch"}, ((2, FSDP), (4, EP2), (2, EP2 + REPLICATED)), BALANCE, steps=3, optimizer="muon"
     ),
-    "bf16": Case({"router": "vmoe_top_k"}, ((2, DDP), (2, FSDP), (2, EP2)), steps=1, precision="bf16"),
+    "bf16": Case({"router": "vmoe_top_k"}, ((2, DDP), (2, FSDP), (4, EP2)), steps=1, precision="bf16"),
+    "bf16, gathered": Case(
+        {"router": "vmoe_top_k"}, ((2, FSDP), (4, EP2), (2, EP2 + REPLICATED)), steps=1, precision="bf16", gathered=True
+    ),
 }
 
 
@@ -208,7 +212,10 @@ def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layou
         wrapped = DistributedDataParallel(_Both(net))
         forward: Callable[[Tensor], Any] = wrapped
     else:
-        shard(net, layouts[layout])
+        shard(net, layouts[layout], torch.bfloat16 if case.gathered else None)
+        expected = torch.bfloat16 if case.gathered else next(net.parameters()).dtype
+        for layer in moe_layers(net):
+            layer.experts.register_forward_pre_hook(lambda experts, _: _check_dtype(experts, expected))
 
         def forward(x: Tensor) -> Any:
             return forward_routing(net, x)
@@ -243,6 +250,10 @@ def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layou
     errors = torch.tensor([worst[kind] for kind in sorted(worst)], dtype=torch.float64)
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
     return dict(zip(sorted(worst), errors.tolist(), strict=True))
+
+
+def _check_dtype(experts: nn.Module, expected: torch.dtype) -> None:
+    assert {weight.dtype for weight in experts.parameters()} == {expected}, "gathered in another dtype"
 
 
 def _check_boundary(net: nn.Module, plain: nn.Module) -> None:
