@@ -365,9 +365,9 @@ class Processes:
                 os._exit(USER_ERROR)
 
     def _observe_first(self, first: int, parent: int) -> None:
-        """End this process when the first one was killed: else it waits for it, in starting up for half an hour.
+        """End this process when the first one has gone: else it waits for it, in starting up for half an hour.
 
-        A first process that isn't killed ends after the others (`close`).
+        A first process that neither crashes nor is killed ends after the others (`close`).
 
         Args:
             first: its process id.
@@ -377,7 +377,7 @@ class Processes:
             if self._closed.wait(_LOOK_S):
                 return
         if os.environ.get("LOCAL_RANK") == "1":  # one voice
-            sentence = f"The first process of this training was killed{_BY_WHOM}.{self._go_on()}"
+            sentence = f"The first process of this training crashed or was killed{_BY_WHOM}.{self._go_on()}"
             with contextlib.suppress(OSError, ValueError):
                 print(shown_lines(f"moevision: {sentence}"), file=sys.stderr, flush=True)
         os._exit(USER_ERROR)
@@ -433,6 +433,8 @@ def _is_there(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
+    except PermissionError:  # somebody else's
+        pass
     return True
 
 

@@ -67,4 +67,4 @@ def test_a_process_whose_first_one_is_gone_says_so_and_ends(
     module.Processes(lambda: " Go on.")
     assert ended.wait(30)
     said = capsys.readouterr().err
-    assert said == f"moevision: The first process of this training was killed{module._BY_WHOM}. Go on.\n"
+    assert said == f"moevision: The first process of this training crashed or was killed{module._BY_WHOM}. Go on.\n"

@@ -119,8 +119,8 @@ def test_the_first_process_is_killed_before_it_trains(work: Path) -> None:
     said = kill(work, "unborn", until="config.yaml", first=True)
     assert "Traceback" not in said
     assert said.splitlines()[-1] == (
-        "moevision: The first process of this training was killed, by somebody or by a system that has run out of "
-        "memory. Nothing was saved yet: start anew."
+        "moevision: The first process of this training crashed or was killed, by somebody or by a system that has run "
+        "out of memory. Nothing was saved yet: start anew."
     )
 
 
