@@ -181,7 +181,7 @@ def remove_leftovers(folder: Path) -> int:
 
 def _has_ended(temporary: Path) -> bool:
     *_, machine, process, _ = temporary.name.rsplit(".", 3)
-    if machine == _machine() and process.isdecimal() and not _lives(int(process)):
+    if machine == _machine() and process.isdecimal() and not other_lives(int(process)):
         return True
     try:
         return time.time() - temporary.stat().st_mtime > _SILENT_S
@@ -189,7 +189,7 @@ def _has_ended(temporary: Path) -> bool:
         return False
 
 
-def _lives(process: int) -> bool:
+def other_lives(process: int) -> bool:
     """Whether a process other than this one has that number: in a container the next one often has the same."""
     if process == os.getpid():
         return False

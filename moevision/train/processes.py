@@ -39,6 +39,7 @@ from torch import Tensor
 from moevision.data.contents import is_main_process
 from moevision.data.transforms import hash_u64
 from moevision.errors import USER_ERROR, UserError
+from moevision.files import other_lives
 from moevision.names import shown_lines
 
 HANDED_ON = "MOEVISION_DECISIONS"
@@ -373,7 +374,7 @@ class Processes:
             first: its process id.
             parent: that of this process's parent, the same unless a script stands between them, or it is gone already.
         """
-        while os.getppid() == parent and _is_there(first):
+        while os.getppid() == parent and other_lives(first):
             if self._closed.wait(_LOOK_S):
                 return
         if os.environ.get("LOCAL_RANK") == "1":  # one voice
@@ -426,16 +427,6 @@ def _meet() -> None:
     torchrun = isinstance(environment, TorchElasticEnvironment)
     address = "env://" if torchrun else f"tcp://{environment.main_address}:{environment.main_port}"
     dist.init_process_group(init_method=address, rank=environment.global_rank(), world_size=environment.world_size())
-
-
-def _is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
 
 
 def random_state() -> dict[str, Any]:
