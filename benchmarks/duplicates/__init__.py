@@ -324,5 +324,5 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     origin = {**about(), "command": f"python -m benchmarks duplicates {options.verb}"}
     measured = {"planted": planted, "cifar10": cifar10, "redundant": redundant}[options.verb](options)
-    whose = {} if options.model is None else {"model": Path(options.model).name}
+    whose = {} if options.model is None else {"model": "/".join(Path(options.model).parts[-2:])}
     write_json_atomic(options.out, {**record, options.verb: {**measured, **whose, **origin}})
