@@ -25,7 +25,7 @@ from moevision.analysis.good_data.build import (
     render,
     score,
 )
-from moevision.analysis.good_data.examine import RunImages, examine
+from moevision.analysis.good_data.examine import RunImages, _margins, examine
 from moevision.data.prune import decide
 from moevision.data.scores import SCORES, Scores
 from moevision.data.sources import FileCollection, Sample
@@ -121,6 +121,12 @@ def test_the_table_has_every_image_with_what_is_known(planted):
     assert "no such file" in by_name["dog/gone.png"]["problem"]
     assert float(by_name["cat/03.png"]["el2n"]) == pytest.approx(3 / 21, abs=1e-4)
     assert {row["prediction"] for row in rows} <= {"cat", "dog", ""}
+
+
+def test_margins_of_the_finished_model_by_hand():
+    p = np.array([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [0.1, 0.5, 0.4]], np.float32)
+    assert _margins(p, np.array([0, 1, 2])) == pytest.approx([0.5, -0.5, -0.1])
+    assert _margins(np.ones((1, 1), np.float32), np.array([0])) == pytest.approx([1])
 
 
 def test_tables_of_classes_and_experts_by_hand():

@@ -100,9 +100,9 @@ def score(run_dir: Path, out: Path, *, show: int = 40, quick: bool = False, comm
 def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[str]:
     """images.csv, part by part."""
     yield ",".join([
-        "split", "image", "label", "visits", *SCORES, "unlike_class", "prediction", "certainty", "width", "height",
-        "sharpness", "brightness", "colour", "problem", "hash_twin", "hash_bits", "feature_twin", "feature_cosine",
-        "leak", "leak_bits", "leak_cosine", "expert_twin", "expert_coefficient",
+        "split", "image", "label", "visits", *SCORES, "unlike_class", "prediction", "certainty", "margin", "width",
+        "height", "sharpness", "brightness", "colour", "problem", "hash_twin", "hash_bits", "feature_twin",
+        "feature_cosine", "leak", "leak_bits", "leak_cosine", "expert_twin", "expert_coefficient",
     ]) + "\n"  # fmt: skip
     trained, leak = len(known.visits), known.most_alike(across=True).other
     everything = images.each()
@@ -123,7 +123,8 @@ def _table(images: RunImages, known: Known, names: Sequence[str]) -> Iterator[st
             writer.writerow([
                 split, csv_name(sample.sample_id), csv_name(images.class_names[sample.label]), *own,
                 csv_name(names[known.prediction[index]]) if known.prediction[index] >= 0 else "",
-                _cell(known.certainty[index]), *seen, csv_name(known.problems.get(index, "")),
+                _cell(known.certainty[index]), _cell(known.margin[index]), *seen,
+                csv_name(known.problems.get(index, "")),
                 _name(images, twin[0]), _bits(known.by_hash[0], index),
                 _name(images, twin[1]), _cosine(known.by_features[0], index),
                 _name(images, leak[index]), _bits(known.by_hash[1], index),
@@ -208,6 +209,13 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
     pair, leak = known.most_alike(across=False), known.most_alike(across=True)
     return [
         scored("doubtful"),
+        Ranked(
+            "contradicted", "The finished model names another class",
+            "Lowest probability of the label less the largest other one, by the finished model on the image as it is "
+            "(the normalized margin of cleanlab). Finds more of the labels that were mixed up between similar classes "
+            "than the list above, and fewer of others.",
+            lowest(known.margin, show, split == 0), lambda i: f"margin {known.margin[i]:.2f}",
+        ),
         scored("hardest"),
         scored("unsteady"),
         Ranked(

@@ -118,6 +118,7 @@ class Known:
         problems: index -> why it can't be read.
         prediction: [n] class that the model names; -1: not asked.
         certainty: [n] its probability.
+        margin: [n] its probability of the label less the largest other one; NaN: not asked.
         by_hash, by_features: the most alike image, and the most alike one of another split.
         scores: name -> [m]; NaN where there are none, or the image has no visit.
         experts: block -> [m, E].
@@ -131,6 +132,7 @@ class Known:
     look: npt.NDArray[Any]
     prediction: Ints
     certainty: Floats
+    margin: Floats
     by_hash: tuple[Nearest, Nearest]
     by_features: tuple[Nearest, Nearest]
     scores: dict[str, Floats]
@@ -196,8 +198,9 @@ def examine(
     labels = images.labels[: len(visits)]
     unlike = class_doubt(np.concatenate(list(experts.values()), 1), labels) if experts else np.full(len(visits), np.nan)
     known = Known(
-        np.zeros(n, LOOK), np.full(n, -1), np.full(n, np.nan, np.float32), (Nearest.none(n), Nearest.none(n)),
-        (Nearest.none(n), Nearest.none(n)), values, experts, visits, unlike.astype(np.float32),
+        np.zeros(n, LOOK), np.full(n, -1), np.full(n, np.nan, np.float32), np.full(n, np.nan, np.float32),
+        (Nearest.none(n), Nearest.none(n)), (Nearest.none(n), Nearest.none(n)), values, experts, visits,
+        unlike.astype(np.float32),
         nearest_by_experts(list(experts.values()), labels) if experts else Nearest.none(len(visits)),
     )  # fmt: skip
     if model is None:
@@ -214,10 +217,10 @@ def examine(
 def _look_at_all(
     images: RunImages, model: SavedModel, known: Known, advance: Callable[[int], None]
 ) -> npt.NDArray[np.float16] | None:
-    """Fill `look`, `problems`, `prediction` and `certainty`; features float16 [n, at most 64] if the model has any."""
+    """Fill `look`, `problems` and what the model says; features float16 [n, at most 64] if the model has any."""
     net = model.net.to(best_device())
     can_predict = not any(isinstance(layer.router, LabelRouter) for layer in moe_layers(net))  # which is told the class
-    features, onto = None, None
+    features, onto, labels = None, None, images.labels
     everything = images.each()
     workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
@@ -241,12 +244,21 @@ def _look_at_all(
                     seen, probabilities = _answers(net, network_input(model, np.stack(pixels)))
                     known.prediction[rows] = probabilities.argmax(1)
                     known.certainty[rows] = probabilities.max(1)
+                    known.margin[rows] = _margins(probabilities, labels[rows])
                     if onto is None:
                         onto = projection(seen.shape[1])
                         features = np.zeros((len(images), onto.shape[1]), np.float16)
                     cast(Any, features)[rows] = np.clip(seen @ onto, -6e4, 6e4)
             advance(len(batch))
     return features
+
+
+def _margins(probabilities: Floats, labels: Ints) -> Floats:
+    """Of [B, C]: p of the label less the largest other p, the order of cleanlab's normalized margin."""
+    rows = np.arange(len(labels))
+    own, others = probabilities[rows, labels], probabilities.copy()
+    others[rows, labels] = -np.inf
+    return own - others.max(1) if others.shape[1] > 1 else own
 
 
 @torch.inference_mode()
