@@ -1,8 +1,9 @@
 """benchmarks/label_noise/README.md: everything between its marks is the report of the committed runs."""
 
+import statistics
 from typing import Any
 
-from benchmarks.label_noise import FOLDER, parts_of
+from benchmarks.label_noise import FOLDER, NOISES, parts_of
 from tests.records import ROOT, Claim, Definition
 from tests.records.studies import shown
 
@@ -13,6 +14,23 @@ def _parts(*runs: Any) -> list[dict[str, str]]:
     return shown(parts_of(runs))
 
 
+def of_moe(*runs: Any) -> dict[str, float]:
+    """Mean area of a score over the seeds, by noise and score: `random_aum`."""
+    found = {}
+    for noise in NOISES:
+        own = [run["scores"] for run in runs if (run["noise"], run["arm"]) == (noise, "moe")]
+        for name, key in KEYS.items():
+            found[f"{noise}_{key}"] = statistics.fmean(scores[name]["auroc"] for scores in own)
+    return found
+
+
+KEYS = {
+    "aum": "aum",
+    "p_final": "final",
+    "cleanlab normalized_margin": "margin",
+    "experts": "experts",
+    "features": "features",
+}
 CLAIMS = [Claim(FILES, "{text}", _parts)]
 DEFINITIONS = [
     Definition("20,000 of CIFAR-10's training set, 2,000 of each class", "what is drawn"),

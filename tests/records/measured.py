@@ -9,6 +9,8 @@ from tests.records import (
     accuracy,
     analysis,
     demo,
+    duplicates,
+    label_noise,
     levers,
     performance,
     quickstart,
@@ -95,6 +97,30 @@ CLAIMS = [
         saving._ratios,
     ),
     *levers.CLAIMS[:2],
+    Claim(
+        label_noise.FILES,
+        "has an area under the ROC curve of {random_aum:.2f} where CIFAR-10's labels were flipped at random, "
+        "{similar_aum:.2f} where similar classes were mixed up, {cats_aum:.2f} on photos of cats and dogs and "
+        "{folder_aum:.2f} on a folder of drawn animals",
+        label_noise.of_moe,
+    ),
+    Claim(
+        label_noise.FILES,
+        "the finished model's margin has {random_margin:.2f} and {similar_margin:.2f} on the first two",
+        label_noise.of_moe,
+    ),
+    Claim(
+        label_noise.FILES,
+        "the shares of the experts alone have {random_experts:.2f} and {similar_experts:.2f}, its pooled features "
+        "{random_features:.2f} and {similar_features:.2f}",
+        label_noise.of_moe,
+    ),
+    Claim(
+        duplicates.FILES,
+        "Of {planted} altered copies among photos {named:.0%} name their original and {precision:.0%} of the first "
+        "{planted} pairs are such copies",
+        duplicates.of_planted,
+    ),
     Claim(upcycling.STUDY, "the dense model trained on: {mean}", _restarted),
     Claim(
         SURGERY,

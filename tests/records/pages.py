@@ -127,6 +127,7 @@ DEFINITIONS = {
     ],
     "docs/index.md": [Definition("Python 3.11 or newer", "a version"), Definition("lesson of 45 minutes", "a plan")],
     "docs/reference/files.md": [
+        Definition("from 5 on the features must agree, cosine at least .7", "SURE_BITS and AGREE of `data.duplicates`"),
         Definition("balanced accuracy with 95 % intervals", "a confidence level"),
         Definition("in the fewest of 64 bits", "the length of the hash"),
         Definition("109 MB for 1.3 M images", "84 bytes each; `tests/data/test_scores.py` allocates them"),
