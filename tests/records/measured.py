@@ -106,7 +106,7 @@ CLAIMS = [
     ),
     Claim(
         label_noise.FILES,
-        "the finished model's margin has {random_margin:.2f} and {similar_margin:.2f} on the first two",
+        "The finished model's margin has {random_margin:.2f} and {similar_margin:.2f} on the first two",
         label_noise.of_moe,
     ),
     Claim(
