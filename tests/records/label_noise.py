@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from benchmarks.label_noise import FOLDER, NOISES, parts_of
+from benchmarks.label_noise import FOLDER, NOISES, _beside, parts_of
 from tests.records import ROOT, Claim, Definition
 from tests.records.studies import shown
 
@@ -22,6 +22,13 @@ def of_moe(*runs: Any) -> dict[str, float]:
         for name, key in KEYS.items():
             found[f"{noise}_{key}"] = statistics.fmean(scores[name]["auroc"] for scores in own)
     return found
+
+
+def dropped(*runs: Any) -> dict[str, str]:
+    """Test accuracy without the suspects less that with all images, random flips."""
+    by_arm = {arm: {run["seed"]: run for run in runs if (run["noise"], run["arm"]) == ("random", arm)}
+              for arm in ("moe", "dropped")}  # fmt: skip
+    return {"gap": _beside(by_arm["dropped"], by_arm["moe"])}
 
 
 KEYS = {

@@ -104,6 +104,7 @@ CLAIMS = [
         "{folder_aum:.2f} on a folder of drawn animals",
         label_noise.of_moe,
     ),
+    Claim(label_noise.FILES, "the model is better by {gap} points", label_noise.dropped),
     Claim(
         label_noise.FILES,
         "The finished model's margin has {random_margin:.2f} and {similar_margin:.2f} on the first two",
