@@ -146,18 +146,18 @@ def flipped(labels: Sequence[int], noise: str, class_names: Sequence[str], seed:
     return {int(i): int((label[i] + by) % len(class_names)) for i, by in zip(chosen, shift, strict=True)}
 
 
-def plant(job: Job, options: Namespace) -> tuple[list[str], set[str]]:
+def plant(job: Job, options: Namespace) -> tuple[list[str], list[str], set[str]]:
     """Write what is trained on, unless it is there: lists, or a folder; the same for all arms.
 
     Returns:
-        Options of fit; the images with wrong labels, as `csv_name` writes them.
+        Options of fit: where the data are, and lists of them; the images with wrong labels, as `csv_name` writes them.
     """
     noise, wrong = NOISES[job.noise], options.work / f"{job.noise}-s{job.seed}-flips.csv"
     if noise.data == "drawn":
         folder = options.work / f"{job.noise}-s{job.seed}"
         if not wrong.exists():
             write_text_atomic(wrong, "image\n" + "".join(f"{name}\n" for name in draw_folder(folder, job, options)))
-        return ["--data.path", str(folder), "--data.download", "false"], _images_in(wrong)
+        return _found_in(folder), [], _images_in(wrong)
     keep, data = options.work / f"{job.noise}-s{job.seed}-images.csv", getattr(options, noise.data)
     if data is None:
         raise UserError(f"{job.name} needs images: say where {noise.data} is, see --help.")
@@ -170,8 +170,11 @@ def plant(job: Job, options: Namespace) -> tuple[list[str], set[str]]:
         write_text_atomic(keep, "image\n" + "".join(f"{csv_name(train[index].sample_id)}\n" for index in some))
         rows = [f"{csv_name(train[some[place]].sample_id)},{csv_name(names[to])}\n" for place, to in flips.items()]
         write_text_atomic(wrong, "image,new_label\n" + "".join(rows))
-    lists = ["--data.keep", str(keep), "--data.relabel", str(wrong)]
-    return ["--data.path", str(data), "--data.download", "false", *lists], _images_in(wrong)
+    return _found_in(data), ["--data.keep", str(keep), "--data.relabel", str(wrong)], _images_in(wrong)
+
+
+def _found_in(folder: Path) -> list[str]:
+    return ["--data.path", str(folder), "--data.download", "false"]
 
 
 def draw_folder(folder: Path, job: Job, options: Namespace) -> list[str]:
@@ -203,14 +206,14 @@ def run_one(job: Job, options: Namespace) -> dict[str, Any]:
     origin = {**about(), "command": "python -m benchmarks label_noise run"}  # without this machine's folders
     noise = NOISES[job.noise]
     epochs, folder = options.epochs or noise.epochs, options.work / job.name
-    data, wrong = plant(job, options)
+    data, lists, wrong = plant(job, options)
     length = ["--trainer.max_epochs", str(epochs)]
     if job.arm in DROPS:
-        data, length = without(job, options, data)
+        lists, length = without(job, options, relabelled=bool(lists))
     if "cats_vs_dogs" in noise.fit and options.pretrained:
         data += ["--pretrained", str(options.pretrained)]
     code = run_moevision([
-        "fit", *noise.fit, "--name", job.name, "--runs_root", str(options.work), "--resume", "auto", *data,
+        "fit", *noise.fit, "--name", job.name, "--runs_root", str(options.work), "--resume", "auto", *data, *lists,
         "--data.scores", "true", "--seed_everything", str(job.seed), *length,
         "--trainer.enable_progress_bar", "false", *ARMS[job.arm], *options.fit,
     ])  # fmt: skip
@@ -228,8 +231,8 @@ def run_one(job: Job, options: Namespace) -> dict[str, Any]:
             "cleanlab": package_version("cleanlab"), **origin}  # fmt: skip
 
 
-def without(job: Job, options: Namespace, data: list[str]) -> tuple[list[str], list[str]]:
-    """Write the list of what stays; options of fit for the data, and for as many steps as `moe` took.
+def without(job: Job, options: Namespace, *, relabelled: bool) -> tuple[list[str], list[str]]:
+    """Write the list of what stays; options of fit that name it, and for as many steps as `moe` took.
 
     Raises:
         UserError: if `moe` isn't finished in this work folder.
@@ -238,12 +241,10 @@ def without(job: Job, options: Namespace, data: list[str]) -> tuple[list[str], l
     if not (whole / "summary.json").exists():
         raise UserError(f"{job.name} leaves out what {whole.name} found: run that first, with the same --work.")
     scores, keep = Scores.read(whole / FILE), options.work / f"{job.name}.csv"
-    relabelled = "--data.relabel" in data
     plan = prune(scores, DROPS[job.arm], 1 - SHARE, seed=job.seed)
     plan.write(keep, scores, relabelled=relabelled)
     steps, epoch = schedule(read_yaml(whole / "config.yaml"), len(scores.images))
-    chosen = [*data[:4], "--data.keep", str(keep), *(("--data.relabel", str(keep)) if relabelled else ())]
-    return chosen, [
+    return ["--data.keep", str(keep), *(("--data.relabel", str(keep)) if relabelled else ())], [
         "--trainer.max_steps", str(steps), "--trainer.max_epochs", "-1", "--trainer.val_check_interval", str(epoch),
         "--trainer.check_val_every_n_epoch", "null",
     ]  # fmt: skip
