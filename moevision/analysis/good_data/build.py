@@ -212,8 +212,8 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
         Ranked(
             "contradicted", "The finished model names another class",
             "Lowest probability of the label less the largest other one, by the finished model on the image as it is "
-            "(the normalized margin of cleanlab). Finds more of the labels that were mixed up between similar classes "
-            "than the list above, and fewer of others.",
+            "(the normalized margin of cleanlab). Where similar classes were mixed up it found more than the list "
+            "above.",
             lowest(known.margin, show, split == 0), lambda i: f"margin {known.margin[i]:.2f}",
         ),
         scored("hardest"),
