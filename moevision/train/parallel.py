@@ -4,8 +4,8 @@
   holds every expert once, E / ep of them per process, and exchanges tokens by all-to-all (`layers/all_to_all.py`). All
   W processes read images of their own: expert parallelism is carved out of data parallelism.
 - **Sharded data parallelism** (ZeRO-3, arXiv:1910.02054; torch's `fully_shard`): weights, gradients and moments of a
-  block are divided over all W processes, those of its experts over the `efsdp` processes that hold the same ones. A
-  block's weights are gathered while it computes.
+  block are divided over all W processes, those of its experts over the `efsdp` processes that hold the same ones, each
+  along a dimension that they divide evenly. A block's weights are gathered while it computes.
 - **Divided experts beside replicated weights** (`Layout.replicated`): what would be divided over all W or over efsdp
   processes is on all of them, and gradients are summed by all-reduce. For `fully_shard` that is a mesh whose second
   dimension, over which it shards, has one process.
@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -148,6 +148,7 @@ def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None) -
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+    whole = _evenly(layout.world.size(-1))
     # A part of an expert is gathered in two steps, over efsdp and over ep; DTensor warns of each such gathering.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     check_network(net, 1 if layout.experts is None else layout.experts["ep"].size())
@@ -158,18 +159,32 @@ def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None) -
             _divide_experts(layer.experts, layout.experts["ep"])
             layer.dispatcher = _all_to_all(layout.experts["ep"].get_group(), layer.dispatcher)
             same = layout.experts[("efsdp", "one") if layout.replicated else ("efsdp",)]
-            fully_shard(layer.experts, mesh=same, mp_policy=policy)
+            fully_shard(layer.experts, mesh=same, mp_policy=policy, shard_placement_fn=_evenly(same.size(-1)))
         elif gathered is not None and layer.experts.backend != "dense":  # which bypasses it
-            fully_shard(layer.experts, mesh=layout.world, mp_policy=policy)
+            fully_shard(layer.experts, mesh=layout.world, mp_policy=policy, shard_placement_fn=whole)
     for block in cast(Any, net).blocks:
-        fully_shard(block, mesh=layout.world)
+        fully_shard(block, mesh=layout.world, shard_placement_fn=whole)
     # True: after a forward pass without a backward pass the state must be that of the shards, too.
-    fully_shard(net, mesh=layout.world, reshard_after_forward=True)
+    fully_shard(net, mesh=layout.world, reshard_after_forward=True, shard_placement_fn=whole)
     for module in net.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return net
+
+
+def _evenly(processes: int) -> Callable[[nn.Parameter], Any]:
+    """Says along which dimension to cut a parameter: the first that the number of processes divides, else the first.
+
+    FSDP2 pads the first one: 8 experts over 64 processes would lie on 8 of them, and be gathered as if they were 64.
+    """
+    from torch.distributed.tensor import Shard
+
+    def cut(parameter: nn.Parameter) -> Shard:
+        sizes = own_part(parameter).shape
+        return Shard(next((dim for dim, size in enumerate(sizes) if size % processes == 0), 0))
+
+    return cut
 
 
 def _all_to_all(group: dist.ProcessGroup, local_one: Any) -> Any:

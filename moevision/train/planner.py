@@ -251,10 +251,12 @@ def memory(shape: ModelShape, layout: Layout, job: Job) -> Memory:
     dense, experts = shape.dense, shape.experts
     low = shape.compute_bytes if shape.compute_bytes < FP32_BYTES else 0  # fp32 weights are used as they are
     if layout.parallel == "fsdp":
-        # Two blocks gathered, this one and the next, and the fp32 gradient of one before it is scattered.
-        block = dense.parameters / shape.depth
-        block += experts.parameters / len(shape.moe) / layout.expert if shape.moe else 0
-        copies, buckets = (2 * shape.compute_bytes + FP32_BYTES) * block, 0.0
+        # Two blocks gathered, this one and the next, and the fp32 gradient of one before it is scattered; and what
+        # autocast keeps in 16 bits of what is gathered in 32.
+        block = (2 * FP32_BYTES + FP32_BYTES) * dense.parameters / shape.depth
+        if shape.moe:
+            block += (2 * shape.compute_bytes + FP32_BYTES) * experts.parameters / len(shape.moe) / layout.expert
+        copies, buckets = low * dense.parameters + block, 0.0
     else:
         copies = low * (dense.parameters + experts.parameters / layout.expert)
         in_buckets = dense.learning + (experts.learning if layout.expert == 1 else 0)
@@ -327,9 +329,9 @@ def traffic(shape: ModelShape, layout: Layout, job: Job, machine: Machine) -> li
             found.append(_all_reduce("expert", FP32_BYTES * experts, gpus // n, n, 4 * moe, machine))
     else:
         # Everything outside of blocks is a group of its own; frozen weights are gathered, and have no gradient.
-        found += _sharded("dense", shape.dense, 1, gpus, 1, shape.depth + 1, shape, job, machine)
+        found += _sharded("dense", shape.dense, FP32_BYTES, 1, gpus, shape.depth + 1, job, machine)
         if moe:
-            found += _sharded("expert", shape.experts, n, gpus // n, n, moe, shape, job, machine)
+            found += _sharded("expert", shape.experts, shape.compute_bytes, n, gpus, moe, job, machine)
     if n > 1:
         found.append(_all_to_all(shape, n, job, machine))
     return [collective for collective in found if collective.messages > 0]
@@ -346,20 +348,20 @@ def _all_reduce(
 def _sharded(
     what: Literal["dense", "expert"],
     weights: Weights,
+    gathered_bytes: int,
     parts: int,
-    group: int,
-    stride: int,
+    gpus: int,
     tensors: int,
-    shape: ModelShape,
     job: Job,
     machine: Machine,
 ) -> list[Collective]:
     """FSDP: weights are gathered for the forward and for the backward pass, gradients scattered, for each micro-batch.
 
-    Gradients are reduced in fp32.
+    A number is gathered in `gathered_bytes` and reduced in fp32. `parts`: every GPU has one part of the weights, which
+    as many others share.
     """
-    times = job.accumulate
-    gathered = 2 * times * shape.compute_bytes * weights.parameters / parts
+    times, group, stride = job.accumulate, gpus // parts, parts
+    gathered = 2 * times * gathered_bytes * weights.parameters / parts
     scattered = times * FP32_BYTES * weights.learning / parts
     share = (group - 1) / group
     return [
@@ -522,9 +524,14 @@ def _copied_bytes(shape: ModelShape, layout: Layout, job: Job) -> float:
     if layout.parallel == "ddp":
         return 2 * CAST_BYTES * used if casts else 0.0
     # Each gathered tensor is read and written once more, in both passes; the gradient on its way to be scattered.
-    gathered = 2 * 2 * shape.compute_bytes * used + (shape.compute_bytes + FP32_BYTES) * used
-    owned = _owned(shape.dense.parameters, shape.experts.parameters, layout, job.gpus)
-    return gathered + (CAST_BYTES * owned if casts else 0.0)
+    dense, experts = shape.dense.parameters, shape.experts.parameters / layout.expert
+    of_experts = 2 * 2 * shape.compute_bytes + shape.compute_bytes + FP32_BYTES
+    gathered = (2 * 2 * FP32_BYTES + 2 * FP32_BYTES) * dense + of_experts * experts
+    if not casts:
+        return gathered
+    # What is gathered in 32 bits is cast as under DDP; experts are cast before, the part that is owned.
+    owned = _owned(0, shape.experts.parameters, layout, job.gpus)
+    return gathered + 2 * CAST_BYTES * dense + CAST_BYTES * owned
 
 
 # ---- what to do

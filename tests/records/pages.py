@@ -58,7 +58,8 @@ DEFINITIONS = {
     "docs/concepts/planner.md": [
         Definition("at most 5 % longer than the fastest", "a rule of `recommend`, planner.SIMPLER"),
         Definition("So 90 % of the memory counts as usable", "an assumption, Machine.usable"),
-        Definition("gather weights in 16 bits", "a precision"),
+        Definition("are gathered in 16 bits", "a precision"),
+        Definition("a bias of 1,000 classes", "an example"),
         Definition("after 0.8 of the compute", "an assumption, Machine.overlap"),
         Definition("takes 25 µs at least", "an assumption, Machine.latency_s"),
     ],

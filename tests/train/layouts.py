@@ -2,7 +2,8 @@
 
 `python layouts.py FOLDER` trains each case of `CASES` in this process and then, in one group of 4 and one of 2 forks,
 under its layouts, and writes `FOLDER/errors-W.json`: for each case and layout the largest differences from the one
-process, over all steps and processes, relative to the largest number of their kind.
+process, over all steps and processes, relative to the largest number of their kind. `FOLDER/sent-W.json` has the
+bytes that a process sends in a step of the case "counted", by layout and kind of collective.
 
 `FOLDER/digests.json` has hashes of weights and moments of a checkpoint that goes from 4 processes to 2, 1 and 4.
 """
@@ -26,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moevision.layers import forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
@@ -54,6 +56,7 @@ DDP, FSDP, EP2, EP4, REPLICATED = 0, 1, 2, 4, 8
 EVERY = ((2, DDP), (2, FSDP), (2, EP2), (4, EP2), (4, EP4), (2, EP2 + REPLICATED), (4, EP2 + REPLICATED))
 """Processes and layout; (4, EP2) is EP x FSDP: 2 processes hold the same experts and shard them."""
 TWO, FOUR = ((2, EP2),), ((4, EP2),)
+COUNTED = "counted"
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ CASES = {
     "by image": Case({"router": "switch", "route_by": "image"}, FOUR, BALANCE),
     "accumulation": Case({"router": "switch"}, ((2, FSDP), (4, EP2), (4, EP2 + REPLICATED)), BALANCE, micro_batches=2),
     "recomputed": Case({"router": "switch", "num_shared_experts": 1}, losses=BALANCE, checkpointing=True),
+    "fewer experts than processes": Case({"router": "switch", "num_experts": 2}, ((4, FSDP), (4, EP2)), BALANCE),
     "all rows on one process": Case({"router": "vmoe_top_k"}, ((2, EP2), (4, EP4)), forced=(0, 1)),
     "other numbers of images": Case({"router": "switch"}, ((2, EP2), (2, FSDP)), BALANCE, shares=(13, 3)),
     "muon": Case(
@@ -95,7 +99,50 @@ CASES = {
     "bf16, gathered": Case(
         {"router": "vmoe_top_k"}, ((2, FSDP), (4, EP2), (2, EP2 + REPLICATED)), steps=1, precision="bf16", gathered=True
     ),
+    # Goes by the place of a patch, so that all experts have as many rows.
+    COUNTED: Case(
+        {"router": "position", "top_k": 1},
+        ((2, DDP), (2, FSDP), (4, FSDP), (4, EP2), (4, EP4), (4, EP2 + REPLICATED)),
+        steps=1,
+        precision="bf16",
+        gathered=True,
+    ),
 }
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes that this process sends while it is entered, as a ring does it; not those of a few numbers.
+
+    Attributes:
+        bytes: by kind of collective, as the planner names them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        match func.__name__.split(".")[0], func.namespace:
+            case "_allgather_base_", "c10d":  # whole, own part, group
+                self._add("all_gather", args[0].nbytes, args[2])
+            case "_reduce_scatter_base_", "c10d":  # own part, whole, group
+                self._add("reduce_scatter", args[1].nbytes, args[2])
+            case "allreduce_", "c10d":
+                self._add("all_reduce", 2 * sum(x.nbytes for x in args[0]), args[1])
+            case "all_to_all_single", "_c10d_functional":  # rows, numbers received and sent, group
+                rows, _, numbers, name = args
+                own = dist.get_rank(dist.distributed_c10d._resolve_process_group(name))
+                leaving = sum(numbers) - numbers[own]
+                self._count("all_to_all", leaving * rows[:1].nbytes)
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, kind: str, size: int, group: Any) -> None:
+        processes = dist.ProcessGroup.unbox(group).size()
+        if size > 1000:  # norms, loads and losses are less
+            self._count(kind, size * (processes - 1) / processes)
+
+    def _count(self, kind: str, size: float) -> None:
+        self.bytes[kind] = self.bytes.get(kind, 0) + size
 
 
 class Step(NamedTuple):
@@ -111,10 +158,10 @@ class Step(NamedTuple):
 def build(case: Case) -> nn.Module:
     """A network whose routers, far from zero, send different numbers of tokens to different experts."""
     torch.manual_seed(0)
-    noise: dict[str, Any] = (
-        {} if case.arch["router"] in ("switch", "sigmoid", "bias_balanced", "soft") else {"noise": "none"}
-    )
-    net = build_model(MoEConfig("test_vit_moe", stem="patch", num_experts=8, **noise, **case.arch), CLASSES, 32)
+    noisy = ("noisy_top_k", "vmoe_top_k", "cosine", "expert_choice")
+    noise: dict[str, Any] = {"noise": "none"} if case.arch["router"] in noisy else {}
+    arch = {"num_experts": 8, **noise, **case.arch}
+    net = build_model(MoEConfig("test_vit_moe", stem="patch", **arch), CLASSES, 32)
     net = net.to(torch.float64 if case.precision == "64" else torch.float32).train()
     if case.checkpointing:
         cast(Any, net).set_grad_checkpointing()
@@ -216,6 +263,10 @@ def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layou
         expected = torch.bfloat16 if case.gathered else next(net.parameters()).dtype
         for layer in moe_layers(net):
             layer.experts.register_forward_pre_hook(lambda experts, _: _check_dtype(experts, expected))
+        if not layouts[layout].replicated:
+            even = [parameter for name, parameter in net.named_parameters() if name != "head.bias"]  # of 5 numbers
+            held = sum(own_part(parameter).numel() for parameter in even)
+            assert held == sum(parameter.numel() for parameter in even) / processes, "some hold more than others"
 
         def forward(x: Tensor) -> Any:
             return forward_routing(net, x)
@@ -292,19 +343,23 @@ def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], f
         world_size=processes,
         timeout=datetime.timedelta(seconds=600),
     )
-    found = {}
+    found, sent = {}, {}
     layouts = {size: Layout.of("cpu", size) for size in (FSDP, EP2, EP4) if size <= processes}
     layouts[EP2 + REPLICATED] = Layout.of("cpu", EP2, replicated=True)
     for name, case in CASES.items():
         for size, layout in case.layouts:
             if size == processes:
-                found[f"{name}, {layout}"] = compare(case, layout, known[name], layouts)
+                with Sent() if name == COUNTED else nullcontext() as counter:
+                    found[f"{name}, {layout}"] = compare(case, layout, known[name], layouts)
+                if counter is not None:
+                    sent[layout] = counter.bytes
     before = {4: None, 2: "four.ckpt"}[processes]
     carry_on(folder, before, {4: "four.ckpt", 2: "two.ckpt"}[processes], layouts[EP2])
     if processes == 2:
         refuse(folder, layouts[EP2])
     if rank == 0:
         (folder / f"errors-{processes}.json").write_text(json.dumps(found))
+        (folder / f"sent-{processes}.json").write_text(json.dumps(sent))
     dist.destroy_process_group()
 
 

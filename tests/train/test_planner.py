@@ -87,9 +87,10 @@ def test_weights_and_gradients_by_hand(tiny, shape):
     fsdp = found(shape, Layout("fsdp"), 4)
     gathered = sum(fsdp["all_gather", what].bytes_per_step for what in ("dense", "expert"))
     scattered = sum(fsdp["reduce_scatter", what].bytes_per_step for what in ("dense", "expert"))
-    assert (gathered, scattered) == (2 * 2 * everything * 3 / 4, 4 * everything * 3 / 4)
+    # Experts travel in 16 bits, everything else in 32
+    assert (gathered, scattered) == (2 * (4 * dense + 2 * experts) * 3 / 4, 4 * everything * 3 / 4)
     both = found(shape, Layout("fsdp", 2), 4)  # each pair of GPUs holds every expert once: half of them each
-    assert both["all_gather", "dense"].bytes_per_step == 2 * 2 * dense * 3 / 4
+    assert both["all_gather", "dense"].bytes_per_step == 2 * 4 * dense * 3 / 4
     assert both["all_gather", "expert"].bytes_per_step == 2 * 2 * (experts / 2) * 1 / 2
     apart = found(shape, Layout("ddp", 4), 4)  # nobody else has this GPU's expert
     assert ("all_reduce", "expert") not in apart
@@ -133,8 +134,8 @@ def test_states_are_divided_by_hand():
     assert memory(shape, Layout("ddp", 4), job).states == 16 * (1000 + 2000)
     assert memory(shape, Layout("fsdp"), job).states == memory(shape, Layout("fsdp", 4), job).states == 16 * 9000 / 8
     assert (memory(shape, Layout("ddp"), job).copies, memory(shape, Layout("ddp"), job).buckets) == (18_000, 36_000)
-    # Two blocks in bf16 and one gradient in fp32: 8 bytes of a block's 1000/4 and 8000/2 parameters.
-    assert memory(shape, Layout("fsdp"), job).copies == 8 * (250 + 4000)
+    # 1000/4 dense and 8000/2 expert parameters of a block: two in fp32 or bf16, one gradient in fp32; copies in bf16.
+    assert memory(shape, Layout("fsdp"), job).copies == 12 * 250 + 8 * 4000 + 2 * 1000
 
 
 def test_frozen_weights_have_neither_gradient_nor_moments():
