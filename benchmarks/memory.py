@@ -68,7 +68,7 @@ def measure(subject: Subject, which: Which, precision: str, device: str, threads
 
     peak = peak_bytes(train, device)
     parts = _parts(kept[0].net, kept[0].optimizer)
-    parts["activations"] = saved_bytes(lambda: kept[0](*noise_batch(subject, device)), kept[0].net)
+    parts["activations"] = saved_bytes(lambda: kept[0](*noise_batch(subject, device)), kept[0].net)[0]
     sizes = {"peak": peak, **parts, "other": peak - sum(parts.values()), "tensors": peak}
     if torch.device(device).type == "cpu":
         in_a_step = tensors_peak_bytes(lambda: kept[0](*noise_batch(subject, device, STEPS)))

@@ -101,7 +101,7 @@ class Answer:
         command: what launches it.
         assumed: numbers that nothing measured.
         measured: names of the machine's fields that were.
-        checkpointing: whether the plans compute blocks again in the backward pass.
+        checkpointing: whether the plans compute all blocks again in the backward pass.
     """
 
     shape: ModelShape
@@ -138,8 +138,8 @@ def run(chosen: Namespace) -> None:
     best, checkpointing = recommend(plans), False
     if best is None:  # blocks computed again need less memory
         checkpointing = True
-        inputs = replace(shape, checkpointing=True)
-        plans = [plan(inputs, layout, job, machine) for layout in layouts(shape, job.gpus)]
+        again = replace(shape, recomputed=tuple(range(shape.depth)))
+        plans = [plan(again, layout, job, machine) for layout in layouts(shape, job.gpus)]
         best = recommend(plans)
     command = None if best is None else launch_command(best, planned, machine, dtype, checkpointing)
     assumed = [*_assumed(machine), *_assumed_of(chosen, planned)]

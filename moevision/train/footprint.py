@@ -16,7 +16,8 @@ Axes: B images, N tokens, D width, H hidden width, E experts, K choices, T = B·
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -30,6 +31,7 @@ from moevision.layers import ExpertChoiceRouting, SoftRouting, label_oracle, moe
 from moevision.layers.cpu import take_rows
 from moevision.layers.dispatch import Dispatched, LocalDispatcher
 from moevision.layers.routing import Routing
+from moevision.models.checkpointing import checkpoint_blocks, checkpointed_blocks
 from moevision.train.muon import matrices_of
 from moevision.train.planner import ModelShape, MoEShape, Weights
 
@@ -44,37 +46,38 @@ def shape_of(
     name: str = "model",
     optimizer: OptimizerName = "adamw",
     dtype: torch.dtype = torch.bfloat16,
-    checkpointing: bool = False,
 ) -> ModelShape:
     """Count a model; it is left as it is.
 
     Args:
-        net: a timm ViT, MoE or dense, with or without weights; what is frozen counts as such.
+        net: a timm ViT, MoE or dense, with or without weights; what is frozen counts as such, and so does which blocks
+            are computed again in the backward pass.
         image_size: side of the input in pixels.
         name: what it is called.
         optimizer: whose moments are counted.
         dtype: of autocast; float32 for none.
-        checkpointing: whether blocks are computed again in the backward pass.
     """
     dense, experts = count_weights(net, optimizer)
     dense_flops, expert_flops, moe = _flops(net, image_size)
-    kept, inputs = kept_bytes_per_image(net, image_size, dtype)
+    kept, of_blocks, inputs = kept_bytes_per_image(net, image_size, dtype)
     shape = ModelShape(
         name=name,
         image_size=image_size,
-        depth=len(cast(Any, net).blocks),
         dense=dense,
         experts=experts,
         moe=moe,
         dense_flops=dense_flops,
         expert_flops=expert_flops,
         activation_bytes=kept,
+        block_bytes=tuple(of_blocks),
         block_inputs_bytes=inputs,
         compute_bytes=dtype.itemsize,
-        checkpointing=checkpointing,
+        recomputed=checkpointed_blocks(net),
     )
     # Combining keeps the experts' output, which the rows have already.
-    return replace(shape, activation_bytes=kept - shape.sent_bytes)
+    for layer in moe:
+        of_blocks[layer.block] -= shape.sent_by(layer)
+    return replace(shape, activation_bytes=kept - sum(map(shape.sent_by, moe)), block_bytes=tuple(of_blocks))
 
 
 def count_weights(net: nn.Module, optimizer: OptimizerName = "adamw") -> tuple[Weights, Weights]:
@@ -101,8 +104,7 @@ def _blank_copy(net: nn.Module, device: str) -> nn.Module:
         is_weight = isinstance(tensor, nn.Parameter)
         empty[id(tensor)] = nn.Parameter(blank, requires_grad=tensor.requires_grad) if is_weight else blank
     blank_net = copy.deepcopy(net, empty)
-    if getattr(blank_net, "grad_checkpointing", False):
-        cast(Any, blank_net).set_grad_checkpointing(False)
+    checkpoint_blocks(blank_net, False)
     return blank_net
 
 
@@ -120,6 +122,7 @@ def _flops(net: nn.Module, image_size: int) -> tuple[int, int, tuple[MoEShape, .
         _, layers = count_layers(blank, counter, lambda: blank(image))
     moe = tuple(
         MoEShape(
+            block=cast(int, count.layer.layer_index),
             num_experts=count.routing.num_experts,
             rows_per_image=_rows(count.routing),
             width=count.layer.experts.fc1.in_features,
@@ -156,41 +159,72 @@ class _EvenDispatcher(LocalDispatcher):
         return Dispatched(take_rows(x, token, position), counts, token, position)
 
 
-def kept_bytes_per_image(net: nn.Module, image_size: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes that autograd keeps of one image: without what the experts keep themselves; and the blocks' inputs."""
+def kept_bytes_per_image(net: nn.Module, image_size: int, dtype: torch.dtype) -> tuple[float, list[float], float]:
+    """Bytes that autograd keeps of one image, without what the experts keep themselves.
+
+    Returns:
+        Of the whole model, of each block, and of the blocks' inputs.
+    """
     with FakeTensorMode():
         blank = _blank_copy(net, "cpu").train()
         for layer in moe_layers(blank):
             layer.dispatcher = _EvenDispatcher()
             cast(Any, layer.experts).forward = lambda rows, counts: rows + 0  # another tensor, and nothing kept
         inputs: list[int] = []
-        for block in cast(Any, blank).blocks:
+        blocks = list(cast(Any, blank).blocks)
+        for block in blocks:
             block.register_forward_pre_hook(lambda _, given: inputs.append(given[0].nbytes))
 
-        def kept(images: int) -> int:
+        def kept(images: int) -> list[int]:
             image = torch.empty(images, 3, image_size, image_size)
             label = torch.empty(images, dtype=torch.int64)
             with (
                 label_oracle(blank, label),
                 torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
             ):
-                return saved_bytes(lambda: blank(image), blank)
+                return saved_bytes(lambda: blank(image), blank, blocks)
 
         of_two, of_four = kept(2), kept(4)
-    return (of_four - of_two) / 2, sum(inputs[len(inputs) // 2 :]) / 4
+    whole, *of_blocks = ((four - two) / 2 for two, four in zip(of_two, of_four, strict=True))
+    return whole, of_blocks, sum(inputs[len(blocks) :]) / 4
 
 
-def saved_bytes(work: Callable[[], object], net: nn.Module) -> int:
-    """Bytes of the tensors that autograd keeps for a backward pass; weights don't count, views of one tensor once."""
+def saved_bytes(work: Callable[[], object], net: nn.Module, parts: Sequence[nn.Module] = ()) -> list[int]:
+    """Bytes of the tensors that autograd keeps for a backward pass; weights don't count, views of one tensor once.
+
+    Args:
+        work: a forward pass.
+        net: what it computes.
+        parts: modules of it.
+
+    Returns:
+        Of all, and what is kept first in each part.
+    """
     weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
     kept: dict[int, Tensor] = {}
+    size, of_parts = 0, [0] * len(parts)
 
     def pack(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage()._cdata
-        if place not in weights:
-            kept[place] = tensor  # held, so that its storage isn't made anew at the same place
+        nonlocal size
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights and storage._cdata not in kept:
+            kept[storage._cdata] = tensor  # held, so that its storage isn't made anew at the same place
+            size += storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        work()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    def begin(place: int) -> None:
+        of_parts[place] -= size
+
+    def end(place: int) -> None:
+        of_parts[place] += size
+
+    with ExitStack() as hooks:
+        for place, part in enumerate(parts):
+            for hook in (
+                part.register_forward_pre_hook(lambda *_, place=place: begin(place)),
+                part.register_forward_hook(lambda *_, place=place: end(place)),
+            ):
+                hooks.callback(hook.remove)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            work()
+    return [size, *of_parts]

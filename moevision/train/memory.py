@@ -40,13 +40,7 @@ def describe_memory(task: ClassificationTask, data: ImageDataModule, trainer: L.
     if dtype is None or capacity is None:
         return None
     try:
-        shape = shape_of(
-            task.net,
-            data.image_size,
-            optimizer=task.optim.name,
-            dtype=dtype,
-            checkpointing=task.grad_checkpointing,
-        )
+        shape = shape_of(task.net, data.image_size, optimizer=task.optim.name, dtype=dtype)
     except Exception as error:  # whatever torch can't do without weights: an estimate is no reason not to train
         return f"memory: not estimated ({type(error).__name__}: {error})"
     layout = layout_of(trainer)

@@ -53,12 +53,14 @@ class MoEShape:
     """One MoE layer.
 
     Attributes:
+        block: index of its block.
         num_experts: E.
         rows_per_image: R of one image: N·K, or the slots of Soft MoE.
         width: D.
         hidden: H.
     """
 
+    block: int
     num_experts: int
     rows_per_image: float
     width: int
@@ -72,53 +74,72 @@ class ModelShape:
     Attributes:
         name: as it was named.
         image_size: side of the square input in pixels.
-        depth: L.
         dense: everything but the experts.
         experts: the experts of all MoE layers.
         moe: the MoE layers.
         dense_flops: FLOPs of one image's forward pass without the experts, routers included.
         expert_flops: FLOPs of one image's forward pass through the chosen experts.
         activation_bytes: what autograd keeps of one image for the backward pass, without the experts' rows.
+        block_bytes: [L] of these, what is kept in each block.
         block_inputs_bytes: of one image, of all blocks.
         compute_bytes: bytes of a number in which products are computed: 2 (bf16, fp16) or 4.
-        checkpointing: whether blocks keep their input only and are computed again in the backward pass.
+        recomputed: blocks that keep their input only and are computed again in the backward pass.
     """
 
     name: str
     image_size: int
-    depth: int
     dense: Weights
     experts: Weights
     moe: tuple[MoEShape, ...]
     dense_flops: float
     expert_flops: float
     activation_bytes: float
+    block_bytes: tuple[float, ...]
     block_inputs_bytes: float
     compute_bytes: int = 2
-    checkpointing: bool = False
+    recomputed: tuple[int, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return len(self.block_bytes)
 
     @property
     def row_bytes(self) -> float:
-        """What autograd keeps of one image's rows.
+        """What autograd keeps of one image's rows."""
+        return sum(map(self.row_bytes_of, self.moe))
+
+    def row_bytes_of(self, layer: MoEShape) -> float:
+        """Of one layer.
 
         Input and output [R, D], hidden [R, H] before and after the activation; and for two biases each row's expert.
         """
-        return sum(
-            layer.rows_per_image * (self.compute_bytes * 2 * (layer.width + layer.hidden) + 2 * _INT64_BYTES)
-            for layer in self.moe
-        )
+        return layer.rows_per_image * (self.compute_bytes * 2 * (layer.width + layer.hidden) + 2 * _INT64_BYTES)
 
     def kept_bytes(self) -> tuple[float, float]:
-        """What is kept of one image for the backward pass: activations, rows. With checkpointing one block's are."""
-        if not self.checkpointing:
-            return self.activation_bytes, self.row_bytes
-        rows = self.row_bytes / max(1, len(self.moe))
-        return self.block_inputs_bytes + self.activation_bytes / self.depth, rows
+        """What is kept of one image for the backward pass: activations, rows.
+
+        Of the blocks that are computed again their input, and all of the largest one, one at a time.
+        """
+        rows = {layer.block: self.row_bytes_of(layer) for layer in self.moe}
+        again = self.recomputed
+        kept, its_rows = self.activation_bytes, self.row_bytes
+        if again:
+            largest = max(again, key=lambda block: self.block_bytes[block] + rows.get(block, 0))
+            kept += self.block_inputs_bytes * len(again) / self.depth
+            kept -= sum(self.block_bytes[block] for block in again if block != largest)
+            its_rows -= sum(rows.get(block, 0) for block in again if block != largest)
+        return kept, its_rows
 
     @property
-    def sent_bytes(self) -> float:
-        """Bytes of one image's rows [R, D] that one all-to-all of each MoE layer moves."""
-        return sum(self.compute_bytes * layer.rows_per_image * layer.width for layer in self.moe)
+    def recomputed_experts(self) -> float:
+        """Share of the rows that are computed again."""
+        again = sum(self.row_bytes_of(layer) for layer in self.moe if layer.block in self.recomputed)
+        return again / self.row_bytes if self.moe else 0.0
+
+    def sent_by(self, layer: MoEShape) -> float:
+        """Bytes of one image's rows [R, D] that one all-to-all of a MoE layer moves."""
+        return self.compute_bytes * layer.rows_per_image * layer.width
 
 
 @dataclass(frozen=True)
@@ -389,7 +410,7 @@ def _all_to_all(shape: ModelShape, expert: int, job: Job, machine: Machine) -> C
 
     (n - 1)/n of them leave the GPU, if the choices are spread evenly over the GPUs.
     """
-    size = 4 * job.images_per_gpu * shape.sent_bytes  # of all rows, before some of them stay
+    size = 4 * job.images_per_gpu * sum(map(shape.sent_by, shape.moe))  # of all rows, before some of them stay
     inside = min(expert, machine.gpus_per_node)
     near, far = (inside - 1) / expert, (expert - inside) / expert
     seconds = max(size * near / machine.link_bytes_per_s, size * far / machine.network_bytes_per_s)
@@ -475,8 +496,9 @@ def plan(shape: ModelShape, layout: Layout, job: Job, machine: Machine) -> Plan:
 
 def _plan(shape: ModelShape, layout: Layout, job: Job, machine: Machine) -> Plan:
     images, busiest = job.images_per_gpu, busiest_over_mean(shape, job, layout.expert)
-    dense_s = images * _compute_s(shape.dense_flops, shape.activation_bytes, shape.checkpointing, machine)
-    expert_s = images * _compute_s(shape.expert_flops, shape.row_bytes, shape.checkpointing, machine)
+    again = len(shape.recomputed) / shape.depth
+    dense_s = images * _compute_s(shape.dense_flops, shape.activation_bytes, again, machine)
+    expert_s = images * _compute_s(shape.expert_flops, shape.row_bytes, shape.recomputed_experts, machine)
     collectives = traffic(shape, layout, job, machine)
     to_experts = [each for each in collectives if each.kind == "all_to_all"]
     others = [each for each in collectives if each.kind != "all_to_all"]
@@ -508,12 +530,12 @@ def _plan(shape: ModelShape, layout: Layout, job: Job, machine: Machine) -> Plan
     )
 
 
-def _compute_s(flops: float, kept_bytes: float, again: bool, machine: Machine) -> float:
+def _compute_s(flops: float, kept_bytes: float, again: float, machine: Machine) -> float:
     """One image, forward and backward: products take 3 · FLOPs, all between them `PASSES` times the activations.
 
-    `again`: checkpointing computes the forward pass a second time.
+    `again`: share of the forward pass that checkpointing computes a second time.
     """
-    forwards, passes = (4, PASSES + PASSES // 2) if again else (3, PASSES)
+    forwards, passes = 3 + again, PASSES * (1 + again / 2)
     return forwards * flops / machine.matmul_flops + passes * kept_bytes / machine.memory_bytes_per_s
 
 

@@ -34,6 +34,7 @@ from moevision.layers import (
 from moevision.layers.routing import as_vector
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
+from moevision.models.checkpointing import checkpoint_blocks
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.vit_moe import num_patches, set_fused_attention, trains_unfused
 from moevision.train.checkpoint import make_plain
@@ -60,7 +61,8 @@ class ClassificationTask(L.LightningModule):
         aux: weights of the balance losses; those left out are the router's own.
         label_smoothing: share of the target spread evenly over all classes.
         compile: compile each block with torch.compile (tens of seconds at the start; for long runs on a GPU).
-        grad_checkpointing: compute blocks again in the backward pass, for less memory and more time.
+        grad_checkpointing: compute blocks again in the backward pass, for less memory and more time: true for all, or
+            a list of some, such as [1,3].
         num_classes: C; taken from the data if None.
         image_size: side of the input in pixels; taken from the data if None.
     """
@@ -74,7 +76,7 @@ class ClassificationTask(L.LightningModule):
         aux: AuxLossWeights = AuxLossWeights(),  # noqa: B008
         label_smoothing: float = 0.1,
         compile: bool = False,
-        grad_checkpointing: bool = False,
+        grad_checkpointing: bool | list[int] = False,
         num_classes: int | None = None,
         image_size: int | None = None,
     ) -> None:
@@ -121,8 +123,7 @@ class ClassificationTask(L.LightningModule):
         self.hparams.update(num_classes=num_classes, image_size=image_size)
         net = build_model(self.arch, num_classes, image_size, load_pretrained=load_pretrained)
         self.net = freeze_parameters(net, self.optim.freeze)
-        if self.grad_checkpointing:
-            cast(Any, self.net).set_grad_checkpointing()
+        checkpoint_blocks(self.net, self.grad_checkpointing)
         self.aux_loss.check(self.net)
         layers = moe_layers(self.net)
         self._routes_by_label = any(isinstance(layer.router, LabelRouter) for layer in layers)

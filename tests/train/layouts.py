@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moevision.layers import forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
+from moevision.models.checkpointing import checkpoint_blocks
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.optim import OptimizerConfig, OptimizerName, build_optimizer
@@ -73,7 +74,7 @@ class Case:
     gathered: bool = False  # in bf16
     forced: tuple[int, ...] = ()  # experts that every token is sent to
     shares: tuple[int, ...] = ()  # images of each process; equally many if empty
-    checkpointing: bool = False
+    checkpointing: bool | list[int] = False
 
 
 BALANCE = {"load_balancing": 0.05, "z": 0.01}
@@ -89,6 +90,7 @@ CASES = {
     "by image": Case({"router": "switch", "route_by": "image"}, FOUR, BALANCE),
     "accumulation": Case({"router": "switch"}, ((2, FSDP), (4, EP2), (4, EP2 + REPLICATED)), BALANCE, micro_batches=2),
     "recomputed": Case({"router": "switch", "num_shared_experts": 1}, losses=BALANCE, checkpointing=True),
+    "one block recomputed": Case({"router": "switch", "num_shared_experts": 1}, losses=BALANCE, checkpointing=[1]),
     "fewer experts than processes": Case({"router": "switch", "num_experts": 2}, ((4, FSDP), (4, EP2)), BALANCE),
     "all rows on one process": Case({"router": "vmoe_top_k"}, ((2, EP2), (4, EP4)), forced=(0, 1)),
     "other numbers of images": Case({"router": "switch"}, ((2, EP2), (2, FSDP)), BALANCE, shares=(13, 3)),
@@ -163,8 +165,7 @@ def build(case: Case) -> nn.Module:
     arch = {"num_experts": 8, **noise, **case.arch}
     net = build_model(MoEConfig("test_vit_moe", stem="patch", **arch), CLASSES, 32)
     net = net.to(torch.float64 if case.precision == "64" else torch.float32).train()
-    if case.checkpointing:
-        cast(Any, net).set_grad_checkpointing()
+    checkpoint_blocks(net, case.checkpointing)
     with torch.no_grad():
         for layer in moe_layers(net):
             for name, parameter in layer.router.named_parameters():

@@ -10,6 +10,7 @@ from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.layers import forward_routing, moe_layers
 from moevision.layers.dispatch import LocalDispatcher
+from moevision.models.checkpointing import checkpoint_blocks
 from moevision.models.config import MoEConfig
 from moevision.train import memory as fit_memory
 from moevision.train.footprint import count_weights, saved_bytes, shape_of
@@ -147,19 +148,46 @@ def test_frozen_weights_have_neither_gradient_nor_moments():
     assert (dense.learning, dense.moments, experts.learning) == (66, 132, 0)
 
 
+def without_padding(net):
+    for layer in moe_layers(net):
+        layer.experts.backend, layer.dispatcher = "grouped", LocalDispatcher(row_multiple=1, max_padding=1.0)
+
+
 @pytest.mark.parametrize(("router", "dtype"), [("vmoe_top_k", torch.bfloat16), ("expert_choice", torch.float32)])
 def test_activations_are_what_autograd_keeps(router, dtype):
     """The same model with weights, computing: what 8 more images add, byte for byte."""
     net = timm.create_model("test_vit_moe", router=router).train()
     planned = shape_of(net, 32, dtype=dtype)
-    for layer in moe_layers(net):
-        layer.experts.backend, layer.dispatcher = "grouped", LocalDispatcher(row_multiple=1, max_padding=1.0)
+    without_padding(net)
 
     def kept(images):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            return saved_bytes(lambda: net(torch.randn(images, 3, 32, 32)), net)
+            return saved_bytes(lambda: net(torch.randn(images, 3, 32, 32)), net, net.blocks)
 
-    assert planned.activation_bytes + planned.row_bytes == (kept(16) - kept(8)) / 8
+    whole, *of_blocks = ((more - less) / 8 for more, less in zip(kept(16), kept(8), strict=True))
+    assert planned.activation_bytes + planned.row_bytes == whole
+    rows = {layer.block: planned.row_bytes_of(layer) for layer in planned.moe}
+    assert [size + rows.get(block, 0) for block, size in enumerate(planned.block_bytes)] == of_blocks
+
+
+def test_activations_of_blocks_that_are_computed_again():
+    """Blocks 1 and 2 keep their inputs, 16 tokens of 32 fp32 numbers, and all of the larger one, which has experts."""
+    net = timm.create_model("test_vit_moe").train()
+    checkpoint_blocks(net, [1, 2])
+    planned = shape_of(net, 32, dtype=torch.float32)
+    assert (planned.recomputed, [layer.block for layer in planned.moe]) == ((1, 2), [1, 3])
+    without_padding(net)
+    without = saved_bytes(lambda: net(torch.randn(16, 3, 32, 32)), net)[0]
+    less = saved_bytes(lambda: net(torch.randn(8, 3, 32, 32)), net)[0]
+    activations, rows = planned.kept_bytes()
+    at_once = planned.block_bytes[1] + planned.row_bytes_of(planned.moe[0])
+    assert planned.block_inputs_bytes == 4 * 16 * 32 * 4
+    assert activations + rows - at_once == (without - less) / 8
+    whole = shape_of(timm.create_model("test_vit_moe").train(), 32, dtype=torch.float32)
+    assert activations == whole.activation_bytes - planned.block_bytes[2] + 2 * 16 * 32 * 4
+    # A quarter of the forward pass each: experts of one of two layers, two of four blocks.
+    again, once = (plan(shape, Layout(), Job(1, 8), MACHINE).compute_ms for shape in (planned, whole))
+    assert 1 < again / once < 4 / 3
 
 
 @pytest.mark.parametrize("router", ["switch", "expert_choice", "soft"])

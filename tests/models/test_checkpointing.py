@@ -1,0 +1,69 @@
+"""Blocks that are computed again: the same gradients, fewer bytes, the same names, and copies of their own."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from moevision.errors import UserError
+from moevision.layers import forward_routing
+from moevision.models.checkpointing import checkpoint_blocks, checkpointed_blocks
+from moevision.train.footprint import saved_bytes
+
+
+def trained(net: nn.Module) -> tuple[list[torch.Tensor], int]:
+    """Gradients of one step, routers' noise and dropped patches included; and how often block 1 computed."""
+    calls = []
+    handle = net.blocks[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(1)
+    logits, routings = forward_routing(net, torch.randn(4, 3, 32, 32))
+    (logits.square().mean() + torch.stack([routing.probs.square().mean() for routing in routings]).sum()).backward()
+    handle.remove()
+    return [p.grad for p in net.parameters()], len(calls)
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_vit_moe", proj_drop_rate=0.2, drop_path_rate=0.2).train()
+
+
+@pytest.mark.parametrize(("blocks", "calls"), [(False, 1), (True, 2), ([1, 2], 2), ([0], 1), ([], 1)])
+def test_gradients_are_the_same(blocks: bool | list[int], calls: int) -> None:
+    net = build()
+    names = list(net.state_dict())
+    checkpoint_blocks(net, blocks)
+    assert list(net.state_dict()) == names
+    assert checkpointed_blocks(net) == (tuple(range(4)) if blocks is True else tuple(blocks or ()))
+    found, times = trained(net)
+    expected, _ = trained(build())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert times == calls
+
+
+def test_chosen_blocks_keep_less() -> None:
+    def kept(blocks: bool | list[int]) -> int:
+        net = build()
+        checkpoint_blocks(net, blocks)
+        return saved_bytes(lambda: net(torch.randn(4, 3, 32, 32)), net)[0]
+
+    assert kept(True) == kept([0, 1, 2, 3]) < kept([1, 3]) < kept([1]) < kept(False)
+
+
+def test_a_copy_computes_with_weights_of_its_own() -> None:
+    net = build().eval()
+    checkpoint_blocks(net, [1])
+    copied = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(torch.ones(1, 3, 32, 32)), torch.zeros_like(copied(torch.ones(1, 3, 32, 32))))
+    assert checkpointed_blocks(copied) == (1,)
+    checkpoint_blocks(copied, False)
+    assert (checkpointed_blocks(copied), checkpointed_blocks(net)) == ((), (1,))
+
+
+def test_a_block_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="names block 4, and the model has blocks 0 to 3"):
+        checkpoint_blocks(build(), [1, 4])
