@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 from typing import Any
@@ -83,10 +82,9 @@ def test_an_answer_is_quick(code: int, arguments: list[str]) -> None:
         assert done.returncode == code, done.stderr
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
-    tries = (cpu_seconds() for _ in range(3))
     taken: list[float] = []
-    while not taken or (min(taken) > HELP_S and len(taken) < 3):
-        taken.append(next(tries))
+    while not taken or (min(taken) > HELP_S and len(taken) < ROUNDS):
+        taken.append(cpu_seconds())
     assert min(taken) <= HELP_S
 
 
@@ -122,9 +120,11 @@ def test_the_import_costs_little_more_than_timm() -> None:
         marks: list[float] = json.loads(output(STEPS)[-1])
         return [after - before for before, after in itertools.pairwise(marks)]
 
-    timm, moevision = zip(*(cpu_seconds() for _ in range(ROUNDS)), strict=True)
-    added = statistics.median(ours / theirs for ours, theirs in zip(moevision, timm, strict=True))
-    assert added <= 0.1, (timm, moevision)
+    added: list[float] = []
+    while not added or (min(added) > 0.1 and len(added) < ROUNDS):
+        timm, ours = cpu_seconds()
+        added.append(ours / timm)
+    assert min(added) <= 0.1
 
 
 # ---- timm knows our names, whichever is imported first and however
@@ -210,18 +210,20 @@ def test_a_spawned_worker_knows_the_names(tmp_path: Any) -> None:
     assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.needs("transformers")
-@pytest.mark.parametrize("first", ["moevision", "transformers"])
-def test_transformers_builds_our_models(first: str) -> None:
-    second = {"moevision": "transformers", "transformers": "moevision"}[first]
-    program = f"""
-import {first}
-import {second}
+BUILT = """
 config = transformers.TimmWrapperConfig(architecture="test_vit_moe", num_labels=2)
 print(transformers.TimmWrapperForImageClassification(config).timm_model.moe_config["num_experts"])
 """
-    assert output(program)[-1] == "4"
+
+
+@pytest.mark.slow
+@pytest.mark.needs("transformers")
+def test_transformers_builds_our_models() -> None:
+    """Whichever is imported first."""
+    orders = ("import moevision, transformers", "import transformers, moevision")
+    assert output(IN_FORKS.format(programs={order: f"{order}{BUILT}" for order in orders})) == [
+        f"== {orders[0]}", "4", f"== {orders[1]}", "4"
+    ]  # fmt: skip
 
 
 def test_public_names_are_there_without_an_import_of_their_own() -> None:

@@ -183,12 +183,11 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
 @pytest.mark.usefixtures("stopped")
 def test_torchrun_starts_and_goes_on_with_the_same_run(work: Path, whole: tuple[Path, str]) -> None:
-    """Where all processes begin at once they still agree; what Lightning's launcher began, torchrun ends; a twin."""
+    """Where all processes begin at once they still agree; what Lightning's launcher began, torchrun ends."""
     fit(work, "--resume", "runs/launched", launcher=TORCHRUN, new=True)
     assert differing(work / "runs" / "launched", whole[0]) == []
-    fit(work, "synthetic_pets", *TWO, "--name=torchrun", "--with-twin", launcher=TORCHRUN)
+    fit(work, "synthetic_pets", *TWO, "--name=torchrun", launcher=TORCHRUN)
     assert differing(work / "runs" / "torchrun", whole[0]) == []
-    assert (work / "runs" / "torchrun" / "twin" / "summary.md").is_file()
     assert not (work / "runs" / "torchrun-2").exists()
     said = fit(work, "synthetic_pets", *OPTIONS, "--trainer.devices=1", "--name=one", launcher=TORCHRUN, code=1)
     assert "2 processes were started and the Trainer expects 1" in said
