@@ -32,6 +32,7 @@ STUDY = {
     "duplicates": ("which copies the page of `data score` finds: planted ones, and those of CIFAR-10", "duplicates"),
     "curve": ("what fewer, chosen training images cost on CIFAR-10", "curve"),
     "accumulation": ("the balance losses' gradient under gradient accumulation", "accumulation"),
+    "layouts": ("fit on photos in 2 and 4 processes under every layout, beside one process", "layouts"),
     "waiting": ("what travels under expert parallelism, and how long processes wait for each other", "waiting"),
     "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),

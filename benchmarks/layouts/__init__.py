@@ -1,0 +1,162 @@
+"""`fit` on real photos in 2 and 4 processes under every layout, beside one process with several seeds.
+
+    OMP_NUM_THREADS=1 nice -n 19 python -m benchmarks layouts run --data path/to/cats_vs_dogs --limit 0
+    python -m benchmarks layouts report                                  # README.md's table
+
+A batch has as many images in all, whatever the number of processes: the training is the same but for the order of the
+images and the noise of routers and augmentation, which every process draws for itself. So results scatter as those of
+one process with several seeds do. That a step is the same to rounding is tested with float64
+(tests/train/test_parallel.py).
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import HERE, about, argument_parser, count, positive
+from benchmarks.queue import fill_readme, is_dirty, next_run, read_records, refuse_changes, release_if, write_run
+from moevision.errors import UserError
+from moevision.models.safe_files import read_json
+from moevision.train.planner import Layout
+
+FOLDER = HERE / "layouts"
+SEEDS, BATCH, EPOCHS = 5, 64, 3
+LAYOUTS = [
+    (processes, Layout(parallel, expert))
+    for processes in (2, 4)
+    for parallel in ("ddp", "fsdp")
+    for expert in (1, 2, 4)
+    if expert <= processes
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training; one process has no layout."""
+
+    processes: int
+    layout: Layout
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What its record and its run folder are called."""
+        how = f"-{self.layout.parallel}-expert{self.layout.expert}" if self.processes > 1 else ""
+        return f"w{self.processes}{how}-s{self.seed}"
+
+    @property
+    def title(self) -> str:
+        """In the report."""
+        return f"{self.processes} processes, {self.layout.name}" if self.processes > 1 else "one process"
+
+
+def jobs(_: object) -> Iterator[Job]:
+    """All trainings."""
+    yield from (Job(1, Layout(), seed) for seed in range(SEEDS))
+    yield from (Job(processes, layout, 0) for processes, layout in LAYOUTS)
+
+
+def run_one(job: Job, options: Namespace) -> dict[str, Any]:
+    """Train; the record.
+
+    Raises:
+        UserError: if the training fails, or leaves more than one run folder.
+    """
+    origin = {**about(), "command": "python -m benchmarks layouts run"}  # without this machine's folders
+    parallel = ["--parallel", job.layout.parallel, "--parallel.expert", str(job.layout.expert)]
+    done = subprocess.run([
+        sys.executable, "-m", "moevision", "fit", str(options.data), "--data.download", "false", "--pretrained", "none",
+        "--name", job.name, "--runs_root", str(options.work), "--resume", "auto", "--seed_everything", str(job.seed),
+        "--data.order_seed", str(job.seed), "--data.image_size", "32", "--data.batch_size", str(BATCH // job.processes),
+        "--model.arch.name", "vit_moe_hybrid_patch8_32", "--model.arch.router", "vmoe_top_k",
+        "--model.optim.name", "muon", "--model.optim.lr", "2e-3", "--trainer.max_epochs", str(options.epochs),
+        "--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+        "--trainer.devices", str(job.processes), *(parallel if job.processes > 1 else ()), *options.fit,
+    ], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    if done.returncode:
+        raise UserError(f"{job.name} ended with code {done.returncode}:\n{done.stdout[-2000:]}")
+    found = sorted(path.name for path in options.work.glob(f"{job.name}*") if path.is_dir())
+    if found != [job.name]:
+        raise UserError(f"{job.name} left {', '.join(found)}: one run folder is wanted.")
+    summary = read_json(options.work / job.name / "summary.json")
+    test = summary["test"]
+    return {
+        **{name: getattr(job, name) for name in ("processes", "seed", "title")}, "parallel": job.layout.parallel,
+        "expert": job.layout.expert, "steps": summary["steps"], "images": test["total"],
+        "top1": test["correct"] / test["total"], "loss": test["loss"], **origin,
+    }  # fmt: skip
+
+
+def run(options: Namespace) -> None:
+    """Do the next trainings."""
+    refuse_changes(FOLDER / "README.md", allowed=options.allow_dirty)
+    done = 0
+    while not options.limit or done < options.limit:
+        job, held = next_run(jobs, options.out, options.work)
+        if job is None:
+            print("Nothing is left to do here.", file=sys.stderr)
+            return
+        try:
+            record = run_one(job, options)
+            write_run(options.out, job.name, record)
+        finally:
+            release_if(held)
+        done += 1
+        print(f"{job.title}, seed {job.seed}: top-1 {record['top1']:.2%}, loss {record['loss']:.4f}", flush=True)
+
+
+def table(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown: one process with its seeds, then each layout beside them."""
+    alone = [record for record in records if record["processes"] == 1]
+    lines = ["| training | steps | top-1, % | test loss | SD of one process's losses from their mean |",
+             "|---|--:|--:|--:|--:|"]  # fmt: skip
+    losses, top1 = [record["loss"] for record in alone], [100 * record["top1"] for record in alone]
+    mean, spread = statistics.fmean(losses), statistics.stdev(losses) if len(losses) > 1 else float("nan")
+    lines.append(
+        f"| one process, {len(alone)} seeds | {alone[0]['steps']} | {min(top1):.1f} to {max(top1):.1f} "
+        f"| {min(losses):.3f} to {max(losses):.3f} | |"
+    )
+    for record in sorted(records, key=lambda each: (each["processes"], each["parallel"], each["expert"])):
+        if record["processes"] > 1:
+            lines.append(
+                f"| {record['title']} | {record['steps']} | {100 * record['top1']:.1f} | {record['loss']:.3f} "
+                f"| {(record['loss'] - mean) / spread:+.1f} |"
+            )
+    return lines
+
+
+def report(options: Namespace) -> None:
+    """Put the table into the README; trainings from a changed tree are left out."""
+    clean = [record for record in read_records(options.out) if not is_dirty(record)]
+    fill_readme(options.readme, ["\n".join(table(clean)) if clean else "Not run yet."])
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    known = argument_parser("layouts", __doc__)
+    add = known.add_argument
+    add("verb", choices=("run", "report"))
+    add("--data", type=Path, metavar="DIR", help="a folder of photos, such as cats_vs_dogs")
+    add("--limit", type=count, default=1, metavar="N", help="trainings to do; 0: all that are left (%(default)s)")
+    add("--epochs", type=positive, default=EPOCHS, metavar="N", help="(%(default)s)")
+    add("--fit", action="append", default=[], metavar="OPTION", help="one more option of fit: --fit=--data.cache_mb=0")
+    add("--work", type=Path, default=Path("runs/layouts"), help="run folders (%(default)s)")
+    add("--out", type=Path, default=FOLDER / "runs", help="records (%(default)s)")
+    add("--readme", type=Path, default=FOLDER / "README.md", help="where the table goes (%(default)s)")
+    add("--allow-dirty", action="store_true", help="run: try it out")
+    return known
+
+
+def main() -> None:
+    """Run or report."""
+    options = parser().parse_args()
+    if options.verb == "run" and options.data is None:
+        raise UserError("Say where photos are: --data path/to/cats_vs_dogs.")
+    {"run": run, "report": report}[options.verb](options)
