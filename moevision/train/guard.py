@@ -27,7 +27,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from math import fsum, isfinite, sqrt
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -38,14 +38,17 @@ from torch.utils._pytree import tree_map
 from moevision.errors import DIVERGED, UserError
 from moevision.files import write_text_atomic
 from moevision.names import csv_name
+from moevision.train.mapped import mapped_copy
 from moevision.train.optim import WeightEMA
 from moevision.train.parallel import first_row, own_part
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
+from moevision.train.provenance import total_memory_bytes
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
 
 DIAGNOSIS = "divergence.md"
 GUARD_CSV = "guard.csv"
+_MOST_OF_MEMORY = 0.25  # that snapshots may take
 _RECENT = 100  # updates over which refused ones are counted
 _BUDGET = 1000  # steps over which returns are counted
 _WINDOW = 128  # good losses that a spike is judged by
@@ -79,8 +82,10 @@ class GuardConfig:
 
     Args:
         enabled: refuse updates from numbers that are not finite, and return to an earlier state when it must be.
-        snapshot_every: applied updates between two snapshots in memory (weights, moments; about 3 x the weights each).
+        snapshot_every: applied updates between two snapshots (weights, moments; about 3 x the weights each).
         snapshots: how many snapshots are kept.
+        snapshots_in: where: `memory`, `disk` (the run folder's), or `auto`, on disk if they are more than a quarter of
+            the main memory.
         max_skips: refused among the last 100 updates, above which training returns to a snapshot.
         max_rollbacks: returns within 1,000 steps, above which training stops.
         spike_sigmas: standard deviations above the running mean that make a loss suspicious; 0 looks for no spikes.
@@ -91,11 +96,18 @@ class GuardConfig:
     enabled: bool = True
     snapshot_every: int = 100
     snapshots: int = 2
+    snapshots_in: Literal["auto", "memory", "disk"] = "auto"
     max_skips: int = 10
     max_rollbacks: int = 3
     spike_sigmas: float = 6.0
     spike_updates: int = 10
     spike_warmup: int = 20
+
+    def on_disk(self, size: float) -> bool:
+        """Whether snapshots of so many bytes, of all processes of this machine, are kept on disk."""
+        memory = total_memory_bytes()
+        large = memory is not None and size > _MOST_OF_MEMORY * memory
+        return self.snapshots_in == "disk" or (self.snapshots_in == "auto" and large)
 
 
 class StabilityGuard(L.Callback):
@@ -163,7 +175,14 @@ class StabilityGuard(L.Callback):
         task = cast(ClassificationTask, pl_module)
         if (source := self._recovery.find_nonfinite(trainer, task)) is not None:
             raise UserError(f"The training would begin with numbers that are not finite ({source}).")
+        size = self.config.snapshots * trainer.num_devices * _snapshot_bytes(trainer, task)
+        self._recovery.folder = None
+        if self.config.on_disk(size):
+            self._recovery.folder = Path(trainer.default_root_dir)
+            self._recovery.folder.mkdir(parents=True, exist_ok=True)
         self._keep(trainer, task)
+        if len(self._recovery) == 0:
+            raise UserError("The guard needs a first snapshot: make room, or say --guard.snapshots_in memory.")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -379,11 +398,13 @@ class Recovery:
 
     Attributes:
         returns: the steps at which training returned to a snapshot.
+        folder: on whose disk snapshots are kept; None: in memory.
     """
 
     def __init__(self, snapshots: int, max_rollbacks: int) -> None:
         self.max_rollbacks = max_rollbacks
         self.returns: list[int] = []
+        self.folder: Path | None = None
         self._ring: deque[TrainingSnapshot] = deque(maxlen=snapshots)
 
     def __len__(self) -> int:
@@ -395,8 +416,19 @@ class Recovery:
         self._ring.clear()
 
     def keep(self, trainer: L.Trainer, task: ClassificationTask, extra: Any) -> None:
-        """Take a snapshot of a state that is known to be finite; `extra` comes back with it."""
-        self._ring.append(TrainingSnapshot(trainer, task, extra))
+        """Take a snapshot of a state that is known to be finite; `extra` comes back with it.
+
+        A full disk is said, and the snapshots that are there stay; all processes have the same ones.
+        """
+        try:
+            taken, why = TrainingSnapshot(trainer, task, extra, self.folder), None
+        except OSError as error:
+            taken, why = None, error.strerror or str(error)
+        failures = [why for why in gather(why) if why] if self.folder else []
+        if failures:
+            tell(f"warning: the guard's snapshot can't be written ({failures[0]}): it keeps the one before.")
+        elif taken is not None:
+            self._ring.append(taken)
 
     def find_nonfinite(self, trainer: L.Trainer, task: ClassificationTask) -> str | None:
         """Which lasting numbers (weights, saved buffers, average) aren't finite on any process; None if all are."""
@@ -454,18 +486,21 @@ class TrainingSnapshot:
         trainer: a trainer that fits.
         task: its task.
         extra: what the owner wants back with it, such as running statistics; kept as it is.
+        folder: on whose disk it is kept; None: in memory.
 
     Attributes:
         step: `trainer.global_step` when it was taken.
         restored: how often training has come back to it.
     """
 
-    def __init__(self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None) -> None:
+    def __init__(
+        self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None, folder: Path | None = None
+    ) -> None:
         self.step = trainer.global_step
         self.restored = 0
         self.extra = extra
-        self._tensors = [own_part(tensor).to("cpu", copy=True) for tensor in _tensors(trainer, task)]
-        self._optimizers = [_copied(optimizer.state_dict()) for optimizer in trainer.optimizers]
+        self._tensors = _copied([own_part(tensor) for tensor in _tensors(trainer, task)], folder)
+        self._optimizers = [_copied(optimizer.state_dict(), folder) for optimizer in trainer.optimizers]
         self._schedules = [_copied(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
         self._precision = _copied(trainer.precision_plugin.state_dict())
         average = WeightEMA.of(trainer)
@@ -513,11 +548,24 @@ def _tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
     return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
 
 
-def _copied(state: Any) -> Any:
-    """A copy of a nest of dictionaries, lists and tensors that shares nothing with it; tensors in main memory."""
-    return tree_map(
-        lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else deepcopy(leaf), state
-    )
+def _copied(state: Any, folder: Path | None = None) -> Any:
+    """A copy of a nest of dictionaries, lists and tensors that shares nothing with it; tensors in main memory.
+
+    `folder`: on whose disk they are backed.
+    """
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return deepcopy(leaf)
+        return leaf.detach().to("cpu", copy=True) if folder is None else mapped_copy(leaf.detach(), folder)
+
+    return tree_map(copied, state)
+
+
+def _snapshot_bytes(trainer: L.Trainer, task: ClassificationTask) -> int:
+    """Of one snapshot of this process: weights, buffers, average, and two moments of each learning weight."""
+    kept = sum(own_part(tensor).nbytes for tensor in _tensors(trainer, task))
+    return kept + 2 * sum(own_part(weight).nbytes for weight in task.net.parameters() if weight.requires_grad)
 
 
 @dataclass(frozen=True)

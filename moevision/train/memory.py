@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.train.footprint import count_weights, shape_of
-from moevision.train.guard import StabilityGuard
+from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.optim import WeightEMA
 from moevision.train.planner import Job, Layout, Weights, memory, state_bytes
 from moevision.train.provenance import device_name, total_memory_bytes
@@ -45,16 +45,18 @@ def describe_memory(task: ClassificationTask, data: ImageDataModule, trainer: L.
         return f"memory: not estimated ({type(error).__name__}: {error})"
     layout = layout_of(trainer)
     batch = data.batch_size * trainer.world_size
-    job = Job(trainer.world_size, batch, ema=_averages(trainer), snapshots=_snapshots(trainer))
+    guard = _guard(trainer)
+    job = Job(trainer.world_size, batch, ema=_averages(trainer), snapshots=guard.snapshots if guard else 0)
     found = memory(shape, layout, job)
-    snapshots = found.snapshots if trainer.strategy.root_device.type == "cpu" else 0.0
+    on_disk = guard is not None and guard.on_disk(trainer.num_devices * found.snapshots)
+    snapshots = 0.0 if on_disk or trainer.strategy.root_device.type != "cpu" else found.snapshots
     size = found.total + snapshots
     said = (
         f"memory: about {size / 1e9:.2f} of {capacity / 1e9:.1f} GB: weights, gradients and moments "
         f"{found.states / 1e9:.2f}, copies of them {(found.copies + found.buckets) / 1e9:.2f}, activations "
         f"{(found.activations + found.rows) / 1e9:.2f}"
     )
-    where = "the guard's snapshots" if snapshots else "the guard's snapshots in main memory"
+    where = "the guard's snapshots" + ("" if snapshots else " on disk" if on_disk else " in main memory")
     said += f"{', ' if snapshots else '; '}{where} {found.snapshots / 1e9:.2f}"
     if size <= capacity:
         return said
@@ -121,7 +123,7 @@ def _averages(trainer: L.Trainer) -> bool:
     return WeightEMA.of(trainer) is not None
 
 
-def _snapshots(trainer: L.Trainer) -> int:
-    """How many the guard of this training keeps."""
+def _guard(trainer: L.Trainer) -> GuardConfig | None:
+    """The thresholds of this training's guard, if it has one."""
     guards = (each for each in cast(Any, trainer).callbacks if isinstance(each, StabilityGuard))
-    return next((guard.config.snapshots for guard in guards), 0)
+    return next((guard.config for guard in guards), None)

@@ -231,15 +231,19 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     mesh = mesh_of(like)
     if mesh is None:
         return whole
-    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    placements = cast(DTensor, like).placements
-    shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, cast("DTensor", like).placements)
     part = whole[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
-    return DTensor.from_local(
-        part.contiguous().to(like.device), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
+    return with_part(part.contiguous().to(like.device), like)
+
+
+def with_part(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor that is divided as `like` is, and of which this process holds `part`."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = mesh_of(like), cast(DTensor, like).placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def first_row(x: Tensor) -> int:

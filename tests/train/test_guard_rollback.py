@@ -1,5 +1,6 @@
 """Tier 2 of the stability guard: back to the last good snapshot, forward with the data, and an end to it."""
 
+import resource
 from pathlib import Path
 from statistics import fmean, pstdev
 from types import SimpleNamespace
@@ -12,12 +13,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
+from moevision.train import guard, mapped
 from moevision.train.guard import GuardConfig, GuardRecord, LossHistory, Recovery, TrainingDiverged, TrainingSnapshot
 from moevision.train.optim import EmaConfig, WeightEMA
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 from tests.train.test_guard import assert_same
 
 EVERY_4 = GuardConfig(snapshot_every=4)
+ON_DISK = GuardConfig(snapshot_every=4, snapshots_in="disk")
 ONE_SNAPSHOT = GuardConfig(snapshot_every=4, snapshots=1)
 SPIKES = GuardConfig(snapshot_every=5, spike_warmup=10, spike_updates=5)
 
@@ -52,6 +55,7 @@ CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] =
         [9, 10, 11],
         "weight of head.weight",
     ),
+    "from disk": ("nan_weight@7, nan_weight@9", ON_DISK, NOISY, 12, [9, 10, 11], "weight of head.weight"),
     # Nothing that training computes uses a running mean: it is found when the next snapshot is due, after update 8.
     "a BatchNorm statistic": ("nan_buffer@7", EVERY_4, NOISY, 12, [0, 1, 2, 3, 8, 9, 10, 11], "buffer of patch_embed"),
     "a router bias": (
@@ -69,8 +73,9 @@ CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] =
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_return_is_to_what_was(case: str, tmp_path: Path) -> None:
+def test_a_return_is_to_what_was(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is in the state of one that never saw the batches between the snapshot and the return, bit for bit."""
+    monkeypatch.setattr(mapped, "_SMALL", 1)  # bytes: on disk, if any
     faults, config, router, count, left, cause = CASES[case]
     every = batches(count)
     applied: list[int] = []
@@ -93,6 +98,48 @@ def test_a_return_is_to_what_was(case: str, tmp_path: Path) -> None:
     assert clean.record.rollbacks == 0
     assert struck.states.last["net"]
     assert_same(struck.states.last, clean.states.state)
+
+
+def test_what_is_on_disk_has_no_name_and_ends_with_its_tensor(tmp_path: Path) -> None:
+    """It takes room while it is there, and a file without a name can't be left over."""
+    tensor = torch.arange(1 << 20, dtype=torch.float32).view(1024, 1024).to(torch.bfloat16)
+    copied = mapped.mapped_copy(tensor.T, tmp_path)
+    assert torch.equal(copied, tensor.T)
+    copied.mul_(2)  # its own
+    assert torch.equal(mapped.mapped_copy(tensor, tmp_path), tensor)
+    assert list(tmp_path.iterdir()) == []
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert maps.read_text().count(".snapshot-") == 1
+        del copied
+        assert ".snapshot-" not in maps.read_text()
+
+
+def test_a_full_disk_keeps_the_snapshot_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tiny_task()
+    trainer, recovery = standing_trainer(task), Recovery(snapshots=2, max_rollbacks=1)
+    recovery.folder = tmp_path
+    monkeypatch.setattr(mapped, "_SMALL", 1)
+    recovery.keep(trainer, task, "first")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        recovery.keep(trainer, task, "second")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert recovery.go_back(trainer, task) == "first"
+    assert "snapshot can't be written (File too large): it keeps the one before" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_snapshots_go_to_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "total_memory_bytes", lambda: 1000)
+    assert [GuardConfig().on_disk(size) for size in (250, 251)] == [False, True]
+    assert [GuardConfig(snapshots_in=place).on_disk(251) for place in ("memory", "disk")] == [False, True]
+    monkeypatch.setattr(guard, "total_memory_bytes", lambda: None)
+    assert not GuardConfig().on_disk(1e18)
 
 
 def test_a_training_that_never_recovers_ends_with_a_diagnosis(tmp_path: Path) -> None:
