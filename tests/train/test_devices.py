@@ -1,0 +1,126 @@
+"""What a device computes is what a CPU computes: layers, sharding on one device, and the command line.
+
+Every test runs on the CPU, so that it is known to work, and where there is CUDA on that (`pytest -m gpu`).
+"""
+
+import copy
+import csv
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moevision.data import ImageDataModule
+from moevision.layers import ROUTERS, forward_routing
+from moevision.models.config import MoEConfig, build_model
+from moevision.models.io import load_model
+from moevision.train.optim import OptimizerConfig, build_optimizer
+from moevision.train.parallel import Layout, clip, full, is_sharded, shard, total_norm
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]
+)
+DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+def build(router: str, **options: Any) -> nn.Module:
+    """A float64 network without dropout or noise; its router is far from ties."""
+    torch.manual_seed(0)
+    if router in ("noisy_top_k", "vmoe_top_k", "cosine", "expert_choice"):
+        options["noise"] = "none"
+    net = build_model(MoEConfig("test_vit_moe", router=router, num_experts=4, **options), 5, 32)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if ".router." in name and router != "cosine":
+                parameter.mul_(20)
+    return net.double().train()
+
+
+def step(net: nn.Module, device: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients of one batch, on the CPU."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(6, 3, 32, 32, generator=generator, dtype=torch.float64).to(device)
+    labels = torch.randint(5, (6,), generator=generator).to(device)
+    logits, _ = forward_routing(net, images)
+    F.cross_entropy(logits, labels).backward()
+    gradients = {name: full(p.grad).cpu() for name, p in net.named_parameters() if p.grad is not None}
+    return logits.detach().cpu(), gradients
+
+
+def differs(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest difference, relative to the largest number."""
+    assert found.keys() == expected.keys()
+    scale = max(float(tensor.abs().max()) for tensor in expected.values())
+    return max(float((found[name] - tensor).abs().max()) for name, tensor in expected.items()) / scale
+
+
+@DEVICES
+@pytest.mark.parametrize("router", sorted({*ROUTERS} - {"label", "random"}))
+def test_a_network_computes_as_on_the_cpu(router: str, device: str) -> None:
+    """With the backend that the device gets, beside a loop over experts; logits and every gradient."""
+    plain = build(router, backend="loop")
+    moved = build(router).to(device)
+    logits, gradients = step(moved, device)
+    expected, of_loop = step(plain, "cpu")
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    assert differs(gradients, of_loop) < 1e-9
+
+
+@pytest.fixture
+def group(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A process group of this process alone."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port = opened.getsockname()[1]
+    device: str = request.param
+    dist.init_process_group(BACKENDS[device], init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield device
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("replicated", [False, True])
+def test_a_sharded_network_trains_as_a_plain_one(group: str, optimizer: Any, replicated: bool) -> None:
+    """Three clipped steps, FSDP2 on one device: its hooks, DTensors, fused AdamW and gathered matrices of Muon."""
+    plain = build("switch", num_shared_experts=1)
+    sharded = copy.deepcopy(plain).to(group)
+    shard(sharded, Layout.of(group, replicated=replicated))
+    assert is_sharded(sharded)
+    for net, device in ((plain, "cpu"), (sharded, group)):
+        updates, _ = build_optimizer(net, OptimizerConfig(optimizer, lr=1e-2), total_steps=9, fused=True)
+        for _ in range(3):
+            updates.zero_grad()
+            step(net, device)
+            learning = [parameter for parameter in net.parameters() if parameter.grad is not None]
+            clip(learning, 0.5, total_norm([parameter.grad for parameter in learning]))
+            updates.step()
+    found = {name: full(tensor).cpu() for name, tensor in sharded.state_dict().items()}
+    assert differs(found, plain.state_dict()) < 1e-8
+
+
+@DEVICES
+def test_fit_trains_there_and_its_model_answers_here(
+    device: str, cli: Callable[..., Any], tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32: a CPU gives the test images the classes that were written at the end of the training."""
+    monkeypatch.chdir(tmp_path)
+    options = ("--data.train_size=32", "--data.val_size=8", "--data.test_size=8", f"--trainer.accelerator={device}")
+    assert cli("fit", "synthetic_pets", *tiny, *options, "--name=there").code == 0
+    assert json.loads(Path("runs/there/summary.json").read_text())["steps"] == 8
+    with open("runs/there/predictions_test.csv", newline="") as file:
+        said = [row["prediction"] for row in csv.DictReader(file)]
+    data = ImageDataModule("synthetic_pets", image_size=32, train_size=32, val_size=8, test_size=8)
+    data.setup("test")
+    model, batch = load_model("runs/there"), next(iter(data.test_dataloader()))
+    with torch.inference_mode():
+        assert [model.class_names[index] for index in model.net(batch["image"]).argmax(-1)] == said
