@@ -126,7 +126,7 @@ def run(chosen: Namespace, run_dir: Path) -> None:
             shutil.rmtree(out / "trainings" / job.name)
             each = statistics.fmean(record["duration_s"] for record in done.values())
             print(
-                f"[{len(done)}/{len(planned)}] {job.name}: {done[job]['correct'] / done[job]['total']:.2%} of "
+                f"[{len(done)}/{len(planned)}] {job.name}: {100 * done[job]['correct'] / done[job]['total']:.2f} % of "
                 f"{done[job]['total']:,} test images; {_time(each * (len(planned) - len(done)))} left",
                 flush=True,
             )

@@ -621,6 +621,11 @@ class TrainingCLI(LightningCLI):
         """Read the data, build the model, and print the plan."""
         fresh = self.start is None or self.start.checkpoint is None
         if fresh:
+            if self._get(self.config, "router_start") == "cluster" and self.model.arch.pretrained is None:
+                raise UserError(
+                    "--router_start cluster begins with clusters of what pretrained layers compute: say --pretrained "
+                    "too, or leave it out."
+                )
             self._choose_order()
         self.datamodule.run_dir = self._split_folder()
         with self.session.processes.first_one_first():

@@ -288,6 +288,17 @@ def test_a_dataset_with_a_recipe_from_scratch_gets_another_for_pretrained_weight
     assert chosen[chosen.index("--data.path") + 1] == "imagenette"
 
 
+def test_clusters_of_untrained_layers_are_refused(
+    cli: Callable[..., Any], drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was left out without a word."""
+    monkeypatch.chdir(tmp_path)
+    found = cli("fit", drawn_pets, "--pretrained=none", "--data.image_size=32", "--router_start=cluster")
+    assert found.code == 2
+    assert "--router_start cluster begins with clusters of what pretrained layers compute" in found.err
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
 # ---- the whole way
 
 
