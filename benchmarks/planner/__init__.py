@@ -5,7 +5,8 @@
 `--measure` does something else: `measured.py`, planned and measured step times of a few processes of this machine.
 
 Two models of 224 px with 32 experts of which 1 is active, in every other block, 64 images on each GPU; the functions of
-`moevision.train.planner` with its data sheet of an H100. README.md says what to read off the figure.
+`moevision.train.planner` with its data sheet of an H100. README.md says what to read off the figure. Beside it the
+trainings of docs/guides/imagenet.md, as `moevision plan` recommends them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.planner.measured import measure
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.footprint import shape_of
 from moevision.train.machine import Machine, sheet_machine
-from moevision.train.planner import Job, Layout, ModelShape, plan
+from moevision.train.planner import Job, Layout, ModelShape, layouts, plan, recommend
 
 FOLDER = Path(__file__).parent
 RECORD, FIGURE = FOLDER / "record.json", FOLDER / "planner.png"
@@ -29,6 +30,12 @@ GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 IMAGES_PER_GPU = 64
 LAYOUTS = (Layout("ddp"), Layout("fsdp"), Layout("ddp", 8), Layout("fsdp", 8), Layout("fsdp", 32))
 CVS = (0.0, 0.1, 0.3, 1.0)
+IMAGENET, IMAGENET_EPOCHS = 1_281_167, 300
+TRAININGS = [  # model, GPUs, images a step
+    (f"vit_moe_{size}_patch16_224", gpus, batch)
+    for size in ("small", "base")
+    for gpus, batch in ((8, 1024), (64, 4096))
+]
 MODELS = {"ViT-S": "vit_small_patch16_224", "ViT-L": "vit_large_patch16_224"}
 
 
@@ -62,6 +69,30 @@ def simulate(model: ModelShape, machine: Machine) -> list[dict[str, Any]]:
                         "accumulate": found.job.accumulate,
                     }
                 )
+    return rows
+
+
+def trainings(machine: Machine) -> list[dict[str, Any]]:
+    """One row for each training of ImageNet, under the layout that is recommended."""
+    rows = []
+    for name, gpus, batch in TRAININGS:
+        with torch.device("meta"):
+            net = build_model(MoEConfig(name=name), num_classes=1000, image_size=224)
+        model = shape_of(net, 224, name=name)
+        best = recommend([plan(model, layout, Job(gpus, batch), machine) for layout in layouts(model, gpus)])
+        assert best is not None, "80 GB are enough for these"
+        rows.append(
+            {
+                "model": name,
+                "gpus": gpus,
+                "batch": batch,
+                "layout": best.layout.name,
+                "memory_gb": round(best.memory.total / 1e9, 1),
+                "step_ms": round(best.step_ms, 1),
+                "images_per_s": round(best.images_per_s),
+                "hours": round(IMAGENET * IMAGENET_EPOCHS / best.images_per_s / 3600, 1),
+            }
+        )
     return rows
 
 
@@ -118,9 +149,9 @@ def compute() -> None:
     machine = sheet_machine("h100")
     rows = {name: simulate(shape(base), machine) for name, base in MODELS.items()}
     assumed = {name: [getattr(machine, name), source] for name, source in machine.assumed.items()}
-    text = json.dumps(
-        {"gpu": machine.name, "assumed": assumed, "images_per_gpu": IMAGES_PER_GPU, "rows": rows}, indent=1
-    )
+    imagenet = {"images": IMAGENET, "epochs": IMAGENET_EPOCHS, "trainings": trainings(machine)}
+    known = {"gpu": machine.name, "assumed": assumed, "images_per_gpu": IMAGES_PER_GPU, "imagenet": imagenet}
+    text = json.dumps({**known, "rows": rows}, indent=1)
     RECORD.write_text(text + "\n", encoding="utf-8")
     draw(rows, FIGURE)
     print(f"{RECORD} and {FIGURE}: computed, not measured")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks.curve import EPOCHS, FOLDER, IMAGES, MARGIN, SEEDS, parts_of
+from moevision.commands.curve import table
 from tests.records import ROOT, Claim, Definition
 from tests.records.studies import shown
 
@@ -11,6 +12,12 @@ FILES = tuple(str(path.relative_to(ROOT)) for path in FOLDER.glob("record.json")
 
 def _parts(*records: Any) -> list[dict[str, str]]:
     return shown(part for record in records for part in parts_of(record))
+
+
+def beside_all(record: Any) -> dict[str, str]:
+    """Points beside all images, by method and percent: `ccs_70`."""
+    rows = table(record["trainings"], record["methods"])
+    return {f"{row.by}_{round(100 * row.share)}": row.beside_all.text for row in rows}
 
 
 assert (IMAGES, EPOCHS, SEEDS, MARGIN) == (8_000, 4, 3, 1)

@@ -30,6 +30,18 @@ CLAIMS = {
     "docs/guides/dense-sparse.md": [
         Claim(measured.SURGERY, "cost accuracy, from {least:.2f} to {most:.2f} points", measured.least_and_most),
     ],
+    "docs/guides/imagenet.md": [
+        Claim(
+            "benchmarks/planner/record.json",
+            "{epochs} epochs of {images:,} images",
+            lambda record: record["imagenet"],
+        ),
+        Claim(
+            "benchmarks/planner/record.json",
+            "| `{model}` | {gpus} | {batch:,} | {layout} | {memory_gb} | {step_ms} | {hours} |",
+            lambda record: record["imagenet"]["trainings"],
+        ),
+    ],
     "docs/guides/laptop.md": [
         Claim(levers.STUDY, "half of the patches gave {speed:.2f} times the images/s", levers._levers),
         Claim(levers.STUDY, "saved {saved:.0%} of the memory for {slower:.0%} of the speed", levers._levers),
@@ -62,6 +74,10 @@ DEFINITIONS = {
         Definition("a bias of 1,000 classes", "an example"),
         Definition("after 0.8 of the compute", "an assumption, Machine.overlap"),
         Definition("takes 25 µs at least", "an assumption, Machine.latency_s"),
+    ],
+    "docs/guides/imagenet.md": [
+        Definition("Five minutes before its time ends", "300 s in the script"),
+        Definition("A GPU that computes 3,000 images/s", "an example"),
     ],
     "docs/guides/batch.md": [Definition("Run with 0.2.19", "a version")],
     "configs/cats_vs_dogs.yaml": [
