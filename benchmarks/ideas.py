@@ -26,6 +26,7 @@ from benchmarks.specialization.rule import settings_of
 from benchmarks.study import Contrast, Row, contrasts
 from benchmarks.upcycling import report as upcycling
 from moevision.analysis.questions import YES
+from moevision.train.differences import Gap
 from moevision.train.report import percent
 
 PAGE = HERE.parent / "docs" / "concepts" / "what-sparsity-buys.md"
@@ -38,8 +39,9 @@ Records = Mapping[str, Any]
 def read_all(root: Path = HERE) -> dict[str, Any]:
     """The records of all studies, by study: one record, or a list of runs."""
     found: dict[str, Any] = {name: read_records(root / name / "runs") for name in ("sparsity", "specialization")}
-    for name in ("curve", "routers", "saving", "upcycling"):
-        file = root / name / "record.json"
+    files = {name: f"{name}/record.json" for name in ("curve", "routers", "saving", "upcycling")}
+    for name, place in {**files, "guard": "guard/accuracy.json"}.items():
+        file = root / place
         found[name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     found["waiting"] = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(root.glob("waiting/*.json"))]
     return found
@@ -57,7 +59,7 @@ def ideas(records: Records) -> str:
         ["Balance costs no accuracy", NOTEBOOK, said(records, "sparsity", hypothesis("H5"))],
         ["Uneven experts make others wait", NOTEBOOK, said(records, "waiting", waits)],
         ["Sparse training is unstable", NOTEBOOK,
-         said(records, "sparsity", arms("lr4", "lr16", "lr4-unguarded", "lr16-unguarded"))],
+         said(records, "sparsity", arms("lr4", "lr16", "lr4-unguarded", "lr16-unguarded"), "guard", struck)],
         ["Sparse training wants large batches", NOTEBOOK,
          said(records, "sparsity", arms("batch32", "batch512", "batch1024", "batch512-accumulated"))],
         ["A dense model can become sparse", "[guide](../guides/dense-sparse.md)",
@@ -174,6 +176,13 @@ def work(record: Json) -> str:
         f"{abs(cost[moe] / cost[small] - 1):.1%} more than one of equal FLOPs (the routers), at "
         f"{1 / saving.speed_ratio(record, 'train', small):.2f} times its images/s"
     ).replace("%", " %")
+
+
+def struck(record: Json) -> str:
+    """Guarded trainings with injected faults less the same ones without."""
+    gap = Gap.of([100 * run["difference"] for run in record["runs"]])
+    faults, updates = len(record["faults"].split(",")), record["updates"]
+    return f"{faults} faults in {updates} guarded updates minus none: {gap.text} points, {gap.seeds} seeds"
 
 
 def fewer_images(record: Json) -> str:
