@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import argument_parser
+from benchmarks.harness import about, argument_parser
 from benchmarks.planner.measured import measure
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.footprint import shape_of
@@ -151,7 +151,7 @@ def compute() -> None:
     assumed = {name: [getattr(machine, name), source] for name, source in machine.assumed.items()}
     imagenet = {"images": IMAGENET, "epochs": IMAGENET_EPOCHS, "trainings": trainings(machine)}
     known = {"gpu": machine.name, "assumed": assumed, "images_per_gpu": IMAGES_PER_GPU, "imagenet": imagenet}
-    text = json.dumps({**known, "rows": rows}, indent=1)
+    text = json.dumps({**known, "rows": rows, "code": about()["code"]}, indent=1)
     RECORD.write_text(text + "\n", encoding="utf-8")
     draw(rows, FIGURE)
     print(f"{RECORD} and {FIGURE}: computed, not measured")
