@@ -108,7 +108,13 @@ def run(chosen: Namespace, run_dir: Path) -> None:
     recipe = hashlib.sha256((run_dir / "config.yaml").read_bytes() + (run_dir / FILE).read_bytes()).hexdigest()
     steps, epoch = schedule(config, len(scores.images))
     done = {job: record for job in planned if (record := _read(out, job, recipe)) is not None}
-    took = read_json(run_dir / "summary.json")["duration_s"]
+    summary = read_json(run_dir / "summary.json")
+    if summary["steps"] != steps:
+        raise UserError(
+            f"The run took {summary['steps']:,} steps, and its config.yaml says {steps:,}: fewer images are compared "
+            "with a training that went to its end, without early stopping, max_time or limit_train_batches."
+        )
+    took = summary["duration_s"]
     shares = ", ".join(map(_percent, sorted(chosen.shares, reverse=True)))
     print(
         f"{len(planned)} trainings of {steps:,} steps, {len(done)} of them done: all {len(scores.images):,} images, "

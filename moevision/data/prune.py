@@ -93,7 +93,8 @@ class Plan:
             for row in range(start, min(start + _BLOCK, len(self.keep))):
                 label = scores.labels[row]
                 new = self.new_label.get(row, label if relabelled else "")
-                reason = self.reasons[self.reason[row]].format(value=f"{self.value[row]:.4g}", rank=self.rank[row])
+                value = "never learned" if np.isinf(self.value[row]) else f"{self.value[row]:.4g}"
+                reason = self.reasons[self.reason[row]].format(value=value, rank=self.rank[row])
                 keep = YES if self.keep[row] else NO
                 writer.writerow([csv_name(scores.images[row]), csv_name(label), keep, csv_name(new), reason])
             yield text.getvalue()

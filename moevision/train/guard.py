@@ -30,11 +30,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from moevision.data.scores import ScoreSums
 from moevision.errors import DIVERGED, UserError
 from moevision.files import write_text_atomic
 from moevision.names import csv_name
@@ -507,7 +509,7 @@ class TrainingSnapshot:
         self._averaged = 0 if average is None else average.updates
         self._random = random_state()
         scores = ExampleScores.of(trainer)
-        self._scores = None if scores is None else scores.rows.copy()
+        self._scores = None if scores is None else _copied(_scores(scores), folder)
 
     @torch.no_grad()
     def restore(self, trainer: L.Trainer, task: ClassificationTask) -> None:
@@ -526,7 +528,7 @@ class TrainingSnapshot:
         restore_random_state(self._random)
         scores = ExampleScores.of(trainer)
         if scores is not None and self._scores is not None:
-            scores.rows[:] = self._scores
+            _scores(scores).copy_(self._scores)
         self.restored += 1
 
 
@@ -548,6 +550,11 @@ def _tensors(trainer: L.Trainer, task: ClassificationTask) -> list[Tensor]:
     return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
 
 
+def _scores(scores: ScoreSums) -> Tensor:
+    """Their bytes, as a tensor on the same memory."""
+    return torch.from_numpy(scores.rows.view(np.uint8))
+
+
 def _copied(state: Any, folder: Path | None = None) -> Any:
     """A copy of a nest of dictionaries, lists and tensors that shares nothing with it; tensors in main memory.
 
@@ -563,8 +570,10 @@ def _copied(state: Any, folder: Path | None = None) -> Any:
 
 
 def _snapshot_bytes(trainer: L.Trainer, task: ClassificationTask) -> int:
-    """Of one snapshot of this process: weights, buffers, average, and two moments of each learning weight."""
+    """Of one snapshot of this process: weights, buffers, average, two moments of each learning weight, scores."""
+    scores = ExampleScores.of(trainer)
     kept = sum(own_part(tensor).nbytes for tensor in _tensors(trainer, task))
+    kept += 0 if scores is None else scores.rows.nbytes
     return kept + 2 * sum(own_part(weight).nbytes for weight in task.net.parameters() if weight.requires_grad)
 
 

@@ -2,7 +2,7 @@
 
 The task hands over the logits and routings of each micro-batch. They count when the update of their window is applied;
 where the stability guard takes updates back, it takes their scores back too. Under Mixup and CutMix no output belongs
-to one image: a batch with soft targets is left out.
+to one image: no scores are kept (`ImageDataModule.keeps_scores`).
 
 Axes: B images, C classes, E experts, H = sum of E over the MoE layers.
 """
@@ -104,8 +104,6 @@ class ExampleScores(L.Callback):
 
     @torch.no_grad()
     def _observe(self, trainer: L.Trainer, batch: Batch, logits: Tensor, routings: Sequence[Routing]) -> None:
-        if "target" in batch:
-            return
         found = [measure(logits, batch["label"])]
         if trainer.global_step >= self._routed_from:
             found += map(expert_shares, routings)

@@ -21,6 +21,8 @@ from moevision.analysis.good_data.build import (
     class_rows,
     expert_rows,
     map_cells,
+    of_classes,
+    of_experts,
     page_facts,
     render,
     score,
@@ -143,6 +145,14 @@ def test_tables_of_classes_and_experts_by_hand():
     assert (first["name"], first["images"], first["class"]) == ("L1.E0", 1.5, "a")
     assert (first["share"], first["p_mean"], first["of_class"]) == pytest.approx((0.75, 1.2 / 1.5, 1 / 1.5))
     assert (second["class"], second["p_mean"]) == ("b", pytest.approx(0.4))
+    groups = of_experts(known)  # E1 has 0.25 of the layer, half of an even share
+    assert [group.title for group in groups] == ["L1.E1: 0.50 of an even share", "L1.E0: 1.50 of an even share"]
+    assert [group.rows.tolist() for group in groups] == [[1], [0, 1]]
+    assert groups[1].value(1) == "50% of the image"
+    assert [(group.title, group.rows.tolist()) for group in of_classes(images, known)] == [("b", [1]), ("a", [0])]
+    scores.experts[1] = np.array([[1, 0], [0.9, 0.1]], np.float32)
+    few, _ = of_experts(examine(images, scores, None))
+    assert few.title == "L1.E1: 0.10 of an even share, little work"
     p, spread = np.array([0.0, 0.999, 1.0, np.nan], np.float32), np.array([0, 0.5, 0.26, 0], np.float32)
     assert map_cells(p, spread, np.array([0, 0, 1, 1])) == [[0, 0, 0, 1], [0, 23, 15, 1], [1, 23, 8, 1]]
 
@@ -262,6 +272,13 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
         with tab.expect_download() as download:
             tab.locator("#save").click()
         download.value.save_as(tmp_path / "decisions.csv")
+        again = browser.new_page()
+        again.goto((tmp_path / "page.html").as_uri())
+        again.locator("#load").set_input_files(tmp_path / "page.html")
+        assert "page.html can't be read: it does not begin with image,label" in again.locator("#load-said").inner_text()
+        again.locator("#load").set_input_files(tmp_path / "decisions.csv")
+        again.locator("#count", has_text="3 decisions").wait_for()
+        assert again.locator("#doubtful .card[data-decision=drop]").count() == 1
         browser.close()
     assert [text for text in complaints if not text.startswith("request") or "blob:" not in text][1:] == []  # the page
     plan = decide(scores, tmp_path / "decisions.csv")

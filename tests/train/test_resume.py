@@ -415,6 +415,7 @@ def test_a_refused_resume_touches_nothing(cli, tiny, drawn_pets, whole):
     try:
         (unfinished,) = stopped_while_saving(process, run)
         before = files_of(run)
+        shutil.copytree(run, "runs/killed")  # what SIGKILL would leave at this moment
         for again in (["--resume", run], ["--resume", run, "--data.num_workers=1"]):
             outcome = cli("fit", *again)
             assert (outcome.code, files_of(run)) == (2, before)
@@ -430,6 +431,8 @@ def test_a_refused_resume_touches_nothing(cli, tiny, drawn_pets, whole):
     assert process.returncode == 0, said
     assert "can't be written" not in said
     assert differing(run, whole) == ["config.yaml"], "which has another --checkpoint.every_steps"
+    assert cli("fit", "--resume", "runs/killed").code == 0
+    assert differing(Path("runs/killed"), whole) == ["config.yaml"], "scores.csv is exact over a kill, too"
 
 
 def test_a_refused_resume_leaves_a_training_twin_alone(cli, tiny, drawn_pets):

@@ -20,6 +20,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -53,6 +54,9 @@ _BLOCK = 10_000
 _CELLS = (24, 16)  # of the map: mean p, spread
 _MOST_SPREAD = 0.5  # the largest standard deviation of numbers in [0, 1]
 _MOST_ROWS = 1000  # of a table of the page
+_OF_EACH = 6  # images of a class or an expert
+_MOST_GROUPS = 64  # classes or experts that are shown with images
+_LITTLE = 0.5  # of an even share: an expert with less has little work
 _GREY = 0.01  # mean difference of channels, 0 to 1: below it an image has no colour that one sees
 _FEW = 0.5  # grey images stand out where at most this share is grey
 
@@ -189,6 +193,8 @@ def page_facts(images: RunImages, known: Known, names: Sequence[str], show: int)
         "map_size": {"columns": _CELLS[0], "rows": _CELLS[1], "most": _MOST_SPREAD},
         "classes": class_rows(images, known, names),
         "experts": expert_rows(images, known),
+        "of_classes": [_list_facts(each, images, known, names) for each in of_classes(images, known)],
+        "of_experts": [_list_facts(each, images, known, names) for each in of_experts(known)],
         "class_names": list(map(shown, images.class_names)),
         "class_ids": list(map(csv_name, images.class_names)),
     }
@@ -212,8 +218,7 @@ def ranked_lists(known: Known, split: Ints, show: int) -> list[Ranked]:
         Ranked(
             "contradicted", "The finished model names another class",
             "Lowest probability of the label less the largest other one, by the finished model on the image as it is "
-            "(the normalized margin of cleanlab). Where similar classes were mixed up it found more than the list "
-            "above.",
+            "(the normalized margin of cleanlab).",
             lowest(known.margin, show, split == 0), lambda i: f"margin {known.margin[i]:.2f}",
         ),
         scored("hardest"),
@@ -402,6 +407,38 @@ def expert_rows(images: RunImages, known: Known) -> list[Json]:
                 "of_class": float(by_class[most] / total[expert]),
             })  # fmt: skip
     return found[:_MOST_ROWS]
+
+
+def of_classes(images: RunImages, known: Known) -> list[Ranked]:
+    """For each class, the least certain first, the images whose label the others speak against most."""
+    labels, m = images.labels, len(known.visits)
+    mean = _mean_by(labels[:m], known.scores["p_mean"], len(images.class_names))
+    margin, found = SCORE_LISTS["doubtful"], []
+    for label in lowest(mean, _MOST_GROUPS).tolist():
+        rows = margin.first(known.scores, _OF_EACH, labels[:m] == label)
+        found.append(Ranked("", shown(images.class_names[label]), "", rows, lambda i: margin.value(known.scores, i)))
+    return [each for each in found if len(each.rows)]
+
+
+def of_experts(known: Known) -> list[Ranked]:
+    """For each expert, those with the least work first, the images of which it computed the largest part."""
+    found: list[tuple[float, Ranked]] = []
+    for block, shares in known.experts.items():
+        mean = _mean_by(np.zeros(len(shares), np.int64), shares[:, 0], 1)
+        if math.isnan(mean[0]):
+            continue
+        work = np.nanmean(shares, 0) * shares.shape[1]  # [E]; 1: an even share
+        for expert, times in enumerate(work.tolist()):
+            little = ", little work" if times < _LITTLE else ""
+            title = f"L{block}.E{expert}: {times:.2f} of an even share{little}"
+            rows = lowest(-shares[:, expert], _OF_EACH, shares[:, expert] > 0)
+            found.append((times, Ranked("", title, "", rows, partial(_part, shares[:, expert]))))
+    found.sort(key=lambda each: each[0])
+    return [each for _, each in found[:_MOST_GROUPS]]
+
+
+def _part(shares: Floats, index: int) -> str:
+    return f"{shares[index]:.0%} of the image"
 
 
 # ---- the page

@@ -1,6 +1,6 @@
 /**
- * The page of `moevision data score`: decisions about images by keyboard or mouse, undone one by one, saved as a CSV;
- * and the map. Nothing leaves the page but the file that its reader saves.
+ * The page of `moevision data score`: decisions about images by keyboard or mouse, undone one by one, saved as a CSV and
+ * read again; and the map. Nothing leaves the page but the file that its reader saves.
  */
 
 /**
@@ -13,6 +13,32 @@ export const HEAD = "image,label,decision,new_label";
 /** @param {string} text */
 function cell(text) {
   return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+}
+
+/** Cells of a CSV, row by row. @param {string} text */
+function rowsOf(text) {
+  const rows = [/** @type {string[]} */ ([])];
+  for (const [, quoted, plain, end] of text.matchAll(/(?:"((?:[^"]|"")*)"|([^",\r\n]*))(,|\r?\n|$)/g)) {
+    rows[rows.length - 1].push(quoted === undefined ? plain : quoted.replaceAll('""', '"'));
+    if (end !== ",") rows.push([]);
+  }
+  return rows;
+}
+
+/**
+ * The decisions of a file that was saved here. Images that aren't shown are among them: saving again loses none.
+ * @param {string} text
+ * @returns {Decision[]}
+ */
+export function decisionsIn(text) {
+  const [head, ...rows] = rowsOf(text);
+  if (head.join() !== HEAD) throw new Error(`it does not begin with ${HEAD}`);
+  return rows.filter((row) => row.length > 1).map((row, index) => {
+    const [id, label, word, newLabel] = row;
+    const decision = /** @type {Decision["decision"]} */ (word);
+    if (row.length !== 4 || !(word in WORDS)) throw new Error(`its row ${index + 1} is not a decision`);
+    return { id, label, decision, newLabel };
+  });
 }
 
 /** Decisions in the order in which they were made first; an image has its last one. */
@@ -171,7 +197,7 @@ function decide(told) {
   const undo = () => {
     const id = decisions.undo();
     show();
-    const card = cards.find((each) => each.dataset.id === id);
+    const card = cards.find((each) => each.dataset.id === id && each.checkVisibility());
     if (card) focus(card);
   };
 
@@ -228,6 +254,23 @@ function decide(told) {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
     saved = decisions.changes.length;
+  });
+  element("#load", HTMLInputElement).addEventListener("change", async (event) => {
+    const input = /** @type {HTMLInputElement} */ (event.target);
+    const file = input.files?.[0];
+    if (!file) return;
+    const said = element("#load-said", HTMLElement);
+    try {
+      const found = decisionsIn(await file.text());
+      const clean = decisions.changes.length === saved;
+      found.forEach((each) => decisions.take(each));
+      if (clean) saved = decisions.changes.length;
+      said.textContent = `${found.length.toLocaleString("en")} read`;
+    } catch (error) {
+      said.textContent = `${file.name} can't be read: ${error instanceof Error ? error.message : error}`;
+    }
+    input.value = ""; // so that the same file can be chosen again
+    show();
   });
   window.addEventListener("beforeunload", (event) => {
     if (decisions.changes.length !== saved) event.preventDefault();

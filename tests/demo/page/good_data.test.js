@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { Decisions, HEAD, cellsOf } from "../../../moevision/analysis/good_data/page.js";
+import { Decisions, HEAD, cellsOf, decisionsIn } from "../../../moevision/analysis/good_data/page.js";
 
 test("an image has its last decision, and undo takes back one change", () => {
   const decisions = new Decisions();
@@ -16,6 +16,19 @@ test("an image has its last decision, and undo takes back one change", () => {
   assert.equal(decisions.now().has("a"), false);
   for (const id of ["a", 'b,"c"', "a", null]) assert.equal(decisions.undo(), id);
   assert.equal(decisions.csv(), `${HEAD}\n`);
+});
+
+test("a saved file is read again, whatever the names", () => {
+  const decisions = new Decisions();
+  for (const id of ["a", 'b,"c"', "two\nlines", "", "=1+1", '"']) {
+    decisions.take({ id, label: 'cat, "big"', decision: "relabel", newLabel: id });
+  }
+  decisions.take({ id: "d", label: "", decision: "drop", newLabel: "" });
+  assert.deepEqual(decisionsIn(decisions.csv()), [...decisions.now().values()]);
+  assert.deepEqual(decisionsIn(`${HEAD}\r\na,cat,keep,\r\n`), [{ id: "a", label: "cat", decision: "keep", newLabel: "" }]);
+  assert.deepEqual(decisionsIn(HEAD), []);
+  assert.throws(() => decisionsIn("image,label\na,cat\n"), /does not begin with image,label,decision,new_label/);
+  assert.throws(() => decisionsIn(`${HEAD}\na,cat,keep,\nb,cat,burn,\n`), /row 2 is not a decision/);
 });
 
 test("the map of all classes adds up theirs", () => {
