@@ -121,7 +121,7 @@ DEFINITIONS = {
     ],
     "docs/guides/good-data.md": [
         Definition("90, 70, 50 and 30 %", "defaults of `moevision data curve`"),
-        Definition("It prints whether 70 %", "the share that its sentence is about"),
+        Definition("and prints whether 70 %", "the share that its sentence is about"),
         Definition("what the last 10 % of the images were worth", "from its largest default share to all"),
     ],
     "docs/guides/keep-alive.md": [
