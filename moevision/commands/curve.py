@@ -282,7 +282,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
     """The table as text."""
     head = f"{'by':<10} {'kept':>7} {'images':>10} {'accuracy':>9} {'sd':>6}  {'beside all':<26}beside random"
     return [head, *(
-        f"{row.by:<10} {_percent(row.share):>7} {row.images:>10,} {_percent(row.mean):>9} {100 * row.sd:>6.2f}  "
+        f"{row.by:<10} {_percent(row.share):>7} {row.images:>10,} {100 * row.mean:>7.1f} % {100 * row.sd:>6.2f}  "
         f"{row.beside_all.text:<26}{row.beside_random.text}"
         for row in rows
     )]  # fmt: skip

@@ -30,5 +30,8 @@ DEFINITIONS = [
     Definition("the lowest 10 % of AUM go", "how ccs is run"),
     Definition("less than 1 point worse counts as as good", "the margin"),
     Definition("10,000 test images", "the data"),
+    Definition("70 % weren't shown to be as good as all", "the verdict of the sentences"),
+    Definition("worse from 70 % down", "the verdict of the table"),
+    Definition("at 90 % `ccs` gives up", "of the method: its hardest tenth is all that goes"),
     Definition("95 % t intervals", "their level"),
 ]

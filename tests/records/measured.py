@@ -8,6 +8,7 @@ from tests.records import (
     accumulation,
     accuracy,
     analysis,
+    curve,
     demo,
     duplicates,
     label_noise,
@@ -119,6 +120,12 @@ CLAIMS = [
         "the shares of the experts alone have {random_experts:.2f} and {similar_experts:.2f}, its pooled features "
         "{random_features:.2f} and {similar_features:.2f}",
         label_noise.of_moe,
+    ),
+    Claim(
+        curve.FILES,
+        "Of 8,000 clean images of CIFAR-10 and for as many steps (three seeds), 70 % drawn at random cost {random_70} "
+        "points, 70 % chosen by CCS {ccs_70} and by AUM {aum_70}",
+        curve.beside_all,
     ),
     Claim(
         duplicates.FILES,
