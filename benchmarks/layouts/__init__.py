@@ -4,9 +4,9 @@
     python -m benchmarks layouts report                                  # README.md's table
 
 A batch has as many images in all, whatever the number of processes: the training is the same but for the order of the
-images and the noise of routers and augmentation, which every process draws for itself. So results scatter as those of
-one process with several seeds do. That a step is the same to rounding is tested with float64
-(tests/train/test_parallel.py).
+images, the noise of routers and augmentation, which every process draws for itself, and BatchNorm in the stem, which
+sees a process's part of a batch. So one process that accumulates as many parts of a batch is trained, too. That a step is
+the same to rounding is tested with float64 (tests/train/test_parallel.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moevision.models.safe_files import read_json
 from moevision.train.planner import Layout
 
 FOLDER = HERE / "layouts"
-SEEDS, BATCH, EPOCHS = 5, 64, 3
+SEEDS, SEEDS_OF_PARTS, BATCH, EPOCHS = 5, 3, 64, 3
 LAYOUTS = [
     (processes, Layout(parallel, expert))
     for processes in (2, 4)
@@ -39,28 +39,33 @@ LAYOUTS = [
 
 @dataclass(frozen=True)
 class Job:
-    """One training; one process has no layout."""
+    """One training; one process has no layout, and takes a batch in `parts`."""
 
     processes: int
     layout: Layout
     seed: int
+    parts: int = 1
 
     @property
     def name(self) -> str:
         """What its record and its run folder are called."""
-        how = f"-{self.layout.parallel}-expert{self.layout.expert}" if self.processes > 1 else ""
+        how = f"-parts{self.parts}" if self.parts > 1 else ""
+        how += f"-{self.layout.parallel}-expert{self.layout.expert}" if self.processes > 1 else ""
         return f"w{self.processes}{how}-s{self.seed}"
 
     @property
     def title(self) -> str:
         """In the report."""
-        return f"{self.processes} processes, {self.layout.name}" if self.processes > 1 else "one process"
+        if self.processes > 1:
+            return f"{self.processes} processes, {self.layout.name}"
+        return "one process" + (f", a batch in {self.parts} parts" if self.parts > 1 else "")
 
 
 def jobs(_: object) -> Iterator[Job]:
     """All trainings."""
     yield from (Job(1, Layout(), seed) for seed in range(SEEDS))
     yield from (Job(processes, layout, 0) for processes, layout in LAYOUTS)
+    yield from (Job(1, Layout(), seed, parts) for parts in (2, 4) for seed in range(SEEDS_OF_PARTS))
 
 
 def run_one(job: Job, options: Namespace) -> dict[str, Any]:
@@ -74,7 +79,8 @@ def run_one(job: Job, options: Namespace) -> dict[str, Any]:
     done = subprocess.run([
         sys.executable, "-m", "moevision", "fit", str(options.data), "--data.download", "false", "--pretrained", "none",
         "--name", job.name, "--runs_root", str(options.work), "--resume", "auto", "--seed_everything", str(job.seed),
-        "--data.order_seed", str(job.seed), "--data.image_size", "32", "--data.batch_size", str(BATCH // job.processes),
+        "--data.order_seed", str(job.seed), "--data.image_size", "32", "--data.batch_size",
+        str(BATCH // job.processes // job.parts), "--trainer.accumulate_grad_batches", str(job.parts),
         "--model.arch.name", "vit_moe_hybrid_patch8_32", "--model.arch.router", "vmoe_top_k",
         "--model.optim.name", "muon", "--model.optim.lr", "2e-3", "--trainer.max_epochs", str(options.epochs),
         "--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
@@ -113,23 +119,28 @@ def run(options: Namespace) -> None:
 
 
 def table(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of Markdown: one process with its seeds, then each layout beside them."""
-    alone = [record for record in records if record["processes"] == 1]
-    lines = ["| training | steps | top-1, % | test loss | SD of one process's losses from their mean |",
-             "|---|--:|--:|--:|--:|"]  # fmt: skip
-    losses, top1 = [record["loss"] for record in alone], [100 * record["top1"] for record in alone]
-    mean, spread = statistics.fmean(losses), statistics.stdev(losses) if len(losses) > 1 else float("nan")
-    lines.append(
-        f"| one process, {len(alone)} seeds | {alone[0]['steps']} | {min(top1):.1f} to {max(top1):.1f} "
-        f"| {min(losses):.3f} to {max(losses):.3f} | |"
-    )
-    for record in sorted(records, key=lambda each: (each["processes"], each["parallel"], each["expert"])):
-        if record["processes"] > 1:
-            lines.append(
-                f"| {record['title']} | {record['steps']} | {100 * record['top1']:.1f} | {record['loss']:.3f} "
-                f"| {(record['loss'] - mean) / spread:+.1f} |"
-            )
+    """Lines of Markdown: one process with its seeds, then everything else beside it."""
+    lines = ["| training | seeds | steps | top-1, % | test loss | from one process's mean, in its SDs |",
+             "|---|--:|--:|--:|--:|--:|"]  # fmt: skip
+    groups: dict[str, list[dict[str, Any]]] = {}
+    order = sorted(records, key=lambda each: (each["processes"], each["parallel"], each["expert"], each["title"]))
+    for record in order:
+        groups.setdefault(record["title"], []).append(record)
+    alone = [record["loss"] for record in groups["one process"]]
+    mean, spread = statistics.fmean(alone), statistics.stdev(alone) if len(alone) > 1 else float("nan")
+    for title, own in groups.items():
+        losses = [record["loss"] for record in own]
+        apart = "" if title == "one process" else f"{(statistics.fmean(losses) - mean) / spread:+.1f}"
+        lines.append(
+            f"| {title} | {len(own)} | {own[0]['steps']} | {_span([100 * record['top1'] for record in own], '.1f')} "
+            f"| {_span(losses, '.3f')} | {apart} |"
+        )
     return lines
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
 
 
 def report(options: Namespace) -> None:
