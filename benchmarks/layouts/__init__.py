@@ -5,8 +5,8 @@
 
 A batch has as many images in all, whatever the number of processes: the training is the same but for the order of the
 images, the noise of routers and augmentation, which every process draws for itself, and BatchNorm in the stem, which
-sees a process's part of a batch. So one process that accumulates as many parts of a batch is trained, too. That a step is
-the same to rounding is tested with float64 (tests/train/test_parallel.py).
+sees a process's part of a batch. So one process that accumulates as many parts of a batch is trained, too. That a step
+is the same to rounding is tested with float64 (tests/train/test_parallel.py).
 """
 
 from __future__ import annotations
