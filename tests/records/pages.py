@@ -17,6 +17,13 @@ from tests.records import (
 )
 
 CLAIMS = {
+    "benchmarks/planner/README.md": [
+        Claim(
+            "benchmarks/planner/measured.json",
+            "| {processes} | {layout} | {planned_ms:.1f} | {measured_ms:.1f} | {error:+.0%} |",
+            lambda record: record["rows"],
+        ),
+    ],
     "configs/cats_vs_dogs.yaml": [Claim(tuple(accuracy.CATS), accuracy.HEAD, accuracy.of_runs)],
     "configs/imagenette.yaml": [Claim(accuracy.IMAGENETTE, accuracy.HEAD, accuracy.of_runs)],
     "configs/cifar10.yaml": [Claim(tuple(accuracy.CIFAR), accuracy.HEAD, accuracy.of_runs)],
