@@ -219,7 +219,8 @@ def test_no_name_becomes_an_element(hostile):
     assert (found.tags["script"], found.handlers) == (2, [])
     assert {"b", "i", "u"} & found.tags.keys() == set()
     pairs = page_facts(images, examine(images, scores, None), CLASSES, 8)["lists"][-1]["entries"]
-    assert found.tags["img"] == 5 * 8 + 2 * len(pairs)  # every list of images shows every training image
+    # Every list of images shows every training image, classes show all of theirs, each of two experts five.
+    assert found.tags["img"] == 5 * 8 + 2 * len(pairs) + 8 + 2 * 5
     assert "\x1b" not in page
     assert "\u202e" not in page
     assert "{{7*7}}" in page
