@@ -29,6 +29,7 @@ STUDY = {
         "specialization",
     ),
     "label_noise": ("which score finds wrong labels, and what leaving suspects out is worth", "label_noise"),
+    "difficulty": ("how much of an image's difficulty its experts tell, beside features", "label_noise.difficulty"),
     "duplicates": ("which copies the page of `data score` finds: planted ones, and those of CIFAR-10", "duplicates"),
     "curve": ("what fewer, chosen training images cost on CIFAR-10", "curve"),
     "accumulation": ("the balance losses' gradient under gradient accumulation", "accumulation"),
