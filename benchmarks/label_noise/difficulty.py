@@ -2,10 +2,10 @@
 
     python -m benchmarks difficulty --work runs/label_noise --out benchmarks/label_noise/difficulty.json
 
-Of the runs of `label_noise` with random flips, with and without experts, and of their images with right labels: the share
-of the variance of the mean probability of the label that a linear regression explains, on the shares of all experts
-(of the last third of the training), and on the first principal directions of the finished model's pooled features, as
-many as the shares have. With 18,000 images and 14 directions, chance explains less than .001.
+Of the runs of `label_noise` with random flips, with and without experts, and of their images with right labels: the
+share of the variance of the mean probability of the label that a linear regression explains, on the shares of all
+experts (of the last third of the training), and on the first principal directions of the finished model's pooled
+features, as many as the shares have. With 18,000 images and 14 directions, chance explains less than .001.
 
 Axes: n images, k directions.
 """
@@ -13,6 +13,7 @@ Axes: n images, k directions.
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,25 @@ def directions(features: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(centred @ np.linalg.svd(centred.T @ centred)[0][:, :count])
 
 
-def measure(run: Path, wrong: set[str]) -> dict[str, float | None]:
+def measure(work: Path, arm: str, seed: int) -> dict[str, Any]:
     """What experts, if there are some, and features tell about the images whose labels are right."""
+    torch.set_num_threads(1)
+    run, wrong = work / f"random-{arm}-s{seed}", _images_in(work / f"random-s{seed}-flips.csv")
     images = images_of(run)
     known = examine(images, Scores.read(run / FILE), load_model(str(run)))
     assert known.features is not None
     right = np.array([csv_name(sample.sample_id) not in wrong for sample in images.samples["train"]])
     value, shares = known.scores["p_mean"].astype(np.float64), list(known.experts.values())
-    right &= np.isfinite(value)
+    right &= np.isfinite(np.column_stack([value, *shares])).all(1)  # visited, and in the last third
     by = np.concatenate(shares, 1)[right] if shares else None
     own = directions(known.features[: len(right)][right], DIRECTIONS)
-    return {"experts": None if by is None else rounded(told(value[right], by), 4),
-            "features": rounded(told(value[right], own), 4), "images": int(right.sum())}  # fmt: skip
+    return {
+        "arm": arm,
+        "seed": seed,
+        "images": int(right.sum()),
+        "experts": None if by is None else rounded(told(value[right], by), 4),
+        "features": rounded(told(value[right], own), 4),
+    }
 
 
 def parser() -> ArgumentParser:
@@ -73,12 +81,8 @@ def main() -> None:
     """Measure all runs."""
     options = parser().parse_args()
     refuse_changes(FOLDER / "README.md", allowed=options.allow_dirty)
-    torch.set_num_threads(1)
-    origin, rows = about(), []
-    for arm in ARMS:
-        for seed in SEEDS:
-            wrong = _images_in(options.work / f"random-s{seed}-flips.csv")
-            row: dict[str, Any] = {"arm": arm, "seed": seed, **measure(options.work / f"random-{arm}-s{seed}", wrong)}
-            print(row, flush=True)
-            rows.append(row)
+    origin = about()
+    with get_context("spawn").Pool(2) as pool:
+        rows = pool.starmap(measure, [(options.work, arm, seed) for arm in ARMS for seed in SEEDS], chunksize=1)
+    print(*rows, sep="\n")
     write_json_atomic(options.out, {"directions": DIRECTIONS, "rows": rows, **origin})
