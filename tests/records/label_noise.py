@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from benchmarks.label_noise import DROPS, FOLDER, NOISES, _beside, parts_of
+from benchmarks.label_noise import DROPS, FOLDER, NOISES, _beside, _cell, parts_of
 from tests.records import ROOT, Claim, Definition
 from tests.records.studies import shown
 
@@ -31,6 +31,18 @@ def dropped(*runs: Any) -> dict[str, str]:
     return {arm: _beside(by_arm[arm], by_arm["moe"]) for arm in DROPS}
 
 
+def difficulty(record: Any) -> list[dict[str, str]]:
+    """Means of what is explained, with SDs over seeds, by arm."""
+    found = []
+    for arm, name in (("moe", "MoE"), ("dense", "dense twin")):
+        own = [row for row in record["rows"] if row["arm"] == arm]
+        cells = {
+            key: _cell([row[key] for row in own if row[key] is not None], ".3f") for key in ("experts", "features")
+        }
+        found.append({"model": name, "seeds": str(len(own)), **cells})
+    return found
+
+
 KEYS = {
     "aum": "aum",
     "p_final": "final",
@@ -38,7 +50,10 @@ KEYS = {
     "experts": "experts",
     "features": "features",
 }
-CLAIMS = [Claim(FILES, "{text}", _parts)]
+CLAIMS = [
+    Claim(FILES, "{text}", _parts),
+    Claim("benchmarks/label_noise/difficulty.json", "| {model} | {seeds} | {experts} | {features} |", difficulty),
+]
 DEFINITIONS = [
     Definition("20,000 of CIFAR-10's training set, 2,000 of each class", "what is drawn"),
     Definition("1,000 training photos", "what is drawn"),
