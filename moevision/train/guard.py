@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -40,9 +42,8 @@ from moevision.data.scores import ScoreSums
 from moevision.errors import DIVERGED, UserError
 from moevision.files import write_text_atomic
 from moevision.names import csv_name
-from moevision.train.mapped import mapped_copy
 from moevision.train.optim import WeightEMA
-from moevision.train.parallel import first_row, own_part
+from moevision.train.parallel import first_row, mesh_of, own_part, with_part
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
 from moevision.train.provenance import total_memory_bytes
 from moevision.train.scores import ExampleScores
@@ -51,6 +52,7 @@ from moevision.train.task import ClassificationTask
 DIAGNOSIS = "divergence.md"
 GUARD_CSV = "guard.csv"
 _MOST_OF_MEMORY = 0.25  # that snapshots may take
+_SMALL = 1 << 16  # bytes; on disk, a tensor of fewer stays in memory, as none saves much
 _RECENT = 100  # updates over which refused ones are counted
 _BUDGET = 1000  # steps over which returns are counted
 _WINDOW = 128  # good losses that a spike is judged by
@@ -179,7 +181,7 @@ class StabilityGuard(L.Callback):
             raise UserError(f"The training would begin with numbers that are not finite ({source}).")
         size = self.config.snapshots * trainer.num_devices * _snapshot_bytes(trainer, task)
         self._recovery.folder = None
-        if self.config.on_disk(size):
+        if any(gather(self.config.on_disk(size))):  # parts may differ a little in size: all decide alike
             self._recovery.folder = Path(trainer.default_root_dir)
             self._recovery.folder.mkdir(parents=True, exist_ok=True)
         self._keep(trainer, task)
@@ -567,6 +569,28 @@ def _copied(state: Any, folder: Path | None = None) -> Any:
         return leaf.detach().to("cpu", copy=True) if folder is None else mapped_copy(leaf.detach(), folder)
 
     return tree_map(copied, state)
+
+
+def mapped_copy(tensor: Tensor, folder: Path) -> Tensor:
+    """A copy in main memory, backed by a file of `folder` that has no name any more: with the copy it is gone.
+
+    Args:
+        tensor: of any device, whole or this process's part of a divided one; detached.
+        folder: on a local disk.
+
+    Raises:
+        OSError: if the file can't be written.
+    """
+    part = own_part(tensor).cpu().contiguous()
+    if part.nbytes < _SMALL or os.name == "nt":  # where a mapped file can't be deleted
+        part = part.clone()
+    else:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".snapshot-") as file:
+            # Written, not mapped and filled: a full disk is an error then, and no crash.
+            file.write(part.flatten().view(torch.uint8).numpy().data)
+            file.flush()
+            part = torch.from_file(file.name, size=part.numel(), dtype=part.dtype).view(part.shape)
+    return part if mesh_of(tensor) is None else with_part(part, tensor)
 
 
 def _snapshot_bytes(trainer: L.Trainer, task: ClassificationTask) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moevision.models.config import MoEConfig
-from moevision.train import mapped
+from moevision.train import guard
 from moevision.train.faults import FaultInjector
 from moevision.train.guard import GuardConfig, GuardRecord, StabilityGuard
 from moevision.train.optim import EmaConfig, OptimizerConfig, OptimizerName, WeightEMA
@@ -177,7 +177,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     warnings.simplefilter("ignore")  # Lightning's advice, and the guard's own words
     torch.set_num_threads(1)
-    mapped._SMALL = 1  # bytes: snapshots go to the disk, if any
+    guard._SMALL = 1  # bytes: snapshots go to the disk, if any
     for case, faults in {**TWO_PROCESS_CASES, **SHARDED_CASES}.items():
         mine = batches(24)[rank::2]
         run = Run(

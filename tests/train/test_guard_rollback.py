@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
-from moevision.train import guard, mapped
+from moevision.train import guard
 from moevision.train.guard import GuardConfig, GuardRecord, LossHistory, Recovery, TrainingDiverged, TrainingSnapshot
 from moevision.train.optim import EmaConfig, WeightEMA
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
@@ -75,7 +75,7 @@ CASES: dict[str, tuple[str, GuardConfig, dict[str, Any], int, list[int], str]] =
 @pytest.mark.parametrize("case", CASES)
 def test_a_return_is_to_what_was(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is in the state of one that never saw the batches between the snapshot and the return, bit for bit."""
-    monkeypatch.setattr(mapped, "_SMALL", 1)  # bytes: on disk, if any
+    monkeypatch.setattr(guard, "_SMALL", 1)  # bytes: on disk, if any
     faults, config, router, count, left, cause = CASES[case]
     every = batches(count)
     applied: list[int] = []
@@ -103,10 +103,10 @@ def test_a_return_is_to_what_was(case: str, tmp_path: Path, monkeypatch: pytest.
 def test_what_is_on_disk_has_no_name_and_ends_with_its_tensor(tmp_path: Path) -> None:
     """It takes room while it is there, and a file without a name can't be left over."""
     tensor = torch.arange(1 << 20, dtype=torch.float32).view(1024, 1024).to(torch.bfloat16)
-    copied = mapped.mapped_copy(tensor.T, tmp_path)
+    copied = guard.mapped_copy(tensor.T, tmp_path)
     assert torch.equal(copied, tensor.T)
     copied.mul_(2)  # its own
-    assert torch.equal(mapped.mapped_copy(tensor, tmp_path), tensor)
+    assert torch.equal(guard.mapped_copy(tensor, tmp_path), tensor)
     assert list(tmp_path.iterdir()) == []
     maps = Path("/proc/self/maps")
     if maps.exists():
@@ -121,7 +121,7 @@ def test_a_full_disk_keeps_the_snapshot_before(
     task = tiny_task()
     trainer, recovery = standing_trainer(task), Recovery(snapshots=2, max_rollbacks=1)
     recovery.folder = tmp_path
-    monkeypatch.setattr(mapped, "_SMALL", 1)
+    monkeypatch.setattr(guard, "_SMALL", 1)
     recovery.keep(trainer, task, "first")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
@@ -140,6 +140,15 @@ def test_large_snapshots_go_to_the_disk(monkeypatch: pytest.MonkeyPatch) -> None
     assert [GuardConfig(snapshots_in=place).on_disk(251) for place in ("memory", "disk")] == [False, True]
     monkeypatch.setattr(guard, "total_memory_bytes", lambda: None)
     assert not GuardConfig().on_disk(1e18)
+
+
+def test_where_one_process_needs_the_disk_all_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts differ a little in size: one that decided alone would wait for the others for ever."""
+    monkeypatch.setattr(guard, "gather", lambda value: [value, True] if isinstance(value, bool) else [value])
+    made: list[Path] = []
+    monkeypatch.setattr(guard, "mapped_copy", lambda tensor, folder: made.append(folder) or tensor.clone())
+    Run(tmp_path, batches(1))
+    assert set(made) == {tmp_path}
 
 
 def test_a_training_that_never_recovers_ends_with_a_diagnosis(tmp_path: Path) -> None:
