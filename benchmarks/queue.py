@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import moevision
-from benchmarks.harness import HERE, finite
+from benchmarks.harness import HERE, count, finite
 from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
 from moevision.train.provenance import git_state
@@ -73,6 +75,52 @@ def next_run(jobs: Callable[[list[dict[str, Any]]], Iterable[T]], out: Path, wor
         if not busy:
             return None, None
         time.sleep(WAIT_S)
+
+
+def do_runs(
+    jobs: Callable[[list[dict[str, Any]]], Iterable[T]],
+    run: Callable[[T, Namespace], dict[str, Any]],
+    told: Callable[[T, dict[str, Any]], str],
+    options: Namespace,
+) -> None:
+    """Do the next runs, `options.limit` of them or, for 0, all that are left.
+
+    Args:
+        jobs: all runs, see `next_run`.
+        run: does one; its record.
+        told: a line about it.
+        options: those of `add_study`.
+    """
+    done = 0
+    while not options.limit or done < options.limit:
+        job, held = next_run(jobs, options.out, options.work)
+        if job is None:
+            print("Nothing is left to do here.", file=sys.stderr)
+            return
+        try:
+            record = run(job, options)
+            write_run(options.out, job.name, record)
+        finally:
+            release_if(held)
+        done += 1
+        print(told(job, record), flush=True)
+
+
+def add_study(parser: ArgumentParser, folder: Path, out: str = "runs") -> None:
+    """Options that studies share.
+
+    Args:
+        parser: of the study.
+        folder: where its README and its records are.
+        out: the records' folder, or their file, below it.
+    """
+    add = parser.add_argument
+    if out == "runs":
+        add("--limit", type=count, default=1, metavar="N", help="runs to do; 0: until none is left (%(default)s)")
+    add("--work", type=Path, default=Path("runs") / folder.name, help="run folders and lists (%(default)s)")
+    add("--out", type=Path, default=folder / out, help="records (%(default)s)")
+    add("--readme", type=Path, default=folder / "README.md", help="where tables go (%(default)s)")
+    add("--allow-dirty", action="store_true", help="run: try it out; the report leaves the run out")
 
 
 def claim_file(lock: Path) -> int | None:

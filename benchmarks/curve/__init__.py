@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.harness import HERE, about, argument_parser, count, positive
 from benchmarks.label_noise import drawn
-from benchmarks.queue import fill_readme, refuse_changes
+from benchmarks.queue import add_study, fill_readme, refuse_changes
 from moevision.cli import main as run_moevision
 from moevision.commands.curve import draw, lines, sentences, table
 from moevision.data import ImageDataModule
@@ -116,10 +116,7 @@ def parser() -> ArgumentParser:
     add("--config", default="cifar10", help="recipe (%(default)s)")
     add("--fit", action="append", default=[], metavar="OPTION", help="one more option of fit: --fit=--data.cache_mb=0")
     add("--threads", type=positive, default=1, help="(%(default)s)")
-    add("--work", type=Path, default=Path("runs/curve"), help="trainings and lists (%(default)s)")
-    add("--out", type=Path, default=FOLDER / "record.json", help="the record (%(default)s)")
-    add("--readme", type=Path, default=FOLDER / "README.md", help="where the table goes (%(default)s)")
-    add("--allow-dirty", action="store_true", help="run: try it out")
+    add_study(known, FOLDER, "record.json")
     return known
 
 

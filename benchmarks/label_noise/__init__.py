@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import functools
 import statistics
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import HERE, about, argument_parser, count, positive, print_table
-from benchmarks.queue import fill_readme, is_dirty, next_run, read_records, refuse_changes, release_if, write_run
+from benchmarks.queue import add_study, do_runs, fill_readme, is_dirty, read_records, refuse_changes
 from benchmarks.timing import rounded
 from moevision import package_version
 from moevision.analysis.collect import evaluating, network_input
@@ -316,21 +315,13 @@ def finds(suspicion: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 def run(options: Namespace) -> None:
     """Do the next runs."""
     refuse_changes(FOLDER / "README.md", allowed=options.allow_dirty)
-    done = 0
-    while not options.limit or done < options.limit:
-        job, held = next_run(functools.partial(jobs, options=options), options.out, options.work)
-        if job is None:
-            print("Nothing is left to do here.", file=sys.stderr)
-            return
-        torch.set_num_threads(options.threads)
-        try:
-            record = run_one(job, options)
-            write_run(options.out, job.name, record)
-        finally:
-            release_if(held)
-        done += 1
-        found = f", AUM {record['scores']['aum']}" if "scores" in record else ""
-        print(f"{job.name}: top-1 {record['test_top1']:.2%}{found}, {record['cpu_s']:.0f} s CPU", flush=True)
+    torch.set_num_threads(options.threads)
+    do_runs(functools.partial(jobs, options=options), run_one, _told, options)
+
+
+def _told(job: Job, record: Mapping[str, Any]) -> str:
+    found = f", AUM {record['scores']['aum']}" if "scores" in record else ""
+    return f"{job.name}: top-1 {record['test_top1']:.2%}{found}, {record['cpu_s']:.0f} s CPU"
 
 
 def table(records: Sequence[dict[str, Any]], noise: str) -> list[str]:
@@ -422,15 +413,11 @@ def parser() -> ArgumentParser:
     add("--noise", nargs="+", choices=tuple(NOISES), default=tuple(NOISES), help="(all)")
     add("--arm", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), help="(all)")
     add("--seeds", nargs="+", type=count, default=SEEDS, metavar="N", help="(0 1 2)")
-    add("--limit", type=count, default=1, help="runs to do; 0: until none is left (%(default)s)")
     add("--images", type=positive, metavar="N", help="training images (the protocol's)")
     add("--epochs", type=positive, metavar="N", help="(the protocol's)")
     add("--fit", action="append", default=[], metavar="OPTION", help="one more option of fit: --fit=--data.cache_mb=0")
     add("--threads", type=positive, default=1, help="(%(default)s)")
-    add("--work", type=Path, default=Path("runs/label_noise"), help="run folders and lists (%(default)s)")
-    add("--out", type=Path, default=FOLDER / "runs", help="records (%(default)s)")
-    add("--readme", type=Path, default=FOLDER / "README.md", help="where tables go (%(default)s)")
-    add("--allow-dirty", action="store_true", help="run: try it out; the report leaves the run out")
+    add_study(known, FOLDER)
     return known
 
 

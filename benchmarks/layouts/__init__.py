@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import HERE, about, argument_parser, count, positive
-from benchmarks.queue import fill_readme, is_dirty, next_run, read_records, refuse_changes, release_if, write_run
+from benchmarks.harness import HERE, about, argument_parser, positive
+from benchmarks.queue import add_study, do_runs, fill_readme, is_dirty, read_records, refuse_changes
 from moevision.errors import UserError
 from moevision.models.safe_files import read_json
 from moevision.train.planner import Layout
@@ -103,19 +103,11 @@ def run_one(job: Job, options: Namespace) -> dict[str, Any]:
 def run(options: Namespace) -> None:
     """Do the next trainings."""
     refuse_changes(FOLDER / "README.md", allowed=options.allow_dirty)
-    done = 0
-    while not options.limit or done < options.limit:
-        job, held = next_run(jobs, options.out, options.work)
-        if job is None:
-            print("Nothing is left to do here.", file=sys.stderr)
-            return
-        try:
-            record = run_one(job, options)
-            write_run(options.out, job.name, record)
-        finally:
-            release_if(held)
-        done += 1
-        print(f"{job.title}, seed {job.seed}: top-1 {record['top1']:.2%}, loss {record['loss']:.4f}", flush=True)
+    do_runs(jobs, run_one, _told, options)
+
+
+def _told(job: Job, record: dict[str, Any]) -> str:
+    return f"{job.title}, seed {job.seed}: top-1 {record['top1']:.2%}, loss {record['loss']:.4f}"
 
 
 def table(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -155,13 +147,9 @@ def parser() -> ArgumentParser:
     add = known.add_argument
     add("verb", choices=("run", "report"))
     add("--data", type=Path, metavar="DIR", help="a folder of photos, such as cats_vs_dogs")
-    add("--limit", type=count, default=1, metavar="N", help="trainings to do; 0: all that are left (%(default)s)")
     add("--epochs", type=positive, default=EPOCHS, metavar="N", help="(%(default)s)")
     add("--fit", action="append", default=[], metavar="OPTION", help="one more option of fit: --fit=--data.cache_mb=0")
-    add("--work", type=Path, default=Path("runs/layouts"), help="run folders (%(default)s)")
-    add("--out", type=Path, default=FOLDER / "runs", help="records (%(default)s)")
-    add("--readme", type=Path, default=FOLDER / "README.md", help="where the table goes (%(default)s)")
-    add("--allow-dirty", action="store_true", help="run: try it out")
+    add_study(known, FOLDER)
     return known
 
 

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import HERE, about, argument_parser, count, positive, print_line, print_table
+from benchmarks.harness import HERE, about, argument_parser, positive, print_line, print_table
 from benchmarks.memory import memory_of
-from benchmarks.queue import next_run, read_records, refuse_changes, release_if, write_run
+from benchmarks.queue import add_study, next_run, read_records, refuse_changes, release_if, write_run
 from benchmarks.saving import endless
 from benchmarks.sparsity.arms import ARMS, EPOCHS, STAGES, STEPS_PER_EPOCH, TUNING_SEEDS, Job, cost_of, queue, rate_of
 from benchmarks.sparsity.report import write_report
@@ -203,16 +203,12 @@ def parser() -> ArgumentParser:
     found.add_argument("--pretrained", type=Path, metavar="FILE", help="safetensors of the pretrained ViT-S")
     found.add_argument("--tier", type=int, nargs="+", choices=(1, 2, 3), default=(1, 2, 3), help="(all)")
     found.add_argument("--only", nargs="+", choices=ARMS, metavar="ARM", help="these arms only")
-    found.add_argument("--limit", type=count, default=1, help="runs to do; 0: until none is left (%(default)s)")
     found.add_argument("--device", choices=tuple(EPOCHS), default="cpu", help="(%(default)s)")
     found.add_argument("--threads", type=positive, default=1, help="the protocol has %(default)s")
-    found.add_argument("--work", type=Path, default=Path("runs/sparsity"), help="run folders (%(default)s)")
-    found.add_argument("--out", type=Path, default=FOLDER / "runs", help="records (%(default)s)")
     found.add_argument("--speed", type=Path, default=FOLDER / "speed.json", help="measured speeds (%(default)s)")
-    found.add_argument("--readme", type=Path, default=FOLDER / "README.md", help="where tables go (%(default)s)")
     found.add_argument("--rounds", type=positive, default=40, help="of speed (%(default)s)")
     found.add_argument("--busy", action="store_true", help="speed: try it out on a machine that isn't idle")
-    found.add_argument("--allow-dirty", action="store_true", help="run: try it out; the report leaves the run out")
+    add_study(found, FOLDER)
     return found
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import HERE, argument_parser, count, positive, print_line, print_table
-from benchmarks.queue import fill_readme, next_run, read_records, refuse_changes, release_if, write_run
+from benchmarks.harness import HERE, argument_parser, positive, print_line, print_table
+from benchmarks.queue import add_study, do_runs, fill_readme, read_records, refuse_changes
 from benchmarks.specialization import training
 from benchmarks.specialization.arms import DATA_SETS, SEEDS, Job, Record, queue
 from benchmarks.specialization.report import parts_of
@@ -41,20 +41,11 @@ def jobs(records: Sequence[Record], options: Namespace) -> Iterator[Job]:
 def run(options: Namespace) -> None:
     """Do the next runs, `limit` of them or all."""
     refuse_changes(training.PROTOCOL, allowed=options.allow_dirty)
-    done = 0
-    while not options.limit or done < options.limit:
-        job, held = next_run(partial(jobs, options=options), options.out, options.work)
-        if job is None:
-            print_line("Nothing is left to do here.")
-            return
-        try:
-            record = training.run(job, options)
-            write_run(options.out, job.name, record)
-        finally:
-            release_if(held)
-        done += 1
-        spent = sum(record["cpu_s"].values())
-        print(f"{job.name}: top-1 {record['top1']:.3f}, {spent:.0f} s CPU", flush=True)
+    do_runs(partial(jobs, options=options), training.run, _told, options)
+
+
+def _told(job: Job, record: Record) -> str:
+    return f"{job.name}: top-1 {record['top1']:.3f}, {sum(record['cpu_s'].values()):.0f} s CPU"
 
 
 def make_trunks(options: Namespace) -> None:
@@ -91,13 +82,9 @@ def parser() -> ArgumentParser:
     found.add_argument("--pretrained", type=Path, metavar="FILE", help="safetensors of the pretrained ViT-S/14")
     found.add_argument("--trunk", type=Path, metavar="FILE", help="a dense ViT-S/14 of cats against dogs, as the trunk")
     found.add_argument("--only", nargs="+", choices=DATA_SETS, default=tuple(DATA_SETS), metavar="DATA", help="(all)")
-    found.add_argument("--limit", type=count, default=1, help="runs to do; 0: until none is left (%(default)s)")
     found.add_argument("--list", action="store_true", help="run: print what is left, with the estimate, and do nothing")
     found.add_argument("--threads", type=positive, default=1, help="the protocol has %(default)s")
-    found.add_argument("--work", type=Path, default=Path("runs/specialization"), help="trunks, tokens (%(default)s)")
-    found.add_argument("--out", type=Path, default=FOLDER / "runs", help="records (%(default)s)")
-    found.add_argument("--readme", type=Path, default=FOLDER / "README.md", help="where tables go (%(default)s)")
-    found.add_argument("--allow-dirty", action="store_true", help="run: try it out; the report leaves the run out")
+    add_study(found, FOLDER)
     return found
 
 
