@@ -276,7 +276,7 @@ def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_p
         again = browser.new_page()
         again.goto((tmp_path / "page.html").as_uri())
         again.locator("#load").set_input_files(tmp_path / "page.html")
-        assert "page.html can't be read: it does not begin with image,label" in again.locator("#load-said").inner_text()
+        again.locator("#load-said", has_text="page.html can't be read: it does not begin with image,label").wait_for()
         again.locator("#load").set_input_files(tmp_path / "decisions.csv")
         again.locator("#count", has_text="3 decisions").wait_for()
         assert again.locator("#doubtful .card[data-decision=drop]").count() == 1

@@ -31,9 +31,9 @@ function rowsOf(text) {
  * @returns {Decision[]}
  */
 export function decisionsIn(text) {
-  const [head, ...rows] = rowsOf(text);
-  if (head.join() !== HEAD) throw new Error(`it does not begin with ${HEAD}`);
-  return rows.filter((row) => row.length > 1).map((row, index) => {
+  // Before it is parsed: another file may be large.
+  if (text.split(/\r?\n/, 1)[0] !== HEAD) throw new Error(`it does not begin with ${HEAD}`);
+  return rowsOf(text).slice(1).filter((row) => row.length > 1).map((row, index) => {
     const [id, label, word, newLabel] = row;
     const decision = /** @type {Decision["decision"]} */ (word);
     if (row.length !== 4 || !(word in WORDS)) throw new Error(`its row ${index + 1} is not a decision`);
