@@ -25,6 +25,7 @@ from benchmarks.specialization.rule import settings_of
 from benchmarks.study import Contrast, Row, contrasts
 from benchmarks.upcycling import report as upcycling
 from moevision.analysis.questions import YES
+from moevision.commands.curve import is_as_good
 from moevision.commands.curve import table as curve_table
 from moevision.train.differences import Gap
 from moevision.train.report import percent
@@ -40,10 +41,9 @@ Records = Mapping[str, Any]
 def read_all(root: Path = HERE) -> dict[str, Any]:
     """The records of all studies, by study: one record, or a list of runs."""
     found: dict[str, Any] = {name: read_records(root / name / "runs") for name in ("sparsity", "specialization")}
-    files = {name: f"{name}/record.json" for name in ("curve", "routers", "saving", "upcycling")}
-    for name, place in {**files, "guard": "guard/accuracy.json"}.items():
-        file = root / place
-        found[name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    for place in ("curve/record", "guard/accuracy", "routers/record", "saving/record", "upcycling/record"):
+        file = root / f"{place}.json"
+        found[file.parent.name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     found["waiting"] = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(root.glob("waiting/*.json"))]
     return found
 
@@ -189,7 +189,7 @@ def struck(record: Json) -> str:
 def fewer_images(record: Json) -> str:
     """What 70 % of the images cost, by method, and for which it is shown to be as good as all."""
     rows = [row for row in curve_table(record["trainings"], record["methods"]) if row.share == _SHARE]
-    good = [row.by for row in rows if row.beside_all.low > -record["margin"]]
+    good = [row.by for row in rows if is_as_good(row.beside_all, record["margin"])]
     costs = ", ".join(f"{row.by} {row.beside_all.text}" for row in rows)
     return (
         f"{_SHARE:.0%} of the images less all, for as many steps: {costs} points; as good to within "

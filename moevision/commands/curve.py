@@ -244,9 +244,14 @@ def slope(rows: Sequence[Row]) -> tuple[Row, Gap] | None:
     return last, Gap.of([100 * (whole.accuracy[seed] - last.accuracy[seed]) / thousands for seed in both])
 
 
+def is_as_good(gap: Gap, margin: float) -> bool:
+    """Whether an interval shows that at most `margin` points were lost."""
+    return gap.low > -margin
+
+
 def verdict(gap: Gap, margin: float) -> str:
     """What an interval shows, if what is less than `margin` points worse counts as good."""
-    if gap.low > -margin:
+    if is_as_good(gap, margin):
         return f"is shown to be as good as training on all, to within {margin:g} points"
     worse = "is shown to be worse than training on all"
     return worse if gap.high < 0 else "isn't shown to be as good as training on all"

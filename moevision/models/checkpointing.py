@@ -28,14 +28,15 @@ def checkpoint_blocks(net: nn.Module, blocks: bool | Sequence[int]) -> None:
         UserError: for a block that isn't there.
     """
     known: Any = cast(Any, net).blocks
-    if missing := [] if isinstance(blocks, bool) else sorted({*blocks} - {*range(len(known))}):
+    chosen = set[int]() if isinstance(blocks, bool) else {*blocks}
+    if missing := sorted(chosen - {*range(len(known))}):
         raise UserError(
             f"--model.grad_checkpointing names block {missing[0]}, and the model has blocks 0 to {len(known) - 1}."
         )
     cast(Any, net).set_grad_checkpointing(blocks is True)
     for index, block in enumerate(known):
         vars(block).pop("forward", None)
-        if not isinstance(blocks, bool) and index in blocks:
+        if index in chosen:
             block.forward = partial(_again, block.forward)
 
 

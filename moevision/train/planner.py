@@ -542,11 +542,10 @@ def _compute_s(flops: float, kept_bytes: float, again: float, machine: Machine) 
 def _copied_bytes(shape: ModelShape, layout: Layout, job: Job) -> float:
     """Read and written to bring weights to 16 bits and gradients back; under FSDP also to lay out gathered blocks."""
     casts = shape.compute_bytes < FP32_BYTES
-    used = shape.dense.parameters + shape.experts.parameters / layout.expert
-    if layout.parallel == "ddp":
-        return 2 * CAST_BYTES * used if casts else 0.0
-    # Each gathered tensor is read and written once more, in both passes; the gradient on its way to be scattered.
     dense, experts = shape.dense.parameters, shape.experts.parameters / layout.expert
+    if layout.parallel == "ddp":
+        return 2 * CAST_BYTES * (dense + experts) if casts else 0.0
+    # Each gathered tensor is read and written once more, in both passes; the gradient on its way to be scattered.
     of_experts = 2 * 2 * shape.compute_bytes + shape.compute_bytes + FP32_BYTES
     gathered = (2 * 2 * FP32_BYTES + 2 * FP32_BYTES) * dense + of_experts * experts
     if not casts:

@@ -424,10 +424,10 @@ def of_experts(known: Known) -> list[Ranked]:
     """For each expert, those with the least work first, the images of which it computed the largest part."""
     found: list[tuple[float, Ranked]] = []
     for block, shares in known.experts.items():
-        mean = _mean_by(np.zeros(len(shares), np.int64), shares[:, 0], 1)
-        if math.isnan(mean[0]):
+        there = np.isfinite(shares[:, 0])
+        if not there.any():
             continue
-        work = np.nanmean(shares, 0) * shares.shape[1]  # [E]; 1: an even share
+        work = shares[there].mean(0) * shares.shape[1]  # [E]; 1: an even share
         for expert, times in enumerate(work.tolist()):
             little = ", little work" if times < _LITTLE else ""
             title = f"L{block}.E{expert}: {times:.2f} of an even share{little}"
