@@ -31,11 +31,11 @@ def test_a_sentence_is_the_verdict_of_the_study() -> None:
             "sparsity": [*runs, *(record("lr16", seed, test, lr=16 * 6e-3) for seed, test in ((0, 0.61), (1, 0.63)))],
         }
     )
-    said = "CPU, 3 epochs: At equal steps and equal active FLOPs the MoE is better than its dense twin: +2.0 points"
+    said = "CPU, 1 epoch: At equal steps and equal active FLOPs the MoE is better than its dense twin: +2.0 points"
     assert said in row(table, "More parameters help at equal compute")
     assert "CUDA" not in table
     assert f"{NOT_RUN}: H2" in row(table, "They help at equal time too")
-    assert "CPU, 3 epochs, `lr16`: 62.0 % (2 seeds)" in row(table, "Sparse training is unstable")
+    assert "CPU, 1 epoch, `lr16`: 62.0 % (2 seeds)" in row(table, "Sparse training is unstable")
     few = ideas({**nothing, "sparsity": study([0.02, 0.021])})
     assert "H1: partial: 2 of at least 6 seeds, no verdict" in row(few, "More parameters help at equal compute")
 

@@ -16,7 +16,7 @@ from benchmarks import queue as queueing
 from benchmarks import sparsity
 from benchmarks.harness import about
 from benchmarks.sparsity import arms, report, training
-from benchmarks.sparsity.arms import ARMS, BALANCE, STAGES, TUNING_SEEDS, Arm, queue, rate_of
+from benchmarks.sparsity.arms import ARMS, BALANCE, EPOCHS, STAGES, STEPS_PER_EPOCH, TUNING_SEEDS, Arm, queue, rate_of
 from benchmarks.sparsity.verdict import HYPOTHESES, judge, p_of, sentences, verdict_of
 from benchmarks.study import Contrast
 from moevision.train.differences import LEVEL, POWER, detectable
@@ -30,7 +30,7 @@ def record(arm, seed, test=0.8, val=None, lr=6e-3, **more):
     """A finished run, as much of it as the report reads."""
     layer = {"cv_squared": 0.04, "max_over_mean": 1.25}
     return {
-        "device": "cpu", "arm": arm, "seed": seed, "lr": lr, "failed": None, "test_top1": test, "steps": 1053,
+        "device": "cpu", "arm": arm, "seed": seed, "lr": lr, "failed": None, "test_top1": test, "steps": 351,
         "val_top1": test if val is None else val, "layers": [layer], "cv_importance": [0.1], "cpu_s": 1900.0,
         "peak_mib": 800.0, "cost": {"flops_per_image": 167_447_040, "router_flops_per_image": 0,
         "total_parameters": 970_282}, "code": {"git_commit": "c", "dirty": False}, "protocol_sha256": "p",
@@ -150,8 +150,10 @@ def test_the_protocol_lists_what_the_code_does() -> None:
         seen |= new
         counted.append(len(names) * len(seeds) + 6 * len(new))
     assert listed == counted
-    assert "25 hours" in PROTOCOL
+    assert "1 epoch = 351 steps = 44 928 images" in PROTOCOL
     assert sum(counted[:4]) == 92
+    assert (EPOCHS["cpu"], STEPS_PER_EPOCH) == (1, 351)
+    assert round(sum(counted[:4]) * 550 / 3600 / 2) == 7  # hours of two cores, as the protocol says
     assert set(BALANCE) < set(ARMS)
 
 
@@ -320,7 +322,7 @@ def test_status_and_report_of_nothing_and_of_something(bench, tmp_path) -> None:
     out, readme = tmp_path / "runs", tmp_path / "README.md"
     outcome = bench("sparsity", "status", "--out", out)
     assert "0 of 6" in outcome.out
-    assert outcome.out.rstrip().endswith("0 runs done, 232 missing (further learning rates not counted).")
+    assert outcome.out.rstrip().endswith("0 runs done, 220 missing (further learning rates not counted).")
     readme.write_text(f"before\n{queueing.BEGIN}\n{queueing.END}\nafter\n")
     common = ("sparsity", "report", "--out", out, "--readme", readme, "--speed", tmp_path / "speed.json")
     assert bench(*common).code == 0

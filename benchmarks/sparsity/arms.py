@@ -16,7 +16,7 @@ from benchmarks.routers.report import rate_beyond
 from benchmarks.subject import Subject, find_subject
 from moevision.efficiency import count_layers, flop_counter, measure_cost
 
-EPOCHS = {"cpu": 3, "cuda": 12}
+EPOCHS = {"cpu": 1, "cuda": 12}
 STEPS_PER_EPOCH = 351  # 45 000 training images in batches of 128, the rest left out
 TUNING_SEEDS = (100, 101)
 FACTORS = (0.5, 1.0, 2.0)
@@ -68,8 +68,8 @@ def _batch(size: int, accumulated: int = 1) -> Arm:
     return Arm(batch=size, accumulated=accumulated, lr_factor=(size / 128) ** 0.5)
 
 
-def _fine_tuned(data: str, epochs: int, *, upcycled: bool) -> Arm:
-    return Arm(tuned_as=None, base_lr=3e-4, data=data, batch=64, epochs=epochs, upcycled=upcycled)
+def _fine_tuned(data: str, epochs: int, tuned_as: str | None = None, *, upcycled: bool) -> Arm:
+    return Arm(tuned_as=tuned_as, base_lr=3e-4, data=data, batch=64, epochs=epochs, upcycled=upcycled)
 
 
 _LEARNS_NOTHING = {
@@ -87,10 +87,10 @@ ARMS: dict[str, Arm] = {
     "bias": Arm({"router": "bias_balanced"}, UNBALANCED),
     "rho10": Arm({"moe_layers": [3]}, tuned_as=None),
     "twin-time": Arm({"twin": "active_flops"}, tuned_as="twin"),
-    "cats-dense": _fine_tuned("cats", 3, upcycled=False),
-    "cats-upcycled": _fine_tuned("cats", 3, upcycled=True),
-    "imagenette-dense": _fine_tuned("imagenette", 1, upcycled=False),
-    "imagenette-upcycled": _fine_tuned("imagenette", 1, upcycled=True),
+    "cats-dense": _fine_tuned("cats", 2, upcycled=False),
+    "cats-upcycled": _fine_tuned("cats", 2, upcycled=True),
+    "imagenette-dense": _fine_tuned("imagenette", 1, "cats-dense", upcycled=False),
+    "imagenette-upcycled": _fine_tuned("imagenette", 1, "cats-upcycled", upcycled=True),
     "rho20": Arm({"moe_layers": [1, 3]}),
     **{f"e{count}": Arm({"num_experts": count}) for count in (2, 4, 16, 32)},
     "colour": Arm(**_LEARNS_NOTHING["colour"]),

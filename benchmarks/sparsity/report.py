@@ -16,7 +16,7 @@ from benchmarks.sparsity.verdict import Result, finished, judge, runs_of
 from moevision.train.plots import BLUE, GRID, INK, SOFT, calm, save, title
 from moevision.train.report import flops, table
 
-DEVICES = {name: f"{name.upper()}, {epochs} epochs" for name, epochs in EPOCHS.items()}
+DEVICES = {name: f"{name.upper()}, {epochs} epoch{'' if epochs == 1 else 's'}" for name, epochs in EPOCHS.items()}
 NOT_RUN = "not run"
 Measurements = Sequence[Mapping[str, Any]]
 
