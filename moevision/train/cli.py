@@ -152,6 +152,7 @@ _USELESS = {
         "with_twin",
         "parallel.layout",
         "parallel.expert",
+        "parallel.offload",
         "trainer.max_epochs",
         "trainer.accumulate_grad_batches",
     },

@@ -18,7 +18,7 @@ from moevision.layers import moe_layers
 from moevision.train.footprint import count_weights, shape_of
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.optim import WeightEMA
-from moevision.train.planner import Job, Layout, Weights, memory, state_bytes
+from moevision.train.planner import Job, Layout, Parallel, Weights, memory, state_bytes
 from moevision.train.provenance import device_name, total_memory_bytes
 from moevision.train.strategy import MoEParallelStrategy
 
@@ -51,11 +51,14 @@ def describe_memory(task: ClassificationTask, data: ImageDataModule, trainer: L.
     on_disk = guard is not None and guard.on_disk(trainer.num_devices * found.snapshots)
     snapshots = 0.0 if on_disk or trainer.strategy.root_device.type != "cpu" else found.snapshots
     size = found.total + snapshots
+    states = f"weights, gradients and moments {found.states / 1e9:.2f}"
     said = (
-        f"memory: about {size / 1e9:.2f} of {capacity / 1e9:.1f} GB: weights, gradients and moments "
-        f"{found.states / 1e9:.2f}, copies of them {(found.copies + found.buckets) / 1e9:.2f}, activations "
+        f"memory: about {size / 1e9:.2f} of {capacity / 1e9:.1f} GB: {'' if found.offload else f'{states}, '}"
+        f"copies of weights {(found.copies + found.buckets) / 1e9:.2f}, activations "
         f"{(found.activations + found.rows) / 1e9:.2f}"
     )
+    if found.offload:
+        said += f"; in main memory {states}"
     where = "the guard's snapshots" + ("" if snapshots else " on disk" if on_disk else " in main memory")
     said += f"{', ' if snapshots else '; '}{where} {found.snapshots / 1e9:.2f}"
     if size <= capacity:
@@ -74,7 +77,10 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer) -> None:
     Raises:
         UserError: if so, with the nearest that fits.
     """
-    capacity, layout = device_memory_bytes(trainer), layout_of(trainer)
+    capacity, layout, where = device_memory_bytes(trainer), layout_of(trainer), device_name(trainer)
+    if layout.offload:
+        machine = total_memory_bytes()
+        capacity, where = machine and machine // trainer.num_devices, "each process's part of the main memory"
     if capacity is None or trainer.precision not in _DTYPES:
         return
     dense, experts = count_weights(task.net, task.optim.name)
@@ -97,8 +103,10 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer) -> None:
     if trainer.strategy.root_device.type == "cuda":
         whole = sum(state_bytes(dense, experts, Layout(), 1, ema=ema))
         ways.append(f"--parallel fsdp on {ceil(whole / capacity)} GPUs or more")
+        if layout.parallel == "fsdp" and not layout.offload:
+            ways.append("--parallel.offload true")
     raise UserError(
-        f"Weights, gradients and moments of this model take {size / 1e9:.1f} GB, and {device_name(trainer)} has "
+        f"Weights, gradients and moments of this model take {size / 1e9:.1f} GB, and {where} has "
         f"{capacity / 1e9:.1f} GB: use {' or '.join(ways) or 'a smaller model'}; --check_memory false tries it all the "
         "same."
     )
@@ -115,7 +123,9 @@ def device_memory_bytes(trainer: L.Trainer) -> int | None:
 def layout_of(trainer: L.Trainer) -> Layout:
     """How a Trainer spreads the weights: FSDP2 divides them over all processes, every other strategy copies them."""
     if isinstance(trainer.strategy, MoEParallelStrategy):
-        return Layout("ddp" if trainer.strategy.replicated else "fsdp", trainer.strategy.expert)
+        parallel: Parallel = "ddp" if trainer.strategy.replicated else "fsdp"
+        apart = trainer.strategy.root_device.type == "cuda"  # a CPU's memory is the main memory
+        return Layout(parallel, trainer.strategy.expert, trainer.strategy.offload and apart)
     return Layout("fsdp" if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy) else "ddp")
 
 

@@ -25,6 +25,7 @@ Axes: E experts, W processes.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -134,7 +135,7 @@ def same_everywhere(net: nn.Module) -> None:
         dist.broadcast(tensor, src=0)
 
 
-def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None) -> nn.Module:
+def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *, offload: bool = False) -> nn.Module:
     """Divide a network over the processes of a layout, in place; all of them have the same weights before.
 
     Args:
@@ -142,17 +143,22 @@ def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None) -
         layout: the processes.
         gathered: autocast's dtype, in which the experts' weights then travel: they are cast to it in any case before
             they are used. Everything else, routers and norms with it, travels as it is stored.
+        offload: keep parts of weights and gradients, and so the optimizer's moments, in main memory (FSDP2's offload):
+            a block's weights go to the device while it computes. Collectives of parts are then gloo's.
 
     Raises:
         UserError: if its experts can't be divided.
     """
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+    from torch.distributed.fsdp import fully_shard as shard_whole
 
     whole = _evenly(layout.world.size(-1))
     # A part of an expert is gathered in two steps, over efsdp and over ep; DTensor warns of each such gathering.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     check_network(net, 1 if layout.experts is None else layout.experts["ep"].size())
     policy = MixedPrecisionPolicy(gathered, torch.float32 if gathered else None, cast_forward_inputs=False)
+    kept = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+    fully_shard = functools.partial(shard_whole, offload_policy=kept)
     for layer in moe_layers(net):
         # Only `forward` makes FSDP2 gather, so that experts are a unit of their own; the block shards the rest.
         if layout.experts is not None:

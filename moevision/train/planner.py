@@ -149,10 +149,13 @@ class Layout:
     Attributes:
         parallel: `ddp` or `fsdp`, as `fit --parallel` has it.
         expert: n, as `fit --parallel.expert` has it; 1: every GPU (or every shard) has all experts.
+        offload: whether weights, gradients and moments are in main memory, as `fit --parallel.offload` has it. Only
+            memory is known of it, not time.
     """
 
     parallel: Parallel = "ddp"
     expert: int = 1
+    offload: bool = False
 
     @property
     def name(self) -> str:
@@ -245,6 +248,7 @@ class Memory:
         activations: what autograd keeps, without rows.
         rows: what it keeps of the experts' rows, on the busiest GPU.
         snapshots: the guard's, in main memory: of weights, moments and average.
+        offload: whether weights, gradients and moments are in main memory too.
     """
 
     weights: float
@@ -255,6 +259,7 @@ class Memory:
     activations: float
     rows: float
     snapshots: float
+    offload: bool = False
 
     @property
     def states(self) -> float:
@@ -264,7 +269,8 @@ class Memory:
     @property
     def total(self) -> float:
         """On the GPU."""
-        return self.states + self.copies + self.buckets + self.activations + self.rows
+        states = 0.0 if self.offload else self.states
+        return states + self.copies + self.buckets + self.activations + self.rows
 
 
 def memory(shape: ModelShape, layout: Layout, job: Job) -> Memory:
@@ -295,6 +301,7 @@ def memory(shape: ModelShape, layout: Layout, job: Job) -> Memory:
         activations=images * activations,
         rows=images * rows * busiest_over_mean(shape, job, layout.expert),
         snapshots=job.snapshots * (weights + optimizer),
+        offload=layout.offload,
     )
 
 

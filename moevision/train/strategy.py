@@ -53,10 +53,12 @@ class ParallelConfig:
     Attributes:
         layout: `ddp`: every process has all weights. `fsdp`: weights, gradients and moments are sharded (FSDP2).
         expert: processes that one set of experts is divided among; tokens travel to their experts.
+        offload: keep weights, gradients and moments in main memory, and a block's weights on the GPU while it computes.
     """
 
     layout: Literal["ddp", "fsdp"] | None = None
     expert: int = 1
+    offload: bool = False
 
     def __post_init__(self) -> None:
         """Refuse experts that are divided while it isn't said how the rest is."""
@@ -66,6 +68,8 @@ class ParallelConfig:
             raise UserError(
                 "--parallel.expert divides the experts: say --parallel fsdp or --parallel ddp for the rest."
             )
+        if self.offload and self.layout != "fsdp":
+            raise UserError("--parallel.offload moves what --parallel fsdp has divided: use both.")
 
     def strategy(self, asked: Any) -> dict[str, Any]:
         """The Trainer's argument.
@@ -83,7 +87,7 @@ class ParallelConfig:
         replicated = self.layout == "ddp"
         if replicated and self.expert == 1:
             return {"strategy": "ddp"}
-        return {"strategy": MoEParallelStrategy(self.expert, replicated=replicated)}
+        return {"strategy": MoEParallelStrategy(self.expert, replicated=replicated, offload=self.offload)}
 
 
 class MoEParallelStrategy(ModelParallelStrategy):
@@ -92,11 +96,12 @@ class MoEParallelStrategy(ModelParallelStrategy):
     Args:
         expert: processes that one set of experts is divided among.
         replicated: whether all processes have all of the rest.
+        offload: whether parts lie in main memory.
     """
 
-    def __init__(self, expert: int = 1, *, replicated: bool = False) -> None:
+    def __init__(self, expert: int = 1, *, replicated: bool = False, offload: bool = False) -> None:
         super().__init__(tensor_parallel_size=1)
-        self.expert, self.replicated = expert, replicated
+        self.expert, self.replicated, self.offload = expert, replicated, offload
         self._outline: nn.Module | None = None
 
     @staticmethod
@@ -147,6 +152,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
         if not isinstance(self.checkpoint_io, SafeCheckpointIO):
             self.checkpoint_io = SafeCheckpointIO()
         self._data_parallel_size = self.num_nodes * self.num_processes
+        if self.offload and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # parts travel too: norms, Muon's matrices, the export
         super().setup_environment()
 
     def setup(self, trainer: L.Trainer) -> None:
@@ -170,7 +177,8 @@ class MoEParallelStrategy(ModelParallelStrategy):
         same_everywhere(task.net)
         self._outline = outline(task.net)
         layout = Layout.of(self.root_device.type, self.expert, replicated=self.replicated)
-        shard(task.net, layout, torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None)
+        gathered = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        shard(task.net, layout, gathered, offload=self.offload)
 
     def copy_of(self, net: nn.Module) -> nn.Module:
         """A copy of a sharded network that holds the same parts; it can't compute."""
@@ -257,6 +265,8 @@ def describe_parallel(trainer: L.Trainer, net: nn.Module) -> str | None:
     if strategy.expert > 1:
         experts = moe_layers(net)[0].router.num_experts
         line += f", {experts} experts over {strategy.expert} of them, {experts // strategy.expert} each"
+    if strategy.offload:
+        line += "; in main memory but for the block at hand"
     return line
 
 

@@ -75,6 +75,7 @@ class Case:
     forced: tuple[int, ...] = ()  # experts that every token is sent to
     shares: tuple[int, ...] = ()  # images of each process; equally many if empty
     checkpointing: bool | list[int] = False
+    offload: bool = False
 
 
 BALANCE = {"load_balancing": 0.05, "z": 0.01}
@@ -97,6 +98,7 @@ CASES = {
     "muon": Case(
         {"router": "switch"}, ((2, FSDP), (4, EP2), (2, EP2 + REPLICATED)), BALANCE, steps=3, optimizer="muon"
     ),
+    "in main memory": Case({"router": "switch"}, ((2, FSDP), (4, EP2)), BALANCE, optimizer="muon", offload=True),
     "bf16": Case({"router": "vmoe_top_k"}, ((2, DDP), (2, FSDP), (4, EP2)), steps=1, precision="bf16"),
     "bf16, gathered": Case(
         {"router": "vmoe_top_k"}, ((2, FSDP), (4, EP2), (2, EP2 + REPLICATED)), steps=1, precision="bf16", gathered=True
@@ -260,7 +262,7 @@ def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layou
         wrapped = DistributedDataParallel(_Both(net))
         forward: Callable[[Tensor], Any] = wrapped
     else:
-        shard(net, layouts[layout], torch.bfloat16 if case.gathered else None)
+        shard(net, layouts[layout], torch.bfloat16 if case.gathered else None, offload=case.offload)
         expected = torch.bfloat16 if case.gathered else next(net.parameters()).dtype
         for layer in moe_layers(net):
             layer.experts.register_forward_pre_hook(lambda experts, _: _check_dtype(experts, expected))

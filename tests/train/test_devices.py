@@ -28,7 +28,7 @@ CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]
 )
 DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
-BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def build(router: str, **options: Any) -> nn.Module:
@@ -89,13 +89,14 @@ def group(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.dist
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("replicated", [False, True])
-def test_a_sharded_network_trains_as_a_plain_one(group: str, optimizer: Any, replicated: bool) -> None:
+@pytest.mark.parametrize(("replicated", "offload"), [(False, False), (True, False), (False, True)])
+def test_a_sharded_network_trains_as_a_plain_one(group: str, optimizer: Any, replicated: bool, offload: bool) -> None:
     """Three clipped steps, FSDP2 on one device: its hooks, DTensors, fused AdamW and gathered matrices of Muon."""
     plain = build("switch", num_shared_experts=1)
     sharded = copy.deepcopy(plain).to(group)
-    shard(sharded, Layout.of(group, replicated=replicated))
+    shard(sharded, Layout.of(group, replicated=replicated), offload=offload)
     assert is_sharded(sharded)
+    assert {p.device.type for p in sharded.parameters()} == {"cpu" if offload else group}
     for net, device in ((plain, "cpu"), (sharded, group)):
         updates, _ = build_optimizer(net, OptimizerConfig(optimizer, lr=1e-2), total_steps=9, fused=True)
         for _ in range(3):

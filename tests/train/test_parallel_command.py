@@ -142,6 +142,7 @@ def test_a_run_goes_on_under_another_layout(name: str, expert: int, work: Path) 
     [
         (["--parallel.expert=2"], "say --parallel fsdp or --parallel ddp"),
         (["--parallel", "fsdp"], "there is one: say --trainer.devices N"),
+        (["--parallel=ddp", "--parallel.offload=true", "--trainer.devices=2"], "what --parallel fsdp has divided"),
         (["--parallel=fsdp", "--trainer.strategy=ddp"], "are two ways to say it"),
         (["--parallel=fsdp", "--parallel.expert=2", "--trainer.devices=3"], "does not divide the 3 processes"),
         (["--parallel=fsdp", "--parallel.expert=3", "--trainer.devices=3"], "does not divide the 4 experts of block"),

@@ -258,3 +258,11 @@ def test_fit_offers_a_smaller_batch(monkeypatch):
     assert "--data.batch_size 32 --trainer.accumulate_grad_batches 2" in fit_memory.describe_memory(
         task, Data(), trainer
     )
+
+
+def test_what_lies_in_main_memory_is_no_longer_on_the_gpu(shape):
+    """The sum on the GPU is that of the same layout without weights, gradients and moments."""
+    job = Job(4, 64)
+    here, there = memory(shape, Layout("fsdp"), job), memory(shape, Layout("fsdp", offload=True), job)
+    assert there.states == here.states > 0
+    assert there.total == pytest.approx(here.total - here.states)
