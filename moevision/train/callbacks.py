@@ -308,8 +308,8 @@ class ScheduleCheck(L.Callback):
             if known < planned:
                 raise UserError(
                     f"The checkpoint's learning rate ends after {known:,} steps and this training has {planned:,}: go "
-                    "on with its own epochs and number of processes, or start a new run from its weights with "
-                    "--pretrained runs/NAME/model."
+                    "on with its own epochs and a number of processes that divides the one before, or start a new run "
+                    "from its weights with --pretrained runs/NAME/model."
                 )
 
 

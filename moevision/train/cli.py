@@ -631,6 +631,7 @@ class TrainingCLI(LightningCLI):
         self.datamodule.run_dir = self._split_folder()
         with self.session.processes.first_one_first():
             self.datamodule.setup("fit")
+        self._keep_the_step()
         if not hasattr(self.model, "net"):  # what goes on from a checkpoint needs no pretrained weights
             self.model.build(self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=fresh)
         if self._get(self.config, "with_twin"):  # better now than after the first training
@@ -659,6 +660,15 @@ class TrainingCLI(LightningCLI):
             print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
         if not self.fast_dev_run:
             self._compare_with_start()
+
+    def _keep_the_step(self) -> None:
+        """On another number of processes: sum the gradients of as many batches as make a step of as many images."""
+        images = {} if self.start is None else self.start.fingerprint
+        images, at_once = images.get("images_per_step", 0), self.datamodule.batch_size * self.trainer.world_size
+        parts = images // at_once
+        if parts and not images % at_once and parts != self.trainer.accumulate_grad_batches:
+            self.trainer.accumulate_grad_batches = parts
+            tell(f"note: a step sums the gradients of {parts} batches of a process: it has {images} images, as before.")
 
     def _start_with_probe(self) -> None:
         """Head first: the classifier begins as a linear probe of the frozen features, which is reported too.
@@ -696,7 +706,7 @@ class TrainingCLI(LightningCLI):
         start = self.start or Start(cast(Path, self.run_dir))
         data = self.datamodule
         self.point.fingerprint = fingerprint(
-            self.trainer, self.model, data.file_list_sha256(), data.file_sizes_sha256()
+            self.trainer, self.model, data.batch_size, data.file_list_sha256(), data.file_sizes_sha256()
         )
         other = differences(start.fingerprint, self.point.fingerprint)
         if other:

@@ -34,6 +34,7 @@ _WORDS = {
     "device": "the device",
     "threads": "the number of threads (OMP_NUM_THREADS)",
     "world_size": "the number of processes (--trainer.devices)",
+    "images_per_step": "the number of images of a step",
     "precision": "the precision",
     "matmul_precision": "the precision of float32 products",
     "backend": "the experts' backend",
@@ -197,13 +198,14 @@ def _determinism() -> dict[str, Any]:
 
 
 def fingerprint(
-    trainer: L.Trainer, task: ClassificationTask, data_sha256: str, sizes_sha256: str
+    trainer: L.Trainer, task: ClassificationTask, batch_size: int, data_sha256: str, sizes_sha256: str
 ) -> dict[str, str | int | bool]:
     """What this process would compute with, as primitives.
 
     Args:
         trainer: the trainer.
         task: the ClassificationTask; its backend and compilation count.
+        batch_size: images of a process's batch.
         data_sha256: hash over the list of images with their splits and labels.
         sizes_sha256: hash over their sizes in bytes: another image of the same size isn't noticed.
     """
@@ -213,6 +215,7 @@ def fingerprint(
         "device": device.type if device.type == "cpu" else device_name(trainer),
         "threads": torch.get_num_threads(),
         "world_size": trainer.world_size,
+        "images_per_step": batch_size * trainer.world_size * trainer.accumulate_grad_batches,
         "precision": str(trainer.precision),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "backend": task.arch.backend or "auto",

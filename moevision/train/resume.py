@@ -210,7 +210,7 @@ class ResumePoint(L.Callback):
                 checkpoint["callbacks"][name] = _moved(state, self.path.parent.resolve())
         if trainer.state.fn != "fit":
             return
-        _stay_in_epoch(trainer, checkpoint)
+        _find_place(trainer, checkpoint)
         ours = checkpoint.get(MARK, {})
         self._states = ours.get("random")
         rows = ours.get("metrics_rows")
@@ -254,22 +254,28 @@ def _between_batches(trainer: L.Trainer) -> Iterator[None]:
         progress.is_last_batch = last
 
 
-def _stay_in_epoch(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Go back to an epoch's last step if it has become shorter than where it was interrupted.
+def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Where batches are of other sizes now, let Lightning count those that hold the images of this epoch so far.
 
-    Images may have vanished since. With nothing left to train, Lightning would skip the validation too.
+    An epoch that has become shorter than that, since images have vanished, goes back to its last step: with nothing
+    left to train, Lightning would skip the validation too.
     """
     data = cast(Any, trainer).datamodule
     state = checkpoint.get(type(data).__qualname__)
     if state is None or not isinstance(data, ImageDataModule):
         return
+    now = {"batch_size": data.batch_size, "world_size": trainer.world_size}
+    window, batch = trainer.accumulate_grad_batches, state["batch"]
+    if any(state[name] != value for name, value in now.items()):
+        batch = batch * state["batch_size"] * state["world_size"] // (data.batch_size * trainer.world_size)
+        batch = batch // window * window
     batches = min(data.train_batches(), _limit(trainer, data.train_batches()))
-    if state["batch"] < batches or not batches:
+    if batch >= batches > 0:
+        batch = (batches - 1) // window * window
+        tell("note: the epoch is shorter now than where it was interrupted: its last step is done again.")
+    if batch == state["batch"]:
         return
-    window = trainer.accumulate_grad_batches
-    batch = (batches - 1) // window * window
-    tell("note: the epoch is shorter now than where it was interrupted: its last step is done again.")
-    data.load_state_dict({**state, "batch": batch})
+    data.load_state_dict({**state, **now, "batch": batch})
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     progress["current"] = dict.fromkeys(progress["current"], batch)
     progress["is_last_batch"] = False

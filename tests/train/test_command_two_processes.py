@@ -196,13 +196,15 @@ def test_torchrun_starts_and_goes_on_with_the_same_run(work: Path, whole: tuple[
 
 @pytest.mark.usefixtures("stopped")
 def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path) -> None:
-    """With another number the order of the images is another one; one process instead of two takes twice the steps.
+    """With another number the order of the images is another one. One process instead of two takes as many steps.
 
-    A step of two processes is 16 images, 18 steps in all; of one 8 images, 36 steps, and no schedule for them.
+    A step of two processes is 16 images, which are two batches of one; 18 steps in all.
     """
-    said = fit(work, "--resume", "runs/fewer", "--trainer.devices=1", code=2)
+    said = fit(work, "--resume", "runs/fewer", "--trainer.devices=1")
     assert "the number of processes (--trainer.devices) was 2, now 1" in said
-    assert said.splitlines()[-1].startswith("moevision: The checkpoint's learning rate ends after 18 steps")
+    assert "a step sums the gradients of 2 batches of a process: it has 16 images, as before" in said
+    summary = json.loads((work / "runs" / "fewer" / "summary.json").read_text())
+    assert (summary["steps"], summary["batch_size"]) == (18, 16)
     interrupt(work, "more", "--trainer.devices=1", rows=10, number=signal.SIGTERM, everybody=False)
     said = fit(work, "--resume", "runs/more", "--trainer.devices=2")
     assert "the number of processes (--trainer.devices) was 1, now 2" in said

@@ -206,3 +206,24 @@ def test_a_run_folder_that_was_moved_is_followed(point):
         },
         "Foreign": state,
     }  # fmt: skip
+
+
+# --- another number of processes
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "window", "batch", "found"), [(1, 2, 1, 6, 3), (2, 1, 2, 3, 6), (2, 1, 4, 3, 4)]
+)
+def test_no_image_of_an_epoch_is_left_out_by_more_or_fewer_processes(
+    point, monkeypatch, before, now, window, batch, found
+):
+    """Of 48 images 24 were read, in batches of 4 of each process; one that belongs to half a step is read again."""
+    data = ImageDataModule("synthetic_pets", image_size=32, train_size=48, val_size=8, test_size=8, batch_size=4)
+    data.setup("fit")
+    monkeypatch.setattr(data, "_rank_and_world", lambda: (0, now))
+    counts = {"current": {"ready": batch, "completed": batch}, "is_last_batch": False}
+    state = {"epoch": 1, "batch": batch, "batch_size": 4, "world_size": before}
+    checkpoint = {"ImageDataModule": state, "loops": {"fit_loop": {"epoch_loop.batch_progress": counts}}}
+    point.on_load_checkpoint(trainer(datamodule=data, world_size=now, accumulate_grad_batches=window), None, checkpoint)
+    assert counts["current"] == {"ready": found, "completed": found}
+    assert data._start == (1, 4 * found)
