@@ -7,12 +7,13 @@ that one place can be made to fail in a test (`tests/train/test_file_operations.
 """
 
 import errno
+import hashlib
 import os
 import platform
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from moevision.names import json_text
 # What file systems say that don't flush folders (FUSE, CIFS), or don't let this user open one.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 _MARGIN_BYTES = 1 << 20  # left free for the manifest, the metrics and the file system's own tables
+_BLOCK_BYTES = 1 << 22  # read at a time
 _SILENT_S = 3600.0  # a temporary file to which nobody has written for so long is taken for a leftover
 
 
@@ -246,3 +248,13 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
         ValueError: `obj` holds NaN or infinity, which JSON can't say.
     """
     write_text_atomic(path, json_text(obj, indent=2) + "\n")
+
+
+def file_sha256(path: Path, on_progress: Callable[[int], None] = lambda done: None) -> str:
+    """SHA-256 of a file in hexadecimal; `on_progress` gets the bytes read since its last call."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            on_progress(len(block))
+    return digest.hexdigest()

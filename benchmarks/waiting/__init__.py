@@ -154,7 +154,7 @@ class Arm:
                 _tilt(layer.router)
         self.aux = AuxLoss(AuxLossWeights(load_balancing=BALANCE if name == "loss" else 0.0))
         self.aux.check(self.net)
-        same_everywhere(self.net)
+        same_everywhere(self.net, torch.device("cpu"))
         shard(self.net, layout)
         self.optimizer, _ = build_optimizer(self.net, OptimizerConfig(lr=1e-3, warmup_fraction=0.0), total_steps=10**6)
 

@@ -18,8 +18,9 @@ from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.layers import Backend, ExpertChoiceRouter, SoftRouter, moe_layers
 from moevision.models.export import SUFFIX, ExportReport, Format, Runner, export_onnx, export_torch, load_exported
-from moevision.models.io import SavedModel, load_model
+from moevision.models.io import SavedModel
 from moevision.names import shown
+from moevision.train.trained import load_trained
 
 SNIPPETS: dict[Format, str] = {
     "onnx": """\
@@ -71,7 +72,7 @@ def export(
     if out.exists() and not force:
         raise UserError(f"{out} exists: give --out another name, or --force to replace it.")
     with Console(stderr=True).status("loading the model") as status:
-        saved = load_model(model)
+        saved = load_trained(model)
         pictures = None if data is None else _prepared(model, saved, data, root, limit)
         status.update("exporting and checking (half a minute for a small model)")
         try:

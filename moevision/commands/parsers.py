@@ -15,6 +15,7 @@ from typing import Any
 
 SPLITS = ("train", "val", "test")
 MODEL = "a run folder, its model/ folder, or a timm address such as hf-hub:user/name"
+TRAINED = f"{MODEL}, or a checkpoint of a run, finished or not (checkpoints/last.ckpt)"
 _DATA = "a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10"
 _ROOT = "folder of the datasets that are known by name (the run's own, or data)"
 _FORCE = "write into a folder that holds something"
@@ -41,7 +42,7 @@ def predict() -> ArgumentParser:
         moevision predict runs/pets/model photos/ --shard 1/8 --out answers/
         """,
     )
-    parser.add_argument("model", help=MODEL)
+    parser.add_argument("model", help=TRAINED)
     parser.add_argument(
         "paths",
         nargs="+",
@@ -281,7 +282,7 @@ def export() -> ArgumentParser:
         """,
     )
     add = parser.add_argument
-    add("model", help=MODEL)
+    add("model", help=TRAINED)
     add("--out", required=True, metavar="FILE", help="file to write: NAME.onnx or NAME.pt2")
     add("--format", choices=("onnx", "torch"), help="by default what FILE's ending says")
     add("--data", metavar="IMAGES", help="compare on these too: an image, a folder, or a dataset's name")

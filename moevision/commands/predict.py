@@ -32,8 +32,9 @@ from moevision.data.sources import Sample, walk
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
-from moevision.models.io import SavedModel, best_device, load_model
+from moevision.models.io import SavedModel, best_device
 from moevision.names import csv_name, json_text
+from moevision.train.trained import load_trained
 
 UNSURE = "unsure"
 PART_IMAGES = 4096
@@ -96,7 +97,7 @@ def predict(
     if shard is not None and out is None:
         raise UserError("--shard needs --out DIR, the folder that all shards write their parts into.")
     with loading("loading the model"):
-        saved = load_model(model)
+        saved = load_trained(model)
     files = list(find_images(paths))
     if shard is not None:
         said = {"model": model, "format": format, "precision": precision, "unsure": unsure}

@@ -22,10 +22,17 @@ from typing import Final, NamedTuple
 
 from moevision.data import shard_scan
 from moevision.data.images import BadImageError
-from moevision.data.shards import INDEX, JOURNAL, Index, Rows, Shard, file_sha256, read_index
+from moevision.data.shards import INDEX, JOURNAL, Index, Rows, Shard, read_index
 from moevision.data.sources import Collection, DrawnCollection, FileCollection, Sample
 from moevision.errors import UserError
-from moevision.files import make_folder, remove_leftovers, sync_folder, write_bytes_atomic, write_json_atomic
+from moevision.files import (
+    file_sha256,
+    make_folder,
+    remove_leftovers,
+    sync_folder,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 from moevision.names import name_bytes
 
 _ENDINGS: Final = (

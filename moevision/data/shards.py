@@ -30,7 +30,7 @@ from PIL import Image
 from moevision.data.images import MAX_BYTES, BadImageError, safe_open
 from moevision.data.sources import SPLIT_NAMES, Collection, Sample, subfolders
 from moevision.errors import UserError
-from moevision.files import write_text_atomic
+from moevision.files import file_sha256, write_text_atomic
 from moevision.names import json_text, name_bytes
 
 INDEX: Final = "moevision-index.json"
@@ -38,7 +38,6 @@ JOURNAL: Final = "moevision-unfinished.json"
 """What `moevision data shard` has written so far; the index takes its place at the end."""
 _FORMAT: Final = 1
 _OPEN_FILES: Final = 128  # ImageNet has 1,088 shards, and a process may often open no more than 1,024 files
-_BLOCK_BYTES: Final = 2**22
 
 
 @dataclass
@@ -260,16 +259,6 @@ def verify(folder: Path, on_progress: Callable[[int], None] = lambda done: None)
                 "run `moevision data shard` again as before, which writes it anew."
             )
     return index
-
-
-def file_sha256(path: Path, on_progress: Callable[[int], None] = lambda done: None) -> str:
-    """SHA-256 of a file in hexadecimal; `on_progress` gets the bytes read since its last call."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            on_progress(len(block))
-    return digest.hexdigest()
 
 
 # ---- reading

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import shutil
 import time
 import zipfile
@@ -39,6 +40,7 @@ from lightning.fabric.plugins import CheckpointIO
 from moevision.errors import UserError
 from moevision.files import (
     check_room,
+    file_sha256,
     make_folder,
     rename_over,
     sync_folder,
@@ -52,7 +54,6 @@ from moevision.train.processes import from_first, is_first, tell
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 MANIFEST = "manifest.json"
 RETRY_S = 30.0
-_BLOCK_BYTES = 1 << 20  # read at a time
 _PREFERRED = {LAST: 2, PREVIOUS: 1}
 
 
@@ -137,13 +138,7 @@ def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hexadecimal; of a folder `sharded.digest`."""
-    if path.is_dir():
-        return sharded.digest(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+    return sharded.digest(path) if path.is_dir() else file_sha256(path)
 
 
 @dataclass(frozen=True)
@@ -196,14 +191,24 @@ def _verify_archive(path: Path, digest: str) -> Verified:
 
 
 def newest_valid(folder: Path) -> tuple[Verified | None, list[Verified]]:
-    """The valid checkpoint of the latest step in `folder`, and all those that can't be used.
+    """The valid checkpoint of the latest step in `folder`, and those that were looked at before and can't be used.
 
-    Between files of the same step `last.ckpt` wins, and then `previous.ckpt`.
+    Between files of the same step `last.ckpt` wins, and then `previous.ckpt`. To look at one is to read it whole, so
+    that those are left out that are older by the manifest.
     """
-    seen = [verify(path) for path in sorted(folder.glob("*.ckpt")) if not path.name.startswith(".")]
-    valid = [each for each in seen if each.fault is None]
-    newest = max(valid, key=lambda each: (each.step, _PREFERRED.get(each.path.name, 0)), default=None)
-    return newest, [each for each in seen if each.fault is not None]
+    steps = {entry.name: entry.step for entry in read_manifest(folder)}
+    paths = [path for path in sorted(folder.glob("*.ckpt")) if not path.name.startswith(".")]
+    paths.sort(key=lambda path: (steps.get(path.name, math.inf), _PREFERRED.get(path.name, 0)), reverse=True)
+    newest, refused = None, list[Verified]()
+    for path in paths:
+        if newest is not None and newest.step >= steps.get(path.name, math.inf):
+            break
+        seen = verify(path)
+        if seen.fault is not None:
+            refused.append(seen)
+        elif newest is None or seen.step > newest.step:
+            newest = seen
+    return newest, refused
 
 
 @dataclass(frozen=True)

@@ -652,7 +652,8 @@ class TrainingCLI(LightningCLI):
                 if self._get(self.config, "router_start") == "cluster" and moe_layers(self.model.net):
                     self._start_from_clusters()
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
-                self.expected_s = expected_seconds(self.model, self.datamodule, self.trainer)
+                if MoEParallelStrategy.of(self.trainer) is None:  # else the model may not fit one device
+                    self.expected_s = expected_seconds(self.model, self.datamodule, self.trainer)
                 needed = describe_memory(self.model, self.datamodule, self.trainer)
                 print(describe_plan(self.model, self.datamodule, self.trainer, self.expected_s, needed))
                 if (line := describe_parallel(self.trainer, self.model.net)) is not None:

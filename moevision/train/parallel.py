@@ -129,10 +129,26 @@ def check_network(net: nn.Module, expert: int) -> None:
             )
 
 
-def same_everywhere(net: nn.Module) -> None:
-    """Give all processes the weights and buffers of the first one."""
+def same_everywhere(net: nn.Module, device: torch.device) -> None:
+    """Give all processes the weights and buffers of the first one, over `device`; they stay where they are."""
     for tensor in net.state_dict().values():
-        dist.broadcast(tensor, src=0)
+        sent = tensor.to(device)
+        dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
+
+
+@torch.no_grad()
+def share_buffers(net: nn.Module) -> None:
+    """Give all processes the first one's running statistics (BatchNorm), in one message.
+
+    DDP does so before each forward pass. Every process sees batches of its own, and only the first one's statistics are
+    saved: a resumed training would go on from others in the other processes.
+    """
+    buffers = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.broadcast(flat, src=0)
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
 
 
 def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *, offload: bool = False) -> nn.Module:
@@ -153,8 +169,7 @@ def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *
     from torch.distributed.fsdp import fully_shard as shard_whole
 
     whole = _evenly(layout.world.size(-1))
-    # A part of an expert is gathered in two steps, over efsdp and over ep; DTensor warns of each such gathering.
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_not_in_two_steps)
     check_network(net, 1 if layout.experts is None else layout.experts["ep"].size())
     policy = MixedPrecisionPolicy(gathered, torch.float32 if gathered else None, cast_forward_inputs=False)
     kept = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
@@ -177,6 +192,11 @@ def shard(net: nn.Module, layout: Layout, gathered: torch.dtype | None = None, *
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return net
+
+
+def _not_in_two_steps(record: logging.LogRecord) -> bool:
+    """Leaves out DTensor's warning of a gathering in two steps: over efsdp and over ep, which is meant."""
+    return not str(record.msg).startswith("While redistributing from")
 
 
 def _evenly(processes: int) -> Callable[[nn.Parameter], Any]:

@@ -340,13 +340,14 @@ def describe_plan(
     ]
     if memory is not None:
         lines.append(memory)
-    if expected_s is not None:
-        epochs = trainer.max_epochs or 0
-        speed = f"about {expected_s / 60:.0f} min at {epochs * train_images / expected_s:.0f} images/s"
-        lines.append(
-            f"plan: {epochs} epochs of {train_images:,} images, {speed} (by a few timed steps on noise, plus a tenth "
-            "for loading and validation; corrected while it trains)"
-        )
+    if (epochs := trainer.max_epochs or 0) > 0:
+        time_it_takes = "how long they take is said after the first steps"
+        if expected_s is not None:
+            time_it_takes = (
+                f"about {expected_s / 60:.0f} min at {epochs * train_images / expected_s:.0f} images/s (by a few timed "
+                "steps on noise, plus a tenth for loading and validation; corrected while it trains)"
+            )
+        lines.append(f"plan: {epochs} epochs of {train_images:,} images, {time_it_takes}")
     if task.arch.pretrained is None and train_images < SCRATCH_MINIMUM and data.path != "synthetic_pets":
         lines.append(
             f"note: {train_images:,} images are few to learn from scratch; try a pretrained start: --pretrained auto, "

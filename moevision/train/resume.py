@@ -196,11 +196,14 @@ class ResumePoint(L.Callback):
         self.interruption.training = False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the random generators of all processes, the place in metrics.csv, and what the numbers depend on."""
+        """Add random generators, the place in metrics.csv, what numbers depend on, and what `load_trained` needs."""
+        data = cast(Any, trainer).datamodule
+        known = {"class_names": list(data.class_names), "mean_std": [list(data.mean), list(data.std)]}
         checkpoint[MARK] = {
             "random": gather(random_state()),
             "metrics_rows": _logged_rows(trainer),
             "fingerprint": self.fingerprint,
+            "data": known,
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from importlib import import_module
 from math import ceil
@@ -29,13 +30,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moevision.files import check_room, make_folder, sync_file, sync_folder
+from moevision.files import check_room, file_sha256, make_folder, sync_file, sync_folder
 from moevision.train.parallel import copies, mesh_of, own_part
 from moevision.train.processes import gather
 
 REST = "rest.pt"
 _METADATA = ".metadata"
-_BLOCK_BYTES = 1 << 20  # read at a time
 _WEIGHTS = ("state_dict", "current_model_state")  # the second: beside a moving average
 
 Place = tuple[str | int, ...]
@@ -101,7 +101,7 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
         own = {f"__{dist.get_rank()}_"} | ({REST, _METADATA} if first else set())
         files = [path for path in folder.iterdir() if any(path.name.startswith(name) for name in own)]
         weights = {_WEIGHTS[0]: {str(place): x for place, x in sharded.items() if place[0] in _WEIGHTS}}
-        known = {path.name: (_sha256(path), path.stat().st_size) for path in files}
+        known = {path.name: (file_sha256(path), path.stat().st_size) for path in files}
         return known, _is_finite(rest) and _is_finite(weights)
 
     found = _on_all(written)
@@ -184,7 +184,9 @@ def file_with_rest(path: Path) -> Path:
 
 def digest(folder: Path) -> str:
     """SHA-256 over the names and SHA-256 of a folder's files, in hexadecimal."""
-    return _digest({path.name: _sha256(path) for path in folder.iterdir()})
+    files = list(folder.iterdir())
+    with ThreadPoolExecutor() as threads:  # hashing holds no lock of Python's
+        return _digest(dict(zip([path.name for path in files], threads.map(file_sha256, files), strict=True)))
 
 
 def remove(path: Path) -> None:
@@ -199,16 +201,18 @@ def _on_all(action: Callable[[], Any]) -> list[Any]:
     """What an action gave on each process.
 
     Raises:
-        OSError: on all of them, if it failed on one.
+        OSError: on all of them, if the system refused it on one.
+        RuntimeError: on all of them, if it failed otherwise on one: none waits for it for ever.
     """
     result = fault = None
     try:
         result = action()
-    except OSError as error:
-        fault = _why(error)
+    except Exception as error:
+        fault = (isinstance(error, OSError), _why(error))
     found = gather((result, fault))
-    if (fault := next((each for _, each in found if each is not None), None)) is not None:
-        raise OSError(0, fault)
+    if (first := next((each for _, each in found if each is not None), None)) is not None:
+        refused, why = first
+        raise OSError(0, why) if refused else RuntimeError(why)
     return [each for each, _ in found]
 
 
@@ -224,14 +228,6 @@ def _why(error: BaseException) -> str:
 
 def _digest(files: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _without_sharded(value: Any, place: Place, found: dict[Place, Tensor]) -> Any:

@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ from moevision.train.parallel import (
     same_everywhere,
     shard,
     shard_like,
+    share_buffers,
 )
 from moevision.train.task import ClassificationTask
 
@@ -173,12 +173,16 @@ class MoEParallelStrategy(ModelParallelStrategy):
             return
         check_network(task.net, self.expert)
         self.model = self.precision_plugin.convert_module(task)
-        self.model_to_device()
-        same_everywhere(task.net)
+        same_everywhere(task.net, self.root_device)
         self._outline = outline(task.net)
         layout = Layout.of(self.root_device.type, self.expert, replicated=self.replicated)
         gathered = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
-        shard(task.net, layout, gathered, offload=self.offload)
+        net = shard(task.net, layout, gathered, offload=self.offload)  # block by block: no device ever has it whole
+        if any(isinstance(module, _BatchNorm) for module in net.modules()):
+            net.register_forward_pre_hook(lambda module, _: share_buffers(module))
+        task.net = nn.Identity()
+        self.model_to_device()  # the rest of the task
+        task.net = net
 
     def copy_of(self, net: nn.Module) -> nn.Module:
         """A copy of a sharded network that holds the same parts; it can't compute."""
@@ -190,32 +194,6 @@ class MoEParallelStrategy(ModelParallelStrategy):
         state = gathered_state(self._task.net)
         if self.is_global_zero:
             self._task.net = filled(cast(nn.Module, self._outline), state).eval()
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning, with the first process's running statistics."""
-        self._share_statistics()
-        return super().training_step(*args, **kwargs)
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning, with the first process's running statistics."""
-        self._share_statistics()
-        return super().validation_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning, with the first process's running statistics."""
-        self._share_statistics()
-        return super().test_step(*args, **kwargs)
-
-    def _share_statistics(self) -> None:
-        """Every process sees batches of its own: before each forward pass, as DDP does it, BatchNorm's are the first's.
-
-        Those are saved, so that a resumed training would go on from others in the other processes.
-        """
-        net = self._task.net
-        if any(isinstance(module, _BatchNorm) for module in net.modules()):
-            cast(Any, dist)._broadcast_coalesced(
-                dist.group.WORLD, list(net.buffers()), 250 << 20, 0
-            )  # DDP's size of a bucket
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Gradients are summed over processes: those of the mean are wanted."""

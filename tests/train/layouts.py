@@ -256,7 +256,7 @@ def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layou
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.zero_()
-    same_everywhere(net)
+    same_everywhere(net, torch.device("cpu"))
     plain = outline(net) if case.steps == 10 else net
     if layout == DDP:
         wrapped = DistributedDataParallel(_Both(net))

@@ -15,7 +15,7 @@ import torch
 
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, temporary_for
-from moevision.train import checkpoint
+from moevision.train import checkpoint, sharded
 from moevision.train.checkpoint import (
     BEST,
     LAST,
@@ -28,6 +28,14 @@ from moevision.train.checkpoint import (
     verify,
     write_manifest,
 )
+
+
+def test_what_fails_in_one_process_fails_in_all():
+    """Whatever it is: who waits for the others' words would wait for ever."""
+    with pytest.raises(OSError, match="No space left"):
+        sharded._on_all(lambda: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sharded._on_all(lambda: (_ for _ in ()).throw(MemoryError("out of memory")))
 
 
 def state(step: int, value: float = 1.0) -> dict[str, object]:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from moevision.train.sharded import read_folder
+from moevision.train.trained import load_trained
 from tests.forks import Forked
 from tests.train.test_command_two_processes import KILLED, TORCHRUN, TWO, _end, differing, fit, start
 
@@ -71,10 +72,13 @@ def test_the_exported_model_is_the_best_checkpoint(whole: tuple[Path, str]) -> N
     """Weights are whole again, on one file; every file of a run is there, and the plan says how it is shared."""
     run, said = whole
     assert "parallel: weights sharded over 2 processes (FSDP2), 4 experts over 2 of them, 2 each" in said
+    assert "images, how long they take is said after the first steps" in said  # no device has to hold the whole model
     best, model = read_folder(run / "checkpoints" / "best.ckpt"), load_file(run / "model" / "model.safetensors")
     assert {f"net.{name}" for name in model} <= best["state_dict"].keys()
     for name, tensor in model.items():
         assert torch.equal(best["state_dict"][f"net.{name}"], tensor), name
+    loaded = load_trained(str(run / "checkpoints" / "best.ckpt")).net.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.items())
     for name in ("summary.md", "provenance.json", "predictions_test.csv", "curves.png"):
         assert (run / name).is_file(), name
     assert json.loads((run / "summary.json").read_text())["test"]["total"] == 33

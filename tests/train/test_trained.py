@@ -1,0 +1,56 @@
+"""A checkpoint of a training is a model: that of the same weights in the run's `model/`."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from moevision.errors import UserError
+from moevision.models.io import load_model
+from moevision.train.trained import load_trained
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cli):
+    """One epoch on drawn pets; best.ckpt holds the weights that `model/` was written from."""
+    folder = tmp_path_factory.mktemp("trained")
+    sizes = ("--data.image_size=32", "--data.train_size=16", "--data.val_size=8", "--data.test_size=8")
+    model = ("--model.arch.name=test_vit_moe", "--ema.decay=0.5", f"--runs_root={folder}")
+    assert cli("fit", "synthetic_pets", *sizes, *model, "--trainer.max_epochs=1").code == 0
+    return folder / "synthetic_pets"
+
+
+def test_a_checkpoint_is_the_model_of_its_weights(run):
+    """Classes, colour statistics, and logits; with a moving average, which `model/` holds too."""
+    found, expected = load_trained(str(run / "checkpoints" / "best.ckpt")), load_model(str(run))
+    assert found.class_names == expected.class_names
+    assert (found.image_size, found.mean, found.std) == (32, [*expected.mean], [*expected.std])
+    image = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(found.net(image), expected.net(image))
+
+
+def test_predict_reads_it(run, cli, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    said = [
+        cli("predict", str(model), str(tmp_path), "--format=json") for model in (run, run / "checkpoints/best.ckpt")
+    ]
+    (finished,), (so_far,) = (json.loads(each.out) for each in said)
+    assert so_far["class"] == finished["class"]
+    assert (finished["calibrated"], so_far["calibrated"]) == (True, False)  # by the validation images, at the end
+
+
+def test_what_is_none_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        load_trained(str(tmp_path / "last.ckpt"))
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    file = tmp_path / "checkpoints" / "last.ckpt"
+    state = torch.load(file, weights_only=True)
+    del state["moevision"]["data"]
+    torch.save(state, file)
+    (tmp_path / "checkpoints" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="doesn't name its classes"):
+        load_trained(str(file))
