@@ -1,12 +1,15 @@
 """`plan`: the recommended command, what is said to be assumed, and what can't be planned."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from moevision.analysis.trace import RoutingTrace
 from moevision.commands.completion import flags_of
+from moevision.train.machine import measured_links, sheet_machine
 
 OLD = Path(__file__).parent / "fixtures" / "formats" / "0.1"
 TRACE = OLD / "report" / "trace.safetensors"
@@ -43,6 +46,30 @@ def test_measured_here_is_not_called_assumed(cli):
     assert not {each["name"] for each in facts["assumed"]} & {*facts["measured"], "peak_flops"}
     assert facts["command"].startswith("moevision fit --config quickstart --data.batch_size=64")
     assert [each["name"] for each in facts["layouts"]] == ["one GPU"]
+
+
+def test_fp16_is_planned_for_what_trains_in_it(cli):
+    """`fit --parallel` refuses 16-mixed but for DDP."""
+    facts = json.loads(cli("plan", "test_vit_moe", "--gpus=4", "--gpu=t4", "--format=json").out)
+    assert [each["name"] for each in facts["layouts"]] == ["DDP"]
+    assert "--trainer.precision=16-mixed" in facts["command"]
+
+
+def test_links_are_measured_between_processes(monkeypatch):
+    """Two of them, 2 ms and 1 GB/s: each sends as many bytes as there are, by a clock that all-reduces move."""
+    passed = [0.0]
+
+    def travel(tensor, op=None):
+        passed[0] += 2e-3 + tensor.nbytes / 1e9
+
+    monkeypatch.setattr(time, "perf_counter", lambda: passed[0])
+    for name, fake in {"get_world_size": lambda: 2, "barrier": lambda: None, "all_reduce": travel}.items():
+        monkeypatch.setattr(torch.distributed, name, fake)
+    sheet = sheet_machine("h100", gpus_per_node=1)
+    found = measured_links(sheet, torch.device("cpu"))
+    assert found.latency_s == pytest.approx(2e-3, rel=1e-4)
+    assert found.network_bytes_per_s == pytest.approx(1e9, rel=1e-4)
+    assert sheet.assumed.keys() - found.assumed.keys() == {"latency_s", "network_bytes_per_s"}
 
 
 def test_a_saved_run_with_the_loads_of_a_trace(cli):

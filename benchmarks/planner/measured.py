@@ -38,13 +38,12 @@ from moevision.layers import forward_routing
 from moevision.models.config import MoEConfig, build_model
 from moevision.train import parallel
 from moevision.train.footprint import shape_of
-from moevision.train.machine import Machine, measured_machine, sheet_machine
+from moevision.train.machine import Machine, measured_links, measured_machine, sheet_machine
 from moevision.train.optim import OptimizerConfig, build_optimizer
 from moevision.train.planner import Job, Layout, ModelShape, layouts, plan
 from moevision.train.report import table
 
 EXPERTS, CLASSES, WARM_UP = 8, 8, 3
-LINK_BYTES = 1 << 24
 RATES = ("matmul_flops", "memory_bytes_per_s", "link_bytes_per_s", "latency_s", "overlap")
 
 
@@ -149,13 +148,7 @@ def _machine(shape: ModelShape, images: int) -> Machine:
     found = replace(found, matmul_flops=matmul, memory_bytes_per_s=copy, overlap=0.0)
     if processes == 1:
         return found
-    latency_s, block_s = (_all_reduce_s(torch.zeros(size // 4)) for size in (4, LINK_BYTES))
-    sent = 2 * LINK_BYTES * (processes - 1) / processes  # by each process, in a ring
-    return replace(found, latency_s=latency_s, link_bytes_per_s=sent / max(block_s - latency_s, 1e-9))
-
-
-def _all_reduce_s(tensor: Tensor) -> float:
-    return median(_together_s(lambda: dist.all_reduce(tensor)) for _ in range(10))
+    return measured_links(found, torch.device("cpu"))
 
 
 def _together_s(work: Callable[[], object]) -> float:

@@ -131,6 +131,7 @@ def plan() -> ArgumentParser:
         moevision plan vit_moe_base_patch16_224 --gpus 64 --gpu h100 --batch 4096
         moevision plan vit_moe --option base=vit_large_patch16_224 --option num_experts=32 --gpus 64
         moevision plan runs/pets --measure                         this machine's rates in place of a data sheet's
+        torchrun --nproc-per-node 8 -m moevision plan vit_moe_base_patch16_224 --gpus 8 --measure      and its links
         """,
     )
     add = parser.add_argument
@@ -144,7 +145,7 @@ def plan() -> ArgumentParser:
     add("--option", type=_option, action="append", default=[], metavar="NAME=VALUE",
         help="one of fit's options model.arch.NAME, such as num_experts=32; may be repeated")  # fmt: skip
     add("--measure", action="store_true",
-        help="measure matrix products at the model's widths and copies here; links stay assumed")  # fmt: skip
+        help="measure matrix products at the model's widths and copies here; links too under torchrun")  # fmt: skip
     add("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
     return parser
 

@@ -6,15 +6,18 @@ The formulas are in `moevision.train.planner`, what they take a GPU for in `moev
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
+import torch.distributed as dist
 import yaml  # type: ignore[import-untyped]
 from rich import box
 from rich.console import Console
@@ -30,9 +33,10 @@ from moevision.models.io import create_from, describe, is_timm_name, model_folde
 from moevision.models.safe_files import parse_yaml
 from moevision.names import shown
 from moevision.train.footprint import shape_of
-from moevision.train.machine import Machine, measured_machine, sheet_machine
+from moevision.train.machine import Machine, measured_links, measured_machine, sheet_machine
 from moevision.train.planner import (
     Job,
+    Layout,
     ModelShape,
     Plan,
     layouts,
@@ -122,9 +126,11 @@ def run(chosen: Namespace) -> None:
             f"{chosen.gpus} GPUs can't share a batch of {batch} equally: use --batch "
             f"{chosen.gpus * max(1, round(batch / chosen.gpus))}."
         )
-    with loading("counting the model"):
+    with loading("counting the model"), _started_together(chosen.measure) as group:
         planned = open_planned(chosen.model, dict(chosen.option))
-        machine, measured, dtype = _machine(chosen, planned, batch // chosen.gpus)
+        machine, measured, dtype = _machine(chosen, planned, batch // chosen.gpus, group)
+        if group is not None and group.rank:
+            return
         shape = shape_of(
             planned.net,
             planned.image_size,
@@ -134,12 +140,13 @@ def run(chosen: Namespace) -> None:
         )
         loads = loads_of(chosen.trace, shape) if chosen.trace else ()
     job = Job(chosen.gpus, batch, cv=CV if chosen.cv is None else chosen.cv, loads=loads)
-    plans = [plan(shape, layout, job, machine) for layout in layouts(shape, job.gpus)]
+    choices = [Layout()] if dtype == torch.float16 else layouts(shape, job.gpus)  # the others scale no losses
+    plans = [plan(shape, layout, job, machine) for layout in choices]
     best, checkpointing = recommend(plans), False
     if best is None:  # blocks computed again need less memory
         checkpointing = True
         again = replace(shape, recomputed=tuple(range(shape.depth)))
-        plans = [plan(again, layout, job, machine) for layout in layouts(shape, job.gpus)]
+        plans = [plan(again, layout, job, machine) for layout in choices]
         best = recommend(plans)
     command = None if best is None else launch_command(best, planned, machine, dtype, checkpointing)
     assumed = [*_assumed(machine), *_assumed_of(chosen, planned)]
@@ -239,7 +246,32 @@ def loads_of(file: Path, shape: ModelShape) -> tuple[tuple[float, ...], ...]:
 # ---- speeds
 
 
-def _machine(chosen: Namespace, planned: Planned, images: int) -> tuple[Machine, list[str], torch.dtype]:
+@dataclass(frozen=True)
+class _Group:
+    """Processes that torchrun has started to measure together: this one's rank, and its device."""
+
+    rank: int
+    device: torch.device
+
+
+@contextmanager
+def _started_together(measure: bool) -> Iterator[_Group | None]:
+    """The group of this process; None if it is alone, or nothing is measured."""
+    if not measure or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield None
+        return
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    yield _Group(dist.get_rank(), device)
+    dist.destroy_process_group()
+
+
+def _machine(
+    chosen: Namespace, planned: Planned, images: int, group: _Group | None
+) -> tuple[Machine, list[str], torch.dtype]:
     """The machine, which of its fields were measured here, and the dtype of products."""
     sheet = sheet_machine(chosen.gpu, chosen.gpus_per_node)
     if not chosen.measure:
@@ -250,6 +282,8 @@ def _machine(chosen: Namespace, planned: Planned, images: int) -> tuple[Machine,
     hidden = layers[0].experts.fc1.out_features if layers else 4 * width
     patches = int(cast(Any, planned.net).patch_embed.num_patches)
     machine = measured_machine(sheet, tokens=min(images, 32) * patches, width=width, hidden=hidden, dtype=dtype)
+    if group is not None:
+        machine = measured_links(machine, group.device)
     return machine, [name for name in sheet.assumed if name not in machine.assumed and name != "peak_flops"], dtype
 
 

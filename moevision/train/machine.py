@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ GPUS = {
     "rtx4090": GpuSheet("GeForce RTX 4090", 165, 1008, 24, "PCIe 4 x16", 32, 12.5),
     "t4": GpuSheet("T4 (fp16, it has no bf16)", 65, 320, 16, "PCIe 3 x16", 16, 12.5),
 }
+LINK_BYTES = 1 << 24  # of an all-reduce that shows the bandwidth
 MATMUL_SHARE, COPY_SHARE, LINK_SHARE = 0.6, 0.8, 0.78  # of the data sheet's; see `sheet_machine`
 
 
@@ -144,6 +145,41 @@ def measured_machine(machine: Machine, *, tokens: int, width: int, hidden: int, 
         memory_bytes=float(memory_bytes),
         assumed={field: source for field, source in machine.assumed.items() if field not in measured},
     )
+
+
+def measured_links(machine: Machine, device: torch.device) -> Machine:
+    """The same machine with the latency of a collective, and the bandwidth of an all-reduce between all processes.
+
+    Medians of ten, by the slowest process. Every process of the group must call it; there must be two at least.
+
+    Args:
+        machine: what the rest is taken from; the link of a node is measured if one node holds all processes, else the
+            network.
+        device: where tensors that travel are.
+    """
+    import torch
+    import torch.distributed as dist
+
+    def seconds(size: int) -> float:
+        sent, times = torch.zeros(size // 4, device=device), []
+        for _ in range(10):
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_reduce(sent)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            took = torch.tensor([time.perf_counter() - began], device=device)
+            dist.all_reduce(took, op=dist.ReduceOp.MAX)
+            times.append(float(took))
+        return statistics.median(times)
+
+    processes = dist.get_world_size()
+    latency_s, block_s = seconds(4), seconds(LINK_BYTES)
+    sent = 2 * LINK_BYTES * (processes - 1) / processes  # by each process, in a ring
+    link = "link_bytes_per_s" if processes <= machine.gpus_per_node else "network_bytes_per_s"
+    assumed = {name: source for name, source in machine.assumed.items() if name not in ("latency_s", link)}
+    found: dict[str, float] = {"latency_s": latency_s, link: sent / max(block_s - latency_s, 1e-9)}
+    return replace(machine, assumed=assumed, **cast(Any, found))
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device, runs: int = 7) -> float:
