@@ -107,8 +107,7 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer) -> None:
             ways.append("--parallel.offload true")
     raise UserError(
         f"Weights, gradients and moments of this model take {size / 1e9:.1f} GB, and {where} has "
-        f"{capacity / 1e9:.1f} GB: use {' or '.join(ways) or 'a smaller model'}; --check_memory false tries it all the "
-        "same."
+        f"{capacity / 1e9:.1f} GB: use {' or '.join(ways) or 'a smaller model'}; --force tries it all the same."
     )
 
 

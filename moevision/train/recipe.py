@@ -60,6 +60,11 @@ _NAMED_IMAGES = {
     "food101": 101_000,
     "imagenet": 1_331_167,
 }
+_IN_FULL = {
+    "--dense": "--model.arch.twin=active_flops",
+    "--compile": "--model.compile=true",
+    "--force": "--check_memory=false",
+}
 _CACHE_SHARE = 0.25  # of the free memory may hold decoded images
 
 
@@ -130,7 +135,7 @@ def expand_arguments(
 
     `FOLDER` (or a dataset's name) in front becomes `--data.path`, with a recipe for it unless `--config` is given;
     `--config NAME` finds shipped configs; `--pretrained X` becomes `--model.arch.pretrained X`, where `auto` and `none`
-    are decided here; `--dense` becomes `--model.arch.twin active_flops`, `--parallel X` `--parallel.layout X`.
+    are decided here; `--dense`, `--compile`, `--force` and `--parallel X` are written in full.
 
     Args:
         verb: the verb.
@@ -141,7 +146,7 @@ def expand_arguments(
     Raises:
         UserError: if a config does not exist, nothing says what to train on, or pretrained weights can't be had.
     """
-    asked, rest = take_pretrained(_with_layout(_with_dense(arguments)))
+    asked, rest = take_pretrained(_in_full(arguments))
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
     has_config = any(_is(argument, "--config") or _is(argument, "-c") for argument in rest)
     says_what = has_config or path is not None or any(_is(argument, "--data.path") for argument in rest)
@@ -187,21 +192,18 @@ def take_pretrained(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return (NONE if asked == "null" else asked), rest
 
 
-def _with_dense(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--dense` in full.
+def _in_full(arguments: Sequence[str]) -> list[str]:
+    """The arguments with what is said in short written in full.
 
     Raises:
         UserError: beside `--with-twin`, which compares with the dense model.
     """
     if "--dense" in arguments and "--with-twin" in arguments:
         raise UserError("--dense trains the dense model itself: leave --with-twin out, which trains both.")
-    return ["--model.arch.twin=active_flops" if argument == "--dense" else argument for argument in arguments]
-
-
-def _with_layout(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--parallel ddp|fsdp` in full."""
     return [
-        argument.replace("--parallel", "--parallel.layout", 1) if _is(argument, "--parallel") else argument
+        argument.replace("--parallel", "--parallel.layout", 1)
+        if _is(argument, "--parallel")
+        else _IN_FULL.get(argument, argument)
         for argument in arguments
     ]
 

@@ -241,7 +241,7 @@ def test_fit_refuses_what_its_states_alone_exceed(monkeypatch):
     monkeypatch.setattr(fit_memory, "total_memory_bytes", lambda: needs)
     fit_memory.check_memory(task, trainer)
     monkeypatch.setattr(fit_memory, "total_memory_bytes", lambda: needs - 1)
-    with pytest.raises(UserError, match=r"--model.arch.num_experts 2 .*--check_memory false"):
+    with pytest.raises(UserError, match=r"--model.arch.num_experts 2 .*--force"):
         fit_memory.check_memory(task, trainer)
 
 

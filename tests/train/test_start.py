@@ -269,7 +269,8 @@ def test_who_names_a_model_is_not_asked(drawn_pets: Path, hub: FakeHub, monkeypa
 
 def test_the_command_line(drawn_pets: Path) -> None:
     folder = str(drawn_pets)
-    assert "--model.arch.twin=active_flops" in expand_arguments("fit", [folder, "--pretrained=none", "--dense"])
+    said = expand_arguments("fit", [folder, "--pretrained=none", "--dense", "--compile", "--force"])
+    assert {"--model.arch.twin=active_flops", "--model.compile=true", "--check_memory=false"} <= {*said}
     with pytest.raises(UserError, match="--dense trains the dense model itself"):
         expand_arguments("fit", [folder, "--dense", "--with-twin"])
     with pytest.raises(UserError, match="--pretrained needs a timm name, a file, a folder, auto or none"):
