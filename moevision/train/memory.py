@@ -79,8 +79,7 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer) -> None:
     """
     capacity, layout, where = device_memory_bytes(trainer), layout_of(trainer), device_name(trainer)
     if layout.offload:
-        machine = total_memory_bytes()
-        capacity, where = machine and machine // trainer.num_devices, "each process's part of the main memory"
+        capacity, where = _main_memory_bytes(trainer), "each process's part of the main memory"
     if capacity is None or trainer.precision not in _DTYPES:
         return
     dense, experts = count_weights(task.net, task.optim.name)
@@ -112,11 +111,17 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer) -> None:
 
 
 def device_memory_bytes(trainer: L.Trainer) -> int | None:
-    """All memory of the device that a process trains on; None where the system doesn't say."""
+    """All memory of the device that a process trains on, a CPU's shared equally; None where the system doesn't say."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return torch.mps.recommended_max_memory() if device.type == "mps" else total_memory_bytes()
+    return torch.mps.recommended_max_memory() if device.type == "mps" else _main_memory_bytes(trainer)
+
+
+def _main_memory_bytes(trainer: L.Trainer) -> int | None:
+    """A process's part of this machine's."""
+    machine = total_memory_bytes()
+    return None if machine is None else machine // trainer.num_devices
 
 
 def layout_of(trainer: L.Trainer) -> Layout:
