@@ -264,6 +264,7 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
         centroids, sizes = _most_even(units, clusters, generator)
         _set_rows(router, centroids[group], units)
         shares[place if layer.layer_index is None else layer.layer_index] = (sizes / sizes.sum()).tolist()
+    cast(Any, model).router_start = "cluster"  # saved with the model: no training can be credited with it
     return shares
 
 

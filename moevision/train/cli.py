@@ -633,6 +633,9 @@ class TrainingCLI(LightningCLI):
             self.datamodule.setup("fit")
         if not hasattr(self.model, "net"):  # what goes on from a checkpoint needs no pretrained weights
             self.model.build(self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=fresh)
+        clusters = self._get(self.config, "router_start") == "cluster" and bool(moe_layers(self.model.net))
+        if clusters:  # said in the saved model, also by a run that goes on from a checkpoint
+            cast(Any, self.model.net).router_start = "cluster"
         if self._get(self.config, "with_twin"):  # better now than after the first training
             twin = replace(self.model.arch, twin="active_flops")
             with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
@@ -648,7 +651,7 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero:
             if fresh and self.model.arch.pretrained is not None and not self.fast_dev_run:
                 self._start_with_probe()
-                if self._get(self.config, "router_start") == "cluster" and moe_layers(self.model.net):
+                if clusters:
                     self._start_from_clusters()
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
                 self.expected_s = expected_seconds(self.model, self.datamodule, self.trainer)

@@ -15,7 +15,7 @@ from safetensors.torch import save, save_file
 
 from moevision import UserError
 from moevision.layers import moe_layers
-from moevision.models.io import describe, load_model, save_model
+from moevision.models.io import describe, from_clusters, load_model, save_model
 from moevision.models.published import PATIENCE_S
 from moevision.models.reading import routes_read
 from moevision.train import start
@@ -328,6 +328,7 @@ def test_fit_from_a_file_with_its_twin(
     assert "## Should this be a Mixture of Experts?" in text
     assert re.search(r"\*\*Use (dense|the linear probe|the Mixture of Experts): ", text)
     net = load_model("runs/run/model").net
+    assert from_clusters(net), "the model's own folder says so, for question 2 of `analyze`"
     assert [layer.layer_index for layer in moe_layers(net)] == [3, 5]
     assert routes_read(net) == [True, True]
     again = cli("fit", drawn_pets, "--pretrained", AUTO, "--resume=auto", "--name=run", *options, *quiet)
