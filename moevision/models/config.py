@@ -43,7 +43,8 @@ class MoEConfig(RouterOptions):
             `pretrained` that of the MLP; half of it there starts each pair of experts as the two halves of the MLP.
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
         twin: train the dense twin instead, matched in `active_flops` or `total_params`.
-        stem: `patch` or `conv`.
+        stem: what cuts an image into tokens: `patch`, `conv` (strided convolutions), or `stages` or `wide_stages`
+            (those of the hybrids).
         patch_size: side of a patch in pixels.
         embed_dim: width of a token.
         depth: number of blocks; with `pretrained` so many of the first ones, all by default.
@@ -70,7 +71,7 @@ class MoEConfig(RouterOptions):
     expert_hidden: int | list[int] | None = None
     backend: Literal["auto", "loop", "grouped", "dense"] | None = None
     twin: Literal["active_flops", "total_params"] | None = None
-    stem: Literal["patch", "conv"] | None = None
+    stem: Literal["patch", "conv", "stages", "wide_stages"] | None = None
     patch_size: int | None = None
     embed_dim: int | None = None
     depth: int | None = None

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import timm
@@ -14,6 +15,8 @@ from moevision import UserError, VisionTransformerMoE, convert_to_moe, dense_twi
 from moevision.efficiency import measure_cost, parameter_counts
 from moevision.layers import MoEMlp, moe_layers
 from moevision.models import moe_layer_indices
+from moevision.models.config import MoEConfig
+from moevision.models.stems import STEMS
 
 
 def images(size: int = 32, count: int = 2) -> torch.Tensor:
@@ -170,6 +173,12 @@ def test_the_conv_stem_keeps_the_patch_grid() -> None:
         assert model.patch_embed(images(size)).shape == (2, (size // patch_size) ** 2, 32)
     with pytest.raises(UserError, match="no power of two"):
         timm.create_model("test_vit_moe", stem="conv", patch_size=12, img_size=48)
+
+
+def test_the_command_line_takes_every_stem() -> None:
+    """It refused those of the hybrids."""
+    (taken, _) = get_args(get_type_hints(MoEConfig)["stem"])
+    assert set(get_args(taken)) == {"patch", *STEMS}
 
 
 @pytest.mark.parametrize("stem", ["stages", "wide_stages"])

@@ -42,8 +42,8 @@ CLAIMS = [
     Claim(FILES, "{text}", _parts),
     Claim(
         FILES,
-        "in all {settings} settings (a setting is one layer of one of {arms} arms, with 3 seeds each): from "
-        " the expert alone {least:.0f} to {most:.0f} % of the classes are guessed right, chance {chance:.1f} %",
+        "in all {settings} settings (a setting is one layer of one of {arms} arms, with 3 seeds each): "
+        "from the expert alone {least:.0f} to {most:.0f} % of the classes are guessed right, chance {chance:.1f} %",
         _pets,
     ),
     Claim(FILES, "change places costs at most {swap:.1f} points of accuracy", _pets),
