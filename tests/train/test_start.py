@@ -22,6 +22,7 @@ from moevision.train import start
 from moevision.train.recipe import choose_recipe, expand_arguments
 from moevision.train.start import AUTO, NONE, Candidate, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
+from tests.records import ROOT
 
 NAME = "test_vit.r160_in1k"
 REPOSITORY = f"timm/{NAME}"
@@ -160,6 +161,24 @@ def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub, capsys: pytest.C
     named = choose_start(NAME, IMAGES)
     assert named is not None
     assert "licence cc-by-nc-4.0, which restricts what you may do" in capsys.readouterr().err
+
+
+def test_what_is_lost_is_what_the_records_say(capsys: pytest.CaptureFixture[str]) -> None:
+    """Said where nothing could be had, not to who wants to start from scratch."""
+    reached = [
+        record["test"]["correct"] / record["test"]["total"]
+        for name in ("imagenette-pretrained-s0", "imagenette-s0")
+        for record in [json.loads((ROOT / f"benchmarks/accuracy/{name}.json").read_text())]
+    ]
+    pretrained, scratch = (f"{100 * share:.0f} %" for share in reached)
+    assert choose_start(None, IMAGES) is None
+    said = capsys.readouterr().err
+    assert (
+        f"On Imagenette pretrained weights reached {pretrained} of the test photos, a model from scratch {scratch}"
+        in said
+    )
+    assert choose_start(NONE, IMAGES) is None
+    assert capsys.readouterr().err == ""
 
 
 # ---- the question
