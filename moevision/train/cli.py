@@ -649,14 +649,17 @@ class TrainingCLI(LightningCLI):
             print(self.datamodule.describe(), flush=True)
         self._choose_monitor(fresh=fresh)
         if self.trainer.is_global_zero:
+            began_s = self.session.clock.now()
             if fresh and self.model.arch.pretrained is not None and not self.fast_dev_run:
                 self._start_with_probe()
                 if clusters:
                     self._start_from_clusters()
+            before_s = self.session.clock.now() - began_s
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
-                self.expected_s = expected_seconds(self.model, self.datamodule, self.trainer)
+                steps_s = expected_seconds(self.model, self.datamodule, self.trainer)
+                self.expected_s = None if steps_s is None else before_s + steps_s
                 needed = describe_memory(self.model, self.datamodule, self.trainer)
-                print(describe_plan(self.model, self.datamodule, self.trainer, self.expected_s, needed))
+                print(describe_plan(self.model, self.datamodule, self.trainer, steps_s, needed, before_s))
                 if (line := describe_parallel(self.trainer, self.model.net)) is not None:
                     print(line)
             print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
@@ -672,7 +675,11 @@ class TrainingCLI(LightningCLI):
         if known is None:
             strategy = self.trainer.strategy
             known = fit_probe(
-                self.model.net, self.datamodule, strategy.root_device, strategy.precision_plugin.forward_context
+                self.model.net,
+                self.datamodule,
+                strategy.root_device,
+                strategy.precision_plugin.forward_context,
+                self.session.clock.now,
             )
         if known is None:
             return

@@ -323,6 +323,7 @@ def describe_plan(
     trainer: L.Trainer,
     expected_s: float | None = None,
     memory: str | None = None,
+    before_s: float = 0.0,
 ) -> str:
     """The lines that `fit` prints after the data's own description.
 
@@ -332,6 +333,7 @@ def describe_plan(
         trainer: for device, precision and epochs.
         expected_s: how long the training is expected to take; None: not known.
         memory: what `moevision.train.memory.describe_memory` says.
+        before_s: what the linear probe and the routers' start took, which the run's time counts.
     """
     train_images = sum(data.class_counts["train"].values())
     total, active = parameter_counts(task.net)
@@ -349,6 +351,7 @@ def describe_plan(
         lines.append(
             f"plan: {epochs} epochs of {train_images:,} images, {speed} (by a few timed steps on noise, plus a tenth "
             "for loading and validation; corrected while it trains)"
+            + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
         )
     if _has_idle_nvidia_card():
         lines.append(

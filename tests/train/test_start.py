@@ -337,6 +337,7 @@ def test_fit_from_a_file_with_its_twin(
     assert f"of {probe['val_images']} validation" in line
     assert json.loads(Path("runs/run/twin/probe.json").read_text()) == probe  # fitted once
     summary = json.loads(Path("runs/run/summary.json").read_text())
+    assert summary["expected_s"] > probe["seconds"], "which the run's time counts, too"
     rows = summary["choice"]["contenders"]
     assert [row["name"] for row in rows] == ["linear probe", "dense fine-tune", "Mixture of Experts"]
     assert rows[0]["correct"] == sum(probe["test_correct"].values())
