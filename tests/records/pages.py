@@ -25,7 +25,9 @@ CLAIMS = {
         ),
     ],
     "configs/cats_vs_dogs.yaml": [Claim(tuple(accuracy.CATS), accuracy.HEAD, accuracy.of_runs)],
-    "configs/imagenette.yaml": [Claim(accuracy.IMAGENETTE, accuracy.HEAD, accuracy.of_runs)],
+    "configs/imagenette.yaml": [
+        Claim(record, accuracy.HEAD, accuracy.of_runs) for record in (accuracy.IMAGENETTE, accuracy.IMAGENETTE_FOLDER)
+    ],
     "configs/cifar10.yaml": [Claim(tuple(accuracy.CIFAR), accuracy.HEAD, accuracy.of_runs)],
     "configs/quickstart.yaml": [
         Claim(quickstart.QUICKSTART, "test top-1 {moe} after {duration_s:.0f} s", quickstart.of_run),
@@ -88,8 +90,10 @@ DEFINITIONS = {
     ],
     "docs/guides/batch.md": [Definition("Run with 0.2.19", "a version")],
     "configs/cats_vs_dogs.yaml": [
-        Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it")
+        Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it"),
+        Definition("2,048 to learn from and 832 to test", "the data"),
     ],
+    "configs/imagenette.yaml": [Definition("a ViT-S at 112 px, three epochs", "what `fit` chose")],
     "configs/moe_vie.yaml": [
         Definition("4 of 32", "a setting"),
         Definition("a hundred times larger", "by the paper"),
