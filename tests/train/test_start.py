@@ -1,5 +1,6 @@
 """`fit FOLDER --pretrained ...`: what is chosen, asked, fetched and refused, with a hub of our own on this computer."""
 
+import hashlib
 import json
 import re
 import time
@@ -319,6 +320,23 @@ def test_clusters_of_untrained_layers_are_refused(
 
 
 # ---- the whole way
+
+
+def test_fit_trains_from_a_download_that_broke_off(
+    cli: Callable[..., Any], drawn_pets: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is asked for the rest, and the training starts from the whole of what it sent."""
+    impatient(monkeypatch)
+    hub.breaks[:] = [100_000]
+    options = ("--trainer.max_epochs=1", "--trainer.precision=32-true", "--data.image_size=32", "--name=run")
+    done = cli("fit", drawn_pets, "--pretrained", NAME, *options, "--trainer.enable_progress_bar=false")
+    assert done.code == 0, done.err
+    assert hub.ranges == ["", "bytes=100000-"]
+    assert f"start: {NAME} (" in done.err
+    provenance = json.loads(Path("runs/run/provenance.json").read_text())
+    sent = hub.files[REPOSITORY]["model.safetensors"]
+    assert provenance["run"]["pretrained_sha256"] == hashlib.sha256(sent).hexdigest()
+    assert load_model("runs/run/model").class_names == ["cat", "dog"]
 
 
 def test_fit_from_a_file_with_its_twin(
