@@ -18,7 +18,7 @@ from moevision.models.convert import convert_to_moe, moe_layer_indices
 from moevision.models.io import create_from, unknown_name
 from moevision.models.reading import pool_patches
 from moevision.models.upcycle import upcycle
-from moevision.models.vit_moe import MOE_ARGUMENTS
+from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
 
 
 @dataclass
@@ -119,6 +119,9 @@ def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pr
 
 def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
     source = _pretrained_source(config, num_classes, image_size, load_weights)
+    patch = getattr(getattr(source, "patch_embed", None), "patch_size", None)
+    if load_weights and patch is not None:  # a run of an earlier version goes on as it began
+        check_patches(image_size, patch[0], otherwise="")
     if moe_layers(source):
         if config.twin is not None:
             raise UserError(

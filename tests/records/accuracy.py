@@ -49,6 +49,12 @@ def over_seeds(*records: Json) -> Json:
     return {"mean": statistics.fmean(tests), "half": half}
 
 
+def of_folders(*records: Json) -> Json:
+    """Minutes that `fit FOLDER` took, and what it reached."""
+    minutes = [record["cost"]["duration_s"] / 60 for record in records]
+    return {"fastest": min(minutes), "slowest": max(minutes), **mean(*records)}
+
+
 def to_ninety(*records: Json) -> Json:
     """After how many epochs validation first has 90 %, and the CPU minutes until then, each epoch an equal share."""
     epochs = [next(place for place, (_, top1, _) in enumerate(each["curve"], 1) if top1 >= 0.9) for each in records]
