@@ -9,7 +9,7 @@ import timm
 import torch
 
 from moevision.layers import moe_layers
-from moevision.models.io import describe, load_model, save_model
+from moevision.models.io import describe, from_clusters, load_model, save_model
 
 # vit of width 32, depth 6, 32 px in 8 px patches and a class token: 17 tokens; MLP 32 -> 128 -> 32.
 D, HIDDEN, TOKENS = 32, 128, 17
@@ -162,7 +162,9 @@ def test_routers_start_from_clusters_of_the_data(cli, dense, drawn_pets):
         assert min(shares) > 0
     assert record["step0_gap"]["max_logit"] < 1e-5
     assert cli("upcycle", dense, "--out", "other", *options[:4]).code == 0
-    started, random = (load_model(name).net.state_dict() for name in ("moe", "other"))
+    nets = [load_model(name).net for name in ("moe", "other")]
+    assert [from_clusters(net) for net in nets] == [True, False]
+    started, random = (net.state_dict() for net in nets)
     different = {name for name, value in started.items() if not torch.equal(value, random[name])}
     assert different == {"blocks.1.mlp.router.weight", "blocks.3.mlp.router.weight"}
 

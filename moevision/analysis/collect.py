@@ -44,6 +44,9 @@ from moevision.layers import (
     routing_lock,
 )
 from moevision.models.io import SavedModel, best_device, load_model
+from moevision.models.reading import unread_layers
+
+UNREAD = "The classifier reads the class token alone, so the routes of patches"
 
 
 def collect_routing(
@@ -64,7 +67,7 @@ def collect_routing(
 
     Runs in eval mode on the best device, as `moevision predict` does, and under whatever intervention is in force.
     Routers by `label` are told the images' classes. Images that can't be read are left out and counted in a
-    `DataWarning`.
+    `DataWarning`. One layer whose routes no classifier reads is warned of once, too.
 
     Args:
         model: a run folder, its model/ folder or a timm address; a `SavedModel`; or any timm ViT with MoE layers. The
@@ -113,6 +116,12 @@ def collect_routing(
     sink: TensorBuffer | TensorFile | None = None
     with ExitStack() as stack:
         stack.enter_context(evaluating(net))
+        if unread := unread_layers(net):
+            warnings.warn(
+                f"{UNREAD} in block {', '.join(map(str, unread))} change no answer: pool over patches "
+                "(global_pool='avg'), or leave that block dense (moevision.models.read_layer_indices).",
+                stacklevel=1,  # one place, so that Python says it once
+            )
         for batch in reader.batches(progress):
             with label_oracle(net, batch.labels) if oracles else nullcontext():
                 rows, place = _rows(net, batch)

@@ -55,6 +55,7 @@ from moevision.analysis.information import Estimate, choice_counts, class_inform
 from moevision.analysis.intervention import Ranking, edited, numbered_layers
 from moevision.analysis.specialization import Assignments, Rule, exceeds, fit_clusters, listed, percent, signed, span
 from moevision.errors import UserError
+from moevision.models.io import from_clusters
 from moevision.models.reading import routes_read
 from moevision.models.safe_files import read_json, read_yaml
 
@@ -983,7 +984,7 @@ def recording_of(
         parts: [I, P] the part that each patch shows.
         part_names: names of the parts; `background` is told apart from the object.
         swap: whether the swap test can be made.
-        cluster_start: from `cluster_started`.
+        cluster_start: from `cluster_started`; a model that says so of itself needs none.
         seed: of the patches whose inputs are kept.
 
     Raises:
@@ -1022,7 +1023,7 @@ def recording_of(
                 before=old,
                 untrained=() if old else mine["untrained"],
                 clusters=mine["kmeans_input"] or None,
-                cluster_start=cluster_start,
+                cluster_start=cluster_start or from_clusters(model.net),
                 read=read,
             )
         )
@@ -1038,21 +1039,20 @@ def recording_of(
 def cluster_started(address: str | Path) -> bool:
     """Whether a model's record, or that of the weights it was trained from, says that its routers began as clusters.
 
+    For folders of earlier versions: a model that is saved now says it in its own config.json.
+
     Args:
         address: a run folder, or a model's folder.
     """
     folder = Path(address)
     run = folder.parent if folder.name == "model" else folder
-    return any(_has_cluster_start(place) for place in (folder, run, *_trained_from(run)))
-
-
-def _trained_from(run: Path) -> list[Path]:
-    """The folder of the weights that a run says it started from."""
     try:
-        source = read_yaml(run / "config.yaml")["model"]["arch"]["pretrained"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []  # no run folder, or one that started from scratch
-    return [Path(str(source).removeprefix("local-dir:"))] if source else []
+        config = read_yaml(run / "config.yaml")
+        chosen, source = config.get("router_start"), config["model"]["arch"]["pretrained"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        chosen, source = None, None  # no run folder
+    origin = [Path(str(source).removeprefix("local-dir:"))] if source else []
+    return chosen == "cluster" or any(_has_cluster_start(place) for place in (folder, run, *origin))
 
 
 def _has_cluster_start(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.models.io import SavedModel, describe, save_model
-from moevision.models.reading import read_layer_indices, unread_layers
+from moevision.models.reading import unread_layers
 from moevision.models.upcycle import START_IMAGES, load_dense, start_routers, step0_gap, upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.names import shown
@@ -53,8 +53,7 @@ def run(chosen: Namespace) -> None:
         raise UserError(f"{chosen.model} has no classifier: say how many classes it shall have, --num-classes N.")
     with loading("copying experts"):
         names = ("num_experts", "top_k", "router", "expert_hidden", "noise", "reinit", "seed")
-        layers = chosen.layers or (read_layer_indices(dense, "last2") if hasattr(dense, "blocks") else "last2")
-        moe = upcycle(dense, layers=layers, **{name: getattr(chosen, name) for name in names} | options)
+        moe = upcycle(dense, layers=chosen.layers or None, **{name: getattr(chosen, name) for name in names} | options)
     saved = describe(moe.eval())
     start = _start_from_clusters(saved, chosen) if chosen.router_start == "cluster" else {}
     with loading("measuring"):

@@ -18,7 +18,7 @@ from moevision.models.convert import convert_to_moe, moe_layer_indices
 from moevision.models.io import create_from, unknown_name
 from moevision.models.reading import pool_patches
 from moevision.models.upcycle import upcycle
-from moevision.models.vit_moe import MOE_ARGUMENTS
+from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
 
 
 @dataclass
@@ -43,7 +43,8 @@ class MoEConfig(RouterOptions):
             `pretrained` that of the MLP; half of it there starts each pair of experts as the two halves of the MLP.
         backend: how experts are computed: `auto`, `loop`, `grouped` or `dense`.
         twin: train the dense twin instead, matched in `active_flops` or `total_params`.
-        stem: `patch` or `conv`.
+        stem: what cuts an image into tokens: `patch`, `conv` (strided convolutions), or `stages` or `wide_stages`
+            (those of the hybrids).
         patch_size: side of a patch in pixels.
         embed_dim: width of a token.
         depth: number of blocks; with `pretrained` so many of the first ones, all by default.
@@ -70,7 +71,7 @@ class MoEConfig(RouterOptions):
     expert_hidden: int | list[int] | None = None
     backend: Literal["auto", "loop", "grouped", "dense"] | None = None
     twin: Literal["active_flops", "total_params"] | None = None
-    stem: Literal["patch", "conv"] | None = None
+    stem: Literal["patch", "conv", "stages", "wide_stages"] | None = None
     patch_size: int | None = None
     embed_dim: int | None = None
     depth: int | None = None
@@ -118,6 +119,9 @@ def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pr
 
 def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
     source = _pretrained_source(config, num_classes, image_size, load_weights)
+    patch = getattr(getattr(source, "patch_embed", None), "patch_size", None)
+    if load_weights and patch is not None:  # a run of an earlier version goes on as it began
+        check_patches(image_size, patch[0], otherwise="")
     if moe_layers(source):
         if config.twin is not None:
             raise UserError(

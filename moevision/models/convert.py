@@ -76,7 +76,8 @@ def convert_to_moe(
 
     Args:
         vit: a timm model whose `blocks[i].mlp` is a plain `timm.layers.Mlp` (ViT, DeiT, AugReg, ...).
-        layers: `every2`, `last2`, `all`, or a list of block indices counting from 0.
+        layers: `every2`, `last2`, `all`, or a list of block indices counting from 0. Where the classifier reads the
+            class token alone, routes of patches in the last block change no answer: `read_layer_indices` leaves it out.
         num_experts: E; like the next three one value for all MoE layers, or one per MoE layer.
         top_k: K; by default the router's own.
         router: a name of `moevision.layers.ROUTERS`.

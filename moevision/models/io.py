@@ -137,6 +137,11 @@ def save_model(model: SavedModel, folder: Path) -> None:
         hook.remove()
 
 
+def from_clusters(net: nn.Module) -> bool:
+    """Whether the routers of a model began as clusters of their input (`start_routers`), before any training."""
+    return getattr(net, "router_start", None) == "cluster"
+
+
 def _contiguous(_net: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]) -> None:
     """Safetensors refuses weights in another order, such as those of a `channels_last` convolution."""
     state.update({name: tensor.contiguous() for name, tensor in state.items()})
@@ -164,6 +169,8 @@ def _save_for_timm(model: SavedModel, folder: Path) -> None:
     config.get("model_args", {}).pop("num_classes", None)
     if model.temperature is not None:
         config["calibration"] = {"temperature": model.temperature}
+    if from_clusters(model.net):
+        config["router_start"] = "cluster"
     write_text_atomic(folder / CONFIG, json.dumps(config, indent=2))
 
 
@@ -386,6 +393,8 @@ def open_model(address: str, *, weights: bool = True, **options: Any) -> nn.Modu
     created: nn.Module = timm.create_model(address, pretrained=weights, **options)
     if weights and "calibration" in config:
         cast(Any, created).temperature = float(config["calibration"]["temperature"])  # for `load_model`
+    if config.get("router_start") == "cluster":  # without weights too: a training that goes on has them elsewhere
+        cast(Any, created).router_start = "cluster"
     return created
 
 

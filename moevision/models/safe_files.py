@@ -379,6 +379,8 @@ def _check_config(config: Any) -> None:
     temperature = _mapping(config.get("calibration", {"temperature": 1}), "calibration").get("temperature")
     if type(temperature) not in (int, float) or not 1e-3 <= cast(float, temperature) <= 1e3:
         raise ValueError("calibration.temperature is no number from 0.001 to 1000")
+    if config.get("router_start", "random") not in ("random", "cluster"):
+        raise ValueError("router_start is neither random nor cluster")
     arguments = _mapping(config.get("model_args", {}), "model_args")
     _check_arguments(arguments)
     told = config.get("num_classes", pretrained.get("num_classes", 1000))

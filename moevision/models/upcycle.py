@@ -35,13 +35,14 @@ from moevision.layers.routers import mean_token
 from moevision.layers.routing import RouteBy, routed_unit
 from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp
 from moevision.models.io import ImageSize, create_from, first_blocks, reshape
+from moevision.models.reading import read_layer_indices
 from moevision.models.vit_moe import MOE_ARGUMENTS
 
 
 def upcycle(
     source: str | Path | nn.Module,
     *,
-    layers: str | Sequence[int] = "last2",
+    layers: str | Sequence[int] | None = None,
     num_experts: int | Sequence[int] = 8,
     top_k: int | Sequence[int] | None = 1,
     router: str | Sequence[str] = "vmoe_top_k",
@@ -63,7 +64,8 @@ def upcycle(
 
     Args:
         source: a timm name, a saved model's folder, any timm address, or a model (which is copied, not changed).
-        layers: `every2`, `last2`, `all`, or a list of block indices counting from 0.
+        layers: `every2`, `last2`, `all`, or a list of block indices counting from 0. By default `last2`, without the
+            last block of a model whose classifier reads the class token alone: its routes would change no answer.
         num_experts: E, one number or one per MoE layer.
         top_k: K, one number or one per MoE layer.
         router: a name of `moevision.layers.ROUTERS`, or one per MoE layer.
@@ -89,7 +91,9 @@ def upcycle(
         if value < 0 or (highest is not None and value > highest):
             raise UserError(f"{name} is {value}: it must be at least 0" + (" and at most 1." if highest else "."))
     dense, device = _dense_copy(source, weights, num_classes, image_size, depth, seed)
-    check_upcyclable(dense, layers)
+    check_upcyclable(dense, "last2" if layers is None else layers)
+    if layers is None:
+        layers = read_layer_indices(dense, "last2")
     with _seeded(seed, stream=1):
         options = {"normalize_gates": True if _can_normalize(router) else None, "noise": router_noise, **moe_options}
         model = convert_to_moe(dense, layers, num_experts, top_k, router, copy_weights=True, **options)
@@ -264,6 +268,7 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
         centroids, sizes = _most_even(units, clusters, generator)
         _set_rows(router, centroids[group], units)
         shares[place if layer.layer_index is None else layer.layer_index] = (sizes / sizes.sum()).tolist()
+    cast(Any, model).router_start = "cluster"  # saved with the model: no training can be credited with it
     return shares
 
 

@@ -133,14 +133,14 @@ class VisionTransformerMoE(VisionTransformer):
         super().set_grad_checkpointing(enable)
 
 
-def check_patches(img_size: int | tuple[int, int], patch_size: int) -> None:
+def check_patches(img_size: int | tuple[int, int], patch_size: int, otherwise: str = ", or another patch_size") -> None:
     """Raise a UserError unless whole patches tile the image (timm would silently cut off the rest)."""
     sides = img_size if isinstance(img_size, tuple | list) else (img_size, img_size)
     if any(side % patch_size for side in sides):
         nearest = max(patch_size, round(sides[0] / patch_size) * patch_size)
         raise UserError(
             f"Patches of {patch_size} px do not tile an image of {sides[0]} x {sides[1]} px: "
-            f"use an image size that is a multiple of {patch_size}, such as {nearest}, or another patch_size."
+            f"use an image size that is a multiple of {patch_size}, such as {nearest}{otherwise}."
         )
 
 

@@ -638,6 +638,9 @@ class TrainingCLI(LightningCLI):
         self._keep_the_step()
         if not hasattr(self.model, "net"):  # what goes on from a checkpoint needs no pretrained weights
             self.model.build(self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=fresh)
+        clusters = self._get(self.config, "router_start") == "cluster" and bool(moe_layers(self.model.net))
+        if clusters:  # said in the saved model, also by a run that goes on from a checkpoint
+            cast(Any, self.model.net).router_start = "cluster"
         if self._get(self.config, "with_twin"):  # better now than after the first training
             twin = replace(self.model.arch, twin="active_flops")
             with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
@@ -651,15 +654,18 @@ class TrainingCLI(LightningCLI):
             print(self.datamodule.describe(), flush=True)
         self._choose_monitor(fresh=fresh)
         if self.trainer.is_global_zero:
+            began_s = self.session.clock.now()
             if fresh and self.model.arch.pretrained is not None and not self.fast_dev_run:
                 self._start_with_probe()
-                if self._get(self.config, "router_start") == "cluster" and moe_layers(self.model.net):
+                if clusters:
                     self._start_from_clusters()
+            before_s = self.session.clock.now() - began_s
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
-                if MoEParallelStrategy.of(self.trainer) is None:  # else the model may not fit one device
-                    self.expected_s = expected_seconds(self.model, self.datamodule, self.trainer)
+                divided = MoEParallelStrategy.of(self.trainer) is not None  # the whole model may not fit one device
+                steps_s = None if divided else expected_seconds(self.model, self.datamodule, self.trainer)
+                self.expected_s = None if steps_s is None else before_s + steps_s
                 needed = describe_memory(self.model, self.datamodule, self.trainer)
-                print(describe_plan(self.model, self.datamodule, self.trainer, self.expected_s, needed))
+                print(describe_plan(self.model, self.datamodule, self.trainer, steps_s, needed, before_s))
                 if (line := describe_parallel(self.trainer, self.model.net)) is not None:
                     print(line)
             print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
@@ -684,7 +690,11 @@ class TrainingCLI(LightningCLI):
         if known is None:
             strategy = self.trainer.strategy
             known = fit_probe(
-                self.model.net, self.datamodule, strategy.root_device, strategy.precision_plugin.forward_context
+                self.model.net,
+                self.datamodule,
+                strategy.root_device,
+                strategy.precision_plugin.forward_context,
+                self.session.clock.now,
             )
         if known is None:
             return

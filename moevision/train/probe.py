@@ -27,9 +27,13 @@ from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers import label_oracle, moe_layers
 from moevision.models.safe_files import read_json
+from moevision.train.processes import tell
 
 FILE = "probe.json"
-_MOST_IMAGES = 4_000  # of each split that the probe sees; more cost time and change little
+# Of each split. The time is that of the forward passes (21 ms of one AVX-512 thread for a ViT-S at 112 px); regression
+# takes about a second. On Imagenette 500, 1,000, 2,000 and 4,000 training images gave 74, 77, 81 and 83 %.
+_MOST_IMAGES = {"train": 2_000, "val": 500, "test": 2_000}
+_TIMED = 4  # batches, by which the time of all is told
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse penalties, for features of unit variance
 _ABSENT = -20.0  # logit of a class without a training image
 Floats = npt.NDArray[np.float64]
@@ -46,7 +50,7 @@ class Probe:
         val_images: all of them.
         head_val_correct: validation images that the model's own classifier, as it came, classifies correctly.
         test_correct: for each of its test images, by their stable ids, whether it is classified correctly.
-        seconds: features and regression together.
+        seconds: features and regression together, without what the process was stopped for.
         mbytes: of the dense model that it is the classifier of, in float32.
         head: its weights [C, D] and biases [C]; None if it was read from a file.
     """
@@ -100,21 +104,42 @@ def fit_probe(
     data: ImageDataModule,
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    now: Callable[[], float] = time.perf_counter,
 ) -> Probe | None:
     """Fit a probe to the features of `net`; None for a model whose features and classifier can't be told apart.
+
+    Says what it does and, by the first batches, how long that takes. Of each split it takes `_MOST_IMAGES` at most, of
+    every class the same share.
 
     Args:
         net: a timm model with the classes of the data; left as it was, but for the device.
         data: after `setup("fit")`.
         device: where features are computed.
         context: around each forward pass, such as autocast.
+        now: a clock, in seconds.
     """
     head = linear_head(net)
     if head is None:
         return None
-    began, training = time.perf_counter(), net.training
+    began, training = now(), net.training
     net.to(device).eval()
-    found = {split: _features(net, data, split, device, context) for split in ("train", "val", "test")}
+    taken = {split: _some(data, split, most) for split, most in _MOST_IMAGES.items()}
+    images = {split: len(indices) for split, indices in taken.items()}
+    batches = sum(-(-count // data.batch_size) for count in images.values())
+    ends: list[float] = []
+
+    def say_how_long() -> None:
+        ends.append(now())
+        if len(ends) == _TIMED:
+            tell(
+                f"linear probe: logistic regression on the frozen features of {images['train']:,} training, "
+                f"{images['val']:,} validation and {images['test']:,} test images, about "
+                f"{batches * (ends[-1] - ends[0]) / (_TIMED - 1):.0f} s"
+            )
+
+    found = {
+        split: _features(net, data, split, indices, device, context, say_how_long) for split, indices in taken.items()
+    }
     net.train(training)
     (x, y, _), (val_x, val_y, _), (test_x, test_y, test_index) = (found[split] for split in ("train", "val", "test"))
     weight, bias = _best_regression(x, y, val_x, val_y, data.num_classes)
@@ -128,7 +153,7 @@ def fit_probe(
         test_correct={
             data.sample_id("test", int(index)): bool(right) for index, right in zip(test_index, correct, strict=True)
         },
-        seconds=time.perf_counter() - began,
+        seconds=now() - began,
         mbytes=4 * _dense_parameters(net) / 1e6,
         head=(torch.from_numpy(weight), torch.from_numpy(bias)),
     )
@@ -170,25 +195,32 @@ def _features(
     net: nn.Module,
     data: ImageDataModule,
     split: str,
+    indices: list[int],
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]],
+    after_batch: Callable[[], None],
 ) -> tuple[Floats, Integers, Integers]:
     """Features [n, D], labels [n] and indices [n] of images without augmentation."""
     state = cast(Any, net)
     features, labels, places = [], [], []
-    for batch in data.plain_loader(split, _some(len(data.contents.datasets[split]), data.seed)):
+    for batch in data.plain_loader(split, indices):
         with context(), label_oracle(net, batch["label"].to(device)):
             tokens = state.forward_features(batch["image"].to(device))
             features.append(state.forward_head(tokens, pre_logits=True).double().cpu())
         labels.append(batch["label"].cpu())
         places.append(batch["index"].cpu())
+        after_batch()
     return torch.cat(features).numpy(), torch.cat(labels).numpy(), torch.cat(places).numpy()
 
 
-def _some(count: int, seed: int) -> list[int]:
-    """At most `_MOST_IMAGES` of `count` images, at random."""
-    order = np.random.default_rng(seed).permutation(count)[:_MOST_IMAGES]
-    return sorted(int(index) for index in order)
+def _some(data: ImageDataModule, split: str, most: int) -> list[int]:
+    """At most `most` images of a split at random, of every class the same share."""
+    labels = np.array([sample.label for sample in data.contents.datasets[split].samples])
+    order = np.random.default_rng(data.seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # class by class, each in random order
+    return sorted(
+        int(index) for index in order[np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int)]
+    )
 
 
 def _best_regression(x: Floats, y: Integers, val_x: Floats, val_y: Integers, classes: int) -> tuple[Floats, Floats]:

@@ -31,7 +31,7 @@ from moevision.layers import describe_moe, moe_layers
 from moevision.models.io import first_blocks
 from moevision.names import shown
 from moevision.train.provenance import device_name, total_memory_bytes
-from moevision.train.start import AUTO, NONE, choose_start, pretrained_options, weights_alone
+from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretrained_options, weights_alone
 
 if TYPE_CHECKING:
     import lightning as L
@@ -239,7 +239,10 @@ def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()
     named = path in _NAMED_IMAGES
     images = _NAMED_IMAGES[path] if named else count_images(Path(path))
     few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
-    if asked is None and (not few or any(_is(argument, option) for argument in given for option in _MODEL)):
+    named_model = next((option for option in _MODEL if any(_is(argument, option) for argument in given)), None)
+    if asked is None and few and named_model is not None:
+        from_scratch(f"{named_model} names a model; without it, {images:,} images start from pretrained weights")
+    if asked is None and (not few or named_model is not None):
         asked = NONE
     own_model = any(_is(argument, option) for argument in given for option in _MODEL[:2])  # a name, a base
     if named and path != "synthetic_pets" and asked != NONE and value_of(given, "--data.download") in (None, "false"):
@@ -322,6 +325,7 @@ def describe_plan(
     trainer: L.Trainer,
     expected_s: float | None = None,
     memory: str | None = None,
+    before_s: float = 0.0,
 ) -> str:
     """The lines that `fit` prints after the data's own description.
 
@@ -331,6 +335,7 @@ def describe_plan(
         trainer: for device, precision and epochs.
         expected_s: how long the training is expected to take; None: not known.
         memory: what `moevision.train.memory.describe_memory` says.
+        before_s: what the linear probe and the routers' start took, which the run's time counts.
     """
     train_images = sum(data.class_counts["train"].values())
     total, active = parameter_counts(task.net)
@@ -348,14 +353,9 @@ def describe_plan(
             time_it_takes = (
                 f"about {expected_s / 60:.0f} min at {epochs * train_images / expected_s:.0f} images/s (by a few timed "
                 "steps on noise, plus a tenth for loading and validation; corrected while it trains)"
+                + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
             )
         lines.append(f"plan: {epochs} epochs of {train_images:,} images, {time_it_takes}")
-    if task.arch.pretrained is None and train_images < SCRATCH_MINIMUM and data.path != "synthetic_pets":
-        lines.append(
-            f"note: {train_images:,} images are few to learn from scratch; try a pretrained start: --pretrained auto, "
-            "or a timm name, a file or a folder. On 2,048 photos of cats and dogs one reached 91 % in one epoch, a "
-            "model from scratch 73 % in twenty."
-        )
     if _has_idle_nvidia_card():
         lines.append(
             "note: there is an NVIDIA card, but this torch was built for the CPU only: install one for CUDA, see "

@@ -1,5 +1,6 @@
 """The three questions: planted routers whose answers are known, numbers by hand, a foreign model, and one of ours."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -40,6 +41,8 @@ from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
 from moevision.errors import UserError
 from moevision.layers import forward_routing
+from moevision.models.io import load_model, save_model
+from moevision.models.upcycle import start_routers
 
 IMAGES, PATCHES = 80, 9
 LABELS = np.arange(IMAGES) % 2
@@ -388,3 +391,20 @@ def test_a_cluster_start_is_read_off_the_records(tmp_path) -> None:
     for source, expected in ((str(upcycled), True), (f"local-dir:{upcycled}", True), ("vit_tiny", False)):
         (run / "config.yaml").write_text(json.dumps({"model": {"arch": {"pretrained": source}}}))
         assert cluster_started(run) is cluster_started(run / "model") is expected
+    (run / "config.yaml").write_text(
+        json.dumps({"model": {"arch": {"pretrained": "vit_tiny"}}, "router_start": "cluster"})
+    )
+    assert cluster_started(run) is cluster_started(run / "model") is True
+
+
+def test_a_model_that_says_it_began_as_clusters_is_credited_with_no_training(ours, tmp_path) -> None:
+    """Wherever it was copied to, without its run's folder."""
+    model, pictures, trace = ours
+    started = copy.deepcopy(model.net)
+    start_routers(started, [network_input(model, read_images(pictures, np.arange(24)))])
+    save_model(replace(model, net=started), tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert not cluster_started(tmp_path)
+    for net, expected in ((loaded.net, True), (model.net, False)):
+        (first, *_) = recording_of(replace(model, net=net), pictures, trace, swap=False).layers
+        assert first.cluster_start is expected

@@ -30,7 +30,8 @@ FIGURES = {
 def make_run(folder, seed):
     """A run folder with a model of random weights, as `fit` leaves it."""
     torch.manual_seed(seed)
-    net = timm.create_model("test_vit_moe", num_classes=8, num_experts=4, img_size=32, patch_size=8).eval()
+    options = {"num_experts": 4, "img_size": 32, "patch_size": 8, "class_token": True, "global_pool": "token"}
+    net = timm.create_model("test_vit_moe", num_classes=8, **options).eval()
     with torch.no_grad():  # an untrained model sends all patches the same way
         net.pos_embed.normal_()
         net.head.weight.normal_()
@@ -129,6 +130,14 @@ def test_a_rounded_number_is_its_exact_value_rounded(report):
         step = 10.0 ** (int(plain.split("e")[1]) if "e" in plain else 0) * 10.0**-decimals
         digits_shown = 0.5 * step if decimals or "e" in plain else 0.5
         assert abs(float(plain) - scale * value) <= digits_shown * 1.0001 + 1e-12, (value, shown)
+
+
+def test_a_layer_that_no_logit_reads_is_named(report):
+    """A class-token head: what the last block computes for patches is read by nobody."""
+    _, numbers, page, _ = report
+    assert [layer["read"] for layer in numbers["layers"]] == [True, False]
+    assert re.findall(r"(L\d) \(not read by the classifier\)", page) == ["L3"]
+    assert numbers["questions"][1]["answers"][2]["answer"] == NOT_MEASURED
 
 
 def test_the_page_loads_nothing(report):

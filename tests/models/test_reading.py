@@ -9,7 +9,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from moevision import Routing, UserError, convert_to_moe
+from moevision import Routing, UserError, convert_to_moe, upcycle
+from moevision.analysis import collect_routing
+from moevision.data import SyntheticPets
+from moevision.demo import bundled_model
 from moevision.layers import ROUTERS, moe_layers
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import describe, load_model, save_model
@@ -24,8 +27,8 @@ def vit(name: str = VIT, **options: Any) -> nn.Module:
     return timm.create_model(name, **{**SMALL, **options}).eval()
 
 
-def image() -> Tensor:
-    return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def image(side: int = 32) -> Tensor:
+    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
@@ -35,14 +38,16 @@ def logits_move(model: nn.Module, layer: int, patch: int = 5) -> bool:
     place = int(model.num_prefix_tokens) + patch
 
     def elsewhere(routing: Routing) -> Routing:
-        chosen = routing.expert_index.clone()  # [1, N, 1]
-        chosen[0, place] = (chosen[0, place] + 1) % routing.num_experts
+        chosen = routing.expert_index.clone()  # [1, N, K]
+        others = [expert for expert in range(routing.num_experts) if expert not in chosen[0, place]]
+        chosen[0, place, 0] = others[0]
         return replace(routing, expert_index=chosen)
 
-    before = model(image())
+    pixels = image(model.patch_embed.img_size[0])
+    before = model(pixels)
     moe.intervention = elsewhere
     try:
-        return not torch.equal(before, model(image()))
+        return not torch.equal(before, model(pixels))
     finally:
         moe.intervention = None
 
@@ -69,6 +74,24 @@ def test_every_route_of_a_pretrained_start_moves_the_logits(tmp_path: Path) -> N
     assert [layer.layer_index for layer in moe_layers(model)] == [1, 3]
     assert routes_read(model) == [True, True]
     assert [logits_move(model, layer) for layer in (0, 1)] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["cats_vs_dogs", "cifar10", "pets"])
+def test_every_route_of_a_bundled_model_moves_the_logits(name: str) -> None:
+    model = bundled_model(name).net
+    read = routes_read(model)
+    assert len(read) == 2
+    assert read == [logits_move(model, layer) for layer in (0, 1)] == [True, True]
+
+
+def test_by_default_no_layer_is_unread() -> None:
+    """This class-token model does not read block 5: the last two odd blocks before it are taken."""
+    net = vit(depth=6)
+    assert [layer.layer_index for layer in moe_layers(upcycle(net, num_experts=4))] == [1, 3]
+    named = upcycle(net, layers="last2", num_experts=4)
+    assert [layer.layer_index for layer in moe_layers(named)] == [3, 5]
+    with pytest.warns(UserWarning, match="the routes of patches in block 5 change no answer: pool over patches"):
+        collect_routing(named, SyntheticPets(4, 32, 0, "test"), progress=False)
 
 
 def test_with_a_class_token_the_last_block_is_not_read(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_an_empty_cluster_is_filled_again():
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_unit_goes_to_its_cluster(dense, router, unit):
     """Equal experts with gates of 1 leave the second layer's input as it was: its clusters are exact too."""
-    net = upcycle(dense, num_experts=EXPERTS, router=router, top_k=1, route_by=unit).eval()
+    net = upcycle(dense, layers="last2", num_experts=EXPERTS, router=router, top_k=1, route_by=unit).eval()
     before = [layer.router.state_dict() for layer in moe_layers(net)]
     shares = start_routers(net, images().split(8))
     assert list(shares) == [1, 3]

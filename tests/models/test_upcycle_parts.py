@@ -99,7 +99,7 @@ def test_parts_save_and_load(vit: nn.Module, tmp_path: Path) -> None:
 @pytest.mark.parametrize("router", ["vmoe_top_k", "cosine"])
 def test_a_cluster_start_keeps_groups_together(vit: nn.Module, router: str) -> None:
     """Four experts are two groups, so two clusters; the first outputs stay those of the dense model."""
-    moe = upcycle(vit, num_experts=4, expert_hidden=64, top_k=2, router=router).eval()
+    moe = upcycle(vit, layers="last2", num_experts=4, expert_hidden=64, top_k=2, router=router).eval()
     before = moe_layers(moe)[0].router.rows.detach().clone()
     shares = start_routers(moe, [images()])
     assert [len(each) for each in shares.values()] == [2, 2]

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import timm
@@ -14,6 +15,9 @@ from moevision import UserError, VisionTransformerMoE, convert_to_moe, dense_twi
 from moevision.efficiency import measure_cost, parameter_counts
 from moevision.layers import MoEMlp, moe_layers
 from moevision.models import moe_layer_indices
+from moevision.models.config import MoEConfig, build_model
+from moevision.models.io import describe, save_model
+from moevision.models.stems import STEMS
 
 
 def images(size: int = 32, count: int = 2) -> torch.Tensor:
@@ -170,6 +174,21 @@ def test_the_conv_stem_keeps_the_patch_grid() -> None:
         assert model.patch_embed(images(size)).shape == (2, (size // patch_size) ** 2, 32)
     with pytest.raises(UserError, match="no power of two"):
         timm.create_model("test_vit_moe", stem="conv", patch_size=12, img_size=48)
+
+
+def test_a_pretrained_start_refuses_an_image_that_it_would_cut(tmp_path: Path) -> None:
+    """A checkpoint of such a run, from before it was refused, still goes on."""
+    save_model(describe(timm.create_model("test_vit", img_size=32, num_classes=3)), tmp_path)
+    config = MoEConfig(pretrained=str(tmp_path), num_experts=2)
+    with pytest.raises(UserError, match=r"of 16 px do not tile .* a multiple of 16, such as 32\.$"):
+        build_model(config, 3, 40)
+    assert build_model(config, 3, 40, load_pretrained=False) is not None
+
+
+def test_the_command_line_takes_every_stem() -> None:
+    """It refused those of the hybrids."""
+    (taken, _) = get_args(get_type_hints(MoEConfig)["stem"])
+    assert set(get_args(taken)) == {"patch", *STEMS}
 
 
 @pytest.mark.parametrize("stem", ["stages", "wide_stages"])

@@ -25,7 +25,9 @@ CLAIMS = {
         ),
     ],
     "configs/cats_vs_dogs.yaml": [Claim(tuple(accuracy.CATS), accuracy.HEAD, accuracy.of_runs)],
-    "configs/imagenette.yaml": [Claim(accuracy.IMAGENETTE, accuracy.HEAD, accuracy.of_runs)],
+    "configs/imagenette.yaml": [
+        Claim(record, accuracy.HEAD, accuracy.of_runs) for record in (accuracy.IMAGENETTE, accuracy.IMAGENETTE_FOLDER)
+    ],
     "configs/cifar10.yaml": [Claim(tuple(accuracy.CIFAR), accuracy.HEAD, accuracy.of_runs)],
     "configs/quickstart.yaml": [
         Claim(quickstart.QUICKSTART, "test top-1 {moe} after {duration_s:.0f} s", quickstart.of_run),
@@ -36,6 +38,15 @@ CLAIMS = {
     ],
     "docs/guides/dense-sparse.md": [
         Claim(measured.SURGERY, "cost accuracy, from {least:.2f} to {most:.2f} points", measured.least_and_most),
+    ],
+    "docs/guides/own-images.md": [
+        Claim(
+            tuple(accuracy.FOLDERS),
+            "took {fastest:.0f} to {slowest:.0f} minutes of one CPU thread and reached {mean:.1%} (mean of three",
+            accuracy.of_folders,
+        ),
+        Claim(accuracy.IMAGENETTE, "on Imagenette {mean:.1%}", accuracy.mean),
+        Claim(accuracy.IMAGENETTE_FOLDER, "with pretrained weights {mean:.1%} (one seed each)", accuracy.mean),
     ],
     "docs/guides/imagenet.md": [
         Claim(
@@ -92,8 +103,10 @@ DEFINITIONS = {
         Definition("Run with 2.60 on two", "a version"),
     ],
     "configs/cats_vs_dogs.yaml": [
-        Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it")
+        Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it"),
+        Definition("2,048 to learn from and 832 to test", "the data"),
     ],
+    "configs/imagenette.yaml": [Definition("a ViT-S at 112 px, three epochs", "what `fit` chose")],
     "configs/moe_vie.yaml": [
         Definition("4 of 32", "a setting"),
         Definition("a hundred times larger", "by the paper"),
@@ -148,6 +161,7 @@ DEFINITIONS = {
         Definition("95 %, over other images", "the level of the intervals"),
     ],
     "docs/guides/own-images.md": [
+        Definition("2,048 photos of cats and dogs", "the data"),
         Definition("Above 5 % of a split", "the default of `data.max_bad_fraction`"),
         Definition("a DINOv2 ViT-S (88 MB) on a CPU", "the size of the download that is named"),
         Definition("over an hour, a ViT-B on a GPU of 12 GB", "constants of `moevision/train/start.py`"),

@@ -13,5 +13,39 @@ def _parts(*runs: Any) -> list[dict[str, str]]:
     return shown(part for part in report("specialization").parts_of(runs) if not part.startswith("#"))
 
 
-CLAIMS = [Claim(FILES, "{text}", _parts)]
+def _pets(*runs: Any) -> dict[str, Any]:
+    """What the table of drawn pets says as a whole."""
+    study = report("specialization")
+    settings = study.settings_of(runs, "pets", "class")
+    assert {len(setting.runs) for setting in settings} == {3}
+    assert [{setting.answer(question) for setting in settings} for question in range(3)] == [
+        {"yes"}, {"not shown"}, {"not shown"}
+    ]  # fmt: skip
+    for setting in settings:
+        bits = study._mean(setting, lambda layer: layer["readings"][0]["bits"]["value"])
+        assert bits < study._mean(setting, lambda layer: study._control(layer, "clusters"))
+    by_name = {setting.name: study._mean(setting, study.guess) for setting in settings}
+    assert all(by_name[name.replace("token", "image")] > guess for name, guess in by_name.items() if "token" in name)
+    guesses = [100 * guess for guess in by_name.values()]
+    swaps = [float(study._swap(setting)[0].replace("−", "-")) for setting in settings]
+    return {
+        "settings": len(settings),
+        "arms": len({setting.arm for setting in settings}),
+        "least": min(guesses),
+        "most": max(guesses),
+        "chance": 100 * settings[0].layers[0]["readings"][0]["chance"],
+        "swap": max(swaps),
+    }
+
+
+CLAIMS = [
+    Claim(FILES, "{text}", _parts),
+    Claim(
+        FILES,
+        "in all {settings} settings (a setting is one layer of one of {arms} arms, with 3 seeds each): "
+        "from the expert alone {least:.0f} to {most:.0f} % of the classes are guessed right, chance {chance:.1f} %",
+        _pets,
+    ),
+    Claim(FILES, "change places costs at most {swap:.1f} points of accuracy", _pets),
+]
 DEFINITIONS: list[Definition] = []

@@ -98,6 +98,23 @@ def test_copies_count_once(data: ImageDataModule, net: torch.nn.Module) -> None:
     assert found.mbytes == pytest.approx(dense)
 
 
+def test_it_takes_some_images_of_every_class_and_says_how_long(
+    data: ImageDataModule, net: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A clock that goes on by 1 s a batch: 3 batches of training, 1 of validation and 2 of test images."""
+    monkeypatch.setattr(probe_module, "_MOST_IMAGES", {"train": 20, "val": 4, "test": 10})
+    classes = [sample.label for sample in data.contents.datasets["train"].samples]
+    taken = [classes[index] for index in probe_module._some(data, "train", 10)]
+    assert len(taken) == 10
+    assert abs(taken.count(0) - 10 * classes.count(0) / len(classes)) <= 1
+    ticks = iter(range(100))
+    found = fit_probe(net, data, CPU, now=lambda: float(next(ticks)))
+    assert found is not None
+    assert (found.train_images, found.val_images, len(found.test_correct)) == (20, 4, 10)
+    said = capsys.readouterr().err
+    assert "on the frozen features of 20 training, 4 validation and 10 test images, about 6 s" in said
+
+
 def test_two_heads_have_no_probe(data: ImageDataModule) -> None:
     net = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, num_classes=2, depth=1)
     assert linear_head(net) is None

@@ -1,5 +1,6 @@
 """`fit FOLDER --pretrained ...`: what is chosen, asked, fetched and refused, with a hub of our own on this computer."""
 
+import hashlib
 import json
 import re
 import time
@@ -15,13 +16,14 @@ from safetensors.torch import save, save_file
 
 from moevision import UserError
 from moevision.layers import moe_layers
-from moevision.models.io import describe, load_model, save_model
+from moevision.models.io import describe, from_clusters, load_model, save_model
 from moevision.models.published import PATIENCE_S
 from moevision.models.reading import routes_read
 from moevision.train import start
 from moevision.train.recipe import choose_recipe, expand_arguments
 from moevision.train.start import AUTO, NONE, Candidate, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
+from tests.records import ROOT
 
 NAME = "test_vit.r160_in1k"
 REPOSITORY = f"timm/{NAME}"
@@ -160,6 +162,24 @@ def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub, capsys: pytest.C
     named = choose_start(NAME, IMAGES)
     assert named is not None
     assert "licence cc-by-nc-4.0, which restricts what you may do" in capsys.readouterr().err
+
+
+def test_what_is_lost_is_what_the_records_say(capsys: pytest.CaptureFixture[str]) -> None:
+    """Said where nothing could be had, not to who wants to start from scratch."""
+    reached = [
+        record["test"]["correct"] / record["test"]["total"]
+        for name in ("imagenette-pretrained-s0", "imagenette-s0")
+        for record in [json.loads((ROOT / f"benchmarks/accuracy/{name}.json").read_text())]
+    ]
+    pretrained, scratch = (f"{100 * share:.0f} %" for share in reached)
+    assert choose_start(None, IMAGES) is None
+    said = capsys.readouterr().err
+    assert (
+        f"On Imagenette pretrained weights reached {pretrained} of the test photos, a model from scratch {scratch}"
+        in said
+    )
+    assert choose_start(NONE, IMAGES) is None
+    assert capsys.readouterr().err == ""
 
 
 # ---- the question
@@ -303,6 +323,23 @@ def test_clusters_of_untrained_layers_are_refused(
 # ---- the whole way
 
 
+def test_fit_trains_from_a_download_that_broke_off(
+    cli: Callable[..., Any], drawn_pets: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is asked for the rest, and the training starts from the whole of what it sent."""
+    impatient(monkeypatch)
+    hub.breaks[:] = [100_000]
+    options = ("--trainer.max_epochs=1", "--trainer.precision=32-true", "--data.image_size=32", "--name=run")
+    done = cli("fit", drawn_pets, "--pretrained", NAME, *options, "--trainer.enable_progress_bar=false")
+    assert done.code == 0, done.err
+    assert hub.ranges == ["", "bytes=100000-"]
+    assert f"start: {NAME} (" in done.err
+    provenance = json.loads(Path("runs/run/provenance.json").read_text())
+    sent = hub.files[REPOSITORY]["model.safetensors"]
+    assert provenance["run"]["pretrained_sha256"] == hashlib.sha256(sent).hexdigest()
+    assert load_model("runs/run/model").class_names == ["cat", "dog"]
+
+
 def test_fit_from_a_file_with_its_twin(
     cli: Callable[..., Any], drawn_pets: Path, weight_file: Path, tmp_path: Path
 ) -> None:
@@ -319,6 +356,7 @@ def test_fit_from_a_file_with_its_twin(
     assert f"of {probe['val_images']} validation" in line
     assert json.loads(Path("runs/run/twin/probe.json").read_text()) == probe  # fitted once
     summary = json.loads(Path("runs/run/summary.json").read_text())
+    assert summary["expected_s"] > probe["seconds"], "which the run's time counts, too"
     rows = summary["choice"]["contenders"]
     assert [row["name"] for row in rows] == ["linear probe", "dense fine-tune", "Mixture of Experts"]
     assert rows[0]["correct"] == sum(probe["test_correct"].values())
@@ -329,6 +367,7 @@ def test_fit_from_a_file_with_its_twin(
     assert "## Should this be a Mixture of Experts?" in text
     assert re.search(r"\*\*Use (dense|the linear probe|the Mixture of Experts): ", text)
     net = load_model("runs/run/model").net
+    assert from_clusters(net), "the model's own folder says so, for question 2 of `analyze`"
     assert [layer.layer_index for layer in moe_layers(net)] == [3, 5]
     assert routes_read(net) == [True, True]
     again = cli("fit", drawn_pets, "--pretrained", AUTO, "--resume=auto", "--name=run", *options, *quiet)

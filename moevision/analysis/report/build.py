@@ -15,6 +15,7 @@ import base64
 import platform
 import struct
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -28,7 +29,7 @@ from matplotlib.figure import Figure
 
 import moevision.analysis.plots as plots
 from moevision import __version__, package_version
-from moevision.analysis.collect import collect_routing
+from moevision.analysis.collect import UNREAD, collect_routing
 from moevision.analysis.describe import co_activation, gate_weight_quantiles, part_expert_table, position_share
 from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, pictures_for
 from moevision.analysis.plots.style import figure_png
@@ -113,7 +114,8 @@ def analyze(settings: ReportSettings) -> Json:
     before = None if settings.before is None else load_model(settings.before)
     folder = claim_folder(settings.out)
     stages = Stages(total=9, show=settings.progress)
-    with stages.bar:
+    with stages.bar, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=UNREAD)  # the report names the layers
         with stages.stage("collecting the routing"):
             trace = collect_routing(model, pictures, path=folder / TRACE, progress=False, name=_title(settings.model))
             pictures = Remembered(aligned_pictures(pictures, trace))
