@@ -126,7 +126,7 @@ DEFINITIONS = {
         Definition("A max/mean load of 1.2", "an example"),
         Definition("takes tens of seconds", "an order of magnitude that the option's own help names"),
     ],
-    "docs/guides/several-gpus.md": [Definition("The signal comes five minutes before", "--signal=USR1@300")],
+    "docs/guides/several-gpus.md": [Definition("Five minutes before the end the run saves", "--signal=USR1@300")],
     "docs/guides/compare.md": [
         Definition("with its 95 % interval", "the level of the intervals"),
         Definition("(p ≥ .05)", "the level of the tests"),
