@@ -1,5 +1,6 @@
 """benchmarks/specialization/README.md: everything between its marks is the report of the committed runs."""
 
+from functools import partial
 from typing import Any
 
 from tests.records import ROOT, Claim, Definition
@@ -13,10 +14,10 @@ def _parts(*runs: Any) -> list[dict[str, str]]:
     return shown(part for part in report("specialization").parts_of(runs) if not part.startswith("#"))
 
 
-def _pets(*runs: Any) -> dict[str, Any]:
-    """What the table of drawn pets says as a whole."""
+def _whole(data: str, *runs: Any) -> dict[str, Any]:
+    """What the table of a data set's classes says as a whole."""
     study = report("specialization")
-    settings = study.settings_of(runs, "pets", "class")
+    settings = study.settings_of(runs, data, "class")
     assert {len(setting.runs) for setting in settings} == {3}
     assert [{setting.answer(question) for setting in settings} for question in range(3)] == [
         {"yes"}, {"not shown"}, {"not shown"}
@@ -44,8 +45,14 @@ CLAIMS = [
         FILES,
         "in all {settings} settings (a setting is one layer of one of {arms} arms, with 3 seeds each): "
         "from the expert alone {least:.0f} to {most:.0f} % of the classes are guessed right, chance {chance:.1f} %",
-        _pets,
+        partial(_whole, "pets"),
     ),
-    Claim(FILES, "change places costs at most {swap:.1f} points of accuracy", _pets),
+    Claim(FILES, "change places costs at most {swap:.1f} points of accuracy.", partial(_whole, "pets")),
+    Claim(
+        FILES,
+        "CIFAR-10 says the same in its {settings} settings: {least:.0f} to {most:.0f} % are guessed right, chance "
+        "{chance:.1f} %, and a swap costs at most {swap:.1f} points.",
+        partial(_whole, "cifar10"),
+    ),
 ]
 DEFINITIONS: list[Definition] = []
