@@ -18,6 +18,7 @@ from tests.records import (
     reliability,
     routers,
     saving,
+    specialization,
     surgery,
     upcycling,
     waiting,
@@ -181,6 +182,13 @@ CLAIMS = [
     ),
     Claim(reliability.COST, "The guard costs {cost_percent:.2f} % of the CPU time of a step"),
     Claim("benchmarks/guard/scores_cost.json", "scores of the training images costs {cost_percent:.2f} % of"),
+    Claim(
+        specialization.FILES,
+        "in {pets} settings on drawn pets, {cifar10} on CIFAR-10 and {cats_vs_dogs} on photos of cats and dogs. That "
+        "training the router added to it is shown in {added} of them, and that the experts do different things in "
+        "{different}.",
+        specialization.yes,
+    ),
     Claim(
         waiting.RUNS,
         "{without} times as long as under an even load where an uneven router learns without a balance loss, "

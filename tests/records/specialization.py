@@ -39,6 +39,19 @@ def _whole(data: str, *runs: Any) -> dict[str, Any]:
     }
 
 
+def yes(*runs: Any) -> dict[str, Any]:
+    """How many settings of each data set answer each question with yes."""
+    study = report("specialization")
+    settings = {data: study.settings_of(runs, data, "class") for data in ("pets", "cifar10", "cats_vs_dogs")}
+    return {
+        **{data: f"{sum(each.answer(0) == 'yes' for each in of)} of {len(of)}" for data, of in settings.items()},
+        **{
+            name: sum(each.answer(question) == "yes" for of in settings.values() for each in of)
+            for question, name in ((1, "added"), (2, "different"))
+        },
+    }
+
+
 CLAIMS = [
     Claim(FILES, "{text}", _parts),
     Claim(
