@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moevision.layers import forward_routing, moe_layers, update_router_bias
+from moevision.layers import ColourRouter, forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.checkpointing import checkpoint_blocks
 from moevision.models.config import MoEConfig, build_model
@@ -54,9 +55,12 @@ from moevision.train.sharded import divide, like_these
 IMAGES, CLASSES, CLIP = 16, 5, 0.5
 DDP, FSDP, EP2, EP4, REPLICATED = 0, 1, 2, 4, 8
 """Layouts: torch's DDP, or `Layout.of` with so many processes per set of experts; REPLICATED: only they are divided."""
-EVERY = ((2, DDP), (2, FSDP), (2, EP2), (4, EP2), (4, EP4), (2, EP2 + REPLICATED), (4, EP2 + REPLICATED))
+EVERY = (
+    *((2, layout) for layout in (DDP, FSDP, EP2, EP2 + REPLICATED)),
+    *((4, layout) for layout in (DDP, FSDP, EP2, EP4, EP2 + REPLICATED, EP4 + REPLICATED)),
+)
 """Processes and layout; (4, EP2) is EP x FSDP: 2 processes hold the same experts and shard them."""
-TWO, FOUR = ((2, EP2),), ((4, EP2),)
+TWO, FOUR = ((2, FSDP), (2, EP2)), ((2, FSDP), (4, EP2))
 COUNTED = "counted"
 
 
@@ -88,10 +92,18 @@ CASES = {
     "cosine": Case({"router": "cosine"}),
     "expert choice": Case({"router": "expert_choice"}, FOUR, losses={"z": 0.01}),
     "soft": Case({"router": "soft"}, ((2, FSDP), (4, EP2))),
+    "hash": Case({"router": "hash"}),
+    "colour": Case({"router": "colour"}),
     "by image": Case({"router": "switch", "route_by": "image"}, FOUR, BALANCE),
+    # Half of the choices are dropped. A capacity of the batch is of each process's own images: it isn't equal.
+    "capacity by image": Case(
+        {"router": "switch", "capacity_factor": 0.5, "capacity_group": "image"}, ((2, DDP), *FOUR), BALANCE
+    ),
     "accumulation": Case({"router": "switch"}, ((2, FSDP), (4, EP2), (4, EP2 + REPLICATED)), BALANCE, micro_batches=2),
-    "recomputed": Case({"router": "switch", "num_shared_experts": 1}, losses=BALANCE, checkpointing=True),
-    "one block recomputed": Case({"router": "switch", "num_shared_experts": 1}, losses=BALANCE, checkpointing=[1]),
+    "recomputed": Case({"router": "switch", "num_shared_experts": 1}, ((2, EP2),), BALANCE, checkpointing=True),
+    "one block recomputed": Case(
+        {"router": "switch", "num_shared_experts": 1}, ((2, EP2),), BALANCE, checkpointing=[1]
+    ),
     "fewer experts than processes": Case({"router": "switch", "num_experts": 2}, ((4, FSDP), (4, EP2)), BALANCE),
     "all rows on one process": Case({"router": "vmoe_top_k"}, ((2, EP2), (4, EP4)), forced=(0, 1)),
     "other numbers of images": Case({"router": "switch"}, ((2, EP2), (2, FSDP)), BALANCE, shares=(13, 3)),
@@ -150,7 +162,7 @@ class Sent(TorchDispatchMode):
 
 
 class Step(NamedTuple):
-    """What one optimizer step had; gradients and weights as whole tensors, of the first and the last step only."""
+    """What one optimizer step had; gradients and weights of the first and the last step only."""
 
     logits: Tensor
     aux: Tensor
@@ -170,6 +182,9 @@ def build(case: Case) -> nn.Module:
     checkpoint_blocks(net, case.checkpointing)
     with torch.no_grad():
         for layer in moe_layers(net):
+            if isinstance(layer.router, ColourRouter):  # which would take the first process's images
+                layer.router.centroids.normal_(std=0.1)
+                layer.router.fitted.fill_(True)
             for name, parameter in layer.router.named_parameters():
                 if name != "scale" and case.arch["router"] != "cosine":  # whose scores don't grow with weights
                     parameter.mul_(20)
@@ -197,7 +212,7 @@ def train(
         forward: computes logits and routings.
         mine: this process's rows of a micro-batch.
         mean: whether gradients are the mean over processes (DDP), or their sum, for which the loss is divided.
-        record: is called before the update, with gradients that are not clipped yet.
+        record: is called before the update, with weights and gradients themselves, not clipped yet.
     """
     processes = dist.get_world_size() if dist.is_initialized() else 1
     generator = torch.Generator().manual_seed(1)
@@ -227,9 +242,9 @@ def train(
         parameters = [parameter for _, parameter in learning]
         norm = total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
         gradients, weights = {}, {}
-        if number in (0, case.steps - 1):  # to gather them takes longer than a step
-            gradients = {name: full(cast(Tensor, parameter.grad)).clone() for name, parameter in learning}
-            weights = {name: full(tensor.detach()).clone() for name, tensor in net.state_dict().items()}
+        if number in (0, case.steps - 1):
+            gradients = {name: cast(Tensor, parameter.grad) for name, parameter in learning}
+            weights = {name: tensor.detach() for name, tensor in net.state_dict().items()}
         aux = torch.zeros(()) if aux is None else aux.detach()
         record(Step(torch.cat(logits), aux, norm, gradients, weights))
         clip(parameters, CLIP, norm)
@@ -244,7 +259,7 @@ def alone(case: Case) -> list[Step]:
     """The steps of one process."""
     steps: list[Step] = []
     net = build(case)
-    train(case, net, lambda x: forward_routing(net, x), lambda x: x, steps.append, mean=True)
+    train(case, net, lambda x: forward_routing(net, x), lambda x: x, lambda s: steps.append(deepcopy(s)), mean=True)
     return steps
 
 
@@ -280,8 +295,11 @@ def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layou
     worst: dict[str, float] = {}
 
     def differ(kind: str, found: Tensor, expected: Tensor, scale: float | None = None) -> None:
+        expected = expected.double()  # a buffer may be of truth values
         scale = max(float(expected.abs().max()), 1e-30) if scale is None else scale
-        worst[kind] = max(worst.get(kind, 0.0), float((found - expected).abs().max()) / scale)
+        difference = own_part(found).double() - own_part(shard_like(expected, found))  # of this process's part
+        if difference.numel():
+            worst[kind] = max(worst.get(kind, 0.0), float(difference.abs().max()) / scale)
 
     steps = iter(known)
 
@@ -348,7 +366,8 @@ def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], f
     )
     found, sent = {}, {}
     layouts = {size: Layout.of("cpu", size) for size in (FSDP, EP2, EP4) if size <= processes}
-    layouts[EP2 + REPLICATED] = Layout.of("cpu", EP2, replicated=True)
+    replicated = {size: Layout.of("cpu", size, replicated=True) for size in (EP2, EP4) if size <= processes}
+    layouts |= {size + REPLICATED: layout for size, layout in replicated.items()}
     for name, case in CASES.items():
         for size, layout in case.layouts:
             if size == processes:
