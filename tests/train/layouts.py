@@ -5,7 +5,8 @@ under its layouts, and writes `FOLDER/errors-W.json`: for each case and layout t
 process, over all steps and processes, relative to the largest number of their kind. `FOLDER/sent-W.json` has the
 bytes that a process sends in a step of the case "counted", by layout and kind of collective.
 
-`FOLDER/digests.json` has hashes of weights and moments of a checkpoint that goes from 4 processes to 2, 1 and 4.
+`FOLDER/digests.json` has hashes of a checkpoint that goes from 4 processes to 2, 1 and 4, of its weights and moments
+and of a plain export, from each.
 """
 
 import datetime
@@ -34,7 +35,8 @@ from moevision.layers import ColourRouter, forward_routing, moe_layers, update_r
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.checkpointing import checkpoint_blocks
 from moevision.models.config import MoEConfig, build_model
-from moevision.train.checkpoint import SafeCheckpointIO
+from moevision.models.io import describe, save_model
+from moevision.train.checkpoint import SafeCheckpointIO, sha256_of
 from moevision.train.optim import OptimizerConfig, OptimizerName, build_optimizer
 from moevision.train.parallel import (
     Layout,
@@ -100,10 +102,8 @@ CASES = {
         {"router": "switch", "capacity_factor": 0.5, "capacity_group": "image"}, ((2, DDP), *FOUR), BALANCE
     ),
     "accumulation": Case({"router": "switch"}, ((2, FSDP), (4, EP2), (4, EP2 + REPLICATED)), BALANCE, micro_batches=2),
-    "recomputed": Case({"router": "switch", "num_shared_experts": 1}, ((2, EP2),), BALANCE, checkpointing=True),
-    "one block recomputed": Case(
-        {"router": "switch", "num_shared_experts": 1}, ((2, EP2),), BALANCE, checkpointing=[1]
-    ),
+    "recomputed": Case({"router": "switch", "num_shared_experts": 1}, TWO[1:], BALANCE, checkpointing=True),
+    "one block recomputed": Case({"router": "switch", "num_shared_experts": 1}, TWO[1:], BALANCE, checkpointing=[1]),
     "fewer experts than processes": Case({"router": "switch", "num_experts": 2}, ((4, FSDP), (4, EP2)), BALANCE),
     "all rows on one process": Case({"router": "vmoe_top_k"}, ((2, EP2), (4, EP4)), forced=(0, 1)),
     "other numbers of images": Case({"router": "switch"}, ((2, EP2), (2, FSDP)), BALANCE, shares=(13, 3)),
@@ -388,6 +388,7 @@ def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], f
 def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout | None) -> None:
     """Read a checkpoint (None: train one step instead), note its hash, and write it again."""
     net, files = build(CASES["expert choice"]), SafeCheckpointIO()
+    plain = outline(net)
     if layout is not None:
         shard(net, layout)
     optimizer, _ = build_optimizer(net, OptimizerConfig(), total_steps=2, fused=True)
@@ -415,10 +416,13 @@ def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout
     }
     if after is not None:
         files.save_checkpoint(state, folder / "checkpoints" / after)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    whole = net.state_dict() if layout is None else gathered_state(net)
+    if whole:  # in the first process
+        save_model(describe(filled(plain, whole)), folder / "plain")
         file = folder / "digests.json"
         known = json.loads(file.read_text()) if file.is_file() else []
-        file.write_text(json.dumps([*known, digest.hexdigest()]))
+        exported = sha256_of(folder / "plain" / "model.safetensors")
+        file.write_text(json.dumps([*known, [digest.hexdigest(), exported]]))
 
 
 def refuse(folder: Path, layout: Layout) -> None:
