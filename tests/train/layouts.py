@@ -3,7 +3,7 @@
 `python layouts.py FOLDER` trains each case of `CASES` in this process and then, in one group of 4 and one of 2 forks,
 under its layouts, and writes `FOLDER/errors-W.json`: for each case and layout the largest differences from the one
 process, over all steps and processes, relative to the largest number of their kind. `FOLDER/sent-W.json` has the
-bytes that a process sends in a step of the case "counted", by layout and kind of collective.
+bytes, collectives and messages of a process in a step of the case "counted", by layout and kind of collective.
 
 `FOLDER/digests.json` has hashes of a checkpoint that goes from 4 processes to 2, 1 and 4, of its weights and moments
 and of a plain export, from each.
@@ -127,38 +127,43 @@ CASES = {
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that this process sends while it is entered, as a ring does it; not those of a few numbers.
+    """Counts what this process sends while it is entered, as a ring does it.
 
     Attributes:
-        bytes: by kind of collective, as the planner names them.
+        found: bytes, collectives and messages by kind of collective, as the planner names them. Those of a few numbers
+            (norms, loads, losses) are a kind of their own, "small".
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: dict[str, float] = {}
+        self.found: dict[str, list[float]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         match func.__name__.split(".")[0], func.namespace:
             case "_allgather_base_", "c10d":  # whole, own part, group
-                self._add("all_gather", args[0].nbytes, args[2])
+                self._ring("all_gather", args[0].nbytes, args[2])
             case "_reduce_scatter_base_", "c10d":  # own part, whole, group
-                self._add("reduce_scatter", args[1].nbytes, args[2])
+                self._ring("reduce_scatter", args[1].nbytes, args[2])
             case "allreduce_", "c10d":
-                self._add("all_reduce", 2 * sum(x.nbytes for x in args[0]), args[1])
+                self._ring("all_reduce", sum(x.nbytes for x in args[0]), args[1], times=2)
+            case "alltoall_base_", "c10d":  # numbers of rows, which are not counted as bytes
+                self._count("all_to_all", 0, dist.ProcessGroup.unbox(args[2]).size() - 1)
             case "all_to_all_single", "_c10d_functional":  # rows, numbers received and sent, group
                 rows, _, numbers, name = args
                 own = dist.get_rank(dist.distributed_c10d._resolve_process_group(name))
                 leaving = sum(numbers) - numbers[own]
-                self._count("all_to_all", leaving * rows[:1].nbytes)
+                messages = sum(number > 0 for process, number in enumerate(numbers) if process != own)
+                self._count("all_to_all", leaving * rows[:1].nbytes, messages)
         return func(*args, **(kwargs or {}))
 
-    def _add(self, kind: str, size: int, group: Any) -> None:
+    def _ring(self, kind: str, size: int, group: Any, times: int = 1) -> None:
         processes = dist.ProcessGroup.unbox(group).size()
-        if size > 1000:  # norms, loads and losses are less
-            self._count(kind, size * (processes - 1) / processes)
+        kind = kind if size > 500 else "small"
+        self._count(kind, times * size * (processes - 1) / processes, times * (processes - 1))
 
-    def _count(self, kind: str, size: float) -> None:
-        self.bytes[kind] = self.bytes.get(kind, 0) + size
+    def _count(self, kind: str, size: float, messages: int) -> None:
+        before = self.found.get(kind, [0.0, 0, 0])
+        self.found[kind] = [sum_ + each for sum_, each in zip(before, (size, 1, messages), strict=True)]
 
 
 class Step(NamedTuple):
@@ -374,7 +379,7 @@ def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], f
                 with Sent() if name == COUNTED else nullcontext() as counter:
                     found[f"{name}, {layout}"] = compare(case, layout, known[name], layouts)
                 if counter is not None:
-                    sent[layout] = counter.bytes
+                    sent[layout] = counter.found
     before = {4: None, 2: "four.ckpt"}[processes]
     carry_on(folder, before, {4: "four.ckpt", 2: "two.ckpt"}[processes], layouts[EP2])
     if processes == 2:
