@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -80,12 +81,9 @@ def fit(folder: Path, *arguments: str, launcher: list[str] = LIGHTNING, new: boo
 def interrupt(folder: Path, name: str, *arguments: str, rows: int, number: int, everybody: bool) -> tuple[int, str]:
     """Train until metrics.csv has so many rows, then signal; the exit code and what was said."""
     process = start(folder, "synthetic_pets", *TWO, f"--name={name}", *arguments)
-    metrics, until = folder / "runs" / name / "metrics.csv", time.monotonic() + WAIT_S
+    metrics = folder / "runs" / name / "metrics.csv"
     try:
-        while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > rows):
-            assert process.poll() is None, process.communicate()[0][-3000:]
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        wait_until(process, lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") > rows)
         (os.killpg if everybody else os.kill)(process.pid, number)
         if number == signal.SIGKILL:
             hear(process, "was killed")
@@ -117,15 +115,9 @@ def end_one(
         says: what the other process says within `SILENT_S`.
     """
     process = start(folder, "synthetic_pets", *arguments, f"--name={name}", others=0 if until is None else None)
-
-    def others() -> list[str]:
-        return subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-
     try:
-        while not ((folder / "runs" / name / until).exists() if until else others()):
-            assert process.poll() is None, process.communicate()[0][-3000:]
-            time.sleep(0.005 if until else 0.05)
-        os.kill(process.pid if first else int(others()[0]), number)
+        wait_until(process, (folder / "runs" / name / until).exists if until else lambda: bool(others(process)))
+        os.kill(process.pid if first else others(process)[0], number)
         hear(process, says)
         said, _ = process.communicate(timeout=WAIT_S)
     finally:
@@ -133,6 +125,21 @@ def end_one(
     assert process.returncode == (-number if first else 2), said[-3000:]
     assert "Traceback" not in said or number == signal.SIGINT  # which Python itself answers before it knows us
     return said
+
+
+def others(process: subprocess.Popen[str] | Forked) -> list[int]:
+    """The processes that it has started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(each) for each in found.stdout.split()]
+
+
+def wait_until(process: subprocess.Popen[str] | Forked, there: Callable[[], bool]) -> None:
+    """Wait for what a training will do, as long as it lives."""
+    until = time.monotonic() + WAIT_S
+    while not there():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 def hear(process: subprocess.Popen[str] | Forked, words: str) -> None:
