@@ -13,6 +13,7 @@ from benchmarks import routers, saving, study
 from benchmarks.routers import report as router_report
 from benchmarks.saving import report as saving_report
 from benchmarks.subject import Subject
+from benchmarks.waiting import draw
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -214,6 +215,8 @@ def test_what_travels_between_two_processes(run, tmp_path) -> None:
     # What the first process sends away and what it gets back are of one size for each process and its counterpart.
     assert forced["rows_sent"] == even["rows_sent"]
     assert rows["no loss"]["busiest_over_mean"] > 1.2
+    draw([json.loads(out.read_text())], tmp_path / "waiting.png")
+    assert (tmp_path / "waiting.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

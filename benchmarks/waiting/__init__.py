@@ -1,6 +1,7 @@
 """What travels between processes under expert parallelism, and how long they wait for each other where load is uneven.
 
     OMP_NUM_THREADS=1 python -m benchmarks waiting --out benchmarks/waiting/record.json
+    python -m benchmarks waiting --draw benchmarks/waiting/record-*.json
 
 A network of `study.py`'s size with 8 experts, one per token, trains in W processes (gloo) that hold 8 / W experts each.
 Four arms take turns, step by step, in the same processes:
@@ -21,9 +22,10 @@ Axes: W processes, T tokens of a process, D width, R rows.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +40,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import about, argument_parser
 from benchmarks.study import IMAGE_SIZE, MODEL
+from moevision.analysis.plots.style import PAGE_INCHES, calm, new_figure, panel_title, save_figure
 from moevision.files import write_json_atomic
 from moevision.layers import Routing, all_to_all, forward_routing, moe_layers
 from moevision.layers.all_to_all import AllToAllDispatcher
@@ -50,6 +53,8 @@ from moevision.train.report import table
 ARMS = ("even", "forced", "no loss", "loss")
 EXPERTS, CLASSES, BALANCE = 8, 8, 0.05
 FORCED = 100.0  # tokens of the first expert for one of the last
+FIGURE = Path(__file__).with_name("waiting.png")
+WORDS = ("even by force", "100 : 1 by force", "learned", "learned,\nbalance loss")  # for ARMS
 
 
 @dataclass
@@ -72,7 +77,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="of a process in a step (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="of each arm (%(default)s)")
     parser.add_argument("--out", type=Path, help="write the record as JSON")
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="RECORD", help="draw records of 2 processes instead")
     options = parser.parse_args()
+    if options.draw:
+        draw([json.loads(file.read_text(encoding="utf-8")) for file in options.draw], FIGURE)
+        print(f"{FIGURE}: drawn, nothing measured")
+        return
     origin, rows = about(), []
     with tempfile.TemporaryDirectory() as folder:
         for processes in options.processes:
@@ -100,6 +110,34 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return table(heads, cells)
+
+
+def draw(records: Sequence[dict[str, Any]], file: Path) -> None:
+    """Bars for each arm: the middle one of the records, and a line from the lowest to the highest.
+
+    Args:
+        records: of runs in 2 processes.
+        file: the figure.
+    """
+    figure = new_figure(PAGE_INCHES, 2.3)
+    rows = [row for record in records for row in record["rows"] if row["processes"] == 2]
+    panels = (
+        ("busiest_over_mean", "Work", "rows of the busiest of 2 processes / mean"),
+        ("wait_over_even", "Waiting", f"time / that of an even load; {len(records)} runs"),
+    )
+    for axes, (key, name, note) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        found = [sorted(row[key] for row in rows if row["arm"] == arm) for arm in ARMS]
+        bars = axes.bar(range(len(ARMS)), [median(values) for values in found], width=0.6)
+        for bar, colour in zip(bars, ("#8C8C8C", "#8C8C8C", "#D55E00", "#0072B2"), strict=True):
+            bar.set_color(colour)
+        axes.vlines(range(len(ARMS)), [low for low, *_ in found], [high for *_, high in found], "#333333", linewidth=1)
+        for place, values in enumerate(found):
+            axes.text(place, values[-1] + 0.04, f"{median(values):.2f}", ha="center", fontsize=7)
+        calm(axes)
+        axes.axhline(1, color="#333333", linewidth=0.7, linestyle=":")
+        axes.set_xticks(range(len(ARMS)), WORDS)
+        panel_title(axes, name, note)
+    save_figure(figure, file)
 
 
 def _process(rank: int, processes: int, folder: Path, images: int, steps: int) -> None:

@@ -32,7 +32,7 @@ from moevision.errors import UserError
 from moevision.files import append_bytes, sync_file, write_text_atomic
 from moevision.layers import MoEMlp, moe_layers
 from moevision.train.parallel import total_norm
-from moevision.train.processes import AwakeClock, sum_over_processes, tell
+from moevision.train.processes import AwakeClock, sums_over_processes, tell
 from moevision.train.task import ClassificationTask
 
 MAX_DATA_WAIT: Final = 0.03
@@ -414,13 +414,13 @@ class RouterHealth(L.Callback):
         counts = [count.detach() for count in task.window_counts]
         self._loads = [sum_ + count for sum_, count in zip(self._loads, counts, strict=True)] if self._loads else counts
         if trainer.global_step % cast(Any, trainer).log_every_n_steps == 0:
-            for layer, count in zip(layers, counts, strict=True):
-                load = sum_over_processes(count.clone()).double()
+            for layer, count in zip(layers, sums_over_processes(counts), strict=True):
+                load = count.double()
                 task.log(f"moe/{layer.layer_index}/max_violation", (load.max() / load.mean() - 1).float())
         self._updates += 1
         if self._updates % _PATIENCE == 0:
-            for layer, count in zip(layers, self._loads, strict=True):
-                self._judge(task, layer, sum_over_processes(count.clone()).double())
+            for layer, count in zip(layers, sums_over_processes(self._loads), strict=True):
+                self._judge(task, layer, count.double())
             self._loads = []
 
     @torch.no_grad()

@@ -350,13 +350,15 @@ def traffic(shape: ModelShape, layout: Layout, job: Job, machine: Machine) -> li
     n, gpus, moe = layout.expert, job.gpus, len(shape.moe)
     dense, experts = shape.dense.learning, shape.experts.learning / n
     found: list[Collective] = []
-    if layout.parallel == "ddp":
-        in_buckets = FP32_BYTES * (dense + (experts if n == 1 else 0))
+    if layout.parallel == "ddp" and n == 1:
+        in_buckets = FP32_BYTES * (dense + experts)
         found.append(_all_reduce("dense", in_buckets, gpus, 1, ceil(in_buckets / BUCKET_BYTES), machine))
-        if n > 1:  # one all-reduce for the weights and biases of two matrices of each layer
-            found.append(_all_reduce("expert", FP32_BYTES * experts, gpus // n, n, 4 * moe, machine))
+    elif layout.parallel == "ddp":  # FSDP2's units, of which every GPU keeps the whole, in each part of the batch
+        times = job.accumulate
+        found.append(_all_reduce("dense", times * FP32_BYTES * dense, gpus, 1, times * (shape.depth + 1), machine))
+        found.append(_all_reduce("expert", times * FP32_BYTES * experts, gpus // n, n, times * moe, machine))
     else:
-        # Everything outside of blocks is a group of its own; frozen weights are gathered, and have no gradient.
+        # Everything outside of blocks is a unit of its own; frozen weights are gathered, and have no gradient.
         found += _sharded("dense", shape.dense, FP32_BYTES, 1, gpus, shape.depth + 1, job, machine)
         if moe:
             found += _sharded("expert", shape.experts, shape.compute_bytes, n, gpus, moe, job, machine)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, cast
@@ -65,6 +65,15 @@ def sum_over_processes(counts: Tensor) -> Tensor:
     if several_processes():
         dist.all_reduce(counts)
     return counts
+
+
+def sums_over_processes(counts: Sequence[Tensor]) -> list[Tensor]:
+    """Each of these tensors, of one dtype, summed over processes; all of them in one exchange."""
+    if not several_processes():
+        return list(counts)
+    total = sum_over_processes(torch.cat([count.flatten() for count in counts]))
+    parts = total.split([count.numel() for count in counts])
+    return [part.view_as(count) for part, count in zip(parts, counts, strict=True)]
 
 
 def mean_over_processes(values: dict[str, Tensor]) -> dict[str, Tensor]:

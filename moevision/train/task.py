@@ -40,7 +40,7 @@ from moevision.models.vit_moe import num_patches, set_fused_attention, trains_un
 from moevision.train.checkpoint import make_plain
 from moevision.train.optim import OptimizerConfig, build_optimizer, freeze_parameters, hold_frozen_statistics
 from moevision.train.parallel import clip, total_norm
-from moevision.train.processes import mean_over_processes, sum_over_processes
+from moevision.train.processes import mean_over_processes, sums_over_processes
 
 if TYPE_CHECKING:
     from moevision.train.calibration import Calibration
@@ -239,7 +239,7 @@ class ClassificationTask(L.LightningModule):
         overflowed = scaler is not None and scale is not None and scaler.get_scale() < scale
         self.update_applied = not (self.update_refused or overflowed)
         if self.update_applied and any(isinstance(layer.router, SigmoidRouter) for layer in moe_layers(self.net)):
-            update_router_bias(self.net, [sum_over_processes(count) for count in self.window_counts])
+            update_router_bias(self.net, sums_over_processes(self.window_counts))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Move the schedule by applied updates only."""

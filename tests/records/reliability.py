@@ -104,6 +104,8 @@ CLAIMS = [
 ]
 
 DEFINITIONS = [
+    Definition("with one sentence within 30 s", "a bound that the tests hold, SILENT_S"),
+    Definition("says so within 30 s", "the same"),
     Definition("It costs at most 2 % of a step", "the promise"),
     Definition("more memory than 1.25 × the numbers in its weights and 64 MB", "the limit in the code"),
     Definition("a file of 0.3 MB, under a limit of 700 MB", "what the test sets up"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moevision.models.config import MoEConfig
 from moevision.train import guard
@@ -41,15 +41,12 @@ TWO_PROCESS_CASES = {
     "average": "nan_ema@3:rank1",
     "spike": "spike@7x1000:rank1",
 }
-# The same with weights sharded over both processes and two experts of four in each.
+# The same with weights sharded over both processes: two experts of four in each of them, or FSDP2 alone.
 SHARDED_CASES = {
-    "sharded, loss": "nan_loss@3:rank1",
-    "sharded, gradient": "inf_grad@3:expert2:rank1",
-    "sharded, weight": "nan_weight@3:rank1",
-    "sharded, average": "nan_ema@3:rank1",
-    "sharded, spike": "spike@7x1000:rank1",
+    **{f"EP 2, {case}": TWO_PROCESS_CASES[case] for case in ("loss", "gradient", "weight", "average", "spike")},
+    **{f"FSDP2, {case}": TWO_PROCESS_CASES[case] for case in ("loss", "weight", "average")},
 }
-# Snapshots and spikes within the 12 batches of a process.
+# Snapshots within the 6 batches of a process, and spikes within 12.
 TWO_PROCESS_GUARD = GuardConfig(snapshot_every=2, spike_warmup=4, spike_updates=2)
 
 
@@ -109,6 +106,35 @@ class States(L.Callback):
             self.last = whole_state(trainer, pl_module)
 
 
+class Averaged(L.Callback):
+    """Compares the second update of a sharded moving average with its formula, on whole tensors.
+
+    Attributes:
+        difference: the largest one of all numbers.
+    """
+
+    def __init__(self) -> None:
+        self.difference = float("nan")
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.before = whole_tensors(WeightEMA.of(trainer).network)  # type: ignore[union-attr]
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            after, weights = whole_tensors(WeightEMA.of(trainer).network), whole_tensors(pl_module.net)  # type: ignore[union-attr]
+            kept = 1 - (1 + 1) ** -0.75  # in warm-up 1 - (1 + n) ^ -3/4 after the first n updates, below 0.9
+            parts = [kept * old + (1 - kept) * weights[name] - after[name] for name, old in self.before.items()]
+            self.difference = max(float(part.abs().max()) for part in parts)
+
+
+def whole_tensors(net: nn.Module | None) -> dict[str, Tensor]:
+    """Copies of the floating-point weights and buffers of a network, sharded or not; every process must call it."""
+    assert net is not None
+    state = {name: full(tensor.detach()).clone() for name, tensor in net.state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+
 def whole_state(trainer: L.Trainer, task: ClassificationTask) -> dict[str, Any]:
     """Weights, buffers, moments and step counts, schedule, average, and the random generator."""
     average = WeightEMA.of(trainer)
@@ -149,9 +175,9 @@ class Run:
         self.guard = None if guard is None else StabilityGuard(guard)
         average = [WeightEMA(EmaConfig(decay=0.9))] if ema else []
         watching = [] if self.guard is None else [self.guard]
-        defaults = {"max_epochs": 1, "gradient_clip_val": 1.0, "enable_checkpointing": False, "devices": processes}
+        always: dict[str, Any] = {"accelerator": "cpu", "devices": processes, "enable_checkpointing": False}
+        defaults = {**always, "max_epochs": 1, "gradient_clip_val": 1.0}
         self.trainer = L.Trainer(
-            accelerator="cpu",
             strategy=MoEParallelStrategy(expert) if expert else "ddp" if processes > 1 else "auto",
             default_root_dir=folder,
             use_distributed_sampler=False,
@@ -179,7 +205,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     guard._SMALL = 1  # bytes: snapshots go to the disk, if any
     for case, faults in {**TWO_PROCESS_CASES, **SHARDED_CASES}.items():
-        mine = batches(24)[rank::2]
+        mine, averaged = batches(24 if "spike" in faults else 12)[rank::2], Averaged()
         run = Run(
             folder / case,
             mine,
@@ -187,14 +213,16 @@ def one_of_two(rank: int, folder: Path) -> None:
             task=tiny_task(**BIASED),
             processes=2,
             guard=replace(TWO_PROCESS_GUARD, snapshots_in="disk" if case in SHARDED_CASES else "memory"),
-            expert=2 if case in SHARDED_CASES else None,
+            expert={"EP 2": 2, "FSDP2": 1}.get(case.split(",")[0]),
+            callbacks=(averaged,),
         )
         torch.save(
             {
-                "net": {name: full(tensor) for name, tensor in run.task.net.state_dict().items()},
+                "net": whole_tensors(run.task.net),
                 "average": {name: full(tensor) for name, tensor in run.states.last["average"].items()},
                 "record": run.record.state_dict(),
                 "injected": dict(run.injector.injected),
+                "averaged": averaged.difference,
             },
             folder / f"{case}-{rank}.pt",
         )

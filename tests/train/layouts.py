@@ -3,9 +3,10 @@
 `python layouts.py FOLDER` trains each case of `CASES` in this process and then, in one group of 4 and one of 2 forks,
 under its layouts, and writes `FOLDER/errors-W.json`: for each case and layout the largest differences from the one
 process, over all steps and processes, relative to the largest number of their kind. `FOLDER/sent-W.json` has the
-bytes that a process sends in a step of the case "counted", by layout and kind of collective.
+bytes, collectives and messages of a process in a step of the case "counted", by layout and kind of collective.
 
-`FOLDER/digests.json` has hashes of weights and moments of a checkpoint that goes from 4 processes to 2, 1 and 4.
+`FOLDER/digests.json` has hashes of a checkpoint that goes from 4 processes to 2, 1 and 4, of its weights and moments
+and of a plain export, from each.
 """
 
 import datetime
@@ -17,6 +18,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,11 +31,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moevision.layers import forward_routing, moe_layers, update_router_bias
+from moevision.layers import ColourRouter, forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.checkpointing import checkpoint_blocks
 from moevision.models.config import MoEConfig, build_model
-from moevision.train.checkpoint import SafeCheckpointIO
+from moevision.models.io import describe, save_model
+from moevision.train.checkpoint import SafeCheckpointIO, sha256_of
 from moevision.train.optim import OptimizerConfig, OptimizerName, build_optimizer
 from moevision.train.parallel import (
     Layout,
@@ -54,9 +57,12 @@ from moevision.train.sharded import divide, like_these
 IMAGES, CLASSES, CLIP = 16, 5, 0.5
 DDP, FSDP, EP2, EP4, REPLICATED = 0, 1, 2, 4, 8
 """Layouts: torch's DDP, or `Layout.of` with so many processes per set of experts; REPLICATED: only they are divided."""
-EVERY = ((2, DDP), (2, FSDP), (2, EP2), (4, EP2), (4, EP4), (2, EP2 + REPLICATED), (4, EP2 + REPLICATED))
+EVERY = (
+    *((2, layout) for layout in (DDP, FSDP, EP2, EP2 + REPLICATED)),
+    *((4, layout) for layout in (DDP, FSDP, EP2, EP4, EP2 + REPLICATED, EP4 + REPLICATED)),
+)
 """Processes and layout; (4, EP2) is EP x FSDP: 2 processes hold the same experts and shard them."""
-TWO, FOUR = ((2, EP2),), ((4, EP2),)
+TWO, FOUR = ((2, FSDP), (2, EP2)), ((2, FSDP), (4, EP2))
 COUNTED = "counted"
 
 
@@ -88,10 +94,16 @@ CASES = {
     "cosine": Case({"router": "cosine"}),
     "expert choice": Case({"router": "expert_choice"}, FOUR, losses={"z": 0.01}),
     "soft": Case({"router": "soft"}, ((2, FSDP), (4, EP2))),
+    "hash": Case({"router": "hash"}),
+    "colour": Case({"router": "colour"}),
     "by image": Case({"router": "switch", "route_by": "image"}, FOUR, BALANCE),
+    # Half of the choices are dropped. A capacity of the batch is of each process's own images: it isn't equal.
+    "capacity by image": Case(
+        {"router": "switch", "capacity_factor": 0.5, "capacity_group": "image"}, ((2, DDP), *FOUR), BALANCE
+    ),
     "accumulation": Case({"router": "switch"}, ((2, FSDP), (4, EP2), (4, EP2 + REPLICATED)), BALANCE, micro_batches=2),
-    "recomputed": Case({"router": "switch", "num_shared_experts": 1}, losses=BALANCE, checkpointing=True),
-    "one block recomputed": Case({"router": "switch", "num_shared_experts": 1}, losses=BALANCE, checkpointing=[1]),
+    "recomputed": Case({"router": "switch", "num_shared_experts": 1}, TWO[1:], BALANCE, checkpointing=True),
+    "one block recomputed": Case({"router": "switch", "num_shared_experts": 1}, TWO[1:], BALANCE, checkpointing=[1]),
     "fewer experts than processes": Case({"router": "switch", "num_experts": 2}, ((4, FSDP), (4, EP2)), BALANCE),
     "all rows on one process": Case({"router": "vmoe_top_k"}, ((2, EP2), (4, EP4)), forced=(0, 1)),
     "other numbers of images": Case({"router": "switch"}, ((2, EP2), (2, FSDP)), BALANCE, shares=(13, 3)),
@@ -115,42 +127,47 @@ CASES = {
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that this process sends while it is entered, as a ring does it; not those of a few numbers.
+    """Counts what this process sends while it is entered, as a ring does it.
 
     Attributes:
-        bytes: by kind of collective, as the planner names them.
+        found: bytes, collectives and messages by kind of collective, as the planner names them. Those of a few numbers
+            (norms, loads, losses) are a kind of their own, "small".
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: dict[str, float] = {}
+        self.found: dict[str, list[float]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         match func.__name__.split(".")[0], func.namespace:
             case "_allgather_base_", "c10d":  # whole, own part, group
-                self._add("all_gather", args[0].nbytes, args[2])
+                self._ring("all_gather", args[0].nbytes, args[2])
             case "_reduce_scatter_base_", "c10d":  # own part, whole, group
-                self._add("reduce_scatter", args[1].nbytes, args[2])
+                self._ring("reduce_scatter", args[1].nbytes, args[2])
             case "allreduce_", "c10d":
-                self._add("all_reduce", 2 * sum(x.nbytes for x in args[0]), args[1])
+                self._ring("all_reduce", sum(x.nbytes for x in args[0]), args[1], times=2)
+            case "alltoall_base_", "c10d":  # numbers of rows, which are not counted as bytes
+                self._count("all_to_all", 0, dist.ProcessGroup.unbox(args[2]).size() - 1)
             case "all_to_all_single", "_c10d_functional":  # rows, numbers received and sent, group
                 rows, _, numbers, name = args
                 own = dist.get_rank(dist.distributed_c10d._resolve_process_group(name))
                 leaving = sum(numbers) - numbers[own]
-                self._count("all_to_all", leaving * rows[:1].nbytes)
+                messages = sum(number > 0 for process, number in enumerate(numbers) if process != own)
+                self._count("all_to_all", leaving * rows[:1].nbytes, messages)
         return func(*args, **(kwargs or {}))
 
-    def _add(self, kind: str, size: int, group: Any) -> None:
+    def _ring(self, kind: str, size: int, group: Any, times: int = 1) -> None:
         processes = dist.ProcessGroup.unbox(group).size()
-        if size > 1000:  # norms, loads and losses are less
-            self._count(kind, size * (processes - 1) / processes)
+        kind = kind if size > 500 else "small"
+        self._count(kind, times * size * (processes - 1) / processes, times * (processes - 1))
 
-    def _count(self, kind: str, size: float) -> None:
-        self.bytes[kind] = self.bytes.get(kind, 0) + size
+    def _count(self, kind: str, size: float, messages: int) -> None:
+        before = self.found.get(kind, [0.0, 0, 0])
+        self.found[kind] = [sum_ + each for sum_, each in zip(before, (size, 1, messages), strict=True)]
 
 
 class Step(NamedTuple):
-    """What one optimizer step had; gradients and weights as whole tensors, of the first and the last step only."""
+    """What one optimizer step had; gradients and weights of the first and the last step only."""
 
     logits: Tensor
     aux: Tensor
@@ -170,6 +187,9 @@ def build(case: Case) -> nn.Module:
     checkpoint_blocks(net, case.checkpointing)
     with torch.no_grad():
         for layer in moe_layers(net):
+            if isinstance(layer.router, ColourRouter):  # which would take the first process's images
+                layer.router.centroids.normal_(std=0.1)
+                layer.router.fitted.fill_(True)
             for name, parameter in layer.router.named_parameters():
                 if name != "scale" and case.arch["router"] != "cosine":  # whose scores don't grow with weights
                     parameter.mul_(20)
@@ -197,7 +217,7 @@ def train(
         forward: computes logits and routings.
         mine: this process's rows of a micro-batch.
         mean: whether gradients are the mean over processes (DDP), or their sum, for which the loss is divided.
-        record: is called before the update, with gradients that are not clipped yet.
+        record: is called before the update, with weights and gradients themselves, not clipped yet.
     """
     processes = dist.get_world_size() if dist.is_initialized() else 1
     generator = torch.Generator().manual_seed(1)
@@ -227,9 +247,9 @@ def train(
         parameters = [parameter for _, parameter in learning]
         norm = total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
         gradients, weights = {}, {}
-        if number in (0, case.steps - 1):  # to gather them takes longer than a step
-            gradients = {name: full(cast(Tensor, parameter.grad)).clone() for name, parameter in learning}
-            weights = {name: full(tensor.detach()).clone() for name, tensor in net.state_dict().items()}
+        if number in (0, case.steps - 1):
+            gradients = {name: cast(Tensor, parameter.grad) for name, parameter in learning}
+            weights = {name: tensor.detach() for name, tensor in net.state_dict().items()}
         aux = torch.zeros(()) if aux is None else aux.detach()
         record(Step(torch.cat(logits), aux, norm, gradients, weights))
         clip(parameters, CLIP, norm)
@@ -244,7 +264,7 @@ def alone(case: Case) -> list[Step]:
     """The steps of one process."""
     steps: list[Step] = []
     net = build(case)
-    train(case, net, lambda x: forward_routing(net, x), lambda x: x, steps.append, mean=True)
+    train(case, net, lambda x: forward_routing(net, x), lambda x: x, lambda s: steps.append(deepcopy(s)), mean=True)
     return steps
 
 
@@ -280,8 +300,11 @@ def compare(case: Case, layout: int, known: list[Step], layouts: dict[int, Layou
     worst: dict[str, float] = {}
 
     def differ(kind: str, found: Tensor, expected: Tensor, scale: float | None = None) -> None:
+        expected = expected.double()  # a buffer may be of truth values
         scale = max(float(expected.abs().max()), 1e-30) if scale is None else scale
-        worst[kind] = max(worst.get(kind, 0.0), float((found - expected).abs().max()) / scale)
+        difference = own_part(found).double() - own_part(shard_like(expected, found))  # of this process's part
+        if difference.numel():
+            worst[kind] = max(worst.get(kind, 0.0), float(difference.abs().max()) / scale)
 
     steps = iter(known)
 
@@ -348,14 +371,15 @@ def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], f
     )
     found, sent = {}, {}
     layouts = {size: Layout.of("cpu", size) for size in (FSDP, EP2, EP4) if size <= processes}
-    layouts[EP2 + REPLICATED] = Layout.of("cpu", EP2, replicated=True)
+    replicated = {size: Layout.of("cpu", size, replicated=True) for size in (EP2, EP4) if size <= processes}
+    layouts |= {size + REPLICATED: layout for size, layout in replicated.items()}
     for name, case in CASES.items():
         for size, layout in case.layouts:
             if size == processes:
                 with Sent() if name == COUNTED else nullcontext() as counter:
                     found[f"{name}, {layout}"] = compare(case, layout, known[name], layouts)
                 if counter is not None:
-                    sent[layout] = counter.bytes
+                    sent[layout] = counter.found
     before = {4: None, 2: "four.ckpt"}[processes]
     carry_on(folder, before, {4: "four.ckpt", 2: "two.ckpt"}[processes], layouts[EP2])
     if processes == 2:
@@ -369,6 +393,7 @@ def one_of(rank: int, processes: int, port: int, known: dict[str, list[Step]], f
 def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout | None) -> None:
     """Read a checkpoint (None: train one step instead), note its hash, and write it again."""
     net, files = build(CASES["expert choice"]), SafeCheckpointIO()
+    plain = outline(net)
     if layout is not None:
         shard(net, layout)
     optimizer, _ = build_optimizer(net, OptimizerConfig(), total_steps=2, fused=True)
@@ -396,10 +421,13 @@ def carry_on(folder: Path, before: str | None, after: str | None, layout: Layout
     }
     if after is not None:
         files.save_checkpoint(state, folder / "checkpoints" / after)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    whole = net.state_dict() if layout is None else gathered_state(net)
+    if whole:  # in the first process
+        save_model(describe(filled(plain, whole)), folder / "plain")
         file = folder / "digests.json"
         known = json.loads(file.read_text()) if file.is_file() else []
-        file.write_text(json.dumps([*known, digest.hexdigest()]))
+        exported = sha256_of(folder / "plain" / "model.safetensors")
+        file.write_text(json.dumps([*known, [digest.hexdigest(), exported]]))
 
 
 def refuse(folder: Path, layout: Layout) -> None:

@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -36,9 +38,14 @@ OPTIONS = (
     *("--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.strategy=ddp"),
 )
 TWO = (*OPTIONS, "--trainer.devices=2")
+SHARDED = (*(option for option in TWO if "strategy" not in option), "--parallel=fsdp", "--parallel.expert=2")
 SAME = ("metrics.csv", "predictions_test.csv", "model/model.safetensors")
 KILLED = "Process 1 of this training was killed, by somebody or by a system that has run out of memory."
+FIRST_KILLED = (
+    "The first process of this training crashed or was killed, by somebody or by a system that has run out of memory."
+)
 WAIT_S = 900  # of patience with a busy machine; a run takes 12 s of CPU
+SILENT_S = 30  # from the end of a process to another one's sentence about it
 
 
 def start(
@@ -74,17 +81,73 @@ def fit(folder: Path, *arguments: str, launcher: list[str] = LIGHTNING, new: boo
 def interrupt(folder: Path, name: str, *arguments: str, rows: int, number: int, everybody: bool) -> tuple[int, str]:
     """Train until metrics.csv has so many rows, then signal; the exit code and what was said."""
     process = start(folder, "synthetic_pets", *TWO, f"--name={name}", *arguments)
-    metrics, until = folder / "runs" / name / "metrics.csv", time.monotonic() + WAIT_S
+    metrics = folder / "runs" / name / "metrics.csv"
     try:
-        while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > rows):
-            assert process.poll() is None, process.communicate()[0][-3000:]
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        wait_until(process, lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") > rows)
         (os.killpg if everybody else os.kill)(process.pid, number)
+        if number == signal.SIGKILL:
+            hear(process, "was killed")
         said, _ = process.communicate(timeout=WAIT_S)
     finally:
         _end(process)
     return process.returncode, said
+
+
+def end_one(
+    folder: Path,
+    name: str,
+    *arguments: str,
+    until: str | None = None,
+    first: bool = False,
+    number: int = signal.SIGKILL,
+    says: str = "was killed",
+) -> str:
+    """End one of two processes; all that both said, once the other one has said these words and ended.
+
+    Args:
+        folder: where they train.
+        name: of the run.
+        arguments: of the training.
+        until: the file of the run that is waited for; None: the second process, in a new interpreter, as soon as it is
+            there.
+        first: whether the first process is ended, or the second one.
+        number: the signal.
+        says: what the other process says within `SILENT_S`.
+    """
+    process = start(folder, "synthetic_pets", *arguments, f"--name={name}", others=0 if until is None else None)
+    try:
+        wait_until(process, (folder / "runs" / name / until).exists if until else lambda: bool(others(process)))
+        os.kill(process.pid if first else others(process)[0], number)
+        hear(process, says)
+        said, _ = process.communicate(timeout=WAIT_S)
+    finally:
+        _end(process)
+    assert process.returncode == (-number if first else 2), said[-3000:]
+    assert "Traceback" not in said or number == signal.SIGINT  # which Python itself answers before it knows us
+    return said
+
+
+def others(process: subprocess.Popen[str] | Forked) -> list[int]:
+    """The processes that it has started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(each) for each in found.stdout.split()]
+
+
+def wait_until(process: subprocess.Popen[str] | Forked, there: Callable[[], bool]) -> None:
+    """Wait for what a training will do, as long as it lives."""
+    until = time.monotonic() + WAIT_S
+    while not there():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def hear(process: subprocess.Popen[str] | Forked, words: str) -> None:
+    """Wait until one of its processes says this, for at most `SILENT_S`."""
+    until = time.monotonic() + SILENT_S
+    while words not in (said := cast(Forked, process).said()):
+        assert time.monotonic() < until, said[-3000:]
+        time.sleep(0.05)
 
 
 def _end(process: subprocess.Popen[str] | Forked) -> None:
@@ -212,44 +275,30 @@ def test_a_changed_number_of_processes_is_said_before_training_starts(work: Path
 
 
 @pytest.mark.parametrize(
-    ("number", "says"),
+    ("name", "options", "number", "says"),
     [
-        (signal.SIGKILL, KILLED),
-        (signal.SIGINT, "Another process of this training has ended, see above if it said why."),
+        ("killed-early", TWO, signal.SIGKILL, KILLED),
+        ("sharded-early", SHARDED, signal.SIGKILL, KILLED),
+        ("ended", TWO, signal.SIGINT, "Another process of this training has ended, see above if it said why."),
     ],
 )
-def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(work: Path, number: int, says: str) -> None:
+def test_a_process_that_dies_in_starting_up_is_said_in_one_sentence(
+    work: Path, name: str, options: tuple[str, ...], number: int, says: str
+) -> None:
     """Before it can join the first one, which waits for it in a call that no signal interrupts."""
-    process = start(work, "synthetic_pets", *TWO, f"--name=unborn-{number}", others=0)
-    try:
-        while not (found := subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout):
-            assert process.poll() is None
-            time.sleep(0.05)
-        os.kill(int(found.split()[0]), number)
-        said, _ = process.communicate(timeout=WAIT_S)
-    finally:
-        _end(process)
-    assert process.returncode == 2, said[-3000:]
+    said = end_one(work, name, *options, number=number, says=says)
     assert said.splitlines()[-1] == f"moevision: {says} Nothing was saved yet: start anew."
-    assert not list((work / "runs").glob("unborn*")), "nothing of worth was in it"
+    assert not list((work / "runs").glob(f"{name}*")), "nothing of worth was in it"
 
 
-def test_another_process_that_dies_is_said_in_one_sentence(work: Path) -> None:
-    """The second process is killed; the first one ends with the command that goes on, not with a traceback."""
-    process = start(work, "synthetic_pets", *TWO, "--name=lost", "--trainer.max_epochs=300")
-    last = work / "runs" / "lost" / "checkpoints" / "last.ckpt"
-    try:
-        while not last.is_file():
-            assert process.poll() is None
-            time.sleep(0.05)
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-        os.kill(int(children.split()[0]), signal.SIGKILL)
-        said, _ = process.communicate(timeout=WAIT_S)
-    finally:
-        _end(process)
-    assert process.returncode == 2, said[-3000:]
-    assert "Traceback" not in said
-    assert said.splitlines()[-2:] == [
-        f"moevision: {KILLED} To go on:",
-        "moevision fit --resume runs/lost",
-    ]
+@pytest.mark.parametrize(
+    ("name", "options", "first", "says"),
+    [("lost", TWO, False, KILLED), ("sharded-lost", SHARDED, True, FIRST_KILLED)],
+)
+def test_another_process_that_dies_is_said_in_one_sentence(
+    work: Path, name: str, options: tuple[str, ...], first: bool, says: str
+) -> None:
+    """The other one ends with the command that goes on, not with a traceback."""
+    more = ("--trainer.max_epochs=300", "--checkpoint.every_steps=3")
+    said = end_one(work, name, *options, *more, until="checkpoints/last.ckpt", first=first)
+    assert said.splitlines()[-2:] == [f"moevision: {says} To go on:", f"moevision fit --resume runs/{name}"]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,8 +22,11 @@ from moevision.data import ImageDataModule
 from moevision.layers import ROUTERS, forward_routing
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
-from moevision.train.optim import OptimizerConfig, build_optimizer
+from moevision.train.checkpoint import SafeCheckpointIO
+from moevision.train.optim import OptimizerConfig, WeightEMA, build_optimizer
 from moevision.train.parallel import Layout, clip, full, is_sharded, shard, total_norm
+from moevision.train.sharded import like_these
+from tests.train.guarded import Averaged, Run, batches, whole_tensors
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]
@@ -107,6 +111,85 @@ def test_a_sharded_network_trains_as_a_plain_one(group: str, optimizer: Any, rep
             updates.step()
     found = {name: full(tensor).cpu() for name, tensor in sharded.state_dict().items()}
     assert differs(found, plain.state_dict()) < 1e-8
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
+def test_experts_that_are_gathered_in_bf16_give_the_same_logits(group: str) -> None:
+    """Autocast rounds them in any case, before they travel or after; gradients are rounded once more or not."""
+    plain = build("switch").float().to(group)
+    sharded = copy.deepcopy(plain)
+    shard(sharded, Layout.of(group), torch.bfloat16)
+    found = []
+    for net in (plain, sharded):
+        with torch.autocast(group, torch.bfloat16):
+            logits = net(torch.ones(4, 3, 32, 32, device=group).cumsum(-1) / 32)
+        logits.float().square().mean().backward()
+        gradients = {name: full(p.grad).cpu() for name, p in net.named_parameters() if p.grad is not None}
+        found.append((logits, gradients))
+    assert torch.equal(found[0][0], found[1][0])
+    assert differs(found[1][1], found[0][1]) < 2**-7
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
+def test_a_checkpoint_of_parts_comes_back(group: str, tmp_path: Path) -> None:
+    """Weights and moments, from a folder of DCP into another network on the device."""
+    files, states = SafeCheckpointIO(), []
+    for number in range(2):
+        net = build("switch").to(group)
+        shard(net, Layout.of(group))
+        updates, _ = build_optimizer(net, OptimizerConfig(lr=1e-2), total_steps=9, fused=True)
+        learning = [parameter for each in updates.param_groups for parameter in each["params"]]
+        if number == 0:
+            step(net, group)
+            updates.step()
+            named = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+            whole = {"state_dict": named, "optimizer_states": [updates.state_dict()], "global_step": 1}
+            files.save_checkpoint(whole, tmp_path / "one.ckpt")
+        else:
+            like = like_these({f"net.{name}": parameter for name, parameter in net.named_parameters()}, learning)
+            read = files.load_checkpoint(tmp_path / "one.ckpt", like=like)
+            net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in read["state_dict"].items()})
+            updates.load_state_dict(read["optimizer_states"][0])
+        moments = [full(updates.state[parameter][name]) for parameter in learning for name in ("exp_avg", "exp_avg_sq")]
+        states.append([*(full(tensor) for tensor in net.state_dict().values()), *moments])
+    assert len(states[0]) == len(states[1])
+    assert all(a.device.type == b.device.type == group and torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+class Kept(L.Callback):
+    """Weights and their average after every batch."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *rest: Any) -> None:
+        average = WeightEMA.of(trainer)
+        assert average is not None
+        of_average = {f"average {name}": tensor for name, tensor in whole_tensors(average.network).items()}
+        self.states.append(whole_tensors(pl_module.net) | of_average)
+
+
+@pytest.mark.dist
+@DEVICES
+@pytest.mark.parametrize("expert", [None, 1])
+def test_an_update_that_is_not_finite_changes_nothing(device: str, expert: int | None, tmp_path: Path) -> None:
+    """The third of four; weights, statistics and average, with FSDP2 (1) and without."""
+    kept, averaged = Kept(), Averaged()
+    try:
+        callbacks = (kept, averaged)
+        run = Run(
+            tmp_path, batches(4), faults="nan_loss@3", callbacks=callbacks, expert=expert, accelerator=device, devices=1
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert (run.record.skipped, run.record.rollbacks) == (1, 0)
+    second, third, fourth = kept.states[1:]
+    assert all(torch.equal(third[name], tensor) for name, tensor in second.items())
+    assert not all(torch.equal(fourth[name], tensor) for name, tensor in third.items())
+    assert averaged.difference < 1e-6
 
 
 @DEVICES

@@ -21,7 +21,7 @@ from moevision.train.parallel import check_divides, check_network, filled, outli
 from moevision.train.sharded import read_folder
 from tests.forks import Forked
 from tests.train import layouts
-from tests.train.layouts import CASES, CLASSES, COUNTED, EP2, EP4, FSDP, IMAGES, REPLICATED, build
+from tests.train.layouts import CASES, CLASSES, COUNTED, DDP, EP2, EP4, FSDP, IMAGES, REPLICATED, build
 
 COMPARED = [(name, size, layout) for name, case in CASES.items() for size, layout in case.layouts]
 
@@ -63,28 +63,38 @@ def test_layouts_train_like_one_process(name: str, size: int, layout: int, compa
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("size", "layout"), CASES[COUNTED].layouts)
-def test_a_step_sends_the_bytes_that_are_planned(size: int, layout: int, compared: Path) -> None:
-    """Counted in the collectives of one process, to the byte; the planner counts no padding."""
+def test_a_step_sends_what_is_planned(size: int, layout: int, compared: Path) -> None:
+    """Counted in the collectives of one process: bytes, to the last one, collectives and messages.
+
+    The planner counts no padding, and no collective of a few numbers. Of those a step here has two or three: the counts
+    of the router's bias, the test's own maximum of errors, and the norm where gradients are in parts.
+    """
     sent = json.loads((compared / f"sent-{size}.json").read_text())[str(layout)]
     shape = shape_of(build(CASES[COUNTED]), 32, dtype=torch.bfloat16)
     as_planned = planner.Layout("fsdp" if layout in (FSDP, EP2, EP4) else "ddp", max(layout % REPLICATED, 1))
-    planned: dict[str, float] = {}
+    planned: dict[str, list[float]] = {}
     for each in planner.traffic(shape, as_planned, planner.Job(size, IMAGES), sheet_machine("h100")):
-        planned[each.kind] = planned.get(each.kind, 0) + each.bytes_per_step
+        before = planned.get(each.kind, [0, 0, 0])
+        planned[each.kind] = [before[0] + each.bytes_per_step, before[1] + each.calls, before[2] + each.messages]
     if as_planned.parallel == "fsdp":
         # The bias of the head has 5 numbers in fp32: one more makes 6 for 2 processes, three more make 8 for 4.
         padding = 4 * (-CLASSES % size) * (size - 1) / size
-        planned["all_gather"] += 2 * padding
-        planned["reduce_scatter"] += padding
+        planned["all_gather"][0] += 2 * padding
+        planned["reduce_scatter"][0] += padding
+    small = 2 if layout == DDP else 3
+    assert sent.pop("small")[1:] == [small, small * 2 * (size - 1)]
     assert sent == planned
 
 
 @pytest.mark.dist
 def test_a_checkpoint_goes_from_4_processes_to_2_to_1_to_4(compared: Path) -> None:
-    """Weights and both moments, by SHA-256; EP2 x FSDP2, EP2, none, EP2 + DDP, EP4; folders, a file, a folder."""
-    digests = json.loads((compared / "digests.json").read_text())
-    assert len(digests) == 5
-    assert len(set(digests)) == 1
+    """Weights and both moments, by SHA-256; EP2 x FSDP2, EP2, none, EP2 + DDP, EP4; folders, a file, a folder.
+
+    And the weights that each of them exports as a plain model.
+    """
+    states, exports = zip(*json.loads((compared / "digests.json").read_text()), strict=True)
+    assert len(states) == 5
+    assert len(set(states)) == len(set(exports)) == 1
     four = compared / "checkpoints" / "four.ckpt"
     assert sorted(path.name for path in four.iterdir()) == [
         ".metadata",

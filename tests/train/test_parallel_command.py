@@ -2,10 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -14,12 +13,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moevision.train.checkpoint import newest_valid
 from moevision.train.sharded import read_folder
 from moevision.train.trained import load_trained
-from tests.forks import Forked
-from tests.train.test_command_two_processes import KILLED, TORCHRUN, TWO, _end, differing, fit, start
-
-SHARDED = (*(option for option in TWO if "strategy" not in option), "--parallel=fsdp", "--parallel.expert=2")
+from tests.train.test_command_two_processes import (
+    FIRST_KILLED,
+    KILLED,
+    SHARDED,
+    TORCHRUN,
+    _end,
+    differing,
+    end_one,
+    fit,
+    others,
+    start,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,33 +46,13 @@ def whole(work: Path) -> tuple[Path, str]:
 def stopped(work: Path) -> Path:
     """The run folder of a training that was stopped after three steps of 18."""
     process = start(work, "synthetic_pets", *SHARDED, "--name=stopped", "--checkpoint.every_steps=3")
-    last = work / "runs" / "stopped" / "checkpoints" / "last.ckpt"
-    while not last.is_dir():
-        assert process.poll() is None, process.communicate()[0][-3000:]
+    wait_until(process, (work / "runs" / "stopped" / "checkpoints" / "last.ckpt").is_dir)
     os.kill(cast(int, process.pid), signal.SIGTERM)
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 143, said[-3000:]
     for name in ("unsharded", "replicated"):
         shutil.copytree(work / "runs" / "stopped", work / "runs" / name)
     return work / "runs" / "stopped"
-
-
-def kill(work: Path, name: str, *arguments: str, until: str, first: bool) -> str:
-    """Train until a file of the run is there, kill one of both processes, and wait for the other one's last words."""
-    process = cast(Forked, start(work, "synthetic_pets", *SHARDED, f"--name={name}", *arguments))
-    try:
-        while not (work / "runs" / name / until).exists():
-            assert process.poll() is None, process.communicate()[0][-3000:]
-            time.sleep(0.005)
-        other = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-        os.kill(cast(int, process.pid) if first else int(other), signal.SIGKILL)
-        silent = time.monotonic() + 30
-        while "was killed" not in process.said() and time.monotonic() < silent:
-            time.sleep(0.05)
-        assert process.wait(60) == (-signal.SIGKILL if first else 2)
-    finally:
-        _end(process)
-    return process.communicate()[0]
 
 
 @pytest.mark.dist
@@ -110,9 +99,8 @@ def test_torchrun_starts_the_same_training_and_a_dense_twin(work: Path, whole: t
 def test_a_process_is_killed_while_it_trains(work: Path, whole: tuple[Path, str]) -> None:
     """The other one says what happened and how to go on, and who does so ends where nobody was killed."""
     every = "--checkpoint.every_steps=2"
-    said = kill(work, "killed", every, until="checkpoints/previous.ckpt", first=False)
+    said = end_one(work, "killed", *SHARDED, every, until="checkpoints/previous.ckpt")
     assert said.splitlines()[-2:] == [f"moevision: {KILLED} To go on:", "moevision fit --resume runs/killed"]
-    assert "Traceback" not in said
     fit(work, "--resume", "runs/killed")
     assert differing(work / "runs" / "killed", whole[0]) == []
 
@@ -120,12 +108,47 @@ def test_a_process_is_killed_while_it_trains(work: Path, whole: tuple[Path, str]
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_first_process_is_killed_before_it_trains(work: Path) -> None:
-    said = kill(work, "unborn", until="config.yaml", first=True)
-    assert "Traceback" not in said
+    said = end_one(work, "unborn", *SHARDED, until="config.yaml", first=True)
+    assert said.splitlines()[-1] == f"moevision: {FIRST_KILLED} Nothing was saved yet: start anew."
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_numbers_of_one_process_are_not_finite(work: Path) -> None:
+    """Its loss, and a gradient of an expert that only it holds: both processes leave these two of six updates out."""
+    fault = "--fault=nan_loss@3:rank1, inf_grad@5:expert3:rank1"
+    fit(work, "synthetic_pets", *SHARDED, "--name=struck", "--trainer.max_epochs=1", fault)
+    run = work / "runs" / "struck"
+    assert json.loads((run / "summary.json").read_text())["steps"] == 6 - 2
+    assert "2 updates left out because a number was not finite." in (run / "summary.md").read_text()
+    assert all(tensor.isfinite().all() for tensor in load_file(run / "model" / "model.safetensors").values())
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits what another process may write")
+def test_the_disk_of_one_process_is_full(work: Path) -> None:
+    """From the first checkpoint on the second process can't write a byte: training goes on, and ends in a sentence."""
+    few = ("--trainer.max_epochs=1", "--checkpoint.every_steps=1")
+    process = start(work, "synthetic_pets", *SHARDED, "--name=full", *few)
+    checkpoints = work / "runs" / "full" / "checkpoints"
+    try:
+        wait_until(process, (checkpoints / "last.ckpt").is_dir)
+        resource.prlimit(others(process)[0], resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        said, _ = process.communicate(timeout=900)
+    finally:
+        _end(process)
+    assert process.returncode == 2, said[-3000:]
+    for name in ("last", "best"):
+        assert said.count(f"{name}.ckpt can't be written (File too large): training goes on") == 1
     assert said.splitlines()[-1] == (
-        "moevision: The first process of this training crashed or was killed, by somebody or by a system that has run "
-        "out of memory. Nothing was saved yet: start anew."
+        "moevision: The last steps can't be saved (File too large): make room, or give write access, then go on with "
+        "moevision fit --resume runs/full."
     )
+    newest, damaged = newest_valid(checkpoints)
+    assert newest is not None
+    assert damaged == []
+    assert not list(checkpoints.glob(".*")), "half a checkpoint"
 
 
 @pytest.mark.dist

@@ -95,6 +95,9 @@ def test_weights_and_gradients_by_hand(tiny, shape):
     assert both["all_gather", "expert"].bytes_per_step == 2 * 2 * (experts / 2) * 1 / 2
     apart = found(shape, Layout("ddp", 4), 4)  # nobody else has this GPU's expert
     assert ("all_reduce", "expert") not in apart
+    pairs = found(shape, Layout("ddp", 2), 4, accumulate=2)  # reduced in both parts: 4 blocks and the rest, 2 layers
+    assert [pairs["all_reduce", what].calls for what in ("dense", "expert")] == [2 * 5, 2 * 2]
+    assert pairs["all_reduce", "expert"].bytes_per_step == 2 * 2 * 4 * (experts / 2) * 1 / 2
     twice = found(shape, Layout("fsdp"), 4, accumulate=2)
     assert twice["all_gather", "dense"].bytes_per_step == 2 * fsdp["all_gather", "dense"].bytes_per_step
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.forks import Forked
 from tests.train import two_processes
-from tests.train.two_processes import CASES, IMAGES, train
+from tests.train.two_processes import CASES, IMAGES, STEPS, train
 
 pytestmark = pytest.mark.dist
 
@@ -34,13 +34,34 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Te
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one(case: str, two: dict[str, list[dict[str, Tensor]]], tmp_path: Path) -> None:
-    """16 images per step: in one process at once, in two with one or two micro-batches each; float64, no noise."""
+    """16 images per step: in one process at once, in two with one or two micro-batches each; float64, no noise.
+
+    What is logged too, although the processes have different images: a mean over 8 here and 8 there is one over 16.
+    """
     one, first, second = train(case, tmp_path), *two[case]
+    assert one.pop("reduced").tolist() == []
+    assert {"train/loss", "train/cross_entropy", "train/top1", "train/grad_norm"} <= one.keys()
     for name in one:
-        if name == "counts":  # a process's own in layers without a bias; see below
-            continue
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
-        torch.testing.assert_close(first[name], one[name], rtol=1e-6, atol=1e-8, msg=name)
+        if CASES[case][2] == 1 or name == "train/grad_norm" or not name.startswith("train/"):  # else of a micro-batch
+            torch.testing.assert_close(first[name], one[name], rtol=1e-6, atol=1e-8, check_dtype=False, msg=name)
+
+
+# Numbers of each all-reduce of a step, in order. Two layers of four experts; means are those of loss, cross-entropy
+# and top-1; the last one is of the load that is logged.
+MEANS, LOADS = 3, 2 * 4
+REDUCED = {
+    "bias": [MEANS, MEANS, LOADS, LOADS],  # a mean for each micro-batch; the bias's own loads
+    # Importance is a function of E sums, load balancing of 2 E: one for both and all layers, and one backward.
+    "losses": [2 * 3 * 4, MEANS, 2 * 3 * 4, LOADS],
+    "z over micro-batches": [2 * 2, MEANS, 2 * 2, 2 * 2, MEANS, 2 * 2, LOADS],  # a sum and a number of tokens
+    "soft": [MEANS, MEANS, LOADS],
+}
+
+
+@pytest.mark.parametrize("case", REDUCED)
+def test_reductions_are_bundled(case: str, two: dict[str, list[dict[str, Tensor]]]) -> None:
+    assert [state["reduced"].tolist() for state in two[case]] == [STEPS * REDUCED[case]] * 2
 
 
 def test_the_bias_counts_all_ranks_and_micro_batches_of_a_step(two: dict[str, list[dict[str, Tensor]]]) -> None:

@@ -9,15 +9,18 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from moevision.layers import moe_layers
+from moevision.layers import update_router_bias
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
+from moevision.train.callbacks import RouterHealth
 from moevision.train.task import ClassificationTask
 
 STEPS, IMAGES, CLASSES = 3, 16, 4
@@ -53,7 +56,11 @@ def batches(parts: int, alike: bool = False) -> list[dict[str, Tensor]]:
 
 
 def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batches: int = 1) -> dict[str, Tensor]:
-    """The network's state after STEPS optimizer steps in float64, and `counts`, what its last step counted [2, E]."""
+    """The network's state after STEPS optimizer steps in float64, what the last one logged, and two more.
+
+    `counts` [2, E] is what the routers' biases were last moved by, if they have some, `reduced` the sizes of all
+    all-reduces but those of DDP's gradients, and Lightning's own, of one number.
+    """
     options, weights, _ = CASES[case]
     L.seed_everything(0, verbose=False)
     task = ClassificationTask(
@@ -73,6 +80,8 @@ def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batc
         max_epochs=1,
         limit_val_batches=0,
         accumulate_grad_batches=micro_batches,
+        log_every_n_steps=1,
+        callbacks=[RouterHealth()],
         use_distributed_sampler=False,
         default_root_dir=folder,
         logger=False,
@@ -81,11 +90,24 @@ def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batc
         enable_checkpointing=False,
     )
     loader = DataLoader(mine, batch_size=None)
-    trainer.fit(task, loader, loader)
+    reduced: list[int] = []
+    given: list[Tensor] = []
+    all_reduce = dist.all_reduce
+
+    def noted_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        reduced.extend([tensor.numel()] if tensor.numel() > 1 else [])
+        return all_reduce(tensor, *args, **kwargs)
+
+    def noted_update(net: nn.Module, counts: list[Tensor]) -> None:
+        given[:] = counts
+        update_router_bias(net, counts)
+
+    with patch.object(dist, "all_reduce", noted_reduce), patch("moevision.train.task.update_router_bias", noted_update):
+        trainer.fit(task, loader, loader)
     assert trainer.global_step == STEPS
-    counts = torch.stack([count.to(torch.float64) for count in task.window_counts])
-    assert len(counts) == len(moe_layers(task.net))
-    return {**task.net.state_dict(), "counts": counts}
+    logged = {name: value for name, value in trainer.callback_metrics.items() if name != "epoch"}
+    counts = {"counts": torch.stack(given)} if given else {}
+    return {**task.net.state_dict(), **logged, **counts, "reduced": torch.tensor(reduced)}
 
 
 def one_of_two(rank: int, folder: Path) -> None:
