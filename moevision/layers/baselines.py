@@ -155,12 +155,14 @@ class ColourRouter(HandmadeRouter):
         from sklearn.cluster import KMeans
 
         sample = colours.flatten(0, 1)[:_MAX_COLOURS].cpu().numpy()
-        if len(np.unique(sample, axis=0)) < self.num_experts:
-            return  # a batch of few or blank images: the next one decides
-        found = KMeans(self.num_experts, n_init=4, random_state=0).fit(sample).cluster_centers_
-        centroids = torch.from_numpy(found).to(self.centroids)
+        centroids = torch.full_like(self.centroids, torch.nan)
+        if len(np.unique(sample, axis=0)) >= self.num_experts:
+            found = KMeans(self.num_experts, n_init=4, random_state=0).fit(sample).cluster_centers_
+            centroids.copy_(torch.from_numpy(found))
         if dist.is_available() and dist.is_initialized():
-            dist.broadcast(centroids, 0)  # every process saw other images
+            dist.broadcast(centroids, 0)  # every process saw other images, perhaps with too few colours
+        if centroids.isnan().any():
+            return  # a batch of few or blank images: the next one decides
         self.centroids.copy_(centroids)
         self.fitted.fill_(True)
 

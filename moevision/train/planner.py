@@ -277,17 +277,16 @@ def memory(shape: ModelShape, layout: Layout, job: Job) -> Memory:
     """Peak memory of a training step; temporary buffers of kernels and collectives are not in it."""
     dense, experts = shape.dense, shape.experts
     low = shape.compute_bytes if shape.compute_bytes < FP32_BYTES else 0  # fp32 weights are used as they are
-    if layout.parallel == "fsdp":
-        # Two blocks gathered, this one and the next, and the fp32 gradient of one before it is scattered; and what
-        # autocast keeps in 16 bits of what is gathered in 32.
+    if layout.parallel == "fsdp" or layout.expert > 1:
+        # FSDP2's units, also where every GPU keeps the whole of them: two blocks gathered, this one and the next, and
+        # the fp32 gradient of one before it is scattered; and what autocast keeps in 16 bits of what is gathered in 32.
         block = (2 * FP32_BYTES + FP32_BYTES) * dense.parameters / shape.depth
         if shape.moe:
             block += (2 * shape.compute_bytes + FP32_BYTES) * experts.parameters / len(shape.moe) / layout.expert
         copies, buckets = low * dense.parameters + block, 0.0
     else:
-        copies = low * (dense.parameters + experts.parameters / layout.expert)
-        in_buckets = dense.learning + (experts.learning if layout.expert == 1 else 0)
-        buckets = FP32_BYTES * in_buckets if job.gpus > 1 else 0.0
+        copies = low * (dense.parameters + experts.parameters)
+        buckets = FP32_BYTES * (dense.learning + experts.learning) if job.gpus > 1 else 0.0
 
     weights, gradients, optimizer = state_bytes(dense, experts, layout, job.gpus, ema=job.ema)
     images = job.images_per_gpu / job.accumulate
