@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from benchmarks.subject import find_subject
 from tests.records import Claim, Definition
 
 Json = dict[str, Any]
@@ -84,7 +85,8 @@ def steps(record: Json) -> list[Json]:
 
 
 def moe(record: Json) -> Json:
-    """The MoE's own row of a training record, with its speed beside the twins'."""
+    """The MoE's own row of a training record, with its speed beside the twins'; of the model that pages call so."""
+    assert record["model"]["arch"] == find_subject("cifar10").arch, "the recipe has another model now: measure it again"
     row = record["rows"][0]
     return {**row, "twin": spread(row["speed_to"][TWIN]), "large": spread(row["speed_to"][LARGE])}
 
@@ -196,7 +198,8 @@ CLAIMS = [
 
 DEFINITIONS = [
     Definition("1.05 at width 192 and 0.98 at width 384", "the goal"),
-    Definition("a goal of 0.95", "the goal"),
+    Definition("a goal of 0.92", "the goal"),
+    Definition("a goal of 0.77, 1.3 times the twin's time", "the goal"),
     Definition("a goal of 1.25", "the goal"),
     Definition("less than 15 % more", "the goal"),
     Definition("backward is 2 × forward", "how useful FLOPs are defined"),

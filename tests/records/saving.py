@@ -8,7 +8,7 @@ from tests.records import Claim, Definition
 from tests.records.studies import report, shown
 
 NAMES = ("moe", "small", "large")
-STUDY, STEP = "benchmarks/saving/record.json", "benchmarks/train/cifar10/benchmark-train.json"
+STUDY, STEP = "benchmarks/saving/record.json", "benchmarks/train/micro/benchmark-train.json"
 SAVING = ("MoE", "dense, equal FLOPs", "dense, equal parameters")
 MODELS = ("MoE", "dense twin, same active FLOPs", "dense twin, same parameters")
 
