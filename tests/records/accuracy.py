@@ -18,7 +18,7 @@ TWIN = "benchmarks/accuracy/cifar10-dense-s0.json"
 SHOWN, SHOWN_TWIN = (f"benchmarks/accuracy/cifar10-explorer{name}-s0.json" for name in ("", "-dense"))
 SCALED = [f"benchmarks/accuracy/cifar10-ls-s{seed}.json" for seed in range(2)]
 FOLDER, IDLE = (f"benchmarks/accuracy/folder-{name}.json" for name in ("clusters", "pretrained"))
-NONE = "benchmarks/accuracy/folder-none.json"
+NONE, BOTH = (f"benchmarks/accuracy/folder-{name}.json" for name in ("none", "twin"))
 IMAGENETTE, IMAGENETTE_FOLDER = (f"benchmarks/accuracy/imagenette-{name}.json" for name in ("s0", "pretrained-s0"))
 CATS_DENSE = [f"benchmarks/accuracy/cats-dense-s{seed}.json" for seed in range(2)]
 CATS = [f"benchmarks/accuracy/cats-moe-s{seed}.json" for seed in range(3)]
@@ -86,6 +86,12 @@ HEAD = (
 """What the head of a config says, for `of_runs`."""
 
 
+def of_choice(record: Json) -> Json:
+    """What `fit --with-twin` compared, on the same test images."""
+    shares = [share(each["correct"], each["total"]) for each in record["choice"]["contenders"]]
+    return {**of_folder(record), **dict(zip(("probe", "dense", "moe"), shares, strict=True))}
+
+
 def of_runs(*records: Json) -> Json:
     """A recipe's runs: accuracy and cost of each, and the first one's curve."""
     tests = [record["test"] for record in records]
@@ -128,6 +134,12 @@ CLAIMS = [
         "{top1}; {expected_s:.0f} s were announced, {took_s:.0f} s it took (without stops; one thread, bf16). Busiest "
         "experts at {loads} times the mean load.",
         of_folder,
+    ),
+    Claim(
+        BOTH,
+        "the MoE is right on {moe}, the dense model on {dense}, the probe on {probe}; {expected_s:.0f} s were "
+        "announced for the MoE, {took_s:.0f} s it took",
+        of_choice,
     ),
     Claim(
         NONE,
