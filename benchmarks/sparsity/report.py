@@ -50,12 +50,18 @@ def parts_of(records: Sequence[Record], speed: Measurements) -> list[str]:
         measured = next((each["arms"] for each in reversed(speed) if each["device"] == device), {})
         parts += [
             f"### {name}",
-            "\n".join(f"- **{result.hypothesis.name}.** {result.sentence}" for result in results),
+            "\n".join(_verdict(result) for result in results),
             hypothesis_table(results),
             arm_table(records, device, measured),
             balance_table(records, device),
         ]
     return [*parts, *left_out(records)]
+
+
+def _verdict(result: Result) -> str:
+    name = result.hypothesis.name
+    sentence = result.sentence.removeprefix(f"{name}: ")  # where there is no verdict
+    return f"- **{name}.** {sentence[0].upper()}{sentence[1:]}"
 
 
 def hypothesis_table(results: Sequence[Result]) -> str:
