@@ -65,8 +65,8 @@ def test_links_are_measured_between_processes(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: passed[0])
     for name, fake in {"get_world_size": lambda: 2, "barrier": lambda: None, "all_reduce": travel}.items():
         monkeypatch.setattr(torch.distributed, name, fake)
-    sheet = sheet_machine("h100", gpus_per_node=1)
-    found = measured_links(sheet, torch.device("cpu"))
+    sheet = sheet_machine("h100")
+    found = measured_links(sheet, torch.device("cpu"), one_node=False)
     assert found.latency_s == pytest.approx(2e-3, rel=1e-4)
     assert found.network_bytes_per_s == pytest.approx(1e9, rel=1e-4)
     assert sheet.assumed.keys() - found.assumed.keys() == {"latency_s", "network_bytes_per_s"}

@@ -148,7 +148,7 @@ def _machine(shape: ModelShape, images: int) -> Machine:
     found = replace(found, matmul_flops=matmul, memory_bytes_per_s=copy, overlap=0.0)
     if processes == 1:
         return found
-    return measured_links(found, torch.device("cpu"))
+    return measured_links(found, torch.device("cpu"), one_node=True)
 
 
 def _together_s(work: Callable[[], object]) -> float:

@@ -116,7 +116,9 @@ def collect_routing(
     sink: TensorBuffer | TensorFile | None = None
     with ExitStack() as stack:
         stack.enter_context(evaluating(net))
-        if unread := unread_layers(net):
+        with routing_lock(net), torch.inference_mode(False):
+            unread = unread_layers(net)
+        if unread:
             warnings.warn(
                 f"{UNREAD} in block {', '.join(map(str, unread))} change no answer: pool over patches "
                 "(global_pool='avg'), or leave that block dense (moevision.models.read_layer_indices).",

@@ -1052,7 +1052,8 @@ def cluster_started(address: str | Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         chosen, source = None, None  # no run folder
     origin = [Path(str(source).removeprefix("local-dir:"))] if source else []
-    return chosen == "cluster" or any(_has_cluster_start(place) for place in (folder, run, *origin))
+    clusters = chosen == "cluster" and bool(source)  # earlier versions ignored it without pretrained weights
+    return clusters or any(_has_cluster_start(place) for place in (folder, run, *origin))
 
 
 def _has_cluster_start(folder: Path) -> bool:

@@ -248,10 +248,11 @@ def loads_of(file: Path, shape: ModelShape) -> tuple[tuple[float, ...], ...]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Processes that torchrun has started to measure together: this one's rank, and its device."""
+    """Processes that torchrun has started to measure together: this one, and whether one node has all."""
 
     rank: int
     device: torch.device
+    one_node: bool
 
 
 @contextmanager
@@ -265,8 +266,10 @@ def _started_together(measure: bool) -> Iterator[_Group | None]:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    yield _Group(dist.get_rank(), device)
-    dist.destroy_process_group()
+    try:
+        yield _Group(dist.get_rank(), device, int(os.environ["LOCAL_WORLD_SIZE"]) == dist.get_world_size())
+    finally:  # the others don't wait for one that failed
+        dist.destroy_process_group()
 
 
 def _machine(
@@ -283,7 +286,7 @@ def _machine(
     patches = int(cast(Any, planned.net).patch_embed.num_patches)
     machine = measured_machine(sheet, tokens=min(images, 32) * patches, width=width, hidden=hidden, dtype=dtype)
     if group is not None:
-        machine = measured_links(machine, group.device)
+        machine = measured_links(machine, group.device, one_node=group.one_node)
     return machine, [name for name in sheet.assumed if name not in machine.assumed and name != "peak_flops"], dtype
 
 

@@ -66,7 +66,7 @@ def load_model(address: str) -> SavedModel:
     Raises:
         UserError: if there is no model, or its files are damaged or foreign.
     """
-    with _loading(address):
+    with saying_what_fails(address):
         net = open_model(address_of(address)).eval()
         saved = replace(describe(net), temperature=getattr(net, "temperature", None))
     _check_usable(saved, address)
@@ -203,13 +203,13 @@ def create_from(
     if weights is not None and load_weights:
         net = _create_from_file(address, Path(weights), num_classes, options)
     else:
-        with _loading(str(source)):
+        with saying_what_fails(str(source)):
             net = open_model(address, weights=load_weights, **options)
     return net if depth is None else first_blocks(net, depth)
 
 
 @contextmanager
-def _loading(source: str) -> Iterator[None]:
+def saying_what_fails(source: str) -> Iterator[None]:
     """Say in one sentence that a model can't be loaded: damaged or foreign files fail in every type of error."""
     try:
         yield

@@ -92,8 +92,8 @@ def upcycle(
             raise UserError(f"{name} is {value}: it must be at least 0" + (" and at most 1." if highest else "."))
     dense, device = _dense_copy(source, weights, num_classes, image_size, depth, seed)
     check_upcyclable(dense, "last2" if layers is None else layers)
-    if layers is None:
-        layers = read_layer_indices(dense, "last2")
+    if layers is None and not (layers := read_layer_indices(dense, "last2")):
+        raise UserError("The classifier reads the patches of none of the last two blocks: name layers.")
     with _seeded(seed, stream=1):
         options = {"normalize_gates": True if _can_normalize(router) else None, "noise": router_noise, **moe_options}
         model = convert_to_moe(dense, layers, num_experts, top_k, router, copy_weights=True, **options)

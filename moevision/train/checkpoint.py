@@ -191,12 +191,15 @@ def _verify_archive(path: Path, digest: str) -> Verified:
 
 
 def newest_valid(folder: Path) -> tuple[Verified | None, list[Verified]]:
-    """The valid checkpoint of the latest step in `folder`, and those that were looked at before and can't be used.
+    """The valid checkpoint of the latest step in `folder`, and those that were read and can't be used.
 
-    Between files of the same step `last.ckpt` wins, and then `previous.ckpt`. To look at one is to read it whole, so
-    that those are left out that are older by the manifest.
+    Between files of the same step `last.ckpt` wins, and then `previous.ckpt`. Those that are older by the manifest are
+    not read.
     """
-    steps = {entry.name: entry.step for entry in read_manifest(folder)}
+    known = read_manifest(folder)
+    steps = {entry.name: entry.step for entry in known}
+    if len(steps) < len(known):  # a process died within `_put`: names and steps may not match, and all are read
+        steps = {}
     paths = [path for path in sorted(folder.glob("*.ckpt")) if not path.name.startswith(".")]
     paths.sort(key=lambda path: (steps.get(path.name, math.inf), _PREFERRED.get(path.name, 0)), reverse=True)
     newest, refused = None, list[Verified]()

@@ -678,8 +678,18 @@ class TrainingCLI(LightningCLI):
         images, at_once = images.get("images_per_step", 0), self.datamodule.batch_size * self.trainer.world_size
         parts = images // at_once
         if parts and not images % at_once and parts != self.trainer.accumulate_grad_batches:
+            if self.trainer.accumulate_grad_batches == 1 and self.trainer.limit_train_batches == 1.0:
+                # An epoch had whole steps only: it doesn't get a part of one at its end.
+                batches = sum(self.datamodule.class_counts["train"].values()) // at_once
+                self.trainer.limit_train_batches = max(parts, batches // parts * parts)
             self.trainer.accumulate_grad_batches = parts
             tell(f"note: a step sums the gradients of {parts} batches of a process: it has {images} images, as before.")
+
+    @property
+    def _device_before(self) -> torch.device:
+        """Where the first process computes before the training begins: a model to be divided may not fit its GPU."""
+        divided = MoEParallelStrategy.of(self.trainer) is not None
+        return torch.device("cpu") if divided else self.trainer.strategy.root_device
 
     def _start_with_probe(self) -> None:
         """Head first: the classifier begins as a linear probe of the frozen features, which is reported too.
@@ -688,12 +698,11 @@ class TrainingCLI(LightningCLI):
         """
         known = self.session.probe
         if known is None:
-            strategy = self.trainer.strategy
             known = fit_probe(
                 self.model.net,
                 self.datamodule,
-                strategy.root_device,
-                strategy.precision_plugin.forward_context,
+                self._device_before,
+                self.trainer.strategy.precision_plugin.forward_context,
                 self.session.clock.now,
             )
         if known is None:
@@ -706,12 +715,12 @@ class TrainingCLI(LightningCLI):
 
     def _start_from_clusters(self) -> None:
         """Set the routers from what training images give them; like the probe in the first process alone."""
-        data, strategy = self.datamodule, self.trainer.strategy
+        data, device = self.datamodule, self._device_before
         order = torch.randperm(len(data.contents.datasets["train"]), generator=torch.Generator().manual_seed(data.seed))
         some = order[:START_IMAGES].tolist()
-        net = self.model.net.to(strategy.root_device)
-        with strategy.precision_plugin.forward_context():
-            images = (batch["image"].to(strategy.root_device) for batch in data.plain_loader("train", some))
+        net = self.model.net.to(device)
+        with self.trainer.strategy.precision_plugin.forward_context():
+            images = (batch["image"].to(device) for batch in data.plain_loader("train", some))
             shares = start_routers(net, images, seed=data.seed)
         largest = ", ".join(f"{max(each) * len(each):.2f}" for each in shares.values())
         print(f"routers start from clusters of their input; largest over mean cluster {largest}", flush=True)

@@ -147,15 +147,15 @@ def measured_machine(machine: Machine, *, tokens: int, width: int, hidden: int, 
     )
 
 
-def measured_links(machine: Machine, device: torch.device) -> Machine:
+def measured_links(machine: Machine, device: torch.device, *, one_node: bool) -> Machine:
     """The same machine with the latency of a collective, and the bandwidth of an all-reduce between all processes.
 
     Medians of ten, by the slowest process. Every process of the group must call it; there must be two at least.
 
     Args:
-        machine: what the rest is taken from; the link of a node is measured if one node holds all processes, else the
-            network.
+        machine: what the rest is taken from.
         device: where tensors that travel are.
+        one_node: whether one node holds all processes: its link is measured then, else the network.
     """
     import torch
     import torch.distributed as dist
@@ -176,7 +176,7 @@ def measured_links(machine: Machine, device: torch.device) -> Machine:
     processes = dist.get_world_size()
     latency_s, block_s = seconds(4), seconds(LINK_BYTES)
     sent = 2 * LINK_BYTES * (processes - 1) / processes  # by each process, in a ring
-    link = "link_bytes_per_s" if processes <= machine.gpus_per_node else "network_bytes_per_s"
+    link = "link_bytes_per_s" if one_node else "network_bytes_per_s"
     assumed = {name: source for name, source in machine.assumed.items() if name not in ("latency_s", link)}
     found: dict[str, float] = {"latency_s": latency_s, link: sent / max(block_s - latency_s, 1e-9)}
     return replace(machine, assumed=assumed, **cast(Any, found))

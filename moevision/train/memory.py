@@ -99,10 +99,10 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer) -> None:
             ways.append(f"--model.arch.num_experts {fewer} ({smaller / 1e9:.1f} GB)")
             break
         fewer //= 2
-    if trainer.strategy.root_device.type == "cuda":
+    if trainer.strategy.root_device.type == "cuda" and not layout.offload:
         whole = sum(state_bytes(dense, experts, Layout(), 1, ema=ema))
         ways.append(f"--parallel fsdp on {ceil(whole / capacity)} GPUs or more")
-        if layout.parallel == "fsdp" and not layout.offload:
+        if layout.parallel == "fsdp":
             ways.append("--parallel.offload true")
     raise UserError(
         f"Weights, gradients and moments of this model take {size / 1e9:.1f} GB, and {where} has "

@@ -267,9 +267,12 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
 def with_part(part: Tensor, like: Tensor) -> Tensor:
     """A tensor that is divided as `like` is, and of which this process holds `part`."""
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    mesh, placements = mesh_of(like), cast(DTensor, like).placements
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    mesh, placements = cast("DeviceMesh", mesh_of(like)), cast(DTensor, like).placements
+    meta = TensorMeta(like.shape, like.stride(), part.dtype)
+    # `DTensor.from_local` would move a part that lies in main memory to the device of the mesh.
+    return DTensor(part, DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)
 
 
 def first_row(x: Tensor) -> int:

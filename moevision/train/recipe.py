@@ -31,7 +31,7 @@ from moevision.layers import describe_moe, moe_layers
 from moevision.models.io import first_blocks
 from moevision.names import shown
 from moevision.train.provenance import device_name, total_memory_bytes
-from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretrained_options, weights_alone
+from moevision.train.start import AUTO, NONE, choose_start, pretrained_options, say_from_scratch, weights_alone
 
 if TYPE_CHECKING:
     import lightning as L
@@ -241,7 +241,7 @@ def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()
     few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
     named_model = next((option for option in _MODEL if any(_is(argument, option) for argument in given)), None)
     if asked is None and few and named_model is not None:
-        from_scratch(f"{named_model} names a model; without it, {images:,} images start from pretrained weights")
+        say_from_scratch(f"{named_model} shapes the model, so that no pretrained weights are looked for")
     if asked is None and (not few or named_model is not None):
         asked = NONE
     own_model = any(_is(argument, option) for argument in given for option in _MODEL[:2])  # a name, a base

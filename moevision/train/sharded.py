@@ -204,15 +204,16 @@ def _on_all(action: Callable[[], Any]) -> list[Any]:
         OSError: on all of them, if the system refused it on one.
         RuntimeError: on all of them, if it failed otherwise on one: none waits for it for ever.
     """
-    result = fault = None
+    result = fault = own = None
     try:
         result = action()
     except Exception as error:
-        fault = (isinstance(error, OSError), _why(error))
+        own, refused = error, isinstance(error, OSError)
+        fault = (refused, _why(error) if refused else f"{type(error).__name__}: {error}")
     found = gather((result, fault))
     if (first := next((each for _, each in found if each is not None), None)) is not None:
         refused, why = first
-        raise OSError(0, why) if refused else RuntimeError(why)
+        raise (OSError(0, why) if refused else RuntimeError(why)) from own
     return [each for each, _ in found]
 
 

@@ -276,24 +276,28 @@ def _from_hub(weights: Published, images: int, *, unasked: bool) -> StartWeights
     """Fetch the weights if that is wanted and allowed; None, with the reason, if not."""
     terminal = _on_terminal()
     if not unasked and not terminal:
-        return from_scratch(
+        say_from_scratch(
             f"{weights.name} is not in the hub's cache, and without a terminal nothing is downloaded unless you say "
             f"--pretrained {AUTO}"
         )
+        return None
     try:
         facts = ask_hub(weights)
     except HubUnreachableError as error:
-        return from_scratch(
+        say_from_scratch(
             f"{str(error).rstrip('.')}, and no pretrained weights are in its cache; --pretrained FILE works"
         )
+        return None
     except UserError as error:
-        return from_scratch(str(error).rstrip("."))
+        say_from_scratch(str(error).rstrip("."))
+        return None
     for licence in (weights.licence, facts.licence):
         if licence and not is_free(licence):
-            return from_scratch(
+            say_from_scratch(
                 f"the licence of {weights.name}, {licence}, is not one that allows everything, so it is taken only if "
                 f"you name it: --pretrained {weights.name}"
             )
+            return None
     if unasked:
         _download(weights, facts)
         return _chosen(weights, images, "downloaded")
@@ -347,7 +351,6 @@ def _chosen(weights: Published, images: int, origin: str) -> StartWeights:
     return start
 
 
-def from_scratch(reason: str) -> StartWeights | None:
+def say_from_scratch(reason: str) -> None:
     """Say why few images start from scratch, and what is lost by it."""
     tell(f"start: from scratch ({reason}). {LOST}")
-    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moevision.errors import UserError
-from moevision.models.io import SavedModel, load_model
+from moevision.models.io import SavedModel, load_model, saying_what_fails
 
 SUFFIX = ".ckpt"
 
@@ -31,7 +31,9 @@ def load_trained(address: str) -> SavedModel:
     known = checkpoint.get(MARK, {}).get("data")
     if known is None:
         raise UserError(f"{address} doesn't name its classes, as those of this version do: go on with the run first.")
-    task = ClassificationTask(**checkpoint["hyper_parameters"])
-    weights = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("net.")}
-    task.net.load_state_dict({name.removeprefix("net."): value for name, value in weights.items()})
-    return SavedModel(task.net.eval(), known["class_names"], task.hparams["image_size"], *known["mean_std"])
+    with saying_what_fails(address):
+        task = ClassificationTask(**checkpoint["hyper_parameters"])
+        state = checkpoint["state_dict"].items()
+        task.net.load_state_dict({name.removeprefix("net."): x for name, x in state if name.startswith("net.")})
+    mean, std = (tuple(each) for each in known["mean_std"])
+    return SavedModel(task.net.eval(), known["class_names"], task.hparams["image_size"], mean, std)

@@ -395,6 +395,9 @@ def test_a_cluster_start_is_read_off_the_records(tmp_path) -> None:
         json.dumps({"model": {"arch": {"pretrained": "vit_tiny"}}, "router_start": "cluster"})
     )
     assert cluster_started(run) is cluster_started(run / "model") is True
+    ignored = {"model": {"arch": {"pretrained": None}}, "router_start": "cluster"}  # by earlier versions
+    (run / "config.yaml").write_text(json.dumps(ignored))
+    assert not cluster_started(run)
 
 
 def test_a_model_that_says_it_began_as_clusters_is_credited_with_no_training(ours, tmp_path) -> None:

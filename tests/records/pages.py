@@ -103,7 +103,7 @@ DEFINITIONS = {
     "docs/guides/batch.md": [
         Definition("Run with 0.2.19", "a version"),
         Definition("Run with nginx 1.26 and two", "a version, and how it was tried"),
-        Definition("Run with 2.60 on two", "a version"),
+        Definition("Run with Ray 2.60 on two", "a version"),
     ],
     "configs/cats_vs_dogs.yaml": [
         Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it"),

@@ -30,12 +30,22 @@ from moevision.train.checkpoint import (
 )
 
 
-def test_what_fails_in_one_process_fails_in_all():
-    """Whatever it is: who waits for the others' words would wait for ever."""
-    with pytest.raises(OSError, match="No space left"):
-        sharded._on_all(lambda: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        sharded._on_all(lambda: (_ for _ in ()).throw(MemoryError("out of memory")))
+@pytest.mark.parametrize("failure", [OSError(28, "No space left"), MemoryError("out of memory")])
+def test_what_fails_in_one_process_fails_in_all(failure, monkeypatch):
+    """Whatever it is: who waits for the others' words would wait for ever. Here it hears of what another one met."""
+
+    def fail():
+        raise failure
+
+    sent = []
+    monkeypatch.setattr(sharded, "gather", lambda mine: sent.append(mine) or [mine])
+    kind = OSError if isinstance(failure, OSError) else RuntimeError
+    with pytest.raises(kind) as own:
+        sharded._on_all(fail)
+    assert own.value.__cause__ is failure
+    monkeypatch.setattr(sharded, "gather", lambda mine: [mine, sent[0]])
+    with pytest.raises(kind, match=str(failure.args[-1])):
+        sharded._on_all(lambda: "written")
 
 
 def state(step: int, value: float = 1.0) -> dict[str, object]:
@@ -307,3 +317,22 @@ def test_a_damaged_best_is_replaced_by_the_last(files, tmp_path):
     path, words = final_checkpoint(tmp_path, files)
     assert path == tmp_path / LAST
     assert "no best.ckpt" in words
+
+
+def test_a_kill_between_two_renames_costs_no_step(files, tmp_path, monkeypatch):
+    """last.ckpt of step 160 is called previous.ckpt already, and the manifest still says 100 of that name."""
+    for name, step in ((LAST, 100), (LAST, 160), (BEST, 150)):
+        files.save_checkpoint(state(step), tmp_path / name)
+    rename, calls = checkpoint.rename_over, []
+
+    def die_at_the_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint, "rename_over", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        files.save_checkpoint(state(200), tmp_path / LAST)
+    found, _ = newest_valid(tmp_path)
+    assert (found.path.name, found.step) == (PREVIOUS, 160)

@@ -50,7 +50,7 @@ def stopped(work: Path) -> Path:
     os.kill(cast(int, process.pid), signal.SIGTERM)
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 143, said[-3000:]
-    for name in ("unsharded", "replicated"):
+    for name in ("unsharded", "replicated", "alone"):
         shutil.copytree(work / "runs" / "stopped", work / "runs" / name)
     return work / "runs" / "stopped"
 
@@ -162,6 +162,18 @@ def test_a_run_goes_on_under_another_layout(name: str, expert: int, work: Path) 
     assert (divided in said) == (expert > 1)
     assert (work / "runs" / name / "checkpoints" / "last.ckpt").is_dir() == (expert > 1)
     assert (work / "runs" / name / "summary.md").is_file()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.usefixtures("stopped")
+def test_a_sharded_run_goes_on_in_one_process(work: Path) -> None:
+    """Half of the processes sum the gradients of two batches each: 18 steps of 16 images, as they were to be."""
+    said = fit(work, "--resume", "runs/alone", "--trainer.devices=1", "--parallel.layout=null", "--parallel.expert=1")
+    assert "the number of processes (--trainer.devices) was 2, now 1" in said
+    summary = json.loads((work / "runs" / "alone" / "summary.json").read_text())
+    assert (summary["steps"], summary["batch_size"]) == (18, 16)
+    assert (work / "runs" / "alone" / "checkpoints" / "last.ckpt").is_file()
 
 
 @pytest.mark.parametrize(

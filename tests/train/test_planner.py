@@ -244,7 +244,7 @@ def test_fit_refuses_what_its_states_alone_exceed(monkeypatch):
     monkeypatch.setattr(fit_memory, "total_memory_bytes", lambda: needs)
     fit_memory.check_memory(task, trainer)
     two = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
-    with pytest.raises(UserError, match="use"):  # each has half of the memory
+    with pytest.raises(UserError, match="--force"):  # each has half of the memory
         fit_memory.check_memory(task, two)
     monkeypatch.setattr(fit_memory, "total_memory_bytes", lambda: needs - 1)
     with pytest.raises(UserError, match=r"--model.arch.num_experts 2 .*--force"):

@@ -13,6 +13,7 @@ import torch
 from moevision.data import ImageDataModule
 from moevision.data.transforms import hash_u64
 from moevision.train.checkpoint import SafeCheckpointIO
+from moevision.train.cli import TrainingCLI
 from moevision.train.processes import (
     AwakeClock,
     Interrupted,
@@ -227,3 +228,16 @@ def test_no_image_of_an_epoch_is_left_out_by_more_or_fewer_processes(
     point.on_load_checkpoint(trainer(datamodule=data, world_size=now, accumulate_grad_batches=window), None, checkpoint)
     assert counts["current"] == {"ready": found, "completed": found}
     assert data._start == (1, 4 * found)
+
+
+@pytest.mark.parametrize(("images", "limit"), [(96, 12), (104, 12), (8, 2)])
+def test_half_of_the_processes_take_as_many_steps(images, limit, capsys):
+    """Two processes took ⌊images / 16⌋ steps of 16 an epoch; one sums two batches of 8, and none at the end alone."""
+    cli = SimpleNamespace(
+        start=SimpleNamespace(fingerprint={"images_per_step": 16}),
+        datamodule=SimpleNamespace(batch_size=8, class_counts={"train": {"cat": images}}),
+        trainer=SimpleNamespace(world_size=1, accumulate_grad_batches=1, limit_train_batches=1.0),
+    )
+    TrainingCLI._keep_the_step(cli)
+    assert (cli.trainer.accumulate_grad_batches, cli.trainer.limit_train_batches) == (2, limit)
+    assert "2 batches of a process: it has 16 images, as before" in capsys.readouterr().err

@@ -25,7 +25,7 @@ def test_a_checkpoint_is_the_model_of_its_weights(run):
     """Classes, colour statistics, and logits; with a moving average, which `model/` holds too."""
     found, expected = load_trained(str(run / "checkpoints" / "best.ckpt")), load_model(str(run))
     assert found.class_names == expected.class_names
-    assert (found.image_size, found.mean, found.std) == (32, [*expected.mean], [*expected.std])
+    assert (found.image_size, found.mean, found.std) == (32, expected.mean, expected.std)
     image = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         assert torch.equal(found.net(image), expected.net(image))
