@@ -130,8 +130,7 @@ def plan() -> ArgumentParser:
         """\
         moevision plan vit_moe_base_patch16_224 --gpus 64 --gpu h100 --batch 4096
         moevision plan vit_moe --option base=vit_large_patch16_224 --option num_experts=32 --gpus 64
-        moevision plan runs/pets --measure                         this machine's rates in place of a data sheet's
-        torchrun --nproc-per-node 8 -m moevision plan vit_moe_base_patch16_224 --gpus 8 --measure      and its links
+        moevision plan runs/pets --measure          this machine's rates, not a data sheet's; by torchrun also its links
         """,
     )
     add = parser.add_argument

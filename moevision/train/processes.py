@@ -69,7 +69,7 @@ def sum_over_processes(counts: Tensor) -> Tensor:
 
 def sums_over_processes(counts: Sequence[Tensor]) -> list[Tensor]:
     """Each of these tensors, of one dtype, summed over processes; all of them in one exchange."""
-    if not several_processes():
+    if not several_processes() or not counts:
         return list(counts)
     total = sum_over_processes(torch.cat([count.flatten() for count in counts]))
     parts = total.split([count.numel() for count in counts])
