@@ -661,8 +661,7 @@ class TrainingCLI(LightningCLI):
                     self._start_from_clusters()
             before_s = self.session.clock.now() - began_s
             with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
-                divided = MoEParallelStrategy.of(self.trainer) is not None  # the whole model may not fit one device
-                steps_s = None if divided else expected_seconds(self.model, self.datamodule, self.trainer)
+                steps_s = None if self._divided else expected_seconds(self.model, self.datamodule, self.trainer)
                 self.expected_s = None if steps_s is None else before_s + steps_s
                 needed = describe_memory(self.model, self.datamodule, self.trainer)
                 print(describe_plan(self.model, self.datamodule, self.trainer, steps_s, needed, before_s))
@@ -674,8 +673,8 @@ class TrainingCLI(LightningCLI):
 
     def _keep_the_step(self) -> None:
         """On another number of processes: sum the gradients of as many batches as make a step of as many images."""
-        images = {} if self.start is None else self.start.fingerprint
-        images, at_once = images.get("images_per_step", 0), self.datamodule.batch_size * self.trainer.world_size
+        known = {} if self.start is None else self.start.fingerprint
+        images, at_once = known.get("images_per_step", 0), self.datamodule.batch_size * self.trainer.world_size
         parts = images // at_once
         if parts and not images % at_once and parts != self.trainer.accumulate_grad_batches:
             if self.trainer.accumulate_grad_batches == 1 and self.trainer.limit_train_batches == 1.0:
@@ -686,10 +685,14 @@ class TrainingCLI(LightningCLI):
             tell(f"note: a step sums the gradients of {parts} batches of a process: it has {images} images, as before.")
 
     @property
+    def _divided(self) -> bool:
+        """Whether processes share the model, so that the whole of it may not fit a device."""
+        return MoEParallelStrategy.of(self.trainer) is not None
+
+    @property
     def _device_before(self) -> torch.device:
-        """Where the first process computes before the training begins: a model to be divided may not fit its GPU."""
-        divided = MoEParallelStrategy.of(self.trainer) is not None
-        return torch.device("cpu") if divided else self.trainer.strategy.root_device
+        """Where the first process computes before the training begins."""
+        return torch.device("cpu") if self._divided else self.trainer.strategy.root_device
 
     def _start_with_probe(self) -> None:
         """Head first: the classifier begins as a linear probe of the frozen features, which is reported too.
