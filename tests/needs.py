@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -16,6 +17,10 @@ class Need(NamedTuple):
     name: str
     command: str
     is_here: Callable[[], object]
+
+
+PHOTO_MODEL = "moevision/demo/models/cats_vs_dogs"
+"""The one folder with photos and weights of others, which may be left out."""
 
 
 def chromium() -> str | None:
@@ -36,6 +41,11 @@ NEEDS = {
         "mkdocs",
         'pip install ".[docs]"',
         lambda: _has("mkdocs", "material", "mkdocstrings", "pymdownx", "latex2mathml"),
+    ),
+    "photos": Need(
+        "the bundled model of photos",
+        f"git checkout {PHOTO_MODEL}",
+        lambda: (Path(__file__).parents[1] / PHOTO_MODEL / "card.json").is_file(),
     ),
     "notebooks": Need("a notebook runner", 'pip install ".[test]"', lambda: _has("nbformat", "nbclient", "ipykernel")),
 }

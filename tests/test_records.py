@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.needs import PHOTO_MODEL
 from tests.records import ROOT, Claim, Definition, Page, checked_pages, module_of, pattern, unclaimed
 
 DIRTY: set[str] = {"benchmarks/saving/record.json"}
@@ -25,9 +26,17 @@ WITHOUT_COMMIT: set[str] = {
 The bundled models' cards and atlases need new trainings; `tests/demo/test_bundle.py` measures one card again.
 """
 
+
+def _marks(*claims: Claim) -> list[pytest.MarkDecorator]:
+    """Some records lie beside the photos."""
+    beside = any(path.startswith(PHOTO_MODEL) for claim in claims for path in claim.paths)
+    return [pytest.mark.needs("photos")] if beside else []
+
+
 PAGES = checked_pages()
-CLAIMS = [(page, claim) for page in PAGES for claim in page.claims]
-RECORDS = sorted({path for _, claim in CLAIMS for path in claim.paths})
+MARKED_PAGES = [pytest.param(page, marks=_marks(*page.claims)) for page in PAGES]
+CLAIMS = [pytest.param(page, claim, marks=_marks(claim)) for page in PAGES for claim in page.claims]
+RECORDS = sorted({path for page in PAGES for claim in page.claims for path in claim.paths})
 
 
 def _name(value: Any) -> str:
@@ -44,7 +53,7 @@ def test_a_page_says_what_its_record_says(page: Page, claim: Claim) -> None:
         assert found is not None, f"{page.path.name} lacks what {claim.records} says: {text}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
+@pytest.mark.parametrize("page", MARKED_PAGES, ids=_name)
 def test_no_measured_number_is_without_a_record(page: Page) -> None:
     assert not unclaimed(page)
 
@@ -80,6 +89,7 @@ def _trees(path: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.needs("photos")
 def test_records_come_from_committed_trees() -> None:
     assert {path for path in RECORDS if any(tree["dirty"] for tree in _trees(path))} == DIRTY
     assert {path for path in RECORDS if not _trees(path)} == WITHOUT_COMMIT

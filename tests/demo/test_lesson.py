@@ -19,6 +19,7 @@ def numbers():
     return json.loads(read_asset(NUMBERS))
 
 
+@pytest.mark.needs("photos")
 def test_the_committed_page_is_made_of_its_sources():
     """Else: python -m moevision.demo.lesson docs/lesson.html."""
     assert PAGE.read_text(encoding="utf-8") == lesson_html()
@@ -38,6 +39,7 @@ def test_steps_take_45_minutes():
     assert sum(map(int, minutes)) == 45
 
 
+@pytest.mark.needs("photos")
 def test_a_photo_is_routed_as_the_model_does(numbers):
     """On another processor a patch whose two best experts are as good as equal may change sides."""
     photos = bundled_photos("cats_vs_dogs")

@@ -76,7 +76,7 @@ def test_every_route_of_a_pretrained_start_moves_the_logits(tmp_path: Path) -> N
     assert [logits_move(model, layer) for layer in (0, 1)] == [True, True]
 
 
-@pytest.mark.parametrize("name", ["cats_vs_dogs", "cifar10", "pets"])
+@pytest.mark.parametrize("name", [pytest.param("cats_vs_dogs", marks=pytest.mark.needs("photos")), "cifar10", "pets"])
 def test_every_route_of_a_bundled_model_moves_the_logits(name: str) -> None:
     model = bundled_model(name).net
     read = routes_read(model)
