@@ -30,8 +30,9 @@ from moevision import allocator, package_version
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers.cpu import has_matrix_unit
+from moevision.limits import total_memory_bytes
 from moevision.names import shown_lines
-from moevision.train.provenance import cpu_model, git_state, gpu_names, total_memory_bytes
+from moevision.train.provenance import cpu_model, git_state, gpu_names
 from moevision.train.recipe import default_precision
 
 HERE = Path(__file__).parent

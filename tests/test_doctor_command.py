@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moevision.commands.doctor import (
-    Gpu,
-    Machine,
+from moevision.commands.doctor import Gpu, Machine, findings, look
+from moevision.limits import (
     cpu_quota,
-    findings,
-    look,
     memory_available_bytes,
     memory_limit_bytes,
+    total_memory_bytes,
+    usable_memory_bytes,
 )
 from moevision.train.recipe import default_precision
 
@@ -42,13 +41,15 @@ def test_limits_of_a_control_group_and_its_ancestors(tmp_path):
             "sys/fs/cgroup/slice/job/step/cpu.max": "max 100000\n",
             "sys/fs/cgroup/slice/memory.max": f"{8 * GIB}\n",
             "sys/fs/cgroup/slice/memory.current": f"{7 * GIB}\n",
+            "sys/fs/cgroup/slice/memory.stat": f"anon 1\ninactive_file {GIB // 2}\nactive_file {GIB}\n",
             "sys/fs/cgroup/slice/job/step/memory.max": f"{6 * GIB}\n",
             "sys/fs/cgroup/slice/job/step/memory.current": f"{2 * GIB}\n",
         },
     )
     assert cpu_quota(root) == 1.5
     assert memory_limit_bytes(root) == 6 * GIB
-    assert memory_available_bytes(root) == 1 * GIB  # the slice's last one
+    assert usable_memory_bytes(root) == min(total_memory_bytes(), 6 * GIB)
+    assert memory_available_bytes(root) == 1.5 * GIB  # what the slice has left, and files that nobody read lately
 
 
 def test_limits_in_a_container_of_version_1(tmp_path):

@@ -250,7 +250,7 @@ def option(options, name):
 
 
 def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
-    monkeypatch.setattr(recipe, "free_memory_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 8 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     scratch = choose_recipe(str(drawn_pets), "none")
     assert option(scratch, "data.batch_size") == "8"  # 40 pictures: five steps an epoch

@@ -1,9 +1,6 @@
 """`moevision doctor`: what limits this machine, and what to change.
 
 `look` collects facts, `findings` judges them, so that every rule can be shown a machine that breaks it.
-
-Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (cpu.max, memory.max; a limit of any ancestor holds), cgroup-v1
-(cpu.cfs_quota_us, memory.limit_in_bytes), proc(5) (/proc/meminfo).
 """
 
 from __future__ import annotations
@@ -21,14 +18,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moevision.train.provenance import cpu_model, total_memory_bytes
+from moevision.limits import (
+    ROOT,
+    cpu_quota,
+    memory_available_bytes,
+    memory_limit_bytes,
+    total_memory_bytes,
+    usable_cores,
+)
+from moevision.train.provenance import cpu_model
 from moevision.train.recipe import default_precision
 
-ROOT = Path("/")
 MEMORY_BYTES = 2 * 2**30  # a step of the micro model at batch 128 took 1.3 GiB with Lightning loaded
 DISK_BYTES = 2 * 2**30
 SHM_BYTES = 512 * 2**20  # Docker gives 64 MiB; four workers with two prepared batches of 64 x 224 px want about 300
-_V1_UNLIMITED = 2**60  # cgroup v1 says "no limit" with almost 2**63
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def look(root: Path = ROOT) -> Machine:
     return Machine(
         cpu=cpu_model(),
         cores=os.cpu_count() or 1,
-        usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        usable_cores=usable_cores(),
         quota_cores=cpu_quota(root),
         threads=torch.get_num_threads(),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
@@ -228,67 +231,3 @@ def _gpus(cards: int) -> list[Gpu]:
         free, total = torch.cuda.mem_get_info(index)
         found.append(Gpu(card.name, f"{card.major}.{card.minor}", total, free))
     return [*found, Gpu("Apple MPS", None, None, None)] if torch.backends.mps.is_available() else found
-
-
-def cpu_quota(root: Path = ROOT) -> float | None:
-    """Cores' worth of time that the control group grants; None without a limit."""
-    quotas = []
-    for folder in _groups(root, "cpu"):
-        words = _words(folder / "cpu.max") or [
-            *_words(folder / "cpu.cfs_quota_us"),
-            *_words(folder / "cpu.cfs_period_us"),
-        ]
-        if len(words) == 2 and words[0] not in ("max", "-1"):
-            quotas.append(int(words[0]) / int(words[1]))
-    return min(quotas, default=None)
-
-
-def memory_limit_bytes(root: Path = ROOT) -> int | None:
-    """Memory that the control group grants; None without a limit."""
-    return min((limit for limit, _ in _memory_limits(root)), default=None)
-
-
-def memory_available_bytes(root: Path = ROOT) -> int | None:
-    """Memory that new programs can have without swapping, within the control group's limit.
-
-    What the group's page cache holds counts as used, though the kernel would give it up.
-    """
-    meminfo = _words(root / "proc/meminfo")
-    free = [int(meminfo[meminfo.index("MemAvailable:") + 1]) * 1024] if "MemAvailable:" in meminfo else []
-    left = [max(0, limit - used) for limit, used in _memory_limits(root) if used is not None]
-    return min([*free, *left], default=None)
-
-
-def _memory_limits(root: Path) -> Iterator[tuple[int, int | None]]:
-    """Limit and use, in bytes, of this process's control group and its ancestors, as far as they have a limit."""
-    for folder in _groups(root, "memory"):
-        limit = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
-        used = _words(folder / "memory.current") or _words(folder / "memory.usage_in_bytes")
-        if limit and limit[0] != "max" and int(limit[0]) < _V1_UNLIMITED:
-            yield int(limit[0]), int(used[0]) if used else None
-
-
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's control group and its ancestors, version 2 or 1."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            top = root / "sys/fs/cgroup"
-        elif controller in controllers.split(","):
-            top = root / "sys/fs/cgroup" / controller
-        else:
-            continue
-        # Inside a container the path may be one of the host's, which isn't mounted: then the top is the group.
-        folder = top / path.strip("/")
-        yield from (place for place in (folder, *folder.parents) if place.is_relative_to(top) and place.is_dir())
-
-
-def _words(file: Path) -> list[str]:
-    return _text(file).split()
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # another system, or a kernel without it: the question has no answer here
-        return ""

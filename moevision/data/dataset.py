@@ -8,7 +8,6 @@ Axis legend: B batch, H height, W width (images differ in size), S = ``image_siz
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.utils.data import Dataset
 from moevision.data.images import BadImageError
 from moevision.data.sources import Collection, Sample
 from moevision.data.transforms import Pixels, TrainTransform, base_pixels, base_side, square_pixels
+from moevision.limits import usable_cores
 
 # where all files are unreadable the run should say so soon, instead of trying every one for one image
 _MAX_TRIES = 100
@@ -113,8 +113,7 @@ class ImageDataset(Dataset[RawBatch]):
             Index and reason of the images that can't be used.
         """
         cache = PixelCache(planar=self.square)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with ThreadPoolExecutor(min(16, cores)) as pool:
+        with ThreadPoolExecutor(min(16, usable_cores())) as pool:
             for start in range(0, len(self), chunk_size):
                 indices = range(start, min(start + chunk_size, len(self)))
                 # a few images per task: handing over small ones costs as much as decoding them

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from moevision.errors import DataWarning, UserError
+from moevision.limits import usable_cores
 
 if TYPE_CHECKING:
     from moevision.demo.service import Explorer
@@ -206,7 +207,7 @@ def _on_space() -> bool:
 
 def cpu_workers() -> int:
     """Requests that run at once: a small model is not faster on many cores, so each request gets one."""
-    return max(1, min(4, os.cpu_count() or 1))
+    return min(4, usable_cores())
 
 
 def open_explorer(model: str | None, data: str | None, root: str, *, local: bool = True) -> Explorer:
@@ -217,7 +218,7 @@ def open_explorer(model: str | None, data: str | None, root: str, *, local: bool
     from moevision.demo.galleries import Galleries
     from moevision.demo.service import Explorer
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // cpu_workers()))
+    torch.set_num_threads(max(1, usable_cores() // cpu_workers()))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DataWarning)
         entries = open_entries(model, DataOptions(data, root))

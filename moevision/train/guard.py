@@ -41,11 +41,11 @@ from torch.utils._pytree import tree_map
 from moevision.data.scores import ScoreSums
 from moevision.errors import DIVERGED, UserError
 from moevision.files import write_text_atomic
+from moevision.limits import usable_memory_bytes
 from moevision.names import csv_name
 from moevision.train.optim import WeightEMA
 from moevision.train.parallel import first_row, mesh_of, own_part, with_part
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
-from moevision.train.provenance import total_memory_bytes
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
 
@@ -109,7 +109,7 @@ class GuardConfig:
 
     def on_disk(self, size: float) -> bool:
         """Whether snapshots of so many bytes, of all processes of this machine, are kept on disk."""
-        memory = total_memory_bytes()
+        memory = usable_memory_bytes()
         large = memory is not None and size > _MOST_OF_MEMORY * memory
         return self.snapshots_in == "disk" or (self.snapshots_in == "auto" and large)
 

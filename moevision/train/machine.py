@@ -121,7 +121,7 @@ def measured_machine(machine: Machine, *, tokens: int, width: int, hidden: int, 
     """
     import torch
 
-    from moevision.train.provenance import total_memory_bytes
+    from moevision.limits import usable_memory_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x = torch.randn(tokens, width, device=device, dtype=dtype)
@@ -134,7 +134,7 @@ def measured_machine(machine: Machine, *, tokens: int, width: int, hidden: int, 
     if device.type == "cuda":
         name, memory_bytes = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
     else:
-        name, memory_bytes = f"this CPU, {torch.get_num_threads()} threads", total_memory_bytes() or 0
+        name, memory_bytes = f"this CPU, {torch.get_num_threads()} threads", usable_memory_bytes() or 0
     measured = ("peak_flops", "matmul_flops", "memory_bytes_per_s", "memory_bytes")
     return replace(
         machine,

@@ -15,11 +15,12 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from moevision.errors import UserError
 from moevision.layers import moe_layers
+from moevision.limits import usable_memory_bytes
 from moevision.train.footprint import count_weights, shape_of
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.optim import WeightEMA
 from moevision.train.planner import Job, Layout, Parallel, Weights, memory, state_bytes
-from moevision.train.provenance import device_name, total_memory_bytes
+from moevision.train.provenance import device_name
 from moevision.train.strategy import MoEParallelStrategy
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def device_memory_bytes(trainer: L.Trainer) -> int | None:
 
 def _main_memory_bytes(trainer: L.Trainer) -> int | None:
     """A process's part of this machine's."""
-    machine = total_memory_bytes()
+    machine = usable_memory_bytes()
     return None if machine is None else machine // trainer.num_devices
 
 

@@ -23,7 +23,8 @@ from moevision import __version__, package_version
 if TYPE_CHECKING:
     import lightning as L
 
-    from moevision.train.task import ClassificationTask
+    from moevision.limits import total_memory_bytes, usable_cores
+from moevision.train.task import ClassificationTask
 
 LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow")
 _PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
@@ -141,7 +142,7 @@ def _hardware() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "logical_cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "memory_gib": None if memory is None else round(memory / 2**30, 1),
         "gpus": gpu_names(),
@@ -161,14 +162,6 @@ def cpu_model() -> str:
         if brand:
             return brand
     return platform.processor() or platform.machine() or "unknown"
-
-
-def total_memory_bytes() -> int | None:
-    """Physical memory of the machine; None where the system has no plain way to ask (Windows)."""
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PAGE_SIZE" not in names or "SC_PHYS_PAGES" not in names:
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def gpu_names() -> list[str]:

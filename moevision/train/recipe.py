@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +27,10 @@ from moevision.data.tables import HF, count_rows
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers
+from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
 from moevision.models.io import first_blocks
 from moevision.names import shown
-from moevision.train.provenance import device_name, total_memory_bytes
+from moevision.train.provenance import device_name
 from moevision.train.start import AUTO, NONE, choose_start, pretrained_options, say_from_scratch, weights_alone
 
 if TYPE_CHECKING:
@@ -251,28 +251,35 @@ def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()
         open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={})
     weights = choose_start(asked, images, value_of(given, "--model.arch.base"))
     depth = value_of(given, "--model.arch.depth") or ""
+    own_size = value_of(given, "--data.image_size") is not None
     if weights is not None and depth.isdecimal():
         first_blocks(weights.net, int(depth))  # before experts are placed
     on_gpu = torch.cuda.is_available()
     options = {
         "--data.crop": "auto" if named else "random_resized",
-        "--data.cache_mb": int(free_memory_bytes() * _CACHE_SHARE / 2**20),
-        "--data.num_workers": min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0,
-        **(scratch_options(images, own_model=own_model) if weights is None else pretrained_options(weights, images)),
+        "--data.cache_mb": int(_free_memory_bytes() * _CACHE_SHARE / 2**20),
+        "--data.num_workers": min(8, usable_cores() - 1) if on_gpu else 0,
+        **(
+            scratch_options(images, own_model=own_model, own_size=own_size)
+            if weights is None
+            else pretrained_options(weights, images)
+        ),
     }
     if value_of(given, "--model.arch.router") is not None:  # not every router can
         options.pop("--router_start", None)
     return [f"{option}={value}" for option, value in options.items()]
 
 
-def scratch_options(images: int, *, own_model: bool = False) -> dict[str, Any]:
+def scratch_options(images: int, *, own_model: bool = False, own_size: bool = False) -> dict[str, Any]:
     """From scratch: a hybrid that learns on a CPU, with Muon; for a model that the user names, AdamW.
 
-    Epochs aim at 200 000 images seen, at least 10 and at most 100.
+    Epochs aim at 200 000 images seen, at least 10 and at most 100. With a size of images that the user names, the
+    model's patches stay as they are.
     """
     hybrid = {"--model.arch.name": "vit_moe_hybrid_patch8_32", "--model.optim.name": "muon", "--model.optim.lr": 6e-3}
+    named = {"--model.optim.lr": 1e-3} | ({} if own_size else {"--model.arch.patch_size": 8})
     return {
-        **({"--model.arch.patch_size": 8, "--model.optim.lr": 1e-3} if own_model else hybrid),
+        **(named if own_model else hybrid),
         "--data.image_size": 64,  # 64 tokens
         "--data.batch_size": min(256 if torch.cuda.is_available() else 64, max(8, images // 20)),
         "--trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
@@ -299,15 +306,10 @@ def count_images(folder: Path) -> int:
     return sum(is_image_path(entry.name) for entry in walk(folder))
 
 
-def free_memory_bytes() -> int:
+def _free_memory_bytes() -> int:
     """Memory that can be used without swapping; a quarter of all memory where the system doesn't tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    return (total_memory_bytes() or 4 * 2**30) // 4
+    free = memory_available_bytes()
+    return (usable_memory_bytes() or 4 * 2**30) // 4 if free is None else free
 
 
 def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float | None:

@@ -135,10 +135,10 @@ def test_a_full_disk_keeps_the_snapshot_before(
 
 
 def test_large_snapshots_go_to_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "total_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(guard, "usable_memory_bytes", lambda: 1000)
     assert [GuardConfig().on_disk(size) for size in (250, 251)] == [False, True]
     assert [GuardConfig(snapshots_in=place).on_disk(251) for place in ("memory", "disk")] == [False, True]
-    monkeypatch.setattr(guard, "total_memory_bytes", lambda: None)
+    monkeypatch.setattr(guard, "usable_memory_bytes", lambda: None)
     assert not GuardConfig().on_disk(1e18)
 
 

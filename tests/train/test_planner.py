@@ -241,12 +241,12 @@ def test_fit_refuses_what_its_states_alone_exceed(monkeypatch):
     task = ClassificationTask(MoEConfig(name="test_vit_moe"), num_classes=2, image_size=32)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     needs = 16 * sum(p.numel() for p in task.net.parameters())
-    monkeypatch.setattr(fit_memory, "total_memory_bytes", lambda: needs)
+    monkeypatch.setattr(fit_memory, "usable_memory_bytes", lambda: needs)
     fit_memory.check_memory(task, trainer)
     two = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
     with pytest.raises(UserError, match="--force"):  # each has half of the memory
         fit_memory.check_memory(task, two)
-    monkeypatch.setattr(fit_memory, "total_memory_bytes", lambda: needs - 1)
+    monkeypatch.setattr(fit_memory, "usable_memory_bytes", lambda: needs - 1)
     with pytest.raises(UserError, match=r"--model.arch.num_experts 2 .*--force"):
         fit_memory.check_memory(task, trainer)
 
@@ -260,7 +260,7 @@ def test_fit_offers_a_smaller_batch(monkeypatch):
     class Data:
         batch_size, image_size = 64, 32
 
-    monkeypatch.setattr(fit_memory, "total_memory_bytes", lambda: int(states + 40 * images))
+    monkeypatch.setattr(fit_memory, "usable_memory_bytes", lambda: int(states + 40 * images))
     assert "--data.batch_size 32 --trainer.accumulate_grad_batches 2" in fit_memory.describe_memory(
         task, Data(), trainer
     )

@@ -282,6 +282,9 @@ def test_who_names_a_model_is_not_asked(drawn_pets: Path, hub: FakeHub, monkeypa
     assert deeper["--model.optim.name"] == "muon"
     named = as_dict(choose_recipe(str(drawn_pets), None, ["--model.arch.name=test_vit_moe"]))
     assert not {"--model.arch.name", "--model.optim.name", "--model.arch.pretrained"} & named.keys()
+    assert (named["--data.image_size"], named["--model.arch.patch_size"]) == ("64", "8")  # one choice: 64 tokens
+    sized = ["--model.arch.name=vit_moe_base_patch16_224", "--data.image_size", "224"]
+    assert "--model.arch.patch_size" not in as_dict(choose_recipe(str(drawn_pets), None, sized))
     assert choose_recipe("synthetic_pets") == choose_recipe("synthetic_pets", NONE)
     assert choose_recipe("cifar10") == choose_recipe("cifar10", NONE)
     assert hub.asked == []

@@ -8,7 +8,6 @@ Axes: n images of all splits, m of the training set (the first m of n), D featur
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from moevision.data.sources import SPLITS, Collection, Sample
 from moevision.data.transforms import Pixels, square_pixels
 from moevision.errors import UserError
 from moevision.layers import LabelRouter, moe_layers
+from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device
 from moevision.names import csv_name
 
@@ -222,7 +222,7 @@ def _look_at_all(
     can_predict = not any(isinstance(layer.router, LabelRouter) for layer in moe_layers(net))  # which is told the class
     features, onto, labels = None, None, images.labels
     everything = images.each()
-    workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = min(16, usable_cores())
 
     def open_one(sample: Sample) -> tuple[npt.NDArray[Any], Pixels] | str:
         try:

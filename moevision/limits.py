@@ -1,0 +1,102 @@
+"""What this process may use of the machine: cores, and memory within the limit of its control group.
+
+A container or a job of SLURM sees the memory of the whole machine and is killed where it takes more than was granted.
+
+Sources: Linux' Documentation/admin-guide/cgroup-v2.rst (cpu.max, memory.max; a limit of any ancestor holds), cgroup-v1
+(cpu.cfs_quota_us, memory.limit_in_bytes, total_inactive_file), proc(5) (/proc/meminfo).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+_V1_UNLIMITED = 2**60  # cgroup v1 says "no limit" with almost 2**63
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def total_memory_bytes() -> int | None:
+    """Physical memory of the machine; None where the system has no plain way to ask (Windows)."""
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PAGE_SIZE" not in names or "SC_PHYS_PAGES" not in names:
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def usable_memory_bytes(root: Path = ROOT) -> int | None:
+    """Physical memory, or what the control group grants of it; None where the system doesn't say."""
+    sizes = (total_memory_bytes(), memory_limit_bytes(root))
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """Cores' worth of time that the control group grants; None without a limit."""
+    quotas = []
+    for folder in _groups(root, "cpu"):
+        words = _words(folder / "cpu.max") or [
+            *_words(folder / "cpu.cfs_quota_us"),
+            *_words(folder / "cpu.cfs_period_us"),
+        ]
+        if len(words) == 2 and words[0] not in ("max", "-1"):
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def memory_limit_bytes(root: Path = ROOT) -> int | None:
+    """Memory that the control group grants; None without a limit."""
+    return min((limit for limit, _ in _memory_limits(root)), default=None)
+
+
+def memory_available_bytes(root: Path = ROOT) -> int | None:
+    """Memory that new programs can have without swapping, within the control group's limit."""
+    meminfo = _words(root / "proc/meminfo")
+    free = [int(meminfo[meminfo.index("MemAvailable:") + 1]) * 1024] if "MemAvailable:" in meminfo else []
+    left = [max(0, limit - used) for limit, used in _memory_limits(root) if used is not None]
+    return min([*free, *left], default=None)
+
+
+def _memory_limits(root: Path) -> Iterator[tuple[int, int | None]]:
+    """Limit and use, in bytes, of this process's control group and its ancestors, as far as they have a limit."""
+    for folder in _groups(root, "memory"):
+        limit = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
+        used = _words(folder / "memory.current") or _words(folder / "memory.usage_in_bytes")
+        if limit and limit[0] != "max" and int(limit[0]) < _V1_UNLIMITED:
+            yield int(limit[0]), max(0, int(used[0]) - _given_up(folder)) if used else None
+
+
+def _given_up(folder: Path) -> int:
+    """Bytes of files that a group holds in memory and hasn't read lately: the kernel gives them up when asked."""
+    rows = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
+    return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's control group and its ancestors, version 2 or 1."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            top = root / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / controller
+        else:
+            continue
+        # Inside a container the path may be one of the host's, which isn't mounted: then the top is the group.
+        folder = top / path.strip("/")
+        yield from (place for place in (folder, *folder.parents) if place.is_relative_to(top) and place.is_dir())
+
+
+def _words(file: Path) -> list[str]:
+    return _text(file).split()
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system, or a kernel without it: the question has no answer here
+        return ""
