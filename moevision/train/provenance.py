@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moevision import __version__, package_version
+from moevision.limits import total_memory_bytes, usable_cores
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from moevision.limits import total_memory_bytes, usable_cores
-from moevision.train.task import ClassificationTask
+    from moevision.train.task import ClassificationTask
 
 LIBRARIES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "pillow")
 _PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
