@@ -5,7 +5,6 @@ A run is claimed by a lock that ends with its process, so that nothing is left t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -154,11 +153,6 @@ def refuse_changes(protocol: Path, *, allowed: bool) -> None:
 def is_dirty(run: Any) -> bool:
     """Whether it isn't known which code did the run."""
     return not run["code"] or bool(run["code"]["dirty"])
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def fill_readme(readme: Path, parts: Sequence[str]) -> None:

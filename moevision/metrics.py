@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -103,13 +104,11 @@ class RoutingStatistics(Metric):
             [num_experts] * len(self.layers) if isinstance(num_experts, int) else [int(count) for count in num_experts]
         )
         shape = (len(self.layers), max(self.num_experts, default=0))  # a layer with fewer experts has zeros behind
-        self.add_state("counts", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("count_squares", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("requested", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("entropy_bits", torch.zeros(len(self.layers), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros(len(self.layers), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(len(self.layers), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("unrouted", torch.zeros(len(self.layers), dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("counts", "count_squares", "requested"):
+            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("entropy_bits", torch.zeros(shape[0], dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("tokens", "images", "unrouted"):
+            self.add_state(name, torch.zeros(shape[0], dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, routings: Sequence[Routing]) -> None:
         """Add one batch: the `Routing` of every MoE layer, in order of depth."""
@@ -129,15 +128,7 @@ class RoutingStatistics(Metric):
         Over images `counts`, `count_squares`, `requested` [L, E] and `images` [L]; over tokens `entropy_bits`, `tokens`
         and `unrouted` [L].
         """
-        return {
-            "counts": self.counts,
-            "count_squares": self.count_squares,
-            "requested": self.requested,
-            "entropy_bits": self.entropy_bits,
-            "tokens": self.tokens,
-            "images": self.images,
-            "unrouted": self.unrouted,
-        }
+        return cast(dict[str, Tensor], dict(self.metric_state))
 
     def layer_loads(self) -> list[LayerLoad]:
         """What the sums say about each MoE layer, over all ranks."""

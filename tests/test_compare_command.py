@@ -124,22 +124,33 @@ def test_equal_differences_have_no_interval(cli):
 
 
 def test_unbalanced_classes_are_compared_by_balanced_accuracy(cli):
-    """Of 90 cats A has 9 more right, of 10 dogs 5 fewer: +4 points of accuracy, (.1 - .5) / 2 of balanced accuracy.
+    """Of 90 cats A has 9 more right, of 10 dogs 7 fewer: +2 points of accuracy, (.1 - .7) / 2 of balanced accuracy.
 
-    Its variance by hand: (.1 - .1^2) / 90 for cats, (.5 - .5^2) / 10 for dogs, a quarter of the sum.
+    The interval by hand, with two images more in each class that add 1 to the sum of squares (Agresti and Min 2005):
+    mean 9 / 92 and variance (9 + 1 - 9^2 / 92) / 92^2 for cats, -7 / 12 and (7 + 1 - 7^2 / 12) / 12^2 for dogs.
     """
-    a = [1] * 90 + [0] * 5 + [1] * 5
+    a = [1] * 90 + [0] * 7 + [1] * 3
     b = [0] * 9 + [1] * 81 + [1] * 10
     monitor = {"monitor": "val/balanced_acc"}
     outcome = cli("compare", make("one", a, dogs=10, summary=monitor), make("two", b, dogs=10), "--json", "out.json")
     assert outcome.code == 0, outcome.err
     found = json.loads(Path("out.json").read_text())
-    assert found["difference"] == pytest.approx(-0.2)
-    error = math.sqrt((0.1 - 0.01) / 90 + (0.5 - 0.25) / 10) / 2
-    assert found["interval"] == pytest.approx([-0.2 - 1.959964 * error, -0.2 + 1.959964 * error])
+    assert found["difference"] == pytest.approx(-0.3)
+    centre = (9 / 92 - 7 / 12) / 2
+    error = math.sqrt((10 - 81 / 92) / 92**2 + (8 - 49 / 12) / 12**2) / 2
+    assert found["interval"] == pytest.approx([centre - 1.959964 * error, centre + 1.959964 * error])
     assert found["detectable"] == pytest.approx((1.959964 + 0.841621) * error)
     assert "B is better." in outcome.out
     assert "balanced accuracy" in outcome.out
+
+
+def test_one_image_of_a_class_tells_no_models_apart(cli):
+    """All cats alike, and the one dog right in A only: half of the balanced accuracy, by one image."""
+    a, b = [1] * 99 + [1], [1] * 99 + [0]
+    outcome = cli("compare", make("one", a, dogs=1, summary={"monitor": "val/balanced_acc"}), make("two", b, dogs=1))
+    assert outcome.code == 0, outcome.err
+    assert "+50.0 points of balanced accuracy" in outcome.out
+    assert "Not told apart" in outcome.out
 
 
 def test_the_detectable_difference_has_its_power_by_enumeration():

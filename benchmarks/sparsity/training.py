@@ -21,13 +21,13 @@ import lightning as L
 import torch
 
 from benchmarks.harness import HERE, about
-from benchmarks.queue import sha256_of
 from benchmarks.sparsity.arms import ARMS, MODEL, Arm, Job
 from moevision.allocator import keep_freed_memory
 from moevision.cli import main as run_moevision
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
+from moevision.files import file_sha256
 from moevision.layers import forward_routing
 from moevision.losses import cv_squared
 from moevision.train.cli import TrainingCLI, quiet_lightning
@@ -200,7 +200,7 @@ def train(job: Job, options: Namespace) -> dict[str, Any]:
     (run_dir / "summary.json").unlink(missing_ok=True)  # ended between the run's last file and its record
     key = {
         **vars(job), "failed": None, "batch": ARMS[job.arm].batch, "precision": "32-true", **origin,
-        "protocol_sha256": sha256_of(PROTOCOL),
+        "protocol_sha256": file_sha256(PROTOCOL),
     }  # fmt: skip
     session = Session("fit", arguments)
     try:

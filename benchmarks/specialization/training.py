@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import HERE, about
-from benchmarks.queue import sha256_of
 from benchmarks.specialization.arms import ARMS, DATA_SETS, Arm, Job
 from benchmarks.specialization.trunk import Tail, Tokens, class_names, tokens_of, trunk_of
 from benchmarks.subject import Subject, TrainingStep
 from benchmarks.timing import rounded
 from moevision.analysis.questions import RecordedLayer, Recording, Run, forced_logits, three_questions
 from moevision.analysis.specialization import Assignments
+from moevision.files import file_sha256
 from moevision.layers import MoEMlp, forward_routing, moe_layers
 from moevision.models.convert import moe_layer_indices
 from moevision.models.upcycle import upcycle
@@ -78,7 +78,7 @@ def run(job: Job, options: Namespace) -> dict[str, Any]:
         "classes": {unit: list(groups) or names for unit, groups in spec.units.items()},
         "answers": _rounded(found), "routes": [_routes(choices) for choices in after.choices[-ASKED_LAYERS:]],
         "cpu_s": {"training": round(trained - start, 1), "asking": round(time.process_time() - trained, 1)},
-        "protocol_sha256": sha256_of(PROTOCOL), **origin,
+        "protocol_sha256": file_sha256(PROTOCOL), **origin,
     }  # fmt: skip
 
 

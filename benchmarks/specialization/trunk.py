@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.harness import about
-from benchmarks.queue import claim_file, release_if, sha256_of
+from benchmarks.queue import claim_file, release_if
 from benchmarks.specialization.arms import DATA_SETS, DataSet
 from benchmarks.study import CIFAR_PIXELS, make_task
 from benchmarks.subject import Subject, TrainingStep
 from moevision.data import ImageDataModule, SyntheticPets
 from moevision.data.loader import PositionSampler
 from moevision.errors import UserError
-from moevision.files import write_json_atomic
+from moevision.files import file_sha256, write_json_atomic
 from moevision.models.io import create_from
 from moevision.models.reading import pool_patches
 from moevision.models.safe_files import read_header, read_json
@@ -194,14 +194,14 @@ def trunk_of(name: str, seed: int, options: Namespace) -> Trunk:
     spec, classes = DATA_SETS[name], len(class_names(name, options))
     given = options.trunk if name == "cats_vs_dogs" else None
     if given is not None:
-        return Trunk(load_dense(name, given, classes), {"sha256": sha256_of(given), "seed": 0, "given": True})
+        return Trunk(load_dense(name, given, classes), {"sha256": file_sha256(given), "seed": 0, "given": True})
     file = options.work / f"trunk-{name}-s{seed}.safetensors"
     held = _wait_for(file.with_suffix(".lock"))
     try:
         if not file.with_suffix(".json").exists():
             net, record = train_trunk(name, spec, seed, options)
             save_file({key: value.contiguous() for key, value in net.state_dict().items()}, file)
-            write_json_atomic(file.with_suffix(".json"), {**record, "sha256": sha256_of(file), "given": False})
+            write_json_atomic(file.with_suffix(".json"), {**record, "sha256": file_sha256(file), "given": False})
     finally:
         release_if(held)
     return Trunk(load_dense(name, file, classes), dict(read_json(file.with_suffix(".json"))))

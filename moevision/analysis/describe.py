@@ -681,9 +681,11 @@ def _sentence(a: str, b: str, layers: list[LayerDifference], n_a: int, n_b: int)
         )
     name, most = max(found, key=lambda pair: abs(pair[1].difference))
     more, less = (a, b) if most.difference > 0 else (b, a)
-    size, ends = abs(most.difference), sorted(abs(end) for end in (most.low, most.high))
+    size = abs(most.difference)
+    low, high = (most.low, most.high) if most.difference > 0 else (-most.high, -most.low)
+    span = f"{100 * low:.1f} to {100 * high:.1f}".replace("-", "−")
     return (
         f"{len(found)} of {total} experts are used differently by {a} and {b} {pictures}; the largest difference is "
         f"{name}·E{most.expert}, which takes {100 * size:.1f} percentage points more of {more} than of {less} "
-        f"({100 * ends[0]:.1f} to {100 * ends[1]:.1f})."
+        f"({span})."
     )

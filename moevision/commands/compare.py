@@ -326,7 +326,7 @@ class Comparison:
             return detectable_on(pair.n, pair.only_a + pair.only_b)
         normal = statistics.NormalDist()
         ratio = (normal.inv_cdf(1 - LEVEL / 2) + normal.inv_cdf(POWER)) / normal.inv_cdf(1 - LEVEL / 2)
-        return ratio * (pair.high - pair.low) / 2 or math.nan
+        return ratio * (pair.high - pair.low) / 2
 
     @property
     def verdict(self) -> str:

@@ -124,17 +124,15 @@ class Contents:
 
     def file_list_sha256(self) -> str:
         """SHA-256 over the sorted (split, relative path, label) of all images, in hexadecimal."""
-        lines = sorted(
-            f"{split}\t{sample.sample_id}\t{sample.label}\n"
-            for split, dataset in self.datasets.items()
-            for sample in dataset.samples
-        )
-        return hashlib.sha256(name_bytes("".join(lines))).hexdigest()
+        return self._sha256_with(lambda dataset, sample: sample.label)
 
     def file_sizes_sha256(self) -> str:
         """SHA-256 over the sorted (split, relative path, stored bytes) of all images, in hexadecimal."""
+        return self._sha256_with(lambda dataset, sample: dataset.collection.size_bytes(sample))
+
+    def _sha256_with(self, number: Callable[[ImageDataset, Sample], int]) -> str:
         lines = sorted(
-            f"{split}\t{sample.sample_id}\t{dataset.collection.size_bytes(sample)}\n"
+            f"{split}\t{sample.sample_id}\t{number(dataset, sample)}\n"
             for split, dataset in self.datasets.items()
             for sample in dataset.samples
         )

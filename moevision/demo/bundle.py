@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moevision.analysis.images import PictureSet, is_data_of, open_pictures, pictures_for, run_folder
-from moevision.analysis.specialization import fresh_copy
+from moevision.analysis.specialization import fresh_copy, percent
 from moevision.data.sources import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples
 from moevision.demo.facts import ModelFacts, describe, title_of
@@ -91,10 +91,10 @@ class Card:
         if variant == "untrained":
             return "not trained: its weights are random, so its predictions mean nothing"
         known = self.accuracy.get("moe" if variant == "trained" else variant)
-        right = "accuracy not known" if known is None else f"{_percent(known)} of test images right"
+        right = "accuracy not known" if known is None else f"{percent(known)} of test images right"
         if variant == "unbalanced":
             return f"{right}, trained without the balance loss"
-        twin = f" (dense twin: {_percent(self.accuracy['dense'])})" if "dense" in self.accuracy else ""
+        twin = f" (dense twin: {percent(self.accuracy['dense'])})" if "dense" in self.accuracy else ""
         return right + twin
 
 
@@ -131,10 +131,6 @@ def _check_types(given: dict[str, Any]) -> None:
             right = isinstance(value, str)
         if not right:
             raise TypeError(f"{name} has the wrong type")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def card_of_run(address: str) -> Card:

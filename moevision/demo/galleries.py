@@ -24,7 +24,7 @@ from moevision.analysis.describe import (
     majority_part,
     patches_on_path,
 )
-from moevision.analysis.images import PictureSet, open_pictures, patch_crop
+from moevision.analysis.images import PictureSet, Remembered, View, open_pictures, patch_crop
 from moevision.analysis.specialization import specialization
 from moevision.analysis.trace import RoutingTrace
 from moevision.data.images import BadImageError
@@ -32,7 +32,7 @@ from moevision.demo import requests as read
 from moevision.demo.atlas import build_atlas, counted_name, load_atlas
 from moevision.demo.bundle import Entry, Variant
 from moevision.demo.examples import Found, Recent, thumb
-from moevision.demo.facts import ModelFacts, Pixels
+from moevision.demo.facts import ModelFacts
 from moevision.demo.requests import RequestError
 from moevision.demo.typical import MIN_PICTURES, Typical, typical_of
 from moevision.demo.wire import data_uri
@@ -48,41 +48,17 @@ Key = tuple[str, str]  # model, variant
 log = logging.getLogger(__name__)
 
 
-class Held:
-    """The readable ones of some images, kept in memory; see `PictureSet` for the attributes."""
-
-    def __init__(self, pictures: PictureSet) -> None:
-        self.class_names, self.name, self.part_names = pictures.class_names, pictures.name, pictures.part_names
-        self._pictures = pictures
-        self._indices: list[int] = []
-        self._images: list[Pixels] = []
-        for index in range(len(pictures)):
-            try:
-                self._images.append(pictures.image(index))
-            except BadImageError as error:
-                log.warning("left out of the gallery: %s", error)
-            else:
-                self._indices.append(index)
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self._indices)
-
-    def image(self, index: int) -> Pixels:
-        """The image, uint8 [S, S, 3]."""
-        return self._images[index]
-
-    def label(self, index: int) -> int:
-        """The class; -1 if it isn't known."""
-        return self._pictures.label(self._indices[index])
-
-    def picture_name(self, index: int) -> str:
-        """Its name in the whole set."""
-        return self._pictures.picture_name(self._indices[index])
-
-    def part_mask(self, index: int) -> Pixels | None:
-        """The part seen at each pixel; None without parts."""
-        return self._pictures.part_mask(self._indices[index])
+def readable(pictures: PictureSet) -> View:
+    """Those of the images that can be read; they stay in memory."""
+    pictures, found = Remembered(pictures), []
+    for index in range(len(pictures)):
+        try:
+            pictures.image(index)
+        except BadImageError as error:
+            log.warning("left out of the gallery: %s", error)
+        else:
+            found.append(index)
+    return View(pictures, found, pictures.class_names, range(len(pictures.class_names)), pictures.name)
 
 
 @dataclass(frozen=True)
@@ -166,7 +142,7 @@ class Galleries:
     def _work(self) -> None:
         order = [(entry, "trained") for entry in self.entries]
         order += [(entry, variant) for entry in self.entries for variant in entry.variants if variant != "trained"]
-        held: dict[str, Held] = {}
+        held: dict[str, View] = {}
         for entry, variant in order:
             if self._stop.is_set() or entry.examples.pictures is None:
                 continue
@@ -180,16 +156,16 @@ class Galleries:
                 self._failed[entry.card.id, variant] = str(error) or type(error).__name__
         self._done.set()
 
-    def _hold(self, entry: Entry, pictures: PictureSet) -> Held:
+    def _hold(self, entry: Entry, pictures: PictureSet) -> View:
         limit = max(self.limit, MOST) if entry.shown else self.limit
-        held = Held(open_pictures(pictures, entry.facts.image_size, limit=limit))
+        held = readable(open_pictures(pictures, entry.facts.image_size, limit=limit))
         # Other data's usual look is not that of the data which the model learned from.
         if not entry.foreign and entry.card.id not in self._typical and len(held) >= MIN_PICTURES:
             images = (held.image(index) for index in range(len(held)))
             self._typical[entry.card.id] = typical_of(images, entry.facts.image_size)
         return held
 
-    def _collect(self, entry: Entry, variant: str, held: Held) -> None:
+    def _collect(self, entry: Entry, variant: str, held: View) -> None:
         key = (entry.card.id, variant)
         # Small batches: a visitor's image waits no longer than one of them takes.
         trace = collect_routing(

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, permutation_test
 
-from moevision.analysis.describe import MIN_IMAGES, _permutation_p, class_expert_map, compare_classes, image_shares
+from moevision.analysis.describe import (
+    MIN_IMAGES,
+    ExpertDifference,
+    LayerDifference,
+    _permutation_p,
+    _sentence,
+    class_expert_map,
+    compare_classes,
+    image_shares,
+)
 from moevision.errors import UserError
 
 
@@ -107,6 +116,13 @@ def test_intervals_of_a_difference_cover_and_nothing_is_found_where_nothing_is(m
             assert "No expert is used differently" in found.sentence
     assert np.mean(covered) >= 0.92
     assert found_any <= 0.08 * 150  # with no true difference the false discovery rate is the family-wise error
+
+
+def test_the_sentence_keeps_the_signs_of_its_interval() -> None:
+    """More of b than of a: -.05 from -.12 to .01 is 5 points more, from 1 fewer to 12 more."""
+    expert = ExpertDifference(expert=2, difference=-0.05, low=-0.12, high=0.01, p_value=0.01, q=0.02, significant=True)
+    found = _sentence("a", "b", [LayerDifference(3, (expert,))], 40, 50)
+    assert "5.0 percentage points more of b than of a (−1.0 to 12.0)." in found
 
 
 def test_comparisons_that_make_no_sense_are_refused(make_trace) -> None:

@@ -343,7 +343,8 @@ def test_where_classes_are_unbalanced_their_mean_decides() -> None:
     assert choice.recommended.name == "Mixture of Experts"
     behind = choice.contenders[0].behind
     assert behind.difference == pytest.approx((78 / 90 + 1) / 2 - 0.5)
-    spread = math.sqrt((12 / 90) * (78 / 90) / 90) / 2  # of the first class's differences; the second's are all alike
+    # Agresti and Min's variance of each class's differences: 12 of 90 are -1, 10 of 10 are 1.
+    spread = math.sqrt((13 - 12**2 / 92) / 92**2 + (11 - 10**2 / 12) / 12**2) / 2
     assert behind.high - behind.low == pytest.approx(2 * 1.959964 * spread, rel=1e-5)
 
 
