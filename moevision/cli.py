@@ -10,6 +10,8 @@ from typing import Any, cast
 from moevision.commands import VERBS, loading
 from moevision.errors import USER_ERROR, UserError
 
+INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
+
 MOVED = {
     "benchmark": "`moevision benchmark` is now `python -m benchmarks`, which a checkout of the repository has and the "
     "installed package has not: clone it, and run `python -m benchmarks --help` there.",
@@ -35,8 +37,9 @@ exit codes
   0    done
   2    something that you can mend; the last line says what to do
   3    fit: the training diverged and was given up, see divergence.md in its folder
-  130  fit: stopped by Ctrl-C, 129 by a closed terminal, 143 by SIGTERM, 138 by SIGUSR1; saved, unless nothing was
-       trained yet; the last line goes on with it
+  130  stopped by Ctrl-C
+       fit: also 129 by a closed terminal, 143 by SIGTERM, 138 by SIGUSR1; saved, unless nothing was trained yet; the
+       last line goes on with it
 """
 
 
@@ -99,6 +102,9 @@ def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
             traceback.print_exc()
         print(f"moevision: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\nmoevision: {name} was stopped by Ctrl-C.", file=sys.stderr)
+        return INTERRUPTED
     except SystemExit as stop:  # the argument parser has said what is wrong
         return stop.code if isinstance(stop.code, int) else USER_ERROR
     return 0

@@ -105,6 +105,16 @@ def test_help_all_shows_every_option(cli):
     assert "--trainer.profiler" in out
 
 
+def test_ctrl_c_ends_any_verb_with_one_line(cli, monkeypatch):
+    def stopped(chosen):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moevision.commands.predict.run", stopped)
+    outcome = cli("predict", "model", "image.jpg")
+    assert (outcome.code, outcome.out) == (130, "")
+    assert outcome.err.split("\n") == ["", "moevision: predict was stopped by Ctrl-C.", ""]
+
+
 @pytest.mark.parametrize("help_of", [(), ("fit",)])
 def test_help_lists_the_exit_codes(cli, help_of):
     """128 plus the numbers of the signals: SIGINT 2, SIGHUP 1, SIGTERM 15, SIGUSR1 10 (on Linux)."""

@@ -50,6 +50,14 @@ def cells(both, only_a, only_b, neither):
     return [1] * (both + only_a) + [0] * (only_b + neither), [1] * both + [0] * only_a + [1] * only_b + [0] * neither
 
 
+def test_a_place_that_can_not_be_written_is_named(cli):
+    Path("file").touch()
+    outcome = cli("compare", make("one", [1, 0]), make("two", [1, 1]), "--json", "file/out.json")
+    assert outcome.code == 2
+    assert "file/out.json can't be written" in outcome.err
+    assert outcome.err.endswith("give --json another place.\n")
+
+
 def test_two_runs_by_hand(cli):
     """Airway hyper-responsiveness, 21 children (1, 1, 7, 12), with Tango's interval as printed by Fagerland et al.
 

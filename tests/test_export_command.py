@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
+from PIL import Image, ImageOps
 
 from moevision.commands.export import SNIPPETS, experts_sentence, export, measure_latency
 from moevision.commands.predict import predict_batch
+from moevision.data.images import safe_open
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.models.io import load_model
@@ -62,6 +65,21 @@ def test_a_place_that_can_not_be_written_is_named(tiny_run, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be written"):
         export(str(tiny_run), tmp_path / "file" / "model.pt2")
+
+
+@pytest.mark.parametrize("form", SNIPPETS)
+def test_the_printed_lines_turn_an_image_upright_as_predict_does(form, tmp_path, monkeypatch):
+    """The line that opens the image, run alone, on a photo that was taken with the camera on its side."""
+    monkeypatch.chdir(tmp_path)
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[:20] = 255
+    exif = Image.Exif()
+    exif[0x112] = 6  # orientation: to be turned by 90 degrees clockwise
+    Image.fromarray(pixels).save("image.jpg", exif=exif, quality=95)
+    (line,) = [line for line in SNIPPETS[form].split("\n") if "Image.open" in line]
+    names = {"Image": Image, "ImageOps": ImageOps}
+    exec(line, names)
+    assert names["image"].tobytes() == safe_open("image.jpg").tobytes()
 
 
 def test_the_sentence_about_experts_fits_the_model():

@@ -407,7 +407,10 @@ def run(chosen: Namespace) -> None:
     left_out = [run.name for run in runs if run not in [*comparison.a, *comparison.b]]
     _print(comparison, left_out)
     if chosen.json is not None:
-        write_json_atomic(chosen.json, facts(comparison))
+        try:
+            write_json_atomic(chosen.json, facts(comparison))
+        except OSError as error:
+            raise UserError(f"{chosen.json} can't be written ({error.strerror}): give --json another place.") from error
         print(f"Every number is in {shown(str(chosen.json))}")
 
 

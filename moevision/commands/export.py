@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession({file!r})
 about = {{name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}}
 size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]
-image = Image.open("image.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
 image = ImageOps.fit(image, size, method, bleed=(1 - about["crop_pct"]) / 2)
 pixels = (np.asarray(image) / 255 - about["mean"]) / about["std"]
 logits = session.run(None, {{"image": pixels.transpose(2, 0, 1)[None].astype(np.float32)}})[0]
@@ -40,7 +40,7 @@ from PIL import Image, ImageOps
 program = torch.export.load({file!r}, extra_files=(extra := {{"moevision.json": ""}})).module()
 about = json.loads(extra["moevision.json"])
 size, method = (about["image_size"],) * 2, Image.Resampling[about["interpolation"].upper()]
-image = Image.open("image.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")
 image = ImageOps.fit(image, size, method, bleed=(1 - about["crop_pct"]) / 2)
 pixels = (np.asarray(image) / 255 - about["mean"]) / about["std"]
 logits = program(torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32)))

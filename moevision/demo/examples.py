@@ -7,6 +7,7 @@ by "train/cat/7.png", too (`demo/scored.py`). Ids are looked up in tables; none 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -25,6 +26,7 @@ from moevision.demo.facts import SHARP_PX, Pixels, model_input, sharp_square
 from moevision.demo.requests import RequestError
 from moevision.demo.scored import ScoredRun, gone
 from moevision.demo.wire import data_uri
+from moevision.errors import UserError
 from moevision.names import shown
 
 T = TypeVar("T")
@@ -32,6 +34,7 @@ EXAMPLES = 12
 THUMB_PX = 96
 # gradio 6.31 keeps these in media_assets/images; what they show is in their names.
 _PHOTOS = {"lion": "lion.jpg", "cheetah": "cheetah.jpg", "bus": "bus.png", "tower": "tower.jpg"}
+log = logging.getLogger(__name__)
 
 
 class Recent(Generic[T]):
@@ -97,6 +100,7 @@ class Examples:
         self.photos = {} if drawn or self.credits else photo_files()
         self._recent: Recent[Found] = Recent(256)
         self._sharp: Recent[str | None] = Recent(64)
+        self._dropping = threading.Lock()
 
     @property
     def has_pictures(self) -> bool:
@@ -115,8 +119,26 @@ class Examples:
 
     @cached_property
     def all_ids(self) -> list[str]:
-        """All images of the model's data: classes take turns."""
+        """All images of the model's data: classes take turns. `readable` takes out those that can't be used."""
         return [] if self.pictures is None else [self.id_of(self.pictures, index) for index in _spread(self.pictures)]
+
+    def on_first_screen(self) -> list[Found]:
+        """The images of `ids` that can be used."""
+        return self.readable(0, EXAMPLES) + [self.find(f"photo/{name}") for name in self.photos]
+
+    def readable(self, start: int, stop: int) -> list[Found]:
+        """Images `start` to `stop` of `all_ids`; those that can't be used leave that list, and later ones move up."""
+        found, bad = [], set()
+        for id in self.all_ids[start:stop]:
+            try:
+                found.append(self.find(id))
+            except UserError as error:
+                log.warning("left out of the examples: %s", error)
+                bad.add(id)
+        if bad:
+            with self._dropping:
+                self.all_ids = [id for id in self.all_ids if id not in bad]
+        return found
 
     def id_of(self, pictures: PictureSet, index: int) -> str:
         """The id of image `index` of this model's data or of a part of it."""

@@ -20,7 +20,7 @@ from moevision.analysis.good_data.lists import SCORE_LISTS, image_id
 from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.bundle import Entry, Variant
-from moevision.demo.examples import Found, Recent, sharp
+from moevision.demo.examples import Found, Recent, sharp, thumb
 from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, PictureFacts, model_input
 from moevision.demo.galleries import AtlasPages, Galleries
 from moevision.demo.html import view_html
@@ -97,15 +97,15 @@ class Explorer:
 
     def warm(self) -> None:
         """Run every network once, so that the first visitor doesn't wait for it; route the first model's examples."""
-        for entry in self.entries.values():
-            if entry.examples.ids:
-                for variant in entry.variants:
-                    picture = {"kind": "example", "id": entry.examples.ids[0]}
-                    self.route({"model": entry.card.id, "variant": variant, "picture": picture})
-        end, first = time.monotonic() + LOOK_AHEAD_S, next(iter(self.entries.values()))
-        for id in first.examples.ids:
+        for model in self._boot["models"]:
+            for one in model["examples"][:1]:
+                for variant in model["variants"]:
+                    picture = {"kind": "example", "id": one["id"]}
+                    self.route({"model": model["id"], "variant": variant, "picture": picture})
+        end, first = time.monotonic() + LOOK_AHEAD_S, self._boot["models"][0]
+        for one in first["examples"]:
             if time.monotonic() < end:
-                self.route({"model": first.card.id, "picture": {"kind": "example", "id": id}})
+                self.route({"model": first["id"], "picture": {"kind": "example", "id": one["id"]}})
 
     def boot(self, request: Any) -> Json:
         """What there is: models, their variants and examples, limits, and what to show first."""
@@ -167,12 +167,13 @@ class Explorer:
         return self.times[entry.card.id].of_image(read.image_id(given, "picture"))
 
     def examples(self, request: Any) -> Json:
-        """The next examples of a model after the first `start` ones, classes in turn."""
+        """The next examples of a model after the first `start` ones, classes in turn, and how many there are in all."""
         given = read.fields(request, ("model", "start"))
         entry, _ = self.pages.model(given)
-        ids = entry.examples.all_ids
-        start = read.whole(given, "start", range(len(ids) + 1))
-        return {"examples": [_example(entry, id) for id in ids[start : start + MORE]]}
+        examples = entry.examples
+        start = read.whole(given, "start", range(len(examples.all_ids) + 1))
+        found = examples.readable(start, start + MORE)
+        return {"examples": list(map(_example, found)), "num_examples": len(examples.all_ids)}
 
     def sharp(self, request: Any) -> Json:
         """An example in more pixels than the model sees, as `src`; null where there are no more."""
@@ -300,18 +301,19 @@ class Explorer:
 
     def _make_boot(self) -> Json:
         entries = list(self.entries.values())
-        first = entries[0].examples.ids
+        models = [_about(entry, self.times.get(entry.card.id)) for entry in entries]
+        first = models[0]["examples"]
         return {
             "version": __version__,
             "local": self.local,
-            "models": [_about(entry, self.times.get(entry.card.id)) for entry in entries],
+            "models": models,
             "limits": {
                 "max_bytes": MAX_BYTES,
                 "max_pixels": MAX_PIXELS,
                 "min_side": MIN_SIDE,
                 "max_aspect": MAX_ASPECT,
             },
-            "default": {"model": entries[0].card.id, "picture": first[0] if first else None},
+            "default": {"model": entries[0].card.id, "picture": first[0]["id"] if first else None},
         }
 
 
@@ -323,6 +325,7 @@ def failure(sentence: str, code: str) -> Json:
 def _about(entry: Entry, times: Times | None) -> Json:
     facts, card = entry.facts.to_json(), entry.card
     pictures = entry.examples.pictures
+    examples = entry.examples.on_first_screen()
     return {
         **{name: value for name, value in facts.items() if name not in ("variant", "accuracy_text")},
         "subtitle": card.subtitle,
@@ -340,13 +343,12 @@ def _about(entry: Entry, times: Times | None) -> Json:
             {"key": one.key, "name": one.name, "title": one.title, "about": one.about}
             for one in (SCORE_LISTS.values() if entry.examples.scored else ())
         ],
-        "examples": [_example(entry, id) for id in entry.examples.ids],
+        "examples": list(map(_example, examples)),
     }
 
 
-def _example(entry: Entry, id: str) -> Json:
-    found = entry.examples.find(id)
-    return {"id": id, "name": found.name, "label": found.label, "thumb": entry.examples.thumb(id)}
+def _example(found: Found) -> Json:
+    return {"id": found.id, "name": found.name, "label": found.label, "thumb": thumb(found.pixels)}
 
 
 def _thumb_or_problem(entry: Entry, id: str) -> Json:

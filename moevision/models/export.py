@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -121,10 +120,10 @@ def export_torch(model: SavedModel, path: str | Path, *, pictures: Tensor | None
 
 def describe(model: SavedModel) -> dict[str, Any]:
     """What travels in the file, JSON-ready: the classes, the preparation of an image, and the MoE's shape."""
-    config = timm.data.resolve_model_data_config(model.net)
-    side, crop, interpolation = model.image_size, float(config["crop_pct"]), config["interpolation"]
+    # As `square_pixels` does for training and predict; timm's configuration tells what others did with its weights.
+    side, crop, interpolation = model.image_size, 1.0, "bicubic"
     sentence = (
-        f"Upright RGB; resize the short side to {round(side / crop)} px ({interpolation}, antialiased); cut out "
+        f"Upright RGB; resize the short side to {side} px ({interpolation}, antialiased); cut out "
         f"the central {side} x {side} px; divide by 255; subtract mean and divide by std, one number per channel; "
         f"float32 [batch, 3, {side}, {side}]."
     )

@@ -5,7 +5,7 @@ import pytest
 
 from moevision.analysis.images import Remembered, aligned_pictures
 from moevision.analysis.report.build import shown_pictures
-from moevision.analysis.report.measure import as_json
+from moevision.analysis.report.measure import as_json, of_pairs
 from moevision.analysis.report.page import number
 from moevision.errors import UserError
 
@@ -22,6 +22,14 @@ from moevision.errors import UserError
 )
 def test_numbers_are_shown_rounded_and_kept_exactly(value, form, shown):
     assert number(value, form) == f'<data value="{value}">{shown}</data>'
+
+
+def test_similarity_is_of_pairs_which_one_expert_has_not():
+    three = np.array([[1, 0.1, 0.2], [0.1, 1, 0.6], [0.2, 0.6, 1]])
+    found = of_pairs(three)
+    assert (found["similarity_mean"], found["similarity_most"]) == (pytest.approx(0.3), 0.6)
+    assert found["most_similar"] == "E1 and E2"
+    assert set(of_pairs(np.ones((1, 1))).values()) == {None}
 
 
 def test_no_number_is_a_dash():

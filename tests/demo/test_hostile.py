@@ -258,6 +258,7 @@ def test_no_path_and_no_address_is_ever_opened(explorer, data, monkeypatch):
         ("top_k", 5, "from 1 to 4"),
         ("top_k", True, "from 1 to 4"),
         ("capacity", float("nan"), "0.05 to 16"),
+        ("capacity", 10**400, "0.05 to 16"),  # more than a float can hold
         ("capacity", "1", "0.05 to 16"),
         ("model", "nope", "pets, photos"),
         ("variant", "better", "trained, unbalanced, untrained"),

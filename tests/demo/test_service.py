@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from moevision.demo.service import Explorer
 from moevision.demo.view import Settings
 from moevision.demo.wire import open_data_uri
 from moevision.errors import UserError
+from moevision.models.io import save_model
+from tests.demo.conftest import make_model
 
 PICTURE = {"kind": "example", "id": "pets/test/3"}
 ABLATE = {"kind": "ablate", "layer": 3, "expert": 1}
@@ -123,6 +126,28 @@ def test_more_examples_follow_the_first_ones(explorer):
     assert [example["id"] for example in more] == [f"pets/test/{index}" for index in range(12, 36)]  # labels in turn
     assert good(explorer, "examples", model="pets", start=2000)["examples"] == []
     assert "start" in explorer.answer("examples", {"model": "pets", "start": 2001})["error"]
+
+
+def test_a_damaged_image_is_left_out_of_the_examples(drawn_pets, tmp_path, caplog):
+    pets = shutil.copytree(drawn_pets, tmp_path / "pets")
+    save_model(make_model(num_classes=2), tmp_path / "model")
+    (entry,) = open_entries(str(tmp_path / "model"), DataOptions(str(pets)))
+    whole = list(entry.examples.all_ids)  # 40
+    for id in (whole[0], whole[20]):
+        (pets / id.removeprefix("data/")).write_bytes(b"\x89PNG, and no more")
+    explorer = Explorer([entry])
+    explorer.warm()
+    model = explorer.start_boot()["models"][0]
+    ours = [one["id"] for one in model["examples"] if not one["id"].startswith("photo/")]
+    assert ours == whole[1:12]
+    assert [view["picture"]["id"] for view in explorer.start_views()] == whole[1:3]  # a dog, then a cat
+    assert model["num_examples"] == 39
+    more = good(explorer, "examples", model=model["id"], start=11)
+    assert [one["id"] for one in more["examples"]] == whole[12:20] + whole[21:36]
+    assert more["num_examples"] == 38
+    rest = good(explorer, "examples", model=model["id"], start=11 + 23)
+    assert [one["id"] for one in rest["examples"]] == whole[36:]
+    assert caplog.text.count("left out of the examples") == 2
 
 
 def pixels_of(uri):
@@ -463,8 +488,6 @@ def test_examples_are_of_all_classes_of_a_large_folder():
 
 
 def test_pictures_in_memory_leave_out_what_can_not_be_read(drawn_pets, tmp_path):
-    import shutil
-
     shutil.copytree(drawn_pets, tmp_path / "pets")
     broken = sorted((tmp_path / "pets" / "cat").iterdir())[0]
     broken.write_bytes(b"no picture")

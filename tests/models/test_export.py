@@ -167,6 +167,18 @@ def test_what_is_needed_to_use_a_model_travels_in_the_file(form: str, tmp_path: 
     assert here not in path.read_bytes()  # exporters write stack traces, with the paths of whoever exported
 
 
+def test_the_preparation_is_that_of_predict() -> None:
+    """timm's configuration of these weights says to cut out 95 %; training and predict take the whole square."""
+    base = {"base": "vit_tiny_patch16_224", "img_size": 32, "depth": 1, "moe_layers": [0], "num_experts": 2}
+    moe = timm.create_model("vit_moe", **base, num_classes=3)
+    dense = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    for net in (moe, dense):
+        assert net.pretrained_cfg["crop_pct"] == 0.9
+        facts = describe(SavedModel(net, NAMES, 32, (0.5,) * 3, (0.5,) * 3))
+        assert (facts["interpolation"], facts["crop_pct"]) == ("bicubic", 1.0)
+        assert "resize the short side to 32 px (bicubic" in facts["preprocessing"]
+
+
 def test_a_torch_program_needs_neither_timm_nor_moevision(tmp_path: Path) -> None:
     model, path = tiny(router="soft"), tmp_path / "model.pt2"
     export_torch(model, path)

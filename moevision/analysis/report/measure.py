@@ -273,17 +273,12 @@ def _stability(
     changes = consistency(model, pictures, seed=seed)
     for layer in trace.layers:
         similarity = expert_similarity(model, pictures, layer.layer, seed=seed)
-        pairs = np.argwhere(np.triu(np.ones_like(similarity, dtype=bool), 1))
-        values = similarity[tuple(pairs.T)]
-        first, second = pairs[values.argmax()]
         found.append(
             {
                 "layer": layer.layer,
                 "name": layer.name,
                 "similarity": similarity.tolist(),
-                "similarity_mean": float(values.mean()),
-                "similarity_most": float(values.max()),
-                "most_similar": f"E{first} and E{second}",
+                **of_pairs(similarity),
                 "matches": [
                     {"run": other.model, **asdict(match_experts(layer, other.layer(layer.layer)))} for other in seeds
                 ],
@@ -291,6 +286,20 @@ def _stability(
             }
         )
     return found
+
+
+def of_pairs(similarity: npt.NDArray[Any]) -> Json:
+    """Mean and largest similarity of two experts, and which two: from [E, E]; all None for one expert."""
+    pairs = np.argwhere(np.triu(np.ones_like(similarity, dtype=bool), 1))
+    if not len(pairs):
+        return {"similarity_mean": None, "similarity_most": None, "most_similar": None}
+    values = similarity[tuple(pairs.T)]
+    first, second = pairs[values.argmax()]
+    return {
+        "similarity_mean": float(values.mean()),
+        "similarity_most": float(values.max()),
+        "most_similar": f"E{first} and E{second}",
+    }
 
 
 def measure_effects(

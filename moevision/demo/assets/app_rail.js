@@ -138,8 +138,9 @@ function kWords(model, topK) {
 async function moreExamples(app) {
   const { model } = app;
   try {
-    const { examples: next } = await app.asker.ask("examples", { model: model.id, start: model.examples.filter(({ id }) => !id.startsWith("photo/")).length });
+    const { examples: next, num_examples: all } = await app.asker.ask("examples", { model: model.id, start: model.examples.filter(({ id }) => !id.startsWith("photo/")).length });
     const known = new Set(model.examples.map(({ id }) => id));
+    model.num_examples = all; // fewer than before, where some can't be used
     model.examples.push(...next.filter(({ id }) => !known.has(id)));
     app.drawFrame();
     const list = app.core.box("examples");
