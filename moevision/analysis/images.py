@@ -22,8 +22,16 @@ from torch.utils.data import Dataset
 
 from moevision.data.images import BadImageError
 from moevision.data.shards import ShardCollection
-from moevision.data.sources import SPLITS, Collection, DrawnCollection, FileCollection, Sample, open_collection
-from moevision.data.splits import Cut, make_splits, read_splits
+from moevision.data.sources import (
+    DATASET_NAMES,
+    SPLITS,
+    Collection,
+    DrawnCollection,
+    FileCollection,
+    Sample,
+    open_collection,
+)
+from moevision.data.splits import Cut, is_copy, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
 from moevision.errors import DataWarning, UserError
@@ -527,9 +535,30 @@ def data_settings(run: Path) -> Mapping[str, Any]:
 
 
 def is_data_of(run: Path, data: str) -> bool:
-    """Whether `data` names what a run was trained on, however its path is written."""
-    path = data_settings(run).get("path")
-    return path is not None and Path(str(path)).expanduser().resolve() == Path(data).expanduser().resolve()
+    """Whether `data` names what a run was trained on, however its path is written, or a copy of it.
+
+    A copy holds the images that the run's splits.csv lists: a split of its own would test with images of the training.
+    """
+    settings = data_settings(run)
+    path = settings.get("path")
+    if path is None:
+        return False
+    if Path(str(path)).expanduser().resolve() == Path(data).expanduser().resolve():
+        return True
+    table = run / "splits.csv"
+    if data in DATASET_NAMES or not table.is_file():
+        return False
+    try:
+        collection = open_collection(
+            data, root="data", download=False, image_size=1, seed=0, sizes={}, columns=_columns(settings)
+        )
+    except UserError:  # whoever opens the images will say why
+        return False
+    return is_copy(table, collection)
+
+
+def _columns(settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    return settings.get("image_column"), settings.get("label_column")
 
 
 def pictures_for(
@@ -573,7 +602,7 @@ def pictures_for(
             class_names=model.class_names,
             root=root or str(trained_on.get("root") or "data"),
             run_dir=run if own else None,
-            columns=(trained_on.get("image_column"), trained_on.get("label_column")) if own else (None, None),
+            columns=_columns(trained_on) if own else (None, None),
         )
     except UserError as error:
         hint = "" if data else " (the run was trained on it; --data names other images)"

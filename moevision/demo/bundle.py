@@ -365,7 +365,7 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     dense = load_model(str(twin)) if twin is not None and (twin / "model" / "config.json").is_file() else None
     own = options.data is None or (run is not None and is_data_of(run, options.data))
     try:
-        pictures = pictures_for(address, trained) if own else _pictures(options, trained)
+        pictures = pictures_for(address, trained, options.data) if own else _pictures(options, trained)
     except UserError as error:  # routing one's own images works all the same
         if options.data is not None:
             raise
