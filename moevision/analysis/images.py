@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -388,10 +388,14 @@ def labels_in(own: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[tuple
 
     Returns:
         The class names to use, and for each label of the data its new number (-1: the model has no such class). The
-        data keeps its own names where the model knows none of them.
+        data keeps its own names where the model knows none of them. Case and underscores count only where two classes
+        of the data, or of the model, differ in nothing else.
     """
-    number_of = {_plain(name): number for number, name in enumerate(wanted or ())}
-    numbers = [number_of.get(_plain(name), -1) for name in own]
+    exact = {shown(name): number for number, name in enumerate(wanted or ())}
+    folded = {_plain(name): number for number, name in enumerate(wanted or ())}
+    count, own_count = Counter(map(_plain, wanted or ())), Counter(map(_plain, own))
+    loose = {name: number for name, number in folded.items() if count[name] == own_count[name] == 1}
+    numbers = [exact.get(shown(name), loose.get(_plain(name), -1)) for name in own]
     if wanted is None or all(number < 0 for number in numbers):
         return own, list(range(len(own)))
     strangers = [name for name, number in zip(own, numbers, strict=True) if number < 0]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moevision.analysis import PictureSet, open_pictures, patch_crop
-from moevision.analysis.images import pictures_for
+from moevision.analysis.images import labels_in, pictures_for
 from moevision.data import BadImageError, ImageDataModule, SyntheticPets
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
@@ -201,6 +201,13 @@ def test_labels_become_the_models(drawn_pets):
     assert pictures.class_names == ("Dog", "red_fox", "CAT")
     for index, name in enumerate(names_of(pictures)):
         assert pictures.label(index) == {"cat": 2, "dog": 0}[name.split("/")[0]]
+
+
+@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about classes that the model has not
+def test_classes_that_differ_in_case_alone_stay_apart():
+    assert labels_in(("Cat", "cat"), ["cat", "Cat"])[1] == [1, 0]
+    assert labels_in(("red fox", "red_fox"), ["red_fox"])[1] == [-1, 0]
+    assert labels_in(("cat", "dog"), ["Cat", "CAT", "Dog"])[1] == [-1, 2]
 
 
 def test_classes_that_the_model_does_not_know(drawn_pets):
