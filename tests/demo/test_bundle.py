@@ -168,6 +168,32 @@ def test_a_run_whose_pictures_are_gone(tiny_run, tmp_path):
         open_entries(str(run), DataOptions(str(tmp_path / "gone")))
 
 
+@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # no images of the model's own
+def test_named_datasets_are_looked_for_in_root_and_never_fetched(tiny_run, tmp_path, monkeypatch):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(f"path: {data_settings(tiny_run)['path']}", "path: cifar10"))
+    own = str(data_settings(run)["root"])
+    asked = []
+
+    def nothing(path, *, root, download, **options):
+        asked.append((path, root, download))
+        raise UserError("not there")
+
+    monkeypatch.setattr("moevision.analysis.images.open_collection", nothing)
+    open_entries(str(run), DataOptions())
+    open_entries(str(run), DataOptions(None, "elsewhere"))
+    for name in ("cifar10", "cifar100"):
+        with pytest.raises(UserError, match="not there"):
+            open_entries(str(run), DataOptions(name, "elsewhere"))
+    assert asked == [
+        ("cifar10", own, False),
+        ("cifar10", "elsewhere", False),
+        ("cifar10", "elsewhere", False),
+        ("cifar100", "elsewhere", False),
+    ]
+
+
 def test_a_damaged_summary(tiny_run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("data: {}\n")
