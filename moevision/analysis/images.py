@@ -547,7 +547,7 @@ def is_data_of(run: Path, data: str) -> bool:
     path = settings.get("path")
     if path is None:
         return False
-    if Path(str(path)).expanduser().resolve() == Path(data).expanduser().resolve():
+    if _is_place(str(path), data):
         return True
     table = run / "splits.csv"
     if data in DATASET_NAMES or not table.is_file():
@@ -559,6 +559,10 @@ def is_data_of(run: Path, data: str) -> bool:
     except UserError:  # whoever opens the images will say why
         return False
     return is_copy(table, collection)
+
+
+def _is_place(path: str, data: str) -> bool:
+    return Path(path).expanduser().resolve() == Path(data).expanduser().resolve()
 
 
 def _columns(settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -592,7 +596,9 @@ def pictures_for(
     """
     run = run_folder(address)
     trained_on = {} if run is None else data_settings(run)
-    path = data or trained_on.get("path")
+    path = trained_on.get("path")
+    if data and (path is None or not _is_place(str(path), data)):  # a folder `pets` here may have a dataset's name
+        path = data
     if path is None:
         return None
     own = run is not None and is_data_of(run, str(path))

@@ -85,8 +85,8 @@ def test_no_bundled_model(tmp_path):
         open_entries(None, DataOptions(), home=tmp_path)
 
 
-def test_own_model_with_own_data(drawn_pets, tiny_run):
-    entry = open_entries(str(tiny_run), DataOptions(str(drawn_pets)))[0]
+def test_own_model_with_own_data(draw, tmp_path, tiny_run):
+    entry = open_entries(str(tiny_run), DataOptions(str(draw(tmp_path / "own", per_class=6))))[0]
     assert entry.card.title == "pets"
     assert 0 <= entry.card.accuracy["moe"] <= 1
     assert entry.dense is not None
