@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -22,8 +22,16 @@ from torch.utils.data import Dataset
 
 from moevision.data.images import BadImageError
 from moevision.data.shards import ShardCollection
-from moevision.data.sources import SPLITS, Collection, DrawnCollection, FileCollection, Sample, open_collection
-from moevision.data.splits import Cut, make_splits, read_splits
+from moevision.data.sources import (
+    DATASET_NAMES,
+    SPLITS,
+    Collection,
+    DrawnCollection,
+    FileCollection,
+    Sample,
+    open_collection,
+)
+from moevision.data.splits import Cut, is_copy, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
 from moevision.errors import DataWarning, UserError
@@ -380,10 +388,14 @@ def labels_in(own: tuple[str, ...], wanted: Sequence[str] | None) -> tuple[tuple
 
     Returns:
         The class names to use, and for each label of the data its new number (-1: the model has no such class). The
-        data keeps its own names where the model knows none of them.
+        data keeps its own names where the model knows none of them. Case and underscores count only where two classes
+        of the data, or of the model, differ in nothing else.
     """
-    number_of = {_plain(name): number for number, name in enumerate(wanted or ())}
-    numbers = [number_of.get(_plain(name), -1) for name in own]
+    exact = {shown(name): number for number, name in enumerate(wanted or ())}
+    folded = {_plain(name): number for number, name in enumerate(wanted or ())}
+    count, own_count = Counter(map(_plain, wanted or ())), Counter(map(_plain, own))
+    loose = {name: number for name, number in folded.items() if count[name] == own_count[name] == 1}
+    numbers = [exact.get(shown(name), loose.get(_plain(name), -1)) for name in own]
     if wanted is None or all(number < 0 for number in numbers):
         return own, list(range(len(own)))
     strangers = [name for name, number in zip(own, numbers, strict=True) if number < 0]
@@ -527,9 +539,34 @@ def data_settings(run: Path) -> Mapping[str, Any]:
 
 
 def is_data_of(run: Path, data: str) -> bool:
-    """Whether `data` names what a run was trained on, however its path is written."""
-    path = data_settings(run).get("path")
-    return path is not None and Path(str(path)).expanduser().resolve() == Path(data).expanduser().resolve()
+    """Whether `data` names what a run was trained on, however its path is written, or a copy of it.
+
+    A copy holds the images that the run's splits.csv lists: a split of its own would test with images of the training.
+    """
+    settings = data_settings(run)
+    path = settings.get("path")
+    if path is None:
+        return False
+    if _is_place(str(path), data):
+        return True
+    table = run / "splits.csv"
+    if data in DATASET_NAMES or not table.is_file():
+        return False
+    try:
+        collection = open_collection(
+            data, root="data", download=False, image_size=1, seed=0, sizes={}, columns=_columns(settings)
+        )
+    except UserError:  # whoever opens the images will say why
+        return False
+    return is_copy(table, collection)
+
+
+def _is_place(path: str, data: str) -> bool:
+    return Path(path).expanduser().resolve() == Path(data).expanduser().resolve()
+
+
+def _columns(settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    return settings.get("image_column"), settings.get("label_column")
 
 
 def pictures_for(
@@ -559,7 +596,9 @@ def pictures_for(
     """
     run = run_folder(address)
     trained_on = {} if run is None else data_settings(run)
-    path = data or trained_on.get("path")
+    path = trained_on.get("path")
+    if data and (path is None or not _is_place(str(path), data)):  # a folder `pets` here may have a dataset's name
+        path = data
     if path is None:
         return None
     own = run is not None and is_data_of(run, str(path))
@@ -573,7 +612,7 @@ def pictures_for(
             class_names=model.class_names,
             root=root or str(trained_on.get("root") or "data"),
             run_dir=run if own else None,
-            columns=(trained_on.get("image_column"), trained_on.get("label_column")) if own else (None, None),
+            columns=_columns(trained_on) if own else (None, None),
         )
     except UserError as error:
         hint = "" if data else " (the run was trained on it; --data names other images)"

@@ -543,7 +543,7 @@ def demo() -> ArgumentParser:
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help=f"{MODEL}; bundled if left out")
     add("--data", metavar="DIR", help=f"images to choose from: {_DATA}")
-    add("--root", default="data", metavar="DIR", help="folder of the datasets that are known by name (%(default)s)")
+    add("--root", metavar="DIR", help=_ROOT)
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for the whole network (%(default)s)")
     add("--port", type=int, help="port (the first free one from 7860)")
     add(

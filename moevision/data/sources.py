@@ -25,6 +25,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,9 +127,12 @@ class FileCollection(Collection):
         half = self.size_bytes(sample) // 2
         if half < 32 * 1024:
             return b""
-        with (self.root / sample.sample_id).open("rb") as handle:
-            handle.seek(half)
-            return handle.read(1024)
+        try:
+            with (self.root / sample.sample_id).open("rb") as handle:
+                handle.seek(half)
+                return handle.read(1024)
+        except OSError:  # as in digest
+            return b""
 
     def digest(self, sample: Sample) -> bytes:
         """SHA-256 of the file; an unreadable one is unlike any other (opening it will say why)."""
@@ -272,6 +276,10 @@ def read_folder(root: Path) -> FileCollection:
             f"{links['repeated']} links in {root} were left out: they lead to a folder that holds them, or to what "
             "their class has already"
         )
+    if links["unreadable"]:
+        notes.append(
+            f"{links['unreadable']} folders in {root} can't be read, and their images were left out: permit it"
+        )
     return FileCollection(words_of(folders), samples, notes, root=root, has_links=links["met"] > 0)
 
 
@@ -295,7 +303,8 @@ def walk(folder: Path, links: Counter[str] | None = None) -> Iterator[os.DirEntr
 
     Args:
         folder: where to start.
-        links: counts the links to subfolders: `met` all of them, `repeated` those that lead nowhere new.
+        links: counts the links to subfolders: `met` all of them, `repeated` those that lead nowhere new; and the
+            folders that are `unreadable`.
     """
     links = Counter() if links is None else links
     entered = {file_identity(above) for above in folder.resolve().parents}
@@ -312,7 +321,8 @@ def walk(folder: Path, links: Counter[str] | None = None) -> Iterator[os.DirEntr
             entered.add(identity)
             try:
                 entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
-            except OSError:  # not readable
+            except OSError:
+                links["unreadable"] += 1
                 continue
             for entry in entries:
                 if not _is_folder(entry):
@@ -353,7 +363,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]) -> dict[str, list[str]]:
     """Image files of every class folder, searched to any depth, as sorted paths relative to ``root``.
 
-    ``links`` counts the links that were met, and those that led to nothing new.
+    ``links`` counts the links that were met, those that led to nothing new, and folders that can't be read.
     """
     classes: dict[str, list[str]] = {}
     ignored: Counter[str] = Counter()
@@ -452,6 +462,18 @@ def _missing_folder(root: Path) -> str:
     return f"there is no folder {root}: {nearby}; {_LAYOUT}"
 
 
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Say in a sentence what the system doesn't let us read, where nothing can be left out."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or path} can't be read ({error.strerror or error}): permit this user to read it, or give "
+            "another path"
+        ) from error
+
+
 SYNTHETIC = "synthetic_pets"
 _IMAGENET_ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz")
 UNKNOWN = "unknown: check before you publish"
@@ -492,16 +514,18 @@ def open_collection(
     if path.startswith(tables.HF) or tables.is_saved_dataset(place):
         return tables.read_dataset(path, tables.Columns(*columns), download=download)
     if tables.is_manifest(place):
-        return tables.read_manifest(place, tables.Columns(*columns))
+        with readable(place):
+            return tables.read_manifest(place, tables.Columns(*columns))
     if path not in DATASET_NAMES and shards.is_shards(place):
         return shards.open_shards(place)
     if path not in DATASET_NAMES:
         try:
-            return read_folder(Path(path).expanduser())
+            with readable(place):
+                return read_folder(place)
         except UserError as error:
             alike = difflib.get_close_matches(path, DATASET_NAMES, n=1)
             names = f"did you mean {alike[0]!r}?" if alike else ", ".join(DATASET_NAMES)
-            if Path(path).expanduser().exists():
+            if os.path.exists(place) or isinstance(error.__cause__, OSError):
                 raise
             raise UserError(f"{error}; or a dataset's name: {names}") from None
     folder = Path(root).expanduser()
@@ -509,6 +533,14 @@ def open_collection(
         return _imagenet(folder, download)
     try:
         return _NAMED[path](folder, False)
+    except PermissionError:
+        with readable(folder):
+            raise
+    except (OSError, ValueError) as error:  # torchvision: the folders are there and something in them isn't
+        raise UserError(
+            f"the dataset {path} is in {folder} in part only ({error}), as after an interrupted unpacking: delete "
+            f"{folder / _UNPACKED[path]} and use --data.download true"
+        ) from error
     except RuntimeError as error:  # torchvision: not found or corrupted
         if not download:
             raise UserError(
@@ -518,7 +550,7 @@ def open_collection(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return _NAMED[path](folder, True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"{path} could not be fetched into {folder} ({error}): check the network and try again"
         ) from error
@@ -566,7 +598,11 @@ def _files(root: Path, classes: list[str], parts: dict[str, tuple[list[Any], lis
 def _imagenette(root: Path, download: bool) -> Collection:
     # the smallest release that is larger than most training sizes; photos have a short side of 320 px
     part = datasets.Imagenette(root, split="train", size="320px", download=download)
-    return read_folder(Path(part._image_root).parent)
+    place = Path(part._image_root).parent
+    found = read_folder(place)
+    if len(found.class_names) != len(part._WNID_TO_CLASS) or not {"train", "val"} <= set(found.given):
+        raise ValueError(f"train and val of {place.name} must have {len(part._WNID_TO_CLASS)} classes each")
+    return found
 
 
 def _pets(root: Path, download: bool, binary: bool = False) -> Collection:
@@ -623,6 +659,16 @@ _NAMED: dict[str, Callable[[Path, bool], Collection]] = {
     "flowers102": _flowers102,
     "food101": _food101,
 }
+_UNPACKED = {
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "imagenette": "imagenette2-320",
+    "pets": "oxford-iiit-pet",
+    "pets_cat_dog": "oxford-iiit-pet",
+    "flowers102": "flowers-102",
+    "food101": "food-101",
+}
+"""The folders that torchvision makes."""
 DATASET_NAMES = (SYNTHETIC, *_NAMED, "imagenet")
 
 # Terms of use, as far as they are certain: a published model's card says them. Where a dataset's makers state nothing,

@@ -26,6 +26,7 @@ from moevision.files import write_text_atomic
 from moevision.names import csv_name, name_bytes
 
 _UNUSED = "unused"  # known, and in no split
+_COPIED = 0.9  # of the images of a list: two classes that are dealt by chance agree in half of them
 
 
 @dataclass
@@ -354,12 +355,7 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
     Raises:
         UserError: if the file isn't such a list, or a class of it has vanished.
     """
-    with path.open(newline="", encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
-    if not rows or set(rows[0]) != {"split", "class", "path"} or {row["split"] for row in rows} - {*SPLITS, _UNUSED}:
-        raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
-    # By the written names: a sample id may hold what no CSV file can. Older files hold names as they are.
-    rows = [{name: csv_name(row[name] or "") for name in ("split", "class", "path")} for row in rows]
+    rows = _listed(path)
     current = {csv_name(sample.sample_id): sample.sample_id for part in collection.given.values() for sample in part}
     listed = {row["class"] for row in rows}
     class_names = [name for name in collection.class_names if csv_name(name) in listed]
@@ -387,3 +383,30 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
             warnings.append(f"{len(paths)} images {what} (for example {paths[0]})")
     notes = {split: f"{origin} (as listed in {path.name})" for split, origin in split_origins(collection.given).items()}
     return Splits(samples, notes, warnings, unused), class_names
+
+
+def _listed(path: Path) -> list[dict[str, str]]:
+    """The rows of ``splits.csv``."""
+    with path.open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    if not rows or set(rows[0]) != {"split", "class", "path"} or {row["split"] for row in rows} - {*SPLITS, _UNUSED}:
+        raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")
+    # By the written names: a sample id may hold what no CSV file can. Older files hold names as they are.
+    return [{name: csv_name(row[name] or "") for name in ("split", "class", "path")} for row in rows]
+
+
+def is_copy(path: Path, collection: Collection) -> bool:
+    """Whether a collection holds the images of ``splits.csv``, by their names; up to a tenth of them may be gone.
+
+    Held-out images must have the listed class too: rows of tables are numbered, and their names say little. Classes of
+    training images may have been corrected (`--data.relabel`).
+
+    Raises:
+        UserError: if the file isn't such a list.
+    """
+    rows = _listed(path)
+    samples = [sample for part in collection.given.values() for sample in part]
+    now = {csv_name(sample.sample_id): csv_name(collection.class_names[sample.label]) for sample in samples}
+    there = [row["path"] in now for row in rows]
+    agree = [now.get(row["path"]) == row["class"] for row in rows if row["split"] not in ("train", _UNUSED)]
+    return all(sum(found) >= _COPIED * len(found) for found in (there, agree))

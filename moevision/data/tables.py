@@ -34,6 +34,7 @@ from moevision.data.sources import (
     Sample,
     check_distinct,
     check_same_classes,
+    readable,
     words_of,
 )
 from moevision.errors import UserError
@@ -59,12 +60,13 @@ class Columns(NamedTuple):
 
 def is_manifest(path: Path) -> bool:
     """Whether it is a CSV file."""
-    return path.suffix.lower() == ".csv" and path.is_file()
+    return path.suffix.lower() == ".csv" and os.path.isfile(path)
 
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether `datasets` saved this folder."""
-    return any((path / name).is_file() for name in _ARROW)
+    with readable(path):
+        return any((path / name).is_file() for name in _ARROW)
 
 
 def count_rows(path: str) -> int | None:
@@ -130,7 +132,7 @@ def read_manifest(file: Path, columns: Columns = Columns()) -> Manifest:  # noqa
             continue
         if known and bool(split) != bool(next(iter(known.values()))[2]):
             raise UserError(f"{where}: some rows name a split and others don't: name it in all of them or in none.")
-        if not (file.parent / sample_id).is_file():
+        if not os.path.isfile(file.parent / sample_id):  # unlike Path.is_file no error where the path is too long
             raise UserError(f"{where}: there is no file {file.parent / sample_id}: correct the path or remove the row.")
         known[sample_id] = (line, label, split)
         for name in row.keys() - {path_column, label_column, "split"}:
@@ -275,13 +277,17 @@ class ArrowCollection(Collection):
         return [name for name, feature in features.items() if isinstance(feature, kinds)]
 
     def column(self, name: str) -> Mapping[str, str] | None:
-        """The values of a column by sample id."""
+        """The values of a column by sample id; none and NaN are empty, as in a CSV."""
         found: dict[str, str] = {}
         for split, table in self.tables.items():
             if name not in table.column_names or name == self.image_column:
                 return None
-            found |= {f"{split}/{row:06d}": str(value) for row, value in enumerate(table[name][:])}
+            found |= {f"{split}/{row:06d}": _cell(value) for row, value in enumerate(table[name][:])}
         return found
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None or value != value else str(value)  # NaN alone differs from itself
 
 
 def _stored_sizes(table: Any, column: str) -> Iterator[int]:

@@ -210,10 +210,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What the user said about images: `--data` and `--root`; None for the model's own."""
+    """What the user said about images: `--data` and `--root`; None for the model's own, or `data`."""
 
     data: str | None = None
-    root: str = "data"
+    root: str | None = None
 
 
 def bundled_folders(home: Path | None = None) -> list[Path]:
@@ -361,7 +361,9 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     dense = load_model(str(twin)) if twin is not None and (twin / "model" / "config.json").is_file() else None
     own = options.data is None or (run is not None and is_data_of(run, options.data))
     try:
-        pictures = pictures_for(address, trained) if own else _pictures(options, trained)
+        pictures = (
+            pictures_for(address, trained, options.data, root=options.root) if own else _pictures(options, trained)
+        )
     except UserError as error:  # routing one's own images works all the same
         if options.data is not None:
             raise
@@ -403,8 +405,7 @@ def _pictures(options: DataOptions, saved: SavedModel) -> PictureSet | None:
         saved.image_size,
         split="test" if options.data in DATASET_NAMES else "all",
         class_names=saved.class_names,
-        root=options.root,
-        download=True,
+        root=options.root or "data",
     )
 
 

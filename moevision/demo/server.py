@@ -210,7 +210,7 @@ def cpu_workers() -> int:
     return min(4, usable_cores())
 
 
-def open_explorer(model: str | None, data: str | None, root: str, *, local: bool = True) -> Explorer:
+def open_explorer(model: str | None, data: str | None, root: str | None, *, local: bool = True) -> Explorer:
     """Load the models, start to look through their images, and warm everything up."""
     import torch
 

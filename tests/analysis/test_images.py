@@ -1,8 +1,10 @@
 """`open_pictures`: the same images as the data module, labels, subsets, and crops of patches."""
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from moevision.analysis import PictureSet, open_pictures, patch_crop
+from moevision.analysis.images import labels_in, pictures_for
 from moevision.data import BadImageError, ImageDataModule, SyntheticPets
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
@@ -89,6 +92,39 @@ def test_the_split_of_a_run_is_read_from_its_folder(drawn_pets, tmp_path):
         open_pictures(drawn_pets, 32, run_dir=tmp_path, split="val")
 
 
+@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about images that came or went
+def test_a_copy_of_a_runs_images_is_split_as_the_run_was(tmp_path):
+    """It counts as one where nine tenths of the listed images are there, and of those held out in their class."""
+    pets = tmp_path / "pets"
+    names = [f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(10)]
+    for number, name in enumerate(names):
+        (pets / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(pets / name)
+    held_out = {"cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"}
+    rows = [f"{'test' if name in held_out else 'train'},{name[:3]},{name}" for name in names]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"data:\n  path: {pets}\n")
+    (run / "splits.csv").write_text("\n".join(["split,class,path", *rows]) + "\n")
+
+    def tested(data):
+        model = SimpleNamespace(image_size=16, class_names=["cat", "dog"])
+        return set(names_of(pictures_for(str(run), model, str(data))))
+
+    copy = shutil.copytree(pets, tmp_path / "copy")
+    (copy / "new.csv").write_text("\n".join(["path,label", *(f"{name},{name[:3]}" for name in names)]))
+    (copy / "other.csv").write_text(
+        "\n".join(["path,label", *(f"{name},{'dc'[number % 2]}" for number, name in enumerate(names))])
+    )
+    assert tested(pets) == tested(copy) == tested(copy / "new.csv") == held_out
+    assert tested(copy / "other.csv") == set(names_of(open_pictures(copy / "other.csv", 16)))  # another question
+    for gone in (8, 9):
+        (copy / f"cat/{gone}.png").unlink()
+    assert tested(copy) == held_out  # 18 of 20
+    (copy / "cat/7.png").unlink()
+    assert tested(copy) == set(names_of(open_pictures(copy, 16)))  # other images, with a cut of their own
+
+
 def test_drawn_pets_are_those_of_the_data_module():
     pictures = open_pictures("synthetic_pets", 32)
     module = ImageDataModule("synthetic_pets", image_size=32, cache_mb=0)
@@ -165,6 +201,13 @@ def test_labels_become_the_models(drawn_pets):
     assert pictures.class_names == ("Dog", "red_fox", "CAT")
     for index, name in enumerate(names_of(pictures)):
         assert pictures.label(index) == {"cat": 2, "dog": 0}[name.split("/")[0]]
+
+
+@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about classes that the model has not
+def test_classes_that_differ_in_case_alone_stay_apart():
+    assert labels_in(("Cat", "cat"), ["cat", "Cat"])[1] == [1, 0]
+    assert labels_in(("red fox", "red_fox"), ["red_fox"])[1] == [-1, 0]
+    assert labels_in(("cat", "dog"), ["Cat", "CAT", "Dog"])[1] == [-1, 2]
 
 
 def test_classes_that_the_model_does_not_know(drawn_pets):

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 import pickle
 import re
 import shutil
@@ -19,8 +20,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from PIL import Image
 
-from moevision.data import ImageDataModule
-from moevision.data.sources import words_of
+from moevision.data import ImageDataModule, sources
+from moevision.data.sources import open_collection, words_of
 from moevision.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -517,11 +518,47 @@ def test_wrong_paths_say_what_is_near(image_folder, tmp_path):
         ready(tmp_path / "pictures.zip")
 
 
+def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
+    """The system's refusals are made up: root, who runs tests in containers, may read anything."""
+    root = image_folder({"cat/more": 4, "cat": 4, "dog": 8}, size=(160, 160))  # 75 KiB each
+    shut = "/more"
+
+    def refusing(real):
+        def call(path, *args, **options):
+            if str(path).endswith(shut):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **options)
+
+        return call
+
+    monkeypatch.setattr(sources.os, "scandir", refusing(os.scandir))
+    monkeypatch.setattr(Path, "open", refusing(Path.open))
+    monkeypatch.setattr(Path, "is_file", refusing(Path.is_file))
+    collection = sources.read_folder(root)
+    assert len(collection.given["all"]) == 12
+    assert any("1 folders" in note and "can't be read" in note for note in collection.notes)
+    shut = "dog/003.png"
+    assert [collection.probe(sample) == b"" for sample in collection.given["all"]] == [False] * 7 + [True] + [False] * 4
+    shut = ".json"  # a folder that can't be entered
+    with pytest.raises(UserError, match=r"can't be read \(Permission denied\): permit"):
+        ready(root)
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenette", "pets", "pets_cat_dog", "flowers102", "food101"])
 def test_a_named_dataset_that_is_missing(tmp_path, name):
     with pytest.raises(UserError, match=f"{name} is not in .*: add --data.download true"):
         ready(name, root=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_named_dataset_that_was_unpacked_in_part(tmp_path, image_folder, download):
+    image_folder({f"train/{wnid}": 3 for wnid in ("n01440764", "n02102040")}, name="imagenette2-320")
+    for folder in ("oxford-iiit-pet/images", "oxford-iiit-pet/annotations", "food-101/images", "food-101/meta"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, folder in (("imagenette", "imagenette2-320"), ("pets", "oxford-iiit-pet"), ("food101", "food-101")):
+        with pytest.raises(UserError, match=f"in part only .* delete .*{folder} and use --data.download true"):
+            open_collection(name, root=str(tmp_path), download=download, image_size=32, seed=0, sizes={})
 
 
 def test_imagenet_is_a_folder(image_folder, tmp_path):

@@ -124,6 +124,7 @@ WRONG = {
     "no path": (",cat", "line 4: it has no path"),
     "no label": ("cat/000.png,", "line 4: it has no label"),
     "no file": ("cat/no.png,cat", "line 4: there is no file"),
+    "a path too long": (f"cat/{'x' * 5000}.png,cat", "line 4: there is no file"),
     "an address": ("https://a.b/c.png,cat", "line 4: .* is no path of a file on this computer"),
     "a NUL": ("cat/\0.png,cat", "line 4"),
     "several labels": ("cat/003.png,cat|dog", r"line 4: 'cat\|dog' names several labels; .*multi-label"),
@@ -273,6 +274,14 @@ def test_copies_and_groups_stay_on_one_side(hub, tmp_path):
             sides.setdefault(int(sample.sample_id[4:]) // 4, set()).add(split)
     assert all(len(side) == 1 for side in sides.values())
     assert "images with the same 'patient', 5 groups" in data.split_note
+    patients = ["p1" if number in (0, 5) else None for number in range(20)]
+    ages = [30.0 if number in (0, 5) else float("nan") for number in range(20)]
+    rows_of(hub, [0, 1] * 10, patient=(hub.Value("string"), patients), age=(hub.Value("float64"), ages)).save_to_disk(
+        tmp_path / "unknown"
+    )
+    for name, value in (("patient", "p1"), ("age", "30.0")):  # images without a value are in no group, as in a CSV
+        column = opened(tmp_path / "unknown").column(name)
+        assert {row: cell for row, cell in column.items() if cell} == {"all/000000": value, "all/000005": value}
     twice = hub.concatenate_datasets([rows_of(hub, [0, 1] * 5), rows_of(hub, [0, 1] * 5)])
     twice.save_to_disk(tmp_path / "twice")
     data = ready(tmp_path / "twice", val_fraction=0.2)

@@ -85,8 +85,8 @@ def test_no_bundled_model(tmp_path):
         open_entries(None, DataOptions(), home=tmp_path)
 
 
-def test_own_model_with_own_data(drawn_pets, tiny_run):
-    entry = open_entries(str(tiny_run), DataOptions(str(drawn_pets)))[0]
+def test_own_model_with_own_data(draw, tmp_path, tiny_run):
+    entry = open_entries(str(tiny_run), DataOptions(str(draw(tmp_path / "own", per_class=6))))[0]
     assert entry.card.title == "pets"
     assert 0 <= entry.card.accuracy["moe"] <= 1
     assert entry.dense is not None
@@ -110,7 +110,7 @@ def test_data_goes_to_the_model_of_photos(home, drawn_pets):
     assert boot["default"] == {"model": "photos", "picture": photos.examples.ids[0]}
 
 
-def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn_pets, tiny_run):
+def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn_pets, tiny_run, draw, tmp_path):
     files = {file.relative_to(drawn_pets).as_posix() for file in drawn_pets.rglob("*.png")}
     assert len(files) == 40
     photos = open_entries(None, DataOptions(str(drawn_pets)), home=home)[0]
@@ -122,7 +122,8 @@ def test_nothing_was_trained_on_a_folder_so_all_its_images_are_shown(home, drawn
     assert galleries.wait(120)
     assert len(galleries.gallery(photos, "trained").pictures) == 40
     galleries.close()
-    assert open_entries(str(tiny_run), DataOptions(str(drawn_pets)))[0].examples.names == files
+    few = draw(tmp_path / "few", per_class=3)  # with names of the run's images, as numbers are, but most are missing
+    assert len(open_entries(str(tiny_run), DataOptions(str(few)))[0].examples.names) == 6
     # A dataset known by name has a test set of its own, and the bundled model learned from the rest.
     drawn = open_entries(None, DataOptions("synthetic_pets"), home=home)[0]
     assert drawn.card.id == "pets"
@@ -136,7 +137,8 @@ def test_a_run_shows_what_it_held_out_when_its_own_folder_is_named(tiny_run, tmp
     folder = Path(data_settings(tiny_run)["path"])
     assert 0 < len(held_out) < len(list(folder.rglob("*.png")))
     monkeypatch.chdir(folder.parent)
-    for name in (str(folder), f"{folder}/", folder.name):
+    copy = shutil.copytree(folder, tmp_path / "moved")
+    for name in (str(folder), f"{folder}/", folder.name, str(copy)):
         assert open_entries(str(tiny_run), DataOptions(name))[0].examples.names == held_out
 
 
@@ -164,6 +166,32 @@ def test_a_run_whose_pictures_are_gone(tiny_run, tmp_path):
     assert entry.examples.ids  # gradio's photos
     with pytest.raises(UserError, match="gone"):
         open_entries(str(run), DataOptions(str(tmp_path / "gone")))
+
+
+@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # no images of the model's own
+def test_named_datasets_are_looked_for_in_root_and_never_fetched(tiny_run, tmp_path, monkeypatch):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(f"path: {data_settings(tiny_run)['path']}", "path: cifar10"))
+    own = str(data_settings(run)["root"])
+    asked = []
+
+    def nothing(path, *, root, download, **options):
+        asked.append((path, root, download))
+        raise UserError("not there")
+
+    monkeypatch.setattr("moevision.analysis.images.open_collection", nothing)
+    open_entries(str(run), DataOptions())
+    open_entries(str(run), DataOptions(None, "elsewhere"))
+    for name in ("cifar10", "cifar100"):
+        with pytest.raises(UserError, match="not there"):
+            open_entries(str(run), DataOptions(name, "elsewhere"))
+    assert asked == [
+        ("cifar10", own, False),
+        ("cifar10", "elsewhere", False),
+        ("cifar10", "elsewhere", False),
+        ("cifar100", "elsewhere", False),
+    ]
 
 
 def test_a_damaged_summary(tiny_run, tmp_path):
