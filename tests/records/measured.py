@@ -18,6 +18,7 @@ from tests.records import (
     reliability,
     routers,
     saving,
+    sparsity,
     specialization,
     surgery,
     upcycling,
@@ -97,6 +98,12 @@ CLAIMS = [
         "that one trains at {small_train:.2f} times its images/s with {small_memory:.2f} times the memory, and is "
         "{above_small:.1f} points behind",
         saving._ratios,
+    ),
+    Claim(
+        sparsity.FILES,
+        "the MoE is {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds} seeds) above its dense twin. "
+        "A run took {moe:.0f} CPU seconds, the twin's {twin:.0f}",
+        sparsity.first,
     ),
     *levers.CLAIMS[:2],
     Claim(

@@ -1,6 +1,6 @@
 """README.md."""
 
-from tests.records import Claim, Definition, accuracy
+from tests.records import Claim, Definition, accuracy, sparsity
 from tests.records.performance import TRAIN, in_lightning, moe
 
 CLAIMS = [
@@ -10,6 +10,7 @@ CLAIMS = [
         accuracy.mean,
     ),
     Claim(tuple(accuracy.CATS), "a ViT-S fine-tuned on cats and dogs on {mean:.1%}", accuracy.mean),
+    Claim(sparsity.FILES, "{seeds:.0f} seeds, the MoE was {mean:.1f} points above its twin", sparsity.first),
     Claim(TRAIN.format("cifar10"), "runs at {twin} times the speed of its dense twin", moe),
     Claim(TRAIN.format("cifar10"), "{ratio} times the images/s of that twin in plain timm and Lightning", in_lightning),
 ]

@@ -1,7 +1,9 @@
 """benchmarks/sparsity/README.md: everything between its marks is the report of the committed runs."""
 
+import statistics
 from typing import Any
 
+from benchmarks.sparsity.verdict import finished, judge, runs_of
 from tests.records import ROOT, Claim, Definition
 from tests.records.studies import report, shown
 
@@ -13,6 +15,19 @@ def _parts(*found: Any) -> list[dict[str, str]]:
     speed = [each for file in found if isinstance(file, list) for each in file]
     parts = report("sparsity").parts_of([file for file in found if isinstance(file, dict)], speed)
     return shown(part for part in parts if not part.startswith("#"))
+
+
+def first(*found: Any) -> dict[str, float]:
+    """H1 on a CPU: points, and the CPU seconds of both arms' runs."""
+    runs = [file for file in found if isinstance(file, dict)]
+    contrast = next(result.contrast for result in judge(runs, "cpu") if result.hypothesis.name == "H1")
+    assert contrast is not None
+    seconds = {
+        arm: statistics.fmean(run["cpu_s"] for run in finished(runs_of(runs, "cpu", arm)).values())
+        for arm in ("moe", "twin")
+    }
+    low, high = contrast.mean - contrast.half, contrast.mean + contrast.half
+    return {"mean": 100 * contrast.mean, "low": 100 * low, "high": 100 * high, "seeds": len(contrast.gaps), **seconds}
 
 
 CLAIMS = [Claim(FILES, "{text}", _parts)]
