@@ -30,7 +30,7 @@ from moevision import allocator, package_version
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers.cpu import has_matrix_unit
-from moevision.limits import total_memory_bytes
+from moevision.limits import total_memory_bytes, usable_cores
 from moevision.names import shown_lines
 from moevision.train.provenance import cpu_model, git_state, gpu_names
 from moevision.train.recipe import default_precision
@@ -164,14 +164,13 @@ def in_a_process(work: Callable[..., T], *arguments: Any) -> T:
 def about() -> dict[str, Any]:
     """Where a record comes from: command, code, date, machine and libraries. The load of others spoils times."""
     memory = total_memory_bytes()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "command": shlex.join(["python", "-m", *sys.argv[0].split(), *sys.argv[1:]]),
         "code": git_state(Path(moevision.__file__).parent, HERE / "*.py"),
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": cpu_model(),
-            "usable_cores": usable,
+            "usable_cores": usable_cores(),
             "torch_threads": torch.get_num_threads(),
             "memory_gib": None if memory is None else round(memory / 2**30, 1),
             "gpus": gpu_names(),

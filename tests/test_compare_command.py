@@ -134,8 +134,8 @@ def test_equal_differences_have_no_interval(cli):
 def test_unbalanced_classes_are_compared_by_balanced_accuracy(cli):
     """Of 90 cats A has 9 more right, of 10 dogs 7 fewer: +2 points of accuracy, (.1 - .7) / 2 of balanced accuracy.
 
-    The interval by hand, with two images more in each class that add 1 to the sum of squares (Agresti and Min 2005):
-    mean 9 / 92 and variance (9 + 1 - 9^2 / 92) / 92^2 for cats, -7 / 12 and (7 + 1 - 7^2 / 12) / 12^2 for dogs.
+    The interval by hand, with one image more in each class that adds half to the sum of squares: mean 9 / 91 and
+    variance (9 + .5 - 9^2 / 91) / 91^2 for cats, -7 / 11 and (7 + .5 - 7^2 / 11) / 11^2 for dogs.
     """
     a = [1] * 90 + [0] * 7 + [1] * 3
     b = [0] * 9 + [1] * 81 + [1] * 10
@@ -144,8 +144,8 @@ def test_unbalanced_classes_are_compared_by_balanced_accuracy(cli):
     assert outcome.code == 0, outcome.err
     found = json.loads(Path("out.json").read_text())
     assert found["difference"] == pytest.approx(-0.3)
-    centre = (9 / 92 - 7 / 12) / 2
-    error = math.sqrt((10 - 81 / 92) / 92**2 + (8 - 49 / 12) / 12**2) / 2
+    centre = (9 / 91 - 7 / 11) / 2
+    error = math.sqrt((9.5 - 81 / 91) / 91**2 + (7.5 - 49 / 11) / 11**2) / 2
     assert found["interval"] == pytest.approx([centre - 1.959964 * error, centre + 1.959964 * error])
     assert found["detectable"] == pytest.approx((1.959964 + 0.841621) * error)
     assert "B is better." in outcome.out

@@ -10,7 +10,11 @@ import pytest
 pytestmark = pytest.mark.needs("notebooks")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 RUN = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.needs("photos")] if "cats_vs_dogs" in path.read_text() else [])
+    pytest.param(
+        path,
+        id=path.stem,
+        marks=[pytest.mark.needs("photos")] if "cats_vs_dogs" in path.read_text(encoding="utf-8") else [],
+    )
     for path in NOTEBOOKS
 ]
 LIMIT_S = 60

@@ -18,7 +18,6 @@ Of the model of photos and of the drawn pets' model, whose images are smaller.
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from benchmarks.bundle import MODELS as BUNDLED
 from benchmarks.demo import browser_path, running_demo
 from benchmarks.harness import about, argument_parser, write_result
 from moevision.demo.server import cpu_workers
+from moevision.limits import usable_cores
 from moevision.models.io import load_model
 
 LIMIT_MS = {"first_page": 1000, "layer_change": 50, "patch_click": 150, "own_picture": 700}
@@ -113,7 +113,7 @@ def own_picture(page: Page) -> list[float]:
 @torch.inference_mode()
 def forward(model: str) -> list[float]:
     """One image, by as many threads as the server gives a request."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // cpu_workers()))
+    torch.set_num_threads(max(1, usable_cores() // cpu_workers()))
     saved = load_model(str(BUNDLED / model / "trained"))
     image = torch.rand(1, 3, saved.image_size, saved.image_size)
     times = []

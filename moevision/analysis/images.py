@@ -106,7 +106,7 @@ def open_pictures(
         limit: take at most so many images, the same number of each class as far as there are enough. They are drawn
             by a hash of seed and name: a larger limit adds images and removes none.
         seed: of the cut, of drawn images and of `limit`; 0 is the data module's default.
-        class_names: the model's classes. Labels become indices into them by name (case and underscores don't count);
+        class_names: the model's classes. Labels become indices into them by name (see `labels_in`);
             where the model knows none of the data's classes the data keeps its own.
         root: folder in which named datasets live.
         download: fetch a named dataset that isn't there.
@@ -541,7 +541,8 @@ def data_settings(run: Path) -> Mapping[str, Any]:
 def is_data_of(run: Path, data: str) -> bool:
     """Whether `data` names what a run was trained on, however its path is written, or a copy of it.
 
-    A copy holds the images that the run's splits.csv lists: a split of its own would test with images of the training.
+    A copy holds the images that the run's splits.csv lists, as large as in the run's own folder if that is still there:
+    a split of its own would test with images of the training.
     """
     settings = data_settings(run)
     path = settings.get("path")
@@ -553,15 +554,22 @@ def is_data_of(run: Path, data: str) -> bool:
     if data in DATASET_NAMES or not table.is_file():
         return False
     try:
-        collection = open_collection(
-            data, root="data", download=False, image_size=1, seed=0, sizes={}, columns=_columns(settings)
-        )
+        collection = _opened(data, settings)
+        original = _opened(str(path), settings) if Path(str(path)).expanduser().exists() else None
+        return is_copy(table, collection, original)
     except UserError:  # whoever opens the images will say why
         return False
-    return is_copy(table, collection)
+
+
+def _opened(data: str, settings: Mapping[str, Any]) -> Collection:
+    return open_collection(
+        data, root="data", download=False, image_size=1, seed=0, sizes={}, columns=_columns(settings)
+    )
 
 
 def _is_place(path: str, data: str) -> bool:
+    if path in DATASET_NAMES:
+        return data == path
     return Path(path).expanduser().resolve() == Path(data).expanduser().resolve()
 
 
@@ -602,6 +610,12 @@ def pictures_for(
     if path is None:
         return None
     own = run is not None and is_data_of(run, str(path))
+    if own and path != trained_on.get("path"):
+        warnings.warn(
+            f"{path} has all images that {run} lists, and is taken for a copy of them: it is split as the run was",
+            DataWarning,
+            stacklevel=2,
+        )
     try:
         return open_pictures(
             str(path),

@@ -533,14 +533,18 @@ def open_collection(
         return _imagenet(folder, download)
     try:
         return _NAMED[path](folder, False)
-    except PermissionError:
-        with readable(folder):
-            raise
-    except (OSError, ValueError) as error:  # torchvision: the folders are there and something in them isn't
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+    ) as error:  # something in a folder isn't there
         raise UserError(
             f"the dataset {path} is in {folder} in part only ({error}), as after an interrupted unpacking: delete "
             f"{folder / _UNPACKED[path]} and use --data.download true"
         ) from error
+    except OSError:
+        with readable(folder):
+            raise
     except RuntimeError as error:  # torchvision: not found or corrupted
         if not download:
             raise UserError(
@@ -550,6 +554,8 @@ def open_collection(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return _NAMED[path](folder, True)
+    except UserError:
+        raise
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"{path} could not be fetched into {folder} ({error}): check the network and try again"

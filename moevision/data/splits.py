@@ -26,7 +26,6 @@ from moevision.files import write_text_atomic
 from moevision.names import csv_name, name_bytes
 
 _UNUSED = "unused"  # known, and in no split
-_COPIED = 0.9  # of the images of a list: two classes that are dealt by chance agree in half of them
 
 
 @dataclass
@@ -395,8 +394,8 @@ def _listed(path: Path) -> list[dict[str, str]]:
     return [{name: csv_name(row[name] or "") for name in ("split", "class", "path")} for row in rows]
 
 
-def is_copy(path: Path, collection: Collection) -> bool:
-    """Whether a collection holds the images of ``splits.csv``, by their names; up to a tenth of them may be gone.
+def is_copy(path: Path, collection: Collection, original: Collection | None) -> bool:
+    """Whether a collection has all images of ``splits.csv``, as large as in the original where that is still there.
 
     Held-out images must have the listed class too: rows of tables are numbered, and their names say little. Classes of
     training images may have been corrected (`--data.relabel`).
@@ -405,8 +404,17 @@ def is_copy(path: Path, collection: Collection) -> bool:
         UserError: if the file isn't such a list.
     """
     rows = _listed(path)
-    samples = [sample for part in collection.given.values() for sample in part]
-    now = {csv_name(sample.sample_id): csv_name(collection.class_names[sample.label]) for sample in samples}
-    there = [row["path"] in now for row in rows]
-    agree = [now.get(row["path"]) == row["class"] for row in rows if row["split"] not in ("train", _UNUSED)]
-    return all(sum(found) >= _COPIED * len(found) for found in (there, agree))
+    here, there = _by_written_name(collection), {} if original is None else _by_written_name(original)
+    if not all(row["path"] in here for row in rows):
+        return False
+    held_out = [row for row in rows if row["split"] not in ("train", _UNUSED)]
+    if any(csv_name(collection.class_names[here[row["path"]].label]) != row["class"] for row in held_out):
+        return False
+    both = [row["path"] for row in rows if row["path"] in there]
+    return original is None or all(
+        collection.size_bytes(here[name]) == original.size_bytes(there[name]) for name in both
+    )
+
+
+def _by_written_name(collection: Collection) -> dict[str, Sample]:
+    return {csv_name(sample.sample_id): sample for part in collection.given.values() for sample in part}

@@ -371,7 +371,7 @@ def _open_own(address: str, options: DataOptions) -> Entry:
         pictures = None
     # Whoever names other images keeps those of the run to themselves (SECURITY.md).
     entry = _entry(card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None)
-    return replace(entry, foreign=not own, shown=_named(options, pictures))
+    return replace(entry, foreign=not own, shown=_named(options, pictures, held_out=own))
 
 
 def _entry(
@@ -409,13 +409,15 @@ def _pictures(options: DataOptions, saved: SavedModel) -> PictureSet | None:
     )
 
 
-def _named(options: DataOptions, pictures: PictureSet | None) -> str:
+def _named(options: DataOptions, pictures: PictureSet | None, *, held_out: bool = False) -> str:
     """As in "All 40 images of holiday"; "The 832 test images of cats_vs_dogs" of a dataset known by name."""
     if options.data is None or options.data == SYNTHETIC or pictures is None:
         return ""
     name = shown(Path(options.data).expanduser().resolve().name)
     if options.data in DATASET_NAMES:
         return f"The {len(pictures):,} test images of {name}"
+    if held_out:
+        return f"The {len(pictures):,} images of {name} that the run held out"
     return f"All {len(pictures):,} images of {name}" if len(pictures) > 1 else f"The one image of {name}"
 
 

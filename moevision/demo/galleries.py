@@ -8,6 +8,7 @@ is built from it.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ log = logging.getLogger(__name__)
 
 def readable(pictures: PictureSet) -> View:
     """Those of the images that can be read; they stay in memory."""
-    pictures, found = Remembered(pictures), []
+    pictures, found = Remembered(pictures, sys.maxsize), []
     for index in range(len(pictures)):
         try:
             pictures.image(index)

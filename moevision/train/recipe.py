@@ -280,7 +280,7 @@ def scratch_options(images: int, *, own_model: bool = False, own_size: bool = Fa
     named = {"--model.optim.lr": 1e-3} | ({} if own_size else {"--model.arch.patch_size": 8})
     return {
         **(named if own_model else hybrid),
-        "--data.image_size": 64,  # 64 tokens
+        "--data.image_size": 64,  # 64 tokens, where the patches are of 8 px
         "--data.batch_size": min(256 if torch.cuda.is_available() else 64, max(8, images // 20)),
         "--trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
     }

@@ -480,9 +480,10 @@ def paired_macro_difference(
 ) -> PairedDifference:
     """Compare the balanced accuracy of two models on the same images: the mean over classes of paired differences.
 
-    The 95 % interval is Agresti and Min's (Statistics in Medicine 24, 2005, 729-740) in each class: two images are
-    added, half of one to each outcome, so that a class with one image, or whose images all agree, isn't taken for
-    certain. The p-value is McNemar's, of the plain accuracies.
+    The 95 % interval is Price and Bonett's (Computational Statistics & Data Analysis 45, 2004, 449-456) for a mean of
+    proportions, here of paired differences as in Agresti and Min (Statistics in Medicine 24, 2005, 729-740): two images
+    are added, shared by the classes, so that a class with one image, or whose images all agree, isn't certain. The
+    p-value is McNemar's, of the plain accuracies.
 
     Args:
         correct_a: [n] whether model a classified image i correctly.
@@ -494,12 +495,13 @@ def paired_macro_difference(
     """
     plain = paired_difference(correct_a, correct_b)
     means, centres, variances = [], [], []
-    for label in np.unique(labels):
+    classes = np.unique(labels)
+    for label in classes:
         gaps = correct_a[labels == label].astype(float) - correct_b[labels == label].astype(float)
-        added = len(gaps) + 2
+        images = len(gaps) + 2 / len(classes)
         means.append(gaps.mean())
-        centres.append(gaps.sum() / added)
-        variances.append((np.square(gaps).sum() + 1 - gaps.sum() ** 2 / added) / added**2)
+        centres.append(gaps.sum() / images)
+        variances.append((np.square(gaps).sum() + 1 / len(classes) - gaps.sum() ** 2 / images) / images**2)
     estimate, centre = float(np.mean(means)), float(np.mean(centres))
     half = _normal_quantile(plain.level) * math.sqrt(sum(variances)) / len(means)
     low, high = max(-1.0, centre - half), min(1.0, centre + half)

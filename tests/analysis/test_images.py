@@ -94,7 +94,7 @@ def test_the_split_of_a_run_is_read_from_its_folder(drawn_pets, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # about images that came or went
 def test_a_copy_of_a_runs_images_is_split_as_the_run_was(tmp_path):
-    """It counts as one where nine tenths of the listed images are there, and of those held out in their class."""
+    """It counts as one where all listed images are there, those held out in their class, and as large as the run's."""
     pets = tmp_path / "pets"
     names = [f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(10)]
     for number, name in enumerate(names):
@@ -118,11 +118,14 @@ def test_a_copy_of_a_runs_images_is_split_as_the_run_was(tmp_path):
     )
     assert tested(pets) == tested(copy) == tested(copy / "new.csv") == held_out
     assert tested(copy / "other.csv") == set(names_of(open_pictures(copy / "other.csv", 16)))  # another question
-    for gone in (8, 9):
-        (copy / f"cat/{gone}.png").unlink()
-    assert tested(copy) == held_out  # 18 of 20
+    other = shutil.copytree(copy, tmp_path / "other")  # of the same names, which are numbers
+    Image.effect_noise((16, 16), 90).convert("RGB").save(other / "cat/0.png")
+    assert tested(other) == set(names_of(open_pictures(other, 16)))  # other images, with a cut of their own
+    pets.rename(tmp_path / "away")
+    with pytest.warns(DataWarning, match="is taken for a copy of them: it is split as the run was"):
+        assert tested(copy) == held_out
     (copy / "cat/7.png").unlink()
-    assert tested(copy) == set(names_of(open_pictures(copy, 16)))  # other images, with a cut of their own
+    assert tested(copy) == set(names_of(open_pictures(copy, 16)))
 
 
 def test_drawn_pets_are_those_of_the_data_module():

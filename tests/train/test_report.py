@@ -34,6 +34,7 @@ from moevision.train.report import (
     accuracy_interval,
     choose,
     paired_difference,
+    paired_macro_difference,
     read_summary,
     write_summary,
 )
@@ -343,9 +344,16 @@ def test_where_classes_are_unbalanced_their_mean_decides() -> None:
     assert choice.recommended.name == "Mixture of Experts"
     behind = choice.contenders[0].behind
     assert behind.difference == pytest.approx((78 / 90 + 1) / 2 - 0.5)
-    # Agresti and Min's variance of each class's differences: 12 of 90 are -1, 10 of 10 are 1.
-    spread = math.sqrt((13 - 12**2 / 92) / 92**2 + (11 - 10**2 / 12) / 12**2) / 2
+    # With an image more in each class: 12 of 90 differences are -1, 10 of 10 are 1.
+    spread = math.sqrt((12.5 - 12**2 / 91) / 91**2 + (10.5 - 10**2 / 11) / 11**2) / 2
     assert behind.high - behind.low == pytest.approx(2 * 1.959964 * spread, rel=1e-5)
+
+
+def test_an_interval_over_many_classes_is_about_its_estimate() -> None:
+    """100 classes of 10 images, in each 4 right in A alone and 1 in B alone: .3, and by hand .260 to .339."""
+    a, b = np.tile([1, 1, 1, 1, 0, 1, 1, 1, 1, 1], 100) > 0, np.tile([0, 0, 0, 0, 1, 1, 1, 1, 1, 1], 100) > 0
+    found = paired_macro_difference(a, b, np.repeat(np.arange(100), 10))
+    assert (found.difference, found.low, found.high) == pytest.approx((0.3, 0.260, 0.339), abs=6e-4)
 
 
 def test_the_table_of_models_in_the_summary(tmp_path: Path, summary: RunSummary) -> None:
