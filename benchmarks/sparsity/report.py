@@ -152,7 +152,8 @@ def left_out(records: Sequence[Record]) -> list[str]:
 
 def draw(drawn: Mapping[str, Sequence[Result]], out: Path) -> None:
     """A row per hypothesis: a dot per seed, mean and 95 % interval."""
-    figure = Figure(figsize=(5.6 * len(drawn), 3.6), dpi=150, layout="constrained")
+    rows = max(sum(result.contrast is not None for result in results) for results in drawn.values())
+    figure = Figure(figsize=(5.6 * len(drawn), 1.2 + 0.4 * rows), dpi=150, layout="constrained")
     for axes, (device, results) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         calm(axes)
         axes.grid(visible=False)
