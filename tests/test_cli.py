@@ -30,6 +30,7 @@ def refused(outcome, *words):
     A line before it may say with which weights `fit` would have started.
     """
     assert outcome.code == 2
+    assert "Traceback" not in outcome.err
     *start, error = outcome.err.splitlines()
     assert error.startswith("moevision: ")
     assert len(start) <= 1, outcome.err

@@ -554,9 +554,10 @@ def is_data_of(run: Path, data: str) -> bool:
     if data in DATASET_NAMES or not table.is_file():
         return False
     try:
-        collection = _opened(data, settings)
-        original = _opened(str(path), settings) if Path(str(path)).expanduser().exists() else None
-        return is_copy(table, collection, original)
+        original = Path(str(path)).expanduser()
+        return is_copy(
+            table, _opened(data, settings), lambda: _opened(str(path), settings) if original.exists() else None
+        )
     except UserError:  # whoever opens the images will say why
         return False
 

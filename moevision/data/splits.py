@@ -355,7 +355,7 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
         UserError: if the file isn't such a list, or a class of it has vanished.
     """
     rows = _listed(path)
-    current = {csv_name(sample.sample_id): sample.sample_id for part in collection.given.values() for sample in part}
+    current = _by_written_name(collection)
     listed = {row["class"] for row in rows}
     class_names = [name for name in collection.class_names if csv_name(name) in listed]
     label_of = {csv_name(name): label for label, name in enumerate(class_names)}
@@ -364,7 +364,7 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
     vanished = [row["path"] for row in rows if row["path"] not in current]
     for row in rows:
         if row["path"] in current and row["class"] in label_of:
-            samples.get(row["split"], unused).append(Sample(current[row["path"]], label_of[row["class"]]))
+            samples.get(row["split"], unused).append(Sample(current[row["path"]].sample_id, label_of[row["class"]]))
     for split, members in samples.items():
         lost = sorted(listed - {csv_name(class_names[sample.label]) for sample in members})
         if lost:
@@ -394,26 +394,26 @@ def _listed(path: Path) -> list[dict[str, str]]:
     return [{name: csv_name(row[name] or "") for name in ("split", "class", "path")} for row in rows]
 
 
-def is_copy(path: Path, collection: Collection, original: Collection | None) -> bool:
+def is_copy(path: Path, collection: Collection, original: Callable[[], Collection | None]) -> bool:
     """Whether a collection has all images of ``splits.csv``, as large as in the original where that is still there.
 
     Held-out images must have the listed class too: rows of tables are numbered, and their names say little. Classes of
-    training images may have been corrected (`--data.relabel`).
+    training images may have been corrected (`--data.relabel`). The original is opened only if all this is so.
 
     Raises:
         UserError: if the file isn't such a list.
     """
-    rows = _listed(path)
-    here, there = _by_written_name(collection), {} if original is None else _by_written_name(original)
+    rows, here = _listed(path), _by_written_name(collection)
     if not all(row["path"] in here for row in rows):
         return False
     held_out = [row for row in rows if row["split"] not in ("train", _UNUSED)]
     if any(csv_name(collection.class_names[here[row["path"]].label]) != row["class"] for row in held_out):
         return False
+    if (known := original()) is None:
+        return True
+    there = _by_written_name(known)
     both = [row["path"] for row in rows if row["path"] in there]
-    return original is None or all(
-        collection.size_bytes(here[name]) == original.size_bytes(there[name]) for name in both
-    )
+    return all(collection.size_bytes(here[name]) == known.size_bytes(there[name]) for name in both)
 
 
 def _by_written_name(collection: Collection) -> dict[str, Sample]:
