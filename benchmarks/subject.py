@@ -201,7 +201,7 @@ class TrainingStep:
         set_fused_attention(self.net, tokens is None or not trains_unfused(self.device, dtype, tokens))
         self.aux_loss = AuxLoss(AuxLossWeights(**subject.aux))
         self.optimizer, self.schedule = build_optimizer(
-            self.net, OptimizerConfig(**subject.optim), total_steps=total_steps, fused=True
+            self.net, OptimizerConfig(**subject.optim), total_steps=total_steps, fused=True, bfloat16=self.bf16
         )
 
     def __call__(self, images: Tensor, labels: Tensor, clock: PhaseClock | None = None) -> None:

@@ -70,13 +70,16 @@ class Muon(AdamW):
         lr: learning rate of both.
         betas: decay of AdamW's moments.
         momentum: decay of Muon's momentum, with Nesterov's look ahead.
+        bfloat16: multiply in bfloat16 on a CPU, too, as a training under its autocast does; a GPU always does.
         **kwargs: what `torch.optim.AdamW` takes besides.
     """
 
     def __init__(
-        self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99), momentum: float = 0.95, **kwargs: Any
-    ) -> None:
+        self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99), momentum: float = 0.95, *,
+        bfloat16: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(params, lr=lr, betas=betas, **kwargs)
+        self.bfloat16 = bfloat16
         for group in self.param_groups:
             group.setdefault("matrices", False)
             group.setdefault("momentum", momentum)
@@ -100,16 +103,19 @@ class Muon(AdamW):
             average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
             update = weight.grad.lerp(average, momentum)
             shape = as_matrices(update).shape
-            update = orthogonal(local(update)) if weight.ndim == 3 else _orthogonal_whole(update)
+            if weight.ndim == 3:
+                update = orthogonal(local(update), self.bfloat16)
+            else:
+                update = _orthogonal_whole(update, self.bfloat16)
             own = local(weight)
             own.mul_(1 - lr * group["weight_decay"])
             own.add_(update, alpha=-lr * get_lr_scale(shape))
 
 
-def _orthogonal_whole(matrix: Tensor) -> Tensor:
+def _orthogonal_whole(matrix: Tensor, bfloat16: bool) -> Tensor:
     """This process's part of `orthogonal`, of a matrix or convolution that may be sharded over its rows."""
     whole = full(matrix)
-    return local(shard_like(orthogonal(as_matrices(whole)).view_as(whole), matrix))
+    return local(shard_like(orthogonal(as_matrices(whole), bfloat16).view_as(whole), matrix))
 
 
 def as_matrices(weight: Tensor) -> Tensor:
@@ -117,16 +123,18 @@ def as_matrices(weight: Tensor) -> Tensor:
     return weight.flatten(1) if weight.ndim == 4 else weight
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def orthogonal(matrices: Tensor, bfloat16: bool = False) -> Tensor:
     """The nearest semi-orthogonal matrix of each, up to a few percent of its singular values.
 
     Args:
         matrices: [out, in] or [E, out, in]. Those that are zero, such as an unused expert's gradient, stay zero.
+        bfloat16: see `Muon`.
     """
     if not matrices.numel():  # a process that holds no part of these experts
         return matrices
     # bfloat16 suffices, but only GPUs are sure to multiply it fast: a CPU with AVX2 is far slower than in float32.
-    dtype = torch.bfloat16 if matrices.is_cuda else torch.promote_types(matrices.dtype, torch.float32)
+    fast = bfloat16 or matrices.is_cuda
+    dtype = torch.bfloat16 if fast else torch.promote_types(matrices.dtype, torch.float32)
     return zeropower_via_newtonschulz(matrices, len(_ITERATIONS), _ITERATIONS, dtype=dtype).to(matrices.dtype)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -71,7 +72,7 @@ class OptimizerConfig:
 
 
 def build_optimizer(
-    net: nn.Module, config: OptimizerConfig, *, total_steps: int, fused: bool = False
+    net: nn.Module, config: OptimizerConfig, *, total_steps: int, fused: bool = False, bfloat16: bool = False
 ) -> tuple[torch.optim.AdamW, OneCycleLR]:
     """The optimizer of the parameters that learn, and its schedule.
 
@@ -81,6 +82,7 @@ def build_optimizer(
         total_steps: optimizer steps of the whole training, at least 1; a single one is the first of two, since the
             last step's rate is next to nothing.
         fused: use the fused kernel of the device.
+        bfloat16: whether the training multiplies in bfloat16; Muon then does, too.
 
     Raises:
         UserError: if nothing is left to learn, layer_decay isn't in (0, 1], or warmup_fraction not in [0, 1].
@@ -91,7 +93,7 @@ def build_optimizer(
     if warmup * total_steps in (1, total_steps):
         warmup *= 1 - 1e-9  # a phase of no steps: OneCycleLR (torch 2.13) would divide by its length
     groups = parameter_groups(net, config)
-    kind = Muon if config.name == "muon" else AdamW
+    kind = partial(Muon, bfloat16=bfloat16) if config.name == "muon" else AdamW
     optimizer = kind(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
     highest = [float(group["lr"]) for group in optimizer.param_groups]
     schedule = OneCycleLR(

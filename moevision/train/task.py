@@ -213,9 +213,12 @@ class ClassificationTask(L.LightningModule):
             return forward_routing(self.net, batch["image"])
 
     @property
+    def _in_bfloat16(self) -> bool:
+        return self.trainer.precision in ("bf16-mixed", "bf16-true")
+
+    @property
     def _trains_unfused(self) -> bool:
-        tokens = num_patches(self.net)
-        dtype = torch.bfloat16 if self.trainer.precision in ("bf16-mixed", "bf16-true") else torch.float32
+        tokens, dtype = num_patches(self.net), torch.bfloat16 if self._in_bfloat16 else torch.float32
         return tokens is not None and trains_unfused(self.device, dtype, tokens)
 
     def start_window(self) -> None:
@@ -340,7 +343,9 @@ class ClassificationTask(L.LightningModule):
         # With a loss scaler the fused step unscales by itself, and clipping would see scaled gradients.
         fused = self.trainer.precision != "16-mixed"
         steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = build_optimizer(self.net, self.optim, total_steps=steps, fused=fused)
+        optimizer, schedule = build_optimizer(
+            self.net, self.optim, total_steps=steps, fused=fused, bfloat16=self._in_bfloat16
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

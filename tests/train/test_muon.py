@@ -2,6 +2,9 @@
 
 import copy
 import math
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -11,8 +14,10 @@ from torch import nn
 from moevision import forward_routing
 from moevision.errors import UserError
 from moevision.layers import PackedLinear, moe_layers
+from moevision.models.config import MoEConfig
 from moevision.train.muon import Muon, matrices_of, orthogonal
 from moevision.train.optim import OptimizerConfig, build_optimizer, parameter_groups
+from moevision.train.task import ClassificationTask
 
 ITERATIONS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037))
 ITERATIONS += ((2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
@@ -55,6 +60,32 @@ def test_experts_are_made_orthogonal_one_by_one() -> None:
     torch.testing.assert_close(found, torch.stack([orthogonal(one) for one in stack]))
     across = orthogonal(stack.flatten(1)).view_as(stack)
     assert nn.functional.cosine_similarity(found.flatten(), across.flatten(), dim=0) < 0.95
+
+
+def test_products_in_bfloat16_point_where_those_in_float32_do() -> None:
+    """bfloat16 has 8 bits: errors of 2⁻⁹ in each product. Muon multiplies so where it is told to, and nowhere else."""
+
+    def updated(**options: bool) -> torch.Tensor:
+        weight = nn.Parameter(torch.zeros(4, 12, 20))
+        weight.grad = torch.randn(4, 12, 20, generator=torch.Generator().manual_seed(0))
+        Muon([{"params": [weight], "matrices": True}], lr=0.1, **options).step()
+        return weight.detach().flatten()
+
+    exact, rounded = updated(), updated(bfloat16=True)
+    assert torch.equal(updated(bfloat16=False), exact)
+    assert not torch.equal(rounded, exact)
+    assert nn.functional.cosine_similarity(rounded, exact, dim=0) > 0.999
+
+
+@pytest.mark.parametrize(("precision", "bfloat16"), [("bf16-mixed", True), ("32-true", False)])
+def test_a_training_in_bfloat16_says_so(precision: str, bfloat16: bool) -> None:
+    arch = MoEConfig(name="test_vit_moe")
+    task = ClassificationTask(arch=arch, optim=OptimizerConfig("muon"), num_classes=3, image_size=32)
+    with patch.object(
+        ClassificationTask, "trainer", SimpleNamespace(precision=precision, estimated_stepping_batches=9)
+    ):
+        found = cast(Any, task.configure_optimizers())["optimizer"]
+    assert found.bfloat16 is bfloat16
 
 
 def model() -> nn.Module:
