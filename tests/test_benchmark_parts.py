@@ -1,5 +1,6 @@
 """What the benchmarks are made of: turns, phases, memory, load, and other libraries' layers."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from benchmarks.layer.figure import draw, sweep
 from benchmarks.layer.peers import PEERS, build_peer, chosen_peers, flops_beside_ours, gated_width
 from benchmarks.memory import beside_twin, peak_bytes, saved_bytes, tensors_peak_bytes
 from benchmarks.phases import PhaseClock, measure_load, named_phases
+from benchmarks.specialization import scratch
 from benchmarks.subject import Subject, TrainingStep, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, ratio_of, rows_of, spread
 from moevision.errors import UserError
@@ -328,3 +330,17 @@ def test_the_record_of_a_run():
 def test_an_unfinished_run_has_no_record(tmp_path):
     with pytest.raises(UserError, match="isn't finished"):
         record_of(tmp_path)
+
+
+def test_the_three_questions_of_a_run_trained_from_scratch(tiny_run: Path) -> None:
+    """Both MoE layers, on the images that the run held out, with the controls of the second question and a swap."""
+    record = scratch.record_of(tiny_run, images=20, swaps=10)
+    held_out = json.loads((tiny_run / "summary.json").read_text())["test"]["total"]
+    assert record["images"] == min(20, held_out)
+    for layer in record["layers"]:
+        assert [answer["question"] for answer in layer["answers"]] == ["experts", "training", "function"]
+        assert set(layer["controls"]) == {"untrained", "clusters"}
+        assert sum(layer["load"]["share"]) == pytest.approx(1, abs=1e-4)
+        assert layer["swap"] is None or layer["swap"]["n_images"] <= 10
+    with pytest.raises(UserError, match="isn't finished"):
+        scratch.record_of(tiny_run / "model", images=20, swaps=10)

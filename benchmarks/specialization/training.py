@@ -67,7 +67,7 @@ def run(job: Job, options: Namespace) -> dict[str, Any]:
     after = look(net, blocks[0], asked.tokens)
     names, labels = class_names(job.data, options), asked.labels.numpy()
     found = {
-        unit: [_without_words(layer.to_json()) for layer in answers(net, arm, before, after, labels, names, groups)]
+        unit: [without_words(layer.to_json()) for layer in answers(net, arm, before, after, labels, names, groups)]
         for unit, groups in spec.units.items()
     }
     return {
@@ -76,7 +76,7 @@ def run(job: Job, options: Namespace) -> dict[str, Any]:
         "top1_before": _top1(before, labels), "top1": _top1(after, labels),
         "loads": {f"L{block}": _load(each, spec.experts) for block, each in zip(blocks, after.choices, strict=True)},
         "classes": {unit: list(groups) or names for unit, groups in spec.units.items()},
-        "answers": _rounded(found), "routes": [_routes(choices) for choices in after.choices[-ASKED_LAYERS:]],
+        "answers": rounded_all(found), "routes": [_routes(choices) for choices in after.choices[-ASKED_LAYERS:]],
         "cpu_s": {"training": round(trained - start, 1), "asking": round(time.process_time() - trained, 1)},
         "protocol_sha256": file_sha256(PROTOCOL), **origin,
     }  # fmt: skip
@@ -194,16 +194,17 @@ def _routes(choices: Ints) -> list[str]:
     return ["".join(map(str, image)) for image in choices[:images, :, 0].tolist()]
 
 
-def _without_words(layer: dict[str, Any]) -> dict[str, Any]:
+def without_words(layer: dict[str, Any]) -> dict[str, Any]:
     """Numbers that stand in words too aren't kept twice."""
     for answer in layer["answers"]:
         del answer["numbers"], answer["detail"]
     return layer
 
 
-def _rounded(value: Any) -> Any:
+def rounded_all(value: Any) -> Any:
+    """A JSON value with five digits of every number."""
     if isinstance(value, dict):
-        return {name: _rounded(entry) for name, entry in value.items()}
+        return {name: rounded_all(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(entry) for entry in value]
+        return [rounded_all(entry) for entry in value]
     return rounded(value, 5) if isinstance(value, float) else value
