@@ -37,7 +37,7 @@ class Splits:
         notes: split -> half a sentence about its origin.
         warnings: whole sentences.
         unused: samples in no split, because another split holds a copy of them.
-        together: what was kept on one side, as a sentence; empty where nothing was asked for.
+        together: what was kept on one side, as a sentence, or how to ask for it; empty where data came with splits.
     """
 
     samples: dict[str, list[Sample]]
@@ -50,6 +50,9 @@ class Splits:
         """One sentence per split, with its count, and what was kept together."""
         counts = [f"{split}: {len(members):,} images, {self.notes[split]}." for split, members in self.samples.items()]
         return [*counts, *([self.together] if self.together else [])]
+
+
+_ASK = "Cut image by image: where several show one patient, product or scene, keep them together by --data.group_by."
 
 
 @dataclass(frozen=True)
@@ -241,10 +244,10 @@ def group_samples(
 
 
 def _kept_together(collection: Collection, given: dict[str, list[Sample]], group_by: str | None) -> str:
-    """The sentence that names the groups of images that are in one split only."""
+    """The sentence that names the groups of images that are in one split only, or how to name them."""
     name = group_by or collection.group_column
     if name is None:
-        return ""
+        return _ASK if "all" in given else ""
     samples = [sample for part in given.values() for sample in part]
     groups = len(set(_named_groups(collection, samples, group_by).values()))
     if name == "parent":

@@ -33,6 +33,9 @@ def test_unsplit_folder_is_cut_by_class(image_folder):
     }
     assert sum(len(samples) for samples in splits.samples.values()) == len(split_of(splits)) == 68
     assert splits.sentences()[1] == "val: 7 images, cut from all images at random by class, seed 0."
+    assert splits.sentences()[-1].endswith("keep them together by --data.group_by.")
+    grouped = make_splits(collection, Cut(group_by=r"(\w+/\d\d\d)"))
+    assert "keep them together" not in " ".join(grouped.sentences())
     assert not splits.warnings
 
 

@@ -97,6 +97,33 @@ def test_bias_step() -> None:
     close(fast.router.bias.double(), [-2 / 3, 1 / 3, 1 / 3], 1e-6)
 
 
+# Two tokens of one image; their mean is (log 4, log 2, log 1), whose softmax is 4/7, 2/7, 1/7.
+PAIR = tokens([math.log(4) - 1, math.log(2) + 1, 0.5], [math.log(4) + 1, math.log(2) - 1, -0.5])
+
+
+def test_an_image_decides_once_by_the_mean_of_its_tokens() -> None:
+    """Switch: both tokens go to expert 0 with 4/7. By token the first goes to 1: log 2 + 1 > log 4 - 1."""
+    assert run(times_e_plus_1("switch", 3), PAIR)[1].expert_index.tolist() == [[[1], [0]]]
+    out, routing = run(times_e_plus_1("switch", 3, route_by="image"), PAIR)
+    assert routing.expert_index.tolist() == [[[0], [0]]]
+    close(routing.combine_weight, [[[4 / 7], [4 / 7]]])
+    close(out, 4 / 7 * PAIR)
+
+
+def test_an_image_mixes_two_experts_for_all_its_tokens() -> None:
+    """V-MoE, k = 2: experts 0 and 1 with 4/7 and 2/7 of the softmax over all; (4 · 1 + 2 · 2) / 7 = 8/7."""
+    out, routing = run(times_e_plus_1("vmoe_top_k", 3, top_k=2, route_by="image"), PAIR)
+    assert routing.expert_index.tolist() == [[[0, 1], [0, 1]]]
+    close(out, 8 / 7 * PAIR)
+
+
+def test_an_image_of_sigmoids() -> None:
+    """Means log 4, 0, -log 4: s = 4/5, 1/2, 1/5; the best two over 1.3 are 8/13 and 5/13, (8 · 1 + 5 · 2) / 13."""
+    pair = tokens([math.log(4) + 3, 2.0, 0.0], [math.log(4) - 3, -2.0, -2 * math.log(4)])
+    out, _ = run(times_e_plus_1("sigmoid", 3, top_k=2, route_by="image"), pair)
+    close(out, 18 / 13 * pair)
+
+
 def cosine_layer(temperature: float, **options: object) -> MoEMlp:
     layer = times_e_plus_1("cosine", 3, 2, **options)
     with torch.no_grad():
