@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,16 @@ def read_all(root: Path = HERE) -> dict[str, Any]:
     for place in ("curve/record", "guard/accuracy", "routers/record", "saving/record", "upcycling/record"):
         file = root / f"{place}.json"
         found[file.parent.name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    found["waiting"] = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(root.glob("waiting/*.json"))]
+    for name, files in (("waiting", "waiting/*.json"), ("scratch", "specialization/scratch/*.json")):
+        found[name] = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(root.glob(files))]
     return found
 
 
 def ideas(records: Records) -> str:
     """The table as Markdown."""
     rows = [
-        ["Experts specialize", NOTEBOOK, said(records, "specialization", specialization)],
+        ["Experts specialize", NOTEBOOK,
+         said(records, "specialization", partial(specialization, scratch=records["scratch"]))],
         ["More parameters help at equal compute", NOTEBOOK, said(records, "sparsity", hypothesis("H1"))],
         ["They help at equal time too", "", said(records, "sparsity", hypothesis("H2"), "saving", equal_time)],
         ["The more of the compute is sparse, the more it helps", "", said(records, "sparsity", hypothesis("H3"))],
@@ -113,19 +116,21 @@ def arms(*names: str) -> Callable[[Sequence[Json]], str]:
     return ask
 
 
-def specialization(runs: Sequence[Json]) -> str:
-    """In how many settings each question is answered with yes in every seed, and what the rule chooses."""
-    texts = []
-    for name in DATA_SETS:
-        settings = settings_of(runs, name, CLASS)
-        first, second, third = (sum(each.answer(question) == YES for each in settings) for question in range(3))
-        texts.append(
-            f"{name}, {len(settings)} settings: classes go to different experts in {first}, training the router added "
-            f"to that in {second}, experts do different things in {third}."
-            if settings
-            else f"{name}: {NOT_RUN.lower()}."
+def specialization(runs: Sequence[Json], scratch: Sequence[Json]) -> str:
+    """In how many settings each question is answered with yes in every seed, what the rule chooses; from scratch."""
+    settings = {name: settings_of(runs, name, CLASS) for name in DATA_SETS}
+
+    def yes(question: int) -> str:
+        return ", ".join(
+            f"{sum(each.answer(question) == YES for each in of)} of {len(of)} ({name})" for name, of in settings.items()
         )
-    return " ".join([*texts, wanted(runs)[0]])
+
+    answers = [layer["answers"][2]["answer"] for run in scratch for layer in run["layers"]]
+    return (
+        f"Upcycled, settings: classes go to different experts in {yes(0)}; training the router added to that in "
+        f"{yes(1)}; experts do different things in {yes(2)}. {wanted(runs)[0]} From scratch on CIFAR-10: experts do "
+        f"different things in {answers.count(YES)} of {len(answers)} layers."
+    )
 
 
 def equal_time(record: Json) -> str:

@@ -7,7 +7,7 @@ from tests.records import Claim, Definition, routers, saving, sparsity, speciali
 from tests.records.studies import shown
 
 FILES = (
-    *(*sparsity.FILES, *specialization.FILES, *waiting.RUNS),
+    *(*sparsity.FILES, *specialization.FILES, *specialization.SCRATCH, *waiting.RUNS),
     *(routers.STUDY, saving.STUDY, upcycling.STUDY),
 )
 

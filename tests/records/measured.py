@@ -197,6 +197,15 @@ CLAIMS = [
         specialization.yes,
     ),
     Claim(
+        specialization.RECIPE,
+        "costs {first_points:.1f} points ({first_low:.1f} to {first_high:.1f}; random swaps {first_random:.1f}) in its "
+        "first MoE layer.",
+        specialization.of_recipe,
+    ),
+    Claim(
+        specialization.EPOCH, "After one epoch {yes} of {asked} layers (six seeds) say so", specialization.as_a_whole
+    ),
+    Claim(
         waiting.RUNS,
         "{without} times as long as under an even load where an uneven router learns without a balance loss, "
         "{with_loss} times with one",
