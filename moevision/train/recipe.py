@@ -29,6 +29,7 @@ from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
 from moevision.models.io import first_blocks
+from moevision.models.reading import reads_class_token_only
 from moevision.names import shown
 from moevision.train.provenance import device_name
 from moevision.train.start import AUTO, NONE, choose_start, pretrained_options, say_from_scratch, weights_alone
@@ -358,6 +359,12 @@ def describe_plan(
                 + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
             )
         lines.append(f"plan: {epochs} epochs of {train_images:,} images, {time_it_takes}")
+    layers = moe_layers(task.net)
+    if layers and reads_class_token_only(task.net) and layers[-1].layer_index == len(cast(Any, task.net).blocks) - 1:
+        lines.append(
+            f"note: the classifier reads the class token alone, so the routes of patches in block "
+            f"{layers[-1].layer_index}, the last, change no answer; with --model.arch.global_pool avg they do."
+        )
     if _has_idle_nvidia_card():
         lines.append(
             "note: there is an NVIDIA card, but this torch was built for the CPU only: install one for CUDA, see "

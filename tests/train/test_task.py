@@ -3,7 +3,8 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import lightning as L
 import pytest
@@ -15,6 +16,7 @@ from moevision.errors import UserError
 from moevision.layers import forward_routing, moe_layers
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
+from moevision.train.recipe import describe_plan
 from moevision.train.task import ClassificationTask, OptimizerConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "loss_curve.json"
@@ -246,3 +248,14 @@ def test_each_block_is_compiled_and_trains_alike(tmp_path: Path, monkeypatch: py
     assert compiled == list(task.net.blocks)  # type: ignore[arg-type]
     assert len(seen[True]) == 2
     assert seen[True] == pytest.approx(seen[False], rel=0.05)  # compiled code draws other noise
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"moe_layers": "all"}, True), ({"moe_layers": [0]}, False), ({"moe_layers": "all", "global_pool": "avg"}, False)],
+)
+def test_the_plan_says_where_routes_change_no_answer(tmp_path: Path, options: dict[str, Any], said: bool) -> None:
+    """timm's `test_vit` classifies by its class token, which reads no patch of the last block."""
+    task = ClassificationTask(arch=MoEConfig(name="vit_moe", base="test_vit", **options), num_classes=3, image_size=32)
+    data = cast(Any, SimpleNamespace(class_counts={"train": {"cat": 8}}, batch_size=4))
+    assert ("routes of patches in block" in describe_plan(task, data, trainer_of(tmp_path))) is said
