@@ -650,6 +650,8 @@ class TrainingCLI(LightningCLI):
         check_fit(self.trainer, self.model, self.datamodule, records=records)
         if self._get(self.config, "check_memory"):
             check_memory(self.model, self.trainer)
+        while self.session.lines:  # the twin says nothing of its start, which is the run's
+            tell(self.session.lines.pop(0))
         if self.trainer.is_global_zero:
             print(self.datamodule.describe(), flush=True)
         self._choose_monitor(fresh=fresh)

@@ -30,8 +30,9 @@ from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
 from moevision.models.io import first_blocks
 from moevision.names import shown
+from moevision.train.processes import tell
 from moevision.train.provenance import device_name
-from moevision.train.start import AUTO, NONE, choose_start, pretrained_options, say_from_scratch, weights_alone
+from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretrained_options, weights_alone
 
 if TYPE_CHECKING:
     import lightning as L
@@ -130,6 +131,7 @@ def expand_arguments(
     *,
     recorded: bool = False,
     decide: Callable[[Callable[[], Any]], Any] = lambda decision: decision(),
+    say: Callable[[str], None] = tell,
 ) -> list[str]:
     """Rewrite what people type into what LightningCLI reads.
 
@@ -142,6 +144,7 @@ def expand_arguments(
         arguments: what follows it.
         recorded: the run has a config already, so that nothing needs to be said and no recipe is chosen.
         decide: calls a function in the first process of a training alone, and gives its result to all of them.
+        say: takes the line that says what the training starts from.
 
     Raises:
         UserError: if a config does not exist, nothing says what to train on, or pretrained weights can't be had.
@@ -165,9 +168,9 @@ def expand_arguments(
             rest = ["--data.download=true", *rest]
     chooses = verb == "fit" and path is not None and not has_config and not recorded
     if chooses:
-        front = decide(lambda: choose_recipe(cast(str, path), asked, rest))
+        front = decide(lambda: choose_recipe(cast(str, path), asked, rest, say))
     elif asked is not None and not (recorded and asked in (AUTO, NONE)):  # a run that goes on has chosen
-        rest += decide(lambda: weights_alone(asked, rest))
+        rest += decide(lambda: weights_alone(asked, rest, say))
     if path is not None:
         front = [*front, "--data.path", path]
     return _with_found_configs([*front, *rest] if not has_config else [*rest, *front])
@@ -225,13 +228,16 @@ def _with_found_configs(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()) -> list[str]:
+def choose_recipe(
+    path: str, asked: str | None = None, given: Sequence[str] = (), say: Callable[[str], None] = tell
+) -> list[str]:
     """Command-line options for a folder of images or a dataset's name, from their number, free memory and device.
 
     Args:
         path: what to train on.
         asked: `--pretrained`; None: pretrained weights if there are few images and no model is named.
         given: the other options, which come later and so win.
+        say: takes the line that says what the training starts from.
 
     Raises:
         UserError: if pretrained weights were asked for by name and can't be had.
@@ -241,7 +247,7 @@ def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()
     few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
     named_model = next((option for option in _MODEL if any(_is(argument, option) for argument in given)), None)
     if asked is None and few and named_model is not None:
-        say_from_scratch(f"{named_model} shapes the model, so that no pretrained weights are looked for")
+        say(from_scratch(f"{named_model} shapes the model, so that no pretrained weights are looked for").line)
     if asked is None and (not few or named_model is not None):
         asked = NONE
     own_model = any(_is(argument, option) for argument in given for option in _MODEL[:2])  # a name, a base
@@ -249,7 +255,9 @@ def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()
         # Before weights are asked for or fetched: a dataset that isn't there needs none.
         root = value_of(given, "--data.root") or "data"
         open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={})
-    weights = choose_start(asked, images, value_of(given, "--model.arch.base"))
+    weights, line = choose_start(asked, images, value_of(given, "--model.arch.base"))
+    if line:
+        say(line)
     depth = value_of(given, "--model.arch.depth") or ""
     own_size = value_of(given, "--data.image_size") is not None
     if weights is not None and depth.isdecimal():

@@ -530,6 +530,7 @@ class Session:
         interruption: listens to signals.
         clock: time in which the process ran.
         notes: what differs from the run that is resumed, a phrase each.
+        lines: to be told when the model stands and the training can begin: what it starts from.
         processes: this process among those of the training.
         run_dir: the run's folder, also while its twin trains; None before it is known.
         probe: of this training's pretrained weights, for the twin that starts from them too; None: none yet.
@@ -542,10 +543,11 @@ class Session:
         self.command = ["moevision", verb, *arguments]
         self.interruption, self.clock, self.processes = Interruption(), AwakeClock(), Processes(self._go_on)
         self.notes: list[str] = []
+        self.lines: list[str] = []
         self._claims: list[int] = []
         self._target, self._typed = take_resume(arguments)
         if self._target is None:
-            self.arguments = expand_arguments(verb, arguments, decide=self.processes.decide)
+            self.arguments = expand_arguments(verb, arguments, decide=self.processes.decide, say=self.lines.append)
             return
         if verb != "fit":
             raise UserError(f"{OPTION} resumes a training: use it with fit; {verb} takes --ckpt_path.")
@@ -557,7 +559,9 @@ class Session:
         name = value_of(self._typed, "--name") or (run_name(path) if path else "")
         folder = Path(value_of(self._typed, "--runs_root") or "runs") / name / "checkpoints"
         goes_on = bool(name) and folder.is_dir() and newest_valid(folder)[0] is not None
-        return expand_arguments(verb, self._typed, recorded=goes_on, decide=self.processes.decide)
+        return expand_arguments(
+            verb, self._typed, recorded=goes_on, decide=self.processes.decide, say=self.lines.append
+        )
 
     def claim(self, run_dir: Path) -> Path:
         """Keep other trainings out of this folder, until `close`; for the first process, before it touches anything.
