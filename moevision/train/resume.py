@@ -44,7 +44,7 @@ from moevision.train.processes import (
     restore_random_state,
     tell,
 )
-from moevision.train.recipe import expand_arguments, run_name, value_of
+from moevision.train.recipe import expand_arguments, run_name, take, value_of
 from moevision.train.sharded import file_with_rest
 
 OPTION, AUTO = "--resume", "auto"
@@ -342,26 +342,6 @@ class Start:
         return cls(**{**values, "run_dir": Path(values["run_dir"]), "checkpoint": checkpoint})
 
 
-def take_resume(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Separate `--resume X` (or `--resume=X`) from the other arguments.
-
-    Raises:
-        UserError: if nothing follows it.
-    """
-    rest, target = [], None
-    given = iter(arguments)
-    for argument in given:
-        if argument == OPTION:
-            target = next(given, "")
-        elif argument.startswith(OPTION + "="):
-            target = argument.partition("=")[2]
-        else:
-            rest.append(argument)
-    if target is not None and (not target or target.startswith("-")):
-        raise UserError("--resume needs a run folder, such as runs/pets, or auto.")
-    return target, rest
-
-
 def recorded_config(run_dir: Path) -> Path:
     """The config that a run began with.
 
@@ -545,7 +525,7 @@ class Session:
         self.notes: list[str] = []
         self.lines: list[str] = []
         self._claims: list[int] = []
-        self._target, self._typed = take_resume(arguments)
+        self._target, self._typed = take(arguments, OPTION, needs=f"a run folder, such as runs/pets, or {AUTO}")
         if self._target is None:
             self.arguments = expand_arguments(verb, arguments, decide=self.processes.decide, say=self.lines.append)
             return

@@ -15,7 +15,6 @@ network is noticed within three seconds.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -213,21 +212,6 @@ def image_side(net: nn.Module, own: int) -> int:
     return max(1, round(wanted / patch)) * patch
 
 
-def weights_alone(asked: str, given: Sequence[str], say: Callable[[str], None] = tell) -> list[str]:
-    """`--pretrained` as options for a model that a configuration describes otherwise."""
-    if asked == NONE:
-        return ["--model.arch.pretrained=null"]
-    if asked == AUTO:
-        weights, line = choose_start(AUTO)
-        say(line)
-        return [f"--model.arch.pretrained={'null' if weights is None else weights.source}"]
-    options = [f"--model.arch.pretrained={asked}"]
-    names_base = any(argument.split("=")[0] == "--model.arch.base" for argument in given)
-    if asked.endswith(".safetensors") and Path(asked).is_file() and not names_base:
-        options.append(f"--model.arch.base={architectures_of(asked)[0]}")
-    return options
-
-
 def weights_file(source: str) -> Path | None:
     """The file that pretrained weights were read from, for its hash; None for one that isn't known or has gone."""
     if source.endswith(".safetensors"):
@@ -256,7 +240,7 @@ def describe_weights(net: nn.Module) -> str:
 
 
 def _from_file(file: Path, base: str | None) -> Choice:
-    fitting_names = [base] if base is not None else architectures_of(file)
+    fitting_names = [base] if base else architectures_of(file)
     net = outline(fitting_names[0])
     metadata = read_metadata(file) if file.is_file() else {}
     others = f"; {', '.join(fitting_names[1:])} fit too: --model.arch.base NAME" if len(fitting_names) > 1 else ""
