@@ -12,6 +12,7 @@ import hashlib
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -116,8 +117,6 @@ def open_pictures(
     Raises:
         UserError: if the data are missing, laid out otherwise, or have no such split.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}: it must be at least 1 image.")
     pictures: PictureSet
     if isinstance(data, PictureSet):
         pictures = data
@@ -140,10 +139,11 @@ def _from_collection(
     download: bool,
     run_dir: str | Path | None,
     columns: tuple[str | None, str | None],
+    listed: Collection | None = None,
 ) -> PictureSet:
     if split not in (*SPLITS, "all"):
         raise UserError(f"There is no split {split!r}: choose one of {', '.join(SPLITS)}, all.")
-    collection = open_collection(
+    collection = listed or open_collection(
         str(data),
         root=str(root),
         download=download,
@@ -182,6 +182,8 @@ def _samples(
 
 def _viewed(pictures: PictureSet, limit: int | None, seed: int, class_names: Sequence[str] | None) -> PictureSet:
     """The images with the model's labels, and as many of them as wanted."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}: it must be at least 1 image.")
     names, new_label = labels_in(pictures.class_names, class_names)
     if names == pictures.class_names and (limit is None or limit >= len(pictures)):
         return pictures
@@ -538,34 +540,74 @@ def data_settings(run: Path) -> Mapping[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def is_data_of(run: Path, data: str) -> bool:
-    """Whether `data` names what a run was trained on, however its path is written, or a copy of it.
+@dataclass(frozen=True)
+class FoundImages:
+    """Which images there are for a model; none is read yet.
 
-    A copy holds the images that the run's splits.csv lists, as large as in the run's own folder if that is still there:
-    a split of its own would test with images of the training.
+    Attributes:
+        path: where they are, or a dataset's name.
+        run: the run that was trained on them and whose split holds; None: these are other images.
+        settings: what the config of the model's run says about its data; empty without a run.
+        collection: all of them, where they were listed to know that.
     """
-    settings = data_settings(run)
+
+    path: str
+    run: Path | None
+    settings: Mapping[str, Any]
+    collection: Collection | None = None
+
+    def open(
+        self, model: SavedModel, *, split: str = "test", limit: int | None = None, root: str | None = None
+    ) -> PictureSet:
+        """The images as the model sees them; see `pictures_for`."""
+        seed = int(self.settings.get("seed") or 0)
+        where = root or str(self.settings.get("root") or "data")
+        columns = (None, None) if self.run is None else _columns(self.settings)
+        try:
+            pictures = _from_collection(
+                self.path, model.image_size, split, seed, where, False, self.run, columns, self.collection
+            )
+            return _viewed(pictures, limit, seed, model.class_names)
+        except UserError as error:
+            trained = self.run is not None and self.collection is None
+            hint = " (the run was trained on it; --data names other images)" if trained else ""
+            raise UserError(f"{str(error).rstrip('.')}{hint}.") from error
+
+
+def find_images(address: str, data: str | None = None) -> FoundImages | None:
+    """The images for a model: `data`, or else what its run was trained on; None if neither says which.
+
+    `data` may be the run's own, however its path is written, or a copy of it. A copy holds the images that the run's
+    splits.csv lists, as large as in the run's own folder if that is still there: a split of its own would test with
+    images of the training.
+    """
+    run = run_folder(address)
+    settings = {} if run is None else data_settings(run)
     path = settings.get("path")
-    if path is None:
-        return False
-    if _is_place(str(path), data):
-        return True
-    table = run / "splits.csv"
-    if data in DATASET_NAMES or not table.is_file():
-        return False
+    if data is None and path is None:
+        return None
+    if data is None or (path is not None and _is_place(str(path), data)):
+        return FoundImages(str(path), run, settings)
+    if run is None or path is None or data in DATASET_NAMES or not (run / "splits.csv").is_file():
+        return FoundImages(data, None, settings)
+
+    def listed(place: str) -> Collection:
+        columns = _columns(settings)
+        return open_collection(place, root="data", download=False, image_size=1, seed=0, sizes={}, columns=columns)
+
     try:
-        original = Path(str(path)).expanduser()
-        return is_copy(
-            table, _opened(data, settings), lambda: _opened(str(path), settings) if original.exists() else None
-        )
+        collection, original = listed(data), Path(str(path)).expanduser()
+        if is_copy(run / "splits.csv", collection, lambda: listed(str(path)) if original.exists() else None):
+            warnings.warn(
+                f"{data} has all images that {run} lists, and is taken for a copy of them: it is split as the run was",
+                DataWarning,
+                stacklevel=2,
+            )
+            return FoundImages(data, run, settings, collection)
     except UserError:  # whoever opens the images will say why
-        return False
-
-
-def _opened(data: str, settings: Mapping[str, Any]) -> Collection:
-    return open_collection(
-        data, root="data", download=False, image_size=1, seed=0, sizes={}, columns=_columns(settings)
-    )
+        return FoundImages(data, None, settings)
+    # The columns of the run's table are not those of another.
+    return FoundImages(data, None, settings, collection if _columns(settings) == (None, None) else None)
 
 
 def _is_place(path: str, data: str) -> bool:
@@ -603,32 +645,5 @@ def pictures_for(
     Raises:
         UserError: if the images aren't there (any more).
     """
-    run = run_folder(address)
-    trained_on = {} if run is None else data_settings(run)
-    path = trained_on.get("path")
-    if data and (path is None or not _is_place(str(path), data)):  # a folder `pets` here may have a dataset's name
-        path = data
-    if path is None:
-        return None
-    own = run is not None and is_data_of(run, str(path))
-    if own and path != trained_on.get("path"):
-        warnings.warn(
-            f"{path} has all images that {run} lists, and is taken for a copy of them: it is split as the run was",
-            DataWarning,
-            stacklevel=2,
-        )
-    try:
-        return open_pictures(
-            str(path),
-            model.image_size,
-            split=split,
-            limit=limit,
-            seed=int(trained_on.get("seed") or 0),
-            class_names=model.class_names,
-            root=root or str(trained_on.get("root") or "data"),
-            run_dir=run if own else None,
-            columns=_columns(trained_on) if own else (None, None),
-        )
-    except UserError as error:
-        hint = "" if data else " (the run was trained on it; --data names other images)"
-        raise UserError(f"{str(error).rstrip('.')}{hint}.") from error
+    found = find_images(address, data)
+    return None if found is None else found.open(model, split=split, limit=limit, root=root)

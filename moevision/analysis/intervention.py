@@ -146,21 +146,6 @@ class Intervention:
         """The kind and what belongs to it."""
         return {"kind": self.kind, **{name: getattr(self, name) for name in _FIELDS[self.kind]}}
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Intervention:
-        """The intervention that `to_json` wrote; entries that don't belong to the kind are passed over.
-
-        Raises:
-            UserError: if it is none.
-        """
-        if not isinstance(value, Mapping) or not isinstance(value.get("kind"), str):
-            raise UserError(f"An intervention names its kind: one of {', '.join(_FIELDS)}.")
-        kind = value["kind"]
-        given = {name: value[name] for name in _FIELDS.get(kind, ()) if value.get(name) is not None}
-        if not isinstance(given.get("factor", 1.0), int | float) or not isinstance(given.get("fill", ""), str):
-            raise UserError("The intervention has a value of a wrong type: factor is a number, fill a word.")
-        return cls(kind=cast(Kind, kind), **given)
-
     def edits(self, model: nn.Module) -> dict[MoEMlp, Edit]:
         """The edit of each MoE layer that it acts on.
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from moevision.data.images import MAX_BYTES, BadImageError, safe_open
-from moevision.data.sources import SPLIT_NAMES, Collection, Sample, readable, subfolders
+from moevision.data.sources import SPLIT_NAMES, Collection, Sample, access_advice, subfolders
 from moevision.errors import UserError
 from moevision.files import file_sha256, write_text_atomic
 from moevision.names import json_text, name_bytes
@@ -173,7 +173,7 @@ def tars_in(folder: Path) -> list[Path]:
 
 def is_shards(folder: Path) -> bool:
     """Whether a folder holds shards: an index, or tars and no folders of classes (an archive may lie beside those)."""
-    with readable(folder):
+    with access_advice(folder):
         return _is_shards(folder)
 
 

@@ -463,7 +463,7 @@ def _missing_folder(root: Path) -> str:
 
 
 @contextmanager
-def readable(path: str | Path) -> Iterator[None]:
+def access_advice(path: str | Path) -> Iterator[None]:
     """Say in a sentence what the system doesn't let us read, where nothing can be left out."""
     try:
         yield
@@ -514,13 +514,13 @@ def open_collection(
     if path.startswith(tables.HF) or tables.is_saved_dataset(place):
         return tables.read_dataset(path, tables.Columns(*columns), download=download)
     if tables.is_manifest(place):
-        with readable(place):
+        with access_advice(place):
             return tables.read_manifest(place, tables.Columns(*columns))
     if path not in DATASET_NAMES and shards.is_shards(place):
         return shards.open_shards(place)
     if path not in DATASET_NAMES:
         try:
-            with readable(place):
+            with access_advice(place):
                 return read_folder(place)
         except UserError as error:
             alike = difflib.get_close_matches(path, DATASET_NAMES, n=1)
@@ -543,7 +543,7 @@ def open_collection(
             f"{folder / _UNPACKED[path]} and use --data.download true"
         ) from error
     except OSError:
-        with readable(folder):
+        with access_advice(folder):
             raise
     except RuntimeError as error:  # torchvision: not found or corrupted
         if not download:

@@ -32,9 +32,9 @@ from moevision.data.sources import (
     Collection,
     FileCollection,
     Sample,
+    access_advice,
     check_distinct,
     check_same_classes,
-    readable,
     words_of,
 )
 from moevision.errors import UserError
@@ -65,7 +65,7 @@ def is_manifest(path: Path) -> bool:
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether `datasets` saved this folder."""
-    with readable(path):
+    with access_advice(path):
         return any((path / name).is_file() for name in _ARROW)
 
 

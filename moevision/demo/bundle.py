@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.images import PictureSet, is_data_of, open_pictures, pictures_for, run_folder
+from moevision.analysis.images import PictureSet, find_images, open_pictures, run_folder
 from moevision.analysis.specialization import fresh_copy, percent
 from moevision.data.sources import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples
@@ -359,16 +359,17 @@ def _open_own(address: str, options: DataOptions) -> Entry:
     run = run_folder(address)
     twin = None if run is None else run / "twin"
     dense = load_model(str(twin)) if twin is not None and (twin / "model" / "config.json").is_file() else None
-    own = options.data is None or (run is not None and is_data_of(run, options.data))
+    images, pictures = None, None
     try:
-        pictures = (
-            pictures_for(address, trained, options.data, root=options.root) if own else _pictures(options, trained)
-        )
+        images = find_images(address, options.data)
+        if images is not None:  # of a folder from which the model learned nothing, all
+            split = "test" if images.run is not None or options.data in DATASET_NAMES else "all"
+            pictures = images.open(trained, split=split, root=options.root)
     except UserError as error:  # routing one's own images works all the same
         if options.data is not None:
             raise
         warnings.warn(f"no images of the model's own: {error}", DataWarning, stacklevel=2)
-        pictures = None
+    own = images is None or images.run is not None
     # Whoever names other images keeps those of the run to themselves (SECURITY.md).
     entry = _entry(card, nets, dense, pictures, None, scored=ScoredRun.of(address, trained) if own else None)
     return replace(entry, foreign=not own, shown=_named(options, pictures, held_out=own))

@@ -119,14 +119,14 @@ class Examples:
 
     @cached_property
     def all_ids(self) -> list[str]:
-        """All images of the model's data: classes take turns. `readable` takes out those that can't be used."""
+        """All images of the model's data: classes take turns. `usable` takes out those that can't be used."""
         return [] if self.pictures is None else [self.id_of(self.pictures, index) for index in _spread(self.pictures)]
 
     def on_first_screen(self) -> list[Found]:
         """The images of `ids` that can be used."""
-        return self.readable(0, EXAMPLES) + [self.find(f"photo/{name}") for name in self.photos]
+        return self.usable(0, EXAMPLES) + [self.find(f"photo/{name}") for name in self.photos]
 
-    def readable(self, start: int, stop: int) -> list[Found]:
+    def usable(self, start: int, stop: int) -> list[Found]:
         """Images `start` to `stop` of `all_ids`; those that can't be used leave that list, and later ones move up."""
         found, bad = [], set()
         for id in self.all_ids[start:stop]:

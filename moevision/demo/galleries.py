@@ -49,8 +49,8 @@ Key = tuple[str, str]  # model, variant
 log = logging.getLogger(__name__)
 
 
-def readable(pictures: PictureSet) -> View:
-    """Those of the images that can be read; they stay in memory."""
+def read_into_memory(pictures: PictureSet) -> View:
+    """All of the images, read into memory; those that can't be read are left out."""
     pictures, found = Remembered(pictures, sys.maxsize), []
     for index in range(len(pictures)):
         try:
@@ -159,7 +159,7 @@ class Galleries:
 
     def _hold(self, entry: Entry, pictures: PictureSet) -> View:
         limit = max(self.limit, MOST) if entry.shown else self.limit
-        held = readable(open_pictures(pictures, entry.facts.image_size, limit=limit))
+        held = read_into_memory(open_pictures(pictures, entry.facts.image_size, limit=limit))
         # Other data's usual look is not that of the data which the model learned from.
         if not entry.foreign and entry.card.id not in self._typical and len(held) >= MIN_PICTURES:
             images = (held.image(index) for index in range(len(held)))

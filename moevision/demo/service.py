@@ -172,7 +172,7 @@ class Explorer:
         entry, _ = self.pages.model(given)
         examples = entry.examples
         start = read.whole(given, "start", range(len(examples.all_ids) + 1))
-        found = examples.readable(start, start + MORE)
+        found = examples.usable(start, start + MORE)
         return {"examples": list(map(_example, found)), "num_examples": len(examples.all_ids)}
 
     def sharp(self, request: Any) -> Json:

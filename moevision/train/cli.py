@@ -594,16 +594,16 @@ class TrainingCLI(LightningCLI):
         A run of an earlier version goes on as it began: there the order followed --data.seed.
         """
         settings = self._get(self.config, "data")
-        if settings["order_seed"] is None:
+        if self._fresh and settings["order_seed"] is None:
             settings["order_seed"] = self.datamodule.order_seed = self._get(self.config, "seed_everything")
 
-    def _choose_monitor(self, *, fresh: bool) -> None:
+    def _choose_monitor(self) -> None:
         """What best.ckpt, early stopping and the headline go by; config.yaml keeps it for a run that goes on."""
         settings, early = (self._get(self.config, name) for name in ("checkpoint", "early_stopping"))
         counts = self.datamodule.class_counts["train"].values()
         if settings["monitor"] is None:
             # A run of an earlier version goes on as it began.
-            settings["monitor"] = BALANCED if fresh and is_unbalanced(counts) else "val/top1"
+            settings["monitor"] = BALANCED if self._fresh and is_unbalanced(counts) else "val/top1"
             if settings["monitor"] == BALANCED and self.trainer.is_global_zero:
                 print(
                     f"Classes have {min(counts):,} to {max(counts):,} training images: best.ckpt is chosen by "
@@ -624,52 +624,71 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Read the data, build the model, and print the plan."""
-        fresh = self.start is None or self.start.checkpoint is None
-        if fresh:
-            if self._get(self.config, "router_start") == "cluster" and self.model.arch.pretrained is None:
-                raise UserError(
-                    "--router_start cluster begins with clusters of what pretrained layers compute: say --pretrained "
-                    "too, or leave it out."
-                )
-            self._choose_order()
+        if self._fresh and self._get(self.config, "router_start") == "cluster" and self.model.arch.pretrained is None:
+            raise UserError(
+                "--router_start cluster begins with clusters of what pretrained layers compute: say --pretrained too, "
+                "or leave it out."
+            )
+        self._choose_order()
         self.datamodule.run_dir = self._split_folder()
         with self.session.processes.first_one_first():
             self.datamodule.setup("fit")
         self._keep_the_step()
+        self._build()
+        while self.session.lines:  # the twin says nothing of its start, which is the run's
+            tell(self.session.lines.pop(0))
+        if self.trainer.is_global_zero:
+            print(self.datamodule.describe(), flush=True)
+        self._choose_monitor()
+        if self.trainer.is_global_zero:
+            self._print_plan(before_s=self._prepare_weights())
+        if not self.fast_dev_run:
+            self._compare_with_start()
+
+    @property
+    def _fresh(self) -> bool:
+        """Whether training begins, and doesn't go on from a checkpoint."""
+        return self.start is None or self.start.checkpoint is None
+
+    @property
+    def _clusters(self) -> bool:
+        """Whether the routers begin with clusters of their input."""
+        return self._get(self.config, "router_start") == "cluster" and bool(moe_layers(self.model.net))
+
+    def _build(self) -> None:
+        """Make the model, and refuse what would fail in the training, or after it with the twin."""
+        sizes = self.datamodule.num_classes, self.datamodule.image_size
         if not hasattr(self.model, "net"):  # what goes on from a checkpoint needs no pretrained weights
-            self.model.build(self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=fresh)
-        clusters = self._get(self.config, "router_start") == "cluster" and bool(moe_layers(self.model.net))
-        if clusters:  # said in the saved model, also by a run that goes on from a checkpoint
+            self.model.build(*sizes, load_pretrained=self._fresh)
+        if self._clusters:  # said in the saved model, also by a run that goes on from a checkpoint
             cast(Any, self.model.net).router_start = "cluster"
-        if self._get(self.config, "with_twin"):  # better now than after the first training
-            twin = replace(self.model.arch, twin="active_flops")
+        if self._get(self.config, "with_twin"):
             with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
-                net = build_model(twin, self.datamodule.num_classes, self.datamodule.image_size, load_pretrained=False)
+                net = build_model(replace(self.model.arch, twin="active_flops"), *sizes, load_pretrained=False)
                 freeze_parameters(net, self.model.optim.freeze)
         records = self._get(self.config, "record_routing")["images"] is not None
         check_fit(self.trainer, self.model, self.datamodule, records=records)
         if self._get(self.config, "check_memory"):
             check_memory(self.model, self.trainer)
-        if self.trainer.is_global_zero:
-            print(self.datamodule.describe(), flush=True)
-        self._choose_monitor(fresh=fresh)
-        if self.trainer.is_global_zero:
-            began_s = self.session.clock.now()
-            if fresh and self.model.arch.pretrained is not None and not self.fast_dev_run:
-                self._start_with_probe()
-                if clusters:
-                    self._start_from_clusters()
-            before_s = self.session.clock.now() - began_s
-            with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
-                steps_s = None if self._divided else expected_seconds(self.model, self.datamodule, self.trainer)
-                self.expected_s = None if steps_s is None else before_s + steps_s
-                needed = describe_memory(self.model, self.datamodule, self.trainer)
-                print(describe_plan(self.model, self.datamodule, self.trainer, steps_s, needed, before_s))
-                if (line := describe_parallel(self.trainer, self.model.net)) is not None:
-                    print(line)
-            print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
-        if not self.fast_dev_run:
-            self._compare_with_start()
+
+    def _prepare_weights(self) -> float:
+        """Fit head and routers to a pretrained start; seconds that it took."""
+        began_s = self.session.clock.now()
+        if self._fresh and self.model.arch.pretrained is not None and not self.fast_dev_run:
+            self._start_with_probe()
+            if self._clusters:
+                self._start_from_clusters()
+        return self.session.clock.now() - began_s
+
+    def _print_plan(self, before_s: float) -> None:
+        with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+            steps_s = None if self._divided else expected_seconds(self.model, self.datamodule, self.trainer)
+            self.expected_s = None if steps_s is None else before_s + steps_s
+            needed = describe_memory(self.model, self.datamodule, self.trainer)
+            print(describe_plan(self.model, self.datamodule, self.trainer, steps_s, needed, before_s))
+            if (line := describe_parallel(self.trainer, self.model.net)) is not None:
+                print(line)
+        print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
 
     def _keep_the_step(self) -> None:
         """On another number of processes: sum the gradients of as many batches as make a step of as many images."""

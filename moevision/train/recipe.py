@@ -28,11 +28,13 @@ from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
+from moevision.models.architecture import architectures_of
 from moevision.models.io import first_blocks
 from moevision.models.reading import reads_class_token_only
 from moevision.names import shown
+from moevision.train.processes import tell
 from moevision.train.provenance import device_name
-from moevision.train.start import AUTO, NONE, choose_start, pretrained_options, say_from_scratch, weights_alone
+from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretrained_options
 
 if TYPE_CHECKING:
     import lightning as L
@@ -131,6 +133,7 @@ def expand_arguments(
     *,
     recorded: bool = False,
     decide: Callable[[Callable[[], Any]], Any] = lambda decision: decision(),
+    say: Callable[[str], None] = tell,
 ) -> list[str]:
     """Rewrite what people type into what LightningCLI reads.
 
@@ -143,14 +146,17 @@ def expand_arguments(
         arguments: what follows it.
         recorded: the run has a config already, so that nothing needs to be said and no recipe is chosen.
         decide: calls a function in the first process of a training alone, and gives its result to all of them.
+        say: takes the line that says what the training starts from.
 
     Raises:
         UserError: if a config does not exist, nothing says what to train on, or pretrained weights can't be had.
     """
-    asked, rest = take_pretrained(_in_full(arguments))
+    needs = f"a timm name, a file, a folder, {AUTO} or {NONE}"
+    asked, rest = take(_in_full(arguments), "--pretrained", _PRETRAINED, needs=needs)
+    asked = NONE if asked == "null" else asked
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    has_config = any(_is(argument, "--config") or _is(argument, "-c") for argument in rest)
-    says_what = has_config or path is not None or any(_is(argument, "--data.path") for argument in rest)
+    has_config = value_of(rest, "--config", "-c") is not None
+    says_what = has_config or path is not None or value_of(rest, "--data.path") is not None
     if not (says_what or recorded) and not any(argument in _ASKS for argument in rest):
         raise UserError(
             f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name, or "
@@ -166,31 +172,44 @@ def expand_arguments(
             rest = ["--data.download=true", *rest]
     chooses = verb == "fit" and path is not None and not has_config and not recorded
     if chooses:
-        front = decide(lambda: choose_recipe(cast(str, path), asked, rest))
+        front = decide(lambda: choose_recipe(cast(str, path), asked, rest, say))
     elif asked is not None and not (recorded and asked in (AUTO, NONE)):  # a run that goes on has chosen
-        rest += decide(lambda: weights_alone(asked, rest))
+        rest += decide(lambda: weights_alone(asked, rest, say))
     if path is not None:
         front = [*front, "--data.path", path]
     return _with_found_configs([*front, *rest] if not has_config else [*rest, *front])
 
 
-def take_pretrained(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Separate `--pretrained X` (or `--pretrained=X`, or in full `--model.arch.pretrained`) from the other arguments.
+def take(arguments: Sequence[str], *options: str, needs: str = "") -> tuple[str | None, list[str]]:
+    """Separate `--option X` or `--option=X` from the other arguments.
+
+    Args:
+        arguments: a command line.
+        options: one option under all its names.
+        needs: what X must be, for the error; empty: anything.
+
+    Returns:
+        The last X, empty if nothing follows the option, None if it isn't there; and the other arguments.
 
     Raises:
-        UserError: if nothing follows it.
+        UserError: if X is needed and missing.
     """
-    rest, asked = [], None
+    rest, found = [], None
     given = iter(arguments)
     for argument in given:
         option, equals, value = argument.partition("=")
-        if option not in ("--pretrained", _PRETRAINED):
+        if option in options:
+            found = value if equals else next(given, "")
+        else:
             rest.append(argument)
-            continue
-        asked = value if equals else next(given, "")
-        if not asked or asked.startswith("-"):
-            raise UserError(f"{option} needs a timm name, a file, a folder, {AUTO} or {NONE}.")
-    return (NONE if asked == "null" else asked), rest
+    if needs and found is not None and (not found or found.startswith("-")):
+        raise UserError(f"{options[0]} needs {needs}.")
+    return found, rest
+
+
+def value_of(arguments: Sequence[str], *options: str) -> str | None:
+    """The value of an option on a command line, the last one; None if it isn't there."""
+    return take(arguments, *options)[0]
 
 
 def _in_full(arguments: Sequence[str]) -> list[str]:
@@ -203,14 +222,10 @@ def _in_full(arguments: Sequence[str]) -> list[str]:
         raise UserError("--dense trains the dense model itself: leave --with-twin out, which trains both.")
     return [
         argument.replace("--parallel", "--parallel.layout", 1)
-        if _is(argument, "--parallel")
+        if argument.split("=")[0] == "--parallel"
         else _IN_FULL.get(argument, argument)
         for argument in arguments
     ]
-
-
-def _is(argument: str, option: str) -> bool:
-    return argument == option or argument.startswith(option + "=")
 
 
 def _with_found_configs(arguments: Sequence[str]) -> list[str]:
@@ -226,13 +241,28 @@ def _with_found_configs(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()) -> list[str]:
+def weights_alone(asked: str, given: Sequence[str], say: Callable[[str], None] = tell) -> list[str]:
+    """`--pretrained` as options for a model that a configuration describes otherwise."""
+    if asked == AUTO:
+        weights, line = choose_start(AUTO)
+        say(line)
+        asked = NONE if weights is None else weights.source
+    options = [f"{_PRETRAINED}={'null' if asked == NONE else asked}"]
+    if asked.endswith(".safetensors") and Path(asked).is_file() and value_of(given, "--model.arch.base") is None:
+        options.append(f"--model.arch.base={architectures_of(asked)[0]}")
+    return options
+
+
+def choose_recipe(
+    path: str, asked: str | None = None, given: Sequence[str] = (), say: Callable[[str], None] = tell
+) -> list[str]:
     """Command-line options for a folder of images or a dataset's name, from their number, free memory and device.
 
     Args:
         path: what to train on.
         asked: `--pretrained`; None: pretrained weights if there are few images and no model is named.
         given: the other options, which come later and so win.
+        say: takes the line that says what the training starts from.
 
     Raises:
         UserError: if pretrained weights were asked for by name and can't be had.
@@ -240,17 +270,19 @@ def choose_recipe(path: str, asked: str | None = None, given: Sequence[str] = ()
     named = path in _NAMED_IMAGES
     images = _NAMED_IMAGES[path] if named else count_images(Path(path))
     few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
-    named_model = next((option for option in _MODEL if any(_is(argument, option) for argument in given)), None)
+    named_model = next((option for option in _MODEL if value_of(given, option) is not None), None)
     if asked is None and few and named_model is not None:
-        say_from_scratch(f"{named_model} shapes the model, so that no pretrained weights are looked for")
+        say(from_scratch(f"{named_model} shapes the model, so that no pretrained weights are looked for").line)
     if asked is None and (not few or named_model is not None):
         asked = NONE
-    own_model = any(_is(argument, option) for argument in given for option in _MODEL[:2])  # a name, a base
+    own_model = named_model in _MODEL[:2]  # a name, a base
     if named and path != "synthetic_pets" and asked != NONE and value_of(given, "--data.download") in (None, "false"):
         # Before weights are asked for or fetched: a dataset that isn't there needs none.
         root = value_of(given, "--data.root") or "data"
         open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={})
-    weights = choose_start(asked, images, value_of(given, "--model.arch.base"))
+    weights, line = choose_start(asked, images, value_of(given, "--model.arch.base"))
+    if line:
+        say(line)
     depth = value_of(given, "--model.arch.depth") or ""
     own_size = value_of(given, "--data.image_size") is not None
     if weights is not None and depth.isdecimal():
@@ -285,17 +317,6 @@ def scratch_options(images: int, *, own_model: bool = False, own_size: bool = Fa
         "--data.batch_size": min(256 if torch.cuda.is_available() else 64, max(8, images // 20)),
         "--trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
     }
-
-
-def value_of(arguments: Sequence[str], option: str) -> str | None:
-    """The value of an option on a command line, the last one; None if it isn't there."""
-    found = None
-    for place, argument in enumerate(arguments):
-        if argument == option:
-            found = arguments[place + 1] if place + 1 < len(arguments) else None
-        elif argument.startswith(option + "="):
-            found = argument.partition("=")[2]
-    return found
 
 
 def count_images(folder: Path) -> int:

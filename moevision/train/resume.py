@@ -44,7 +44,7 @@ from moevision.train.processes import (
     restore_random_state,
     tell,
 )
-from moevision.train.recipe import expand_arguments, run_name, value_of
+from moevision.train.recipe import expand_arguments, run_name, take, value_of
 from moevision.train.sharded import file_with_rest
 
 OPTION, AUTO = "--resume", "auto"
@@ -342,26 +342,6 @@ class Start:
         return cls(**{**values, "run_dir": Path(values["run_dir"]), "checkpoint": checkpoint})
 
 
-def take_resume(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Separate `--resume X` (or `--resume=X`) from the other arguments.
-
-    Raises:
-        UserError: if nothing follows it.
-    """
-    rest, target = [], None
-    given = iter(arguments)
-    for argument in given:
-        if argument == OPTION:
-            target = next(given, "")
-        elif argument.startswith(OPTION + "="):
-            target = argument.partition("=")[2]
-        else:
-            rest.append(argument)
-    if target is not None and (not target or target.startswith("-")):
-        raise UserError("--resume needs a run folder, such as runs/pets, or auto.")
-    return target, rest
-
-
 def recorded_config(run_dir: Path) -> Path:
     """The config that a run began with.
 
@@ -530,6 +510,7 @@ class Session:
         interruption: listens to signals.
         clock: time in which the process ran.
         notes: what differs from the run that is resumed, a phrase each.
+        lines: to be told when the model stands and the training can begin: what it starts from.
         processes: this process among those of the training.
         run_dir: the run's folder, also while its twin trains; None before it is known.
         probe: of this training's pretrained weights, for the twin that starts from them too; None: none yet.
@@ -542,10 +523,11 @@ class Session:
         self.command = ["moevision", verb, *arguments]
         self.interruption, self.clock, self.processes = Interruption(), AwakeClock(), Processes(self._go_on)
         self.notes: list[str] = []
+        self.lines: list[str] = []
         self._claims: list[int] = []
-        self._target, self._typed = take_resume(arguments)
+        self._target, self._typed = take(arguments, OPTION, needs=f"a run folder, such as runs/pets, or {AUTO}")
         if self._target is None:
-            self.arguments = expand_arguments(verb, arguments, decide=self.processes.decide)
+            self.arguments = expand_arguments(verb, arguments, decide=self.processes.decide, say=self.lines.append)
             return
         if verb != "fit":
             raise UserError(f"{OPTION} resumes a training: use it with fit; {verb} takes --ckpt_path.")
@@ -557,7 +539,9 @@ class Session:
         name = value_of(self._typed, "--name") or (run_name(path) if path else "")
         folder = Path(value_of(self._typed, "--runs_root") or "runs") / name / "checkpoints"
         goes_on = bool(name) and folder.is_dir() and newest_valid(folder)[0] is not None
-        return expand_arguments(verb, self._typed, recorded=goes_on, decide=self.processes.decide)
+        return expand_arguments(
+            verb, self._typed, recorded=goes_on, decide=self.processes.decide, say=self.lines.append
+        )
 
     def claim(self, run_dir: Path) -> Path:
         """Keep other trainings out of this folder, until `close`; for the first process, before it touches anything.

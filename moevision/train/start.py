@@ -15,10 +15,9 @@ network is noticed within three seconds.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -95,8 +94,20 @@ class StartWeights:
     net: nn.Module
 
 
-def choose_start(asked: str | None, images: int = 0, base: str | None = None) -> StartWeights | None:
-    """The weights to start from, fetched if need be; None: from scratch. Says what was chosen and why.
+class Choice(NamedTuple):
+    """What a training starts from.
+
+    Attributes:
+        weights: None: from scratch.
+        line: says what was chosen and why, once the model stands; empty for a choice that was the user's own.
+    """
+
+    weights: StartWeights | None
+    line: str = ""
+
+
+def choose_start(asked: str | None, images: int = 0, base: str | None = None) -> Choice:
+    """The weights to start from, fetched if need be.
 
     Args:
         asked: `--pretrained`; None if it wasn't given.
@@ -107,17 +118,13 @@ def choose_start(asked: str | None, images: int = 0, base: str | None = None) ->
         UserError: if weights that were named can't be had.
     """
     if asked == NONE:
-        return None
+        return Choice(None)
     if asked is not None and asked != AUTO:
         return named_start(asked, base)
-    found = _from_cache(images)
-    if found is None:
-        weights = published(fitting(images)[0].name)
-        found = _from_hub(weights, images, unasked=asked == AUTO)
-    return found
+    return _from_cache(images) or _from_hub(published(fitting(images)[0].name), images, unasked=asked == AUTO)
 
 
-def named_start(source: str, base: str | None = None) -> StartWeights:
+def named_start(source: str, base: str | None = None) -> Choice:
     """Weights that the user named.
 
     Raises:
@@ -136,8 +143,8 @@ def named_start(source: str, base: str | None = None) -> StartWeights:
             facts = ask_hub(weights)
             licence = facts.licence or licence
             _download(weights, facts)
-    tell(f"start: {source} ({describe_weights(net)}, licence {licence}{_restricted(licence)}).")
-    return StartWeights(source, None, net)
+    line = f"start: {source} ({describe_weights(net)}, licence {licence}{_restricted(licence)})."
+    return Choice(StartWeights(source, None, net), line)
 
 
 def fitting(images: int) -> list[Candidate]:
@@ -205,20 +212,6 @@ def image_side(net: nn.Module, own: int) -> int:
     return max(1, round(wanted / patch)) * patch
 
 
-def weights_alone(asked: str, given: Sequence[str]) -> list[str]:
-    """`--pretrained` as options for a model that a configuration describes otherwise."""
-    if asked == NONE:
-        return ["--model.arch.pretrained=null"]
-    if asked == AUTO:
-        found = choose_start(AUTO)
-        return [f"--model.arch.pretrained={'null' if found is None else found.source}"]
-    options = [f"--model.arch.pretrained={asked}"]
-    names_base = any(argument.split("=")[0] == "--model.arch.base" for argument in given)
-    if asked.endswith(".safetensors") and Path(asked).is_file() and not names_base:
-        options.append(f"--model.arch.base={architectures_of(asked)[0]}")
-    return options
-
-
 def weights_file(source: str) -> Path | None:
     """The file that pretrained weights were read from, for its hash; None for one that isn't known or has gone."""
     if source.endswith(".safetensors"):
@@ -246,25 +239,25 @@ def describe_weights(net: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in net.parameters()) / 1e6:.1f} M parameters"
 
 
-def _from_file(file: Path, base: str | None) -> StartWeights:
-    fitting_names = [base] if base is not None else architectures_of(file)
+def _from_file(file: Path, base: str | None) -> Choice:
+    fitting_names = [base] if base else architectures_of(file)
     net = outline(fitting_names[0])
     metadata = read_metadata(file) if file.is_file() else {}
     others = f"; {', '.join(fitting_names[1:])} fit too: --model.arch.base NAME" if len(fitting_names) > 1 else ""
     licence = metadata.get("license", NOT_STATED)
     source = f", from {metadata['source']}" if "source" in metadata else ""
-    tell(
+    return Choice(
+        StartWeights(str(file), fitting_names[0], net),
         f"start: {file} as {fitting_names[0]} ({describe_weights(net)}, licence {licence}{_restricted(licence)}"
-        f"{source}{others})."
+        f"{source}{others}).",
     )
-    return StartWeights(str(file), fitting_names[0], net)
 
 
 def _restricted(licence: str) -> str:
     return "" if licence == NOT_STATED or is_free(licence) else ", which restricts what you may do"
 
 
-def _from_cache(images: int) -> StartWeights | None:
+def _from_cache(images: int) -> Choice | None:
     for candidate in fitting(images):
         weights = published(candidate.name)
         if is_free(weights.licence) and cached(weights) is not None:
@@ -272,39 +265,35 @@ def _from_cache(images: int) -> StartWeights | None:
     return None
 
 
-def _from_hub(weights: Published, images: int, *, unasked: bool) -> StartWeights | None:
-    """Fetch the weights if that is wanted and allowed; None, with the reason, if not."""
+def _from_hub(weights: Published, images: int, *, unasked: bool) -> Choice:
+    """Fetch the weights if that is wanted and allowed; from scratch, with the reason, if not."""
     terminal = _on_terminal()
     if not unasked and not terminal:
-        say_from_scratch(
+        return from_scratch(
             f"{weights.name} is not in the hub's cache, and without a terminal nothing is downloaded unless you say "
             f"--pretrained {AUTO}"
         )
-        return None
     try:
         facts = ask_hub(weights)
     except HubUnreachableError as error:
-        say_from_scratch(
+        return from_scratch(
             f"{str(error).rstrip('.')}, and no pretrained weights are in its cache; --pretrained FILE works"
         )
-        return None
     except UserError as error:
-        say_from_scratch(str(error).rstrip("."))
-        return None
+        return from_scratch(str(error).rstrip("."))
     for licence in (weights.licence, facts.licence):
         if licence and not is_free(licence):
-            say_from_scratch(
+            return from_scratch(
                 f"the licence of {weights.name}, {licence}, is not one that allows everything, so it is taken only if "
                 f"you name it: --pretrained {weights.name}"
             )
-            return None
     if unasked:
         _download(weights, facts)
         return _chosen(weights, images, "downloaded")
     return _ask(weights, facts, images)
 
 
-def _ask(weights: Published, facts: HubFacts, images: int) -> StartWeights | None:
+def _ask(weights: Published, facts: HubFacts, images: int) -> Choice:
     size = "" if facts.size_bytes is None else f"{facts.size_bytes / 1e6:.0f} MB, "
     answer = _answer(
         f"{images:,} images are few to learn from scratch. Start from {weights.name} ({size}licence "
@@ -315,8 +304,7 @@ def _ask(weights: Published, facts: HubFacts, images: int) -> StartWeights | Non
         _download(weights, facts)
         return _chosen(weights, images, "downloaded")
     if answer.lower() in ("n", "no", NONE):
-        tell("start: from scratch, as you wish.")
-        return None
+        return Choice(None, "start: from scratch, as you wish.")
     return named_start(answer)
 
 
@@ -340,17 +328,17 @@ def _download(weights: Published, facts: HubFacts) -> None:
     fetch_weights(weights.name)
 
 
-def _chosen(weights: Published, images: int, origin: str) -> StartWeights:
+def _chosen(weights: Published, images: int, origin: str) -> Choice:
     start = StartWeights(weights.name, None, outline(weights.name))
     few = f"{images:,} images are few to learn from scratch, and " if images else ""
     where = "a GPU" if _accelerated() else f"a CPU (threads: {torch.get_num_threads()})"
-    tell(
+    return Choice(
+        start,
         f"start: {weights.name} ({describe_weights(start.net)}, licence {weights.licence}), {origin}: "
-        f"{few}it suits {where}. Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}."
+        f"{few}it suits {where}. Others: --pretrained NAME|FILE|FOLDER; none: --pretrained {NONE}.",
     )
-    return start
 
 
-def say_from_scratch(reason: str) -> None:
-    """Say why few images start from scratch, and what is lost by it."""
-    tell(f"start: from scratch ({reason}). {LOST}")
+def from_scratch(reason: str) -> Choice:
+    """Why few images start from scratch, and what is lost by it."""
+    return Choice(None, f"start: from scratch ({reason}). {LOST}")

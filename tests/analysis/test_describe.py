@@ -60,7 +60,7 @@ def test_up_to_eight_experts_have_colours_and_more_have_numbers_on_grey() -> Non
 
 
 def test_one_expert_is_highlighted() -> None:
-    assert expert_colours(3, highlight=1) == [FADED, EXPERT_COLOURS[1], FADED]
+    assert [expert_colour(e, 3, highlight=1) for e in range(3)] == [FADED, EXPERT_COLOURS[1], FADED]
     assert [expert_colour(e, 64, highlight=5) for e in (4, 5, 6)] == [FADED, HIGHLIGHT, FADED]
 
 

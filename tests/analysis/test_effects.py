@@ -396,7 +396,7 @@ def test_json_says_everything(intervention: Intervention) -> None:
     found = effect(model, picture(1), intervention)
     written = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert written["schema"] == "moevision.effect/1"
-    assert Intervention.from_json(written["intervention"]) == intervention
+    assert Intervention(**written["intervention"]) == intervention
     assert written["before"][0]["class"] == CLASSES[found.target]
     assert written["before"][0]["p"] == max(found.before)
     assert len(written["control"]["deltas"]) == written["control"]["n"] == 20

@@ -2,11 +2,11 @@
 
 import copy
 import itertools
-import json
 import pickle
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import numpy as np
 import pytest
@@ -487,9 +487,6 @@ def test_compiled_code_obeys_without_being_compiled_again() -> None:
         (lambda: Intervention("ablate", layer=1, expert=1, fill="mean"), "next_best or zero"),
         (lambda: Intervention("capacity", factor=0.0), "positive number"),
         (lambda: Intervention("capacity", factor=float("nan")), "positive number"),
-        (lambda: Intervention.from_json({"layer": 1}), "names its kind"),
-        (lambda: Intervention.from_json({"kind": "capacity", "factor": "1"}), "wrong type"),
-        (lambda: Intervention.from_json({"kind": "ablate", "layer": "1", "expert": 2}), "whole number"),
         (lambda: ablate(make_model(), 2, 0).__enter__(), "choose one of 1, 3"),
         (lambda: ablate(make_model(), 1, 6).__enter__(), "experts are 0 to 5"),
         (lambda: swap(make_model(), 1, 0, 6).__enter__(), "experts are 0 to 5"),
@@ -514,9 +511,8 @@ def test_what_does_not_fit_is_said(make: Callable[[], object], message: str) -> 
         {"kind": "capacity", "layer": 3, "factor": 1.25},
     ],
 )
-def test_json_round_trip(value: dict[str, object]) -> None:
-    assert Intervention.from_json(json.loads(json.dumps(value))).to_json() == value
-    assert Intervention.from_json({**value, "unrelated": [1]}).to_json() == value
+def test_json_says_what_belongs_to_the_kind(value: dict[str, Any]) -> None:
+    assert Intervention(**value).to_json() == value
 
 
 def test_an_edit_of_ones_own() -> None:

@@ -39,7 +39,8 @@ def make_run(folder, seed):
             layer.router.weight.normal_()
     names = list(SyntheticPets.classes)
     save_model(SavedModel(net, names, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), folder / "model")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"path": "synthetic_pets", "seed": 0, "root": "data"}}))
+    config = {"seed_everything": seed, "data": {"path": "synthetic_pets", "seed": 0, "root": "data"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
@@ -281,6 +282,9 @@ def test_what_it_refuses(cli, runs, tmp_path):
     refused(cli("analyze", model, data, "--limit=0"), "--limit is 0", "at least 20")
     refused(cli("analyze", model, data, "--permutations=3"), "--permutations is 3")
     refused(cli("analyze", runs[0], f"--seeds={tmp_path / 'gone'}", f"--out={tmp_path / 'o'}"), "gone")
+    for seeds in (runs[:1], (runs[1], runs[1] / "model")):  # the run itself, and another one twice
+        outcome = cli("analyze", runs[0], "--seeds", *seeds, f"--out={tmp_path / 'o'}")
+        refused(outcome, f"{seeds[-1]} has the seed of {seeds[0]}", "--seed_everything")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
     refused(cli("analyze", runs[0], f"--out={tmp_path / 'thesis'}"), "chapter.tex", "new folder")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import moevision
-from moevision.analysis import collect_routing
+from moevision.analysis import collect_routing, images
 from moevision.analysis.images import data_settings
 from moevision.data import SyntheticPets
+from moevision.data.sources import open_collection
 from moevision.demo import route_image
 from moevision.demo.atlas import load_atlas
 from moevision.demo.bundle import Card, DataOptions, bundled_folders, card_of_run, open_entries, read_card
@@ -138,8 +139,16 @@ def test_a_run_shows_what_it_held_out_when_its_own_folder_is_named(tiny_run, tmp
     assert 0 < len(held_out) < len(list(folder.rglob("*.png")))
     monkeypatch.chdir(folder.parent)
     copy = shutil.copytree(folder, tmp_path / "moved")
+    listed = []
+
+    def listing(path, **options):
+        listed.append(path)
+        return open_collection(path, **options)
+
+    monkeypatch.setattr(images, "open_collection", listing)
     for name in (str(folder), f"{folder}/", folder.name, str(copy)):
         assert open_entries(str(tiny_run), DataOptions(name))[0].examples.names == held_out
+    assert listed[3:] == [str(copy), str(folder)], "each is listed once"
 
 
 def test_a_run_shows_the_pictures_that_it_held_out(tiny_run):

@@ -17,7 +17,7 @@ from moevision.demo import route_image
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.examples import Examples, Recent, photo_files
 from moevision.demo.facts import SHARP_PX, sharp_square
-from moevision.demo.galleries import Galleries, readable
+from moevision.demo.galleries import Galleries, read_into_memory
 from moevision.demo.service import Explorer
 from moevision.demo.view import Settings
 from moevision.demo.wire import open_data_uri
@@ -493,7 +493,7 @@ def test_pictures_in_memory_leave_out_what_can_not_be_read(drawn_pets, tmp_path)
     broken = sorted((tmp_path / "pets" / "cat").iterdir())[0]
     broken.write_bytes(b"no picture")
     pictures = open_pictures(tmp_path / "pets", 32, split="all")
-    held = readable(pictures)
+    held = read_into_memory(pictures)
     assert len(held) == len(pictures) - 1
     names = [held.picture_name(index) for index in range(len(held))]
     assert f"cat/{broken.name}" not in names

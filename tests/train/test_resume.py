@@ -35,7 +35,8 @@ from moevision.train.checkpoint import newest_valid, plain
 from moevision.train.cli import quiet_lightning
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import random_state, restore_random_state
-from moevision.train.resume import CheckpointConfig, changed_options, claim, recorded_config, release, take_resume
+from moevision.train.recipe import take
+from moevision.train.resume import CheckpointConfig, Session, changed_options, claim, recorded_config, release
 from moevision.train.task import ClassificationTask
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv", "scores.csv")
@@ -507,12 +508,12 @@ def _own() -> None:
 
 
 def test_the_argument():
-    assert take_resume(["a", "--resume", "runs/x", "-b"]) == ("runs/x", ["a", "-b"])
-    assert take_resume(["--resume=auto"]) == ("auto", [])
-    assert take_resume(["a"]) == (None, ["a"])
+    assert take(["a", "--resume", "runs/x", "-b"], "--resume") == ("runs/x", ["a", "-b"])
+    assert take(["--resume=runs/x", "--resume=auto"], "--resume") == ("auto", [])
+    assert take(["a"], "--resume") == (None, ["a"])
     for wrong in (["--resume"], ["--resume="], ["--resume", "--data.path"]):
-        with pytest.raises(UserError, match="run folder"):
-            take_resume(wrong)
+        with pytest.raises(UserError, match="--resume needs a run folder"):
+            Session("fit", wrong)
 
 
 def test_random_generators_come_back():

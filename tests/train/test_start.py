@@ -64,27 +64,27 @@ def typed(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
 # ---- what is fetched, and when
 
 
-def test_without_a_terminal_nothing_is_downloaded(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
-    assert choose_start(None, IMAGES) is None
+def test_without_a_terminal_nothing_is_downloaded(hub: FakeHub) -> None:
+    weights, said = choose_start(None, IMAGES)
+    assert weights is None
     assert hub.asked == []
-    said = capsys.readouterr().err
     assert "start: from scratch" in said
     assert "--pretrained auto" in said
 
 
 def test_auto_downloads_once(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
-    found = choose_start(AUTO, IMAGES)
+    found, line = choose_start(AUTO, IMAGES)
     assert found is not None
     assert found.source == NAME
     size = len(hub.files[REPOSITORY]["model.safetensors"]) / 1e6
     said = capsys.readouterr().err
     assert f"downloading {NAME} from {REPOSITORY}, {size:.1f} MB, licence apache-2.0" in said
-    assert "500 images are few" in said
+    assert "500 images are few" in line
     asked = len(hub.asked)
-    again = choose_start(None, IMAGES)  # from the cache: nobody is asked
+    again, line = choose_start(None, IMAGES)  # from the cache: nobody is asked
     assert again is not None
     assert len(hub.asked) == asked
-    assert "from the hub's cache" in capsys.readouterr().err
+    assert "from the hub's cache" in line
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_download_that_breaks_off_goes_on(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     impatient(monkeypatch)
     hub.breaks[:] = [100_000]
-    assert choose_start(AUTO, IMAGES) is not None
+    assert choose_start(AUTO, IMAGES).weights is not None
     assert hub.ranges == ["", "bytes=100000-"]
 
 
@@ -106,10 +106,9 @@ def test_a_download_that_is_given_up_leaves_nothing_half(hub: FakeHub, monkeypat
     with pytest.raises(UserError, match=r"broke off .*start the same command again"):
         choose_start(AUTO, IMAGES)
     assert hub.ranges[1:] == ["bytes=100000-"] * 5
-    assert choose_start(None, IMAGES) is None  # nothing that looks whole is in the cache
+    assert choose_start(None, IMAGES).weights is None  # nothing that looks whole is in the cache
     hub.breaks.clear()
-    found = choose_start(AUTO, IMAGES)
-    assert found is not None
+    assert choose_start(AUTO, IMAGES).weights is not None
     torch.manual_seed(0)
     expected = timm.create_model("test_vit").state_dict()
     loaded = start.create_from(NAME).state_dict()
@@ -117,9 +116,7 @@ def test_a_download_that_is_given_up_leaves_nothing_half(hub: FakeHub, monkeypat
 
 
 @pytest.mark.parametrize("nobody", ["refuses", "is silent", "name server hangs", "HF_HUB_OFFLINE"])
-def test_offline_is_known_within_three_seconds(
-    nobody: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_offline_is_known_within_three_seconds(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
     silent = socket.create_server(("127.0.0.1", 0))  # takes connections and never answers
@@ -131,9 +128,9 @@ def test_offline_is_known_within_three_seconds(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     began = time.monotonic()
     with silent:
-        assert choose_start(AUTO, IMAGES) is None
+        weights, said = choose_start(AUTO, IMAGES)
+    assert weights is None
     assert time.monotonic() - began < PATIENCE_S + 2  # two seconds for a busy machine
-    said = capsys.readouterr().err
     assert "start: from scratch (The hub can't be reached" in said
     assert (nobody != "HF_HUB_OFFLINE") or "HF_HUB_OFFLINE is set" in said
 
@@ -152,19 +149,19 @@ def test_what_cannot_become_experts_is_not_even_downloaded(hub: FakeHub) -> None
     assert hub.asked == []
 
 
-def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_licence_that_is_not_free_must_be_named(hub: FakeHub) -> None:
     hub.licence = "cc-by-nc-4.0"
-    assert choose_start(AUTO, IMAGES) is None
-    said = capsys.readouterr().err
+    weights, said = choose_start(AUTO, IMAGES)
+    assert weights is None
     assert "cc-by-nc-4.0" in said
     assert f"--pretrained {NAME}" in said
     assert hub.ranges == []  # nothing was fetched
-    named = choose_start(NAME, IMAGES)
+    named, said = choose_start(NAME, IMAGES)
     assert named is not None
-    assert "licence cc-by-nc-4.0, which restricts what you may do" in capsys.readouterr().err
+    assert "licence cc-by-nc-4.0, which restricts what you may do" in said
 
 
-def test_what_is_lost_is_what_the_records_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_lost_is_what_the_records_say() -> None:
     """Said where nothing could be had, not to who wants to start from scratch."""
     seeds = {"pretrained": ("folder-clusters", "folder-clusters-s1", "folder-clusters-s2"), "scratch": ("folder-none",)}
     tests = {
@@ -175,11 +172,8 @@ def test_what_is_lost_is_what_the_records_say(capsys: pytest.CaptureFixture[str]
         f"{100 * sum(test['correct'] for test in of) / sum(test['total'] for test in of):.0f} %"
         for of in tests.values()
     )
-    assert choose_start(None, IMAGES) is None
-    said = capsys.readouterr().err
-    assert f"pretrained weights got {pretrained} right, a model from scratch {scratch}." in said
-    assert choose_start(NONE, IMAGES) is None
-    assert capsys.readouterr().err == ""
+    assert f"got {pretrained} right, a model from scratch {scratch}." in choose_start(None, IMAGES).line
+    assert choose_start(NONE, IMAGES) == (None, "")
 
 
 # ---- the question
@@ -187,7 +181,7 @@ def test_what_is_lost_is_what_the_records_say(capsys: pytest.CaptureFixture[str]
 
 def test_yes_at_a_terminal(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     waiting = typed(monkeypatch, "")
-    found = choose_start(None, IMAGES)
+    found = choose_start(None, IMAGES).weights
     assert found is not None
     assert found.source == NAME
     assert waiting == []
@@ -198,11 +192,11 @@ def test_yes_at_a_terminal(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_no_at_a_terminal_and_another_choice(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     typed(monkeypatch, "n")
-    assert choose_start(None, IMAGES) is None
+    assert choose_start(None, IMAGES).weights is None
     assert hub.ranges == []
     save_model(describe(timm.create_model("test_vit", num_classes=2)), tmp_path / "dense")
     typed(monkeypatch, "dense")
-    found = choose_start(None, IMAGES)
+    found = choose_start(None, IMAGES).weights
     assert found is not None
     assert found.source == "dense"
 

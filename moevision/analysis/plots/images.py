@@ -57,7 +57,6 @@ def plot_overlay(
     image: int = 0,
     *,
     layers: Sequence[int] | None = None,
-    highlight: int | None = None,
 ) -> Figure:
     """The image, and per MoE layer the expert of every patch: colour and number, opacity = gate weight.
 
@@ -66,7 +65,6 @@ def plot_overlay(
         trace: routing of one or more images.
         image: which of them is `picture`.
         layers: block indices of the layers to show; all of the trace by default.
-        highlight: the one expert to colour (in each layer).
     """
     shown = _layers(trace, layers)
     columns = min(1 + len(shown), _PER_ROW)
@@ -79,7 +77,7 @@ def plot_overlay(
     panel_title(axes, "image")
     for place, layer in enumerate(shown, start=2):
         axes = figure.add_subplot(rows, columns, place)
-        _draw_experts(axes, picture, layer, image, trace.grid, highlight)
+        _draw_experts(axes, picture, layer, image, trace.grid)
         panel_title(axes, layer.name, _first_choices(layer, image))
     heading(figure, f"Where each patch goes: {verdict_on(trace, image)}", _overlay_note({each.kind for each in shown}))
     return figure
@@ -109,14 +107,12 @@ def _overlay_note(kinds: set[RoutingKind]) -> str:
     return f"{said} Equal colours in two layers are unrelated experts."
 
 
-def _draw_experts(
-    axes: Axes, picture: Picture, layer: LayerTrace, image: int, grid: tuple[int, int], highlight: int | None
-) -> None:
+def _draw_experts(axes: Axes, picture: Picture, layer: LayerTrace, image: int, grid: tuple[int, int]) -> None:
     rows, columns = grid
     first = np.asarray(layer.expert_index[image, :, 0], dtype=np.int64)
     kept = np.asarray(layer.kept[image, :, 0], dtype=bool)
     weight = np.clip(np.asarray(layer.combine_weight[image, :, 0], dtype=np.float64), 0, 1)
-    palette = np.stack([rgb_of(colour) for colour in expert_colours(layer.num_experts, highlight)])
+    palette = np.stack([rgb_of(colour) for colour in expert_colours(layer.num_experts)])
     if layer.kind == "soft":  # the largest of E weights that sum to 1 is never below 1 / E
         weight = np.clip((layer.num_experts * weight - 1) / max(1, layer.num_experts - 1), 0, 1)
     alpha = np.where(kept, 0.12 + 0.75 * weight, 0.0)

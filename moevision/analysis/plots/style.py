@@ -217,9 +217,9 @@ def expert_colour(expert: int, num_experts: int, highlight: int | None = None) -
     return HIGHLIGHT if expert == highlight else NEUTRAL
 
 
-def expert_colours(num_experts: int, highlight: int | None = None) -> list[str]:
+def expert_colours(num_experts: int) -> list[str]:
     """[E] colours of a layer's experts, in order."""
-    return [expert_colour(expert, num_experts, highlight) for expert in range(num_experts)]
+    return [expert_colour(expert, num_experts) for expert in range(num_experts)]
 
 
 def ink_on(colour: str) -> str:

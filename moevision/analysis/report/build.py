@@ -31,7 +31,7 @@ import moevision.analysis.plots as plots
 from moevision import __version__, package_version
 from moevision.analysis.collect import UNREAD, collect_routing
 from moevision.analysis.describe import co_activation, gate_weight_quantiles, part_expert_table, position_share
-from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, pictures_for
+from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, pictures_for, run_folder
 from moevision.analysis.plots.style import figure_png
 from moevision.analysis.report.measure import (
     ReportSettings,
@@ -52,7 +52,7 @@ from moevision.layers import LabelRouter, moe_layers
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel, load_model
 from moevision.models.reading import routes_read
-from moevision.models.safe_files import read_json
+from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import shown
 
 Json = dict[str, Any]
@@ -97,9 +97,11 @@ def analyze(settings: ReportSettings) -> Json:
         What `report.json` holds.
 
     Raises:
-        UserError: if there is no such model or data, the model has no MoE layers, or `out` holds other files.
+        UserError: if there is no such model or data, the model has no MoE layers, two trainings have one seed, or `out`
+            holds other files.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
+    _check_seeds(settings)
     model = load_model(settings.model)
     layers = moe_layers(model.net)
     if not layers:
@@ -143,6 +145,25 @@ def analyze(settings: ReportSettings) -> Json:
     pngs = {entry["file"]: png for entry, png in drawn}
     write_report(folder, numbers, render(numbers, pngs), pngs)
     return numbers
+
+
+def _check_seeds(settings: ReportSettings) -> None:
+    """Refuse two trainings of one seed: they tell nothing of the luck of a training."""
+    known: dict[int, str] = {}
+    for address in (settings.model, *settings.seeds):
+        run = run_folder(address)
+        try:
+            seed = None if run is None else read_yaml(run / "config.yaml").get("seed_everything")
+        except (OSError, ValueError, AttributeError):  # as a model without a run: its seed isn't known
+            continue
+        if not isinstance(seed, int):
+            continue
+        if seed in known:
+            raise UserError(
+                f"{address} has the seed of {known[seed]}, {seed}, and is no independent training: leave it out of "
+                "--seeds, or train it with another --seed_everything."
+            )
+        known[seed] = address
 
 
 def _open(settings: ReportSettings, model: SavedModel) -> PictureSet:
