@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moevision import label_oracle
 from moevision.efficiency import LayerCount, count_layers, flop_counter
 
 _aten = torch.ops.aten
@@ -70,23 +69,18 @@ class FlopCount:
         return 1 - self.useful / self.executed
 
 
-def inference_flops(
-    model: nn.Module, images: Tensor, *, labels: Tensor | None = None, autocast: torch.dtype | None = None
-) -> FlopCount:
+def inference_flops(model: nn.Module, images: Tensor, *, autocast: torch.dtype | None = None) -> FlopCount:
     """Count one forward pass in eval mode without gradients; the model is left as it was.
 
     Args:
         model: an image model, MoE or dense.
         images: [B, 3, H, W] on the model's device; padding depends on where their tokens go.
-        labels: [B] classes, which only the router `label` wants; zeros if None.
         autocast: dtype of autocast; None for none.
     """
-    return _count(model, images, labels, autocast, training=False)
+    return _count(model, images, autocast, training=False)
 
 
-def training_flops(
-    model: nn.Module, images: Tensor, *, labels: Tensor | None = None, autocast: torch.dtype | None = None
-) -> FlopCount:
+def training_flops(model: nn.Module, images: Tensor, *, autocast: torch.dtype | None = None) -> FlopCount:
     """Count one forward and backward pass in train mode, on a copy of the model.
 
     Losses and optimizers have no matrix products (Muon and its like, which do, are not counted).
@@ -94,20 +88,17 @@ def training_flops(
     Args:
         model: an image model, MoE or dense; parameters that don't require a gradient cost none.
         images: [B, 3, H, W] on the model's device; the pixels get no gradient.
-        labels: as for `inference_flops`.
         autocast: as for `inference_flops`.
     """
-    once = _count(model, images, labels, autocast, training=True)
+    once = _count(model, images, autocast, training=True)
     if not getattr(model, "grad_checkpointing", False):
         return once
-    executed, _, _ = _run(model, images, labels, autocast, training=True, checkpointing=True)
+    executed, _, _ = _run(model, images, autocast, training=True, checkpointing=True)
     return replace(once, executed=executed)
 
 
-def _count(
-    model: nn.Module, images: Tensor, labels: Tensor | None, autocast: torch.dtype | None, *, training: bool
-) -> FlopCount:
-    executed, recomputed, layers = _run(model, images, labels, autocast, training=training, checkpointing=False)
+def _count(model: nn.Module, images: Tensor, autocast: torch.dtype | None, *, training: bool) -> FlopCount:
+    executed, recomputed, layers = _run(model, images, autocast, training=training, checkpointing=False)
     experts = [(layer.rows(), layer.kept_rows(), layer.per_row(backward=training)) for layer in layers]
     wasted = sum((rows - kept) * per_row for rows, kept, per_row in experts)
     return FlopCount(
@@ -121,29 +112,18 @@ def _count(
 
 
 def _run(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor | None,
-    autocast: torch.dtype | None,
-    *,
-    training: bool,
-    checkpointing: bool,
+    model: nn.Module, images: Tensor, autocast: torch.dtype | None, *, training: bool, checkpointing: bool
 ) -> tuple[int, int, list[LayerCount]]:
     """FLOPs of one pass, those of attention scores computed twice, and the MoE layers (none under checkpointing)."""
     # The copy of a compiled block is an uncompiled one; `torch.compile(model)` wraps the model instead.
     net = copy.deepcopy(cast(nn.Module, getattr(model, "_orig_mod", model))).train(training)
     if getattr(net, "grad_checkpointing", False) and not checkpointing:
         cast(Any, net).set_grad_checkpointing(False)
-    labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
     scope: AbstractContextManager[Any] = (
         nullcontext() if autocast is None else torch.autocast(images.device.type, dtype=autocast)
     )
     layers: list[LayerCount] = []
-    with (
-        flop_counter() as counter,
-        torch.random.fork_rng(devices=[images.device] if images.is_cuda else []),
-        label_oracle(net, labels),
-    ):
+    with flop_counter() as counter, torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         with scope, torch.set_grad_enabled(training):
             if checkpointing:
                 output = net(images)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.phases import PhaseClock
 from moevision.errors import UserError
-from moevision.layers import forward_routing, label_oracle, update_router_bias
+from moevision.layers import forward_routing, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import unknown_name
@@ -212,7 +212,7 @@ class TrainingStep:
 
         with phase("rest"):
             self.aux_loss.start_window()
-            with phase("rest of the forward pass"), self.autocast(), label_oracle(self.net, labels):
+            with phase("rest of the forward pass"), self.autocast():
                 logits, routings = forward_routing(self.net, images)
             with phase("losses"):
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.subject.label_smoothing)

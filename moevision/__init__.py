@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from moevision.errors import UserError
 
 if TYPE_CHECKING:
-    from moevision.layers import MoEMlp, Routing, forward_routing, label_oracle, record_routing, update_router_bias
+    from moevision.layers import MoEMlp, Routing, forward_routing, record_routing, update_router_bias
     from moevision.models import VisionTransformerMoE, convert_to_moe, dense_twin
     from moevision.models.upcycle import upcycle
 
@@ -30,7 +30,6 @@ __all__ = [
     "convert_to_moe",
     "dense_twin",
     "forward_routing",
-    "label_oracle",
     "record_routing",
     "upcycle",
     "update_router_bias",
@@ -44,7 +43,6 @@ _HOME = {
     "convert_to_moe": "models",
     "dense_twin": "models",
     "forward_routing": "layers",
-    "label_oracle": "layers",
     "record_routing": "layers",
     "upcycle": "models.upcycle",
     "update_router_bias": "layers",

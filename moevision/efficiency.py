@@ -21,16 +21,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
-from moevision.layers import (
-    Backend,
-    MoEMlp,
-    Routing,
-    SoftRouter,
-    SoftRouting,
-    label_oracle,
-    moe_layers,
-    record_routing,
-)
+from moevision.layers import Backend, MoEMlp, Routing, SoftRouter, SoftRouting, moe_layers, record_routing
 
 
 @dataclass(frozen=True)
@@ -65,8 +56,7 @@ def measure_cost(
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     parameter = next(model.parameters())
     image = torch.zeros(1, in_chans, height, width, device=parameter.device, dtype=parameter.dtype)
-    labels = torch.zeros(1, dtype=torch.int64)
-    with torch.no_grad(), _eval_with(model, backend), label_oracle(model, labels), flop_counter() as counter:
+    with torch.no_grad(), _eval_with(model, backend), flop_counter() as counter:
         _, layers = count_layers(model, counter, lambda: model(image))
     router = sum(layer.router for layer in layers)
     executed = int(counter.get_total_flops())

@@ -68,7 +68,6 @@ def test_router_study_tunes_resumes_and_reports(run, bench, tmp_path, monkeypatc
     assert "| `vmoe_top_k` |" in run("routers", "--out", out, "--report", "--figure", tmp_path / "routers.png")
     assert (tmp_path / "routers.png").stat().st_size > 1000
     assert "another steps" in bench("routers", "--out", out, "--steps", 3).err
-    assert "label" not in routers.ROWS
 
 
 def test_rows_take_one_learning_rate_unless_their_own_is_clearly_better() -> None:

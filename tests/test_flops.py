@@ -47,7 +47,7 @@ def pictures(count=BATCH, side=SIDE):
 
 def router_flops(router, training):
     """One multiply-add for each weight of the router, per token; the colour router's distances don't count."""
-    if router in ("hash", "random", "position", "colour", "label"):
+    if router in ("hash", "random", "position", "colour"):
         return 0
     if router == "cosine":  # a projection to min(256, D) features, then one embedding per expert
         return 2 * DIM * min(256, DIM) + 2 * min(256, DIM) * EXPERTS

@@ -90,10 +90,9 @@ def _measure_steps(
     rounds = {"repetitions": options.repetitions, "warm_up": options.warm_up}
     with harness.progress_bar("training steps", sum(rounds.values()) * len(steps)) as on_step:
         timings = interleave(candidates, **rounds, device=device, on_step=on_step)
-    few = [tensor[:4] for tensor in batch]
     facts = {}
     for name, step in steps.items():
-        flops = training_flops(step.net, few[0], labels=few[1])
+        flops = training_flops(step.net, batch[0][:4])
         size = sum(parameter.numel() for parameter in step.net.parameters())
         facts[name] = {"parameters": size, "training_flops_per_image": flops.useful_per_image}
     rows, peak = rows_of(timings, list(steps), facts), peaks.get(options.precision)

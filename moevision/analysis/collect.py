@@ -12,7 +12,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -32,17 +32,7 @@ from moevision.analysis.trace import Array, RoutingTrace, TensorBuffer, TensorFi
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
-from moevision.layers import (
-    LabelRouter,
-    MoEMlp,
-    Routing,
-    SoftRouter,
-    SoftRouting,
-    forward_routing,
-    label_oracle,
-    moe_layers,
-    routing_lock,
-)
+from moevision.layers import MoEMlp, Routing, SoftRouter, SoftRouting, forward_routing, moe_layers, routing_lock
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.reading import unread_layers
 
@@ -66,8 +56,8 @@ def collect_routing(
     """Run a model over images and keep what each MoE layer decided about each patch.
 
     Runs in eval mode on the best device, as `moevision predict` does, and under whatever intervention is in force.
-    Routers by `label` are told the images' classes. Images that can't be read are left out and counted in a
-    `DataWarning`. One layer whose routes no classifier reads is warned of once, too.
+    Images that can't be read are left out and counted in a `DataWarning`. One layer whose routes no classifier reads
+    is warned of once, too.
 
     Args:
         model: a run folder, its model/ folder or a timm address; a `SavedModel`; or any timm ViT with MoE layers. The
@@ -90,8 +80,7 @@ def collect_routing(
         The trace.
 
     Raises:
-        UserError: if there is no such model or data, the model has no MoE layer, no image can be read, or the model
-            routes by the class and an image has none.
+        UserError: if there is no such model or data, the model has no MoE layer, or no image can be read.
 
     Examples:
         >>> from moevision.demo import bundled_model
@@ -110,9 +99,6 @@ def collect_routing(
     about = _about(saved, pictures, name or model_title(model), settings)
     reader = PictureReader(pictures, saved, batch_size)
     net = saved.net.to(best_device())
-    oracles = any(isinstance(layer.router, LabelRouter) for layer in moe_layers(net))
-    if oracles and any(pictures.label(index) < 0 for index in range(len(pictures))):
-        raise UserError("The router 'label' routes by the class: give images whose classes are known.")
     sink: TensorBuffer | TensorFile | None = None
     with ExitStack() as stack:
         stack.enter_context(evaluating(net))
@@ -125,8 +111,7 @@ def collect_routing(
                 stacklevel=1,  # one place, so that Python says it once
             )
         for batch in reader.batches(progress):
-            with label_oracle(net, batch.labels) if oracles else nullcontext():
-                rows, place = _rows(net, batch)
+            rows, place = _rows(net, batch)
             if sink is None:
                 names = [pictures.picture_name(index) for index in range(len(pictures))]
                 num_outputs = rows["probabilities"].shape[1]

@@ -27,7 +27,7 @@ from moevision.demo.noise import noise_of
 from moevision.demo.steps import steps
 from moevision.demo.wire import data_uri
 from moevision.errors import UserError
-from moevision.layers import HandmadeRouter, LabelRouter, MoEMlp, Routing, forward_routing
+from moevision.layers import HandmadeRouter, MoEMlp, Routing, forward_routing
 from moevision.layers.moe import moe_layers
 from moevision.layers.routing import Kind, RouteBy
 from moevision.models.io import SavedModel
@@ -158,19 +158,6 @@ def slots_of(routing: Routing) -> int | None:
     return None if weight is None else int(weight.shape[-1])
 
 
-def check_not_an_oracle(layers: Iterable[MoEMlp]) -> None:
-    """Refuse a model whose routing needs the answer.
-
-    Raises:
-        UserError: if a layer routes by the class.
-    """
-    if any(isinstance(layer.router, LabelRouter) for layer in layers):
-        raise UserError(
-            "This model's router 'label' is an oracle, which must be told the class of every image: the explorer "
-            "can't show it. Open a model with another router."
-        )
-
-
 def common(values: Iterable[int]) -> int | None:
     """The value that all layers share; None where they differ."""
     found = set(values)
@@ -280,12 +267,11 @@ def describe(model: SavedModel, *, id: str = "model", title: str = "model", **te
     """What a view says about a model, read off the network.
 
     Raises:
-        UserError: if it has no MoE layer, its patches aren't a grid, or a router must be told the answer.
+        UserError: if it has no MoE layer, or its patches aren't a grid.
     """
     layers = moe_layers(model.net)
     if not layers:
         raise UserError("This model has no MoE layer, so there is no routing to see: give a model made by moevision.")
-    check_not_an_oracle(layers)
     _, routings = route_batch(model, np.zeros((1, model.image_size, model.image_size, 3), np.uint8))
     grid = routings[0].grid
     if grid is None or any(routing.layer is None for routing in routings):

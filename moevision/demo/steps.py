@@ -19,7 +19,6 @@ _RULES: Final = {
     "RandomRouter": "A draw that is fixed for each position (in training a new one each time)",
     "PositionRouter": "The patch's place, from top to bottom,",
     "ColourRouter": "The nearest of a few colours",
-    "LabelRouter": "The class of the image, which it is told,",
 }
 
 

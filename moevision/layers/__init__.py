@@ -1,6 +1,6 @@
 """The MoE layer in pure torch: no timm, no Lightning, no files. Begin with `reference.py`, then `moe.py`."""
 
-from moevision.layers.baselines import ColourRouter, HandmadeRouter, LabelRouter, label_oracle
+from moevision.layers.baselines import ColourRouter, HandmadeRouter
 from moevision.layers.dispatch import Dispatched, LocalDispatcher
 from moevision.layers.experts import Backend, Experts, PackedLinear
 from moevision.layers.moe import MoEMlp, SharedExperts, describe_moe, moe_layers, update_router_bias
@@ -35,7 +35,6 @@ __all__ = [
     "ExpertChoiceRouting",
     "Experts",
     "HandmadeRouter",
-    "LabelRouter",
     "LocalDispatcher",
     "MoEMlp",
     "PackedLinear",
@@ -52,7 +51,6 @@ __all__ = [
     "capacity_of",
     "describe_moe",
     "forward_routing",
-    "label_oracle",
     "moe_layers",
     "record_routing",
     "router_kind",

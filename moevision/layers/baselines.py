@@ -2,8 +2,7 @@
 
 - `hash`: each position has fixed experts (Roller et al. 2021, arXiv:2106.04426; images have no vocabulary, so the
   position is what is hashed). `random`: experts drawn anew for every token in training, by position in evaluation.
-- `position`, `colour`, `label`: what a person would try. Bands of the image; clusters of the patches' mean colour;
-  the class itself, an oracle that must be told it and never belongs in a table of accuracies.
+- `position`, `colour`: what a person would try. Bands of the image; clusters of the patches' mean colour.
 
 Their choice has no gradient, all gates are 1/K, and no loss balances them. With K > 1 a token's further experts are the
 next ones in cyclic order.
@@ -13,8 +12,6 @@ Axes: B images, N tokens of an image (prefix tokens first), E experts, K choices
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers.routing import Routing, at_least_float32, check_top_k, routing_lock
+from moevision.layers.routing import Routing, at_least_float32, check_top_k
 
 _CERTAINTY = 10.0  # a chosen expert's logit stands this much above the cyclic order of all
 _GOLDEN_RATIO = 2_654_435_769  # 2³² / φ: Fibonacci hashing (Knuth, TAOCP 3, §6.4) spreads consecutive numbers evenly
@@ -180,40 +177,6 @@ class ColourRouter(HandmadeRouter):
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle carries no images along."""
         return {**self.__dict__, "_colours": None}
-
-
-class LabelRouter(HandmadeRouter):
-    """An oracle: all tokens of an image go to the expert of its class, label mod E."""
-
-    labels: Tensor | None = None
-
-    def first_expert(self, x: Tensor) -> Tensor:
-        """The label that the open `label_oracle` tells."""
-        if self.labels is None or len(self.labels) != len(x):
-            known = "none" if self.labels is None else f"{len(self.labels)}"
-            raise UserError(
-                f"The router 'label' is an oracle: open `with moevision.label_oracle(model, labels):` around the "
-                f"model, with a label for each of its {len(x)} images ({known} given)."
-            )
-        return (self.labels.to(x.device) % self.num_experts).view(-1, 1)
-
-
-@contextmanager
-def label_oracle(model: nn.Module, labels: Tensor) -> Iterator[None]:
-    """Tell the `label` routers of a model the classes [B] of the images it is about to see; others don't mind."""
-    routers = [module for module in model.modules() if isinstance(module, LabelRouter)]
-    if not routers:
-        yield
-        return
-    with routing_lock(model):
-        before = [router.labels for router in routers]
-        for router in routers:
-            router.labels = labels
-        try:
-            yield
-        finally:
-            for router, known in zip(routers, before, strict=True):
-                router.labels = known
 
 
 def _grid(patch_embed: nn.Module) -> tuple[int, int]:

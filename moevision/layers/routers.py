@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers.baselines import ColourRouter, HashRouter, LabelRouter, PositionRouter, RandomRouter
+from moevision.layers.baselines import ColourRouter, HashRouter, PositionRouter, RandomRouter
 from moevision.layers.cpu import best, softmax_over_experts
 from moevision.layers.routers_soft import ExpertChoiceRouter, SoftRouter
 from moevision.layers.routing import (
@@ -464,7 +464,6 @@ ROUTERS: dict[str, RouterKind] = {
     "random": RouterKind("baseline: at random", partial(_fixed_rule, RandomRouter)),
     "position": RouterKind("hand-made: bands of the image", partial(_fixed_rule, PositionRouter)),
     "colour": RouterKind("hand-made: clusters of the patch's colour", _colour),
-    "label": RouterKind("hand-made oracle: by the class, which it must be told", partial(_fixed_rule, LabelRouter)),
 }
 
 

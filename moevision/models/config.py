@@ -37,7 +37,7 @@ class MoEConfig(RouterOptions):
         num_experts: E, experts in each MoE layer.
         top_k: K, experts that compute each token; by default the router's own, 2 for most.
         router: `noisy_top_k`, `vmoe_top_k`, `switch`, `sigmoid`, `bias_balanced`, `cosine`, `expert_choice` or `soft`;
-            baselines `hash`, `random`, `position`, `colour`, `label`.
+            baselines `hash`, `random`, `position`, `colour`.
         moe_layers: `every2`, `last2`, `all`, or a list of block numbers counting from 0.
         expert_hidden: hidden width of one expert; by default mlp_ratio x width / (top_k + shared experts), and with
             `pretrained` that of the MLP; half of it there starts each pair of experts as the two halves of the MLP.

@@ -28,15 +28,7 @@ from torch.export import Dim, ExportedProgram
 
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
-from moevision.layers import (
-    Backend,
-    ExpertChoiceRouting,
-    LabelRouter,
-    Routing,
-    forward_routing,
-    moe_layers,
-    routing_lock,
-)
+from moevision.layers import Backend, ExpertChoiceRouting, Routing, forward_routing, moe_layers, routing_lock
 from moevision.models.io import SavedModel
 
 Format = Literal["onnx", "torch"]
@@ -144,11 +136,6 @@ def check_exportable(net: nn.Module) -> None:
     """Raise a UserError that says why a model can't be exported, if it is of a kind that can't."""
     for layer in moe_layers(net):
         options = getattr(layer.router, "options", None)
-        if isinstance(layer.router, LabelRouter):
-            raise UserError(
-                "The router 'label' must be told the class of every image, which a file that is to find the class "
-                "can't be: export a model with another router."
-            )
         if options is not None and options.eval_capacity_factor is not None and options.capacity_group == "batch":
             raise UserError(
                 "With capacity_group='batch' a prediction depends on which images share its batch, so an exported "

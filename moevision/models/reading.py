@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, label_oracle, moe_layers
+from moevision.layers import MoEMlp, moe_layers
 from moevision.models.convert import moe_layer_indices
 
 
@@ -81,8 +81,8 @@ def routes_read(model: nn.Module) -> list[bool]:
     hooks = [layer.register_forward_hook(add_zeros) for layer in layers]
     training = model.training
     try:
-        with torch.enable_grad(), label_oracle(model.eval(), torch.zeros(1, dtype=torch.long)):
-            features = _features(model, _noise(model)).float()  # [1, D]
+        with torch.enable_grad():
+            features = _features(model.eval(), _noise(model)).float()  # [1, D]
             # Against random directions: a plain sum is constant behind a LayerNorm.
             weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(features.device)
             gradients = torch.autograd.grad((features * weights).sum(), zeros, allow_unused=True)

@@ -30,7 +30,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import CosineRouter, MoEMlp, TopKRouter, label_oracle, moe_layers, router_kind, routing_lock
+from moevision.layers import CosineRouter, MoEMlp, TopKRouter, moe_layers, router_kind, routing_lock
 from moevision.layers.routers import mean_token
 from moevision.layers.routing import RouteBy, routed_unit
 from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp
@@ -396,9 +396,7 @@ def _keep_address(model: nn.Module) -> None:
 
 def _eval_logits(model: nn.Module, images: Tensor) -> Tensor:
     training = model.training
-    labels = torch.zeros(len(images), dtype=torch.int64)  # for an oracle; any will do, its experts are equal
-    with label_oracle(model.eval(), labels):
-        output: Tensor = model(images.to(next(model.parameters()).device))
+    output: Tensor = model.eval()(images.to(next(model.parameters()).device))
     model.train(training)
     return output.float().cpu()
 

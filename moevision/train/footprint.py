@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moevision.efficiency import count_layers, flop_counter
-from moevision.layers import ExpertChoiceRouting, SoftRouting, label_oracle, moe_layers
+from moevision.layers import ExpertChoiceRouting, SoftRouting, moe_layers
 from moevision.layers.cpu import take_rows
 from moevision.layers.dispatch import Dispatched, LocalDispatcher
 from moevision.layers.routing import Routing
@@ -117,8 +117,7 @@ def _flops(net: nn.Module, image_size: int) -> tuple[int, int, tuple[MoEShape, .
     for layer in moe_layers(blank):
         layer.experts.backend = "dense"
     image = torch.empty(2, 3, image_size, image_size, device="meta")  # BatchNorm wants more than one value
-    label = torch.empty(2, dtype=torch.int64, device="meta")
-    with torch.no_grad(), label_oracle(blank, label), flop_counter() as counter:
+    with torch.no_grad(), flop_counter() as counter:
         _, layers = count_layers(blank, counter, lambda: blank(image))
     moe = tuple(
         MoEShape(
@@ -177,11 +176,7 @@ def kept_bytes_per_image(net: nn.Module, image_size: int, dtype: torch.dtype) ->
 
         def kept(images: int) -> list[int]:
             image = torch.empty(images, 3, image_size, image_size)
-            label = torch.empty(images, dtype=torch.int64)
-            with (
-                label_oracle(blank, label),
-                torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-            ):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 return saved_bytes(lambda: blank(image), blank, blocks)
 
         of_two, of_four = kept(2), kept(4)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
-from moevision.layers import label_oracle, moe_layers
+from moevision.layers import moe_layers
 from moevision.models.safe_files import read_json
 from moevision.train.processes import tell
 
@@ -203,7 +203,7 @@ def _features(
     state = cast(Any, net)
     features, labels, places = [], [], []
     for batch in data.plain_loader(split, indices):
-        with context(), label_oracle(net, batch["label"].to(device)):
+        with context():
             tokens = state.forward_features(batch["image"].to(device))
             features.append(state.forward_head(tokens, pre_logits=True).double().cpu())
         labels.append(batch["label"].cpu())

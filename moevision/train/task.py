@@ -22,15 +22,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from moevision.errors import UserError
-from moevision.layers import (
-    LabelRouter,
-    Routing,
-    SigmoidRouter,
-    forward_routing,
-    label_oracle,
-    moe_layers,
-    update_router_bias,
-)
+from moevision.layers import Routing, SigmoidRouter, forward_routing, moe_layers, update_router_bias
 from moevision.layers.routing import as_vector
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
@@ -126,7 +118,6 @@ class ClassificationTask(L.LightningModule):
         checkpoint_blocks(self.net, self.grad_checkpointing)
         self.aux_loss.check(self.net)
         layers = moe_layers(self.net)
-        self._routes_by_label = any(isinstance(layer.router, LabelRouter) for layer in layers)
         self.routing_statistics = (
             RoutingStatistics(
                 [cast(int, layer.layer_index) for layer in layers], [layer.router.num_experts for layer in layers]
@@ -185,7 +176,7 @@ class ClassificationTask(L.LightningModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.start_window()
         set_fused_attention(self.net, not self._trains_unfused)
-        logits, routings = self._forward_routing(batch)
+        logits, routings = forward_routing(self.net, batch["image"])
         self._count(routings)
         if self.observer is not None:
             self.observer(batch, logits.detach(), [routing.detach() for routing in routings])
@@ -204,13 +195,6 @@ class ClassificationTask(L.LightningModule):
         self.log_dict(means, batch_size=size)
         self.log_dict({f"train/{name}_loss": value for name, value in values.items()}, batch_size=size)
         return loss
-
-    def _forward_routing(self, batch: Batch) -> tuple[Tensor, list[Routing]]:
-        """Logits [B, C] of a batch, and what every MoE layer decided."""
-        if not self._routes_by_label:
-            return forward_routing(self.net, batch["image"])
-        with label_oracle(self.net, batch["label"]):  # a baseline that must be told the classes
-            return forward_routing(self.net, batch["image"])
 
     @property
     def _in_bfloat16(self) -> bool:
@@ -284,7 +268,7 @@ class ClassificationTask(L.LightningModule):
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection, mean_loss: MeanMetric) -> Tensor:
         set_fused_attention(self.net, True)
-        logits, routings = self._forward_routing(batch)
+        logits, routings = forward_routing(self.net, batch["image"])
         metrics.update(logits.float().softmax(-1), batch["label"])
         mean_loss.update(F.cross_entropy(logits.float(), batch["label"]), len(batch["label"]))
         if self.routing_statistics is not None:
@@ -294,7 +278,7 @@ class ClassificationTask(L.LightningModule):
     def evaluation_logits(self, batch: Batch) -> Tensor:
         """Logits [B, C] as in validation, fp32, without counting them."""
         set_fused_attention(self.net, True)
-        return self._forward_routing(batch)[0].float()
+        return forward_routing(self.net, batch["image"])[0].float()
 
     def _log_epoch(self, split: str, metrics: MetricCollection, mean_loss: MeanMetric) -> list[LayerLoad]:
         values: dict[str, Any] = {**metrics.compute(), f"{split}/loss": mean_loss.compute()}

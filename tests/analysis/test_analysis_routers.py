@@ -1,7 +1,6 @@
 """Every router through the whole analysis: baselines by its own rule, weights in the statistics, figures and report."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from moevision.analysis.report.measure import ReportSettings, Results, layer_num
 from moevision.analysis.specialization import Rule, fresh_copy, measure_baselines, specialization
 from moevision.data import SyntheticPets
 from moevision.demo.atlas import build_atlas, sample_paths
-from moevision.errors import UserError
 from moevision.layers import SoftRouter, moe_layers, record_routing
 from moevision.models.io import SavedModel, save_model
 
@@ -273,7 +271,3 @@ def test_a_report_of_experts_that_choose_and_mix(tmp_path, monkeypatch) -> None:
     assert numbers["layers"][1]["unrouted"] == numbers["layers"][1]["kept_per_patch"][0] / (32 * 16)
     assert "patches without expert" in page
     assert numbers["effects"]["what"].count(";") == 1
-    oracle = saved("label")
-    save_model(oracle, tmp_path / "oracle")
-    with pytest.raises(UserError, match="nothing to analyze"):
-        analyze(replace(settings, model=str(tmp_path / "oracle")))

@@ -25,10 +25,9 @@ from moevision.analysis.intervention import (
 )
 from moevision.layers import ROUTERS, ExpertChoiceRouting, MoEMlp, Routing, SoftRouting, moe_layers, record_routing
 
-WITHOUT_LABELS = [name for name in ROUTERS if name != "label"]
-TOKEN_CHOICE = [name for name in WITHOUT_LABELS if name not in ("expert_choice", "soft")]
+TOKEN_CHOICE = [name for name in ROUTERS if name not in ("expert_choice", "soft")]
 OPTIONS: list[tuple[str, dict[str, object]]] = [
-    *((name, {}) for name in WITHOUT_LABELS),
+    *((name, {}) for name in ROUTERS),
     ("noisy_top_k", {"eval_capacity_factor": 0.75}),
     ("vmoe_top_k", {"eval_capacity_factor": 0.75, "batch_priority": True, "normalize_gates": True}),
     ("switch", {"eval_capacity_factor": 0.75, "batch_priority": True, "normalize_gates": True}),

@@ -24,10 +24,8 @@ from moevision.analysis.describe import (
     random_patches,
     top_patches,
 )
-from moevision.analysis.images import Remembered
 from moevision.data import SyntheticPets
 from moevision.data.transforms import normalize
-from moevision.errors import UserError
 from moevision.layers import ROUTERS, moe_layers
 from moevision.models.io import SavedModel
 
@@ -116,7 +114,7 @@ def test_patches_that_nobody_took_agree_with_each_other_only() -> None:
 
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
-    """Every router, with a class token; saved and loaded again. `label` is told the images' classes."""
+    """Every router, with a class token; saved and loaded again."""
     model = saved(router, class_token=True, global_pool="token")
     pictures = open_pictures(PETS, 32)
     trace = collect_routing(model, pictures, progress=False, path=tmp_path / "trace.safetensors", batch_size=5)
@@ -124,10 +122,6 @@ def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
     pixels = normalize(torch.from_numpy(images).permute(0, 3, 1, 2), MEAN, STD)
     again = RoutingTrace.load(tmp_path / "trace.safetensors")
     assert [layer.kind for layer in again.layers] == [layer.kind for layer in trace.layers]
-    if router == "label":
-        first = trace.layers[0].first_choice()
-        assert (first == np.asarray(trace.labels)[:, None] % 4).all()
-        return
     with torch.inference_mode():
         _, routings = forward_routing(model.net, pixels)
     for layer, routing in zip(again.layers, routings, strict=True):
@@ -147,15 +141,6 @@ def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
             np.testing.assert_allclose(layer.patch_counts(), routing.dispatch_weight[:, 1:].sum((0, 3)), rtol=1e-5)
     assert (first_choice_paths(again) >= -1).all()
     assert sum(layer.first_choice().min() < 0 for layer in again.layers) <= 2 * (router == "expert_choice")
-
-
-def test_an_oracle_needs_the_classes() -> None:
-    class Unknown(Remembered):
-        def label(self, index: int) -> int:
-            return -1 if index == 3 else super().label(index)
-
-    with pytest.raises(UserError, match="give images whose classes are known"):
-        collect_routing(saved("label"), Unknown(open_pictures(PETS, 32)), progress=False)
 
 
 def test_only_traces_of_other_kinds_say_so(make_trace) -> None:

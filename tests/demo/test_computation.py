@@ -20,9 +20,8 @@ from moevision.demo.wire import packed
 from moevision.layers import ROUTERS, forward_routing, record_routing
 from moevision.layers.reference import Expert, NoisyTopKRouter
 
-SHOWN = [name for name in ROUTERS if name != "label"]
 WAYS = {
-    **{name: {"router": name} for name in SHOWN},
+    **{name: {"router": name} for name in ROUTERS},
     "noisy_top_1": {"router": "noisy_top_k", "top_k": 1},
     "capacity": {"eval_capacity_factor": 0.5},
     "balanced capacity": {"router": "bias_balanced", "eval_capacity_factor": 0.5, "batch_priority": True},

@@ -20,7 +20,6 @@ from moevision.errors import UserError
 from moevision.layers import ROUTERS
 
 MIXED = {"router": ["vmoe_top_k", "soft"], "num_experts": [4, 6], "top_k": [2, 1]}
-SHOWN = [name for name in ROUTERS if name != "label"]
 
 
 def routings_of(model, pixels):
@@ -39,7 +38,7 @@ def weights_of(layer):
     return weights
 
 
-@pytest.mark.parametrize("router", [*SHOWN, "mixed"])
+@pytest.mark.parametrize("router", [*ROUTERS, "mixed"])
 def test_a_view_of_every_router_has_the_weights_and_loads_of_the_model(make, pixels, router):
     model = make(**(MIXED if router == "mixed" else {"router": router}))
     view = route_image(model, pixels).to_json()
@@ -203,11 +202,6 @@ def test_an_absent_expert_has_no_weight(make, pixels, router):
     assert before[:, 2].any()
     before[:, 2] = 0
     assert after == pytest.approx(before, abs=1.1e-4)
-
-
-def test_an_oracle_is_refused_in_one_sentence(make, pixels):
-    with pytest.raises(UserError, match=r"'label' is an oracle.*another router\.$"):
-        route_image(make(router=["vmoe_top_k", "label"]), pixels)
 
 
 def test_route_by_image_answers_and_says_why_capacity_is_off(bundle, tmp_path):

@@ -5,25 +5,20 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import moevision  # noqa: F401  (registers the models)
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, Routing, forward_routing, label_oracle, moe_layers, record_routing
-from moevision.models.config import MoEConfig
-from moevision.train.task import ClassificationTask
+from moevision.layers import MoEMlp, Routing, forward_routing, moe_layers
 from tests.layers.linear_experts import run
 
-HANDMADE = ["hash", "random", "position", "label"]
+HANDMADE = ["hash", "random", "position"]
 
 
 def layer_of(router: str, num_experts: int = 4, **options: Any) -> MoEMlp:
@@ -32,9 +27,8 @@ def layer_of(router: str, num_experts: int = 4, **options: Any) -> MoEMlp:
 
 
 def route(layer: MoEMlp, images: int, num_tokens: int) -> Routing:
-    """The decision about random tokens; the oracle is told the labels 0, 1, 2, ..."""
-    with label_oracle(layer, torch.arange(images)):
-        return run(layer, torch.randn(images, num_tokens, 8))[1]
+    """The decision about random tokens."""
+    return run(layer, torch.randn(images, num_tokens, 8))[1]
 
 
 def net_of(router: str) -> nn.Module:
@@ -56,7 +50,7 @@ def test_gates_are_1_over_k_without_losses_or_parameters(router: str, k: int) ->
     assert list(layer.router.parameters()) == []
 
 
-@pytest.mark.parametrize("router", ["hash", "position", "label"])
+@pytest.mark.parametrize("router", ["hash", "position"])
 def test_further_experts_are_the_next_ones(router: str) -> None:
     """(e, e + 1, e + 2) mod E."""
     index = route(layer_of(router, top_k=3), 3, 17).expert_index
@@ -71,7 +65,7 @@ def test_scores_rank_the_experts_as_the_choice_did(router: str, num_experts: int
     assert torch.equal(routing.noisy_logits.topk(k).indices, routing.expert_index)
 
 
-@pytest.mark.parametrize("router", ["hash", "random", "position"])
+@pytest.mark.parametrize("router", HANDMADE)
 def test_only_the_position_counts_in_evaluation(router: str) -> None:
     """All images, whatever is on them, are routed alike."""
     layer = layer_of(router, top_k=2)
@@ -125,50 +119,6 @@ def test_position_counts_patches_not_prefix_tokens() -> None:
     routing = forward_routing(net_of("position").eval(), torch.randn(2, 3, 32, 32))[1][0]
     assert (routing.grid, routing.num_prefix_tokens) == ((4, 4), 1)
     assert routing.expert_index[0, :, 0].tolist() == [0] + [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
-
-
-def test_label_is_the_class_modulo_e() -> None:
-    layer, x = layer_of("label", 4, top_k=1), torch.randn(3, 5, 8)
-    with label_oracle(layer, torch.tensor([2, 7, 0])):
-        index = run(layer, x)[1].expert_index
-        with label_oracle(layer, torch.tensor([1, 1, 1])):
-            inner = run(layer, x)[1].expert_index
-        again = run(layer, x)[1].expert_index
-    assert index[..., 0].tolist() == [[2] * 5, [3] * 5, [0] * 5]
-    assert inner.unique().tolist() == [1]
-    assert torch.equal(again, index)
-
-
-def test_label_must_be_told() -> None:
-    """Also after a scope that failed; copies don't know either."""
-    layer, x = layer_of("label"), torch.randn(3, 5, 8)
-    with pytest.raises(RuntimeError), label_oracle(layer, torch.tensor([0, 1, 2])):
-        layer(torch.randn(3, 5, 9))
-    with pytest.raises(UserError, match="label_oracle"):
-        layer(x)
-
-
-@pytest.mark.filterwarnings("ignore:The .* does not have many workers")
-def test_training_and_validation_tell_the_labels(tmp_path: Path) -> None:
-    """A router that wasn't told would refuse; the experts of the last batch are those of its classes."""
-    arch = MoEConfig(name="test_vit_moe", router="label", top_k=1, num_experts=4)
-    task = ClassificationTask(arch=arch, num_classes=8, image_size=32)
-    batch = {"image": torch.randn(3, 3, 32, 32), "label": torch.tensor([2, 7, 0]), "index": torch.arange(3)}
-    loader: Any = DataLoader(cast(Any, [batch]), batch_size=None)
-    with record_routing(task.net) as routings:
-        options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = L.Trainer(fast_dev_run=True, accelerator="cpu", default_root_dir=tmp_path, **options)
-        trainer.fit(task, loader, loader)
-    assert len(routings) == 4  # two layers, in training and in validation
-    assert all(routing.expert_index[:, 0, 0].tolist() == [2, 3, 0] for routing in routings)
-
-
-@pytest.mark.parametrize("told", [1, 2, 5])
-def test_labels_must_be_those_of_the_images(told: int) -> None:
-    """One label for three images would silently send them all to one expert."""
-    layer = layer_of("label")
-    with label_oracle(layer, torch.zeros(told, dtype=torch.int64)), pytest.raises((UserError, RuntimeError)):
-        layer(torch.randn(3, 5, 8))
 
 
 COLOURS = torch.tensor([[1.5, -1.0, 0.2], [-1.5, 0.3, 1.0], [0.1, 1.8, -0.4], [-0.2, -1.2, -1.7]])
@@ -246,8 +196,7 @@ def test_the_rest_of_the_model_trains(router: str) -> None:
     """Experts and head get gradients although nothing of the gate does."""
     torch.manual_seed(0)
     net = timm.create_model("test_vit_moe", router=router).train()
-    with label_oracle(net, torch.tensor([0, 1])):
-        logits, routings = forward_routing(net, mosaic(2, 0)[0])
+    logits, routings = forward_routing(net, mosaic(2, 0)[0])
     logits.square().sum().backward()
     assert len(routings) == 2
     assert all(parameter.grad is not None for parameter in net.parameters())

@@ -265,7 +265,7 @@ def test_soft_starts_at_scale_1_and_survives_a_zero_token() -> None:
         ("sigmoid", 2, [12 / 22, 10 / 22]),
         ("bias_balanced", 2, [12 / 22, 10 / 22]),
         ("hash", 2, [1 / 2, 1 / 2]),
-        ("label", 3, [1 / 3, 1 / 3, 1 / 3]),
+        ("position", 3, [1 / 3, 1 / 3, 1 / 3]),
     ],
 )
 def test_gates_of_another_k(router: str, k: int, expected: list[float]) -> None:

@@ -88,7 +88,7 @@ CASES = {
     "shared expert": softmax_case("vmoe_top_k", 2, num_shared_experts=2),
     "soft and shared": Case("soft", {"slots_per_expert": 2, "num_shared_experts": 1}, oracles.soft),
 }
-NO_TRANSCRIPTION = {"hash", "random", "position", "colour", "label"}  # no formula: see test_router_properties.py
+NO_TRANSCRIPTION = {"hash", "random", "position", "colour"}  # no formula: see test_router_properties.py
 
 
 def make(case: Case, backend: str = "loop") -> MoEMlp:

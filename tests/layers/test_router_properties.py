@@ -6,7 +6,6 @@ import copy
 import io
 import math
 import pickle
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from moevision.layers import ROUTERS, MoEMlp, Routing, label_oracle, record_routing, update_router_bias
+from moevision.layers import ROUTERS, MoEMlp, Routing, record_routing, update_router_bias
 from tests.layers.linear_experts import run
 
 WIDTH, EXPERTS = 8, 4
@@ -35,13 +34,6 @@ def make(router: str, dtype: torch.dtype = torch.float64, **options: Any) -> MoE
     return layer.eval()
 
 
-def told(layer: MoEMlp, images: int) -> Any:
-    """The labels 0, 1, 2, ... for the oracle router."""
-    return (
-        label_oracle(layer, torch.arange(images)) if layer.router.__class__.__name__ == "LabelRouter" else nullcontext()
-    )
-
-
 def randn(*shape: int, seed: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -50,13 +42,9 @@ def randn(*shape: int, seed: int = 5, dtype: torch.dtype = torch.float64) -> Ten
     ("router", "options"), [*((name, {}) for name in LAYER_ROUTERS), *((name, CAPPED) for name in TOKEN_CHOICE)]
 )
 def test_an_image_does_not_depend_on_its_batch_mates(router: str, options: dict[str, Any]) -> None:
-    """Exact in float64; the first images, since the oracle's labels are their numbers."""
+    """Exact in float64."""
     layer, x = make(router, **options), randn(6, 17, WIDTH)
-    with told(layer, 6):
-        together = layer(x)
-    with told(layer, 2):
-        alone = layer(x[:2])
-    torch.testing.assert_close(together[:2], alone, rtol=0, atol=1e-14)
+    torch.testing.assert_close(layer(x)[:2], layer(x[:2]), rtol=0, atol=1e-14)
 
 
 def test_capacity_of_the_batch_does_depend_on_batch_mates() -> None:
@@ -68,11 +56,10 @@ def test_capacity_of_the_batch_does_depend_on_batch_mates() -> None:
 @pytest.mark.parametrize("router", LAYER_ROUTERS)
 def test_evaluation_is_deterministic_and_draws_no_random_number(router: str) -> None:
     layer, x = make(router), randn(3, 17, WIDTH)
-    with told(layer, 3):
-        state = torch.get_rng_state()
-        first = layer(x)
-        assert torch.equal(first, layer(x))
-        assert torch.equal(torch.get_rng_state(), state)
+    state = torch.get_rng_state()
+    first = layer(x)
+    assert torch.equal(first, layer(x))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +109,7 @@ def test_a_decision_is_well_formed(router: str, k: int) -> None:
     """Different experts, the largest weight first, nothing negative, probabilities that sum to 1, weights at most 1."""
     k = 1 if router == "switch" else k
     layer = make(router, top_k=k).train()
-    with told(layer, 3), record_routing(layer) as routings:
+    with record_routing(layer) as routings:
         layer(randn(3, 17, WIDTH))
     routing = routings[0].detach()
     assert routing.logits.shape == routing.noisy_logits.shape == routing.probs.shape == (3, 17, EXPERTS)
@@ -186,8 +173,7 @@ def test_copies_pickles_and_state_dicts_compute_the_same(router: str) -> None:
     fresh.load_state_dict(layer.state_dict())
     twins = [copy.deepcopy(layer), pickle.load(io.BytesIO(pickle.dumps(layer))), fresh]
     for twin in twins:
-        with told(layer, 2), told(twin, 2):
-            assert torch.equal(twin(x), layer(x))
+        assert torch.equal(twin(x), layer(x))
 
 
 class Block(nn.Module):

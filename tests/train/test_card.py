@@ -21,7 +21,7 @@ from moevision.commands.predict import predict_batch
 from moevision.data.sources import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
 from moevision.models.io import SavedModel, load_model
-from moevision.train.card import CardFacts, MoEBlock, Start, gather_facts, model_card, without_path
+from moevision.train.card import CardFacts, Start, gather_facts, model_card, without_path
 from moevision.train.report import read_summary
 
 ANALYSIS = {
@@ -159,11 +159,6 @@ def test_a_model_by_image_says_so(facts: CardFacts) -> None:
     card = model_card(replace(facts, options={**facts.options, "route_by": "image"}))
     assert by_image in card
     assert "| route by | image |" in card
-
-
-def test_an_oracle_is_called_one(facts: CardFacts) -> None:
-    assert "its accuracy counts for nothing" in model_card(replace(facts, blocks=[MoEBlock(1, "label", 4, 2)]))
-    assert "its accuracy counts for nothing" not in model_card(facts)
 
 
 def test_specialization_stands_beside_its_comparisons(facts: CardFacts) -> None:

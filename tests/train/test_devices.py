@@ -67,7 +67,7 @@ def differs(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 @DEVICES
-@pytest.mark.parametrize("router", sorted({*ROUTERS} - {"label", "random"}))
+@pytest.mark.parametrize("router", sorted({*ROUTERS} - {"random"}))
 def test_a_network_computes_as_on_the_cpu(router: str, device: str) -> None:
     """With the backend that the device gets, beside a loop over experts; logits and every gradient."""
     plain = build(router, backend="loop")

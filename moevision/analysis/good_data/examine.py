@@ -38,7 +38,6 @@ from moevision.data.scores import SCORES, Floats, Ints, Scores, keys_of
 from moevision.data.sources import SPLITS, Collection, Sample
 from moevision.data.transforms import Pixels, square_pixels
 from moevision.errors import UserError
-from moevision.layers import LabelRouter, moe_layers
 from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device
 from moevision.names import csv_name
@@ -217,9 +216,8 @@ def examine(
 def _look_at_all(
     images: RunImages, model: SavedModel, known: Known, advance: Callable[[int], None]
 ) -> npt.NDArray[np.float16] | None:
-    """Fill `look`, `problems` and what the model says; features float16 [n, at most 64] if the model has any."""
+    """Fill `look`, `problems` and what the model says; features float16 [n, at most 64] if any could be read."""
     net = model.net.to(best_device())
-    can_predict = not any(isinstance(layer.router, LabelRouter) for layer in moe_layers(net))  # which is told the class
     features, onto, labels = None, None, images.labels
     everything = images.each()
     workers = min(16, usable_cores())
@@ -240,15 +238,14 @@ def _look_at_all(
             if rows:
                 looks, pixels = zip(*(each for each in found if not isinstance(each, str)), strict=True)
                 known.look[rows] = np.stack(looks)
-                if can_predict:
-                    seen, probabilities = _answers(net, network_input(model, np.stack(pixels)))
-                    known.prediction[rows] = probabilities.argmax(1)
-                    known.certainty[rows] = probabilities.max(1)
-                    known.margin[rows] = _margins(probabilities, labels[rows])
-                    if onto is None:
-                        onto = projection(seen.shape[1])
-                        features = np.zeros((len(images), onto.shape[1]), np.float16)
-                    cast(Any, features)[rows] = np.clip(seen @ onto, -6e4, 6e4)
+                seen, probabilities = _answers(net, network_input(model, np.stack(pixels)))
+                known.prediction[rows] = probabilities.argmax(1)
+                known.certainty[rows] = probabilities.max(1)
+                known.margin[rows] = _margins(probabilities, labels[rows])
+                if onto is None:
+                    onto = projection(seen.shape[1])
+                    features = np.zeros((len(images), onto.shape[1]), np.float16)
+                cast(Any, features)[rows] = np.clip(seen @ onto, -6e4, 6e4)
             advance(len(batch))
     return features
 

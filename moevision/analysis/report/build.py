@@ -48,7 +48,7 @@ from moevision.analysis.report.page import environment
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
-from moevision.layers import LabelRouter, moe_layers
+from moevision.layers import moe_layers
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel, load_model
 from moevision.models.reading import routes_read
@@ -106,11 +106,6 @@ def analyze(settings: ReportSettings) -> Json:
     layers = moe_layers(model.net)
     if not layers:
         raise UserError(f"{settings.model} has no MoE layers to look at: give a model with experts.")
-    if any(isinstance(layer.router, LabelRouter) for layer in layers):
-        raise UserError(
-            f"{settings.model} routes by the class (router 'label'), which it is told: its experts are the classes by "
-            "construction, and there is nothing to analyze. Give a model with another router."
-        )
     pictures = _open(settings, model)
     others = [(_title(address), load_model(address)) for address in settings.seeds]
     before = None if settings.before is None else load_model(settings.before)

@@ -95,7 +95,7 @@ def test_every_step_has_the_numbers_of_the_view(card):
     assert text.endswith("the other two cost memory, no time.")
 
 
-@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "label"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_walks_through_all_steps_in_its_own_words(card, router):
     page, layer = card({"router": router})
     assert page.locator("[data-change=noise]").count() == 0  # nobody is there who could draw it
