@@ -7,6 +7,7 @@ from tests.records import Claim, Definition
 
 Json = dict[str, Any]
 LAYER, TRAIN = "benchmarks/layer/{}/benchmark-layer.json", "benchmarks/train/{}/benchmark-train.json"
+INFER_AVX2 = "benchmarks/infer/cifar10-avx2/benchmark-infer.json"
 INFER, DATA = "benchmarks/infer/cifar10/benchmark-infer.json", "benchmarks/data/quickstart/benchmark-data.json"
 DENSE, TWIN, LARGE = "dense k·H", "dense twin, same active FLOPs", "dense twin, same parameters"
 
@@ -97,16 +98,17 @@ def in_lightning(record: Json) -> Json:
     return {"ratio": spread(fit["speed_to"][plain["name"]]), "fit": fit["images_per_s"], "plain": plain["images_per_s"]}
 
 
-def latency(record: Json) -> list[Json]:
-    """Rows of the table of inference."""
+def latency(*records: Json) -> list[Json]:
+    """Rows of the table of inference: all this machine has, and AVX2 alone."""
     rows = []
     for batch in (1, 8, 64):
         cells: Json = {"batch": batch}
-        for case in record["comparisons"]:
-            if case["batch_size"] == batch:
-                row = case["rows"][0]
-                milliseconds = "{p50:.1f}, {p95:.1f}".format_map(row["latency_ms"])
-                cells[case["precision"]] = f"{milliseconds}; {spread(row['speed_to'][TWIN])}"
+        for record, suffix in zip(records, ("", "_avx2"), strict=True):
+            for case in record["comparisons"]:
+                if case["batch_size"] == batch:
+                    row = case["rows"][0]
+                    milliseconds = "{p50:.1f}, {p95:.1f}".format_map(row["latency_ms"])
+                    cells[case["precision"] + suffix] = f"{milliseconds}; {spread(row['speed_to'][TWIN])}"
         rows.append(cells)
     return rows
 
@@ -175,7 +177,9 @@ CLAIMS = [
         "{ratio} times the images/s of that twin in plain timm and Lightning ({fit:.0f} against {plain:.0f})",
         in_lightning,
     ),
-    Claim(INFER, "| batch {batch} | {fp32} | {bf16} |", latency),
+    Claim(
+        (INFER, INFER.replace("cifar10", "cifar10-avx2")), "| batch {batch} | {fp32} | {bf16} | {fp32_avx2} |", latency
+    ),
     Claim(
         DATA,
         "{main[images_per_s][median]:,.0f} augmented images/s from memory in the main process and "
