@@ -122,14 +122,15 @@ def specialization(runs: Sequence[Json], scratch: Sequence[Json]) -> str:
 
     def yes(question: int) -> str:
         return ", ".join(
-            f"{sum(each.answer(question) == YES for each in of)} of {len(of)} ({name})" for name, of in settings.items()
+            f"{sum(each.answer(question) == YES for each in of)} of {len(of)} ({name})" if of else f"none yet ({name})"
+            for name, of in settings.items()
         )
 
     answers = [layer["answers"][2]["answer"] for run in scratch for layer in run["layers"]]
     return (
-        f"Upcycled, settings: classes go to different experts in {yes(0)}; training the router added to that in "
-        f"{yes(1)}; experts do different things in {yes(2)}. {wanted(runs)[0]} From scratch on CIFAR-10: experts do "
-        f"different things in {answers.count(YES)} of {len(answers)} layers."
+        f"In upcycled models, settings: classes go to different experts in {yes(0)}; training the router added to "
+        f"that in {yes(1)}; experts do different things in {yes(2)}. {wanted(runs)[0]} From scratch on CIFAR-10: "
+        f"experts do different things in {answers.count(YES)} of {len(answers)} layers."
     )
 
 

@@ -581,7 +581,7 @@ def find_images(address: str, data: str | None = None) -> FoundImages | None:
     splits.csv lists, as large as in the run's own folder if that is still there: a split of its own would test with
     images of the training.
     """
-    run = run_folder(address)
+    run, data = run_folder(address), data or None
     settings = {} if run is None else data_settings(run)
     path = settings.get("path")
     if data is None and path is None:

@@ -636,7 +636,9 @@ class TrainingCLI(LightningCLI):
         self._keep_the_step()
         self._build()
         while self.session.lines:  # the twin says nothing of its start, which is the run's
-            tell(self.session.lines.pop(0))
+            line = self.session.lines.pop(0)
+            if self._fresh:
+                tell(line)
         if self.trainer.is_global_zero:
             print(self.datamodule.describe(), flush=True)
         self._choose_monitor()

@@ -74,6 +74,8 @@ class Muon(AdamW):
         **kwargs: what `torch.optim.AdamW` takes besides.
     """
 
+    bfloat16 = False  # also of a copy, which keeps groups and state alone
+
     def __init__(
         self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99), momentum: float = 0.95, *,
         bfloat16: bool = False, **kwargs: Any,

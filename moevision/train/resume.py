@@ -524,10 +524,12 @@ class Session:
         self.interruption, self.clock, self.processes = Interruption(), AwakeClock(), Processes(self._go_on)
         self.notes: list[str] = []
         self.lines: list[str] = []
+        # Printing a config ends before the model stands.
+        self._say = self.lines.append if value_of(arguments, "--print_config") is None else tell
         self._claims: list[int] = []
         self._target, self._typed = take(arguments, OPTION, needs=f"a run folder, such as runs/pets, or {AUTO}")
         if self._target is None:
-            self.arguments = expand_arguments(verb, arguments, decide=self.processes.decide, say=self.lines.append)
+            self.arguments = expand_arguments(verb, arguments, decide=self.processes.decide, say=self._say)
             return
         if verb != "fit":
             raise UserError(f"{OPTION} resumes a training: use it with fit; {verb} takes --ckpt_path.")
@@ -539,9 +541,7 @@ class Session:
         name = value_of(self._typed, "--name") or (run_name(path) if path else "")
         folder = Path(value_of(self._typed, "--runs_root") or "runs") / name / "checkpoints"
         goes_on = bool(name) and folder.is_dir() and newest_valid(folder)[0] is not None
-        return expand_arguments(
-            verb, self._typed, recorded=goes_on, decide=self.processes.decide, say=self.lines.append
-        )
+        return expand_arguments(verb, self._typed, recorded=goes_on, decide=self.processes.decide, say=self._say)
 
     def claim(self, run_dir: Path) -> Path:
         """Keep other trainings out of this folder, until `close`; for the first process, before it touches anything.

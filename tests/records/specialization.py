@@ -11,7 +11,8 @@ from tests.records.studies import report, shown
 FOLDER = ROOT / "benchmarks" / "specialization"
 FILES = tuple(str(path.relative_to(ROOT)) for path in sorted(FOLDER.glob("runs/*.json")))
 SCRATCH = tuple(str(path.relative_to(ROOT)) for path in sorted(FOLDER.glob("scratch/*.json")))
-RECIPE, EPOCH = SCRATCH[:1], SCRATCH[1:]  # the bundled model; the study of sparsity's, of one epoch
+RECIPE = tuple(file for file in SCRATCH if file.endswith("/cifar-moe.json"))  # the bundled model
+EPOCH = tuple(file for file in SCRATCH if "/cpu-moe-" in file)  # the study of sparsity's, of one epoch
 
 
 def _parts(*runs: Any) -> list[dict[str, str]]:

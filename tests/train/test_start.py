@@ -345,6 +345,7 @@ def test_fit_from_a_file_with_its_twin(
     quiet = ("--trainer.enable_progress_bar=false", "--data.image_size=32")
     outcome = cli("fit", drawn_pets, "--pretrained", weight_file, "--with-twin", "--name=run", *options, *quiet)
     assert outcome.code == 0, outcome.err
+    assert outcome.err.count("start: ") == 1  # no twin's
     (line,) = re.findall(r"^linear probe: .*$", outcome.out, re.M)[:1]
     assert outcome.out.count("routers start from clusters of their input; largest over mean cluster") == 1  # no twin's
     assert "router_start: cluster" in Path("runs/run/config.yaml").read_text()

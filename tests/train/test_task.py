@@ -252,10 +252,20 @@ def test_each_block_is_compiled_and_trains_alike(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"moe_layers": "all"}, True), ({"moe_layers": [0]}, False), ({"moe_layers": "all", "global_pool": "avg"}, False)],
+    [
+        ({}, True),
+        ({"moe_layers": [0]}, False),
+        ({"global_pool": "avg"}, False),
+        ({"route_by": "image"}, False),  # the class token goes with its image
+        ({"router": "soft"}, False),  # its slots mix all tokens
+    ],
 )
 def test_the_plan_says_where_routes_change_no_answer(tmp_path: Path, options: dict[str, Any], said: bool) -> None:
     """timm's `test_vit` classifies by its class token, which reads no patch of the last block."""
-    task = ClassificationTask(arch=MoEConfig(name="vit_moe", base="test_vit", **options), num_classes=3, image_size=32)
+    task = ClassificationTask(
+        arch=MoEConfig(name="vit_moe", base="test_vit", **{"moe_layers": "all", **options}),
+        num_classes=3,
+        image_size=32,
+    )
     data = cast(Any, SimpleNamespace(class_counts={"train": {"cat": 8}}, batch_size=4))
     assert ("routes of patches in block" in describe_plan(task, data, trainer_of(tmp_path))) is said

@@ -151,12 +151,12 @@ def _check_seeds(settings: ReportSettings) -> None:
             seed = None if run is None else read_yaml(run / "config.yaml").get("seed_everything")
         except (OSError, ValueError, AttributeError):  # as a model without a run: its seed isn't known
             continue
-        if not isinstance(seed, int):
+        if not isinstance(seed, int) or isinstance(seed, bool):  # false: drawn anew each time
             continue
         if seed in known:
             raise UserError(
-                f"{address} has the seed of {known[seed]}, {seed}, and is no independent training: leave it out of "
-                "--seeds, or train it with another --seed_everything."
+                f"{address} has the seed of {known[seed]}, {seed}, so that both began alike: leave it out of --seeds, "
+                "or train it with another --seed_everything."
             )
         known[seed] = address
 
