@@ -145,5 +145,6 @@ CLAIMS = [
 ]
 DEFINITIONS = [
     Definition("the 95 % interval over images", "the level of `three_questions`"),
+    Definition("in two of four the 95 % interval lies above 0", "Student's, over seeds, as the table's head says"),
     Definition("Chance of a right guess is 10 %", "one of ten classes, equally many images of each"),
 ]
