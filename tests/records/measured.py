@@ -66,9 +66,9 @@ CLAIMS = [
     Claim(accuracy.TWIN, "its dense twin, trained once, on {mean:.1%}", accuracy.mean),
     Claim(tuple(accuracy.CATS), "{mean:.1%} as a MoE (three seeds)", accuracy.mean),
     Claim(
-        tuple(accuracy.CATS_DENSE),
-        "{first[mean]:.1%} and {second[mean]:.1%} dense",
-        lambda *records: dict(zip(("first", "second"), map(accuracy.mean, records), strict=True)),
+        (*accuracy.CATS_DENSE, *accuracy.CATS_DENSE_DATA),
+        "{least:.1f} to {most:.1f} % dense (four trainings)",
+        accuracy.extremes,
     ),
     Claim(tuple(accuracy.FOLDERS), "`fit FOLDER` on the same photos: {mean:.1%} (three seeds)", accuracy.mean),
     Claim(accuracy.IMAGENETTE, "{mean:.1%} from scratch", accuracy.mean),
