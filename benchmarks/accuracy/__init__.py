@@ -19,8 +19,8 @@ from moevision.errors import UserError
 from moevision.files import write_json_atomic
 
 
-def record_of(run: Path) -> dict[str, Any]:
-    """The record of a finished run folder.
+def read_finished(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """summary.json and provenance.json of a finished run folder.
 
     Raises:
         UserError: if it isn't finished.
@@ -28,6 +28,16 @@ def record_of(run: Path) -> dict[str, Any]:
     if not (run / "summary.json").is_file():
         raise UserError(f"{run} has no summary.json: its training isn't finished.")
     summary, provenance = (json.loads((run / name).read_text()) for name in ("summary.json", "provenance.json"))
+    return summary, provenance
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    """The record of a finished run folder.
+
+    Raises:
+        UserError: if it isn't finished.
+    """
+    summary, provenance = read_finished(run)
     test, cost, images = summary["test"], summary["cost"], summary["steps"] * summary["batch_size"]
     flops = 3 * (cost["flops_per_image"] + cost["router_flops_per_image"]) * images  # backward is twice forward
     return {

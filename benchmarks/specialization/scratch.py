@@ -12,18 +12,17 @@ load, the readings and their controls, the swap.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import read_finished
 from benchmarks.harness import HERE, about, argument_parser
 from benchmarks.specialization.training import rounded_all, without_words
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.images import pictures_for
 from moevision.analysis.questions import recording_of, three_questions
 from moevision.analysis.specialization import measure_baselines
-from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.models.io import load_model
 
@@ -36,9 +35,7 @@ def record_of(run: Path, images: int, swaps: int) -> dict[str, Any]:
     Raises:
         UserError: if it isn't finished, or its images aren't there.
     """
-    if not (run / "summary.json").is_file():
-        raise UserError(f"{run} has no summary.json: its training isn't finished.")
-    summary, provenance = (json.loads((run / name).read_text()) for name in ("summary.json", "provenance.json"))
+    summary, provenance = read_finished(run)
     start, model = time.process_time(), load_model(str(run))
     pictures = pictures_for(str(run), model, limit=images)
     assert pictures is not None  # a run says what it was trained on

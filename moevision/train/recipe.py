@@ -26,11 +26,11 @@ from moevision.data.sources import open_collection, walk
 from moevision.data.tables import HF, count_rows
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
-from moevision.layers import TopKRouter, describe_moe, moe_layers
+from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
 from moevision.models.architecture import architectures_of
 from moevision.models.io import first_blocks
-from moevision.models.reading import reads_class_token_only
+from moevision.models.reading import block_to_pool
 from moevision.names import shown
 from moevision.train.processes import tell
 from moevision.train.provenance import device_name
@@ -38,7 +38,6 @@ from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretra
 
 if TYPE_CHECKING:
     import lightning as L
-    from torch import nn
 
     from moevision.data import ImageDataModule
     from moevision.train.task import ClassificationTask
@@ -381,7 +380,7 @@ def describe_plan(
                 + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
             )
         lines.append(f"plan: {epochs} epochs of {train_images:,} images, {time_it_takes}")
-    if (block := _unread_block(task.net)) is not None:
+    if (block := block_to_pool(task.net)) is not None:
         lines.append(
             f"note: the classifier reads the class token alone, so the routes of patches in block {block}, the last, "
             "change no answer; with --model.arch.global_pool avg they do."
@@ -392,16 +391,6 @@ def describe_plan(
             "https://pytorch.org/get-started/locally/."
         )
     return "\n".join(lines)
-
-
-def _unread_block(net: nn.Module) -> int | None:
-    """The last block, where its patches choose experts and only the class token is read; see `unread_layers`."""
-    last = next(reversed(moe_layers(net)), None)
-    if last is None or not isinstance(last.router, TopKRouter) or last.router.options.route_by == "image":
-        return None
-    end = len(cast(Any, net).blocks) - 1
-    could_pool = reads_class_token_only(net) and not hasattr(net, "dist_token")  # a distilled model can't
-    return end if last.layer_index == end and could_pool else None
 
 
 def _has_idle_nvidia_card() -> bool:
