@@ -67,7 +67,7 @@ CLAIMS = [
     Claim(tuple(accuracy.CATS), "{mean:.1%} as a MoE (three seeds)", accuracy.mean),
     Claim(
         (*accuracy.CATS_DENSE, *accuracy.CATS_DENSE_DATA),
-        "{least:.1f} to {most:.1f} % dense (four trainings)",
+        "{least:.1f} to {most:.1f} % dense (five trainings)",
         accuracy.extremes,
     ),
     Claim(tuple(accuracy.FOLDERS), "`fit FOLDER` on the same photos: {mean:.1%} (three seeds)", accuracy.mean),
