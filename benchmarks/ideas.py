@@ -120,17 +120,16 @@ def specialization(runs: Sequence[Json], scratch: Sequence[Json]) -> str:
     """In how many settings each question is answered with yes in every seed, what the rule chooses; from scratch."""
     settings = {name: settings_of(runs, name, CLASS) for name in DATA_SETS}
 
-    def yes(question: int) -> str:
-        return ", ".join(
-            f"{sum(each.answer(question) == YES for each in of)} of {len(of)} ({name})" if of else f"none yet ({name})"
-            for name, of in settings.items()
-        )
+    def yes(question: int, *names: str) -> str:
+        asked = [each.answer(question) for name in names for each in settings[name]]
+        return f"{asked.count(YES)} of {len(asked)}"
 
+    differ = ", ".join(f"{yes(0, name)} on {name}" for name in DATA_SETS)
     answers = [layer["answers"][2]["answer"] for run in scratch for layer in run["layers"]]
     return (
-        f"In upcycled models, settings: classes go to different experts in {yes(0)}; training the router added to "
-        f"that in {yes(1)}; experts do different things in {yes(2)}. {wanted(runs)[0]} From scratch on CIFAR-10: "
-        f"experts do different things in {answers.count(YES)} of {len(answers)} layers."
+        f"Of the settings of upcycled models, classes go to different experts in {differ}; training the router added "
+        f"to that in {yes(1, *DATA_SETS)}; experts do different things in {yes(2, *DATA_SETS)}. {wanted(runs)[0]} From "
+        f"scratch on CIFAR-10: experts do different things in {answers.count(YES)} of {len(answers)} layers."
     )
 
 

@@ -136,12 +136,14 @@ def gather_facts(
         summary: of the run whose folder `model` is, before its summary.json is written; by default that file's.
 
     Raises:
-        UserError: if there is no model, or a file of the run is damaged.
+        UserError: if there is no model, a file of the run is damaged, or two of the runs have one seed.
     """
     saved = model if isinstance(model, SavedModel) else load_model(str(model))
     run = None if isinstance(model, SavedModel) else Path(model) if summary is not None else _run_of(Path(model))
     if run is not None and summary is None:
         summary = read_summary(run / "summary.json")
+    rest = [read_summary(Path(other) / "summary.json") for other in others]
+    _refuse_equal_seeds([summary, *rest] if summary else rest)
     provenance = _read_json(run / "provenance.json") if run is not None else {}
     architecture, options = _architecture(saved.net)
     blocks = _moe_blocks(saved.net)
@@ -160,9 +162,22 @@ def gather_facts(
         command=[shown(without_path(word)) for word in provenance.get("command", [])],
         start=_start(run),
         versions=_versions(provenance),
-        others=[read_summary(Path(other) / "summary.json") for other in others],
+        others=rest,
         analysis=analysis,
     )
+
+
+def _refuse_equal_seeds(runs: Sequence[RunSummary]) -> None:
+    """Two trainings of one seed began alike: they tell less of the luck of a training than a reader would think."""
+    known: dict[int, str] = {}
+    for run in runs:
+        if run.seed in known:
+            raise UserError(
+                f"{run.name} has the seed of {known[run.seed]}, {run.seed}: leave it out of --seeds, or train it with "
+                "another --seed_everything."
+            )
+        if run.seed is not None:
+            known[run.seed] = run.name
 
 
 def without_path(word: str) -> str:

@@ -181,14 +181,16 @@ def test_specialization_stands_beside_its_comparisons(facts: CardFacts) -> None:
     assert "Made by an earlier version" in card
 
 
-def test_other_seeds(tiny_run: Path, facts: CardFacts) -> None:
+def test_other_seeds(tiny_run: Path, facts: CardFacts, tmp_path: Path) -> None:
     other = replace(facts.summary, name="pets-2", seed=1)
     card = model_card(replace(facts, others=[other]))
     assert re.search(r"\| this model \| 0 \| [\d.]+ % \|.*\n\| pets-2 \| 1 \|", card)
     assert "spread over seeds: not measured" not in card
-    assert gather_facts(tiny_run, others=[tiny_run / "twin"]).others == [
-        read_summary(tiny_run / "twin" / "summary.json")
-    ]
+    (tmp_path / "summary.json").write_text(json.dumps(json.loads((tiny_run / "summary.json").read_text()) | {"seed": 1}))
+    assert gather_facts(tiny_run, others=[tmp_path]).others == [read_summary(tmp_path / "summary.json")]
+    for others in ([tiny_run], [tmp_path, tmp_path]):  # each training once
+        with pytest.raises(UserError, match="has the seed of"):
+            gather_facts(tiny_run, others=others)
 
 
 def test_nothing_private(tiny_run: Path, facts: CardFacts) -> None:
