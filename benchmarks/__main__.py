@@ -21,6 +21,7 @@ MEASURE = {
 STUDY = {
     "accuracy": ("records of finished runs of `moevision fit`: accuracy, cost, load, curve", "accuracy"),
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
+    "stem": ("what the convolutional stem gives beside width and depth", "stem"),
     "upcycling": ("sparse upcycling beside training on", "upcycling"),
     "saving": ("what sparsity saves, and what two levers cost, after the same training time", "saving"),
     "sparsity": ("what sparsity buys: the queue of runs of a protocol, and its verdicts", "sparsity"),

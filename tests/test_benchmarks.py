@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import routers, saving, study
+from benchmarks import routers, saving, stem, study
 from benchmarks.routers import report as router_report
 from benchmarks.saving import report as saving_report
 from benchmarks.subject import Subject
@@ -120,6 +120,19 @@ def test_upcycling_study(run, photos, tmp_path) -> None:
     assert runs["upcycled"]["total_parameters"] > 2 * runs["dense"]["total_parameters"]
     assert "upcycled, m |" in run("upcycling", "--out", out, "--report", "--figure", tmp_path / "upcycling.png")
     assert (tmp_path / "upcycling.png").stat().st_size > 1000
+
+
+def test_stem_study(run, photos, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(stem, "FACTORS", {**stem.FACTORS, "embed_dim": (32, 64)})
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- tables: begin -->\n<!-- tables: end -->\n")
+    common = ("--out", tmp_path / "stem.json", "--readme", readme)
+    for _ in range(2):  # the second time there is nothing left to do
+        run("stem", "--cifar", photos, *common, "--steps", 1, "--seeds", 1, "--allow-dirty")
+    runs = json.loads((tmp_path / "stem.json").read_text())["runs"]
+    assert [tuple(run[name] for name in stem.FACTORS) for run in runs] == [tuple(arm.values()) for arm in stem.arms()]
+    run("stem", "--report", *common)
+    assert f"| `patch` | 32 | 2 | {100 * runs[0]['test_top1']:.1f} |" in readme.read_text()
 
 
 @pytest.fixture
