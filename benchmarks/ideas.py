@@ -78,12 +78,15 @@ def ideas(records: Records) -> str:
 
 
 def said(records: Records, *parts: Any) -> str:
-    """What each study says, with a link to it: parts are names of studies, each before what asks its records."""
+    """What each study says, with a link to it: parts are names of studies, each before what asks its records.
+
+    What was measured comes before what wasn't.
+    """
     texts = []
     for study, ask in zip(parts[::2], parts[1::2], strict=True):
         answer = ask(records[study]) if records[study] else f"{NOT_RUN}."
         texts.append(f"{answer.rstrip('.')} ([{study}](../../benchmarks/{study}/README.md)).")
-    return " ".join(texts)
+    return " ".join(sorted(texts, key=lambda text: text.startswith(NOT_RUN)))
 
 
 def hypothesis(*names: str) -> Callable[[Sequence[Json]], str]:
@@ -94,7 +97,7 @@ def hypothesis(*names: str) -> Callable[[Sequence[Json]], str]:
         for device, title in DEVICES.items():
             results = {result.hypothesis.name: result for result in judge(runs, device)}
             found += [f"{title}: {results[name].sentence}" for name in names if results[name].contrast]
-        return " ".join(found) or f"{NOT_RUN}: {' and '.join(names)}"
+        return " ".join(found) or NOT_RUN
 
     return ask
 

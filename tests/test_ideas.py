@@ -34,7 +34,7 @@ def test_a_sentence_is_the_verdict_of_the_study() -> None:
     said = "CPU, 1 epoch: At equal steps and equal active FLOPs the MoE is better than its dense twin: +2.0 points"
     assert said in row(table, "More parameters help at equal compute")
     assert "CUDA" not in table
-    assert f"{NOT_RUN}: H2" in row(table, "They help at equal time too")
+    assert f"{NOT_RUN} ([sparsity]" in row(table, "They help at equal time too")
     assert "CPU, 1 epoch, `lr16`: 62.0 % (2 seeds)" in row(table, "Sparse training is unstable")
     few = ideas({**nothing, "sparsity": study([0.02, 0.021])})
     assert "H1: partial: 2 of at least 6 seeds, no verdict" in row(few, "More parameters help at equal compute")

@@ -336,7 +336,7 @@ def test_status_and_report_of_nothing_and_of_something(bench, tmp_path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "+2.0 (+1.9 to +2.1)" in text
-    assert "| `hash` | not run |" in text
+    assert "Not run: `hash`, " in text
     assert (tmp_path / "sparsity.png").stat().st_size > 1000
     assert bench(*common).code == 0
     assert readme.read_text() == text

@@ -86,33 +86,37 @@ def hypothesis_table(results: Sequence[Result]) -> str:
 
 
 def arm_table(records: Sequence[Record], device: str, measured: Mapping[str, Any]) -> str:
-    """Accuracy of every arm, and what it costs: FLOPs, memory and milliseconds side by side."""
+    """Accuracy of every arm that ran, and what it costs: FLOPs, memory and milliseconds side by side; then the rest."""
     planned = {arm: 0 for arm in ARMS}
     for _, arms, seeds in STAGES:
         for arm in arms:
             planned[arm] += len(seeds)
-    lines = []
+    lines, missing = [], []
     for arm, count in planned.items():
         runs, lr = list(finished(runs_of(records, device, arm)).values()), rate_of(records, device, arm)
+        if not runs:
+            missing.append(f"`{arm}`")
+            continue
         cost = measured.get(arm, {})
         tested = [run["test_top1"] for run in runs]
         spread = f" ± {100 * statistics.stdev(tested):.1f}" if len(runs) > 1 else ""
         lines.append([
             f"`{arm}`",
-            f"{len(runs)} of {count}" if runs else NOT_RUN,
+            f"{len(runs)} of {count}",
             "" if lr is None else f"{lr:g}",
-            f"{100 * statistics.fmean(tested):.1f}{spread}" if runs else "",
-            flops(runs[0]["cost"]["flops_per_image"] + runs[0]["cost"]["router_flops_per_image"]) if runs else "",
+            f"{100 * statistics.fmean(tested):.1f}{spread}",
+            flops(runs[0]["cost"]["flops_per_image"] + runs[0]["cost"]["router_flops_per_image"]),
             f"{cost['routed_share']:.2f}" if cost else "",
-            f"{runs[0]['cost']['total_parameters'] / 1e6:.2f} M" if runs else "",
+            f"{runs[0]['cost']['total_parameters'] / 1e6:.2f} M",
             f"{cost['ms']['median']:.0f}" if cost else "",
             f"{cost['memory']['peak_mib']:.0f}" if "peak_mib" in cost.get("memory", {}) else "",
-            f"{statistics.fmean(run['cpu_s'] for run in runs):.0f}" if runs else "",
-            f"{statistics.fmean(run['peak_mib'] for run in runs):.0f}" if runs else "",
+            f"{statistics.fmean(run['cpu_s'] for run in runs):.0f}",
+            f"{statistics.fmean(run['peak_mib'] for run in runs):.0f}",
         ])  # fmt: skip
     heads = ["arm", "seeds", "lr", "test top-1, % ± SD", "FLOPs/image", "ρ", "parameters", "ms per step, idle",
              "training, MiB", "CPU s of a run, busy", "its process, MiB"]  # fmt: skip
-    return table(heads, lines)
+    rest = f"\n\nNot run: {', '.join(missing)}." if missing else ""
+    return table(heads, lines) + rest
 
 
 def balance_table(records: Sequence[Record], device: str) -> str:

@@ -13,21 +13,6 @@ def both(record: Json) -> Json:
     return {"before": record["before"]["counts"], "after": record["after"]["counts"]}
 
 
-def folders(record: Json) -> list[Json]:
-    """Modules and lines of each folder with those inside, before and after."""
-
-    def size(when: str, folder: str) -> Json:
-        inside = {
-            f"moevision/{folder}",
-            *(n for n in record[when]["counts"]["folders"] if n.startswith(f"moevision/{folder}/")),
-        }
-        found = [each for name, each in record[when]["counts"]["folders"].items() if name in inside]
-        return {key: sum(each[key] for each in found) for key in ("modules", "lines")}
-
-    names = ("layers", "models", "data", "train", "analysis", "demo", "commands")
-    return [{"name": name, "before": size("before", name), "after": size("after", name)} for name in names]
-
-
 def trips(record: Json) -> list[Json]:
     """Files and hops of the trips that don't depend on how much is computed."""
     before, after = record["before"]["trips"], record["after"]["trips"]
@@ -43,11 +28,6 @@ CLAIMS = [
         HOUSE,
         "| modules that exactly one other imports | {before[single_importers]} | {after[single_importers]} |",
         both,
-    ),
-    Claim(
-        HOUSE,
-        "| {name} | {before[modules]} | {after[modules]} | {before[lines]:,} | {after[lines]:,} |",
-        folders,
     ),
     Claim(HOUSE, "| {name} | {before[files]} | {after[files]} | {before[hops]} | {after[hops]} |", trips),
     Claim(

@@ -15,4 +15,4 @@ CLAIMS = [
     Claim(TRAIN.format("cifar10"), "{ratio} times the images/s of that twin in plain timm and Lightning", in_lightning),
 ]
 
-DEFINITIONS = [Definition("Apache-2.0", "the licence")]
+DEFINITIONS = [Definition("Apache-2.0", "the licence"), Definition("Python ≥ 3.11", "a version")]

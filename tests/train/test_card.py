@@ -186,7 +186,8 @@ def test_other_seeds(tiny_run: Path, facts: CardFacts, tmp_path: Path) -> None:
     card = model_card(replace(facts, others=[other]))
     assert re.search(r"\| this model \| 0 \| [\d.]+ % \|.*\n\| pets-2 \| 1 \|", card)
     assert "spread over seeds: not measured" not in card
-    (tmp_path / "summary.json").write_text(json.dumps(json.loads((tiny_run / "summary.json").read_text()) | {"seed": 1}))
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, "seed": 1}))
     assert gather_facts(tiny_run, others=[tmp_path]).others == [read_summary(tmp_path / "summary.json")]
     for others in ([tiny_run], [tmp_path, tmp_path]):  # each training once
         with pytest.raises(UserError, match="has the seed of"):
