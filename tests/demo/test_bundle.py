@@ -5,6 +5,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import moevision
@@ -18,6 +19,7 @@ from moevision.demo.bundle import Card, DataOptions, bundled_folders, card_of_ru
 from moevision.demo.galleries import Galleries
 from moevision.demo.service import Explorer
 from moevision.errors import DataWarning, UserError
+from moevision.models.history import RoutingHistory
 from moevision.models.io import load_model
 
 
@@ -39,6 +41,17 @@ def test_what_the_package_carries_fits():
         assert card.licence
         assert card.recipe
         assert {"moe", "dense"} <= set(card.accuracy)
+
+
+@pytest.mark.parametrize("name", ["cats_vs_dogs", "cifar10"])
+def test_several_experts_are_seen_in_every_bundled_photo(name):
+    """Three at least, in each layer of the model as it is carried, take a twentieth of the photo's patches or more."""
+    (folder,) = (folder for folder in bundled_folders() if folder.name == name)
+    history = RoutingHistory.load(folder / "history.safetensors")
+    for layer, weights in history.weights.items():
+        for first in history.first_choice(layer)[-1]:
+            shares = np.bincount(first.ravel(), minlength=weights.shape[-1]) / first.size
+            assert (shares >= 0.05).sum() >= 3
 
 
 def test_bundled_numbers_and_their_sentences_round_alike():

@@ -188,6 +188,7 @@ DEFINITIONS = {
     "docs/reference/models.md": [
         *(Definition(row, "counted again by `tests/test_docs.py`") for row in _MODELS),
         Definition("are Wilson's 95 % over", "the level of the intervals"),
+        Definition("with 5 % of the patches or more", "asserted by `tests/demo/test_bundle.py`"),
     ],
     "docs/reference/routers.md": [
         Definition("importance 0.05, load 0.05", "defaults of `moevision/layers/routers.py`"),
