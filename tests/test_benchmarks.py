@@ -123,7 +123,7 @@ def test_upcycling_study(run, photos, tmp_path) -> None:
 
 
 def test_stem_study(run, photos, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(stem, "FACTORS", {**stem.FACTORS, "embed_dim": (32, 64)})
+    monkeypatch.setattr(stem, "FACTORS", {**stem.FACTORS, "embed_dim": (16, 32)})
     readme = tmp_path / "README.md"
     readme.write_text("<!-- tables: begin -->\n<!-- tables: end -->\n")
     common = ("--out", tmp_path / "stem.json", "--readme", readme)
@@ -132,7 +132,7 @@ def test_stem_study(run, photos, tmp_path, monkeypatch) -> None:
     runs = json.loads((tmp_path / "stem.json").read_text())["runs"]
     assert [tuple(run[name] for name in stem.FACTORS) for run in runs] == [tuple(arm.values()) for arm in stem.arms()]
     run("stem", "--report", *common)
-    assert f"| `patch` | 32 | 2 | {100 * runs[0]['test_top1']:.1f} |" in readme.read_text()
+    assert f"| `patch` | 16 | 2 | {100 * runs[0]['test_top1']:.1f} |" in readme.read_text()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from moevision.models.vit_moe import num_patches
 
 def runs_of(gains: dict[str, float], seeds: int = 3) -> list[dict]:
     """Accuracies of one half and the gains of the second values, and what each seed adds to the stem's."""
-    seconds = {"stem": "wide_stages", "embed_dim": 192, "depth": 4}
+    seconds = {"stem": "wide_stages", "embed_dim": 128, "depth": 4}
     return [
         {
             **arm,

@@ -30,7 +30,7 @@ FOLDER = HERE / "stem"
 CONFIG, STEPS, PRECISION = "cifar10", 351, "bf16-mixed"
 FACTORS: dict[str, tuple[Any, Any]] = {
     "stem": ("patch", "wide_stages"),
-    "embed_dim": (128, 192),
+    "embed_dim": (64, 128),
     "depth": (2, 4),
 }
 """Argument of the model: the value that comes first in a difference's name is the second one here."""
