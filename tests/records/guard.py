@@ -4,5 +4,4 @@ from tests.records import Definition
 
 DEFINITIONS = [
     Definition("6 standard deviations, 25 % and 0.1", "defaults of `moevision/train/guard.py`"),
-    Definition("about three times the weights", "weights and AdamW's two moments"),
 ]
