@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from moevision.analysis.trace import RoutingTrace
@@ -13,6 +14,7 @@ from moevision.commands.plan import open_planned
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.models.checkpointing import checkpointed_blocks
+from moevision.models.io import SavedModel, save_model
 from moevision.train.machine import measured_links, sheet_machine
 
 OLD = Path(__file__).parent / "fixtures" / "formats" / "0.1"
@@ -129,3 +131,14 @@ def test_a_mistake_in_a_configuration(text, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
         config(text)
+
+
+def test_a_saved_dense_model_is_planned_as_dense(tmp_path):
+    """Its own size too: fit fine-tunes dense weights at 112 px on a CPU."""
+    net = timm.create_model("test_vit_moe", num_classes=2, img_size=32, moe_layers=[])
+    save_model(SavedModel(net.eval(), ["cat", "dog"], 32, (0.5,) * 3, (0.25,) * 3), tmp_path / "dense")
+    place = str(tmp_path / "dense")
+    assert open_planned(place, {}).arguments == ["FOLDER", "--pretrained", place, "--dense", "--data.image_size=32"]
+    sparse = open_planned(str(OLD / "runs/finished"), {})
+    assert "--dense" not in sparse.arguments
+    assert sparse.arguments[-1] == f"--data.image_size={sparse.image_size}"

@@ -190,8 +190,9 @@ def _open(model: str, options: dict[str, Any]) -> Planned:
         if options:
             raise UserError("--option goes with a timm name or a configuration: a saved model is what it is.")
         net = create_from(model, load_weights=False)
-        saved = describe(net)
-        return Planned(net, saved.image_size, ["FOLDER", "--pretrained", model])
+        size = describe(net).image_size
+        dense = [] if moe_layers(net) else ["--dense"]
+        return Planned(net, size, ["FOLDER", "--pretrained", model, *dense, f"--data.image_size={size}"])
     size = int(timm.get_pretrained_cfg(options.get("base") or model).input_size[-1])  # type: ignore[union-attr]
     name = ["FOLDER", f"--model.arch.name={model}", *given, f"--data.image_size={size}"]
     if "moe" in model:
