@@ -288,7 +288,7 @@ def export() -> ArgumentParser:
     add("--data", metavar="IMAGES", help="compare on these too: an image, a folder, or a dataset's name")
     add("--root", help=_ROOT)
     add("--limit", type=int, default=32, metavar="N", help="at most N images of --data (%(default)s)")
-    add("--opset", type=int, default=20, help="version of ONNX's operators, 18 to 23 (%(default)s)")
+    add("--opset", type=int, metavar="N", help="version of ONNX's operators, 18 to 23 (20)")
     add("--force", action="store_true", help="replace FILE")
     return parser
 
