@@ -358,6 +358,7 @@ def analyze() -> ArgumentParser:
     add = parser.add_argument
     add("model", help=f"{MODEL}; it must have MoE layers")
     add("--data", help=f"{_DATA}; by default what the run was trained on (its held-out test images)")
+    add("--root", help=_ROOT)
     add("--out", default="report", metavar="DIR", help="folder to write to (%(default)s)")
     add("--limit", type=int, metavar="N", help="images, the same number of each class (1000)")
     add("--seeds", nargs="+", default=[], metavar="RUN", help="other trainings of the same recipe, to compare with")

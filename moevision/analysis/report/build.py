@@ -70,6 +70,7 @@ def run(chosen: Namespace) -> None:
     settings = ReportSettings(
         model=chosen.model,
         data=chosen.data,
+        root=chosen.root,
         out=Path(chosen.out),
         limit=chosen.limit if chosen.limit is not None else 300 if chosen.quick else 1000,
         seeds=tuple(chosen.seeds),
@@ -163,7 +164,7 @@ def _check_seeds(settings: ReportSettings) -> None:
 
 def _open(settings: ReportSettings, model: SavedModel) -> PictureSet:
     """The images that were asked for, or those that the run held out."""
-    pictures = pictures_for(settings.model, model, settings.data, limit=settings.limit)
+    pictures = pictures_for(settings.model, model, settings.data, limit=settings.limit, root=settings.root)
     if pictures is None:
         raise UserError(
             f"{settings.model} doesn't say what it was trained on: give --data a folder with one subfolder per class, "
