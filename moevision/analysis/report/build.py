@@ -224,6 +224,8 @@ def _image(png: bytes) -> Json:
 def claim_folder(out: str | Path) -> Path:
     """The folder of a new report: a new or empty one, or that of a former report, whose files are replaced.
 
+    The former page goes first: until the new one is written, files of two models may lie there.
+
     Raises:
         UserError: if something else lies there, or it can't be made or written to.
     """
@@ -243,6 +245,7 @@ def claim_folder(out: str | Path) -> Path:
             f"{folder} holds other files ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}) and no former "
             "report: give --out a new folder."
         )
+    (folder / HTML).unlink(missing_ok=True)
     return folder
 
 
