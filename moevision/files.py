@@ -14,7 +14,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -229,13 +229,13 @@ def refuse_foreign(path: Path, mark: bytes) -> None:
     Raises:
         UserError: if something without them lies there.
     """
-    try:
-        with path.open("rb") as file:
-            ours = mark in file.read(4096)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.exists(path):
         return
-    except OSError:  # a folder, or not readable: not ours, or writing says what is wrong
-        ours = False
+    ours = False
+    if path.is_file():  # reading from a pipe would wait
+        with suppress(OSError), path.open("rb") as file:
+            beginning = file.read(4096)
+            ours = mark in beginning or not beginning
     if not ours:
         raise UserError(f"{path} is there already and holds something else: give --out another place.")
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import moevision
+from moevision.errors import UserError
 from moevision.train import recipe
 from moevision.train.recipe import choose_recipe, expand_arguments
 
@@ -179,16 +180,35 @@ def test_the_config_runs_again_to_the_same_numbers(cli, tiny_run):
 
 
 def test_evaluating_the_checkpoint_again(cli, tiny_run):
-    logged = rows(tiny_run / "metrics.csv")
-    config = ("--config", tiny_run / "config.yaml", "--runs_root=again")
-    for verb, split in (("test", "test"), ("validate", "val")):
-        outcome = cli(verb, *config, "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt")
+    """The run's own config.yaml says all the rest, given or not: 32 px is not the default."""
+    logged, config = rows(tiny_run / "metrics.csv"), tiny_run / "config.yaml"
+    for verb, split, given in (("test", "test", ()), ("validate", "val", ("--config", config))):
+        outcome = cli(verb, *given, "--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt")
         assert outcome.code == 0, outcome.err
         folder = Path("again") / f"pets-{verb}"
         (found,) = [row for row in rows(folder / "metrics.csv") if row[f"{split}/top1"]]
         scores = [float(row[f"{split}/top1"]) for row in logged if row[f"{split}/top1"]]
         assert float(found[f"{split}/top1"]) == max(scores), "best.ckpt is the epoch of the best validation"
         assert (folder / "splits.csv").read_text() == (tiny_run / "splits.csv").read_text()
+
+
+def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch):
+    """What is typed comes after the run's own and so wins; another --config takes its place."""
+    own, checkpoint = str(tiny_run / "config.yaml"), str(tiny_run / "checkpoints" / "best.ckpt")
+    given = ["--ckpt_path", checkpoint, "--data.batch_size=4"]
+    assert expand_arguments("test", given) == ["--config", own, *given]
+    assert expand_arguments("test", [str(drawn_pets), *given]) == [
+        "--config",
+        own,
+        *given,
+        "--data.path",
+        str(drawn_pets),
+    ]
+    assert expand_arguments("validate", ["--config=quickstart", *given])[1:] == given
+    monkeypatch.chdir(tiny_run / "checkpoints")
+    assert expand_arguments("test", ["--ckpt_path=best.ckpt"])[:2] == ["--config", own]
+    with pytest.raises(UserError, match=r"--ckpt_path runs/NAME/checkpoints/best.ckpt"):
+        expand_arguments("test", [])
 
 
 def unfinished_copy(run: Path) -> Path:

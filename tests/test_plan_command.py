@@ -5,10 +5,16 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from moevision.analysis.trace import RoutingTrace
 from moevision.commands.completion import flags_of
+from moevision.commands.plan import open_planned
+from moevision.data import ImageDataModule
+from moevision.errors import UserError
+from moevision.models.checkpointing import checkpointed_blocks
+from moevision.models.io import SavedModel, save_model
 from moevision.train.machine import measured_links, sheet_machine
 
 OLD = Path(__file__).parent / "fixtures" / "formats" / "0.1"
@@ -98,3 +104,41 @@ def test_what_cannot_be_planned(cli, arguments, words):
     outcome = cli("plan", *arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert words in outcome.err
+
+
+def config(text):
+    """`moevision plan` of a configuration, which is opened as far as it is counted."""
+    Path("mine.yaml").write_text(text)
+    return open_planned("mine.yaml", {})
+
+
+def test_a_configuration_is_planned_as_fit_trains_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = config("model:\n  arch: {name: test_vit_moe}\n")
+    assert plain.image_size == ImageDataModule(".").image_size == 64
+    frozen = config("model:\n  arch: {name: test_vit_moe}\n  optim: {freeze: 2}\n  grad_checkpointing: [1, 3]\n")
+    assert checkpointed_blocks(frozen.net) == (1, 3)
+    assert not any(parameter.requires_grad for parameter in frozen.net.blocks[:2].parameters())
+    assert all(parameter.requires_grad for parameter in frozen.net.blocks[2:].parameters())
+    assert config("model:\ndata:\n").image_size == 64  # empty: fit's own model
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("model:\n  arch: {num_expert: 4}\n", "no option 'num_expert'"), ("model: 3\n", "'model' of a configuration")],
+)
+def test_a_mistake_in_a_configuration(text, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        config(text)
+
+
+def test_a_saved_dense_model_is_planned_as_dense(tmp_path):
+    """Its own size too: fit fine-tunes dense weights at 112 px on a CPU."""
+    net = timm.create_model("test_vit_moe", num_classes=2, img_size=32, moe_layers=[])
+    save_model(SavedModel(net.eval(), ["cat", "dog"], 32, (0.5,) * 3, (0.25,) * 3), tmp_path / "dense")
+    place = str(tmp_path / "dense")
+    assert open_planned(place, {}).arguments == ["FOLDER", "--pretrained", place, "--dense", "--data.image_size=32"]
+    sparse = open_planned(str(OLD / "runs/finished"), {})
+    assert "--dense" not in sparse.arguments
+    assert sparse.arguments[-1] == f"--data.image_size={sparse.image_size}"

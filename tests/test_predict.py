@@ -108,7 +108,21 @@ def test_out_writes_a_file(cli, tiny_run, drawn_pets, tmp_path):
     outcome = cli("predict", tiny_run, drawn_pets, "--out", out, "--batch_size=16")
     assert (outcome.code, outcome.out) == (0, "")
     assert out.read_text() == cli("predict", tiny_run, drawn_pets).out
-    refused(cli("predict", tiny_run, drawn_pets, "--out", tmp_path), str(tmp_path), "give --out another place")
+    for _ in range(2):  # an empty file, and answers of before
+        out.with_suffix(".json").touch()
+        assert cli("predict", tiny_run, drawn_pets, "--format=json", "--out", out.with_suffix(".json")).code == 0
+    assert cli("predict", tiny_run, drawn_pets, "--out", out).code == 0
+
+
+def test_out_is_tried_before_images_are_classified(cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
+    """And only answers are replaced: `--out a.png b.png` names an image."""
+    monkeypatch.setattr("moevision.commands.predict.predict_batch", lambda *batch: pytest.fail("too late"))
+    image = Path(shutil.copy(next((drawn_pets / "cat").iterdir()), tmp_path / "a.png"))
+    before = image.read_bytes()
+    for out in (image, tmp_path, image / "answers.csv"):
+        refused(cli("predict", tiny_run, drawn_pets, "--out", out), str(out), "give --out another place")
+    assert image.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [image]
 
 
 def test_paths_and_numbers_that_can_not_be(cli, tiny_run, drawn_pets, tmp_path):

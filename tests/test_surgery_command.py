@@ -151,6 +151,8 @@ def test_refusals_leave_nothing(cli, tiny_run, tmp_path):
     refused(cli("surgery", tiny_run, "--merge", 1, "--out", out), "or collapse the model")
     refused(cli("surgery", tiny_run / "twin", "--prune", 1, "--out", out), "not a dense one")
     refused(cli("surgery", "runs/nowhere", "--prune", 1, "--out", out), "There is no model")
+    for options in (("--prune", 1), ("--collapse", "most_used")):
+        refused(cli("surgery", tiny_run, *options, "--no-align", "--out", out), "average nothing")
     same = ("--split", "val", "--use-split", "val")
     refused(cli("surgery", tiny_run, "--prune", 1, "--out", out, *same), "never choose on the set that is reported")
     assert not out.exists()

@@ -59,7 +59,7 @@ def export(
     data: str | None = None,
     root: str | None = None,
     limit: int = 32,
-    opset: int = 20,
+    opset: int | None = None,
     force: bool = False,
 ) -> None:
     """Write a saved model to one file, check it, measure it, and print all that.
@@ -69,6 +69,8 @@ def export(
     """
     out = Path(out)
     form = _format_of(out, format)
+    if form != "onnx" and opset is not None:
+        raise UserError(f"--opset is for ONNX: leave it out, or end --out in {SUFFIX['onnx']}.")
     if out.exists() and not force:
         raise UserError(f"{out} exists: give --out another name, or --force to replace it.")
     with Console(stderr=True).status("loading the model") as status:
@@ -77,7 +79,7 @@ def export(
         status.update("exporting and checking (half a minute for a small model)")
         try:
             if form == "onnx":
-                report = export_onnx(saved, out, opset=opset, pictures=pictures)
+                report = export_onnx(saved, out, opset=20 if opset is None else opset, pictures=pictures)
             else:
                 report = export_torch(saved, out, pictures=pictures)
         except OSError as error:

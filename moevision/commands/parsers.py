@@ -288,7 +288,7 @@ def export() -> ArgumentParser:
     add("--data", metavar="IMAGES", help="compare on these too: an image, a folder, or a dataset's name")
     add("--root", help=_ROOT)
     add("--limit", type=int, default=32, metavar="N", help="at most N images of --data (%(default)s)")
-    add("--opset", type=int, default=20, help="version of ONNX's operators, 18 to 23 (%(default)s)")
+    add("--opset", type=int, metavar="N", help="version of ONNX's operators, 18 to 23 (20)")
     add("--force", action="store_true", help="replace FILE")
     return parser
 
@@ -358,6 +358,7 @@ def analyze() -> ArgumentParser:
     add = parser.add_argument
     add("model", help=f"{MODEL}; it must have MoE layers")
     add("--data", help=f"{_DATA}; by default what the run was trained on (its held-out test images)")
+    add("--root", help=_ROOT)
     add("--out", default="report", metavar="DIR", help="folder to write to (%(default)s)")
     add("--limit", type=int, metavar="N", help="images, the same number of each class (1000)")
     add("--seeds", nargs="+", default=[], metavar="RUN", help="other trainings of the same recipe, to compare with")

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,14 +27,17 @@ from torch import nn
 
 from moevision.analysis.trace import RoutingTrace
 from moevision.commands import loading
+from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.layers import moe_layers
+from moevision.models.checkpointing import checkpoint_blocks
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import create_from, describe, is_timm_name, model_folder
 from moevision.models.safe_files import parse_yaml
 from moevision.names import shown
 from moevision.train.footprint import shape_of
 from moevision.train.machine import Machine, measured_links, measured_machine, sheet_machine
+from moevision.train.optim import freeze_parameters
 from moevision.train.planner import (
     Job,
     Layout,
@@ -105,7 +109,7 @@ class Answer:
         command: what launches it.
         assumed: numbers that nothing measured.
         measured: names of the machine's fields that were.
-        checkpointing: whether the plans compute all blocks again in the backward pass.
+        checkpointing: whether the plans compute all blocks again in the backward pass because nothing fits else.
     """
 
     shape: ModelShape
@@ -170,9 +174,6 @@ def open_planned(model: str, options: dict[str, Any]) -> Planned:
     Raises:
         UserError: if there is no such model, it is no ViT, or an option doesn't exist or fit.
     """
-    unknown = set(options) - {field.name for field in fields(MoEConfig)}
-    if unknown:
-        raise UserError(f"There is no option {min(unknown)!r}: use one of fit's --model.arch, such as num_experts=8.")
     with torch.device("meta"):
         planned = _open(model, options)
     if not hasattr(planned.net, "blocks"):
@@ -184,33 +185,54 @@ def _open(model: str, options: dict[str, Any]) -> Planned:
     given = [f"--model.arch.{name}={_word(value)}" for name, value in options.items()]
     is_config = model in shipped_configs() or Path(model).suffix in (".yaml", ".yml")
     if is_config and model_folder(Path(model)) is None:
-        settings = _settings(find_config(model))
-        arch = {**settings.get("model", {}).get("arch", {}), **options}
-        size = int(settings.get("data", {}).get("image_size") or 32)
-        optimizer = settings.get("model", {}).get("optim", {}).get("name", "adamw")
-        net = build_model(MoEConfig(**arch), CLASSES, size, load_pretrained=False)
-        return Planned(net, size, ["--config", model, *given], optimizer, classes_assumed=True)
+        return _open_config(_settings(find_config(model)), options, ["--config", model, *given])
     if not is_timm_name(model):
         if options:
             raise UserError("--option goes with a timm name or a configuration: a saved model is what it is.")
         net = create_from(model, load_weights=False)
-        saved = describe(net)
-        return Planned(net, saved.image_size, ["FOLDER", "--pretrained", model])
+        size = describe(net).image_size
+        dense = [] if moe_layers(net) else ["--dense"]
+        return Planned(net, size, ["FOLDER", "--pretrained", model, *dense, f"--data.image_size={size}"])
     size = int(timm.get_pretrained_cfg(options.get("base") or model).input_size[-1])  # type: ignore[union-attr]
     name = ["FOLDER", f"--model.arch.name={model}", *given, f"--data.image_size={size}"]
     if "moe" in model:
-        net = build_model(MoEConfig(name=model, **options), CLASSES, size, load_pretrained=False)
+        net = build_model(_arch({"name": model, **options}), CLASSES, size, load_pretrained=False)
         return Planned(net, size, name, classes_assumed=True)
     if options:
         raise UserError(f"{model} is a dense model: plan vit_moe with --option base={model} and your options.")
-    dense = [
+    arguments = [
         "FOLDER",
         "--model.arch.name=vit_moe",
         f"--model.arch.base={model}",
         "--dense",
         f"--data.image_size={size}",
     ]
-    return Planned(create_from(model, load_weights=False), size, dense, classes_assumed=True)
+    return Planned(create_from(model, load_weights=False), size, arguments, classes_assumed=True)
+
+
+def _open_config(settings: dict[str, Any], options: dict[str, Any], arguments: list[str]) -> Planned:
+    """What `fit` trains by a configuration: also what is frozen in it, and which blocks are computed again."""
+    task, data = _part(settings, "model"), _part(settings, "data")
+    optim = _part(task, "optim")
+    size = int(data.get("image_size") or signature(ImageDataModule).parameters["image_size"].default)
+    net = build_model(_arch(_part(task, "arch") | options), CLASSES, size, load_pretrained=False)
+    freeze_parameters(net, optim.get("freeze"))
+    checkpoint_blocks(net, task.get("grad_checkpointing") or False)
+    return Planned(net, size, arguments, optim.get("name") or "adamw", classes_assumed=True)
+
+
+def _arch(options: dict[str, Any]) -> MoEConfig:
+    unknown = options.keys() - {field.name for field in fields(MoEConfig)}
+    if unknown:
+        raise UserError(f"There is no option {min(unknown)!r}: use one of fit's --model.arch, such as num_experts=8.")
+    return MoEConfig(**options)
+
+
+def _part(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    part = settings.get(name) or {}
+    if not isinstance(part, dict):
+        raise UserError(f"{name!r} of a configuration holds options, not {part!r}.")
+    return part
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -348,7 +370,7 @@ def _facts(answer: Answer) -> dict[str, Any]:
         "machine": {name: getattr(answer.machine, name) for name in ("name", *_UNITS)},
         "measured": answer.measured,
         "assumed": [asdict(value) for value in answer.assumed],
-        "grad_checkpointing": answer.checkpointing,
+        "grad_checkpointing": answer.checkpointing or len(answer.shape.recomputed) == answer.shape.depth,
         "layouts": [
             {
                 **asdict(each),

@@ -15,6 +15,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from moevision.data.shards import ShardCollection, is_shards, open_shards
 from moevision.data.sources import Sample, walk
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError
-from moevision.files import write_text_atomic
+from moevision.files import refuse_foreign, write_text_atomic, written_beside
 from moevision.models.io import SavedModel, best_device
 from moevision.names import csv_name, json_text
 from moevision.train.trained import load_trained
@@ -39,6 +40,7 @@ from moevision.train.trained import load_trained
 UNSURE = "unsure"
 PART_IMAGES = 4096
 SHARDS_JSON = "shards.json"
+JSON_HEAD = b'[\n  {\n    "path": '  # of a file that --format json wrote
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def predict(
             `out`, without those that are there.
 
     Raises:
-        UserError: If there is no such model or path, no image in the folders, or no place to write to; for a shard,
-            also if `out` holds answers about other images or by another model.
+        UserError: If there is no such model or path, no image in the folders, no place to write to, or `out` holds
+            something else than answers; for a shard, also if those are about other images or by another model.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size is {batch_size}: it must be at least 1.")
@@ -104,17 +106,33 @@ def predict(
         predictions = _predict_shard(saved, files, shard, Path(cast(str, out)), batch_size, said)
         _tell(predictions, unsure, calibrated=saved.temperature is not None)
         return
+    if out is not None:
+        _try_place(Path(out), format)
     predictions = _predict_files(saved, files, batch_size, precision)
     calibrated = saved.temperature is not None
     text = to_json(predictions, unsure, calibrated=calibrated) if format == "json" else to_csv(predictions, unsure)
     if out is None:
         print(text, end="")
     else:
-        try:
+        with _writing(out):
             write_text_atomic(out, text)
-        except OSError as error:
-            raise UserError(f"{out} can't be written ({error.strerror}): give --out another place.") from error
     _tell(predictions, unsure, calibrated=calibrated)
+
+
+def _try_place(out: Path, format: Literal["csv", "json"]) -> None:
+    """Refuse, before hours of classifying, what can't be written or isn't ours to replace."""
+    refuse_foreign(out, to_csv([]).encode() if format == "csv" else JSON_HEAD)
+    with _writing(out), written_beside(out, b""):
+        pass
+
+
+@contextmanager
+def _writing(out: str | Path) -> Iterator[None]:
+    """Say which place can't be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out} can't be written ({error.strerror}): give --out another place.") from error
 
 
 def _predict_files(
@@ -155,7 +173,7 @@ def _predict_shard(
     starts = range(first, end, PART_IMAGES)
     parts = {folder / f"part-{start:012d}.{suffix}": files[start : min(start + PART_IMAGES, end)] for start in starts}
     found: list[Prediction] = []
-    try:
+    with _writing(folder):
         _agree(folder, {**said, **_identity(saved, files), "shards": shards})
         if suffix == "csv":  # sorts in front of all parts, and every shard writes the same
             write_text_atomic(folder / "header.csv", to_csv([]))
@@ -164,8 +182,6 @@ def _predict_shard(
             predictions = _predict_files(saved, images, batch_size, said["precision"])
             write_text_atomic(file, _rows(predictions, said, calibrated=saved.temperature is not None))
             found += predictions
-    except OSError as error:
-        raise UserError(f"{folder} can't be written ({error.strerror}): give --out another place.") from error
     print(
         f"shard {number} of {shards}: {len(found):,} of {end - first:,} images classified now, "
         f"{len(parts) - len(missing)} of {len(parts)} parts were there",

@@ -22,6 +22,8 @@ def run(chosen: Namespace) -> None:
         UserError: if the model, the repository's name or a file for the card can't be used.
     """
     check_repo_id(chosen.repo)
+    if chosen.out is not None and not chosen.dry_run:
+        raise UserError("--out is the folder of --dry-run: add --dry-run, or leave --out out to upload.")
     if not Path(chosen.model).exists():
         raise UserError(f"There is no {chosen.model}: give a run folder or its model/ folder on this computer.")
     with loading("writing the card"):

@@ -10,8 +10,7 @@ import copy
 import shlex
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import numpy as np
@@ -43,89 +42,51 @@ from moevision.train.provenance import collect_provenance
 from moevision.train.report import accuracy_interval, paired_difference
 
 
-@dataclass(frozen=True)
-class SurgerySettings:
-    """What the command line asks for.
-
-    Attributes:
-        model: a run folder, its model/ folder, or a timm address.
-        operation: `prune`, `merge` or `collapse`.
-        amount: experts to take away, experts to leave, or how to collapse.
-        out: folder to write.
-        data: where images come from; what the run was trained on if None.
-        root: folder of named datasets.
-        split: the set that accuracy is measured on.
-        use_split: the set that the use of experts is measured on.
-        limit: images of `split`, all if None.
-        use_limit: images of `use_split`.
-        align: bring hidden units into one order before averaging.
-        batch_size: images per forward pass.
-        force: overwrite what `out` holds.
-        command: the command line, for the record.
-    """
-
-    model: str
-    operation: str
-    amount: int | str
-    out: Path
-    data: str | None = None
-    root: str | None = None
-    split: str = "test"
-    use_split: str = "val"
-    limit: int | None = None
-    use_limit: int = 1000
-    align: bool = True
-    batch_size: int = 64
-    force: bool = False
-    command: str = ""
-
-
-def surgery(settings: SurgerySettings) -> dict[str, Any]:
+def run(chosen: Namespace) -> None:
     """Operate, measure, and write the new model with `surgery.json`.
 
-    Returns:
-        What `surgery.json` holds.
-
     Raises:
-        UserError: if the model, its data or the operation isn't possible, or `out` holds something.
+        UserError: if the model, its data or the operation isn't possible, or OUT holds something.
     """
-    _check(settings)
+    _check(chosen)
     with loading("loading the model"):
-        saved = load_model(settings.model)
+        saved = load_model(chosen.model)
     numbered_layers(saved.net)  # a dense model is refused before images are read
     saved.net.to(best_device())
     used_on, tested_on = (
-        _pictures(settings, saved, split, limit)
-        for split, limit in ((settings.use_split, settings.use_limit), (settings.split, settings.limit))
+        _pictures(chosen, saved, split, limit)
+        for split, limit in ((chosen.use_split, chosen.use_limit), (chosen.split, chosen.limit))
     )
-    use = measure_use(saved.net, (images for images, _ in _batches(saved, used_on, settings.batch_size)))
-    net, layers = _operate(saved.net, settings, use)
+    use = measure_use(saved.net, (images for images, _ in _batches(saved, used_on, chosen.batch_size)))
+    net, layers = _operate(saved.net, chosen, use)
     after = replace(saved, net=net.eval(), temperature=None)  # another model, which isn't calibrated
+    kind = next(name for name in ("prune", "merge", "collapse") if getattr(chosen, name) is not None)
     record = {
-        "model": settings.model,
-        "operation": {"kind": settings.operation, "amount": settings.amount, "align": settings.align},
+        "model": chosen.model,
+        "operation": {"kind": kind, "amount": getattr(chosen, kind), "align": chosen.align},
         "use": {"pictures": used_on.name, "layers": layers},
-        "accuracy": {"pictures": tested_on.name, **_compare(saved, after, tested_on, settings.batch_size)},
+        "accuracy": {"pictures": tested_on.name, **_compare(saved, after, tested_on, chosen.batch_size)},
         "costs": _costs(saved, after),
-        "provenance": collect_provenance(command=shlex.split(settings.command), seed=None, data_sha256=None),
+        "provenance": collect_provenance(command=shlex.split(chosen.command), seed=None, data_sha256=None),
     }
-    write_model(after, settings.out, "surgery.json", record)
-    return record
+    write_model(after, chosen.out, "surgery.json", record)
+    print_report(record)
+    print(f"The new model is in {shown(str(chosen.out))}")
 
 
-def _check(settings: SurgerySettings) -> None:
-    if settings.split == settings.use_split:
-        raise UserError(
-            f"--split and --use-split are both {settings.split!r}: never choose on the set that is reported."
-        )
-    check_folder(settings.out, force=settings.force)
+def _check(chosen: Namespace) -> None:
+    if chosen.split == chosen.use_split:
+        raise UserError(f"--split and --use-split are both {chosen.split!r}: never choose on the set that is reported.")
+    if not chosen.align and (chosen.prune is not None or chosen.collapse == "most_used"):
+        raise UserError("--no-align is for averages: --prune and --collapse most_used average nothing.")
+    check_folder(chosen.out, force=chosen.force)
 
 
-def _pictures(settings: SurgerySettings, saved: SavedModel, split: str, limit: int | None) -> PictureSet:
-    pictures = pictures_for(settings.model, saved, settings.data, split=split, limit=limit, root=settings.root)
+def _pictures(chosen: Namespace, saved: SavedModel, split: str, limit: int | None) -> PictureSet:
+    pictures = pictures_for(chosen.model, saved, chosen.data, split=split, limit=limit, root=chosen.root)
     if pictures is None:
         raise UserError(
-            f"{settings.model} lies in no run that says on which images it was trained: say which, with --data."
+            f"{chosen.model} lies in no run that says on which images it was trained: say which, with --data."
         )
     if list(pictures.class_names) != list(saved.class_names):
         raise UserError(
@@ -145,20 +106,19 @@ def _batches(saved: SavedModel, pictures: PictureSet, batch_size: int) -> Iterat
 
 
 def _operate(
-    net: nn.Module, settings: SurgerySettings, use: dict[int, ExpertUse]
+    net: nn.Module, chosen: Namespace, use: dict[int, ExpertUse]
 ) -> tuple[nn.Module, dict[int, dict[str, Any]]]:
     """The new network, and per layer what was seen and done."""
     seen: dict[int, dict[str, Any]] = {
         block: {"counts": layer.counts.tolist(), "gates_per_token": layer.gate_total} for block, layer in use.items()
     }
-    amount: Any = settings.amount
-    if settings.operation == "collapse":
-        return collapse_to_dense(net, amount, use=use, align=settings.align), seen
-    if settings.operation == "prune":
-        kept = {block: most_used(layer, max(len(layer.counts) - amount, 0)) for block, layer in use.items()}
+    if chosen.collapse is not None:
+        return collapse_to_dense(net, chosen.collapse, use=use, align=chosen.align), seen
+    if chosen.prune is not None:
+        kept = {block: most_used(layer, max(len(layer.counts) - chosen.prune, 0)) for block, layer in use.items()}
         return prune_experts(net, kept), {block: {**seen[block], "kept": kept[block]} for block in use}
-    groups = {block: similar_groups(layer, amount) for block, layer in use.items()}
-    merged = merge_experts(net, groups, use=use, align=settings.align)
+    groups = {block: similar_groups(layer, chosen.merge) for block, layer in use.items()}
+    merged = merge_experts(net, groups, use=use, align=chosen.align)
     return merged, {block: {**seen[block], "groups": groups[block]} for block in use}
 
 
@@ -238,13 +198,3 @@ def print_report(record: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def run(chosen: Namespace) -> None:
-    """Run with parsed command-line arguments."""
-    options = vars(chosen)
-    amounts = {name: options.pop(name) for name in ("prune", "merge", "collapse")}
-    operation, amount = next((name, amount) for name, amount in amounts.items() if amount is not None)
-    settings = SurgerySettings(operation=operation, amount=amount, **options)
-    print_report(surgery(settings))
-    print(f"The new model is in {shown(str(settings.out))}")

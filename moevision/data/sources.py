@@ -540,7 +540,7 @@ def open_collection(
     ) as error:  # something in a folder isn't there
         raise UserError(
             f"the dataset {path} is in {folder} in part only ({error}), as after an interrupted unpacking: delete "
-            f"{folder / _UNPACKED[path]} and use --data.download true"
+            f"{folder / _UNPACKED[path]} and fetch it anew by {fetching(path)}"
         ) from error
     except OSError:
         with access_advice(folder):
@@ -548,8 +548,8 @@ def open_collection(
     except RuntimeError as error:  # torchvision: not found or corrupted
         if not download:
             raise UserError(
-                f"the dataset {path} is not in {folder}: add --data.download true to fetch it, or set --data.root to "
-                "where it is" + (f"; for your own folder write ./{path}" if Path(path).is_dir() else "")
+                f"the dataset {path} is not in {folder}: fetch it by {fetching(path)}, or say where it is by --root, "
+                "for fit by --data.root" + (f"; for your own folder write ./{path}" if Path(path).is_dir() else "")
             ) from error
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -560,6 +560,11 @@ def open_collection(
         raise UserError(
             f"{path} could not be fetched into {folder} ({error}): check the network and try again"
         ) from error
+
+
+def fetching(name: str) -> str:
+    """The command that fetches a dataset, whichever verb or program asks for it: only `fit` fetches."""
+    return f"`moevision fit {name} --data.download true`"
 
 
 def synthetic_pets(image_size: int, seed: int, sizes: dict[str, int]) -> DrawnCollection:
@@ -651,8 +656,8 @@ def _imagenet(root: Path, download: bool) -> Collection:
             return read_folder(folder)
     raise UserError(
         f"ImageNet is not in {root} and can't be downloaded without an account: put train/ and val/ (one "
-        f"folder per WordNet id) there, or its archives ({', '.join(_IMAGENET_ARCHIVES)}) with "
-        "--data.download true"
+        f"folder per WordNet id) there, or its archives ({', '.join(_IMAGENET_ARCHIVES)}), which "
+        f"{fetching('imagenet')} unpacks"
     )
 
 

@@ -35,6 +35,7 @@ from moevision.data.sources import (
     access_advice,
     check_distinct,
     check_same_classes,
+    fetching,
     words_of,
 )
 from moevision.errors import UserError
@@ -347,7 +348,7 @@ def _load(path: str, download: bool) -> Any:
         with _network(datasets, download):
             return datasets.load_dataset(name, config or None)
     except Exception as error:  # as above: names, configurations, networks and files
-        hint = "check the name" if download else "add --data.download true to fetch it"
+        hint = "check the name" if download else f"fetch it by {fetching(path)}"
         raise UserError(
             f"The dataset {name} can't be loaded from the Hugging Face hub's cache ({_brief(error)}): {hint}; a "
             f"configuration goes behind the name, {HF}{name}:CONFIG."

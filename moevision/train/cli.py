@@ -66,6 +66,7 @@ from moevision.train.recipe import (
     memory_advice,
     new_run_folder,
     run_name,
+    run_of_checkpoint,
 )
 from moevision.train.record import RecordRouting, RecordRoutingConfig
 from moevision.train.report import BALANCED, is_unbalanced
@@ -141,8 +142,8 @@ SHORT = frozenset(
 )
 _ABOUT = {
     "fit": "Train a model on a folder of images, a dataset or a config; everything that it leaves is in runs/NAME/.",
-    "validate": "Evaluate a checkpoint on the validation images.",
-    "test": "Evaluate a checkpoint on the test images.",
+    "validate": "Evaluate a checkpoint on the validation images, by its run's config.yaml unless --config is given.",
+    "test": "Evaluate a checkpoint on the test images, by its run's config.yaml unless --config is given.",
 }
 # What the verb refuses, or what changes nothing for it.
 _USELESS = {
@@ -164,7 +165,7 @@ _TRAIN = """\
   moevision fit path/to/images --model.arch.num_experts 16 --model.arch.router expert_choice
 """
 _EVALUATE = """\
-  moevision {verb} --config runs/pets/config.yaml --ckpt_path runs/pets/checkpoints/best.ckpt
+  moevision {verb} --ckpt_path runs/pets/checkpoints/best.ckpt
 """
 _START = """\
 a pretrained start (fit FOLDER; by default below 20,000 images)
@@ -233,10 +234,13 @@ def hide_rare_options(parser: LightningArgumentParser) -> None:
     for action in parser._actions:
         if action.dest not in short:
             action.help = SUPPRESS
+        elif action.dest == "ckpt_path":  # Lightning's words are of keywords that mean nothing here
+            action.help = "The checkpoint, such as runs/pets/checkpoints/best.ckpt."
     for group in parser._action_groups:
         if not any(action.dest in short for action in group._group_actions):
             group.description = None
-    parser.usage = f"moevision {verb} [FOLDER] [--config NAME] [options]"
+    needs = "[--config NAME]" if verb == "fit" else "--ckpt_path FILE"
+    parser.usage = f"moevision {verb} [FOLDER] {needs} [options]"
     parser.description = _ABOUT[verb]
 
 
@@ -804,7 +808,7 @@ class TrainingCLI(LightningCLI):
         """The run folder, with the split of the run whose checkpoint is used, if there is one."""
         run_dir = cast(Path, self.run_dir)
         checkpoint = self._get(self.config, "ckpt_path")
-        origin = Path(checkpoint).parent.parent / "splits.csv" if checkpoint else None
+        origin = run_of_checkpoint(checkpoint) / "splits.csv" if checkpoint else None
         if origin is not None and origin.is_file():
             shutil.copy(origin, run_dir / "splits.csv")
         return run_dir

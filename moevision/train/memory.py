@@ -5,7 +5,7 @@ Formulas: `moevision.train.planner`; what they need to know of a model: `moevisi
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from math import ceil
 from typing import TYPE_CHECKING, Any, cast
 
@@ -64,11 +64,11 @@ def describe_memory(task: ClassificationTask, data: ImageDataModule, trainer: L.
     said += f"{', ' if snapshots else '; '}{where} {found.snapshots / 1e9:.2f}"
     if size <= capacity:
         return said
-    parts = 1
-    while size > capacity and data.batch_size // parts > 1:
-        parts *= 2
-        size = memory(shape, layout, replace(job, accumulate=parts)).total + snapshots
-    micro, times = data.batch_size // parts, parts * trainer.accumulate_grad_batches
+    for smaller in (job, *job.in_more_parts()):
+        size = memory(shape, layout, smaller).total + snapshots
+        if size <= capacity:
+            break
+    micro, times = data.batch_size // smaller.accumulate, smaller.accumulate * trainer.accumulate_grad_batches
     return f"{said}; with --data.batch_size {micro} --trainer.accumulate_grad_batches {times}: {size / 1e9:.2f}"
 
 

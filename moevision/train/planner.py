@@ -13,7 +13,7 @@ GPUs, the rest everywhere), EP n × FSDP2 (experts shared by n GPUs, and everyth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, gcd, log, sqrt
 from typing import Literal
@@ -196,6 +196,11 @@ class Job:
     def images_per_gpu(self) -> float:
         """Images of one GPU and step."""
         return self.batch / self.gpus
+
+    def in_more_parts(self) -> Iterator[Job]:
+        """The job with a GPU's images in more and more parts, each of as many images."""
+        images = int(self.images_per_gpu)
+        return (replace(self, accumulate=n) for n in range(self.accumulate + 1, images + 1) if images % n == 0)
 
 
 def layouts(shape: ModelShape, gpus: int) -> list[Layout]:
@@ -495,11 +500,11 @@ class Plan:
 
 def plan(shape: ModelShape, layout: Layout, job: Job, machine: Machine) -> Plan:
     """The cost of one layout, in the fewest parts of the batch that fit into the memory; in one part if none do."""
-    whole = found = _plan(shape, layout, job, machine)
-    while not found.fits and job.images_per_gpu / job.accumulate > 1:
-        job = replace(job, accumulate=2 * job.accumulate)
-        found = _plan(shape, layout, job, machine)
-    return found if found.fits else whole
+    for tried in (job, *job.in_more_parts()):
+        found = _plan(shape, layout, tried, machine)
+        if found.fits:
+            return found
+    return _plan(shape, layout, job, machine)
 
 
 def _plan(shape: ModelShape, layout: Layout, job: Job, machine: Machine) -> Plan:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -139,7 +140,8 @@ def expand_arguments(
 
     `FOLDER` (or a dataset's name) in front becomes `--data.path`, with a recipe for it unless `--config` is given;
     `--config NAME` finds shipped configs; `--pretrained X` becomes `--model.arch.pretrained X`, where `auto` and `none`
-    are decided here; `--dense`, `--compile`, `--force` and `--parallel X` are written in full.
+    are decided here; `--dense`, `--compile`, `--force` and `--parallel X` are written in full. A checkpoint is
+    evaluated by the config.yaml of its run, unless another `--config` is given.
 
     Args:
         verb: the verb.
@@ -155,13 +157,15 @@ def expand_arguments(
     asked, rest = take(_in_full(arguments), "--pretrained", _PRETRAINED, needs=needs)
     asked = NONE if asked == "null" else asked
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if verb != "fit":
+        rest = [*_own_config(rest), *rest]
     has_config = value_of(rest, "--config", "-c") is not None
     says_what = has_config or path is not None or value_of(rest, "--data.path") is not None
     if not (says_what or recorded) and not any(argument in _ASKS for argument in rest):
-        raise UserError(
-            f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name, or "
-            f"--config with one of {', '.join(shipped_configs())}."
-        )
+        where = f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name"
+        if verb != "fit":
+            raise UserError(f"{where}, or --ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on.")
+        raise UserError(f"{where}, or --config with one of {', '.join(shipped_configs())}.")
     front: list[str] = []
     if path is not None and not has_config and path in shipped_configs() and not Path(path).exists():
         if asked in (None, NONE) or path not in _NAMED_IMAGES:
@@ -178,6 +182,20 @@ def expand_arguments(
     if path is not None:
         front = [*front, "--data.path", path]
     return _with_found_configs([*front, *rest] if not has_config else [*rest, *front])
+
+
+def run_of_checkpoint(checkpoint: str) -> Path:
+    """The run folder of `runs/NAME/checkpoints/FILE`, from wherever that is named."""
+    return Path(os.path.abspath(checkpoint)).parent.parent
+
+
+def _own_config(arguments: Sequence[str]) -> list[str]:
+    """The config of the run whose checkpoint is named, if nothing else says how to read images for it."""
+    checkpoint = value_of(arguments, "--ckpt_path")
+    if not checkpoint or value_of(arguments, "--config", "-c") is not None:
+        return []
+    config = run_of_checkpoint(checkpoint) / "config.yaml"
+    return ["--config", str(config)] if config.is_file() else []
 
 
 def take(arguments: Sequence[str], *options: str, needs: str = "") -> tuple[str | None, list[str]]:

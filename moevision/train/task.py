@@ -142,6 +142,10 @@ class ClassificationTask(L.LightningModule):
                 f"The model knows {self.hparams['num_classes']} classes, the data has {data.num_classes}: "
                 "use the data that it was trained on, or train a new model."
             )
+        elif data is not None and data.image_size != (size := self.hparams["image_size"]):
+            raise UserError(
+                f"The model takes images of {size} px, the data has {data.image_size}: use --data.image_size {size}."
+            )
         if data is not None:
             self.class_weight = data.class_weight_tensor()
         if self.compile_blocks and stage == "fit":

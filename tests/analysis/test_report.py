@@ -248,9 +248,10 @@ def test_a_report_replaces_a_former_one_only(report, runs, tmp_path, monkeypatch
     assert len(first["trainings"]) == 1  # without --seeds
 
 
-def test_a_run_that_is_interrupted_leaves_the_former_page(report, runs, tmp_path, monkeypatch):
+def test_a_run_that_is_interrupted_leaves_no_page_of_another_model(report, runs, tmp_path, monkeypatch):
+    """The trace is already the new one: a page stands beside the files that it was made with, or not at all."""
     again = shutil.copytree(report[0], tmp_path / "report")
-    before = (again / "report.html").read_bytes()
+    before = (again / "trace.safetensors").read_bytes()
 
     def stop(*arguments, **options):
         raise KeyboardInterrupt
@@ -259,9 +260,9 @@ def test_a_run_that_is_interrupted_leaves_the_former_page(report, runs, tmp_path
     monkeypatch.setattr("moevision.analysis.report.build.draw_figures", lambda *measured: [])
     with pytest.raises(KeyboardInterrupt):
         analyze(ReportSettings(str(runs[0]), out=again, limit=20, permutations=20, quick=True, progress=False))
-    assert (again / "report.html").read_bytes() == before
+    assert (again / "trace.safetensors").read_bytes() != before
+    assert not (again / "report.html").exists()
     (again / "report.json").unlink()
-    (again / "report.html").unlink()
     assert claim_folder(again) == again  # what an interrupted first run leaves is no obstacle to the next
 
 
@@ -279,6 +280,8 @@ def test_what_it_refuses(cli, runs, tmp_path):
     refused(cli("analyze", tmp_path / "nowhere", data), "nowhere", "give a folder such as")
     refused(cli("analyze", model), "--data", "one subfolder per class")
     refused(cli("analyze", model, f"--data={tmp_path / 'none'}"), "none")
+    elsewhere = cli("analyze", model, "--data=cifar10", f"--root={tmp_path}")
+    refused(elsewhere, f"cifar10 is not in {tmp_path}: fetch it by `moevision fit cifar10 --data.download true`, or")
     refused(cli("analyze", model, data, "--limit=0"), "--limit is 0", "at least 20")
     refused(cli("analyze", model, data, "--permutations=3"), "--permutations is 3")
     refused(cli("analyze", runs[0], f"--seeds={tmp_path / 'gone'}", f"--out={tmp_path / 'o'}"), "gone")

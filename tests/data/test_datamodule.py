@@ -546,7 +546,9 @@ def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenette", "pets", "pets_cat_dog", "flowers102", "food101"])
 def test_a_named_dataset_that_is_missing(tmp_path, name):
-    with pytest.raises(UserError, match=f"{name} is not in .*: add --data.download true"):
+    with pytest.raises(
+        UserError, match=f"{name} is not in .*: fetch it by `moevision fit {name} --data.download true`"
+    ):
         ready(name, root=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
@@ -557,7 +559,9 @@ def test_a_named_dataset_that_was_unpacked_in_part(tmp_path, image_folder, downl
     for folder in ("oxford-iiit-pet/images", "oxford-iiit-pet/annotations", "food-101/images", "food-101/meta"):
         (tmp_path / folder).mkdir(parents=True)
     for name, folder in (("imagenette", "imagenette2-320"), ("pets", "oxford-iiit-pet"), ("food101", "food-101")):
-        with pytest.raises(UserError, match=f"in part only .* delete .*{folder} and use --data.download true"):
+        with pytest.raises(
+            UserError, match=f"in part only .* delete .*{folder} and fetch it anew by `moevision fit {name} --"
+        ):
             open_collection(name, root=str(tmp_path), download=download, image_size=32, seed=0, sizes={})
 
 

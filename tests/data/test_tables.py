@@ -350,7 +350,7 @@ def test_rows_without_pixels_are_bad_images(hub, tmp_path):
 def test_a_dataset_that_is_not_there(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with pytest.raises(
-        UserError, match=r"user/none can't be loaded .* add --data.download true .* hf:user/none:CONFIG"
+        UserError, match=r"user/none can't be loaded .* fit hf:user/none --data.download true`; .* hf:user/none:CONFIG"
     ):
         opened("hf:user/none")
     rows_of(hub, [0, 1] * 4).save_to_disk(tmp_path / "pets")

@@ -200,6 +200,7 @@ def test_your_own_card(cli: Callable[..., Any], tiny_run: Path) -> None:
 
 def test_mistakes(cli: Callable[..., Any], tiny_run: Path, tmp_path: Path) -> None:
     refused(cli("push", tmp_path, "me/pets", "--dry-run"), "is no saved model")
+    refused(cli("push", tmp_path, "me/pets", "--out=mine"), "--out", "add --dry-run")  # nothing goes up by mistake
     refused(cli("push", "test_vit_moe", "me/pets", "--dry-run"), "There is no test_vit_moe", "a run folder")
     refused(cli("push", tiny_run, "me/pets", "--dry-run", "--license=My Own!"), "no abbreviation", "apache-2.0")
     refused(cli("push", tiny_run, "me/pets", "--dry-run", f"--seeds={tmp_path}"), "summary.json")

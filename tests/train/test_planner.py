@@ -229,6 +229,15 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts(shape):
     assert recommend([plan(shape, Layout(), job, none)]) is None
 
 
+@pytest.mark.parametrize(("images", "fitting", "parts"), [(1000, 63, 20), (48, 1, 48), (64, 17, 4), (97, 96, 97)])
+def test_parts_of_a_batch_have_as_many_images_each(shape, images, fitting, parts):
+    """The fewest parts that fit and divide the batch: 1,000 images in parts of at most 63 are 20 of 50."""
+    whole = memory(shape, Layout(), Job(1, images))
+    each = (whole.activations + whole.rows) / images
+    room = Machine("", 1, 1, 1, whole.states + whole.copies + (fitting + 0.5) * each, 1, 1, usable=1.0)
+    assert plan(shape, Layout(), Job(1, images), room).job.accumulate == parts
+
+
 def test_the_command_line_offers_the_table_of_gpus():
     assert tuple(GPUS) == OFFERED
     assert all(sheet_machine(name).assumed.keys() >= {"matmul_flops", "network_bytes_per_s"} for name in GPUS)
@@ -261,9 +270,10 @@ def test_fit_offers_a_smaller_batch(monkeypatch):
         batch_size, image_size = 64, 32
 
     monkeypatch.setattr(fit_memory, "usable_memory_bytes", lambda: int(states + 40 * images))
-    assert "--data.batch_size 32 --trainer.accumulate_grad_batches 2" in fit_memory.describe_memory(
-        task, Data(), trainer
-    )
+    for batch, size, parts in ((64, 32, 2), (75, 25, 3)):
+        monkeypatch.setattr(Data, "batch_size", batch)
+        said = fit_memory.describe_memory(task, Data(), trainer)
+        assert f"--data.batch_size {size} --trainer.accumulate_grad_batches {parts}" in said
 
 
 def test_what_lies_in_main_memory_is_no_longer_on_the_gpu(shape):

@@ -70,6 +70,7 @@ def run(chosen: Namespace) -> None:
     settings = ReportSettings(
         model=chosen.model,
         data=chosen.data,
+        root=chosen.root,
         out=Path(chosen.out),
         limit=chosen.limit if chosen.limit is not None else 300 if chosen.quick else 1000,
         seeds=tuple(chosen.seeds),
@@ -163,7 +164,7 @@ def _check_seeds(settings: ReportSettings) -> None:
 
 def _open(settings: ReportSettings, model: SavedModel) -> PictureSet:
     """The images that were asked for, or those that the run held out."""
-    pictures = pictures_for(settings.model, model, settings.data, limit=settings.limit)
+    pictures = pictures_for(settings.model, model, settings.data, limit=settings.limit, root=settings.root)
     if pictures is None:
         raise UserError(
             f"{settings.model} doesn't say what it was trained on: give --data a folder with one subfolder per class, "
@@ -223,6 +224,8 @@ def _image(png: bytes) -> Json:
 def claim_folder(out: str | Path) -> Path:
     """The folder of a new report: a new or empty one, or that of a former report, whose files are replaced.
 
+    The former page goes first: until the new one is written, files of two models may lie there.
+
     Raises:
         UserError: if something else lies there, or it can't be made or written to.
     """
@@ -242,6 +245,7 @@ def claim_folder(out: str | Path) -> Path:
             f"{folder} holds other files ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}) and no former "
             "report: give --out a new folder."
         )
+    (folder / HTML).unlink(missing_ok=True)
     return folder
 
 

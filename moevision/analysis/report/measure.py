@@ -70,6 +70,7 @@ class ReportSettings:
     Attributes:
         model: a run folder, its model/ folder, or a timm address.
         data: a folder or a dataset's name; None takes what the run was trained on.
+        root: folder of named datasets; the run's own if None.
         out: folder to write to.
         limit: images, the same number of each class; 1 000 by default.
         seeds: other trainings of the same recipe, as addresses like `model`.
@@ -83,6 +84,7 @@ class ReportSettings:
 
     model: str
     data: str | None = None
+    root: str | None = None
     out: Path = Path("report")
     limit: int = 1000
     seeds: tuple[str, ...] = ()
