@@ -116,6 +116,7 @@ def analyze(settings: ReportSettings) -> Json:
         warnings.filterwarnings("ignore", message=UNREAD)  # the report names the layers
         with stages.stage("collecting the routing"):
             trace = collect_routing(model, pictures, path=folder / TRACE, progress=False, name=_title(settings.model))
+            (folder / HTML).unlink(missing_ok=True)  # it belongs to the trace that was replaced
             pictures = Remembered(aligned_pictures(pictures, trace))
         results = measure(model, pictures, trace, others, settings, stages, before)
         with stages.stage("drawing figures"):
@@ -224,8 +225,6 @@ def _image(png: bytes) -> Json:
 def claim_folder(out: str | Path) -> Path:
     """The folder of a new report: a new or empty one, or that of a former report, whose files are replaced.
 
-    The former page goes first: until the new one is written, files of two models may lie there.
-
     Raises:
         UserError: if something else lies there, or it can't be made or written to.
     """
@@ -245,7 +244,6 @@ def claim_folder(out: str | Path) -> Path:
             f"{folder} holds other files ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}) and no former "
             "report: give --out a new folder."
         )
-    (folder / HTML).unlink(missing_ok=True)
     return folder
 
 
