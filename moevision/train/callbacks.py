@@ -357,13 +357,15 @@ class StopEarly(EarlyStopping):
                 tell(sentence)
 
     def sentences(self, trainer: L.Trainer) -> list[str]:
-        """What summary.md says, if training ended before its last epoch."""
-        if self.wait_count < self.patience or trainer.current_epoch >= (trainer.max_epochs or 0):
+        """What summary.md says, if training ended before its last step."""
+        steps, planned = trainer.global_step, trainer.estimated_stepping_batches
+        if self.wait_count < self.patience or steps >= planned:
             return []
+        in_steps = trainer.max_steps > 0
+        done = f"{steps} of {planned} steps" if in_steps else f"{trainer.current_epoch} of {trainer.max_epochs} epochs"
         return [
-            f"Stopped early after {trainer.current_epoch} of {trainer.max_epochs} epochs: {self.monitor} was no better "
-            f"than {float(self.best_score):.4f} in {self.wait_count} validations. The learning rate had not come down "
-            "to its end."
+            f"Stopped early after {done}: {self.monitor} was no better than {float(self.best_score):.4f} in "
+            f"{self.wait_count} validations. The learning rate had not come down to its end."
         ]
 
 
