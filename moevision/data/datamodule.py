@@ -366,9 +366,9 @@ class ImageDataModule(LightningDataModule):
             **self._loader_options(mixer),
         )
 
-    def train_batches(self) -> int:
-        """Batches of a training epoch, for each process."""
-        own = len(self.contents.datasets["train"]) // self._rank_and_world()[1]
+    def train_batches(self, world_size: int | None = None) -> int:
+        """Batches of a training epoch, for each of so many processes; None: of those of the trainer."""
+        own = len(self.contents.datasets["train"]) // (world_size or self._rank_and_world()[1])
         return max(own // self.batch_size, int(own > 0))  # see drop_last above
 
     def _eval_dataloader(self, split: str) -> ImageLoader:
