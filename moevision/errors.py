@@ -4,6 +4,8 @@ Their sentences name files and folders, whose names may hold anything: both show
 command line as for a notebook.
 """
 
+from collections.abc import Iterable
+
 from moevision.names import shown_lines
 
 USER_ERROR = 2  # exit code of the command line after a UserError
@@ -27,3 +29,23 @@ class DataWarning(UserWarning):
 
     def __init__(self, sentence: str) -> None:
         super().__init__(shown_lines(sentence))
+
+
+def refuse_equal_seeds(runs: Iterable[tuple[str, int | None]]) -> None:
+    """Two trainings of one seed tell less of the luck of a training than a reader would think.
+
+    Args:
+        runs: name and seed of each; None: not known.
+
+    Raises:
+        UserError: if two have one seed.
+    """
+    known: dict[int, str] = {}
+    for name, seed in runs:
+        if seed in known:
+            raise UserError(
+                f"{name} has the seed of {known[seed]}, {seed}, so that both began alike: leave one out, or train it "
+                "with another --seed_everything."
+            )
+        if seed is not None:
+            known[seed] = name

@@ -271,7 +271,8 @@ def test_runs_that_are_not_two_sides(cli):
         ([a, *many], "of 3 recipes, by everything in config.yaml but the seed (a; hash1, hash2; soft1, soft2). They "
                      "differ in model.arch.router."),
         ([a, b, *many[1:2]], "0 seeds in common and need two: seeds 0, 1 and seed 2"),
-        ([*many, make("again", [1, 0], 1, router="hash")], "again has the seed of hash1, 1: leave one out"),
+        ([*many[:3], make("soft", [1, 0], None, router="soft")], "1 seed in common and need two"),
+        ([*many, make("again", [1, 0], 1, router="hash")], "again has the seed of hash1, 1, so that both began"),
     ):  # fmt: skip
         outcome = cli("compare", *runs)
         assert (outcome.code, outcome.out) == (2, "")

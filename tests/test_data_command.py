@@ -6,9 +6,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
+
+from moevision.errors import UserError
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "splits.csv", "scores.csv")
 
@@ -118,6 +121,20 @@ def test_a_curve_is_gone_on_with(cli, tiny_run, monkeypatch, send_signal):
     assert again.out.splitlines()[-9:] == outcome.out.splitlines()[-9:]
     record.write_text(record.read_text().replace('"recipe": "', '"recipe": "0'))
     assert "is of another config.yaml or scores.csv" in cli(*asked).err
+
+
+def test_a_curve_of_a_run_that_went_to_its_end(cli, tiny_run, monkeypatch):
+    """Of 2 epochs of 3 steps. An update left out, as by fp16 while it looks for its scale, is no early end."""
+    run = Path(shutil.copytree(tiny_run, "run"))
+    monkeypatch.setattr("moevision.train.run.run", Mock(side_effect=UserError("A training began.")))
+    asked = ("data", "curve", run, "--by", "random", "--shares", "0.5", "--seeds", "1")
+    known = json.loads((run / "summary.json").read_text())
+    for change, words in (
+        ({"epochs": 1, "steps": 3}, "The run took 1 epochs, and its config.yaml says 2"),
+        ({"steps": 5}, "A training began."),
+    ):
+        (run / "summary.json").write_text(json.dumps(known | change))
+        assert words in cli(*asked).err
 
 
 def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal):

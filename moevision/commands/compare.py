@@ -29,7 +29,7 @@ from rich.table import Table
 
 from moevision.commands.data import run_of
 from moevision.data.sources import SYNTHETIC
-from moevision.errors import UserError
+from moevision.errors import UserError, refuse_equal_seeds
 from moevision.files import refuse_foreign, write_json_atomic
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import shown
@@ -173,7 +173,7 @@ def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     """Two runs as they are; more, by their recipe, those with a seed that both recipes have, in its order.
 
     Raises:
-        UserError: if these are not two recipes, or have fewer than two seeds in common.
+        UserError: if these are not two recipes, one has a seed twice, or fewer than two seeds are common.
     """
     if len(runs) == 2:
         return [runs[0]], [runs[1]]
@@ -190,7 +190,9 @@ def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
             f"These runs are of {found}, by everything in config.yaml but the seed ({names}).{differ} Give two runs, "
             "or several seeds of two recipes."
         )
-    by_seed = [_by_seed(recipe) for recipe in recipes]
+    for recipe in recipes:
+        refuse_equal_seeds((run.name, run.seed) for run in recipe)
+    by_seed = [{run.seed: run for run in recipe if run.seed is not None} for recipe in recipes]
     common = sorted(by_seed[0].keys() & by_seed[1].keys())
     if len(common) < 2:
         raise UserError(
@@ -200,16 +202,6 @@ def sides(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         )
     first, second = ([seeds[seed] for seed in common] for seeds in by_seed)
     return first, second
-
-
-def _by_seed(recipe: Sequence[Run]) -> dict[int, Run]:
-    found: dict[int, Run] = {}
-    for run in recipe:
-        if run.seed is None or run.seed in found:
-            why = "has no seed" if run.seed is None else f"has the seed of {found[run.seed].name}, {run.seed}"
-            raise UserError(f"{run.name} {why}: leave one out, recipes are compared seed by seed.")
-        found[run.seed] = run
-    return found
 
 
 def _seeds(runs: Sequence[Run]) -> str:

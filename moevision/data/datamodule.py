@@ -97,7 +97,7 @@ class ImageDataModule(LightningDataModule):
             order_seed: Seed of the order, crops and flips of training images; null: --seed_everything (without a
                 command line: seed).
             val_fraction: Share of the images cut for validation, where the dataset has no validation set.
-            test_fraction: Share cut for the test, where the dataset came unsplit; 0 cuts none.
+            test_fraction: Share cut for the test, where the dataset came unsplit.
             group_by: Keep images together on one side of the split: "parent" (files of one folder), the name of a
                 column (of a CSV or a Hugging Face dataset), or a regular expression with one group that is searched
                 in the relative path. The column "group" of a CSV is used unasked.
@@ -366,15 +366,13 @@ class ImageDataModule(LightningDataModule):
             **self._loader_options(mixer),
         )
 
-    def train_batches(self) -> int:
-        """Batches of a training epoch, for each process."""
-        own = len(self.contents.datasets["train"]) // self._rank_and_world()[1]
+    def train_batches(self, world_size: int | None = None) -> int:
+        """Batches of a training epoch, for each of so many processes; None: of those of the trainer."""
+        own = len(self.contents.datasets["train"]) // (world_size or self._rank_and_world()[1])
         return max(own // self.batch_size, int(own > 0))  # see drop_last above
 
     def _eval_dataloader(self, split: str) -> ImageLoader:
-        dataset = self.contents.datasets.get(split)
-        if dataset is None:
-            raise UserError(f"there is no {split} set: set --data.{split}_fraction above 0, or add {split}/")
+        dataset = self.contents.datasets[split]
         batches = eval_batches(len(dataset), self.batch_size, *self._rank_and_world())
         return ImageLoader(dataset, batch_sampler=batches, **self._loader_options())
 

@@ -29,7 +29,7 @@ from rich.progress import Progress
 from moevision.data.contents import is_main_process
 from moevision.data.images import IMAGE_SUFFIXES
 from moevision.data.shards import INDEX, Index, Rows, Shard, tars_in
-from moevision.data.sources import SPLIT_NAMES, SPLITS, Sample, check_distinct, words_of
+from moevision.data.sources import SPLIT_NAMES, SPLITS, Sample, check_distinct, told_apart, words_of
 from moevision.data.tables import check_splits
 from moevision.errors import UserError
 from moevision.files import make_folder
@@ -298,7 +298,7 @@ def _class_names(folder: Path, labels: Sequence[Label], samples: Sequence[Found]
                     f"{folder / name} has {len(names)} names, and there is a label {max(map(int, labels))}: give every "
                     "class a line, from label 0 on."
                 )
-            return [shown(names[int(label)].strip()) for label in labels]
+            return told_apart([shown(names[int(label)].strip()) for label in labels], labels)
     ids: dict[Label, set[str]] = defaultdict(set)
     for key, _, label in samples:
         if match := _WORDNET_KEY.fullmatch(key):

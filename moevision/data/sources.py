@@ -24,7 +24,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,10 +228,13 @@ def words_of(class_folders: list[str]) -> list[str]:
     info = ImageNetInfo("imagenet-22k")
     known = set(info.label_names())
     lemmas = [info.label_name_to_description(name).split(",")[0] if name in known else name for name in class_folders]
-    count = Counter(lemmas)
-    return [
-        lemma if count[lemma] == 1 else f"{lemma} ({name})" for lemma, name in zip(lemmas, class_folders, strict=True)
-    ]
+    return told_apart(lemmas, class_folders)
+
+
+def told_apart(names: Sequence[str], ids: Sequence[Any]) -> list[str]:
+    """Names of which those that stand several times carry their id in brackets: labels are found by their names."""
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{name} ({known})" for name, known in zip(names, ids, strict=True)]
 
 
 def read_folder(root: Path) -> FileCollection:
@@ -404,12 +407,13 @@ def _others(linked: list[str], real: list[str]) -> list[str]:
 
 
 def check_distinct(names: list[str]) -> None:
-    """Names must differ when they are written into a file, too."""
+    """Names must differ, also when they are written into a file."""
     known: dict[str, str] = {}
     for name in names:
-        other = known.setdefault(csv_name(name), name)
-        if other != name:
+        written = csv_name(name)
+        if (other := known.get(written)) is not None:
             raise UserError(f"{other!r} and {name!r} look the same when they are written down: rename one of them")
+        known[written] = name
 
 
 def _check_classes(folder: Path, classes: dict[str, list[str]]) -> None:

@@ -61,7 +61,7 @@ class Cut:
 
     Attributes:
         val_fraction: share of the images for validation, in (0, 1).
-        test_fraction: share for the test where the collection came unsplit, in [0, 1).
+        test_fraction: share for the test where the collection came unsplit, in (0, 1).
         seed: seed of the cut.
         group_by: None (a manifest's column "group", if it has one), "parent", the name of a table's column, or a
             regular expression with one group, searched in the sample id.
@@ -75,12 +75,12 @@ class Cut:
     check_duplicates: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse shares that leave nothing to train on or to select by."""
+        """Refuse shares that leave nothing to train on, to select by or to test on."""
         val, test = self.val_fraction, self.test_fraction
-        if not (0 < val < 1 and 0 <= test < 1 and val + test < 1):
+        if not (val > 0 and test > 0 and val + test < 1):
             raise UserError(
-                f"val_fraction {val:g} and test_fraction {test:g} leave nothing to validate or to train on: "
-                "set --data.val_fraction above 0 and keep their sum below 1"
+                f"val_fraction {val:g} and test_fraction {test:g} leave nothing to validate, to test or to train on: "
+                "set --data.val_fraction and --data.test_fraction above 0 and keep their sum below 1"
             )
 
 
@@ -96,9 +96,8 @@ def make_splits(collection: Collection, cut: Cut) -> Splits:
     notes = split_origins(collection.given, f", seed {cut.seed}")
     if "all" in given:
         fractions = {"test": cut.test_fraction, "val": cut.val_fraction}
-        fractions = {part: share for part, share in fractions.items() if share}
         parts = stratified_cut(given["all"], groups, fractions, cut.seed, collection.class_names)
-        return Splits({split: parts[split] for split in SPLITS if split in parts}, notes, warnings, [], together)
+        return Splits({split: parts[split] for split in SPLITS}, notes, warnings, [], together)
     if "test" not in given:
         given["test"] = given.pop("val")
     before = given

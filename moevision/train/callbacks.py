@@ -357,13 +357,15 @@ class StopEarly(EarlyStopping):
                 tell(sentence)
 
     def sentences(self, trainer: L.Trainer) -> list[str]:
-        """What summary.md says, if training ended before its last epoch."""
-        if self.wait_count < self.patience or trainer.current_epoch >= (trainer.max_epochs or 0):
+        """What summary.md says, if training ended before its last step."""
+        steps, planned = trainer.global_step, trainer.estimated_stepping_batches
+        if self.wait_count < self.patience or steps >= planned:
             return []
+        in_steps = trainer.max_steps > 0
+        done = f"{steps} of {planned} steps" if in_steps else f"{trainer.current_epoch} of {trainer.max_epochs} epochs"
         return [
-            f"Stopped early after {trainer.current_epoch} of {trainer.max_epochs} epochs: {self.monitor} was no better "
-            f"than {float(self.best_score):.4f} in {self.wait_count} validations. The learning rate had not come down "
-            "to its end."
+            f"Stopped early after {done}: {self.monitor} was no better than {float(self.best_score):.4f} in "
+            f"{self.wait_count} validations. The learning rate had not come down to its end."
         ]
 
 
@@ -384,6 +386,12 @@ def data_wait_advice(share: float | None, data: ImageDataModule) -> list[str]:
     return [f"Training waited for data during {100 * share:.0f} % of its time: {', or '.join(remedies)}."]
 
 
+def is_logged(trainer: L.Trainer, step: int) -> bool:
+    """Whether the numbers of this step, counted from 1, are logged; none where --trainer.log_every_n_steps is 0."""
+    every: int = cast(Any, trainer).log_every_n_steps
+    return every != 0 and step % every == 0
+
+
 class RouterHealth(L.Callback):
     """Logs `train/update_norm`, `train/update_ratio`, `moe/<layer>/max_violation`; warns of collapse once per layer."""
 
@@ -397,7 +405,7 @@ class RouterHealth(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Keep the weights of a step that will be logged."""
-        if (trainer.global_step + 1) % cast(Any, trainer).log_every_n_steps == 0:
+        if is_logged(trainer, trainer.global_step + 1):
             self._before = [parameter.detach().clone() for parameter in _learning(pl_module)]
 
     def on_train_batch_end(
@@ -413,7 +421,7 @@ class RouterHealth(L.Callback):
         layers = moe_layers(task.net)
         counts = [count.detach() for count in task.window_counts]
         self._loads = [sum_ + count for sum_, count in zip(self._loads, counts, strict=True)] if self._loads else counts
-        if trainer.global_step % cast(Any, trainer).log_every_n_steps == 0:
+        if is_logged(trainer, trainer.global_step):
             for layer, count in zip(layers, sums_over_processes(counts), strict=True):
                 load = count.double()
                 task.log(f"moe/{layer.layer_index}/max_violation", (load.max() / load.mean() - 1).float())

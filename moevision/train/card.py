@@ -24,7 +24,7 @@ from torch import nn
 from moevision import __version__, package_version
 from moevision.data.sources import UNKNOWN, DataTerms, terms_of
 from moevision.efficiency import ModelCost, measure_cost
-from moevision.errors import UserError
+from moevision.errors import UserError, refuse_equal_seeds
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel, load_model, model_folder
 from moevision.models.safe_files import read_json, read_yaml
@@ -143,7 +143,7 @@ def gather_facts(
     if run is not None and summary is None:
         summary = read_summary(run / "summary.json")
     rest = [read_summary(Path(other) / "summary.json") for other in others]
-    _refuse_equal_seeds([summary, *rest] if summary else rest)
+    refuse_equal_seeds((each.name, each.seed) for each in ([summary, *rest] if summary else rest))
     provenance = _read_json(run / "provenance.json") if run is not None else {}
     architecture, options = _architecture(saved.net)
     blocks = _moe_blocks(saved.net)
@@ -165,19 +165,6 @@ def gather_facts(
         others=rest,
         analysis=analysis,
     )
-
-
-def _refuse_equal_seeds(runs: Sequence[RunSummary]) -> None:
-    """Two trainings of one seed began alike: they tell less of the luck of a training than a reader would think."""
-    known: dict[int, str] = {}
-    for run in runs:
-        if run.seed in known:
-            raise UserError(
-                f"{run.name} has the seed of {known[run.seed]}, {run.seed}: leave it out of --seeds, or train it with "
-                "another --seed_everything."
-            )
-        if run.seed is not None:
-            known[run.seed] = run.name
 
 
 def without_path(word: str) -> str:

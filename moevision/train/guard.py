@@ -43,6 +43,7 @@ from moevision.errors import DIVERGED, UserError
 from moevision.files import write_text_atomic
 from moevision.limits import usable_memory_bytes
 from moevision.names import csv_name
+from moevision.train.callbacks import is_logged
 from moevision.train.optim import WeightEMA
 from moevision.train.parallel import first_row, mesh_of, own_part, with_part
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
@@ -256,7 +257,7 @@ class StabilityGuard(L.Callback):
             cause = f"{sum(self._recent)} of the last {len(self._recent)} updates refused, mostly for: {often}"
         if cause is not None:
             self._roll_back(trainer, task, cause)
-        if trainer.global_step % cast(Any, trainer).log_every_n_steps == 0:
+        if is_logged(trainer, trainer.global_step):
             counts = {"guard/skipped": self.record.skipped, "guard/rollbacks": self.record.rollbacks}
             task.log_dict({name: float(count) for name, count in counts.items()})
 

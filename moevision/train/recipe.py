@@ -352,11 +352,26 @@ def _free_memory_bytes() -> int:
     return (usable_memory_bytes() or 4 * 2**30) // 4 if free is None else free
 
 
+def epoch_batches(data: ImageDataModule, trainer: L.Trainer) -> int:
+    """Batches of a training epoch, for each process, with --trainer.limit_train_batches."""
+    batches, limit = data.train_batches(trainer.world_size), trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(limit * batches)
+
+
+def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str]:
+    """Batches of the whole training, for each process, and what they are in words; 0 for one without an end."""
+    at_once, window = data.batch_size * trainer.world_size, trainer.accumulate_grad_batches
+    epoch, epochs, steps = epoch_batches(data, trainer), max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
+    if steps and (not epochs or steps * window < epochs * epoch):
+        return steps * window, f"{steps:,} steps of {at_once * window:,} images"
+    whole = epoch == data.train_batches(trainer.world_size)
+    images = sum(data.class_counts["train"].values()) if whole else epoch * at_once
+    return epochs * epoch, f"{epochs} epochs of {images:,} images"
+
+
 def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float | None:
     """How long the training is expected to take, by a few timed steps; None for one without an end."""
-    train_images = sum(data.class_counts["train"].values())
-    per_epoch = max(1, train_images // (data.batch_size * trainer.world_size))
-    batches = per_epoch * max(0, trainer.max_epochs or 0)
+    batches, _ = planned_batches(data, trainer)
     # Validation and loading, about a tenth.
     return batches * seconds_per_batch(task, data, trainer) * 1.1 if batches else None
 
@@ -379,7 +394,6 @@ def describe_plan(
         memory: what `moevision.train.memory.describe_memory` says.
         before_s: what the linear probe and the routers' start took, which the run's time counts.
     """
-    train_images = sum(data.class_counts["train"].values())
     total, active = parameter_counts(task.net)
     lines = [
         f"model: {describe_model(task)}, {total / 1e6:.2f} M parameters of which {active / 1e6:.2f} M are active",
@@ -389,15 +403,17 @@ def describe_plan(
     ]
     if memory is not None:
         lines.append(memory)
-    if (epochs := trainer.max_epochs or 0) > 0:
+    batches, words = planned_batches(data, trainer)
+    if batches:
         time_it_takes = "how long they take is said after the first steps"
         if expected_s is not None:
+            images = batches * data.batch_size * trainer.world_size
             time_it_takes = (
-                f"about {expected_s / 60:.0f} min at {epochs * train_images / expected_s:.0f} images/s (by a few timed "
+                f"about {expected_s / 60:.0f} min at {images / expected_s:.0f} images/s (by a few timed "
                 "steps on noise, plus a tenth for loading and validation; corrected while it trains)"
                 + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
             )
-        lines.append(f"plan: {epochs} epochs of {train_images:,} images, {time_it_takes}")
+        lines.append(f"plan: {words}, {time_it_takes}")
     if (block := block_to_pool(task.net)) is not None:
         lines.append(
             f"note: the classifier reads the class token alone, so the routes of patches in block {block}, the last, "

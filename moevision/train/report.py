@@ -72,7 +72,7 @@ class TestScores:
     calibrated_on: int = 0
     """Validation images that the temperature was fitted on."""
     calibrated_ece: float | None = None
-    """Expected calibration error with the temperature."""
+    """Expected calibration error with the temperature; None too where a probability isn't finite."""
     weights: str = "the weights of the best validation epoch"
     """Which weights were tested and exported, e.g. the moving average (EMA) of the weights."""
 
@@ -259,9 +259,9 @@ def read_summary(file: Path) -> RunSummary:
         return RunSummary(
             **{
                 **given,
-                "test": TestScores(**given["test"]),
+                "test": TestScores(**_number(given["test"], "loss")),
                 "cost": ModelCost(**given["cost"]),
-                "layers": [LayerLoad(**layer) for layer in given["layers"]],
+                "layers": [LayerLoad(**_number(layer, "entropy_bits")) for layer in given["layers"]],
                 "twin": None if given.get("twin") is None else _read_twin(given["twin"]),
                 "choice": None if given.get("choice") is None else _read_choice(given["choice"]),
             }
@@ -271,6 +271,11 @@ def read_summary(file: Path) -> RunSummary:
             f"{file} can't be read as the summary of a run ({type(error).__name__}: {error}): "
             "give a run folder that this version of moevision has finished."
         ) from error
+
+
+def _number(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """With NaN for null, which JSON says for a number that isn't finite."""
+    return given if given[name] is not None else {**given, name: math.nan}
 
 
 def _read_twin(given: dict[str, Any]) -> TwinComparison:
@@ -323,7 +328,7 @@ def _environment() -> Environment:
     )
     words = {"cell": cell, "percent": percent, "points": points, "flops": flops, "duration": duration}
     environment.filters |= {**words, "number": number, "shown": shown, "json": json.dumps}
-    environment.globals["log2"] = math.log2
+    environment.globals |= {"log2": math.log2, "isfinite": math.isfinite}
     return environment
 
 

@@ -44,7 +44,7 @@ from moevision.train.processes import (
     restore_random_state,
     tell,
 )
-from moevision.train.recipe import expand_arguments, run_name, take, value_of
+from moevision.train.recipe import epoch_batches, expand_arguments, run_name, take, value_of
 from moevision.train.sharded import file_with_rest
 
 OPTION, AUTO = "--resume", "auto"
@@ -272,7 +272,7 @@ def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     if any(state[name] != value for name, value in now.items()):
         batch = batch * state["batch_size"] * state["world_size"] // (data.batch_size * trainer.world_size)
         batch = batch // window * window
-    batches = min(data.train_batches(), _limit(trainer, data.train_batches()))
+    batches = epoch_batches(data, trainer)
     if batch >= batches > 0:
         batch = (batches - 1) // window * window
         tell("note: the epoch is shorter now than where it was interrupted: its last step is done again.")
@@ -282,11 +282,6 @@ def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     progress["current"] = dict.fromkeys(progress["current"], batch)
     progress["is_last_batch"] = False
-
-
-def _limit(trainer: L.Trainer, batches: int) -> int:
-    limit = trainer.limit_train_batches
-    return limit if isinstance(limit, int) else int(limit * batches)
 
 
 def _logged_rows(trainer: L.Trainer) -> int | None:

@@ -353,7 +353,9 @@ def _write_summary(summary: RunSummary, run_dir: Path) -> None:
     write_summary(summary, run_dir / "summary.md")
     write_text_atomic(run_dir / "model" / "README.md", model_card(gather_facts(run_dir, summary=summary)))
     # Last: a run that has it is finished (`resume.is_finished`).
-    write_json_atomic(run_dir / "summary.json", json.loads(json.dumps(asdict(summary), default=list)))
+    text = json.dumps(asdict(summary), default=list)
+    # JSON has neither NaN nor infinity: null.
+    write_json_atomic(run_dir / "summary.json", json.loads(text, parse_constant=lambda name: None))
 
 
 @dataclass(frozen=True)
@@ -410,6 +412,9 @@ def _scores(
     )
 
 
-def _calibration_error(rows: Sequence[_Prediction]) -> float:
+def _calibration_error(rows: Sequence[_Prediction]) -> float | None:
+    """None where a probability isn't finite."""
     confidence = np.array([row.probability for row in rows])
+    if not np.isfinite(confidence).all():
+        return None
     return calibration_error(confidence, np.array([row.prediction == row.label for row in rows]))

@@ -648,12 +648,6 @@ def test_arguments_out_of_range(options):
         ImageDataModule(**options)
 
 
-def test_test_set_that_was_not_cut(image_folder):
-    data = ready(image_folder({"cat": 10, "dog": 10}), test_fraction=0.0)
-    with pytest.raises(UserError, match=r"there is no test set: set --data\.test_fraction above 0"):
-        data.test_dataloader()
-
-
 def test_every_argument_is_documented_and_parses_from_text():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageDataModule, "data")

@@ -85,16 +85,16 @@ def test_splits_and_groups_of_a_manifest(pictures):
 
 def test_folders_and_patterns_are_named_too(pictures):
     assert (
-        "images of one folder (--data.group_by parent), 4 groups."
-        in ready(_in_two_folders(pictures), group_by="parent", val_fraction=0.3, test_fraction=0).split_note
+        "images of one folder (--data.group_by parent), 6 groups."
+        in ready(_in_three_folders(pictures), group_by="parent", val_fraction=0.3, test_fraction=0.3).split_note
     )
     assert r"whose path agrees in (\d\d)\.png" in ready(pictures, group_by=r"(\d\d)\.png").split_note
 
 
-def _in_two_folders(root):
+def _in_three_folders(root):
     for index, file in enumerate(sorted(root.glob("*/*.png"))):
-        (file.parent / f"{index % 2}").mkdir(exist_ok=True)
-        file.rename(file.parent / f"{index % 2}" / file.name)
+        (file.parent / f"{index % 3}").mkdir(exist_ok=True)
+        file.rename(file.parent / f"{index % 3}" / file.name)
     return root
 
 

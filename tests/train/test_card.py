@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 from contextlib import redirect_stdout
@@ -23,6 +24,7 @@ from moevision.efficiency import measure_cost
 from moevision.models.io import SavedModel, load_model
 from moevision.train.card import CardFacts, Start, gather_facts, model_card, without_path
 from moevision.train.report import read_summary
+from moevision.train.run import _calibration_error, _Prediction, _write_summary
 
 ANALYSIS = {
     "verdict": {
@@ -306,3 +308,20 @@ def test_a_summary_is_read_as_it_was_written(tiny_run: Path, facts: CardFacts) -
     assert [layer.counts for layer in facts.summary.layers] == [layer["counts"] for layer in given["layers"]]
     with pytest.raises(UserError, match=r"can't be read as the summary of a run"):
         read_summary(tiny_run / "nothing.json")
+
+
+def test_a_test_loss_that_is_not_finite_lets_a_run_be_finished(
+    tiny_run: Path, facts: CardFacts, tmp_path: Path
+) -> None:
+    """One test image whose logits aren't finite is enough. JSON has no NaN: summary.json says null."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    layers = [replace(layer, entropy_bits=math.nan) for layer in facts.summary.layers]
+    test = replace(facts.summary.test, loss=math.nan)
+    _write_summary(replace(facts.summary, test=test, layers=layers), run)
+    assert json.loads((run / "summary.json").read_text())["test"]["loss"] is None
+    assert "| loss | not finite |" in (run / "summary.md").read_text()
+    again = read_summary(run / "summary.json")
+    assert math.isnan(again.test.loss)
+    assert math.isnan(again.layers[0].entropy_bits)
+    assert (run / "model" / "README.md").read_text() == model_card(gather_facts(run))
+    assert _calibration_error([_Prediction("a", 0, 0, 0.9), _Prediction("b", 0, 0, math.nan)]) is None

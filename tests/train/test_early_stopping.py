@@ -4,11 +4,12 @@ import csv
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moevision.errors import UserError
-from moevision.train.callbacks import EarlyStoppingConfig, Stopwatch
+from moevision.train.callbacks import EarlyStoppingConfig, StopEarly, Stopwatch
 from moevision.train.resume import ResumePoint
 
 # A learning rate of 0: no epoch is better than the first, so a patience of 2 stops after the third.
@@ -61,6 +62,16 @@ def test_a_resumed_run_stops_where_the_whole_one_does(cli, tiny, drawn_pets, sto
     for file in COMPARED[:3]:
         assert (run / file).read_bytes() == (stopped / file).read_bytes(), file
     assert "Stopped early after 3 of 6 epochs" in (run / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(("done", "said"), [(24, ["Stopped early after 24 of 30 steps: val/top1 was"]), (30, [])])
+def test_a_training_that_is_measured_in_steps_says_it_too(done, said):
+    stop = StopEarly(None, 2)
+    stop.wait_count = 2
+    trainer = SimpleNamespace(
+        max_epochs=-1, max_steps=30, current_epoch=3, global_step=done, estimated_stepping_batches=30
+    )
+    assert [sentence.partition(" no better")[0] for sentence in stop.sentences(trainer)] == said
 
 
 def test_patience_that_can_not_be():

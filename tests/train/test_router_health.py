@@ -43,6 +43,13 @@ def test_the_logged_numbers_by_hand(tmp_path: Path) -> None:
         assert logged[f"moe/{block}/max_violation"] == pytest.approx(float(load.max() / load.double().mean() - 1))
 
 
+def test_nothing_is_logged_every_0_steps(tmp_path: Path) -> None:
+    """As in Lightning, 0 means never; the guard of this training would log too."""
+    run = Run(tmp_path, batches(1), callbacks=(RouterHealth(),), log_every_n_steps=0)
+    assert run.trainer.global_step == 1
+    assert not [name for name in run.trainer.callback_metrics if "update" in name or "guard" in name]
+
+
 @pytest.mark.parametrize(
     ("router", "advice"), [(NOISY, "--model.aux.importance or --model.aux.load"), (BIASED, "--model.arch.bias_rate")]
 )

@@ -16,7 +16,7 @@ from moevision.errors import UserError
 from moevision.layers import forward_routing, moe_layers
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
-from moevision.train.recipe import describe_plan
+from moevision.train.recipe import describe_plan, expected_seconds
 from moevision.train.task import ClassificationTask, OptimizerConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "loss_curve.json"
@@ -270,5 +270,29 @@ def test_the_plan_says_where_routes_change_no_answer(tmp_path: Path, options: di
         num_classes=3,
         image_size=32,
     )
-    data = cast(Any, SimpleNamespace(class_counts={"train": {"cat": 8}}, batch_size=4))
+    data = cast(Any, SimpleNamespace(class_counts={"train": {"cat": 8}}, batch_size=4, train_batches=lambda world: 2))
     assert ("routes of patches in block" in describe_plan(task, data, trainer_of(tmp_path))) is said
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "words"),
+    [
+        ({"max_epochs": 3}, 15, "3 epochs of 44 images"),  # each leaves 4 images out, which fill no batch
+        ({"max_epochs": 3, "limit_train_batches": 2}, 6, "3 epochs of 16 images"),
+        ({"max_epochs": 3, "limit_train_batches": 0.5}, 6, "3 epochs of 16 images"),
+        ({"max_epochs": 3, "max_steps": 4}, 4, "4 steps of 8 images"),
+        ({"max_epochs": -1, "max_steps": 4, "accumulate_grad_batches": 2}, 8, "4 steps of 16 images"),
+        ({"max_epochs": 3, "max_steps": 40}, 15, "3 epochs of 44 images"),
+    ],
+)
+def test_the_plan_counts_what_will_be_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], batches: int, words: str
+) -> None:
+    """44 images in batches of 8, each of which takes a minute, and a tenth more."""
+    monkeypatch.setattr("moevision.train.recipe.seconds_per_batch", lambda *_: 60.0)
+    counts = {"train": {"cat": 20, "dog": 24}}
+    data = cast(Any, SimpleNamespace(class_counts=counts, batch_size=8, train_batches=lambda world: 44 // 8 // world))
+    task, trainer = task_of(), trainer_of(tmp_path, **options)
+    seconds = expected_seconds(task, data, trainer)
+    assert seconds == pytest.approx(66 * batches)
+    assert f"plan: {words}, about {seconds / 60:.0f} min at " in describe_plan(task, data, trainer, seconds)

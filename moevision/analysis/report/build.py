@@ -46,7 +46,7 @@ from moevision.analysis.report.measure import (
 )
 from moevision.analysis.report.page import environment
 from moevision.analysis.trace import LayerTrace, RoutingTrace
-from moevision.errors import UserError
+from moevision.errors import UserError, refuse_equal_seeds
 from moevision.files import write_bytes_atomic, write_json_atomic, write_text_atomic
 from moevision.layers import moe_layers
 from moevision.layers.routing import Kind as RoutingKind
@@ -102,7 +102,7 @@ def analyze(settings: ReportSettings) -> Json:
             holds other files.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    _check_seeds(settings)
+    refuse_equal_seeds((address, _seed_of(address)) for address in (settings.model, *settings.seeds))
     model = load_model(settings.model)
     layers = moe_layers(model.net)
     if not layers:
@@ -144,23 +144,14 @@ def analyze(settings: ReportSettings) -> Json:
     return numbers
 
 
-def _check_seeds(settings: ReportSettings) -> None:
-    """Refuse two trainings of one seed: they tell nothing of the luck of a training."""
-    known: dict[int, str] = {}
-    for address in (settings.model, *settings.seeds):
-        run = run_folder(address)
-        try:
-            seed = None if run is None else read_yaml(run / "config.yaml").get("seed_everything")
-        except (OSError, ValueError, AttributeError):  # as a model without a run: its seed isn't known
-            continue
-        if not isinstance(seed, int) or isinstance(seed, bool):  # false: drawn anew each time
-            continue
-        if seed in known:
-            raise UserError(
-                f"{address} has the seed of {known[seed]}, {seed}, so that both began alike: leave it out of --seeds, "
-                "or train it with another --seed_everything."
-            )
-        known[seed] = address
+def _seed_of(address: str) -> int | None:
+    """The seed of a model's training; None where it isn't known, or drawn anew each time (false)."""
+    run = run_folder(address)
+    try:
+        seed = None if run is None else read_yaml(run / "config.yaml").get("seed_everything")
+    except (OSError, ValueError, AttributeError):  # as a model without a run
+        return None
+    return seed if isinstance(seed, int) and not isinstance(seed, bool) else None
 
 
 def _open(settings: ReportSettings, model: SavedModel) -> PictureSet:
