@@ -218,8 +218,7 @@ def find_index(folder: Path) -> Index:
     if not path.is_file():
         return shard_scan.index_others(folder)
     index = read_index(path)
-    merged = len(set(index.class_names)) < len(index.class_names)  # by an earlier version
-    if index.scanned and (merged or shard_scan.has_changed(folder, index)):
+    if index.scanned and shard_scan.has_changed(folder, index):
         return shard_scan.index_others(folder)
     _check_sizes(folder, index, path)
     return index
