@@ -43,7 +43,8 @@ from benchmarks.harness import HERE, argument_parser, without_places
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet, open_pictures, read_images
-from moevision.analysis.questions import headline, recording_of, three_questions
+from moevision.analysis.questions import headline, three_questions
+from moevision.analysis.recording import recording_of
 from moevision.analysis.report.measure import measure_effects
 from moevision.analysis.specialization import measure_baselines, specialization
 from moevision.analysis.trace import RoutingTrace

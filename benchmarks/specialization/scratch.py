@@ -21,7 +21,8 @@ from benchmarks.harness import HERE, about, argument_parser
 from benchmarks.specialization.training import rounded_all, without_words
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.images import pictures_for
-from moevision.analysis.questions import recording_of, three_questions
+from moevision.analysis.questions import three_questions
+from moevision.analysis.recording import recording_of
 from moevision.analysis.specialization import measure_baselines
 from moevision.files import write_json_atomic
 from moevision.models.io import load_model

@@ -1,8 +1,8 @@
 """What experts respond to: the routing of whole sets of images, and what can be said about it.
 
 - images and traces: `images`, `collect` (run the model), `trace`, `describe` (counts, galleries, classes)
-- is it more than chance: `questions` (three answers about any model), `information`, `specialization` (baselines),
-  `agreement`
+- is it more than chance: `questions` (three answers about any model), from its `recording`, `readings` of that and the
+  `swap` test; `information`, `specialization` (baselines), `agreement`
 - what if: `intervention`, `effects`
 - what it looks like: `plots` (all figures), `palette`, and `report` (`moevision analyze`)
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from moevision.analysis.effects import class_effect, effect
     from moevision.analysis.images import PictureSet, open_pictures, patch_crop
     from moevision.analysis.intervention import Intervention, intervene
-    from moevision.analysis.questions import RecordedLayer, Recording, recording_of, three_questions
+    from moevision.analysis.questions import three_questions
+    from moevision.analysis.recording import RecordedLayer, Recording, recording_of
     from moevision.analysis.specialization import measure_baselines
     from moevision.analysis.table import Table
     from moevision.analysis.trace import LayerTrace, RoutingTrace
@@ -32,8 +33,8 @@ _HOME = {
     "Intervention": "intervention",
     "LayerTrace": "trace",
     "PictureSet": "images",
-    "RecordedLayer": "questions",
-    "Recording": "questions",
+    "RecordedLayer": "recording",
+    "Recording": "recording",
     "RoutingTrace": "trace",
     "Table": "table",
     "class_effect": "effects",
@@ -48,7 +49,7 @@ _HOME = {
     "measure_baselines": "specialization",
     "open_pictures": "images",
     "patch_crop": "images",
-    "recording_of": "questions",
+    "recording_of": "recording",
     "three_questions": "questions",
 }
 

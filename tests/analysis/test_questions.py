@@ -19,24 +19,21 @@ from moevision.analysis.questions import (
     NOT_MEASURED,
     NOT_SHOWN,
     YES,
+    function_answer,
+    headline,
+    three_questions,
+)
+from moevision.analysis.readings import (
     Interval,
     Load,
-    RecordedLayer,
-    Recording,
-    Swap,
-    cluster_started,
-    function_answer,
     guess_from_experts,
-    headline,
     paired_interval,
     probe_groups,
     ratio_interval,
-    recording_of,
-    run_forced,
-    swap_test,
-    three_questions,
 )
+from moevision.analysis.recording import RecordedLayer, Recording, cluster_started, recording_of, run_forced
 from moevision.analysis.specialization import Assignments, measure_baselines
+from moevision.analysis.swap import Swap, swap_test
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
 from moevision.errors import UserError

@@ -38,15 +38,8 @@ from moevision.analysis.describe import (
 from moevision.analysis.effects import class_effect
 from moevision.analysis.images import PictureSet
 from moevision.analysis.intervention import Intervention
-from moevision.analysis.questions import (
-    LayerAnswers,
-    Recording,
-    cluster_started,
-    headline,
-    plainly,
-    recording_of,
-    three_questions,
-)
+from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
+from moevision.analysis.recording import Recording, cluster_started, recording_of
 from moevision.analysis.specialization import LayerSpecialization, measure_baselines, specialization
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
