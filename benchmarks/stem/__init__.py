@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.harness import HERE, Record, about, argument_parser, count, positive, read_record
 from benchmarks.queue import fill_readme, refuse_changes
-from benchmarks.study import Row, contrasts, evaluate, make_task, open_data, train
+from benchmarks.study import Contrast, Row, contrasts, evaluate, make_task, open_data, train
 from benchmarks.subject import Subject, find_subject
 from moevision.efficiency import measure_cost
 from moevision.train.report import flops, table
@@ -71,7 +71,7 @@ def parts_of(runs: Runs) -> list[str]:
     return [effect_table(runs), arm_table(runs)]
 
 
-def effect_table(runs: Runs) -> str:
+def effects(runs: Runs) -> list[Contrast]:
     """Each factor's difference over all combinations of the others, by seed; judged together."""
     means, pairs = {}, []
     for factor, values in FACTORS.items():
@@ -80,9 +80,13 @@ def effect_table(runs: Runs) -> str:
         for value in values:
             of = [run for run in runs if run[factor] == value]
             means[f"{factor} {value}"] = {seed: mean_of(of, seed) for seed in complete_seeds(runs)}
+    return contrasts(means, pairs)
+
+
+def effect_table(runs: Runs) -> str:
+    """The same as a table."""
     rows = [
-        [f"`{each.first}` − `{each.second}`", each.interval, f"{each.p:.3f}", each.verdict]
-        for each in contrasts(means, pairs)
+        [f"`{each.first}` − `{each.second}`", each.interval, f"{each.p:.3f}", each.verdict] for each in effects(runs)
     ]
     return table(["difference", "points (95 %)", "p, adjusted", "verdict"], rows, "lrrl")
 
