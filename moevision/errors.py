@@ -35,17 +35,18 @@ def refuse_equal_seeds(runs: Iterable[tuple[str, int | None]]) -> None:
     """Two trainings of one seed tell less of the luck of a training than a reader would think.
 
     Args:
-        runs: name and seed of each; None: not known.
+        runs: name and seed of each; None or false: not known.
 
     Raises:
         UserError: if two have one seed.
     """
     known: dict[int, str] = {}
     for name, seed in runs:
+        if seed is None or isinstance(seed, bool):  # false: drawn anew each time
+            continue
         if seed in known:
             raise UserError(
                 f"{name} has the seed of {known[seed]}, {seed}, so that both began alike: leave one out, or train it "
                 "with another --seed_everything."
             )
-        if seed is not None:
-            known[seed] = name
+        known[seed] = name

@@ -130,8 +130,8 @@ def test_a_curve_of_a_run_that_went_to_its_end(cli, tiny_run, monkeypatch):
     asked = ("data", "curve", run, "--by", "random", "--shares", "0.5", "--seeds", "1")
     known = json.loads((run / "summary.json").read_text())
     for change, words in (
-        ({"epochs": 1, "steps": 3}, "The run took 1 epochs, and its config.yaml says 2"),
-        ({"steps": 5}, "A training began."),
+        ({"steps": 5}, "The run took 5 steps, and its config.yaml says 6"),
+        ({"steps": 5, "refused": 1}, "A training began."),
     ):
         (run / "summary.json").write_text(json.dumps(known | change))
         assert words in cli(*asked).err

@@ -38,10 +38,9 @@ def test_jobs_and_equal_steps():
         ("max_epochs", -1, ""),
         ("devices", "auto", "several processes"),
         ("accumulate_grad_batches", 2, "accumulates"),
-        ("limit_train_batches", 0.5, "limit_train_batches"),
         ("max_steps", -1, "neither"),
     ):
-        config["trainer"] |= {"devices": 1, "accumulate_grad_batches": 1, "limit_train_batches": None, name: value}
+        config["trainer"] |= {"devices": 1, "accumulate_grad_batches": 1, name: value}
         if words:
             with pytest.raises(UserError, match=words):
                 schedule(config, 45_000)

@@ -205,10 +205,17 @@ def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch):
         str(drawn_pets),
     ]
     assert expand_arguments("validate", ["--config=quickstart", *given])[1:] == given
+    assert expand_arguments("test", ["quickstart", *given])[2:] == given
+    assert expand_arguments("test", ["pics", "--ckpt_path", f"{tiny_run}/model/best.ckpt"])[:2] == [
+        "--data.path",
+        "pics",
+    ]
     monkeypatch.chdir(tiny_run / "checkpoints")
     assert expand_arguments("test", ["--ckpt_path=best.ckpt"])[:2] == ["--config", own]
     with pytest.raises(UserError, match=r"--ckpt_path runs/NAME/checkpoints/best.ckpt"):
         expand_arguments("test", [])
+    with pytest.raises(UserError, match=r"There is no config.yaml in .*typo: correct --ckpt_path"):
+        expand_arguments("test", ["--ckpt_path", "typo/checkpoints/best.ckpt"])
 
 
 def unfinished_copy(run: Path) -> Path:

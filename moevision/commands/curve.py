@@ -84,8 +84,6 @@ def schedule(config: Mapping[str, Any], images: int) -> tuple[int, int]:
         raise UserError("The run was trained by several processes, and the curve is trained by one: see --devices 1.")
     if trainer["accumulate_grad_batches"] != 1:
         raise UserError("The run accumulates gradients, and its steps can't be kept equal on fewer images.")
-    if str(trainer.get("limit_train_batches")) not in ("None", "1.0"):  # 1 is one batch
-        raise UserError("The run left images out by limit_train_batches: train it on all, then draw the curve.")
     ends = [epoch * (trainer["max_epochs"] or 0), trainer.get("max_steps") or 0]
     if not any(end > 0 for end in ends):
         raise UserError("The run's config.yaml says neither max_epochs nor max_steps: train it with an end.")
@@ -111,11 +109,10 @@ def run(chosen: Namespace, run_dir: Path) -> None:
     steps, epoch = schedule(config, len(scores.images))
     done = {job: record for job in planned if (record := _read(out, job, recipe)) is not None}
     summary = read_json(run_dir / "summary.json")
-    # Not by its steps, of which only the applied ones are told: fp16 leaves some out.
-    if summary["epochs"] != (epochs := math.ceil(steps / epoch)):
+    if (took_steps := summary["steps"] + summary.get("refused", 0)) != steps:
         raise UserError(
-            f"The run took {summary['epochs']} epochs, and its config.yaml says {epochs}: fewer images are compared "
-            "with a training that went to its end, without early stopping or max_time."
+            f"The run took {took_steps:,} steps, and its config.yaml says {steps:,}: fewer images are compared with a "
+            "training that went to its end, without early stopping, max_time or limit_train_batches."
         )
     took = summary["duration_s"]
     shares = ", ".join(map(_percent, sorted(chosen.shares, reverse=True)))

@@ -544,7 +544,7 @@ def open_collection(
     ) as error:  # something in a folder isn't there
         raise UserError(
             f"the dataset {path} is in {folder} in part only ({error}), as after an interrupted unpacking: delete "
-            f"{folder / _UNPACKED[path]} and fetch it anew by {fetching(path)}"
+            f"{folder / _UNPACKED[path]} and fetch it anew by {fetching(path, root)}"
         ) from error
     except OSError:
         with access_advice(folder):
@@ -552,8 +552,9 @@ def open_collection(
     except RuntimeError as error:  # torchvision: not found or corrupted
         if not download:
             raise UserError(
-                f"the dataset {path} is not in {folder}: fetch it by {fetching(path)}, or say where it is by --root, "
-                "for fit by --data.root" + (f"; for your own folder write ./{path}" if Path(path).is_dir() else "")
+                f"the dataset {path} is not in {folder}: fetch it by {fetching(path, root)}, or say where it is by "
+                "--root, for fit, validate and test by --data.root"
+                + (f"; for your own folder write ./{path}" if Path(path).is_dir() else "")
             ) from error
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -566,9 +567,10 @@ def open_collection(
         ) from error
 
 
-def fetching(name: str) -> str:
+def fetching(name: str, root: str | Path = "data") -> str:
     """The command that fetches a dataset, whichever verb or program asks for it: only `fit` fetches."""
-    return f"`moevision fit {name} --data.download true`"
+    where = "" if str(root) == "data" else f" --data.root {root}"
+    return f"`moevision fit {name} --data.download true{where}`"
 
 
 def synthetic_pets(image_size: int, seed: int, sizes: dict[str, int]) -> DrawnCollection:
@@ -661,7 +663,7 @@ def _imagenet(root: Path, download: bool) -> Collection:
     raise UserError(
         f"ImageNet is not in {root} and can't be downloaded without an account: put train/ and val/ (one "
         f"folder per WordNet id) there, or its archives ({', '.join(_IMAGENET_ARCHIVES)}), which "
-        f"{fetching('imagenet')} unpacks"
+        f"{fetching('imagenet', root)} unpacks"
     )
 
 

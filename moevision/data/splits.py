@@ -61,7 +61,7 @@ class Cut:
 
     Attributes:
         val_fraction: share of the images for validation, in (0, 1).
-        test_fraction: share for the test where the collection came unsplit, in (0, 1).
+        test_fraction: share for the test, in (0, 1) where the collection came unsplit.
         seed: seed of the cut.
         group_by: None (a manifest's column "group", if it has one), "parent", the name of a table's column, or a
             regular expression with one group, searched in the sample id.
@@ -75,12 +75,12 @@ class Cut:
     check_duplicates: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse shares that leave nothing to train on, to select by or to test on."""
+        """Refuse shares that leave nothing to train on or to select by."""
         val, test = self.val_fraction, self.test_fraction
-        if not (val > 0 and test > 0 and val + test < 1):
+        if not (val > 0 and test >= 0 and val + test < 1):
             raise UserError(
-                f"val_fraction {val:g} and test_fraction {test:g} leave nothing to validate, to test or to train on: "
-                "set --data.val_fraction and --data.test_fraction above 0 and keep their sum below 1"
+                f"val_fraction {val:g} and test_fraction {test:g} leave nothing to validate or to train on: "
+                "set --data.val_fraction above 0 and keep their sum below 1"
             )
 
 
@@ -95,6 +95,8 @@ def make_splits(collection: Collection, cut: Cut) -> Splits:
     together = _kept_together(collection, given, cut.group_by)
     notes = split_origins(collection.given, f", seed {cut.seed}")
     if "all" in given:
+        if not cut.test_fraction:
+            raise UserError("test_fraction 0 leaves nothing to test on: set --data.test_fraction above 0, or add test/")
         fractions = {"test": cut.test_fraction, "val": cut.val_fraction}
         parts = stratified_cut(given["all"], groups, fractions, cut.seed, collection.class_names)
         return Splits({split: parts[split] for split in SPLITS}, notes, warnings, [], together)

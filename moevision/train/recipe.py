@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
 import shutil
 import time
@@ -157,12 +158,16 @@ def expand_arguments(
     asked, rest = take(_in_full(arguments), "--pretrained", _PRETRAINED, needs=needs)
     asked = NONE if asked == "null" else asked
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    if verb != "fit":
+    if verb != "fit" and path not in shipped_configs():
         rest = [*_own_config(rest), *rest]
     has_config = value_of(rest, "--config", "-c") is not None
     says_what = has_config or path is not None or value_of(rest, "--data.path") is not None
     if not (says_what or recorded) and not any(argument in _ASKS for argument in rest):
         where = f"Say what to {verb} on, right after the verb: a folder with one subfolder per class, a dataset's name"
+        if checkpoint := value_of(rest, "--ckpt_path"):
+            raise UserError(
+                f"There is no config.yaml in {run_of_checkpoint(checkpoint)}: correct --ckpt_path. {where}."
+            )
         if verb != "fit":
             raise UserError(f"{where}, or --ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on.")
         raise UserError(f"{where}, or --config with one of {', '.join(shipped_configs())}.")
@@ -195,7 +200,8 @@ def _own_config(arguments: Sequence[str]) -> list[str]:
     if not checkpoint or value_of(arguments, "--config", "-c") is not None:
         return []
     config = run_of_checkpoint(checkpoint) / "config.yaml"
-    return ["--config", str(config)] if config.is_file() else []
+    is_run = Path(os.path.abspath(checkpoint)).parent.name == "checkpoints" and config.is_file()
+    return ["--config", str(config)] if is_run else []
 
 
 def take(arguments: Sequence[str], *options: str, needs: str = "") -> tuple[str | None, list[str]]:
@@ -362,8 +368,9 @@ def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str
     """Batches of the whole training, for each process, and what they are in words; 0 for one without an end."""
     at_once, window = data.batch_size * trainer.world_size, trainer.accumulate_grad_batches
     epoch, epochs, steps = epoch_batches(data, trainer), max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
-    if steps and (not epochs or steps * window < epochs * epoch):
-        return steps * window, f"{steps:,} steps of {at_once * window:,} images"
+    whole_epochs, more = divmod(steps, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
+    if steps and (not epochs or whole_epochs < epochs):
+        return whole_epochs * epoch + more * window, f"{steps:,} steps of {at_once * window:,} images"
     whole = epoch == data.train_batches(trainer.world_size)
     images = sum(data.class_counts["train"].values()) if whole else epoch * at_once
     return epochs * epoch, f"{epochs} epochs of {images:,} images"

@@ -212,6 +212,9 @@ class RunSummary:
     device: str
     precision: str
     seed: int | None
+    """None: drawn anew each time, and not known."""
+    refused: int = 0
+    """Optimizer steps that weren't applied, by the guard or while fp16 looked for its scale."""
     cpu_s: float | None = None
     """CPU seconds of the training, over all threads of this process; None if a part of it wasn't counted."""
     data_wait: float | None = None

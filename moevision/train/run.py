@@ -196,7 +196,8 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
     task: ClassificationTask = cli.model
     data: ImageDataModule = cli.datamodule
     trainer, run_dir, stopwatch = cli.trainer, cast(Path, cli.run_dir), cli.stopwatch
-    seed: int | None = cli._get(cli.config, "seed_everything")
+    asked = cli._get(cli.config, "seed_everything")
+    seed: int | None = None if asked is False else asked
     watched, duration_s, cpu_s = StabilityGuard.record_of(trainer), stopwatch.run_s, stopwatch.cpu_s
     epochs, steps = trainer.current_epoch, trainer.global_step - watched.not_applied
     stopped_early = [
@@ -243,6 +244,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         cost=measure_cost(task.net, data.image_size),
         epochs=epochs,
         steps=steps,
+        refused=watched.not_applied,
         batch_size=data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
         duration_s=duration_s,
         cpu_s=cpu_s,

@@ -281,7 +281,8 @@ def test_what_it_refuses(cli, runs, tmp_path):
     refused(cli("analyze", model), "--data", "one subfolder per class")
     refused(cli("analyze", model, f"--data={tmp_path / 'none'}"), "none")
     elsewhere = cli("analyze", model, "--data=cifar10", f"--root={tmp_path}")
-    refused(elsewhere, f"cifar10 is not in {tmp_path}: fetch it by `moevision fit cifar10 --data.download true`, or")
+    fetch = f"moevision fit cifar10 --data.download true --data.root {tmp_path}"
+    refused(elsewhere, f"cifar10 is not in {tmp_path}: fetch it by `{fetch}`, or")
     refused(cli("analyze", model, data, "--limit=0"), "--limit is 0", "at least 20")
     refused(cli("analyze", model, data, "--permutations=3"), "--permutations is 3")
     refused(cli("analyze", runs[0], f"--seeds={tmp_path / 'gone'}", f"--out={tmp_path / 'o'}"), "gone")

@@ -547,7 +547,7 @@ def test_what_can_not_be_read_is_said(image_folder, monkeypatch):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenette", "pets", "pets_cat_dog", "flowers102", "food101"])
 def test_a_named_dataset_that_is_missing(tmp_path, name):
     with pytest.raises(
-        UserError, match=f"{name} is not in .*: fetch it by `moevision fit {name} --data.download true`"
+        UserError, match=f"{name} is not in .*: fetch it by `moevision fit {name} --data.download true --data.root "
     ):
         ready(name, root=str(tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -50,10 +50,19 @@ def test_the_seed_decides_the_cut_and_a_new_file_moves_few_others(image_folder):
     assert sum(second[name] != split for name, split in first.items()) <= 2
 
 
-@pytest.mark.parametrize(("val", "test"), [(0.0, 0.1), (0.1, 0.0), (0.5, 0.5), (0.1, -0.1)])
+@pytest.mark.parametrize(("val", "test"), [(0.0, 0.1), (0.5, 0.5), (0.1, -0.1)])
 def test_fractions_must_leave_something(val, test):
     with pytest.raises(UserError, match="val_fraction"):
         Cut(val_fraction=val, test_fraction=test)
+
+
+def test_a_test_fraction_of_zero_is_for_data_with_a_test_set(image_folder):
+    """A training that can't be tested could not be finished."""
+    with pytest.raises(UserError, match="test_fraction 0 leaves nothing to test on"):
+        make_splits(read_folder(image_folder({"cat": 10, "dog": 10})), Cut(test_fraction=0.0))
+    given = image_folder({"train/a": 8, "train/b": 8, "test/a": 2, "test/b": 2})
+    splits = make_splits(read_folder(given), Cut(test_fraction=0.0))
+    assert {split: len(samples) for split, samples in splits.samples.items()} == {"train": 14, "val": 2, "test": 4}
 
 
 def test_a_class_too_small_for_three_splits(image_folder):

@@ -43,7 +43,7 @@ def test_what_the_package_carries_fits():
         assert {"moe", "dense"} <= set(card.accuracy)
 
 
-@pytest.mark.parametrize("name", ["cats_vs_dogs", "cifar10"])
+@pytest.mark.parametrize("name", [pytest.param("cats_vs_dogs", marks=pytest.mark.needs("photos")), "cifar10"])
 def test_several_experts_are_seen_in_every_bundled_photo(name):
     """Three at least, in each layer of the model as it is carried, take a twentieth of the photo's patches or more."""
     (folder,) = (folder for folder in bundled_folders() if folder.name == name)
