@@ -20,6 +20,7 @@ from tests.records import (
     saving,
     sparsity,
     specialization,
+    stem,
     surgery,
     upcycling,
     waiting,
@@ -142,6 +143,7 @@ CLAIMS = [
         "{planted} pairs listed {precision:.0%} are planted ones",
         duplicates.of_planted,
     ),
+    *stem.CLAIMS[1:],
     Claim(upcycling.STUDY, "the dense model trained on: {mean}", _restarted),
     Claim(
         SURGERY,

@@ -2,15 +2,13 @@
 
 from typing import Any
 
-from benchmarks.stem import FACTORS, FOLDER, STEPS, effects, parts_of
-from tests.records import ROOT, Claim, Definition
+from benchmarks.stem import FACTORS, STEPS, Arm, arms, complete_seeds, effects, parts_of
+from tests.records import Claim, Definition
 from tests.records.studies import shown
 
-FILES = tuple(str(path.relative_to(ROOT)) for path in FOLDER.glob("record.json"))
 
-
-def _parts(*records: Any) -> list[dict[str, str]]:
-    return shown(part for record in records for part in parts_of(record["runs"]))
+def _parts(record: Any) -> list[dict[str, str]]:
+    return shown(parts_of(record["runs"]))
 
 
 def gains(record: Any) -> dict[str, str]:
@@ -18,6 +16,37 @@ def gains(record: Any) -> dict[str, str]:
     return {factor: each.interval for factor, each in zip(FACTORS, effects(record["runs"]), strict=True)}
 
 
+def beside(record: Any) -> dict[str, float]:
+    """The largest model of patches beside the smallest with convolutions: FLOPs in millions, mean points between."""
+    least, most = arms()[len(arms()) // 2], arms()[len(arms()) // 2 - 1]
+    seeds = complete_seeds(record["runs"])
+
+    def of(arm: Arm) -> tuple[float, float]:
+        own = [r for r in record["runs"] if r["seed"] in seeds and all(r[name] == arm[name] for name in arm)]
+        mean = sum(run["test_top1"] for run in own) / len(own)
+        return mean, (own[0]["flops_per_image"] + own[0]["router_flops_per_image"]) / 1e6
+
+    (low, large), (high, small) = of(most), of(least)
+    return {"points": 100 * (high - low), "large": large, "small": small}
+
+
+def facts(record: Any) -> dict[str, Any]:
+    """Both."""
+    return {**gains(record), **beside(record)}
+
+
 assert STEPS == 351
-CLAIMS = [Claim(FILES, "{text}", _parts)] if FILES else []
+RECORD = "benchmarks/stem/record.json"
+CLAIMS = [
+    Claim(RECORD, "{text}", _parts),
+    Claim(
+        RECORD, "the convolutions give {stem} points, twice the width gives {embed_dim}, twice the depth {depth}", facts
+    ),
+    Claim(
+        RECORD,
+        "The smallest model with convolutions ({small:.0f} MFLOPs an image) is {points:.1f} points above the largest "
+        "without ({large:.0f} MFLOPs)",
+        facts,
+    ),
+]
 DEFINITIONS: list[Definition] = []
