@@ -192,7 +192,7 @@ def test_evaluating_the_checkpoint_again(cli, tiny_run):
         assert (folder / "splits.csv").read_text() == (tiny_run / "splits.csv").read_text()
 
 
-def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch):
+def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path):
     """What is typed comes after the run's own and so wins; another --config takes its place."""
     own, checkpoint = str(tiny_run / "config.yaml"), str(tiny_run / "checkpoints" / "best.ckpt")
     given = ["--ckpt_path", checkpoint, "--data.batch_size=4"]
@@ -206,6 +206,9 @@ def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch):
     ]
     assert expand_arguments("validate", ["--config=quickstart", *given])[1:] == given
     assert expand_arguments("test", ["quickstart", *given])[2:] == given
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()  # a folder of images that has the name of a recipe
+    assert expand_arguments("test", ["quickstart", *given]) == ["--config", own, *given, "--data.path", "quickstart"]
     assert expand_arguments("test", ["pics", "--ckpt_path", f"{tiny_run}/model/best.ckpt"])[:2] == [
         "--data.path",
         "pics",

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any, Final, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,6 @@ from moevision.analysis.specialization import Assignments, Rule, exceeds, fit_cl
 
 Json = dict[str, Any]
 Choices = Literal["first", "all"]
-CONTROLS: Final = ("before", "untrained", "clusters")
 
 _LEVEL = 0.95
 _CONTROL_PERMUTATIONS = 50  # a control's null is only subtracted
@@ -159,7 +158,9 @@ class LayerReadings:
 def read_layer(recording: Recording, place: int, *, permutations: int, cluster_seeds: int, seed: int) -> LayerReadings:
     """Read one layer of one training; the arguments are those of `three_questions`."""
     layer, labels = recording.layers[place], np.asarray(recording.labels)
-    counts = {choices: _counts_of_layer(layer, choices) for choices in get_args(Choices)}
+    counts = {
+        choices: counts_of(layer.choices, layer.amounts, layer.num_experts, choices) for choices in get_args(Choices)
+    }
     load = load_of(counts["all"], labels, len(recording.class_names))
     known = labels[labels >= 0]
     if len(np.unique(known)) < 2:
@@ -263,7 +264,7 @@ def _compare(reader: _Reader, layer: RecordedLayer, counts: Floats, permutations
     same: dict[str, tuple[Reading, Reading]] = {}
     gains, exceeded = [], True
     known: dict[bytes, tuple[Reading, Estimate, Reading]] = {}
-    for name, controls in zip(CONTROLS, (layer.before, layer.untrained, clusters), strict=True):
+    for name, controls in {"before": layer.before, "untrained": layer.untrained, "clusters": clusters}.items():
         for control in controls:
             images = np.asarray(control.images)
             some: dict[str, Any] = {"choices": choices, "images": images}
@@ -280,11 +281,6 @@ def _compare(reader: _Reader, layer: RecordedLayer, counts: Floats, permutations
             exceeded &= exceeds(own_estimate, estimate)
             gains.append(own_estimate.value_bits - estimate.value_bits)
     return Controls(readings, same, min(gains) if gains else None, exceeded)
-
-
-def _counts_of_layer(layer: RecordedLayer, choices: Choices) -> Floats:
-    """[I, P, E] what each patch's choices count."""
-    return counts_of(layer.choices, layer.amounts, layer.num_experts, choices)
 
 
 def counts_of(choices: Ints, amounts: npt.NDArray[Any] | None, num_experts: int, which: Choices) -> Floats:

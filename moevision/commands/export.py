@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
 from moevision.layers import Backend, ExpertChoiceRouter, SoftRouter, moe_layers
-from moevision.models.export import SUFFIX, ExportReport, Format, Runner, export_onnx, export_torch, load_exported
+from moevision.models.export import (
+    OPSET,
+    SUFFIX,
+    ExportReport,
+    Format,
+    Runner,
+    export_onnx,
+    export_torch,
+    load_exported,
+)
 from moevision.models.io import SavedModel
 from moevision.names import shown
 from moevision.train.trained import load_trained
@@ -79,7 +88,7 @@ def export(
         status.update("exporting and checking (half a minute for a small model)")
         try:
             if form == "onnx":
-                report = export_onnx(saved, out, opset=20 if opset is None else opset, pictures=pictures)
+                report = export_onnx(saved, out, opset=OPSET if opset is None else opset, pictures=pictures)
             else:
                 report = export_torch(saved, out, pictures=pictures)
         except OSError as error:

@@ -372,7 +372,9 @@ class ImageDataModule(LightningDataModule):
         return max(own // self.batch_size, int(own > 0))  # see drop_last above
 
     def _eval_dataloader(self, split: str) -> ImageLoader:
-        dataset = self.contents.datasets[split]
+        dataset = self.contents.datasets.get(split)
+        if dataset is None:
+            raise UserError(f"there is no {split} set: splits.csv lists no image of it")
         batches = eval_batches(len(dataset), self.batch_size, *self._rank_and_world())
         return ImageLoader(dataset, batch_sampler=batches, **self._loader_options())
 

@@ -34,6 +34,7 @@ from moevision.models.io import SavedModel
 Format = Literal["onnx", "torch"]
 Runner = Callable[[Tensor], Tensor]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+OPSET = 20  # by default
 
 METADATA_FILE = "moevision.json"
 """Name of the description among the `extra_files` of a torch.export program."""
@@ -75,7 +76,7 @@ class ExportReport:
 
 
 def export_onnx(
-    model: SavedModel, path: str | Path, *, opset: int = 20, pictures: Tensor | None = None
+    model: SavedModel, path: str | Path, *, opset: int = OPSET, pictures: Tensor | None = None
 ) -> ExportReport:
     """Write the model as ONNX: input `image` float32 [B, 3, S, S], output `logits` float32 [B, C], any B.
 

@@ -158,7 +158,8 @@ def expand_arguments(
     asked, rest = take(_in_full(arguments), "--pretrained", _PRETRAINED, needs=needs)
     asked = NONE if asked == "null" else asked
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    if verb != "fit" and path not in shipped_configs():
+    names_config = path is not None and path in shipped_configs() and not Path(path).exists()
+    if verb != "fit" and not names_config:
         rest = [*_own_config(rest), *rest]
     has_config = value_of(rest, "--config", "-c") is not None
     says_what = has_config or path is not None or value_of(rest, "--data.path") is not None
@@ -172,7 +173,7 @@ def expand_arguments(
             raise UserError(f"{where}, or --ckpt_path runs/NAME/checkpoints/best.ckpt for what its run was trained on.")
         raise UserError(f"{where}, or --config with one of {', '.join(shipped_configs())}.")
     front: list[str] = []
-    if path is not None and not has_config and path in shipped_configs() and not Path(path).exists():
+    if path is not None and names_config and not has_config:
         if asked in (None, NONE) or path not in _NAMED_IMAGES:
             front, path = ["--config", path], None
         elif (
@@ -199,9 +200,9 @@ def _own_config(arguments: Sequence[str]) -> list[str]:
     checkpoint = value_of(arguments, "--ckpt_path")
     if not checkpoint or value_of(arguments, "--config", "-c") is not None:
         return []
-    config = run_of_checkpoint(checkpoint) / "config.yaml"
-    is_run = Path(os.path.abspath(checkpoint)).parent.name == "checkpoints" and config.is_file()
-    return ["--config", str(config)] if is_run else []
+    folder = Path(os.path.abspath(checkpoint)).parent
+    config = folder.parent / "config.yaml"
+    return ["--config", str(config)] if folder.name == "checkpoints" and config.is_file() else []
 
 
 def take(arguments: Sequence[str], *options: str, needs: str = "") -> tuple[str | None, list[str]]:
@@ -373,7 +374,7 @@ def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str
         return whole_epochs * epoch + more * window, f"{steps:,} steps of {at_once * window:,} images"
     whole = epoch == data.train_batches(trainer.world_size)
     images = sum(data.class_counts["train"].values()) if whole else epoch * at_once
-    return epochs * epoch, f"{epochs} epochs of {images:,} images"
+    return epochs * epoch, f"{epochs} epoch{'s' * (epochs != 1)} of {images:,} images"
 
 
 def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float | None:

@@ -648,6 +648,13 @@ def test_arguments_out_of_range(options):
         ImageDataModule(**options)
 
 
+def test_a_list_without_test_images(image_folder):
+    data = ready(image_folder({"cat": 10, "dog": 10}))
+    del data.contents.datasets["test"]
+    with pytest.raises(UserError, match=r"there is no test set: splits\.csv lists no image of it"):
+        data.test_dataloader()
+
+
 def test_every_argument_is_documented_and_parses_from_text():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageDataModule, "data")

@@ -18,7 +18,8 @@ def gains(record: Any) -> dict[str, str]:
 
 def beside(record: Any) -> dict[str, float]:
     """The largest model of patches beside the smallest with convolutions: FLOPs in millions, mean points between."""
-    least, most = arms()[len(arms()) // 2], arms()[len(arms()) // 2 - 1]
+    *_, most = (arm for arm in arms() if arm["stem"] == "patch")
+    least, *_ = (arm for arm in arms() if arm["stem"] == "wide_stages")
     seeds = complete_seeds(record["runs"])
 
     def of(arm: Arm) -> tuple[float, float]:

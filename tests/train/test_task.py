@@ -278,6 +278,7 @@ def test_the_plan_says_where_routes_change_no_answer(tmp_path: Path, options: di
     ("options", "batches", "words"),
     [
         ({"max_epochs": 3}, 15, "3 epochs of 44 images"),  # each leaves 4 images out, which fill no batch
+        ({"max_epochs": 1}, 5, "1 epoch of 44 images"),
         ({"max_epochs": 3, "limit_train_batches": 2}, 6, "3 epochs of 16 images"),
         ({"max_epochs": 3, "limit_train_batches": 0.5}, 6, "3 epochs of 16 images"),
         ({"max_epochs": 3, "max_steps": 4}, 4, "4 steps of 8 images"),

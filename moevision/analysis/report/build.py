@@ -145,13 +145,13 @@ def analyze(settings: ReportSettings) -> Json:
 
 
 def _seed_of(address: str) -> int | None:
-    """The seed of a model's training; None where it isn't known, or drawn anew each time (false)."""
+    """The seed of a model's training, as its config.yaml has it; None where it isn't known."""
     run = run_folder(address)
     try:
         seed = None if run is None else read_yaml(run / "config.yaml").get("seed_everything")
     except (OSError, ValueError, AttributeError):  # as a model without a run
         return None
-    return seed if isinstance(seed, int) and not isinstance(seed, bool) else None
+    return seed if isinstance(seed, int) else None
 
 
 def _open(settings: ReportSettings, model: SavedModel) -> PictureSet:
