@@ -208,9 +208,11 @@ export class App {
   /** @param {string} id */
   async chooseModel(id) {
     if (id === this.model.id) return undefined;
+    this.busy(true);
     try {
       await this.fetchExamples();
     } catch (error) {
+      this.busy(false);
       this.drawFrame();
       return this.notify(asAskError(error).message);
     }
@@ -345,6 +347,8 @@ export class App {
   change(intervention) { return this.chooseSettings({ intervention }); }
 
   showBlank() {
+    this.tickets = this.tickets.map((ticket) => ticket + 1); // no answer that is still on its way may be shown
+    this.busy(false);
     this.core.box("view").hidden = true;
     this.core.box("blank").hidden = false;
     fillBox(this.core.box("trouble"), "");

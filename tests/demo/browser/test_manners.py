@@ -213,6 +213,34 @@ def test_a_model_without_pictures_says_how_to_bring_some(visit, look):
         assert "--data" in page.text_content(".mv-panel")
 
 
+def test_a_late_answer_does_not_bring_back_the_former_models_image(visit):
+    """One click on an image, and at once another model, which has none to show."""
+    page = visit().page
+
+    def without_examples(route):
+        if route.request.post_data_json["fn_name"] != "boot":
+            return route.continue_()
+        answer = route.fetch()
+        models = [{**model, "examples": []} for model in answer.json()["models"]]
+        return route.fulfill(response=answer, json={"models": models})
+
+    page.route(SERVER_CALL, without_examples)
+    page.select_option("[data-change=model]", "photos")
+    page.wait_for_selector("[data-box=blank]:visible")
+    page.select_option("[data-change=model]", "pets")
+    page.wait_for_selector("[data-box=view]:visible")
+    with page.expect_response(lambda response: '"route"' in (response.request.post_data or "")):
+        page.evaluate("""() => {
+            document.querySelectorAll("[data-action=example]")[4].click();
+            const models = document.querySelector("[data-change=model]");
+            models.value = "photos";
+            models.dispatchEvent(new Event("change", { bubbles: true }));
+        }""")
+    page.wait_for_timeout(200)  # ms; an answer is shown in far less
+    assert page.is_hidden("[data-box=view]")
+    assert page.is_visible("[data-box=blank]")
+
+
 def test_the_first_screen_says_what_the_model_is_and_sees(visit, ask):
     view = ask("route", picture=FIRST)
     page = visit().page
