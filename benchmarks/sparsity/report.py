@@ -76,7 +76,7 @@ def hypothesis_table(results: Sequence[Result]) -> str:
             *(("", "", "", "") if contrast is None else (
                 str(len(contrast.gaps)),
                 contrast.interval,
-                f"{contrast.p:.3f}" if result.verdict in ("positive", "negative", "tie") else "",
+                contrast.shown_p if result.verdict in ("positive", "negative", "tie") else "",
                 "" if math.isnan(result.detectable) else f"{100 * result.detectable:.1f}",
             )),
             result.verdict,

@@ -85,9 +85,7 @@ def effects(runs: Runs) -> list[Contrast]:
 
 def effect_table(runs: Runs) -> str:
     """The same as a table."""
-    rows = [
-        [f"`{each.first}` − `{each.second}`", each.interval, f"{each.p:.3f}", each.verdict] for each in effects(runs)
-    ]
+    rows = [[f"`{each.first}` − `{each.second}`", each.interval, each.shown_p, each.verdict] for each in effects(runs)]
     return table(["difference", "points (95 %)", "p, adjusted", "verdict"], rows, "lrrl")
 
 
