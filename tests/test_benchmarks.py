@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import routers, saving, stem, study
+from benchmarks.accuracy import airbench
 from benchmarks.routers import report as router_report
 from benchmarks.saving import report as saving_report
 from benchmarks.subject import Subject
@@ -133,6 +134,16 @@ def test_stem_study(run, photos, tmp_path, monkeypatch) -> None:
     assert [tuple(run[name] for name in stem.FACTORS) for run in runs] == [tuple(arm.values()) for arm in stem.arms()]
     run("stem", "--report", *common)
     assert f"| `patch` | 16 | 2 | {100 * runs[0]['test_top1']:.1f} |" in readme.read_text()
+
+
+def test_the_reference_from_outside(run, photos, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(airbench, "BATCH", 8)
+    for _ in range(2):  # the second time there is nothing left to do
+        run("airbench", "--cifar", photos, "--out", tmp_path / "found.json", "--epochs", 1, "--allow-dirty")
+    (found,) = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert found["seed"] == 0
+    assert 0 <= found["correct"] <= found["total"]
+    assert found["code"]
 
 
 @pytest.fixture
