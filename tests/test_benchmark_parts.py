@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks import phases, timing
 from benchmarks.accuracy import record_of
+from benchmarks.demo.wheel import score
 from benchmarks.layer import parser, shapes_of
 from benchmarks.layer.figure import draw, sweep
 from benchmarks.layer.peers import PEERS, build_peer, chosen_peers, flops_beside_ours, gated_width
@@ -22,6 +23,14 @@ from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers, record_routing
 
 MIB = 2**20
+
+
+def test_an_accuracy_is_balanced_over_the_classes_of_the_folders():
+    """3 of 4 cats and 1 of 2 dogs are right: (3/4 + 1/2) / 2, not 4 of 6."""
+    answers = {"cat/1": "cat", "cat/2": "cat", "cat/3": "cat", "cat/4": "dog", "dog/1": "dog", "dog/2": "unsure"}
+    found = score({Path(path): answer for path, answer in answers.items()})
+    assert found["classes"] == {"cat": {"correct": 3, "total": 4}, "dog": {"correct": 1, "total": 2}}
+    assert found["balanced_accuracy"] == 0.625
 
 
 def test_candidates_take_turns_in_an_order_that_rotates():
