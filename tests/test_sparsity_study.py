@@ -1,5 +1,6 @@
 """The sparsity study: its verdicts follow from the records by the protocol, and its queue goes on where it stopped."""
 
+import itertools
 import json
 import math
 import os
@@ -126,6 +127,71 @@ def test_the_rival_is_chosen_by_validation_accuracy() -> None:
     runs += [run for arm in ("moe", "hash", "position") for run in tuning(arm)]
     contrast = of(judge(runs, "cpu"), "H4").contrast
     assert (contrast.second, contrast.mean) == ("hash", pytest.approx(0.02))
+    begun = [run for run in runs if run["arm"] != "position"]
+    assert of(judge(begun, "cpu"), "H4").verdict == "partial: no seed that all arms have, no verdict"
+
+
+def test_speed_is_the_median_of_idle_measurements() -> None:
+    def measured(ms, busy=False, **arms):
+        found = {"routed_share": 0.4, "ms": {"median": ms}, "memory": {"peak_mib": ms / 2}}
+        return {"device": "cpu", "busy": busy, "arms": {"moe": found, **arms}}
+
+    twin = {"routed_share": 0.0, "ms": {"median": 7.0}, "memory": {}}
+    found = report.medians([measured(10.0), measured(40.0), measured(12.0, twin=twin), measured(1.0, busy=True)], "cpu")
+    assert found["moe"] == {"routed_share": 0.4, "ms": 12.0, "mib": 6.0}
+    assert (found["twin"]["ms"], math.isnan(found["twin"]["mib"])) == (7.0, True)
+
+
+def rows_of(readme, head):
+    """Cells of the first table whose head begins so, without backquotes."""
+    lines = readme.splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith(head)) + 2
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_the_committed_tables_follow_from_the_records_by_other_means() -> None:
+    """Means, SciPy's t test and its interval, from the files; nothing of the report's code."""
+    folder = training.PROTOCOL.parent
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("cpu-*.json"))]
+    seeds = [run for run in runs if run["seed"] < 100 and not run["failed"]]
+    rates = {}
+    for arm, count, lr, top1, *_, seconds, _ in rows_of(readme, "| arm |"):
+        rates[arm] = float(lr or "nan")
+        own = [run for run in seeds if (run["arm"], run["lr"]) == (arm, float(lr))]
+        accuracies = [100 * run["test_top1"] for run in own]
+        assert top1 == f"{np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f}"
+        assert count.startswith(f"{len(own)} of ")
+        assert seconds == f"{np.mean([run['cpu_s'] for run in own]):.0f}"
+    judged = 0
+    for name, contrast, count, interval, p, _, verdict in rows_of(readme, "|  | contrast |"):
+        arms_of = [
+            {run["seed"]: run["test_top1"] for run in seeds if (run["arm"], run["lr"]) == (arm, rates.get(arm))}
+            for arm in contrast.split(" − ")
+        ]
+        if not count:
+            continue
+        common = sorted(set.intersection(*map(set, arms_of)))
+        gaps = [100 * (arms_of[0][seed] - arms_of[1][seed]) for seed in common]
+        test = stats.ttest_1samp(gaps, 0.0)
+        bounds = test.confidence_interval()
+        found = f"{np.mean(gaps):+.1f} ({bounds.low:+.1f} to {bounds.high:+.1f})".replace("-", "−")
+        assert (int(count), interval) == (len(gaps), found), name
+        if name == "H1":
+            assert p == ("< 0.001" if test.pvalue < 0.0005 else f"{test.pvalue:.3f}")
+            assert verdict == ("tie" if test.pvalue >= 0.05 else "positive" if np.mean(gaps) > 0 else "negative")
+        judged += 1
+    assert judged
+    for arm, count, _, cv_load, ratio, top1 in rows_of(readme, "| balance"):
+        own = [run for run in seeds if (run["arm"], run["lr"]) == (arm, rates.get(arm))]
+        if count == "not run":
+            assert not own
+            continue
+        counts = [[np.array(layer["counts"], dtype=float) for layer in run["layers"]] for run in own]
+        assert cv_load == f"{np.mean([max(layer.std() / layer.mean() for layer in run) for run in counts]):.2f}"
+        assert ratio == f"{np.mean([max(layer.max() / layer.mean() for layer in run) for run in counts]):.2f}"
+        assert top1 == f"{np.mean([100 * run['test_top1'] for run in own]):.1f}"
 
 
 def test_failed_runs_and_changed_trees_leave_their_pairs() -> None:
@@ -183,6 +249,18 @@ def test_the_queue_tunes_first_and_goes_beyond_a_winning_edge() -> None:
     assert rate_of(edge, "cpu", "moe") == 12e-3
     assert rate_of(edge, "cpu", "lr4") == pytest.approx(48e-3)
     assert rate_of(edge, "cuda", "moe") is None
+
+
+def test_an_edge_that_ties_is_gone_beyond_and_the_lowest_of_equal_rates_is_taken() -> None:
+    tied = [
+        record("twin", seed, lr=lr, val=0.6 + 0.1 * (lr > 3e-3)) for lr in (12e-3, 6e-3, 3e-3) for seed in (100, 101)
+    ]
+    assert (arms.rates_to_try(tied, "cpu", "twin")[3:], rate_of(tied, "cpu", "twin")) == ([24e-3], None)
+    tied += [record("twin", seed, lr=24e-3, val=0.65) for seed in TUNING_SEEDS]
+    assert rate_of(tied, "cpu", "twin") == 6e-3
+    dirty = {"git_commit": "c", "dirty": True}
+    tied += [record("twin", seed, lr=12e-3, val=0.9, code=dirty) for seed in TUNING_SEEDS]
+    assert rate_of(tied, "cpu", "twin") == 6e-3
 
 
 @pytest.fixture
@@ -260,6 +338,14 @@ def test_a_diverged_run_is_recorded_and_not_repeated(bench, small, tmp_path, mon
     assert "seed 101" in bench(*small("diverged")).out.replace("-s", " seed ")
 
 
+def test_weights_that_became_nan_unguarded_are_a_failed_run(bench, small, tmp_path, monkeypatch) -> None:
+    call = small("nan")
+    monkeypatch.setitem(ARMS, "moe", Arm({"name": "test_vit_moe"}, tuned_as=None, batch=8, base_lr=1e30, guard=False))
+    assert bench(*call).code == 0
+    (path,) = (tmp_path / "nan").glob("*.json")
+    assert json.loads(path.read_text())["failed"] == "the weights are not finite"
+
+
 def test_equal_time_is_measured_and_trained(bench, small, tmp_path, monkeypatch) -> None:
     """The twin gets 1.75 times the 8 steps of the MoE if a step of the MoE takes 1.75 times as long."""
     twin = {"name": "test_vit_moe", "twin": "active_flops"}
@@ -276,10 +362,12 @@ def test_equal_time_is_measured_and_trained(bench, small, tmp_path, monkeypatch)
     first, second = json.loads(speed.read_text())
     assert first["arms"]["moe"]["ms"]["n"] == 3
     assert first["arms"]["moe"]["routed_share"] > first["arms"]["twin"]["routed_share"] == 0
-    for measurement, ratio in ((first, 1.5), (second, 2.0)):
-        measurement["ratio"]["median"] = ratio
-    speed.write_text(json.dumps([first, second]))
+    idle = [{**second, "busy": False, "ratio": {"median": ratio}} for ratio in (1.5, 1.75, 2.5)]
     out.mkdir()
+    for known in ([first, second, second], idle[:2], [first, *idle[:2]]):  # busy ones don't count, two are too few
+        speed.write_text(json.dumps(known))
+        assert sparsity.twin_steps(out, speed, "cpu") is None
+    speed.write_text(json.dumps([first, *idle]))
     for run in tuning("twin"):
         (out / f"{run['lr']}-{run['seed']}.json").write_text(json.dumps(run))
     assert bench(*common, "twin-time").code == 0
@@ -288,6 +376,7 @@ def test_equal_time_is_measured_and_trained(bench, small, tmp_path, monkeypatch)
     assert (run["steps"], run["lr"], run["layers"]) == (14, 6e-3, [])
     last = tmp_path / "work-time" / path.stem / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 14  # what was tested
+    (out / "failed.json").write_text(json.dumps({**run, "failed": "it", "steps": None}))
     speed.unlink()
     assert sparsity.twin_steps(out, speed, "cpu") == 14  # fixed by the first record
 
@@ -336,7 +425,8 @@ def test_status_and_report_of_nothing_and_of_something(bench, tmp_path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "+2.0 (+1.9 to +2.1)" in text
-    assert "Not run: `hash`, " in text
+    assert "No seed finished: `hash`, " in text
+    assert "24 runs of the queue are done, 196 are missing." in text  # 2 arms: 6 tuning runs and 6 seeds each
     assert (tmp_path / "sparsity.png").stat().st_size > 1000
     assert bench(*common).code == 0
     assert readme.read_text() == text

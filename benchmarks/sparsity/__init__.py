@@ -29,7 +29,18 @@ from benchmarks.harness import HERE, about, argument_parser, positive, print_lin
 from benchmarks.memory import memory_of
 from benchmarks.queue import add_study, next_run, read_records, refuse_changes, release_if, write_run
 from benchmarks.saving import endless
-from benchmarks.sparsity.arms import ARMS, EPOCHS, STAGES, STEPS_PER_EPOCH, TUNING_SEEDS, Job, cost_of, queue, rate_of
+from benchmarks.sparsity.arms import (
+    ARMS,
+    EPOCHS,
+    STAGES,
+    STEPS_PER_EPOCH,
+    TUNING_SEEDS,
+    Job,
+    cost_of,
+    progress,
+    queue,
+    rate_of,
+)
 from benchmarks.sparsity.report import write_report
 from benchmarks.sparsity.training import PROTOCOL, folder_of, train
 from benchmarks.study import open_data
@@ -42,6 +53,7 @@ FOLDER = HERE / "sparsity"
 NOTHING_LEFT = 4  # exit code
 WARM_UP = 10
 IDLE = 0.5  # load average below which a machine is
+MEASUREMENTS = 3  # of speed, before the steps of `twin-time` are fixed
 MEASURED = [name for name, arm in ARMS.items() if (arm.data, arm.batch, arm.lr_factor) == ("cifar10", 128, 1.0)]
 
 
@@ -109,12 +121,20 @@ def run_many(limit: int) -> int:
 
 
 def twin_steps(out: Path, speed: Path, device: str) -> int | None:
-    """Steps of `twin-time`: those of its first record, else from the measured ratios; None without either."""
-    known = {run["steps"] for run in read_records(out) if (run["arm"], run["device"]) == ("twin-time", device)}
+    """Steps of `twin-time`: those of its first record, else from three measured ratios; None without either."""
+    known = {
+        run["steps"]
+        for run in read_records(out)
+        if (run["arm"], run["device"]) == ("twin-time", device) and not run["failed"]
+    }
     if known:
         return int(min(known))
-    ratios = [each["ratio"]["median"] for each in read_speed(speed) if each["device"] == device]
-    return round(EPOCHS[device] * STEPS_PER_EPOCH * statistics.median(ratios)) if ratios else None
+    ratios = [
+        each["ratio"]["median"] for each in read_speed(speed) if each["device"] == device and not each.get("busy")
+    ]
+    if len(ratios) < MEASUREMENTS:
+        return None
+    return round(EPOCHS[device] * STEPS_PER_EPOCH * statistics.median(ratios))
 
 
 def read_speed(speed: Path) -> list[dict[str, Any]]:
@@ -161,7 +181,8 @@ def measure_speed(options: Namespace) -> None:
     found = {
         arm: {"ms": spread(spent[arm], 1e3), "memory": memory(ARMS[arm].subject(arm)), **cost_of(arm)} for arm in arms
     }
-    measurement = {"device": options.device, "ratio": ratio_of(spent["moe"], spent["twin"]), "arms": found, **origin}
+    ratio = ratio_of(spent["moe"], spent["twin"])
+    measurement = {"device": options.device, "busy": options.busy, "ratio": ratio, "arms": found, **origin}
     write_json_atomic(options.speed, [*read_speed(options.speed), measurement])
     print(f"moe ÷ twin: {measurement['ratio']}", flush=True)
 
@@ -189,8 +210,8 @@ def status(options: Namespace) -> None:
                 str(sum(bool(run["failed"]) for run in own)),
             ])  # fmt: skip
     print_table("runs of the sparsity study", ["tier  arm", "tuning", "lr", "seeds", "failed"], rows)
-    left = sum((job.arm, job.seed, job.lr) not in done for job in jobs)
-    print_line(f"{len(jobs) - left} runs done, {left} missing (further learning rates not counted).")
+    complete, left = progress(records, options.device, options.tier)
+    print_line(f"{complete} runs done, {left} missing (further learning rates not counted).")
 
 
 def parser() -> ArgumentParser:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.queue import is_dirty
 from benchmarks.routers.report import rate_beyond
 from benchmarks.subject import Subject, find_subject
 from moevision.efficiency import count_layers, flop_counter, measure_cost
@@ -25,7 +26,9 @@ Record = Mapping[str, Any]
 
 
 MODEL = {"name": "vit_moe_hybrid_patch4_32"}
-"""The study's model; the rest of its recipe is configs/cifar10.yaml, which trains a wider one."""
+"""The study's model; the rest of its recipe is configs/cifar10.yaml, which trains a wider one, and `RECIPE`."""
+RECIPE = {"optim.weight_decay": 0.05, "optim.warmup_fraction": 0.2, "label_smoothing": 0.2}
+"""What the config says already, said again: the config may change, a study may not."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def validation(records: Sequence[Record], device: str, arm: str) -> dict[float, 
     """Mean validation accuracy of every learning rate whose tuning runs are all done; a failed run counts 0."""
     found: dict[float, dict[int, float]] = {}
     for run in records:
-        if (run["device"], run["arm"]) == (device, arm) and run["seed"] in TUNING_SEEDS:
+        if (run["device"], run["arm"]) == (device, arm) and run["seed"] in TUNING_SEEDS and not is_dirty(run):
             found.setdefault(run["lr"], {})[run["seed"]] = 0.0 if run["failed"] else run["val_top1"]
     return {lr: statistics.fmean(of.values()) for lr, of in found.items() if len(of) == len(TUNING_SEEDS)}
 
@@ -161,7 +164,8 @@ def rates_to_try(records: Sequence[Record], device: str, arm: str) -> list[float
     rates = [factor * ARMS[arm].base_lr for factor in FACTORS]
     tried = validation(records, device, arm)
     while all(lr in tried for lr in rates):
-        further = rate_beyond({lr: tried[lr] for lr in rates})
+        edges_first = sorted(rates, key=lambda lr: lr not in (min(rates), max(rates)))  # an edge that ties wins
+        further = rate_beyond({lr: tried[lr] for lr in edges_first})
         if further is None:
             break
         rates.append(further)
@@ -169,7 +173,7 @@ def rates_to_try(records: Sequence[Record], device: str, arm: str) -> list[float
 
 
 def rate_of(records: Sequence[Record], device: str, arm: str) -> float | None:
-    """The learning rate of an arm; None if it isn't decided."""
+    """The learning rate of an arm, the lowest of those that tie; None if it isn't decided."""
     own = ARMS[arm]
     if own.tuned_as is not None:
         lr = rate_of(records, device, own.tuned_as)
@@ -177,7 +181,15 @@ def rate_of(records: Sequence[Record], device: str, arm: str) -> float | None:
     tried = validation(records, device, arm)
     if any(lr not in tried for lr in rates_to_try(records, device, arm)):
         return None
-    return max(tried, key=lambda lr: tried[lr])
+    return max(sorted(tried), key=lambda lr: tried[lr])
+
+
+def progress(records: Sequence[Record], device: str, tiers: Sequence[int] = (1, 2, 3)) -> tuple[int, int]:
+    """How many runs of the queue are done, and how many are missing; further learning rates aren't foreseen."""
+    jobs = list(queue(records, device, tiers))
+    done = {(run["arm"], run["seed"], run["lr"]) for run in records if run["device"] == device}
+    left = sum((job.arm, job.seed, job.lr) not in done for job in jobs)
+    return len(jobs) - left, left
 
 
 def cost_of(arm: str) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.queue import fill_readme, is_dirty
-from benchmarks.sparsity.arms import ARMS, BALANCE, EPOCHS, STAGES, TUNING_SEEDS, Record, rate_of
+from benchmarks.sparsity.arms import ARMS, BALANCE, EPOCHS, STAGES, TUNING_SEEDS, Record, progress, rate_of
 from benchmarks.sparsity.verdict import Result, finished, judge, runs_of
 from moevision.train.plots import BLUE, GRID, INK, SOFT, calm, save, title
 from moevision.train.report import flops, table
@@ -46,16 +46,33 @@ def parts_of(records: Sequence[Record], speed: Measurements) -> list[str]:
         if not any(run["device"] == device for run in records):
             parts += [f"### {name}", "Not run."]
             continue
-        results = judge(records, device)
-        measured = next((each["arms"] for each in reversed(speed) if each["device"] == device), {})
+        results, measured = judge(records, device), medians(speed, device)
         parts += [
             f"### {name}",
             "\n".join(_verdict(result) for result in results),
             hypothesis_table(results),
             arm_table(records, device, measured),
             balance_table(records, device),
+            "{} runs of the queue are done, {} are missing.".format(*progress(records, device)),
         ]
     return [*parts, *left_out(records)]
+
+
+def medians(speed: Measurements, device: str) -> dict[str, dict[str, Any]]:
+    """By arm ρ, and the medians of its measurements on an idle machine: ms of a step, MiB of its training."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for each in speed:
+        if each["device"] == device and not each.get("busy"):
+            for arm, values in each["arms"].items():
+                found.setdefault(arm, []).append(values)
+    return {
+        arm: {
+            "routed_share": all_of[0]["routed_share"],
+            "ms": statistics.median(values["ms"]["median"] for values in all_of),
+            "mib": statistics.median(values["memory"].get("peak_mib", math.nan) for values in all_of),
+        }
+        for arm, all_of in found.items()
+    }
 
 
 def _verdict(result: Result) -> str:
@@ -95,7 +112,10 @@ def arm_table(records: Sequence[Record], device: str, measured: Mapping[str, Any
     for arm, count in planned.items():
         runs, lr = list(finished(runs_of(records, device, arm)).values()), rate_of(records, device, arm)
         if not runs:
-            missing.append(f"`{arm}`")
+            failed = len(runs_of(records, device, arm))
+            tuned = sum((run["device"], run["arm"]) == (device, arm) for run in records if run["seed"] in TUNING_SEEDS)
+            why = [f"{failed} failed"] * bool(failed) + [f"{tuned} tuning run{'s' * (tuned > 1)} done"] * bool(tuned)
+            missing.append(f"`{arm}`" + (f" ({', '.join(why)})" if why else ""))
             continue
         cost = measured.get(arm, {})
         tested = [run["test_top1"] for run in runs]
@@ -108,14 +128,14 @@ def arm_table(records: Sequence[Record], device: str, measured: Mapping[str, Any
             flops(runs[0]["cost"]["flops_per_image"] + runs[0]["cost"]["router_flops_per_image"]),
             f"{cost['routed_share']:.2f}" if cost else "",
             f"{runs[0]['cost']['total_parameters'] / 1e6:.2f} M",
-            f"{cost['ms']['median']:.0f}" if cost else "",
-            f"{cost['memory']['peak_mib']:.0f}" if "peak_mib" in cost.get("memory", {}) else "",
+            f"{cost['ms']:.0f}" if cost else "",
+            f"{cost['mib']:.0f}" if cost and math.isfinite(cost["mib"]) else "",
             f"{statistics.fmean(run['cpu_s'] for run in runs):.0f}",
             f"{statistics.fmean(run['peak_mib'] for run in runs):.0f}",
         ])  # fmt: skip
     heads = ["arm", "seeds", "lr", "test top-1, % ± SD", "FLOPs/image", "ρ", "parameters", "ms per step, idle",
-             "training, MiB", "CPU s of a run, busy", "its process, MiB"]  # fmt: skip
-    rest = f"\n\nNot run: {', '.join(missing)}." if missing else ""
+             "training, MiB", "CPU s of training, busy", "its process, MiB"]  # fmt: skip
+    rest = f"\n\nNo seed finished: {', '.join(missing)}." if missing else ""
     return table(heads, lines) + rest
 
 
@@ -165,6 +185,8 @@ def draw(drawn: Mapping[str, Sequence[Result]], out: Path) -> None:
         shown = [(result, contrast) for result in results if (contrast := result.contrast) is not None]
         for y, (result, contrast) in enumerate(shown):
             color = SOFT if result.verdict not in ("positive", "negative") else BLUE
+            if margin := result.hypothesis.margin:
+                axes.plot([-100 * margin] * 2, [y - 0.4, y + 0.4], color=INK, linewidth=1, linestyle=":")
             axes.scatter([100 * gap for gap in contrast.gaps], [y] * len(contrast.gaps), s=14, color=color, alpha=0.5,
                          linewidths=0)  # fmt: skip
             if math.isfinite(contrast.half):
@@ -174,5 +196,9 @@ def draw(drawn: Mapping[str, Sequence[Result]], out: Path) -> None:
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_xlabel("points of test top-1", fontsize=9, color=INK)
-        title(axes, f"{DEVICES[device]}", "dots: seeds; bar: mean and 95 %; blue: told apart")
+        title(
+            axes,
+            f"{DEVICES[device]}",
+            "dots: seeds; bar: mean and 95 %; blue: positive or negative; dotted: H5's margin",
+        )
     save(figure, out)

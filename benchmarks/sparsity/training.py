@@ -21,7 +21,7 @@ import lightning as L
 import torch
 
 from benchmarks.harness import HERE, about
-from benchmarks.sparsity.arms import ARMS, MODEL, Arm, Job
+from benchmarks.sparsity.arms import ARMS, MODEL, RECIPE, Arm, Job
 from moevision.allocator import keep_freed_memory
 from moevision.cli import main as run_moevision
 from moevision.data import ImageDataModule
@@ -148,6 +148,7 @@ def arguments_of(job: Job, options: Namespace) -> list[str]:
         "seed_everything": job.seed,
         "name": job.name,
         "runs_root": options.work,
+        **({f"model.{name}": value for name, value in RECIPE.items()} if arm.data == "cifar10" else {}),
         **{f"model.arch.{name}": value for name, value in arch.items()},
         **{f"model.aux.{name}": value for name, value in arm.aux.items()},
     }
@@ -206,6 +207,8 @@ def train(job: Job, options: Namespace) -> dict[str, Any]:
     try:
         with session.interruption, session.clock, quiet_lightning():
             cli = MeteredCLI(["fit", *session.arguments], session, job.seed)
+            if not all(value.isfinite().all() for value in cli.model.parameters()):  # nothing guarded it
+                return {**key, "failed": "the weights are not finite", "sessions": sessions_of(run_dir)}
             val, importance = evaluate(cli.model, cli.datamodule)
             result = finish_run(cli, session.command)
             assert result is not None, "one process"

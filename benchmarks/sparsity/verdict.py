@@ -127,7 +127,8 @@ def _obstacle(hypothesis: Hypothesis, contrast: Contrast | None, records: Sequen
         if failed > 1:
             return f"not judged: {failed} of {len(runs)} runs of {arm} failed"
     if contrast is None:
-        return "not run"
+        begun = any(runs_of(records, device, arm) for arm in hypothesis.seconds)
+        return "partial: no seed that all arms have, no verdict" if begun else "not run"
     count = len(contrast.gaps)
     return f"partial: {count} of at least {hypothesis.least} seeds, no verdict" if count < hypothesis.least else ""
 
