@@ -36,6 +36,7 @@ NEEDS = {
     "chromium": Need("Chromium", "apt-get install chromium", chromium),
     "onnx": Need("ONNX", 'pip install ".[export]"', lambda: _has("onnx", "onnxscript", "onnxruntime")),
     "transformers": Need("transformers", 'pip install ".[test]"', lambda: _has("transformers")),
+    "tensorboard": Need("TensorBoard", 'pip install ".[test]"', lambda: _has("tensorboard")),
     "datasets": Need("datasets", 'pip install ".[test]"', lambda: _has("datasets")),
     "mkdocs": Need(
         "mkdocs",

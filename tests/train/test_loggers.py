@@ -39,8 +39,8 @@ def test_the_keys_are_capped(layers, names):
     assert max(gaps) - min(gaps) <= 1
 
 
+@pytest.mark.needs("tensorboard")
 def test_a_run_with_tensorboard_keeps_its_own_files(cli, tiny, drawn_pets, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(tmp_path)
