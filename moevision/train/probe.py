@@ -179,13 +179,21 @@ def start_with(net: nn.Module, probe: Probe) -> None:
 
 
 def _dense_parameters(net: nn.Module) -> int:
-    """Parameters of `net` where experts that are still copies of one MLP count once, and their routers not at all."""
+    """Parameters of `net` where experts that are still copies of one MLP count once, and their routers not at all.
+
+    An MLP whose hidden units G experts in a row share out, in any order (`upcycle`), counts once as well.
+    """
     count = sum(parameter.numel() for parameter in net.parameters())
     for layer in moe_layers(net):
-        weight = layer.experts.fc1.weight  # [E, H, D]
-        if bool((weight == weight[0]).all()):
+        weight, bias = layer.experts.fc1.weight, layer.experts.fc2.bias  # [E, H, D] and [E, D]
+        units = weight.double().sum(-1)  # [E, H], a number that tells hidden units apart
+        groups = {size: units.reshape(-1, size * units.shape[1]).sort().values
+                  for size in range(1, max(2, len(units))) if len(units) % size == 0}  # fmt: skip
+        shared = next((size for size, group in groups.items() if bool((group == group[0]).all())), None)
+        if shared is not None:
             experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-            count -= experts - experts // len(weight) + sum(p.numel() for p in layer.router.parameters())
+            dense = experts * shared // len(weight) - (0 if bias is None else (shared - 1) * bias.shape[-1])
+            count -= experts - dense + sum(p.numel() for p in layer.router.parameters())
     return count
 
 

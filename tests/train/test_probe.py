@@ -88,10 +88,12 @@ def test_a_class_without_training_images_is_never_chosen() -> None:
     assert set(probe_module._classify(x, weight, bias)) == {0, 2}
 
 
-def test_copies_count_once(data: ImageDataModule, net: torch.nn.Module) -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_copies_count_once(data: ImageDataModule, net: torch.nn.Module, parts: int) -> None:
     """The model that the probe is the classifier of is the dense one, whose size is counted here without experts."""
     dense = 4 * sum(parameter.numel() for parameter in net.parameters()) / 1e6
-    moe = upcycle(net, num_experts=4)
+    hidden = net.blocks[-1].mlp.fc1.out_features // parts  # the dense MLP is one expert, or two halves
+    moe = upcycle(net, num_experts=4, top_k=parts, expert_hidden=hidden)
     assert sum(parameter.numel() for parameter in moe.parameters()) * 4 / 1e6 > dense
     found = fit_probe(moe, data, CPU)
     assert found is not None
