@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.flops import inference_flops
 from benchmarks.harness import HERE, Record, about, argument_parser, count, positive
 from benchmarks.queue import refuse_changes
 from benchmarks.study import open_data
@@ -208,8 +209,14 @@ def run_seed(options: Namespace, seed: int) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
     precision = getattr(torch, options.precision)
     net = train(images[: options.images], labels[: options.images], seed, epochs=options.epochs, precision=precision)
-    spent = {"duration_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
-    return {"seed": seed, "train_images": len(labels[: options.images]), **evaluate(net, *load(data, "test")), **spent}
+    steps = math.ceil(options.epochs * (len(labels[: options.images]) // BATCH))
+    cost = {
+        "images": steps * BATCH,
+        "flops_per_image": inference_flops(net, images[:1]).executed,
+        "duration_s": time.perf_counter() - start,
+        "cpu_s": time.process_time() - cpu,
+    }
+    return {"seed": seed, "train_images": len(labels[: options.images]), **evaluate(net, *load(data, "test")), **cost}
 
 
 def main() -> None:
