@@ -198,15 +198,15 @@ class Contrast:
 
     @property
     def shown_p(self) -> str:
-        """`0.037`, or `< 0.001` where three digits would be zeros."""
-        return "< 0.001" if self.p < 0.0005 else f"{self.p:.3f}"
+        """`0.037`, or `below 0.001` where three digits would be zeros."""
+        return "below 0.001" if self.p < 0.0005 else f"{self.p:.3f}"
 
     @property
     def sentence(self) -> str:
         """Everything about it."""
         return (
             f"“{self.first}” minus “{self.second}”: {', '.join(points(gap) for gap in self.gaps)} points by seed, mean "
-            f"{self.interval}, p {'' if self.shown_p.startswith('<') else '= '}{self.shown_p}: {self.verdict}."
+            f"{self.interval}, p {'' if self.shown_p.startswith('below') else '= '}{self.shown_p}: {self.verdict}."
         )
 
 

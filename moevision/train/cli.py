@@ -179,7 +179,7 @@ a pretrained start (fit FOLDER; by default below 20,000 images)
   --dense               fine-tune the dense model, without experts; --with-twin trains both and says which to use.
 
 in short
-  --compile             --model.compile true: torch.compile for each block, which pays in long trainings on a GPU.
+  --compile             --model.compile true: torch.compile for each block, for long trainings on a GPU (not measured).
   --force               --check_memory false: train a model that seems too large for the memory all the same.
 
 """

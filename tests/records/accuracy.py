@@ -72,6 +72,11 @@ def to_ninety(*records: Json) -> Json:
     return {"epochs": ", ".join(map(str, epochs)), "minutes": ", ".join(f"{each:.1f}" for each in minutes)}
 
 
+def hours(record: Json) -> Json:
+    """What a training took, stops left out."""
+    return {"hours": record["cost"]["duration_s"] / 3600}
+
+
 def more(long: Json, *short: Json) -> Json:
     """What the longer run has beyond the mean of the short ones."""
     times = long["cost"]["training_flops"] / short[0]["cost"]["training_flops"]
@@ -138,6 +143,7 @@ CLAIMS = [
     Claim((LONG, *CIFAR), "gets {points:.2f} points more than the recipe for {times:.1f} times the FLOPs", more),
     Claim(LONG, "right on {train:.1%} of the last epoch's batches, {val:.1%} of validation", mean),
     Claim(LONGER, "on {train:.1%} of its harder batches, {val:.1%} of validation", mean),
+    Claim(LONGER, "the second took {hours:.1f} hours", hours),
     _row(LONG, "26 epochs, seed 0"),
     _row(LONGER, "40 epochs, seed 1"),
     _row(NARROW, "`vit_moe_hybrid_patch4_32`, float32 on AVX2, 9 epochs, seed 0"),
@@ -199,7 +205,7 @@ DEFINITIONS = [
     Definition("64 tokens, Muon, 10 epochs", "a recipe"),
     Definition("Wilson's 95 % over test images", "the level of the intervals"),
     Definition("the project's goals were 87 % and, if possible, 89 %", "goals"),
-    Definition("The goal was 90 %", "a goal"),
+    Definition("The goal was 90 % within 2.5 hours", "a goal"),
     Definition("with width 192 and 16 tokens (`--model.arch.embed_dim 192 --model.arch.patch_size 8`)", "a recipe"),
     Definition("`--data.random_erasing 0.5 --trainer.max_epochs 26`", "a recipe"),
     Definition("`--data.augment trivialaugment --data.random_erasing 0.25 --trainer.max_epochs 40`", "a recipe"),

@@ -143,7 +143,7 @@ CLAIMS = [
         "{planted} pairs listed {precision:.0%} are planted ones",
         duplicates.of_planted,
     ),
-    *stem.CLAIMS[1:],
+    *stem.CLAIMS[1:3],
     Claim(upcycling.STUDY, "the dense model trained on: {mean}", _restarted),
     Claim(
         SURGERY,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from benchmarks.stem import FACTORS, STEPS, Arm, arms, complete_seeds, effects, parts_of
+from moevision.train.report import points
 from tests.records import Claim, Definition
 from tests.records.studies import shown
 
@@ -31,6 +32,20 @@ def beside(record: Any) -> dict[str, float]:
     return {"points": 100 * (high - low), "large": large, "small": small}
 
 
+def deeper(record: Any) -> dict[str, str]:
+    """What twice the depth gives the models with convolutions, at both widths."""
+    found = {}
+    for width in FACTORS["embed_dim"]:
+        means = {
+            run["depth"]: [r["test_top1"] for r in record["runs"] if all(r[name] == run[name] for name in FACTORS)]
+            for run in record["runs"]
+            if (run["stem"], run["embed_dim"]) == ("wide_stages", width)
+        }
+        shallow, deep = (sum(means[depth]) / len(means[depth]) for depth in FACTORS["depth"])
+        found[f"at_{width}"] = points(deep - shallow)
+    return found
+
+
 def facts(record: Any) -> dict[str, Any]:
     """Both."""
     return {**gains(record), **beside(record)}
@@ -49,5 +64,6 @@ CLAIMS = [
         "without ({large:.0f} MFLOPs)",
         facts,
     ),
+    Claim(RECORD, "twice the depth gives {at_64} points at width 64 and {at_128} at 128", deeper),
 ]
 DEFINITIONS: list[Definition] = []
