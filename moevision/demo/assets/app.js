@@ -67,7 +67,9 @@ export class App {
     this.level = "simple";
     this.opened = false;
     this.opening = false;
-    this.tickets = [0, 0];
+    this.ticket = 0;
+    /** @type {{ slots: number[], kind: string | null }} what was asked for and isn't shown yet */
+    this.pending = { slots: [], kind: null };
     /** @type {symbol | null} */
     this.panelTicket = null;
     this.place = history.state?.[PLACE] ?? 0;
@@ -137,6 +139,8 @@ export class App {
       tour: () => this.state && new Tour(this.core),
     });
     Object.assign(this.core.changes, rail.changes, own.changes, ...this.tabs.map((tab) => tab.changes ?? {}));
+    // A slider that was in the hand isn't drawn anew; what it chose is, a moment after it was let go.
+    this.core.box("settings").addEventListener("change", () => setTimeout(() => this.drawFrame(), 200));
     this.core.changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
@@ -173,7 +177,7 @@ export class App {
    */
   async openExample(id, patch) {
     await this.choosePicture({ kind: "example", id });
-    if (patch === undefined || !this.state) return;
+    if (patch === undefined || this.state?.view.picture.id !== id) return; // another choice came between, or it failed
     this.state.set({ patch: Number(patch) });
     this.core.box("main").scrollIntoView({ block: "start" });
   }
@@ -217,7 +221,7 @@ export class App {
       return this.notify(asAskError(error).message);
     }
     const own = this.pictures.find(({ kind }) => kind === "upload");
-    choose(this, { model: id });
+    choose(this, { model: id, level: this.level });
     // A visitor's own image goes along; an example belongs to its model.
     if (own) this.pictures = [own];
     this.slot = 0;
@@ -242,16 +246,20 @@ export class App {
   // ---- views --------------------------------------------------------------------------------------------------
 
   /**
-   * Get the views of some slots and show them; an answer that a newer question has overtaken is dropped.
-   * @param {number[]} slots @param {(View | undefined)[]} [ready] @param {Wish | null} [wish]
+   * Get the views of some slots and show them. A newer question asks again for what an older one still waits for, so
+   * that the older one's answer is dropped whole.
+   * @param {number[]} wanted @param {(View | undefined)[]} [ready] @param {Wish | null} [wish]
    * @param {string} [kind]
    */
-  async load(slots, ready = [], wish = null, kind = "picture") {
+  async load(wanted, ready = [], wish = null, kind = "picture") {
     if (!this.hasPicture()) return this.showBlank();
     this.drawFrame();
-    slots.forEach((slot) => { this.tickets[slot] += 1; });
-    const ticket = [...this.tickets];
-    const current = () => slots.every((slot) => ticket[slot] === this.tickets[slot]);
+    const slots = [...this.pictures.keys()].filter((slot) => !this.state || wanted.includes(slot) || this.pending.slots.includes(slot));
+    const shown = this.pending.kind === "model" ? "model" : kind;
+    this.pending = { slots, kind: shown };
+    this.ticket += 1;
+    const { ticket } = this;
+    const current = () => ticket === this.ticket;
     this.busy(true);
     try {
       const words = (text) => this.notify(text);
@@ -260,11 +268,11 @@ export class App {
       slots.forEach((slot, place) => { if (this.pictures[slot].data) keepOriginal(answers[place], this.pictures[slot].data); });
       fillBox(this.core.box("trouble"), "");
       const views = this.pictures.map((_, slot) => (slots.includes(slot) ? answers[slots.indexOf(slot)] : present(this.state).views[slot]));
-      this.show(views, kind, wish);
+      this.show(views, shown, wish);
     } catch (error) {
       if (current()) fillBox(this.core.box("trouble"), errorBox(asAskError(error), "retry"));
     } finally {
-      if (current()) this.busy(false);
+      if (current()) this.settle();
     }
     return undefined;
   }
@@ -273,9 +281,11 @@ export class App {
    * Back and Forward: show what the address says, with the images that were there.
    * @param {number} place
    */
-  goTo(place) {
+  async goTo(place) {
     clearTimeout(this.remembering);
     const wish = readAddress();
+    if (wish.model !== undefined && wish.model !== this.model.id) await this.fetchExamples().catch((error) => this.notify(asAskError(error).message));
+    if (history.state?.[PLACE] !== place) return undefined; // gone on meanwhile
     const before = this.questions();
     this.tab = "experts"; // unless the address names another
     choose(this, wish);
@@ -283,6 +293,7 @@ export class App {
     if (!this.trail[place]) restoreOwn(this, history.state?.[OWN]);
     this.drawTabs();
     this.drawFrame();
+    if (!this.hasPicture()) return this.showBlank();
     if (this.state && this.questions() === before) return this.show(this.state.views, null, wish);
     return this.load([...this.pictures.keys()], [], wish, "model");
   }
@@ -303,7 +314,8 @@ export class App {
       this.core.attach(this.state);
       this.state.subscribe((changed) => this.follow(changed));
     } else {
-      this.state.set({ views, active: Math.min(this.slot, views.length - 1), ...start });
+      const other = this.state.view.model.id !== views[0].model.id && { highlight: null };
+      this.state.set({ views, active: Math.min(this.slot, views.length - 1), ...other, ...start });
     }
     if (step !== undefined) this.core.time?.open(step);
     sharpen(this, views);
@@ -328,7 +340,7 @@ export class App {
     if (["layer", "highlight", "mode"].some((name) => changed.has(name))) drawHand(this);
     if (["layer", "highlight", "views"].some((name) => changed.has(name))) drawQuestion(this);
     if (changed.has("layer") || changed.has("highlight")) drawShared(this);
-    if (changed.has("highlight") && this.state?.highlight !== this.given) this.given = null;
+    if (changed.has("highlight") && this.state?.highlight !== this.given) Object.assign(this, { given: null, opening: false });
     if (changed.has("layer")) this.refreshTab("layer");
     else if (changed.has("highlight")) this.refreshTab("highlight");
     if (["views", "layer", "patch", "mode", "highlight", "slotExpert", "slot", "slotSide"].some((name) => changed.has(name))) this.remember();
@@ -347,14 +359,20 @@ export class App {
   change(intervention) { return this.chooseSettings({ intervention }); }
 
   showBlank() {
-    this.tickets = this.tickets.map((ticket) => ticket + 1); // no answer that is still on its way may be shown
-    this.busy(false);
+    this.ticket += 1; // no answer that is still on its way may be shown
+    this.settle();
     this.core.box("view").hidden = true;
     this.core.box("blank").hidden = false;
     fillBox(this.core.box("trouble"), "");
     fillBox(this.core.box("blank"), blankBox(this.model));
     this.refreshTab("model");
     this.remember();
+  }
+
+  /** Nothing is waited for any more. */
+  settle() {
+    this.pending = { slots: [], kind: null };
+    this.busy(false);
   }
 
   /** @param {boolean} is */
@@ -369,7 +387,8 @@ export class App {
     this.root.classList.toggle("mv-simple", this.level === "simple");
     drawHeader(this.core.box("header"), this);
     drawRail(this.core.box("rail"), this);
-    drawSettings(this.core.box("settings"), this);
+    const settings = this.core.box("settings");
+    if (!settings.querySelector("input[type=range]:active")) drawSettings(settings, this); // it stays in the hand
   }
 
   /** @param {string} text */

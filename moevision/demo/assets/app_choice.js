@@ -49,8 +49,9 @@ export function chooseCount(app, count) {
   if (count === 1) {
     app.pictures.length = 1;
     app.slot = 0;
+    if (app.waiting || !app.state) return app.load([0]);
     app.drawFrame();
-    return app.state && app.show([app.state.views[0]], "picture");
+    return app.show([app.state.views[0]], "picture");
   }
   if (!addOther(app)) app.pictures.push({ ...app.pictures[0] });
   app.slot = 1;

@@ -63,7 +63,8 @@ export function drawHand(app) {
   const state = present(app.state);
   if (state.highlight === null) app.swapping = false;
   const { currentLayer: layer, highlight: expert, mode } = state;
-  const row = expert === null ? html`<span class="mv-soft">Click an expert to change it.</span>` : picked(app, layer, expert);
+  // While another model is on its way, the expert is still one of the model before.
+  const row = state.view.model.id !== app.model.id ? "" : expert === null ? html`<span class="mv-soft">Click an expert to change it.</span>` : picked(app, layer, expert);
   fillBox(app.core.box("hand"), html`${mode !== "slots" && html`<div class="mv-hand-row">${row}</div>`}${app.intervention && results(app)}`);
 }
 

@@ -45,8 +45,9 @@ export async function drawQuestion(app) {
   if (views.length < 2 || !app.model.has_pictures) return fillBox(box, "");
   // Its place is kept until it is counted.
   if (!box.firstElementChild) fillBox(box, html`<p class="mv-asking mv-soft">Counting…</p>`);
-  const answer = await app.asker.remember("classes", { model: app.model.id, variant: app.variant }).catch(() => null);
-  if (state.views !== views || state.currentLayer !== layer) return undefined;
+  const wanted = () => state.views === views && state.currentLayer === layer;
+  const answer = await app.asker.whenReady("classes", { model: app.model.id, variant: app.variant }, wanted).catch(() => null);
+  if (!wanted()) return undefined;
   const found = answer && question(answer, views, layer);
   if (!found) return fillBox(box, "");
   const [expert, words] = found;

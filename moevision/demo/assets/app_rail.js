@@ -32,6 +32,8 @@ export function drawHeader(box, app) {
 
 /** @param {HTMLElement} box @param {App} app */
 export function drawRail(box, app) {
+  const lists = () => [...box.querySelectorAll(".mv-examples")];
+  const places = lists().map(({ scrollTop, scrollLeft }) => ({ scrollTop, scrollLeft }));
   fillBox(box, html`
     <div class="mv-rail-head"><h2>Images</h2>
       <div class="mv-switch" role="group" aria-label="Number of images">${[1, 2].map((number) => html`<button type="button" data-action="count"
@@ -45,6 +47,8 @@ export function drawRail(box, app) {
     <input type="file" accept="image/*" capture="environment" hidden data-change="file" data-box="camera">
     <p class="mv-note">They are made small in your browser and stay between this page and the server; the browser forgets them with the tab.</p>
     <div data-box="rail-error"></div>`);
+  const now = lists();
+  if (now.length === places.length) now.forEach((list, place) => Object.assign(list, places[place]));
 }
 
 /** @param {BootModel} model */

@@ -16,16 +16,18 @@ export function drawSimilar({ state, model, core }) {
 /** @param {App} app */
 export async function showSimilar({ state, asker, model, variant, core }) {
   const place = core.box("similar");
-  const { view, patch } = present(state);
+  if (!state) return;
+  const { view, patch } = state;
   if (patch === null) return;
+  const wanted = () => state.patch === patch && state.view === view;
   fillBox(place, waitingBox("Looking for patches with this path…"));
   try {
     const path = view.layers.map((layer) => layer.experts[patch][0]);
     const { patches } = await asker.remember("similar", { model: model.id, variant, path, class: null });
-    if (present(state).patch !== patch) return;
+    if (!wanted()) return;
     fillBox(place, patches.length ? gallery("Patches with the same path", patches)
       : html`<p class="mv-note">No patch of the model's images takes exactly this path.</p>`);
   } catch (error) {
-    fillBox(place, errorBox(asAskError(error), "similar"));
+    if (wanted()) fillBox(place, errorBox(asAskError(error), "similar"));
   }
 }

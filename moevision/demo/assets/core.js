@@ -53,6 +53,8 @@ export class Core {
     this.state = /** @type {ViewState} */ (/** @type {any} */ (state));
     /** @type {Stage[]} */
     this.stages = [];
+    /** @type {number | null} whose patch is pinned, while the pointer is over another image's */
+    this.pinned = null;
     /** @type {TimeSource} where recorded moments of the training come from; whoever has some says so. */
     this.timeSource = { about: () => null, get: () => Promise.reject(new Error("nothing was recorded")) };
     this.player = new Player(root, {
@@ -115,7 +117,7 @@ export class Core {
     // A key that is pressed before anything has the focus comes from the body.
     document.addEventListener("keydown", (event) => (event.target === document.body || root.contains(event.target)) && this.onKey(event));
     root.addEventListener("pointerover", (event) => this.onPoint(event));
-    root.addEventListener("pointerleave", () => this.state?.set({ hover: null }));
+    root.addEventListener("pointerleave", () => this.endHover());
     ["input", "change"].forEach((kind) => root.addEventListener(kind, (event) => {
       const field = event.target.closest?.("[data-change]");
       // Sliders follow the hand; everything else waits until the choice is made.
@@ -145,8 +147,16 @@ export class Core {
     // A finger has no hover: its tap pins.
     if (event.pointerType === "touch" || !this.state) return;
     const cell = event.target.closest?.(".mv-cell");
-    if (cell) this.state.set({ hover: Number(cell.dataset.patch), active: this.slotOf(cell) });
-    else if (this.state.hover !== null) this.state.set({ hover: null });
+    if (!cell) return this.endHover();
+    this.pinned ??= this.state.active;
+    return this.state.set({ hover: Number(cell.dataset.patch), active: this.slotOf(cell) });
+  }
+
+  /** The inspector goes back to the pinned patch, which may be in the other image. */
+  endHover() {
+    if (!this.state || this.state.hover === null) return;
+    this.state.set({ hover: null, active: this.pinned ?? this.state.active });
+    this.pinned = null;
   }
 
   /** @param {any} event */
@@ -183,6 +193,7 @@ export class Core {
 
   /** @param {number} patch @param {number} slot */
   pin(patch, slot) {
+    this.pinned = null;
     this.state.set({ patch, active: slot, hover: null });
     this.stages[slot].focusPatch(patch);
     this.announce(describePatch(this.state.view, this.state.currentLayer, patch));

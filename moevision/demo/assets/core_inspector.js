@@ -123,5 +123,5 @@ function contextSentence(state) {
   const { layer, name } = state.currentLayer;
   const rounds = layer === 0 ? "one round of attention" : `${layer + 1} rounds of attention`;
   return `By ${name} this patch has been through ${rounds}: it carries context from the whole image, so the expert
-    doesn't answer to these pixels alone. A convolutional stem adds a little of the neighbours from the start.`;
+    doesn't answer to these pixels alone.`;
 }

@@ -28,6 +28,10 @@ export class ClassesTab {
     this.byExpert = RESET;
     /** @type {number | string} */
     this.byClass = RESET;
+    /** @type {string | null} whose table it is */
+    this.model = null;
+    /** @type {symbol | null} */
+    this.cellTicket = null;
     const sort = (key, value) => { this[key] = this[key] === value ? RESET : value; this.drawTable(); };
     this.actions = {
       "sort-expert": (button) => sort("byExpert", Number(button.dataset.expert)),
@@ -44,6 +48,7 @@ export class ClassesTab {
     if (!wanted()) return;
     if (!answer.layers.length) return fillBox(panel, emptyBox("No images to count classes in", answer.note || NO_PICTURES));
     this.panel = panel;
+    if (this.model !== app.model.id) Object.assign(this, { model: app.model.id, byClass: RESET, byExpert: RESET }); // its own rows and columns
     /** @type {ClassesAnswer} */
     this.answer = answer;
     const shown = answer.layers.find(({ layer }) => layer === present(app.state).currentLayer.layer) ?? answer.layers[0];
@@ -96,12 +101,14 @@ export class ClassesTab {
   /** @param {HTMLElement} button */
   async showCell(button) {
     const { app, layer } = this;
+    const ticket = (this.cellTicket = Symbol(button.dataset.class));
     const place = this.panel?.querySelector("[data-part=cell]");
     const { class: name, expert } = button.dataset;
     fillBox(place, waitingBox(`Looking for images of ${name}…`));
     try {
       const question = { model: app.model.id, variant: app.variant, layer: layer.layer, expert: Number(expert), class: name };
       const { pictures } = await app.asker.remember("cell", question);
+      if (ticket !== this.cellTicket) return;
       const item = ({ id, thumb, label, share }) => {
         return html`<li><button type="button" data-action="example" data-id="${id}" aria-label="Open ${label}, ${percent(share)} of its patches">
           <img src="${pictureSource(thumb)}" alt=""><span>${percent(share)}</span></button></li>`;
@@ -109,7 +116,7 @@ export class ClassesTab {
       fillBox(place, html`<h3>${name} with most patches at ${layerExpert(layer, Number(expert))}</h3>
         ${pictures.length ? html`<ul class="mv-thumbs">${pictures.map(item)}</ul>` : html`<p class="mv-note">No image of ${name} has patches there.</p>`}`);
     } catch (error) {
-      fillBox(place, errorBox(asAskError(error)));
+      if (ticket === this.cellTicket) fillBox(place, errorBox(asAskError(error)));
     }
   }
 

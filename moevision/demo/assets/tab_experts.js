@@ -67,6 +67,8 @@ export class ExpertsTab {
     this.label = "Experts";
     /** @type {any} what the cards that are shown were drawn from */
     this.answer = null;
+    /** @type {string | null} model, variant and layer of the cards that are shown or waited for */
+    this.key = null;
     this.follows = ["model", "layer", "highlight"];
     this.actions = {
       "take-away": (button) => app.takeAway(Number(button.dataset.layer), Number(button.dataset.expert)),
@@ -78,7 +80,9 @@ export class ExpertsTab {
   async draw(panel, wanted) {
     const { app } = this;
     const layer = present(app.state).currentLayer;
-    if (this.answer?.layer !== layer.layer) fillBox(panel, waitingBox(`Looking at the images of ${layer.name}…`));
+    const key = [app.model.id, app.variant, layer.layer].join();
+    if (this.key !== key || !panel.querySelector(".mv-cards")) fillBox(panel, waitingBox(`Looking at the images of ${layer.name}…`));
+    this.key = key;
     const answer = await app.asker.whenReady("experts", { model: app.model.id, variant: app.variant, layer: layer.layer }, wanted);
     if (!wanted()) return;
     this.answer = answer;

@@ -213,6 +213,40 @@ def test_a_model_without_pictures_says_how_to_bring_some(visit, look):
         assert "--data" in page.text_content(".mv-panel")
 
 
+def test_an_expert_of_one_model_is_not_highlighted_in_another(visit):
+    page = visit("?expert=L3.E1").page
+    page.select_option("[data-change=model]", "photos")
+    page.wait_for_function("location.search.includes('model=photos') && !location.search.includes('expert=')")
+    assert "Click an expert to change it." in page.text_content("[data-box=hand]")
+
+
+def test_of_two_images_both_show_what_was_chosen_last(visit, ask, look):
+    """Another network for both, and at once another example in the place of the second."""
+    page = visit("?picture2=pets/test/5").page
+    page.evaluate("""() => {
+        document.querySelector("[data-variant=unbalanced]").click();
+        document.querySelector("[data-action=slot][data-index='1']").click();
+        document.querySelectorAll("[data-action=example]")[5].click();
+    }""")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    layer = ask("route", picture=FIRST, variant="unbalanced")["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+
+
+def test_forward_after_a_reload_finds_the_other_models_images(visit):
+    page = visit().page
+    page.select_option("[data-change=model]", "photos")
+    page.wait_for_function("location.search.includes('model=photos')")
+    page.go_back()
+    page.wait_for_function("!location.search.includes('model=photos')")
+    page.reload()
+    page.wait_for_selector(".mv-cell")
+    page.go_forward()
+    page.wait_for_function("location.search.includes('model=photos')")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    assert page.is_visible("[data-action=example][data-id^='photo/']")
+
+
 def test_a_late_answer_does_not_bring_back_the_former_models_image(visit):
     """One click on an image, and at once another model, which has none to show."""
     page = visit().page
