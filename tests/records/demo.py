@@ -6,7 +6,7 @@ from tests.records import Claim, Definition
 
 Json = dict[str, Any]
 LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
-PHOTOS = "benchmarks/demo/photos.json"
+PHOTOS, WHEEL = "benchmarks/demo/photos.json", "benchmarks/demo/wheel.json"
 PETS, CIFAR = "benchmarks/demo/unlike_pets.json", "benchmarks/demo/unlike_cifar10.json"
 STEPS = {
     "forward": "the model alone, one image", "first_page": "first page, after the server is up",
@@ -48,7 +48,18 @@ def waiting(record: Json) -> list[Json]:
     return rows
 
 
+def installed(record: Json) -> Json:
+    """Megabytes of the wheel, and photos right and asked for."""
+    cat, dog = (record["classes"][name] for name in ("cat", "dog"))
+    balanced = (cat["correct"] / cat["total"] + dog["correct"] / dog["total"]) / 2
+    found = {name: f"{each['correct']} of {each['total']} {name}s" for name, each in (("cat", cat), ("dog", dog))}
+    return {"mb": record["wheel_mb"], "total": cat["total"] + dog["total"], "balanced": f"{balanced:.1%}", **found}
+
+
 CLAIMS = [
+    Claim(WHEEL, "the wheel of this checkout, {mb:.1f} MB,", installed),
+    Claim(WHEEL, "{total} test photos, which no training saw", installed),
+    Claim(WHEEL, "balanced accuracy {balanced}, {cat} and {dog}", installed),
     Claim(LATENCY, "in headless Chromium on {cpus} cores ({cpu}"),
     Claim(LATENCY, "| {what} | {cells} |", waiting),
     Claim(LOAD, "{visitors} visitors for {seconds} s with different images"),
