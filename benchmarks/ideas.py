@@ -1,14 +1,16 @@
-"""The table of docs/concepts/what-sparsity-buys.md: each idea, where it can be seen, and what the records say.
+"""The table of docs/concepts/what-sparsity-buys.md: each idea, whether it holds, and what the records say.
 
     python -m benchmarks ideas
 
-Nothing is typed by hand but the names: sentences are the studies' own, chosen by their records, and what has no record
-is "not run yet".
+Nothing is typed by hand but the names: verdicts and sentences are the studies' own, chosen by their records, and what
+has no record is "not run yet".
 """
 
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,6 @@ from benchmarks.saving import report as saving
 from benchmarks.sparsity.report import DEVICES
 from benchmarks.sparsity.verdict import finished, judge, runs_of
 from benchmarks.specialization.arms import CLASS, DATA_SETS
-from benchmarks.specialization.report import wanted
 from benchmarks.specialization.rule import settings_of
 from benchmarks.study import Contrast, Row, contrasts
 from benchmarks.upcycling import report as upcycling
@@ -34,9 +35,15 @@ from moevision.train.report import percent
 PAGE = HERE.parent / "docs" / "concepts" / "what-sparsity-buys.md"
 NOT_RUN = "Not run yet"
 _SHARE = 0.7  # of the images, for the sentence of the curve
+LEVELS = (0.7, 0.8, 0.85)  # of validation accuracy, for the sentence of energy
 NOTEBOOK = "[live](../../notebooks/05_ideas.ipynb)"
+FIGURES = ("curve", "routers", "saving", "sparsity", "upcycling", "waiting")  # studies with NAME/NAME.png
+NO, OPEN = "no", "not shown"
+VERDICTS = {"positive": YES, "negative": NO, "tie": OPEN, "above": YES, "below": NO, "not told apart": OPEN}
 Json = dict[str, Any]
 Records = Mapping[str, Any]
+Answer = tuple[str, str]
+"""Whether the idea holds, empty where that isn't what was measured; and the numbers."""
 
 
 def read_all(root: Path = HERE) -> dict[str, Any]:
@@ -45,67 +52,74 @@ def read_all(root: Path = HERE) -> dict[str, Any]:
     for place in ("curve/record", "guard/accuracy", "routers/record", "saving/record", "upcycling/record"):
         file = root / f"{place}.json"
         found[file.parent.name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    for name, files in (("waiting", "waiting/*.json"), ("scratch", "specialization/scratch/*.json")):
+    lists = {"waiting": "waiting/*.json", "scratch": "specialization/scratch/*.json",
+             "accuracy": "accuracy/cifar10*-s?.json"}  # fmt: skip
+    for name, files in lists.items():
         found[name] = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(root.glob(files))]
     return found
 
 
 def ideas(records: Records) -> str:
     """The table as Markdown."""
-    rows = [
-        ["Experts specialize", NOTEBOOK,
-         said(records, "specialization", partial(specialization, scratch=records["scratch"]))],
-        ["More parameters help at equal compute", NOTEBOOK, said(records, "sparsity", hypothesis("H1"))],
-        ["They help at equal time too", "", said(records, "sparsity", hypothesis("H2"), "saving", equal_time)],
-        ["The more of the compute is sparse, the more it helps", "", said(records, "sparsity", hypothesis("H3"))],
-        ["A learned gate beats fixed rules", NOTEBOOK,
-         said(records, "sparsity", hypothesis("H4"), "routers", fixed_rules)],
-        ["Balance costs no accuracy", NOTEBOOK, said(records, "sparsity", hypothesis("H5"))],
-        ["Uneven experts make others wait", NOTEBOOK, said(records, "waiting", waits)],
-        ["Sparse training is unstable", NOTEBOOK,
-         said(records, "sparsity", arms("lr4", "lr16", "lr4-unguarded", "lr16-unguarded"), "guard", struck)],
-        ["Sparse training wants large batches", NOTEBOOK,
-         said(records, "sparsity", arms("batch32", "batch512", "batch1024", "batch512-accumulated"))],
-        ["A dense model can become sparse", "[guide](../guides/dense-sparse.md)",
-         said(records, "sparsity", hypothesis("F1", "F2"), "upcycling", upcycled)],
-        ["It saves energy", NOTEBOOK, "Joules were not measured. " + said(records, "saving", work)],
-        ["Fewer images, well chosen, are enough", "[notebook](../../notebooks/04_good_data.ipynb)",
-         said(records, "curve", fewer_images)],
+    rows: list[tuple[str, str, Answer]] = [
+        ("Experts specialize", NOTEBOOK,
+         said(records, "specialization", partial(specialization, scratch=records["scratch"]))),
+        ("More parameters help at equal compute", NOTEBOOK, said(records, "sparsity", hypothesis("H1"))),
+        ("They help at equal time too", "", said(records, "sparsity", hypothesis("H2"), "saving", equal_time)),
+        ("The more of the compute is sparse, the more it helps", "", said(records, "sparsity", hypothesis("H3"))),
+        ("A learned gate beats fixed rules", NOTEBOOK,
+         said(records, "sparsity", hypothesis("H4"), "routers", fixed_rules)),
+        ("Balance costs no accuracy", NOTEBOOK, said(records, "sparsity", hypothesis("H5"))),
+        ("Uneven experts make others wait", NOTEBOOK, said(records, "waiting", waits)),
+        ("Sparse training is unstable", NOTEBOOK,
+         said(records, "sparsity", arms("lr4", "lr16", "lr4-unguarded", "lr16-unguarded"), "guard", struck)),
+        ("Sparse training wants large batches", NOTEBOOK,
+         said(records, "sparsity", arms("batch32", "batch512", "batch1024", "batch512-accumulated"))),
+        ("Experts improve a trained dense model", "[guide](../guides/dense-sparse.md)",
+         said(records, "sparsity", hypothesis("F1", "F2"), "upcycling", upcycled)),
+        ("It saves energy", NOTEBOOK, said(records, "saving", work, "accuracy", reached)),
+        ("Fewer images, well chosen, are enough", "[notebook](../../notebooks/04_good_data.ipynb)",
+         said(records, "curve", fewer_images)),
     ]  # fmt: skip
-    return "\n".join(["| idea | see it | what the records say |", "|---|---|---|", *(
-        f"| {idea} | {live} | {answer} |" for idea, live, answer in rows
+    return "\n".join(["| idea | holds | see it | what the records say |", "|---|---|---|---|", *(
+        f"| {idea} | {verdict} | {live} | {text} |" for idea, live, (verdict, text) in rows
     )])  # fmt: skip
 
 
-def said(records: Records, *parts: Any) -> str:
-    """What each study says, with a link to it: parts are names of studies, each before what asks its records.
+def said(records: Records, *parts: Any) -> Answer:
+    """The first verdict, and what each study says, with links: parts are names of studies, each before what asks it.
 
     What was measured comes before what wasn't.
     """
-    texts = []
+    verdicts, texts = [], []
     for study, ask in zip(parts[::2], parts[1::2], strict=True):
-        answer = ask(records[study]) if records[study] else f"{NOT_RUN}."
-        texts.append(f"{answer.rstrip('.')} ([{study}](../../benchmarks/{study}/README.md)).")
-    return " ".join(sorted(texts, key=lambda text: text.startswith(NOT_RUN)))
+        verdict, text = ask(records[study]) if records[study] else ("", NOT_RUN)
+        verdicts += [verdict] * bool(verdict)
+        links = f"[{study}](../../benchmarks/{study}/README.md)"
+        if study in FIGURES and text != NOT_RUN:
+            links += f", [figure](../../benchmarks/{study}/{study}.png)"
+        texts.append(f"{text.rstrip('.')} ({links}).")
+    return (verdicts or [NOT_RUN.lower()])[0], " ".join(sorted(texts, key=lambda text: text.startswith(NOT_RUN)))
 
 
-def hypothesis(*names: str) -> Callable[[Sequence[Json]], str]:
+def hypothesis(*names: str) -> Callable[[Sequence[Json]], Answer]:
     """Asks for the sentences of the sparsity study's protocol, on each device that has runs."""
 
-    def ask(runs: Sequence[Json]) -> str:
-        found = []
+    def ask(runs: Sequence[Json]) -> Answer:
+        found, verdicts = [], []
         for device, title in DEVICES.items():
-            results = {result.hypothesis.name: result for result in judge(runs, device)}
-            found += [f"{title}: {results[name].sentence}" for name in names if results[name].contrast]
-        return " ".join(found) or NOT_RUN
+            results = [result for result in judge(runs, device) if result.hypothesis.name in names and result.contrast]
+            found += [f"{title}: {result.sentence}" for result in results]
+            verdicts += [VERDICTS.get(result.verdict, "undecided") for result in results]
+        return (verdicts or [""])[0], " ".join(found) or NOT_RUN
 
     return ask
 
 
-def arms(*names: str) -> Callable[[Sequence[Json]], str]:
+def arms(*names: str) -> Callable[[Sequence[Json]], Answer]:
     """Asks for the accuracy of arms that the sparsity study only describes, and for failed runs."""
 
-    def ask(runs: Sequence[Json]) -> str:
+    def ask(runs: Sequence[Json]) -> Answer:
         found = []
         for device, title in DEVICES.items():
             for name in names:
@@ -114,13 +128,16 @@ def arms(*names: str) -> Callable[[Sequence[Json]], str]:
                 mean = percent(sum(run["test_top1"] for run in done.values()) / len(done)) if done else "none"
                 failed = f", {len(own) - len(done)} failed" if len(done) < len(own) else ""
                 found += [f"{title}, `{name}`: {mean} ({len(done)} seeds{failed})."] if own else []
-        return " ".join(found) or NOT_RUN
+        return "described" * bool(found), " ".join(found) or NOT_RUN
 
     return ask
 
 
-def specialization(runs: Sequence[Json], scratch: Sequence[Json]) -> str:
-    """In how many settings each question is answered with yes in every seed, what the rule chooses; from scratch."""
+def specialization(runs: Sequence[Json], scratch: Sequence[Json]) -> Answer:
+    """In how many settings, and layers of models from scratch, a question is answered with yes in every seed.
+
+    The idea holds if a setting has three yes, in part if it has one to the first question.
+    """
     settings = {name: settings_of(runs, name, CLASS) for name in DATA_SETS}
 
     def yes(question: int, *names: str) -> str:
@@ -129,77 +146,102 @@ def specialization(runs: Sequence[Json], scratch: Sequence[Json]) -> str:
 
     differ = ", ".join(f"{yes(0, name)} on {name}" for name in DATA_SETS)
     answers = [layer["answers"][2]["answer"] for run in scratch for layer in run["layers"]]
-    return (
-        f"Of the settings of upcycled models, classes go to different experts in {differ}; training the router added "
-        f"to that in {yes(1, *DATA_SETS)}; experts do different things in {yes(2, *DATA_SETS)}. {wanted(runs)[0]} From "
-        f"scratch on CIFAR-10: experts do different things in {answers.count(YES)} of {len(answers)} layers."
+    found = [[each.answer(question) == YES for question in range(3)] for own in settings.values() for each in own]
+    verdict = YES if any(map(all, found)) else "in part" if any(first for first, _, _ in found) else OPEN
+    return verdict, (
+        f"Settings of upcycled models: classes go to different experts in {differ}; training the router added to that "
+        f"in {yes(1, *DATA_SETS)}; experts do different things in {yes(2, *DATA_SETS)}. From scratch on CIFAR-10: in "
+        f"{answers.count(YES)} of {len(answers)} layers."
     )
 
 
-def equal_time(record: Json) -> str:
-    """The MoE beside its dense twins after the same training time."""
+def equal_time(record: Json) -> Answer:
+    """The MoE beside its dense twin of equal FLOPs after the same training time."""
     rows = saving.equal_time(record, saving.SAVING)
     pairs = [(saving.MOE, row.name) for row in rows[1:]]
     seconds = record["budget"]["budget_s"]
-    return f"{seconds:.0f} s of one thread: {_brief(contrasts({row.name: row.by_seed for row in rows}, pairs))}"
+    verdict, text = _brief(contrasts({row.name: row.by_seed for row in rows}, pairs)[:1])
+    return verdict, f"{seconds:.0f} s of one thread: {text}"
 
 
-def fixed_rules(record: Json) -> str:
-    """The router of the recipes, and the rules, beside the dense twin and beside `hash`."""
-    rows = routers.rows_of(record, "cifar10")
-    to_twin, to_hash = routers.against(rows, routers.TWIN), routers.against(rows, routers.HASH)
-    return _brief([to_twin["position"], to_twin["hash"], to_twin["vmoe_top_k"], to_hash["vmoe_top_k"]])
+def fixed_rules(record: Json) -> Answer:
+    """The router of the recipes beside `hash`."""
+    return _brief([routers.against(routers.rows_of(record, "cifar10"), routers.HASH)["vmoe_top_k"]])
 
 
-def upcycled(record: Json) -> str:
+def upcycled(record: Json) -> Answer:
     """The upcycled model beside the dense one, trained on for as many steps."""
     arms = {"upcycled": "upcycled", "dense, trained on": "continued"}
     rows = {name: Row(name, 0.0, list(upcycling.runs_of(record, arm).values())) for name, arm in arms.items()}
     return _brief(contrasts({name: row.by_seed for name, row in rows.items()}, [("upcycled", "dense, trained on")]))
 
 
-def _brief(found: Sequence[Contrast]) -> str:
-    return "; ".join(f"{each.first} minus {each.second}: {each.interval} points, {each.verdict}" for each in found)
+def _brief(found: Sequence[Contrast]) -> Answer:
+    """All of them, and the verdict of the first."""
+    texts = [f"{each.first} minus {each.second}: {each.interval} points, {each.verdict}" for each in found]
+    return VERDICTS[found[0].verdict], "; ".join(texts)
 
 
-def waits(runs: Sequence[Json]) -> str:
-    """Waiting for rows, over that of an even load, with a learned router."""
-    spans = {}
-    for arm in ("no loss", "loss"):
+def waits(runs: Sequence[Json]) -> Answer:
+    """Waiting for rows, over that of an even load, with a learned router; yes if it always takes longer."""
+    spans, least = {}, math.inf
+    for arm in ("loss", "no loss"):
         values = [row["wait_over_even"] for run in runs for row in run["rows"] if row["arm"] == arm]
-        spans[arm] = f"{min(values):.1f} to {max(values):.1f}"
-    return (
+        spans[arm], least = f"{min(values):.1f} to {max(values):.1f}", min(values)
+    return (YES if least > 1 else OPEN), (
         f"Two processes: {spans['no loss']} times an even load's waiting where an uneven router learns without a "
         f"balance loss, {spans['loss']} times with one"
     )
 
 
-def work(record: Json) -> str:
-    """FLOPs and speed beside either dense twin."""
+def work(record: Json) -> Answer:
+    """FLOPs beside either dense twin; no joules."""
     moe, small, large = saving.SAVING
     cost = {arm: record["cost"][arm]["flops_per_image"] + record["cost"][arm]["router_flops_per_image"]
             for arm in saving.SAVING}  # fmt: skip
-    return (
-        f"FLOPs: {1 - cost[moe] / cost[large]:.0%} fewer than a dense model of equal parameters, at "
-        f"{1 / saving.speed_ratio(record, 'train', large):.2f} times its images/s in training; "
-        f"{abs(cost[moe] / cost[small] - 1):.1%} more than one of equal FLOPs (the routers), at "
-        f"{1 / saving.speed_ratio(record, 'train', small):.2f} times its images/s"
+    return "not measured", (
+        f"Joules were not measured. FLOPs: {1 - cost[moe] / cost[large]:.0%} fewer than a dense model of equal "
+        f"parameters, {abs(cost[moe] / cost[small] - 1):.1%} more than one of equal FLOPs (the routers)"
     ).replace("%", " %")
 
 
-def struck(record: Json) -> str:
-    """Guarded trainings with injected faults less the same ones without."""
+def reached(runs: Sequence[Json]) -> Answer:
+    """FLOPs and CPU seconds until the CIFAR-10 recipe and its dense twin have some accuracies, in whole epochs."""
+    texts = []
+    for name, start in (("CIFAR-10's recipe", "cifar10-s"), ("its dense twin", "cifar10-dense-s")):
+        own = [run for run in runs if run["name"].rstrip("0123456789") == start]
+        spent: dict[str, list[float]] = {"training_flops": [], "cpu_s": []}
+        for level in LEVELS:
+            for unit, means in spent.items():
+                means.append(statistics.fmean(_share_until(run, level) * run["cost"][unit] for run in own))
+        work = ", ".join(f"{flops / 1e15:.2f}" for flops in spent["training_flops"])
+        seconds = ", ".join(f"{each:,.0f}" for each in spent["cpu_s"])
+        texts.append(f"{name} {work} PFLOP or {seconds} CPU seconds (seeds: {len(own)})")
+    levels = ", ".join(f"{level:.0%}" for level in LEVELS).replace("%", "")
+    return "", f"To {levels} % of validation {' and '.join(texts)}"
+
+
+def _share_until(run: Json, level: float) -> float:
+    """The share of a training after which validation first has an accuracy."""
+    return next(place for place, (_, top1, _) in enumerate(run["curve"], 1) if top1 >= level) / len(run["curve"])
+
+
+def struck(record: Json) -> Answer:
+    """Guarded trainings with injected faults less the same ones without: that says nothing of how often they occur."""
     gap = Gap.of([100 * run["difference"] for run in record["runs"]])
     faults, updates = len(record["faults"].split(",")), record["updates"]
-    return f"{faults} faults in {updates} guarded updates minus none: {gap.text} points, {gap.seeds} seeds"
+    return "", (
+        f"With {faults} planted faults in {updates} updates a guarded training differs from one without by "
+        f"{gap.text} points ({gap.seeds} seeds)"
+    ).replace("-", "−")
 
 
-def fewer_images(record: Json) -> str:
+def fewer_images(record: Json) -> Answer:
     """What 70 % of the images cost, by method, and for which it is shown to be as good as all."""
     rows = [row for row in curve_table(record["trainings"], record["methods"]) if row.share == _SHARE]
     good = [row.by for row in rows if is_as_good(row.beside_all, record["margin"])]
-    costs = ", ".join(f"{row.by} {row.beside_all.text}" for row in rows)
-    return (
+    costs = ", ".join(f"{row.by} {row.beside_all.text}" for row in rows).replace("-", "−")
+    return (YES if good else OPEN), (
         f"{_SHARE:.0%} of the images less all, for as many steps: {costs} points; as good to within "
         f"{record['margin']:g} point is shown for {' and '.join(good) or 'none'}"
     ).replace("%", " %")

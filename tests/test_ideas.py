@@ -15,9 +15,10 @@ def row(table: str, idea: str) -> str:
 
 def test_without_records_every_idea_is_not_run(tmp_path: Path) -> None:
     table = ideas(read_all(tmp_path))
-    answers = [line.rsplit("|", 2)[1] for line in table.splitlines()[2:]]
-    assert len(answers) == 12
-    assert all(NOT_RUN in answer for answer in answers)
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert len(rows) == 12
+    assert {verdict for _, verdict, _, _ in rows} == {"not run yet"}
+    assert all(NOT_RUN in answer for *_, answer in rows)
     assert not any(word in table for word in ("points", "times", "better", "worse"))
 
 
@@ -33,10 +34,17 @@ def test_a_sentence_is_the_verdict_of_the_study() -> None:
     )
     said = "CPU, 1 epoch: At equal steps and equal active FLOPs the MoE is better than its dense twin: +2.0 points"
     assert said in row(table, "More parameters help at equal compute")
+    assert "| yes |" in row(table, "More parameters help at equal compute")
+    worse = ideas({**nothing, "sparsity": study([-gap for gap in (0.02, 0.021, 0.019, 0.02, 0.022, 0.018)])})
+    assert "| no |" in row(worse, "More parameters help at equal compute")
+    tie = ideas({**nothing, "sparsity": study([0.02, -0.021, 0.019, -0.02, 0.022, -0.018])})
+    assert "| not shown |" in row(tie, "More parameters help at equal compute")
     assert "CUDA" not in table
     assert f"{NOT_RUN} ([sparsity]" in row(table, "They help at equal time too")
     assert "CPU, 1 epoch, `lr16`: 62.0 % (2 seeds)" in row(table, "Sparse training is unstable")
+    assert "| described |" in row(table, "Sparse training is unstable")
     few = ideas({**nothing, "sparsity": study([0.02, 0.021])})
+    assert "| undecided |" in row(few, "More parameters help at equal compute")
     assert "H1: partial: 2 of at least 6 seeds, no verdict" in row(few, "More parameters help at equal compute")
 
 

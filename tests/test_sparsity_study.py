@@ -179,7 +179,7 @@ def test_the_committed_tables_follow_from_the_records_by_other_means() -> None:
         found = f"{np.mean(gaps):+.1f} ({bounds.low:+.1f} to {bounds.high:+.1f})".replace("-", "−")
         assert (int(count), interval) == (len(gaps), found), name
         if name == "H1":
-            assert p == ("< 0.001" if test.pvalue < 0.0005 else f"{test.pvalue:.3f}")
+            assert p == ("below 0.001" if test.pvalue < 0.0005 else f"{test.pvalue:.3f}")
             assert verdict == ("tie" if test.pvalue >= 0.05 else "positive" if np.mean(gaps) > 0 else "negative")
         judged += 1
     assert judged
