@@ -598,9 +598,15 @@ class Session:
         automatic = self._target == AUTO
         run_dir = folder_of(config) if automatic else Path(self._target)
 
+        def compare() -> tuple[Namespace, list[str]]:
+            recorded = parser.parse_args(["fit", "--config", str(recorded_config(run_dir))])
+            asked = parser.parse_args(["fit", *self._as_recorded(run_dir)]) if automatic else config
+            return asked, changed_options(recorded.fit, asked.fit)
+
         def find() -> dict[str, Any]:
             known = (run_dir / "config.yaml").is_file()
             if known and is_finished(run_dir, with_twin=bool(config.fit.with_twin)):
+                compare()  # nothing that asks for another training passes for done
                 tell(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
                 raise SystemExit(0)
             return find_start(self.claim(run_dir), fresh_if_none=automatic).plain()
@@ -608,10 +614,7 @@ class Session:
         start = Start.from_plain(self.processes.decide(find))
         if start.checkpoint is None:
             return config, start
-        recorded = parser.parse_args(["fit", "--config", str(recorded_config(run_dir))])
-        if automatic:
-            config = parser.parse_args(["fit", *self._as_recorded(run_dir)])
-        self.notes = changed_options(recorded.fit, config.fit)
+        config, self.notes = compare()
         for note in self.notes:
             tell(f"changed: {note}")
         return config, start

@@ -181,6 +181,18 @@ def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
     assert "num_workers: 1" in (interrupted / "config-2.yaml").read_text()
 
 
+@pytest.mark.parametrize("how", ["by its folder", "auto"])
+def test_a_finished_run_is_not_another_training(cli, tiny, drawn_pets, whole, how):
+    command = ["--resume", whole]
+    if how == "auto":
+        command = [drawn_pets, *tiny, f"--runs_root={whole.parent}", "--resume=auto"]
+    outcome = cli("fit", *command, "--trainer.max_epochs=30")
+    assert outcome.code == 2
+    assert "--trainer.max_epochs is 2 in this run and can't become 30" in outcome.err
+    outcome = cli("fit", *command, "--data.num_workers=1")
+    assert (outcome.code, "is finished" in outcome.err) == (0, True)
+
+
 def test_another_seed_is_another_order_and_a_run_of_an_earlier_version_keeps_its_own(
     cli, tiny, drawn_pets, whole, send_signal, monkeypatch
 ):
