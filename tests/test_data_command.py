@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
+from moevision.data.sources import fetching
 from moevision.errors import UserError
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "splits.csv", "scores.csv")
@@ -158,6 +159,17 @@ def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal)
         told.append({row.pop("path").removeprefix(f"{place}/"): row for row in answers})
     assert told[0] == told[1]
     assert len(told[0]) == 41
+
+
+def test_a_printed_command_can_be_typed(cli, draw, tiny_run):
+    draw(Path("my photos"), per_class=1)
+    outcome = cli("data", "shard", "my photos", "--out", "my shards")
+    assert outcome.out.endswith("\ntrain on them: moevision fit 'my shards'\n")
+    outcome = cli("data", "prune", tiny_run, "--by", "random", "--keep", "0.5", "--out", "my list.csv")
+    assert outcome.out.endswith(" and --data.keep 'my list.csv'\n")
+    assert fetching("cifar10", "my data") == "`moevision fit cifar10 --data.download true --data.root 'my data'`"
+    outcome = cli("fit", "my photos", "--pretrained=none", "--ckpt_path=my runs/a/checkpoints/best.ckpt")
+    assert outcome.err.endswith("give its folder: moevision fit --resume 'my runs/a'.\n")
 
 
 @pytest.mark.parametrize(

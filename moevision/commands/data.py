@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -85,8 +86,9 @@ def write_list(chosen: Namespace) -> None:
     for sentence in [*starved(classes, "class"), *starved(experts, "expert")]:
         print(f"warning: {shown(sentence)}")
     print(f"{plan.keep.sum():,} of {len(plan.keep):,} training images are kept: {shown(str(out))}")
-    relabel = f" --data.relabel {shown(str(out))}" if plan.new_label or relabelled else ""
-    print(f"train on them: the options of the run, a new --name, and --data.keep {shown(str(out))}{relabel}")
+    file = shlex.quote(shown(str(out)))
+    relabel = f" --data.relabel {file}" if plan.new_label or relabelled else ""
+    print(f"train on them: the options of the run, a new --name, and --data.keep {file}{relabel}")
 
 
 def train_curve(chosen: Namespace) -> None:
@@ -141,7 +143,7 @@ def shard(chosen: Namespace) -> None:
     total_mb = sum(each.bytes for each in written.index.shards) / 2**20
     kept = f", {written.kept} of them kept from before" if written.kept else ""
     print(f"{sizes} images in {len(written.index.shards)} shards, {total_mb:,.1f} MiB{kept}: {shown(str(chosen.out))}")
-    print(f"train on them: moevision fit {shown(str(chosen.out))}")
+    print(f"train on them: moevision fit {shlex.quote(shown(str(chosen.out)))}")
 
 
 def _collection(what: str, root: str | None) -> Collection:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -501,7 +502,7 @@ class TrainingCLI(LightningCLI):
         if settings["resume"] is not None:
             raise UserError("resume belongs on the command line, not into a config: moevision fit --resume RUN.")
         if name is not None and self.config["subcommand"] == "fit":
-            run_dir = Path(name).parent.parent
+            run_dir = shlex.quote(str(Path(name).parent.parent))
             raise UserError(f"To resume a training, give its folder: moevision fit --resume {run_dir}.")
         if name is not None:
             check_checkpoint(str(name))
