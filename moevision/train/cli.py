@@ -38,7 +38,7 @@ from moevision.errors import USER_ERROR, DataWarning, UserError
 from moevision.files import sync_file, sync_folder
 from moevision.layers import moe_layers
 from moevision.models.config import build_model
-from moevision.models.safe_files import parse_yaml
+from moevision.models.safe_files import parse_yaml, read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.names import shown
 from moevision.train.calibration import Calibrate
@@ -804,6 +804,10 @@ class TrainingCLI(LightningCLI):
         if not self._get(self.config, "ckpt_path"):
             raise UserError(f"Say which weights to {self.subcommand}: --ckpt_path runs/NAME/checkpoints/best.ckpt.")
         self.datamodule.run_dir = self._split_folder()
+        with self.session.processes.first_one_first():
+            self.datamodule.setup(str(self.subcommand))
+        if self.trainer.is_global_zero:
+            print(self.datamodule.describe(), flush=True)
 
     def _split_folder(self) -> Path:
         """The run folder, with the split of the run whose checkpoint is used, if there is one."""
@@ -811,8 +815,20 @@ class TrainingCLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path")
         origin = run_of_checkpoint(checkpoint) / "splits.csv" if checkpoint else None
         if origin is not None and origin.is_file():
+            self._refuse_other_images(origin)
             shutil.copy(origin, run_dir / "splits.csv")
         return run_dir
+
+    def _refuse_other_images(self, table: Path) -> None:
+        """Raise a UserError where the images that a run's splits.csv lists aren't those that were asked for."""
+        config = table.with_name("config.yaml")
+        path, asked = (str(read_yaml(config)["data"]["path"]) if config.is_file() else ""), self.datamodule.path
+        if path and not self.datamodule.is_of_run(table, path):
+            model, folder = (shlex.quote(str(each)) for each in (table.with_name("model"), asked))
+            raise UserError(
+                f"{self.subcommand} takes the images that {table} lists, of {path} or a copy of it, and {asked} is "
+                f"neither: leave it out, or see what the model says about it by moevision predict {model} {folder}."
+            )
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate on the validation images."""
