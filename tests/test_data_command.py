@@ -67,6 +67,20 @@ def test_a_pruned_list_is_trained_on_and_gone_on_with(cli, tiny, tiny_run, send_
         assert Path("runs/whole", name).read_bytes() == Path("runs/parts", name).read_bytes(), name
 
 
+def test_lists_that_differ_lie_side_by_side(cli, tiny_run):
+    Path("run").mkdir()
+    for name in ("config.yaml", "scores.csv"):
+        shutil.copy(tiny_run / name, "run")
+    for options, name in (
+        (["random", "--seed", "0"], "keep-random-0.5.csv"),
+        (["random", "--seed", "1"], "keep-random-0.5-s1.csv"),
+        (["ccs", "--hardest", "0.1"], "keep-ccs-0.5.csv"),
+        (["ccs", "--hardest", "0.2", "--seed", "2"], "keep-ccs-0.5-hardest-0.2-s2.csv"),
+    ):
+        assert f"are kept: run/{name}\n" in cli("data", "prune", "run", "--keep", "0.5", "--by", *options).out
+    assert len(list(Path("run").glob("keep-*.csv"))) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

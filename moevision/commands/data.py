@@ -25,6 +25,8 @@ from moevision.models.safe_files import read_yaml
 from moevision.names import shown
 from moevision.train.recipe import find_config
 
+_HARDEST = 0.1  # of --hardest where it isn't given
+
 
 def run(chosen: Namespace) -> None:
     """Do the task that was asked for."""
@@ -72,9 +74,11 @@ def write_list(chosen: Namespace) -> None:
     if decided:
         plan, name = decide(scores, chosen.decisions), "keep-decisions.csv"
     else:
-        hardest = 0.1 if chosen.hardest is None else chosen.hardest
+        hardest = _HARDEST if chosen.hardest is None else chosen.hardest
         plan = prune(scores, chosen.by, chosen.keep, hardest=hardest, seed=chosen.seed)
-        name = f"keep-{chosen.by}-{chosen.keep:g}.csv"
+        # Lists that differ lie side by side.
+        others = ("" if hardest == _HARDEST else f"-hardest-{hardest:g}") + (f"-s{chosen.seed}" if chosen.seed else "")
+        name = f"keep-{chosen.by}-{chosen.keep:g}{others}.csv"
     out = chosen.out or run_dir / name
     relabelled = bool(data_settings(run_dir).get("relabel"))
     refuse_foreign(out, HEAD.encode())
