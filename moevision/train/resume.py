@@ -563,7 +563,8 @@ class Session:
         """What goes on with the run; None if there is no checkpoint to go on from."""
         if self.run_dir is None or not any(self.run_dir.glob("checkpoints/*.ckpt")):
             return None
-        return resume_command(self.run_dir)
+        # The run's config.yaml stays as it is, so that a change must be said each time.
+        return " ".join([resume_command(self.run_dir), *map(shlex.quote, self._typed if self.notes else [])])
 
     def _go_on(self) -> str:
         command = self.resume_command

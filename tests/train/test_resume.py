@@ -181,6 +181,14 @@ def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
     assert "num_workers: 1" in (interrupted / "config-2.yaml").read_text()
 
 
+def test_the_next_command_says_the_changes_again(whole):
+    """The run's config.yaml doesn't: it stays what the run began with."""
+    for notes, more in (([], ""), (["--data.path was pets, now my pets"], " --data.path 'my pets'")):
+        session = Session("fit", ["--data.path", "my pets", "--resume", str(whole)])
+        session.run_dir, session.notes = whole, notes
+        assert session.resume_command == f"moevision fit --resume {whole}{more}"
+
+
 @pytest.mark.parametrize("how", ["by its folder", "auto"])
 def test_a_finished_run_is_not_another_training(cli, tiny, drawn_pets, whole, how):
     command = ["--resume", whole]
