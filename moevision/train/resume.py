@@ -438,11 +438,7 @@ def resume_command(run_dir: Path) -> str:
 
 def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> None:
     """Add this start to the run folder's list of them."""
-    file = start.run_dir / SESSIONS
-    try:
-        sessions = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        sessions = []
+    file, sessions = start.run_dir / SESSIONS, _sessions(start.run_dir)
     origin = None
     if start.checkpoint is not None:
         origin = {"checkpoint": start.checkpoint.name, "sha256": start.sha256, "step": start.step}
@@ -450,6 +446,18 @@ def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> 
     write_json_atomic(
         file, [*sessions, {"started_utc": now, "command": list(command), "from": origin, "notes": [*notes]}]
     )
+
+
+def begun_by(run_dir: Path) -> list[str] | None:
+    """The command line that a run began with, whatever it was gone on with; None if that isn't known."""
+    return next((each["command"] for each in reversed(_sessions(run_dir)) if each["from"] is None), None)
+
+
+def _sessions(run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads((run_dir / SESSIONS).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return []
 
 
 def claim(run_dir: Path) -> int | None:

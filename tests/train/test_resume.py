@@ -126,6 +126,7 @@ def test_the_last_line_goes_on_with_the_run(cli, interrupted, whole):
     assert first["from"] is None
     assert second["from"]["step"] == LATE
     assert second["command"] == ["moevision", "fit", "--resume", "runs/pets"]
+    assert json.loads((interrupted / "provenance.json").read_text())["command"] == first["command"]
     assert [path.name for path in Path("runs").iterdir()] == ["pets"], "the same run folder"
     again = cli("fit", "--resume", "runs/pets")
     assert again.code == 0
@@ -355,6 +356,8 @@ def test_a_twin_is_gone_on_with(cli, tiny, drawn_pets, send_signal):
     outcome = cli("fit", "--resume", "runs/two")
     assert outcome.code == 0, outcome.err
     assert "Going on with runs/two/twin from last.ckpt, step 4" in outcome.err
+    one, two = (json.loads(Path(f"runs/{name}/twin/provenance.json").read_text())["command"] for name in ("one", "two"))
+    assert [word.replace("two", "one") for word in two] == one
     for name in ("metrics.csv", "predictions_test.csv", "model/model.safetensors"):
         for folder in ("", "twin/"):
             assert Path(f"runs/one/{folder}{name}").read_bytes() == Path(f"runs/two/{folder}{name}").read_bytes()
