@@ -313,11 +313,15 @@ def test_an_epoch_that_became_too_short_is_validated_all_the_same(cli, tiny, dra
     assert "the epoch is shorter now than where it was interrupted" in outcome.err
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_training_of_few_steps(cli, tiny, drawn_pets, steps):
-    """Five are the ones of which a fifth, the warm-up, is one step."""
-    outcome = cli("fit", drawn_pets, *tiny, f"--trainer.max_steps={steps}")
+@pytest.mark.parametrize(
+    ("steps", "options"), [(1, ()), (2, ("--dense", "--trainer.log_every_n_steps=10")), (5, ())], ids=["1", "2", "5"]
+)
+def test_a_training_of_few_steps(cli, tiny, drawn_pets, steps, options):
+    """Five are the ones of which a fifth, the warm-up, is one step; two may end before anything is logged."""
+    outcome = cli("fit", drawn_pets, *tiny, f"--trainer.max_steps={steps}", *options)
     assert outcome.code == 0, outcome.err
+    no_epoch = "the weights of the last step, because there is no best.ckpt" in Path("runs/pets/summary.md").read_text()
+    assert (no_epoch, Path("runs/pets/curves.png").exists()) == (steps < 3, not options)
     found, _ = newest_valid(Path("runs/pets/checkpoints"))
     assert found.step == steps
 
