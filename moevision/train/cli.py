@@ -50,6 +50,7 @@ from moevision.train.callbacks import (
     StopEarly,
     Stopwatch,
     TimeLeft,
+    cpu_s,
 )
 from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
 from moevision.train.faults import KINDS, FaultInjector
@@ -680,12 +681,12 @@ class TrainingCLI(LightningCLI):
 
     def _prepare_weights(self) -> float:
         """Fit head and routers to a pretrained start; seconds that it took."""
-        began_s = self.session.clock.now()
+        began_s = self.stopwatch.run_s
         if self._fresh and self.model.arch.pretrained is not None and not self.fast_dev_run:
             self._start_with_probe()
             if self._clusters:
                 self._start_from_clusters()
-        return self.session.clock.now() - began_s
+        return self.stopwatch.run_s - began_s
 
     def _print_plan(self, before_s: float) -> None:
         with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
@@ -727,6 +728,7 @@ class TrainingCLI(LightningCLI):
         """
         known = self.session.probe
         if known is None:
+            began_cpu_s = cpu_s()
             known = fit_probe(
                 self.model.net,
                 self.datamodule,
@@ -734,6 +736,9 @@ class TrainingCLI(LightningCLI):
                 self.trainer.strategy.precision_plugin.forward_context,
                 self.session.clock.now,
             )
+            self.session.probe_cpu_s = cpu_s() - began_cpu_s
+        else:  # the run's, which has its time: without it the twin would look the sooner trained
+            self.stopwatch.add(known.seconds, self.session.probe_cpu_s)
         if known is None:
             return
         self.session.probe = known
