@@ -117,6 +117,16 @@ def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pr
     return model
 
 
+def dense_start(config: MoEConfig, num_classes: int, image_size: int) -> nn.Module | None:
+    """The dense model that `config` upcycles, with its weights and a classifier of C outputs; None if it has experts.
+
+    Raises:
+        UserError: if the pretrained weights can't be had.
+    """
+    source = _pretrained_source(config, num_classes, image_size, load_weights=True)
+    return None if moe_layers(source) else source
+
+
 def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
     source = _pretrained_source(config, num_classes, image_size, load_weights)
     patch = getattr(getattr(source, "patch_embed", None), "patch_size", None)

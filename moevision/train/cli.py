@@ -37,7 +37,7 @@ from moevision.data import ImageDataModule
 from moevision.errors import USER_ERROR, DataWarning, UserError
 from moevision.files import sync_file, sync_folder
 from moevision.layers import moe_layers
-from moevision.models.config import build_model
+from moevision.models.config import build_model, dense_start
 from moevision.models.safe_files import parse_yaml, read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.names import shown
@@ -730,7 +730,7 @@ class TrainingCLI(LightningCLI):
         if known is None:
             began_cpu_s = cpu_s()
             known = fit_probe(
-                self.model.net,
+                self._pretrained_net(),
                 self.datamodule,
                 self._device_before,
                 self.trainer.strategy.precision_plugin.forward_context,
@@ -746,6 +746,15 @@ class TrainingCLI(LightningCLI):
             start_with(self.model.net, known)
         known.write(cast(Path, self.run_dir))
         print(known.sentence(), flush=True)
+
+    def _pretrained_net(self) -> torch.nn.Module:
+        """The weights as they came: noise on copies, capacities and some routers make other features of them."""
+        if moe_layers(self.model.net):
+            with torch.random.fork_rng(devices=[]):  # its new classifier is drawn, too
+                dense = dense_start(self.model.arch, self.datamodule.num_classes, self.datamodule.image_size)
+            if dense is not None:
+                return dense
+        return cast(torch.nn.Module, self.model.net)
 
     def _start_from_clusters(self) -> None:
         """Set the routers from what training images give them; like the probe in the first process alone."""
