@@ -219,12 +219,13 @@ def write_text_atomic(path: str | Path, text: str | Iterable[str]) -> None:
     write_bytes_atomic(path, (part.encode("utf-8", errors="backslashreplace") for part in parts))
 
 
-def refuse_foreign(path: Path, mark: bytes) -> None:
+def refuse_foreign(path: Path, mark: bytes, option: str = "--out") -> None:
     """Keep a file that somebody else made from being replaced.
 
     Args:
         path: what will be written; it need not be there.
         mark: bytes that stand in the first 4 KiB of every file that the caller writes.
+        option: what names another place.
 
     Raises:
         UserError: if something without them lies there.
@@ -237,7 +238,7 @@ def refuse_foreign(path: Path, mark: bytes) -> None:
             beginning = file.read(4096)
             ours = mark in beginning or not beginning
     if not ours:
-        raise UserError(f"{path} is there already and holds something else: give --out another place.")
+        raise UserError(f"{path} is there already and holds something else: give {option} another place.")
 
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:

@@ -278,7 +278,8 @@ def test_runs_that_are_not_two_sides(cli):
         assert (outcome.code, outcome.out) == (2, "")
         assert words in outcome.err
     Path("mine.json").write_text("{}")
-    assert "mine.json is there already" in cli("compare", a, b, "--json", "mine.json").err
+    refused = cli("compare", a, b, "--json", "mine.json").err
+    assert refused.endswith("mine.json is there already and holds something else: give --json another place.\n")
 
 
 def test_options_that_only_watch_make_no_recipe(cli):

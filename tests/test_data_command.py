@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
+from moevision.data.sources import fetching
 from moevision.errors import UserError
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "splits.csv", "scores.csv")
@@ -64,6 +65,20 @@ def test_a_pruned_list_is_trained_on_and_gone_on_with(cli, tiny, tiny_run, send_
     assert cli("fit", "--resume", "runs/parts").code == 0
     for name in COMPARED:
         assert Path("runs/whole", name).read_bytes() == Path("runs/parts", name).read_bytes(), name
+
+
+def test_lists_that_differ_lie_side_by_side(cli, tiny_run):
+    Path("run").mkdir()
+    for name in ("config.yaml", "scores.csv"):
+        shutil.copy(tiny_run / name, "run")
+    for options, name in (
+        (["random", "--seed", "0"], "keep-random-0.5.csv"),
+        (["random", "--seed", "1"], "keep-random-0.5-s1.csv"),
+        (["ccs", "--hardest", "0.1"], "keep-ccs-0.5.csv"),
+        (["ccs", "--hardest", "0.2", "--seed", "2"], "keep-ccs-0.5-hardest-0.2-s2.csv"),
+    ):
+        assert f"are kept: run/{name}\n" in cli("data", "prune", "run", "--keep", "0.5", "--by", *options).out
+    assert len(list(Path("run").glob("keep-*.csv"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -158,6 +173,17 @@ def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal)
         told.append({row.pop("path").removeprefix(f"{place}/"): row for row in answers})
     assert told[0] == told[1]
     assert len(told[0]) == 41
+
+
+def test_a_printed_command_can_be_typed(cli, draw, tiny_run):
+    draw(Path("my photos"), per_class=1)
+    outcome = cli("data", "shard", "my photos", "--out", "my shards")
+    assert outcome.out.endswith("\ntrain on them: moevision fit 'my shards'\n")
+    outcome = cli("data", "prune", tiny_run, "--by", "random", "--keep", "0.5", "--out", "my list.csv")
+    assert outcome.out.endswith(" and --data.keep 'my list.csv'\n")
+    assert fetching("cifar10", "my data") == "`moevision fit cifar10 --data.download true --data.root 'my data'`"
+    outcome = cli("fit", "my photos", "--pretrained=none", "--ckpt_path=my runs/a/checkpoints/best.ckpt")
+    assert outcome.err.endswith("give its folder: moevision fit --resume 'my runs/a'.\n")
 
 
 @pytest.mark.parametrize(

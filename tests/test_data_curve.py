@@ -36,7 +36,7 @@ def test_jobs_and_equal_steps():
     assert schedule(config, 45_000) == (99, 351)
     for name, value, words in (
         ("max_epochs", -1, ""),
-        ("devices", "auto", "several processes"),
+        ("devices", "auto", "several processes.*train the run with --trainer.devices 1"),
         ("accumulate_grad_batches", 2, "accumulates"),
         ("max_steps", -1, "neither"),
     ):

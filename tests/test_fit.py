@@ -185,11 +185,27 @@ def test_evaluating_the_checkpoint_again(cli, tiny_run):
     for verb, split, given in (("test", "test", ()), ("validate", "val", ("--config", config))):
         outcome = cli(verb, *given, "--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt")
         assert outcome.code == 0, outcome.err
+        assert f"2 classes from {tiny_run.parents[1] / 'pets'}\n" in outcome.out
         folder = Path("again") / f"pets-{verb}"
         (found,) = [row for row in rows(folder / "metrics.csv") if row[f"{split}/top1"]]
         scores = [float(row[f"{split}/top1"]) for row in logged if row[f"{split}/top1"]]
         assert float(found[f"{split}/top1"]) == max(scores), "best.ckpt is the epoch of the best validation"
         assert (folder / "splits.csv").read_text() == (tiny_run / "splits.csv").read_text()
+
+
+def test_evaluation_takes_the_images_of_the_run(cli, tiny_run, tmp_path, monkeypatch):
+    """Or a copy of them; those of another folder aren't in its splits.csv, so nothing says which are for the test."""
+    monkeypatch.chdir(tmp_path)
+    given = ("--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt")
+    other = Path(shutil.copytree(tiny_run.parents[1] / "pets", "other photos"))
+    assert cli("test", other, *given).code == 0
+    picture = next((other / "cat").iterdir())
+    picture.write_bytes(picture.read_bytes() + b"0")  # under the same name
+    outcome = cli("test", other, *given)
+    assert outcome.code == 2
+    assert f"test takes the images that {tiny_run / 'splits.csv'} lists, of {tiny_run.parents[1]}" in outcome.err
+    assert outcome.err.endswith(f"by moevision predict {tiny_run / 'model'} 'other photos'.\n")
+    assert [path.name for path in Path("again").iterdir()] == ["other photos-test"]
 
 
 def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path):

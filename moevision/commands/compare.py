@@ -393,7 +393,7 @@ def _p(value: float) -> str:
 def run(chosen: Namespace) -> None:
     """Compare, print, and write JSON where asked to."""
     if chosen.json is not None:
-        refuse_foreign(chosen.json, SCHEMA.encode())
+        refuse_foreign(chosen.json, SCHEMA.encode(), "--json")
     runs = [Run.read(address) for address in chosen.runs]
     comparison = Comparison.of(runs)
     left_out = [run.name for run in runs if run not in [*comparison.a, *comparison.b]]

@@ -81,7 +81,10 @@ def schedule(config: Mapping[str, Any], images: int) -> tuple[int, int]:
     """
     trainer, epoch = config["trainer"], max(1, images // config["data"]["batch_size"])
     if trainer["devices"] not in (1, "1") or trainer.get("num_nodes", 1) != 1:
-        raise UserError("The run was trained by several processes, and the curve is trained by one: see --devices 1.")
+        raise UserError(
+            "The run was trained by several processes, and the curve is trained by one: train the run with "
+            "--trainer.devices 1."
+        )
     if trainer["accumulate_grad_batches"] != 1:
         raise UserError("The run accumulates gradients, and its steps can't be kept equal on fewer images.")
     ends = [epoch * (trainer["max_epochs"] or 0), trainer.get("max_steps") or 0]

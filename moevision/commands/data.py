@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from moevision.files import refuse_foreign
 from moevision.models.safe_files import read_yaml
 from moevision.names import shown
 from moevision.train.recipe import find_config
+
+_HARDEST = 0.1  # of --hardest where it isn't given
 
 
 def run(chosen: Namespace) -> None:
@@ -71,9 +74,11 @@ def write_list(chosen: Namespace) -> None:
     if decided:
         plan, name = decide(scores, chosen.decisions), "keep-decisions.csv"
     else:
-        hardest = 0.1 if chosen.hardest is None else chosen.hardest
+        hardest = _HARDEST if chosen.hardest is None else chosen.hardest
         plan = prune(scores, chosen.by, chosen.keep, hardest=hardest, seed=chosen.seed)
-        name = f"keep-{chosen.by}-{chosen.keep:g}.csv"
+        # Lists that differ lie side by side.
+        others = ("" if hardest == _HARDEST else f"-hardest-{hardest:g}") + (f"-s{chosen.seed}" if chosen.seed else "")
+        name = f"keep-{chosen.by}-{chosen.keep:g}{others}.csv"
     out = chosen.out or run_dir / name
     relabelled = bool(data_settings(run_dir).get("relabel"))
     refuse_foreign(out, HEAD.encode())
@@ -85,8 +90,9 @@ def write_list(chosen: Namespace) -> None:
     for sentence in [*starved(classes, "class"), *starved(experts, "expert")]:
         print(f"warning: {shown(sentence)}")
     print(f"{plan.keep.sum():,} of {len(plan.keep):,} training images are kept: {shown(str(out))}")
-    relabel = f" --data.relabel {shown(str(out))}" if plan.new_label or relabelled else ""
-    print(f"train on them: the options of the run, a new --name, and --data.keep {shown(str(out))}{relabel}")
+    file = shlex.quote(shown(str(out)))
+    relabel = f" --data.relabel {file}" if plan.new_label or relabelled else ""
+    print(f"train on them: the options of the run, a new --name, and --data.keep {file}{relabel}")
 
 
 def train_curve(chosen: Namespace) -> None:
@@ -141,7 +147,7 @@ def shard(chosen: Namespace) -> None:
     total_mb = sum(each.bytes for each in written.index.shards) / 2**20
     kept = f", {written.kept} of them kept from before" if written.kept else ""
     print(f"{sizes} images in {len(written.index.shards)} shards, {total_mb:,.1f} MiB{kept}: {shown(str(chosen.out))}")
-    print(f"train on them: moevision fit {shown(str(chosen.out))}")
+    print(f"train on them: moevision fit {shlex.quote(shown(str(chosen.out)))}")
 
 
 def _collection(what: str, root: str | None) -> Collection:

@@ -458,7 +458,12 @@ def _prune(add_parser: Callable[..., ArgumentParser]) -> None:
     add("--hardest", type=_share, metavar="SHARE", help="with ccs: share with the lowest AUM that goes first (0.1)")
     add("--decisions", type=Path, metavar="FILE", help="with decisions: the file that the page saved")
     add("--seed", type=int, default=0, help="seed of what is drawn, and of ties (%(default)s)")
-    add("--out", type=Path, metavar="FILE", help="the list (RUN/keep-METHOD-SHARE.csv)")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the list (RUN/keep-METHOD-SHARE.csv, in which another --hardest or --seed has its place)",
+    )
 
 
 def _curve(add_parser: Callable[..., ArgumentParser]) -> None:

@@ -32,8 +32,8 @@ from moevision.data.contents import (
 from moevision.data.dataset import ImageDataset
 from moevision.data.loader import Collate, ImageLoader, PositionSampler, eval_batches
 from moevision.data.shards import INDEX, find_index, is_shards
-from moevision.data.sources import SPLITS, Collection, open_collection
-from moevision.data.splits import Cut
+from moevision.data.sources import DATASET_NAMES, SPLITS, Collection, open_collection
+from moevision.data.splits import Cut, is_copy
 from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
 from moevision.errors import DataWarning, UserError
 
@@ -181,10 +181,28 @@ class ImageDataModule(LightningDataModule):
         if min(self.std) <= 0:
             raise UserError(f"--data.std is {self.std}: every channel's deviation must be above 0")
 
-    def _open_collection(self, download: bool) -> Collection:
+    def is_of_run(self, table: Path, path: str) -> bool:
+        """Whether these are the images of a run, or a copy of them.
+
+        Args:
+            table: the run's splits.csv.
+            path: where its images were.
+
+        Raises:
+            UserError: if the images or the table can't be read.
+        """
+        place, other = (None if each in DATASET_NAMES else Path(each).expanduser() for each in (path, self.path))
+        if path == self.path or (place and other and place.resolve() == other.resolve()):
+            return True
+        is_there = place is not None and place.exists()
+        return is_copy(
+            table, self._open_collection(False), lambda: self._open_collection(False, path) if is_there else None
+        )
+
+    def _open_collection(self, download: bool, path: str | None = None) -> Collection:
         sizes = {"train": self.train_size, "val": self.val_size, "test": self.test_size}
         return open_collection(
-            self.path,
+            path or self.path,
             root=self.root,
             download=download,
             image_size=self.image_size,

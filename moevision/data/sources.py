@@ -22,6 +22,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -569,7 +570,7 @@ def open_collection(
 
 def fetching(name: str, root: str | Path = "data") -> str:
     """The command that fetches a dataset, whichever verb or program asks for it: only `fit` fetches."""
-    where = "" if str(root) == "data" else f" --data.root {root}"
+    where = "" if str(root) == "data" else f" --data.root {shlex.quote(str(root))}"
     return f"`moevision fit {name} --data.download true{where}`"
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from moevision.errors import UserError
 from moevision.layers import RouterOptions, moe_layers
 from moevision.models.architecture import architecture_of
-from moevision.models.convert import convert_to_moe, moe_layer_indices
+from moevision.models.convert import convert_to_moe, moe_layer_indices, one_or_list
 from moevision.models.io import create_from, unknown_name
 from moevision.models.reading import pool_patches
 from moevision.models.upcycle import upcycle
@@ -117,6 +117,16 @@ def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pr
     return model
 
 
+def dense_start(config: MoEConfig, num_classes: int, image_size: int) -> nn.Module | None:
+    """The dense model that `config` upcycles, with its weights and a classifier of C outputs; None if it has experts.
+
+    Raises:
+        UserError: if the pretrained weights can't be had.
+    """
+    source = _pretrained_source(config, num_classes, image_size, load_weights=True)
+    return None if moe_layers(source) else source
+
+
 def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
     source = _pretrained_source(config, num_classes, image_size, load_weights)
     patch = getattr(getattr(source, "patch_embed", None), "patch_size", None)
@@ -125,9 +135,11 @@ def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_
     if moe_layers(source):
         if config.twin is not None:
             raise UserError(
-                f"{config.pretrained} has experts already, so there are no dense weights for a twin: leave --with-twin "
-                "out, or start both from a dense ViT."
+                f"{config.pretrained} has experts already, so there are no dense weights for --with-twin or --dense: "
+                "leave it out, or start from a dense ViT."
             )
+        if load_weights:  # a run of an earlier version goes on as it began
+            _refuse_other_experts(config, source)
         return source  # a MoE model of ours, trained further
     if config.twin is not None:  # of a model whose experts are copies: the dense model that they were copied from
         return convert_to_moe(source, [])
@@ -143,6 +155,26 @@ def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_
         reinit=config.upcycle_reinit or 0.0,
         seed=None,  # the run's
     )
+
+
+def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
+    """Raise a UserError for an option of the experts that is another one than theirs: they are trained as they came."""
+    own = dict(cast(Any, source).moe_config)
+    own["expert_hidden"] = one_or_list([layer.experts.fc1.out_features for layer in moe_layers(source)], None)
+    others = []
+    for name in ("moe_layers", *MOE_ARGUMENTS, "upcycle_noise", "upcycle_reinit"):
+        asked = getattr(config, name)
+        if name == "moe_layers" and asked is not None:
+            same = moe_layer_indices(asked, len(cast(Any, source).blocks)) == own[name]
+        else:
+            same = (one_or_list(asked, None) if isinstance(asked, list) else asked) == own.get(name)
+        if asked is not None and not same:
+            others.append(f"--model.arch.{name} {asked} (there: {own.get(name, 'not set')})")
+    if others:
+        raise UserError(
+            f"{config.pretrained} has experts already, which are trained on as they are: leave out "
+            f"{', '.join(others)}, by null where a configuration says it, or start from a dense ViT."
+        )
 
 
 def _pretrained_source(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:

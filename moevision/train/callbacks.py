@@ -165,7 +165,8 @@ class MetricsFile(ExperimentWriter):
         append_bytes(self.path, self._text(self._unwritten, header=False).encode("utf-8"))
 
 
-def _cpu_s() -> float:
+def cpu_s() -> float:
+    """CPU seconds of this process, all its threads and its children that have ended."""
     times = os.times()  # of children; its steps of 10 ms are too coarse for our own
     return time.process_time() + times.children_user + times.children_system
 
@@ -192,7 +193,7 @@ class Stopwatch(L.Callback):
         self._waited: float | None = 0.0
         self._advised = False
         self._run_started, self._earlier_s = clock.now(), 0.0
-        self._cpu_started = _cpu_s()
+        self._cpu_started = cpu_s()
         self._earlier_cpu_s: float | None = 0.0
 
     @property
@@ -208,7 +209,12 @@ class Stopwatch(L.Callback):
     @property
     def cpu_s(self) -> float | None:
         """CPU seconds over the same time, all threads of this process and of workers that have ended; None: unknown."""
-        return None if self._earlier_cpu_s is None else self._earlier_cpu_s + _cpu_s() - self._cpu_started
+        return None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s() - self._cpu_started
+
+    def add(self, run_s: float, cpu_s: float) -> None:
+        """Count what another run has done for this one, in seconds of the run and of the CPU."""
+        self._earlier_s += run_s
+        self._earlier_cpu_s = None if self._earlier_cpu_s is None else self._earlier_cpu_s + cpu_s
 
     def state_dict(self) -> dict[str, Any]:
         """The counts that a resumed run continues."""

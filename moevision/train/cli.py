@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -36,8 +37,8 @@ from moevision.data import ImageDataModule
 from moevision.errors import USER_ERROR, DataWarning, UserError
 from moevision.files import sync_file, sync_folder
 from moevision.layers import moe_layers
-from moevision.models.config import build_model
-from moevision.models.safe_files import parse_yaml
+from moevision.models.config import build_model, dense_start
+from moevision.models.safe_files import parse_yaml, read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.names import shown
 from moevision.train.calibration import Calibrate
@@ -49,6 +50,7 @@ from moevision.train.callbacks import (
     StopEarly,
     Stopwatch,
     TimeLeft,
+    cpu_s,
 )
 from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
 from moevision.train.faults import KINDS, FaultInjector
@@ -501,7 +503,7 @@ class TrainingCLI(LightningCLI):
         if settings["resume"] is not None:
             raise UserError("resume belongs on the command line, not into a config: moevision fit --resume RUN.")
         if name is not None and self.config["subcommand"] == "fit":
-            run_dir = Path(name).parent.parent
+            run_dir = shlex.quote(str(Path(name).parent.parent))
             raise UserError(f"To resume a training, give its folder: moevision fit --resume {run_dir}.")
         if name is not None:
             check_checkpoint(str(name))
@@ -679,12 +681,12 @@ class TrainingCLI(LightningCLI):
 
     def _prepare_weights(self) -> float:
         """Fit head and routers to a pretrained start; seconds that it took."""
-        began_s = self.session.clock.now()
+        began_s = self.stopwatch.run_s
         if self._fresh and self.model.arch.pretrained is not None and not self.fast_dev_run:
             self._start_with_probe()
             if self._clusters:
                 self._start_from_clusters()
-        return self.session.clock.now() - began_s
+        return self.stopwatch.run_s - began_s
 
     def _print_plan(self, before_s: float) -> None:
         with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
@@ -726,13 +728,17 @@ class TrainingCLI(LightningCLI):
         """
         known = self.session.probe
         if known is None:
+            began_cpu_s = cpu_s()
             known = fit_probe(
-                self.model.net,
+                self._pretrained_net(),
                 self.datamodule,
                 self._device_before,
                 self.trainer.strategy.precision_plugin.forward_context,
                 self.session.clock.now,
             )
+            self.session.probe_cpu_s = cpu_s() - began_cpu_s
+        else:  # the run's, which has its time: without it the twin would look the sooner trained
+            self.stopwatch.add(known.seconds, self.session.probe_cpu_s)
         if known is None:
             return
         self.session.probe = known
@@ -740,6 +746,15 @@ class TrainingCLI(LightningCLI):
             start_with(self.model.net, known)
         known.write(cast(Path, self.run_dir))
         print(known.sentence(), flush=True)
+
+    def _pretrained_net(self) -> torch.nn.Module:
+        """The weights as they came: noise on copies, capacities and some routers make other features of them."""
+        if moe_layers(self.model.net):
+            with torch.random.fork_rng(devices=[]):  # its new classifier is drawn, too
+                dense = dense_start(self.model.arch, self.datamodule.num_classes, self.datamodule.image_size)
+            if dense is not None:
+                return dense
+        return cast(torch.nn.Module, self.model.net)
 
     def _start_from_clusters(self) -> None:
         """Set the routers from what training images give them; like the probe in the first process alone."""
@@ -803,6 +818,10 @@ class TrainingCLI(LightningCLI):
         if not self._get(self.config, "ckpt_path"):
             raise UserError(f"Say which weights to {self.subcommand}: --ckpt_path runs/NAME/checkpoints/best.ckpt.")
         self.datamodule.run_dir = self._split_folder()
+        with self.session.processes.first_one_first():
+            self.datamodule.setup(str(self.subcommand))
+        if self.trainer.is_global_zero:
+            print(self.datamodule.describe(), flush=True)
 
     def _split_folder(self) -> Path:
         """The run folder, with the split of the run whose checkpoint is used, if there is one."""
@@ -810,8 +829,20 @@ class TrainingCLI(LightningCLI):
         checkpoint = self._get(self.config, "ckpt_path")
         origin = run_of_checkpoint(checkpoint) / "splits.csv" if checkpoint else None
         if origin is not None and origin.is_file():
+            self._refuse_other_images(origin)
             shutil.copy(origin, run_dir / "splits.csv")
         return run_dir
+
+    def _refuse_other_images(self, table: Path) -> None:
+        """Raise a UserError where the images that a run's splits.csv lists aren't those that were asked for."""
+        config = table.with_name("config.yaml")
+        path, asked = (str(read_yaml(config)["data"]["path"]) if config.is_file() else ""), self.datamodule.path
+        if path and not self.datamodule.is_of_run(table, path):
+            model, folder = (shlex.quote(str(each)) for each in (table.with_name("model"), asked))
+            raise UserError(
+                f"{self.subcommand} takes the images that {table} lists, of {path} or a copy of it, and {asked} is "
+                f"neither: leave it out, or see what the model says about it by moevision predict {model} {folder}."
+            )
 
     def validate(self, **kwargs: Any) -> None:
         """Evaluate on the validation images."""

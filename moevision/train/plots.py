@@ -41,10 +41,10 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     Args:
         metrics_csv: Lightning's CSVLogger file; its rows are sparse. A metric that was never logged leaves
             its panel out, so a model without MoE layers has no load panel.
-        out: the PNG to write (whole or not at all).
+        out: the PNG to write (whole or not at all); none where nothing was logged, as in a training of few steps.
 
     Raises:
-        UserError: the file is missing, isn't a metrics file or holds nothing to draw.
+        UserError: the file is missing or isn't a metrics file.
     """
     curves = read_metrics(metrics_csv)
     loads = {match[1]: curve for name, curve in curves.items() if (match := _LOAD.fullmatch(name))}
@@ -53,7 +53,7 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     panels = [name for name, there in zip(("loss", "top1", "load", "lr"), (
         train, curves.get("val/top1"), loads, rates), strict=True) if there]  # fmt: skip
     if not panels:
-        raise UserError(f"{metrics_csv} holds no training loss, accuracy, expert load or learning rate to draw")
+        return
     columns = len(panels) if len(panels) < 4 else 2
     rows = len(panels) // columns
     figure = Figure(figsize=(5.4 * columns, 3.4 * rows), dpi=150, layout="constrained")

@@ -438,11 +438,7 @@ def resume_command(run_dir: Path) -> str:
 
 def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> None:
     """Add this start to the run folder's list of them."""
-    file = start.run_dir / SESSIONS
-    try:
-        sessions = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        sessions = []
+    file, sessions = start.run_dir / SESSIONS, _sessions(start.run_dir)
     origin = None
     if start.checkpoint is not None:
         origin = {"checkpoint": start.checkpoint.name, "sha256": start.sha256, "step": start.step}
@@ -450,6 +446,18 @@ def note_session(start: Start, command: Sequence[str], notes: Sequence[str]) -> 
     write_json_atomic(
         file, [*sessions, {"started_utc": now, "command": list(command), "from": origin, "notes": [*notes]}]
     )
+
+
+def begun_by(run_dir: Path) -> list[str] | None:
+    """The command line that a run began with, whatever it was gone on with; None if that isn't known."""
+    return next((each["command"] for each in reversed(_sessions(run_dir)) if each["from"] is None), None)
+
+
+def _sessions(run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads((run_dir / SESSIONS).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return []
 
 
 def claim(run_dir: Path) -> int | None:
@@ -509,9 +517,11 @@ class Session:
         processes: this process among those of the training.
         run_dir: the run's folder, also while its twin trains; None before it is known.
         probe: of this training's pretrained weights, for the twin that starts from them too; None: none yet.
+        probe_cpu_s: CPU seconds that it took.
     """
 
     probe: Probe | None = None
+    probe_cpu_s = 0.0
     run_dir: Path | None = None
 
     def __init__(self, verb: str, arguments: Sequence[str]) -> None:
@@ -563,7 +573,8 @@ class Session:
         """What goes on with the run; None if there is no checkpoint to go on from."""
         if self.run_dir is None or not any(self.run_dir.glob("checkpoints/*.ckpt")):
             return None
-        return resume_command(self.run_dir)
+        # The run's config.yaml stays as it is, so that a change must be said each time.
+        return " ".join([resume_command(self.run_dir), *map(shlex.quote, self._typed if self.notes else [])])
 
     def _go_on(self) -> str:
         command = self.resume_command
@@ -598,9 +609,15 @@ class Session:
         automatic = self._target == AUTO
         run_dir = folder_of(config) if automatic else Path(self._target)
 
+        def compare() -> tuple[Namespace, list[str]]:
+            recorded = parser.parse_args(["fit", "--config", str(recorded_config(run_dir))])
+            asked = parser.parse_args(["fit", *self._as_recorded(run_dir)]) if automatic else config
+            return asked, changed_options(recorded.fit, asked.fit)
+
         def find() -> dict[str, Any]:
             known = (run_dir / "config.yaml").is_file()
             if known and is_finished(run_dir, with_twin=bool(config.fit.with_twin)):
+                compare()  # nothing that asks for another training passes for done
                 tell(f"{run_dir} is finished, see {run_dir}/summary.md: nothing to do.")
                 raise SystemExit(0)
             return find_start(self.claim(run_dir), fresh_if_none=automatic).plain()
@@ -608,10 +625,7 @@ class Session:
         start = Start.from_plain(self.processes.decide(find))
         if start.checkpoint is None:
             return config, start
-        recorded = parser.parse_args(["fit", "--config", str(recorded_config(run_dir))])
-        if automatic:
-            config = parser.parse_args(["fit", *self._as_recorded(run_dir)])
-        self.notes = changed_options(recorded.fit, config.fit)
+        config, self.notes = compare()
         for note in self.notes:
             tell(f"changed: {note}")
         return config, start

@@ -51,7 +51,7 @@ from moevision.train.report import (
     paired_difference,
     write_summary,
 )
-from moevision.train.resume import Session, Start, find_start
+from moevision.train.resume import Session, Start, begun_by, find_start
 from moevision.train.start import weights_file
 from moevision.train.strategy import MoEParallelStrategy
 from moevision.train.task import ClassificationTask
@@ -119,20 +119,23 @@ def _train(verb: str, session: Session) -> None:
         return
     if verb != "fit":
         return
-    result = finish_run(cli, session.command)
+    command = begun_by(run_dir) or session.command  # what repeats the run; --resume doesn't
+    result = finish_run(cli, command)
     if cli._get(cli.config, "with_twin"):
-        result = _train_twin(cli, session, result)
+        result = _train_twin(cli, session, command, result)
     if result is not None:
         tell(f"\n{result.headline}\nEverything is in {run_dir}; start with {run_dir}/summary.md")
 
 
-def _train_twin(cli: TrainingCLI, session: Session, result: RunResult | None) -> RunResult | None:
+def _train_twin(
+    cli: TrainingCLI, session: Session, command: Sequence[str], result: RunResult | None
+) -> RunResult | None:
     start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir), session).plain()))
     options = ["--model.arch.twin", "active_flops", "--without-twin"]
     if (divided := MoEParallelStrategy.of(cli.trainer)) is not None and divided.expert > 1:
         options += ["--parallel.expert", "1"]  # it has no experts
     twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
-    other = finish_run(twin, [*session.command, *options])
+    other = finish_run(twin, [*command, *options])
     if result is None or other is None:
         return None
     match = "active FLOPs"
@@ -191,7 +194,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
 
     Args:
         cli: after its `fit`.
-        command: the command line as typed.
+        command: the command line that the run began with.
     """
     task: ClassificationTask = cli.model
     data: ImageDataModule = cli.datamodule

@@ -126,6 +126,7 @@ def test_the_last_line_goes_on_with_the_run(cli, interrupted, whole):
     assert first["from"] is None
     assert second["from"]["step"] == LATE
     assert second["command"] == ["moevision", "fit", "--resume", "runs/pets"]
+    assert json.loads((interrupted / "provenance.json").read_text())["command"] == first["command"]
     assert [path.name for path in Path("runs").iterdir()] == ["pets"], "the same run folder"
     again = cli("fit", "--resume", "runs/pets")
     assert again.code == 0
@@ -179,6 +180,26 @@ def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
     assert notes[0] == "--data.num_workers was 0, now 1"
     assert "num_workers: 0" in (interrupted / "config.yaml").read_text()
     assert "num_workers: 1" in (interrupted / "config-2.yaml").read_text()
+
+
+def test_the_next_command_says_the_changes_again(whole):
+    """The run's config.yaml doesn't: it stays what the run began with."""
+    for notes, more in (([], ""), (["--data.path was pets, now my pets"], " --data.path 'my pets'")):
+        session = Session("fit", ["--data.path", "my pets", "--resume", str(whole)])
+        session.run_dir, session.notes = whole, notes
+        assert session.resume_command == f"moevision fit --resume {whole}{more}"
+
+
+@pytest.mark.parametrize("how", ["by its folder", "auto"])
+def test_a_finished_run_is_not_another_training(cli, tiny, drawn_pets, whole, how):
+    command = ["--resume", whole]
+    if how == "auto":
+        command = [drawn_pets, *tiny, f"--runs_root={whole.parent}", "--resume=auto"]
+    outcome = cli("fit", *command, "--trainer.max_epochs=30")
+    assert outcome.code == 2
+    assert "--trainer.max_epochs is 2 in this run and can't become 30" in outcome.err
+    outcome = cli("fit", *command, "--data.num_workers=1")
+    assert (outcome.code, "is finished" in outcome.err) == (0, True)
 
 
 def test_another_seed_is_another_order_and_a_run_of_an_earlier_version_keeps_its_own(
@@ -292,11 +313,15 @@ def test_an_epoch_that_became_too_short_is_validated_all_the_same(cli, tiny, dra
     assert "the epoch is shorter now than where it was interrupted" in outcome.err
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_training_of_few_steps(cli, tiny, drawn_pets, steps):
-    """Five are the ones of which a fifth, the warm-up, is one step."""
-    outcome = cli("fit", drawn_pets, *tiny, f"--trainer.max_steps={steps}")
+@pytest.mark.parametrize(
+    ("steps", "options"), [(1, ()), (2, ("--dense", "--trainer.log_every_n_steps=10")), (5, ())], ids=["1", "2", "5"]
+)
+def test_a_training_of_few_steps(cli, tiny, drawn_pets, steps, options):
+    """Five are the ones of which a fifth, the warm-up, is one step; two may end before anything is logged."""
+    outcome = cli("fit", drawn_pets, *tiny, f"--trainer.max_steps={steps}", *options)
     assert outcome.code == 0, outcome.err
+    no_epoch = "the weights of the last step, because there is no best.ckpt" in Path("runs/pets/summary.md").read_text()
+    assert (no_epoch, Path("runs/pets/curves.png").exists()) == (steps < 3, not options)
     found, _ = newest_valid(Path("runs/pets/checkpoints"))
     assert found.step == steps
 
@@ -335,6 +360,8 @@ def test_a_twin_is_gone_on_with(cli, tiny, drawn_pets, send_signal):
     outcome = cli("fit", "--resume", "runs/two")
     assert outcome.code == 0, outcome.err
     assert "Going on with runs/two/twin from last.ckpt, step 4" in outcome.err
+    one, two = (json.loads(Path(f"runs/{name}/twin/provenance.json").read_text())["command"] for name in ("one", "two"))
+    assert [word.replace("two", "one") for word in two] == one
     for name in ("metrics.csv", "predictions_test.csv", "model/model.safetensors"):
         for folder in ("", "twin/"):
             assert Path(f"runs/one/{folder}{name}").read_bytes() == Path(f"runs/two/{folder}{name}").read_bytes()

@@ -217,6 +217,32 @@ def test_pretrained_starts_from_the_dense_weights(tmp_path: Path) -> None:
     assert not moe_layers(twin)
 
 
+def test_experts_that_are_there_already_stay_as_they_are(tmp_path: Path) -> None:
+    """What they have may be said again; anything else would be ignored, and is refused."""
+    import timm
+
+    net = timm.create_model("test_vit_moe", num_classes=3, img_size=32)
+    timm.models.save_for_hf(net, tmp_path, safe_serialization=True)
+    own = {"num_experts": [4] * len(moe_layers(net)), "top_k": moe_layers(net)[0].router.top_k, "moe_layers": "every2"}
+    config = MoEConfig(pretrained=str(tmp_path), **own, expert_hidden=moe_layers(net)[0].experts.fc1.out_features)
+    built = build_model(config, num_classes=3, image_size=32)
+    assert torch.equal(moe_layers(built)[0].router.weight, moe_layers(net)[0].router.weight)
+    for options, words in (
+        ({"num_experts": 16}, r"leave out --model\.arch\.num_experts 16 \(there: 4\), by null"),
+        (
+            {"moe_layers": "all", "router": "soft"},
+            r"moe_layers all \(there: \[1, 3\]\), --model\.arch\.router soft \(there: n",
+        ),
+        ({"upcycle_noise": 0.1}, r"upcycle_noise 0\.1 \(there: not set\)"),
+        ({"twin": "active_flops"}, "no dense weights for --with-twin or --dense: leave it out"),
+    ):
+        other = MoEConfig(pretrained=str(tmp_path), **options)
+        with pytest.raises(UserError, match=words):
+            build_model(other, num_classes=3, image_size=32)
+    config = MoEConfig(pretrained=str(tmp_path), num_experts=16)  # of a run of an earlier version, which goes on
+    assert len(moe_layers(build_model(config, 3, 32, load_pretrained=False))) == len(moe_layers(net))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
