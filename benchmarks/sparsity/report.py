@@ -196,9 +196,6 @@ def draw(drawn: Mapping[str, Sequence[Result]], out: Path) -> None:
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_xlabel("points of test top-1", fontsize=9, color=INK)
-        title(
-            axes,
-            f"{DEVICES[device]}",
-            "dots: seeds; bar: mean and 95 %; blue: positive or negative; dotted: H5's margin",
-        )
+        margin = any(result.hypothesis.margin for result, _ in shown) * "; dotted: H5's margin"
+        title(axes, DEVICES[device], f"dots: seeds; bar: mean and 95 %; blue: positive or negative{margin}")
     save(figure, out)
