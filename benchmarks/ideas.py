@@ -39,6 +39,7 @@ LEVELS = (0.7, 0.8, 0.85)  # of validation accuracy, for the sentence of energy
 NOTEBOOK = "[live](../../notebooks/05_ideas.ipynb)"
 FIGURES = ("curve", "routers", "saving", "sparsity", "upcycling", "waiting")  # studies with NAME/NAME.png
 NO, OPEN = "no", "not shown"
+OPEN_STILL = UNDECIDED, DESCRIBED = "undecided", "described"
 VERDICTS = {"positive": YES, "negative": NO, "tie": OPEN, "above": YES, "below": NO, "not told apart": OPEN}
 Json = dict[str, Any]
 Records = Mapping[str, Any]
@@ -87,9 +88,9 @@ def ideas(records: Records) -> str:
 
 
 def said(records: Records, *parts: Any) -> Answer:
-    """The first verdict, and what each study says, with links: parts are names of studies, each before what asks it.
+    """A verdict, and what each study says, with links: parts are names of studies, each before what asks it.
 
-    What was measured comes before what wasn't.
+    The first study that decided is asked for the verdict. What was measured comes before what wasn't.
     """
     verdicts, texts = [], []
     for study, ask in zip(parts[::2], parts[1::2], strict=True):
@@ -99,6 +100,7 @@ def said(records: Records, *parts: Any) -> Answer:
         if study in FIGURES and text != NOT_RUN:
             links += f", [figure](../../benchmarks/{study}/{study}.png)"
         texts.append(f"{text.rstrip('.')} ({links}).")
+    verdicts.sort(key=lambda verdict: verdict in OPEN_STILL)
     return (verdicts or [NOT_RUN.lower()])[0], " ".join(sorted(texts, key=lambda text: text.startswith(NOT_RUN)))
 
 
@@ -110,7 +112,7 @@ def hypothesis(*names: str) -> Callable[[Sequence[Json]], Answer]:
         for device, title in DEVICES.items():
             results = [result for result in judge(runs, device) if result.hypothesis.name in names and result.contrast]
             found += [f"{title}: {result.sentence}" for result in results]
-            verdicts += [VERDICTS.get(result.verdict, "undecided") for result in results]
+            verdicts += [VERDICTS.get(result.verdict, UNDECIDED) for result in results]
         return (verdicts or [""])[0], " ".join(found) or NOT_RUN
 
     return ask
@@ -128,7 +130,7 @@ def arms(*names: str) -> Callable[[Sequence[Json]], Answer]:
                 mean = percent(sum(run["test_top1"] for run in done.values()) / len(done)) if done else "none"
                 failed = f", {len(own) - len(done)} failed" if len(done) < len(own) else ""
                 found += [f"{title}, `{name}`: {mean} ({len(done)} seeds{failed})."] if own else []
-        return "described" * bool(found), " ".join(found) or NOT_RUN
+        return DESCRIBED * bool(found), " ".join(found) or NOT_RUN
 
     return ask
 
@@ -136,7 +138,7 @@ def arms(*names: str) -> Callable[[Sequence[Json]], Answer]:
 def specialization(runs: Sequence[Json], scratch: Sequence[Json]) -> Answer:
     """In how many settings, and layers of models from scratch, a question is answered with yes in every seed.
 
-    The idea holds if a setting has three yes, in part if it has one to the first question.
+    A question is answered with yes if most settings do.
     """
     settings = {name: settings_of(runs, name, CLASS) for name in DATA_SETS}
 
@@ -146,9 +148,9 @@ def specialization(runs: Sequence[Json], scratch: Sequence[Json]) -> Answer:
 
     differ = ", ".join(f"{yes(0, name)} on {name}" for name in DATA_SETS)
     answers = [layer["answers"][2]["answer"] for run in scratch for layer in run["layers"]]
-    found = [[each.answer(question) == YES for question in range(3)] for own in settings.values() for each in own]
-    verdict = YES if any(map(all, found)) else "in part" if any(first for first, _, _ in found) else OPEN
-    return verdict, (
+    asked = [each for own in settings.values() for each in own]
+    most = [sum(each.answer(question) == YES for each in asked) > len(asked) / 2 for question in range(3)]
+    return f"{sum(most)} of 3 questions", (
         f"Settings of upcycled models: classes go to different experts in {differ}; training the router added to that "
         f"in {yes(1, *DATA_SETS)}; experts do different things in {yes(2, *DATA_SETS)}. From scratch on CIFAR-10: in "
         f"{answers.count(YES)} of {len(answers)} layers."
@@ -216,9 +218,9 @@ def reached(runs: Sequence[Json]) -> Answer:
                 means.append(statistics.fmean(_share_until(run, level) * run["cost"][unit] for run in own))
         work = ", ".join(f"{flops / 1e15:.2f}" for flops in spent["training_flops"])
         seconds = ", ".join(f"{each:,.0f}" for each in spent["cpu_s"])
-        texts.append(f"{name} {work} PFLOP or {seconds} CPU seconds (seeds: {len(own)})")
+        texts.append(f"{name} takes {work} PFLOP, {seconds} CPU seconds (seeds: {len(own)})")
     levels = ", ".join(f"{level:.0%}" for level in LEVELS).replace("%", "")
-    return "", f"To {levels} % of validation {' and '.join(texts)}"
+    return "", f"To reach {levels} % of validation {' and '.join(texts)}"
 
 
 def _share_until(run: Json, level: float) -> float:

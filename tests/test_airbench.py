@@ -63,8 +63,9 @@ def test_lookahead_ends_at_its_average():
 
 
 def test_it_learns_what_two_colours_tell(monkeypatch):
-    """Red and blue images, five epochs of six steps: only a training that works tells them apart."""
+    """Red and blue images, a narrow net, five epochs of six steps: only a training that works tells them apart."""
     monkeypatch.setattr(airbench, "BATCH", 64)
+    monkeypatch.setattr(airbench, "WIDTHS", (24, 24, 24))
     labels = torch.arange(384) % 2
     colours = torch.zeros(384, 3, 32, 32)
     colours[labels == 0, 0] = colours[labels == 1, 2] = 1.0

@@ -141,10 +141,9 @@ def test_the_reference_from_outside(run, photos, tmp_path, monkeypatch) -> None:
     for _ in range(2):  # the second time there is nothing left to do
         run("airbench", "--cifar", photos, "--out", tmp_path / "found.json", "--epochs", 1, "--allow-dirty")
     (found,) = json.loads((tmp_path / "found.json").read_text())["runs"]
-    assert found["seed"] == 0
+    assert {"seed", "code", "machine"} <= set(found)
     assert 0 <= found["correct"] <= found["total"] == 16
     assert (found["train_images"], found["images"]) == (144, 144)  # a tenth of 160 is validation's
-    assert found["code"]
 
 
 @pytest.fixture

@@ -286,7 +286,7 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
     assert "It has the same pretrained weights and active FLOPs" in Path("runs/up/summary.md").read_text()
     twice = cli("fit", drawn_pets, "--pretrained", "runs/up/model", *options, "--name=moe")
     assert twice.code == 2
-    assert "leave --with-twin out" in twice.err
+    assert "for --with-twin or --dense: leave it out" in twice.err
     assert not Path("runs/moe").exists()
 
 

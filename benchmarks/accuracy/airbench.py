@@ -4,8 +4,8 @@
 
 The paper's net and recipe, which reach 94 % of the original's test images, on the 45,000 training images that
 `moevision fit` trains on: a reference for what the recipe of `configs/cifar10.yaml` reaches on the same files. Written
-from the paper's description. Two things differ: 45,000 images, not 50,000, and a CPU's bf16 in the place of fp16. The
-weights are those of the last step, so validation chooses nothing.
+from the paper's description. Two things differ: 45,000 images, not 50,000, and in the place of fp16 a CPU's bf16 in
+training and float32 in the test. The weights are those of the last step, so validation chooses nothing.
 
 Axes: B images, C channels, S steps.
 """
@@ -233,7 +233,7 @@ def main() -> None:
     options = parser.parse_args()
     refuse_changes(HERE / "accuracy" / "README.md", allowed=options.allow_dirty)
     torch.set_num_threads(options.threads)
-    recipe = {name: getattr(options, name) for name in ("epochs", "precision")}
+    recipe = {name: getattr(options, name) for name in ("epochs", "precision", "images")}
     record = Record(options.out, recipe)
     if record.find(seed=options.seed) is None:
         record.add({**run_seed(options, options.seed), **about()})

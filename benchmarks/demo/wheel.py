@@ -9,6 +9,7 @@ Builds the wheel of this checkout, installs it with its dependencies into a fres
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from benchmarks.queue import refuse_changes
 
 MODEL = "cats_vs_dogs"
 WHERE = "import moevision; from pathlib import Path; print(Path(moevision.__file__).parent)"
+VERSIONS = (
+    "import json, sys; from importlib.metadata import version; print(json.dumps({n: version(n) for n in sys.argv[1:]}))"
+)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 
 
@@ -34,8 +38,8 @@ def build(folder: Path) -> Path:
     return wheel
 
 
-def classify(wheel: Path, photos: Path, folder: Path) -> dict[Path, str]:
-    """Install the wheel and ask it for the class of every photo."""
+def classify(wheel: Path, photos: Path, folder: Path, libraries: list[str]) -> tuple[dict[Path, str], dict[str, str]]:
+    """Install the wheel and ask it for the class of every photo; then the versions of libraries beside it."""
     home = folder / "venv"
     venv.create(home, with_pip=True)
     subprocess.run([home / "bin" / "pip", "install", "--quiet", wheel], check=True)
@@ -47,7 +51,9 @@ def classify(wheel: Path, photos: Path, folder: Path) -> dict[Path, str]:
     table = folder / "answers.csv"
     subprocess.run([home / "bin" / "moevision", "predict", model, photos.resolve(), "--out", table], **run)
     with table.open(newline="", encoding="utf-8") as lines:
-        return {Path(row["path"]): row["class"] for row in csv.DictReader(lines)}
+        answers = {Path(row["path"]): row["class"] for row in csv.DictReader(lines)}
+    asked = [home / "bin" / "python", "-c", VERSIONS, *libraries]
+    return answers, json.loads(subprocess.run(asked, stdout=subprocess.PIPE, **run).stdout)
 
 
 def score(answers: dict[Path, str]) -> dict[str, Any]:
@@ -70,10 +76,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         wheel = build(folder)
+        libraries = ["moevision", "torch", "torchvision", "timm", "lightning", "numpy"]
+        answers, versions = classify(wheel, options.photos, folder, libraries)
         found = {
             "model": MODEL,
             "photos": f"{options.photos.resolve().parent.name}/{options.photos.name}",
             "wheel_mb": round(wheel.stat().st_size / 1e6, 1),
-            **score(classify(wheel, options.photos, folder)),
+            **score(answers),
         }
-    write_result(options.out, {**found, **origin, "command": without_places(origin["command"])})
+    origin |= {"command": without_places(origin["command"]), "versions": {**origin["versions"], **versions}}
+    write_result(options.out, {**found, **origin})

@@ -46,6 +46,7 @@ from benchmarks.sparsity.training import PROTOCOL, folder_of, train
 from benchmarks.study import open_data
 from benchmarks.subject import TrainingStep
 from benchmarks.timing import Candidate, interleave, ratio_of, spread
+from moevision.allocator import keep_freed_memory
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 
@@ -148,6 +149,8 @@ def measure_speed(options: Namespace) -> None:
     Raises:
         UserError: if the machine isn't idle.
     """
+    torch.set_float32_matmul_precision("high")  # as in `training.train`
+    keep_freed_memory()
     origin = {**about(), "command": "python -m benchmarks sparsity speed"}
     load = origin["machine"]["load_average_before"]
     if load is not None and load > IDLE and not options.busy:

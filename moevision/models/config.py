@@ -169,11 +169,11 @@ def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
         else:
             same = (one_or_list(asked, None) if isinstance(asked, list) else asked) == own.get(name)
         if asked is not None and not same:
-            others.append(f"--model.arch.{name} {asked} (there: {own.get(name, 'not set')})")
+            others.append(f"--model.arch.{name} null (it is {asked}; there: {own.get(name, 'not set')})")
     if others:
         raise UserError(
-            f"{config.pretrained} has experts already, which are trained on as they are: leave out "
-            f"{', '.join(others)}, by null where a configuration says it, or start from a dense ViT."
+            f"{config.pretrained} has experts already, which are trained on as they are: give {', '.join(others)}, "
+            "or start from a dense ViT."
         )
 
 

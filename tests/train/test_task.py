@@ -228,12 +228,12 @@ def test_experts_that_are_there_already_stay_as_they_are(tmp_path: Path) -> None
     built = build_model(config, num_classes=3, image_size=32)
     assert torch.equal(moe_layers(built)[0].router.weight, moe_layers(net)[0].router.weight)
     for options, words in (
-        ({"num_experts": 16}, r"leave out --model\.arch\.num_experts 16 \(there: 4\), by null"),
+        ({"num_experts": 16}, r"give --model\.arch\.num_experts null \(it is 16; there: 4\), or"),
         (
             {"moe_layers": "all", "router": "soft"},
-            r"moe_layers all \(there: \[1, 3\]\), --model\.arch\.router soft \(there: n",
+            r"moe_layers null \(it is all; there: \[1, 3\]\), --model\.arch\.router null \(it is soft; there: n",
         ),
-        ({"upcycle_noise": 0.1}, r"upcycle_noise 0\.1 \(there: not set\)"),
+        ({"upcycle_noise": 0.1}, r"upcycle_noise null \(it is 0\.1; there: not set\)"),
         ({"twin": "active_flops"}, "no dense weights for --with-twin or --dense: leave it out"),
     ):
         other = MoEConfig(pretrained=str(tmp_path), **options)

@@ -68,6 +68,10 @@ export class App {
     this.opened = false;
     this.opening = false;
     this.ticket = 0;
+    /** @type {symbol | null} the last question above the image that is counted for */
+    this.asking = null;
+    /** @type {symbol | null} a way back or forward that waits for another model's examples */
+    this.going = null;
     /** @type {{ slots: number[], kind: string | null }} what was asked for and isn't shown yet */
     this.pending = { slots: [], kind: null };
     /** @type {symbol | null} */
@@ -130,7 +134,7 @@ export class App {
     const [rail, own] = [railHandlers(this), ownHandlers(this)];
     Object.assign(this.core.actions, rail.actions, own.actions, shareHandlers(this), handActions(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
       tab: (button) => this.openTab(button.dataset.tab),
-      retry: () => this.load([...this.pictures.keys()]),
+      retry: () => this.load([...this.pictures.keys()], [], null, "model"),
       undo: () => this.change(null),
       level: (button) => this.chooseLevel(button.dataset.level),
       calm: () => this.chooseSettings({ noise: null }),
@@ -284,8 +288,12 @@ export class App {
   async goTo(place) {
     clearTimeout(this.remembering);
     const wish = readAddress();
-    if (wish.model !== undefined && wish.model !== this.model.id) await this.fetchExamples().catch((error) => this.notify(asAskError(error).message));
-    if (history.state?.[PLACE] !== place) return undefined; // gone on meanwhile
+    if (wish.model !== undefined && wish.model !== this.model.id) {
+      const going = (this.going = Symbol(wish.model));
+      await this.fetchExamples().catch((error) => this.notify(asAskError(error).message));
+      if (going !== this.going) return undefined; // gone on meanwhile
+    }
+    this.going = null;
     const before = this.questions();
     this.tab = "experts"; // unless the address names another
     choose(this, wish);
@@ -349,7 +357,7 @@ export class App {
   /** Write the address a moment later: browsers refuse pages that rewrite it at every key press. */
   remember() {
     clearTimeout(this.remembering);
-    this.remembering = setTimeout(() => writeAddress(this), 120);
+    if (!this.going) this.remembering = setTimeout(() => writeAddress(this), 120);
   }
 
   /**

@@ -45,7 +45,8 @@ export async function drawQuestion(app) {
   if (views.length < 2 || !app.model.has_pictures) return fillBox(box, "");
   // Its place is kept until it is counted.
   if (!box.firstElementChild) fillBox(box, html`<p class="mv-asking mv-soft">Counting…</p>`);
-  const wanted = () => state.views === views && state.currentLayer === layer;
+  const ticket = (app.asking = Symbol(layer.name));
+  const wanted = () => app.asking === ticket && state.views === views && state.currentLayer === layer;
   const answer = await app.asker.whenReady("classes", { model: app.model.id, variant: app.variant }, wanted).catch(() => null);
   if (!wanted()) return undefined;
   const found = answer && question(answer, views, layer);

@@ -288,7 +288,7 @@ export class Core {
     if (has("patch", "hover", "active")) this.stages.forEach((stage) => stage.outline());
     if (has("layer")) frameStrip(this.box("strip"), this.state);
     if (has("active")) {
-      this.bringImage(state.active);
+      if (!has("hover")) this.bringImage(state.active); // what the pointer passes over moves nothing
       this.drawStrip();
       drawLens(this.box("lens"), state.view);
     }
