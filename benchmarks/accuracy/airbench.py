@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.flops import inference_flops
-from benchmarks.harness import HERE, Record, about, argument_parser, count, positive
+from benchmarks.harness import HERE, Record, about, argument_parser, count, positive, without_places
 from benchmarks.queue import refuse_changes
 from benchmarks.study import open_data
 from moevision.data import ImageDataModule
@@ -236,4 +236,6 @@ def main() -> None:
     recipe = {name: getattr(options, name) for name in ("epochs", "precision", "images")}
     record = Record(options.out, recipe)
     if record.find(seed=options.seed) is None:
-        record.add({**run_seed(options, options.seed), **about()})
+        origin = about()
+        origin |= {"command": without_places(origin["command"])}
+        record.add({**run_seed(options, options.seed), **origin})
