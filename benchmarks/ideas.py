@@ -37,7 +37,6 @@ NOT_RUN = "Not run yet"
 _SHARE = 0.7  # of the images, for the sentence of the curve
 LEVELS = (0.7, 0.8, 0.85)  # of validation accuracy, for the sentence of energy
 NOTEBOOK = "[live](../../notebooks/05_ideas.ipynb)"
-FIGURES = ("curve", "routers", "saving", "sparsity", "upcycling", "waiting")  # studies with NAME/NAME.png
 NO, OPEN = "no", "not shown"
 OPEN_STILL = UNDECIDED, DESCRIBED = "undecided", "described"
 VERDICTS = {"positive": YES, "negative": NO, "tie": OPEN, "above": YES, "below": NO, "not told apart": OPEN}
@@ -97,7 +96,7 @@ def said(records: Records, *parts: Any) -> Answer:
         verdict, text = ask(records[study]) if records[study] else ("", NOT_RUN)
         verdicts += [verdict] * bool(verdict)
         links = f"[{study}](../../benchmarks/{study}/README.md)"
-        if study in FIGURES and text != NOT_RUN:
+        if text != NOT_RUN and (HERE / study / f"{study}.png").is_file():
             links += f", [figure](../../benchmarks/{study}/{study}.png)"
         texts.append(f"{text.rstrip('.')} ({links}).")
     verdicts.sort(key=lambda verdict: verdict in OPEN_STILL)

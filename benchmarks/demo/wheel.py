@@ -19,14 +19,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import HERE, about, argument_parser, without_places, write_result
+from benchmarks.harness import HERE, LIBRARIES, about, argument_parser, without_places, write_result
 from benchmarks.queue import refuse_changes
 
 MODEL = "cats_vs_dogs"
 WHERE = "import moevision; from pathlib import Path; print(Path(moevision.__file__).parent)"
-VERSIONS = (
-    "import json, sys; from importlib.metadata import version; print(json.dumps({n: version(n) for n in sys.argv[1:]}))"
-)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 
 
@@ -38,8 +35,8 @@ def build(folder: Path) -> Path:
     return wheel
 
 
-def classify(wheel: Path, photos: Path, folder: Path, libraries: list[str]) -> tuple[dict[Path, str], dict[str, str]]:
-    """Install the wheel and ask it for the class of every photo; then the versions of libraries beside it."""
+def classify(wheel: Path, photos: Path, folder: Path) -> tuple[dict[Path, str], dict[str, str]]:
+    """Install the wheel and ask it for the class of every photo; then the versions of what is installed there."""
     home = folder / "venv"
     venv.create(home, with_pip=True)
     subprocess.run([home / "bin" / "pip", "install", "--quiet", wheel], check=True)
@@ -52,8 +49,8 @@ def classify(wheel: Path, photos: Path, folder: Path, libraries: list[str]) -> t
     subprocess.run([home / "bin" / "moevision", "predict", model, photos.resolve(), "--out", table], **run)
     with table.open(newline="", encoding="utf-8") as lines:
         answers = {Path(row["path"]): row["class"] for row in csv.DictReader(lines)}
-    asked = [home / "bin" / "python", "-c", VERSIONS, *libraries]
-    return answers, json.loads(subprocess.run(asked, stdout=subprocess.PIPE, **run).stdout)
+    listed = subprocess.run([home / "bin" / "pip", "list", "--format", "json"], stdout=subprocess.PIPE, **run).stdout
+    return answers, {each["name"]: each["version"] for each in json.loads(listed)}
 
 
 def score(answers: dict[Path, str]) -> dict[str, Any]:
@@ -76,13 +73,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         wheel = build(folder)
-        libraries = ["moevision", "torch", "torchvision", "timm", "lightning", "numpy"]
-        answers, versions = classify(wheel, options.photos, folder, libraries)
+        answers, installed = classify(wheel, options.photos, folder)
         found = {
             "model": MODEL,
             "photos": f"{options.photos.resolve().parent.name}/{options.photos.name}",
             "wheel_mb": round(wheel.stat().st_size / 1e6, 1),
             **score(answers),
         }
-    origin |= {"command": without_places(origin["command"]), "versions": {**origin["versions"], **versions}}
+    versions = {"python": origin["versions"]["python"]} | {
+        name: installed[name] for name in ("moevision", *LIBRARIES) if name in installed
+    }
+    origin |= {"command": without_places(origin["command"]), "versions": versions}
     write_result(options.out, {**found, **origin})

@@ -41,7 +41,7 @@ from benchmarks.sparsity.arms import (
     queue,
     rate_of,
 )
-from benchmarks.sparsity.report import write_report
+from benchmarks.sparsity.report import idle, write_report
 from benchmarks.sparsity.training import PROTOCOL, folder_of, train
 from benchmarks.study import open_data
 from benchmarks.subject import TrainingStep
@@ -130,9 +130,7 @@ def twin_steps(out: Path, speed: Path, device: str) -> int | None:
     }
     if known:
         return int(min(known))
-    ratios = [
-        each["ratio"]["median"] for each in read_speed(speed) if each["device"] == device and not each.get("busy")
-    ]
+    ratios = [each["ratio"]["median"] for each in idle(read_speed(speed), device)]
     if len(ratios) < MEASUREMENTS:
         return None
     return round(EPOCHS[device] * STEPS_PER_EPOCH * statistics.median(ratios))

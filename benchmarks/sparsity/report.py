@@ -58,13 +58,17 @@ def parts_of(records: Sequence[Record], speed: Measurements) -> list[str]:
     return [*parts, *left_out(records)]
 
 
+def idle(speed: Measurements, device: str) -> Measurements:
+    """The measurements of a device that count: those with `--busy` try things out."""
+    return [each for each in speed if each["device"] == device and not each["busy"]]
+
+
 def medians(speed: Measurements, device: str) -> dict[str, dict[str, Any]]:
     """By arm ρ, and the medians of its measurements on an idle machine: ms of a step, MiB of its training."""
     found: dict[str, list[Mapping[str, Any]]] = {}
-    for each in speed:
-        if each["device"] == device and not each.get("busy"):
-            for arm, values in each["arms"].items():
-                found.setdefault(arm, []).append(values)
+    for each in idle(speed, device):
+        for arm, values in each["arms"].items():
+            found.setdefault(arm, []).append(values)
     return {
         arm: {
             "routed_share": all_of[0]["routed_share"],

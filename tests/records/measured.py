@@ -72,6 +72,7 @@ CLAIMS = [
         accuracy.extremes,
     ),
     Claim(tuple(accuracy.FOLDERS), "`fit FOLDER` on the same photos: {mean:.1%} (three seeds)", accuracy.mean),
+    Claim(accuracy.OUTSIDE, "is right on {alone} of its test images", accuracy.outside),
     Claim(accuracy.IMAGENETTE, "{mean:.1%} from scratch", accuracy.mean),
     Claim(accuracy.IMAGENETTE_FOLDER, "{mean:.1%} from pretrained weights", accuracy.mean),
     Claim(
@@ -218,5 +219,6 @@ CLAIMS = [
 ]
 
 DEFINITIONS = [
+    Definition("airbench94, which reaches 94 % on the original", "the paper"),
     Definition("less than 2 points of accuracy is not shown", "the margin; see `reliability.mean_difference`"),
 ]
