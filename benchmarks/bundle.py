@@ -261,7 +261,7 @@ def write_examples(options: Namespace) -> None:
     size = load_model(str(MODELS / options.name / "trained")).image_size
     pictures = open_pictures(options.data or ABOUT[options.name]["data_kind"], size)
     examples = Examples(pictures, size)
-    ids = set(examples.ids)
+    ids = set(examples.all_ids[: len(pictures.class_names)])  # the first of each class
     for row in range(len(pictures)):
         if examples.id_of(pictures, row) in ids:
             file = options.examples / f"{pictures.picture_name(row)}.png"

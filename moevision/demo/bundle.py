@@ -6,11 +6,14 @@ written by `moevision.models.io.save_model`; `atlas.json` and `atlas_unbalanced.
 test images. Weights are stored in bfloat16 and computed with in float32. The variant "untrained" is the same
 architecture with fresh weights. The card of a user's own model comes from its run folder.
 
-A model of photos may also have
+It may also have
+
+- `history.safetensors`: routing of the examples while it was trained (`moevision.models.history`);
+
+and a model of photos
 
 - `examples/CLASS/*.jpg` and `examples/SOURCES.json`: photos to show; per name `author`, `licence`, `source`, `changes`;
 - `dense.json`: `class_names` and `probabilities` by name of the example, what the dense twin says, without its weights;
-- `history.safetensors`: routing of the examples while it was trained (`moevision.models.history`);
 - `NOTICE`: where weights and photos come from.
 """
 
@@ -316,11 +319,12 @@ def _open_bundled(folder: Path, card: Card, options: DataOptions) -> Entry:
         credits = credits_of(folder / SOURCES)
     entry = _entry(card, nets, dense, pictures, folder, credits)
     history = folder / "history.safetensors"
+    own = credits is not None or card.data_kind == SYNTHETIC  # else the images are others than those of the history
     return replace(
         entry,
         shown=_named(options, entry.examples.pictures),
         dense_answers={} if credits is None else _dense_answers(folder, entry.examples),
-        history=history if credits is not None and history.is_file() else None,
+        history=history if own and history.is_file() else None,
     )
 
 
