@@ -21,6 +21,7 @@ MEASURE = {
 STUDY = {
     "accuracy": ("records of finished runs of `moevision fit`: accuracy, cost, load, curve", "accuracy"),
     "airbench": ("what a convolutional net from outside reaches on the copy of CIFAR-10", "accuracy.airbench"),
+    "head": ("what it is worth that a fine-tuning's classifier starts as a linear probe", "accuracy.head"),
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
     "stem": ("what the convolutional stem gives beside width and depth", "stem"),
     "upcycling": ("sparse upcycling beside training on", "upcycling"),

@@ -50,7 +50,6 @@ from moevision.train.callbacks import (
     StopEarly,
     Stopwatch,
     TimeLeft,
-    cpu_s,
 )
 from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
 from moevision.train.faults import KINDS, FaultInjector
@@ -728,7 +727,6 @@ class TrainingCLI(LightningCLI):
         """
         known = self.session.probe
         if known is None:
-            began_cpu_s = cpu_s()
             known = fit_probe(
                 self._pretrained_net(),
                 self.datamodule,
@@ -736,9 +734,8 @@ class TrainingCLI(LightningCLI):
                 self.trainer.strategy.precision_plugin.forward_context,
                 self.session.clock.now,
             )
-            self.session.probe_cpu_s = cpu_s() - began_cpu_s
         else:  # the run's, which has its time: without it the twin would look the sooner trained
-            self.stopwatch.add(known.seconds, self.session.probe_cpu_s)
+            self.stopwatch.add(known.seconds, known.cpu_s)
         if known is None:
             return
         self.session.probe = known

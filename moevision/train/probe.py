@@ -27,6 +27,7 @@ from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers import moe_layers
 from moevision.models.safe_files import read_json
+from moevision.train.callbacks import cpu_s
 from moevision.train.processes import tell
 
 FILE = "probe.json"
@@ -50,6 +51,7 @@ class Probe:
         head_val_correct: validation images that the model's own classifier, as it came, classifies correctly.
         test_correct: for each of its test images, by their stable ids, whether it is classified correctly.
         seconds: features and regression together, without what the process was stopped for.
+        cpu_s: CPU seconds of the same.
         mbytes: of the dense model that it is the classifier of, in float32.
         head: its weights [C, D] and biases [C]; None if it was read from a file.
     """
@@ -61,6 +63,7 @@ class Probe:
     test_correct: dict[str, bool]
     seconds: float
     mbytes: float
+    cpu_s: float = 0.0  # which earlier versions didn't keep
     head: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -120,7 +123,7 @@ def fit_probe(
     head = linear_head(net)
     if head is None:
         return None
-    began, training = now(), net.training
+    began, began_cpu_s, training = now(), cpu_s(), net.training
     net.to(device).eval()
     taken = {split: _some(data, split, most) for split, most in _MOST_IMAGES.items()}
     images = {split: len(indices) for split, indices in taken.items()}
@@ -154,6 +157,7 @@ def fit_probe(
         },
         seconds=now() - began,
         mbytes=4 * _dense_parameters(net) / 1e6,
+        cpu_s=cpu_s() - began_cpu_s,
         head=(torch.from_numpy(weight), torch.from_numpy(bias)),
     )
 

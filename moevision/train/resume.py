@@ -517,11 +517,9 @@ class Session:
         processes: this process among those of the training.
         run_dir: the run's folder, also while its twin trains; None before it is known.
         probe: of this training's pretrained weights, for the twin that starts from them too; None: none yet.
-        probe_cpu_s: CPU seconds that it took.
     """
 
     probe: Probe | None = None
-    probe_cpu_s = 0.0
     run_dir: Path | None = None
 
     def __init__(self, verb: str, arguments: Sequence[str]) -> None:

@@ -20,7 +20,6 @@ from moevision.models.io import describe, from_clusters, load_model, save_model
 from moevision.models.published import PATIENCE_S
 from moevision.models.reading import routes_read
 from moevision.train import callbacks, start
-from moevision.train import cli as training_cli
 from moevision.train import probe as probe_module
 from moevision.train.processes import AwakeClock
 from moevision.train.recipe import choose_recipe, expand_arguments
@@ -347,7 +346,7 @@ def long_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     regression, now, cpu_s = probe_module._best_regression, AwakeClock.now, callbacks.cpu_s
     monkeypatch.setattr(probe_module, "_best_regression", lambda *given: passed_s.append(1000) or regression(*given))
     monkeypatch.setattr(AwakeClock, "now", lambda self: now(self) + sum(passed_s))
-    for module in (callbacks, training_cli):
+    for module in (callbacks, probe_module):
         monkeypatch.setattr(module, "cpu_s", lambda: cpu_s() + sum(passed_s))
 
 
