@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from benchmarks.sparsity.verdict import finished, judge, runs_of
+from benchmarks.sparsity.verdict import Result, finished, judge, runs_of
 from tests.records import ROOT, Claim, Definition
 from tests.records.studies import report, shown
 
@@ -17,10 +17,25 @@ def _parts(*found: Any) -> list[dict[str, str]]:
     return shown(part for part in parts if not part.startswith("#"))
 
 
+def learned(*found: Any) -> dict[str, float]:
+    """H4 on a CPU: the points by which the router that learns nothing is better."""
+    result = _judged(found, "H4")
+    contrast = result.contrast
+    assert contrast is not None
+    assert (result.verdict, contrast.second) == ("negative", "position")
+    better, half = -100 * contrast.mean, 100 * contrast.half
+    return {"mean": better, "low": better - half, "high": better + half, "seeds": len(contrast.gaps)}
+
+
+def _judged(found: Any, name: str) -> Result:
+    runs = [file for file in found if isinstance(file, dict)]
+    return next(result for result in judge(runs, "cpu") if result.hypothesis.name == name)
+
+
 def first(*found: Any) -> dict[str, float]:
     """H1 on a CPU: points, and the CPU seconds of both arms' runs."""
     runs = [file for file in found if isinstance(file, dict)]
-    contrast = next(result.contrast for result in judge(runs, "cpu") if result.hypothesis.name == "H1")
+    contrast = _judged(found, "H1").contrast
     assert contrast is not None
     seconds = {
         arm: statistics.fmean(run["cpu_s"] for run in finished(runs_of(runs, "cpu", arm)).values())
