@@ -54,6 +54,15 @@ def test_several_experts_are_seen_in_every_bundled_photo(name):
             assert (shares >= 0.05).sum() >= 3
 
 
+def test_every_bundled_model_has_recorded_moments_of_the_first_examples():
+    for entry in open_entries(None, DataOptions()):
+        history = RoutingHistory.load(entry.history)
+        assert 6 <= len(history) <= 8
+        first = {entry.examples.id_of_name(name) for name in history.image_names}
+        assert len(first) >= 8
+        assert first == set(entry.examples.all_ids[: len(first)])
+
+
 def test_bundled_numbers_and_their_sentences_round_alike():
     files = [file for folder in bundled_folders() for file in folder.glob("atlas*.json")]
     assert len(files) >= 3

@@ -43,10 +43,11 @@ CLAIMS = [
     ),
     Claim(
         ATLAS,
-        "In L3 seed 0 tells the least about the class of the three trainings: {value_bits:.2f} bits, the others "
-        "{seeds[0]:.2f} and {seeds[1]:.2f}",
+        "In L3 seed 0 tells {value_bits:.2f} bits about the class, the other trainings {seeds[0]:.2f} and "
+        "{seeds[1]:.2f}",
         lambda record: of_layer(record, 3, "class"),
     ),
+    Claim(ATLAS, "Yes: in L1 {detail}.", lambda record: record["layers"][0]["answers"][2]),
     Claim(
         COVERAGE,
         "Lowest coverage over {settings} settings: {score:.1%} for the interval in use; for class, {basic:.1%} for the "

@@ -13,7 +13,7 @@ export const timeSource = (app) => ({
     const { history } = app.model;
     if (!history || app.variant !== "trained") return null;
     if (!views.every(asTrained)) return "The training was recorded without changes of the routing.";
-    if (!views.every(({ picture: { id } }) => id !== null && history.images.includes(id))) return "The training was recorded for the examples only.";
+    if (!views.every(({ picture: { id } }) => id !== null && history.images.includes(id))) return `The training was recorded for the first ${history.images.length} examples only.`;
     return history;
   },
   get: (view) => app.asker.remember("history", { model: app.model.id, picture: view.picture.id }),
