@@ -17,14 +17,8 @@ DIRTY: set[str] = {"benchmarks/saving/record.json"}
 WITHOUT_COMMIT: set[str] = {
     "benchmarks/mutation_equivalent.json",  # reasons, written by hand
     "benchmarks/analysis/coverage.json",
-    "moevision/demo/models/pets/atlas.json",
-    "moevision/demo/models/pets/atlas_unbalanced.json",
-    "moevision/demo/models/pets/card.json",
 }
-"""Quoted records from before they named the commit that they were made from: each goes when it is measured again.
-
-The bundled models' cards and atlases need new trainings; `tests/demo/test_bundle.py` measures one card again.
-"""
+"""Quoted records from before they named the commit that they were made from: each goes when it is measured again."""
 
 
 def _marks(*claims: Claim) -> list[pytest.MarkDecorator]:
