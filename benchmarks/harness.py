@@ -165,7 +165,7 @@ def about() -> dict[str, Any]:
     """Where a record comes from: command, code, date, machine and libraries. The load of others spoils times."""
     memory = total_memory_bytes()
     return {
-        "command": shlex.join(["python", "-m", *sys.argv[0].split(), *sys.argv[1:]]),
+        "command": without_places(shlex.join(["python", "-m", *sys.argv[0].split(), *sys.argv[1:]])),
         "code": git_state(Path(moevision.__file__).parent, HERE / "*.py"),
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness import without_places
 from tests.needs import PHOTO_MODEL
 from tests.records import ROOT, Claim, Definition, Page, checked_pages, module_of, pattern, unclaimed
 
@@ -81,6 +82,13 @@ def _trees(path: str) -> list[dict[str, Any]]:
         elif isinstance(value, list):
             waiting += value
     return found
+
+
+def test_a_command_names_no_place_of_the_machine() -> None:
+    files = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.json")]
+    commands = [command for text in files for command in re.findall(r'"command": "([^"\n]*)"', text)]
+    assert len(commands) > 100
+    assert [command for command in commands if command != without_places(command)] == []
 
 
 @pytest.mark.needs("photos")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.flops import inference_flops
-from benchmarks.harness import HERE, Record, about, argument_parser, count, positive, without_places
+from benchmarks.harness import HERE, Record, about, argument_parser, count, positive
 from benchmarks.queue import refuse_changes
 from benchmarks.study import open_data
 from moevision.data import ImageDataModule
@@ -237,5 +237,4 @@ def main() -> None:
     record = Record(options.out, recipe)
     if record.find(seed=options.seed) is None:
         origin = about()
-        origin |= {"command": without_places(origin["command"])}
         record.add({**run_seed(options, options.seed), **origin})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import record_of
-from benchmarks.harness import HERE, about, argument_parser, print_table, without_places
+from benchmarks.harness import HERE, about, argument_parser, print_table
 from benchmarks.queue import refuse_changes
 from moevision.files import write_json_atomic
 from moevision.train.probe import FILE
@@ -52,7 +52,6 @@ def main() -> None:
     options = parser.parse_args()
     refuse_changes(HERE / "accuracy" / "README.md", allowed=options.allow_dirty)
     origin = about()
-    origin |= {"command": without_places(origin["command"])}
     runs = json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.out.exists() else []
     for folder in options.folders:
         for seed in SEEDS:

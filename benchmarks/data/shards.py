@@ -64,7 +64,6 @@ def main() -> None:
     device = harness.set_up(options)
     record = harness.new_record("shards", options, device)
     record["settings"]["folder"] = options.folder.name
-    record["command"] = harness.without_places(record["command"])
 
     place = options.folder.absolute().parent
     with tempfile.TemporaryDirectory(dir=place if os.access(place, os.W_OK) else None) as work:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from playwright.sync_api import Browser, ConsoleMessage, Page, ViewportSize, sync_playwright
 
 from benchmarks.demo import browser_path, running_demo
-from benchmarks.harness import about, argument_parser, without_places, write_result
+from benchmarks.harness import about, argument_parser, write_result
 from moevision.errors import UserError
 
 SCREENS = {"1440x900": ViewportSize(width=1440, height=900), "390x844": ViewportSize(width=390, height=844)}
@@ -108,7 +108,6 @@ def main() -> None:
     cells = [(screen, look) for screen in SCREENS for look in LOOKS]
     share = len(chosen) // len(cells)
     result: dict[str, Any] = about()
-    result["command"] = without_places(result["command"])
     own: Counter[str] = Counter()
     new: Counter[str] = Counter(called_unlike=0)
     with sync_playwright() as playwright, running_demo() as (_, address):

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import HERE, LIBRARIES, about, argument_parser, without_places, write_result
+from benchmarks.harness import HERE, LIBRARIES, about, argument_parser, write_result
 from benchmarks.queue import refuse_changes
 
 MODEL = "cats_vs_dogs"
@@ -83,5 +83,5 @@ def main() -> None:
     versions = {"python": origin["versions"]["python"]} | {
         name: installed[name] for name in ("moevision", *LIBRARIES) if name in installed
     }
-    origin |= {"command": without_places(origin["command"]), "versions": versions}
+    origin |= {"versions": versions}
     write_result(options.out, {**found, **origin})
