@@ -308,6 +308,20 @@ def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("typed", "rate"),
+    [
+        ([], 6e-3),
+        (["--model.optim.name=adamw"], 1e-3),
+        (["--model.arch.name=test_vit_moe"], 1e-3),
+        (["--model.arch.name", "test_vit_moe", "--model.optim.name", "muon"], 6e-3),
+    ],
+)
+def test_the_learning_rate_from_scratch_is_that_of_the_optimizer(drawn_pets, typed, rate):
+    """6e-3 is the recipes' for Muon (`configs/cifar10.yaml`), 1e-3 AdamW's default here."""
+    assert float(option(choose_recipe(str(drawn_pets), "none", typed), "model.optim.lr")) == rate
+
+
+@pytest.mark.parametrize(
     ("images", "epochs", "batch"),
     [(0, 100, 8), (400, 100, 20), (10_000, 20, 64), (50_000, 10, 64)],  # 200 000 images, 10 to 100 epochs
 )

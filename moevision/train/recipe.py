@@ -318,7 +318,9 @@ def choose_recipe(
         "--data.cache_mb": int(_free_memory_bytes() * _CACHE_SHARE / 2**20),
         "--data.num_workers": min(8, usable_cores() - 1) if on_gpu else 0,
         **(
-            scratch_options(images, own_model=own_model, own_size=own_size)
+            scratch_options(
+                images, own_model=own_model, own_size=own_size, optimizer=value_of(given, "--model.optim.name")
+            )
             if weights is None
             else pretrained_options(weights, images)
         ),
@@ -328,16 +330,20 @@ def choose_recipe(
     return [f"{option}={value}" for option, value in options.items()]
 
 
-def scratch_options(images: int, *, own_model: bool = False, own_size: bool = False) -> dict[str, Any]:
+def scratch_options(
+    images: int, *, own_model: bool = False, own_size: bool = False, optimizer: str | None = None
+) -> dict[str, Any]:
     """From scratch: a hybrid that learns on a CPU, with Muon; for a model that the user names, AdamW.
 
     Epochs aim at 200 000 images seen, at least 10 and at most 100. With a size of images that the user names, the
-    model's patches stay as they are.
+    model's patches stay as they are. The learning rate is that of the optimizer, also of one that the user names.
     """
-    hybrid = {"--model.arch.name": "vit_moe_hybrid_patch8_32", "--model.optim.name": "muon", "--model.optim.lr": 6e-3}
-    named = {"--model.optim.lr": 1e-3} | ({} if own_size else {"--model.arch.patch_size": 8})
+    hybrid = {"--model.arch.name": "vit_moe_hybrid_patch8_32", "--model.optim.name": "muon"}
+    named = {} if own_size else {"--model.arch.patch_size": 8}
+    optimizer = optimizer or ("adamw" if own_model else "muon")
     return {
         **(named if own_model else hybrid),
+        "--model.optim.lr": 6e-3 if optimizer == "muon" else 1e-3,
         "--data.image_size": 64,  # 64 tokens, where the patches are of 8 px
         "--data.batch_size": min(256 if torch.cuda.is_available() else 64, max(8, images // 20)),
         "--trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
