@@ -15,6 +15,7 @@ NARROW, *WIDE = (f"benchmarks/accuracy/cifar10-{name}.json" for name in ("short-
 ERASED = "benchmarks/accuracy/cifar10-erase-s0.json"
 LONG, LONGER = (f"benchmarks/accuracy/cifar10-long-s{seed}.json" for seed in range(2))
 OUTSIDE = "benchmarks/accuracy/airbench.json"
+CIFAR_PRETRAINED = "benchmarks/accuracy/cifar10-pretrained-s0.json"
 FOLDERS = [f"benchmarks/accuracy/folder-clusters{seed}.json" for seed in ("", "-s1", "-s2")]
 TWIN = "benchmarks/accuracy/cifar10-dense-s0.json"
 SHOWN, SHOWN_TWIN = (f"benchmarks/accuracy/cifar10-explorer{name}-s0.json" for name in ("", "-dense"))
@@ -158,6 +159,9 @@ CLAIMS = [
     Claim(OUTSIDE, "{pflop:.3f} PFLOP, {cpu_s:,.0f} CPU seconds in bf16 on one thread, other work", outside),
     _row(LONG, "26 epochs, seed 0"),
     _row(LONGER, "40 epochs, seed 1"),
+    _row(CIFAR_PRETRAINED, "one epoch at 84 px, seed 0"),
+    Claim(CIFAR_PRETRAINED, "{expected_s:,.0f} s were announced, {took_s:,.0f} s it took. Logistic", of_folder),
+    Claim(CIFAR_PRETRAINED, "the frozen features is right on {probe} of 2,000 test images", of_folder),
     _row(NARROW, "`vit_moe_hybrid_patch4_32`, float32 on AVX2, 9 epochs, seed 0"),
     *(_row(path, f"9 epochs, label smoothing 0.1, flips drawn anew, seed {seed}") for seed, path in enumerate(WIDE)),
     *(_row(path, f"9 epochs with LayerScale 0.1, seed {seed}") for seed, path in enumerate(SCALED)),
