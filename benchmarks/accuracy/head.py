@@ -9,6 +9,7 @@ done again, so an interrupted command goes on where it was.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ def fit(folder: Path, options: Any, start: str, seed: int) -> dict[str, Any]:
         record = record_of(Path(home) / "run")
         assert (Path(home) / "run" / FILE).is_file() == (start == "probe"), "the program wasn't changed as meant"
     cost = {name: record["cost"][name] for name in ("images", "cpu_s", "precision")}
+    record["command"] = re.sub(r" --runs_root \S+", "", record["command"])
     return {"start": start, **{name: record[name] for name in KEPT}, **cost}
 
 

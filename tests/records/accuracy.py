@@ -15,6 +15,7 @@ NARROW, *WIDE = (f"benchmarks/accuracy/cifar10-{name}.json" for name in ("short-
 ERASED = "benchmarks/accuracy/cifar10-erase-s0.json"
 LONG, LONGER = (f"benchmarks/accuracy/cifar10-long-s{seed}.json" for seed in range(2))
 OUTSIDE = "benchmarks/accuracy/airbench.json"
+START = "benchmarks/accuracy/head.json"
 CIFAR_PRETRAINED = "benchmarks/accuracy/cifar10-pretrained-s0.json"
 FOLDERS = [f"benchmarks/accuracy/folder-clusters{seed}.json" for seed in ("", "-s1", "-s2")]
 TWIN = "benchmarks/accuracy/cifar10-dense-s0.json"
@@ -100,6 +101,28 @@ def of_folder(record: Json) -> Json:
         {} if choice is None else {"probe": share(*(choice["contenders"][0][name] for name in ("correct", "total")))}
     )
     return {**of_run(record), "expected_s": cost["expected_s"], "took_s": cost["duration_s"], **probe}
+
+
+def starts(record: Json) -> list[Json]:
+    """A row for each seed: test accuracy with either start, in per cent."""
+    found: dict[int, Json] = {}
+    for run in record["runs"]:
+        share = f"{run['test']['correct'] / run['test']['total']:.1%}"
+        found.setdefault(run["seed"], {"seed": run["seed"]})[run["start"]] = share
+    return [found[seed] for seed in sorted(found)]
+
+
+def start_gain(record: Json) -> Json:
+    """The probe's start minus a random one: points with Student's t interval over seeds, and mean CPU seconds."""
+    right = {(run["start"], run["seed"]): 100 * run["test"]["correct"] / run["test"]["total"] for run in record["runs"]}
+    gaps = [right["probe", seed] - right["random", seed] for seed in sorted({seed for _, seed in right})]
+    mean = statistics.fmean(gaps)
+    half = student_t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
+    spent = {
+        start: statistics.fmean(run["cpu_s"] for run in record["runs"] if run["start"] == start)
+        for start in ("probe", "random")
+    }
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": len(gaps), **spent}
 
 
 HEAD = (
@@ -202,6 +225,9 @@ CLAIMS = [
     ),
     Claim(tuple(FOLDERS), "the mean of three is {mean:.1%}", mean),
     Claim(IDLE, "From random rows, as before, {top1}, busiest experts at {loads} times the mean load", of_folder),
+    Claim(START, "| seed {seed} | {probe} | {random} |", starts),
+    Claim(START, "{mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds)", start_gain),
+    Claim(START, "took {probe:.0f} and {random:.0f} CPU seconds", start_gain),
     _row(IMAGENETTE, "from scratch, `configs/imagenette.yaml`, seed 0"),
     _row(IMAGENETTE_FOLDER, "`fit FOLDER --pretrained FILE`, seed 0"),
 ]
