@@ -2,14 +2,12 @@
 
     python -m benchmarks head path/to/cats_vs_dogs path/to/imagenette --pretrained FILE
 
-Both fits of a seed have the same images, cut of validation, order, crops and flips. A pair that the record has isn't
+Both fits of a seed have the same images, cut of validation, order, crops and flips. A fit that the record has isn't
 done again, so an interrupted command goes on where it was.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -17,22 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import record_of
-from benchmarks.harness import HERE, about, argument_parser, print_table
+from benchmarks.harness import HERE, Record, about, argument_parser, print_table
 from benchmarks.queue import refuse_changes
-from moevision.files import write_json_atomic
 from moevision.train.probe import FILE
 
-SEEDS = (0, 1, 2)
+SEEDS, EPOCHS = (0, 1, 2), 1
 STARTS = {"probe": "", "random": "cli.fit_probe = lambda *given: None; "}  # what is changed in the program
 PROGRAM = "import sys; from moevision.cli import main; from moevision.train import cli; {change}sys.exit(main())"
-KEPT = ("data", "model", "image_size", "seed", "test", "curve", "command", "code", "hardware")
+KEPT = ("data", "model", "image_size", "seed", "test", "curve")
 
 
 def fit(folder: Path, options: Any, start: str, seed: int) -> dict[str, Any]:
     """Train in a process of its own; what `benchmarks accuracy` keeps of the run, in brief."""
     with tempfile.TemporaryDirectory() as home:
         arguments = [
-            *("fit", folder.resolve(), "--pretrained", options.pretrained.resolve(), "--trainer.max_epochs", 1),
+            *("fit", folder.resolve(), "--pretrained", options.pretrained.resolve(), "--trainer.max_epochs", EPOCHS),
             *("--seed_everything", seed, "--data.seed", seed, "--runs_root", home, "--name", "run"),
         ]
         program = [sys.executable, "-c", PROGRAM.format(change=STARTS[start])]
@@ -40,7 +37,6 @@ def fit(folder: Path, options: Any, start: str, seed: int) -> dict[str, Any]:
         record = record_of(Path(home) / "run")
         assert (Path(home) / "run" / FILE).is_file() == (start == "probe"), "the program wasn't changed as meant"
     cost = {name: record["cost"][name] for name in ("images", "cpu_s", "precision")}
-    record["command"] = re.sub(r" --runs_root \S+", "", record["command"])
     return {"start": start, **{name: record[name] for name in KEPT}, **cost}
 
 
@@ -53,17 +49,14 @@ def main() -> None:
     parser.add_argument("--allow-dirty", action="store_true", help="try it out with uncommitted changes")
     options = parser.parse_args()
     refuse_changes(HERE / "accuracy" / "README.md", allowed=options.allow_dirty)
-    origin = about()
-    runs = json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.out.exists() else []
+    record, origin = Record(options.out, {"epochs": EPOCHS}), about()
     for folder in options.folders:
         for seed in SEEDS:
             for start in STARTS:
-                known = {(run["data"], run["seed"], run["start"]) for run in runs}
-                if (folder.resolve().name, seed, start) not in known:
-                    runs.append(fit(folder, options, start, seed))
-                    write_json_atomic(options.out, {"runs": runs, **origin})
+                if record.find(data=folder.resolve().name, seed=seed, start=start) is None:
+                    record.add({**fit(folder, options, start, seed), **origin})
     rows = [
         [run["data"], run["start"], str(run["seed"]), f"{run['test']['correct'] / run['test']['total']:.2%}"]
-        for run in runs
+        for run in record.read()["runs"]
     ]
     print_table("after one epoch", ["images", "start", "seed", "test top-1"], rows)

@@ -13,7 +13,7 @@ FILES = tuple(str(path.relative_to(ROOT)) for path in sorted([*FOLDER.glob("runs
 
 def _parts(*found: Any) -> list[dict[str, str]]:
     speed = [each for file in found if isinstance(file, list) for each in file]
-    parts = report("sparsity").parts_of([file for file in found if isinstance(file, dict)], speed)
+    parts = report("sparsity").parts_of(_runs(found), speed)
     return shown(part for part in parts if not part.startswith("#"))
 
 
@@ -27,14 +27,17 @@ def learned(*found: Any) -> dict[str, float]:
     return {"mean": better, "low": better - half, "high": better + half, "seeds": len(contrast.gaps)}
 
 
+def _runs(found: Any) -> list[dict[str, Any]]:
+    return [file for file in found if isinstance(file, dict)]  # not speed.json, a list
+
+
 def _judged(found: Any, name: str) -> Result:
-    runs = [file for file in found if isinstance(file, dict)]
-    return next(result for result in judge(runs, "cpu") if result.hypothesis.name == name)
+    return next(result for result in judge(_runs(found), "cpu") if result.hypothesis.name == name)
 
 
 def first(*found: Any) -> dict[str, float]:
     """H1 on a CPU: points, and the CPU seconds of both arms' runs."""
-    runs = [file for file in found if isinstance(file, dict)]
+    runs = _runs(found)
     contrast = _judged(found, "H1").contrast
     assert contrast is not None
     seconds = {
