@@ -290,6 +290,7 @@ export class App {
     const wish = readAddress();
     if (wish.model !== undefined && wish.model !== this.model.id) {
       const going = (this.going = Symbol(wish.model));
+      this.busy(true);
       await this.fetchExamples().catch((error) => this.notify(asAskError(error).message));
       if (going !== this.going) return undefined; // gone on meanwhile
     }
@@ -302,8 +303,9 @@ export class App {
     this.drawTabs();
     this.drawFrame();
     if (!this.hasPicture()) return this.showBlank();
-    if (this.state && this.questions() === before) return this.show(this.state.views, null, wish);
-    return this.load([...this.pictures.keys()], [], wish, "model");
+    if (!this.state || this.questions() !== before) return this.load([...this.pictures.keys()], [], wish, "model");
+    this.settle();
+    return this.show(this.state.views, null, wish);
   }
 
   /** @param {View[]} given @param {string | null} kind @param {Wish | null} [wish] */

@@ -241,10 +241,14 @@ def test_forward_after_a_reload_finds_the_other_models_images(visit):
     page.wait_for_function("!location.search.includes('model=photos')")
     page.reload()
     page.wait_for_selector(".mv-cell")
+    held = []
+    page.route(SERVER_CALL, lambda route: route.continue_() if held else held.append(route))
     page.go_forward()
-    page.wait_for_function("location.search.includes('model=photos')")
+    page.wait_for_selector("[data-box=main][aria-busy=true]")  # it says so while the other model's images are fetched
+    held[0].continue_()
     page.wait_for_selector("[data-box=main][aria-busy=false]")
     assert page.is_visible("[data-action=example][data-id^='photo/']")
+    assert "model=photos" in page.url
 
 
 def test_a_late_answer_does_not_bring_back_the_former_models_image(visit):
