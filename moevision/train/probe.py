@@ -52,7 +52,8 @@ class Probe:
         test_correct: for each of its test images, by their stable ids, whether it is classified correctly.
         seconds: features and regression together, without what the process was stopped for.
         cpu_s: CPU seconds of the same.
-        mbytes: of the dense model that it is the classifier of, in float32.
+        of_experts: whether the weights came with experts, so that no dense model has these features.
+        mbytes: of the model that it is the classifier of, in float32.
         head: its weights [C, D] and biases [C]; None if it was read from a file.
     """
 
@@ -64,6 +65,7 @@ class Probe:
     seconds: float
     mbytes: float
     cpu_s: float = 0.0  # which earlier versions didn't keep
+    of_experts: bool = False
     head: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -156,8 +158,9 @@ def fit_probe(
             data.sample_id("test", int(index)): bool(right) for index, right in zip(test_index, correct, strict=True)
         },
         seconds=now() - began,
-        mbytes=4 * _dense_parameters(net) / 1e6,
+        mbytes=4 * sum(parameter.numel() for parameter in net.parameters()) / 1e6,
         cpu_s=cpu_s() - began_cpu_s,
+        of_experts=bool(moe_layers(net)),
         head=(torch.from_numpy(weight), torch.from_numpy(bias)),
     )
 
@@ -180,25 +183,6 @@ def start_with(net: nn.Module, probe: Probe) -> None:
     head.weight.copy_(probe.head[0])
     if head.bias is not None:
         head.bias.copy_(probe.head[1])
-
-
-def _dense_parameters(net: nn.Module) -> int:
-    """Parameters of `net` where experts that are still copies of one MLP count once, and their routers not at all.
-
-    An MLP whose hidden units G experts in a row share out, in any order (`upcycle`), counts once as well.
-    """
-    count = sum(parameter.numel() for parameter in net.parameters())
-    for layer in moe_layers(net):
-        weight, bias = layer.experts.fc1.weight, layer.experts.fc2.bias  # [E, H, D] and [E, D]
-        units = weight.double().sum(-1)  # [E, H], a number that tells hidden units apart
-        groups = {size: units.reshape(-1, size * units.shape[1]).sort().values
-                  for size in range(1, max(2, len(units))) if len(units) % size == 0}  # fmt: skip
-        shared = next((size for size, group in groups.items() if bool((group == group[0]).all())), None)
-        if shared is not None:
-            experts = sum(parameter.numel() for parameter in layer.experts.parameters())
-            dense = experts * shared // len(weight) - (0 if bias is None else (shared - 1) * bias.shape[-1])
-            count -= experts - dense + sum(p.numel() for p in layer.router.parameters())
-    return count
 
 
 @torch.no_grad()

@@ -163,6 +163,8 @@ class Choice:
     """The simplest first."""
     unbalanced: bool
     """Whether classes differ so much in size that balanced accuracy decides."""
+    experts_given: bool = False
+    """Whether training began with experts: the linear probe is of them, and no dense model can be trained."""
 
     @property
     def recommended(self) -> Contender:
@@ -288,7 +290,7 @@ def _read_twin(given: dict[str, Any]) -> TwinComparison:
 
 def _read_choice(given: dict[str, Any]) -> Choice:
     contenders = [Contender(**{**each, "behind": PairedDifference(**each["behind"])}) for each in given["contenders"]]
-    return Choice(contenders, given["unbalanced"])
+    return Choice(**{**given, "contenders": contenders})
 
 
 def write_summary(summary: RunSummary, out: Path) -> None:
@@ -383,13 +385,16 @@ class Entry:
     train_s: float
 
 
-def choose(entries: Sequence[Entry], labels: npt.NDArray[np.int64], *, unbalanced: bool) -> Choice:
+def choose(
+    entries: Sequence[Entry], labels: npt.NDArray[np.int64], *, unbalanced: bool, experts_given: bool = False
+) -> Choice:
     """Compare models on the same test images with the best of them.
 
     Args:
         entries: the simplest first.
         labels: [n] the class of each test image.
         unbalanced: whether balanced accuracy decides.
+        experts_given: see `Choice`.
     """
 
     def balanced(correct: npt.NDArray[np.bool_]) -> float:
@@ -413,7 +418,7 @@ def choose(entries: Sequence[Entry], labels: npt.NDArray[np.int64], *, unbalance
         )
         for entry in entries
     ]
-    return Choice(contenders, unbalanced)
+    return Choice(contenders, unbalanced, experts_given)
 
 
 def is_unbalanced(counts: Iterable[int]) -> bool:

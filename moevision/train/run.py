@@ -301,11 +301,12 @@ def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
     rows.append(entry("Mixture of Experts" if result.summary.layers else dense, result))
     if probe is not None:
         correct = np.array([probe.test_correct[sample] for sample in common])
-        # The dense model with another classifier; where none was trained, its time isn't known.
-        speed = None if twin is None and result.summary.layers else rows[0].ms_per_image
+        # The model that training began with, which is the one of the first row; else its time isn't known.
+        speed = rows[0].ms_per_image if twin or probe.of_experts or not result.summary.layers else None
         rows.insert(0, Entry("linear probe", correct, speed, probe.mbytes, probe.seconds))
     labels = np.array([result.labels[sample] for sample in common])
-    choice = choose(rows, labels, unbalanced=result.summary.unbalanced)
+    given = probe is not None and probe.of_experts
+    choice = choose(rows, labels, unbalanced=result.summary.unbalanced, experts_given=given)
     return replace(result, summary=replace(result.summary, choice=choice))
 
 

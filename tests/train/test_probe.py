@@ -88,16 +88,13 @@ def test_a_class_without_training_images_is_never_chosen() -> None:
     assert set(probe_module._classify(x, weight, bias)) == {0, 2}
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_copies_count_once(data: ImageDataModule, net: torch.nn.Module, parts: int) -> None:
-    """The model that the probe is the classifier of is the dense one, whose size is counted here without experts."""
-    dense = 4 * sum(parameter.numel() for parameter in net.parameters()) / 1e6
-    hidden = net.blocks[-1].mlp.fc1.out_features // parts  # the dense MLP is one expert, or two halves
-    moe = upcycle(net, num_experts=4, top_k=parts, expert_hidden=hidden)
-    assert sum(parameter.numel() for parameter in moe.parameters()) * 4 / 1e6 > dense
-    found = fit_probe(moe, data, CPU)
-    assert found is not None
-    assert found.mbytes == pytest.approx(dense)
+def test_a_start_with_experts_is_told(data: ImageDataModule, net: torch.nn.Module) -> None:
+    """Its size is that of the model, whose classifier it is: 4 bytes for each parameter, experts counted one by one."""
+    for model, experts in ((net, False), (upcycle(net, num_experts=4), True)):
+        found = fit_probe(model, data, CPU)
+        assert found is not None
+        assert found.of_experts == experts
+        assert found.mbytes == pytest.approx(4 * sum(parameter.numel() for parameter in model.parameters()) / 1e6)
 
 
 def test_it_takes_some_images_of_every_class_and_says_how_long(

@@ -375,6 +375,10 @@ def test_the_table_of_models_in_the_summary(tmp_path: Path, summary: RunSummary)
         assert read_summary(tmp_path / "summary.json").choice == chosen.choice
     advice = "`--dense --model.optim.freeze all_but_head --trainer.max_epochs 1`"
     assert f"to get it as a model, add\n{advice} to the command." in text
+    given = replace(summary, choice=choose(entries, LABELS, unbalanced=False, experts_given=True))
+    beside_no_dense = "\n".join(_lines(given, tmp_path))  # which fit refuses where training began with experts
+    assert "add\n`--model.optim.freeze all_but_head --trainer.max_epochs 1` to the command.\n" in beside_no_dense
+    assert "--dense" not in beside_no_dense
     twin = TwinComparison(PairedDifference(0, 0, 0, 200, 6, 9, 1), "active FLOPs", 153, ModelCost(1, 1, 1), 600, 180)
     beside_twin = "\n".join(_lines(replace(chosen, twin=twin), tmp_path))  # fit refuses --dense beside --with-twin
     assert f"to get it as a model, give\n{advice} in place of `--with-twin` in the command." in beside_twin
