@@ -146,20 +146,24 @@ _ABOUT = {
     "validate": "Evaluate a checkpoint on the validation images, by its run's config.yaml unless --config is given.",
     "test": "Evaluate a checkpoint on the test images, by its run's config.yaml unless --config is given.",
 }
-# What the verb refuses, or what changes nothing for it.
-_USELESS = {
-    "fit": {"ckpt_path"},
-    "validate": {
-        "resume",
-        "with_twin",
-        "parallel.layout",
-        "parallel.expert",
-        "parallel.offload",
-        "trainer.max_epochs",
-        "trainer.accumulate_grad_batches",
-    },
-}
-_USELESS["test"] = _USELESS["validate"]
+# What changes an evaluation; the model, its training and the split are those of the run.
+_EVALUATION = frozenset(
+    [
+        "help",
+        "config",
+        "print_config",
+        "name",
+        "runs_root",
+        "ckpt_path",
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.precision",
+        "model.compile",
+        "data.path",
+        "data.batch_size",
+        "data.num_workers",
+    ]
+)
 _TRAIN = """\
   moevision fit --config quickstart
   moevision fit path/to/images --pretrained auto --with-twin
@@ -229,9 +233,9 @@ def restrict_configurations() -> None:
 
 
 def hide_rare_options(parser: LightningArgumentParser) -> None:
-    """Leave only the options in `SHORT` in the help of a training verb."""
+    """Leave only what most people change in the help of a training verb."""
     verb = verb_of(parser)
-    short = SHORT - _USELESS[verb]
+    short = SHORT - {"ckpt_path"} if verb == "fit" else _EVALUATION
     for action in parser._actions:
         if action.dest not in short:
             action.help = SUPPRESS
@@ -240,6 +244,8 @@ def hide_rare_options(parser: LightningArgumentParser) -> None:
     for group in parser._action_groups:
         if not any(action.dest in short for action in group._group_actions):
             group.description = None
+        elif any(action.dest == "ckpt_path" for action in group._group_actions):  # that method's docstring, cut off
+            group.title = "What is evaluated"
     needs = "[--config NAME]" if verb == "fit" else "--ckpt_path FILE"
     parser.usage = f"moevision {verb} [FOLDER] {needs} [options]"
     parser.description = _ABOUT[verb]

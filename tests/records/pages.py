@@ -153,7 +153,7 @@ DEFINITIONS = {
     ],
     "docs/guides/keep-alive.md": [
         Definition("every ten minutes", "a default of `CheckpointConfig`"),
-        Definition("about three times the weights", "weights and AdamW's two moments"),
+        Definition("each about three times the size of the weights", "weights and AdamW's two moments"),
     ],
     "docs/guides/laptop.md": [
         Definition("has 8 × 8 pixels", "a size"),
