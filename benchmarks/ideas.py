@@ -89,7 +89,7 @@ def ideas(records: Records) -> str:
 def said(records: Records, *parts: Any) -> Answer:
     """A verdict, and what each study says, with links: parts are names of studies, each before what asks it.
 
-    The first study that decided is asked for the verdict. What was measured comes before what wasn't.
+    The first study that decided is asked for the verdict. Beside what was measured, what wasn't isn't named.
     """
     verdicts, texts = [], []
     for study, ask in zip(parts[::2], parts[1::2], strict=True):
@@ -100,7 +100,8 @@ def said(records: Records, *parts: Any) -> Answer:
             links += f", [figure](../../benchmarks/{study}/{study}.png)"
         texts.append(f"{text.rstrip('.')} ({links}).")
     verdicts.sort(key=lambda verdict: verdict in OPEN_STILL)
-    return (verdicts or [NOT_RUN.lower()])[0], " ".join(sorted(texts, key=lambda text: text.startswith(NOT_RUN)))
+    measured = [text for text in texts if not text.startswith(NOT_RUN)]
+    return (verdicts or [NOT_RUN.lower()])[0], " ".join(measured or texts)
 
 
 def hypothesis(*names: str) -> Callable[[Sequence[Json]], Answer]:

@@ -201,5 +201,5 @@ def draw(drawn: Mapping[str, Sequence[Result]], out: Path) -> None:
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_xlabel("points of test top-1", fontsize=9, color=INK)
         margin = any(result.hypothesis.margin for result, _ in shown) * "; dotted: H5's margin"
-        title(axes, DEVICES[device], f"dots: seeds; bar: mean and 95 %; blue: positive or negative{margin}")
+        title(axes, DEVICES[device], f"dots: seeds; bar: mean, 95 %; blue: decided{margin}")
     save(figure, out)

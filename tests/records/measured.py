@@ -114,6 +114,12 @@ CLAIMS = [
         "instead of the learned router, the model is {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds} seeds) better",
         sparsity.learned,
     ),
+    Claim(
+        sparsity.FILES,
+        "it is {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds} seeds) above a model without them, and the busiest "
+        "expert has {moe:.2f} times the mean load in place of {unbalanced:.2f}",
+        sparsity.balanced,
+    ),
     *levers.CLAIMS[:2],
     Claim(
         label_noise.FILES,

@@ -27,6 +27,21 @@ def learned(*found: Any) -> dict[str, float]:
     return {"mean": better, "low": better - half, "high": better + half, "seeds": len(contrast.gaps)}
 
 
+def balanced(*found: Any) -> dict[str, float]:
+    """H5 on a CPU: points, and the busiest expert's load of the worst layer, mean of the seeds."""
+    contrast = _judged(found, "H5").contrast
+    assert contrast is not None
+    low, high = contrast.mean - contrast.half, contrast.mean + contrast.half
+    worst = {
+        arm: statistics.fmean(
+            max(layer["max_over_mean"] for layer in run["layers"])
+            for run in finished(runs_of(_runs(found), "cpu", arm)).values()
+        )
+        for arm in ("moe", "unbalanced")
+    }
+    return {"mean": 100 * contrast.mean, "low": 100 * low, "high": 100 * high, "seeds": len(contrast.gaps), **worst}
+
+
 def _runs(found: Any) -> list[dict[str, Any]]:
     return [file for file in found if isinstance(file, dict)]  # not speed.json, a list
 
