@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -260,7 +261,7 @@ def test_the_split_of_the_run_is_used_again(cli, tiny_run):
 
 
 def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn_pets):
-    """Everything is in the checkpoint: neither a network nor the dense model's folder is needed again."""
+    """All weights are in the checkpoint; of the dense model its config.json is still read."""
     timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
     options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true")
     first = cli(
@@ -333,12 +334,59 @@ def test_recipe_follows_the_number_of_images(monkeypatch, images, epochs, batch)
     assert option(chosen, "data.batch_size") == str(batch)
 
 
+def test_who_names_the_cpu_gets_what_suits_a_cpu(monkeypatch):
+    """Beside a GPU of 80 GB, which must not be asked for anything."""
+    monkeypatch.setattr(recipe, "count_images", lambda _: 10_000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    alone = expand_arguments("fit", ["pictures", "--pretrained=none"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    beside = expand_arguments("fit", ["pictures", "--pretrained=none", "--trainer.accelerator=cpu"])
+    changes = "--data.cache_mb"  # with the free memory
+    cpu, named = ({each for each in found if not each.startswith(changes)} for found in (alone, beside))
+    assert named - cpu == {"--trainer.accelerator=cpu"}
+    assert cpu <= named
+    on_gpu = expand_arguments("fit", ["pictures", "--pretrained=none"])
+    assert option(on_gpu, "data.batch_size") == "256"
+
+
 def test_recipe_of_a_named_dataset_knows_its_size(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen = choose_recipe("synthetic_pets")
     assert option(chosen, "trainer.max_epochs") == "12"  # 200 000 / 16 000
     assert option(chosen, "data.batch_size") == "64"
     assert option(chosen, "data.crop") == "auto"
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_training_in_another_type_is_tested_too(cli, tiny, drawn_pets, precision):
+    """Calibration, the test and the timing of one image take images of that type."""
+    outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", f"--trainer.precision={precision}")
+    assert outcome.code == 0, outcome.err
+    (run,) = Path("runs").iterdir()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["precision"] == precision
+    assert summary["ms_per_image"] > 0
+
+
+def test_seeds_that_are_drawn(cli, tiny, drawn_pets):
+    """`true` draws a seed and keeps it, so that the run can be made again; `false` sets none."""
+    seeds = []
+    for asked in ("true", "true", "false"):
+        outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", "--seed_everything", asked)
+        assert outcome.code == 0, outcome.err
+    for run in sorted(Path("runs").iterdir()):
+        seeds.append(json.loads((run / "summary.json").read_text())["seed"])
+    assert seeds[0] != seeds[1]
+    assert seeds[2] is None
+
+
+def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
+    outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1")
+    assert outcome.code == 0, outcome.err
+    (run,) = Path("runs").iterdir()
+    (command,) = re.findall(r"^    moevision (test .*)$", (run / "summary.md").read_text(), re.MULTILINE)
+    again = cli(*shlex.split(command))
+    assert again.code == 0, again.err
 
 
 def test_a_config_replaces_the_recipe(drawn_pets):

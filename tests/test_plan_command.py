@@ -13,6 +13,7 @@ from moevision.commands.completion import flags_of
 from moevision.commands.plan import open_planned
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
+from moevision.layers.routers import ROUTERS
 from moevision.models.checkpointing import checkpointed_blocks
 from moevision.models.io import SavedModel, save_model
 from moevision.train.machine import measured_links, sheet_machine
@@ -52,6 +53,20 @@ def test_measured_here_is_not_called_assumed(cli):
     assert not {each["name"] for each in facts["assumed"]} & {*facts["measured"], "peak_flops"}
     assert facts["command"].startswith("moevision fit --config quickstart --data.batch_size=64")
     assert [each["name"] for each in facts["layouts"]] == ["one GPU"]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_is_planned(cli, router):
+    outcome = cli("plan", "test_vit_moe", "--gpus=2", "--option", f"router={router}")
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_pretrained_start_is_planned(cli, tmp_path):
+    arch = "pretrained: test_vit, num_experts: 4, upcycle_noise: 0.1, upcycle_reinit: 0.5"
+    (tmp_path / "up.yaml").write_text(f"model: {{arch: {{{arch}}}}}\n")
+    outcome = cli("plan", tmp_path / "up.yaml", "--gpus=2", "--format=json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["command"].startswith("torchrun")
 
 
 def test_fp16_is_planned_for_what_trains_in_it(cli):

@@ -36,12 +36,12 @@ SHM_BYTES = 512 * 2**20  # Docker gives 64 MiB; four workers with two prepared b
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator; what the system shares with it, as Apple's does, is None."""
+    """One GPU."""
 
     name: str
-    capability: str | None  # such as "9.0"; None if it isn't CUDA
-    memory_bytes: int | None
-    free_bytes: int | None
+    capability: str  # such as "9.0"
+    memory_bytes: int
+    free_bytes: int
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def print_report(console: Console, machine: Machine, found: list[Finding]) -> No
     built_for = f"CUDA {built['cuda']}" if built["cuda"] else f"ROCm {built['hip']}" if built["hip"] else "no GPU"
     gpus = []
     for gpu in machine.gpus:
-        memory = [f"{gib(size)}{word}" for size, word in ((gpu.memory_bytes, ""), (gpu.free_bytes, " free")) if size]
-        gpus.append(", ".join([gpu.name, *memory]))
+        gpus.append(f"{gpu.name}, {gib(gpu.memory_bytes)}, {gib(gpu.free_bytes)} free")
     table = Table.grid(padding=(0, 2))
     table.add_row("CPU", machine.cpu)
     table.add_row("cores", cores)
@@ -128,21 +127,20 @@ def findings(machine: Machine) -> list[Finding]:
 
 
 def _gpu(machine: Machine) -> Iterator[tuple[str, str]]:
-    cuda_cards = [gpu for gpu in machine.gpus if gpu.capability is not None]
     version, cuda = machine.torch["version"], machine.torch["cuda"]
-    if machine.nvidia_card and not cuda_cards and cuda is None:
+    if machine.nvidia_card and not machine.gpus and cuda is None:
         yield (
             f"There is an NVIDIA card, but torch {version} was built without CUDA.",
             "Install a torch for CUDA: https://pytorch.org/get-started/locally/",
         )
-    elif machine.nvidia_card and not cuda_cards:
+    elif machine.nvidia_card and not machine.gpus:
         yield (
             f"There is an NVIDIA card, but torch {version} (CUDA {cuda}) can't use it.",
             "Check that CUDA_VISIBLE_DEVICES doesn't hide it and that `nvidia-smi` shows a driver for at least that "
             "CUDA version.",
         )
-    for gpu in cuda_cards:
-        if gpu.memory_bytes and gpu.free_bytes is not None and gpu.free_bytes < 0.8 * gpu.memory_bytes:
+    for gpu in machine.gpus:
+        if gpu.free_bytes < 0.8 * gpu.memory_bytes:
             yield (
                 f"Of the {gib(gpu.memory_bytes)} of {gpu.name} only {gib(gpu.free_bytes)} are free.",
                 "See with `nvidia-smi` what else runs there, and end it or take another card with "
@@ -219,7 +217,7 @@ def look(root: Path = ROOT) -> Machine:
         gpus=_gpus(cards),
         nvidia_card=shutil.which("nvidia-smi") is not None or (root / "proc/driver/nvidia/version").exists(),
         torch={"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
-        device="cuda" if cards else "mps" if torch.backends.mps.is_available() else "cpu",
+        device="cuda" if cards else "cpu",
         precision=default_precision(),
     )
 
@@ -230,4 +228,4 @@ def _gpus(cards: int) -> list[Gpu]:
         card = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         found.append(Gpu(card.name, f"{card.major}.{card.minor}", total, free))
-    return [*found, Gpu("Apple MPS", None, None, None)] if torch.backends.mps.is_available() else found
+    return found

@@ -145,7 +145,7 @@ class ColourRouter(HandmadeRouter):
         rows, columns = (int(side) for side in _grid(patch_embed))
         image = arguments[0].detach().float()
         self._colours = F.adaptive_avg_pool2d(image, (rows, columns)).flatten(2).mT  # [B, P, 3]
-        if self.training and not self.fitted:
+        if self.training and not self._colours.is_meta and not self.fitted:
             self._fit(self._colours)
 
     def _fit(self, colours: Tensor) -> None:

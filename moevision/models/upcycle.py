@@ -188,7 +188,8 @@ def _dense_copy(
         raise UserError("A model brings its own weights: give a timm name together with a file of weights.")
     device = next(source.parameters()).device
     with _seeded(seed):
-        dense = copy.deepcopy(source).cpu()
+        dense = copy.deepcopy(source)
+        dense = dense if device.type == "meta" else dense.cpu()
         return reshape(dense if depth is None else first_blocks(dense, depth), num_classes, image_size), device
 
 

@@ -92,6 +92,7 @@ class Calibrate(L.Callback):
         own: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
         for batch in islice(loader, batches):
             batch = {name: value.to(task.device) for name, value in batch.items()}
+            batch = trainer.precision_plugin.convert_input(batch)
             with trainer.precision_plugin.forward_context():
                 logits = task.evaluation_logits(batch)
             own.append((logits.cpu().numpy(), batch["label"].cpu().numpy()))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import secrets
 import shlex
 import shutil
 import sys
@@ -52,6 +53,7 @@ from moevision.train.callbacks import (
     TimeLeft,
 )
 from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
+from moevision.train.devices import trains_on
 from moevision.train.faults import KINDS, FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.loggers import MAX_KEYS, log_routers
@@ -61,6 +63,7 @@ from moevision.train.probe import fit_probe, start_with
 from moevision.train.processes import tell
 from moevision.train.provenance import differences, fingerprint
 from moevision.train.recipe import (
+    accelerator_of,
     default_precision,
     describe_plan,
     expected_seconds,
@@ -454,12 +457,14 @@ class TrainingCLI(LightningCLI):
         self.stopwatch = Stopwatch(session.clock)
         self.started = datetime.now(UTC)
         restrict_configurations()
-        with self._no_trace_of_a_failed_start():
+        # `auto` would take Apple's GPU, which `instantiate_trainer` refuses.
+        apple = {"accelerator": "cpu"} if torch.backends.mps.is_available() else {}
+        with self._no_trace_of_a_failed_start(), trains_on(accelerator_of(arguments)):
             super().__init__(
                 ClassificationTask,
                 ImageDataModule,
                 args=arguments,
-                trainer_defaults={**TRAINER_DEFAULTS, "precision": default_precision()},
+                trainer_defaults={**TRAINER_DEFAULTS, **apple, "precision": default_precision()},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -534,6 +539,13 @@ class TrainingCLI(LightningCLI):
             reasons = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
             raise UserError(f"The Trainer does not take these options: {'; '.join(reasons)}") from error
 
+    def _set_seed(self) -> None:
+        """Draw a seed for `true`, for which Lightning takes 0."""
+        settings = self.config[str(self.subcommand)]
+        if settings["seed_everything"] is True:
+            settings["seed_everything"] = self.session.processes.decide(lambda: secrets.randbelow(2**31))
+        super()._set_seed()
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer that logs to and saves in the run folder."""
         name = self._get(self.config, "name") or run_name(self._get(self.config, "data")["path"])
@@ -575,6 +587,11 @@ class TrainingCLI(LightningCLI):
         if (divided := MoEParallelStrategy.of(trainer)) is not None:
             divided.check(trainer)
         device = trainer.strategy.root_device
+        if device.type == "mps":
+            raise UserError(
+                "Apple's GPU can't be used: it has no float64, which the statistics of routing need. "
+                "Use --trainer.accelerator cpu."
+            )
         try:  # one that a strategy's arguments name, which Lightning doesn't look at
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA has an assertion for it
@@ -606,7 +623,8 @@ class TrainingCLI(LightningCLI):
         """
         settings = self._get(self.config, "data")
         if self._fresh and settings["order_seed"] is None:
-            settings["order_seed"] = self.datamodule.order_seed = self._get(self.config, "seed_everything")
+            seed = self._get(self.config, "seed_everything")
+            settings["order_seed"] = self.datamodule.order_seed = None if seed is False else seed
 
     def _choose_monitor(self) -> None:
         """What best.ckpt, early stopping and the headline go by; config.yaml keeps it for a run that goes on."""
@@ -640,6 +658,7 @@ class TrainingCLI(LightningCLI):
                 "--router_start cluster begins with clusters of what pretrained layers compute: say --pretrained too, "
                 "or leave it out."
             )
+        self._check_trainer()
         self._choose_order()
         self.datamodule.run_dir = self._split_folder()
         with self.session.processes.first_one_first():
@@ -657,6 +676,23 @@ class TrainingCLI(LightningCLI):
             self._print_plan(before_s=self._prepare_weights())
         if not self.fast_dev_run:
             self._compare_with_start()
+
+    def _check_trainer(self) -> None:
+        """Refuse options of the Trainer that mean nothing here, before images are read."""
+        trainer = self.trainer
+        if trainer.max_epochs == -1 and trainer.max_steps == -1:
+            raise UserError(
+                "The learning rate falls until training ends: give --trainer.max_epochs or --trainer.max_steps; "
+                "--trainer.max_time may end it sooner."
+            )
+        for name in ("max_epochs", "max_steps", "limit_train_batches", "limit_test_batches"):
+            if getattr(trainer, name) == 0:
+                raise UserError(f"--trainer.{name} 0 leaves nothing to train on or to test: use 1 or more.")
+        if (algorithm := trainer.gradient_clip_algorithm) not in (None, "norm"):
+            raise UserError(
+                f"Gradients are clipped by their global norm alone: leave out --trainer.gradient_clip_algorithm "
+                f"{algorithm}."
+            )
 
     @property
     def _fresh(self) -> bool:

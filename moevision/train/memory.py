@@ -116,7 +116,7 @@ def device_memory_bytes(trainer: L.Trainer) -> int | None:
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return torch.mps.recommended_max_memory() if device.type == "mps" else _main_memory_bytes(trainer)
+    return _main_memory_bytes(trainer)
 
 
 def _main_memory_bytes(trainer: L.Trainer) -> int | None:

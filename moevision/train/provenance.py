@@ -165,10 +165,8 @@ def cpu_model() -> str:
 
 
 def gpu_names() -> list[str]:
-    """Names of the accelerators that torch sees, one per device; empty on a plain CPU machine."""
-    if torch.cuda.is_available():
-        return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ["Apple MPS"] if torch.backends.mps.is_available() else []
+    """Names of the GPUs that torch sees, one per device; empty on a plain CPU machine."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def device_name(trainer: L.Trainer) -> str:

@@ -34,6 +34,7 @@ from moevision.models.architecture import architectures_of
 from moevision.models.io import first_blocks
 from moevision.models.reading import block_to_pool
 from moevision.names import shown
+from moevision.train.devices import has_gpu, trains_on
 from moevision.train.processes import tell
 from moevision.train.provenance import device_name
 from moevision.train.start import AUTO, NONE, choose_start, from_scratch, pretrained_options
@@ -122,10 +123,8 @@ def find_config(name: str) -> Path:
 
 def default_precision() -> str:
     """bf16-mixed where the hardware multiplies bfloat16 (it halves the time of a step), else 32-true."""
-    if torch.cuda.is_available():
+    if has_gpu():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    if torch.backends.mps.is_available():
-        return "32-true"
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "32-true"
 
 
@@ -181,10 +180,11 @@ def expand_arguments(
         ):  # recipes from scratch don't suit pretrained weights, their data do
             rest = ["--data.download=true", *rest]
     chooses = verb == "fit" and path is not None and not has_config and not recorded
-    if chooses:
-        front = decide(lambda: choose_recipe(cast(str, path), asked, rest, say))
-    elif asked is not None and not (recorded and asked in (AUTO, NONE)):  # a run that goes on has chosen
-        rest += decide(lambda: weights_alone(asked, rest, say))
+    with trains_on(accelerator_of(rest)):
+        if chooses:
+            front = decide(lambda: choose_recipe(cast(str, path), asked, rest, say))
+        elif asked is not None and not (recorded and asked in (AUTO, NONE)):  # a run that goes on has chosen
+            rest += decide(lambda: weights_alone(asked, rest, say))
     if path is not None:
         front = [*front, "--data.path", path]
     return _with_found_configs([*front, *rest] if not has_config else [*rest, *front])
@@ -266,6 +266,11 @@ def _with_found_configs(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def accelerator_of(arguments: Sequence[str]) -> str | None:
+    """What `--trainer.accelerator` names on the command line."""
+    return value_of(arguments, "--trainer.accelerator")
+
+
 def weights_alone(asked: str, given: Sequence[str], say: Callable[[str], None] = tell) -> list[str]:
     """`--pretrained` as options for a model that a configuration describes otherwise."""
     if asked == AUTO:
@@ -312,11 +317,10 @@ def choose_recipe(
     own_size = value_of(given, "--data.image_size") is not None
     if weights is not None and depth.isdecimal():
         first_blocks(weights.net, int(depth))  # before experts are placed
-    on_gpu = torch.cuda.is_available()
     options = {
         "--data.crop": "auto" if named else "random_resized",
         "--data.cache_mb": int(_free_memory_bytes() * _CACHE_SHARE / 2**20),
-        "--data.num_workers": min(8, usable_cores() - 1) if on_gpu else 0,
+        "--data.num_workers": min(8, usable_cores() - 1) if has_gpu() else 0,
         **(
             scratch_options(
                 images, own_model=own_model, own_size=own_size, optimizer=value_of(given, "--model.optim.name")
@@ -345,7 +349,7 @@ def scratch_options(
         **(named if own_model else hybrid),
         "--model.optim.lr": 6e-3 if optimizer == "muon" else 1e-3,
         "--data.image_size": 64,  # 64 tokens, where the patches are of 8 px
-        "--data.batch_size": min(256 if torch.cuda.is_available() else 64, max(8, images // 20)),
+        "--data.batch_size": min(256 if has_gpu() else 64, max(8, images // 20)),
         "--trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
     }
 
@@ -487,7 +491,7 @@ def seconds_per_batch(task: ClassificationTask, data: ImageDataModule, trainer: 
     image = torch.randn(data.batch_size, 3, data.image_size, data.image_size, device=device)
     label = torch.zeros(data.batch_size, dtype=torch.long, device=device)
     times: list[float] = []
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         while len(times) < 3 or (len(times) < 8 and sum(times) < 10):
             start = time.perf_counter()
             with trainer.precision_plugin.forward_context():

@@ -308,7 +308,9 @@ def write_summary(summary: RunSummary, out: Path) -> None:
     def path(name: str) -> str:
         return shlex.quote(str(run / name))
 
-    write_text_atomic(out, render("summary.md.jinja", summary=summary, present=present, path=path))
+    # A training that ends within its first epoch has no best one.
+    tested = next((name for name in ("best.ckpt", "last.ckpt") if (run / "checkpoints" / name).exists()), "best.ckpt")
+    write_text_atomic(out, render("summary.md.jinja", summary=summary, present=present, path=path, tested=tested))
 
 
 def render(template: str, **values: Any) -> str:

@@ -119,10 +119,15 @@ class ResumePoint(L.Callback):
         self.began = False
         self._saved_s, self._saved_step = time.monotonic(), -1
         self._states: list[dict[str, Any]] | None = None
-        self._slept = False
+        self._slept = self._goes_on = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the random generators; from here on signals wait for the end of a step."""
+        """Restore the random generators; from here on signals wait for the end of a step.
+
+        A training that begins drops what an attempt without a checkpoint left in metrics.csv.
+        """
+        if not self._goes_on and trainer.is_global_zero:
+            _cut_metrics(trainer, 0)
         if self._states is not None and len(self._states) == trainer.world_size:
             restore_random_state(self._states[trainer.global_rank])
         elif trainer.world_size > 1:
@@ -213,14 +218,19 @@ class ResumePoint(L.Callback):
                 checkpoint["callbacks"][name] = _moved(state, self.path.parent.resolve())
         if trainer.state.fn != "fit":
             return
+        self._goes_on = True
         _find_place(trainer, checkpoint)
         ours = checkpoint.get(MARK, {})
         self._states = ours.get("random")
         rows = ours.get("metrics_rows")
         if rows is not None and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.file.cut(rows)
+            _cut_metrics(trainer, rows)
+
+
+def _cut_metrics(trainer: L.Trainer, rows: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger):
+            logger.file.cut(rows)
 
 
 class EpochEnd(Checkpoint):

@@ -260,7 +260,8 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         bad_images=bad_images,
         expected_s=cli.expected_s,
         monitor=cli.monitor,
-        ms_per_image=_ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
+        # A divided model may not fit one device.
+        ms_per_image=None if divided else _ms_per_image(task.net, data.image_size, trainer.strategy.root_device),
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
         notes=[
             *data.warnings,
@@ -314,7 +315,8 @@ def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
 def _ms_per_image(net: nn.Module, image_size: int, device: torch.device) -> float:
     """Milliseconds of one image at a time: the median of at most 20 passes in two seconds, after one that warms up."""
     net = net.to(device).eval()
-    image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    image = image.to(device, next(net.parameters()).dtype)  # of a training in bf16-true or 64-true, its own
     times: list[float] = []
     while len(times) < 4 or (len(times) < 21 and sum(times) < 2):
         began = time.perf_counter()

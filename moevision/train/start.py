@@ -47,6 +47,7 @@ from moevision.models.published import (
 from moevision.models.reading import read_layer_indices, reads_class_token_only
 from moevision.models.safe_files import WEIGHTS, read_metadata
 from moevision.models.upcycle import check_upcyclable
+from moevision.train.devices import has_gpu
 from moevision.train.processes import tell
 
 AUTO, NONE = "auto", "none"
@@ -149,11 +150,9 @@ def named_start(source: str, base: str | None = None) -> Choice:
 
 def fitting(images: int) -> list[Candidate]:
     """The weights that suit this device and so many images, the best first."""
-    if torch.cuda.is_available():
+    if has_gpu():
         large = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory >= _LARGE_GPU_BYTES
         return [BASE, SMALL, TINY] if large else [SMALL, TINY]
-    if torch.backends.mps.is_available():
-        return [SMALL, TINY]
     return [SMALL, TINY] if expected_s(SMALL, images) <= _PATIENT_S else [TINY]
 
 
@@ -163,13 +162,9 @@ def expected_s(candidate: Candidate, images: int) -> float:
 
 
 def epochs_for(images: int) -> int:
-    """Epochs of a pretrained start: 8 000 images seen on a CPU, 40 000 on an accelerator, within limits."""
-    fewest, seen, most = (5, 40_000, 30) if _accelerated() else (3, 8_000, 20)
+    """Epochs of a pretrained start: 8 000 images seen on a CPU, 40 000 on a GPU, within limits."""
+    fewest, seen, most = (5, 40_000, 30) if has_gpu() else (3, 8_000, 20)
     return min(most, max(fewest, round(seen / max(1, images))))
-
-
-def _accelerated() -> bool:
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
@@ -183,7 +178,7 @@ def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
     options: dict[str, Any] = {
         "--model.arch.pretrained": weights.source,
         "--data.image_size": image_side(net, saved.image_size),
-        "--data.batch_size": min(64 if _accelerated() else 32, max(8, images // 20)),
+        "--data.batch_size": min(64 if has_gpu() else 32, max(8, images // 20)),
         "--data.min_crop_scale": 0.5,
         "--trainer.max_epochs": epochs_for(images),
         "--model.optim.lr": 3e-4,
@@ -204,8 +199,8 @@ def pretrained_options(weights: StartWeights, images: int) -> dict[str, Any]:
 
 
 def image_side(net: nn.Module, own: int) -> int:
-    """Side of the images in pixels: whole patches, near 112 on a CPU and 224 on an accelerator, at most the model's."""
-    wanted = 224 if _accelerated() else 112
+    """Side of the images in pixels: whole patches, near 112 on a CPU and 224 on a GPU, at most the model's."""
+    wanted = 224 if has_gpu() else 112
     if own <= wanted or moe_layers(net):
         return own
     patch = int(cast(Any, net).patch_embed.patch_size[0])
@@ -331,7 +326,7 @@ def _download(weights: Published, facts: HubFacts) -> None:
 def _chosen(weights: Published, images: int, origin: str) -> Choice:
     start = StartWeights(weights.name, None, outline(weights.name))
     few = f"{images:,} images are few to learn from scratch, and " if images else ""
-    where = "a GPU" if _accelerated() else f"a CPU (threads: {torch.get_num_threads()})"
+    where = "a GPU" if has_gpu() else f"a CPU (threads: {torch.get_num_threads()})"
     return Choice(
         start,
         f"start: {weights.name} ({describe_weights(start.net)}, licence {weights.licence}), {origin}: "

@@ -150,6 +150,17 @@ def test_auto_starts_afresh_then_goes_on_then_rests(cli, tiny, drawn_pets, send_
     assert "nothing to do" in outcome.err
 
 
+def test_what_an_attempt_without_a_checkpoint_logged_goes(cli, tiny, drawn_pets, interrupted, whole):
+    for file in (interrupted / "checkpoints").iterdir():
+        file.unlink()
+    before = len((interrupted / "metrics.csv").read_text().splitlines())
+    assert before > 2
+    outcome = cli("fit", drawn_pets, *tiny, "--resume", "auto")
+    assert outcome.code == 0, outcome.err
+    assert "starting afresh" in outcome.err
+    assert (interrupted / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
 def test_a_signal_before_the_first_step_leaves_nothing(cli, tiny, drawn_pets, monkeypatch):
     monkeypatch.setattr(
         "moevision.train.cli.describe_plan", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "never seen"

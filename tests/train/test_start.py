@@ -238,10 +238,10 @@ def test_sizes_follow_device_and_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     def side(name: str, **options: Any) -> int:
         return int(start.image_side(timm.create_model(name, **options), options.get("img_size", 224)))
 
-    monkeypatch.setattr(start, "_accelerated", lambda: False)
+    monkeypatch.setattr(start, "has_gpu", lambda: False)
     assert side("vit_tiny_patch16_224") == 112
     assert side("test_vit", img_size=96) == 96  # never larger than the weights know
-    monkeypatch.setattr(start, "_accelerated", lambda: True)
+    monkeypatch.setattr(start, "has_gpu", lambda: True)
     assert side("vit_tiny_patch16_384", img_size=384) == 224
 
 
@@ -258,14 +258,13 @@ def test_colours_and_heads_of_the_weights() -> None:
 
 @pytest.mark.parametrize(("images", "epochs"), [(100, 20), (800, 10), (2_880, 3), (20_000, 3)])
 def test_epochs_follow_the_number_of_images(monkeypatch: pytest.MonkeyPatch, images: int, epochs: int) -> None:
-    monkeypatch.setattr(start, "_accelerated", lambda: False)
+    monkeypatch.setattr(start, "has_gpu", lambda: False)
     assert start.epochs_for(images) == epochs
 
 
 def test_a_slow_cpu_gets_the_smaller_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for threads, images, expected in ((4, 2_000, start.SMALL), (1, 19_000, start.TINY), (64, 19_000, start.SMALL)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert start.fitting(images)[0] == expected
