@@ -251,7 +251,7 @@ export class App {
 
   /**
    * Get the views of some slots and show them. A newer question asks again for what an older one still waits for, so
-   * that the older one's answer is dropped whole.
+   * that the older one's answer is dropped whole; and for what an older one couldn't get.
    * @param {number[]} wanted @param {(View | undefined)[]} [ready] @param {Wish | null} [wish]
    * @param {string} [kind]
    */
@@ -273,10 +273,11 @@ export class App {
       fillBox(this.core.box("trouble"), "");
       const views = this.pictures.map((_, slot) => (slots.includes(slot) ? answers[slots.indexOf(slot)] : present(this.state).views[slot]));
       this.show(views, shown, wish);
+      this.pending = { slots: [], kind: null };
     } catch (error) {
       if (current()) fillBox(this.core.box("trouble"), errorBox(asAskError(error), "retry"));
     } finally {
-      if (current()) this.settle();
+      if (current()) this.busy(false);
     }
     return undefined;
   }
@@ -303,7 +304,7 @@ export class App {
     this.drawTabs();
     this.drawFrame();
     if (!this.hasPicture()) return this.showBlank();
-    if (!this.state || this.questions() !== before) return this.load([...this.pictures.keys()], [], wish, "model");
+    if (!this.state || this.pending.slots.length || this.questions() !== before) return this.load([...this.pictures.keys()], [], wish, "model");
     this.settle();
     return this.show(this.state.views, null, wish);
   }

@@ -204,6 +204,58 @@ def test_a_busy_server_is_asked_again(new_visit, server):
     assert page.locator("[role=alert]").count() == 0
 
 
+def refuse(page, **asked):
+    """Every question about a view that asks for this goes unanswered, until `page.unroute(SERVER_CALL)`."""
+
+    def handle(route):
+        call = route.request.post_data_json
+        refused = call["fn_name"] == "route" and asked.items() <= call["data"].items()
+        return route.abort() if refused else route.continue_()
+
+    page.route(SERVER_CALL, handle)
+
+
+def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, ask, look):
+    """Another network for both images, which fails, then another second image: one network for both."""
+    page = new_visit().open(server.url + "?picture2=pets/test/5")
+    refuse(page, variant="unbalanced")
+    page.click("[data-variant=unbalanced]")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=slot][data-index='1']")
+    page.click("[data-action=example][data-id='pets/test/6']")
+    page.wait_for_selector("[data-action=retry]", state="detached")
+    layer = ask("route", picture=FIRST, variant="unbalanced")["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+
+
+def test_a_second_image_that_failed_comes_with_the_next_choice(new_visit, server, look):
+    page = new_visit().open(server.url)
+    refuse(page)
+    page.click("[data-action=count][data-count='2']")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=slot][data-index='0']")
+    page.click("[data-action=example][data-id='pets/test/6']")
+    page.wait_for_selector(".mv-pictures [data-slot='1'] .mv-cell")
+    assert page.locator("[role=alert]").count() == 0
+
+
+def test_back_to_an_image_that_failed_before_shows_it(new_visit, server):
+    """Rabbit, then another; the rabbit again, which fails; back to where it was seen."""
+    page = new_visit().open(server.url + "?picture=pets/test/2")
+    page.wait_for_function("location.search.includes('patch=')")
+    page.click("[data-action=example][data-id='pets/test/5']")
+    page.wait_for_selector(".mv-picture[alt*=fox]")
+    page.wait_for_function("location.search.includes('test%2F5')")
+    refuse(page)
+    page.click("[data-action=example][data-id='pets/test/2']")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.go_back()
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+
+
 def test_a_model_without_pictures_says_how_to_bring_some(visit, look):
     page = visit().page
     page.select_option("[data-change=model]", "photos")
