@@ -7,7 +7,7 @@ import { levelMemory } from "./app_level.js";
 import { countShared, drawShared, listenForFiles, OWN, ownHandlers, ownMemory, restoreOwn } from "./app_own.js";
 import { drawQuestion } from "./app_question.js";
 import { asAskError, Asker, errorBox, serverAt, slide } from "./app_server.js";
-import { closeMenuByClick, PLACE, readAddress, shareHandlers, writeAddress } from "./app_share.js";
+import { closeMenuByClick, entryText, PLACE, readAddress, shareHandlers, writeAddress } from "./app_share.js";
 import { sharpen } from "./app_sharp.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
@@ -23,9 +23,11 @@ import { CompareTab } from "./tab_compare.js";
 import { DataTab } from "./tab_data.js";
 import { ExpertsTab } from "./tab_experts.js";
 import { WhatIfTab } from "./tab_whatif.js";
-/** @import { Boot, Chosen, Intervention, Shares, Tab, View, Wish } from "./types.js" */
+/** @import { Boot, Chosen, Failure, Intervention, Pending, Shares, Tab, View, Wish } from "./types.js" */
 
 const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, DataTab, AboutTab];
+/** @type {Pending} */
+const NOTHING = { slots: [], kind: null, wish: null };
 
 const appLayout = () => html`
   <header class="mv-header" data-box="header"></header>
@@ -70,13 +72,12 @@ export class App {
     this.ticket = 0;
     /** @type {symbol | null} the last question above the image that is counted for */
     this.asking = null;
-    /** @type {symbol | null} a way back or forward that waits for another model's examples */
-    this.going = null;
-    /** @type {{ slots: number[], kind: string | null }} what was asked for and isn't shown yet */
-    this.pending = { slots: [], kind: null };
+    /** @type {Pending} what was asked for and isn't shown yet */
+    this.pending = NOTHING;
     /** @type {symbol | null} */
     this.panelTicket = null;
     this.place = history.state?.[PLACE] ?? 0;
+    /** @type {string | null} what this entry of the browser's history shows, as `entryText` has it; null until that is written */
     this.page = null;
     /** @type {Chosen[][]} */
     this.trail = [];
@@ -94,19 +95,49 @@ export class App {
 
   /** @param {View[]} views that come with the page */
   async start(views) {
-    const wish = readAddress();
-    if (wish.model !== undefined && wish.model !== this.model.id) await this.fetchExamples();
-    choose(this, wish);
-    restoreOwn(this, history.state?.[OWN]);
-    if (this.level === "simple" && isDefault(this, wish)) this.opening = addOther(this) && wish.expert === undefined;
-    this.drawFrame();
-    this.drawTabs();
-    if (!this.hasPicture()) return this.showBlank();
-    // Nothing has to be asked before something is seen.
-    const here = isDefault(this, wish) ? this.pictures.map(({ id }) => views.find(({ picture }) => picture.id === id)) : [];
-    await this.load([...this.pictures.keys()], here, wish);
-    if (!this.state && wish.picture) await this.startElsewhere(wish);
+    await this.followAddress(views);
     if (this.state && !tourMemory.seen()) new Tour(this.core);
+  }
+
+  /**
+   * Show what the address says: at the start, on the way back and forward, and when that failed and is tried again. Until
+   * it is shown, or something else is chosen, the address stays as it is.
+   * @param {View[]} [views] that come with the page
+   */
+  async followAddress(views = []) {
+    clearTimeout(this.remembering);
+    const current = this.takeTurn();
+    const open = this.pending.slots.length > 0;
+    const wish = readAddress();
+    this.pending = { slots: [...this.pictures.keys()], kind: "model", wish };
+    if (wish.model !== undefined && wish.model !== this.model.id && !this.boot.whole) {
+      this.drawFrame();
+      this.drawTabs();
+      this.busy(true);
+      const error = await this.fetchExamples().catch(asAskError);
+      if (!current()) return undefined;
+      if (error) return this.fail(error);
+    }
+    const before = this.questions();
+    choose(this, wish);
+    this.slot = 0;
+    if (this.trail[this.place]) this.pictures = [...this.trail[this.place]];
+    else restoreOwn(this, history.state?.[OWN]);
+    const usual = isDefault(this, wish);
+    if (!this.state && this.level === "simple" && usual) this.opening = addOther(this) && wish.expert === undefined;
+    this.drawTabs();
+    // Nothing has to be asked before something is seen.
+    const here = usual ? this.pictures.map(({ id }) => views.find(({ picture }) => picture.id === id)) : [];
+    const same = this.state && !open && this.questions() === before;
+    const outcome = await this.load([...this.pictures.keys()], same ? present(this.state).views : here, wish, "model");
+    if (!this.state && wish.picture && ["bad_request", "bad_image"].includes(outcome)) return this.startElsewhere(wish);
+    return outcome === "shown" && this.arrive();
+  }
+
+  /** What the address asked for is on the stage, or what stands in its place: the same entry of the history. */
+  arrive() {
+    this.page = null;
+    writeAddress(this);
   }
 
   /**
@@ -115,9 +146,9 @@ export class App {
    */
   async startElsewhere({ picture, picture2, ...wish }) {
     choose(this, wish);
-    if (!this.hasPicture()) return this.showBlank();
-    await this.load([0], [], wish);
-    return this.notify("The link's image isn't on this server; here is another one.");
+    if (await this.load([0], [], wish) !== "shown") return;
+    this.arrive();
+    this.notify("The link's image isn't on this server; here is another one.");
   }
 
   /** The page comes with the examples of its first model. */
@@ -134,7 +165,7 @@ export class App {
     const [rail, own] = [railHandlers(this), ownHandlers(this)];
     Object.assign(this.core.actions, rail.actions, own.actions, shareHandlers(this), handActions(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
       tab: (button) => this.openTab(button.dataset.tab),
-      retry: () => this.load([...this.pictures.keys()], [], null, "model"),
+      retry: () => (this.pending.wish ? this.followAddress() : this.load([...this.pictures.keys()], [], null, "model")),
       undo: () => this.change(null),
       level: (button) => this.chooseLevel(button.dataset.level),
       calm: () => this.chooseSettings({ noise: null }),
@@ -215,22 +246,20 @@ export class App {
 
   /** @param {string} id */
   async chooseModel(id) {
-    if (id === this.model.id) return undefined;
+    if (id === this.model.id) return this.load([]); // in place of another one that is waited for
+    const current = this.takeTurn();
     this.busy(true);
-    try {
-      await this.fetchExamples();
-    } catch (error) {
-      this.busy(false);
-      this.drawFrame();
-      return this.notify(asAskError(error).message);
+    const error = await this.fetchExamples().catch(asAskError);
+    if (!current()) return undefined;
+    if (error) {
+      this.notify(error.message);
+      return this.load([]);
     }
     const own = this.pictures.find(({ kind }) => kind === "upload");
     choose(this, { model: id, level: this.level });
     // A visitor's own image goes along; an example belongs to its model.
     if (own) this.pictures = [own];
     this.slot = 0;
-    this.drawFrame();
-    if (!this.hasPicture()) return this.showBlank();
     return this.load([0], [], null, "model");
   }
 
@@ -249,64 +278,61 @@ export class App {
 
   // ---- views --------------------------------------------------------------------------------------------------
 
+  /** Whatever is still on its way is wanted no more; the answer tells whether that is true of the caller by now. */
+  takeTurn() {
+    const ticket = (this.ticket += 1);
+    return () => ticket === this.ticket;
+  }
+
   /**
    * Get the views of some slots and show them. A newer question asks again for what an older one still waits for, so
    * that the older one's answer is dropped whole; and for what an older one couldn't get.
-   * @param {number[]} wanted @param {(View | undefined)[]} [ready] @param {Wish | null} [wish]
+   * @param {number[]} wanted @param {(View | undefined)[]} [ready] @param {Wish | null} [wish] of an address that is followed
    * @param {string} [kind]
+   * @returns {Promise<string>} "shown", "blank", "late" if another choice came between, or the code of the error on the page
    */
   async load(wanted, ready = [], wish = null, kind = "picture") {
-    if (!this.hasPicture()) return this.showBlank();
     this.drawFrame();
+    if (!this.hasPicture()) return this.showBlank();
+    const current = this.takeTurn();
     const slots = [...this.pictures.keys()].filter((slot) => !this.state || wanted.includes(slot) || this.pending.slots.includes(slot));
     const shown = this.pending.kind === "model" ? "model" : kind;
-    this.pending = { slots, kind: shown };
-    this.ticket += 1;
-    const { ticket } = this;
-    const current = () => ticket === this.ticket;
+    this.pending = { slots, kind: shown, wish };
     this.busy(true);
     try {
       const words = (text) => this.notify(text);
       const answers = await Promise.all(slots.map((slot) => ready[slot] ?? askView(this, slot, words)));
-      if (!current()) return undefined;
+      if (!current()) return "late";
       slots.forEach((slot, place) => { if (this.pictures[slot].data) keepOriginal(answers[place], this.pictures[slot].data); });
       fillBox(this.core.box("trouble"), "");
       const views = this.pictures.map((_, slot) => (slots.includes(slot) ? answers[slots.indexOf(slot)] : present(this.state).views[slot]));
       this.show(views, shown, wish);
-      this.pending = { slots: [], kind: null };
     } catch (error) {
-      if (current()) fillBox(this.core.box("trouble"), errorBox(asAskError(error), "retry"));
-    } finally {
-      if (current()) this.busy(false);
+      return current() ? this.fail(asAskError(error)) : "late";
     }
-    return undefined;
+    this.pending = NOTHING;
+    this.busy(false);
+    return "shown";
+  }
+
+  /**
+   * What was asked for stays open: a button tries it again, and so does the next choice.
+   * @param {Failure} error
+   */
+  fail(error) {
+    fillBox(this.core.box("trouble"), errorBox(error, "retry"));
+    this.busy(false);
+    return error.code ?? "page";
   }
 
   /**
    * Back and Forward: show what the address says, with the images that were there.
    * @param {number} place
    */
-  async goTo(place) {
-    clearTimeout(this.remembering);
-    const wish = readAddress();
-    if (wish.model !== undefined && wish.model !== this.model.id) {
-      const going = (this.going = Symbol(wish.model));
-      this.busy(true);
-      await this.fetchExamples().catch((error) => this.notify(asAskError(error).message));
-      if (going !== this.going) return undefined; // gone on meanwhile
-    }
-    this.going = null;
-    const before = this.questions();
+  goTo(place) {
     this.tab = "experts"; // unless the address names another
-    choose(this, wish);
-    Object.assign(this, { place, page: null, slot: 0, pictures: this.trail[place] ? [...this.trail[place]] : this.pictures });
-    if (!this.trail[place]) restoreOwn(this, history.state?.[OWN]);
-    this.drawTabs();
-    this.drawFrame();
-    if (!this.hasPicture()) return this.showBlank();
-    if (!this.state || this.pending.slots.length || this.questions() !== before) return this.load([...this.pictures.keys()], [], wish, "model");
-    this.settle();
-    return this.show(this.state.views, null, wish);
+    Object.assign(this, { place, page: entryText(new URL(location.href), history.state?.[OWN] ?? []) });
+    return this.followAddress();
   }
 
   /** @param {View[]} given @param {string | null} kind @param {Wish | null} [wish] */
@@ -360,7 +386,7 @@ export class App {
   /** Write the address a moment later: browsers refuse pages that rewrite it at every key press. */
   remember() {
     clearTimeout(this.remembering);
-    if (!this.going) this.remembering = setTimeout(() => writeAddress(this), 120);
+    if (!this.pending.wish) this.remembering = setTimeout(() => writeAddress(this), 120);
   }
 
   /**
@@ -370,20 +396,16 @@ export class App {
   change(intervention) { return this.chooseSettings({ intervention }); }
 
   showBlank() {
-    this.ticket += 1; // no answer that is still on its way may be shown
-    this.settle();
+    this.takeTurn(); // no answer that is still on its way may be shown
+    this.pending = NOTHING;
+    this.busy(false);
     this.core.box("view").hidden = true;
     this.core.box("blank").hidden = false;
     fillBox(this.core.box("trouble"), "");
     fillBox(this.core.box("blank"), blankBox(this.model));
     this.refreshTab("model");
     this.remember();
-  }
-
-  /** Nothing is waited for any more. */
-  settle() {
-    this.pending = { slots: [], kind: null };
-    this.busy(false);
+    return "blank";
   }
 
   /** @param {boolean} is */

@@ -54,7 +54,7 @@ export async function drawQuestion(app) {
   const [expert, words] = found;
   // The page opens on that expert; afterwards the choice is the visitor's.
   if (app.opening) {
-    Object.assign(app, { opening: false, page: null, given: expert }); // no place in the history, no page of its own
+    Object.assign(app, { opening: false, given: expert }); // no place in the history, no page of its own
     state.set({ highlight: expert });
   }
   return fillBox(box, html`<p class="mv-question">${words} ${expert !== null && html`<button type="button" class="mv-quiet" data-action="highlight"

@@ -216,6 +216,15 @@ export function readAddress() {
 }
 
 /**
+ * What makes an entry of the history another one, as text that can be compared.
+ * @param {URL} address @param {(number | null)[]} own the visitor's own images, which an address can't carry
+ */
+export function entryText({ searchParams: found }, own) {
+  const expert = found.get("expert")?.split(".")[1]; // its layer isn't a place of its own
+  return JSON.stringify([["model", "variant", "picture", "picture2", "do", "tab"].map((key) => found.get(key)), expert, own]);
+}
+
+/**
  * Write the view into the address; foreign keys stay. Another image, model, expert, intervention or tab is a new entry in
  * the browser's history, to which Back returns; layer, patch, colouring and sliders only change the entry.
  * @param {App} app
@@ -248,10 +257,11 @@ export function writeAddress(app) {
     if (value === null || value === undefined) address.searchParams.delete(key);
     else address.searchParams.set(key, value);
   });
-  const page = JSON.stringify([app.model.id, app.variant, pictures, state?.highlight, app.intervention, app.tab]);
+  const own = pictures.map((picture) => picture.own ?? null);
+  const page = entryText(address, own);
   const moved = app.page !== null && app.page !== page;
   if (moved) app.place += 1;
-  history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place, [OWN]: pictures.map(({ own }) => own ?? null) }, "", address);
+  history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place, [OWN]: own }, "", address);
   app.page = page;
   app.trail[app.place] = [...pictures];
 }

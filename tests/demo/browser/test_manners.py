@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -285,22 +286,162 @@ def test_of_two_images_both_show_what_was_chosen_last(visit, ask, look):
     assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
 
 
-def test_forward_after_a_reload_finds_the_other_models_images(visit):
-    page = visit().page
+def before_photos(page):
+    """Photos, back to pets, and a reload: the entry that Forward leads to is of a model whose images aren't here yet."""
     page.select_option("[data-change=model]", "photos")
     page.wait_for_function("location.search.includes('model=photos')")
     page.go_back()
     page.wait_for_function("!location.search.includes('model=photos')")
     page.reload()
     page.wait_for_selector(".mv-cell")
-    held = []
-    page.route(SERVER_CALL, lambda route: route.continue_() if held else held.append(route))
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+
+
+class Held:
+    """The calls of a server function, which wait until they are released."""
+
+    def __init__(self, page, name):
+        self.page, self.name, self.routes, self.released = page, name, [], False
+        page.route(SERVER_CALL, self.handle)
+
+    def handle(self, route):
+        if not self.released and route.request.post_data_json["fn_name"] == self.name:
+            self.routes.append(route)
+        else:
+            route.continue_()
+
+    def wait(self, count=1):
+        """Until there are as many calls."""
+        end = time.monotonic() + 60  # s
+        while len(self.routes) < count:
+            assert time.monotonic() < end
+            self.page.wait_for_timeout(20)  # ms
+
+    def release(self):
+        """All of them, and wait for the answers."""
+        self.released = True
+        for route in self.routes:
+            with self.page.expect_response(lambda answer, request=route.request: answer.request == request):
+                route.continue_()
+        self.page.wait_for_timeout(200)  # ms; an answer is shown in far less
+
+
+def test_forward_after_a_reload_finds_the_other_models_images(visit):
+    page = visit().page
+    before_photos(page)
+    held = Held(page, "boot")
     page.go_forward()
     page.wait_for_selector("[data-box=main][aria-busy=true]")  # it says so while the other model's images are fetched
-    held[0].continue_()
+    held.release()
     page.wait_for_selector("[data-box=main][aria-busy=false]")
     assert page.is_visible("[data-action=example][data-id^='photo/']")
     assert "model=photos" in page.url
+
+
+def test_an_image_that_is_chosen_while_forward_waits_stands(visit):
+    page = visit().page
+    before_photos(page)
+    held = Held(page, "boot")
+    page.go_forward()
+    held.wait()
+    page.click("[data-action=example][data-id='pets/test/2']")
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    held.release()
+    assert page.locator(".mv-picture[alt*=rabbit]").count() == 1
+    assert page.eval_on_selector("[data-change=model]", "select => select.value") == "pets"
+    page.wait_for_function("location.search.includes('model=pets') && location.search.includes('test%2F2')")
+
+
+def test_of_two_models_the_last_one_is_shown_though_both_wait(visit):
+    page = visit().page
+    held = Held(page, "boot")
+    page.select_option("[data-change=model]", "photos")
+    held.wait()
+    page.select_option("[data-change=model]", "pets")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    held.release()
+    assert page.eval_on_selector("[data-change=model]", "select => select.value") == "pets"
+    assert page.is_visible("[data-action=example][data-id='pets/test/2']")
+
+
+def test_forward_to_images_that_do_not_come_can_be_tried_again(new_visit, server):
+    page = new_visit().open(server.url)
+    before_photos(page)
+    page.route(SERVER_CALL, lambda route: route.abort())
+    page.go_forward()
+    page.wait_for_selector("[data-action=retry]")
+    assert page.locator("text=comes without images").count() == 0
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector("[data-action=example][data-id^='photo/']")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    assert page.locator("[data-action=retry]").count() == 0
+    assert "model=photos" in page.url
+
+
+def test_an_image_that_is_chosen_on_the_way_back_is_an_entry_of_its_own(visit):
+    page = visit().page
+    page.wait_for_function("location.search.includes('test%2F0')")
+    page.click("[data-action=example][data-id='pets/test/4']")
+    page.wait_for_function("location.search.includes('test%2F4')")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    held = Held(page, "route")
+    page.go_back()
+    held.wait()
+    page.click("[data-action=example][data-id='pets/test/6']")
+    held.wait(2)
+    held.release()
+    page.wait_for_function("location.search.includes('test%2F6')")
+    page.go_back()
+    page.wait_for_function("location.search.includes('test%2F0')")
+    page.wait_for_selector(".mv-picture[alt*=cat]")
+
+
+def test_a_click_before_a_links_image_came_stands(new_visit, server):
+    page = new_visit().page
+    held = Held(page, "route")
+    page.goto(server.url + "?picture=pets/test/5")
+    held.wait()
+    page.click("[data-action=example][data-id='pets/test/2']")
+    held.wait(2)
+    held.release()
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    assert page.is_hidden("[data-box=toast]")
+
+
+def test_a_link_whose_server_did_not_answer_is_tried_again(new_visit, server):
+    page = new_visit().page
+    refuse(page)
+    page.goto(server.url + "?picture=pets/test/5&patch=3")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector(".mv-picture[alt*=fox]")
+    assert page.get_attribute(".mv-pinned", "data-patch") == "3"
+    assert page.is_hidden("[data-box=toast]")
+
+
+def test_a_link_to_another_model_says_that_it_waits(new_visit, server):
+    page = new_visit().page
+    held = Held(page, "boot")
+    page.goto(server.url + "?model=photos")
+    page.wait_for_selector("[data-box=main][aria-busy=true]")
+    assert page.is_visible("[data-change=model]")
+    assert page.is_visible("[data-tab=about]")
+    held.release()
+    page.wait_for_selector("[data-action=example][data-id^='photo/']")
+    page.wait_for_selector(".mv-cell")
+
+
+def test_a_link_to_another_model_can_be_tried_again(new_visit, server):
+    page = new_visit().page
+    page.route(SERVER_CALL, lambda route: route.abort())
+    page.goto(server.url + "?model=photos")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector("[data-action=example][data-id^='photo/']")
+    page.wait_for_selector(".mv-cell")
 
 
 def test_a_late_answer_does_not_bring_back_the_former_models_image(visit):
