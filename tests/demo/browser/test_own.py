@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import numpy as np
 import pytest
@@ -135,3 +136,22 @@ def test_more_examples_come_when_asked_for(visit):
     assert page.evaluate("document.activeElement.dataset.key") == "more"
     page.click("[data-action=example][data-id='pets/test/20']")
     page.wait_for_function("location.search.includes('picture=pets%2Ftest%2F20')")
+
+
+def test_more_is_offered_as_long_as_the_data_has_more(visit):
+    """Photos that come with a model don't count as images of its data."""
+    page = visit().page
+
+    def with_two_of_five(route):
+        if route.request.post_data_json["fn_name"] != "boot":
+            return route.continue_()
+        answer = route.fetch()
+        pets, photos = answer.json()["models"]
+        few = [*pets["examples"][:2], *({**one, "id": f"photo/{at}"} for at, one in enumerate(pets["examples"][2:6]))]
+        models = [pets, {**photos, "examples": few, "num_examples": 5}]
+        return route.fulfill(response=answer, json={"models": models})
+
+    page.route(re.compile(r"/component_server\b"), with_two_of_five)
+    page.select_option("[data-change=model]", "photos")
+    page.wait_for_selector("[data-action=example][data-id='photo/3']")
+    assert page.locator("[data-action=more]:visible").count() == 1
