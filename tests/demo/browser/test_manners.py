@@ -2,7 +2,6 @@
 
 import re
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -287,7 +286,7 @@ def test_of_two_images_both_show_what_was_chosen_last(visit, ask, look):
 
 
 def before_photos(page):
-    """Photos, back to pets, and a reload: the entry that Forward leads to is of a model whose images aren't here yet."""
+    """Photos, back to pets, and a reload: Forward leads to a model whose images aren't here yet."""
     page.select_option("[data-change=model]", "photos")
     page.wait_for_function("location.search.includes('model=photos')")
     page.go_back()
@@ -297,39 +296,10 @@ def before_photos(page):
     page.wait_for_selector("[data-box=main][aria-busy=false]")
 
 
-class Held:
-    """The calls of a server function, which wait until they are released."""
-
-    def __init__(self, page, name):
-        self.page, self.name, self.routes, self.released = page, name, [], False
-        page.route(SERVER_CALL, self.handle)
-
-    def handle(self, route):
-        if not self.released and route.request.post_data_json["fn_name"] == self.name:
-            self.routes.append(route)
-        else:
-            route.continue_()
-
-    def wait(self, count=1):
-        """Until there are as many calls."""
-        end = time.monotonic() + 60  # s
-        while len(self.routes) < count:
-            assert time.monotonic() < end
-            self.page.wait_for_timeout(20)  # ms
-
-    def release(self):
-        """All of them, and wait for the answers."""
-        self.released = True
-        for route in self.routes:
-            with self.page.expect_response(lambda answer, request=route.request: answer.request == request):
-                route.continue_()
-        self.page.wait_for_timeout(200)  # ms; an answer is shown in far less
-
-
-def test_forward_after_a_reload_finds_the_other_models_images(visit):
+def test_forward_after_a_reload_finds_the_other_models_images(visit, hold):
     page = visit().page
     before_photos(page)
-    held = Held(page, "boot")
+    held = hold(page, "boot")
     page.go_forward()
     page.wait_for_selector("[data-box=main][aria-busy=true]")  # it says so while the other model's images are fetched
     held.release()
@@ -338,10 +308,10 @@ def test_forward_after_a_reload_finds_the_other_models_images(visit):
     assert "model=photos" in page.url
 
 
-def test_an_image_that_is_chosen_while_forward_waits_stands(visit):
+def test_an_image_that_is_chosen_while_forward_waits_stands(visit, hold):
     page = visit().page
     before_photos(page)
-    held = Held(page, "boot")
+    held = hold(page, "boot")
     page.go_forward()
     held.wait()
     page.click("[data-action=example][data-id='pets/test/2']")
@@ -352,9 +322,9 @@ def test_an_image_that_is_chosen_while_forward_waits_stands(visit):
     page.wait_for_function("location.search.includes('model=pets') && location.search.includes('test%2F2')")
 
 
-def test_of_two_models_the_last_one_is_shown_though_both_wait(visit):
+def test_of_two_models_the_last_one_is_shown_though_both_wait(visit, hold):
     page = visit().page
-    held = Held(page, "boot")
+    held = hold(page, "boot")
     page.select_option("[data-change=model]", "photos")
     held.wait()
     page.select_option("[data-change=model]", "pets")
@@ -379,13 +349,13 @@ def test_forward_to_images_that_do_not_come_can_be_tried_again(new_visit, server
     assert "model=photos" in page.url
 
 
-def test_an_image_that_is_chosen_on_the_way_back_is_an_entry_of_its_own(visit):
+def test_an_image_that_is_chosen_on_the_way_back_is_an_entry_of_its_own(visit, hold):
     page = visit().page
     page.wait_for_function("location.search.includes('test%2F0')")
     page.click("[data-action=example][data-id='pets/test/4']")
     page.wait_for_function("location.search.includes('test%2F4')")
     page.wait_for_selector("[data-box=main][aria-busy=false]")
-    held = Held(page, "route")
+    held = hold(page, "route")
     page.go_back()
     held.wait()
     page.click("[data-action=example][data-id='pets/test/6']")
@@ -397,9 +367,9 @@ def test_an_image_that_is_chosen_on_the_way_back_is_an_entry_of_its_own(visit):
     page.wait_for_selector(".mv-picture[alt*=cat]")
 
 
-def test_a_click_before_a_links_image_came_stands(new_visit, server):
+def test_a_click_before_a_links_image_came_stands(new_visit, server, hold):
     page = new_visit().page
-    held = Held(page, "route")
+    held = hold(page, "route")
     page.goto(server.url + "?picture=pets/test/5")
     held.wait()
     page.click("[data-action=example][data-id='pets/test/2']")
@@ -421,9 +391,9 @@ def test_a_link_whose_server_did_not_answer_is_tried_again(new_visit, server):
     assert page.is_hidden("[data-box=toast]")
 
 
-def test_a_link_to_another_model_says_that_it_waits(new_visit, server):
+def test_a_link_to_another_model_says_that_it_waits(new_visit, server, hold):
     page = new_visit().page
-    held = Held(page, "boot")
+    held = hold(page, "boot")
     page.goto(server.url + "?model=photos")
     page.wait_for_selector("[data-box=main][aria-busy=true]")
     assert page.is_visible("[data-change=model]")
