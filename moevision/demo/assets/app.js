@@ -79,8 +79,6 @@ export class App {
     this.place = history.state?.[PLACE] ?? 0;
     /** @type {string | null} what this entry of the browser's history shows, as `entryText` has it; null until that is written */
     this.page = null;
-    /** @type {Chosen[][]} */
-    this.trail = [];
     root.innerHTML = String(appLayout());
     this.core = new Core(root, null);
     this.core.timeSource = timeSource(this);
@@ -121,8 +119,7 @@ export class App {
     const before = this.questions();
     choose(this, wish);
     this.slot = 0;
-    if (this.trail[this.place]) this.pictures = [...this.trail[this.place]];
-    else restoreOwn(this, history.state?.[OWN]);
+    restoreOwn(this, history.state?.[OWN]);
     const usual = isDefault(this, wish);
     if (!this.state && this.level === "simple" && usual) this.opening = addOther(this) && wish.expert === undefined;
     this.drawTabs();
@@ -326,7 +323,7 @@ export class App {
   }
 
   /**
-   * Back and Forward: show what the address says, with the images that were there.
+   * Back and Forward: show what the address says, and the visitor's own images that were there.
    * @param {number} place
    */
   goTo(place) {

@@ -161,7 +161,7 @@ function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
 
 // ---- the address --------------------------------------------------------------------------------------------
 
-/** Which entry of the history this is; `app.trail` keeps its images, since an address can't carry a visitor's own. */
+/** Which entry of the history this is. */
 export const PLACE = "moevision.place";
 const LINK_KEYS = ["model", "variant", "picture", "picture2", "step", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "list", "class", "level"];
 
@@ -263,5 +263,4 @@ export function writeAddress(app) {
   if (moved) app.place += 1;
   history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place, [OWN]: own }, "", address);
   app.page = page;
-  app.trail[app.place] = [...pictures];
 }

@@ -78,6 +78,20 @@ def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):
     assert page.evaluate("sessionStorage.getItem('moevision.own')") == "[]"
 
 
+def test_what_is_forgotten_does_not_come_back(visit, files):
+    one = visit()
+    page = one.page
+    add(page, files[:1])
+    page.wait_for_function("history.state['moevision.own']?.[0] === 1")
+    page.click("[data-action=example][data-id='pets/test/4']")
+    page.wait_for_function("location.search.includes('test%2F4')")
+    page.click("[data-action=forget]")
+    page.go_back()
+    page.wait_for_selector("[data-action=example][data-id='pets/test/0'][aria-pressed=true]")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    assert one.question("route")["picture"] == {"kind": "example", "id": "pets/test/0"}
+
+
 def test_a_dozen_fit_and_a_broken_one_is_named(visit, files, tmp_path):
     page = visit().page
     broken = tmp_path / "broken.png"
