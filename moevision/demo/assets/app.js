@@ -16,6 +16,7 @@ import { Tour, tourMemory } from "./app_tour.js";
 import { Core, coreLayout } from "./core.js";
 import { keepOriginal, pictureTitle } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
+import { trainedView } from "./core_time.js";
 import { fillBox, html, percent, present } from "./core_util.js";
 import { AboutTab } from "./tab_about.js";
 import { ClassesTab } from "./tab_classes.js";
@@ -74,6 +75,8 @@ export class App {
     this.asking = null;
     /** @type {Pending} what was asked for and isn't shown yet */
     this.pending = NOTHING;
+    /** @type {WeakMap<View, ReturnType<App["question"]>>} what the server was asked for each view */
+    this.asked = new WeakMap();
     /** @type {symbol | null} */
     this.panelTicket = null;
     this.place = history.state?.[PLACE] ?? 0;
@@ -183,7 +186,7 @@ export class App {
   // ---- choices ------------------------------------------------------------------------------------------------
 
   /**
-   * What the server is asked about one of the images.
+   * What the server is asked about one of the images that are chosen.
    * @param {number} slot
    */
   question(slot) {
@@ -191,6 +194,12 @@ export class App {
     const picture = kind === "example" ? { kind, id } : { kind, data };
     return { ...this.settings(), picture };
   }
+
+  /**
+   * What it was asked for a view that is shown. Another image, network or change may be chosen since, and not be here yet.
+   * @param {View} view
+   */
+  questionOf(view) { return present(this.asked.get(trainedView(view))); }
 
   settings() { return { model: this.model.id, variant: this.variant, top_k: this.topK, capacity: this.capacity, intervention: this.intervention, noise: this.noise }; }
 
@@ -300,7 +309,10 @@ export class App {
       const words = (text) => this.notify(text);
       const answers = await Promise.all(slots.map((slot) => ready[slot] ?? askView(this, slot, words)));
       if (!current()) return "late";
-      slots.forEach((slot, place) => { if (this.pictures[slot].data) keepOriginal(answers[place], this.pictures[slot].data); });
+      slots.forEach((slot, place) => {
+        this.asked.set(answers[place], this.question(slot));
+        if (this.pictures[slot].data) keepOriginal(answers[place], this.pictures[slot].data);
+      });
       fillBox(this.core.box("trouble"), "");
       const views = this.pictures.map((_, slot) => (slots.includes(slot) ? answers[slots.indexOf(slot)] : present(this.state).views[slot]));
       this.show(views, shown, wish);
@@ -344,7 +356,7 @@ export class App {
     if (!this.state) {
       if (wish?.patch === undefined) start.patch = centrePatch(views[0]);
       this.state = new ViewState(views[0], { views, ...start });
-      this.state.slotMaps.ask = (place, number, expert) => this.asker.ask("slots", { ...this.question(place), layer: number, expert });
+      this.state.slotMaps.ask = (view, number, expert) => this.asker.ask("slots", { ...this.questionOf(view), layer: number, expert });
       this.core.attach(this.state);
       this.state.subscribe((changed) => this.follow(changed));
     } else {

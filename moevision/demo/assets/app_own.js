@@ -98,8 +98,8 @@ export async function countShared(app) {
   try {
     /** @type {Shares[]} */
     const shares = [];
+    const settings = app.settings();
     for (const { id, data } of app.own) {
-      const settings = app.settings();
       shares.push(await app.asker.remember("shares", { ...settings, picture: { kind: "upload", data } }, JSON.stringify(["shares", settings, id])));
       if (app.counted !== question) return undefined;
     }

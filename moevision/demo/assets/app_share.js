@@ -47,7 +47,7 @@ export function shareHandlers(app) {
       app.notify("Data saved.");
     }),
     "export-page": guarded(async () => {
-      const page = await app.asker.ask("export_html", app.question(present(app.state).active));
+      const page = await app.asker.ask("export_html", app.questionOf(present(app.state).view));
       download(new Blob([page.html], { type: "text/html" }), page.filename);
       app.notify("Page saved.");
     }),
