@@ -1,13 +1,14 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
-import { addOther, choose, chooseCount, isDefault } from "./app_choice.js";
+import { choose, chooseCount } from "./app_choice.js";
 import { blankBox, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
 import { askView, drawHand, handActions, spokenResult } from "./app_hand.js";
+import { followAddress, goTo } from "./app_history.js";
 import { levelMemory } from "./app_level.js";
-import { countShared, drawShared, listenForFiles, OWN, ownHandlers, ownMemory, restoreOwn } from "./app_own.js";
+import { countShared, drawShared, listenForFiles, ownHandlers, ownMemory } from "./app_own.js";
 import { drawQuestion } from "./app_question.js";
 import { asAskError, Asker, errorBox, serverAt, slide } from "./app_server.js";
-import { closeMenuByClick, entryText, PLACE, readAddress, shareHandlers, writeAddress } from "./app_share.js";
+import { closeMenuByClick, PLACE, shareHandlers, writeAddress } from "./app_share.js";
 import { sharpen } from "./app_sharp.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
@@ -96,59 +97,8 @@ export class App {
 
   /** @param {View[]} views that come with the page */
   async start(views) {
-    await this.followAddress(views);
+    await followAddress(this, views);
     if (this.state && !tourMemory.seen()) new Tour(this.core);
-  }
-
-  /**
-   * Show what the address says: at the start, on the way back and forward, and when that failed and is tried again. Until
-   * it is shown, or something else is chosen, the address stays as it is.
-   * @param {View[]} [views] that come with the page
-   */
-  async followAddress(views = []) {
-    clearTimeout(this.remembering);
-    const current = this.takeTurn();
-    const open = this.pending.slots.length > 0;
-    const wish = readAddress();
-    this.pending = { slots: [...this.pictures.keys()], kind: "model", wish };
-    if (wish.model !== undefined && wish.model !== this.model.id && !this.boot.whole) {
-      this.drawFrame();
-      this.drawTabs();
-      this.busy(true);
-      const error = await this.fetchExamples().catch(asAskError);
-      if (!current()) return undefined;
-      if (error) return this.fail(error);
-    }
-    const before = this.questions();
-    choose(this, wish);
-    this.slot = 0;
-    restoreOwn(this, history.state?.[OWN]);
-    const usual = isDefault(this, wish);
-    if (!this.state && this.level === "simple" && usual) this.opening = addOther(this) && wish.expert === undefined;
-    this.drawTabs();
-    // Nothing has to be asked before something is seen.
-    const here = usual ? this.pictures.map(({ id }) => views.find(({ picture }) => picture.id === id)) : [];
-    const same = this.state && !open && this.questions() === before;
-    const outcome = await this.load([...this.pictures.keys()], same ? present(this.state).views : here, wish, "model");
-    if (!this.state && wish.picture && ["bad_request", "bad_image"].includes(outcome)) return this.startElsewhere(wish);
-    return outcome === "shown" && this.arrive();
-  }
-
-  /** What the address asked for is on the stage, or what stands in its place: the same entry of the history. */
-  arrive() {
-    this.page = null;
-    writeAddress(this);
-  }
-
-  /**
-   * The image of a link may not be here (another data folder): show the usual first one, and say so.
-   * @param {Wish} given
-   */
-  async startElsewhere({ picture, picture2, ...wish }) {
-    choose(this, wish);
-    if (await this.load([0], [], wish) !== "shown") return;
-    this.arrive();
-    this.notify("The link's image isn't on this server; here is another one.");
   }
 
   /** The page comes with the examples of its first model. */
@@ -165,7 +115,7 @@ export class App {
     const [rail, own] = [railHandlers(this), ownHandlers(this)];
     Object.assign(this.core.actions, rail.actions, own.actions, shareHandlers(this), handActions(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
       tab: (button) => this.openTab(button.dataset.tab),
-      retry: () => (this.pending.wish ? this.followAddress() : this.load([...this.pictures.keys()], [], null, "model")),
+      retry: () => (this.pending.wish ? followAddress(this) : this.load([...this.pictures.keys()], [], null, "model")),
       undo: () => this.change(null),
       level: (button) => this.chooseLevel(button.dataset.level),
       calm: () => this.chooseSettings({ noise: null }),
@@ -179,7 +129,7 @@ export class App {
     this.core.changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
-    window.addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && this.goTo(state[PLACE]));
+    window.addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && goTo(this, state[PLACE]));
     closeMenuByClick(this.root);
   }
 
@@ -332,16 +282,6 @@ export class App {
     fillBox(this.core.box("trouble"), errorBox(error, "retry"));
     this.busy(false);
     return error.code ?? "page";
-  }
-
-  /**
-   * Back and Forward: show what the address says, and the visitor's own images that were there.
-   * @param {number} place
-   */
-  goTo(place) {
-    this.tab = "experts"; // unless the address names another
-    Object.assign(this, { place, page: entryText(new URL(location.href), history.state?.[OWN] ?? []) });
-    return this.followAddress();
   }
 
   /** @param {View[]} given @param {string | null} kind @param {Wish | null} [wish] */
