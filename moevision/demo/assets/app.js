@@ -4,11 +4,11 @@ import { choose, chooseCount } from "./app_choice.js";
 import { blankBox, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
 import { askView, drawHand, handActions, spokenResult } from "./app_hand.js";
 import { followAddress, goTo } from "./app_history.js";
-import { levelMemory } from "./app_level.js";
+import { levelMemory, levelOf } from "./app_level.js";
 import { countShared, drawShared, listenForFiles, ownHandlers, ownMemory } from "./app_own.js";
 import { drawQuestion } from "./app_question.js";
 import { asAskError, Asker, errorBox, serverAt, slide } from "./app_server.js";
-import { closeMenuByClick, PLACE, shareHandlers, writeAddress } from "./app_share.js";
+import { closeMenuByClick, PLACE, readAddress, shareHandlers, writeAddress } from "./app_share.js";
 import { sharpen } from "./app_sharp.js";
 import { drawSimilar, showSimilar } from "./app_similar.js";
 import { drawPanel, drawTabs, pressTab } from "./app_tabs.js";
@@ -68,7 +68,7 @@ export class App {
     this.tab = "experts";
     /** @type {{ key: string | null, only: string | null }} the list of training images under Data, and its class */
     this.ranked = { key: null, only: null };
-    this.level = "simple";
+    this.level = levelOf(readAddress(), levelMemory.read());
     this.opened = false;
     this.opening = false;
     this.ticket = 0;

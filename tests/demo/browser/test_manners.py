@@ -398,6 +398,7 @@ def test_a_link_to_another_model_says_that_it_waits(new_visit, server, hold):
     page.wait_for_selector("[data-box=main][aria-busy=true]")
     assert page.is_visible("[data-change=model]")
     assert page.is_visible("[data-tab=about]")
+    assert page.get_attribute("[data-level=research]", "aria-pressed") == "true"  # as at the last visit
     held.release()
     page.wait_for_selector("[data-action=example][data-id^='photo/']")
     page.wait_for_selector(".mv-cell")
