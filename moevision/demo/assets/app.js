@@ -1,10 +1,11 @@
 // The explorer: choices of model, image and settings around the shared view, and the tabs below it.
 
-import { addOther, choose, chooseCount, isDefault } from "./app_choice.js";
+import { choose, chooseCount } from "./app_choice.js";
 import { blankBox, drawHeader, drawRail, drawSettings, railHandlers } from "./app_rail.js";
 import { askView, drawHand, handActions, spokenResult } from "./app_hand.js";
-import { levelMemory } from "./app_level.js";
-import { countShared, drawShared, listenForFiles, OWN, ownHandlers, ownMemory, restoreOwn } from "./app_own.js";
+import { followAddress, goTo } from "./app_history.js";
+import { levelMemory, levelOf } from "./app_level.js";
+import { countShared, drawShared, listenForFiles, ownHandlers, ownMemory } from "./app_own.js";
 import { drawQuestion } from "./app_question.js";
 import { asAskError, Asker, errorBox, serverAt, slide } from "./app_server.js";
 import { closeMenuByClick, PLACE, readAddress, shareHandlers, writeAddress } from "./app_share.js";
@@ -16,6 +17,7 @@ import { Tour, tourMemory } from "./app_tour.js";
 import { Core, coreLayout } from "./core.js";
 import { keepOriginal, pictureTitle } from "./core_stage.js";
 import { centrePatch, readPlace, ViewState } from "./core_state.js";
+import { trainedView } from "./core_time.js";
 import { fillBox, html, percent, present } from "./core_util.js";
 import { AboutTab } from "./tab_about.js";
 import { ClassesTab } from "./tab_classes.js";
@@ -23,9 +25,11 @@ import { CompareTab } from "./tab_compare.js";
 import { DataTab } from "./tab_data.js";
 import { ExpertsTab } from "./tab_experts.js";
 import { WhatIfTab } from "./tab_whatif.js";
-/** @import { Boot, Chosen, Intervention, Shares, Tab, View, Wish } from "./types.js" */
+/** @import { Boot, Chosen, Failure, Intervention, Pending, Shares, Tab, View, Wish } from "./types.js" */
 
 const TABS = [ExpertsTab, ClassesTab, WhatIfTab, CompareTab, DataTab, AboutTab];
+/** @type {Pending} */
+const NOTHING = { slots: [], kind: null, wish: null };
 
 const appLayout = () => html`
   <header class="mv-header" data-box="header"></header>
@@ -64,22 +68,21 @@ export class App {
     this.tab = "experts";
     /** @type {{ key: string | null, only: string | null }} the list of training images under Data, and its class */
     this.ranked = { key: null, only: null };
-    this.level = "simple";
+    this.level = levelOf(readAddress(), levelMemory.read());
     this.opened = false;
     this.opening = false;
     this.ticket = 0;
     /** @type {symbol | null} the last question above the image that is counted for */
     this.asking = null;
-    /** @type {symbol | null} a way back or forward that waits for another model's examples */
-    this.going = null;
-    /** @type {{ slots: number[], kind: string | null }} what was asked for and isn't shown yet */
-    this.pending = { slots: [], kind: null };
+    /** @type {Pending} what was asked for and isn't shown yet */
+    this.pending = NOTHING;
+    /** @type {WeakMap<View, ReturnType<App["question"]>>} what the server was asked for each view */
+    this.asked = new WeakMap();
     /** @type {symbol | null} */
     this.panelTicket = null;
     this.place = history.state?.[PLACE] ?? 0;
+    /** @type {string | null} what this entry of the browser's history shows, as `entryText` has it; null until that is written */
     this.page = null;
-    /** @type {Chosen[][]} */
-    this.trail = [];
     root.innerHTML = String(appLayout());
     this.core = new Core(root, null);
     this.core.timeSource = timeSource(this);
@@ -94,30 +97,8 @@ export class App {
 
   /** @param {View[]} views that come with the page */
   async start(views) {
-    const wish = readAddress();
-    if (wish.model !== undefined && wish.model !== this.model.id) await this.fetchExamples();
-    choose(this, wish);
-    restoreOwn(this, history.state?.[OWN]);
-    if (this.level === "simple" && isDefault(this, wish)) this.opening = addOther(this) && wish.expert === undefined;
-    this.drawFrame();
-    this.drawTabs();
-    if (!this.hasPicture()) return this.showBlank();
-    // Nothing has to be asked before something is seen.
-    const here = isDefault(this, wish) ? this.pictures.map(({ id }) => views.find(({ picture }) => picture.id === id)) : [];
-    await this.load([...this.pictures.keys()], here, wish);
-    if (!this.state && wish.picture) await this.startElsewhere(wish);
+    await followAddress(this, views);
     if (this.state && !tourMemory.seen()) new Tour(this.core);
-  }
-
-  /**
-   * The image of a link may not be here (another data folder): show the usual first one, and say so.
-   * @param {Wish} given
-   */
-  async startElsewhere({ picture, picture2, ...wish }) {
-    choose(this, wish);
-    if (!this.hasPicture()) return this.showBlank();
-    await this.load([0], [], wish);
-    return this.notify("The link's image isn't on this server; here is another one.");
   }
 
   /** The page comes with the examples of its first model. */
@@ -134,7 +115,7 @@ export class App {
     const [rail, own] = [railHandlers(this), ownHandlers(this)];
     Object.assign(this.core.actions, rail.actions, own.actions, shareHandlers(this), handActions(this), ...this.tabs.map((tab) => tab.actions ?? {}), {
       tab: (button) => this.openTab(button.dataset.tab),
-      retry: () => this.load([...this.pictures.keys()], [], null, "model"),
+      retry: () => (this.pending.wish ? followAddress(this) : this.load([...this.pictures.keys()], [], null, "model")),
       undo: () => this.change(null),
       level: (button) => this.chooseLevel(button.dataset.level),
       calm: () => this.chooseSettings({ noise: null }),
@@ -148,14 +129,14 @@ export class App {
     this.core.changes.noise = (input) => this.chooseSettings({ noise: input.checked ? 1 : null });
     listenForFiles(this, this.root);
     this.root.addEventListener("keydown", (event) => pressTab(this, event));
-    window.addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && this.goTo(state[PLACE]));
+    window.addEventListener("popstate", ({ state }) => Number.isInteger(state?.[PLACE]) && goTo(this, state[PLACE]));
     closeMenuByClick(this.root);
   }
 
   // ---- choices ------------------------------------------------------------------------------------------------
 
   /**
-   * What the server is asked about one of the images.
+   * What the server is asked about one of the images that are chosen.
    * @param {number} slot
    */
   question(slot) {
@@ -163,6 +144,12 @@ export class App {
     const picture = kind === "example" ? { kind, id } : { kind, data };
     return { ...this.settings(), picture };
   }
+
+  /**
+   * What it was asked for a view that is shown. Another image, network or change may be chosen since, and not be here yet.
+   * @param {View} view
+   */
+  questionOf(view) { return present(this.asked.get(trainedView(view))); }
 
   settings() { return { model: this.model.id, variant: this.variant, top_k: this.topK, capacity: this.capacity, intervention: this.intervention, noise: this.noise }; }
 
@@ -215,22 +202,20 @@ export class App {
 
   /** @param {string} id */
   async chooseModel(id) {
-    if (id === this.model.id) return undefined;
+    if (id === this.model.id) return this.load([]); // in place of another one that is waited for
+    const current = this.takeTurn();
     this.busy(true);
-    try {
-      await this.fetchExamples();
-    } catch (error) {
-      this.busy(false);
-      this.drawFrame();
-      return this.notify(asAskError(error).message);
+    const error = await this.fetchExamples().catch(asAskError);
+    if (!current()) return undefined;
+    if (error) {
+      this.notify(error.message);
+      return this.load([]);
     }
     const own = this.pictures.find(({ kind }) => kind === "upload");
     choose(this, { model: id, level: this.level });
     // A visitor's own image goes along; an example belongs to its model.
     if (own) this.pictures = [own];
     this.slot = 0;
-    this.drawFrame();
-    if (!this.hasPicture()) return this.showBlank();
     return this.load([0], [], null, "model");
   }
 
@@ -249,63 +234,54 @@ export class App {
 
   // ---- views --------------------------------------------------------------------------------------------------
 
+  /** Whatever is still on its way is wanted no more; the answer tells whether that is true of the caller by now. */
+  takeTurn() {
+    const ticket = (this.ticket += 1);
+    return () => ticket === this.ticket;
+  }
+
   /**
    * Get the views of some slots and show them. A newer question asks again for what an older one still waits for, so
-   * that the older one's answer is dropped whole.
-   * @param {number[]} wanted @param {(View | undefined)[]} [ready] @param {Wish | null} [wish]
+   * that the older one's answer is dropped whole; and for what an older one couldn't get.
+   * @param {number[]} wanted @param {(View | undefined)[]} [ready] @param {Wish | null} [wish] of an address that is followed
    * @param {string} [kind]
+   * @returns {Promise<string>} "shown", "blank", "late" if another choice came between, or the code of the error on the page
    */
   async load(wanted, ready = [], wish = null, kind = "picture") {
-    if (!this.hasPicture()) return this.showBlank();
     this.drawFrame();
+    if (!this.hasPicture()) return this.showBlank();
+    const current = this.takeTurn();
     const slots = [...this.pictures.keys()].filter((slot) => !this.state || wanted.includes(slot) || this.pending.slots.includes(slot));
     const shown = this.pending.kind === "model" ? "model" : kind;
-    this.pending = { slots, kind: shown };
-    this.ticket += 1;
-    const { ticket } = this;
-    const current = () => ticket === this.ticket;
+    this.pending = { slots, kind: shown, wish };
     this.busy(true);
     try {
       const words = (text) => this.notify(text);
       const answers = await Promise.all(slots.map((slot) => ready[slot] ?? askView(this, slot, words)));
-      if (!current()) return undefined;
-      slots.forEach((slot, place) => { if (this.pictures[slot].data) keepOriginal(answers[place], this.pictures[slot].data); });
+      if (!current()) return "late";
+      slots.forEach((slot, place) => {
+        this.asked.set(answers[place], this.question(slot));
+        if (this.pictures[slot].data) keepOriginal(answers[place], this.pictures[slot].data);
+      });
       fillBox(this.core.box("trouble"), "");
       const views = this.pictures.map((_, slot) => (slots.includes(slot) ? answers[slots.indexOf(slot)] : present(this.state).views[slot]));
       this.show(views, shown, wish);
     } catch (error) {
-      if (current()) fillBox(this.core.box("trouble"), errorBox(asAskError(error), "retry"));
-    } finally {
-      if (current()) this.settle();
+      return current() ? this.fail(asAskError(error)) : "late";
     }
-    return undefined;
+    this.pending = NOTHING;
+    this.busy(false);
+    return "shown";
   }
 
   /**
-   * Back and Forward: show what the address says, with the images that were there.
-   * @param {number} place
+   * What was asked for stays open: a button tries it again, and so does the next choice.
+   * @param {Failure} error
    */
-  async goTo(place) {
-    clearTimeout(this.remembering);
-    const wish = readAddress();
-    if (wish.model !== undefined && wish.model !== this.model.id) {
-      const going = (this.going = Symbol(wish.model));
-      this.busy(true);
-      await this.fetchExamples().catch((error) => this.notify(asAskError(error).message));
-      if (going !== this.going) return undefined; // gone on meanwhile
-    }
-    this.going = null;
-    const before = this.questions();
-    this.tab = "experts"; // unless the address names another
-    choose(this, wish);
-    Object.assign(this, { place, page: null, slot: 0, pictures: this.trail[place] ? [...this.trail[place]] : this.pictures });
-    if (!this.trail[place]) restoreOwn(this, history.state?.[OWN]);
-    this.drawTabs();
-    this.drawFrame();
-    if (!this.hasPicture()) return this.showBlank();
-    if (!this.state || this.questions() !== before) return this.load([...this.pictures.keys()], [], wish, "model");
-    this.settle();
-    return this.show(this.state.views, null, wish);
+  fail(error) {
+    fillBox(this.core.box("trouble"), errorBox(error, "retry"));
+    this.busy(false);
+    return error.code ?? "page";
   }
 
   /** @param {View[]} given @param {string | null} kind @param {Wish | null} [wish] */
@@ -320,7 +296,7 @@ export class App {
     if (!this.state) {
       if (wish?.patch === undefined) start.patch = centrePatch(views[0]);
       this.state = new ViewState(views[0], { views, ...start });
-      this.state.slotMaps.ask = (place, number, expert) => this.asker.ask("slots", { ...this.question(place), layer: number, expert });
+      this.state.slotMaps.ask = (view, number, expert) => this.asker.ask("slots", { ...this.questionOf(view), layer: number, expert });
       this.core.attach(this.state);
       this.state.subscribe((changed) => this.follow(changed));
     } else {
@@ -359,7 +335,7 @@ export class App {
   /** Write the address a moment later: browsers refuse pages that rewrite it at every key press. */
   remember() {
     clearTimeout(this.remembering);
-    if (!this.going) this.remembering = setTimeout(() => writeAddress(this), 120);
+    if (!this.pending.wish) this.remembering = setTimeout(() => writeAddress(this), 120);
   }
 
   /**
@@ -369,20 +345,16 @@ export class App {
   change(intervention) { return this.chooseSettings({ intervention }); }
 
   showBlank() {
-    this.ticket += 1; // no answer that is still on its way may be shown
-    this.settle();
+    this.takeTurn(); // no answer that is still on its way may be shown
+    this.pending = NOTHING;
+    this.busy(false);
     this.core.box("view").hidden = true;
     this.core.box("blank").hidden = false;
     fillBox(this.core.box("trouble"), "");
     fillBox(this.core.box("blank"), blankBox(this.model));
     this.refreshTab("model");
     this.remember();
-  }
-
-  /** Nothing is waited for any more. */
-  settle() {
-    this.pending = { slots: [], kind: null };
-    this.busy(false);
+    return "blank";
   }
 
   /** @param {boolean} is */

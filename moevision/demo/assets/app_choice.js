@@ -49,7 +49,7 @@ export function chooseCount(app, count) {
   if (count === 1) {
     app.pictures.length = 1;
     app.slot = 0;
-    if (app.waiting || !app.state) return app.load([0]);
+    if (app.waiting || app.pending.slots.length || !app.state) return app.load([0]);
     app.drawFrame();
     return app.show([app.state.views[0]], "picture");
   }

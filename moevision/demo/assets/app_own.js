@@ -28,7 +28,7 @@ export const ownMemory = {
 export const chosenOwn = ({ id, name, data }) => ({ kind: "upload", own: id, name, data });
 
 /**
- * After a reload, or on the way back to it: the own images that an entry of the history shows.
+ * The own images that an entry of the history shows, as far as they weren't forgotten.
  * @param {App} app @param {(number | null)[] | undefined} ids
  */
 export function restoreOwn(app, ids) {
@@ -98,8 +98,9 @@ export async function countShared(app) {
   try {
     /** @type {Shares[]} */
     const shares = [];
-    for (const { data } of app.own) {
-      shares.push(await app.asker.remember("shares", { ...app.settings(), picture: { kind: "upload", data } }));
+    const settings = app.settings();
+    for (const { id, data } of app.own) {
+      shares.push(await app.asker.remember("shares", { ...settings, picture: { kind: "upload", data } }, JSON.stringify(["shares", settings, id])));
       if (app.counted !== question) return undefined;
     }
     app.shared = shares;

@@ -43,18 +43,20 @@ export async function drawQuestion(app) {
   const box = app.core.box("question");
   const [views, layer] = [state.views, state.currentLayer];
   if (views.length < 2 || !app.model.has_pictures) return fillBox(box, "");
-  // Its place is kept until it is counted.
-  if (!box.firstElementChild) fillBox(box, html`<p class="mv-asking mv-soft">Counting…</p>`);
+  const { id: model, variant } = views[0].model;
+  // Its place is kept until it is counted, and what was counted of another network doesn't stand there meanwhile.
+  if (!box.firstElementChild || box.dataset.network !== `${model} ${variant}`) fillBox(box, html`<p class="mv-asking mv-soft">Counting…</p>`);
+  box.dataset.network = `${model} ${variant}`;
   const ticket = (app.asking = Symbol(layer.name));
   const wanted = () => app.asking === ticket && state.views === views && state.currentLayer === layer;
-  const answer = await app.asker.whenReady("classes", { model: app.model.id, variant: app.variant }, wanted).catch(() => null);
+  const answer = await app.asker.whenReady("classes", { model, variant }, wanted).catch(() => null);
   if (!wanted()) return undefined;
   const found = answer && question(answer, views, layer);
   if (!found) return fillBox(box, "");
   const [expert, words] = found;
   // The page opens on that expert; afterwards the choice is the visitor's.
   if (app.opening) {
-    Object.assign(app, { opening: false, page: null, given: expert }); // no place in the history, no page of its own
+    Object.assign(app, { opening: false, given: expert }); // no place in the history, no page of its own
     state.set({ highlight: expert });
   }
   return fillBox(box, html`<p class="mv-question">${words} ${expert !== null && html`<button type="button" class="mv-quiet" data-action="highlight"

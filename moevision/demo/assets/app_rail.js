@@ -72,7 +72,7 @@ function examples(app) {
     <img src="${pictureSource(source)}" alt=""><span>${label ?? name}</span></button></li>`;
   const { examples: here, num_examples: all, shown: which } = app.model;
   return html`${which && html`<p class="mv-soft mv-which">${which}</p>`}<ul class="mv-examples" data-box="examples">${here.map(thumb)}</ul>
-    ${here.length < all && html`<button type="button" class="mv-quiet" data-action="more" data-key="more">More</button>`}`;
+    ${numOfData(app.model) < all && html`<button type="button" class="mv-quiet" data-action="more" data-key="more">More</button>`}`;
 }
 
 /** @param {HTMLElement} box @param {App} app */
@@ -138,11 +138,17 @@ function kWords(model, topK) {
   return trained.length === 1 ? `${trained[0]}, as trained` : able.map((layer) => `${layer.top_k} in ${layer.name}`).join(", ");
 }
 
+/**
+ * How many images of the model's data are in the rail; photos that come with a model aren't among them.
+ * @param {BootModel} model
+ */
+const numOfData = (model) => model.examples.filter(({ id }) => !id.startsWith("photo/")).length;
+
 /** @param {App} app */
 async function moreExamples(app) {
   const { model } = app;
   try {
-    const { examples: next, num_examples: all } = await app.asker.ask("examples", { model: model.id, start: model.examples.filter(({ id }) => !id.startsWith("photo/")).length });
+    const { examples: next, num_examples: all } = await app.asker.ask("examples", { model: model.id, start: numOfData(model) });
     const known = new Set(model.examples.map(({ id }) => id));
     model.num_examples = all; // fewer than before, where some can't be used
     model.examples.push(...next.filter(({ id }) => !known.has(id)));

@@ -58,11 +58,10 @@ export class Asker {
   }
 
   /**
-   * Like `ask`, but the same question is asked once. For everything that doesn't depend on a visitor's image.
-   * @param {string} name @param {object} question
+   * Like `ask`, but the same question is asked once. A question with an image in it has a key without: keys are kept.
+   * @param {string} name @param {object} question @param {string} [key]
    */
-  remember(name, question) {
-    const key = JSON.stringify([name, question]);
+  remember(name, question, key = JSON.stringify([name, question])) {
     if (!this.answers.has(key)) {
       const answer = this.ask(name, question).then((value) => {
         if (value.status === "computing") this.answers.delete(key);

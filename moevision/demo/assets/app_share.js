@@ -47,7 +47,7 @@ export function shareHandlers(app) {
       app.notify("Data saved.");
     }),
     "export-page": guarded(async () => {
-      const page = await app.asker.ask("export_html", app.question(present(app.state).active));
+      const page = await app.asker.ask("export_html", app.questionOf(present(app.state).view));
       download(new Blob([page.html], { type: "text/html" }), page.filename);
       app.notify("Page saved.");
     }),
@@ -161,7 +161,7 @@ function modeWords({ mode, currentLayer: layer, slotExpert, slot, slotSide }) {
 
 // ---- the address --------------------------------------------------------------------------------------------
 
-/** Which entry of the history this is; `app.trail` keeps its images, since an address can't carry a visitor's own. */
+/** Which entry of the history this is. */
 export const PLACE = "moevision.place";
 const LINK_KEYS = ["model", "variant", "picture", "picture2", "step", "layer", "expert", "patch", "mode", "slot", "k", "capacity", "noise", "do", "tab", "list", "class", "level"];
 
@@ -216,6 +216,15 @@ export function readAddress() {
 }
 
 /**
+ * What makes an entry of the history another one, as text that can be compared.
+ * @param {URL} address @param {(number | null)[]} own the visitor's own images, which an address can't carry
+ */
+export function entryText({ searchParams: found }, own) {
+  const expert = found.get("expert")?.split(".")[1]; // its layer isn't a place of its own
+  return JSON.stringify([["model", "variant", "picture", "picture2", "do", "tab"].map((key) => found.get(key)), expert, own]);
+}
+
+/**
  * Write the view into the address; foreign keys stay. Another image, model, expert, intervention or tab is a new entry in
  * the browser's history, to which Back returns; layer, patch, colouring and sliders only change the entry.
  * @param {App} app
@@ -248,10 +257,10 @@ export function writeAddress(app) {
     if (value === null || value === undefined) address.searchParams.delete(key);
     else address.searchParams.set(key, value);
   });
-  const page = JSON.stringify([app.model.id, app.variant, pictures, state?.highlight, app.intervention, app.tab]);
+  const own = pictures.map((picture) => picture.own ?? null);
+  const page = entryText(address, own);
   const moved = app.page !== null && app.page !== page;
   if (moved) app.place += 1;
-  history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place, [OWN]: pictures.map(({ own }) => own ?? null) }, "", address);
+  history[moved ? "pushState" : "replaceState"]({ ...history.state, [PLACE]: app.place, [OWN]: own }, "", address);
   app.page = page;
-  app.trail[app.place] = [...pictures];
 }

@@ -14,7 +14,7 @@ export function drawSimilar({ state, model, core }) {
 }
 
 /** @param {App} app */
-export async function showSimilar({ state, asker, model, variant, core }) {
+export async function showSimilar({ state, asker, core }) {
   const place = core.box("similar");
   if (!state) return;
   const { view, patch } = state;
@@ -23,7 +23,8 @@ export async function showSimilar({ state, asker, model, variant, core }) {
   fillBox(place, waitingBox("Looking for patches with this path…"));
   try {
     const path = view.layers.map((layer) => layer.experts[patch][0]);
-    const { patches } = await asker.remember("similar", { model: model.id, variant, path, class: null });
+    const { id: model, variant } = view.model;
+    const { patches } = await asker.remember("similar", { model, variant, path, class: null });
     if (!wanted()) return;
     fillBox(place, patches.length ? gallery("Patches with the same path", patches)
       : html`<p class="mv-note">No patch of the model's images takes exactly this path.</p>`);

@@ -34,7 +34,7 @@ export async function drawPanel(app, kind) {
   const panel = app.core.box("panel");
   const ticket = (app.panelTicket = Symbol(tab.id));
   const wanted = () => ticket === app.panelTicket;
-  if (!app.state && tab.id !== "about") {
+  if ((!app.state || !app.hasPicture()) && tab.id !== "about") {
     fillBox(panel, app.hasPicture() ? waitingBox("Opening the image…") : emptyBox("No image yet", "This fills when an image is on the stage."));
     return;
   }

@@ -10,13 +10,14 @@ const asTrained = ({ settings }) => !settings.off_distribution && settings.capac
 /** @param {App} app @returns {TimeSource} */
 export const timeSource = (app) => ({
   about: (views) => {
-    const { history } = app.model;
-    if (!history || app.variant !== "trained") return null;
+    const { id: shown, variant } = views[0].model; // another model may be chosen, and on its way
+    const history = app.boot.models.find(({ id }) => id === shown)?.history;
+    if (!history || variant !== "trained") return null;
     if (!views.every(asTrained)) return "The training was recorded without changes of the routing.";
     if (!views.every(({ picture: { id } }) => id !== null && history.images.includes(id))) return `The training was recorded for the first ${history.images.length} examples only.`;
     return history;
   },
-  get: (view) => app.asker.remember("history", { model: app.model.id, picture: view.picture.id }),
+  get: (view) => app.asker.remember("history", { model: view.model.id, picture: view.picture.id }),
 });
 
 /**

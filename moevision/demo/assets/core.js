@@ -315,10 +315,10 @@ export class Core {
     const { state } = this;
     const { slotMaps: maps, slotExpert: expert } = state;
     if (!maps.ask) return;
-    state.views.forEach(async (view, place) => {
+    state.views.forEach(async (view) => {
       const layer = view.layers[state.layer];
       if (maps.get(view, layer, expert)) return;
-      await maps.need(view, place, layer, expert);
+      await maps.need(view, layer, expert);
       state.set({ slotsHere: state.slotsHere + 1 });
     });
   }

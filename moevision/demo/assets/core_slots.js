@@ -21,17 +21,17 @@ export class SlotMaps {
   get(view, layer, expert) { return this.found.get(view)?.get(`${layer.layer}.${expert}`)?.answer; }
 
   /**
-   * Ask once for the slots of an expert; `place` is the image's place on the page.
-   * @param {View} view @param {number} place @param {Layer} layer @param {number} expert
+   * Ask once for the slots of an expert.
+   * @param {View} view @param {Layer} layer @param {number} expert
    */
-  async need(view, place, layer, expert) {
+  async need(view, layer, expert) {
     if (!this.found.has(view)) this.found.set(view, new Map());
     const known = this.found.get(view);
     const key = `${layer.layer}.${expert}`;
     if (known.has(key)) return known.get(key).promise;
     /** @type {{ answer?: any, promise?: Promise<unknown> }} */
     const entry = {};
-    entry.promise = this.ask(place, layer.layer, expert)
+    entry.promise = this.ask(view, layer.layer, expert)
       .then((answer) => { entry.answer = answer; })
       .catch((error) => { entry.answer = { error }; });
     known.set(key, entry);

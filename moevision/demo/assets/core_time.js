@@ -157,8 +157,8 @@ export class Time {
     const late = setTimeout(() => turn === this.turn && this.mark("loading…"), 300);
     try {
       const moments = await Promise.all(now.map((view) => this.source.get(view)));
-      // Another moment, or another image, may have been chosen meanwhile.
-      if (turn !== this.turn || state.views.some((view, slot) => trainedView(view) !== now[slot])) return undefined;
+      // Another moment, or other images, may have been chosen meanwhile.
+      if (turn !== this.turn || state.views.length !== now.length || state.views.some((view, slot) => trainedView(view) !== now[slot])) return undefined;
       state.set({ views: now.map((view, slot) => pastView(view, moments[slot], place)) });
     } catch (error) {
       if (turn === this.turn) this.mark(error instanceof Error ? error.message : String(error));

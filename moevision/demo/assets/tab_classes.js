@@ -43,17 +43,19 @@ export class ClassesTab {
   /** @param {HTMLElement} panel @param {Wanted} wanted */
   async draw(panel, wanted) {
     const { app } = this;
+    const { id: model, variant, routers } = present(app.state).view.model;
     fillBox(panel, waitingBox("Counting which class goes where…"));
-    const answer = await app.asker.whenReady("classes", { model: app.model.id, variant: app.variant }, wanted);
+    const answer = await app.asker.whenReady("classes", { model, variant }, wanted);
     if (!wanted()) return;
     if (!answer.layers.length) return fillBox(panel, emptyBox("No images to count classes in", answer.note || NO_PICTURES));
     this.panel = panel;
-    if (this.model !== app.model.id) Object.assign(this, { model: app.model.id, byClass: RESET, byExpert: RESET }); // its own rows and columns
+    if (this.model !== model) Object.assign(this, { model, byClass: RESET, byExpert: RESET }); // its own rows and columns
+    this.variant = variant;
     /** @type {ClassesAnswer} */
     this.answer = answer;
     const shown = answer.layers.find(({ layer }) => layer === present(app.state).currentLayer.layer) ?? answer.layers[0];
     this.layer = shown;
-    this.kind = app.model.routers.find(({ layer }) => layer === shown.layer)?.kind;
+    this.kind = routers.find(({ layer }) => layer === shown.layer)?.kind;
     fillBox(panel, html`<div class="mv-split"><div><div data-part="table"></div><div data-part="cell" aria-live="polite"></div></div>
       <div>${this.information()}</div></div>`);
     this.drawTable();
@@ -106,7 +108,7 @@ export class ClassesTab {
     const { class: name, expert } = button.dataset;
     fillBox(place, waitingBox(`Looking for images of ${name}…`));
     try {
-      const question = { model: app.model.id, variant: app.variant, layer: layer.layer, expert: Number(expert), class: name };
+      const question = { model: this.model, variant: this.variant, layer: layer.layer, expert: Number(expert), class: name };
       const { pictures } = await app.asker.remember("cell", question);
       if (ticket !== this.cellTicket) return;
       const item = ({ id, thumb, label, share }) => {

@@ -26,14 +26,14 @@ export class CompareTab {
 
   /** @param {HTMLElement} panel */
   async draw(panel) {
-    const names = this.app.model.class_names;
+    const { class_names: names, routers } = present(this.app.state).view.model;
     this.panel = panel;
     this.a = names.includes(this.a) ? this.a : names.includes("cat") ? "cat" : names[0];
     this.b = names.includes(this.b) ? this.b : names.includes("dog") ? "dog" : names[1];
     const pick = (name, label, chosen) => html`<label><span>${label}</span><select data-change="${name}" data-key="${name}">${names.map((entry) => html`
       <option ${new Markup(entry === chosen ? "selected" : "")}>${entry}</option>`)}</select></label>`;
     fillBox(panel, html`<div class="mv-split"><section><h2>Two classes</h2>
-        ${this.app.model.has_pictures ? html`<p class="mv-note">Share of ${shareOf(this.app.model.routers)} per expert, first class minus second, over all images of both
+        ${this.app.model.has_pictures ? html`<p class="mv-note">Share of ${shareOf(routers)} per expert, first class minus second, over all images of both
           (at least 20 each), with 95 % intervals from resampling images.</p>
           <div class="mv-form">${pick("compare-a", "Class", this.a)}${pick("compare-b", "against", this.b)}
           <button type="button" class="mv-primary" data-action="compare-run" data-key="compare-run">Compare</button></div>
@@ -43,8 +43,13 @@ export class CompareTab {
     if (result) this.tell(this.differences(result));
   }
 
-  /** Which model's classes are compared. */
-  subject() { return `${this.app.model.id} ${this.app.variant}`; }
+  /** Whose classes are compared. */
+  network() {
+    const { id: model, variant } = present(this.app.state).view.model;
+    return { model, variant };
+  }
+
+  subject() { return Object.values(this.network()).join(" "); }
 
   /**
    * The tab may have been drawn anew, or left, since the question was asked.
@@ -59,7 +64,7 @@ export class CompareTab {
     const token = (this.token = Symbol("run"));
     this.tell(waitingBox(`Comparing ${a} with ${b}…`));
     try {
-      const answer = await app.asker.remember("compare", { model: app.model.id, variant: app.variant, a, b });
+      const answer = await app.asker.remember("compare", { ...this.network(), a, b });
       this.results.set(subject, answer);
       if (this.token === token && this.subject() === subject) this.tell(this.differences(answer));
     } catch (error) {

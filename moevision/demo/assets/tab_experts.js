@@ -5,7 +5,7 @@ import { chip, expertColour, fillBox, fixed, html, percent, pictureSource, prese
 import { saveExpert } from "./tab_experts_image.js";
 import { calledWords, withoutWords } from "./tab_experts_words.js";
 /** @import { App } from "./app.js" */
-/** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Router, ShareRow, Wanted } from "./types.js" */
+/** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Model, Router, ShareRow, Wanted } from "./types.js" */
 
 /**
  * A patch of a gallery inside its surroundings; `box` frames it, in fractions of the crop. A click opens its image.
@@ -65,8 +65,10 @@ export class ExpertsTab {
     this.app = app;
     this.id = "experts";
     this.label = "Experts";
-    /** @type {any} what the cards that are shown were drawn from */
+    /** @type {any} what the cards that are shown were drawn from, and of which model they are */
     this.answer = null;
+    /** @type {any} */
+    this.model = null;
     /** @type {string | null} model, variant and layer of the cards that are shown or waited for */
     this.key = null;
     this.follows = ["model", "layer", "highlight"];
@@ -79,16 +81,17 @@ export class ExpertsTab {
   /** @param {HTMLElement} panel @param {Wanted} wanted */
   async draw(panel, wanted) {
     const { app } = this;
-    const layer = present(app.state).currentLayer;
-    const key = [app.model.id, app.variant, layer.layer].join();
+    const { currentLayer: layer, view: { model } } = present(app.state);
+    const question = { model: model.id, variant: model.variant, layer: layer.layer };
+    const key = Object.values(question).join();
     if (this.key !== key || !panel.querySelector(".mv-cards")) fillBox(panel, waitingBox(`Looking at the images of ${layer.name}…`));
     this.key = key;
-    const answer = await app.asker.whenReady("experts", { model: app.model.id, variant: app.variant, layer: layer.layer }, wanted);
+    const answer = await app.asker.whenReady("experts", question, wanted);
     if (!wanted()) return;
-    this.answer = answer;
+    Object.assign(this, { answer, model });
     if (!answer.experts.length) return fillBox(panel, emptyBox("No images to show experts by", answer.note || NO_PICTURES));
-    this.fetchOtherLayers(layer.layer);
-    const router = present(app.model.routers.find((one) => one.layer === layer.layer));
+    this.fetchOtherLayers(model, layer.layer);
+    const router = present(model.routers.find((one) => one.layer === layer.layer));
     const hint = answer.status === "no_pictures" ? NO_PICTURES : "A click on a patch opens its image.";
     const one = app.chosenExpert;
     const shown = one === null ? answer.experts : answer.experts.filter(({ expert }) => expert === one);
@@ -98,9 +101,9 @@ export class ExpertsTab {
 
   /** @param {number} expert */
   async save(expert) {
-    const { app, answer } = this;
+    const { app, answer, model } = this;
     try {
-      await saveExpert(app, answer.experts.find((card) => card.expert === expert), answer);
+      await saveExpert(model, answer.experts.find((card) => card.expert === expert), answer);
       app.notify("Image saved.");
     } catch (error) {
       app.notify(asAskError(error).message);
@@ -109,14 +112,13 @@ export class ExpertsTab {
 
   /**
    * Ask ahead for the other layers, so that a change of layer finds its cards in the page.
-   * @param {number} current
+   * @param {Model} model @param {number} current
    */
-  fetchOtherLayers(current) {
-    const { app } = this;
-    const ask = (layer) => app.asker.remember("experts", { model: app.model.id, variant: app.variant, layer });
-    const others = app.model.layers.filter((layer) => layer !== current);
+  fetchOtherLayers({ id: model, variant, layers }, current) {
+    const ask = (layer) => this.app.asker.remember("experts", { model, variant, layer });
+    const others = layers.filter((layer) => layer !== current);
     // One after another: a visitor's next image should not wait behind all of them. A failure shows when the layer is opened.
-    if (app.model.layers.length <= MOST_LAYERS_AHEAD) others.reduce((before, layer) => before.then(() => ask(layer)), Promise.resolve()).catch(() => {});
+    if (layers.length <= MOST_LAYERS_AHEAD) others.reduce((before, layer) => before.then(() => ask(layer)), Promise.resolve()).catch(() => {});
   }
 }
 

@@ -3,16 +3,15 @@
 import { download, loadPicture } from "./app_share.js";
 import { brush, expertColour, inkOn, percent, pictureSource } from "./core_util.js";
 import { calledWords } from "./tab_experts_words.js";
-/** @import { App } from "./app.js" */
-/** @import { ExpertCard, ExpertsAnswer, GalleryPatch } from "./types.js" */
+/** @import { ExpertCard, ExpertsAnswer, GalleryPatch, Model } from "./types.js" */
 
 const [WIDTH, CELL, GAP] = [1200, 139, 8];
 const LINES = 4; // of credits at most
 
 /**
- * @param {App} app @param {ExpertCard} card @param {ExpertsAnswer} layer
+ * @param {Model} model @param {ExpertCard} card @param {ExpertsAnswer} layer
  */
-export async function saveExpert({ model, variant }, card, layer) {
+export async function saveExpert(model, card, layer) {
   const credits = [...new Set([...card.top, ...card.random].flatMap(({ credit }) => credit ?? []))].join("; ");
   const canvas = document.createElement("canvas");
   canvas.width = WIDTH;
@@ -32,7 +31,7 @@ export async function saveExpert({ model, variant }, card, layer) {
   context.textAlign = "center";
   write(String(card.expert), 60, 75, "700 40px", inkOn(colour));
   context.textAlign = "left";
-  write(`${card.name} · ${model.title}, ${variant}`, 116, 56, "600 30px");
+  write(`${card.name} · ${model.title}, ${model.variant}`, 116, 56, "600 30px");
   write([calledWords(card), `${percent(card.load_share, 1)} of all choices`].filter(Boolean).join(" · "), 116, 90, "22px", "#5c5c57");
   const rows = /** @type {[string, GalleryPatch[]][]} */ ([["Highest weight: the best of all, so they flatter", card.top], ["Picked at random: what it usually gets", card.random]]);
   for (const [index, [title, patches]] of rows.entries()) {

@@ -31,7 +31,7 @@ export class WhatIfTab {
     if (!effect) return;
     const told = panel.querySelector("[data-part=class]");
     try {
-      const { picture, noise, ...asked } = app.question(0);
+      const { picture, noise, ...asked } = app.questionOf(view);
       const { class_effect: byClass } = await app.asker.ask("class_effect", { ...asked, class: effect.target });
       if (wanted()) fillBox(told, byClass ? classWords(byClass) : "No effect over the class: there are too few images of it here.");
     } catch (error) {
@@ -41,8 +41,9 @@ export class WhatIfTab {
 
   /** What an absent expert's patches get, and random routing: in the layer that is shown, and in every layer. */
   choices() {
-    const { intervention, model: { routers }, state } = this.app;
-    const shown = present(routers.find(({ layer }) => layer === present(state).currentLayer.layer));
+    const { intervention } = this.app;
+    const { currentLayer, view: { model: { routers } } } = present(this.app.state);
+    const shown = present(routers.find(({ layer }) => layer === currentLayer.layer));
     const random = (layer, label) => html`<button type="button" class="mv-button" data-action="if-random" data-layer="${layer}" data-key="if-random-${layer}"
       aria-pressed="${intervention?.kind === "random" && intervention.layer === layer}">${label}</button>`;
     const away = intervention?.kind === "ablate" && routers.find(({ layer }) => layer === intervention.layer);

@@ -246,6 +246,9 @@ export interface Shares { layers: { layer: number; shares: number[] }[] }
 /** What an address asks for, unchecked. */
 export type Wish = Partial<Record<string, string>>;
 
+/** Slots whose views aren't shown yet, and what of the page they change; `wish`: of an address that is followed. */
+export interface Pending { slots: number[]; kind: string | null; wish: Wish | null }
+
 export interface Tab {
   id: string;
   label: string;

@@ -13,6 +13,7 @@ from playwright.sync_api import sync_playwright
 
 from tests.needs import chromium
 
+SERVER_CALL = re.compile(r"/component_server\b")
 WIDE = {"width": 1440, "height": 900}
 
 
@@ -156,6 +157,41 @@ def open_tab(page, name):
 
 def no_sideways_scroll(page):
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+class Held:
+    """The calls of one of the server's functions, which wait until they are released."""
+
+    def __init__(self, page, name):
+        self.page, self.name, self.routes, self.released = page, name, [], False
+        page.route(SERVER_CALL, self.handle)
+
+    def handle(self, route):
+        if not self.released and route.request.post_data_json["fn_name"] == self.name:
+            self.routes.append(route)
+        else:
+            route.continue_()
+
+    def wait(self, count=1):
+        """Until there are as many calls."""
+        end = time.monotonic() + 60  # s
+        while len(self.routes) < count:
+            assert time.monotonic() < end
+            self.page.wait_for_timeout(20)  # ms
+
+    def release(self):
+        """All of them, and wait for the answers."""
+        self.released = True
+        for route in self.routes:
+            with self.page.expect_response(lambda answer, request=route.request: answer.request == request):
+                route.continue_()
+        self.page.wait_for_timeout(200)  # ms; an answer is shown in far less
+
+
+@pytest.fixture
+def hold():
+    """`hold(page, name)` lets a server function wait for a test."""
+    return Held
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """What a newcomer sees: Simple, two images, a counted sentence; and the way to everything else."""
 
+import re
+
 import pytest
 
 pytestmark = pytest.mark.needs("chromium")
@@ -51,3 +53,22 @@ def test_research_shows_the_rest_and_is_remembered_and_linked(newcomer, visit):
     other = visit("?" + link, level="simple").page
     assert other.locator("[data-level=research][aria-pressed=true]").count() == 1
     assert other.locator("[data-slot]").count() == 2
+
+
+def test_the_sentence_of_another_network_waits_for_its_own_count(newcomer):
+    """What was counted over the trained network's images doesn't stand above the untrained one's."""
+    page = newcomer.page
+    computing = {"status": "computing", "layers": [], "class_names": [], "n_images": 0, "note": ""}
+
+    def still_counts(route):
+        call = route.request.post_data_json
+        if call["fn_name"] == "classes" and call["data"]["variant"] == "untrained":
+            return route.fulfill(json=computing)
+        return route.continue_()
+
+    page.route(re.compile(r"/component_server\b"), still_counts)
+    page.click("[data-variant=untrained]")
+    page.wait_for_function("location.search.includes('variant=untrained')")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    assert page.locator(".mv-question").count() == 0
+    assert "Counting" in page.text_content(".mv-asking")

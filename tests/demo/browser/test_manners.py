@@ -204,6 +204,58 @@ def test_a_busy_server_is_asked_again(new_visit, server):
     assert page.locator("[role=alert]").count() == 0
 
 
+def refuse(page, **asked):
+    """Every question about a view that asks for this goes unanswered, until `page.unroute(SERVER_CALL)`."""
+
+    def handle(route):
+        call = route.request.post_data_json
+        refused = call["fn_name"] == "route" and asked.items() <= call["data"].items()
+        return route.abort() if refused else route.continue_()
+
+    page.route(SERVER_CALL, handle)
+
+
+def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, ask, look):
+    """Another network for both images, which fails, then another second image: one network for both."""
+    page = new_visit().open(server.url + "?picture2=pets/test/5")
+    refuse(page, variant="unbalanced")
+    page.click("[data-variant=unbalanced]")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=slot][data-index='1']")
+    page.click("[data-action=example][data-id='pets/test/6']")
+    page.wait_for_selector("[data-action=retry]", state="detached")
+    layer = ask("route", picture=FIRST, variant="unbalanced")["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+
+
+def test_a_second_image_that_failed_comes_with_the_next_choice(new_visit, server, look):
+    page = new_visit().open(server.url)
+    refuse(page)
+    page.click("[data-action=count][data-count='2']")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=slot][data-index='0']")
+    page.click("[data-action=example][data-id='pets/test/6']")
+    page.wait_for_selector(".mv-pictures [data-slot='1'] .mv-cell")
+    assert page.locator("[role=alert]").count() == 0
+
+
+def test_back_to_an_image_that_failed_before_shows_it(new_visit, server):
+    """Rabbit, then another; the rabbit again, which fails; back to where it was seen."""
+    page = new_visit().open(server.url + "?picture=pets/test/2")
+    page.wait_for_function("location.search.includes('patch=')")
+    page.click("[data-action=example][data-id='pets/test/5']")
+    page.wait_for_selector(".mv-picture[alt*=fox]")
+    page.wait_for_function("location.search.includes('test%2F5')")
+    refuse(page)
+    page.click("[data-action=example][data-id='pets/test/2']")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.go_back()
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+
+
 def test_a_model_without_pictures_says_how_to_bring_some(visit, look):
     page = visit().page
     page.select_option("[data-change=model]", "photos")
@@ -233,22 +285,134 @@ def test_of_two_images_both_show_what_was_chosen_last(visit, ask, look):
     assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
 
 
-def test_forward_after_a_reload_finds_the_other_models_images(visit):
-    page = visit().page
+def before_photos(page):
+    """Photos, back to pets, and a reload: Forward leads to a model whose images aren't here yet."""
     page.select_option("[data-change=model]", "photos")
     page.wait_for_function("location.search.includes('model=photos')")
     page.go_back()
     page.wait_for_function("!location.search.includes('model=photos')")
     page.reload()
     page.wait_for_selector(".mv-cell")
-    held = []
-    page.route(SERVER_CALL, lambda route: route.continue_() if held else held.append(route))
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+
+
+def test_forward_after_a_reload_finds_the_other_models_images(visit, hold):
+    page = visit().page
+    before_photos(page)
+    held = hold(page, "boot")
     page.go_forward()
     page.wait_for_selector("[data-box=main][aria-busy=true]")  # it says so while the other model's images are fetched
-    held[0].continue_()
+    held.release()
     page.wait_for_selector("[data-box=main][aria-busy=false]")
     assert page.is_visible("[data-action=example][data-id^='photo/']")
     assert "model=photos" in page.url
+
+
+def test_an_image_that_is_chosen_while_forward_waits_stands(visit, hold):
+    page = visit().page
+    before_photos(page)
+    held = hold(page, "boot")
+    page.go_forward()
+    held.wait()
+    page.click("[data-action=example][data-id='pets/test/2']")
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    held.release()
+    assert page.locator(".mv-picture[alt*=rabbit]").count() == 1
+    assert page.eval_on_selector("[data-change=model]", "select => select.value") == "pets"
+    page.wait_for_function("location.search.includes('model=pets') && location.search.includes('test%2F2')")
+
+
+def test_of_two_models_the_last_one_is_shown_though_both_wait(visit, hold):
+    page = visit().page
+    held = hold(page, "boot")
+    page.select_option("[data-change=model]", "photos")
+    held.wait()
+    page.select_option("[data-change=model]", "pets")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    held.release()
+    assert page.eval_on_selector("[data-change=model]", "select => select.value") == "pets"
+    assert page.is_visible("[data-action=example][data-id='pets/test/2']")
+
+
+def test_forward_to_images_that_do_not_come_can_be_tried_again(new_visit, server):
+    page = new_visit().open(server.url)
+    before_photos(page)
+    page.route(SERVER_CALL, lambda route: route.abort())
+    page.go_forward()
+    page.wait_for_selector("[data-action=retry]")
+    assert page.locator("text=comes without images").count() == 0
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector("[data-action=example][data-id^='photo/']")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    assert page.locator("[data-action=retry]").count() == 0
+    assert "model=photos" in page.url
+
+
+def test_an_image_that_is_chosen_on_the_way_back_is_an_entry_of_its_own(visit, hold):
+    page = visit().page
+    page.wait_for_function("location.search.includes('test%2F0')")
+    page.click("[data-action=example][data-id='pets/test/4']")
+    page.wait_for_function("location.search.includes('test%2F4')")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    held = hold(page, "route")
+    page.go_back()
+    held.wait()
+    page.click("[data-action=example][data-id='pets/test/6']")
+    held.wait(2)
+    held.release()
+    page.wait_for_function("location.search.includes('test%2F6')")
+    page.go_back()
+    page.wait_for_function("location.search.includes('test%2F0')")
+    page.wait_for_selector(".mv-picture[alt*=cat]")
+
+
+def test_a_click_before_a_links_image_came_stands(new_visit, server, hold):
+    page = new_visit().page
+    held = hold(page, "route")
+    page.goto(server.url + "?picture=pets/test/5")
+    held.wait()
+    page.click("[data-action=example][data-id='pets/test/2']")
+    held.wait(2)
+    held.release()
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    assert page.is_hidden("[data-box=toast]")
+
+
+def test_a_link_whose_server_did_not_answer_is_tried_again(new_visit, server):
+    page = new_visit().page
+    refuse(page)
+    page.goto(server.url + "?picture=pets/test/5&patch=3")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector(".mv-picture[alt*=fox]")
+    assert page.get_attribute(".mv-pinned", "data-patch") == "3"
+    assert page.is_hidden("[data-box=toast]")
+
+
+def test_a_link_to_another_model_says_that_it_waits(new_visit, server, hold):
+    page = new_visit().page
+    held = hold(page, "boot")
+    page.goto(server.url + "?model=photos")
+    page.wait_for_selector("[data-box=main][aria-busy=true]")
+    assert page.is_visible("[data-change=model]")
+    assert page.is_visible("[data-tab=about]")
+    assert page.get_attribute("[data-level=research]", "aria-pressed") == "true"  # as at the last visit
+    held.release()
+    page.wait_for_selector("[data-action=example][data-id^='photo/']")
+    page.wait_for_selector(".mv-cell")
+
+
+def test_a_link_to_another_model_can_be_tried_again(new_visit, server):
+    page = new_visit().page
+    page.route(SERVER_CALL, lambda route: route.abort())
+    page.goto(server.url + "?model=photos")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector("[data-action=example][data-id^='photo/']")
+    page.wait_for_selector(".mv-cell")
 
 
 def test_a_late_answer_does_not_bring_back_the_former_models_image(visit):

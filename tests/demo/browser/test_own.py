@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import numpy as np
 import pytest
@@ -77,6 +78,20 @@ def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):
     assert page.evaluate("sessionStorage.getItem('moevision.own')") == "[]"
 
 
+def test_what_is_forgotten_does_not_come_back(visit, files):
+    one = visit()
+    page = one.page
+    add(page, files[:1])
+    page.wait_for_function("history.state['moevision.own']?.[0] === 1")
+    page.click("[data-action=example][data-id='pets/test/4']")
+    page.wait_for_function("location.search.includes('test%2F4')")
+    page.click("[data-action=forget]")
+    page.go_back()
+    page.wait_for_selector("[data-action=example][data-id='pets/test/0'][aria-pressed=true]")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    assert one.question("route")["picture"] == {"kind": "example", "id": "pets/test/0"}
+
+
 def test_a_dozen_fit_and_a_broken_one_is_named(visit, files, tmp_path):
     page = visit().page
     broken = tmp_path / "broken.png"
@@ -135,3 +150,22 @@ def test_more_examples_come_when_asked_for(visit):
     assert page.evaluate("document.activeElement.dataset.key") == "more"
     page.click("[data-action=example][data-id='pets/test/20']")
     page.wait_for_function("location.search.includes('picture=pets%2Ftest%2F20')")
+
+
+def test_more_is_offered_as_long_as_the_data_has_more(visit):
+    """Photos that come with a model don't count as images of its data."""
+    page = visit().page
+
+    def with_two_of_five(route):
+        if route.request.post_data_json["fn_name"] != "boot":
+            return route.continue_()
+        answer = route.fetch()
+        pets, photos = answer.json()["models"]
+        few = [*pets["examples"][:2], *({**one, "id": f"photo/{at}"} for at, one in enumerate(pets["examples"][2:6]))]
+        models = [pets, {**photos, "examples": few, "num_examples": 5}]
+        return route.fulfill(response=answer, json={"models": models})
+
+    page.route(re.compile(r"/component_server\b"), with_two_of_five)
+    page.select_option("[data-change=model]", "photos")
+    page.wait_for_selector("[data-action=example][data-id='photo/3']")
+    assert page.locator("[data-action=more]:visible").count() == 1

@@ -59,6 +59,17 @@ def test_the_page_is_short_and_a_patch_opens_a_sheet_below_the_stage(visit, look
     assert page.eval_on_selector_all(".mv :is(button, select, summary):not(.mv-quiet, .mv-term)", TOO_SMALL) == []
 
 
+@pytest.mark.parametrize("width", [360, 390, 412])
+@pytest.mark.parametrize("level", ["simple", "research"])
+def test_the_share_menu_stays_on_the_screen(visit, look, width, level):
+    page = visit(level=level, **{**PHONE, "viewport": {"width": width, "height": 844}}).page
+    page.tap(".mv-menu summary")
+    menu = page.locator(".mv-menu-list").bounding_box()
+    assert menu["x"] >= 0
+    assert menu["x"] + menu["width"] <= width
+    assert look.no_sideways_scroll(page)
+
+
 @pytest.fixture(scope="module")
 def opening():
     """Address of the document that `moevision demo` opens with, served with nothing behind it."""

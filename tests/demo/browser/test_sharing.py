@@ -65,6 +65,17 @@ def test_the_saved_page_works_alone(visit, export, new_visit, ask, look, tmp_pat
     assert alone.strangers(file.as_uri()) == []
 
 
+def test_the_saved_page_is_of_the_image_on_the_stage(visit, export, hold):
+    """Another one may have been chosen, and not be here yet."""
+    one = visit()
+    held = hold(one.page, "route")
+    one.page.click("[data-action=example][data-id='pets/test/4']")
+    held.wait()
+    export(one.page, "page")
+    assert one.question("export_html")["picture"] == FIRST
+    held.release()
+
+
 def test_a_notebook_shows_the_same_view(new_visit, pixels, make, look):
     from moevision.demo import route_image
 

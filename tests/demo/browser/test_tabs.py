@@ -50,6 +50,18 @@ def test_a_change_of_layer_finds_its_cards_in_the_page(visit):
     assert len(one.asked) == before
 
 
+def test_while_another_network_is_waited_for_the_cards_are_of_the_one_that_is_shown(visit, hold):
+    one = visit()
+    one.page.wait_for_selector(".mv-card")
+    held = hold(one.page, "route")
+    one.page.click("[data-variant=untrained]")
+    held.wait()
+    one.page.click(".mv-layer[data-index='0']")
+    one.page.wait_for_selector(".mv-card h2:has-text('L1·E0')")
+    assert {question["variant"] for question in one.questions("experts")} == {"trained"}
+    held.release()
+
+
 def open_changed_classes(page, change):
     """Open the tab Classes with an answer of the service that `change` has changed."""
 

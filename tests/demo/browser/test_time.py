@@ -120,6 +120,19 @@ def test_two_images_go_back_together_and_the_sentence_with_them(photos, recorded
     assert one.asked.count("history") == 2
 
 
+def test_a_moment_that_comes_late_does_not_bring_back_an_image_that_was_removed(photos, hold):
+    page = photos(level=None).page
+    page.wait_for_function("location.search.includes('picture2=')")
+    held = hold(page, "history")
+    page.focus(SLIDER)
+    page.keyboard.press("Home")
+    held.wait(2)
+    page.click("[data-key=count-1]")
+    page.wait_for_selector("[data-slot='1'] .mv-cell", state="hidden")
+    held.release()
+    assert page.locator(".mv-canvas:visible").count() == 1
+
+
 def test_a_link_and_a_reload_carry_the_moment(photos, recorded, look):
     page = photos("?step=10&patch=5").page
     page.wait_for_selector(f"{SLIDER}[aria-valuetext='after 10 of 100 steps']")

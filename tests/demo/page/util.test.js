@@ -66,11 +66,11 @@ test("slots are asked for once, and again after they were forgotten", async () =
   const maps = new SlotMaps();
   const [one, layer, asked] = [view(), { layer: 3 }, []];
   maps.ask = async (...query) => { asked.push(query); return asked.length > 1 ? { unit: 1 } : Promise.reject(new Error("away")); };
-  await Promise.all([maps.need(one, 0, layer, 2), maps.need(one, 0, layer, 2)]);
-  assert.deepEqual(asked, [[0, 3, 2]]);
+  await Promise.all([maps.need(one, layer, 2), maps.need(one, layer, 2)]);
+  assert.deepEqual(asked, [[one, 3, 2]]);
   assert.equal(maps.get(one, layer, 2).error.message, "away");
   maps.forget(one, layer, 2);
-  await maps.need(one, 0, layer, 2);
+  await maps.need(one, layer, 2);
   assert.deepEqual(maps.get(one, layer, 2), { unit: 1 });
 });
 
