@@ -14,7 +14,6 @@ Axes: B images of a batch, R rows, I images, N tokens (prefix tokens first), K c
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import softmax
 from torch import Tensor, nn
 
 from moevision.analysis.collect import network_input
@@ -470,12 +470,12 @@ class Effect:
     @property
     def before(self) -> tuple[float, ...]:
         """[C] probabilities before."""
-        return _softmax(self.before_logits)
+        return tuple(softmax(self.before_logits).tolist())
 
     @property
     def after(self) -> tuple[float, ...]:
         """[C] probabilities after."""
-        return _softmax(self.after_logits)
+        return tuple(softmax(self.after_logits).tolist())
 
     @property
     def delta_logit(self) -> float:
@@ -539,12 +539,6 @@ def _change(before: float, after: float) -> str:
 def _signed(value: float) -> str:
     text = f"{value:+.2f}".replace("-", "−")
     return "0.00" if text in ("+0.00", "−0.00") else text
-
-
-def _softmax(logits: Sequence[float]) -> tuple[float, ...]:
-    top = max(logits)
-    powers = [math.exp(logit - top) for logit in logits]
-    return tuple(power / sum(powers) for power in powers)
 
 
 def in_words(intervention: Intervention, moved: int, routing: RoutingKind = "token_choice") -> str:

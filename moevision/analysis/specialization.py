@@ -52,6 +52,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import entr, log_softmax, softmax
 from torch import nn
 
 from moevision.analysis.agreement import match_experts
@@ -587,7 +588,8 @@ class Rule:
         low, high = 1 / _MOST_DECIDED, _MOST_DECIDED
         for _ in range(_STEPS):
             middle = float(np.sqrt(low * high))
-            low, high = (low, middle) if _mean_entropy_bits(middle * unit) < self.entropy_bits else (middle, high)
+            entropy = entr(softmax(middle * unit, -1)).sum(-1).mean() / np.log(2)
+            low, high = (low, middle) if entropy < self.entropy_bits else (middle, high)
         return low / max(float(flat.std(-1).mean()), 1e-12)
 
     def apply(self, scores: npt.NDArray[Any], scale: float) -> Chosen:
@@ -601,10 +603,10 @@ class Rule:
             return Chosen(np.argsort(scores, axis=-1)[..., ::-1][..., : self.top_k].astype(np.int16))
         everyone = np.broadcast_to(np.arange(self.num_experts, dtype=np.int16), scores.shape)
         logits = scale * np.asarray(scores, dtype=np.float64)
-        affinity = _log_softmax(logits, -1)
+        affinity = log_softmax(logits, -1)
         takes = np.exp(affinity).astype(np.float32)
         if self.kind == "soft":
-            return Chosen(everyone, np.exp(_log_softmax(logits, 1)).astype(np.float32), takes)
+            return Chosen(everyone, softmax(logits, 1).astype(np.float32), takes)
         rank = np.argsort(np.argsort(-affinity, axis=1, kind="stable"), axis=1)
         taken = rank < self.top_k
         return Chosen(everyone, taken, takes * taken)
@@ -647,14 +649,3 @@ class Assignments:
     def patch_takes(self) -> Floats:
         """[I', P, E] what each patch takes from each expert: the same, where tokens choose."""
         return choice_counts(self.expert_index, self.num_experts, self.takes)
-
-
-def _log_softmax(x: Floats, axis: int) -> Floats:
-    shifted = x - x.max(axis, keepdims=True)
-    result: Floats = shifted - np.log(np.exp(shifted).sum(axis, keepdims=True))
-    return result
-
-
-def _mean_entropy_bits(logits: Floats) -> float:
-    logs = _log_softmax(logits, -1)
-    return float(-(np.exp(logs) * logs).sum(-1).mean() / np.log(2))

@@ -238,7 +238,7 @@ def test_intervals_by_hand_and_over_images() -> None:
     found = ratio_interval(part, whole)
     spread = math.sqrt(0.75 * 0.25 / 3)  # of a mean of four
     z = 1.959964
-    assert found.high - found.value == pytest.approx(z * (1 + (z * z + 1) / 12) * spread)
+    assert found.high - found.value == pytest.approx(3.182446 * spread)  # Student's, 3 degrees of freedom
     # As many patches again that repeat the first ones say nothing new: the same interval.
     rng = np.random.default_rng(0)
     chosen = np.where(rng.random((40, 6)) < 0.6, (np.arange(40) % 2)[:, None], rng.integers(2, size=(40, 6)))[..., None]
