@@ -16,7 +16,8 @@ One visit is one image in one applied update; p = softmax(logits) [C], y its lab
 
 All are means over visits, because images are not visited equally often: a stand-in for a bad file, balanced sampling
 and the tail that several processes drop. They are of the training's own forward pass: augmented, with dropout and
-router noise. Numbers lie in one array with a row per image, so that memory is known in advance (`bytes_per_image`).
+router noise. Numbers lie in one array with a row per image, so that memory is known in advance: 52 + 2 H bytes an
+image, with its key.
 
 Axes: n training images, B visits, C classes, H = sum of the experts over all MoE layers.
 """
@@ -58,11 +59,6 @@ def row_type(experts: Mapping[int, int]) -> np.dtype[Any]:
     # Shares lie in [0, 1]: half precision keeps three digits of their running mean, and halves most of the row.
     shares = ("shares", np.float16, (sum(experts.values()),))
     return np.dtype([*((name, np.float32) for name in numbers), *((name, np.int32) for name in counts), shares])
-
-
-def bytes_per_image(experts: Mapping[int, int]) -> int:
-    """Bytes of one image's row and key: 52 + 2 H."""
-    return row_type(experts).itemsize + 8
 
 
 def keys_of(ids: Iterable[str]) -> Ints:
