@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from moevision.analysis.specialization import Assignments
 from moevision.errors import UserError
 from moevision.models.io import from_clusters
 from moevision.models.reading import routes_read
-from moevision.models.safe_files import read_json, read_yaml
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +40,6 @@ Flags = npt.NDArray[np.bool_]
 Run = Callable[[int, Ints, Ints], npt.NDArray[Any]]
 """(place of the layer, images [R], their experts [R, P, K]) -> logits [R, C] with those routes; gates stay by rank."""
 
-UPCYCLE_RECORD = "upcycle.json"  # what `moevision upcycle` leaves beside a model
 _INPUT_TOKENS = 20_000  # whose inputs are kept of each layer
 _BATCH = 32
 
@@ -134,7 +131,6 @@ def recording_of(
     parts: Ints | None = None,
     part_names: Sequence[str] = (),
     swap: bool = True,
-    cluster_start: bool = False,
     seed: int = 0,
 ) -> Recording:
     """The recording of a model of ours.
@@ -149,7 +145,6 @@ def recording_of(
         parts: [I, P] the part that each patch shows.
         part_names: names of the parts; `background` is told apart from the object.
         swap: whether the swap test can be made.
-        cluster_start: from `cluster_started`; a model that says so of itself needs none.
         seed: of the patches whose inputs are kept.
 
     Raises:
@@ -188,7 +183,7 @@ def recording_of(
                 before=old,
                 untrained=() if old else mine["untrained"],
                 clusters=mine["kmeans_input"] or None,
-                cluster_start=cluster_start or from_clusters(model.net),
+                cluster_start=from_clusters(model.net),
                 read=read,
             )
         )
@@ -199,34 +194,6 @@ def recording_of(
     if swap and trace.accuracy is not None:
         run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
     return Recording(np.asarray(trace.labels), layers, trace.class_names, parts, objects, run)
-
-
-def cluster_started(address: str | Path) -> bool:
-    """Whether a model's record, or that of the weights it was trained from, says that its routers began as clusters.
-
-    For folders of earlier versions: a model that is saved now says it in its own config.json.
-
-    Args:
-        address: a run folder, or a model's folder.
-    """
-    folder = Path(address)
-    run = folder.parent if folder.name == "model" else folder
-    try:
-        config = read_yaml(run / "config.yaml")
-        chosen, source = config.get("router_start"), config["model"]["arch"]["pretrained"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        chosen, source = None, None  # no run folder
-    origin = [Path(str(source).removeprefix("local-dir:"))] if source else []
-    clusters = chosen == "cluster" and bool(source)  # earlier versions ignored it without pretrained weights
-    return clusters or any(_has_cluster_start(place) for place in (folder, run, *origin))
-
-
-def _has_cluster_start(folder: Path) -> bool:
-    try:
-        record = read_json(folder / UPCYCLE_RECORD)
-    except (OSError, ValueError):
-        return False  # not upcycled
-    return isinstance(record, dict) and bool(record.get("router_start"))
 
 
 def _inputs(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, positions: Ints) -> dict[int, Floats]:
