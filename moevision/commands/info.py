@@ -7,7 +7,7 @@ import json
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import timm
 from rich.console import Console
@@ -25,22 +25,18 @@ from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.names import shown
 
 
-def info(model: str, format: Literal["table", "json"] = "table") -> None:
+def run(chosen: Namespace) -> None:
     """Show parameters and FLOPs of a model beside its dense twins and the plain ViT.
 
-    Args:
-        model: A run folder, its model/ folder, a timm address, or a timm name (built without weights).
-        format: table or json.
-
     Raises:
-        UserError: If there is no such model.
+        UserError: if there is no such model.
     """
     with loading("counting parameters and FLOPs"):
-        saved = load_any(model)
+        saved = load_any(chosen.model)
         costs = compare_costs(saved.net, saved.image_size)
     layers = moe_layers(saved.net)
     facts = {
-        "model": model,
+        "model": chosen.model,
         "classes": len(saved.class_names),
         "image_size": saved.image_size,
         "moe_blocks": [layer.layer_index for layer in layers],
@@ -50,7 +46,7 @@ def info(model: str, format: Literal["table", "json"] = "table") -> None:
         "moe": describe_moe(layers) if layers else "no MoE layers",
         "costs": {name: asdict(cost) for name, cost in costs.items()},
     }
-    if format == "json":
+    if chosen.format == "json":
         print(json.dumps(facts, indent=2))
     else:
         _print_table(facts, costs)
@@ -118,8 +114,3 @@ def _print_table(facts: dict[str, Any], costs: dict[str, ModelCost]) -> None:
     console.print(
         "active: parameters that one token passes through; one multiply-add is two FLOPs; equal FLOPs is not equal time"
     )
-
-
-def run(chosen: Namespace) -> None:
-    """Run with parsed command-line arguments."""
-    info(**vars(chosen))
