@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 
 from moevision.analysis.collect import layer_inputs, network_input
 from moevision.analysis.images import read_images
-from moevision.analysis.intervention import Ranking, edited, numbered_layers
+from moevision.analysis.intervention import edited, numbered_layers
 from moevision.analysis.specialization import Assignments
 from moevision.errors import UserError
 from moevision.models.io import from_clusters
@@ -237,10 +238,6 @@ def forced_logits(
         prefix: tokens before the patches, which stay where they are.
     """
     wanted = torch.from_numpy(experts.astype(np.int64)).to(inputs.device)
-    with edited(net, {layer: partial(_choose, experts=wanted, prefix=prefix)}):
+    with edited(net, {layer: methodcaller("choose", wanted, prefix)}):
         logits: npt.NDArray[np.float32] = net(inputs).float().cpu().numpy()
     return logits
-
-
-def _choose(decision: Ranking, experts: torch.Tensor, prefix: int) -> Ranking:
-    return decision.choose(experts, prefix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -49,7 +50,7 @@ def run(chosen: Namespace) -> None:
     if chosen.format == "json":
         print(json.dumps(facts, indent=2))
     else:
-        _print_table(facts, costs)
+        _print_table(facts)
 
 
 def load_any(address: str) -> SavedModel:
@@ -95,22 +96,27 @@ def plain_vit(net: nn.Module) -> nn.Module:
     return timm.create_model(config["architecture"], **{**arguments, "num_classes": net.num_classes, "moe_layers": []})
 
 
-def _print_table(facts: dict[str, Any], costs: dict[str, ModelCost]) -> None:
+def _print_table(facts: dict[str, Any]) -> None:
     console = Console()
     console.print(f"{shown(facts['model'])}: {facts['classes']} classes, {facts['image_size']} px", markup=False)
     console.print(facts["moe"])
+    console.print(cost_table(facts["costs"]))
+    console.print(
+        "active: parameters that one token passes through; one multiply-add is two FLOPs; equal FLOPs is not equal time"
+    )
+
+
+def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Each model's `ModelCost` (as a dict) in a row."""
     table = Table("", "parameters", "active", "MFLOPs / image", "routers' MFLOPs")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, cost in costs.items():
         table.add_row(
             name,
-            f"{cost.total_parameters:,}",
-            f"{cost.active_parameters:,}",
-            f"{cost.flops_per_image / 1e6:,.1f}",
-            f"{cost.router_flops_per_image / 1e6:,.2f}",
+            f"{cost['total_parameters']:,}",
+            f"{cost['active_parameters']:,}",
+            f"{cost['flops_per_image'] / 1e6:,.1f}",
+            f"{cost['router_flops_per_image'] / 1e6:,.2f}",
         )
-    console.print(table)
-    console.print(
-        "active: parameters that one token passes through; one multiply-add is two FLOPs; equal FLOPs is not equal time"
-    )
+    return table

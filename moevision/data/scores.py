@@ -67,6 +67,15 @@ def keys_of(ids: Iterable[str]) -> Ints:
     return np.frombuffer(digests, np.int64)
 
 
+def rows_of(keys: Ints, wanted: Ints) -> Ints:
+    """[m] the row of `keys` [n] in which each of `wanted` [m] stands; -1 where it doesn't."""
+    if not len(keys):
+        return np.full(len(wanted), -1)
+    order = np.argsort(keys)
+    row = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
+    return np.where(keys[row] == wanted, row, -1)
+
+
 class ScoreSums:
     """The rows of all training images.
 

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 import moevision.analysis.plots as plots
 from moevision import __version__, package_version
-from moevision.analysis.collect import UNREAD, collect_routing
+from moevision.analysis.collect import UNREAD, collect_routing, model_title
 from moevision.analysis.describe import co_activation, gate_weight_quantiles, part_expert_table, position_share
 from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, pictures_for, run_folder
 from moevision.analysis.plots.style import figure_png
@@ -166,10 +166,7 @@ def _open(settings: ReportSettings, model: SavedModel) -> PictureSet:
 
 
 def _title(address: str) -> str:
-    """What a model is called: its run's name, or its address."""
-    path = Path(address)
-    own = path.resolve().parent if path.name == "model" else path.resolve()
-    return shown(own.name if path.exists() else address)
+    return shown(model_title(address))
 
 
 def _provenance(
