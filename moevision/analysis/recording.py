@@ -10,7 +10,7 @@ p patches whose inputs are known, R images that are run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moevision.analysis.images import PictureSet
-    from moevision.analysis.trace import RoutingTrace
+    from moevision.analysis.trace import LayerTrace, RoutingTrace
     from moevision.layers import MoEMlp
     from moevision.models.io import SavedModel
 
@@ -160,7 +160,6 @@ def recording_of(
     found = baselines or {}
     layers = []
     for place, (layer, read) in enumerate(zip(trace.layers, routes_read(model.net), strict=True)):
-        one = slice(None, 1) if layer.route_by == "image" else slice(None)
         mine = {
             name: [each for each in found.get(name, ()) if each.layer in (None, layer.layer)]
             for name in ("untrained", "kmeans_input")
@@ -172,13 +171,8 @@ def recording_of(
             takes = np.asarray(ago.takes)
             old = [Assignments(layer.layer, 0, index, np.arange(len(before)), ago.num_experts, None, takes)]
         layers.append(
-            RecordedLayer(
-                layer.name,
-                np.asarray(layer.expert_index)[:, one],
-                layer.num_experts,
-                np.asarray(layer.takes)[:, one],
-                tokens_choose=layer.kind == "token_choice",
-                by_image=layer.route_by == "image",
+            replace(
+                choices_of(layer),
                 inputs=inputs[layer.layer],
                 positions=None if layer.route_by == "image" else some,
                 before=old,
@@ -195,6 +189,19 @@ def recording_of(
     if swap and trace.accuracy is not None:
         run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
     return Recording(np.asarray(trace.labels), layers, trace.class_names, parts, objects, run)
+
+
+def choices_of(layer: LayerTrace) -> RecordedLayer:
+    """The choices of a traced layer alone."""
+    one = slice(None, 1) if layer.route_by == "image" else slice(None)
+    return RecordedLayer(
+        layer.name,
+        np.asarray(layer.expert_index)[:, one],
+        layer.num_experts,
+        np.asarray(layer.takes)[:, one],
+        tokens_choose=layer.kind == "token_choice",
+        by_image=layer.route_by == "image",
+    )
 
 
 def _inputs(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, positions: Ints) -> dict[int, Floats]:
