@@ -8,11 +8,10 @@ import pytest
 import timm
 from PIL import Image, ImageOps
 
-from moevision.commands.export import SNIPPETS, experts_sentence, export, measure_latency
+from moevision.commands.export import SNIPPETS, experts_sentence, measure_latency
 from moevision.commands.predict import predict_batch
 from moevision.data.images import safe_open
 from moevision.efficiency import measure_cost
-from moevision.errors import UserError
 from moevision.models.io import load_model
 
 
@@ -63,10 +62,11 @@ def test_mistakes_end_with_one_sentence_and_no_file(arguments, words, cli, tiny_
     assert Path("there.onnx").read_text() == "mine"
 
 
-def test_a_place_that_can_not_be_written_is_named(tiny_run, tmp_path):
+def test_a_place_that_can_not_be_written_is_named(cli, tiny_run, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="can't be written"):
-        export(str(tiny_run), tmp_path / "file" / "model.pt2")
+    outcome = cli("export", tiny_run, "--out", tmp_path / "file" / "model.pt2")
+    assert outcome.code == 2
+    assert "can't be written" in outcome.err
 
 
 @pytest.mark.parametrize("form", SNIPPETS)

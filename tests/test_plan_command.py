@@ -109,6 +109,7 @@ def test_a_saved_run_with_the_loads_of_a_trace(cli):
     ("arguments", "words"),
     [
         (("test_vit_moe", "--gpus=3", "--batch=64"), "--batch 63"),
+        (("test_vit_moe", "--gpus=12", "--batch=768"), "--gpus 8 or 16"),
         (("test_vit_moe", "--option", "nothing=1"), "'nothing'"),
         (("test_vit", "--option", "num_experts=4"), "vit_moe with --option base=test_vit"),
         (("runs/nowhere",), "runs/nowhere"),

@@ -181,17 +181,17 @@ def part_expert_table(
         amount: [I, P, K] what each choice carries; 1/K if None.
     """
     chosen = _checked(expert_index, num_experts)
-    share = np.asarray(fractions)
-    if share.shape[:2] != chosen.shape[:2]:
-        raise UserError(f"Parts {share.shape[:2]} and routing {chosen.shape[:2]} are of other images or patches.")
-    if amount is None:
-        amount = np.full(chosen.shape, 1 / chosen.shape[2])
-    table: Floats = np.zeros((share.shape[2], num_experts))
-    for choice in range(chosen.shape[2]):
-        for part in range(share.shape[2]):
-            weights = (share[:, :, part] * amount[:, :, choice]).ravel()
-            table[part] += np.bincount(chosen[:, :, choice].ravel(), weights=weights, minlength=num_experts)
+    area = np.asarray(fractions, np.float64)
+    if area.shape[:2] != chosen.shape[:2]:
+        raise UserError(f"Parts {area.shape[:2]} and routing {chosen.shape[:2]} are of other images or patches.")
+    table: Floats = area.reshape(-1, area.shape[2]).T @ _carried(chosen, num_experts, amount)
     return table
+
+
+def _carried(chosen: Ints, num_experts: int, amount: Amounts | None) -> Floats:
+    """[I · P, E] float64: how much of each patch went to each expert; a choice carries its amount, or 1/K."""
+    counts = choice_counts(chosen, num_experts, amount).reshape(-1, num_experts).astype(np.float64)
+    return counts / chosen.shape[2] if amount is None else counts
 
 
 def part_stands_out(
@@ -214,14 +214,11 @@ def part_stands_out(
         seed: of the permutations.
     """
     chosen = _checked(expert_index, num_experts)
-    images, patches, top_k = chosen.shape
-    carried = np.full(chosen.shape, 1 / top_k) if amount is None else np.asarray(amount, np.float64)
-    routed = np.zeros((images, patches, num_experts))
-    np.add.at(routed, (*np.indices(chosen.shape)[:2], chosen), carried)
-    area = np.asarray(fractions, np.float64)
+    carried, area = _carried(chosen, num_experts, amount), np.asarray(fractions, np.float64)
+    images = len(chosen)
 
     def shares(order: Ints) -> Floats:
-        table = area[order].reshape(images * patches, -1).T @ routed.reshape(images * patches, -1)  # [parts, E]
+        table = area[order].reshape(len(carried), -1).T @ carried  # [parts, E]
         total = table.sum(1, keepdims=True)
         share: Floats = np.divide(table, total, out=np.zeros_like(table), where=total > 0)
         return share

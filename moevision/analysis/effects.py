@@ -14,7 +14,6 @@ Axes: B images of a batch, R rows, I images, N tokens (prefix tokens first), K c
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import softmax
 from torch import Tensor, nn
 
 from moevision.analysis.collect import network_input
@@ -61,7 +61,6 @@ def effect(
     target: int | str | None = None,
     num_controls: int = 20,
     seed: int = 0,
-    class_effect: ClassEffect | None = None,
 ) -> Effect:
     """Measure what an intervention changes for one image.
 
@@ -72,7 +71,6 @@ def effect(
         target: the class whose logit is followed, as index or name; the predicted one (before) if None.
         num_controls: random draws of the control, at least 2.
         seed: of the control.
-        class_effect: put into the result, and so into its sentence and JSON.
 
     Raises:
         UserError: if the model has no such layer, expert or class, or the image is no uint8 [S, S, 3].
@@ -105,7 +103,6 @@ def effect(
             OtherExpert(other.expert or 0, other.where, delta_logit, delta_p)
             for other, delta_logit, delta_p in zip(others, delta_logits[:count], delta_ps[:count], strict=True)
         ),
-        class_effect=class_effect,
         routing=routing,
     )
 
@@ -451,7 +448,6 @@ class Effect:
         moved_prefix: the same of class and register tokens.
         control: the same number taken away at random.
         others: the same on every other expert of the layer; empty unless an expert was ablated or forced.
-        class_effect: the effect on a whole class, if it was asked for.
         routing: who chooses in the layers that it acts on.
     """
 
@@ -464,18 +460,17 @@ class Effect:
     moved_prefix: int
     control: Control
     others: tuple[OtherExpert, ...]
-    class_effect: ClassEffect | None = None
     routing: RoutingKind = "token_choice"
 
     @property
     def before(self) -> tuple[float, ...]:
         """[C] probabilities before."""
-        return _softmax(self.before_logits)
+        return tuple(softmax(self.before_logits).tolist())
 
     @property
     def after(self) -> tuple[float, ...]:
         """[C] probabilities after."""
-        return _softmax(self.after_logits)
+        return tuple(softmax(self.after_logits).tolist())
 
     @property
     def delta_logit(self) -> float:
@@ -499,10 +494,6 @@ class Effect:
         if self.moved or self.moved_prefix:
             spread = f"{_signed(self.control.mean)} ± {self.control.sd:.2f}"
             parts.append(f"{self.control.what} changes the logit by {spread} ({len(self.control.delta_logits)} draws)")
-        if self.class_effect is not None:
-            deltas = self.class_effect.delta_logits
-            about = f"{len(deltas)} image{'' if len(deltas) == 1 else 's'} of {self.class_effect.class_name}"
-            parts.append(f"over {about} the same intervention changes it by {_signed(fmean(deltas))}")
         return "; ".join(parts) + "."
 
     def to_json(self) -> dict[str, Any]:
@@ -520,7 +511,6 @@ class Effect:
             "moved_prefix": self.moved_prefix,
             "control": self.control.to_json(),
             "others": [vars(other) for other in self.others],
-            "class_effect": None if self.class_effect is None else self.class_effect.to_json(),
             "sentence": self.sentence,
         }
 
@@ -539,12 +529,6 @@ def _change(before: float, after: float) -> str:
 def _signed(value: float) -> str:
     text = f"{value:+.2f}".replace("-", "−")
     return "0.00" if text in ("+0.00", "−0.00") else text
-
-
-def _softmax(logits: Sequence[float]) -> tuple[float, ...]:
-    top = max(logits)
-    powers = [math.exp(logit - top) for logit in logits]
-    return tuple(power / sum(powers) for power in powers)
 
 
 def in_words(intervention: Intervention, moved: int, routing: RoutingKind = "token_choice") -> str:

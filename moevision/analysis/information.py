@@ -49,11 +49,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
 from moevision.errors import UserError
 
@@ -61,7 +61,7 @@ Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
 
 _CHUNK_CELLS = 1 << 22  # of a block of permuted labels or tables: 16 MiB of float32
-_LEVEL = 0.95  # of all intervals
+LEVEL = 0.95  # of all intervals
 _BIAS_PERMUTATIONS = 32  # the mean bias varies far less than the plug-in
 
 
@@ -372,8 +372,7 @@ def excess_estimate(
     excess, n = plug_in - mean, len(influence)
     freedom = max(1, n - num_means)
     delta_variance = float(np.square(influence - influence.mean()).sum() * n / freedom)
-    z = NormalDist().inv_cdf((1 + _LEVEL) / 2)
-    z *= 1 + (z * z + 1) / (4 * freedom)  # Student's quantile (Abramowitz and Stegun 26.7.5, first term)
+    z = students_quantile(freedom)
     if keeps_effect:
         half = z * math.sqrt(max(variance, delta_variance))
         low, high = excess - half, excess + half
@@ -385,6 +384,11 @@ def excess_estimate(
     p_value = (1 + int((null >= plug_in - 1e-9).sum())) / (1 + len(null))
     share = excess / entropy if entropy > 0 else 0.0
     return Estimate(excess, low, high, mean, math.sqrt(variance), p_value, share, n)
+
+
+def students_quantile(freedom: int) -> float:
+    """Student's quantile of a two-sided interval; where no degree of freedom is left, that of one."""
+    return float(stdtrit(max(1, freedom), (1 + LEVEL) / 2))
 
 
 def score_interval(excess: float, variance: float, kappa: float, z: float) -> tuple[float, float]:

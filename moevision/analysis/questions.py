@@ -33,11 +33,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, cast
 
-import numpy as np
-
 from moevision.analysis.information import Estimate
 from moevision.analysis.readings import Controls, Interval, LayerReadings, Load, Reading, read_layer
-from moevision.analysis.recording import Floats, Ints, Recording
+from moevision.analysis.recording import Recording
 from moevision.analysis.specialization import listed, percent, signed, span
 from moevision.analysis.swap import Swap, swap_test
 from moevision.errors import UserError
@@ -314,56 +312,6 @@ def function_answer(swap: Swap | None, why: str | None) -> Answer:
     ]
     answer = NOT_SHOWN if points.low <= 0 else A_LITTLE_WORD if swap.more.high < 0 else YES
     return Answer("function", answer, detail, numbers)
-
-
-def answers_from_sums(
-    name: str,
-    estimate: Estimate,
-    share: Floats,
-    n_images: Ints,
-    loads: Floats,
-    controls: Mapping[str, Sequence[float]],
-    above_controls: bool | None,
-) -> LayerAnswers:
-    """The answers as far as sums over images go: no probe, no histogram of the image, no swap test.
-
-    For what was summed up before there were three questions, and where they would take too long. The guess comes from
-    the same images that it is tried on.
-
-    Args:
-        name: of the layer.
-        estimate: bits of all choices about the class.
-        share: [C, E] share of each class's choices; NaN for a class without images.
-        n_images: [C].
-        loads: [E].
-        controls: name of a baseline -> its bits.
-        above_controls: whether the layer exceeds them all; None: not compared.
-    """
-    weights = np.nan_to_num(share) * n_images[:, None]
-    total = max(float(weights.sum()), 1e-12)
-    load = Load(loads / max(loads.sum(), 1e-12), share)
-    guess, chance = float(weights.max(0).sum()) / total, float(n_images.max()) / max(1, n_images.sum())
-    detail = f"all choices guess {percent(guess)} right, chance {percent(chance)}"
-    shown = estimate.low > 0 and estimate.p_value <= _P_VALUE
-    answer = NOT_SHOWN if not shown else YES if estimate.share_of_entropy >= A_LITTLE else A_LITTLE_WORD
-    bits = Interval(estimate.value_bits, estimate.low, estimate.high)
-    numbers = [
-        f"{name}: {signed(bits.value)} bits above shuffled labels ({_interval(bits)}), "
-        f"{percent(estimate.share_of_entropy)} of the maximum; {load.words}."
-    ]
-    experts = Answer("experts", answer, detail, numbers)
-    known = {
-        words: max(controls[key])
-        for key, words in (("kmeans_input", "clusters of the same input tell"), ("untrained", "an untrained one tells"))
-        if controls.get(key)
-    }
-    if above_controls is None or not known:
-        training = Answer("training", NOT_MEASURED, "not compared with clusters of the same input")
-    else:
-        words, closest = max(known.items(), key=lambda pair: pair[1])
-        told = f"{words} {signed(closest)} bits about the class, the router {signed(bits.value)}"
-        training = Answer("training", YES if above_controls else NOT_SHOWN, told)
-    return LayerAnswers(name, (experts, training, function_answer(None, None)), load)
 
 
 def _control_words(name: str, controls: Controls) -> str:

@@ -22,14 +22,21 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.information import Estimate, choice_counts, class_information, part_information
+from moevision.analysis.information import (
+    LEVEL,
+    Estimate,
+    choice_counts,
+    class_information,
+    entropy_bits,
+    part_information,
+    students_quantile,
+)
 from moevision.analysis.recording import Flags, Floats, Ints, RecordedLayer, Recording
 from moevision.analysis.specialization import Assignments, Rule, exceeds, fit_clusters
 
 Json = dict[str, Any]
 Choices = Literal["first", "all"]
 
-_LEVEL = 0.95
 _CONTROL_PERMUTATIONS = 50  # a control's null is only subtracted
 _PROBE_TOKENS = 6_000  # that a linear probe is fitted on
 _PROBE_CLASSES = 100  # more take minutes to fit
@@ -94,8 +101,7 @@ class Load:
     @property
     def effective(self) -> float:
         """Effective number of experts: exp of the entropy of the loads, E where all are used alike."""
-        positive = self.share[self.share > 0]
-        return float(np.exp(-(positive * np.log(positive)).sum()))
+        return float(2 ** entropy_bits(self.share))
 
     @property
     def words(self) -> str:
@@ -175,9 +181,7 @@ def read_layer(recording: Recording, place: int, *, permutations: int, cluster_s
     controls = _compare(reader, layer, counts[_primary(layer)], permutations, cluster_seeds)
     most = probe.bits.value if probe is not None else 0.0
     if most <= 0:
-        shares = np.bincount(known) / len(known)
-        entropy = float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum())
-        most = min(entropy, math.log2(max(2, layer.num_experts)))
+        most = min(entropy_bits(np.bincount(known)), math.log2(max(2, layer.num_experts)))
     return LayerReadings(layer, load, None, readings, estimate, probe, controls, most)
 
 
@@ -343,7 +347,7 @@ def ratio_interval(part: Floats, whole: Floats) -> Interval:
     n, total = len(part), max(float(whole.sum()), 1e-12)
     ratio = float(part.sum()) / total
     deviation = part - ratio * whole
-    half = _quantile(n - 1) * math.sqrt(n / max(1, n - 1) * float(np.square(deviation).sum())) / total
+    half = students_quantile(n - 1) * math.sqrt(n / max(1, n - 1) * float(np.square(deviation).sum())) / total
     return Interval(ratio, ratio - half, ratio + half)
 
 
@@ -352,17 +356,11 @@ def paired_interval(loss: Floats) -> Interval:
     n, total = len(loss), float(loss.sum())
     centre = total / (n + 2)
     half = (
-        NormalDist().inv_cdf((1 + _LEVEL) / 2)
+        NormalDist().inv_cdf((1 + LEVEL) / 2)
         * math.sqrt(max(0.0, float(np.square(loss).sum()) + 1 - total * total / (n + 2)))
         / (n + 2)
     )
     return Interval(total / n, max(-1.0, centre - half), min(1.0, centre + half))
-
-
-def _quantile(freedom: int) -> float:
-    """Student's (Abramowitz and Stegun 26.7.5, first term)."""
-    z = NormalDist().inv_cdf((1 + _LEVEL) / 2)
-    return z * (1 + (z * z + 1) / (4 * max(1, freedom)))
 
 
 def probe_histogram(histogram: Floats, labels: Ints, halves: Flags) -> tuple[Interval, float, Interval]:

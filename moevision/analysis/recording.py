@@ -10,9 +10,9 @@ p patches whose inputs are known, R images that are run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,18 +21,17 @@ import torch
 
 from moevision.analysis.collect import layer_inputs, network_input
 from moevision.analysis.images import read_images
-from moevision.analysis.intervention import Ranking, edited, numbered_layers
+from moevision.analysis.intervention import edited, numbered_layers
 from moevision.analysis.specialization import Assignments
 from moevision.errors import UserError
 from moevision.models.io import from_clusters
 from moevision.models.reading import routes_read
-from moevision.models.safe_files import read_json, read_yaml
 
 if TYPE_CHECKING:
     from torch import nn
 
     from moevision.analysis.images import PictureSet
-    from moevision.analysis.trace import RoutingTrace
+    from moevision.analysis.trace import LayerTrace, RoutingTrace
     from moevision.layers import MoEMlp
     from moevision.models.io import SavedModel
 
@@ -42,7 +41,6 @@ Flags = npt.NDArray[np.bool_]
 Run = Callable[[int, Ints, Ints], npt.NDArray[Any]]
 """(place of the layer, images [R], their experts [R, P, K]) -> logits [R, C] with those routes; gates stay by rank."""
 
-UPCYCLE_RECORD = "upcycle.json"  # what `moevision upcycle` leaves beside a model
 _INPUT_TOKENS = 20_000  # whose inputs are kept of each layer
 _BATCH = 32
 
@@ -134,7 +132,6 @@ def recording_of(
     parts: Ints | None = None,
     part_names: Sequence[str] = (),
     swap: bool = True,
-    cluster_start: bool = False,
     seed: int = 0,
 ) -> Recording:
     """The recording of a model of ours.
@@ -149,7 +146,6 @@ def recording_of(
         parts: [I, P] the part that each patch shows.
         part_names: names of the parts; `background` is told apart from the object.
         swap: whether the swap test can be made.
-        cluster_start: from `cluster_started`; a model that says so of itself needs none.
         seed: of the patches whose inputs are kept.
 
     Raises:
@@ -164,7 +160,6 @@ def recording_of(
     found = baselines or {}
     layers = []
     for place, (layer, read) in enumerate(zip(trace.layers, routes_read(model.net), strict=True)):
-        one = slice(None, 1) if layer.route_by == "image" else slice(None)
         mine = {
             name: [each for each in found.get(name, ()) if each.layer in (None, layer.layer)]
             for name in ("untrained", "kmeans_input")
@@ -176,19 +171,14 @@ def recording_of(
             takes = np.asarray(ago.takes)
             old = [Assignments(layer.layer, 0, index, np.arange(len(before)), ago.num_experts, None, takes)]
         layers.append(
-            RecordedLayer(
-                layer.name,
-                np.asarray(layer.expert_index)[:, one],
-                layer.num_experts,
-                np.asarray(layer.takes)[:, one],
-                tokens_choose=layer.kind == "token_choice",
-                by_image=layer.route_by == "image",
+            replace(
+                choices_of(layer),
                 inputs=inputs[layer.layer],
                 positions=None if layer.route_by == "image" else some,
                 before=old,
                 untrained=() if old else mine["untrained"],
                 clusters=mine["kmeans_input"] or None,
-                cluster_start=cluster_start or from_clusters(model.net),
+                cluster_start=from_clusters(model.net),
                 read=read,
             )
         )
@@ -201,32 +191,17 @@ def recording_of(
     return Recording(np.asarray(trace.labels), layers, trace.class_names, parts, objects, run)
 
 
-def cluster_started(address: str | Path) -> bool:
-    """Whether a model's record, or that of the weights it was trained from, says that its routers began as clusters.
-
-    For folders of earlier versions: a model that is saved now says it in its own config.json.
-
-    Args:
-        address: a run folder, or a model's folder.
-    """
-    folder = Path(address)
-    run = folder.parent if folder.name == "model" else folder
-    try:
-        config = read_yaml(run / "config.yaml")
-        chosen, source = config.get("router_start"), config["model"]["arch"]["pretrained"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        chosen, source = None, None  # no run folder
-    origin = [Path(str(source).removeprefix("local-dir:"))] if source else []
-    clusters = chosen == "cluster" and bool(source)  # earlier versions ignored it without pretrained weights
-    return clusters or any(_has_cluster_start(place) for place in (folder, run, *origin))
-
-
-def _has_cluster_start(folder: Path) -> bool:
-    try:
-        record = read_json(folder / UPCYCLE_RECORD)
-    except (OSError, ValueError):
-        return False  # not upcycled
-    return isinstance(record, dict) and bool(record.get("router_start"))
+def choices_of(layer: LayerTrace) -> RecordedLayer:
+    """The choices of a traced layer alone."""
+    one = slice(None, 1) if layer.route_by == "image" else slice(None)
+    return RecordedLayer(
+        layer.name,
+        np.asarray(layer.expert_index)[:, one],
+        layer.num_experts,
+        np.asarray(layer.takes)[:, one],
+        tokens_choose=layer.kind == "token_choice",
+        by_image=layer.route_by == "image",
+    )
 
 
 def _inputs(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, positions: Ints) -> dict[int, Floats]:
@@ -270,10 +245,6 @@ def forced_logits(
         prefix: tokens before the patches, which stay where they are.
     """
     wanted = torch.from_numpy(experts.astype(np.int64)).to(inputs.device)
-    with edited(net, {layer: partial(_choose, experts=wanted, prefix=prefix)}):
+    with edited(net, {layer: methodcaller("choose", wanted, prefix)}):
         logits: npt.NDArray[np.float32] = net(inputs).float().cpu().numpy()
     return logits
-
-
-def _choose(decision: Ranking, experts: torch.Tensor, prefix: int) -> Ranking:
-    return decision.choose(experts, prefix)

@@ -52,9 +52,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import entr, log_softmax, softmax
 from torch import nn
 
-from moevision.analysis.agreement import match_experts
 from moevision.analysis.collect import collect_routing, layer_inputs, network_input
 from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, image_patches, read_images
 from moevision.analysis.information import (
@@ -113,7 +113,6 @@ class LayerSpecialization:
         estimate: excess information with its interval.
         baselines: name -> excess in bits of each seed.
         seeds: excess in bits of each other training.
-        seed_kappas: agreement of first choices with each other training, experts matched, beyond chance.
         above_null: the estimate's interval lies above 0 and its p-value is at most 0.05.
         above_baselines: it exceeds every baseline; None if there is none.
         sentence: the result in words.
@@ -124,7 +123,6 @@ class LayerSpecialization:
     estimate: Estimate
     baselines: Mapping[str, tuple[float, ...]]
     seeds: tuple[float, ...]
-    seed_kappas: tuple[float, ...]
     above_null: bool
     above_baselines: bool | None
     sentence: str
@@ -143,7 +141,6 @@ class LayerSpecialization:
             **self.estimate.to_json(),
             "baselines": {name: list(values) for name, values in self.baselines.items()},
             "seeds": list(self.seeds),
-            "seed_kappas": list(self.seed_kappas),
             "above": {"null": self.above_null, "baselines": self.above_baselines},
             "sentence": self.sentence,
         }
@@ -165,7 +162,7 @@ def specialization(
         trace: routing of held-out images. Without two labelled classes nothing is asked about classes.
         baselines: from `measure_baselines` on the same trace.
         seeds: routing of other trainings on the same images.
-        parts: [I, P] the part that each patch shows (`tables.majority_part`); negative: unknown. None: not asked.
+        parts: [I, P] the part that each patch shows (`describe.majority_part`); negative: unknown. None: not asked.
         about: what to ask.
         num_permutations: of the nulls.
         seed: of everything drawn.
@@ -187,12 +184,11 @@ def specialization(
     results = []
     for place, layer in enumerate(trace.layers):
         others = [other.layers[place] for other in seeds]
-        kappas = tuple(match_experts(layer, other, seed=seed).kappa for other in others)
         for what in asked:
             own = ask.layer(what, layer)
             basis = {name: tuple(ask.baseline(what, layer.layer, each)) for name, each in (baselines or {}).items()}
             again = tuple(ask.layer(what, other) for other in others)
-            results.append(_result(layer, what, own, basis, again, kappas))
+            results.append(_result(layer, what, own, basis, again))
     return results
 
 
@@ -250,7 +246,6 @@ def _result(
     own: Estimate,
     baselines: Mapping[str, tuple[Estimate, ...]],
     seeds: tuple[Estimate, ...],
-    kappas: tuple[float, ...],
 ) -> LayerSpecialization:
     every = [each for estimates in baselines.values() for each in estimates]
     above_null = _above_null(own)
@@ -258,7 +253,7 @@ def _result(
     bits = {name: tuple(each.value_bits for each in estimates) for name, estimates in baselines.items() if estimates}
     seed_bits = tuple(each.value_bits for each in seeds)
     sentence = sentence_of(layer.name, about, own, bits, seed_bits, above_null, above_baselines, layer.kind)
-    return LayerSpecialization(layer.layer, about, own, bits, seed_bits, kappas, above_null, above_baselines, sentence)
+    return LayerSpecialization(layer.layer, about, own, bits, seed_bits, above_null, above_baselines, sentence)
 
 
 def _above_null(estimate: Estimate) -> bool:
@@ -587,7 +582,8 @@ class Rule:
         low, high = 1 / _MOST_DECIDED, _MOST_DECIDED
         for _ in range(_STEPS):
             middle = float(np.sqrt(low * high))
-            low, high = (low, middle) if _mean_entropy_bits(middle * unit) < self.entropy_bits else (middle, high)
+            entropy = entr(softmax(middle * unit, -1)).sum(-1).mean() / np.log(2)
+            low, high = (low, middle) if entropy < self.entropy_bits else (middle, high)
         return low / max(float(flat.std(-1).mean()), 1e-12)
 
     def apply(self, scores: npt.NDArray[Any], scale: float) -> Chosen:
@@ -601,10 +597,10 @@ class Rule:
             return Chosen(np.argsort(scores, axis=-1)[..., ::-1][..., : self.top_k].astype(np.int16))
         everyone = np.broadcast_to(np.arange(self.num_experts, dtype=np.int16), scores.shape)
         logits = scale * np.asarray(scores, dtype=np.float64)
-        affinity = _log_softmax(logits, -1)
+        affinity = log_softmax(logits, -1)
         takes = np.exp(affinity).astype(np.float32)
         if self.kind == "soft":
-            return Chosen(everyone, np.exp(_log_softmax(logits, 1)).astype(np.float32), takes)
+            return Chosen(everyone, softmax(logits, 1).astype(np.float32), takes)
         rank = np.argsort(np.argsort(-affinity, axis=1, kind="stable"), axis=1)
         taken = rank < self.top_k
         return Chosen(everyone, taken, takes * taken)
@@ -647,14 +643,3 @@ class Assignments:
     def patch_takes(self) -> Floats:
         """[I', P, E] what each patch takes from each expert: the same, where tokens choose."""
         return choice_counts(self.expert_index, self.num_experts, self.takes)
-
-
-def _log_softmax(x: Floats, axis: int) -> Floats:
-    shifted = x - x.max(axis, keepdims=True)
-    result: Floats = shifted - np.log(np.exp(shifted).sum(axis, keepdims=True))
-    return result
-
-
-def _mean_entropy_bits(logits: Floats) -> float:
-    logs = _log_softmax(logits, -1)
-    return float(-(np.exp(logs) * logs).sum(-1).mean() / np.log(2))

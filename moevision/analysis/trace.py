@@ -149,14 +149,6 @@ class LayerTrace:
         """[I, E]: what each image takes from every expert; what questions about classes are asked of."""
         return self._sums(self._takes)
 
-    def patch_counts(self) -> Array:
-        """[P, E]: how much every expert reads at each place of the grid (a choice counts 1), over all images."""
-        places = np.arange(self.expert_index.shape[1])[:, None]
-        parts = chunks(len(self.expert_index))
-        empty = self._tally(slice(0), places, self._reads(slice(0)))
-        total: Array = sum((self._tally(part, places, self._reads(part)) for part in parts), start=empty)
-        return total
-
     def kept_per_patch(self) -> npt.NDArray[np.int64]:
         """[K + 1]: how many patches are computed by 0, 1, ... K experts."""
         counts: npt.NDArray[np.int64] = np.bincount(np.asarray(self.kept).sum(-1).ravel(), minlength=self.top_k + 1)
@@ -169,21 +161,14 @@ class LayerTrace:
         return self.kept[part] if self.kind == "token_choice" else self.combine_weight[part] * self.kept[part]
 
     def _sums(self, amount: Callable[[slice], Array]) -> Array:
-        """[I, E] amounts [I, P, K] by image and expert."""
-        rows = [
-            self._tally(part, np.arange(part.stop - part.start)[:, None, None], amount(part))
-            for part in chunks(len(self.expert_index))
-        ]
-        return np.concatenate([self._tally(slice(0), np.zeros((0, 1, 1), int), amount(slice(0))), *rows])
-
-    def _tally(self, part: slice, rows: npt.NDArray[np.int64], amount: Array) -> Array:
-        """Amounts [images, P, K] of some images by row and expert; `rows` broadcasts to the same."""
-        cells = rows * self.num_experts + self.expert_index[part]
-        length = rows.size * self.num_experts
-        if amount.dtype == bool:
-            return np.bincount(cells[amount], minlength=length).reshape(rows.size, self.num_experts)
-        sums = np.bincount(cells.ravel(), weights=amount.ravel().astype(np.float64), minlength=length)
-        return sums.reshape(rows.size, self.num_experts)
+        """[I, E] amounts [I, P, K] by image and expert; int64 where an amount is whether a choice counts."""
+        images, experts = len(self.expert_index), self.num_experts
+        sums = np.zeros((images, experts), np.int64 if amount(slice(0)).dtype == bool else np.float64)
+        for part in chunks(images):
+            cells = np.arange(part.stop - part.start)[:, None, None] * experts + self.expert_index[part]
+            weights = amount(part).ravel().astype(np.float64)
+            sums[part] = np.bincount(cells.ravel(), weights, minlength=sums[part].size).reshape(-1, experts)
+        return sums
 
 
 def chunks(images: int) -> Iterator[slice]:

@@ -60,35 +60,26 @@ BATCHES = (1, 8)
 _ROUNDS, _MIN_ROUNDS, _SECONDS = 20, 5, 10.0  # per batch size: 20 rounds, fewer if they take long
 
 
-def export(
-    model: str,
-    out: str | Path,
-    format: Format | None = None,
-    *,
-    data: str | None = None,
-    root: str | None = None,
-    limit: int = 32,
-    opset: int | None = None,
-    force: bool = False,
-) -> None:
+def run(chosen: Namespace) -> None:
     """Write a saved model to one file, check it, measure it, and print all that.
 
     Raises:
         UserError: if there is no such model, the file exists or has another ending, or the model can't be exported.
     """
-    out = Path(out)
-    form = _format_of(out, format)
-    if form != "onnx" and opset is not None:
+    out = Path(chosen.out)
+    form = _format_of(out, chosen.format)
+    if form != "onnx" and chosen.opset is not None:
         raise UserError(f"--opset is for ONNX: leave it out, or end --out in {SUFFIX['onnx']}.")
-    if out.exists() and not force:
+    if out.exists() and not chosen.force:
         raise UserError(f"{out} exists: give --out another name, or --force to replace it.")
+    opset = OPSET if chosen.opset is None else chosen.opset
     with Console(stderr=True).status("loading the model") as status:
-        saved = load_trained(model)
-        pictures = None if data is None else _prepared(model, saved, data, root, limit)
+        saved = load_trained(chosen.model)
+        pictures = None if chosen.data is None else _prepared(saved, chosen)
         status.update("exporting and checking (half a minute for a small model)")
         try:
             if form == "onnx":
-                report = export_onnx(saved, out, opset=OPSET if opset is None else opset, pictures=pictures)
+                report = export_onnx(saved, out, opset=opset, pictures=pictures)
             else:
                 report = export_torch(saved, out, pictures=pictures)
         except OSError as error:
@@ -116,19 +107,19 @@ def _format_of(out: Path, format: Format | None) -> Format:
     return form
 
 
-def _prepared(model: str, saved: SavedModel, data: str, root: str | None, limit: int) -> Tensor:
+def _prepared(saved: SavedModel, chosen: Namespace) -> Tensor:
     """The first images of `data`, as the model gets them: one file, a folder, or a dataset's name."""
     from moevision.analysis.images import pictures_for  # scikit-learn comes along
     from moevision.data.images import BadImageError, safe_open
     from moevision.data.transforms import normalize, square_pixels
 
-    pixels = []
+    data, pixels = chosen.data, []
     if Path(data).is_file():
         try:
             pixels = [square_pixels(safe_open(data, saved.image_size), saved.image_size)]
         except BadImageError as error:
             raise UserError(f"{data} can't be read ({error.reason}): give another image.") from error
-    elif (pictures := pictures_for(model, saved, data, limit=limit, root=root)) is not None:
+    elif (pictures := pictures_for(chosen.model, saved, data, limit=chosen.limit, root=chosen.root)) is not None:
         for index in range(len(pictures)):
             try:
                 pixels.append(pictures.image(index))
@@ -216,8 +207,3 @@ def experts_sentence(net: nn.Module) -> str:
 def _span(numbers: Iterable[Any]) -> str:
     ordered = sorted(set(numbers))
     return str(ordered[0]) if len(ordered) == 1 else f"{ordered[0]} to {ordered[-1]}"
-
-
-def run(chosen: Namespace) -> None:
-    """Run with parsed command-line arguments."""
-    export(**vars(chosen))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import timm
 from rich.console import Console
@@ -25,22 +26,18 @@ from moevision.models.vit_moe import MOE_ARGUMENTS
 from moevision.names import shown
 
 
-def info(model: str, format: Literal["table", "json"] = "table") -> None:
+def run(chosen: Namespace) -> None:
     """Show parameters and FLOPs of a model beside its dense twins and the plain ViT.
 
-    Args:
-        model: A run folder, its model/ folder, a timm address, or a timm name (built without weights).
-        format: table or json.
-
     Raises:
-        UserError: If there is no such model.
+        UserError: if there is no such model.
     """
     with loading("counting parameters and FLOPs"):
-        saved = load_any(model)
+        saved = load_any(chosen.model)
         costs = compare_costs(saved.net, saved.image_size)
     layers = moe_layers(saved.net)
     facts = {
-        "model": model,
+        "model": chosen.model,
         "classes": len(saved.class_names),
         "image_size": saved.image_size,
         "moe_blocks": [layer.layer_index for layer in layers],
@@ -50,10 +47,10 @@ def info(model: str, format: Literal["table", "json"] = "table") -> None:
         "moe": describe_moe(layers) if layers else "no MoE layers",
         "costs": {name: asdict(cost) for name, cost in costs.items()},
     }
-    if format == "json":
+    if chosen.format == "json":
         print(json.dumps(facts, indent=2))
     else:
-        _print_table(facts, costs)
+        _print_table(facts)
 
 
 def load_any(address: str) -> SavedModel:
@@ -99,27 +96,27 @@ def plain_vit(net: nn.Module) -> nn.Module:
     return timm.create_model(config["architecture"], **{**arguments, "num_classes": net.num_classes, "moe_layers": []})
 
 
-def _print_table(facts: dict[str, Any], costs: dict[str, ModelCost]) -> None:
+def _print_table(facts: dict[str, Any]) -> None:
     console = Console()
     console.print(f"{shown(facts['model'])}: {facts['classes']} classes, {facts['image_size']} px", markup=False)
     console.print(facts["moe"])
+    console.print(cost_table(facts["costs"]))
+    console.print(
+        "active: parameters that one token passes through; one multiply-add is two FLOPs; equal FLOPs is not equal time"
+    )
+
+
+def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Each model's `ModelCost` (as a dict) in a row."""
     table = Table("", "parameters", "active", "MFLOPs / image", "routers' MFLOPs")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, cost in costs.items():
         table.add_row(
             name,
-            f"{cost.total_parameters:,}",
-            f"{cost.active_parameters:,}",
-            f"{cost.flops_per_image / 1e6:,.1f}",
-            f"{cost.router_flops_per_image / 1e6:,.2f}",
+            f"{cost['total_parameters']:,}",
+            f"{cost['active_parameters']:,}",
+            f"{cost['flops_per_image'] / 1e6:,.1f}",
+            f"{cost['router_flops_per_image'] / 1e6:,.2f}",
         )
-    console.print(table)
-    console.print(
-        "active: parameters that one token passes through; one multiply-add is two FLOPs; equal FLOPs is not equal time"
-    )
-
-
-def run(chosen: Namespace) -> None:
-    """Run with parsed command-line arguments."""
-    info(**vars(chosen))
+    return table

@@ -130,6 +130,12 @@ def run(chosen: Namespace) -> None:
             f"{chosen.gpus} GPUs can't share a batch of {batch} equally: use --batch "
             f"{chosen.gpus * max(1, round(batch / chosen.gpus))}."
         )
+    lower = chosen.gpus // chosen.gpus_per_node * chosen.gpus_per_node
+    if lower and lower < chosen.gpus:  # torchrun starts as many processes on every machine
+        raise UserError(
+            f"{chosen.gpus} GPUs don't fill machines of {chosen.gpus_per_node}: use --gpus {lower} or "
+            f"{lower + chosen.gpus_per_node}, or another --gpus-per-node."
+        )
     with loading("counting the model"), _started_together(chosen.measure) as group:
         planned = open_planned(chosen.model, dict(chosen.option))
         machine, measured, dtype = _machine(chosen, planned, batch // chosen.gpus, group)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -60,63 +60,44 @@ class Prediction:
     error: str = ""
 
 
-def predict(
-    model: str,
-    paths: list[str],
-    format: Literal["csv", "json"] = "csv",
-    out: str | None = None,
-    batch_size: int = 64,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    unsure: float | None = None,
-    shard: tuple[int, int] | None = None,
-) -> None:
-    """Classify images with a saved model.
+def run(chosen: Namespace) -> None:
+    """Classify, and print or write one row per image.
 
-    Prints one row per image: path, class in words, probability, and the five most likely classes. A file that can't be
-    read gets a row that says why; the others are classified all the same. Probabilities are calibrated if `fit` stored
-    a temperature with the model, and it is said if they aren't.
-
-    Args:
-        model: A run folder, its model/ folder, or a timm address such as hf-hub:user/name.
-        paths: Image files, folders (searched with all subfolders), and folders of tar shards.
-        format: csv or json.
-        out: File to write to; standard output if not given.
-        batch_size: Images per forward pass.
-        precision: fp32, or bf16 autocast: for many images on a machine that multiplies bf16 faster; probabilities then
-            have two to three digits.
-        unsure: Answer "unsure" in the place of a class whose probability is below this.
-        shard: (i, n), i from 1: classify the i-th of n parts of the images, and write it in pieces below the folder
-            `out`, without those that are there.
+    A file that can't be read gets a row that says why; the others are classified all the same. With `shard` (i, n), i
+    from 1, the i-th of n parts of the images is written in pieces below the folder `out`, without those that are there.
 
     Raises:
         UserError: If there is no such model or path, no image in the folders, no place to write to, or `out` holds
             something else than answers; for a shard, also if those are about other images or by another model.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch_size is {batch_size}: it must be at least 1.")
-    if unsure is not None and not 0 < unsure <= 1:
-        raise UserError(f"--unsure is {unsure:g}: it must be a probability above 0, at most 1.")
-    if shard is not None and out is None:
+    if chosen.batch_size < 1:
+        raise UserError(f"--batch_size is {chosen.batch_size}: it must be at least 1.")
+    if chosen.unsure is not None and not 0 < chosen.unsure <= 1:
+        raise UserError(f"--unsure is {chosen.unsure:g}: it must be a probability above 0, at most 1.")
+    if chosen.shard is not None and chosen.out is None:
         raise UserError("--shard needs --out DIR, the folder that all shards write their parts into.")
     with loading("loading the model"):
-        saved = load_trained(model)
-    files = list(find_images(paths))
-    if shard is not None:
-        said = {"model": model, "format": format, "precision": precision, "unsure": unsure}
-        predictions = _predict_shard(saved, files, shard, Path(cast(str, out)), batch_size, said)
-        _tell(predictions, unsure, calibrated=saved.temperature is not None)
-        return
-    if out is not None:
-        _try_place(Path(out), format)
-    predictions = _predict_files(saved, files, batch_size, precision)
+        saved = load_trained(chosen.model)
     calibrated = saved.temperature is not None
-    text = to_json(predictions, unsure, calibrated=calibrated) if format == "json" else to_csv(predictions, unsure)
-    if out is None:
+    files = list(find_images(chosen.paths))
+    if chosen.shard is not None:
+        said = {name: getattr(chosen, name) for name in ("model", "format", "precision", "unsure")}
+        predictions = _predict_shard(saved, files, chosen.shard, Path(chosen.out), chosen.batch_size, said)
+        _tell(predictions, chosen.unsure, calibrated=calibrated)
+        return
+    if chosen.out is not None:
+        _try_place(Path(chosen.out), chosen.format)
+    predictions = _predict_files(saved, files, chosen.batch_size, chosen.precision)
+    if chosen.format == "json":
+        text = to_json(predictions, chosen.unsure, calibrated=calibrated)
+    else:
+        text = to_csv(predictions, chosen.unsure)
+    if chosen.out is None:
         print(text, end="")
     else:
-        with _writing(out):
-            write_text_atomic(out, text)
-    _tell(predictions, unsure, calibrated=calibrated)
+        with _writing(chosen.out):
+            write_text_atomic(chosen.out, text)
+    _tell(predictions, chosen.unsure, calibrated=calibrated)
 
 
 def _try_place(out: Path, format: Literal["csv", "json"]) -> None:
@@ -355,8 +336,3 @@ def to_rows(
         }
         for row in predictions
     ]
-
-
-def run(chosen: Namespace) -> None:
-    """Run with parsed command-line arguments."""
-    predict(**vars(chosen))

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from moevision.analysis.collect import PictureReader
 from moevision.analysis.images import open_pictures
 from moevision.commands import loading
+from moevision.commands.info import cost_table
 from moevision.data import SyntheticPets
 from moevision.data.transforms import normalize
 from moevision.efficiency import measure_cost
@@ -119,18 +119,7 @@ def print_report(console: Console, record: dict[str, Any]) -> None:
             markup=False,
             soft_wrap=True,
         )
-    table = Table("", "parameters", "active", "MFLOPs / image", "routers' MFLOPs")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, cost in record["costs"].items():
-        table.add_row(
-            {"before": "dense", "after": "upcycled"}[name],
-            f"{cost['total_parameters']:,}",
-            f"{cost['active_parameters']:,}",
-            f"{cost['flops_per_image'] / 1e6:,.1f}",
-            f"{cost['router_flops_per_image'] / 1e6:,.2f}",
-        )
-    console.print(table)
+    console.print(cost_table({"dense": record["costs"]["before"], "upcycled": record["costs"]["after"]}))
     console.print(
         f"outputs before training, on {gap['images']} drawn images: max |Δ logit| {gap['max_logit']:.2g} (the "
         f"dense logits' standard deviation is {gap['logit_scale']:.2g}), same class for {gap['agreement']:.0%}",

@@ -23,7 +23,7 @@ from typing import Final
 
 import numpy as np
 
-from moevision.data.scores import Ints, keys_of
+from moevision.data.scores import Ints, keys_of, rows_of
 from moevision.data.sources import Sample
 from moevision.data.splits import Splits
 from moevision.errors import UserError
@@ -115,7 +115,6 @@ def _of_training_images(
     """[n] what the file says of each training image; `absent` where it says nothing."""
     keys, numbers = read_listed(path, column, number, _OPTIONS[column])
     known = keys_of(csv_name(sample.sample_id) for sample in splits.samples["train"])
-    order = np.argsort(keys)
     strangers = np.flatnonzero(~np.isin(keys, known))
     if len(strangers):
         name = _name_in_row(path, int(strangers[0]))
@@ -124,11 +123,9 @@ def _of_training_images(
             f"first is {name!r} ({_where(name, splits)}): give a list of these data in this split (--data.seed and "
             "the fractions decide it)."
         )
-    if not len(keys):
-        return np.full(len(known), absent)
-    place = np.minimum(np.searchsorted(keys, known, sorter=order), len(keys) - 1)
-    listed = keys[order[place]] == known
-    return np.where(listed, numbers[order[place]], absent)
+    row, found = rows_of(keys, known), np.full(len(known), absent)
+    found[row >= 0] = numbers[row[row >= 0]]
+    return found
 
 
 def read_listed(path: Path, column: str, number: Callable[[Mapping[str, str]], int], option: str) -> tuple[Ints, Ints]:

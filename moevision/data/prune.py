@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moevision.data.choices import DECISION, KEEP, NEW_LABEL, NO, YES, read_listed
-from moevision.data.scores import Floats, Ints, Scores, keys_of
+from moevision.data.scores import Floats, Ints, Scores, keys_of, rows_of
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.names import csv_name
@@ -212,14 +212,9 @@ def decide(scores: Scores, path: Path) -> Plan:
         return len(names) - 1
 
     keys, numbers = read_listed(path, DECISION, number, "--decisions")
-    known = keys_of(map(csv_name, scores.images))
-    order = np.argsort(known)
-    place = order[np.minimum(np.searchsorted(known, keys, sorter=order), n - 1)]
-    strange = known[place] != keys
-    if strange.any():
-        raise UserError(
-            f"--decisions: {path} names {strange.sum():,} images that the run wasn't trained on: give its own."
-        )
+    place = rows_of(keys_of(map(csv_name, scores.images)), keys)
+    if strange := int((place < 0).sum()):
+        raise UserError(f"--decisions: {path} names {strange:,} images that the run wasn't trained on: give its own.")
     reason = np.full(n, len(words) - 1)
     reason[place] = np.where(numbers < 0, numbers + len(words), words.index("relabel"))
     reasons = ["decided: keep", "decided: wrong label", "decided: drop", "not decided"]

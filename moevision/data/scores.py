@@ -16,7 +16,8 @@ One visit is one image in one applied update; p = softmax(logits) [C], y its lab
 
 All are means over visits, because images are not visited equally often: a stand-in for a bad file, balanced sampling
 and the tail that several processes drop. They are of the training's own forward pass: augmented, with dropout and
-router noise. Numbers lie in one array with a row per image, so that memory is known in advance (`bytes_per_image`).
+router noise. Numbers lie in one array with a row per image, so that memory is known in advance: 52 + 2 H bytes an
+image, with its key.
 
 Axes: n training images, B visits, C classes, H = sum of the experts over all MoE layers.
 """
@@ -60,15 +61,19 @@ def row_type(experts: Mapping[int, int]) -> np.dtype[Any]:
     return np.dtype([*((name, np.float32) for name in numbers), *((name, np.int32) for name in counts), shares])
 
 
-def bytes_per_image(experts: Mapping[int, int]) -> int:
-    """Bytes of one image's row and key: 52 + 2 H."""
-    return row_type(experts).itemsize + 8
-
-
 def keys_of(ids: Iterable[str]) -> Ints:
     """[n] 64-bit hashes of stable sample ids; in a checkpoint they stand for the names, which may be long."""
     digests = b"".join(blake2b(name_bytes(name), digest_size=8).digest() for name in ids)
     return np.frombuffer(digests, np.int64)
+
+
+def rows_of(keys: Ints, wanted: Ints) -> Ints:
+    """[m] the row of `keys` [n] in which each of `wanted` [m] stands; -1 where it doesn't."""
+    if not len(keys):
+        return np.full(len(wanted), -1)
+    order = np.argsort(keys)
+    row = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
+    return np.where(keys[row] == wanted, row, -1)
 
 
 class ScoreSums:

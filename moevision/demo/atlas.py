@@ -16,9 +16,7 @@ One JSON object, `"schema": "moevision.atlas/1"`:
 
 `shown`, where it stands, says which other images galleries and paths are of.
 
-`num_experts` and `top_k` are the first layer's; atlases of earlier versions have no `kind`, `num_experts` and
-`experts_per_patch` in a layer (all layers are then alike, and tokens choose), and no `answers`: those and the sentences
-of `information` are said anew from its numbers when it is read.
+`num_experts` and `top_k` are the first layer's.
 
 Floats are rounded to four decimals, and to seven in `information`, whose sentences tell three; null stands where there
 is no number, as for a class without images.
@@ -29,7 +27,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +42,6 @@ from moevision.analysis.describe import (
     part_stands_out,
     spread_over_pictures,
 )
-from moevision.analysis.information import Estimate
-from moevision.analysis.questions import answers_from_sums
-from moevision.analysis.specialization import sentence_of
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.models.safe_files import read_json
@@ -59,7 +53,6 @@ if TYPE_CHECKING:
     from moevision.analysis.questions import LayerAnswers
     from moevision.analysis.specialization import LayerSpecialization
     from moevision.analysis.trace import LayerTrace, RoutingTrace
-    from moevision.layers.routing import Kind as RoutingKind
 
 SCHEMA = "moevision.atlas/1"
 """Version of the file; a change that an older reader would misread raises the number."""
@@ -90,7 +83,7 @@ def build_atlas(
         pictures: whose parts are counted; None leaves parts out.
         information: from `specialization(trace, ...)`.
         maps: block index -> `class_expert_map(trace, layer)`.
-        questions: from `three_questions`; without them the answers say what the other numbers do.
+        questions: from `three_questions`; without them there are no answers.
         shown: of other images, whose patches stand in galleries and on paths, where those of `trace` can't be shown.
         effects: of taking each expert away, from `moevision.analysis.report.measure.measure_effects`.
         count: patches in each gallery.
@@ -103,6 +96,10 @@ def build_atlas(
     fractions = None if pictures is None else fractions_of_parts(pictures, trace.grid)
     layers = []
     on_show = trace if shown is None else shown
+    told = {
+        found.name: {"answers": [answer.to_json() for answer in found.answers], "load_words": found.load.words}
+        for found in questions
+    }
     for layer, of_shown in zip(trace.layers, on_show.layers, strict=True):
         loads = layer.counts().sum(0)
         parts = None if fractions is None or pictures is None else _part_shares(layer, fractions)
@@ -118,6 +115,7 @@ def build_atlas(
                 "slowest": float(loads.max() / max(loads.mean(), 1e-12)),
                 "map": class_map.to_json(),
                 "information": [entry.to_json() for entry in information if entry.layer == layer.layer],
+                **told.get(layer.name, {"answers": [], "load_words": ""}),
                 "experts": [
                     {
                         "expert": gallery.expert,
@@ -147,10 +145,7 @@ def build_atlas(
             **({} if shown is None else {"shown": shown.data}),
         }
     )
-    for layer, found in zip(atlas["layers"], questions, strict=False):
-        layer["answers"] = [answer.to_json() for answer in found.answers]
-        layer["load_words"] = found.load.words
-    return _said(atlas)
+    return atlas
 
 
 def counted_name(expert: Json) -> Json | None:
@@ -184,7 +179,7 @@ def load_atlas(path: str | Path) -> Json:
         UserError: if there is none, it is damaged, or another version wrote it.
     """
     try:
-        atlas = read_json(path)
+        atlas: Json = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"There is no atlas at {path} ({error.strerror}): build it with build_atlas.") from error
     except UserError as error:
@@ -192,43 +187,7 @@ def load_atlas(path: str | Path) -> Json:
     schema = atlas.get("schema") if isinstance(atlas, dict) else None
     if schema != SCHEMA:
         raise UserError(f"{path} has the schema {schema!r}, and this version reads {SCHEMA}: build the atlas again.")
-    return _said(atlas)
-
-
-def _said(atlas: Json) -> Json:
-    """The atlas with a sentence for every number, in the words of this version."""
-    layers = []
-    for layer in atlas["layers"]:
-        information = [
-            {**entry, "sentence": _sentence(entry, layer.get("kind", "token_choice"))} for entry in layer["information"]
-        ]
-        layers.append({**_answers(layer), **layer, "information": information})
-    return {**atlas, "layers": layers}
-
-
-def _estimate(entry: Json) -> Estimate:
-    return Estimate(**{field.name: entry[field.name] for field in fields(Estimate)})
-
-
-def _sentence(entry: Json, kind: RoutingKind) -> str:
-    above = entry["above"]
-    return sentence_of(
-        entry["name"], entry["about"], _estimate(entry), entry["baselines"], entry["seeds"],
-        above["null"], above["baselines"], kind,
-    )  # fmt: skip
-
-
-def _answers(layer: Json) -> Json:
-    """The three answers, as far as the sums of the layer tell them; nothing where classes weren't asked about."""
-    entry = next((each for each in layer["information"] if each["about"] == "class"), None)
-    if entry is None:
-        return {"answers": [], "load_words": ""}
-    share = np.array(layer["map"]["share"], dtype=np.float64)  # None, a class without images, becomes NaN
-    found = answers_from_sums(
-        layer["name"], _estimate(entry), share, np.array(layer["map"]["n_images"]), np.array(layer["loads"]),
-        entry["baselines"], entry["above"]["baselines"],
-    )  # fmt: skip
-    return {"answers": [answer.to_json() for answer in found.answers], "load_words": found.load.words}
+    return atlas
 
 
 def sample_paths(trace: RoutingTrace, max_patches: int = 3000, seed: int = 0) -> list[Json]:

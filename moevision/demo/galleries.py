@@ -26,6 +26,8 @@ from moevision.analysis.describe import (
     patches_on_path,
 )
 from moevision.analysis.images import PictureSet, Remembered, View, open_pictures, patch_crop
+from moevision.analysis.questions import three_questions
+from moevision.analysis.recording import Recording, choices_of
 from moevision.analysis.specialization import specialization
 from moevision.analysis.trace import RoutingTrace
 from moevision.data.images import BadImageError
@@ -179,11 +181,12 @@ class Galleries:
 
 
 def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
-    """An atlas without the baselines, which take minutes, so that what training added is not measured."""
+    """An atlas by recorded choices alone: what training added, and what experts do, take minutes to measure."""
     maps = {layer.layer: class_expert_map(trace, layer.layer) for layer in trace.layers}
     fractions = fractions_of_parts(pictures, trace.grid)
     parts = None if fractions is None else majority_part(fractions)
-    return build_atlas(trace, pictures, specialization(trace, parts=parts), maps)
+    choices = Recording(np.asarray(trace.labels), [choices_of(layer) for layer in trace.layers], trace.class_names)
+    return build_atlas(trace, pictures, specialization(trace, parts=parts), maps, questions=three_questions(choices))
 
 
 def _stored(entry: Entry) -> list[tuple[Key, Json]]:

@@ -34,7 +34,6 @@ from moevision.layers.routing import (
     Noise,
     RouterOptions,
     Routing,
-    as_vector,
     at_least_float32,
     check_top_k,
     full_precision,
@@ -259,7 +258,7 @@ class CosineRouter(TopKRouter):
         features = min(256, self.dim)
         self.proj = nn.Linear(self.dim, features, device=device, dtype=dtype)
         self.expert_embedding = nn.Parameter(torch.empty(self.num_experts, features, device=device, dtype=dtype))
-        self.temperature = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.temperature = nn.Parameter(torch.empty(1, device=device, dtype=dtype))  # FSDP2 shards no scalars
 
     @property
     def rows(self) -> nn.Parameter:
@@ -271,11 +270,6 @@ class CosineRouter(TopKRouter):
         self.proj.reset_parameters()
         nn.init.normal_(self.expert_embedding, std=0.01)
         nn.init.constant_(self.temperature, math.log(2))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As torch; also from earlier versions."""
-        as_vector(state_dict, prefix + "temperature")
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """As those of `TopKRouter`."""

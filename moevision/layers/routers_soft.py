@@ -15,7 +15,7 @@ that an expert takes of an image, P slots of an expert.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from moevision.layers.routing import (
     Noise,
     RouterOptions,
     Routing,
-    as_vector,
     at_least_float32,
     capacity_of,
     check_top_k,
@@ -250,18 +249,13 @@ class SoftRouter(nn.Module):
         self.default_losses: dict[str, float] = {}
         slots = options.slots_per_expert or 1
         self.mu = nn.Parameter(torch.empty(dim, num_experts, slots, device=device, dtype=dtype))
-        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))  # FSDP2 shards no scalars
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """LeCun normal directions, scale 1."""
         nn.init.normal_(self.mu, std=self.dim**-0.5)
         nn.init.ones_(self.scale)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As torch; also from earlier versions."""
-        as_vector(state_dict, prefix + "scale")
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> SoftRouting:
         """Weights of all slots for the tokens x [B, N, D] of each image."""

@@ -117,15 +117,6 @@ def _count(expert: Tensor, kept: Tensor, num_experts: int) -> Tensor:
     return zeros.scatter_add(0, expert, kept.to(torch.int64))
 
 
-def as_vector(state_dict: dict[str, Any], name: str) -> None:
-    """Turn a learned number of a state, which earlier versions kept as a scalar, into a vector of one, in place.
-
-    FSDP2 shards no scalar parameters.
-    """
-    if name in state_dict and state_dict[name].ndim == 0:
-        state_dict[name] = state_dict[name].view(1)
-
-
 class Recordable(nn.Module):
     """A layer whose decision can be changed by an open intervention and is handed to the open recorder.
 

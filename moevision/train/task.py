@@ -23,7 +23,6 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from moevision.errors import UserError
 from moevision.layers import Routing, SigmoidRouter, forward_routing, moe_layers, update_router_bias
-from moevision.layers.routing import as_vector
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
 from moevision.models.checkpointing import checkpoint_blocks
@@ -155,14 +154,6 @@ class ClassificationTask(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was given in Python, such as NumPy's numbers, from making the checkpoint unreadable."""
         make_plain(checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take moments of what earlier versions kept as a scalar (`layers.routing.as_vector`)."""
-        for state in checkpoint.get("optimizer_states", []):
-            for moments in state["state"].values():
-                for name in moments:
-                    if name != "step":
-                        as_vector(moments, name)
 
     def train(self, mode: bool = True) -> Self:
         """Training or evaluation mode; frozen BatchNorm layers stay in evaluation mode."""

@@ -220,7 +220,7 @@ def test_layers_that_differ_are_drawn_side_by_side(name) -> None:
     ]
     information = specialization(trace, about=("class", "position"), num_permutations=20)
     results = Results([], information, maps, None, [], {"rows": rows, "what": "it is away"})
-    drawn = list(draw_figures(trace, pictures, results))
+    drawn = list(draw_figures(trace, pictures, results, [layer_numbers(layer) for layer in trace.layers]))
     files = {item.file for item in drawn}
     numbers = model_numbers(trace, "here", 32)
     assert numbers["num_experts"] == [4, 6]

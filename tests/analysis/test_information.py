@@ -80,6 +80,15 @@ def test_choice_counts() -> None:
     assert choice_counts(chosen, 3, np.array([[[True, False], [True, True]]])).tolist() == [[[1, 0, 0], [1, 1, 0]]]
 
 
+@pytest.mark.parametrize(("images", "quantile"), [(2, 12.706205), (3, 4.302653), (11, 2.228139)])
+def test_an_interval_over_few_images_has_students_quantile(images, quantile) -> None:
+    """97.5 % points of any table of Student's t, of 1, 2 and 10 degrees of freedom."""
+    influence = np.arange(images) * 2.0
+    found = excess_estimate(1.0, np.zeros(2), influence, entropy=1.0, keeps_effect=True)
+    error = math.sqrt(images * influence.var(ddof=1))
+    assert (found.high - found.low) / 2 == pytest.approx(quantile * error)
+
+
 def test_routing_that_is_the_class_gives_log2_of_the_experts() -> None:
     labels = np.arange(800) % 8
     estimate = class_information(one_hot(np.repeat(labels[:, None], 16, 1), 8), labels)
@@ -209,11 +218,11 @@ def test_bias_is_the_mean_over_the_first_32_permutations(monkeypatch) -> None:
 def test_a_null_that_keeps_a_part_of_the_effect_has_a_normal_interval(null, variance) -> None:
     """Influences of 4 images with squares that sum to .02: .02 · 4 / 3 by the delta method, .02 or .08 of the null.
 
-    The larger one counts, times 1.95996 (1 + (1.95996² + 1) / (4 · 3)) = 2.75071, on both sides of .5 - .2.
+    The larger one counts, times 3.18245 (Student's, 3 degrees of freedom), on both sides of .5 - .2.
     """
     influence = np.array([0.1, -0.1, 0.0, 0.0])
     estimate = excess_estimate(0.5, np.array(null), influence, entropy=1.0, keeps_effect=True)
-    half = 2.75071 * math.sqrt(variance)
+    half = 3.182446 * math.sqrt(variance)
     assert (estimate.low, estimate.high) == (pytest.approx(0.3 - half, abs=1e-5), pytest.approx(0.3 + half, abs=1e-5))
     plain = excess_estimate(0.5, np.array(null), influence, entropy=1.0)
     assert plain.low + plain.high > 0.6 + 0.01

@@ -168,13 +168,11 @@ def test_choices_that_capacity_dropped():
     expected[:, 0, 1] = False
     assert 0 < expected.sum() < expected.size
     assert np.array_equal(full.kept, expected)
-    counts, patch_counts = np.zeros((24, 4), int), np.zeros((16, 4), int)
+    counts = np.zeros((24, 4), int)
     for image, patch, choice in np.ndindex(expected.shape):
         if expected[image, patch, choice]:
             counts[image, free.expert_index[image, patch, choice]] += 1
-            patch_counts[patch, free.expert_index[image, patch, choice]] += 1
     assert np.array_equal(full.counts(), counts)
-    assert np.array_equal(full.patch_counts(), patch_counts)
     assert free.counts().sum(-1).tolist() == [32] * 24
 
 

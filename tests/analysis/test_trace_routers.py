@@ -24,6 +24,7 @@ from moevision.analysis.describe import (
     random_patches,
     top_patches,
 )
+from moevision.analysis.information import choice_counts
 from moevision.data import SyntheticPets
 from moevision.data.transforms import normalize
 from moevision.layers import ROUTERS, moe_layers
@@ -65,7 +66,6 @@ def saved(router, **options) -> SavedModel:
 
 def test_expert_choice_counts_what_was_taken() -> None:
     assert TAKEN.counts().tolist() == [[1, 2]]
-    assert TAKEN.patch_counts().tolist() == [[1, 1], [0, 0], [0, 1]]
     np.testing.assert_allclose(TAKEN.image_takes(), [[0.3, 1.3]], rtol=1e-6)
     assert TAKEN.first_choice().tolist() == [[1, -1, 1]]
     assert TAKEN.kept_per_patch().tolist() == [1, 1, 1]
@@ -84,7 +84,6 @@ def test_expert_choice_counts_what_was_taken() -> None:
 def test_soft_moe_reads_and_takes() -> None:
     np.testing.assert_allclose(MIXED.counts(), [[0.3 + 0.6 + 0.1, 0.7 + 0.4 + 0.9]], rtol=1e-6)
     np.testing.assert_allclose(MIXED.image_takes(), MIXED.counts())
-    np.testing.assert_allclose(MIXED.patch_counts(), [[0.2, 0.5], [0.7, 0.1], [0.1, 0.4]], rtol=1e-6)
     np.testing.assert_allclose(image_shares(MIXED.image_takes()), [[1 / 3, 2 / 3]], rtol=1e-6)
     assert MIXED.first_choice().tolist() == [[1, 0, 1]]
     assert [patch.patch for patch in top_patches(MIXED, 1, count=1)] == [0]  # read most, though patch 2 takes more
@@ -126,6 +125,7 @@ def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
         _, routings = forward_routing(model.net, pixels)
     for layer, routing in zip(again.layers, routings, strict=True):
         weights = routing.expert_weights()[:, 1:]
+        reads = choice_counts(layer.expert_index, 4, layer.reads).sum(0)  # [P, E]
         assert layer.kind == routing.kind
         if layer.kind == "token_choice":
             np.testing.assert_array_equal(
@@ -136,9 +136,9 @@ def test_a_trace_says_what_the_model_did(router, tmp_path) -> None:
         if layer.kind == "expert_choice":
             by_token = torch.zeros(16, 4, 17).scatter(-1, routing.token_index, 1.0)[..., 1:]
             np.testing.assert_array_equal(layer.counts(), by_token.sum(-1))
-            np.testing.assert_array_equal(layer.patch_counts(), by_token.sum(0).T)
+            np.testing.assert_array_equal(reads, by_token.sum(0).T)
         if layer.kind == "soft":
-            np.testing.assert_allclose(layer.patch_counts(), routing.dispatch_weight[:, 1:].sum((0, 3)), rtol=1e-5)
+            np.testing.assert_allclose(reads, routing.dispatch_weight[:, 1:].sum((0, 3)), rtol=1e-5)
     assert (first_choice_paths(again) >= -1).all()
     assert sum(layer.first_choice().min() < 0 for layer in again.layers) <= 2 * (router == "expert_choice")
 

@@ -77,7 +77,6 @@ def test_bundled_numbers_and_their_sentences_round_alike():
 
 
 def test_bundled_models_answer_in_the_words_of_today():
-    """The pets' atlases are of an earlier version, which had one verdict in their place."""
     for file in [file for folder in bundled_folders() for file in folder.glob("atlas*.json")]:
         for layer in load_atlas(file)["layers"]:
             experts, training, function = layer["answers"]

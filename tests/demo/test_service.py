@@ -343,6 +343,8 @@ def test_classes_are_the_atlas(explorer):
     for layer, found in zip(page["layers"], trace.layers, strict=True):
         answers = layer["answers"]
         assert [answer["question"] for answer in answers] == ["experts", "training", "function"]
+        # of a half of the images that it wasn't counted on, as `analyze` says it
+        assert answers[0]["detail"].startswith("the expert alone guesses ")
         # nothing was compared with untrained models here, and no route was forced
         assert [answer["answer"] for answer in answers[1:]] == ["not measured", "not measured"]
         load = found.counts().sum(0)

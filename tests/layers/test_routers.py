@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, TopKRouter, build_router
+from moevision.layers import TopKRouter, build_router
 from moevision.layers.cpu import softmax_over_experts
 
 
@@ -177,13 +177,3 @@ def test_the_softmax_across_tokens_is_the_softmax_over_experts(shape: tuple[int,
     for actual, expected in zip(results[:2], results[2:], strict=True):
         assert actual[0].shape == shape
         torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-15)
-
-
-@pytest.mark.parametrize(("router", "name"), [("soft", "scale"), ("cosine", "temperature")])
-def test_a_scalar_of_an_earlier_version_is_read_as_a_vector_of_one(router: str, name: str) -> None:
-    layer = MoEMlp(8, 8, num_experts=4, router=router)
-    state = layer.state_dict()
-    assert state[f"router.{name}"].shape == (1,)
-    state[f"router.{name}"] = torch.tensor(0.25)
-    layer.load_state_dict(state)
-    assert getattr(layer.router, name).tolist() == [0.25]

@@ -34,7 +34,7 @@ from moevision.data.duplicates import (
 )
 from moevision.data.images import BadImageError
 from moevision.data.quality import LOOK, SIDE, look_at
-from moevision.data.scores import SCORES, Floats, Ints, Scores, keys_of
+from moevision.data.scores import SCORES, Floats, Ints, Scores, keys_of, rows_of
 from moevision.data.sources import SPLITS, Collection, Sample
 from moevision.data.transforms import Pixels, square_pixels
 from moevision.errors import UserError
@@ -164,9 +164,8 @@ def scores_in_order(scores: Scores, images: RunImages) -> tuple[Ints, dict[str, 
     """
     train = images.samples["train"]
     keys, known = keys_of(map(csv_name, scores.images)), keys_of(csv_name(sample.sample_id) for sample in train)
-    order = np.argsort(keys)
-    row = order[np.minimum(np.searchsorted(keys, known, sorter=order), len(keys) - 1)] if len(keys) else known[:0]
-    there = keys[row] == known if len(keys) else np.zeros(len(train), bool)
+    row = rows_of(keys, known)
+    there = row >= 0
     if not there.any():
         raise UserError("scores.csv is of other images than the run's training set: it was replaced, or its data were.")
     visits = np.where(there, scores.visits[row], 0)

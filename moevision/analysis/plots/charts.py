@@ -45,6 +45,7 @@ from moevision.analysis.plots.style import (
     panel_title,
     percent,
 )
+from moevision.analysis.readings import Load
 from moevision.errors import UserError
 from moevision.layers.routing import Kind as RoutingKind
 
@@ -350,15 +351,11 @@ def plot_class_experts(
             f"{cells} No cell stands above chance over images, "
             f"so none is coloured: no class was found to use an expert more than others do.{shown}"
         )
-    heading(figure, f"{layer_name}: which classes use which expert", f"{note} {_load_words(shares - above)}")
+    # Without the load two busy experts and two classes look like specialization.
+    overall = (shares - above).mean(0)  # [E]
+    load = Load(overall / overall.sum(), shares).words
+    heading(figure, f"{layer_name}: which classes use which expert", f"{note} Load: {load}.")
     return figure
-
-
-def _load_words(overall: Floats) -> str:
-    """The load behind a class map: without it two busy experts and two classes look like specialization."""
-    share = overall.mean(0) / overall.mean(0).sum()  # [E]
-    effective = np.exp(-(share * np.log(np.where(share > 0, share, 1))).sum())
-    return f"Load: max/mean {share.max() * len(share):.2f}, in effect {effective:.1f} of {len(share)} experts."
 
 
 def plot_part_experts(

@@ -17,7 +17,7 @@ import struct
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 
 import moevision.analysis.plots as plots
 from moevision import __version__, package_version
-from moevision.analysis.collect import UNREAD, collect_routing
-from moevision.analysis.describe import co_activation, gate_weight_quantiles, part_expert_table, position_share
+from moevision.analysis.collect import UNREAD, collect_routing, model_title
+from moevision.analysis.describe import part_expert_table, position_share
 from moevision.analysis.images import PictureSet, Remembered, aligned_pictures, pictures_for, run_folder
 from moevision.analysis.plots.style import figure_png
 from moevision.analysis.report.measure import (
@@ -39,7 +39,6 @@ from moevision.analysis.report.measure import (
     Stages,
     as_json,
     data_numbers,
-    kept_of,
     layer_numbers,
     measure,
     model_numbers,
@@ -104,8 +103,7 @@ def analyze(settings: ReportSettings) -> Json:
     started, clock = datetime.now(UTC), time.perf_counter()
     refuse_equal_seeds((address, _seed_of(address)) for address in (settings.model, *settings.seeds))
     model = load_model(settings.model)
-    layers = moe_layers(model.net)
-    if not layers:
+    if not moe_layers(model.net):
         raise UserError(f"{settings.model} has no MoE layers to look at: give a model with experts.")
     pictures = _open(settings, model)
     others = [(_title(address), load_model(address)) for address in settings.seeds]
@@ -121,7 +119,8 @@ def analyze(settings: ReportSettings) -> Json:
         results = measure(model, pictures, trace, others, settings, stages, before)
         with stages.stage("drawing figures"):
             kinds = [layer.kind for layer in trace.layers]
-            figures = draw_figures(trace, pictures, results, settings.seed)
+            layers = [layer_numbers(layer) for layer in trace.layers]
+            figures = draw_figures(trace, pictures, results, layers, settings.seed)
             drawn = [(item.entry(kinds), figure_png(item.figure)) for item in figures]
     numbers: Json = as_json(
         {
@@ -132,8 +131,7 @@ def analyze(settings: ReportSettings) -> Json:
                          "before": settings.before and _title(settings.before)},
             "model": model_numbers(trace, settings.model, model.image_size),
             "data": data_numbers(trace),
-            "layers": [{**layer_numbers(layer), "read": read}
-                       for layer, read in zip(trace.layers, routes_read(model.net), strict=True)],
+            "layers": [{**layer, "read": read} for layer, read in zip(layers, routes_read(model.net), strict=True)],
             **results.to_json(trace),
             "figures": [entry for entry, _ in drawn],
             "provenance": _provenance(settings, trace, started, time.perf_counter() - clock, stages.seconds),
@@ -166,10 +164,7 @@ def _open(settings: ReportSettings, model: SavedModel) -> PictureSet:
 
 
 def _title(address: str) -> str:
-    """What a model is called: its run's name, or its address."""
-    path = Path(address)
-    own = path.resolve().parent if path.name == "model" else path.resolve()
-    return shown(own.name if path.exists() else address)
+    return shown(model_title(address))
 
 
 def _provenance(
@@ -308,13 +303,16 @@ class Drawn(NamedTuple):
         return {"file": self.file, "kind": self.kind, "title": self.title, **words._asdict()}
 
 
-def draw_figures(trace: RoutingTrace, pictures: PictureSet, results: Results, seed: int = 0) -> Iterator[Drawn]:
+def draw_figures(
+    trace: RoutingTrace, pictures: PictureSet, results: Results, layers: Sequence[Json], seed: int = 0
+) -> Iterator[Drawn]:
     """All figures, in the order of the report.
 
     Args:
         trace: the routing of `pictures`.
         pictures: in the order of the trace.
         results: what was measured; what wasn't is not drawn.
+        layers: `layer_numbers` of each layer.
         seed: of the images and patches that are drawn at random.
     """
     names = [layer.name for layer in trace.layers]
@@ -322,19 +320,20 @@ def draw_figures(trace: RoutingTrace, pictures: PictureSet, results: Results, se
         title = "What the experts tell, beside everything it must exceed"
         yield Drawn("comparisons", "specialization.png", title, plots.plot_specialization(results.information))
     yield from _draw_pictures(trace, pictures, seed)
-    counts, kinds = [layer.counts().sum(0) for layer in trace.layers], [layer.kind for layer in trace.layers]
-    load = plots.plot_load(counts, names, requested=_requested(trace), kinds=kinds)
+    counts, wanted = ([each[what] for each in layers] for what in ("counts", "requested"))
+    kinds = [layer.kind for layer in trace.layers]
+    load = plots.plot_load(counts, names, requested=None if wanted == counts else wanted, kinds=kinds)
     yield Drawn("load", "load.png", "Load of each expert", load)
-    uneven = [layer for layer in trace.layers if not np.asarray(layer.kept).all()]
+    uneven = [each for each in layers if any(each["kept_per_patch"][:-1])]
     if uneven:
         figure = plots.plot_experts_per_patch(
-            [layer.kept_per_patch() for layer in uneven], [layer.name for layer in uneven]
+            [each["kept_per_patch"] for each in uneven], [each["name"] for each in uneven]
         )
         yield Drawn("experts_per_patch", "experts_per_patch.png", "How many experts a patch has", figure)
-    quantiles = [_quantiles(layer) for layer in trace.layers]
+    quantiles = [each["gate_weight_quantiles"]["values"] for each in layers]
     yield Drawn("gate_weights", "gate_weights.png", "Gate weights by depth", plots.plot_gate_weights(quantiles, names))
-    for layer in trace.layers:
-        yield from _draw_layer(trace, pictures, results, layer, seed)
+    for layer, found in zip(trace.layers, layers, strict=True):
+        yield from _draw_layer(trace, pictures, results, layer, found, seed)
     if results.effects["rows"]:
         yield Drawn("effects", "effects.png", "Without one expert", _effects_figure(trace, results.effects))
 
@@ -361,12 +360,11 @@ def _draw_pictures(trace: RoutingTrace, pictures: PictureSet, seed: int) -> Iter
 
 
 def _draw_layer(
-    trace: RoutingTrace, pictures: PictureSet, results: Results, layer: LayerTrace, seed: int
+    trace: RoutingTrace, pictures: PictureSet, results: Results, layer: LayerTrace, numbers: Json, seed: int
 ) -> Iterator[Drawn]:
     name, index = layer.name, np.asarray(layer.expert_index)
-    if layer.top_k > 1 and layer.kind != "soft":
-        counts, chooses = co_activation(index, layer.num_experts, kept_of(layer)), layer.kind == "token_choice"
-        figure = plots.plot_co_activation(counts, layer.top_k if chooses else None, layer_name=name)
+    if numbers["co_activation"] is not None:
+        figure = plots.plot_co_activation(numbers["co_activation"], numbers["top_k"], layer_name=name)
         yield Drawn("co_activation", f"co_activation_{name}.png", f"{name}: experts chosen together", figure)
     if layer.layer in results.maps:
         found = results.maps[layer.layer]
@@ -384,23 +382,6 @@ def _draw_layer(
         yield Drawn("parts", f"parts_{name}.png", f"{name}: which parts go to which expert", figure)
     figure = plots.plot_gallery(pictures, trace, layer.layer, seed=seed)
     yield Drawn("gallery", f"gallery_{name}.png", f"{name}: what each expert gets", figure)
-
-
-def _requested(trace: RoutingTrace) -> list[npt.NDArray[Any]] | None:
-    """Per layer [E] choices before capacity; None where capacity dropped nothing."""
-    if not any(layer.kind == "token_choice" and not np.asarray(layer.kept).all() for layer in trace.layers):
-        return None
-    return [
-        np.bincount(np.asarray(layer.expert_index).ravel(), minlength=layer.num_experts)
-        if layer.kind == "token_choice"
-        else layer.counts().sum(0)
-        for layer in trace.layers
-    ]
-
-
-def _quantiles(layer: LayerTrace) -> npt.NDArray[np.float64]:
-    kept = None if layer.kind == "token_choice" else np.asarray(layer.kept)
-    return gate_weight_quantiles(np.asarray(layer.combine_weight), kept=kept)
 
 
 def _effects_figure(trace: RoutingTrace, effects: Mapping[str, Any]) -> Figure:

@@ -39,7 +39,7 @@ from moevision.analysis.effects import class_effect
 from moevision.analysis.images import PictureSet
 from moevision.analysis.intervention import Intervention
 from moevision.analysis.questions import LayerAnswers, headline, plainly, three_questions
-from moevision.analysis.recording import Recording, cluster_started, recording_of
+from moevision.analysis.recording import Recording, recording_of
 from moevision.analysis.specialization import LayerSpecialization, measure_baselines, specialization
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
@@ -205,14 +205,13 @@ def measure(
         ago = None if before is None else collect_routing(before, pictures, progress=False, name="before")
         own = recording_of(
             model, pictures, trace,
-            baselines=baselines, before=ago, parts=shown_parts, part_names=pictures.part_names,
-            cluster_start=cluster_started(settings.model), seed=settings.seed,
+            baselines=baselines, before=ago, parts=shown_parts, part_names=pictures.part_names, seed=settings.seed,
         )  # fmt: skip
         questions = three_questions(
             own,
             seeds=[
-                _other_training(other, pictures, found, address, settings)
-                for (_, other), found, address in zip(others, seeds, settings.seeds, strict=True)
+                _other_training(other, pictures, found, settings)
+                for (_, other), found in zip(others, seeds, strict=True)
             ],
             permutations=settings.permutations,
             draws=1 if settings.quick else 3,
@@ -241,15 +240,12 @@ def measure(
 
 
 def _other_training(
-    model: SavedModel, pictures: PictureSet, trace: RoutingTrace, address: str, settings: ReportSettings
+    model: SavedModel, pictures: PictureSet, trace: RoutingTrace, settings: ReportSettings
 ) -> Recording:
     """Another training with controls of its own."""
     names = ("untrained", "kmeans_input")
     baselines = measure_baselines(model, pictures, trace, seeds=1 if settings.quick else 3, names=names)
-    started = cluster_started(address)
-    return recording_of(
-        model, pictures, trace, baselines=baselines, swap=False, cluster_start=started, seed=settings.seed
-    )
+    return recording_of(model, pictures, trace, baselines=baselines, swap=False, seed=settings.seed)
 
 
 def _maps(trace: RoutingTrace, settings: ReportSettings) -> dict[int, ClassExpertMap]:
