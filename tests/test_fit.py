@@ -261,17 +261,19 @@ def test_the_split_of_the_run_is_used_again(cli, tiny_run):
 
 
 def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn_pets):
-    """All weights are in the checkpoint; of the dense model its config.json is still read."""
+    """Everything is in the checkpoint or beside it: neither a network nor the dense model's folder is needed again."""
     timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
     options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true")
     first = cli(
         "fit", drawn_pets, "--pretrained", "dense", *options, "--name=up", "--trainer.enable_progress_bar=false"
     )
     assert first.code == 0, first.err
-    Path("dense/model.safetensors").unlink()
+    shutil.rmtree("dense")
     Path("runs/up/summary.json").unlink()
-    again = cli("fit", "--resume=runs/up")
-    assert again.code == 0, again.err
+    best = "runs/up/checkpoints/best.ckpt"
+    for arguments in (["fit", "--resume=runs/up"], ["test", "--ckpt_path", best], ["predict", best, drawn_pets]):
+        again = cli(*arguments)
+        assert again.code == 0, again.err
 
 
 def test_a_pretrained_start_and_its_twin(cli, drawn_pets):

@@ -5,7 +5,9 @@ Only JSON primitives: a Lightning checkpoint stores it, and loads under `weights
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import timm
@@ -15,8 +17,9 @@ from moevision.errors import UserError
 from moevision.layers import RouterOptions, moe_layers
 from moevision.models.architecture import architecture_of
 from moevision.models.convert import convert_to_moe, moe_layer_indices, one_or_list
-from moevision.models.io import create_from, unknown_name
+from moevision.models.io import FOLDER, create_from, model_folder, unknown_name
 from moevision.models.reading import pool_patches
+from moevision.models.safe_files import CONFIG
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
 
@@ -87,7 +90,9 @@ class MoEConfig(RouterOptions):
     upcycle_reinit: float | None = None
 
 
-def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pretrained: bool = True) -> nn.Module:
+def build_model(
+    config: MoEConfig, num_classes: int, image_size: int, *, load_pretrained: bool = True, kept: Path | None = None
+) -> nn.Module:
     """The model that `config` describes.
 
     Args:
@@ -96,12 +101,15 @@ def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pr
         image_size: side of the square input in pixels.
         load_pretrained: read the weights of `config.pretrained`; False builds the same architecture without them, for
             weights that come from a checkpoint.
+        kept: where `keep_start` was told to keep what `config.pretrained` describes; read without the weights.
 
     Raises:
         UserError: if a name doesn't exist (the near ones are offered), an argument doesn't fit, or the pretrained
             weights can't be had.
     """
     if config.pretrained is not None:
+        if not load_pretrained and kept is not None and kept.is_dir():
+            config = replace(config, pretrained=str(kept))
         return _from_pretrained(config, num_classes, image_size, load_pretrained)
     if not timm.is_model(config.name):
         raise UserError(unknown_name(config.name))
@@ -115,6 +123,14 @@ def build_model(config: MoEConfig, num_classes: int, image_size: int, *, load_pr
             f"{config.name} is a dense model: use --model.arch.name vit_moe --model.arch.base {config.name}."
         )
     return model
+
+
+def keep_start(config: MoEConfig, kept: Path) -> None:
+    """Copy the config.json of a folder that training starts from: a checkpoint is of use without that folder, then."""
+    folder = None if config.pretrained is None else model_folder(Path(config.pretrained.removeprefix(FOLDER)))
+    if folder is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / CONFIG, kept / CONFIG)
 
 
 def dense_start(config: MoEConfig, num_classes: int, image_size: int) -> nn.Module | None:

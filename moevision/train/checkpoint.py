@@ -52,6 +52,7 @@ from moevision.train import sharded
 from moevision.train.processes import from_first, is_first, tell
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+START = "start"  # a folder beside them, with the config.json of the model that training started from
 MANIFEST = "manifest.json"
 RETRY_S = 30.0
 _PREFERRED = {LAST: 2, PREVIOUS: 1}

@@ -38,7 +38,7 @@ from moevision.data import ImageDataModule
 from moevision.errors import USER_ERROR, DataWarning, UserError
 from moevision.files import sync_file, sync_folder
 from moevision.layers import moe_layers
-from moevision.models.config import build_model, dense_start
+from moevision.models.config import build_model, dense_start, keep_start
 from moevision.models.safe_files import parse_yaml, read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.names import shown
@@ -52,7 +52,7 @@ from moevision.train.callbacks import (
     Stopwatch,
     TimeLeft,
 )
-from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
+from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
 from moevision.train.devices import trains_on
 from moevision.train.faults import KINDS, FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
@@ -525,6 +525,14 @@ class TrainingCLI(LightningCLI):
             if not self.session.notes:
                 self.save_config_callback = None
 
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's options from the checkpoint; its sizes are left to `_before_evaluation`, which builds it."""
+        super()._parse_ckpt_path()
+        if self.config["subcommand"] != "fit":
+            model = self.config[self.config["subcommand"]]["model"]
+            self.known_sizes = model["num_classes"], model["image_size"]
+            model["num_classes"] = model["image_size"] = None
+
     def instantiate_classes(self) -> None:
         """Make what the configuration names, such as a strategy by the path of its class.
 
@@ -700,6 +708,11 @@ class TrainingCLI(LightningCLI):
         return self.start is None or self.start.checkpoint is None
 
     @property
+    def _kept(self) -> Path:
+        """Where what the pretrained weights are of is kept for the run's checkpoints."""
+        return cast(Path, self.run_dir) / "checkpoints" / START
+
+    @property
     def _clusters(self) -> bool:
         """Whether the routers begin with clusters of their input."""
         return self._get(self.config, "router_start") == "cluster" and bool(moe_layers(self.model.net))
@@ -708,12 +721,15 @@ class TrainingCLI(LightningCLI):
         """Make the model, and refuse what would fail in the training, or after it with the twin."""
         sizes = self.datamodule.num_classes, self.datamodule.image_size
         if not hasattr(self.model, "net"):  # what goes on from a checkpoint needs no pretrained weights
-            self.model.build(*sizes, load_pretrained=self._fresh)
+            self.model.build(*sizes, load_pretrained=self._fresh, kept=self._kept)
+            if self._fresh and self.trainer.is_global_zero:
+                keep_start(self.model.arch, self._kept)
         if self._clusters:  # said in the saved model, also by a run that goes on from a checkpoint
             cast(Any, self.model.net).router_start = "cluster"
         if self._get(self.config, "with_twin"):
             with torch.random.fork_rng(devices=[]):  # the run must not depend on being compared
-                net = build_model(replace(self.model.arch, twin="active_flops"), *sizes, load_pretrained=False)
+                twin = replace(self.model.arch, twin="active_flops")
+                net = build_model(twin, *sizes, load_pretrained=False, kept=self._kept)
                 freeze_parameters(net, self.model.optim.freeze)
         records = self._get(self.config, "record_routing")["images"] is not None
         check_fit(self.trainer, self.model, self.datamodule, records=records)
@@ -859,6 +875,10 @@ class TrainingCLI(LightningCLI):
         self.datamodule.run_dir = self._split_folder()
         with self.session.processes.first_one_first():
             self.datamodule.setup(str(self.subcommand))
+        kept = run_of_checkpoint(self._get(self.config, "ckpt_path")) / "checkpoints" / START
+        own = self.datamodule.num_classes, self.datamodule.image_size
+        classes, side = (known or own[place] for place, known in enumerate(self.known_sizes))
+        self.model.build(classes, side, load_pretrained=False, kept=kept)
         if self.trainer.is_global_zero:
             print(self.datamodule.describe(), flush=True)
 

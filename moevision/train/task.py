@@ -2,7 +2,7 @@
 
 `loss = cross-entropy + Σ_j w_j · mean over MoE layers of balance loss j`. The model is built when the number of
 classes is known (from the data module, or given); everything needed to build it again is plain data in `hparams`,
-so a checkpoint is self-contained and loads under `weights_only=True`.
+or lies beside the checkpoint (`keep_start`), so a checkpoint needs nothing else and loads under `weights_only=True`.
 
 Axes: B images, C classes, E experts.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import lightning as L
@@ -105,14 +106,16 @@ class ClassificationTask(L.LightningModule):
         if num_classes is not None and image_size is not None:
             self.build(num_classes, image_size, load_pretrained=False)
 
-    def build(self, num_classes: int, image_size: int, *, load_pretrained: bool = True) -> None:
-        """Make the network and its metrics.
+    def build(
+        self, num_classes: int, image_size: int, *, load_pretrained: bool = True, kept: Path | None = None
+    ) -> None:
+        """Make the network and its metrics; arguments as those of `build_model`.
 
         Raises:
             UserError: if the model can't be built, or a balance loss is weighted that its routers can't supply.
         """
         self.hparams.update(num_classes=num_classes, image_size=image_size)
-        net = build_model(self.arch, num_classes, image_size, load_pretrained=load_pretrained)
+        net = build_model(self.arch, num_classes, image_size, load_pretrained=load_pretrained, kept=kept)
         self.net = freeze_parameters(net, self.optim.freeze)
         checkpoint_blocks(self.net, self.grad_checkpointing)
         self.aux_loss.check(self.net)

@@ -22,7 +22,7 @@ def load_trained(address: str) -> SavedModel:
     path = Path(address)
     if path.suffix != SUFFIX:
         return load_model(address)
-    from moevision.train.checkpoint import SafeCheckpointIO, check_checkpoint
+    from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
     from moevision.train.resume import MARK
     from moevision.train.task import ClassificationTask
 
@@ -32,7 +32,10 @@ def load_trained(address: str) -> SavedModel:
     if known is None:
         raise UserError(f"{address} doesn't name its classes, as those of this version do: go on with the run first.")
     with saying_what_fails(address):
-        task = ClassificationTask(**checkpoint["hyper_parameters"])
+        options = dict(checkpoint["hyper_parameters"])
+        sizes = options.pop("num_classes"), options.pop("image_size")
+        task = ClassificationTask(**options)
+        task.build(*sizes, load_pretrained=False, kept=path.parent / START)
         state = checkpoint["state_dict"].items()
         task.net.load_state_dict({name.removeprefix("net."): x for name, x in state if name.startswith("net.")})
     mean, std = (tuple(each) for each in known["mean_std"])
