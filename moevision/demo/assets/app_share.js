@@ -35,18 +35,22 @@ export function shareHandlers(app) {
     close(button);
     try { await job(); } catch (error) { app.notify(asAskError(error).message); }
   };
+  const staged = (job) => guarded(async () => {
+    if (!app.state || !app.hasPicture()) throw new AskError("Nothing is on the stage yet: choose an image.");
+    await job();
+  });
   return {
     "export-link": guarded(async () => {
       await copyText(location.href);
       app.notify(app.pictures.some(({ kind }) => kind === "upload") ? "Link copied. It can't carry your own image: it opens on an example." : "Link copied.");
     }),
-    "export-png": guarded(async () => { download(await stagePng(present(app.state)), name("png")); app.notify("Image saved."); }),
-    "export-json": guarded(async () => {
+    "export-png": staged(async () => { download(await stagePng(present(app.state)), name("png")); app.notify("Image saved."); }),
+    "export-json": staged(async () => {
       const text = JSON.stringify(present(app.state).view, null, 1);
       download(new Blob([text], { type: "application/json" }), name("json"));
       app.notify("Data saved.");
     }),
-    "export-page": guarded(async () => {
+    "export-page": staged(async () => {
       const page = await app.asker.ask("export_html", app.questionOf(present(app.state).view));
       download(new Blob([page.html], { type: "text/html" }), page.filename);
       app.notify("Page saved.");

@@ -200,3 +200,22 @@ def look():
     return SimpleNamespace(
         numbers=numbers, fills=fills, said=said, open_tab=open_tab, no_sideways_scroll=no_sideways_scroll
     )
+
+
+@pytest.fixture
+def empty_stage():
+    """Goes on to a model that comes without images."""
+
+    def go(page):
+        def without_examples(route):
+            if route.request.post_data_json["fn_name"] != "boot":
+                return route.continue_()
+            answer = route.fetch()
+            models = [{**model, "examples": []} for model in answer.json()["models"]]
+            return route.fulfill(response=answer, json={"models": models})
+
+        page.route(SERVER_CALL, without_examples)
+        page.select_option("[data-change=model]", "photos")
+        page.wait_for_selector("[data-box=blank]:visible")
+
+    return go

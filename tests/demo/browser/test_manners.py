@@ -415,20 +415,10 @@ def test_a_link_to_another_model_can_be_tried_again(new_visit, server):
     page.wait_for_selector(".mv-cell")
 
 
-def test_a_late_answer_does_not_bring_back_the_former_models_image(visit):
+def test_a_late_answer_does_not_bring_back_the_former_models_image(visit, empty_stage):
     """One click on an image, and at once another model, which has none to show."""
     page = visit().page
-
-    def without_examples(route):
-        if route.request.post_data_json["fn_name"] != "boot":
-            return route.continue_()
-        answer = route.fetch()
-        models = [{**model, "examples": []} for model in answer.json()["models"]]
-        return route.fulfill(response=answer, json={"models": models})
-
-    page.route(SERVER_CALL, without_examples)
-    page.select_option("[data-change=model]", "photos")
-    page.wait_for_selector("[data-box=blank]:visible")
+    empty_stage(page)
     page.select_option("[data-change=model]", "pets")
     page.wait_for_selector("[data-box=view]:visible")
     with page.expect_response(lambda response: '"route"' in (response.request.post_data or "")):

@@ -32,6 +32,15 @@ def export():
     return export
 
 
+def test_nothing_is_saved_before_an_image_is_chosen(visit, empty_stage):
+    page = visit().page
+    empty_stage(page)
+    for kind in ("png", "json", "page"):
+        page.click(".mv-menu summary")
+        page.click(f"[data-action=export-{kind}]")
+        page.wait_for_selector("[data-box=toast]:has-text('Nothing is on the stage yet')")
+
+
 def test_the_stage_is_saved_as_png(visit, export):
     saved = export(visit().page, "png")
     assert saved.suggested_filename.startswith("moevision_pets_")
