@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,23 @@ def test_an_unreadable_file_gets_a_row_that_says_why(cli, tiny_run, drawn_pets, 
     assert not middle["error"]
     assert "2 of 3 files could not be read" in outcome.err
     assert json.loads(cli("predict", tiny_run, cut, "--format=json").out)[0]["class"] is None
+
+
+def test_a_folder_that_can_not_be_read_is_told(cli, tiny_run, tmp_path, drawn_pets, monkeypatch):
+    shutil.copytree(drawn_pets, tmp_path / "all")
+    locked = next(path for path in (tmp_path / "all").iterdir() if path.is_dir())
+    real = os.scandir
+
+    def scandir(path):
+        if str(path) == str(locked):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    outcome = cli("predict", tiny_run, tmp_path / "all")
+    assert outcome.code == 0, outcome.err
+    assert "1 folders in" in outcome.err
+    assert "can't be read, and were left out" in outcome.err
 
 
 def test_nothing_but_unreadable_files(cli, tiny_run, tmp_path):

@@ -14,6 +14,7 @@ import io
 import json
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from moevision.errors import UserError
 from moevision.files import refuse_foreign, write_text_atomic, written_beside
 from moevision.models.io import SavedModel, best_device
 from moevision.names import csv_name, json_text
+from moevision.train.processes import tell
 from moevision.train.trained import load_trained
 
 UNSURE = "unsure"
@@ -242,7 +244,10 @@ def find_images(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
     for name in paths:
         path = Path(name)
         if path.is_dir():
-            images = sorted(Path(file.path) for file in walk(path) if is_image_path(file.name))
+            links: Counter[str] = Counter()
+            images = sorted(Path(file.path) for file in walk(path, links) if is_image_path(file.name))
+            if links["unreadable"]:
+                tell(f"warning: {links['unreadable']} folders in {path} can't be read, and were left out: permit it.")
             if images:
                 yield from images
             elif is_shards(path):

@@ -12,6 +12,7 @@ process.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,8 @@ from moevision.data.dataset import BadImage, ImageDataset, RawBatch
 from moevision.data.transforms import BatchMixer, hash_u64, normalize
 
 Batch = dict[str, Tensor]
+# Between the epochs of two keys of one image: more than there are epochs, and odd, so that it is mirrored in turn.
+_AGAIN = 2**31 + 1
 
 
 class PositionSampler(Sampler[tuple[int, int]]):
@@ -87,13 +90,21 @@ class PositionSampler(Sampler[tuple[int, int]]):
 
     def order(self, epoch: int) -> list[int]:
         """The indices that this process reads in ``epoch``, in order."""
+        return [index for _, index in self.keys(epoch)]
+
+    def keys(self, epoch: int) -> list[tuple[int, int]]:
+        """The keys of those indices; an image that comes again has another epoch in its key, for another crop."""
         generator = torch.Generator()
         generator.manual_seed(hash_u64(self.seed, epoch))
         if self._class_members is None:
-            order = torch.randperm(self.num_samples, generator=generator)
+            keys = [(epoch, index) for index in torch.randperm(self.num_samples, generator=generator).tolist()]
         else:
-            order = self._balanced_order(generator)
-        return order.tolist()[self.rank :: self.world_size][: len(self)]
+            seen: Counter[int] = Counter()
+            keys = []
+            for index in self._balanced_order(generator).tolist():
+                keys.append((epoch + seen[index] * _AGAIN, index))
+                seen[index] += 1
+        return keys[self.rank :: self.world_size][: len(self)]
 
     def _balanced_order(self, generator: torch.Generator) -> torch.Tensor:
         """N draws, each class equally often; within a class every image once before any comes again."""
@@ -111,12 +122,11 @@ class PositionSampler(Sampler[tuple[int, int]]):
         return pool[torch.randperm(len(pool), generator=generator)]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yield ``(epoch, index)`` from the start position to the end of the epoch."""
+        """Yield the keys from the start position to the end of the epoch."""
         # set_epoch may be called while this iterator is alive: hold the epoch in a local name
         epoch, start = self.epoch, self.start
         self.running_epoch, self.start = epoch, 0
-        for index in self.order(epoch)[start:]:
-            yield epoch, index
+        yield from self.keys(epoch)[start:]
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:

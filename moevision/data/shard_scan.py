@@ -96,8 +96,12 @@ def cache_file(folder: Path) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moevision" / "shards" / f"{name}.json"
 
 
-def has_changed(folder: Path, index: Index) -> bool:
-    """Whether a tar that is there came, or was written, after they were scanned."""
+def has_changed(folder: Path, index: Index, path: Path) -> bool:
+    """Whether a tar or the list of class names came, or was written, after the index was, whose file is `path`."""
+    scanned_ns = path.stat().st_mtime_ns
+    lists = [folder / name for name in _NAME_FILES if (folder / name).is_file()]
+    if any(each.stat().st_mtime_ns > scanned_ns for each in lists):
+        return True
     known = {shard.file: (shard.bytes, shard.modified_ns) for shard in index.shards}
     return any(known.get(_relative(folder, tar)) != _state(tar) for tar in tars_in(folder))
 

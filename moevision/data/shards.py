@@ -218,7 +218,7 @@ def find_index(folder: Path) -> Index:
     if not path.is_file():
         return shard_scan.index_others(folder)
     index = read_index(path)
-    if index.scanned and shard_scan.has_changed(folder, index):
+    if index.scanned and shard_scan.has_changed(folder, index, path):
         return shard_scan.index_others(folder)
     _check_sizes(folder, index, path)
     return index

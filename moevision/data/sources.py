@@ -23,6 +23,7 @@ import io
 import os
 import re
 import shlex
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -261,6 +262,12 @@ def read_folder(root: Path) -> FileCollection:
         given = {"all": classes}
     else:
         given = {split: _class_files(folder, root, notes, links) for split, folder in splits.items()}
+        others = [each.name for each in subfolders(root) if each not in splits.values() and _holds_images(each)]
+        if others:
+            notes.append(
+                f"{root} has the folders {', '.join(others)} beside train, which were left out: call a validation set "
+                "val and a test set test"
+            )
         if "test" in given and not given["test"]:
             notes.append(f"{splits['test']} has no class folders, so it can't be used for testing")
             del given["test"]
@@ -374,6 +381,7 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
     above = 0 if root == Path() else len(os.path.join(root, ""))
     links["met"] += folder.is_symlink()
     links["repeated"] += sum(map(_leads_up, folder.iterdir()))
+    notes += _left_out(folder)
     for class_folder in subfolders(folder):
         links["met"] += class_folder.is_symlink()
         real: list[str] = []
@@ -396,6 +404,21 @@ def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]
     return classes
 
 
+def _left_out(folder: Path) -> list[str]:
+    """A note for each entry that looks like a class and isn't taken as one."""
+    notes = []
+    for entry in sorted(folder.iterdir()):
+        if entry.is_symlink() and not entry.exists() and not entry.suffix:
+            notes.append(f"{entry} is a link to a folder that isn't there, and was left out")
+        elif entry.name[0] == "_" and entry.name != "__MACOSX" and entry.is_dir() and _holds_images(entry):
+            notes.append(f"{entry} begins with _ and was left out: rename it to use it as a class")
+    return notes
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(is_image_path(entry.name) for entry in walk(folder))
+
+
 def _others(linked: list[str], real: list[str]) -> list[str]:
     """The links to files that are neither among the real ones nor behind an earlier link."""
     found = set(map(file_identity, real)) if linked else set()
@@ -411,7 +434,7 @@ def check_distinct(names: list[str]) -> None:
     """Names must differ, also when they are written into a file."""
     known: dict[str, str] = {}
     for name in names:
-        written = csv_name(name)
+        written = unicodedata.normalize("NFC", csv_name(name))  # a Mac writes accents apart
         if (other := known.get(written)) is not None:
             raise UserError(f"{other!r} and {name!r} look the same when they are written down: rename one of them")
         known[written] = name

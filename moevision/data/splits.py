@@ -356,7 +356,7 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
         The splits, and the class names of the file (labels are renumbered to them).
 
     Raises:
-        UserError: if the file isn't such a list, or a class of it has vanished.
+        UserError: if the file isn't such a list, a class of it has vanished, or a held-out image has another one.
     """
     rows = _listed(path)
     current = _by_written_name(collection)
@@ -368,6 +368,14 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
     vanished = [row["path"] for row in rows if row["path"] not in current]
     for row in rows:
         if row["path"] in current and row["class"] in label_of:
+            # A row of a table is known by its number alone; `--data.relabel` corrects training images only.
+            now = csv_name(collection.class_names[current[row["path"]].label])
+            if now != row["class"] and row["split"] not in ("train", _UNUSED):
+                raise UserError(
+                    f"{path} lists {row['path']} as {row['class']!r}, and now it is {now!r}: the data have other "
+                    "labels or another order than when it was written. Restore them, or use another run folder to draw "
+                    "a new split"
+                )
             samples.get(row["split"], unused).append(Sample(current[row["path"]].sample_id, label_of[row["class"]]))
     for split, members in samples.items():
         lost = sorted(listed - {csv_name(class_names[sample.label]) for sample in members})

@@ -236,10 +236,15 @@ class ArrowCollection(Collection):
     tables: dict[str, Any] = field(default_factory=dict)
     image_column: str = "image"
 
+    @cached_property
+    def _pixels(self) -> dict[str, Any]:
+        """The images alone: reading a row decodes all of its columns."""
+        return {split: table.select_columns([self.image_column]) for split, table in self.tables.items()}
+
     def _stored(self, sample: Sample) -> bytes | str:
         """The bytes of an image, or the path where they would be."""
         split, row = sample.sample_id.rsplit("/", 1)
-        stored = self.tables[split][int(row)][self.image_column] or {}
+        stored = self._pixels[split][int(row)][self.image_column] or {}
         return stored.get("bytes") or str(stored.get("path") or "")
 
     def open(self, sample: Sample, short_side: int | None = None) -> Image.Image:

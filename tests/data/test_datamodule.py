@@ -495,6 +495,23 @@ def test_test_folder_without_classes_is_told_and_not_used(image_folder):
     assert data.class_counts["train"] == {"cat": 8, "dog": 8}
 
 
+def test_what_looks_like_a_class_is_not_left_out_without_a_word(image_folder):
+    root = image_folder({"cat": 10, "dog": 10, "_unknown_": 3, "__MACOSX": 1, "_empty": 0})
+    (root / "bird").symlink_to(root / "not mounted")
+    notes = open_collection(str(root), root="data", download=False, image_size=16, seed=0, sizes={}).notes
+    assert [note for note in notes if "_unknown_ begins with _ and was left out: rename it" in note]
+    assert [note for note in notes if "bird is a link to a folder that isn't there, and was left out" in note]
+    assert len(notes) == 2
+
+
+def test_folders_beside_train_are_named(image_folder):
+    for split in ("train", "dev"):
+        image_folder({"cat": 4, "dog": 4}, name=f"pictures/{split}")
+    root = image_folder({"docs": 0})
+    (note,) = open_collection(str(root), root="data", download=False, image_size=16, seed=0, sizes={}).notes
+    assert "has the folders dev beside train, which were left out: call a validation set val" in note
+
+
 def test_other_files_are_left_out_and_told(image_folder):
     root = image_folder({"cat": 10, "dog": 10, "__MACOSX": 1, ".git": 1})
     (root / "cat/notes.txt").write_text("")

@@ -73,6 +73,22 @@ def test_balanced_order_draws_classes_equally_and_images_evenly():
     assert drawn != sampler.order(1)
 
 
+def test_an_image_that_comes_again_has_a_key_of_its_own():
+    """Else all copies of a rare image in an epoch would be cropped and mirrored alike."""
+    labels = [0] * 2 + [1] * 98
+    sampler = PositionSampler(100, balanced_labels=labels)
+    sampler.set_epoch(3)
+    keys = list(sampler)
+    rare = [epoch for epoch, index in keys if index == 0]
+    assert len(rare) == len(set(rare)) == 25
+    assert {epoch % 2 for epoch in rare} == {0, 1}  # which side is shown
+    assert {epoch for epoch, index in keys if labels[index]} == {3}
+    sampler.seek(3, 40)
+    assert list(sampler) == keys[40:]
+    ranks = [PositionSampler(100, rank=rank, world_size=2, balanced_labels=labels).keys(3) for rank in (0, 1)]
+    assert [key for step in zip(*ranks, strict=True) for key in step] == keys
+
+
 @pytest.mark.parametrize(("rank", "world"), [(2, 2), (-1, 1)])
 def test_rank_must_exist(rank, world):
     with pytest.raises(ValueError, match="rank"):

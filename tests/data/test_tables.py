@@ -25,8 +25,9 @@ def opened(path, **options):
     return open_collection(str(path), root="data", download=False, image_size=16, seed=0, sizes=NO_SIZES, **options)
 
 
-def ready(path, **options):
+def ready(path, run_dir=None, **options):
     data = ImageDataModule(str(path), image_size=16, batch_size=8, **options)
+    data.run_dir = run_dir
     data.setup()
     return data
 
@@ -332,6 +333,53 @@ def test_multi_label_data_are_refused_in_words(hub, tmp_path):
     table.save_to_disk(tmp_path / "objects")
     with pytest.raises(UserError, match=r"'objects' .* multi-label data"):
         opened(tmp_path / "objects")
+
+
+@needs_datasets
+def test_other_columns_are_not_decoded(hub, tmp_path):
+    """A mask that is cut short is no reason to lose its image."""
+    masks = [{"bytes": stored(number)["bytes"][:40], "path": None} for number in range(20)]
+    rows_of(hub, [0, 1] * 10, mask=(hub.Image(), masks)).save_to_disk(tmp_path / "pets")
+    data = ready(tmp_path / "pets", image_column="img")
+    assert len(data.contents.datasets["train"]) == 16
+    batch = next(iter(data.train_dataloader()))
+    assert len(batch["image"]) == 8
+    assert data.bad_images == []
+
+
+@needs_datasets
+def test_a_split_is_refused_where_rows_have_moved(hub, tmp_path):
+    """The ids are numbers of rows: after one is dropped they stand for other images."""
+    rows = rows_of(hub, [0, 1] * 20)
+    rows.save_to_disk(tmp_path / "pets")
+    ready(tmp_path / "pets", run_dir=tmp_path)
+    shutil.rmtree(tmp_path / "pets")
+    rows.select(range(1, 40)).save_to_disk(tmp_path / "pets")
+    with pytest.raises(UserError, match="have other labels or another order than when it was written"):
+        ready(tmp_path / "pets", run_dir=tmp_path)
+
+
+def test_a_split_is_refused_where_a_held_out_label_was_corrected(pictures, tmp_path):
+    """Of a training image it is what `--data.relabel` corrects, and no reason to refuse."""
+    rows = all_rows(pictures)
+    data = ready(listed(pictures, rows), run_dir=tmp_path)
+    train, test = (data.contents.datasets[split].samples[0].sample_id for split in ("train", "test"))
+    other = {"cat": "dog", "dog": "cat"}
+
+    def corrected(name):
+        cells = [row.split(",") for row in rows]
+        return listed(pictures, [f"{path},{other[label] if path == name else label}" for path, label in cells])
+
+    ready(corrected(train), run_dir=tmp_path)
+    with pytest.raises(UserError, match=f"lists {test} as"):
+        ready(corrected(test), run_dir=tmp_path)
+
+
+def test_two_ways_to_write_an_accent_are_one_name(pictures):
+    rows = all_rows(pictures)
+    rows = [row.replace(",cat", ",caf\u00e9" if number % 2 else ",cafe\u0301") for number, row in enumerate(rows)]
+    with pytest.raises(UserError, match="look the same"):
+        opened(listed(pictures, rows))
 
 
 @needs_datasets
