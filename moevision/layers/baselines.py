@@ -176,7 +176,7 @@ class ColourRouter(HandmadeRouter):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle carries no images along."""
-        return {**self.__dict__, "_colours": None}
+        return {**super().__getstate__(), "_colours": None}  # type: ignore[no-untyped-call]
 
 
 def _grid(patch_embed: nn.Module) -> tuple[int, int]:

@@ -211,7 +211,11 @@ def _grouped_linear(rows: Tensor, counts: Tensor, weight: Tensor, bias: Tensor |
     """rows_e · weight_eᵀ + bias_e in one kernel: [R, in] -> [R, out]."""
     ends = counts.cumsum(0).to(torch.int32)  # [E]
     out = F.grouped_mm(rows, weight.mT, offs=ends)
-    return out if bias is None else out + bias.repeat_interleave(counts, dim=0, output_size=rows.shape[0])
+    if bias is None:
+        return out
+    # At least in float32: the gradient of a bias is a sum over all rows of its expert.
+    wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    return out + wide.repeat_interleave(counts, dim=0, output_size=rows.shape[0]).to(out.dtype)
 
 
 def _plus(out: Tensor, bias: Tensor | None, dim: int) -> Tensor:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,8 @@ class TopKRouter(nn.Module):
     softmax comes before the choice and is not renormalised.
 
     The scores are computed in at least float32 whatever autocast says, since a near tie decided in bfloat16 sends
-    tokens to arbitrary experts (Switch Transformer, arXiv:2101.03961, §2.4); float64 stays float64.
+    tokens to arbitrary experts (Switch Transformer, arXiv:2101.03961, §2.4); float64 stays float64. On CUDA the
+    products of a 32-true training are in TF32, these too.
 
     With `route_by="image"` the router sees one token per image, the mean of all its tokens, and decides once for all of
     them (Mobile V-MoEs, arXiv:2309.04354, route images too, once for all layers). Class and register tokens are part of
@@ -319,6 +320,14 @@ class SigmoidRouter(TopKRouter):
         self.bias_rate = bias_rate
         bias = None if bias_rate is None else torch.zeros(num_experts, device=device, dtype=torch.float32)
         self.register_buffer("bias", bias)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """As torch, but the bias stays in float32: in bfloat16 its small steps would soon be lost."""
+        bias = self.bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if bias is not None and self.bias is not None and self.bias.dtype.itemsize < bias.dtype.itemsize:
+            self.bias = bias.to(self.bias.device)
+        return self
 
     def choose(self, logits: Tensor, noise_std: Tensor | None) -> Routing:
         """The K best by sigmoid and bias, with gates of the sigmoids alone."""

@@ -137,8 +137,9 @@ class Recordable(nn.Module):
         return _decide(self, routing)
 
     def __getstate__(self) -> dict[str, object]:
-        """A copy or a pickle never carries an open recorder or intervention along."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("recorder", "intervention")}
+        """A copy or a pickle never carries an open recorder or intervention along, nor what `compile` made of it."""
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name not in ("recorder", "intervention")}
 
 
 def _decide(layer: Recordable, routing: Routing) -> Routing:

@@ -594,6 +594,8 @@ class TrainingCLI(LightningCLI):
             raise UserError(f"The Trainer does not take these options: {error}") from error
         if (divided := MoEParallelStrategy.of(trainer)) is not None:
             divided.check(trainer)
+        # On CUDA TF32 where all is float32. What autocast leaves in float32, such as routers, needs its digits.
+        torch.set_float32_matmul_precision("high" if trainer.precision == "32-true" else "highest")
         device = trainer.strategy.root_device
         if device.type == "mps":
             raise UserError(

@@ -756,8 +756,11 @@ def name_tensors(kind: str, bad: Sequence[tuple[str, Tensor]]) -> str:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all numbers of these tensors in this process are finite, in one pass and with one synchronisation."""
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm([own_part(tensor) for tensor in tensors])))
+    """Whether all numbers of these tensors in this process are finite; if so, by one pass and one synchronisation."""
+    parts = [own_part(tensor) for tensor in tensors]
+    if bool(torch.isfinite(torch.nn.utils.get_total_norm(parts))):
+        return True
+    return all(bool(torch.isfinite(part).all()) for part in parts)  # the norm of large numbers may overflow
 
 
 def _times(count: int, what: str) -> str:

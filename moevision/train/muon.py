@@ -63,7 +63,8 @@ class Muon(AdamW):
     """Muon for groups with `matrices: True`, AdamW for the others.
 
     A matrix that is sharded is gathered for its update (one at a time, every process then computes the same and keeps
-    its part); experts [E, out, in] are sharded between matrices, so that nothing is gathered for them.
+    its part). Experts [E, out, in] are gathered only where they are sharded within their matrices. An expert without a
+    gradient, which no token chose, only decays.
 
     Args:
         params: parameter groups.
@@ -105,19 +106,22 @@ class Muon(AdamW):
             average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
             update = weight.grad.lerp(average, momentum)
             shape = as_matrices(update).shape
+            gather = full if weight.ndim != 3 or _cut_within(weight) else local
+            whole = gather(update)
             if weight.ndim == 3:
-                update = orthogonal(local(update), self.bfloat16)
-            else:
-                update = _orthogonal_whole(update, self.bfloat16)
+                # What little is left of an idle expert's momentum would move it as far as a gradient.
+                idle = (gather(weight.grad) == 0).flatten(1).all(1)  # [E]
+                whole = whole.masked_fill(idle[:, None, None], 0)
+            whole = orthogonal(as_matrices(whole), self.bfloat16).view_as(whole)
+            update = whole if gather is local else local(shard_like(whole, update))
             own = local(weight)
             own.mul_(1 - lr * group["weight_decay"])
             own.add_(update, alpha=-lr * get_lr_scale(shape))
 
 
-def _orthogonal_whole(matrix: Tensor, bfloat16: bool) -> Tensor:
-    """This process's part of `orthogonal`, of a matrix or convolution that may be sharded over its rows."""
-    whole = full(matrix)
-    return local(shard_like(orthogonal(as_matrices(whole), bfloat16).view_as(whole), matrix))
+def _cut_within(experts: Tensor) -> bool:
+    """Whether experts [E, out, in] are sharded within their matrices, as where processes don't divide E."""
+    return any(getattr(placement, "dim", 0) > 0 for placement in getattr(experts, "placements", ()))
 
 
 def as_matrices(weight: Tensor) -> Tensor:

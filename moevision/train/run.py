@@ -63,7 +63,6 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     Raises:
         UserError: for anything that the user can mend.
     """
-    torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     SentenceParser.show_all = ALL in arguments
     _check_encoding(arguments)

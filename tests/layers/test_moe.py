@@ -24,6 +24,7 @@ from moevision.layers import (
     record_routing,
     router_kind,
 )
+from moevision.layers import experts as experts_module
 
 
 def make(dtype: torch.dtype = torch.float32, width: int = 16, hidden: int = 24, **options: object) -> MoEMlp:
@@ -298,6 +299,41 @@ def test_copies_and_pickles_forget_the_recorder() -> None:
     assert routings == []
     assert twin.recorder is None
     assert pickled.recorder is None
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it after a graph break
+def test_a_copy_of_a_compiled_layer_computes_with_its_own_weights() -> None:
+    layer = make()
+    x = torch.randn(1, 3, 16)
+    layer.compile(backend="eager")
+    layer(x)
+    pickle.dumps(layer)
+    twin = copy.deepcopy(layer)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert not twin(x).any()
+
+
+def test_gradients_of_biases_are_summed_in_float32() -> None:
+    """6,000 rows of .3 in bfloat16, one by one, would stop growing at 128, where a step is less than half a digit."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    targets = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if "index_add" in str(func):
+                targets.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    bias = torch.zeros(2, 16, dtype=torch.bfloat16, requires_grad=True)
+    weight, counts = torch.zeros(2, 16, 16, dtype=torch.bfloat16), torch.tensor([6000, 8])
+    out = experts_module._grouped_linear(torch.zeros(6008, 16, dtype=torch.bfloat16), counts, weight, bias)
+    with Watch():
+        out.backward(torch.full_like(out, 0.3))
+    assert targets == [torch.float32]
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad[0].float(), torch.full((16,), 1800.0), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped", "dense"])

@@ -110,6 +110,9 @@ CASES = {
     "muon": Case(
         {"router": "switch"}, ((2, FSDP), (4, EP2), (2, EP2 + REPLICATED)), BALANCE, steps=3, optimizer="muon"
     ),
+    "muon, fewer experts than processes": Case(  # so that experts are cut within their matrices
+        {"router": "switch", "num_experts": 2}, ((4, FSDP), (4, EP2)), BALANCE, steps=3, optimizer="muon"
+    ),
     "in main memory": Case({"router": "switch"}, ((2, FSDP), (4, EP2)), BALANCE, optimizer="muon", offload=True),
     "bf16": Case({"router": "vmoe_top_k"}, ((2, DDP), (2, FSDP), (4, EP2)), steps=1, precision="bf16"),
     "bf16, gathered": Case(

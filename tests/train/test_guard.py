@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moevision.errors import UserError
-from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, note
+from moevision.train.guard import Event, GuardConfig, GuardRecord, StabilityGuard, all_finite, note
 from tests.train.guarded import BIASED, MUON, NOISY, Run, batches, tiny_task
 
 # name: (fault, which batches are left out with it, epochs, batches per epoch and per update, compared after so many
@@ -239,3 +239,10 @@ def test_snapshots_take_no_memory_after_the_training(tmp_path: Path) -> None:
     run = Run(tmp_path, batches(2), callbacks=(Kept(),))
     assert run.guard is not None
     assert (kept, len(run.guard._recovery)) == ([1], 0)
+
+
+def test_large_numbers_are_finite() -> None:
+    """Their norm isn't: 1e30 squared is beyond float32."""
+    assert all_finite([torch.full((4,), 1e30), torch.ones(2)])
+    assert not all_finite([torch.full((4,), 1e30), torch.tensor([torch.inf])])
+    assert not all_finite([torch.tensor([torch.nan])])

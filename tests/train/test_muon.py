@@ -177,6 +177,21 @@ def test_an_expert_without_tokens_only_decays() -> None:
     assert not torch.allclose(experts.weight[0], before[0])
 
 
+def test_an_expert_that_no_longer_gets_tokens_stays() -> None:
+    """Made orthogonal, what is left of its momentum would be as long as a gradient, for some 300 updates."""
+    experts = PackedLinear(2, 4, 6)
+    optimizer = Muon([{"params": [experts.weight], "matrices": True}], lr=0.1, weight_decay=0.0)
+    for update in range(30):
+        experts.weight.grad = torch.randn(experts.weight.shape)
+        if update >= 20:
+            experts.weight.grad[1] = 0
+            before = experts.weight.detach().clone()
+        optimizer.step()
+        if update >= 20:
+            assert torch.equal(experts.weight[1], before[1])
+            assert not torch.allclose(experts.weight[0], before[0])
+
+
 def test_weights_without_gradient_stay() -> None:
     weight = nn.Parameter(torch.ones(4, 6))
     Muon([{"params": [weight], "matrices": True}], lr=0.1).step()
