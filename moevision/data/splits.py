@@ -16,7 +16,7 @@ import hashlib
 import io
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -366,16 +366,14 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS if any(row["split"] == split for row in rows)}
     unused: list[Sample] = []
     vanished = [row["path"] for row in rows if row["path"] not in current]
+    if (moved := _moved(rows, current, collection)) is not None:
+        row, now = moved
+        raise UserError(
+            f"{path} lists {row['path']} as {row['class']!r}, and now it is {now!r}: the data have other labels or "
+            "another order than when it was written. Restore them, or use another run folder to draw a new split"
+        )
     for row in rows:
         if row["path"] in current and row["class"] in label_of:
-            # A row of a table is known by its number alone; `--data.relabel` corrects training images only.
-            now = csv_name(collection.class_names[current[row["path"]].label])
-            if now != row["class"] and row["split"] not in ("train", _UNUSED):
-                raise UserError(
-                    f"{path} lists {row['path']} as {row['class']!r}, and now it is {now!r}: the data have other "
-                    "labels or another order than when it was written. Restore them, or use another run folder to draw "
-                    "a new split"
-                )
             samples.get(row["split"], unused).append(Sample(current[row["path"]].sample_id, label_of[row["class"]]))
     for split, members in samples.items():
         lost = sorted(listed - {csv_name(class_names[sample.label]) for sample in members})
@@ -409,8 +407,7 @@ def _listed(path: Path) -> list[dict[str, str]]:
 def is_copy(path: Path, collection: Collection, original: Callable[[], Collection | None]) -> bool:
     """Whether a collection has all images of ``splits.csv``, as large as in the original where that is still there.
 
-    Held-out images must have the listed class too: rows of tables are numbered, and their names say little. Classes of
-    training images may have been corrected (`--data.relabel`). The original is opened only if all this is so.
+    Held-out images must have the listed class too. The original is opened only if all this is so.
 
     Raises:
         UserError: if the file isn't such a list.
@@ -418,14 +415,29 @@ def is_copy(path: Path, collection: Collection, original: Callable[[], Collectio
     rows, here = _listed(path), _by_written_name(collection)
     if not all(row["path"] in here for row in rows):
         return False
-    held_out = [row for row in rows if row["split"] not in ("train", _UNUSED)]
-    if any(csv_name(collection.class_names[here[row["path"]].label]) != row["class"] for row in held_out):
+    if _moved(rows, here, collection) is not None:
         return False
     if (known := original()) is None:
         return True
     there = _by_written_name(known)
     both = [row["path"] for row in rows if row["path"] in there]
     return all(collection.size_bytes(here[name]) == known.size_bytes(there[name]) for name in both)
+
+
+def _moved(
+    rows: Sequence[Mapping[str, str]], here: Mapping[str, Sample], collection: Collection
+) -> tuple[Mapping[str, str], str] | None:
+    """The first row of a held-out image that is of another class now, and that class; None where there is none.
+
+    Rows of tables are numbered, and their names say little. Classes of training images may have been corrected
+    (`--data.relabel`).
+    """
+    for row in rows:
+        if row["split"] not in ("train", _UNUSED) and (sample := here.get(row["path"])) is not None:
+            now = csv_name(collection.class_names[sample.label])
+            if now != row["class"]:
+                return row, now
+    return None
 
 
 def _by_written_name(collection: Collection) -> dict[str, Sample]:

@@ -4,6 +4,7 @@ import statistics
 from typing import Any
 
 from benchmarks.sparsity.verdict import Result, finished, judge, runs_of
+from benchmarks.study import Contrast
 from tests.records import ROOT, Claim, Definition
 from tests.records.studies import report, shown
 
@@ -31,7 +32,6 @@ def balanced(*found: Any) -> dict[str, float]:
     """H5 on a CPU: points, and the busiest expert's load of the worst layer, mean of the seeds."""
     contrast = _judged(found, "H5").contrast
     assert contrast is not None
-    low, high = contrast.mean - contrast.half, contrast.mean + contrast.half
     worst = {
         arm: statistics.fmean(
             max(layer["max_over_mean"] for layer in run["layers"])
@@ -39,7 +39,12 @@ def balanced(*found: Any) -> dict[str, float]:
         )
         for arm in ("moe", "unbalanced")
     }
-    return {"mean": 100 * contrast.mean, "low": 100 * low, "high": 100 * high, "seeds": len(contrast.gaps), **worst}
+    return {**_points(contrast), **worst}
+
+
+def _points(contrast: Contrast) -> dict[str, float]:
+    low, high = contrast.mean - contrast.half, contrast.mean + contrast.half
+    return {"mean": 100 * contrast.mean, "low": 100 * low, "high": 100 * high, "seeds": len(contrast.gaps)}
 
 
 def _runs(found: Any) -> list[dict[str, Any]]:
@@ -59,8 +64,7 @@ def first(*found: Any) -> dict[str, float]:
         arm: statistics.fmean(run["cpu_s"] for run in finished(runs_of(runs, "cpu", arm)).values())
         for arm in ("moe", "twin")
     }
-    low, high = contrast.mean - contrast.half, contrast.mean + contrast.half
-    return {"mean": 100 * contrast.mean, "low": 100 * low, "high": 100 * high, "seeds": len(contrast.gaps), **seconds}
+    return {**_points(contrast), **seconds}
 
 
 CLAIMS = [Claim(FILES, "{text}", _parts)]
