@@ -116,7 +116,7 @@ CLAIMS = [
     ),
     Claim(
         sparsity.FILES,
-        "it is {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds} seeds) above a model without them, and the busiest "
+        "the MoE is {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds} seeds) above one without them, and its busiest "
         "expert has {moe:.2f} times the mean load in place of {unbalanced:.2f}",
         sparsity.balanced,
     ),
