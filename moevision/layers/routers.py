@@ -333,7 +333,7 @@ class SigmoidRouter(TopKRouter):
         """The K best by sigmoid and bias, with gates of the sigmoids alone."""
         affinity = logits.sigmoid()  # [B, N, E]
         chosen_by = affinity if self.bias is None else affinity + self.bias.to(affinity.dtype)
-        probs = affinity / affinity.sum(-1, keepdim=True)
+        probs = F.logsigmoid(logits).softmax(-1)  # s / Σ s, also where each s is too small for a float
         expert_index = best(chosen_by, self.top_k)[1]  # [B, N, K]
         top_logits = logits.gather(-1, expert_index)
         return Routing(
@@ -370,10 +370,10 @@ def softmax_gates(gate_logits: Tensor, top_logits: Tensor, *, normalize: bool) -
 
 def sigmoid_gates(top_logits: Tensor, *, normalize: bool) -> Tensor:
     """Sigmoids of the chosen logits [B, N, k], divided by their sum if `normalize`."""
+    if normalize and top_logits.shape[-1] > 1:
+        return F.logsigmoid(top_logits).softmax(-1)  # s / Σ s
     affinity = top_logits.sigmoid()
-    if not normalize:
-        return affinity
-    return straight_through(affinity) if affinity.shape[-1] == 1 else affinity / affinity.sum(-1, keepdim=True)
+    return straight_through(affinity) if normalize else affinity
 
 
 def straight_through(probability: Tensor) -> Tensor:

@@ -152,8 +152,9 @@ class ExpertChoiceRouter(nn.Module):
         token_index = affinity.argsort(dim=-1, descending=True, stable=True)[..., :capacity]  # [B, E, C]
         token_weight = affinity.gather(-1, token_index)
         if self.options.normalize_gates:
-            taken = torch.zeros_like(affinity).scatter(-1, token_index, token_weight).sum(1, keepdim=True)  # [B, 1, N]
-            token_weight = token_weight / taken.expand_as(affinity).gather(-1, token_index)
+            scores, nobody = noisy_logits.mT, torch.finfo(noisy_logits.dtype).min
+            taken = torch.full_like(scores, nobody).scatter(-1, token_index, scores.gather(-1, token_index))
+            token_weight = taken.softmax(1).gather(-1, token_index)  # S over its sum, also where each is too small
         return ExpertChoiceRouting.of(logits, noisy_logits, noise_std, token_index, token_weight)
 
     def extra_repr(self) -> str:

@@ -54,6 +54,15 @@ def test_sigmoid(k: int, index: list[int], weights: list[float], factor: float) 
     close(out, factor * S)
 
 
+def test_sigmoids_too_small_for_a_float_still_share_the_weight() -> None:
+    """Far below 0 a sigmoid is an exponential. Those of -800, -800 - ln 3 and -900 stand as 3 : 1 : 0."""
+    x = tokens([-800.0, -800 - math.log(3), -900.0])
+    out, routing = run(times_e_plus_1("sigmoid", 3, top_k=2), x)
+    close(routing.combine_weight, [[[3 / 4, 1 / 4]]])
+    close(routing.probs, [[[3 / 4, 1 / 4, 0]]])
+    close(out, 5 / 4 * x)  # 3/4 · 1 + 1/4 · 2
+
+
 def test_a_sigmoid_can_be_large_for_all_experts() -> None:
     """Unlike a softmax, an affinity knows nothing of the others: raising one score leaves the weight of k = 1."""
     layer = times_e_plus_1("sigmoid", 3, top_k=1)
@@ -185,6 +194,15 @@ def test_expert_choice_normalised() -> None:
     close(routing.expert_weights(), [[[1, 0, 0], [5 / 9, 0, 4 / 9], [0, 1, 0], [0, 4 / 7, 3 / 7]]])
     factors = [1.0, 5 / 9 + 3 * 4 / 9, 2.0, 2 * 4 / 7 + 3 * 3 / 7]
     close(out, torch.tensor(factors, dtype=torch.float64).view(1, 4, 1) * x)
+
+
+def test_expert_choice_normalised_where_the_weight_is_too_small_for_a_float() -> None:
+    """Expert 2's softmax is 0 for all tokens, so that it takes the first; as the only one, with a weight of 1."""
+    x = tokens([0, 5, -900], [9, 0, -900], [0, 9, -900])
+    out, routing = run(times_e_plus_1("expert_choice", 3, top_k=1, normalize_gates=True), x)
+    assert routing.token_index.tolist() == [[[1], [2], [0]]]
+    close(routing.token_weight, torch.ones(1, 3, 1))
+    close(out, torch.tensor([3.0, 1.0, 2.0]).view(1, 3, 1) * x)
 
 
 @pytest.mark.parametrize("normalize", [None, True])
