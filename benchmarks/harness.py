@@ -166,7 +166,7 @@ def about() -> dict[str, Any]:
     memory = total_memory_bytes()
     return {
         "command": without_places(shlex.join(["python", "-m", *sys.argv[0].split(), *sys.argv[1:]])),
-        "code": git_state(Path(moevision.__file__).parent, HERE / "*.py"),
+        "code": code_state(),
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": cpu_model(),
@@ -185,6 +185,11 @@ def about() -> dict[str, Any]:
             **{name: version for name in LIBRARIES if (version := package_version(name)) is not None},
         },
     }
+
+
+def code_state(*more: Path) -> dict[str, Any] | None:
+    """Commit, and whether the package, the benchmarks, the configs or `more` have uncommitted changes."""
+    return git_state(Path(moevision.__file__).parent, HERE / "*.py", HERE.parent / "configs", *more)
 
 
 def new_record(kind: str, options: Namespace, device: torch.device) -> dict[str, Any]:

@@ -13,11 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import moevision
-from benchmarks.harness import HERE, count, finite
+from benchmarks.harness import code_state, count, finite
 from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
-from moevision.train.provenance import git_state
 from moevision.train.resume import claim, release
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -145,7 +143,7 @@ def refuse_changes(protocol: Path, *, allowed: bool) -> None:
     Raises:
         UserError: if the package, the benchmarks, the configs or the protocol have uncommitted changes.
     """
-    code = git_state(Path(moevision.__file__).parent, HERE / "*.py", HERE.parent / "configs", protocol)
+    code = code_state(protocol)
     if (not code or code["dirty"]) and not allowed:
         raise UserError("The tree has uncommitted changes: commit them, or try things out with --allow-dirty.")
 

@@ -42,7 +42,7 @@ def _name(value: Any) -> str:
 
 @pytest.mark.parametrize(("page", "claim"), CLAIMS, ids=_name)
 def test_a_page_says_what_its_record_says(page: Page, claim: Claim) -> None:
-    for text in claim.rendered():
+    for text in claim.texts:
         assert re.search(r"[^\W\d_]{2}", text), "a claim without words would be found anywhere"
         found = pattern(text).search(page.text)
         assert found is not None, f"{page.path.name} lacks what {claim.records} says: {text}"
@@ -121,5 +121,5 @@ def test_a_claim_takes_its_numbers_away(tmp_path: Path) -> None:
     record.write_text('{"rows": [{"gain": -0.25}, {"gain": 0.5}]}')
     path.write_text("It gains\n−25.0 % here. It gains +50.0 % here. It gains 51 % there.")
     claim = Claim(str(record), "It gains {gain:+.1%} here.", lambda record: record["rows"])
-    assert all(pattern(text).search(path.read_text()) for text in claim.rendered())
+    assert all(pattern(text).search(path.read_text()) for text in claim.texts)
     assert len(unclaimed(Page(path, [claim], []))) == 1

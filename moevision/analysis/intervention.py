@@ -70,6 +70,7 @@ from moevision.layers import (
     routing_lock,
     within_capacity,
 )
+from moevision.layers.routers_soft import shares_of_token
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.layers.routing import RouteBy, routed_unit
 
@@ -610,12 +611,11 @@ class TokenLists(Decision):
         weight = weight.masked_fill(removed, 0.0)
         by_expert = torch.zeros_like(self.scores)  # [B, E, N]
         if self.router.options.normalize_gates:
-            taken = by_expert.scatter(-1, index, weight).sum(1, keepdim=True)  # [B, 1, N]
-            weight = (weight / taken.expand_as(by_expert).gather(-1, index)).masked_fill(removed, 0.0)
+            weight = shares_of_token(weight, index, tokens)
         weight = weight.masked_fill(silenced, 0.0)
         computed = by_expert.scatter(-1, index, (~removed & ~silenced).to(by_expert.dtype)).mT
         weights = by_expert.scatter(-1, index, weight).mT  # [B, N, E]
-        view = _token_view(weights, computed.bool(), order=weights + computed)
+        view = _token_view(weights, computed.bool(), order=weights.masked_fill(computed == 0, -1.0))
         return replace(cast(ExpertChoiceRouting, self.routing), token_index=index, token_weight=weight, **view)
 
     def exchange(self, a: int, b: int) -> Self:

@@ -152,14 +152,26 @@ class ExpertChoiceRouter(nn.Module):
         token_index = affinity.argsort(dim=-1, descending=True, stable=True)[..., :capacity]  # [B, E, C]
         token_weight = affinity.gather(-1, token_index)
         if self.options.normalize_gates:
-            scores, nobody = noisy_logits.mT, torch.finfo(noisy_logits.dtype).min
-            taken = torch.full_like(scores, nobody).scatter(-1, token_index, scores.gather(-1, token_index))
-            token_weight = taken.softmax(1).gather(-1, token_index)  # S over its sum, also where each is too small
+            token_weight = shares_of_token(token_weight, token_index, tokens)
         return ExpertChoiceRouting.of(logits, noisy_logits, noise_std, token_index, token_weight)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, noise={self.noise!r}"
+
+
+def shares_of_token(weight: Tensor, token_index: Tensor, tokens: int) -> Tensor:
+    """Weights [B, E, C] over their sum for the same token; 0 where all of them are too small for a float.
+
+    Args:
+        weight: [B, E, C], at least 0.
+        token_index: [B, E, C] the token of each, below `tokens`.
+        tokens: N.
+    """
+    batch, experts, _ = weight.shape
+    taken = weight.new_zeros(batch, experts, tokens).scatter(-1, token_index, weight).sum(1, keepdim=True)  # [B, 1, N]
+    taken = taken.clamp_min(torch.finfo(weight.dtype).tiny).expand(-1, experts, -1)
+    return weight / taken.gather(-1, token_index)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from moevision.train.devices import has_gpu
 from moevision.train.processes import tell
 
 AUTO, NONE = "auto", "none"
-_LARGE_GPU_BYTES = 12 * 2**30  # of a card that trains a ViT-B at 224 px
+_LARGE_GPU_BYTES = 11 * 2**30  # of a card that trains a ViT-B at 224 px: torch sees 11.75 GiB of one of 12
 _PATIENT_S = 3600.0  # a training on a CPU that is expected to take longer gets the smaller model
 # What a CPU's thread computes per second in training, in float32, with room for AVX2: forward passes of a ViT-S at
 # 112 px reached 75e9 with AVX-512, decoding included.

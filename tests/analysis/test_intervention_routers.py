@@ -160,6 +160,18 @@ def test_an_ablated_expert_takes_no_token_and_nobody_takes_its_place(fill: str, 
         torch.testing.assert_close(routed(layer, x)[0], after)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("scale", [30, 3000])
+def test_experts_that_choose_by_tiny_weights(scale: int, normalize: bool) -> None:
+    """1 + w = 1, or w = 0, for most softmaxes w: an open scope changes no bit, an ablation divides no 0 by 0."""
+    layer, x = layer_of("expert_choice", normalize_gates=normalize), scale * tokens()
+    _, before = routed(layer, x)
+    with edited(layer, {layer: lambda decision: decision}):
+        assert same_bits(routed(layer, x)[1], before)
+    with ablate(layer, 0, 1):
+        assert routed(layer, x)[0].isfinite().all()
+
+
 @pytest.mark.parametrize(("scope", "count"), [(use_top_k, {1: 3, 3: 7, 4: 9}), (limit_capacity, {0.5: 3, 1.5: 7})])
 def test_another_k_and_another_capacity_are_other_numbers_of_tokens(scope: object, count: dict[float, int]) -> None:
     """9 tokens, 4 experts: ceil(9 k / 4) for another k, ceil(f · 9 · 2 / 4) for a factor."""

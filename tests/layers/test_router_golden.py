@@ -196,13 +196,13 @@ def test_expert_choice_normalised() -> None:
     close(out, torch.tensor(factors, dtype=torch.float64).view(1, 4, 1) * x)
 
 
-def test_expert_choice_normalised_where_the_weight_is_too_small_for_a_float() -> None:
-    """Expert 2's softmax is 0 for all tokens, so that it takes the first; as the only one, with a weight of 1."""
+def test_expert_choice_normalised_where_a_weight_is_too_small_for_a_float() -> None:
+    """Expert 2's softmax is 0 for all tokens; it takes the first, which then gets 0, not 0/0."""
     x = tokens([0, 5, -900], [9, 0, -900], [0, 9, -900])
     out, routing = run(times_e_plus_1("expert_choice", 3, top_k=1, normalize_gates=True), x)
     assert routing.token_index.tolist() == [[[1], [2], [0]]]
-    close(routing.token_weight, torch.ones(1, 3, 1))
-    close(out, torch.tensor([3.0, 1.0, 2.0]).view(1, 3, 1) * x)
+    close(routing.token_weight, torch.tensor([[[1.0], [1.0], [0.0]]]))
+    close(out, torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1) * x)
 
 
 @pytest.mark.parametrize("normalize", [None, True])

@@ -28,6 +28,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ class Claim:
     def paths(self) -> tuple[str, ...]:
         """The records' files."""
         return (self.records,) if isinstance(self.records, str) else self.records
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The text for each mapping of values, made once: several tests ask."""
+        return self.rendered()
 
     def rendered(self, read: Callable[[str], str] = lambda path: (ROOT / path).read_text()) -> list[str]:
         """The text for each mapping of values; `read` gives a record's text."""
@@ -135,7 +141,7 @@ _MEASURED = re.compile(rf"(?<![\w.])\d*\.\d+|\d+ of \d+|(?:\d|\b(?:{_WORDS}))\s?
 def unclaimed(page: Page) -> list[str]:
     """Measured numbers that stand in a page without a claim or a definition, each with the words around it."""
     rest = _CODE_AND_HEADINGS.sub("", page.prose)
-    known = [text for claim in page.claims for text in claim.rendered()] + [each.text for each in page.definitions]
+    known = [text for claim in page.claims for text in claim.texts] + [each.text for each in page.definitions]
     for text in sorted(known, key=len, reverse=True):
         rest = pattern(text).sub("…", rest)
     rest = re.sub(r"^\|.*\|\n(?=\|[-:| ]+\|$)", "", rest, flags=re.M)  # heads of tables

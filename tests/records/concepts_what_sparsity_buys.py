@@ -3,12 +3,12 @@
 from typing import Any
 
 from benchmarks.ideas import ideas, read_all
-from tests.records import Claim, Definition, routers, saving, sparsity, specialization, upcycling, waiting
+from tests.records import Claim, Definition, saving, sparsity, specialization, upcycling, waiting
 from tests.records.studies import shown
 
 FILES = (
     *(*sparsity.FILES, *specialization.FILES, *specialization.SCRATCH, *waiting.RUNS),
-    *(routers.STUDY, saving.STUDY, upcycling.STUDY),
+    *(saving.STUDY, upcycling.STUDY),
 )
 
 

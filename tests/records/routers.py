@@ -64,6 +64,7 @@ DEFINITIONS = [
     Definition("With .01 of the load-balancing loss instead of .05", "the two settings compared"),
     Definition("0.001, 0.002, 0.004 with seed 0", "the rates of `benchmarks/routers/`"),
     Definition("best on average, 0.002", "asserted in `_above`"),
+    Definition("`vmoe_top_k` had 0.001 and was not told apart", "of the page at 3dc54ab^, before the rule"),
     Definition("better by more than 1 point", "TOLERANCE of `benchmarks/routers/report.py`"),
     Definition("intervals are of 95 %", "the level of `benchmarks/study.py`"),
 ]

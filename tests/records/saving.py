@@ -50,7 +50,7 @@ CLAIMS = [
     Claim(STUDY, "After the same training time it is {above_large:.1f} points better", _ratios),
     Claim(STUDY, "trains at {small_train:.2f} times and classifies at {small_infer:.2f} times", _ratios),
     Claim(STUDY, "with {small_memory:.2f} times the memory", _ratios),
-    Claim(STUDY, "after the same time {above_small:.1f} points", _ratios),
+    Claim(STUDY, "further parameters is accuracy: {above_small:.1f} points", _ratios),
     Claim(STUDY, "Most of the {above_large:.1f} points are no merit", _ratios),
     Claim(STUDY, "The small dense model has {small_above_large:.1f} of them", _ratios),
     Claim(STUDY, "{text}", lambda record: {"text": report("saving").saving_table(record)}),
@@ -89,6 +89,7 @@ CLAIMS = [
     Claim(STUDY, "{budget_s:.0f} s of one thread is less than an epoch", _ratios),
     Claim(STUDY, "{text}", lambda record: {"text": report("saving").time_table(record)}),
     Claim(STUDY, "took {longer_than_small:.0%} more than the small twin", _ratios),
+    Claim(STUDY, "it took {longer_than_small:.0%} more time than its twin", _ratios),
     Claim(STUDY, "and {shorter_than_large:.0%} less than the large one", _ratios),
 ]
 
@@ -96,5 +97,6 @@ DEFINITIONS = [
     Definition("Student's, at 95 %, each for itself", "the level of `benchmarks/study.py`"),
     Definition('"below" needs p < 0.05', "the level of `benchmarks/study.py`"),
     Definition("with three minutes of one thread", "the budget, rounded"),
+    Definition("told from luck with three seeds", "the record's seeds"),
     Definition("torch 2.13", "the version that the record names"),
 ]

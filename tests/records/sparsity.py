@@ -67,5 +67,15 @@ def first(*found: Any) -> dict[str, float]:
     return {**_points(contrast), **seconds}
 
 
-CLAIMS = [Claim(FILES, "{text}", _parts)]
+def hashed(*found: Any) -> dict[str, float]:
+    """The learned router minus `hash`, on a CPU."""
+    moe, other = (finished(runs_of(_runs(found), "cpu", arm)) for arm in ("moe", "hash"))
+    gaps = [moe[seed]["test_top1"] - other[seed]["test_top1"] for seed in sorted(moe.keys() & other.keys())]
+    return _points(Contrast("moe", "hash", gaps))
+
+
+CLAIMS = [
+    Claim(FILES, "{text}", _parts),
+    Claim(FILES, "`moe` is {mean:.1f} points better ({low:.1f} to {high:.1f}; {seeds} seeds)", hashed),
+]
 DEFINITIONS: list[Definition] = []
