@@ -399,7 +399,7 @@ def test_a_queue_starts_a_process_for_each_run(monkeypatch, codes, limit, expect
 
 
 def test_a_changed_tree_is_refused(bench, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(queueing, "git_state", lambda *_: {"git_commit": "c", "dirty": True})
+    monkeypatch.setattr(queueing, "code_state", lambda *_: {"git_commit": "c", "dirty": True})
     outcome = bench("sparsity", "run", "--data", tmp_path)
     assert outcome.code == 2
     assert "uncommitted changes" in outcome.err

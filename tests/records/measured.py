@@ -117,6 +117,11 @@ CLAIMS = [
     ),
     Claim(
         sparsity.FILES,
+        "isn't told apart from its twin: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
+        sparsity.at_equal_time,
+    ),
+    Claim(
+        sparsity.FILES,
         "with them the MoE is {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds} seeds) better, and its busiest "
         "expert has {moe:.2f} times the mean load in place of {unbalanced:.2f}",
         sparsity.balanced,

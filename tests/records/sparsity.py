@@ -28,6 +28,14 @@ def learned(*found: Any) -> dict[str, float]:
     return {"mean": better, "low": better - half, "high": better + half, "seeds": len(contrast.gaps)}
 
 
+def at_equal_time(*found: Any) -> dict[str, float]:
+    """H2 on a CPU: points, not told apart."""
+    result = _judged(found, "H2")
+    assert result.contrast is not None
+    assert result.verdict == "tie"
+    return _points(result.contrast)
+
+
 def balanced(*found: Any) -> dict[str, float]:
     """H5 on a CPU: points, and the busiest expert's load of the worst layer, mean of the seeds."""
     contrast = _judged(found, "H5").contrast
