@@ -433,13 +433,16 @@ def _predict(known: Floats, ranks: Ints, asked: Floats, num_values: int) -> Floa
 
 
 def cluster_choices(layer: RecordedLayer, seeds: int, seed: int = 0) -> list[Assignments]:
-    """Choices by k-means clusters of the layer's input, as many as experts; none where not all patches' are known.
+    """Choices by k-means clusters of the layer's input, as many as experts.
 
-    The clusters see no label, so they are fitted to the same patches that they deal out.
+    There are none where not all patches' inputs are known, or fewer than experts. The clusters see no label, so they
+    are fitted to the same patches that they deal out.
     """
     if layer.inputs is None or layer.positions is not None or not layer.tokens_choose:
         return []
     images, patches, width = layer.inputs.shape
+    if images * patches < layer.num_experts:
+        return []
     tokens = layer.inputs.reshape(-1, width).astype(np.float32)
     sample = np.random.default_rng(seed).permutation(len(tokens))[:_CLUSTER_TOKENS]
     rule = Rule("token_choice", layer.num_experts, layer.choices.shape[2])

@@ -360,6 +360,13 @@ def test_routing_by_image_stands_beside_a_linear_probe() -> None:
     assert "clusters" in found.controls
 
 
+def test_fewer_images_than_experts_are_not_compared_with_clusters() -> None:
+    layer = RecordedLayer("L1", LABELS[:6, None, None], 8, inputs=tokens_of(11)[:6, :1], by_image=True)
+    (found,) = three_questions(Recording(LABELS[:6], [layer], ["a", "b"]), **OPTIONS)
+    assert "clusters" not in found.controls
+    assert "not compared with clusters" in found.answers[1].sentence
+
+
 @pytest.fixture(scope="module")
 def ours():
     model = bundled_model("pets")
