@@ -224,6 +224,17 @@ def _ranks(values: Ints) -> Ints:
     return ranks
 
 
+def halves_by_class(labels: Ints, seed: int) -> npt.NDArray[np.bool_]:
+    """[I] a random half of the images of every class, and of those without one (negative labels)."""
+    half, rng = np.zeros(len(labels), bool), np.random.default_rng(seed)
+    start = 0
+    for label in np.unique(labels):
+        images = rng.permutation(np.flatnonzero(labels == label))
+        half[images[start::2]] = True
+        start = (start + len(images)) % 2  # classes of odd size take turns in giving one more
+    return half
+
+
 def _chunks(total: int, size: int) -> Iterator[int]:
     for start in range(0, total, size):
         yield min(size, total - start)

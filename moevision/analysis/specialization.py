@@ -61,6 +61,7 @@ from moevision.analysis.information import (
     Estimate,
     choice_counts,
     class_information,
+    halves_by_class,
     part_information,
     position_information,
 )
@@ -212,14 +213,20 @@ class _Asker:
         return self._estimate(about, counts, np.arange(len(counts)), self.num_permutations)
 
     def baseline(self, about: About, layer: int, baselines: Sequence[Assignments]) -> Iterator[Estimate]:
-        """Of the baselines that a layer is compared with."""
+        """Of the baselines that a layer is compared with, without those whose images can't answer."""
         for each in baselines:
-            if each.layer in (None, layer):
+            if each.layer in (None, layer) and self._can_answer(about, each.images):
                 key = (about, id(each))
                 if key not in self.known:
                     counts = each.patch_takes() if about in _OF_IMAGES else each.counts()
                     self.known[key] = self._estimate(about, counts, each.images, _BASELINE_PERMUTATIONS)
                 yield self.known[key]
+
+    def _can_answer(self, about: About, images: Ints) -> bool:
+        """Whether so few images are enough: clusters are measured on one half of them."""
+        if about == "part" and self.parts is not None and not (self.parts[images] >= 0).any():
+            return False
+        return int((self.labels[images] >= 0).sum() if about in _OF_IMAGES else len(images)) >= 2
 
     def _estimate(self, about: About, counts: Floats, images: Ints, num_permutations: int) -> Estimate:
         if about == "position":
@@ -362,8 +369,10 @@ def measure_baselines(
         seed: of the two halves.
 
     Raises:
-        UserError: for an unknown name, or if the trace is about other images or another model.
+        UserError: for an unknown name, or if the trace is about one image, other images or another model.
     """
+    if len(trace) < 2:
+        raise UserError("Baselines need at least two images, to fit and to measure clusters: give more images.")
     unknown = set(names) - set(BASELINES)
     if unknown or seeds < 1:
         raise UserError(f"Choose at least one seed and baselines among {', '.join(BASELINES)}; got {sorted(unknown)}.")
@@ -453,9 +462,8 @@ def _clusters(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seeds: int, seed: int, with_input: bool
 ) -> dict[str, list[Assignments]]:
     """K-means of colours and of each layer's input, fitted on half of the images, applied to the others."""
-    rng = np.random.default_rng(seed)
-    order, half = rng.permutation(len(trace)), len(trace) // 2
-    fitted, measured = np.sort(order[:half]), np.sort(order[half:])
+    half, rng = halves_by_class(np.asarray(trace.labels), seed), np.random.default_rng(seed)
+    fitted, measured = np.flatnonzero(~half), np.flatnonzero(half)
     per_image = max(1, _FIT_TOKENS // max(1, len(fitted)))
     sample: dict[int | None, list[Floats]] = {}
     for features in _features(model, pictures, trace, fitted, with_input):

@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
-from moevision.analysis import collect_routing, open_pictures
+from moevision.analysis import collect_routing, open_pictures, recording_of, three_questions
 from moevision.analysis.images import image_patches
 from moevision.analysis.information import Estimate
 from moevision.analysis.specialization import (
@@ -202,6 +202,41 @@ def test_baselines_need_the_pictures_of_the_trace(measured) -> None:
         measure_baselines(model, others, trace)
     with pytest.raises(UserError, match="kmeans_colour"):
         measure_baselines(model, others, trace, names=("magic",))
+
+
+def with_labels(trace, labels):
+    return replace(trace, labels=np.asarray(labels))
+
+
+@pytest.mark.parametrize("labelled", [2, 4])
+def test_few_labelled_images_leave_out_what_they_cannot_ask(measured, labelled) -> None:
+    """Of 40 images a few have a class; the clusters are measured on one half only."""
+    model, pictures, whole, _ = measured
+    labels = np.full(40, -1)
+    labels[:labelled] = np.arange(labelled) % 2
+    trace = with_labels(whole.select(np.arange(40)), labels)
+    for seed in range(10):
+        found = measure_baselines(model, pictures, trace, seeds=1, names=("hash", "kmeans_colour"), seed=seed)
+        (half,) = found["kmeans_colour"]
+        assert len(half.images) == 20
+        assert (labels[half.images] >= 0).sum() == labelled // 2
+        result = specialization(trace, baselines=found, about=("class", "position"), num_permutations=20)[0]
+        assert set(result.baselines) == ({"hash", "kmeans_colour"} if labelled == 4 else {"hash"})
+        recording = recording_of(model, pictures, trace, baselines={"kmeans_input": [half]}, swap=False)
+        (answers, _) = three_questions(recording, permutations=20)
+        assert ("clusters" in answers.controls) == (labelled == 4)
+
+
+def test_few_parts_or_images_leave_out_what_they_cannot_ask(measured) -> None:
+    model, pictures, whole, _ = measured
+    two = whole.select(np.arange(2))
+    found = measure_baselines(model, pictures, two, seeds=1, names=("hash", "kmeans_colour"))
+    parts = np.full((2, 16), -1)
+    parts[1 - found["kmeans_colour"][0].images] = np.arange(16) % 2  # none of what the clusters are measured on
+    results = specialization(two, baselines=found, parts=parts, about=("position", "part"), num_permutations=20)
+    assert {tuple(result.baselines) for result in results} == {("hash",)}
+    with pytest.raises(UserError, match="at least two images"):
+        measure_baselines(model, pictures, whole.select(np.arange(1)))
 
 
 def test_words_are_listed() -> None:
