@@ -20,7 +20,9 @@ The baselines:
 - `hash_position`: experts drawn by a hash of the patch's position, the same in every image.
 - `kmeans_colour`: E clusters of the patch's mean colour.
 - `kmeans_input`: E clusters of what the trained layer receives: what routing by similarity alone would tell. The tokens
-  are learned, the clusters know nothing of classes. Where images are routed as a whole: clusters of their mean patch.
+  are learned, the clusters know nothing of classes.
+
+Where images are routed as a whole, it is the image's pixels, mean colour and mean patch, and there is no position.
 
 Information depends on how many experts a patch has and on how evenly it takes from them, so a baseline chooses as the
 layer does (`Rule`) and differs from it in its scores only:
@@ -69,6 +71,7 @@ from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.layers import SigmoidRouter, moe_layers
 from moevision.layers.routing import Kind as RoutingKind
+from moevision.layers.routing import RouteBy
 from moevision.models.io import SavedModel
 
 if TYPE_CHECKING:
@@ -260,6 +263,8 @@ def _result(
     bits = {name: tuple(each.value_bits for each in estimates) for name, estimates in baselines.items() if estimates}
     seed_bits = tuple(each.value_bits for each in seeds)
     sentence = sentence_of(layer.name, about, own, bits, seed_bits, above_null, above_baselines, layer.kind)
+    if layer.route_by == "image":
+        sentence = sentence.replace("the patch's", "the image's")  # in the words of a baseline
     return LayerSpecialization(layer.layer, about, own, bits, seed_bits, above_null, above_baselines, sentence)
 
 
@@ -421,23 +426,29 @@ def _untrained(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, see
 
 def _hashes(pictures: PictureSet, trace: RoutingTrace, seeds: int) -> dict[str, list[Assignments]]:
     images, patches = np.arange(len(trace)), trace.grid[0] * trace.grid[1]
-    content = np.stack([_patch_hashes(pictures.image(int(image)), trace.grid) for image in images])
-    place = np.broadcast_to(np.arange(patches, dtype=np.uint64), content.shape)
+    rules = rules_of(trace)
+    keys: dict[RouteBy, npt.NDArray[np.uint64]] = {}  # [I, P]
+    for unit in dict.fromkeys(rule.route_by for rule in rules):
+        grid = trace.grid if unit == "token" else (1, 1)
+        hashes = np.stack([_patch_hashes(pictures.image(int(image)), grid) for image in images])
+        keys[unit] = np.broadcast_to(hashes, (len(images), patches))
+    place = np.broadcast_to(np.arange(patches, dtype=np.uint64), (len(images), patches))
 
-    def draw(keys: npt.NDArray[np.uint64]) -> list[Assignments]:
-        found = []
-        for rule, layers in rules_of(trace).items():
-            for seed in range(seeds):
-                scores: npt.NDArray[Any] = hash_scores(keys, rule.num_experts, seed)
-                if rule.kind != "token_choice":
-                    scores = scores / 2.0**64
-                chosen = rule.apply(scores, rule.scale(scores))
-                found += [
-                    Assignments(layer, seed, chosen[0], images, rule.num_experts, *chosen[1:]) for layer in layers
-                ]
-        return found
+    def draw(rule: Rule, layers: Sequence[int | None], keys: npt.NDArray[np.uint64]) -> Iterator[Assignments]:
+        for seed in range(seeds):
+            scores: npt.NDArray[Any] = hash_scores(keys, rule.num_experts, seed)
+            if rule.kind != "token_choice":
+                scores = scores / 2.0**64
+            chosen = rule.apply(scores, rule.scale(scores))
+            for layer in layers:
+                yield Assignments(layer, seed, chosen[0], images, rule.num_experts, *chosen[1:])
 
-    return {"hash": draw(content), "hash_position": draw(place)}
+    return {
+        "hash": [each for rule, layers in rules.items() for each in draw(rule, layers, keys[rule.route_by])],
+        "hash_position": [
+            each for rule, layers in rules.items() if rule.route_by == "token" for each in draw(rule, layers, place)
+        ],
+    }
 
 
 def _patch_hashes(image: npt.NDArray[np.uint8], grid: tuple[int, int]) -> npt.NDArray[np.uint64]:
@@ -465,14 +476,14 @@ def _clusters(
     half, rng = halves_by_class(np.asarray(trace.labels), seed), np.random.default_rng(seed)
     fitted, measured = np.flatnonzero(~half), np.flatnonzero(half)
     per_image = max(1, _FIT_TOKENS // max(1, len(fitted)))
-    sample: dict[int | None, list[Floats]] = {}
+    sample: dict[int | RouteBy, list[Floats]] = {}
     for features in _features(model, pictures, trace, fitted, with_input):
-        for layer, tokens in features.items():
+        for source, tokens in features.items():
             taken = rng.permuted(np.tile(np.arange(tokens.shape[1]), (len(tokens), 1)), axis=1)[:, :per_image]  # [B, p]
-            sample.setdefault(layer, []).append(np.take_along_axis(tokens, taken[..., None], 1))  # [B, p, D]
+            sample.setdefault(source, []).append(np.take_along_axis(tokens, taken[..., None], 1))  # [B, p, D]
     found: dict[str, list[Assignments]] = {"kmeans_colour": [], "kmeans_input": []}
-    asked: list[tuple[str, int | None, Rule, list[int | None]]] = [
-        ("kmeans_colour", None, rule, layers) for rule, layers in rules_of(trace).items()
+    asked: list[tuple[str, int | RouteBy, Rule, list[int | None]]] = [
+        ("kmeans_colour", rule.route_by, rule, layers) for rule, layers in rules_of(trace).items()
     ]
     asked += [
         ("kmeans_input", layer.layer, Rule.of(layer), [layer.layer]) for layer in trace.layers if layer.layer in sample
@@ -494,7 +505,13 @@ class _Clustering:
     """E clusters of what patches look like, as experts of some layers."""
 
     def __init__(
-        self, name: str, source: int | None, rule: Rule, layers: Sequence[int | None], seed: int, tokens: Floats
+        self,
+        name: str,
+        source: int | RouteBy,
+        rule: Rule,
+        layers: Sequence[int | None],
+        seed: int,
+        tokens: Floats,
     ) -> None:
         self.name, self.source, self.rule, self.layers, self.seed = name, source, rule, layers, seed
         self.mean = fit_clusters(tokens.reshape(-1, tokens.shape[-1]), rule.num_experts, seed)
@@ -527,12 +544,18 @@ def fit_clusters(tokens: Floats, num_clusters: int, seed: int) -> KMeans:
 
 def _features(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, indices: npt.NDArray[np.int64], with_input: bool
-) -> Iterator[dict[int | None, Floats]]:
-    """Per batch the mean colours (None -> [B, P, 3]) and, if wanted, each MoE layer's input (block -> [B, P, D])."""
+) -> Iterator[dict[int | RouteBy, Floats]]:
+    """Per batch what layers may route by: mean colours, and, if wanted, each MoE layer's input (block -> [B, P, D]).
+
+    Mean colours [B, P, 3] are under what the layers route, of each patch or everywhere of the image.
+    """
+    units = dict.fromkeys(layer.route_by for layer in trace.layers)
     for start in range(0, len(indices), _BATCH):
         images = read_images(pictures, indices[start : start + _BATCH])
         colours = [image_patches(image, trace.grid).mean((1, 2), dtype=np.float32) / 255 for image in images]
-        features: dict[int | None, Floats] = {None: np.stack(colours)}
+        colour = np.stack(colours)
+        whole = np.broadcast_to(colour.mean(1, keepdims=True), colour.shape)
+        features: dict[int | RouteBy, Floats] = {unit: whole if unit == "image" else colour for unit in units}
         if with_input:
             for block, tokens in layer_inputs(model.net, network_input(model, images)).items():
                 if trace.layer(block).route_by == "image":
@@ -564,18 +587,20 @@ class Rule:
         num_experts: E.
         top_k: K of token choice, C of expert choice, 0 for Soft MoE.
         entropy_bits: mean entropy of the layer's router; 0 for token choice, which needs none.
+        route_by: what it chooses for.
     """
 
     kind: RoutingKind
     num_experts: int
     top_k: int
     entropy_bits: float = 0.0
+    route_by: RouteBy = "token"
 
     @classmethod
     def of(cls, layer: LayerTrace) -> Rule:
         """The rule of a traced layer."""
         if layer.kind == "token_choice":
-            return cls(layer.kind, layer.num_experts, layer.top_k)
+            return cls(layer.kind, layer.num_experts, layer.top_k, route_by=layer.route_by)
         entropy = float(np.asarray(layer.entropy_bits, dtype=np.float64).mean())
         taken = round(float(layer.counts().mean())) if layer.kind == "expert_choice" else 0
         return cls(layer.kind, layer.num_experts, taken, entropy)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
@@ -237,6 +238,47 @@ def test_few_parts_or_images_leave_out_what_they_cannot_ask(measured) -> None:
     assert {tuple(result.baselines) for result in results} == {("hash",)}
     with pytest.raises(UserError, match="at least two images"):
         measure_baselines(model, pictures, whole.select(np.arange(1)))
+
+
+class Tinted:
+    """160 images of noisy patches, whose mean brightness alone says which of four classes they are of."""
+
+    classes = ("a", "b", "c", "d")
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.targets = [number % 4 for number in range(160)]
+        patches = rng.permuted(np.tile(np.linspace(-50, 50, 16), (160, 1)), axis=1).reshape(160, 4, 1, 4, 1)
+        grey = 116 + 8 * np.array(self.targets) + rng.normal(0, 3, 160)
+        grey = np.broadcast_to(grey[:, None, None, None, None] + patches, (160, 4, 8, 4, 8)).reshape(160, 32, 32)
+        self.pixels = np.repeat(grey[..., None], 3, -1).astype(np.uint8)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.pixels[index]), self.targets[index]
+
+
+def test_baselines_of_layers_that_route_images_choose_for_whole_images() -> None:
+    """A router by the image's mean colour, which knows what clusters of the images' mean colours know."""
+    data = Tinted()
+    model, pictures = small_model(route_by="image", top_k=1), open_pictures(data, 32)
+    trace = collect_routing(model, pictures, progress=False)
+    grey = data.pixels.mean((1, 2, 3))
+    chosen = np.digitize(grey, np.quantile(grey, [0.25, 0.5, 0.75])).astype(np.int16)
+    chosen = np.broadcast_to(chosen[:, None, None], (160, 16, 1))
+    trace = replace(trace, layers=tuple(replace(layer, expert_index=chosen) for layer in trace.layers))
+    found = measure_baselines(model, pictures, trace, seeds=2)
+    assert found["hash_position"] == []  # the layer sees no position
+    for each in (each for estimates in found.values() for each in estimates):
+        assert (each.expert_index == each.expert_index[:, :1]).all()
+    assert len(np.unique(found["hash"][0].expert_index)) == 4
+    about_class, about_position = specialization(trace, baselines=found, about=("class", "position"))[:2]
+    assert min(about_class.baselines["kmeans_colour"]) > 0.7 * about_class.estimate.value_bits > 0.9
+    assert about_class.above_baselines is False
+    assert "Clusters of the image's mean colour give" in about_class.sentence
+    assert max(map(max, about_position.baselines.values())) == pytest.approx(0, abs=1e-9)
 
 
 def test_words_are_listed() -> None:
