@@ -432,16 +432,20 @@ def _hashes(pictures: PictureSet, trace: RoutingTrace, seeds: int) -> dict[str, 
         grid = trace.grid if unit == "token" else (1, 1)
         hashes = np.stack([_patch_hashes(pictures.image(int(image)), grid) for image in images])
         keys[unit] = np.broadcast_to(hashes, (len(images), patches))
-    place = np.broadcast_to(np.arange(patches, dtype=np.uint64), (len(images), patches))
+    place = np.arange(patches, dtype=np.uint64)[None]  # of every image
 
     def draw(rule: Rule, layers: Sequence[int | None], keys: npt.NDArray[np.uint64]) -> Iterator[Assignments]:
         for seed in range(seeds):
             scores: npt.NDArray[Any] = hash_scores(keys, rule.num_experts, seed)
             if rule.kind != "token_choice":
                 scores = scores / 2.0**64
-            chosen = rule.apply(scores, rule.scale(scores))
+            index, *amounts = (
+                each if each is None else np.broadcast_to(each, (len(images), *each.shape[1:]))
+                for each in rule.apply(scores, rule.scale(scores))
+            )
+            assert index is not None
             for layer in layers:
-                yield Assignments(layer, seed, chosen[0], images, rule.num_experts, *chosen[1:])
+                yield Assignments(layer, seed, index, images, rule.num_experts, *amounts)
 
     return {
         "hash": [each for rule, layers in rules.items() for each in draw(rule, layers, keys[rule.route_by])],
@@ -526,6 +530,8 @@ class _Clustering:
         """All choices, one for each of the layers."""
         index, *amounts = (None if each[0] is None else np.concatenate(each) for each in zip(*self.chosen, strict=True))
         assert index is not None
+        if self.rule.kind != "token_choice":  # every patch names all experts: once is enough
+            index = np.broadcast_to(index[:1, :1].copy(), index.shape)
         return [Assignments(layer, self.seed, index, images, self.rule.num_experts, *amounts) for layer in self.layers]
 
     def _scores(self, tokens: Floats) -> Floats:

@@ -240,6 +240,37 @@ def test_few_parts_or_images_leave_out_what_they_cannot_ask(measured) -> None:
         measure_baselines(model, pictures, whole.select(np.arange(1)))
 
 
+def stored(assignments):
+    """Bytes of the arrays that its arrays are views of: an axis that is broadcast takes none."""
+    total = 0
+    for array in (assignments.expert_index, assignments.reads, assignments.takes):
+        while isinstance(getattr(array, "base", None), np.ndarray):
+            array = array.base
+        total += 0 if array is None else array.nbytes
+    return total
+
+
+@pytest.mark.parametrize("router", ["vmoe_top_k", "expert_choice", "soft"])
+def test_what_is_the_same_for_all_images_is_kept_once(measured, router) -> None:
+    _, pictures, _, _ = measured
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit_moe", num_classes=8, router=router).eval()
+    model = SavedModel(net, list(SyntheticPets.classes), 32, MEAN, STD)
+    trace = collect_routing(model, pictures, progress=False)
+    few, many = (
+        measure_baselines(
+            model, pictures, trace.select(np.arange(n)), seeds=1, names=("hash_position", "kmeans_colour")
+        )
+        for n in (20, 60)
+    )
+    assert [stored(each) for each in few["hash_position"]] == [stored(each) for each in many["hash_position"]]
+    assert many["hash_position"][0].counts().shape[0] == 60
+    if router != "vmoe_top_k":  # all experts are named, in order
+        clusters = many["kmeans_colour"][0]
+        assert clusters.expert_index.shape == clusters.takes.shape
+        assert stored(clusters) == clusters.takes.nbytes + clusters.reads.nbytes + 2 * clusters.num_experts
+
+
 class Tinted:
     """160 images of noisy patches, whose mean brightness alone says which of four classes they are of."""
 
