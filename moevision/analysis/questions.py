@@ -324,14 +324,9 @@ def _control_words(name: str, controls: Controls) -> str:
     own, own_image = controls.same[name]
     return (
         f"{_CONTROLS[name][0]}: {span(bits)} bits (router {signed(own.bits.value)}), guess right "
-        f"{_percents(guess)} (router {percent(own.guess.value)}); histogram of the image {span(image)} bits on "
+        f"{span(guess, percent)} (router {percent(own.guess.value)}); histogram of the image {span(image)} bits on "
         f"held-out images (router {signed(own_image.bits.value)})."
     )
-
-
-def _percents(shares: Sequence[float]) -> str:
-    low, high = percent(min(shares)), percent(max(shares))
-    return low if low == high else f"{low} to {high}"
 
 
 def _interval(interval: Interval, digits: int = 3) -> str:

@@ -47,7 +47,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
@@ -335,9 +335,9 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %".replace("-", "−") if round(100 * share, 1) else "0.0 %"
 
 
-def span(values: Sequence[float]) -> str:
+def span(values: Sequence[float], form: Callable[[float], str] = signed) -> str:
     """`0.123 to 0.456`; one number where both are the same."""
-    low, high = signed(min(values)), signed(max(values))
+    low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low} to {high}"
 
 
