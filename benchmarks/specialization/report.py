@@ -162,8 +162,9 @@ def _swap(setting: Setting) -> tuple[str, str]:
     swaps = [layer["swap"] for layer in setting.layers if layer["swap"] is not None]
     if not swaps:
         return "", ""
-    means = [statistics.fmean(swap[name]["value"] for swap in swaps) for name in ("points", "random")]
-    return signed(means[0], 1), signed(means[1], 1)
+    random = [swap["random"]["value"] for swap in swaps if swap["random"] is not None]
+    points = statistics.fmean(swap["points"]["value"] for swap in swaps)
+    return signed(points, 1), signed(statistics.fmean(random), 1) if random else ""
 
 
 def _span(values: Sequence[float], digits: int) -> str:

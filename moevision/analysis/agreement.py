@@ -30,6 +30,7 @@ import torch
 
 from moevision.analysis.collect import layer_inputs, network_input
 from moevision.analysis.images import PictureSet, read_images
+from moevision.analysis.information import ENDS
 from moevision.analysis.trace import LayerTrace
 from moevision.errors import UserError
 from moevision.layers import forward_routing
@@ -40,7 +41,6 @@ Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating[Any]]
 _BATCH = 64
-_ENDS = ((1 - 0.95) / 2, (1 + 0.95) / 2)  # quantiles of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def overlap(before: Ints, after: Ints, shift: tuple[int, int]) -> tuple[Ints, In
 def _result(layer: int, change: str, tables: Ints, weight: Ints) -> Consistency:
     total = tables.sum(0)  # [E + 1, E + 1], the last row and column for no expert
     resampled = cohen_kappa((weight @ tables.reshape(len(tables), -1)).reshape(-1, *total.shape))
-    low, high = np.quantile(resampled, _ENDS)
+    low, high = np.quantile(resampled, ENDS)
     agreement = float(np.trace(total) / total.sum())
     return Consistency(layer, change, agreement, cohen_kappa(total), float(low), float(high), len(tables))
 

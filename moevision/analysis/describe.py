@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.information import choice_counts
+from moevision.analysis.information import ENDS, choice_counts, chunks
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 
@@ -401,7 +401,6 @@ MIN_IMAGES = 20
 """Fewer images a side make intervals that are not to be trusted."""
 
 _PERMUTATIONS = 1000
-_ENDS = ((1 - 0.95) / 2, (1 + 0.95) / 2)  # quantiles of a 95 % interval
 _LEVEL = 0.95  # of a map: 1 minus the chance of any false cell
 _RATE = 0.05  # of false discoveries, over all experts of a comparison
 _CHUNK_CELLS = 1 << 22
@@ -509,8 +508,7 @@ def _largest_of_permuted(
     rng, present = np.random.default_rng(seed), n_images > 0
     chunk = max(1, _CHUNK_CELLS // (len(n_images) * len(labels)))
     largest = []
-    for start in range(0, num_permutations, chunk):
-        size = min(chunk, num_permutations - start)
+    for size in chunks(num_permutations, chunk):
         permuted = rng.permuted(np.tile(labels, (size, 1)), axis=1)
         tables = _class_sums(centred, permuted, len(n_images))[:, present] / n_images[present, None]
         largest.append(np.abs(tables).max((1, 2)))
@@ -621,7 +619,7 @@ def compare_classes(
     rng = np.random.default_rng(seed)
     difference = x.mean(0) - y.mean(0)
     resampled = _bootstrap_means(x, num_resamples, rng) - _bootstrap_means(y, num_resamples, rng)
-    low, high = np.quantile(resampled, _ENDS, axis=0)
+    low, high = np.quantile(resampled, ENDS, axis=0)
     p_value = _permutation_p(x, y, num_resamples, rng)
     from scipy.stats import false_discovery_control
 

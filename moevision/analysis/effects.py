@@ -2,7 +2,8 @@
 
 Beside the change of one image's logit (`effect`) stand
 - the control: as many assignments of tokens to experts, drawn at random in the same layers from all experts, are taken
-  away with the same fill, once per draw (assignments of patches and of prefix tokens are matched separately);
+  away with the same fill, once per draw (assignments of patches and of prefix tokens are matched separately; where
+  images are routed as a whole, whole experts of an image, and with K = 1 there is none beside an ablation);
 - the same intervention on every other expert of that layer;
 - the mean over images of a class (`class_effect`).
 
@@ -80,16 +81,19 @@ def effect(
     net, x = model.net, _to_input(model, [image])
     with routing_lock(net):
         before = net(x)[0].double()
-        after, taken = run_under(net, x, intervention)
+        after, taken, has_control = run_under(net, x, intervention)
         index = int(before.argmax()) if target is None else _class_index(model.class_names, target)
         others = _on_other_experts(net, intervention)
-        keys = [(seed, draw) for draw in range(num_controls)]
-        logits = run_compared(net, x, intervention, taken, others, keys)
+        keys = [(seed, draw) for draw in range(num_controls if has_control else 0)]
+        logits = run_compared(net, x, intervention, taken, others, keys) if others or keys else before.new_empty(0, 1)
     delta_logits = (logits - before)[:, index].tolist()
     delta_ps = (logits.softmax(-1) - before.softmax(-1))[:, index].tolist()
     moved_prefix, moved = (int(sum(counts[0, part] for counts in taken.values())) for part in (0, 1))
     count, routing = len(others), _kind_of(net, intervention)
-    control = control_in_words(intervention, moved, routing)
+    control = None
+    if has_control:
+        what = control_in_words(intervention, moved, routing)
+        control = Control(what, tuple(delta_logits[count:]), tuple(delta_ps[count:]))
     return Effect(
         intervention=intervention,
         class_names=tuple(model.class_names),
@@ -98,7 +102,7 @@ def effect(
         after_logits=tuple(after[0].tolist()),
         moved=moved,
         moved_prefix=moved_prefix,
-        control=Control(control, tuple(delta_logits[count:]), tuple(delta_ps[count:])),
+        control=control,
         others=tuple(
             OtherExpert(other.expert or 0, other.where, delta_logit, delta_p)
             for other, delta_logit, delta_p in zip(others, delta_logits[:count], delta_ps[:count], strict=True)
@@ -136,7 +140,7 @@ def class_effect(
     name, net = model.class_names[index], model.net
     chosen = _pictures_of(pictures, name, limit, seed)
     rows: list[Tensor] = []  # [B, 4]: change of logit and probability, control's change of logit, patches moved
-    unreadable = 0
+    unreadable, has_control = 0, True
     for start in range(0, len(chosen), batch_size):
         batch = chosen[start : start + batch_size]
         readable = {number: image for number in batch if (image := _read(pictures, number)) is not None}
@@ -146,8 +150,10 @@ def class_effect(
         x = _to_input(model, list(readable.values()))
         with routing_lock(net):
             before = net(x).double()
-            after, taken = run_under(net, x, intervention)
-            control = run_compared(net, x, intervention, taken, [], [(seed, number) for number in readable])
+            after, taken, has_control = run_under(net, x, intervention)
+            control = before
+            if has_control:
+                control = run_compared(net, x, intervention, taken, [], [(seed, number) for number in readable])
         delta_p = after.softmax(-1) - before.softmax(-1)
         moved = sum(counts[:, 1] for counts in taken.values())
         deltas = [after - before, delta_p, control - before]
@@ -160,7 +166,7 @@ def class_effect(
         intervention=intervention,
         delta_logits=tuple(logits),
         delta_ps=tuple(ps),
-        control_delta_logits=tuple(controls),
+        control_delta_logits=tuple(controls) if has_control else None,
         moved=sum(moved_patches) / len(moved_patches),
         unreadable=unreadable,
     )
@@ -225,6 +231,8 @@ def take_away_random(
 ) -> Decision:
     """Take assignments away at random, from any expert; each image of the batch by its own draw.
 
+    Where images are routed as a whole, as many experts of an image, each for all of its tokens.
+
     Args:
         decision: of B images.
         numbers: [B][2] how many assignments of prefix tokens, and of patches.
@@ -237,6 +245,11 @@ def take_away_random(
     away = np.zeros(decision.removed.shape, dtype=bool)  # [B, N, E]
     for image, (wanted, key) in enumerate(zip(numbers, keys, strict=True)):
         rng = np.random.default_rng(tuple(key))
+        if routing.route_by == "image":
+            experts = index[image, 0][kept[image, 0]]
+            number = min(round(sum(wanted) / len(away[image])), len(experts))
+            away[image][:, rng.choice(experts, number, replace=False)] = True
+            continue
         token, choice = kept[image].nonzero()  # every kept assignment of the image
         for number, part in zip(wanted, (token < num_prefix_tokens, token >= num_prefix_tokens), strict=True):
             candidates = np.flatnonzero(part)
@@ -248,18 +261,21 @@ def take_away_random(
     return replace(decision, removed=decision.removed | mask)
 
 
-def run_under(net: nn.Module, x: Tensor, intervention: Intervention) -> tuple[Tensor, Taken]:
-    """Logits [B, C] under the intervention, and the assignments that it takes from their experts.
+def run_under(net: nn.Module, x: Tensor, intervention: Intervention) -> tuple[Tensor, Taken, bool]:
+    """Logits [B, C] under the intervention, the assignments that it takes from their experts, whether it has a control.
 
-    Of an ablation only the expert's own count, not those that a capacity of the model then drops elsewhere: the control
-    has such consequences too.
+    An ablation has none where a layer gives an image one expert: as many random choices are the ablation. What it takes
+    are the expert's own choices, not those that a capacity of the model then drops elsewhere: the control has such
+    consequences too.
     """
     taken: Taken = {}
-    prefix = int(getattr(net, "num_prefix_tokens", 0))
+    prefix, alone = int(getattr(net, "num_prefix_tokens", 0)), []
 
     def counted(layer: MoEMlp, edit: Edit, decision: Decision) -> Decision:
         after: Decision = edit(decision)
-        pairs = computed_pairs(decision.settle())
+        routing = decision.settle()
+        pairs = computed_pairs(routing)
+        alone.append(routing.route_by == "image" and routing.expert_index.shape[-1] == 1)
         gone = (after.removed | after.silenced) if intervention.kind == "ablate" else ~computed_pairs(after.settle())
         lost = (pairs & gone).sum(-1)  # [B, N, E] -> [B, N] assignments of each token
         taken[layer] = torch.stack([lost[:, :prefix].sum(1), lost[:, prefix:].sum(1)], -1)  # [B, 2]
@@ -267,7 +283,8 @@ def run_under(net: nn.Module, x: Tensor, intervention: Intervention) -> tuple[Te
 
     edits = {layer: partial(counted, layer, edit) for layer, edit in intervention.edits(net).items()}
     with edited(net, edits):
-        return net(x).double(), taken
+        logits = net(x).double()
+    return logits, taken, not (intervention.kind == "ablate" and any(alone))
 
 
 def run_compared(
@@ -404,7 +421,7 @@ class ClassEffect:
         intervention: what was changed.
         delta_logits: [I] change of the logit, by image.
         delta_ps: [I] change of the probability.
-        control_delta_logits: [I] the same with the control, one draw for each image.
+        control_delta_logits: [I] the same with the control, one draw for each image; None where there is no control.
         moved: mean number of patch assignments that the intervention takes from their experts.
         unreadable: images of the class that could not be read, and are not among I.
     """
@@ -413,13 +430,13 @@ class ClassEffect:
     intervention: Intervention
     delta_logits: tuple[float, ...]
     delta_ps: tuple[float, ...]
-    control_delta_logits: tuple[float, ...]
+    control_delta_logits: tuple[float, ...] | None
     moved: float
     unreadable: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Means over images and their standard deviations (null for one image)."""
-        several = len(self.delta_logits) > 1
+        """Means over images and their standard deviations (null for one image, and without a control)."""
+        several, controls = len(self.delta_logits) > 1, self.control_delta_logits
         return {
             "class": self.class_name,
             "n": len(self.delta_logits),
@@ -427,8 +444,8 @@ class ClassEffect:
             "delta_p": fmean(self.delta_ps),
             "delta_logit": fmean(self.delta_logits),
             "sd_logit": stdev(self.delta_logits) if several else None,
-            "control_delta_logit": fmean(self.control_delta_logits),
-            "control_sd_logit": stdev(self.control_delta_logits) if several else None,
+            "control_delta_logit": None if controls is None else fmean(controls),
+            "control_sd_logit": None if controls is None or not several else stdev(controls),
             "moved": self.moved,
             "unreadable": self.unreadable,
         }
@@ -446,7 +463,7 @@ class Effect:
         after_logits: [C].
         moved: patch assignments that the intervention takes from their experts, in the layers that it acts on.
         moved_prefix: the same of class and register tokens.
-        control: the same number taken away at random.
+        control: the same number taken away at random; None where as many random choices are the change itself.
         others: the same on every other expert of the layer; empty unless an expert was ablated or forced.
         routing: who chooses in the layers that it acts on.
     """
@@ -458,7 +475,7 @@ class Effect:
     after_logits: tuple[float, ...]
     moved: int
     moved_prefix: int
-    control: Control
+    control: Control | None
     others: tuple[OtherExpert, ...]
     routing: RoutingKind = "token_choice"
 
@@ -491,7 +508,10 @@ class Effect:
             f"For this image: {change} {self.class_names[self.target]} {_change(before, after)} "
             f"(logit {_signed(self.delta_logit)})"
         ]
-        if self.moved or self.moved_prefix:
+        moves = self.moved or self.moved_prefix
+        if moves and self.control is None:
+            parts.append("no control: as many random choices are these, since an image has one expert")
+        elif moves and self.control is not None:
             spread = f"{_signed(self.control.mean)} ± {self.control.sd:.2f}"
             parts.append(f"{self.control.what} changes the logit by {spread} ({len(self.control.delta_logits)} draws)")
         return "; ".join(parts) + "."
@@ -509,7 +529,7 @@ class Effect:
             "delta_logit": self.delta_logit,
             "moved": self.moved,
             "moved_prefix": self.moved_prefix,
-            "control": self.control.to_json(),
+            "control": None if self.control is None else self.control.to_json(),
             "others": [vars(other) for other in self.others],
             "sentence": self.sentence,
         }

@@ -332,13 +332,15 @@ class View:
         self,
         pictures: PictureSet,
         indices: Sequence[int],
-        class_names: tuple[str, ...],
-        new_label: Sequence[int],
-        name: str,
+        class_names: tuple[str, ...] | None = None,
+        new_label: Sequence[int] | None = None,
+        name: str | None = None,
     ) -> None:
-        """Show `pictures` at `indices`; label l of theirs becomes `new_label[l]`, an index into `class_names`."""
-        self.pictures, self.indices, self.new_label = pictures, indices, new_label
-        self.class_names, self.name, self.part_names = class_names, name, pictures.part_names
+        """Show `pictures` at `indices`; label l becomes `new_label[l]` of `class_names`. None: as theirs."""
+        self.pictures, self.indices = pictures, indices
+        self.new_label = range(len(pictures.class_names)) if new_label is None else new_label
+        self.class_names = pictures.class_names if class_names is None else class_names
+        self.name, self.part_names = name or pictures.name, pictures.part_names
 
     def __len__(self) -> int:
         """Number of images."""
@@ -366,8 +368,7 @@ class Remembered(View):
     """Another set whose images are read or drawn once only, as long as they fit into memory."""
 
     def __init__(self, pictures: PictureSet, max_bytes: int = 512 << 20) -> None:
-        classes = pictures.class_names
-        super().__init__(pictures, range(len(pictures)), classes, range(len(classes)), pictures.name)
+        super().__init__(pictures, range(len(pictures)))
         self.left = max_bytes
         self.kept: dict[int, Pixels] = {}
 
@@ -463,8 +464,7 @@ def aligned_pictures(pictures: PictureSet, trace: RoutingTrace) -> PictureSet:
         raise UserError(
             f"The trace is of other images ({missing[0]} is not among {pictures.name}): give those it is of."
         )
-    indices = [place[name] for name in trace.picture_names]
-    return View(pictures, indices, pictures.class_names, range(len(pictures.class_names)), pictures.name)
+    return View(pictures, [place[name] for name in trace.picture_names])
 
 
 def read_images(pictures: PictureSet, indices: Iterable[int | np.integer[Any]]) -> Pixels:

@@ -62,6 +62,7 @@ Ints = npt.NDArray[np.integer[Any]]
 
 _CHUNK_CELLS = 1 << 22  # of a block of permuted labels or tables: 16 MiB of float32
 LEVEL = 0.95  # of all intervals
+ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # their quantiles
 _BIAS_PERMUTATIONS = 32  # the mean bias varies far less than the plug-in
 
 
@@ -105,7 +106,7 @@ def class_information(
 
     null: list[Floats] = []
     null_bias = np.empty(0)
-    for size in _chunks(num_permutations, max(1, _CHUNK_CELLS // (num_classes * max(images, flat.shape[1])))):
+    for size in chunks(num_permutations, max(1, _CHUNK_CELLS // (num_classes * max(images, flat.shape[1])))):
         classes = rng.permuted(np.tile(values, (size, 1)), axis=1)  # [size, I]
         null.append(conditional_information_bits(sums(classes, flat)))
         null_bias = np.append(null_bias, bias(classes[: max(0, _BIAS_PERMUTATIONS - len(null_bias))]))
@@ -151,7 +152,7 @@ def position_information(
     deviations = (flat - flat.mean(0)) * np.float32(np.sqrt(images / (images - 1)))  # [I, P * E]
     rng = np.random.default_rng(seed)
     null = []
-    for size in _chunks(num_permutations, max(1, _CHUNK_CELLS // max(images, flat.shape[1]))):
+    for size in chunks(num_permutations, max(1, _CHUNK_CELLS // max(images, flat.shape[1]))):
         signs = rng.integers(2, size=(size, images)).astype(np.float32) * 2 - 1
         # A nearly empty cell may fall below 0, where a count can't.
         null.append(mutual_information_bits(np.maximum(expected + (signs @ deviations).reshape(size, *table.shape), 0)))
@@ -224,7 +225,19 @@ def _ranks(values: Ints) -> Ints:
     return ranks
 
 
-def _chunks(total: int, size: int) -> Iterator[int]:
+def halves_by_class(labels: Ints, seed: int) -> npt.NDArray[np.bool_]:
+    """[I] a random half of the images of every class, and of those without one (negative labels)."""
+    half, rng = np.zeros(len(labels), bool), np.random.default_rng(seed)
+    start = 0
+    for label in np.unique(labels):
+        images = rng.permutation(np.flatnonzero(labels == label))
+        half[images[start::2]] = True
+        start = (start + len(images)) % 2  # classes of odd size take turns in giving one more
+    return half
+
+
+def chunks(total: int, size: int) -> Iterator[int]:
+    """Sizes of at most `size` that sum to `total`."""
     for start in range(0, total, size):
         yield min(size, total - start)
 

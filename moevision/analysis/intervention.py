@@ -362,18 +362,6 @@ class Decision(ABC):
     def shuffle(self, key: Sequence[int]) -> Self:
         """Replace the router's choice by one drawn at random, the same for every image; weights stay with the rank."""
 
-    def put_first(self, expert: int) -> Self:
-        """Make an expert every token's first choice."""
-        raise NotImplementedError(f"{type(self).__name__} has no first choice")
-
-    def at_top_k(self, top_k: int) -> Self:
-        """Choose as with another K."""
-        raise NotImplementedError(f"{type(self).__name__} has no choice of K experts")
-
-    def at_capacity(self, factor: float) -> Self:
-        """Let an expert compute at most `factor` times its fair share of one image."""
-        raise NotImplementedError(f"{type(self).__name__} has no capacity")
-
     def remove(self, expert: int) -> Self:
         """Take an expert away."""
         return replace(self, removed=self.removed | self._is(expert))

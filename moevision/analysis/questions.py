@@ -300,18 +300,21 @@ def function_answer(swap: Swap | None, why: str | None) -> Answer:
     """The third question's answer; `why` it wasn't measured."""
     if swap is None:
         return Answer("function", NOT_MEASURED, why or "the swap test was not made")
-    points, random = swap.points, swap.random
+    points, random, more = swap.points, swap.random, swap.more
     detail = (
         f"a class's patches sent through another class's expert cost {signed(points.value, 1)} points of accuracy, "
-        f"{_interval(points, 1)}; random swaps of as many choices {signed(random.value, 1)}"
+        f"{_interval(points, 1)}; "
     )
-    beside = "more than" if swap.more.low > 0 else "less than" if swap.more.high < 0 else "not told apart from"
-    numbers = [
-        f"Swap: {beside} random swaps ({_interval(random, 1)}); {percent(swap.moved)} of the choices "
-        f"of {swap.n_images:,} images changed."
-    ]
-    answer = NOT_SHOWN if points.low <= 0 else A_LITTLE_WORD if swap.more.high < 0 else YES
-    return Answer("function", answer, detail, numbers)
+    changed = f"{percent(swap.moved)} of the choices of {swap.n_images:,} images changed."
+    answer = YES if points.low > 0 else NOT_SHOWN
+    if random is None or more is None:
+        detail += "no random swaps stand beside it, since no other expert was free"
+        return Answer("function", answer, detail, (f"Swap: {changed}",))
+    detail += f"random swaps of as many choices {signed(random.value, 1)}"
+    beside = "more than" if more.low > 0 else "less than" if more.high < 0 else "not told apart from"
+    if answer == YES and more.high < 0:
+        answer = A_LITTLE_WORD
+    return Answer("function", answer, detail, (f"Swap: {beside} random swaps ({_interval(random, 1)}); {changed}",))
 
 
 def _control_words(name: str, controls: Controls) -> str:
@@ -321,14 +324,9 @@ def _control_words(name: str, controls: Controls) -> str:
     own, own_image = controls.same[name]
     return (
         f"{_CONTROLS[name][0]}: {span(bits)} bits (router {signed(own.bits.value)}), guess right "
-        f"{_percents(guess)} (router {percent(own.guess.value)}); histogram of the image {span(image)} bits on "
+        f"{span(guess, percent)} (router {percent(own.guess.value)}); histogram of the image {span(image)} bits on "
         f"held-out images (router {signed(own_image.bits.value)})."
     )
-
-
-def _percents(shares: Sequence[float]) -> str:
-    low, high = percent(min(shares)), percent(max(shares))
-    return low if low == high else f"{low} to {high}"
 
 
 def _interval(interval: Interval, digits: int = 3) -> str:

@@ -28,6 +28,7 @@ from moevision.analysis.information import (
     choice_counts,
     class_information,
     entropy_bits,
+    halves_by_class,
     part_information,
     students_quantile,
 )
@@ -171,7 +172,7 @@ def read_layer(recording: Recording, place: int, *, permutations: int, cluster_s
     known = labels[labels >= 0]
     if len(np.unique(known)) < 2:
         return LayerReadings(layer, load, "fewer than two classes have images")
-    reader = _Reader(recording, labels, _halves(labels, seed), seed)
+    reader = _Reader(recording, labels, halves_by_class(labels, seed), seed)
     readings, estimate = _read(reader, layer, counts, permutations)
     probe = None
     if layer.inputs is not None and len(np.unique(labels)) <= _PROBE_CLASSES:
@@ -271,6 +272,8 @@ def _compare(reader: _Reader, layer: RecordedLayer, counts: Floats, permutations
     for name, controls in {"before": layer.before, "untrained": layer.untrained, "clusters": clusters}.items():
         for control in controls:
             images = np.asarray(control.images)
+            if (reader.labels[images] >= 0).sum() < 2:  # of the half that clusters are measured on
+                continue
             some: dict[str, Any] = {"choices": choices, "images": images}
             key = images.tobytes()
             if key not in known:  # clusters are measured on half of the images, and so the router there
@@ -304,17 +307,6 @@ def load_of(counts: Floats, labels: Ints, num_classes: int) -> Load:
     table = one_hot.T.astype(np.float64) @ by_image
     with np.errstate(invalid="ignore"):
         return Load(by_image.sum(0) / max(by_image.sum(), 1e-12), table / table.sum(1, keepdims=True))
-
-
-def _halves(labels: Ints, seed: int) -> Flags:
-    """[I] a random half of the images of every class."""
-    half, rng = np.zeros(len(labels), bool), np.random.default_rng(seed)
-    start = 0
-    for label in np.unique(labels):
-        images = rng.permutation(np.flatnonzero(labels == label))
-        half[images[start::2]] = True
-        start = (start + len(images)) % 2  # classes of odd size take turns in giving one more
-    return half
 
 
 def guess_from_experts(counts: Floats, target: Ints, halves: Flags) -> tuple[Interval, float]:
@@ -433,13 +425,16 @@ def _predict(known: Floats, ranks: Ints, asked: Floats, num_values: int) -> Floa
 
 
 def cluster_choices(layer: RecordedLayer, seeds: int, seed: int = 0) -> list[Assignments]:
-    """Choices by k-means clusters of the layer's input, as many as experts; none where not all patches' are known.
+    """Choices by k-means clusters of the layer's input, as many as experts.
 
-    The clusters see no label, so they are fitted to the same patches that they deal out.
+    There are none where not all patches' inputs are known, or fewer than experts. The clusters see no label, so they
+    are fitted to the same patches that they deal out.
     """
     if layer.inputs is None or layer.positions is not None or not layer.tokens_choose:
         return []
     images, patches, width = layer.inputs.shape
+    if images * patches < layer.num_experts:
+        return []
     tokens = layer.inputs.reshape(-1, width).astype(np.float32)
     sample = np.random.default_rng(seed).permutation(len(tokens))[:_CLUSTER_TOKENS]
     rule = Rule("token_choice", layer.num_experts, layer.choices.shape[2])

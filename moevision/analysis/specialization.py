@@ -20,7 +20,9 @@ The baselines:
 - `hash_position`: experts drawn by a hash of the patch's position, the same in every image.
 - `kmeans_colour`: E clusters of the patch's mean colour.
 - `kmeans_input`: E clusters of what the trained layer receives: what routing by similarity alone would tell. The tokens
-  are learned, the clusters know nothing of classes. Where images are routed as a whole: clusters of their mean patch.
+  are learned, the clusters know nothing of classes.
+
+Where images are routed as a whole, it is the image's pixels, mean colour and mean patch, and there is no position.
 
 Information depends on how many experts a patch has and on how evenly it takes from them, so a baseline chooses as the
 layer does (`Rule`) and differs from it in its scores only:
@@ -45,7 +47,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
@@ -61,6 +63,7 @@ from moevision.analysis.information import (
     Estimate,
     choice_counts,
     class_information,
+    halves_by_class,
     part_information,
     position_information,
 )
@@ -68,6 +71,7 @@ from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
 from moevision.layers import SigmoidRouter, moe_layers
 from moevision.layers.routing import Kind as RoutingKind
+from moevision.layers.routing import RouteBy
 from moevision.models.io import SavedModel
 
 if TYPE_CHECKING:
@@ -212,14 +216,20 @@ class _Asker:
         return self._estimate(about, counts, np.arange(len(counts)), self.num_permutations)
 
     def baseline(self, about: About, layer: int, baselines: Sequence[Assignments]) -> Iterator[Estimate]:
-        """Of the baselines that a layer is compared with."""
+        """Of the baselines that a layer is compared with, without those whose images can't answer."""
         for each in baselines:
-            if each.layer in (None, layer):
+            if each.layer in (None, layer) and self._can_answer(about, each.images):
                 key = (about, id(each))
                 if key not in self.known:
                     counts = each.patch_takes() if about in _OF_IMAGES else each.counts()
                     self.known[key] = self._estimate(about, counts, each.images, _BASELINE_PERMUTATIONS)
                 yield self.known[key]
+
+    def _can_answer(self, about: About, images: Ints) -> bool:
+        """Whether so few images are enough: clusters are measured on one half of them."""
+        if about == "part" and self.parts is not None and not (self.parts[images] >= 0).any():
+            return False
+        return int((self.labels[images] >= 0).sum() if about in _OF_IMAGES else len(images)) >= 2
 
     def _estimate(self, about: About, counts: Floats, images: Ints, num_permutations: int) -> Estimate:
         if about == "position":
@@ -253,6 +263,8 @@ def _result(
     bits = {name: tuple(each.value_bits for each in estimates) for name, estimates in baselines.items() if estimates}
     seed_bits = tuple(each.value_bits for each in seeds)
     sentence = sentence_of(layer.name, about, own, bits, seed_bits, above_null, above_baselines, layer.kind)
+    if layer.route_by == "image":
+        sentence = sentence.replace("the patch's", "the image's")  # in the words of a baseline
     return LayerSpecialization(layer.layer, about, own, bits, seed_bits, above_null, above_baselines, sentence)
 
 
@@ -323,9 +335,9 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %".replace("-", "−") if round(100 * share, 1) else "0.0 %"
 
 
-def span(values: Sequence[float]) -> str:
+def span(values: Sequence[float], form: Callable[[float], str] = signed) -> str:
     """`0.123 to 0.456`; one number where both are the same."""
-    low, high = signed(min(values)), signed(max(values))
+    low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low} to {high}"
 
 
@@ -362,8 +374,10 @@ def measure_baselines(
         seed: of the two halves.
 
     Raises:
-        UserError: for an unknown name, or if the trace is about other images or another model.
+        UserError: for an unknown name, or if the trace is about one image, other images or another model.
     """
+    if len(trace) < 2:
+        raise UserError("Baselines need at least two images, to fit and to measure clusters: give more images.")
     unknown = set(names) - set(BASELINES)
     if unknown or seeds < 1:
         raise UserError(f"Choose at least one seed and baselines among {', '.join(BASELINES)}; got {sorted(unknown)}.")
@@ -412,23 +426,33 @@ def _untrained(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, see
 
 def _hashes(pictures: PictureSet, trace: RoutingTrace, seeds: int) -> dict[str, list[Assignments]]:
     images, patches = np.arange(len(trace)), trace.grid[0] * trace.grid[1]
-    content = np.stack([_patch_hashes(pictures.image(int(image)), trace.grid) for image in images])
-    place = np.broadcast_to(np.arange(patches, dtype=np.uint64), content.shape)
+    rules = rules_of(trace)
+    keys: dict[RouteBy, npt.NDArray[np.uint64]] = {}  # [I, P]
+    for unit in dict.fromkeys(rule.route_by for rule in rules):
+        grid = trace.grid if unit == "token" else (1, 1)
+        hashes = np.stack([_patch_hashes(pictures.image(int(image)), grid) for image in images])
+        keys[unit] = np.broadcast_to(hashes, (len(images), patches))
+    place = np.arange(patches, dtype=np.uint64)[None]  # of every image
 
-    def draw(keys: npt.NDArray[np.uint64]) -> list[Assignments]:
-        found = []
-        for rule, layers in rules_of(trace).items():
-            for seed in range(seeds):
-                scores: npt.NDArray[Any] = hash_scores(keys, rule.num_experts, seed)
-                if rule.kind != "token_choice":
-                    scores = scores / 2.0**64
-                chosen = rule.apply(scores, rule.scale(scores))
-                found += [
-                    Assignments(layer, seed, chosen[0], images, rule.num_experts, *chosen[1:]) for layer in layers
-                ]
-        return found
+    def draw(rule: Rule, layers: Sequence[int | None], keys: npt.NDArray[np.uint64]) -> Iterator[Assignments]:
+        for seed in range(seeds):
+            scores: npt.NDArray[Any] = hash_scores(keys, rule.num_experts, seed)
+            if rule.kind != "token_choice":
+                scores = scores / 2.0**64
+            index, *amounts = (
+                each if each is None else np.broadcast_to(each, (len(images), *each.shape[1:]))
+                for each in rule.apply(scores, rule.scale(scores))
+            )
+            assert index is not None
+            for layer in layers:
+                yield Assignments(layer, seed, index, images, rule.num_experts, *amounts)
 
-    return {"hash": draw(content), "hash_position": draw(place)}
+    return {
+        "hash": [each for rule, layers in rules.items() for each in draw(rule, layers, keys[rule.route_by])],
+        "hash_position": [
+            each for rule, layers in rules.items() if rule.route_by == "token" for each in draw(rule, layers, place)
+        ],
+    }
 
 
 def _patch_hashes(image: npt.NDArray[np.uint8], grid: tuple[int, int]) -> npt.NDArray[np.uint64]:
@@ -453,18 +477,17 @@ def _clusters(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, seeds: int, seed: int, with_input: bool
 ) -> dict[str, list[Assignments]]:
     """K-means of colours and of each layer's input, fitted on half of the images, applied to the others."""
-    rng = np.random.default_rng(seed)
-    order, half = rng.permutation(len(trace)), len(trace) // 2
-    fitted, measured = np.sort(order[:half]), np.sort(order[half:])
+    half, rng = halves_by_class(np.asarray(trace.labels), seed), np.random.default_rng(seed)
+    fitted, measured = np.flatnonzero(~half), np.flatnonzero(half)
     per_image = max(1, _FIT_TOKENS // max(1, len(fitted)))
-    sample: dict[int | None, list[Floats]] = {}
+    sample: dict[int | RouteBy, list[Floats]] = {}
     for features in _features(model, pictures, trace, fitted, with_input):
-        for layer, tokens in features.items():
+        for source, tokens in features.items():
             taken = rng.permuted(np.tile(np.arange(tokens.shape[1]), (len(tokens), 1)), axis=1)[:, :per_image]  # [B, p]
-            sample.setdefault(layer, []).append(np.take_along_axis(tokens, taken[..., None], 1))  # [B, p, D]
+            sample.setdefault(source, []).append(np.take_along_axis(tokens, taken[..., None], 1))  # [B, p, D]
     found: dict[str, list[Assignments]] = {"kmeans_colour": [], "kmeans_input": []}
-    asked: list[tuple[str, int | None, Rule, list[int | None]]] = [
-        ("kmeans_colour", None, rule, layers) for rule, layers in rules_of(trace).items()
+    asked: list[tuple[str, int | RouteBy, Rule, list[int | None]]] = [
+        ("kmeans_colour", rule.route_by, rule, layers) for rule, layers in rules_of(trace).items()
     ]
     asked += [
         ("kmeans_input", layer.layer, Rule.of(layer), [layer.layer]) for layer in trace.layers if layer.layer in sample
@@ -486,7 +509,13 @@ class _Clustering:
     """E clusters of what patches look like, as experts of some layers."""
 
     def __init__(
-        self, name: str, source: int | None, rule: Rule, layers: Sequence[int | None], seed: int, tokens: Floats
+        self,
+        name: str,
+        source: int | RouteBy,
+        rule: Rule,
+        layers: Sequence[int | None],
+        seed: int,
+        tokens: Floats,
     ) -> None:
         self.name, self.source, self.rule, self.layers, self.seed = name, source, rule, layers, seed
         self.mean = fit_clusters(tokens.reshape(-1, tokens.shape[-1]), rule.num_experts, seed)
@@ -501,6 +530,8 @@ class _Clustering:
         """All choices, one for each of the layers."""
         index, *amounts = (None if each[0] is None else np.concatenate(each) for each in zip(*self.chosen, strict=True))
         assert index is not None
+        if self.rule.kind != "token_choice":  # every patch names all experts: once is enough
+            index = np.broadcast_to(index[:1, :1].copy(), index.shape)
         return [Assignments(layer, self.seed, index, images, self.rule.num_experts, *amounts) for layer in self.layers]
 
     def _scores(self, tokens: Floats) -> Floats:
@@ -519,12 +550,18 @@ def fit_clusters(tokens: Floats, num_clusters: int, seed: int) -> KMeans:
 
 def _features(
     model: SavedModel, pictures: PictureSet, trace: RoutingTrace, indices: npt.NDArray[np.int64], with_input: bool
-) -> Iterator[dict[int | None, Floats]]:
-    """Per batch the mean colours (None -> [B, P, 3]) and, if wanted, each MoE layer's input (block -> [B, P, D])."""
+) -> Iterator[dict[int | RouteBy, Floats]]:
+    """Per batch what layers may route by: mean colours, and, if wanted, each MoE layer's input (block -> [B, P, D]).
+
+    Mean colours [B, P, 3] are under what the layers route, of each patch or everywhere of the image.
+    """
+    units = dict.fromkeys(layer.route_by for layer in trace.layers)
     for start in range(0, len(indices), _BATCH):
         images = read_images(pictures, indices[start : start + _BATCH])
         colours = [image_patches(image, trace.grid).mean((1, 2), dtype=np.float32) / 255 for image in images]
-        features: dict[int | None, Floats] = {None: np.stack(colours)}
+        colour = np.stack(colours)
+        whole = np.broadcast_to(colour.mean(1, keepdims=True), colour.shape)
+        features: dict[int | RouteBy, Floats] = {unit: whole if unit == "image" else colour for unit in units}
         if with_input:
             for block, tokens in layer_inputs(model.net, network_input(model, images)).items():
                 if trace.layer(block).route_by == "image":
@@ -556,18 +593,20 @@ class Rule:
         num_experts: E.
         top_k: K of token choice, C of expert choice, 0 for Soft MoE.
         entropy_bits: mean entropy of the layer's router; 0 for token choice, which needs none.
+        route_by: what it chooses for.
     """
 
     kind: RoutingKind
     num_experts: int
     top_k: int
     entropy_bits: float = 0.0
+    route_by: RouteBy = "token"
 
     @classmethod
     def of(cls, layer: LayerTrace) -> Rule:
         """The rule of a traced layer."""
         if layer.kind == "token_choice":
-            return cls(layer.kind, layer.num_experts, layer.top_k)
+            return cls(layer.kind, layer.num_experts, layer.top_k, route_by=layer.route_by)
         entropy = float(np.asarray(layer.entropy_bits, dtype=np.float64).mean())
         taken = round(float(layer.counts().mean())) if layer.kind == "expert_choice" else 0
         return cls(layer.kind, layer.num_experts, taken, entropy)

@@ -23,23 +23,25 @@ class Swap:
 
     Attributes:
         points: accuracy lost, in percentage points.
-        random: the same by random swaps of as many choices of the same images.
-        more: the first minus the second, image by image.
+        random: the same by random swaps of as many choices of the same images; None where patches had no other expert
+            to go to, since they had chosen all that are used.
+        more: the first minus the second, image by image; None with `random`.
         moved: share of the choices of those images that changed.
         n_images: images that were run.
         pairs: class, its expert, the other class, that one's expert; by name and number.
     """
 
     points: Interval
-    random: Interval
-    more: Interval
+    random: Interval | None
+    more: Interval | None
     moved: float
     n_images: int
     pairs: Sequence[tuple[str, int, str, int]]
 
     def to_json(self) -> Json:
         """As JSON primitives."""
-        intervals = {name: getattr(self, name)._asdict() for name in ("points", "random", "more")}
+        found = {"points": self.points, "random": self.random, "more": self.more}
+        intervals = {name: each and each._asdict() for name, each in found.items()}
         return {**intervals, "moved": self.moved, "n_images": self.n_images, "pairs": [list(p) for p in self.pairs]}
 
 
@@ -56,7 +58,7 @@ def swap_test(recording: Recording, place: int, *, draws: int = 3, limit: int = 
         recording: with `run`.
         place: of the layer.
         draws: random swaps per image.
-        limit: images at most, as many of each class.
+        limit: images at most, as many of each class; of more classes than that, one image of as many.
         seed: of images and swaps.
 
     Returns:
@@ -79,7 +81,9 @@ def swap_test(recording: Recording, place: int, *, draws: int = 3, limit: int = 
     if not partner:
         return None
     rng = np.random.default_rng(seed)
-    each = max(1, limit // len(partner))
+    if len(partner) > limit:
+        partner = {int(c): partner[int(c)] for c in np.sort(rng.permutation(list(partner))[:limit])}
+    each = limit // len(partner)
     images = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:each] for c in partner])
     own, target = choices[images], labels[images]
     swapped = own.copy()
@@ -97,12 +101,16 @@ def swap_test(recording: Recording, place: int, *, draws: int = 3, limit: int = 
     loss = before - right(swapped)
     with np.errstate(divide="ignore"):
         log_load = np.log(first.share)
-    random = np.mean([before - right(_random_swap(own, moved, log_load, rng)) for _ in range(draws)], axis=0)
+    drawn = [_random_swap(own, moved, log_load, rng) for _ in range(draws)]
+    random = more = None
+    if all(((experts != own).sum((1, 2)) == moved.sum((1, 2))).all() for experts in drawn):
+        lost = np.mean([before - right(experts) for experts in drawn], axis=0)
+        random, more = _points(paired_interval(lost)), _points(paired_interval(np.clip(loss - lost, -1, 1)))
     names = recording.class_names
     return Swap(
         _points(paired_interval(loss)),
-        _points(paired_interval(random)),
-        _points(paired_interval(np.clip(loss - random, -1, 1))),
+        random,
+        more,
         float(moved.mean()),
         len(images),
         [(names[c], expert[c], names[d], expert[d]) for c, d in partner.items()],
@@ -110,7 +118,10 @@ def swap_test(recording: Recording, place: int, *, draws: int = 3, limit: int = 
 
 
 def _random_swap(own: Ints, moved: Flags, log_load: Floats, rng: np.random.Generator) -> Ints:
-    """As many choices of every image changed as `moved` says, each to another expert drawn by the loads."""
+    """As many choices of every image changed as `moved` says, each to another expert drawn by the loads.
+
+    A choice stays where its patch has chosen every expert that is used.
+    """
     images, patches, top_k = own.shape
     order = rng.random((images, patches * top_k)).argsort(1).argsort(1)
     drawn = (order < moved.sum((1, 2))[:, None]).reshape(own.shape)

@@ -160,6 +160,7 @@ class ImageDataModule(LightningDataModule):
         self._class_weights: Tensor | None = None
         self.sampler: PositionSampler | None = None
         self._start = (0, 0)
+        self.in_step = False  # whether processes wait for one another at every batch of an evaluation
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -394,7 +395,7 @@ class ImageDataModule(LightningDataModule):
         if dataset is None:
             raise UserError(f"there is no {split} set: splits.csv lists no image of it")
         batches = eval_batches(len(dataset), self.batch_size, *self._rank_and_world())
-        return ImageLoader(dataset, batch_sampler=batches, **self._loader_options())
+        return ImageLoader(dataset, in_step=self.in_step, batch_sampler=batches, **self._loader_options())
 
     def val_dataloader(self) -> ImageLoader:
         """Validation batches, in order, without randomness."""

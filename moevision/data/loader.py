@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from moevision.data.dataset import BadImage, ImageDataset, RawBatch
 from moevision.data.transforms import BatchMixer, hash_u64, normalize
+from moevision.errors import UserError
 
 Batch = dict[str, Tensor]
 # Between the epochs of two keys of one image: more than there are epochs, and odd, so that it is mirrored in turn.
@@ -197,15 +198,27 @@ class ImageLoader(DataLoader[RawBatch]):
         dataset: ImageDataset,
         *,
         on_bad: Callable[[list[BadImage]], None] | None = None,
+        in_step: bool = False,
         **options: Any,  # DataLoader's own
     ) -> None:
-        """Pass on DataLoader's options; ``on_bad`` is called with the bad images of a batch."""
+        """Pass on DataLoader's options.
+
+        Args:
+            dataset: the images.
+            on_bad: called with the bad images of a batch.
+            in_step: other processes wait for every batch, so that none may be skipped.
+            options: of DataLoader.
+        """
         super().__init__(dataset, **options)
-        self.on_bad = on_bad
+        self.on_bad, self.in_step, self.samples = on_bad, in_step, dataset.samples
         self.wait_s = 0.0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # collation makes batches
-        """Yield batches of tensors only."""
+        """Yield batches of tensors only.
+
+        Raises:
+            UserError: a batch without a good image, where other processes wait for it.
+        """
         batches = super().__iter__()
         while True:
             started = time.monotonic()
@@ -218,6 +231,12 @@ class ImageLoader(DataLoader[RawBatch]):
                 self.on_bad(bad)
             if batch:
                 yield batch
+            elif self.in_step:
+                names = ", ".join(self.samples[entry.index].sample_id for entry in bad)
+                raise UserError(
+                    f"No image of a batch of {len(bad)} can be used ({names}), and the other processes would wait for "
+                    "its results for ever: remove or repair these files."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the position is in `ImageDataModule`'s state.

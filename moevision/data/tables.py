@@ -141,9 +141,10 @@ def read_manifest(file: Path, columns: Columns = Columns()) -> Manifest:  # noqa
     names = sorted({label for _, label, _ in known.values()})
     check_distinct(names)
     check_distinct(list(known))
+    number = {name: place for place, name in enumerate(names)}
     given: dict[str, list[Sample]] = {}
     for sample_id, (_, label, split) in known.items():
-        given.setdefault(split or "all", []).append(Sample(sample_id, names.index(label)))
+        given.setdefault(split or "all", []).append(Sample(sample_id, number[label]))
     if not given:
         raise UserError(f"{file} lists no image: add a row for each, with its path and label.")
     check_splits(given, names, str(file))

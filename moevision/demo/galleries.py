@@ -61,7 +61,7 @@ def read_into_memory(pictures: PictureSet) -> View:
             log.warning("left out of the gallery: %s", error)
         else:
             found.append(index)
-    return View(pictures, found, pictures.class_names, range(len(pictures.class_names)), pictures.name)
+    return View(pictures, found)
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,7 @@ def _one(saved: SavedModel, image: Pixels, layer: int, expert: int) -> dict[str,
     """What taking an expert away does to one image, beside as many choices taken away at random."""
     found = effect(saved, image, Intervention("ablate", layer=layer, expert=expert))
     best = int(np.argmax(found.after))
+    assert found.control is not None  # the lesson's model routes patches
     return {
         "name": f"L{layer}·E{expert}",
         "patches": found.moved,

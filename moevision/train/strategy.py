@@ -249,7 +249,7 @@ def describe_parallel(trainer: L.Trainer, net: nn.Module) -> str | None:
 
 
 def check_fit(trainer: L.Trainer, task: ClassificationTask, data: ImageDataModule, *, records: bool) -> None:
-    """Refuse, before anything is trained, what a sharded fit can't do.
+    """Refuse, before anything is trained, what a sharded fit can't do; let `data` refuse what only shows later.
 
     Args:
         trainer: the trainer.
@@ -264,6 +264,7 @@ def check_fit(trainer: L.Trainer, task: ClassificationTask, data: ImageDataModul
     if strategy is None:
         return
     check_network(task.net, strategy.expert)
+    data.in_step = True
     world = trainer.num_nodes * trainer.num_devices
     for split in ("val", "test"):
         images = sum(data.class_counts[split].values())

@@ -15,7 +15,7 @@ from moevision.analysis.effects import class_effect, effect
 from moevision.analysis.information import class_information, part_information, position_information
 from moevision.analysis.intervention import Intervention, ablate
 from moevision.analysis.report.build import analyze, caption, draw_figures
-from moevision.analysis.report.measure import ReportSettings, Results, layer_numbers, model_numbers
+from moevision.analysis.report.measure import ReportSettings, Results, layer_numbers, measure_effects, model_numbers
 from moevision.analysis.specialization import Rule, fresh_copy, measure_baselines, specialization
 from moevision.data import SyntheticPets
 from moevision.demo.atlas import build_atlas, sample_paths
@@ -198,6 +198,18 @@ def test_patches_without_expert_are_on_no_path() -> None:
     paths = sample_paths(trace, max_patches=10**6)
     assert sum(path["count"] for path in paths) == (alone >= 0).all(-1).sum()
     assert min(min(path["path"]) for path in paths) == 0
+
+
+def test_effects_without_a_control_are_measured_and_drawn() -> None:
+    """Images routed as a whole to one expert each: as many random choices are the ablation itself."""
+    model, pictures = saved("vmoe_top_k", route_by="image", top_k=1), open_pictures(PETS, 32)
+    trace = collect_routing(model, pictures, progress=False)
+    effects = measure_effects(model, pictures, trace, budget_s=1000)  # however slow the machine
+    assert {found["control_delta_logit"] for found in effects["rows"] + effects["experts"]} == {None}
+    assert any(found["delta_logit"] != 0 for found in effects["experts"])
+    results = Results([], [], {}, None, [], effects)
+    drawn = draw_figures(trace, pictures, results, [layer_numbers(layer) for layer in trace.layers])
+    assert "effects" in {item.kind for item in drawn}
 
 
 RAGGED = {

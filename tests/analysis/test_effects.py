@@ -161,7 +161,7 @@ def test_the_control_is_a_draw_one_at_a_time(layer: int | None) -> None:
     before, routings = run(model, image)
     with torch.inference_mode():
         x = normalize(torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0), MEAN, STD).double()
-        _, taken = run_under(model.net, x, intervention)
+        _, taken, _ = run_under(model.net, x, intervention)
     for draw, delta in enumerate(found.control.delta_logits):
         edits = {
             moe: lambda ranking, place=place, moe=moe, draw=draw: take_away_random(
@@ -209,6 +209,48 @@ def test_taking_away_at_random_takes_exactly_so_many(fill: str) -> None:
     # 300 draws: each of 4 prefix choices 75 times (sd 7.5), each of 8 patch choices 150 times (sd 8.7)
     assert (times[:2] - 75).abs().max() < 4 * 7.5
     assert (times[2:6] - 150).abs().max() < 4 * 8.7
+
+
+@pytest.mark.parametrize("fill", ["next_best", "zero"])
+def test_the_control_of_layers_that_route_images_takes_whole_experts(fill: str) -> None:
+    model, image = make(route_by="image", top_k=2, class_token=True, global_pool="token"), picture(1)
+    routing = run(model, image)[1][0]
+    own = routing.expert_index[0, 0].tolist()
+    change = Intervention("ablate", layer=1, expert=own[0], fill=fill)
+    found = effect(model, image, change, num_controls=8)
+    assert (found.moved_prefix, found.moved) == (1, 16)
+    of_experts = []
+    for expert in own:
+        with intervene(model.net, replace(change, expert=expert)):
+            of_experts.append(float(run(model, image)[0][found.target]) - found.before_logits[found.target])
+    assert found.delta_logit == pytest.approx(of_experts[0])
+    drawn = np.array(found.control.delta_logits)
+    nearest = np.abs(drawn[:, None] - of_experts).argmin(1)
+    np.testing.assert_allclose(drawn, np.array(of_experts)[nearest], atol=1e-9)
+    assert set(nearest) == {0, 1}  # either expert of the image
+
+
+def test_an_image_with_one_expert_has_no_control_of_its_absence() -> None:
+    """As many random choices are those of that expert: the control would be the ablation itself."""
+    model, image = make(route_by="image", top_k=1), picture(1)
+    change = Intervention("ablate", layer=1, expert=busiest(model, image, 1))
+    found = effect(model, image, change)
+    assert found.control is None
+    assert found.delta_logit != 0
+    assert len(found.others) == 5
+    assert found.sentence.endswith("; no control: as many random choices are these, since an image has one expert.")
+    assert found.to_json()["control"] is None
+    of_class = class_effect(model, Pictures(), "cat", change, limit=3)
+    assert of_class.control_delta_logits is None
+    assert of_class.to_json()["control_delta_logit"] is None
+    assert of_class.to_json()["control_sd_logit"] is None
+    assert effect(model, image, Intervention("force", layer=1, expert=0)).control is not None
+    two = make(route_by="image", top_k=2)
+    assert effect(two, image, change).control is not None
+    with use_top_k(two.net, 1):
+        assert effect(two, image, change).control is None
+    only = make(route_by="image", top_k=1, num_experts=1)
+    assert effect(only, image, Intervention("ablate", layer=1, expert=0, fill="zero")).control is None
 
 
 def test_an_unused_expert_changes_nothing() -> None:
@@ -413,7 +455,7 @@ def test_rows_of_a_batch_do_not_mix() -> None:
     others = [Intervention("ablate", layer=1, expert=expert) for expert in range(3)]
     with torch.inference_mode():
         x = normalize(torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0), MEAN, STD).double()
-        _, taken = run_under(model.net, x, change)
+        _, taken, _ = run_under(model.net, x, change)
         alone = run_compared(model.net, x, change, taken, [], [(0, 7)])
         among = run_compared(model.net, x, change, taken, others, [(0, 1), (0, 7)])
     torch.testing.assert_close(among[4:], alone, rtol=0, atol=1e-12)

@@ -295,6 +295,41 @@ def test_random_swaps_change_as_many_choices_and_no_expert_twice() -> None:
     assert [pair[1::2] for pair in found.pairs] == [(1, 2), (2, 1)]
 
 
+@pytest.mark.parametrize("num_experts", [2, 4])  # all experts are chosen, or all that are in use
+def test_random_swaps_that_find_no_free_expert_are_left_out(num_experts) -> None:
+    first = np.broadcast_to(LABELS[:, None], (IMAGES, PATCHES))
+    chosen = np.stack([first, 1 - first], -1)
+
+    def run(place, images, experts):
+        right = (experts == chosen[images]).all((1, 2))
+        return np.eye(2)[np.where(right, LABELS[images], 1 - LABELS[images])]
+
+    recording = Recording(LABELS, [RecordedLayer("L1", chosen, num_experts)], ["a", "b"], run=run)
+    (found,) = three_questions(recording, **OPTIONS)
+    assert found.swap.points.value == 100
+    assert found.swap.random is None
+    assert found.swap.more is None
+    assert found.swap.to_json()["random"] is None
+    sentence = found.answers[2].sentence
+    assert sentence.endswith("; no random swaps stand beside it, since no other expert was free).")
+    assert found.answers[2].numbers == (f"Swap: 100.0 % of the choices of {IMAGES} images changed.",)
+
+
+def test_a_swap_runs_no_more_images_than_its_limit_whatever_the_number_of_classes() -> None:
+    labels = np.arange(150) % 50
+    ran = []
+
+    def run(place, images, experts):
+        ran.append(images)
+        return np.eye(50)[labels[images]]
+
+    layer = RecordedLayer("L1", np.tile(labels[:, None, None] % 8, (1, 4, 1)), 8)
+    found = swap_test(Recording(labels, [layer], list(map(str, range(50))), run=run), 0, limit=10)
+    assert found.n_images == 10
+    assert len({len(images) for images in ran}) == 1
+    assert len(set(labels[ran[0]])) == len(found.pairs) == 10
+
+
 def test_object_background_parts_and_all_choices_are_named_apart() -> None:
     """The object's patches follow the class, the background's don't; the second choice knows nothing."""
     rng = np.random.default_rng(10)
@@ -323,6 +358,13 @@ def test_routing_by_image_stands_beside_a_linear_probe() -> None:
     (found,) = three_questions(Recording(LABELS, [layer], ["a", "b"]), **OPTIONS)
     assert "a linear probe of the same input in 2 groups 100.0 %" in found.answers[0].sentence
     assert "clusters" in found.controls
+
+
+def test_fewer_images_than_experts_are_not_compared_with_clusters() -> None:
+    layer = RecordedLayer("L1", LABELS[:6, None, None], 8, inputs=tokens_of(11)[:6, :1], by_image=True)
+    (found,) = three_questions(Recording(LABELS[:6], [layer], ["a", "b"]), **OPTIONS)
+    assert "clusters" not in found.controls
+    assert "not compared with clusters" in found.answers[1].sentence
 
 
 @pytest.fixture(scope="module")

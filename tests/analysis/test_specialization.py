@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
-from moevision.analysis import collect_routing, open_pictures
+from moevision.analysis import collect_routing, open_pictures, recording_of, three_questions
 from moevision.analysis.images import image_patches
 from moevision.analysis.information import Estimate
 from moevision.analysis.specialization import (
@@ -202,6 +203,113 @@ def test_baselines_need_the_pictures_of_the_trace(measured) -> None:
         measure_baselines(model, others, trace)
     with pytest.raises(UserError, match="kmeans_colour"):
         measure_baselines(model, others, trace, names=("magic",))
+
+
+def with_labels(trace, labels):
+    return replace(trace, labels=np.asarray(labels))
+
+
+@pytest.mark.parametrize("labelled", [2, 4])
+def test_few_labelled_images_leave_out_what_they_cannot_ask(measured, labelled) -> None:
+    """Of 40 images a few have a class; the clusters are measured on one half only."""
+    model, pictures, whole, _ = measured
+    labels = np.full(40, -1)
+    labels[:labelled] = np.arange(labelled) % 2
+    trace = with_labels(whole.select(np.arange(40)), labels)
+    for seed in range(10):
+        found = measure_baselines(model, pictures, trace, seeds=1, names=("hash", "kmeans_colour"), seed=seed)
+        (half,) = found["kmeans_colour"]
+        assert len(half.images) == 20
+        assert (labels[half.images] >= 0).sum() == labelled // 2
+        result = specialization(trace, baselines=found, about=("class", "position"), num_permutations=20)[0]
+        assert set(result.baselines) == ({"hash", "kmeans_colour"} if labelled == 4 else {"hash"})
+        recording = recording_of(model, pictures, trace, baselines={"kmeans_input": [half]}, swap=False)
+        (answers, _) = three_questions(recording, permutations=20)
+        assert ("clusters" in answers.controls) == (labelled == 4)
+
+
+def test_few_parts_or_images_leave_out_what_they_cannot_ask(measured) -> None:
+    model, pictures, whole, _ = measured
+    two = whole.select(np.arange(2))
+    found = measure_baselines(model, pictures, two, seeds=1, names=("hash", "kmeans_colour"))
+    parts = np.full((2, 16), -1)
+    parts[1 - found["kmeans_colour"][0].images] = np.arange(16) % 2  # none of what the clusters are measured on
+    results = specialization(two, baselines=found, parts=parts, about=("position", "part"), num_permutations=20)
+    assert {tuple(result.baselines) for result in results} == {("hash",)}
+    with pytest.raises(UserError, match="at least two images"):
+        measure_baselines(model, pictures, whole.select(np.arange(1)))
+
+
+def stored(assignments):
+    """Bytes of the arrays that its arrays are views of: an axis that is broadcast takes none."""
+    total = 0
+    for array in (assignments.expert_index, assignments.reads, assignments.takes):
+        while isinstance(getattr(array, "base", None), np.ndarray):
+            array = array.base
+        total += 0 if array is None else array.nbytes
+    return total
+
+
+@pytest.mark.parametrize("router", ["vmoe_top_k", "expert_choice", "soft"])
+def test_what_is_the_same_for_all_images_is_kept_once(measured, router) -> None:
+    _, pictures, _, _ = measured
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit_moe", num_classes=8, router=router).eval()
+    model = SavedModel(net, list(SyntheticPets.classes), 32, MEAN, STD)
+    trace = collect_routing(model, pictures, progress=False)
+    few, many = (
+        measure_baselines(
+            model, pictures, trace.select(np.arange(n)), seeds=1, names=("hash_position", "kmeans_colour")
+        )
+        for n in (20, 60)
+    )
+    assert [stored(each) for each in few["hash_position"]] == [stored(each) for each in many["hash_position"]]
+    assert many["hash_position"][0].counts().shape[0] == 60
+    if router != "vmoe_top_k":  # all experts are named, in order
+        clusters = many["kmeans_colour"][0]
+        assert clusters.expert_index.shape == clusters.takes.shape
+        assert stored(clusters) == clusters.takes.nbytes + clusters.reads.nbytes + 2 * clusters.num_experts
+
+
+class Tinted:
+    """160 images of noisy patches, whose mean brightness alone says which of four classes they are of."""
+
+    classes = ("a", "b", "c", "d")
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.targets = [number % 4 for number in range(160)]
+        patches = rng.permuted(np.tile(np.linspace(-50, 50, 16), (160, 1)), axis=1).reshape(160, 4, 1, 4, 1)
+        grey = 116 + 8 * np.array(self.targets) + rng.normal(0, 3, 160)
+        grey = np.broadcast_to(grey[:, None, None, None, None] + patches, (160, 4, 8, 4, 8)).reshape(160, 32, 32)
+        self.pixels = np.repeat(grey[..., None], 3, -1).astype(np.uint8)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.pixels[index]), self.targets[index]
+
+
+def test_baselines_of_layers_that_route_images_choose_for_whole_images() -> None:
+    """A router by the image's mean colour, which knows what clusters of the images' mean colours know."""
+    data = Tinted()
+    model, pictures = small_model(route_by="image", top_k=1), open_pictures(data, 32)
+    trace = collect_routing(model, pictures, progress=False)
+    grey = data.pixels.mean((1, 2, 3))
+    chosen = np.digitize(grey, np.quantile(grey, [0.25, 0.5, 0.75])).astype(np.int16)
+    chosen = np.broadcast_to(chosen[:, None, None], (160, 16, 1))
+    trace = replace(trace, layers=tuple(replace(layer, expert_index=chosen) for layer in trace.layers))
+    found = measure_baselines(model, pictures, trace, seeds=2)
+    assert found["hash_position"] == []  # the layer sees no position
+    for each in (each for estimates in found.values() for each in estimates):
+        assert (each.expert_index == each.expert_index[:, :1]).all()
+    assert len(np.unique(found["hash"][0].expert_index)) == 4
+    about_class, about_position = specialization(trace, baselines=found, about=("class", "position"))[:2]
+    assert min(about_class.baselines["kmeans_colour"]) > 0.7 * about_class.estimate.value_bits > 0.9
+    assert about_class.above_baselines is False
+    assert "Clusters of the image's mean colour give" in about_class.sentence
+    assert max(map(max, about_position.baselines.values())) == pytest.approx(0, abs=1e-9)
 
 
 def test_words_are_listed() -> None:

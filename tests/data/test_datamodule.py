@@ -454,6 +454,17 @@ def test_a_batch_without_a_good_picture_is_left_out(image_folder):
     assert [batch["index"].tolist() for batch in data.test_dataloader()] == [[2, 3], [4, 5], [6]]
 
 
+def test_a_batch_without_a_good_picture_is_an_error_where_others_would_wait(image_folder):
+    root = image_folder({"train/cat": 10, "train/dog": 10, "test/cat": 4, "test/dog": 4})
+    damage(root, ["test/cat/000.png", "test/cat/001.png", "test/dog/003.png"])
+    data = ready(root, batch_size=2, max_bad_fraction=0.5)
+    data.in_step = True
+    with pytest.raises(UserError, match=r"test/cat/000\.png, test/cat/001\.png.*remove or repair"):
+        list(data.test_dataloader())
+    assert len(list(data.train_dataloader())) == len(data.train_dataloader())  # others stand in there
+    assert [batch["index"].tolist() for batch in data.plain_loader("test")] == [[2, 3], [4, 5], [6]]  # one process
+
+
 # Where the data are
 
 

@@ -70,14 +70,16 @@ def test_shares_are_means_over_the_visits_that_have_them():
     assert np.isnan(table.experts[3][1:]).all()
 
 
-def test_shares_in_half_precision_stay_within_a_thousandth():
-    shares = np.random.default_rng(0).dirichlet(np.ones(5), size=300).astype(np.float32)
+def test_running_means_of_shares_stay_at_the_mean_over_many_visits():
+    """Images routed as a whole have shares of 0 and 1; a mean near 1 has little room for what a visit adds to it."""
+    chosen = np.random.default_rng(0).random(1000) < 0.95
+    shares = np.stack([chosen, ~chosen, *np.zeros((3, 1000))], 1).astype(np.float32)
     found = sums()
     for row in shares:
         found.add(*visit([0], [0.0] * 5, shares=[row]))
     table = found.table(NAMES, LABELS)
     mine = np.concatenate([each[0] for each in table.experts.values()])
-    np.testing.assert_allclose(mine, shares.mean(0), atol=1e-3)
+    np.testing.assert_allclose(mine, shares.mean(0), atol=1e-5)
 
 
 def test_a_checkpoint_is_read_by_name():
@@ -109,7 +111,7 @@ def test_rows_of_keys_and_of_strangers():
 
 
 def test_memory_at_imagenets_size(tmp_path: Path):
-    """1.3 M images, two layers of 8 experts: 52 + 2 · 16 = 84 bytes each, 109 MB; a batch and the file add little."""
+    """1.3 M images, two layers of 8 experts: 52 + 4 · 16 = 116 bytes each, 151 MB; a batch and the file add little."""
     count, experts = 1_300_000, {9: 8, 11: 8}
     keys = np.arange(count)
     random = np.random.default_rng(0)
@@ -123,7 +125,7 @@ def test_memory_at_imagenets_size(tmp_path: Path):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert found.rows.nbytes + keys.nbytes == 84 * count
+    assert found.rows.nbytes + keys.nbytes == 116 * count
     assert state["rows"].nbytes == found.rows.nbytes
     assert peak < found.rows.nbytes + keys.nbytes + 2**20, "1 MiB for a batch of 1,024"
     assert found.rows["visits"].sum() == 1024

@@ -626,7 +626,7 @@ def plot_effects(
 
     Args:
         deltas: per layer [E, C], mean over images of a class.
-        controls: per layer [E, C], the same with as many random choices taken away instead.
+        controls: per layer [E, C], the same with as many random choices taken away instead; NaN without a control.
         layer_names: such as "L4".
         class_names: [C]; the one that changes most is named.
         what: the intervention in words, such as "its patches go to their next-best expert".

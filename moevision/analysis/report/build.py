@@ -391,7 +391,7 @@ def _effects_figure(trace: RoutingTrace, effects: Mapping[str, Any]) -> Figure:
         rows = [row for row in effects["rows"] if row["layer"] == layer.layer]
         for name, tables in (("delta_logit", deltas), ("control_delta_logit", controls)):
             by_expert = [[row[name] for row in rows if row["expert"] == e] for e in range(layer.num_experts)]
-            tables.append(np.array(by_expert))
+            tables.append(np.array(by_expert, np.float64))  # None, where there is no control, becomes NaN
     names = [layer.name for layer in trace.layers]
     classes = list(dict.fromkeys(row["class"] for row in effects["rows"]))
     return plots.plot_effects(deltas, controls, names, classes, what=effects["what"])

@@ -366,13 +366,19 @@ def _by_expert(rows: list[Json], shares: dict[tuple[int, int], float]) -> list[J
                 "expert": expert,
                 "name": f"L{layer}·E{expert}",
                 "share": float(shares[layer, expert]),
-                **{name: fmean(row[name] for row in own) for name in ("delta_logit", "control_delta_logit", "delta_p")},
+                **{name: _mean(own, name) for name in ("delta_logit", "control_delta_logit", "delta_p")},
                 "strongest_class": strongest["class"],
                 "strongest_delta_logit": strongest["delta_logit"],
                 "strongest_control_delta_logit": strongest["control_delta_logit"],
             }
         )
     return found
+
+
+def _mean(rows: list[Json], name: str) -> float | None:
+    """None where a row has none: an expert without a control has none in any class."""
+    values = [row[name] for row in rows]
+    return None if None in values else fmean(values)
 
 
 def _nothing(what: str, why: str) -> Json:

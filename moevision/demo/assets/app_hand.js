@@ -105,7 +105,7 @@ function line(view) {
   const effect = effectOf(view);
   if (!effect) return "A change is measured without noise: turn the noise off.";
   const { control } = effect;
-  if (!moves(effect)) return html`<b>${answerWords(effect)}</b>. ${controlWords(effect)}`;
+  if (!moves(effect) || !control) return html`<b>${answerWords(effect)}</b>. ${controlWords(effect)}`;
   return html`<b>${answerWords(effect)}</b>. <button type="button" class="mv-term mv-soft"
     data-tip="${capital(control.what)}, ${control.n} times: mean and standard deviation.">${controlWords(effect)}</button>`;
 }
@@ -120,14 +120,17 @@ export function spokenResult(view) {
   return effect && intervention && `${interventionWords(intervention, view.model.routers)} ${answerWords(effect)}. ${controlWords(effect)}`;
 }
 
+/** What stands where a control would be the change itself. */
+export const NO_CONTROL = "No control: as many random choices are these, since an image has one expert.";
+
 /** @param {Effect} effect */
 const moves = ({ moved, moved_prefix: prefix }) => moved + prefix > 0;
 
 /**
  * Mean and standard deviation of the control's probability of the class, and the digits that the spread leaves.
- * @param {Effect} effect
+ * @param {NonNullable<Effect["control"]>} control @param {Effect["before"]} before
  */
-function controlled({ before, control: { delta_ps: deltas } }) {
+function controlled({ delta_ps: deltas }, before) {
   const mean = deltas.reduce((sum, delta) => sum + delta, 0) / deltas.length;
   const spread = Math.sqrt(deltas.reduce((sum, delta) => sum + (delta - mean) ** 2, 0) / (deltas.length - 1));
   return { mean: before[0].p + mean, spread, digits: spread < 0.0095 ? 1 : 0 };
@@ -138,8 +141,8 @@ function controlled({ before, control: { delta_ps: deltas } }) {
  * @param {Effect} effect
  */
 export function answerWords(effect) {
-  const { before, after, target, delta_p: delta } = effect;
-  const { digits } = controlled(effect);
+  const { before, after, target, delta_p: delta, control } = effect;
+  const digits = control ? controlled(control, before).digits : 0;
   const [old, now] = [before[0].p, before[0].p + delta].map((p) => percent(p, digits));
   const other = after[0].class === target ? "" : `, now ${after[0].class}`;
   return old === now ? `${target} stays ${now}${other}` : `${target} ${old} → ${now}${other}`;
@@ -148,6 +151,7 @@ export function answerWords(effect) {
 /** @param {Effect} effect */
 export function controlWords(effect) {
   if (!moves(effect)) return "No patch changes its experts, so there is nothing to compare with.";
-  const { mean, spread, digits } = controlled(effect);
+  if (!effect.control) return NO_CONTROL;
+  const { mean, spread, digits } = controlled(effect.control, effect.before);
   return `As much at random: ${percent(mean, digits)} ± ${percent(spread, digits)}`;
 }

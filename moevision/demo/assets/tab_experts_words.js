@@ -16,5 +16,5 @@ export const calledWords = ({ called }) => (called ? `${called.name}: ${percent(
 export function withoutWords({ without }) {
   if (!without) return "";
   const { images_per_class: images, delta_logit: delta, control_delta_logit: control, strongest_class: name, strongest_delta_logit: most } = without;
-  return `Taken away, over ${images} test images of each class: logit of the true class ${signed(delta)}, as much at random ${signed(control)}; most for ${name}, ${signed(most)}.`;
+  return `Taken away, over ${images} test images of each class: logit of the true class ${signed(delta)}${control === null ? "" : `, as much at random ${signed(control)}`}; most for ${name}, ${signed(most)}.`;
 }

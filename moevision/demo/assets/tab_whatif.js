@@ -1,7 +1,7 @@
 // Tab "What if": all numbers of the change that is on, and what chance changes of that size do; and the changes that
 // aren't about one expert. What one does with an expert is in app_hand.js.
 
-import { effectOf } from "./app_hand.js";
+import { effectOf, NO_CONTROL } from "./app_hand.js";
 import { asAskError, errorBox } from "./app_server.js";
 import { FILL_WORDS, predictionColumn, RANDOM_WORDS } from "./core_answer.js";
 import { expertColour, fillBox, fixed, html, inkOn, Markup, present, signed, term } from "./core_util.js";
@@ -61,7 +61,7 @@ export class WhatIfTab {
     return html`<p class="mv-sentence">${result.sentence}</p>
       <div class="mv-split"><div class="mv-two">${predictionColumn("before", before, label)}${predictionColumn("after", after, label)}</div>
       <div><h3>Change of the ${term("logit", "logit")} of ${result.target}</h3>${this.strip(result)}
-        <p class="mv-note">Grey: ${control.what}, ${control.n} times, mean ${signed(control.mean, 3)} ± ${fixed(control.sd, 3)}.
+        <p class="mv-note">${control ? `Grey: ${control.what}, ${control.n} times, mean ${signed(control.mean, 3)} ± ${fixed(control.sd, 3)}.` : NO_CONTROL}
         ${others.length > 0 && "Numbers: each other expert of the layer."}</p>
         <p class="mv-note" data-part="class" aria-live="polite">Looking at more images of ${result.target}…</p></div></div>`;
   }
@@ -73,11 +73,12 @@ export class WhatIfTab {
   strip(result) {
     const { control, others } = result;
     const experts = others.length + 1; // of the layer, where the change is about one of them
-    const values = [0, result.delta_logit, ...control.deltas, ...others.map((other) => other.delta_logit)].filter(Number.isFinite);
+    const deltas = control?.deltas ?? [];
+    const values = [0, result.delta_logit, ...deltas, ...others.map((other) => other.delta_logit)].filter(Number.isFinite);
     const [low, high] = [Math.min(...values), Math.max(...values)];
     const span = high - low || 1;
     const x = (value) => 20 + ((value - low) / span) * 440;
-    const spoken = `The change is ${signed(result.delta_logit)}; random controls ${signed(control.mean)} plus or minus ${fixed(control.sd)}`;
+    const spoken = `The change is ${signed(result.delta_logit)}; ${control ? `random controls ${signed(control.mean)} plus or minus ${fixed(control.sd)}` : "no control"}`;
     const rows = stackRows(others.map(({ delta_logit: delta }) => x(delta)), 18);
     const below = 66 + 18 * Math.max(0, ...rows);
     const other = ({ expert, delta_logit: delta }, index) => {
@@ -86,9 +87,9 @@ export class WhatIfTab {
         <text y="4" fill="${inkOn(colour)}">${expert}</text></g>`;
     };
     return html`<svg class="mv-stripplot" viewBox="0 0 480 ${below + 42}" role="img" aria-label="${spoken}">
-      <rect class="mv-band" x="${x(control.mean - control.sd)}" width="${Math.max(1, (2 * control.sd / span) * 440)}" y="8" height="${below}"/>
+      ${control && html`<rect class="mv-band" x="${x(control.mean - control.sd)}" width="${Math.max(1, (2 * control.sd / span) * 440)}" y="8" height="${below}"/>`}
       <line x1="${x(0)}" x2="${x(0)}" y1="8" y2="${below + 8}"/>
-      ${control.deltas.map((delta, index) => html`<circle class="mv-control" cx="${x(delta)}" cy="${24 + (index % 4) * 7}" r="3.5"/>`)}
+      ${deltas.map((delta, index) => html`<circle class="mv-control" cx="${x(delta)}" cy="${24 + (index % 4) * 7}" r="3.5"/>`)}
       ${others.map(other)}
       <path class="mv-change" d="M ${x(result.delta_logit)} 10 l 8 12 l -8 12 l -8 -12 z"/>
       <text x="${x(0)}" y="${below + 22}">0</text><text x="${x(result.delta_logit)}" y="${Math.abs(x(result.delta_logit) - x(0)) > 30 ? below + 22 : below + 36}" class="mv-strong">${signed(result.delta_logit, 3)}</text></svg>`;

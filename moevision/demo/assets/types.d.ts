@@ -284,7 +284,7 @@ export interface ExpertCard {
   /** What stands out beyond chance: its share of that, and of everything. */
   called: { kind: "part" | "class"; name: string; share: number; overall: number } | null;
   /** What taking it away does to the logit of the true class; means over test images. */
-  without: { images_per_class: number; delta_logit: number; control_delta_logit: number; strongest_class: string; strongest_delta_logit: number } | null;
+  without: { images_per_class: number; delta_logit: number; control_delta_logit: number | null; strongest_class: string; strongest_delta_logit: number } | null;
 }
 export interface ExpertsAnswer { status: string; layer: number; name: string; note: string; experts: ExpertCard[] }
 export interface Information {
@@ -337,7 +337,8 @@ export interface Effect {
   moved_prefix: number;
   before: Guess[];
   after: Guess[];
-  control: { n: number; mean: number; sd: number; deltas: number[]; delta_ps: number[]; what: string };
+  /** Null where as many random choices are the change itself. */
+  control: { n: number; mean: number; sd: number; deltas: number[]; delta_ps: number[]; what: string } | null;
   others: { expert: number; delta_logit: number }[];
   view: View;
 }

@@ -14,6 +14,7 @@ test("a name gives its counts, and nothing gives no name", () => {
 test("an effect over test images stands beside its control, and is left out where nobody measured it", () => {
   const without = { images_per_class: 40, delta_logit: -0.5, control_delta_logit: 0.04, strongest_class: "cat", strongest_delta_logit: -1.25 };
   assert.equal(withoutWords({ without }), "Taken away, over 40 test images of each class: logit of the true class \u22120.50, as much at random +0.04; most for cat, \u22121.25.");
+  assert.equal(withoutWords({ without: { ...without, control_delta_logit: null } }), "Taken away, over 40 test images of each class: logit of the true class \u22120.50; most for cat, \u22121.25.");
   assert.equal(withoutWords({ without: null }), "");
 });
 

@@ -24,6 +24,8 @@ test("the control has mean and standard deviation, with the digits that the spre
   const close = effect({ control: { delta_ps: [0.009, 0.011] } });
   assert.equal(controlWords(close), "As much at random: 91.0 % ± 0.1 %");
   assert.equal(answerWords(close), "cat 90.0 % → 60.0 %");
+  assert.match(controlWords(effect({ control: null })), /^No control/);
+  assert.equal(answerWords(effect({ control: null })), "cat 90 % → 60 %");
   assert.match(controlWords(effect({ moved: 0 })), /^No patch changes its experts/);
 });
 
