@@ -175,8 +175,7 @@ class Galleries:
             entry.variants[variant].saved, held, batch_size=16, progress=False, name=entry.card.title
         )
         self._galleries[key] = Gallery(held, trace)
-        stored = self._atlases.get(key)
-        if stored is None or not _names(stored) <= entry.examples.names:  # about images that can't be shown
+        if key not in self._atlases:
             self._atlases[key] = atlas_of(trace, held)
 
 
@@ -190,8 +189,13 @@ def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
 
 
 def _stored(entry: Entry) -> list[tuple[Key, Json]]:
+    """The atlases that came with the model, but for those about images that can't be shown beside the entry's own."""
     files = [(name, variant.atlas) for name, variant in entry.variants.items()]
-    return [((entry.card.id, name), load_atlas(file)) for name, file in files if file is not None]
+    atlases = [((entry.card.id, name), load_atlas(file)) for name, file in files if file is not None]
+    if not atlases or not entry.examples.has_pictures:
+        return atlases
+    names = entry.examples.names
+    return [(key, atlas) for key, atlas in atlases if _names(atlas) <= names]
 
 
 def _names(atlas: Json) -> set[str]:

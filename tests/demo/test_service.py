@@ -454,7 +454,8 @@ def test_an_atlas_of_other_pictures_is_not_shown_with_these(explorer, home, tmp_
     def foreign(atlas):
         atlas["layers"][0]["experts"][0]["top"][0][0] = "test/999999"
 
-    _, _, after = stored_atlas(explorer, home, tmp_path, bundle, foreign)
+    _, before, after = stored_atlas(explorer, home, tmp_path, bundle, foreign)
+    assert before is None  # "computing", which the page waits for
     assert after["n_images"] == 32
 
 
