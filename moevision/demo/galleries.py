@@ -25,7 +25,7 @@ from moevision.analysis.describe import (
     majority_part,
     patches_on_path,
 )
-from moevision.analysis.images import PictureSet, Remembered, View, open_pictures, patch_crop
+from moevision.analysis.images import PictureSet, Pixels, Remembered, View, open_pictures, patch_crop
 from moevision.analysis.questions import three_questions
 from moevision.analysis.recording import Recording, choices_of
 from moevision.analysis.specialization import specialization
@@ -64,6 +64,33 @@ def read_into_memory(pictures: PictureSet) -> View:
     return View(pictures, found, pictures.class_names, range(len(pictures.class_names)), pictures.name)
 
 
+class _StoppedError(Exception):
+    """The explorer is being closed: nobody will ask for what is being collected."""
+
+
+class _UntilStopped(View):
+    """The same images, until the explorer is closed: then each call for one ends what is being collected."""
+
+    def __init__(self, pictures: PictureSet, stopping: threading.Event) -> None:
+        classes = pictures.class_names
+        super().__init__(pictures, range(len(pictures)), classes, range(len(classes)), pictures.name)
+        self.stopping = stopping
+
+    def image(self, index: int) -> Pixels:
+        """The image, uint8 [S, S, 3]; raises `BadImageError`."""
+        self._go_on()
+        return super().image(index)
+
+    def part_mask(self, index: int) -> Pixels | None:
+        """The part at each pixel, uint8 [S, S]; None without parts."""
+        self._go_on()
+        return super().part_mask(index)
+
+    def _go_on(self) -> None:
+        if self.stopping.is_set():
+            raise _StoppedError
+
+
 @dataclass(frozen=True)
 class Gallery:
     """Images of a model's data with the routing of every patch.
@@ -83,6 +110,9 @@ class Galleries:
     Args:
         entries: the models; those without images have stored atlases only.
         limit: images in a gallery.
+
+    Attributes:
+        stopping: set once the explorer is being closed.
     """
 
     def __init__(self, entries: Sequence[Entry], limit: int = LIMIT) -> None:
@@ -93,7 +123,7 @@ class Galleries:
         self._typical: dict[str, Typical] = {
             entry.card.id: entry.card.typical for entry in entries if entry.card.typical is not None
         }
-        self._stop = threading.Event()
+        self.stopping = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._work, name="moevision-galleries", daemon=True)
 
@@ -107,8 +137,8 @@ class Galleries:
         return self._done.wait(timeout_s)
 
     def close(self) -> None:
-        """Stop after the variant that is being collected."""
-        self._stop.set()
+        """Stop after the image that is being read or routed."""
+        self.stopping.set()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -147,13 +177,15 @@ class Galleries:
         order += [(entry, variant) for entry in self.entries for variant in entry.variants if variant != "trained"]
         held: dict[str, View] = {}
         for entry, variant in order:
-            if self._stop.is_set() or entry.examples.pictures is None:
+            if entry.examples.pictures is None:
                 continue
             try:
                 if entry.card.id not in held:
                     held[entry.card.id] = self._hold(entry, entry.examples.pictures)
                 self._collect(entry, variant, held[entry.card.id])
                 self._ready(entry, variant)
+            except _StoppedError:
+                break
             except Exception as error:  # an exception would end this thread, and nobody would see it
                 log.exception("the gallery of %s, %s, could not be made", entry.card.title, variant)
                 self._failed[entry.card.id, variant] = str(error) or type(error).__name__
@@ -161,7 +193,8 @@ class Galleries:
 
     def _hold(self, entry: Entry, pictures: PictureSet) -> View:
         limit = max(self.limit, MOST) if entry.shown else self.limit
-        held = read_into_memory(open_pictures(pictures, entry.facts.image_size, limit=limit))
+        chosen = open_pictures(pictures, entry.facts.image_size, limit=limit)
+        held = read_into_memory(_UntilStopped(chosen, self.stopping))
         # Other data's usual look is not that of the data which the model learned from.
         if not entry.foreign and entry.card.id not in self._typical and len(held) >= MIN_PICTURES:
             images = (held.image(index) for index in range(len(held)))
@@ -169,14 +202,14 @@ class Galleries:
         return held
 
     def _collect(self, entry: Entry, variant: str, held: View) -> None:
-        key = (entry.card.id, variant)
+        key, pictures = (entry.card.id, variant), _UntilStopped(held, self.stopping)
         # Small batches: a visitor's image waits no longer than one of them takes.
         trace = collect_routing(
-            entry.variants[variant].saved, held, batch_size=16, progress=False, name=entry.card.title
+            entry.variants[variant].saved, pictures, batch_size=16, progress=False, name=entry.card.title
         )
         self._galleries[key] = Gallery(held, trace)
         if key not in self._atlases:
-            self._atlases[key] = atlas_of(trace, held)
+            self._atlases[key] = atlas_of(trace, pictures)
 
 
 def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
@@ -241,7 +274,8 @@ class AtlasPages:
     def prepare(self, entry: Entry, variant: str) -> None:
         """Cut out the patches of all experts, so that nobody waits for that."""
         for layer in entry.facts.layers:
-            self.experts({"model": entry.card.id, "variant": variant, "layer": layer})
+            if not self.galleries.stopping.is_set():
+                self.experts({"model": entry.card.id, "variant": variant, "layer": layer})
 
     def classes(self, request: Any) -> Json:
         """Class x expert maps of all layers, and how much experts tell about classes and places."""
