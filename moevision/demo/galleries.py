@@ -45,6 +45,7 @@ MOST = 2000  # of a folder that the user named: all of it, as far as memory goes
 CELL_PICTURES = 12
 SIMILAR_PATCHES = 12
 CROP_PX = 40  # small patches are shown with more of what surrounds them
+_NO_PICTURES = "has no images here: start the explorer with --data DIR to give it some."
 T = TypeVar("T")
 Json = dict[str, Any]
 Key = tuple[str, str]  # model, variant
@@ -355,9 +356,7 @@ class AtlasPages:
             return gallery
         if self.galleries.status(entry) == "computing":
             raise RequestError("The images are still being looked through: try again in a few seconds.", "busy")
-        raise RequestError(
-            f"{entry.card.title} has no images here: start the explorer with --data DIR to give it some."
-        )
+        raise RequestError(f"{entry.card.title} {_NO_PICTURES}")
 
     def _experts_page(self, entry: Entry, facts: ModelFacts, layer: int, atlas: Json) -> Json:
         found = next(item for item in atlas["layers"] if item["layer"] == layer)
@@ -417,6 +416,6 @@ def _found(entry: Entry, pictures: PictureSet, index: int) -> Found:
 def _waiting(status: str, **empty: Any) -> Json:
     notes = {
         "computing": "The images are being looked through.",
-        "no_pictures": "This model has no images here: start the explorer with --data DIR to give it some.",
+        "no_pictures": f"This model {_NO_PICTURES}",
     }
     return {"status": status, **empty, "note": notes[status]}

@@ -155,9 +155,8 @@ class RoutingHistory:
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
-        tensors = {"probabilities": self.probabilities}
+        tensors = {"probabilities": np.ascontiguousarray(self.probabilities)}
         tensors |= {f"L{layer}.weights": np.ascontiguousarray(own) for layer, own in self.weights.items()}
-        tensors["probabilities"] = np.ascontiguousarray(self.probabilities)
         words: dict[str, Any] = {"schema": SCHEMA, **{name: getattr(self, name) for name in _WORDS}}
         # One entry: safetensors writes several in any order, and equal histories shall be equal files.
         write_bytes_atomic(path, save(tensors, {_KEY: json_text(words)}))

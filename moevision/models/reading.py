@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, TopKRouter, moe_layers
+from moevision.layers import TopKRouter, moe_layers
 from moevision.models.convert import moe_layer_indices
 
 
@@ -102,7 +102,7 @@ def routes_read(model: nn.Module) -> list[bool]:
 def unread_layers(model: nn.Module) -> list[int]:
     """Block numbers of the MoE layers whose routes of patches no classifier reads."""
     read = routes_read(model)
-    return [_block(layer) for layer, is_read in zip(moe_layers(model), read, strict=True) if not is_read]
+    return [cast(int, layer.layer_index) for layer, is_read in zip(moe_layers(model), read, strict=True) if not is_read]
 
 
 def block_to_pool(model: nn.Module) -> int | None:
@@ -116,10 +116,6 @@ def block_to_pool(model: nn.Module) -> int | None:
     end = len(cast(Any, model).blocks) - 1
     could_pool = reads_class_token_only(model) and not hasattr(model, "dist_token")  # a distilled model can't
     return end if last.layer_index == end and could_pool else None
-
-
-def _block(layer: MoEMlp) -> int:
-    return cast(int, layer.layer_index)
 
 
 def _noise(model: nn.Module) -> Tensor:
