@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moevision.errors import UserError
 from moevision.layers import TopKRouter, moe_layers
+from moevision.layers.routing import evaluating
 from moevision.models.convert import moe_layer_indices
 
 
@@ -79,15 +80,13 @@ def routes_read(model: nn.Module) -> list[bool]:
         return output + zeros[-1]
 
     hooks = [layer.register_forward_hook(add_zeros) for layer in layers]
-    training = model.training
     try:
-        with torch.enable_grad():
-            features = _features(model.eval(), _noise(model)).float()  # [1, D]
+        with evaluating(model), torch.enable_grad():
+            features = _features(model, _noise(model)).float()  # [1, D]
             # Against random directions: a plain sum is constant behind a LayerNorm.
             weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(features.device)
             gradients = torch.autograd.grad((features * weights).sum(), zeros, allow_unused=True)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     prefix = int(getattr(model, "num_prefix_tokens", 0))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from moevision.errors import UserError
 from moevision.layers import CosineRouter, MoEMlp, TopKRouter, moe_layers, router_kind, routing_lock
 from moevision.layers.routers import mean_token
-from moevision.layers.routing import RouteBy, routed_unit
+from moevision.layers.routing import RouteBy, evaluating, routed_unit
 from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp
 from moevision.models.io import ImageSize, create_from, first_blocks, reshape
 from moevision.models.reading import read_layer_indices
@@ -286,10 +286,8 @@ def _router_inputs(
             chosen = tokens.double().cpu().gather(1, taken.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
             found[place].append(chosen.flatten(0, 1))
 
-    training = model.training
-    with routing_lock(model):  # so that no other thread's images pass the hooks
+    with routing_lock(model), evaluating(model):  # so that no other thread's images pass the hooks
         handles = [layer.register_forward_pre_hook(partial(keep, place)) for place, layer in enumerate(layers)]
-        model.eval()
         try:
             for images in batches:
                 model(images)
@@ -298,7 +296,6 @@ def _router_inputs(
         finally:
             for handle in handles:
                 handle.remove()
-            model.train(training)
     if not found[0]:
         raise UserError("There is no image to cluster: give at least one batch.")
     return [
@@ -370,9 +367,8 @@ def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tu
 
 
 def _eval_logits(model: nn.Module, images: Tensor) -> Tensor:
-    training = model.training
-    output: Tensor = model.eval()(images.to(next(model.parameters()).device))
-    model.train(training)
+    with evaluating(model):
+        output: Tensor = model(images.to(next(model.parameters()).device))
     return output.float().cpu()
 
 
