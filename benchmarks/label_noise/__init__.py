@@ -30,7 +30,7 @@ from benchmarks.harness import HERE, about, argument_parser, count, positive, pr
 from benchmarks.queue import add_study, do_runs, fill_readme, is_dirty, read_records, refuse_changes
 from benchmarks.timing import rounded
 from moevision import package_version
-from moevision.analysis.collect import evaluating, network_input
+from moevision.analysis.collect import network_input
 from moevision.analysis.good_data.examine import RunImages, examine, images_of
 from moevision.cli import main as run_moevision
 from moevision.commands.curve import schedule
@@ -43,6 +43,7 @@ from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
+from moevision.layers.routing import evaluating
 from moevision.models.io import SavedModel, load_model
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import csv_name

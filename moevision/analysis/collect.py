@@ -12,7 +12,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
 from moevision.layers import MoEMlp, Routing, SoftRouter, SoftRouting, forward_routing, moe_layers, routing_lock
+from moevision.layers.routing import evaluating
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.reading import unread_layers
 
@@ -301,26 +302,6 @@ def weights_sha256(net: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, and each layer's own mode back afterwards.
-
-    A model in training mode is locked meanwhile; one in eval mode, as a server has it, stays free for others between
-    the batches.
-    """
-    training = [module for module in net.modules() if module.training]
-    if not training:
-        yield
-        return
-    with routing_lock(net):
-        net.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 def network_input(model: SavedModel, images: npt.NDArray[np.uint8]) -> Tensor:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moevision.data.images import BadImageError
+from moevision.data.images import BadImageError, upright_rgb
 from moevision.data.shards import ShardCollection
 from moevision.data.sources import (
     DATASET_NAMES,
@@ -322,7 +322,7 @@ class FromDataset:
                 "own is applied here."
             )
         self._labels.setdefault(index, max(-1, int(item[1])))  # so that a label costs no second decoding
-        return item[0].convert("RGB")
+        return upright_rgb(item[0], self.picture_name(index))
 
 
 class View:

@@ -162,18 +162,34 @@ def safe_open(
         image.load()
         # The decoder may revise the size that the header announced (TIFF, GIF).
         _check_size(image.size, name, max_pixels, max_side)
-        upright = _upright(image)
         full = full[::-1] if _turn(image) in _SIDEWAYS else full
-        rgb = _to_rgb(upright, background)
+        rgb = upright_rgb(image, name, background)
     except BadImageError:
         raise
     except Exception as error:
         raise BadImageError(name, f"it is truncated or damaged ({error}); replace or remove it") from error
-    if rgb is None:
-        raise BadImageError(name, f"its pixel format {image.mode} has no agreed range; save it with 8 bits")
     rgb.info.clear()
     if reduction > 1:
         note_full_size(rgb, full, reduction)
+    return rgb
+
+
+def upright_rgb(
+    image: Image.Image, name: str = "given", background: tuple[int, int, int] = (255, 255, 255)
+) -> Image.Image:
+    """An image that is open already, as `safe_open` gives it: upright 8-bit RGB, without hidden colours.
+
+    Args:
+        image: Any Pillow image.
+        name: What an error calls it.
+        background: RGB colour, 0-255, shown where the image is transparent.
+
+    Raises:
+        BadImageError: If its pixel format has no agreed range.
+    """
+    rgb = _to_rgb(_upright(image), background)
+    if rgb is None:
+        raise BadImageError(name, f"its pixel format {image.mode} has no agreed range; save it with 8 bits")
     return rgb
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moevision.analysis.collect import network_input
 from moevision.analysis.intervention import Kind as Change
 from moevision.analysis.intervention import refusal
-from moevision.data.images import BadImageError, full_size, safe_open
+from moevision.data.images import BadImageError, full_size, safe_open, upright_rgb
 from moevision.data.transforms import square_pixels
 from moevision.demo.noise import noise_of
 from moevision.demo.steps import steps
@@ -309,8 +309,9 @@ def model_input(image: Image.Image | Pixels | str | Path, image_size: int) -> Pi
         image = Image.fromarray(image)
     elif not isinstance(image, Image.Image):
         image = safe_open(image, image_size)
+    image = upright_rgb(image)
     _check_shape(image, image_size)
-    return square_pixels(image.convert("RGB"), image_size)
+    return square_pixels(image, image_size)
 
 
 SHARP_PX: Final = 672
@@ -328,9 +329,9 @@ def sharp_square(image: Image.Image, image_size: int) -> Pixels | None:
 
 
 def _check_shape(image: Image.Image, image_size: int) -> None:
-    width, height = image.size
-    short, long = min(image.size), max(image.size)
-    if image.size != (image_size, image_size) and (short < MIN_SIDE or long > MAX_ASPECT * short):
+    width, height = size = full_size(image)[0]
+    short, long = min(size), max(size)
+    if size != (image_size, image_size) and (short < MIN_SIDE or long > MAX_ASPECT * short):
         raise BadImageError(
             "given",
             f"it has {width} × {height} px, and the model would see too little in it; its shorter side must have at "

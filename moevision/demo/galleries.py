@@ -25,7 +25,7 @@ from moevision.analysis.describe import (
     majority_part,
     patches_on_path,
 )
-from moevision.analysis.images import PictureSet, Remembered, View, open_pictures, patch_crop
+from moevision.analysis.images import PictureSet, Pixels, Remembered, View, open_pictures, patch_crop
 from moevision.analysis.questions import three_questions
 from moevision.analysis.recording import Recording, choices_of
 from moevision.analysis.specialization import specialization
@@ -45,6 +45,7 @@ MOST = 2000  # of a folder that the user named: all of it, as far as memory goes
 CELL_PICTURES = 12
 SIMILAR_PATCHES = 12
 CROP_PX = 40  # small patches are shown with more of what surrounds them
+_NO_PICTURES = "has no images here: start the explorer with --data DIR to give it some."
 T = TypeVar("T")
 Json = dict[str, Any]
 Key = tuple[str, str]  # model, variant
@@ -62,6 +63,33 @@ def read_into_memory(pictures: PictureSet) -> View:
         else:
             found.append(index)
     return View(pictures, found)
+
+
+class _StoppedError(Exception):
+    """The explorer is being closed: nobody will ask for what is being collected."""
+
+
+class _UntilStopped(View):
+    """The same images, until the explorer is closed: then each call for one ends what is being collected."""
+
+    def __init__(self, pictures: PictureSet, stopping: threading.Event) -> None:
+        classes = pictures.class_names
+        super().__init__(pictures, range(len(pictures)), classes, range(len(classes)), pictures.name)
+        self.stopping = stopping
+
+    def image(self, index: int) -> Pixels:
+        """The image, uint8 [S, S, 3]; raises `BadImageError`."""
+        self._go_on()
+        return super().image(index)
+
+    def part_mask(self, index: int) -> Pixels | None:
+        """The part at each pixel, uint8 [S, S]; None without parts."""
+        self._go_on()
+        return super().part_mask(index)
+
+    def _go_on(self) -> None:
+        if self.stopping.is_set():
+            raise _StoppedError
 
 
 @dataclass(frozen=True)
@@ -83,6 +111,9 @@ class Galleries:
     Args:
         entries: the models; those without images have stored atlases only.
         limit: images in a gallery.
+
+    Attributes:
+        stopping: set once the explorer is being closed.
     """
 
     def __init__(self, entries: Sequence[Entry], limit: int = LIMIT) -> None:
@@ -93,7 +124,7 @@ class Galleries:
         self._typical: dict[str, Typical] = {
             entry.card.id: entry.card.typical for entry in entries if entry.card.typical is not None
         }
-        self._stop = threading.Event()
+        self.stopping = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._work, name="moevision-galleries", daemon=True)
 
@@ -107,8 +138,8 @@ class Galleries:
         return self._done.wait(timeout_s)
 
     def close(self) -> None:
-        """Stop after the variant that is being collected."""
-        self._stop.set()
+        """Stop after the image that is being read or routed."""
+        self.stopping.set()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -147,13 +178,15 @@ class Galleries:
         order += [(entry, variant) for entry in self.entries for variant in entry.variants if variant != "trained"]
         held: dict[str, View] = {}
         for entry, variant in order:
-            if self._stop.is_set() or entry.examples.pictures is None:
+            if entry.examples.pictures is None:
                 continue
             try:
                 if entry.card.id not in held:
                     held[entry.card.id] = self._hold(entry, entry.examples.pictures)
                 self._collect(entry, variant, held[entry.card.id])
                 self._ready(entry, variant)
+            except _StoppedError:
+                break
             except Exception as error:  # an exception would end this thread, and nobody would see it
                 log.exception("the gallery of %s, %s, could not be made", entry.card.title, variant)
                 self._failed[entry.card.id, variant] = str(error) or type(error).__name__
@@ -161,7 +194,8 @@ class Galleries:
 
     def _hold(self, entry: Entry, pictures: PictureSet) -> View:
         limit = max(self.limit, MOST) if entry.shown else self.limit
-        held = read_into_memory(open_pictures(pictures, entry.facts.image_size, limit=limit))
+        chosen = open_pictures(pictures, entry.facts.image_size, limit=limit)
+        held = read_into_memory(_UntilStopped(chosen, self.stopping))
         # Other data's usual look is not that of the data which the model learned from.
         if not entry.foreign and entry.card.id not in self._typical and len(held) >= MIN_PICTURES:
             images = (held.image(index) for index in range(len(held)))
@@ -169,15 +203,14 @@ class Galleries:
         return held
 
     def _collect(self, entry: Entry, variant: str, held: View) -> None:
-        key = (entry.card.id, variant)
+        key, pictures = (entry.card.id, variant), _UntilStopped(held, self.stopping)
         # Small batches: a visitor's image waits no longer than one of them takes.
         trace = collect_routing(
-            entry.variants[variant].saved, held, batch_size=16, progress=False, name=entry.card.title
+            entry.variants[variant].saved, pictures, batch_size=16, progress=False, name=entry.card.title
         )
         self._galleries[key] = Gallery(held, trace)
-        stored = self._atlases.get(key)
-        if stored is None or not _names(stored) <= entry.examples.names:  # about images that can't be shown
-            self._atlases[key] = atlas_of(trace, held)
+        if key not in self._atlases:
+            self._atlases[key] = atlas_of(trace, pictures)
 
 
 def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
@@ -190,8 +223,13 @@ def atlas_of(trace: RoutingTrace, pictures: PictureSet) -> Json:
 
 
 def _stored(entry: Entry) -> list[tuple[Key, Json]]:
+    """The atlases that came with the model, but for those about images that can't be shown beside the entry's own."""
     files = [(name, variant.atlas) for name, variant in entry.variants.items()]
-    return [((entry.card.id, name), load_atlas(file)) for name, file in files if file is not None]
+    atlases = [((entry.card.id, name), load_atlas(file)) for name, file in files if file is not None]
+    if not atlases or not entry.examples.has_pictures:
+        return atlases
+    names = entry.examples.names
+    return [(key, atlas) for key, atlas in atlases if _names(atlas) <= names]
 
 
 def _names(atlas: Json) -> set[str]:
@@ -237,7 +275,8 @@ class AtlasPages:
     def prepare(self, entry: Entry, variant: str) -> None:
         """Cut out the patches of all experts, so that nobody waits for that."""
         for layer in entry.facts.layers:
-            self.experts({"model": entry.card.id, "variant": variant, "layer": layer})
+            if not self.galleries.stopping.is_set():
+                self.experts({"model": entry.card.id, "variant": variant, "layer": layer})
 
     def classes(self, request: Any) -> Json:
         """Class x expert maps of all layers, and how much experts tell about classes and places."""
@@ -317,9 +356,7 @@ class AtlasPages:
             return gallery
         if self.galleries.status(entry) == "computing":
             raise RequestError("The images are still being looked through: try again in a few seconds.", "busy")
-        raise RequestError(
-            f"{entry.card.title} has no images here: start the explorer with --data DIR to give it some."
-        )
+        raise RequestError(f"{entry.card.title} {_NO_PICTURES}")
 
     def _experts_page(self, entry: Entry, facts: ModelFacts, layer: int, atlas: Json) -> Json:
         found = next(item for item in atlas["layers"] if item["layer"] == layer)
@@ -379,6 +416,6 @@ def _found(entry: Entry, pictures: PictureSet, index: int) -> Found:
 def _waiting(status: str, **empty: Any) -> Json:
     notes = {
         "computing": "The images are being looked through.",
-        "no_pictures": "This model has no images here: start the explorer with --data DIR to give it some.",
+        "no_pictures": f"This model {_NO_PICTURES}",
     }
     return {"status": status, **empty, "note": notes[status]}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from moevision.layers import moe_layers, routing_lock
+
+_GENERATOR: Final = threading.RLock()
+"""Held while torch's one generator has a seed of ours: models have locks of their own."""
 
 
 def noise_of(router: Any) -> str:
@@ -32,7 +36,7 @@ def noise_of_training(net: nn.Module, seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with routing_lock(net):
+    with routing_lock(net), _GENERATOR:
         routers: list[Any] = [layer.router for layer in moe_layers(net) if noise_of(layer.router) != "none"]
         before = [(router.training, router.options) for router in routers]
         devices = {weight.device for weight in net.parameters() if weight.is_cuda}
@@ -40,7 +44,9 @@ def noise_of_training(net: nn.Module, seed: int | None) -> Iterator[None]:
             torch.manual_seed(seed)
             try:
                 for router in routers:
-                    router.options = replace(router.options, capacity_factor=router.options.eval_capacity_factor)
+                    # Not `replace`: without a limit in evaluation the options' check would refuse those of a limit.
+                    router.options = copy.copy(router.options)
+                    router.options.capacity_factor = router.options.eval_capacity_factor
                     router.training = True
                 yield
             finally:

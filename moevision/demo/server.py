@@ -12,6 +12,7 @@ import re
 import socket
 import sys
 import time
+import urllib.request
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
@@ -67,16 +68,21 @@ class Serving:
     root_path: str = ""
 
     @property
+    def bare_host(self) -> str:
+        """The host without the brackets that an IPv6 address has in a URL."""
+        return self.host.removeprefix("[").removesuffix("]")
+
+    @property
     def local(self) -> bool:
         """Whether only this computer can reach it."""
         return is_loopback(self.host) and not self.share
 
     def check(self) -> None:
-        """Refuse to open the page to others by accident.
+        """Refuse to open the page to others by accident, or at an address of another computer.
 
         Raises:
-            UserError: if others could use it without a password and the user didn't say that they may, or a name or a
-                website is not written as one.
+            UserError: if others could use it without a password and the user didn't say that they may, a name or a
+                website is not written as one, or the host is no address of this computer.
         """
         for name in self.allow_host:
             if not re.fullmatch(r"[\w.*-]+", name, re.ASCII):
@@ -92,6 +98,12 @@ class Serving:
                 f"{way} lets other people use the explorer on this computer: add --auth USER:PASS, or --public if "
                 "anyone may."
             )
+        try:  # gradio would try a hundred ports there, for seconds each
+            for family, kind, _, _, address in socket.getaddrinfo(self.bare_host or None, 0, type=socket.SOCK_STREAM):
+                with socket.socket(family, kind) as probe:
+                    probe.bind(address)
+        except OSError as error:
+            raise UserError(f"--host {self.host} is no address of this computer ({error}): give another.") from error
 
     def known(self, name: str) -> bool:
         """Whether the page goes by this host name.
@@ -149,9 +161,10 @@ class Server(AbstractContextManager["Server"]):
         )
         small = Middleware(GZipMiddleware, compresslevel=6)  # gradio compresses what has a file name only
         self._serving, self._tunnel = serving, ""
+        _ask_directly(serving.bare_host)
         try:
             _, self.url, self.share_url = self._page.launch(
-                server_name=serving.host,
+                server_name=in_url(serving.bare_host),
                 server_port=serving.port,
                 root_path=serving.root_path,
                 auth=serving.auth,
@@ -172,10 +185,10 @@ class Server(AbstractContextManager["Server"]):
                 state_session_capacity=SESSIONS,
                 app_kwargs={"middleware": [guard, small], "docs_url": None, "redoc_url": None, "openapi_url": None},
             )
-        except (OSError, ValueError) as error:  # ValueError: gradio can't reach itself, behind a proxy for instance
+        except Exception as error:  # where gradio can't reach itself it raises errors of httpx's and bare ones
             self._gate.close()
-            where = f"{serving.host}:{serving.port or 7860}"
-            raise UserError(f"{where} can't be used ({error}): give another --port.") from error
+            where = f"{in_url(serving.bare_host)}:{serving.port or 7860}"
+            raise UserError(f"{where} can't be used ({error}): give another --port, or another --host.") from error
         self._page.server.config.http_protocol_class = Connection  # uvicorn asks for it at every connection
         if serving.share and not self.share_url:
             self.close()
@@ -198,6 +211,18 @@ class Server(AbstractContextManager["Server"]):
         self._page.close(verbose=False)
         self._gate.close()
         self.explorer.close()
+
+
+def in_url(host: str) -> str:
+    """A host as URLs have it: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _ask_directly(host: str) -> None:
+    """Keep gradio's first request, to its own page, off the proxies that the environment names."""
+    proxies = urllib.request.getproxies_environment()
+    if proxies:
+        os.environ["no_proxy"] = ",".join(filter(None, [proxies.get("no"), "localhost", host]))
 
 
 def _on_space() -> bool:
@@ -262,7 +287,7 @@ def announcement(server: Server, serving: Serving) -> str:
     lines = [f"The explorer is at {server.url}", "Stop it with Ctrl-C."]
     if serving.local:
         return "\n".join([*lines, "Only this computer can see it; --host and --share show it to others."])
-    address = server.share_url or _address_for_others(serving.host, server.url)
+    address = server.share_url or _address_for_others(serving.bare_host, server.url)
     lines.append(
         f"Others open {address}" + (" and log in." if serving.auth else ": anyone who can reach it may use it.")
     )
@@ -281,18 +306,19 @@ def qr_code(address: str) -> str:
 
 
 def _address_for_others(host: str, url: str) -> str:
-    """The page's address with this computer's own one in the place of 0.0.0.0."""
+    """The page's address with this computer's own one in the place of 0.0.0.0 and ::."""
     port = url.rstrip("/").rpartition(":")[2]
-    return f"http://{_own_address() if host in ('0.0.0.0', '::', '') else host}:{port}/"
+    if host in ("0.0.0.0", "::", ""):
+        host = _own_address(socket.AF_INET6 if host == "::" else socket.AF_INET)
+    return f"http://{in_url(host)}:{port}/"
 
 
-def _own_address() -> str:
+def _own_address(family: socket.AddressFamily) -> str:
     """The address under which the local network knows this computer; no packet is sent to find it."""
-    import socket
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # TEST-NET-1, RFC 5737: routes like the world, belongs to nobody
+            # RFC 5737 and 3849: they route like the world and belong to nobody.
+            probe.connect(("2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1", 9))
         except OSError:
             return socket.gethostname()
         return str(probe.getsockname()[0])

@@ -1,7 +1,7 @@
 """What each router does with a patch, in its own words: the sentences of the computation card.
 
-They are read off the layer's router and its options, for evaluation, which is what the explorer shows; the numbers
-beside them are `computation.py`'s.
+They are read off the layer's router and its options, for evaluation, under the k and the capacity that the explorer
+shows; the numbers beside them are `computation.py`'s.
 """
 
 from __future__ import annotations
@@ -22,54 +22,64 @@ _RULES: Final = {
 }
 
 
-def steps(layer: MoEMlp, *, noisy: bool = False) -> dict[str, str]:
-    """One or two sentences for each of `STEPS`; `noisy` says whether the noise of training is on."""
+def steps(
+    layer: MoEMlp, *, noisy: bool = False, top_k: int | None = None, capacity: float | None = None
+) -> dict[str, str]:
+    """One or two sentences for each of `STEPS`.
+
+    Args:
+        layer: whose router is described.
+        noisy: whether the noise of training is on.
+        top_k: K that is shown; None for the router's own.
+        capacity: capacity factor that `limit_capacity` puts in the place of the router's own; None for that.
+    """
     router: Any = layer.router
+    top_k = router.top_k if top_k is None else top_k
     if isinstance(router, HandmadeRouter):
-        return _by_rule(router)
+        return _by_rule(router, capacity)
     if isinstance(router, SoftRouter):
         return _soft()
     if isinstance(router, ExpertChoiceRouter):
         return _expert_choice(router, noisy)
     if isinstance(router, SigmoidRouter):
-        return _sigmoid(router)
+        return _sigmoid(router, top_k, capacity)
     if isinstance(router, TopKRouter):
-        return _top_k(router, noisy)
+        return _top_k(router, noisy, top_k, capacity)
     own = f"The router {type(router).__name__} gives each expert a number."
     return {"scores": own, "shares": "As shares of 1.", "kept": "It chooses experts.", "weights": "It gives weights."}
 
 
-def _top_k(router: TopKRouter, noisy: bool) -> dict[str, str]:
+def _top_k(router: TopKRouter, noisy: bool, top_k: int, capacity: float | None) -> dict[str, str]:
     if isinstance(router, CosineRouter):
         scores = "The angle between the patch and one learned direction per expert, times a learned scale."
     else:
         scores = "The patch is compared with one learned direction per expert."
-    if router.softmax_over == "kept" and router.normalizes(router.top_k):
+    if router.softmax_over == "kept" and router.normalizes(top_k):
         weights = "Softmax over the kept scores alone: the weights add up to 1."
-    elif router.normalizes(router.top_k):
+    elif router.normalizes(top_k):
         weights = "The kept shares, divided by their sum: the weights add up to 1."
     else:
         weights = "Each kept share is the weight. The rest belonged to the other experts, and is left out."
     return {
         "scores": _unit(router) + scores + _noise(router, noisy),
         "shares": "Softmax turns the scores into shares that add up to 1.",
-        "kept": "The highest are kept; the others don't run." + _capacity(router),
+        "kept": "The highest are kept; the others don't run." + _capacity(router, capacity),
         "weights": weights,
     }
 
 
-def _sigmoid(router: SigmoidRouter) -> dict[str, str]:
+def _sigmoid(router: SigmoidRouter, top_k: int, capacity: float | None) -> dict[str, str]:
     balanced = router.bias is not None
     best = "The highest affinity plus bias is kept: the bias keeps the load even, and enters no weight."
     weights = (
         "The kept affinities, divided by their sum: the weights add up to 1."
-        if router.normalizes(router.top_k)
+        if router.normalizes(top_k)
         else "Each kept affinity is the weight; the weights needn't add up to 1."
     )
     return {
         "scores": _unit(router) + "The patch is compared with one learned direction per expert.",
         "shares": "A sigmoid for each score alone gives an affinity from 0 to 1: experts don't compete here.",
-        "kept": (best if balanced else "The highest are kept; the others don't run.") + _capacity(router),
+        "kept": (best if balanced else "The highest are kept; the others don't run.") + _capacity(router, capacity),
         "weights": weights,
     }
 
@@ -95,12 +105,13 @@ def _soft() -> dict[str, str]:
     }
 
 
-def _by_rule(router: HandmadeRouter) -> dict[str, str]:
+def _by_rule(router: HandmadeRouter, capacity: float | None) -> dict[str, str]:
     rule = _RULES.get(type(router).__name__, "A rule")
     return {
         "scores": f"Nothing is learned here. {rule} decides.",
         "shares": "No shares: the rule has decided already.",
-        "kept": "The rule's expert is kept, and the next ones in cyclic order if there are several.",
+        "kept": "The rule's expert is kept, and the next ones in cyclic order if there are several."
+        + ("" if capacity is None else _full(capacity, "the last patches")),  # all weights are the same
         "weights": "Every kept expert gets the same weight; the weights add up to 1.",
     }
 
@@ -123,9 +134,14 @@ def _unit(router: TopKRouter) -> str:
     return "The image is routed as a whole: the mean of its patches decides for all of them. "
 
 
-def _capacity(router: TopKRouter) -> str:
-    factor = router.options.eval_capacity_factor
+def _capacity(router: TopKRouter, shown: float | None) -> str:
+    options = router.options
+    factor = options.eval_capacity_factor if shown is None else shown
     if factor is None:
         return ""
-    first = "the smallest weights" if router.options.batch_priority else "the last patches"
-    return f" A full expert (capacity factor {factor:g}) turns away {first}."
+    by_weight = shown is not None or options.batch_priority
+    return _full(factor, "the smallest weights" if by_weight else "the last patches")
+
+
+def _full(factor: float, turned_away: str) -> str:
+    return f" A full expert (capacity factor {factor:g}) turns away {turned_away}."

@@ -19,9 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from moevision.analysis.images import PictureSet
 from moevision.errors import UserError
-from moevision.models.io import SavedModel
 
 Floats = npt.NDArray[np.float64]
 SHARE: Final = 0.99
@@ -86,22 +84,17 @@ class Typical:
         return cls(mean, whitening, float(given["threshold"]), int(given["image_size"]), int(given["n_images"]))
 
 
-def measure_typical(model: SavedModel, pictures: PictureSet) -> Typical:
+def typical_of(pictures: Iterable[npt.NDArray[np.uint8]], image_size: int) -> Typical:
     """Measure what images of the training data look like, best on images that were held out.
 
     Args:
-        model: whose input size the images have.
-        pictures: at least 200 of them. Every other one fixes mean and covariance, the rest the threshold: on the same
-            images it would come out too low.
+        pictures: at least 200 images, uint8 [S, S, 3]. Every other one fixes mean and covariance, the rest the
+            threshold: on the same images it would come out too low.
+        image_size: S.
 
     Raises:
         UserError: if there are too few images or they have another size.
     """
-    return typical_of((pictures.image(index) for index in range(len(pictures))), model.image_size)
-
-
-def typical_of(pictures: Iterable[npt.NDArray[np.uint8]], image_size: int) -> Typical:
-    """Like `measure_typical`, for any images, uint8 [S, S, 3]."""
     rows = []
     for pixels in pictures:
         if pixels.shape != (image_size, image_size, 3):

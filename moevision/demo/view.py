@@ -37,7 +37,7 @@ from moevision.demo.facts import (
 from moevision.demo.lens import block_outputs, lens
 from moevision.demo.noise import noise_of_training
 from moevision.demo.steps import steps
-from moevision.layers import Routing, SoftRouting
+from moevision.layers import Routing, SoftRouting, routing_lock
 from moevision.layers.routing import routed_unit
 from moevision.models.io import SavedModel, load_model
 
@@ -378,17 +378,19 @@ def route_image(
     settings = settings or Settings()
     facts = facts or describe(saved, title="" if isinstance(model, SavedModel) else title_of(model))
     pixels = model_input(image, saved.image_size)
-    with settings.applied(saved.net), listen(saved.net) as heard, block_outputs(saved.net) as outputs:
-        logits, routings = route_batch(saved, pixels[None])
+    with routing_lock(saved.net):  # the layers' clean scores too: another thread's noise would be in them
+        with settings.applied(saved.net), listen(saved.net) as heard, block_outputs(saved.net) as outputs:
+            logits, routings = route_batch(saved, pixels[None])
+        layers = tuple(
+            _layer_view(routing, router, settings, one)
+            for routing, router, one in zip(routings, facts.routers, heard, strict=True)
+        )
     after_blocks = lens(saved.net, outputs)
     known = picture or PictureFacts(pixels, name=Path(image).name if isinstance(image, str | Path) else "one image")
     return RoutingView(
         model=facts,
         picture=replace(known, pixels=pixels),
-        layers=tuple(
-            _layer_view(routing, router, settings, one)
-            for routing, router, one in zip(routings, facts.routers, heard, strict=True)
-        ),
+        layers=layers,
         probabilities=softmax(logits)[0],
         dense_probabilities=dense_probabilities if dense is None else _dense(dense, image, pixels),
         settings=settings,
@@ -415,8 +417,9 @@ def _layer_view(routing: Routing, facts: LayerFacts, settings: Settings, heard: 
     if routing.kind != "token_choice":
         top_k = facts.top_k if settings.top_k is None or "top_k" in facts.refused else settings.top_k
     noisy = settings.noise is not None and facts.noise != "none"
+    capacity = None if "capacity" in facts.refused else settings.capacity
     return LayerView(
-        facts=replace(facts, top_k=top_k, steps=steps(heard.layer, noisy=True) if noisy else facts.steps),
+        facts=replace(facts, top_k=top_k, steps=steps(heard.layer, noisy=noisy, top_k=top_k, capacity=capacity)),
         expert_index=routing.expert_index[0, first:].cpu().numpy(),
         combine_weight=routing.combine_weight[0, first:].float().cpu().numpy(),
         kept=routing.kept[0, first:].cpu().numpy(),

@@ -174,6 +174,26 @@ def routing_lock(model: nn.Module) -> threading.RLock:
 
 
 @contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, and each layer's own mode back afterwards.
+
+    A model in training mode is locked meanwhile; one in eval mode, as a server has it, stays free for others between
+    the batches.
+    """
+    training = [module for module in net.modules() if module.training]
+    if not training:
+        yield
+        return
+    with routing_lock(net):
+        net.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Collect the routing of every MoE layer that runs inside the scope, in order of execution.
 

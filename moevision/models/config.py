@@ -5,7 +5,9 @@ Only JSON primitives: a Lightning checkpoint stores it, and loads under `weights
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,6 +24,17 @@ from moevision.models.reading import pool_patches
 from moevision.models.safe_files import CONFIG
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
+
+_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("at least 1", lambda x: x >= 1, ("patch_size", "embed_dim", "depth", "num_heads", "expert_hidden")),
+    ("at least 0", lambda x: x >= 0, ("num_shared_experts",)),
+    ("greater than 0", lambda x: 0 < x < math.inf, ("mlp_ratio",)),
+    (
+        "at least 0 and less than 1",
+        lambda x: 0 <= x < 1,
+        ("drop_path_rate", "proj_drop_rate", "patch_drop_rate", "expert_drop"),
+    ),
+)
 
 
 @dataclass
@@ -88,6 +101,15 @@ class MoEConfig(RouterOptions):
     expert_drop: float | None = None
     upcycle_noise: float | None = None
     upcycle_reinit: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for words, fits, names in _RANGES:
+            for name in names:
+                given = getattr(self, name)
+                for value in given if isinstance(given, list) else [given]:
+                    if value is not None and not fits(value):
+                        raise UserError(f"{name}={value} does not fit: it must be {words}.")
 
 
 def build_model(

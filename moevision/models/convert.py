@@ -12,6 +12,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
+import timm
 import torch
 from timm.layers import Mlp
 from torch import nn
@@ -93,11 +94,14 @@ def convert_to_moe(
         `no_weight_decay()` names the experts' biases.
 
     Raises:
-        UserError: if the model has no such blocks, a block's MLP is not a plain one, or an option doesn't fit.
+        UserError: if the model has no such blocks or has experts already, a block's MLP is not a plain one, or an
+            option doesn't fit. The model is then as it was.
     """
     blocks = getattr(vit, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         raise UserError(f"{type(vit).__name__} has no transformer blocks to convert: give a timm ViT or DeiT.")
+    if moe_layers(vit):
+        raise UserError(f"{type(vit).__name__} has experts already: convert all layers in one call.")
     if copy_weights and num_shared_experts:
         raise UserError("A shared expert on top of copies would double the output: leave num_shared_experts out.")
     indices = moe_layer_indices(layers, len(blocks))
@@ -106,12 +110,15 @@ def convert_to_moe(
     # As in timm, an option that is None was not given.
     options = {name: value for name, value in router_options.items() if value is not None}
     plans = _plan(vit, indices, of_layer, shared, options, copy_weights)
-    for index, plan in zip(indices, plans, strict=True):
-        blocks[index].mlp = _moe_like(vit, index, plan, copy_weights)
+    _check_twin(vit, indices)
+    # All of them first: a layer that can't be made leaves the model as it was.
+    experts = [_moe_like(vit, index, plan, copy_weights) for index, plan in zip(indices, plans, strict=True)]
+    for index, moe in zip(indices, experts, strict=True):
+        blocks[index].mlp = moe
     _prepare_handmade(vit)
     _spare_biases(vit)
     written = {name: one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()}
-    if not copy_weights and expert_hidden is None:
+    if not copy_weights and expert_hidden is None and not _is_twin(vit):
         written["hidden_features"] = None  # follows from the MLP
     if any("slots_per_expert" in plan for plan in plans):
         options["slots_per_expert"] = one_or_list([plan.get("slots_per_expert") for plan in plans], None)
@@ -218,8 +225,6 @@ def plain_mlp(vit: nn.Module, index: int) -> nn.Linear:
     mlp = getattr(cast(Any, vit).blocks[index], "mlp", None)
     if mlp is None:
         reason = "no MLP of its own (attention and MLP in parallel, or mixing layers)"
-    elif isinstance(mlp, MoEMlp):
-        reason = "experts already"
     elif type(mlp) is not Mlp:
         reason = f"a {type(mlp).__name__} (gated or otherwise special MLP, such as SwiGLU)"
     elif not isinstance(mlp.fc1, nn.Linear):
@@ -259,20 +264,52 @@ def _spare_biases(vit: nn.Module) -> None:
     cast(Any, vit).no_weight_decay = partial(set, {*spared, *(f"{name}.bias" for name in packed)})
 
 
+def _is_twin(vit: nn.Module) -> bool:
+    """Whether a dense model was saved or made as the twin of one with experts, with MLPs of widths of its own."""
+    return "twin" in getattr(vit, "_model_args", {})
+
+
+def _dense_arguments(vit: nn.Module) -> dict[str, Any]:
+    """What timm wrote down of a model, but for experts that it was given in its time and a twin."""
+    others = {"twin", *getattr(vit, "moe_config", {})}
+    return {name: value for name, value in getattr(vit, "_model_args", {}).items() if name not in others}
+
+
+def _check_twin(vit: nn.Module, indices: Sequence[int]) -> None:
+    """Raise a UserError where a dense twin would keep an MLP of a width that its name doesn't build."""
+    if not indices or not _is_twin(vit):
+        return
+    twin = cast(Any, vit)
+    with torch.device("meta"):
+        plain: Any = timm.create_model(
+            twin.pretrained_cfg["architecture"],
+            **{**_dense_arguments(vit), "moe_layers": [], "num_classes": twin.num_classes},
+        )
+    for index, (block, its) in enumerate(zip(twin.blocks, plain.blocks, strict=True)):
+        if index not in indices and block.mlp.fc1.out_features != its.mlp.fc1.out_features:
+            raise UserError(
+                "This dense twin has MLPs of another width where its experts were: convert all of those blocks, or a "
+                "twin of the same active FLOPs."
+            )
+
+
 def _set_address(vit: nn.Module, **moe_config: Any) -> None:
-    """Leave what rebuilds the model: `moe_config`, and timm's own record under the registered name `vit_moe`."""
-    state = cast(Any, vit)
+    """Leave what rebuilds the model: `moe_config`, and timm's own record under a registered name."""
+    state, arguments = cast(Any, vit), _dense_arguments(vit)
     state.moe_config = moe_config
     pretrained_cfg = getattr(vit, "pretrained_cfg", None)
-    if pretrained_cfg is None or str(pretrained_cfg.get("architecture", "")).startswith(("vit_moe", "test_vit_moe")):
-        # Built under a registered name, which writes down what was given; the slot count must outlive a resize.
+    if pretrained_cfg is None:
+        # Being built under a registered name, which writes down what was given; the slot count must outlive a resize.
         if "slots_per_expert" in moe_config:
             state._model_args = {"slots_per_expert": moe_config["slots_per_expert"]}
         return
-    given = {key: value for key, value in moe_config.items() if value is not None}
-    state._model_args = {**getattr(vit, "_model_args", {}), "base": pretrained_cfg["architecture"], **given}
-    state.pretrained_cfg = {**pretrained_cfg, "architecture": "vit_moe"}
-    state.default_cfg = state.pretrained_cfg
+    name = str(pretrained_cfg["architecture"])
+    if not name.startswith(("vit_moe", "test_vit_moe")):
+        arguments["base"] = name
+        state.pretrained_cfg = state.default_cfg = {**pretrained_cfg, "architecture": "vit_moe"}
+    elif not moe_config["moe_layers"]:  # as it was, a twin for instance
+        return
+    state._model_args = arguments | {key: value for key, value in moe_config.items() if value is not None}
 
 
 def _moe_like(vit: nn.Module, index: int, plan: dict[str, Any], copy_weights: bool) -> MoEMlp:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from moevision.errors import UserError
 from moevision.files import write_bytes_atomic
 from moevision.layers import forward_routing
+from moevision.layers.routing import evaluating
 from moevision.models.safe_files import parse_json, read_header, read_metadata
 from moevision.names import json_text, shown
 
@@ -57,13 +58,8 @@ class Moment:
 @torch.no_grad()
 def moment_of(net: nn.Module, images: Tensor) -> Moment:
     """Route images [I, 3, H, W] through a model in evaluation mode; every module's mode is left as it was."""
-    modes = [(module, module.training) for module in net.modules()]
-    try:
-        net.eval()
+    with evaluating(net):
         passes = [forward_routing(net, batch) for batch in images.split(_BATCH)]
-    finally:
-        for module, training in modes:
-            module.training = training
     weights = {}
     first = passes[0][1]
     for place, routing in enumerate(first):
@@ -155,9 +151,8 @@ class RoutingHistory:
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all."""
-        tensors = {"probabilities": self.probabilities}
+        tensors = {"probabilities": np.ascontiguousarray(self.probabilities)}
         tensors |= {f"L{layer}.weights": np.ascontiguousarray(own) for layer, own in self.weights.items()}
-        tensors["probabilities"] = np.ascontiguousarray(self.probabilities)
         words: dict[str, Any] = {"schema": SCHEMA, **{name: getattr(self, name) for name in _WORDS}}
         # One entry: safetensors writes several in any order, and equal histories shall be equal files.
         write_bytes_atomic(path, save(tensors, {_KEY: json_text(words)}))

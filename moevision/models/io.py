@@ -78,8 +78,8 @@ def _check_usable(saved: SavedModel, address: str) -> None:
         raise UserError(
             f"The model {address!r} can't be used: it takes images with other channels than red, green, blue."
         )
-    for name, weight in saved.net.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
+    for name, value in saved.net.state_dict().items():  # statistics and biases of a choice too
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(f"The model {address!r} can't be used: its weight {name} holds NaN or infinity.")
 
 
@@ -122,8 +122,14 @@ def save_model(model: SavedModel, folder: Path) -> None:
     A weight keeps its dtype in the file; loading gives fp32, which holds a bf16 or fp16 weight's exact value.
 
     Raises:
+        UserError: if the model doesn't know the timm name that builds it.
         OSError: if the folder can't be written or the disk is full; no half file of weights is left then.
     """
+    if not getattr(model.net, "pretrained_cfg", None):
+        raise UserError(
+            f"This {type(model.net).__name__} can't be saved: it has no timm name, which builds it again. Make it by "
+            "timm.create_model."
+        )
     hook = model.net.register_state_dict_post_hook(_contiguous)
     try:
         _save_for_timm(model, folder)

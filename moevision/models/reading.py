@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import MoEMlp, TopKRouter, moe_layers
+from moevision.layers import TopKRouter, moe_layers
+from moevision.layers.routing import evaluating
 from moevision.models.convert import moe_layer_indices
 
 
@@ -79,15 +80,13 @@ def routes_read(model: nn.Module) -> list[bool]:
         return output + zeros[-1]
 
     hooks = [layer.register_forward_hook(add_zeros) for layer in layers]
-    training = model.training
     try:
-        with torch.enable_grad():
-            features = _features(model.eval(), _noise(model)).float()  # [1, D]
+        with evaluating(model), torch.enable_grad():
+            features = _features(model, _noise(model)).float()  # [1, D]
             # Against random directions: a plain sum is constant behind a LayerNorm.
             weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(1)).to(features.device)
             gradients = torch.autograd.grad((features * weights).sum(), zeros, allow_unused=True)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     prefix = int(getattr(model, "num_prefix_tokens", 0))
@@ -102,7 +101,7 @@ def routes_read(model: nn.Module) -> list[bool]:
 def unread_layers(model: nn.Module) -> list[int]:
     """Block numbers of the MoE layers whose routes of patches no classifier reads."""
     read = routes_read(model)
-    return [_block(layer) for layer, is_read in zip(moe_layers(model), read, strict=True) if not is_read]
+    return [cast(int, layer.layer_index) for layer, is_read in zip(moe_layers(model), read, strict=True) if not is_read]
 
 
 def block_to_pool(model: nn.Module) -> int | None:
@@ -116,10 +115,6 @@ def block_to_pool(model: nn.Module) -> int | None:
     end = len(cast(Any, model).blocks) - 1
     could_pool = reads_class_token_only(model) and not hasattr(model, "dist_token")  # a distilled model can't
     return end if last.layer_index == end and could_pool else None
-
-
-def _block(layer: MoEMlp) -> int:
-    return cast(int, layer.layer_index)
 
 
 def _noise(model: nn.Module) -> Tensor:

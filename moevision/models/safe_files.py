@@ -171,11 +171,6 @@ def _header_of(path: str | Path) -> tuple[dict[str, TensorEntry], dict[str, str]
     return entries, metadata or {}
 
 
-def elements(entries: dict[str, TensorEntry]) -> int:
-    """Numbers that all tensors hold together."""
-    return sum(prod(entry.shape) for entry in entries.values())
-
-
 def _entry(path: str | Path, name: str, given: Any) -> TensorEntry:
     shown = repr(name[:80])
     if not isinstance(given, dict) or set(given) != {"dtype", "shape", "data_offsets"}:
@@ -342,7 +337,7 @@ def check_size(folder: Path, entries: Mapping[str, TensorEntry]) -> nn.Module:
             f"its {CONFIG} is damaged, or it was not saved by timm or moevision."
         ) from error
     described = sum(tensor.numel() for tensor in [*net.parameters(), *net.buffers()])
-    held = elements(dict(entries))
+    held = sum(prod(entry.shape) for entry in entries.values())
     if described > 1.25 * held + _SPARE_ELEMENTS:
         raise UserError(
             f"The model in {folder} can't be loaded: {CONFIG} describes {described:,} weights and {WEIGHTS} holds "

@@ -356,7 +356,6 @@ def _with_experts(model: nn.Module, num_experts: Sequence[int]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         make_dense(new, "active_flops")  # convert_to_moe reads widths, biases and dropout from dense MLPs
         convert_to_moe(new, config.pop("moe_layers"), **config)
-    cast(Any, new)._model_args = {**getattr(model, "_model_args", {}), **given}
     return new
 
 

@@ -33,7 +33,7 @@ def dense_twin(model: nn.Module, match: Match = "active_flops") -> nn.Module:
     Raises:
         UserError: if the model is not a converted one, or `match` is unknown.
     """
-    if not hasattr(model, "moe_config"):
+    if not moe_layers(model) or not hasattr(model, "moe_config"):
         raise UserError(f"{type(model).__name__} is not a MoE model: convert it first, or create a vit_moe model.")
     twin = copy.deepcopy(model)
     make_dense(twin, match)

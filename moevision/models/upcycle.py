@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -32,11 +31,10 @@ from torch import Tensor, nn
 from moevision.errors import UserError
 from moevision.layers import CosineRouter, MoEMlp, TopKRouter, moe_layers, router_kind, routing_lock
 from moevision.layers.routers import mean_token
-from moevision.layers.routing import RouteBy, routed_unit
+from moevision.layers.routing import RouteBy, evaluating, routed_unit
 from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp
 from moevision.models.io import ImageSize, create_from, first_blocks, reshape
 from moevision.models.reading import read_layer_indices
-from moevision.models.vit_moe import MOE_ARGUMENTS
 
 
 def upcycle(
@@ -99,7 +97,6 @@ def upcycle(
         model = convert_to_moe(dense, layers, num_experts, top_k, router, copy_weights=True, **options)
         for layer in moe_layers(model):
             _diversify(layer, noise, reinit)
-    _keep_address(model)
     return model.to(device)
 
 
@@ -289,10 +286,8 @@ def _router_inputs(
             chosen = tokens.double().cpu().gather(1, taken.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
             found[place].append(chosen.flatten(0, 1))
 
-    training = model.training
-    with routing_lock(model):  # so that no other thread's images pass the hooks
+    with routing_lock(model), evaluating(model):  # so that no other thread's images pass the hooks
         handles = [layer.register_forward_pre_hook(partial(keep, place)) for place, layer in enumerate(layers)]
-        model.eval()
         try:
             for images in batches:
                 model(images)
@@ -301,7 +296,6 @@ def _router_inputs(
         finally:
             for handle in handles:
                 handle.remove()
-            model.train(training)
     if not found[0]:
         raise UserError("There is no image to cluster: give at least one batch.")
     return [
@@ -372,33 +366,9 @@ def spherical_kmeans(x: Tensor, clusters: int, generator: torch.Generator) -> tu
     return centroids, torch.bincount((x @ centroids.T).argmax(-1), minlength=clusters)
 
 
-def _keep_address(model: nn.Module) -> None:
-    """Write down the experts of a model that was built, dense, under one of our names, such as a dense twin.
-
-    Raises:
-        UserError: if that name can't rebuild the model, because a twin's MLP that stays has a width of its own.
-    """
-    state = cast(Any, model)
-    arguments = getattr(model, "_model_args", {})
-    given = {name: value for name, value in state.moe_config.items() if value is not None}
-    others = {"twin", "moe_layers", *MOE_ARGUMENTS}
-    state._model_args = {**{name: value for name, value in arguments.items() if name not in others}, **given}
-    if "twin" not in arguments:
-        return
-    built = {**state._model_args, "num_classes": state.num_classes}  # a saved model's arguments leave it out
-    rebuilt = timm.create_model(state.pretrained_cfg["architecture"], **built, device="meta")
-    widths = ({name: value.shape for name, value in net.state_dict().items()} for net in (model, rebuilt))
-    if next(widths) != next(widths):
-        raise UserError(
-            "This dense twin has MLPs of another width where its experts were: upcycle all of those blocks, or a twin "
-            "of the same active FLOPs."
-        )
-
-
 def _eval_logits(model: nn.Module, images: Tensor) -> Tensor:
-    training = model.training
-    output: Tensor = model.eval()(images.to(next(model.parameters()).device))
-    model.train(training)
+    with evaluating(model):
+        output: Tensor = model(images.to(next(model.parameters()).device))
     return output.float().cpu()
 
 

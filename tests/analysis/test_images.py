@@ -236,6 +236,14 @@ def test_a_torch_dataset():
     assert open_pictures(Tagged([1, 0, 2]), 10).class_names == ("class 0", "class 1", "class 2")
 
 
+def test_images_of_a_torch_dataset_are_seen_as_files_are():
+    class Hidden(Tagged):
+        def __getitem__(self, index):
+            return Image.new("RGBA", (8, 8), (0, 0, 0, 0)), 0
+
+    assert (open_pictures(Hidden([0]), 8, class_names=["a"]).image(0) == 255).all()
+
+
 def test_things_that_are_no_pictures():
     class Tensors(Tagged):
         def __getitem__(self, index):

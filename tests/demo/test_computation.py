@@ -5,6 +5,7 @@ of `layers/reference.py`, one by one.
 """
 
 import base64
+import threading
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ import torch
 from moevision.analysis.intervention import Intervention
 from moevision.data.transforms import normalize
 from moevision.demo import route_image
+from moevision.demo.computation import Heard
 from moevision.demo.facts import describe
+from moevision.demo.noise import noise_of_training
 from moevision.demo.steps import STEPS
 from moevision.demo.view import Settings
 from moevision.demo.wire import packed
-from moevision.layers import ROUTERS, forward_routing, record_routing
+from moevision.layers import ROUTERS, forward_routing, record_routing, routing_lock
 from moevision.layers.reference import Expert, NoisyTopKRouter
 
 WAYS = {
@@ -201,6 +204,49 @@ def test_noise_is_what_the_routers_draw_in_training(make, pixels, way):
     assert (way == "capacity") == (not all(kept for layer in shown for row in layer["kept"] for kept in row))
 
 
+def elsewhere(act):
+    """What `act` returns in another thread."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(act()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_no_other_request_comes_between_the_noise_and_the_clean_scores(make, pixels, monkeypatch):
+    model, free, computation = make(), [], Heard.computation
+
+    def ask_first(*arguments, **options):
+        free.append(elsewhere(lambda: routing_lock(model.net).acquire(blocking=False)))
+        return computation(*arguments, **options)
+
+    monkeypatch.setattr(Heard, "computation", ask_first)
+    route_image(model, pixels, settings=Settings(noise=1))
+    assert free == [False, False]
+
+
+def test_noise_of_one_model_waits_for_that_of_another(make):
+    entered = threading.Event()
+
+    def enter(model):
+        with noise_of_training(model.net, 2):
+            entered.set()
+
+    thread = threading.Thread(target=enter, args=[make(1)])
+    with noise_of_training(make().net, 1):
+        thread.start()
+        assert not entered.wait(0.2)
+    thread.join()
+    assert entered.is_set()
+
+
+@pytest.mark.parametrize("options", [{"batch_priority": True}, {"route_by": "image", "capacity_group": "batch"}])
+def test_noise_of_a_model_with_a_limit_in_training_alone(make, pixels, options):
+    model = make(capacity_factor=1.25, **options)
+    view = route_image(model, pixels, settings=Settings(noise=1))
+    assert all(layer.computation.noise.any() and layer.kept.all() for layer in view.layers)
+
+
 @torch.no_grad()
 def in_training(model, pixels):
     """What each layer decides where the routers alone are in training, after the seed 3."""
@@ -274,12 +320,39 @@ def test_each_router_says_what_it_does(make, arguments, step, words):
         assert words in router.steps[step]
 
 
+@pytest.mark.parametrize("top_k", [None, 1, 2, 3])
 @pytest.mark.parametrize("way", WAYS)
-def test_weights_add_up_to_1_where_the_words_say_so(make, pixels, way):
-    layer = route_image(shaken(make(**WAYS[way])), pixels).to_json()["layers"][1]
+def test_weights_add_up_to_1_where_the_words_say_so(make, pixels, way, top_k):
+    model = shaken(make(**WAYS[way]))
+    settings = Settings(top_k=top_k if describe(model).max_top_k else None)
+    layer = route_image(model, pixels, settings=settings).to_json()["layers"][1]
     sums = np.array([sum(weights) for weights in layer["weights"] if weights])
-    says = "add up to 1" in layer["steps"]["weights"] or "divided by their sum" in layer["steps"]["weights"]
+    words = layer["steps"]["weights"].replace("needn't add up to 1", "")
+    says = "add up to 1" in words or "divided by their sum" in words
     assert (np.abs(sums - 1).max() < 2e-3) == says
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"eval_capacity_factor": 1.25}, "capacity factor 0.3) turns away the smallest weights"),
+        ({}, "capacity factor 0.3) turns away the smallest weights"),
+        ({"router": "bias_balanced"}, "capacity factor 0.3) turns away the smallest weights"),
+        ({"router": "hash"}, "capacity factor 0.3) turns away the last patches"),
+    ],
+)
+def test_a_limit_that_a_person_sets_is_the_one_that_is_told(make, pixels, arguments, words):
+    view = route_image(make(**arguments), pixels, settings=Settings(capacity=0.3))
+    for layer in view.layers:
+        assert layer.facts.steps["kept"].endswith(f"A full expert ({words}.")
+        assert not layer.kept.all()
+
+
+def test_a_limit_that_has_no_meaning_is_not_told(make, pixels):
+    model = make(router=["vmoe_top_k", "soft"], top_k=[2, 1])
+    limited, soft = route_image(model, pixels, settings=Settings(capacity=0.3)).layers
+    assert "0.3" in limited.facts.steps["kept"]
+    assert soft.facts.steps == describe(model).routers[1].steps
 
 
 def test_parameters_of_a_model_and_of_its_experts(make):

@@ -1,6 +1,7 @@
 """`moevision demo`: safe by default, says what it does, and starts quickly."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -83,6 +84,7 @@ def test_others_may_come_in_when_that_is_said():
         (["--allow-embed", "https://x; script-src *"], "a website's origin"),
         (["--allow-embed", "https://lab.example.org/page"], "a website's origin"),
         (["--port", "99999"], "--port is 99999"),
+        (["--host", "192.0.2.1", "--public"], "--host 192.0.2.1 is no address of this computer"),
         (["no/such/model"], "no/such/model"),
         (["--no-such-option"], "--no-such-option"),
     ],
@@ -267,6 +269,61 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+SERVE = """
+import sys, urllib.request
+from pathlib import Path
+from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.galleries import Galleries
+from moevision.demo.server import Server, Serving
+from moevision.demo.service import Explorer
+home, port, *hosts = sys.argv[1:]
+entries = open_entries(None, DataOptions(), home=Path(home))[:1]
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+for host in hosts:
+    explorer = Explorer(entries, Galleries(entries))
+    with Server(explorer, Serving(host=host, port=int(port), public=True)) as server:
+        print(server.url, opener.open(server.url, timeout=60).status)
+"""
+PROXY = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
+
+
+@pytest.mark.slow
+def test_addresses_of_ipv6_and_a_proxy_that_can_not_be_reached(home, tmp_path):
+    urls = {"127.0.0.1": "127.0.0.1", "0.0.0.0": "localhost"}
+    if has_ipv6():
+        urls |= {"::1": "[::1]", "[::1]": "[::1]", "::": "[::]"}
+    port = str(free_port())
+    run = [sys.executable, "-c", SERVE, str(home), port, *urls]
+    env = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path), **PROXY}
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"http://{name}:{port}/ 200" for name in urls.values()]
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def test_the_address_for_others_is_a_url(monkeypatch):
+    monkeypatch.setattr(
+        launch, "_own_address", lambda family: {socket.AF_INET6: "fe::1", socket.AF_INET: "10.0.0.5"}[family]
+    )
+    for host, address in (
+        ("0.0.0.0", "http://10.0.0.5:7861/"),
+        ("::", "http://[fe::1]:7861/"),
+        ("[::]", "http://[fe::1]:7861/"),
+        ("fe::7", "http://[fe::7]:7861/"),
+        ("[fe::7]", "http://[fe::7]:7861/"),
+    ):
+        monkeypatch.setattr(FakeServer, "share_url", None)
+        assert f"Others open {address}:" in launch.announcement(FakeServer, Serving(host=host, public=True))
 
 
 def test_app_py_takes_the_same_arguments(monkeypatch):

@@ -4,15 +4,18 @@ import base64
 import io
 import json
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from moevision.analysis.effects import class_effect, effect
-from moevision.analysis.images import open_pictures, original_image
+from moevision.analysis.images import View, open_pictures, original_image
 from moevision.analysis.intervention import Intervention
 from moevision.data import SyntheticPets
+from moevision.demo import galleries as galleries_module
 from moevision.demo import route_image
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.demo.examples import Examples, Recent, photo_files
@@ -426,6 +429,47 @@ def test_a_gallery_that_fails_says_why(home, monkeypatch):
     assert "error" not in explorer.answer("route", {"picture": PICTURE})
 
 
+class Slow(View):
+    """Images that take a while to be read."""
+
+    def __init__(self, pictures):
+        classes = pictures.class_names
+        super().__init__(pictures, range(len(pictures)), classes, range(len(classes)), pictures.name)
+        self.asked = threading.Event()
+
+    def image(self, index):
+        self.asked.set()
+        time.sleep(0.05)
+        return super().image(index)
+
+
+def test_a_closed_explorer_reads_no_more_images(home):
+    entry = open_entries(None, DataOptions(), home=home)[0]
+    entry.examples.pictures = slow = Slow(entry.examples.pictures)
+    galleries = Galleries([entry])
+    galleries.start()
+    assert slow.asked.wait(60)
+    start = time.monotonic()
+    galleries.close()
+    assert time.monotonic() - start < 2  # all of them take 20 s
+    assert galleries.gallery(entry, "trained") is None
+
+
+@pytest.mark.parametrize("work", ["collect_routing", "atlas_of"])
+def test_a_closed_explorer_ends_what_it_is_collecting(home, monkeypatch, work):
+    entry = open_entries(None, DataOptions(), home=home)[0]
+    galleries, done = Galleries([entry], limit=32), getattr(galleries_module, work)
+
+    def close_first(*arguments, **options):
+        galleries.stopping.set()
+        return done(*arguments, **options)
+
+    monkeypatch.setattr(galleries_module, work, close_first)
+    galleries.start()
+    assert galleries.wait(60)
+    assert galleries.atlas(entry, "trained") is None  # and no error
+
+
 def stored_atlas(explorer, home, tmp_path, bundle, change):
     """A bundle with an atlas on disk, and what an explorer of it says about experts before and after its galleries."""
     from moevision.demo.atlas import save_atlas
@@ -454,7 +498,8 @@ def test_an_atlas_of_other_pictures_is_not_shown_with_these(explorer, home, tmp_
     def foreign(atlas):
         atlas["layers"][0]["experts"][0]["top"][0][0] = "test/999999"
 
-    _, _, after = stored_atlas(explorer, home, tmp_path, bundle, foreign)
+    _, before, after = stored_atlas(explorer, home, tmp_path, bundle, foreign)
+    assert before is None  # "computing", which the page waits for
     assert after["n_images"] == 32
 
 

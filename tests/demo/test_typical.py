@@ -5,7 +5,7 @@ import pytest
 
 from moevision.data import SyntheticPets
 from moevision.demo.facts import model_input
-from moevision.demo.typical import Typical, measure_typical, picture_statistics, typical_of
+from moevision.demo.typical import Typical, picture_statistics, typical_of
 from moevision.errors import UserError
 
 
@@ -74,15 +74,13 @@ def test_numbers_travel_as_json(typical):
         Typical.from_json({**typical.to_json(), "mean": [0.0]})
 
 
-def test_measure_typical_needs_enough_pictures_of_the_right_size(make):
-    from moevision.analysis.images import open_pictures
-
-    measured = measure_typical(make(), open_pictures("synthetic_pets", 32, split="val", limit=200))
+def test_what_is_typical_needs_enough_pictures_of_the_right_size():
+    measured = typical_of(drawn(200, "val", 32), 32)
     assert (measured.image_size, measured.n_images) == (32, 200)
     with pytest.raises(UserError, match="At least 200"):
-        measure_typical(make(), open_pictures("synthetic_pets", 32, split="val", limit=199))
+        typical_of(drawn(199, "val", 32), 32)
     with pytest.raises(UserError, match="32 px"):
-        measure_typical(make(), open_pictures("synthetic_pets", 64, split="val", limit=200))
+        typical_of(drawn(200, "val", 64), 32)
 
 
 def test_every_picture_the_same_is_no_division_by_zero():

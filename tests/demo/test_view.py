@@ -13,7 +13,7 @@ import moevision
 from moevision.analysis.intervention import Intervention
 from moevision.data.transforms import normalize
 from moevision.demo import route_image
-from moevision.demo.facts import LayerFacts, describe
+from moevision.demo.facts import LayerFacts, describe, model_input
 from moevision.demo.view import LayerView, Settings
 from moevision.errors import UserError
 from moevision.models.io import SavedModel, save_model
@@ -135,6 +135,32 @@ def test_every_kind_of_picture_gives_the_same_view(model, pixels, tmp_path):
     assert all(view["layers"] == views[0]["layers"] for view in views)
     # Without the folders that lead to it: a view is made to be shown to others.
     assert [view["picture"]["name"] for view in views] == ["one image", "one image", "bear.png", "bear.png"]
+
+
+def odd_images():
+    """Files that a bare conversion to RGB gets wrong: on its side, with hidden colours, with 16 bits."""
+    half = np.zeros((48, 64, 3), np.uint8)
+    half[:, :32] = 250
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    hidden = np.dstack([half, np.zeros((48, 64), np.uint8)])
+    yield "side.jpg", Image.fromarray(half), {"exif": exif}
+    yield "hidden.png", Image.fromarray(hidden), {}
+    yield "deep.png", Image.fromarray(np.full((48, 64), 30_000, np.uint16)), {}
+
+
+def test_an_open_image_is_seen_as_its_file_is(tmp_path):
+    for name, image, options in odd_images():
+        image.save(tmp_path / name, **options)
+        assert np.array_equal(model_input(Image.open(tmp_path / name), 32), model_input(tmp_path / name, 32)), name
+    with pytest.raises(UserError, match="pixel format F has no agreed range"):
+        model_input(Image.new("F", (32, 32)), 32)
+
+
+def test_a_panorama_is_refused_with_the_size_of_its_file(tmp_path):
+    Image.new("RGB", (4800, 160)).save(tmp_path / "pano.jpg")
+    with pytest.raises(UserError, match="it has 4800 × 160 px"):
+        model_input(tmp_path / "pano.jpg", 32)
 
 
 def test_a_model_by_its_folder(model, pixels, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moevision import UserError, convert_to_moe, forward_routing
+from moevision import UserError, VisionTransformerMoE, convert_to_moe, dense_twin, forward_routing
 from moevision.data.transforms import normalize
 from moevision.layers import ROUTERS, moe_layers
 from moevision.models.io import SavedModel, load_model, save_model
@@ -123,7 +124,68 @@ def test_a_model_converted_in_python_with_everything(tmp_path: Path) -> None:
     equal_after_a_round_trip(trained(net), tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [("test_vit_moe", {}), ("vit_moe", DEIT)], ids=["own name", "DeiT"])
+OWN_NAMES = {"own name": ("test_vit_moe", {}), "DeiT": ("vit_moe", DEIT)}
+GIVEN = {"num_experts": 4, "top_k": 2, "router": "vmoe_top_k", "noise": "fixed", "drop_path_rate": 0.1}
+
+
+@pytest.mark.parametrize("options", [{"num_experts": 3, "top_k": 1}, {"router": "soft", "num_shared_experts": 1}])
+@pytest.mark.parametrize("arguments", OWN_NAMES.values(), ids=OWN_NAMES)
+@pytest.mark.parametrize("dense", ["no layers", "active_flops", "total_params"])
+def test_a_dense_model_under_a_name_of_ours_is_converted(
+    dense: str, arguments: tuple[str, dict[str, object]], options: dict[str, object], tmp_path: Path
+) -> None:
+    """Its record spoke of the dense model, and the saved folder could not be loaded."""
+    name, base = arguments
+    net = timm.create_model(
+        name, num_classes=5, **GIVEN, **base, **({"moe_layers": []} if dense == "no layers" else {})
+    )
+    net = net if dense == "no layers" else dense_twin(net, dense)
+    assert convert_to_moe(net, "every2", **options) is net
+    back = equal_after_a_round_trip(trained(net), tmp_path)
+    assert back.net.pretrained_cfg["architecture"] == name
+    with pytest.raises(UserError, match="has experts already: convert all layers in one call"):
+        convert_to_moe(net, [0])
+
+
+def test_a_twin_whose_other_widths_no_name_builds_is_left_as_it_was() -> None:
+    twin = dense_twin(timm.create_model("test_vit_moe"), "total_params")
+    before = [block.mlp for block in twin.blocks]
+    with pytest.raises(UserError, match="convert all of those blocks"):
+        convert_to_moe(twin, [3])
+    assert [block.mlp for block in twin.blocks] == before
+
+
+def test_a_twin_that_is_given_no_experts_stays_a_twin(tmp_path: Path) -> None:
+    net = convert_to_moe(dense_twin(timm.create_model("test_vit_moe", num_classes=5), "total_params"), []).eval()
+    save_model(as_saved(net), tmp_path)
+    assert torch.equal(load_model(str(tmp_path)).net(images()), net(images()))
+
+
+def test_a_conversion_that_fails_changes_nothing() -> None:
+    vit = timm.create_model("test_vit")
+    before = [block.mlp for block in vit.blocks]
+    with pytest.raises(UserError, match="top_k=2 does not fit num_experts=1"):
+        convert_to_moe(vit, "all", num_experts=[8] * (len(before) - 1) + [1], top_k=2)
+    assert [block.mlp for block in vit.blocks] == before
+
+
+def test_a_model_without_a_name_is_not_saved(tmp_path: Path) -> None:
+    net = VisionTransformerMoE(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    with pytest.raises(UserError, match="VisionTransformerMoE can't be saved: it has no timm name"):
+        save_model(as_saved(net), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("what", ["patch_embed.backbone.0.bn.running_mean", "blocks.3.mlp.router.bias"])
+def test_statistics_that_are_no_numbers_are_refused(what: str, tmp_path: Path) -> None:
+    net = timm.create_model("test_vit_moe", num_classes=5, router="bias_balanced")
+    net.state_dict()[what][0] = torch.nan
+    save_model(as_saved(net), tmp_path)
+    with pytest.raises(UserError, match=f"its weight {re.escape(what)} holds NaN"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("arguments", OWN_NAMES.values(), ids=OWN_NAMES)
 def test_soft_keeps_its_slots_at_another_image_size(arguments: tuple[str, dict[str, object]], tmp_path: Path) -> None:
     """K · tokens / E slots at 32 px (8 for 16 tokens, 9 for 17, rounded up) stay so many at 64 and at 96 px."""
     name, base = arguments

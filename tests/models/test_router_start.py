@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from moevision import UserError, convert_to_moe, forward_routing
 from moevision.layers import CosineRouter, moe_layers
+from moevision.models.reading import routes_read
 from moevision.models.upcycle import spherical_kmeans, start_routers, step0_gap, upcycle
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 3}
@@ -137,3 +138,16 @@ def test_a_layer_in_training_mode_is_clustered_without_its_noise(dense):
     twin = convert_to_moe(timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k")
     twin.load_state_dict(net.state_dict())
     assert start_routers(net.train(), [images()]) == start_routers(twin.eval(), [images()])
+
+
+def test_each_part_stays_in_its_own_mode():
+    """A block that is held in evaluation, as a frozen one is, was in training afterwards."""
+    net = convert_to_moe(timm.create_model("vit_tiny_patch16_224", **SMALL), "every2", EXPERTS, router="vmoe_top_k")
+    net.train().blocks[0].eval()
+    modes = [module.training for module in net.modules()]
+    start_routers(net, [images()])
+    assert [module.training for module in net.modules()] == modes
+    step0_gap(net, net, images())
+    assert [module.training for module in net.modules()] == modes
+    routes_read(net)
+    assert [module.training for module in net.modules()] == modes

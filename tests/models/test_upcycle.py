@@ -222,7 +222,7 @@ def test_a_dense_twin_of_ours_is_upcycled_under_its_own_name(match: Any, tmp_pat
     assert loaded.pretrained_cfg["architecture"] == "test_vit_moe"
     assert torch.equal(loaded(images()), up(images()))
     if match == "total_params":
-        with pytest.raises(UserError, match="upcycle all of those blocks"):
+        with pytest.raises(UserError, match="convert all of those blocks"):
             upcycle(tmp_path / "twin", layers=[3])
 
 

@@ -1,8 +1,10 @@
 """The models keep timm's contract and reduce to timm's ViT."""
 
 import copy
+import math
+import re
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import timm
@@ -296,15 +298,42 @@ def test_what_does_not_fit_is_said(options: dict[str, object], message: str) -> 
         timm.create_model("test_vit_moe", **options)
 
 
+@pytest.mark.parametrize("name", ["patch_size", "embed_dim", "depth", "num_heads", "expert_hidden"])
+@pytest.mark.parametrize("value", [0, -4])
+def test_sizes_that_can_not_be_are_refused_by_name(name: str, value: int) -> None:
+    with pytest.raises(UserError, match=f"{name}={value} does not fit: it must be at least 1"):
+        MoEConfig("test_vit_moe", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"expert_hidden": [16, 0]}, "expert_hidden=0 does not fit: it must be at least 1"),
+        ({"num_shared_experts": -1}, "num_shared_experts=-1 does not fit: it must be at least 0"),
+        ({"mlp_ratio": -1}, "mlp_ratio=-1 does not fit: it must be greater than 0"),
+        ({"mlp_ratio": math.inf}, "mlp_ratio=inf does not fit"),
+        ({"proj_drop_rate": 2}, "proj_drop_rate=2 does not fit: it must be at least 0 and less than 1"),
+        ({"expert_drop": 3}, "expert_drop=3 does not fit"),
+        ({"patch_drop_rate": 1}, "patch_drop_rate=1 does not fit"),
+        ({"drop_path_rate": math.nan}, "drop_path_rate=nan does not fit"),
+    ],
+)
+def test_numbers_that_can_not_be_are_refused_by_name(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        MoEConfig("test_vit_moe", **options)
+
+
 def test_models_that_cannot_be_converted() -> None:
     with pytest.raises(UserError, match="no transformer blocks"):
         convert_to_moe(nn.Linear(3, 3))
-    with pytest.raises(UserError, match="Block 1 of VisionTransformerMoE has experts already"):
+    with pytest.raises(UserError, match="VisionTransformerMoE has experts already"):
         convert_to_moe(timm.create_model("test_vit_moe"))
     with pytest.raises(UserError, match="can't be converted"):
         convert_to_moe(timm.create_model("eva02_tiny_patch14_224", img_size=28))
     with pytest.raises(UserError, match="not a MoE model"):
         dense_twin(timm.create_model("test_vit"))
+    with pytest.raises(UserError, match="not a MoE model"):
+        dense_twin(dense_twin(timm.create_model("test_vit_moe"), "total_params"))
 
 
 def test_reentrant_checkpointing_is_refused() -> None:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from moevision.analysis.collect import evaluating, network_input
+from moevision.analysis.collect import network_input
 from moevision.analysis.images import data_settings
 from moevision.data import ImageDataModule
 from moevision.data.doubt import class_doubt
@@ -38,6 +38,7 @@ from moevision.data.scores import SCORES, Floats, Ints, Scores, keys_of, rows_of
 from moevision.data.sources import SPLITS, Collection, Sample
 from moevision.data.transforms import Pixels, square_pixels
 from moevision.errors import UserError
+from moevision.layers.routing import evaluating
 from moevision.limits import usable_cores
 from moevision.models.io import SavedModel, best_device
 from moevision.names import csv_name
