@@ -98,11 +98,7 @@ class Serving:
                 f"{way} lets other people use the explorer on this computer: add --auth USER:PASS, or --public if "
                 "anyone may."
             )
-        try:  # gradio would try a hundred ports there, for seconds each
-            for family, kind, _, _, address in socket.getaddrinfo(self.bare_host or None, 0, type=socket.SOCK_STREAM):
-                with socket.socket(family, kind) as probe:
-                    probe.bind(address)
-        except OSError as error:
+        if (error := _why_not_own(self.bare_host)) is not None:  # gradio would try a hundred ports, for seconds each
             raise UserError(f"--host {self.host} is no address of this computer ({error}): give another.") from error
 
     def known(self, name: str) -> bool:
@@ -211,6 +207,22 @@ class Server(AbstractContextManager["Server"]):
         self._page.close(verbose=False)
         self._gate.close()
         self.explorer.close()
+
+
+def _why_not_own(host: str) -> OSError | None:
+    """Why nothing can listen at any of a host's addresses: a computer without IPv6 may list ::1 for its own name."""
+    error = None
+    try:
+        for family, kind, _, _, address in socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM):
+            try:
+                with socket.socket(family, kind) as probe:
+                    probe.bind(address)
+                    return None
+            except OSError as refused:
+                error = error or refused
+    except OSError as unknown:
+        return unknown
+    return error
 
 
 def in_url(host: str) -> str:

@@ -95,6 +95,16 @@ def test_mistakes_in_one_sentence(arguments, words, cli):
     assert words in outcome.err
 
 
+def test_a_name_with_one_address_that_can_be_used_will_do(monkeypatch):
+    """Without IPv6, /etc/hosts often lists ::1 for localhost all the same, before 127.0.0.1."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("192.0.2.1", "127.0.0.1")]
+    monkeypatch.setattr(launch.socket, "getaddrinfo", lambda *_, **__: found)
+    Serving(host="localhost").check()
+    monkeypatch.setattr(launch.socket, "getaddrinfo", lambda *_, **__: found[:1])
+    with pytest.raises(UserError, match="no address of this computer"):
+        Serving(host="localhost").check()
+
+
 @pytest.mark.parametrize(
     ("serving", "name", "expected"),
     [
