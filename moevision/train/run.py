@@ -130,7 +130,8 @@ def _train_twin(
     cli: TrainingCLI, session: Session, command: Sequence[str], result: RunResult | None
 ) -> RunResult | None:
     start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir), session).plain()))
-    options = ["--model.arch.twin", "active_flops", "--without-twin"]
+    seed = cli._get(cli.config, "seed_everything")  # the one that was drawn, where `true` asked for it
+    options = ["--model.arch.twin", "active_flops", "--without-twin", f"--seed_everything={str(seed).lower()}"]
     if (divided := MoEParallelStrategy.of(cli.trainer)) is not None and divided.expert > 1:
         options += ["--parallel.expert", "1"]  # it has no experts
     twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
