@@ -56,6 +56,9 @@ from moevision.train.start import weights_file
 from moevision.train.strategy import MoEParallelStrategy
 from moevision.train.task import ClassificationTask
 
+# A disk without room, or one on which this user may have no more; Windows lacks the latter.
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
 
 def run(verb: str, arguments: Sequence[str]) -> None:
     """Run `fit`, `validate` or `test` with command-line arguments.
@@ -82,10 +85,11 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         )
         raise
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _FULL:
             raise
         command = session.resume_command
-        raise UserError(f"The disk is full: make room, then go on with {command or 'the same command'}.") from error
+        what = "The disk" if error.errno == errno.ENOSPC else "Your quota of the disk"
+        raise UserError(f"{what} is full: make room, then go on with {command or 'the same command'}.") from error
     except RuntimeError as error:
         if not several_processes() or "by peer" not in str(error):  # gloo's words for a connection that has gone
             raise
