@@ -18,7 +18,7 @@ import sys
 import warnings
 from argparse import SUPPRESS, Action, HelpFormatter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -736,7 +736,7 @@ class TrainingCLI(LightningCLI):
         records = self._get(self.config, "record_routing")["images"] is not None
         check_fit(self.trainer, self.model, self.datamodule, records=records)
         if self._get(self.config, "check_memory"):
-            check_memory(self.model, self.trainer)
+            check_memory(self.model, self.trainer, goes_on=not self._fresh)
 
     def _prepare_weights(self) -> float:
         """Fit head and routers to a pretrained start; seconds that it took."""
@@ -748,14 +748,18 @@ class TrainingCLI(LightningCLI):
         return self.stopwatch.run_s - began_s
 
     def _print_plan(self, before_s: float) -> None:
-        with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+        with self._memory_advice():
             steps_s = None if self._divided else expected_seconds(self.model, self.datamodule, self.trainer)
             self.expected_s = None if steps_s is None else before_s + steps_s
-            needed = describe_memory(self.model, self.datamodule, self.trainer)
+            needed = describe_memory(self.model, self.datamodule, self.trainer, goes_on=not self._fresh)
             print(describe_plan(self.model, self.datamodule, self.trainer, steps_s, needed, before_s))
             if (line := describe_parallel(self.trainer, self.model.net)) is not None:
                 print(line)
         print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
+
+    def _memory_advice(self) -> AbstractContextManager[None]:
+        batch, accumulated = self.datamodule.batch_size, self.trainer.accumulate_grad_batches
+        return memory_advice(batch, accumulated, goes_on=not self._fresh)
 
     def _keep_the_step(self) -> None:
         """On another number of processes: sum the gradients of as many batches as make a step of as many images."""
@@ -843,7 +847,7 @@ class TrainingCLI(LightningCLI):
         kwargs["ckpt_path"] = None if self.start is None else self.start.checkpoint
         strategy = self._get(self.config, "trainer")["strategy"]
         try:
-            with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+            with self._memory_advice():
                 self.trainer.fit(**kwargs, weights_only=True)
         except Exception as error:  # a class of Lightning's fails in every type on arguments that don't fit
             if self.point.began or isinstance(strategy, str) or isinstance(error, (UserError, OSError)):

@@ -450,11 +450,12 @@ def _has_idle_nvidia_card() -> bool:
 
 
 @contextmanager
-def memory_advice(batch_size: int, accumulated: int) -> Iterator[None]:
+def memory_advice(batch_size: int, accumulated: int, *, goes_on: bool = False) -> Iterator[None]:
     """Turn "out of memory" into advice that trains nearly alike: half the batch, twice the accumulation.
 
     The gradient of the cross-entropy and of the z loss stays the same; that of the other balance losses is approximate
     (`moevision.losses.AuxLoss`), and BatchNorm, as in the convolutional stem, normalises each micro-batch on its own.
+    A training that goes on keeps its batch, and a batch of one image has no half: there blocks are computed again.
 
     Raises:
         UserError: if memory runs out, on whatever device.
@@ -465,11 +466,13 @@ def memory_advice(batch_size: int, accumulated: int) -> Iterator[None]:
         text = str(error).lower()  # CUDA has a class for it; MPS and CPU only say so
         if "out of memory" not in text and "can't allocate memory" not in text:
             raise
-        raise UserError(
-            f"Memory is too small for a batch of {batch_size}: use --data.batch_size {max(1, batch_size // 2)} "
-            f"--trainer.accumulate_grad_batches {2 * accumulated}, which trains nearly alike (balance losses and "
-            "BatchNorm see the batch in parts)."
-        ) from error
+        advice = (
+            f"use --data.batch_size {batch_size // 2} --trainer.accumulate_grad_batches {2 * accumulated}, which "
+            "trains nearly alike (balance losses and BatchNorm see the batch in parts)."
+        )
+        if goes_on or batch_size == 1:
+            advice = "use --model.grad_checkpointing true, which takes more time, or a device with more memory."
+        raise UserError(f"Memory is too small for a batch of {batch_size}: {advice}") from error
 
 
 def describe_model(task: ClassificationTask) -> str:

@@ -37,7 +37,7 @@ from moevision.train.cli import quiet_lightning
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import random_state, restore_random_state
 from moevision.train.recipe import take
-from moevision.train.resume import CheckpointConfig, Session, changed_options, claim, recorded_config, release
+from moevision.train.resume import CheckpointConfig, Session, changed_options, claim, is_free, recorded_config, release
 from moevision.train.task import ClassificationTask
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv", "scores.csv")
@@ -207,6 +207,18 @@ def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
     assert notes[0] == "--data.num_workers was 0, now 1"
     assert "num_workers: 0" in (interrupted / "config.yaml").read_text()
     assert "num_workers: 1" in (interrupted / "config-2.yaml").read_text()
+
+
+def test_where_memory_is_too_small_what_may_change_is_named(cli, interrupted, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("moevision.train.recipe.seconds_per_batch", fail)
+    outcome = cli("fit", "--resume", interrupted)
+    assert outcome.code == 2
+    options = re.findall(r"--([\w.]+)", outcome.err.splitlines()[-1])
+    assert options
+    assert all(map(is_free, options))
 
 
 def test_the_next_command_says_the_changes_again(whole):
