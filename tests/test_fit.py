@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 import moevision
@@ -116,7 +117,7 @@ def test_summary_has_loads_twin_and_next_commands(tiny_run):
     for command in (
         f"moevision predict {tiny_run}/model IMAGE_OR_FOLDER",
         f"moevision info {tiny_run}/model",
-        f"moevision test --config {tiny_run}/config.yaml --ckpt_path {tiny_run}/checkpoints/best.ckpt",
+        f"moevision test --ckpt_path {tiny_run}/checkpoints/best.ckpt",
     ):
         assert command in summary
     assert "train: 25 images, cut from all images at random by class, seed 0." in summary
@@ -212,11 +213,13 @@ def test_evaluation_takes_the_images_of_the_run(cli, tiny_run, tmp_path, monkeyp
 def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path):
     """What is typed comes after the run's own and so wins; another --config takes its place."""
     own, checkpoint = str(tiny_run / "config.yaml"), str(tiny_run / "checkpoints" / "best.ckpt")
+    alone = ["--trainer.devices=1", "--trainer.num_nodes=1"]
     given = ["--ckpt_path", checkpoint, "--data.batch_size=4"]
-    assert expand_arguments("test", given) == ["--config", own, *given]
+    assert expand_arguments("test", given) == ["--config", own, *alone, *given]
     assert expand_arguments("test", [str(drawn_pets), *given]) == [
         "--config",
         own,
+        *alone,
         *given,
         "--data.path",
         str(drawn_pets),
@@ -225,7 +228,8 @@ def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path
     assert expand_arguments("test", ["quickstart", *given])[2:] == given
     monkeypatch.chdir(tmp_path)
     Path("quickstart").mkdir()  # a folder of images that has the name of a recipe
-    assert expand_arguments("test", ["quickstart", *given]) == ["--config", own, *given, "--data.path", "quickstart"]
+    named = expand_arguments("test", ["quickstart", *given])
+    assert named == ["--config", own, *alone, *given, "--data.path", "quickstart"]
     assert expand_arguments("test", ["pics", "--ckpt_path", f"{tiny_run}/model/best.ckpt"])[:2] == [
         "--data.path",
         "pics",
@@ -236,6 +240,16 @@ def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path
         expand_arguments("test", [])
     with pytest.raises(UserError, match=r"There is no config.yaml in .*typo: correct --ckpt_path"):
         expand_arguments("test", ["--ckpt_path", "typo/checkpoints/best.ckpt"])
+
+
+def test_a_run_of_many_processes_is_evaluated_by_one(cli, tiny_run):
+    """On whatever machine; `--trainer.num_nodes` isn't among the options of `test`."""
+    run = Path(shutil.copytree(tiny_run, "runs/many"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"] |= {"devices": 2, "num_nodes": 2, "strategy": "ddp"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    outcome = cli("test", "--ckpt_path", run / "checkpoints" / "best.ckpt", "--runs_root=again")
+    assert outcome.code == 0, outcome.err
 
 
 def unfinished_copy(run: Path) -> Path:

@@ -35,8 +35,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 
 from moevision.data import ImageDataModule
+from moevision.data.sources import DATASET_NAMES
+from moevision.data.tables import HF
 from moevision.errors import USER_ERROR, DataWarning, UserError
-from moevision.files import sync_file, sync_folder
+from moevision.files import newest_config, sync_file, sync_folder
 from moevision.layers import moe_layers
 from moevision.models.config import build_model, dense_start, keep_start
 from moevision.models.safe_files import parse_yaml, read_yaml
@@ -671,8 +673,7 @@ class TrainingCLI(LightningCLI):
         self._check_trainer()
         self._choose_order()
         self.datamodule.run_dir = self._split_folder()
-        with self.session.processes.first_one_first():
-            self.datamodule.setup("fit")
+        self._read_data()
         self._keep_the_step()
         self._build()
         while self.session.lines:  # the twin says nothing of its start, which is the run's
@@ -703,6 +704,17 @@ class TrainingCLI(LightningCLI):
                 f"Gradients are clipped by their global norm alone: leave out --trainer.gradient_clip_algorithm "
                 f"{algorithm}."
             )
+
+    def _read_data(self) -> None:
+        data = self.datamodule
+        try:
+            with self.session.processes.first_one_first():
+                data.setup(str(self.subcommand))
+        except UserError as error:
+            known = data.path in DATASET_NAMES or data.path.startswith(HF) or Path(data.path).expanduser().exists()
+            if known or (self.subcommand == "fit" and self._fresh):
+                raise
+            raise UserError(f"{str(error).rstrip('.')}; --data.path says where the run's images are now.") from error
 
     @property
     def _fresh(self) -> bool:
@@ -900,7 +912,7 @@ class TrainingCLI(LightningCLI):
 
     def _refuse_other_images(self, table: Path) -> None:
         """Raise a UserError where the images that a run's splits.csv lists aren't those that were asked for."""
-        config = table.with_name("config.yaml")
+        config = newest_config(table.parent)
         path, asked = (str(read_yaml(config)["data"]["path"]) if config.is_file() else ""), self.datamodule.path
         if path and not self.datamodule.is_of_run(table, path):
             model, folder = (shlex.quote(str(each)) for each in (table.with_name("model"), asked))

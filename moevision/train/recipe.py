@@ -28,6 +28,7 @@ from moevision.data.sources import open_collection, walk
 from moevision.data.tables import HF, count_rows
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
+from moevision.files import newest_config
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
 from moevision.models.architecture import architectures_of
@@ -196,13 +197,17 @@ def run_of_checkpoint(checkpoint: str) -> Path:
 
 
 def _own_config(arguments: Sequence[str]) -> list[str]:
-    """The config of the run whose checkpoint is named, if nothing else says how to read images for it."""
+    """The config of the run whose checkpoint is named, if nothing else says how to read images for it.
+
+    One process evaluates, unless more are asked for: this may be another machine than that of the training.
+    """
     checkpoint = value_of(arguments, "--ckpt_path")
     if not checkpoint or value_of(arguments, "--config", "-c") is not None:
         return []
-    folder = Path(os.path.abspath(checkpoint)).parent
-    config = folder.parent / "config.yaml"
-    return ["--config", str(config)] if folder.name == "checkpoints" and config.is_file() else []
+    run_dir = run_of_checkpoint(checkpoint)
+    if Path(os.path.abspath(checkpoint)).parent.name != "checkpoints" or not (run_dir / "config.yaml").is_file():
+        return []
+    return ["--config", str(newest_config(run_dir)), "--trainer.devices=1", "--trainer.num_nodes=1"]
 
 
 def take(arguments: Sequence[str], *options: str, needs: str = "") -> tuple[str | None, list[str]]:
@@ -306,8 +311,8 @@ def choose_recipe(
     if asked is None and (not few or named_model is not None):
         asked = NONE
     own_model = named_model in _MODEL[:2]  # a name, a base
-    if named and path != "synthetic_pets" and asked != NONE and value_of(given, "--data.download") in (None, "false"):
-        # Before weights are asked for or fetched: a dataset that isn't there needs none.
+    if path != "synthetic_pets" and asked != NONE and value_of(given, "--data.download") in (None, "false"):
+        # Before weights are asked for or fetched: images that aren't there, or can't be read, need none.
         root = value_of(given, "--data.root") or "data"
         open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={})
     weights, line = choose_start(asked, images, value_of(given, "--model.arch.base"))

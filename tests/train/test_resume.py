@@ -25,6 +25,7 @@ from jsonargparse import Namespace
 
 import moevision
 from benchmarks.reliability import resume as matrix
+from moevision.analysis.images import find_images
 from moevision.data import ImageDataModule
 from moevision.data.loader import PositionSampler
 from moevision.errors import UserError
@@ -294,8 +295,15 @@ def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, se
     with (moved / "splits.csv").open(newline="") as file:
         gone = next(row["path"] for row in csv.DictReader(file) if row["split"] == "test")
     (pets / gone).unlink()
+    pets = Path(shutil.move(pets, "photos"))
     outcome = cli("fit", "--resume", moved)
+    assert outcome.code == 2
+    assert outcome.err.endswith("; --data.path says where the run's images are now.\n")
+    outcome = cli("fit", "--resume", moved, "--data.path", pets)
     assert outcome.code == 0, outcome.err
+    (command,) = re.findall(r"^    moevision (test .*)$", (moved / "summary.md").read_text(), re.MULTILINE)
+    assert cli(*shlex.split(command)).code == 0
+    assert find_images(str(moved)).path == "photos"
     assert "the list of images is another one" in outcome.err
     scores = [state["best_model_score"] for state in _checkpoint_states(moved / "checkpoints" / "last.ckpt")]
     assert scores
