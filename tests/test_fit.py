@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 import moevision
+from moevision.data.sources import holds
 from moevision.errors import UserError
 from moevision.train import recipe
 from moevision.train.recipe import choose_recipe, expand_arguments
@@ -310,6 +311,27 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
 def option(options, name):
     (value,) = [text.split("=", 1)[1] for text in options if text.startswith(f"--{name}=")]
     return value
+
+
+@pytest.mark.parametrize("where", ["beside", "afresh"])
+def test_a_run_folder_among_the_images_is_refused(cli, tiny, drawn_pets, monkeypatch, where):
+    monkeypatch.chdir(shutil.copytree(drawn_pets, "photos"))
+    outcome = cli("fit", ".", *tiny, *(["--resume=auto"] if where == "afresh" else []))
+    assert outcome.code == 2
+    assert (
+        "runs/photos would become part of the images in .: start elsewhere, or give another --runs_root" in outcome.err
+    )
+    assert not Path("runs").exists()
+
+
+def test_images_below_a_run_are_not_always_read(draw):
+    """Those beside train and val are left out, and so are hidden folders."""
+    draw(Path("split/train"), per_class=1)
+    draw(Path("plain"), per_class=1)
+    assert holds("split", Path("split/train/runs/a"))
+    assert holds("./plain", Path("plain/cat/runs"))
+    for path, place in (("split", "split/runs/a"), ("plain", "plain/.runs/a"), ("plain", "runs/a"), ("cifar10", "a")):
+        assert not holds(path, Path(place))
 
 
 def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):

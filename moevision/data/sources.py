@@ -371,6 +371,20 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return {split: found[split] for split in SPLITS if split in found}
 
 
+def holds(path: str, place: Path) -> bool:
+    """Whether images at `place`, which needn't exist, belong to the folder of images at `path`."""
+    from moevision.data import shards, tables  # which import this module
+
+    root = Path(path).expanduser().resolve()
+    if path in DATASET_NAMES or not root.is_dir() or shards.is_shards(root) or tables.is_saved_dataset(root):
+        return False
+    for folder in _split_folders(root).values() or [root]:
+        if place.resolve().is_relative_to(folder):
+            below = place.resolve().relative_to(folder).parts
+            return bool(below) and below[0][0] not in "._@"
+    return False
+
+
 def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]) -> dict[str, list[str]]:
     """Image files of every class folder, searched to any depth, as sorted paths relative to ``root``.
 

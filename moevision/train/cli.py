@@ -71,6 +71,7 @@ from moevision.train.recipe import (
     expected_seconds,
     memory_advice,
     new_run_folder,
+    refuse_among_images,
     run_name,
     run_of_checkpoint,
 )
@@ -564,8 +565,13 @@ class TrainingCLI(LightningCLI):
             self.run_dir = self.start.run_dir
         else:
             name, root = name if verb == "fit" else f"{name}-{verb}", Path(self._get(self.config, "runs_root"))
-            new = self.session.processes.decide(lambda: str(self.session.claim(new_run_folder(name, root))))
-            self.run_dir = Path(new)
+            images = self._get(self.config, "data")["path"]
+
+            def new() -> str:
+                refuse_among_images(root / name, images)
+                return str(self.session.claim(new_run_folder(name, root)))
+
+            self.run_dir = Path(self.session.processes.decide(new))
         trainer_config = self._get(self.config_init, "trainer")
         if verb == "fit":  # one process suffices to evaluate
             kwargs |= self._get(self.config_init, "parallel").strategy(trainer_config.get("strategy"))

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from moevision.data.images import is_image_path
 from moevision.data.shards import find_index, is_shards
-from moevision.data.sources import open_collection, walk
+from moevision.data.sources import holds, open_collection, walk
 from moevision.data.tables import HF, count_rows
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
@@ -89,6 +89,15 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
             ) from error
         return folder
     raise UserError(f"There are 10,000 runs named {name!r} in {root}: choose another --name.")
+
+
+def refuse_among_images(run_dir: Path, data: str) -> None:
+    """Raise a UserError where a run folder would be read as part of the images that it is made for."""
+    if holds(data, run_dir):
+        raise UserError(
+            f"The run folder {run_dir} would become part of the images in {data}: start elsewhere, or give another "
+            "--runs_root, such as ../runs."
+        )
 
 
 def run_name(data: str) -> str:

@@ -45,7 +45,7 @@ from moevision.train.processes import (
     restore_random_state,
     tell,
 )
-from moevision.train.recipe import epoch_batches, expand_arguments, run_name, take, value_of
+from moevision.train.recipe import epoch_batches, expand_arguments, refuse_among_images, run_name, take, value_of
 from moevision.train.sharded import file_with_rest
 
 OPTION, AUTO = "--resume", "auto"
@@ -632,6 +632,8 @@ class Session:
             return asked, changed
 
         def find() -> dict[str, Any]:
+            if automatic:
+                refuse_among_images(run_dir, config.fit.data.path)
             known = (run_dir / "config.yaml").is_file()
             if known and is_finished(run_dir, with_twin=bool(config.fit.with_twin)):
                 compare()  # nothing that asks for another training passes for done
