@@ -334,6 +334,15 @@ def test_images_below_a_run_are_not_always_read(draw):
         assert not holds(path, Path(place))
 
 
+def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
+    """They may be 88 MB; on a terminal somebody would be asked whether to fetch them."""
+    monkeypatch.setattr(recipe, "choose_start", lambda *_: pytest.fail("looked for weights"))
+    with pytest.raises(UserError, match="there is no folder nofolder"):
+        choose_recipe("nofolder", "auto")
+    with pytest.raises(UserError, match="only one class folder"):
+        choose_recipe(str(draw(Path("photos"), classes=("cat",))))
+
+
 def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
     monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 8 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -323,7 +323,8 @@ def choose_recipe(
     if path != "synthetic_pets" and asked != NONE and value_of(given, "--data.download") in (None, "false"):
         # Before weights are asked for or fetched: images that aren't there, or can't be read, need none.
         root = value_of(given, "--data.root") or "data"
-        open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={})
+        columns = value_of(given, "--data.image_column"), value_of(given, "--data.label_column")
+        open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={}, columns=columns)
     weights, line = choose_start(asked, images, value_of(given, "--model.arch.base"))
     if line:
         say(line)
