@@ -343,6 +343,23 @@ def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
         choose_recipe(str(draw(Path("photos"), classes=("cat",))))
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "limit_train_batches=0.01",
+        "limit_val_batches=0.01",
+        "limit_test_batches=0.01",
+        "val_check_interval=500",
+    ],
+)
+def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option):
+    """Lightning finds them out when training begins, or when it has ended."""
+    outcome = cli("fit", drawn_pets, *tiny, f"--trainer.{option}")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith(f"moevision: --trainer.{option.replace('=', ' ')}")
+    assert not list(Path("runs").glob("*"))
+
+
 def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
     monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 8 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

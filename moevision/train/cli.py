@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -68,6 +69,7 @@ from moevision.train.recipe import (
     accelerator_of,
     default_precision,
     describe_plan,
+    epoch_batches,
     expected_seconds,
     memory_advice,
     new_run_folder,
@@ -681,6 +683,8 @@ class TrainingCLI(LightningCLI):
         self.datamodule.run_dir = self._split_folder()
         self._read_data()
         self._keep_the_step()
+        self._check_limits("train", "val", "test")
+        self._check_interval()
         self._build()
         while self.session.lines:  # the twin says nothing of its start, which is the run's
             line = self.session.lines.pop(0)
@@ -721,6 +725,26 @@ class TrainingCLI(LightningCLI):
             if known or (self.subcommand == "fit" and self._fresh):
                 raise
             raise UserError(f"{str(error).rstrip('.')}; --data.path says where the run's images are now.") from error
+
+    def _check_limits(self, *splits: str) -> None:
+        """Refuse what Lightning would refuse later, after the training even: shares of these splits without a batch."""
+        trainer, data = self.trainer, self.datamodule
+        for split in splits:
+            batches = ceil(sum(data.class_counts.get(split, {}).values()) / (data.batch_size * trainer.world_size))
+            batches = data.train_batches(trainer.world_size) if split == "train" else batches
+            limit = getattr(trainer, f"limit_{split}_batches")
+            if isinstance(limit, float) and 0 < limit * batches < 1:
+                raise UserError(f"--trainer.limit_{split}_batches {limit} leaves none of {batches} batches: raise it.")
+
+    def _check_interval(self) -> None:
+        """Refuse to validate after more batches than an epoch has."""
+        trainer, batches = self.trainer, epoch_batches(self.datamodule, self.trainer)
+        interval = trainer.val_check_interval
+        if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and interval > batches:
+            raise UserError(
+                f"--trainer.val_check_interval {interval} is more than the {batches} batches of an epoch: lower it, or "
+                "count over epochs, with --trainer.check_val_every_n_epoch null."
+            )
 
     @property
     def _fresh(self) -> bool:
@@ -868,7 +892,11 @@ class TrainingCLI(LightningCLI):
             with self._memory_advice():
                 self.trainer.fit(**kwargs, weights_only=True)
         except Exception as error:  # a class of Lightning's fails in every type on arguments that don't fit
-            if self.point.began or isinstance(strategy, str) or isinstance(error, (UserError, OSError)):
+            if self.point.began or isinstance(error, (UserError, OSError)):
+                raise
+            if isinstance(error, MisconfigurationException):  # it checks some options only now
+                raise UserError(f"The Trainer does not take these options: {error}") from error
+            if isinstance(strategy, str):
                 raise
             name, reason = type(self.trainer.strategy).__name__, " ".join(str(error).split())[:200]
             raise UserError(
@@ -897,8 +925,8 @@ class TrainingCLI(LightningCLI):
         if not self._get(self.config, "ckpt_path"):
             raise UserError(f"Say which weights to {self.subcommand}: --ckpt_path runs/NAME/checkpoints/best.ckpt.")
         self.datamodule.run_dir = self._split_folder()
-        with self.session.processes.first_one_first():
-            self.datamodule.setup(str(self.subcommand))
+        self._read_data()
+        self._check_limits("val" if self.subcommand == "validate" else "test")
         kept = run_of_checkpoint(self._get(self.config, "ckpt_path")) / "checkpoints" / START
         own = self.datamodule.num_classes, self.datamodule.image_size
         classes, side = (known or own[place] for place, known in enumerate(self.known_sizes))
