@@ -360,6 +360,12 @@ def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option
     assert not list(Path("runs").glob("*"))
 
 
+def test_no_expert_for_a_token_is_refused(cli, tiny, drawn_pets):
+    outcome = cli("fit", drawn_pets, *tiny, "--model.arch.top_k=0")
+    assert outcome.code == 2
+    assert "top_k is 0: it must be at least 1" in outcome.err
+
+
 def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
     monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 8 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
