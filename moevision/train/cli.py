@@ -913,15 +913,8 @@ class TrainingCLI(LightningCLI):
                 + (f"go on with {command}." if command else "start anew.")
             )
 
-    def before_validate(self) -> None:
-        """Read the data."""
-        self._before_evaluation()
-
-    def before_test(self) -> None:
-        """Read the data."""
-        self._before_evaluation()
-
     def _before_evaluation(self) -> None:
+        """Read the data, and build the model for the weights of a checkpoint."""
         if not self._get(self.config, "ckpt_path"):
             raise UserError(f"Say which weights to {self.subcommand}: --ckpt_path runs/NAME/checkpoints/best.ckpt.")
         self.datamodule.run_dir = self._split_folder()
@@ -933,6 +926,8 @@ class TrainingCLI(LightningCLI):
         self.model.build(classes, side, load_pretrained=False, kept=kept)
         if self.trainer.is_global_zero:
             print(self.datamodule.describe(), flush=True)
+
+    before_validate = before_test = _before_evaluation
 
     def _split_folder(self) -> Path:
         """The run folder, with the split of the run whose checkpoint is used, if there is one."""

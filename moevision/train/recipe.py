@@ -391,7 +391,7 @@ def epoch_batches(data: ImageDataModule, trainer: L.Trainer) -> int:
 
 
 def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str]:
-    """Batches of the whole training, for each process, and what they are in words; 0 for one without an end."""
+    """Batches of the whole training, for each process, and what they are in words."""
     at_once, window = data.batch_size * trainer.world_size, trainer.accumulate_grad_batches
     epoch, epochs, steps = epoch_batches(data, trainer), max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
     whole_epochs, more = divmod(steps, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
@@ -402,11 +402,11 @@ def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str
     return epochs * epoch, f"{epochs} epoch{'s' * (epochs != 1)} of {images:,} images"
 
 
-def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float | None:
-    """How long the training is expected to take, by a few timed steps; None for one without an end."""
+def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
+    """How long the training is expected to take, by a few timed steps."""
     batches, _ = planned_batches(data, trainer)
     # Validation and loading, about a tenth.
-    return batches * seconds_per_batch(task, data, trainer) * 1.1 if batches else None
+    return batches * seconds_per_batch(task, data, trainer) * 1.1
 
 
 def describe_plan(
@@ -437,16 +437,15 @@ def describe_plan(
     if memory is not None:
         lines.append(memory)
     batches, words = planned_batches(data, trainer)
-    if batches:
-        time_it_takes = "how long they take is said after the first steps"
-        if expected_s is not None:
-            images = batches * data.batch_size * trainer.world_size
-            time_it_takes = (
-                f"about {expected_s / 60:.0f} min at {images / expected_s:.0f} images/s (by a few timed "
-                "steps on noise, plus a tenth for loading and validation; corrected while it trains)"
-                + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
-            )
-        lines.append(f"plan: {words}, {time_it_takes}")
+    time_it_takes = "how long they take is said after the first steps"
+    if expected_s is not None:
+        images = batches * data.batch_size * trainer.world_size
+        time_it_takes = (
+            f"about {expected_s / 60:.0f} min at {images / expected_s:.0f} images/s (by a few timed "
+            "steps on noise, plus a tenth for loading and validation; corrected while it trains)"
+            + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
+        )
+    lines.append(f"plan: {words}, {time_it_takes}")
     if (block := block_to_pool(task.net)) is not None:
         lines.append(
             f"note: the classifier reads the class token alone, so the routes of patches in block {block}, the last, "

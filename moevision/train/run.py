@@ -269,7 +269,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
         notes=[
             *data.warnings,
-            *_chosen_by(cli.monitor),
+            *(["best.ckpt is the epoch with the best balanced accuracy on val."] if cli.monitor == BALANCED else []),
             *stopped_early,
             *watched.sentences(),
             *data_wait_advice(stopwatch.data_wait, data),
@@ -280,10 +280,6 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
     result = _with_choice(result)
     _write_summary(result.summary, run_dir)
     return result
-
-
-def _chosen_by(monitor: str) -> list[str]:
-    return ["best.ckpt is the epoch with the best balanced accuracy on val."] if monitor == BALANCED else []
 
 
 def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:
