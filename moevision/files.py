@@ -116,6 +116,12 @@ def append_bytes(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
+def newest_config(run_dir: Path) -> Path:
+    """The settings that a run was last gone on with: config.yaml, or the newest config-N.yaml, which changes leave."""
+    later = sorted(run_dir.glob("config-*.yaml"), key=lambda file: (len(file.name), file.name))
+    return [run_dir / "config.yaml", *later][-1]
+
+
 def sync_file(path: Path) -> None:
     """Flush a file's bytes to the disk."""
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))

@@ -14,8 +14,10 @@ import torch
 import moevision
 from moevision.cli import VERBS
 from moevision.commands import loading, training
+from moevision.errors import UserError
 from moevision.train.cli import explain
 from moevision.train.recipe import memory_advice
+from moevision.train.resume import is_free
 from tests.forks import Forked
 
 
@@ -304,6 +306,16 @@ def test_full_memory_gets_half_the_batch_and_twice_the_accumulation(text):
         memory_advice(64, 2),
     ):
         raise RuntimeError(text)
+
+
+@pytest.mark.parametrize(("batch", "goes_on"), [(64, True), (1, False)])
+def test_full_memory_where_the_batch_stays_gets_what_may_change(batch, goes_on):
+    """A run that goes on refuses another batch, and one image has no half."""
+    with pytest.raises(UserError) as caught, memory_advice(batch, 2, goes_on=goes_on):
+        raise RuntimeError("CUDA out of memory")
+    options = re.findall(r"--([\w.]+)", str(caught.value))
+    assert options == ["model.grad_checkpointing"]
+    assert is_free(options[0])
 
 
 def test_other_errors_are_not_taken_for_full_memory():

@@ -141,7 +141,10 @@ def test_a_curve_is_gone_on_with(cli, tiny_run, monkeypatch, send_signal):
 def test_a_curve_of_a_run_that_went_to_its_end(cli, tiny_run, monkeypatch):
     """Of 2 epochs of 3 steps. An update left out, as by fp16 while it looks for its scale, is no early end."""
     run = Path(shutil.copytree(tiny_run, "run"))
-    monkeypatch.setattr("moevision.train.run.run", Mock(side_effect=UserError("A training began.")))
+    begun = Mock(side_effect=UserError("A training began."))
+    monkeypatch.setattr("moevision.train.run.run", begun)
+    # It was gone on with where the images are now.
+    (run / "config-2.yaml").write_text("data: {path: moved}")
     asked = ("data", "curve", run, "--by", "random", "--shares", "0.5", "--seeds", "1")
     known = json.loads((run / "summary.json").read_text())
     for change, words in (
@@ -150,6 +153,7 @@ def test_a_curve_of_a_run_that_went_to_its_end(cli, tiny_run, monkeypatch):
     ):
         (run / "summary.json").write_text(json.dumps(known | change))
         assert words in cli(*asked).err
+    assert "--data.path=moved" in begun.call_args.args[1]
 
 
 def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal):

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 import moevision
+from moevision.data.sources import holds
 from moevision.errors import UserError
 from moevision.train import recipe
 from moevision.train.recipe import choose_recipe, expand_arguments
@@ -116,7 +118,7 @@ def test_summary_has_loads_twin_and_next_commands(tiny_run):
     for command in (
         f"moevision predict {tiny_run}/model IMAGE_OR_FOLDER",
         f"moevision info {tiny_run}/model",
-        f"moevision test --config {tiny_run}/config.yaml --ckpt_path {tiny_run}/checkpoints/best.ckpt",
+        f"moevision test --ckpt_path {tiny_run}/checkpoints/best.ckpt",
     ):
         assert command in summary
     assert "train: 25 images, cut from all images at random by class, seed 0." in summary
@@ -212,11 +214,13 @@ def test_evaluation_takes_the_images_of_the_run(cli, tiny_run, tmp_path, monkeyp
 def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path):
     """What is typed comes after the run's own and so wins; another --config takes its place."""
     own, checkpoint = str(tiny_run / "config.yaml"), str(tiny_run / "checkpoints" / "best.ckpt")
+    alone = ["--trainer.devices=1", "--trainer.num_nodes=1"]
     given = ["--ckpt_path", checkpoint, "--data.batch_size=4"]
-    assert expand_arguments("test", given) == ["--config", own, *given]
+    assert expand_arguments("test", given) == ["--config", own, *alone, *given]
     assert expand_arguments("test", [str(drawn_pets), *given]) == [
         "--config",
         own,
+        *alone,
         *given,
         "--data.path",
         str(drawn_pets),
@@ -225,7 +229,8 @@ def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path
     assert expand_arguments("test", ["quickstart", *given])[2:] == given
     monkeypatch.chdir(tmp_path)
     Path("quickstart").mkdir()  # a folder of images that has the name of a recipe
-    assert expand_arguments("test", ["quickstart", *given]) == ["--config", own, *given, "--data.path", "quickstart"]
+    named = expand_arguments("test", ["quickstart", *given])
+    assert named == ["--config", own, *alone, *given, "--data.path", "quickstart"]
     assert expand_arguments("test", ["pics", "--ckpt_path", f"{tiny_run}/model/best.ckpt"])[:2] == [
         "--data.path",
         "pics",
@@ -236,6 +241,16 @@ def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path
         expand_arguments("test", [])
     with pytest.raises(UserError, match=r"There is no config.yaml in .*typo: correct --ckpt_path"):
         expand_arguments("test", ["--ckpt_path", "typo/checkpoints/best.ckpt"])
+
+
+def test_a_run_of_many_processes_is_evaluated_by_one(cli, tiny_run):
+    """On whatever machine; `--trainer.num_nodes` isn't among the options of `test`."""
+    run = Path(shutil.copytree(tiny_run, "runs/many"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"] |= {"devices": 2, "num_nodes": 2, "strategy": "ddp"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    outcome = cli("test", "--ckpt_path", run / "checkpoints" / "best.ckpt", "--runs_root=again")
+    assert outcome.code == 0, outcome.err
 
 
 def unfinished_copy(run: Path) -> Path:
@@ -296,6 +311,59 @@ def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
 def option(options, name):
     (value,) = [text.split("=", 1)[1] for text in options if text.startswith(f"--{name}=")]
     return value
+
+
+@pytest.mark.parametrize("where", ["beside", "afresh"])
+def test_a_run_folder_among_the_images_is_refused(cli, tiny, drawn_pets, monkeypatch, where):
+    monkeypatch.chdir(shutil.copytree(drawn_pets, "photos"))
+    outcome = cli("fit", ".", *tiny, *(["--resume=auto"] if where == "afresh" else []))
+    assert outcome.code == 2
+    assert (
+        "runs/photos would become part of the images in .: start elsewhere, or give another --runs_root" in outcome.err
+    )
+    assert not Path("runs").exists()
+
+
+def test_images_below_a_run_are_not_always_read(draw):
+    """Those beside train and val are left out, and so are hidden folders."""
+    draw(Path("split/train"), per_class=1)
+    draw(Path("plain"), per_class=1)
+    assert holds("split", Path("split/train/runs/a"))
+    assert holds("./plain", Path("plain/cat/runs"))
+    for path, place in (("split", "split/runs/a"), ("plain", "plain/.runs/a"), ("plain", "runs/a"), ("cifar10", "a")):
+        assert not holds(path, Path(place))
+
+
+def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
+    """They may be 88 MB; on a terminal somebody would be asked whether to fetch them."""
+    monkeypatch.setattr(recipe, "choose_start", lambda *_: pytest.fail("looked for weights"))
+    with pytest.raises(UserError, match="there is no folder nofolder"):
+        choose_recipe("nofolder", "auto")
+    with pytest.raises(UserError, match="only one class folder"):
+        choose_recipe(str(draw(Path("photos"), classes=("cat",))))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "limit_train_batches=0.01",
+        "limit_val_batches=0.01",
+        "limit_test_batches=0.01",
+        "val_check_interval=500",
+    ],
+)
+def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option):
+    """Lightning finds them out when training begins, or when it has ended."""
+    outcome = cli("fit", drawn_pets, *tiny, f"--trainer.{option}")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith(f"moevision: --trainer.{option.replace('=', ' ')}")
+    assert not list(Path("runs").glob("*"))
+
+
+def test_no_expert_for_a_token_is_refused(cli, tiny, drawn_pets):
+    outcome = cli("fit", drawn_pets, *tiny, "--model.arch.top_k=0")
+    assert outcome.code == 2
+    assert "top_k is 0: it must be at least 1" in outcome.err
 
 
 def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):

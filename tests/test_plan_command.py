@@ -55,6 +55,16 @@ def test_measured_here_is_not_called_assumed(cli):
     assert [each["name"] for each in facts["layouts"]] == ["one GPU"]
 
 
+@pytest.mark.parametrize(
+    ("model", "option", "said"),
+    [("test_vit_moe", "top_k=0", "top_k is 0"), ("vit_moe", "base=nonsense", "There is no model 'nonsense'")],
+)
+def test_options_that_make_no_model(cli, model, option, said):
+    outcome = cli("plan", model, "--option", option)
+    assert outcome.code == 2
+    assert said in outcome.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_is_planned(cli, router):
     outcome = cli("plan", "test_vit_moe", "--gpus=2", "--option", f"router={router}")

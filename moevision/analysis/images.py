@@ -36,6 +36,7 @@ from moevision.data.splits import Cut, is_copy, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels
 from moevision.errors import DataWarning, UserError
+from moevision.files import newest_config
 from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_yaml
 from moevision.names import name_bytes, shown
@@ -527,12 +528,12 @@ def run_folder(address: str) -> Path | None:
 
 
 def data_settings(run: Path) -> Mapping[str, Any]:
-    """What a run's config.yaml says about its data; empty where it says nothing.
+    """What a run's newest configuration says about its data; empty where it says nothing.
 
     Raises:
         UserError: if the file can't be read.
     """
-    file = run / "config.yaml"
+    file = newest_config(run)
     try:
         data = read_yaml(file)["data"]
     except (OSError, ValueError, KeyError, TypeError) as error:

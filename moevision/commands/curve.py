@@ -164,7 +164,8 @@ def _train(job: Job, run_dir: Path, out: Path, scores: Scores, steps: int, epoch
     by = "random" if job.by == ALL else job.by
     plan = prune(scores, by, job.share, hardest=min(HARDEST, 1 - job.share), seed=job.seed)
     keep, folder = out / "lists" / f"{job.name}.csv", out / "trainings" / job.name
-    relabelled = bool(data_settings(run_dir).get("relabel"))
+    settings = data_settings(run_dir)
+    relabelled = bool(settings.get("relabel"))
     plan.write(keep, scores, relabelled=relabelled)
     options: dict[str, object] = {
         "config": run_dir / "config.yaml", "name": job.name, "runs_root": out / "trainings", "resume": "auto",
@@ -173,7 +174,9 @@ def _train(job: Job, run_dir: Path, out: Path, scores: Scores, steps: int, epoch
         "trainer.limit_train_batches": "null", "trainer.max_time": "null", "early_stopping.patience": "null",
         "trainer.val_check_interval": epoch, "trainer.check_val_every_n_epoch": "null",
         "trainer.logger": "null", "trainer.enable_progress_bar": "false", "record_routing.images": "null",
-    } | ({"data.relabel": keep} if relabelled else {})  # fmt: skip
+    } | {f"data.{name}": settings[name] for name in ("path", "root") if name in settings}  # fmt: skip
+    if relabelled:
+        options["data.relabel"] = keep
     if not is_finished(folder, with_twin=False):
         with (out / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
             training.run("fit", [*(f"--{name}={value}" for name, value in options.items()), "--without-twin"])

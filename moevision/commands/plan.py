@@ -32,7 +32,7 @@ from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.checkpointing import checkpoint_blocks
 from moevision.models.config import MoEConfig, build_model
-from moevision.models.io import create_from, describe, is_timm_name, model_folder
+from moevision.models.io import create_from, describe, is_timm_name, model_folder, unknown_name
 from moevision.models.safe_files import parse_yaml
 from moevision.names import shown
 from moevision.train.footprint import shape_of
@@ -199,7 +199,10 @@ def _open(model: str, options: dict[str, Any]) -> Planned:
         size = describe(net).image_size
         dense = [] if moe_layers(net) else ["--dense"]
         return Planned(net, size, ["FOLDER", "--pretrained", model, *dense, f"--data.image_size={size}"])
-    size = int(timm.get_pretrained_cfg(options.get("base") or model).input_size[-1])  # type: ignore[union-attr]
+    known = timm.get_pretrained_cfg(base := options.get("base") or model)
+    if known is None:
+        raise UserError(unknown_name(base))
+    size = int(known.input_size[-1])
     name = ["FOLDER", f"--model.arch.name={model}", *given, f"--data.image_size={size}"]
     if "moe" in model:
         net = build_model(_arch({"name": model, **options}), CLASSES, size, load_pretrained=False)

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -24,21 +25,6 @@ VERSIONS = HELP / "rendered_with.json"
 ALL = "--help-all"
 
 
-def fit(arguments: list[str]) -> None:
-    """Train."""
-    run("fit", arguments)
-
-
-def validate(arguments: list[str]) -> None:
-    """Evaluate on the validation images."""
-    run("validate", arguments)
-
-
-def test(arguments: list[str]) -> None:
-    """Evaluate on the test images."""
-    run("test", arguments)
-
-
 def run(verb: str, arguments: Sequence[str]) -> None:
     """Print the help if it is asked for, anywhere among the arguments; else do what the verb does."""
     if ALL in arguments:
@@ -49,6 +35,9 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         with loading():
             from moevision.train.run import run as train
         train(verb, arguments)
+
+
+fit, validate, test = (partial(run, verb) for verb in VERBS)
 
 
 def help_file(verb: str, *, everything: bool) -> Path:

@@ -258,7 +258,7 @@ def read_folder(root: Path) -> FileCollection:
     links: Counter[str] = Counter()
     if not splits:
         classes = _class_files(root, root, notes, links)
-        _check_classes(root, classes)
+        _check_classes(root, classes, notes)
         given = {"all": classes}
     else:
         given = {split: _class_files(folder, root, notes, links) for split, folder in splits.items()}
@@ -272,7 +272,7 @@ def read_folder(root: Path) -> FileCollection:
             notes.append(f"{splits['test']} has no class folders, so it can't be used for testing")
             del given["test"]
         classes = given["train"]
-        _check_classes(splits["train"], classes)
+        _check_classes(splits["train"], classes, notes)
         for split, found in given.items():
             check_same_classes(splits["train"], classes, splits[split], found)
     folders = sorted(classes)
@@ -371,6 +371,20 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return {split: found[split] for split in SPLITS if split in found}
 
 
+def holds(path: str, place: Path) -> bool:
+    """Whether images at `place`, which needn't exist, belong to the folder of images at `path`."""
+    from moevision.data import shards, tables  # which import this module
+
+    root = Path(path).expanduser().resolve()
+    if path in DATASET_NAMES or not root.is_dir() or shards.is_shards(root) or tables.is_saved_dataset(root):
+        return False
+    for folder in _split_folders(root).values() or [root]:
+        if place.resolve().is_relative_to(folder):
+            below = place.resolve().relative_to(folder).parts
+            return bool(below) and below[0][0] not in "._@"
+    return False
+
+
 def _class_files(folder: Path, root: Path, notes: list[str], links: Counter[str]) -> dict[str, list[str]]:
     """Image files of every class folder, searched to any depth, as sorted paths relative to ``root``.
 
@@ -440,12 +454,13 @@ def check_distinct(names: list[str]) -> None:
         known[written] = name
 
 
-def _check_classes(folder: Path, classes: dict[str, list[str]]) -> None:
-    """At least two class folders, none of them empty."""
+def _check_classes(folder: Path, classes: dict[str, list[str]], notes: list[str]) -> None:
+    """At least two class folders, none of them empty; else ``notes`` say what was left out."""
+    left_out = "".join(f"; {note}" for note in [*notes, "convert photos to JPEG or PNG"]) if notes else ""
     if not any(classes.values()):
         loose = sum(is_image_path(entry) for entry in folder.iterdir())
         inside = f"holds {loose} images but no class folders" if loose else "holds no images"
-        raise UserError(f"{folder} {inside}: {_LAYOUT}")
+        raise UserError(f"{folder} {inside}: {_LAYOUT}{left_out}")
     if len(classes) == 1:
         only = folder / next(iter(classes))
         inner = [entry.name for entry in subfolders(only)]
@@ -453,7 +468,7 @@ def _check_classes(folder: Path, classes: dict[str, list[str]]) -> None:
         raise UserError(f"{folder} has only one class folder, {only.name!r}, and a classifier needs two: {hint}")
     empty = [name for name, files in classes.items() if not files]
     if empty:
-        raise UserError(f"no images in the class folder {_some(empty)} of {folder}: fill or remove it")
+        raise UserError(f"no images in the class folder {_some(empty)} of {folder}: fill or remove it{left_out}")
 
 
 def check_same_classes(
@@ -476,6 +491,8 @@ def _some(names: list[str], limit: int = 5) -> str:
 
 def _missing_folder(root: Path) -> str:
     """What to say when ``root`` is no folder: what is there instead, and which names look alike."""
+    if root.suffix.lower() in (".yaml", ".yml") and root.is_file():
+        return f"{root} is a configuration: give it by --config {root}"
     if root.is_file():
         return f"{root} is a file: unpack it and give the folder, {_LAYOUT}"
     parent = root.absolute().parent

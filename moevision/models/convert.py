@@ -165,6 +165,8 @@ def _plan(
 
 def _expert_hidden(index: int, plan: dict[str, Any], dense_hidden: int, copy_weights: bool) -> int:
     """Hidden width of one expert: what was asked, or what costs as much as the dense MLP (as wide, for copies)."""
+    if plan["top_k"] < 1:
+        raise UserError(f"top_k is {plan['top_k']}: it must be at least 1 expert.")
     asked, units = plan["hidden_features"], plan["top_k"] + plan["num_shared_experts"]
     if copy_weights and asked is not None:
         _check_parts(index, plan, dense_hidden)

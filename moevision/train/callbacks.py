@@ -93,15 +93,11 @@ class MetricsFile(ExperimentWriter):
         if kept != whole:
             write_text_atomic(self.path, kept)
 
-    def cut(self, rows: int) -> int:
-        """Drop all rows after the first `rows`; the number of those that were dropped."""
-        dropped = self.rows - rows
-        if dropped <= 0:
-            return 0
-        found = self._read()[:rows]
-        self._write_all(found)
-        self.rows = rows
-        return dropped
+    def cut(self, rows: int) -> None:
+        """Drop all rows after the first `rows`."""
+        if self.rows > rows:
+            self._write_all(self._read()[:rows])
+            self.rows = rows
 
     def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
         """Take one row."""

@@ -18,10 +18,11 @@ import sys
 import warnings
 from argparse import SUPPRESS, Action, HelpFormatter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -35,8 +36,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 
 from moevision.data import ImageDataModule
+from moevision.data.sources import DATASET_NAMES
+from moevision.data.tables import HF
 from moevision.errors import USER_ERROR, DataWarning, UserError
-from moevision.files import sync_file, sync_folder
+from moevision.files import newest_config, sync_file, sync_folder
 from moevision.layers import moe_layers
 from moevision.models.config import build_model, dense_start, keep_start
 from moevision.models.safe_files import parse_yaml, read_yaml
@@ -66,9 +69,11 @@ from moevision.train.recipe import (
     accelerator_of,
     default_precision,
     describe_plan,
+    epoch_batches,
     expected_seconds,
     memory_advice,
     new_run_folder,
+    refuse_among_images,
     run_name,
     run_of_checkpoint,
 )
@@ -562,8 +567,13 @@ class TrainingCLI(LightningCLI):
             self.run_dir = self.start.run_dir
         else:
             name, root = name if verb == "fit" else f"{name}-{verb}", Path(self._get(self.config, "runs_root"))
-            new = self.session.processes.decide(lambda: str(self.session.claim(new_run_folder(name, root))))
-            self.run_dir = Path(new)
+            images = self._get(self.config, "data")["path"]
+
+            def new() -> str:
+                refuse_among_images(root / name, images)
+                return str(self.session.claim(new_run_folder(name, root)))
+
+            self.run_dir = Path(self.session.processes.decide(new))
         trainer_config = self._get(self.config_init, "trainer")
         if verb == "fit":  # one process suffices to evaluate
             kwargs |= self._get(self.config_init, "parallel").strategy(trainer_config.get("strategy"))
@@ -671,9 +681,10 @@ class TrainingCLI(LightningCLI):
         self._check_trainer()
         self._choose_order()
         self.datamodule.run_dir = self._split_folder()
-        with self.session.processes.first_one_first():
-            self.datamodule.setup("fit")
+        self._read_data()
         self._keep_the_step()
+        self._check_limits("train", "val", "test")
+        self._check_interval()
         self._build()
         while self.session.lines:  # the twin says nothing of its start, which is the run's
             line = self.session.lines.pop(0)
@@ -702,6 +713,37 @@ class TrainingCLI(LightningCLI):
             raise UserError(
                 f"Gradients are clipped by their global norm alone: leave out --trainer.gradient_clip_algorithm "
                 f"{algorithm}."
+            )
+
+    def _read_data(self) -> None:
+        data = self.datamodule
+        try:
+            with self.session.processes.first_one_first():
+                data.setup(str(self.subcommand))
+        except UserError as error:
+            known = data.path in DATASET_NAMES or data.path.startswith(HF) or Path(data.path).expanduser().exists()
+            if known or (self.subcommand == "fit" and self._fresh):
+                raise
+            raise UserError(f"{str(error).rstrip('.')}; --data.path says where the run's images are now.") from error
+
+    def _check_limits(self, *splits: str) -> None:
+        """Refuse what Lightning would refuse later, after the training even: shares of these splits without a batch."""
+        trainer, data = self.trainer, self.datamodule
+        for split in splits:
+            batches = ceil(sum(data.class_counts.get(split, {}).values()) / (data.batch_size * trainer.world_size))
+            batches = data.train_batches(trainer.world_size) if split == "train" else batches
+            limit = getattr(trainer, f"limit_{split}_batches")
+            if isinstance(limit, float) and 0 < limit * batches < 1:
+                raise UserError(f"--trainer.limit_{split}_batches {limit} leaves none of {batches} batches: raise it.")
+
+    def _check_interval(self) -> None:
+        """Refuse to validate after more batches than an epoch has."""
+        trainer, batches = self.trainer, epoch_batches(self.datamodule, self.trainer)
+        interval = trainer.val_check_interval
+        if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and interval > batches:
+            raise UserError(
+                f"--trainer.val_check_interval {interval} is more than the {batches} batches of an epoch: lower it, or "
+                "count over epochs, with --trainer.check_val_every_n_epoch null."
             )
 
     @property
@@ -736,7 +778,7 @@ class TrainingCLI(LightningCLI):
         records = self._get(self.config, "record_routing")["images"] is not None
         check_fit(self.trainer, self.model, self.datamodule, records=records)
         if self._get(self.config, "check_memory"):
-            check_memory(self.model, self.trainer)
+            check_memory(self.model, self.trainer, goes_on=not self._fresh)
 
     def _prepare_weights(self) -> float:
         """Fit head and routers to a pretrained start; seconds that it took."""
@@ -748,14 +790,18 @@ class TrainingCLI(LightningCLI):
         return self.stopwatch.run_s - began_s
 
     def _print_plan(self, before_s: float) -> None:
-        with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+        with self._memory_advice():
             steps_s = None if self._divided else expected_seconds(self.model, self.datamodule, self.trainer)
             self.expected_s = None if steps_s is None else before_s + steps_s
-            needed = describe_memory(self.model, self.datamodule, self.trainer)
+            needed = describe_memory(self.model, self.datamodule, self.trainer, goes_on=not self._fresh)
             print(describe_plan(self.model, self.datamodule, self.trainer, steps_s, needed, before_s))
             if (line := describe_parallel(self.trainer, self.model.net)) is not None:
                 print(line)
         print(f"run folder: {shown(str(self.run_dir))}\n", flush=True)
+
+    def _memory_advice(self) -> AbstractContextManager[None]:
+        batch, accumulated = self.datamodule.batch_size, self.trainer.accumulate_grad_batches
+        return memory_advice(batch, accumulated, goes_on=not self._fresh)
 
     def _keep_the_step(self) -> None:
         """On another number of processes: sum the gradients of as many batches as make a step of as many images."""
@@ -843,10 +889,14 @@ class TrainingCLI(LightningCLI):
         kwargs["ckpt_path"] = None if self.start is None else self.start.checkpoint
         strategy = self._get(self.config, "trainer")["strategy"]
         try:
-            with memory_advice(self.datamodule.batch_size, self.trainer.accumulate_grad_batches):
+            with self._memory_advice():
                 self.trainer.fit(**kwargs, weights_only=True)
         except Exception as error:  # a class of Lightning's fails in every type on arguments that don't fit
-            if self.point.began or isinstance(strategy, str) or isinstance(error, (UserError, OSError)):
+            if self.point.began or isinstance(error, (UserError, OSError)):
+                raise
+            if isinstance(error, MisconfigurationException):  # it checks some options only now
+                raise UserError(f"The Trainer does not take these options: {error}") from error
+            if isinstance(strategy, str):
                 raise
             name, reason = type(self.trainer.strategy).__name__, " ".join(str(error).split())[:200]
             raise UserError(
@@ -863,26 +913,21 @@ class TrainingCLI(LightningCLI):
                 + (f"go on with {command}." if command else "start anew.")
             )
 
-    def before_validate(self) -> None:
-        """Read the data."""
-        self._before_evaluation()
-
-    def before_test(self) -> None:
-        """Read the data."""
-        self._before_evaluation()
-
     def _before_evaluation(self) -> None:
+        """Read the data, and build the model for the weights of a checkpoint."""
         if not self._get(self.config, "ckpt_path"):
             raise UserError(f"Say which weights to {self.subcommand}: --ckpt_path runs/NAME/checkpoints/best.ckpt.")
         self.datamodule.run_dir = self._split_folder()
-        with self.session.processes.first_one_first():
-            self.datamodule.setup(str(self.subcommand))
+        self._read_data()
+        self._check_limits("val" if self.subcommand == "validate" else "test")
         kept = run_of_checkpoint(self._get(self.config, "ckpt_path")) / "checkpoints" / START
         own = self.datamodule.num_classes, self.datamodule.image_size
         classes, side = (known or own[place] for place, known in enumerate(self.known_sizes))
         self.model.build(classes, side, load_pretrained=False, kept=kept)
         if self.trainer.is_global_zero:
             print(self.datamodule.describe(), flush=True)
+
+    before_validate = before_test = _before_evaluation
 
     def _split_folder(self) -> Path:
         """The run folder, with the split of the run whose checkpoint is used, if there is one."""
@@ -896,7 +941,7 @@ class TrainingCLI(LightningCLI):
 
     def _refuse_other_images(self, table: Path) -> None:
         """Raise a UserError where the images that a run's splits.csv lists aren't those that were asked for."""
-        config = table.with_name("config.yaml")
+        config = newest_config(table.parent)
         path, asked = (str(read_yaml(config)["data"]["path"]) if config.is_file() else ""), self.datamodule.path
         if path and not self.datamodule.is_of_run(table, path):
             model, folder = (shlex.quote(str(each)) for each in (table.with_name("model"), asked))

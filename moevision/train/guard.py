@@ -494,14 +494,12 @@ class TrainingSnapshot:
         folder: on whose disk it is kept; None: in memory.
 
     Attributes:
-        step: `trainer.global_step` when it was taken.
         restored: how often training has come back to it.
     """
 
     def __init__(
         self, trainer: L.Trainer, task: ClassificationTask, extra: Any = None, folder: Path | None = None
     ) -> None:
-        self.step = trainer.global_step
         self.restored = 0
         self.extra = extra
         self._tensors = _copied([own_part(tensor) for tensor in _tensors(trainer, task)], folder)

@@ -5,7 +5,7 @@ Formulas: `moevision.train.planner`; what they need to know of a model: `moevisi
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,8 +35,13 @@ _DTYPES: dict[Any, torch.dtype] = {
 }
 
 
-def describe_memory(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> str | None:
-    """How much memory the training is expected to take, and a smaller batch if that is too much; None: not known."""
+def describe_memory(
+    task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer, *, goes_on: bool = False
+) -> str | None:
+    """How much memory the training is expected to take, and what takes less if that is too much; None: not known.
+
+    A training that goes on keeps its batch: there blocks are computed again.
+    """
     dtype, capacity = _DTYPES.get(trainer.precision), device_memory_bytes(trainer)
     if dtype is None or capacity is None:
         return None
@@ -64,6 +69,10 @@ def describe_memory(task: ClassificationTask, data: ImageDataModule, trainer: L.
     said += f"{', ' if snapshots else '; '}{where} {found.snapshots / 1e9:.2f}"
     if size <= capacity:
         return said
+    if goes_on or data.batch_size == 1:
+        again = replace(shape, recomputed=tuple(range(shape.depth)))
+        size = memory(again, layout, job).total + snapshots
+        return f"{said}; with --model.grad_checkpointing true: {size / 1e9:.2f}"
     for smaller in (job, *job.in_more_parts()):
         size = memory(shape, layout, smaller).total + snapshots
         if size <= capacity:
@@ -72,8 +81,10 @@ def describe_memory(task: ClassificationTask, data: ImageDataModule, trainer: L.
     return f"{said}; with --data.batch_size {micro} --trainer.accumulate_grad_batches {times}: {size / 1e9:.2f}"
 
 
-def check_memory(task: ClassificationTask, trainer: L.Trainer) -> None:
+def check_memory(task: ClassificationTask, trainer: L.Trainer, *, goes_on: bool = False) -> None:
     """Refuse a training whose weights, gradients and moments alone are larger than the memory.
+
+    One that goes on keeps its model.
 
     Raises:
         UserError: if so, with the nearest that fits.
@@ -91,7 +102,7 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer) -> None:
     ways = []
     layers = moe_layers(task.net)
     counts = {layer.router.num_experts for layer in layers}
-    most = counts.pop() if len(counts) == 1 else 0  # a list of numbers isn't halved
+    most = counts.pop() if len(counts) == 1 and not goes_on else 0  # a list of numbers isn't halved
     fewer = most // 2
     while fewer >= max((layer.router.top_k for layer in layers), default=1):
         fewest = Weights(*(number * fewer // most for number in asdict(experts).values()))
@@ -105,9 +116,10 @@ def check_memory(task: ClassificationTask, trainer: L.Trainer) -> None:
         ways.append(f"--parallel fsdp on {ceil(whole / capacity)} GPUs or more")
         if layout.parallel == "fsdp":
             ways.append("--parallel.offload true")
+    other = "a device with more memory" if goes_on else "a smaller model"
     raise UserError(
         f"Weights, gradients and moments of this model take {size / 1e9:.1f} GB, and {where} has "
-        f"{capacity / 1e9:.1f} GB: use {' or '.join(ways) or 'a smaller model'}; --force tries it all the same."
+        f"{capacity / 1e9:.1f} GB: use {' or '.join(ways) or other}; --force tries it all the same."
     )
 
 

@@ -336,6 +336,12 @@ class Processes:
             )
         if met is None and trainer.num_nodes > 1:
             raise UserError("On several machines let torchrun or SLURM's srun start all the processes.")
+        if met is None and trainer.world_size != expected:  # Lightning leaves it to SLURM, which started one
+            raise UserError(
+                f"The Trainer expects {expected} processes and {trainer.world_size} was started: begin the command "
+                f"with srun in a job with --ntasks-per-node={trainer.num_devices}, or call the job `interactive` "
+                "(sbatch --job-name=interactive), so that they are started here."
+            )
         self._watched = trainer, give_up
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
             self._observe_started(trainer.strategy.launcher)
@@ -425,13 +431,25 @@ class Processes:
 
 
 def _meet() -> None:
-    """Join the other processes, if torchrun or SLURM started all of them."""
+    """Join the other processes, if torchrun or SLURM started all of them.
+
+    Raises:
+        UserError: if SLURM was to start several and hasn't, so that this one would wait for them.
+    """
     if not dist.is_available() or dist.is_initialized():
         return
     kinds = (TorchElasticEnvironment, SLURMEnvironment)
-    environment = next((kind() for kind in kinds if kind.detect()), None)
+    try:
+        environment = next((kind() for kind in kinds if kind.detect()), None)
+    except RuntimeError as error:  # about --ntasks
+        raise UserError(f"{error} Start the command with srun.") from error
     if environment is None or environment.world_size() < 2:
         return
+    # srun sets it for what it starts; a batch script itself is one process, whatever it asked for.
+    if isinstance(environment, SLURMEnvironment) and "SLURM_STEP_NUM_TASKS" not in os.environ:
+        raise UserError(
+            f"This job has {environment.world_size()} tasks, and only srun starts them: begin the command with srun."
+        )
     # torchrun may hold the store itself, and says so in the environment
     torchrun = isinstance(environment, TorchElasticEnvironment)
     address = "env://" if torchrun else f"tcp://{environment.main_address}:{environment.main_port}"

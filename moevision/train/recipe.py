@@ -24,10 +24,11 @@ import torch.nn.functional as F
 
 from moevision.data.images import is_image_path
 from moevision.data.shards import find_index, is_shards
-from moevision.data.sources import open_collection, walk
+from moevision.data.sources import holds, open_collection, walk
 from moevision.data.tables import HF, count_rows
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
+from moevision.files import newest_config
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
 from moevision.models.architecture import architectures_of
@@ -88,6 +89,15 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
             ) from error
         return folder
     raise UserError(f"There are 10,000 runs named {name!r} in {root}: choose another --name.")
+
+
+def refuse_among_images(run_dir: Path, data: str) -> None:
+    """Raise a UserError where a run folder would be read as part of the images that it is made for."""
+    if holds(data, run_dir):
+        raise UserError(
+            f"The run folder {run_dir} would become part of the images in {data}: start elsewhere, or give another "
+            "--runs_root, such as ../runs."
+        )
 
 
 def run_name(data: str) -> str:
@@ -196,13 +206,17 @@ def run_of_checkpoint(checkpoint: str) -> Path:
 
 
 def _own_config(arguments: Sequence[str]) -> list[str]:
-    """The config of the run whose checkpoint is named, if nothing else says how to read images for it."""
+    """The config of the run whose checkpoint is named, if nothing else says how to read images for it.
+
+    One process evaluates, unless more are asked for: this may be another machine than that of the training.
+    """
     checkpoint = value_of(arguments, "--ckpt_path")
     if not checkpoint or value_of(arguments, "--config", "-c") is not None:
         return []
-    folder = Path(os.path.abspath(checkpoint)).parent
-    config = folder.parent / "config.yaml"
-    return ["--config", str(config)] if folder.name == "checkpoints" and config.is_file() else []
+    run_dir = run_of_checkpoint(checkpoint)
+    if Path(os.path.abspath(checkpoint)).parent.name != "checkpoints" or not (run_dir / "config.yaml").is_file():
+        return []
+    return ["--config", str(newest_config(run_dir)), "--trainer.devices=1", "--trainer.num_nodes=1"]
 
 
 def take(arguments: Sequence[str], *options: str, needs: str = "") -> tuple[str | None, list[str]]:
@@ -306,10 +320,11 @@ def choose_recipe(
     if asked is None and (not few or named_model is not None):
         asked = NONE
     own_model = named_model in _MODEL[:2]  # a name, a base
-    if named and path != "synthetic_pets" and asked != NONE and value_of(given, "--data.download") in (None, "false"):
-        # Before weights are asked for or fetched: a dataset that isn't there needs none.
+    if path != "synthetic_pets" and asked != NONE and value_of(given, "--data.download") in (None, "false"):
+        # Before weights are asked for or fetched: images that aren't there, or can't be read, need none.
         root = value_of(given, "--data.root") or "data"
-        open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={})
+        columns = value_of(given, "--data.image_column"), value_of(given, "--data.label_column")
+        open_collection(path, root=root, download=False, image_size=0, seed=0, sizes={}, columns=columns)
     weights, line = choose_start(asked, images, value_of(given, "--model.arch.base"))
     if line:
         say(line)
@@ -376,7 +391,7 @@ def epoch_batches(data: ImageDataModule, trainer: L.Trainer) -> int:
 
 
 def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str]:
-    """Batches of the whole training, for each process, and what they are in words; 0 for one without an end."""
+    """Batches of the whole training, for each process, and what they are in words."""
     at_once, window = data.batch_size * trainer.world_size, trainer.accumulate_grad_batches
     epoch, epochs, steps = epoch_batches(data, trainer), max(0, trainer.max_epochs or 0), max(0, trainer.max_steps)
     whole_epochs, more = divmod(steps, math.ceil(epoch / window))  # an epoch's last step takes what is left of it
@@ -387,11 +402,11 @@ def planned_batches(data: ImageDataModule, trainer: L.Trainer) -> tuple[int, str
     return epochs * epoch, f"{epochs} epoch{'s' * (epochs != 1)} of {images:,} images"
 
 
-def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float | None:
-    """How long the training is expected to take, by a few timed steps; None for one without an end."""
+def expected_seconds(task: ClassificationTask, data: ImageDataModule, trainer: L.Trainer) -> float:
+    """How long the training is expected to take, by a few timed steps."""
     batches, _ = planned_batches(data, trainer)
     # Validation and loading, about a tenth.
-    return batches * seconds_per_batch(task, data, trainer) * 1.1 if batches else None
+    return batches * seconds_per_batch(task, data, trainer) * 1.1
 
 
 def describe_plan(
@@ -422,16 +437,15 @@ def describe_plan(
     if memory is not None:
         lines.append(memory)
     batches, words = planned_batches(data, trainer)
-    if batches:
-        time_it_takes = "how long they take is said after the first steps"
-        if expected_s is not None:
-            images = batches * data.batch_size * trainer.world_size
-            time_it_takes = (
-                f"about {expected_s / 60:.0f} min at {images / expected_s:.0f} images/s (by a few timed "
-                "steps on noise, plus a tenth for loading and validation; corrected while it trains)"
-                + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
-            )
-        lines.append(f"plan: {words}, {time_it_takes}")
+    time_it_takes = "how long they take is said after the first steps"
+    if expected_s is not None:
+        images = batches * data.batch_size * trainer.world_size
+        time_it_takes = (
+            f"about {expected_s / 60:.0f} min at {images / expected_s:.0f} images/s (by a few timed "
+            "steps on noise, plus a tenth for loading and validation; corrected while it trains)"
+            + (f"; the probe and the routers' start took {before_s:.0f} s" if before_s >= 1 else "")
+        )
+    lines.append(f"plan: {words}, {time_it_takes}")
     if (block := block_to_pool(task.net)) is not None:
         lines.append(
             f"note: the classifier reads the class token alone, so the routes of patches in block {block}, the last, "
@@ -450,11 +464,12 @@ def _has_idle_nvidia_card() -> bool:
 
 
 @contextmanager
-def memory_advice(batch_size: int, accumulated: int) -> Iterator[None]:
+def memory_advice(batch_size: int, accumulated: int, *, goes_on: bool = False) -> Iterator[None]:
     """Turn "out of memory" into advice that trains nearly alike: half the batch, twice the accumulation.
 
     The gradient of the cross-entropy and of the z loss stays the same; that of the other balance losses is approximate
     (`moevision.losses.AuxLoss`), and BatchNorm, as in the convolutional stem, normalises each micro-batch on its own.
+    A training that goes on keeps its batch, and a batch of one image has no half: there blocks are computed again.
 
     Raises:
         UserError: if memory runs out, on whatever device.
@@ -465,11 +480,13 @@ def memory_advice(batch_size: int, accumulated: int) -> Iterator[None]:
         text = str(error).lower()  # CUDA has a class for it; MPS and CPU only say so
         if "out of memory" not in text and "can't allocate memory" not in text:
             raise
-        raise UserError(
-            f"Memory is too small for a batch of {batch_size}: use --data.batch_size {max(1, batch_size // 2)} "
-            f"--trainer.accumulate_grad_batches {2 * accumulated}, which trains nearly alike (balance losses and "
-            "BatchNorm see the batch in parts)."
-        ) from error
+        advice = (
+            f"use --data.batch_size {batch_size // 2} --trainer.accumulate_grad_batches {2 * accumulated}, which "
+            "trains nearly alike (balance losses and BatchNorm see the batch in parts)."
+        )
+        if goes_on or batch_size == 1:
+            advice = "use --model.grad_checkpointing true, which takes more time, or a device with more memory."
+        raise UserError(f"Memory is too small for a batch of {batch_size}: {advice}") from error
 
 
 def describe_model(task: ClassificationTask) -> str:

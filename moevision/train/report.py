@@ -237,8 +237,6 @@ class RunSummary:
     """How long the training was expected to take when it began; None where nothing was said."""
     monitor: str | None = None
     """What best.ckpt had the highest of; None in summaries of earlier versions, which was val/top1."""
-    next_commands: Sequence[tuple[str, str]] = ()
-    """(what it does, the exact command); empty: what most people want next."""
 
     @property
     def unbalanced(self) -> bool:
@@ -261,6 +259,7 @@ def read_summary(file: Path) -> RunSummary:
     """
     try:
         given: dict[str, Any] = read_json(file)
+        given.pop("next_commands", None)  # of earlier versions, always empty
         return RunSummary(
             **{
                 **given,

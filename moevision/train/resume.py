@@ -33,6 +33,7 @@ from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
 from moevision.train.callbacks import RunLogger
 from moevision.train.checkpoint import LAST, SafeCheckpointIO, newest_valid
+from moevision.train.probe import FILE as PROBE
 from moevision.train.probe import Probe
 from moevision.train.processes import (
     AwakeClock,
@@ -44,7 +45,7 @@ from moevision.train.processes import (
     restore_random_state,
     tell,
 )
-from moevision.train.recipe import epoch_batches, expand_arguments, run_name, take, value_of
+from moevision.train.recipe import epoch_batches, expand_arguments, refuse_among_images, run_name, take, value_of
 from moevision.train.sharded import file_with_rest
 
 OPTION, AUTO = "--resume", "auto"
@@ -63,6 +64,8 @@ _FREE = (
 _SILENT = ("config", "name", "runs_root", "resume", "ckpt_path", "print_config")  # don't touch the training
 _FLOATING = ("model.compile", "model.grad_checkpointing", "model.arch.backend", "trainer.strategy")  # other rounding
 _LAYOUT = "parallel."  # how processes share the weights rounds differently too
+# What an attempt without a checkpoint leaves and a training that begins would take for its own: split, probe, changes.
+_LEFT = ("splits.csv", "bad_images.csv", PROBE, "config-*.yaml")
 MARK = "moevision"  # where a checkpoint keeps what is ours
 _claims: set[int] = set()  # open descriptors of the run folders that this process trains in
 
@@ -374,6 +377,8 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
     if found is None:
         if fresh_if_none:
             tell(f"{run_dir} has no checkpoint to go on from: starting afresh.")
+            for left in (each for pattern in _LEFT for each in run_dir.glob(pattern)):
+                left.unlink()
             return Start(run_dir)
         why = "; ".join(f"{other.path.name} {other.fault}" for other in refused) or "no step was saved yet"
         raise UserError(f"Nothing in {run_dir} can be resumed ({why}): start anew, or with {OPTION} {AUTO}.")
@@ -434,6 +439,8 @@ def is_free(option: str) -> bool:
 def _same(name: str, old: Any, new: Any) -> bool:
     if name == "data.path" and isinstance(old, str) and isinstance(new, str):
         return Path(old).resolve() == Path(new).resolve()
+    if name == "seed_everything" and new is True:  # what was drawn for it is recorded
+        return old is not False
     return str(old) == str(new)
 
 
@@ -620,9 +627,13 @@ class Session:
         def compare() -> tuple[Namespace, list[str]]:
             recorded = parser.parse_args(["fit", "--config", str(recorded_config(run_dir))])
             asked = parser.parse_args(["fit", *self._as_recorded(run_dir)]) if automatic else config
-            return asked, changed_options(recorded.fit, asked.fit)
+            changed = changed_options(recorded.fit, asked.fit)
+            asked.fit.seed_everything = recorded.fit.seed_everything  # for `true` the one that was drawn
+            return asked, changed
 
         def find() -> dict[str, Any]:
+            if automatic:
+                refuse_among_images(run_dir, config.fit.data.path)
             known = (run_dir / "config.yaml").is_file()
             if known and is_finished(run_dir, with_twin=bool(config.fit.with_twin)):
                 compare()  # nothing that asks for another training passes for done
@@ -634,6 +645,8 @@ class Session:
         if start.checkpoint is None:
             return config, start
         config, self.notes = compare()
+        if automatic:  # nothing was chosen for what was typed: the twin follows the run's config, too
+            self.arguments = self._as_recorded(run_dir)
         for note in self.notes:
             tell(f"changed: {note}")
         return config, start

@@ -56,6 +56,9 @@ from moevision.train.start import weights_file
 from moevision.train.strategy import MoEParallelStrategy
 from moevision.train.task import ClassificationTask
 
+# A disk without room, or one on which this user may have no more; Windows lacks the latter.
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
 
 def run(verb: str, arguments: Sequence[str]) -> None:
     """Run `fit`, `validate` or `test` with command-line arguments.
@@ -82,10 +85,11 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         )
         raise
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _FULL:
             raise
         command = session.resume_command
-        raise UserError(f"The disk is full: make room, then go on with {command or 'the same command'}.") from error
+        what = "The disk" if error.errno == errno.ENOSPC else "Your quota of the disk"
+        raise UserError(f"{what} is full: make room, then go on with {command or 'the same command'}.") from error
     except RuntimeError as error:
         if not several_processes() or "by peer" not in str(error):  # gloo's words for a connection that has gone
             raise
@@ -130,7 +134,8 @@ def _train_twin(
     cli: TrainingCLI, session: Session, command: Sequence[str], result: RunResult | None
 ) -> RunResult | None:
     start = Start.from_plain(session.processes.decide(lambda: _twin_start(cast(Path, cli.run_dir), session).plain()))
-    options = ["--model.arch.twin", "active_flops", "--without-twin"]
+    seed = cli._get(cli.config, "seed_everything")  # the one that was drawn, where `true` asked for it
+    options = ["--model.arch.twin", "active_flops", "--without-twin", f"--seed_everything={str(seed).lower()}"]
     if (divided := MoEParallelStrategy.of(cli.trainer)) is not None and divided.expert > 1:
         options += ["--parallel.expert", "1"]  # it has no experts
     twin = TrainingCLI(["fit", *session.arguments, *options], session, start)
@@ -264,7 +269,7 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
         mbytes=(run_dir / "model" / "model.safetensors").stat().st_size / 1e6,
         notes=[
             *data.warnings,
-            *_chosen_by(cli.monitor),
+            *(["best.ckpt is the epoch with the best balanced accuracy on val."] if cli.monitor == BALANCED else []),
             *stopped_early,
             *watched.sentences(),
             *data_wait_advice(stopwatch.data_wait, data),
@@ -275,10 +280,6 @@ def finish_run(cli: TrainingCLI, command: Sequence[str]) -> RunResult | None:
     result = _with_choice(result)
     _write_summary(result.summary, run_dir)
     return result
-
-
-def _chosen_by(monitor: str) -> list[str]:
-    return ["best.ckpt is the epoch with the best balanced accuracy on val."] if monitor == BALANCED else []
 
 
 def _with_choice(result: RunResult, twin: RunResult | None = None) -> RunResult:

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from PIL import Image
 
 from moevision.data import ImageDataModule, sources
-from moevision.data.sources import open_collection, words_of
+from moevision.data.sources import open_collection, read_folder, words_of
 from moevision.errors import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -544,6 +544,22 @@ def test_wrong_paths_say_what_is_near(image_folder, tmp_path):
     (tmp_path / "pictures.zip").write_bytes(b"")
     with pytest.raises(UserError, match="is a file: unpack it"):
         ready(tmp_path / "pictures.zip")
+    (tmp_path / "birds.yaml").write_text("")
+    with pytest.raises(UserError, match=r"birds\.yaml is a configuration: give it by --config .*birds\.yaml$"):
+        read_folder(tmp_path / "birds.yaml")
+
+
+def test_photos_in_another_format_are_named(tmp_path):
+    """A phone's: the layout is right, and the answer was that it isn't."""
+    for name in ("cat/a.HEIC", "dog/b.HEIC"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True)
+        (tmp_path / "photos" / name).write_bytes(b"no picture")
+    said = r"not images were left out: 2 x \.heic; convert photos to JPEG or PNG$"
+    with pytest.raises(UserError, match=f"holds no images: .*{said}"):
+        read_folder(tmp_path / "photos")
+    (tmp_path / "photos/cat/a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=f"no images in the class folder 'dog' .*{said}"):
+        read_folder(tmp_path / "photos")
 
 
 def test_what_can_not_be_read_is_said(image_folder, monkeypatch):

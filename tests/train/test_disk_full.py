@@ -1,5 +1,6 @@
 """A disk that is really full (a small tmpfs) while a finished training writes its report: nothing is lost."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -90,6 +91,20 @@ def test_a_disk_that_is_full_when_the_report_is_written(
     for name in COMPARED:
         assert (Path("runs/full") / name).read_bytes() == (whole / name).read_bytes(), name
     assert Path("runs/full/summary.md").is_file()
+
+
+@pytest.mark.parametrize(("number", "what"), [(errno.ENOSPC, "The disk"), (errno.EDQUOT, "Your quota of the disk")])
+def test_a_quota_is_a_disk_too(
+    number: int, what: str, cli: Cli, drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, "")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "TrainingCLI", fail)
+    outcome = cli("fit", drawn_pets, "--pretrained=none")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1] == f"moevision: {what} is full: make room, then go on with the same command."
 
 
 def test_a_sharded_training_whose_end_is_refused_tests_no_earlier_step(

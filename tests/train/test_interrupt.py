@@ -150,9 +150,9 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path):
         if step == 2:
             known = metrics.sync()
     whole = written(path)
-    assert MetricsFile(path).cut(known) == 2
-    assert written(path) == [*whole[:4], ""]
-    assert MetricsFile(path).cut(known) == 0
+    for _ in range(2):
+        MetricsFile(path).cut(known)
+        assert written(path) == [*whole[:4], ""]
 
 
 def test_half_a_row_of_a_killed_process_goes(tmp_path):

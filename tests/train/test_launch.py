@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,40 @@ from moevision.train import processes as module
 
 def _trainer(launcher: _SubprocessScriptLauncher, status: TrainerStatus) -> Any:
     strategy, state = SimpleNamespace(launcher=launcher), SimpleNamespace(status=status)
-    return SimpleNamespace(strategy=strategy, state=state, num_nodes=1, num_devices=2)
+    return SimpleNamespace(strategy=strategy, state=state, num_nodes=1, num_devices=2, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("job", "devices", "said"),
+    [
+        ({"SLURM_NTASKS": "4"}, 4, "Use `--ntasks-per-node=4` instead. Start the command with srun."),
+        ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4"}, 4, "This job has 4 tasks, and only srun starts them"),
+        ({"SLURM_NTASKS": "1"}, 2, "expects 2 processes and 1 was started: begin the command with srun"),
+    ],
+    ids=["--ntasks", "--ntasks-per-node", "--gpus"],
+)
+def test_a_batch_script_of_slurm_without_srun(
+    job: dict[str, str],
+    devices: int,
+    said: str,
+    cli: Any,
+    tiny: Any,
+    drawn_pets: Path,
+    monkeypatch: Any,
+    tmp_path: Path,
+) -> None:
+    """One process runs, and would wait for the others or train alone on an image of two."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"JOB_NAME": "train.sh", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    options = ("--trainer.accelerator=cpu", f"--trainer.devices={devices}", "--trainer.strategy=ddp")
+    outcome = cli("fit", drawn_pets, *tiny, *options)
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith("moevision: ")
+    assert said in outcome.err.splitlines()[-1]
+    assert not list(Path("runs").glob("*"))
 
 
 def test_a_process_that_dies_in_the_twins_training_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """The planner: bytes and states against counts by hand, against real optimizers, and against what autograd keeps."""
 
+import re
+
 import lightning as L
 import pytest
 import timm
@@ -258,6 +260,8 @@ def test_fit_refuses_what_its_states_alone_exceed(monkeypatch):
     monkeypatch.setattr(fit_memory, "usable_memory_bytes", lambda: needs - 1)
     with pytest.raises(UserError, match=r"--model.arch.num_experts 2 .*--force"):
         fit_memory.check_memory(task, trainer)
+    with pytest.raises(UserError, match=r"use a device with more memory; --force"):
+        fit_memory.check_memory(task, trainer, goes_on=True)
 
 
 def test_fit_offers_a_smaller_batch(monkeypatch):
@@ -274,6 +278,8 @@ def test_fit_offers_a_smaller_batch(monkeypatch):
         monkeypatch.setattr(Data, "batch_size", batch)
         said = fit_memory.describe_memory(task, Data(), trainer)
         assert f"--data.batch_size {size} --trainer.accumulate_grad_batches {parts}" in said
+        said = fit_memory.describe_memory(task, Data(), trainer, goes_on=True)
+        assert re.search(r"; with --model\.grad_checkpointing true: [\d.]+$", said), "its batch stays"
 
 
 def test_what_lies_in_main_memory_is_no_longer_on_the_gpu(shape):

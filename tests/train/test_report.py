@@ -287,9 +287,6 @@ def test_next_commands_are_this_runs_own(summary: RunSummary, tmp_path: Path) ->
     run = tmp_path / "my run"
     lines = _lines(summary, run)
     assert f"    moevision predict '{run}/model' IMAGE_OR_FOLDER" in lines  # quoted: the path has a space
-    given = replace(summary, next_commands=[("Look", "moevision info x")])
-    commands = [line for line in _lines(given, run) if line.startswith("    moevision")]
-    assert commands == ["    moevision info x"]
 
 
 def test_many_classes_show_the_weakest_and_names_cannot_break_tables(summary: RunSummary, tmp_path: Path) -> None:

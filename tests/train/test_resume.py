@@ -20,10 +20,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 from jsonargparse import Namespace
 
 import moevision
 from benchmarks.reliability import resume as matrix
+from moevision.analysis.images import find_images
 from moevision.data import ImageDataModule
 from moevision.data.loader import PositionSampler
 from moevision.errors import UserError
@@ -36,7 +38,7 @@ from moevision.train.cli import quiet_lightning
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import random_state, restore_random_state
 from moevision.train.recipe import take
-from moevision.train.resume import CheckpointConfig, Session, changed_options, claim, recorded_config, release
+from moevision.train.resume import CheckpointConfig, Session, changed_options, claim, is_free, recorded_config, release
 from moevision.train.task import ClassificationTask
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "config.yaml", "splits.csv", "scores.csv")
@@ -161,6 +163,21 @@ def test_what_an_attempt_without_a_checkpoint_logged_goes(cli, tiny, drawn_pets,
     assert (interrupted / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
 
 
+def test_a_training_that_begins_draws_its_own_split(cli, tiny, drawn_pets, interrupted):
+    """Options of another split, and no probe, are what counts: the earlier attempt saved no step."""
+    for file in (interrupted / "checkpoints").iterdir():
+        file.unlink()
+    left = [interrupted / name for name in ("probe.json", "config-2.yaml", "bad_images.csv")]
+    for file in left:
+        file.write_text("of the earlier attempt")
+    outcome = cli("fit", drawn_pets, *tiny, "--resume", "auto", "--data.val_fraction=0.3")
+    assert outcome.code == 0, outcome.err
+    outcome = cli("fit", drawn_pets, *tiny, "--name", "new", "--data.val_fraction=0.3", "--trainer.max_steps=1")
+    assert outcome.code == 0, outcome.err
+    assert (interrupted / "splits.csv").read_bytes() == Path("runs/new/splits.csv").read_bytes()
+    assert not any(file.exists() for file in left)
+
+
 def test_a_signal_before_the_first_step_leaves_nothing(cli, tiny, drawn_pets, monkeypatch):
     monkeypatch.setattr(
         "moevision.train.cli.describe_plan", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or "never seen"
@@ -191,6 +208,18 @@ def test_changes_are_listed_or_refused(cli, interrupted, whole, monkeypatch):
     assert notes[0] == "--data.num_workers was 0, now 1"
     assert "num_workers: 0" in (interrupted / "config.yaml").read_text()
     assert "num_workers: 1" in (interrupted / "config-2.yaml").read_text()
+
+
+def test_where_memory_is_too_small_what_may_change_is_named(cli, interrupted, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("moevision.train.recipe.seconds_per_batch", fail)
+    outcome = cli("fit", "--resume", interrupted)
+    assert outcome.code == 2
+    options = re.findall(r"--([\w.]+)", outcome.err.splitlines()[-1])
+    assert options
+    assert all(map(is_free, options))
 
 
 def test_the_next_command_says_the_changes_again(whole):
@@ -266,8 +295,15 @@ def test_a_run_folder_may_move_and_pictures_may_vanish(cli, tiny, drawn_pets, se
     with (moved / "splits.csv").open(newline="") as file:
         gone = next(row["path"] for row in csv.DictReader(file) if row["split"] == "test")
     (pets / gone).unlink()
+    pets = Path(shutil.move(pets, "photos"))
     outcome = cli("fit", "--resume", moved)
+    assert outcome.code == 2
+    assert outcome.err.endswith("; --data.path says where the run's images are now.\n")
+    outcome = cli("fit", "--resume", moved, "--data.path", pets)
     assert outcome.code == 0, outcome.err
+    (command,) = re.findall(r"^    moevision (test .*)$", (moved / "summary.md").read_text(), re.MULTILINE)
+    assert cli(*shlex.split(command)).code == 0
+    assert find_images(str(moved)).path == "photos"
     assert "the list of images is another one" in outcome.err
     scores = [state["best_model_score"] for state in _checkpoint_states(moved / "checkpoints" / "last.ckpt")]
     assert scores
@@ -377,6 +413,33 @@ def test_a_twin_is_gone_on_with(cli, tiny, drawn_pets, send_signal):
         for folder in ("", "twin/"):
             assert Path(f"runs/one/{folder}{name}").read_bytes() == Path(f"runs/two/{folder}{name}").read_bytes()
     assert "is finished" in cli("fit", "--resume", "runs/two").err
+
+
+def test_a_twin_has_the_recipe_and_the_seed_of_a_run_gone_on_with_by_the_same_command(cli, drawn_pets, send_signal):
+    """A job script repeats it: the recipe was chosen at the first start, and `true` has drawn its seed there."""
+    options = ("--pretrained=none", "--data.image_size=32", "--trainer.max_steps=4", "--seed_everything=true")
+    command = ("fit", drawn_pets, *options, "--with-twin", "--resume=auto")
+    send_signal(2)
+    assert cli(*command).code == 143
+    outcome = cli(*command)
+    assert outcome.code == 0, outcome.err
+    run, twin = (yaml.safe_load(Path(f"runs/pets/{folder}config.yaml").read_text()) for folder in ("", "twin/"))
+    assert twin["model"]["arch"] == {**run["model"]["arch"], "twin": "active_flops"}
+    for part in ("trainer", "data", "seed_everything"):
+        assert twin[part] == run[part]
+    assert twin["model"]["optim"] == run["model"]["optim"]
+    outcome = cli(*command)
+    assert (outcome.code, "is finished" in outcome.err) == (0, True)
+
+
+def test_a_seed_that_was_drawn_stays():
+    before = Namespace(seed_everything=3)
+    assert changed_options(before, Namespace(seed_everything=True)) == []
+    for other in (4, False):
+        with pytest.raises(UserError, match="--seed_everything is 3 in this run"):
+            changed_options(before, Namespace(seed_everything=other))
+    with pytest.raises(UserError, match="--seed_everything is False in this run"):
+        changed_options(Namespace(seed_everything=False), Namespace(seed_everything=True))
 
 
 def test_one_process_at_a_time(tmp_path):
