@@ -230,10 +230,9 @@ def test_the_first_group_holds_the_classifier() -> None:
 
 
 def models_with_packed_biases() -> list[nn.Module]:
-    """Under a registered name, converted in two steps, and a copy of that."""
+    """Under a registered name, converted, and a copy of that."""
     converted = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=3)
-    for block in (0, 1):
-        moevision.convert_to_moe(converted, [block], num_experts=4)
+    moevision.convert_to_moe(converted, "all", num_experts=4)
     return [tiny(), converted, copy.deepcopy(converted)]
 
 
