@@ -36,7 +36,6 @@ from moevision.models.safe_files import (
     MAX_HEADER_BYTES,
     MAX_JSON_VALUES,
     MAX_SIDE,
-    elements,
     parse_json,
     parse_yaml,
     read_config,
@@ -254,7 +253,6 @@ def test_a_header_says_what_safetensors_says(saved_model: Path) -> None:
     found = read_header(saved_model / "model.safetensors")
     stored = load_file(saved_model / "model.safetensors")
     assert {name: each.shape for name, each in found.items()} == {name: tuple(t.shape) for name, t in stored.items()}
-    assert elements(found) == sum(tensor.numel() for tensor in stored.values())
 
 
 GOOD = {"a": entry([2, 2], 0, 16), "b": entry([3], 16, 19, "U8")}
