@@ -122,6 +122,11 @@ CLAIMS = [
     ),
     Claim(
         sparsity.FILES,
+        "isn't shown: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds) from .1 to .4",
+        sparsity.by_share,
+    ),
+    Claim(
+        sparsity.FILES,
         "with them the MoE is {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds} seeds) better, and its busiest "
         "expert has {moe:.2f} times the mean load in place of {unbalanced:.2f}",
         sparsity.balanced,

@@ -1,6 +1,7 @@
 """benchmarks/sparsity/README.md: everything between its marks is the report of the committed runs."""
 
 import statistics
+from functools import partial
 from typing import Any
 
 from benchmarks.sparsity.verdict import Result, finished, judge, runs_of
@@ -28,9 +29,9 @@ def learned(*found: Any) -> dict[str, float]:
     return {"mean": better, "low": better - half, "high": better + half, "seeds": len(contrast.gaps)}
 
 
-def at_equal_time(*found: Any) -> dict[str, float]:
-    """H2 on a CPU: points, not told apart."""
-    result = _judged(found, "H2")
+def tie(name: str, *found: Any) -> dict[str, float]:
+    """H2 or H3 on a CPU: points, not told apart."""
+    result = _judged(found, name)
     assert result.contrast is not None
     assert result.verdict == "tie"
     return _points(result.contrast)
@@ -82,6 +83,7 @@ def hashed(*found: Any) -> dict[str, float]:
     return _points(Contrast("moe", "hash", gaps))
 
 
+at_equal_time, by_share = partial(tie, "H2"), partial(tie, "H3")
 CLAIMS = [
     Claim(FILES, "{text}", _parts),
     Claim(FILES, "`moe` is {mean:.1f} points better ({low:.1f} to {high:.1f}; {seeds} seeds)", hashed),
