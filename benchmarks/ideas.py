@@ -150,7 +150,7 @@ def specialization(runs: Sequence[Json], scratch: Sequence[Json]) -> Answer:
     most = [sum(each.answer(question) == YES for each in asked) > len(asked) / 2 for question in range(3)]
     return f"{sum(most)} of 3 questions", (
         f"Upcycled: classes go to different experts in {differ}; the router tells more than before training "
-        f"in {trained} of {len(asked)}, than clusters of its input too in {yes(1, *DATA_SETS)}; experts do different "
+        f"in {trained} of {len(asked)}, more than clusters of its input in {yes(1, *DATA_SETS)}; experts do different "
         f"things in {yes(2, *DATA_SETS)}. From scratch on CIFAR-10: in {answers.count(YES)} of {len(answers)} layers."
     )
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from moevision.layers import Backend, MoEMlp, Routing, SoftRouter, SoftRouting, moe_layers, record_routing
+from moevision.layers.routing import evaluating
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,16 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 @contextmanager
 def _eval_with(model: nn.Module, backend: Backend) -> Iterator[None]:
     """Eval mode with one backend; `loop` computes the chosen experts only."""
-    training = {module: module.training for module in model.modules()}
     experts = [module.experts for module in model.modules() if isinstance(module, MoEMlp)]
     backends = [module.backend for module in experts]
-    model.eval()
     for expert in experts:
         expert.backend = backend
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         for expert, backend in zip(experts, backends, strict=True):
             expert.backend = backend
-        for module, was_training in training.items():
-            module.training = was_training
 
 
 # ---- FLOPs of each MoE layer

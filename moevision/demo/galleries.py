@@ -73,8 +73,7 @@ class _UntilStopped(View):
     """The same images, until the explorer is closed: then each call for one ends what is being collected."""
 
     def __init__(self, pictures: PictureSet, stopping: threading.Event) -> None:
-        classes = pictures.class_names
-        super().__init__(pictures, range(len(pictures)), classes, range(len(classes)), pictures.name)
+        super().__init__(pictures, range(len(pictures)))
         self.stopping = stopping
 
     def image(self, index: int) -> Pixels:

@@ -730,8 +730,9 @@ class TrainingCLI(LightningCLI):
         """Refuse what Lightning would refuse later, after the training even: shares of these splits without a batch."""
         trainer, data = self.trainer, self.datamodule
         for split in splits:
-            batches = ceil(sum(data.class_counts.get(split, {}).values()) / (data.batch_size * trainer.world_size))
-            batches = data.train_batches(trainer.world_size) if split == "train" else batches
+            images = sum(data.class_counts.get(split, {}).values())
+            held_out = ceil(images / (data.batch_size * trainer.world_size))
+            batches = data.train_batches(trainer.world_size) if split == "train" else held_out
             limit = getattr(trainer, f"limit_{split}_batches")
             if isinstance(limit, float) and 0 < limit * batches < 1:
                 raise UserError(f"--trainer.limit_{split}_batches {limit} leaves none of {batches} batches: raise it.")

@@ -26,6 +26,7 @@ from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers import moe_layers
+from moevision.layers.routing import evaluating
 from moevision.models.safe_files import read_json
 from moevision.train.callbacks import cpu_s
 from moevision.train.processes import tell
@@ -125,8 +126,8 @@ def fit_probe(
     head = linear_head(net)
     if head is None:
         return None
-    began, began_cpu_s, training = now(), cpu_s(), net.training
-    net.to(device).eval()
+    began, began_cpu_s = now(), cpu_s()
+    net.to(device)
     taken = {split: _some(data, split, most) for split, most in _MOST_IMAGES.items()}
     images = {split: len(indices) for split, indices in taken.items()}
     batches = sum(-(-count // data.batch_size) for count in images.values())
@@ -141,10 +142,11 @@ def fit_probe(
                 f"{batches * (ends[-1] - ends[0]) / (_TIMED - 1):.0f} s"
             )
 
-    found = {
-        split: _features(net, data, split, indices, device, context, say_how_long) for split, indices in taken.items()
-    }
-    net.train(training)
+    with evaluating(net):
+        found = {
+            split: _features(net, data, split, indices, device, context, say_how_long)
+            for split, indices in taken.items()
+        }
     (x, y, _), (val_x, val_y, _), (test_x, test_y, test_index) = (found[split] for split in ("train", "val", "test"))
     weight, bias = _best_regression(x, y, val_x, val_y, data.num_classes)
     own_weight, own_bias = head.weight.detach().double().cpu().numpy(), _bias_of(head)
