@@ -1,0 +1,81 @@
+"""A classifier that reads every place of the image, in the place of the mean over patches: a control, not a recipe.
+
+The mean over patches forgets where each one was. An expert that only some places reach gives that back, so that a
+router by place can look better than it is. With a linear layer over the normalized tokens of all places, dense models
+know the place as well: logits = sum over places p of W_p LN(x_p) + b.
+
+`import benchmarks.places` registers the project's models for images of 32 px under names of their own, so that every
+command builds, saves and loads them.
+
+Axes: B images, C classes, D width, N places.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from moevision.models.vit_moe import VisionTransformerMoE, _build, _cfg
+from moevision.models.vit_moe import default_cfgs as own_cfgs
+
+MICRO, HYBRID, WIDE = (f"vit_moe_{size}_patch4_32" for size in ("micro", "hybrid", "hybrid_wide"))
+PLACES = {name: name.replace("_patch4", "_places_patch4") for name in (MICRO, HYBRID, WIDE)}
+"""The name of a model that pools, and that of the same model that reads places."""
+
+
+class PlacesHead(nn.Linear):
+    """One linear layer over all places: normalized tokens [B, N, D] -> logits [B, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, C]."""
+        return super().forward(x.flatten(1))
+
+
+class ReadsPlaces(VisionTransformerMoE):
+    """The model of these arguments without pooling; the final norm is each token's."""
+
+    def __init__(self, *, num_classes: int = 1000, **kwargs: Any) -> None:
+        super().__init__(num_classes=num_classes, **{**kwargs, "class_token": False, "global_pool": ""})
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier over all places, initialized as timm's ViT initializes linear layers (normal, SD .02)."""
+        self.num_classes = num_classes
+        self.head = PlacesHead(cast(int, self.patch_embed.num_patches) * self.embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(cast(Tensor, self.head.bias))
+
+
+def _create(variant: str, pretrained: bool, size: dict[str, Any], kwargs: dict[str, Any]) -> ReadsPlaces:
+    model: ReadsPlaces = _build(ReadsPlaces, variant, pretrained, {**size, **kwargs})
+    return model
+
+
+_32 = {"img_size": 32, "patch_size": 4}
+_STAGES = {**_32, "embed_dim": 128, "num_heads": 4, "moe_layers": "all"}
+default_cfgs = generate_default_cfgs({
+    f"{own}.untrained": _cfg(32, first_conv=own_cfgs[name].default.first_conv) for name, own in PLACES.items()
+})  # fmt: skip
+
+
+@register_model
+def vit_moe_micro_places_patch4_32(pretrained: bool = False, **kwargs: Any) -> ReadsPlaces:
+    """`vit_moe_micro_patch4_32`, reading places."""
+    size = {**_32, "embed_dim": 192, "depth": 6, "num_heads": 3, "stem": "conv"}
+    return _create("vit_moe_micro_places_patch4_32", pretrained, size, kwargs)
+
+
+@register_model
+def vit_moe_hybrid_places_patch4_32(pretrained: bool = False, **kwargs: Any) -> ReadsPlaces:
+    """`vit_moe_hybrid_patch4_32`, reading places."""
+    size = {**_STAGES, "depth": 4, "stem": "stages", "init_values": 0.1}
+    return _create("vit_moe_hybrid_places_patch4_32", pretrained, size, kwargs)
+
+
+@register_model
+def vit_moe_hybrid_wide_places_patch4_32(pretrained: bool = False, **kwargs: Any) -> ReadsPlaces:
+    """`vit_moe_hybrid_wide_patch4_32`, reading places."""
+    size = {**_STAGES, "depth": 2, "stem": "wide_stages"}
+    return _create("vit_moe_hybrid_wide_places_patch4_32", pretrained, size, kwargs)
