@@ -14,15 +14,21 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from moevision.data import ImageDataModule
+from moevision.layers.routing import evaluating
 from moevision.models.vit_moe import VisionTransformerMoE, _build, _cfg
 from moevision.models.vit_moe import default_cfgs as own_cfgs
 
 MICRO, HYBRID, WIDE = (f"vit_moe_{size}_patch4_32" for size in ("micro", "hybrid", "hybrid_wide"))
 PLACES = {name: name.replace("_patch4", "_places_patch4") for name in (MICRO, HYBRID, WIDE)}
 """The name of a model that pools, and that of the same model that reads places."""
+SHIFTS = (4, 8)
+"""Pixels by which test images are moved: what reading places costs where the object isn't where it was."""
 
 
 class PlacesHead(nn.Linear):
@@ -79,3 +85,32 @@ def vit_moe_hybrid_wide_places_patch4_32(pretrained: bool = False, **kwargs: Any
     """`vit_moe_hybrid_wide_patch4_32`, reading places."""
     size = {**_STAGES, "depth": 2, "stem": "wide_stages"}
     return _create("vit_moe_hybrid_wide_places_patch4_32", pretrained, size, kwargs)
+
+
+def shifted(images: Tensor, by: int, index: Tensor) -> Tensor:
+    """Images [B, 3, S, S] moved by `by` pixels, image i to the left, right, top or bottom by i mod 4.
+
+    The border is the mean colour, as in the crops of training.
+
+    Args:
+        images: normalized, so that the mean colour is 0.
+        by: pixels.
+        index: int [B], number of each image.
+    """
+    size, padded = images.shape[-1], F.pad(images, (by, by, by, by))
+    out = torch.empty_like(images)
+    for direction, (down, right) in enumerate(((by, 2 * by), (by, 0), (2 * by, by), (0, by))):
+        own = index % 4 == direction
+        out[own] = padded[own, :, down : down + size, right : right + size]
+    return out
+
+
+@torch.inference_mode()
+def accuracy_of(net: nn.Module, data: ImageDataModule, by: int = 0) -> float:
+    """Top-1 of the test images, each moved by `by` pixels."""
+    right = torch.zeros(())
+    with evaluating(net):
+        for batch in data.test_dataloader():
+            answers = net(shifted(batch["image"], by, batch["index"])).argmax(-1)
+            right += (answers == batch["label"]).sum()
+    return round(float(right) / len(data.contents.datasets["test"]), 6)

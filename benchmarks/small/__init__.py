@@ -18,11 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import HERE, about, argument_parser
-from benchmarks.places import MICRO, PLACES
+from benchmarks.places import MICRO, PLACES, SHIFTS, shifted
 from benchmarks.queue import add_study, do_runs, fill_readme, read_records, refuse_changes
 from benchmarks.routers.report import rate_beyond
 from benchmarks.small.report import parts_of
@@ -45,7 +44,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 HEADS = {"mean": MICRO, "places": PLACES[MICRO]}
 COMPARED = ("dense", "learned")
-FACTORS, BATCHES, SHIFTS = (1, 4, 16), (16, 64, 256, 1024), (4, 8)
+FACTORS, BATCHES = (1, 4, 16), (16, 64, 256, 1024)
 
 
 @dataclass(frozen=True)
@@ -157,24 +156,6 @@ def test(net: torch.nn.Module, data: ImageDataModule) -> dict[str, Any]:
 def hash_of(predictions: Tensor) -> str:
     """SHA-256 of the predicted classes [N], a byte each."""
     return hashlib.sha256(bytes(predictions.tolist())).hexdigest()
-
-
-def shifted(images: Tensor, by: int, index: Tensor) -> Tensor:
-    """Images [B, 3, S, S] moved by `by` pixels, image i to the left, right, top or bottom by i mod 4.
-
-    The border is the mean colour, as in the crops of training.
-
-    Args:
-        images: normalized, so that the mean colour is 0.
-        by: pixels.
-        index: int [B], number of each image.
-    """
-    size, padded = images.shape[-1], F.pad(images, (by, by, by, by))
-    out = torch.empty_like(images)
-    for direction, (down, right) in enumerate(((by, 2 * by), (by, 0), (2 * by, by), (0, by))):
-        own = index % 4 == direction
-        out[own] = padded[own, :, down : down + size, right : right + size]
-    return out
 
 
 def main() -> None:
