@@ -4,14 +4,20 @@ The mean over patches forgets where each one was. An expert that only some place
 router by place can look better than it is. With a linear layer over the normalized tokens of all places, dense models
 know the place as well: logits = sum over places p of W_p LN(x_p) + b.
 
+    python -m benchmarks places fit --config cifar10 --model.arch.name vit_moe_hybrid_wide_places_patch4_32 ...
+    python -m benchmarks places test runs/NAME ...       # accuracy, also on shifted images: places.jsonl
+
 `import benchmarks.places` registers the project's models for images of 32 px under names of their own, so that every
-command builds, saves and loads them.
+command builds, saves and loads them; `fit` is `moevision fit` with these names.
 
 Axes: B images, C classes, D width, N places.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,8 +25,13 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from benchmarks.accuracy import curve_of, read_finished
+from benchmarks.harness import HERE, about, argument_parser
+from moevision.cli import main as run_moevision
 from moevision.data import ImageDataModule
 from moevision.layers.routing import evaluating
+from moevision.models.io import load_model
+from moevision.models.safe_files import read_yaml
 from moevision.models.vit_moe import VisionTransformerMoE, _build, _cfg
 from moevision.models.vit_moe import default_cfgs as own_cfgs
 
@@ -114,3 +125,43 @@ def accuracy_of(net: nn.Module, data: ImageDataModule, by: int = 0) -> float:
             answers = net(shifted(batch["image"], by, batch["index"])).argmax(-1)
             right += (answers == batch["label"]).sum()
     return round(float(right) / len(data.contents.datasets["test"]), 6)
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    """A finished run of `fit`: accuracy of its test images as they are and moved, counted anew from the saved model.
+
+    Raises:
+        UserError: if it isn't finished.
+    """
+    summary, provenance = read_finished(run)
+    settings = read_yaml(run / "config.yaml")["data"]
+    data = ImageDataModule(**{**settings, "batch_size": 256})
+    data.setup()
+    net = load_model(str(run)).net
+    top1 = {"test_top1": accuracy_of(net, data), **{f"shifted_{by}": accuracy_of(net, data, by) for by in SHIFTS}}
+    curve = [val for _, val, _ in curve_of(run / "metrics.csv", summary["batch_size"])]
+    test = {name: summary["test"][name] for name in ("correct", "total")}
+    return {
+        "name": run.name, "model": summary["model"], "seed": summary["seed"], "epochs": summary["epochs"], "test": test,
+        **top1, "curve": curve, "cpu_s": summary.get("cpu_s"), "trained_at": provenance["code"], **about(),
+        "command": "python -m benchmarks places test",
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Train with these names, or test what was trained."""
+    if sys.argv[1:2] == ["fit"]:
+        sys.exit(run_moevision(sys.argv[1:]))
+    parser = argument_parser("places", __doc__)
+    parser.add_argument("verb", choices=("fit", "test"))
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folders")
+    parser.add_argument("--out", type=Path, default=HERE / "accuracy" / "places.jsonl", help="records (%(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for run in options.runs:
+        record = record_of(run)
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print(
+            f"{run.name}: {record['test_top1']:.2%}, shifted {[record[f'shifted_{by}'] for by in SHIFTS]}", flush=True
+        )
