@@ -23,6 +23,8 @@ STUDY = {
     "airbench": ("what a convolutional net from outside reaches on the copy of CIFAR-10", "accuracy.airbench"),
     "head": ("what it is worth that a fine-tuning's classifier starts as a linear probe", "accuracy.head"),
     "routers": ("every router on one small model: accuracy, load, drops, cost", "routers"),
+    "small": ("heads that read places, instability, large batches: three questions to one small model", "small"),
+    "places": ("train with a classifier that reads every place, and test it on shifted images", "places"),
     "stem": ("what the convolutional stem gives beside width and depth", "stem"),
     "upcycling": ("sparse upcycling beside training on", "upcycling"),
     "saving": ("what sparsity saves, and what two levers cost, after the same training time", "saving"),

@@ -1,6 +1,7 @@
 """A queue of runs that a protocol lists: one record each, and two queues side by side never take the same one.
 
-A run is claimed by a lock that ends with its process, so that nothing is left to clean up where one was killed.
+Records are files of a folder, or lines of one `.jsonl` file. A run is claimed by a lock that ends with its process, so
+that nothing is left to clean up where one was killed.
 """
 
 from __future__ import annotations
@@ -34,14 +35,28 @@ T = TypeVar("T", bound=Named)
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
-    """All records of a folder, in the order of their names."""
+    """All records: of a folder in the order of their names, of a `.jsonl` file line by line."""
+    if out.suffix == ".jsonl":
+        return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
 
 
 def write_run(out: Path, name: str, record: dict[str, Any]) -> None:
-    """Keep a finished run in a file of its own, so that two queues never write the same one."""
+    """Keep a finished run in a file of its own, or in a line, so that two queues never write the same one."""
+    if out.suffix == ".jsonl":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a", encoding="utf-8") as file:  # one write, in append mode: lines of two queues don't mix
+            file.write(json.dumps({"name": name, **finite(record)}, ensure_ascii=False) + "\n")
+        return
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(out / f"{name}.json", finite(record))
+
+
+def is_recorded(out: Path, name: str) -> bool:
+    """Whether a run has its record."""
+    if out.suffix == ".jsonl":
+        return any(record["name"] == name for record in read_records(out))
+    return (out / f"{name}.json").exists()
 
 
 def next_run(jobs: Callable[[list[dict[str, Any]]], Iterable[T]], out: Path, work: Path) -> tuple[T | None, int | None]:
@@ -58,15 +73,14 @@ def next_run(jobs: Callable[[list[dict[str, Any]]], Iterable[T]], out: Path, wor
     while True:
         busy = False
         for job in jobs(read_records(out)):
-            record = out / f"{job.name}.json"
-            if record.exists():
+            if is_recorded(out, job.name):
                 continue
             try:
                 held = claim_file(work / f"{job.name}.lock")
             except UserError:
                 busy = True
                 continue
-            if not record.exists():  # it may have been finished since
+            if not is_recorded(out, job.name):  # it may have been finished since
                 return job, held
             release_if(held)
         if not busy:

@@ -207,19 +207,19 @@ def test_failed_runs_and_changed_trees_leave_their_pairs() -> None:
 
 
 def test_the_protocol_lists_what_the_code_does() -> None:
-    assert set(sentences()) == {(h.name, v) for h in HYPOTHESES for v in ("positive", "negative", "tie")}
+    assert set(sentences()) >= {(h.name, v) for h in HYPOTHESES for v in ("positive", "negative", "tie")}
     assert [name for name in ARMS if f"`{name}`" not in PROTOCOL] == []
-    listed = [int(row) for row in re.findall(r"^\| [123] \| `.*\| (\d+) \| \d+ \|$", PROTOCOL, re.MULTILINE)]
-    seen, counted = set(), []
+    rows = re.findall(r"^\| [1-4] \| (`.*`) \| (\d)(?:(?:–|, )(\d))? \| (\d+) \| \d+ \|$", PROTOCOL, re.MULTILINE)
+    listed = {(names, int(first), int(last or first)): int(runs) for names, first, last, runs in rows}
+    seen = set()
     for _, names, seeds in STAGES:
         new = {ARMS[arm].tuned_as or arm for arm in names} - seen
         seen |= new
-        counted.append(len(names) * len(seeds) + 6 * len(new))
-    assert listed == counted
+        tuning = sum(len(arms.FACTORS) * len(ARMS[arm].tuning_seeds) for arm in new)
+        key = (", ".join(f"`{name}`" for name in names), seeds[0], seeds[-1])
+        assert listed[key] == len(names) * len(seeds) + tuning
     assert "1 epoch = 351 steps = 44 928 images" in PROTOCOL
-    assert sum(counted[:4]) == 92
     assert (EPOCHS["cpu"], STEPS_PER_EPOCH) == (1, 351)
-    assert round(sum(counted[:4]) * 550 / 3600 / 2) == 7  # hours of two cores, as the protocol says
     assert set(BALANCE) < set(ARMS)
 
 
@@ -247,7 +247,7 @@ def test_the_queue_tunes_first_and_goes_beyond_a_winning_edge() -> None:
     assert (arms.rates_to_try(edge, "cpu", "moe")[3:], rate_of(edge, "cpu", "moe")) == ([24e-3], None)
     edge += [record("moe", seed, lr=24e-3, val=0.1) for seed in TUNING_SEEDS]
     assert rate_of(edge, "cpu", "moe") == 12e-3
-    assert rate_of(edge, "cpu", "lr4") == pytest.approx(48e-3)
+    assert rate_of(edge, "cpu", "random") == 12e-3
     assert rate_of(edge, "cuda", "moe") is None
 
 
@@ -409,7 +409,7 @@ def test_status_and_report_of_nothing_and_of_something(bench, tmp_path) -> None:
     out, readme = tmp_path / "runs", tmp_path / "README.md"
     outcome = bench("sparsity", "status", "--out", out)
     assert "0 of 6" in outcome.out
-    assert outcome.out.rstrip().endswith("0 runs done, 220 missing (further learning rates not counted).")
+    assert outcome.out.rstrip().endswith("0 runs done, 159 missing (further learning rates not counted).")
     readme.write_text(f"before\n{queueing.BEGIN}\n{queueing.END}\nafter\n")
     common = ("sparsity", "report", "--out", out, "--readme", readme, "--speed", tmp_path / "speed.json")
     assert bench(*common).code == 0

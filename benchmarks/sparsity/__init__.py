@@ -34,7 +34,7 @@ from benchmarks.sparsity.arms import (
     EPOCHS,
     STAGES,
     STEPS_PER_EPOCH,
-    TUNING_SEEDS,
+    TIERS,
     Job,
     cost_of,
     progress,
@@ -42,7 +42,7 @@ from benchmarks.sparsity.arms import (
     rate_of,
 )
 from benchmarks.sparsity.report import idle, write_report
-from benchmarks.sparsity.training import PROTOCOL, folder_of, train
+from benchmarks.sparsity.training import PROTOCOL, train
 from benchmarks.study import open_data
 from benchmarks.subject import TrainingStep
 from benchmarks.timing import Candidate, interleave, ratio_of, spread
@@ -55,7 +55,7 @@ NOTHING_LEFT = 4  # exit code
 WARM_UP = 10
 IDLE = 0.5  # load average below which a machine is
 MEASUREMENTS = 3  # of speed, before the steps of `twin-time` are fixed
-MEASURED = [name for name, arm in ARMS.items() if (arm.data, arm.batch, arm.lr_factor) == ("cifar10", 128, 1.0)]
+MEASURED = list(ARMS)
 
 
 # ---- the queue
@@ -64,16 +64,9 @@ MEASURED = [name for name, arm in ARMS.items() if (arm.data, arm.batch, arm.lr_f
 def runs_to_do(records: list[dict[str, Any]], options: Namespace) -> Iterator[Job]:
     """What this command line can do of the queue, in order."""
     for job in queue(records, options.device, options.tier):
-        if job.lr is not None and (not options.only or job.arm in options.only) and can_run(job, options):
+        known = job.lr is not None and (job.arm != "twin-time" or options.twin_steps is not None)  # H2's steps
+        if known and (not options.only or job.arm in options.only):
             yield job
-
-
-def can_run(job: Job, options: Namespace) -> bool:
-    """Whether the command line names what the run needs, and H2's steps are known."""
-    arm = ARMS[job.arm]
-    if job.arm == "twin-time" and options.twin_steps is None:
-        return False
-    return folder_of(arm, options) is not None and (arm.data == "cifar10" or options.pretrained is not None)
 
 
 def run(options: Namespace) -> None:
@@ -201,7 +194,7 @@ def status(options: Namespace) -> None:
         for arm in arms if tier in options.tier else ():
             lr = rate_of(records, options.device, arm)
             own = [done[arm, seed, lr] for seed in seeds if (arm, seed, lr) in done]
-            tuning = [job for job in jobs if job.arm == arm and job.seed in TUNING_SEEDS]
+            tuning = [job for job in jobs if job.arm == arm and job.seed in ARMS[arm].tuning_seeds]
             tuned = sum((job.arm, job.seed, job.lr) in done for job in tuning)
             rows.append([
                 f"{tier}  {arm}",
@@ -220,10 +213,7 @@ def parser() -> ArgumentParser:
     found = argument_parser("sparsity", __doc__)
     found.add_argument("verb", choices=("run", "speed", "status", "report"))
     found.add_argument("--data", type=Path, metavar="DIR", help="CIFAR-10 as a folder")
-    found.add_argument("--cats", type=Path, metavar="DIR", help="cats_vs_dogs as a folder, for fine-tuning")
-    found.add_argument("--imagenette", type=Path, metavar="DIR", help="Imagenette as a folder, for fine-tuning")
-    found.add_argument("--pretrained", type=Path, metavar="FILE", help="safetensors of the pretrained ViT-S")
-    found.add_argument("--tier", type=int, nargs="+", choices=(1, 2, 3), default=(1, 2, 3), help="(all)")
+    found.add_argument("--tier", type=int, nargs="+", choices=TIERS, default=TIERS, help="(all)")
     found.add_argument("--only", nargs="+", choices=ARMS, metavar="ARM", help="these arms only")
     found.add_argument("--device", choices=tuple(EPOCHS), default="cpu", help="(%(default)s)")
     found.add_argument("--threads", type=positive, default=1, help="the protocol has %(default)s")

@@ -8,24 +8,27 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from benchmarks.places import HYBRID, PLACES
 from benchmarks.queue import is_dirty
 from benchmarks.routers.report import rate_beyond
 from benchmarks.subject import Subject, find_subject
 from moevision.efficiency import count_layers, flop_counter, measure_cost
 
-EPOCHS = {"cpu": 1, "cuda": 12}
+EPOCHS = {"cpu": 1}
 STEPS_PER_EPOCH = 351  # 45 000 training images in batches of 128, the rest left out
 TUNING_SEEDS = (100, 101)
+TIERS = (1, 2, 3, 4)
 FACTORS = (0.5, 1.0, 2.0)
 UNBALANCED = {"importance": 0.0, "load": 0.0, "load_balancing": 0.0, "z": 0.0}
 Record = Mapping[str, Any]
 
 
-MODEL = {"name": "vit_moe_hybrid_patch4_32"}
+MODEL = {"name": HYBRID}
 """The study's model; the rest of its recipe is configs/cifar10.yaml, which trains a wider one, and `RECIPE`."""
 RECIPE = {"optim.weight_decay": 0.05, "optim.warmup_fraction": 0.2, "label_smoothing": 0.2}
 """What the config says already, said again: the config may change, a study may not."""
@@ -39,26 +42,16 @@ class Arm:
         arch, aux: what it changes in `model.arch` and `model.aux` of configs/cifar10.yaml.
         tuned_as: the arm whose learning rate it takes; None: it is tuned itself.
         base_lr: the middle of the rates that are tried.
-        lr_factor: on the rate that it takes.
-        data: the data set.
-        batch: images per optimizer step.
-        accumulated: micro-batches of a step.
-        epochs: None: those of the device.
-        guard: whether the stability guard watches.
-        upcycled: whether a dense pretrained model is upcycled first (`training.upcycled`).
+        tuning_seeds: seeds of the tuning runs.
     """
 
     arch: Mapping[str, Any] = field(default_factory=dict)
     aux: Mapping[str, Any] = field(default_factory=dict)
     tuned_as: str | None = "moe"
     base_lr: float = 6e-3
-    lr_factor: float = 1.0
-    data: str = "cifar10"
+    tuning_seeds: Sequence[int] = TUNING_SEEDS
     batch: int = 128
-    accumulated: int = 1
-    epochs: int | None = None
     guard: bool = True
-    upcycled: bool = False
 
     def subject(self, name: str = "") -> Subject:
         """The model and its recipe, for measuring."""
@@ -67,20 +60,20 @@ class Arm:
         return replace(base, name=name, arch={**base.arch, **MODEL, **self.arch}, aux=aux, batch_size=self.batch)
 
 
-def _batch(size: int, accumulated: int = 1) -> Arm:
-    return Arm(batch=size, accumulated=accumulated, lr_factor=(size / 128) ** 0.5)
-
-
-def _fine_tuned(data: str, epochs: int, tuned_as: str | None = None, *, upcycled: bool) -> Arm:
-    return Arm(tuned_as=tuned_as, base_lr=3e-4, data=data, batch=64, epochs=epochs, upcycled=upcycled)
-
-
+TWIN = {"twin": "active_flops"}
 _LEARNS_NOTHING = {
     name: {"arch": {"router": name}, "aux": UNBALANCED} for name in ("hash", "position", "colour", "random")
 }
+
+
+def _places(base_lr: float, arch: Mapping[str, Any], aux: Mapping[str, Any] = MappingProxyType({})) -> Arm:
+    """An arm whose classifier reads every place, tuned around the rate of the arm that pools."""
+    return Arm({"name": PLACES[HYBRID], **arch}, aux, tuned_as=None, base_lr=base_lr, tuning_seeds=TUNING_SEEDS[:1])
+
+
 ARMS: dict[str, Arm] = {
     "moe": Arm(tuned_as=None),
-    "twin": Arm({"twin": "active_flops"}, tuned_as=None),
+    "twin": Arm(TWIN, tuned_as=None),
     "hash": Arm(**_LEARNS_NOTHING["hash"], tuned_as=None),
     "position": Arm(**_LEARNS_NOTHING["position"], tuned_as=None),
     "unbalanced": Arm(aux=UNBALANCED, tuned_as=None),
@@ -89,33 +82,32 @@ ARMS: dict[str, Arm] = {
     "z": Arm(aux={**UNBALANCED, "z": 0.001}),
     "bias": Arm({"router": "bias_balanced"}, UNBALANCED),
     "rho10": Arm({"moe_layers": [3]}, tuned_as=None),
-    "twin-time": Arm({"twin": "active_flops"}, tuned_as="twin"),
-    "cats-dense": _fine_tuned("cats", 2, upcycled=False),
-    "cats-upcycled": _fine_tuned("cats", 2, upcycled=True),
-    "imagenette-dense": _fine_tuned("imagenette", 1, "cats-dense", upcycled=False),
-    "imagenette-upcycled": _fine_tuned("imagenette", 1, "cats-upcycled", upcycled=True),
-    "rho20": Arm({"moe_layers": [1, 3]}),
-    **{f"e{count}": Arm({"num_experts": count}) for count in (2, 4, 16, 32)},
+    "twin-time": Arm(TWIN, tuned_as="twin"),
+    "twin-places": _places(24e-3, TWIN),
+    "position-places": _places(12e-3, **_LEARNS_NOTHING["position"]),
+    "moe-places": _places(12e-3, {}),
+    "hash-places": _places(6e-3, **_LEARNS_NOTHING["hash"]),
+    "twin-again": Arm(TWIN, tuned_as="twin"),
+    "position-again": Arm(**_LEARNS_NOTHING["position"], tuned_as="position"),
+    "moe-again": Arm(),
+    "hash-again": Arm(**_LEARNS_NOTHING["hash"], tuned_as="hash"),
     "colour": Arm(**_LEARNS_NOTHING["colour"]),
     "random": Arm(**_LEARNS_NOTHING["random"]),
-    **{f"lr{factor}": Arm(lr_factor=factor) for factor in (4, 16)},
-    **{f"lr{factor}-unguarded": Arm(lr_factor=factor, guard=False) for factor in (4, 16)},
-    **{f"batch{size}": _batch(size) for size in (32, 512, 1024)},
-    "batch512-accumulated": _batch(512, accumulated=4),
     "twin-parameters": Arm({"twin": "total_params"}),
 }
 LEARNED_NOTHING = ("hash", "position")
 BALANCE = ("unbalanced", "importance", "load", "moe", "z", "bias")
-_NAMES = list(ARMS)
+PLACES_ARMS = ("twin-places", "position-places", "moe-places", "hash-places")
+AGAIN = ("twin-again", "position-again", "moe-again", "hash-again")
 STAGES: tuple[tuple[int, Sequence[str], range], ...] = (
     (1, ("moe", "twin"), range(6)),
     (1, LEARNED_NOTHING, range(6)),
+    (2, ("rho10", "twin-time"), range(5)),
+    (4, PLACES_ARMS, range(5)),
+    (4, AGAIN, range(1)),
     (1, ("unbalanced", "importance", "load", "z", "bias"), range(6)),
     (1, ("moe", "twin", *LEARNED_NOTHING), range(6, 8)),
-    (2, ("rho10", "twin-time"), range(5)),
-    (2, _NAMES[_NAMES.index("cats-dense") : _NAMES.index("rho20")], range(5)),
-    (3, _NAMES[_NAMES.index("rho20") : _NAMES.index("lr4")], range(5)),
-    (3, _NAMES[_NAMES.index("lr4") :], range(5)),
+    (3, ("colour", "random", "twin-parameters"), range(5)),
 )
 
 
@@ -135,7 +127,7 @@ class Job:
         return f"{self.device}-{self.arm}-lr{self.lr:g}-s{self.seed}"
 
 
-def queue(records: Sequence[Record], device: str, tiers: Sequence[int] = (1, 2, 3)) -> Iterator[Job]:
+def queue(records: Sequence[Record], device: str, tiers: Sequence[int] = TIERS) -> Iterator[Job]:
     """All runs of a device in order; `records` say which rates are tried and which one is chosen."""
     tuned = set()
     for tier, arms, seeds in STAGES:
@@ -145,7 +137,7 @@ def queue(records: Sequence[Record], device: str, tiers: Sequence[int] = (1, 2, 
             if arm not in tuned:
                 tuned.add(arm)
                 for lr in rates_to_try(records, device, arm):
-                    yield from (Job(device, tier, arm, seed, lr) for seed in TUNING_SEEDS)
+                    yield from (Job(device, tier, arm, seed, lr) for seed in ARMS[arm].tuning_seeds)
         for seed in seeds:
             yield from (Job(device, tier, arm, seed, rate_of(records, device, arm)) for arm in arms)
 
@@ -156,7 +148,7 @@ def validation(records: Sequence[Record], device: str, arm: str) -> dict[float, 
     for run in records:
         if (run["device"], run["arm"]) == (device, arm) and run["seed"] in TUNING_SEEDS and not is_dirty(run):
             found.setdefault(run["lr"], {})[run["seed"]] = 0.0 if run["failed"] else run["val_top1"]
-    return {lr: statistics.fmean(of.values()) for lr, of in found.items() if len(of) == len(TUNING_SEEDS)}
+    return {lr: statistics.fmean(of.values()) for lr, of in found.items() if of.keys() >= set(ARMS[arm].tuning_seeds)}
 
 
 def rates_to_try(records: Sequence[Record], device: str, arm: str) -> list[float]:
@@ -176,15 +168,14 @@ def rate_of(records: Sequence[Record], device: str, arm: str) -> float | None:
     """The learning rate of an arm, the lowest of those that tie; None if it isn't decided."""
     own = ARMS[arm]
     if own.tuned_as is not None:
-        lr = rate_of(records, device, own.tuned_as)
-        return None if lr is None else own.lr_factor * lr
+        return rate_of(records, device, own.tuned_as)
     tried = validation(records, device, arm)
     if any(lr not in tried for lr in rates_to_try(records, device, arm)):
         return None
     return max(sorted(tried), key=lambda lr: tried[lr])
 
 
-def progress(records: Sequence[Record], device: str, tiers: Sequence[int] = (1, 2, 3)) -> tuple[int, int]:
+def progress(records: Sequence[Record], device: str, tiers: Sequence[int] = TIERS) -> tuple[int, int]:
     """How many runs of the queue are done, and how many are missing; further learning rates aren't foreseen."""
     jobs = list(queue(records, device, tiers))
     done = {(run["arm"], run["seed"], run["lr"]) for run in records if run["device"] == device}

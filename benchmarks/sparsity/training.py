@@ -21,12 +21,11 @@ import lightning as L
 import torch
 
 from benchmarks.harness import HERE, about
-from benchmarks.sparsity.arms import ARMS, MODEL, RECIPE, Arm, Job
+from benchmarks.places import SHIFTS, accuracy_of
+from benchmarks.sparsity.arms import ARMS, MODEL, RECIPE, Job
 from moevision.allocator import keep_freed_memory
-from moevision.cli import main as run_moevision
 from moevision.data import ImageDataModule
 from moevision.efficiency import measure_cost
-from moevision.errors import UserError
 from moevision.files import file_sha256
 from moevision.layers import forward_routing
 from moevision.losses import cv_squared
@@ -38,7 +37,6 @@ from moevision.train.run import RunResult, finish_run
 from moevision.train.task import ClassificationTask
 
 PROTOCOL = HERE / "sparsity" / "protocol.md"
-BASE, SIDE = "vit_small_patch14_dinov2", 112  # of the pretrained file, and the image in pixels
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
 
 
@@ -133,57 +131,27 @@ def arguments_of(job: Job, options: Namespace) -> list[str]:
         options: of the study's command line.
     """
     arm = ARMS[job.arm]
-    arch = {**MODEL, **arm.arch} if arm.data == "cifar10" else arm.arch
     given: dict[str, Any] = {
-        "data.path": folder_of(arm, options),
-        "data.batch_size": arm.batch // arm.accumulated,
+        "data.path": options.data,
+        "data.batch_size": arm.batch,
         "model.optim.lr": job.lr,
-        "trainer.accumulate_grad_batches": arm.accumulated,
-        "trainer.max_epochs": arm.epochs or options.epochs[job.device],
+        "trainer.max_epochs": options.epochs[job.device],
         "trainer.check_val_every_n_epoch": 1_000_000,  # the meter validates, and no epoch is chosen by it
         "trainer.precision": "32-true",
-        "trainer.accelerator": {"cpu": "cpu", "cuda": "gpu"}[job.device],
+        "trainer.accelerator": job.device,
         "trainer.enable_progress_bar": "false",
         "guard.enabled": str(arm.guard).lower(),
         "seed_everything": job.seed,
         "name": job.name,
         "runs_root": options.work,
-        **({f"model.{name}": value for name, value in RECIPE.items()} if arm.data == "cifar10" else {}),
-        **{f"model.arch.{name}": value for name, value in arch.items()},
+        **{f"model.{name}": value for name, value in RECIPE.items()},
+        **{f"model.arch.{name}": value for name, value in {**MODEL, **arm.arch}.items()},
         **{f"model.aux.{name}": value for name, value in arm.aux.items()},
     }
-    front = ["--config", options.config, "--data.download=false"]
-    if arm.data != "cifar10":
-        front = []
-        given |= {"data.image_size": SIDE, "data.crop": "random_resized", "model.optim.layer_decay": 0.75}
-        dense = {"pretrained": options.pretrained, "base": BASE, "twin": "active_flops"}
-        start = {"pretrained": upcycled(job, options)} if arm.upcycled else dense
-        given |= {f"model.arch.{name}": value for name, value in start.items()}
     if job.arm == "twin-time":
         given |= {"trainer.max_epochs": -1, "trainer.max_steps": options.twin_steps}
+    front = ["--config", options.config, "--data.download=false"]
     return [*front, *(f"--{name}={value}" for name, value in given.items()), "--resume=auto"]
-
-
-def folder_of(arm: Arm, options: Namespace) -> Path | None:
-    """The images of an arm; None if the command line doesn't name them."""
-    folder: Path | None = {"cifar10": options.data, "cats": options.cats, "imagenette": options.imagenette}[arm.data]
-    return folder
-
-
-def upcycled(job: Job, options: Namespace) -> Path:
-    """The folder of the upcycled model that a fine-tuning starts from, made if need be."""
-    images, out = folder_of(ARMS[job.arm], options), options.work / f"{job.name}-start"
-    if not (out / "upcycle.json").is_file():
-        assert images is not None
-        choice = {
-            "weights": options.pretrained, "num-classes": sum(path.is_dir() for path in (images / "train").iterdir()),
-            "image-size": SIDE, "num-experts": 4, "top-k": 1, "layers": "last2", "option": "route_by=image",
-            "router-start": "cluster", "data": images, "seed": job.seed, "out": out,
-        }  # fmt: skip
-        words = [word for name, value in choice.items() for word in (f"--{name}", str(value))]
-        if run_moevision(["upcycle", BASE, *words]):
-            raise UserError("The pretrained model can't be upcycled, see above: mend it, or leave these arms out.")
-    return out
 
 
 def train(job: Job, options: Namespace) -> dict[str, Any]:
@@ -212,8 +180,9 @@ def train(job: Job, options: Namespace) -> dict[str, Any]:
             val, importance = evaluate(cli.model, cli.datamodule)
             result = finish_run(cli, session.command)
             assert result is not None, "one process"
-            return {**key, **found(cli.model, cli.meter, result), "val_top1": val, "cv_importance": importance,
-                    "steps": cli.trainer.global_step, "sessions": sessions_of(run_dir)}  # fmt: skip
+            shifted = {f"shifted_{by}": accuracy_of(cli.model.net, cli.datamodule, by) for by in SHIFTS}
+            return {**key, **found(cli.model, cli.meter, result), **shifted, "val_top1": val, "steps":
+                    cli.trainer.global_step, "cv_importance": importance, "sessions": sessions_of(run_dir)}  # fmt: skip
     except TrainingDiverged as error:
         return {**key, "failed": str(error), "sessions": sessions_of(run_dir)}
     except Interrupted as stopped:

@@ -45,8 +45,9 @@ HYPOTHESES = (
     Hypothesis("H3", "moe", ("rho10",), 5, "secondary"),
     Hypothesis("H4", "moe", LEARNED_NOTHING, 6, "secondary"),
     Hypothesis("H5", "moe", ("unbalanced",), 5, "secondary", margin=0.01),
-    Hypothesis("F1", "cats-upcycled", ("cats-dense",), 5, "fine-tuning"),
-    Hypothesis("F2", "imagenette-upcycled", ("imagenette-dense",), 5, "fine-tuning"),
+    Hypothesis("H6", "position-places", ("twin-places",), 5, "places"),
+    Hypothesis("H7", "moe-places", ("twin-places",), 5, "places"),
+    Hypothesis("H8", "twin-places", ("twin",), 5, "places"),
 )
 
 

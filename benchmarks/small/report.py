@@ -1,0 +1,128 @@
+"""README.md's tables, from the records alone; differences are called by the rule in `study.py`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.queue import is_dirty
+from benchmarks.study import Contrast, contrasts, holm
+from moevision.train.report import table
+
+Runs = Sequence[dict[str, Any]]
+BASE_LR, LARGE, TUNING_SEED = 2e-3, (256, 1024), 100
+
+
+def parts_of(runs: Runs) -> list[str]:
+    """All tables as Markdown."""
+    clean = [run for run in runs if not is_dirty(run) and run["seed"] != TUNING_SEED]
+    return [*heads(clean), *rates(clean), *batches(clean)]
+
+
+def by_seed(runs: Runs, quantity: str = "test_top1", **keys: Any) -> dict[int, float]:
+    """Seed -> accuracy of the finished runs that have these keys."""
+    return {run["seed"]: run[quantity] for run in runs if not run["failed"] and keys.items() <= run.items()}
+
+
+def mean(values: dict[int, float]) -> str:
+    """`46.2 ± 0.6`: mean and SD over seeds in per cent."""
+    if not values:
+        return "not run"
+    own = [100 * value for value in values.values()]
+    return f"{statistics.fmean(own):.1f}" + (f" ± {statistics.stdev(own):.1f}" if len(own) > 1 else "")
+
+
+def said(contrast: Contrast) -> list[str]:
+    """A line of a table of contrasts."""
+    return [f"{contrast.first} − {contrast.second}", contrast.interval, str(len(contrast.gaps)), contrast.verdict]
+
+
+CONTRAST = ["contrast", "points (95 %)", "seeds", "verdict"]
+
+
+def head_contrasts(runs: Runs) -> list[Contrast]:
+    """The protocol's eight: by head the three routers less dense, then what the head gives dense, shifted or not."""
+    own = {f"{arm}, {head}": by_seed(runs, question="heads", arm=arm, head=head)
+           for head in ("mean", "places") for arm in ("dense", "learned", "position", "hash")}  # fmt: skip
+    own |= {f"dense, {head}, 4 px": by_seed(runs, "shifted_4", question="heads", arm="dense", head=head)
+            for head in ("mean", "places")}  # fmt: skip
+    pairs = [
+        (f"{arm}, {head}", f"dense, {head}") for head in ("places", "mean") for arm in ("position", "hash", "learned")
+    ]
+    return contrasts(own, [*pairs, ("dense, places", "dense, mean"), ("dense, places, 4 px", "dense, mean, 4 px")])
+
+
+def heads(runs: Runs) -> list[str]:
+    """Question 1."""
+    lines = []
+    for head in ("mean", "places"):
+        for arm in ("dense", "learned", "position", "hash"):
+            keys = {"question": "heads", "arm": arm, "head": head}
+            own = [run for run in runs if keys.items() <= run.items()]
+            columns = [mean(by_seed(own, name)) for name in ("test_top1", "shifted_4", "shifted_8")]
+            lines.append([arm, head, *columns, str(len(own)), f"{own[0]['lr']:g}" if own else ""])
+    names = ["arm", "head", "test top-1, % ± SD", "shifted by 4 px", "by 8 px", "seeds", "lr"]
+    return ["### Heads", table(names, lines), table(CONTRAST, [said(each) for each in head_contrasts(runs)])]
+
+
+def interactions(
+    runs: Runs, keys: Callable[[str, Any], dict[str, Any]], base: Any, others: Sequence[Any]
+) -> list[Contrast]:
+    """(learned − dense at each of `others`) less the same at `base`, seed by seed, judged together."""
+
+    def gaps(value: Any) -> dict[int, float]:
+        learned, dense = (by_seed(runs, **keys(arm, value)) for arm in ("learned", "dense"))
+        return {seed: learned[seed] - dense[seed] for seed in learned.keys() & dense.keys()}
+
+    names = {value: f"learned − dense at {value}" for value in (base, *others)}
+    return contrasts({names[value]: gaps(value) for value in names}, [(names[value], names[base]) for value in others])
+
+
+def rates(runs: Runs) -> list[str]:
+    """Question 2."""
+    lines = []
+    for arm in ("dense", "learned"):
+        for factor in (1, 4, 16):
+            for guard in (False, True):
+                keys = {"question": "rates", "arm": arm, "lr": BASE_LR * factor, "guard": guard}
+                own = [run for run in runs if keys.items() <= run.items()]
+                counts = [str(sum(value(run) for run in own)) for value in (
+                    lambda run: bool(run["failed"]), lambda run: run["refused"], lambda run: run["returns"]
+                )]  # fmt: skip
+                lines.append([arm, f"× {factor}", "on" if guard else "off", mean(by_seed(own)), str(len(own)), *counts])
+    names = ["arm", "learning rate", "guard", "test top-1, % ± SD", "runs", "failed", "updates refused", "returns"]
+    return ["### Instability", table(names, lines), table(CONTRAST, [said(each) for each in rate_contrasts(runs)])]
+
+
+def rate_contrasts(runs: Runs) -> list[Contrast]:
+    """Learned less dense at high rates, beside the same at the usual one; and what the guard is worth at × 16."""
+
+    def keys(arm: str, factor: Any) -> dict[str, Any]:
+        return {"question": "rates", "arm": arm, "lr": BASE_LR * factor, "guard": False}
+
+    found = interactions(runs, keys, 1, (4, 16))
+    own = {f"{arm} × 16, guard {'on' if guard else 'off'}": by_seed(runs, **{**keys(arm, 16), "guard": guard})
+           for arm in ("dense", "learned") for guard in (False, True)}  # fmt: skip
+    found += contrasts(own, [(f"{arm} × 16, guard on", f"{arm} × 16, guard off") for arm in ("dense", "learned")])
+    adjusted = holm([each.own_p for each in found])  # one family
+    return [Contrast(each.first, each.second, each.gaps, p) for each, p in zip(found, adjusted, strict=True)]
+
+
+def batches(runs: Runs) -> list[str]:
+    """Question 3."""
+    lines = []
+    for batch in (16, 64, 256, 1024):
+        for arm in ("dense", "learned"):
+            keys = {"question": "batches", "arm": arm, "batch": batch}
+            own = [run for run in runs if keys.items() <= run.items()]
+            values = [f"{own[0]['lr']:g}", str(own[0]["steps"])] if own else ["", ""]
+            seconds = f"{statistics.fmean(run['cpu_s'] for run in own):.0f}" if own else ""
+            lines.append([str(batch), arm, mean(by_seed(own)), str(len(own)), *values, seconds])
+    names = ["batch", "arm", "test top-1, % ± SD", "seeds", "lr", "steps", "CPU s, busy"]
+    return ["### Large batches", table(names, lines), table(CONTRAST, [said(each) for each in batch_contrasts(runs)])]
+
+
+def batch_contrasts(runs: Runs) -> list[Contrast]:
+    """Learned less dense at each batch, beside the same at 64."""
+    return interactions(runs, lambda arm, batch: {"question": "batches", "arm": arm, "batch": batch}, 64, (16, *LARGE))
