@@ -129,7 +129,8 @@ class ClassificationTask(L.LightningModule):
         )
         self.val_metrics = _metrics(num_classes, "val/")
         self.test_metrics = _metrics(num_classes, "test/")
-        # By default a MeanMetric leaves NaN out, and a loss that isn't finite would pass as a good one.
+        # By default a MeanMetric leaves NaN out, and a loss that isn't finite would pass as a good one. Under "disable"
+        # torchmetrics 1.9 ignores weights, such as the size of a batch: `_evaluate` hands over the loss of every image.
         self.val_loss, self.test_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
 
     def setup(self, stage: str) -> None:
@@ -268,7 +269,7 @@ class ClassificationTask(L.LightningModule):
         set_fused_attention(self.net, True)
         logits, routings = forward_routing(self.net, batch["image"])
         metrics.update(logits.float().softmax(-1), batch["label"])
-        mean_loss.update(F.cross_entropy(logits.float(), batch["label"]), len(batch["label"]))
+        mean_loss.update(F.cross_entropy(logits.float(), batch["label"], reduction="none"))  # [B]
         if self.routing_statistics is not None:
             self.routing_statistics.update(routings)
         return logits

@@ -132,6 +132,40 @@ def test_evaluation_counts_every_choice(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["test/top1"]) == pytest.approx(float(accuracy))
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_the_loss_is_a_mean_over_images(split: Literal["val", "test"], tmp_path: Path) -> None:
+    """18 images in batches of 16 and 2: each image counts alike, so the mean over the two batches is another number."""
+    task = task_of()
+    torch.nn.init.normal_(cast(Any, task.net).head.weight, std=0.5)  # confident, hence very different losses
+    data = ImageDataModule("synthetic_pets", image_size=32, batch_size=16, train_size=16, val_size=18, test_size=18)
+    trainer = trainer_of(tmp_path)
+    (trainer.validate if split == "val" else trainer.test)(task, data, verbose=False)
+    batches = list(data.val_dataloader() if split == "val" else data.test_dataloader())
+    task.eval()
+    with torch.no_grad():
+        probs = [task(batch["image"]).softmax(-1) for batch in batches]
+    losses = [
+        [-math.log(float(row[label])) for row, label in zip(p, batch["label"], strict=True)]
+        for p, batch in zip(probs, batches, strict=True)
+    ]
+    assert [len(batch) for batch in losses] == [16, 2]
+    of_images = (sum(losses[0]) + sum(losses[1])) / 18
+    of_batches = (sum(losses[0]) / 16 + sum(losses[1]) / 2) / 2
+    assert abs(of_batches - of_images) > 0.1
+    assert float(trainer.callback_metrics[f"{split}/loss"]) == pytest.approx(of_images, rel=1e-5)
+
+
+def test_one_image_of_nan_makes_the_loss_nan(tmp_path: Path) -> None:
+    """18 images in batches of 16 and 2; one of the last two isn't finite."""
+    task = task_of()
+    rows = [
+        {"image": torch.randn(n, 3, 32, 32), "label": torch.arange(n) % 8, "index": torch.arange(n)} for n in (16, 2)
+    ]
+    rows[1]["image"][1] = math.nan
+    (found,) = trainer_of(tmp_path).validate(task, DataLoader(cast(Any, rows), batch_size=None), verbose=False)
+    assert math.isnan(found["val/loss"])
+
+
 def test_a_checkpoint_is_self_contained_and_plain(tmp_path: Path) -> None:
     """It loads under weights_only=True and rebuilds the task, whose options came as dataclasses."""
     task = task_of(aux=AuxLossWeights(importance=0.3), optim=OptimizerConfig(lr=1e-3))

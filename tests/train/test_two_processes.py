@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.forks import Forked
 from tests.train import two_processes
-from tests.train.two_processes import CASES, IMAGES, STEPS, train
+from tests.train.two_processes import CASES, IMAGES, STEPS, evaluated_loss, train
 
 pytestmark = pytest.mark.dist
 
@@ -29,7 +29,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Te
     process = Forked([two_processes.__file__, str(folder)], folder, {**os.environ, **shared})
     said, _ = process.communicate(timeout=900)
     assert process.returncode == 0, said[-6000:]
-    return {case: [torch.load(folder / f"{case}-{rank}.pt") for rank in range(2)] for case in CASES}
+    return {case: [torch.load(folder / f"{case}-{rank}.pt") for rank in range(2)] for case in (*CASES, "loss")}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -45,6 +45,16 @@ def test_two_processes_are_one(case: str, two: dict[str, list[dict[str, Tensor]]
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
         if CASES[case][2] == 1 or name == "train/grad_norm" or not name.startswith("train/"):  # else of a micro-batch
             torch.testing.assert_close(first[name], one[name], rtol=1e-6, atol=1e-8, check_dtype=False, msg=name)
+
+
+def test_the_loss_of_two_processes_is_a_mean_over_images(
+    two: dict[str, list[dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    """11 images, six in one process and five in the other, in batches of 3, 3, 2 and 3; in one, of 4, 4 and 3."""
+    states = [*two["loss"], evaluated_loss(tmp_path)]
+    assert [state["sizes"].tolist() for state in states] == [[3, 3], [2, 3], [4, 4, 3]]
+    for state in states:
+        assert float(state["loss"]) == pytest.approx(sum(state["each"].tolist()) / 11, rel=1e-5)
 
 
 # Numbers of each all-reduce of a step, in order. Two layers of four experts; means are those of loss, cross-entropy

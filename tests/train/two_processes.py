@@ -1,14 +1,15 @@
 """Train a tiny model for a few optimizer steps; run as a script, in the two processes of a DDP training.
 
 `python two_processes.py FOLDER` with torch's MASTER_ADDR and MASTER_PORT writes `FOLDER/CASE-RANK.pt`, one for each
-case of `CASES` and process. `train` in one process is what it has to equal.
+case of `CASES` and process. `train` in one process is what it has to equal. `FOLDER/loss-RANK.pt` holds the losses of
+`evaluated_loss`.
 """
 
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import lightning as L
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from moevision.data.loader import eval_batches
 from moevision.layers import update_router_bias
 from moevision.losses import AuxLossWeights
 from moevision.models.config import MoEConfig
@@ -55,6 +57,22 @@ def batches(parts: int, alike: bool = False) -> list[dict[str, Tensor]]:
     return found
 
 
+def trainer_of(folder: Path, processes: int, **options: Any) -> L.Trainer:
+    """A Trainer on the CPU that logs and keeps nothing; DDP where there are several processes."""
+    return L.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
+    )
+
+
 def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batches: int = 1) -> dict[str, Tensor]:
     """The network's state after STEPS optimizer steps in float64, what the last one logged, and two more.
 
@@ -72,22 +90,15 @@ def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batc
     task.double()
     # Micro-batches go round the processes: the batches of a process are every P-th of a step's M · P parts.
     mine = batches(processes * micro_batches, case == "micro-batches alike")[rank::processes]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
+    trainer = trainer_of(
+        folder,
+        processes,
         precision="64-true",
         max_epochs=1,
         limit_val_batches=0,
         accumulate_grad_batches=micro_batches,
         log_every_n_steps=1,
         callbacks=[RouterHealth()],
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
     )
     loader = DataLoader(mine, batch_size=None)
     reduced: list[int] = []
@@ -110,12 +121,31 @@ def train(case: str, folder: Path, processes: int = 1, rank: int = 0, micro_batc
     return {**task.net.state_dict(), **logged, **counts, "reduced": torch.tensor(reduced)}
 
 
+def evaluated_loss(folder: Path, processes: int = 1, rank: int = 0) -> dict[str, Tensor]:
+    """`val/loss` of 11 images in batches of at most 4, as `ImageDataModule` deals them out; and the loss of each image.
+
+    Two processes have batches of 3 and 3, and of 2 and 3 images.
+    """
+    L.seed_everything(0, verbose=False)
+    task = ClassificationTask(arch=MoEConfig(name="test_vit_moe"), num_classes=CLASSES, image_size=32)
+    nn.init.normal_(cast(Any, task.net).head.weight, std=0.5)  # confident, hence very different losses
+    images, labels = torch.randn(11, 3, 32, 32), torch.arange(11) % CLASSES
+    rows = eval_batches(11, 4, rank, processes)
+    batches = [{"image": images[own], "label": labels[own], "index": torch.tensor(own)} for own in rows]
+    trainer = trainer_of(folder, processes)
+    (found,) = trainer.validate(task, DataLoader(cast(Any, batches), batch_size=None), verbose=False)
+    with torch.no_grad():
+        each = -task.eval()(images).log_softmax(-1)[torch.arange(11), labels]
+    return {"loss": torch.tensor(found["val/loss"]), "each": each, "sizes": torch.tensor([len(own) for own in rows])}
+
+
 def one_of_two(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "NODE_RANK": "0"}
     warnings.simplefilter("ignore")  # Lightning's advice on speed
     torch.set_num_threads(1)
     for case, (_, _, micro_batches) in CASES.items():
         torch.save(train(case, folder, 2, rank, micro_batches), folder / f"{case}-{rank}.pt")
+    torch.save(evaluated_loss(folder, 2, rank), folder / f"loss-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
