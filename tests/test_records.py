@@ -1,7 +1,10 @@
 """Every measured number of README.md, docs/ and benchmarks/*/README.md has a committed record; see `tests/records`."""
 
 import json
+import math
 import re
+import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ PAGES = checked_pages()
 MARKED_PAGES = [pytest.param(page, marks=_marks(*page.claims)) for page in PAGES]
 CLAIMS = [pytest.param(page, claim, marks=_marks(claim)) for page in PAGES for claim in page.claims]
 RECORDS = sorted({path for page in PAGES for claim in page.claims for path in claim.paths})
+EVERY = sorted(path for folder in ("benchmarks", "moevision/demo/models") for path in (ROOT / folder).rglob("*.json*"))
+"""All records, and what the bundled models say of themselves."""
 
 
 def _name(value: Any) -> str:
@@ -69,19 +74,28 @@ def test_every_module_has_one_page() -> None:
     assert len(names) == len(set(names))
 
 
+def _read(path: Path) -> Any:
+    """A record: of .jsonl a list, one entry a line."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def _parts(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping in a record."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
+        yield from _parts(part)
+
+
 @cache
 def _trees(path: str) -> list[dict[str, Any]]:
     """Each commit with its dirty flag that a record names, or the provenance.json beside it."""
     beside = (ROOT / path).with_name("provenance.json")
-    found, waiting = [], [json.loads(file.read_text()) for file in (ROOT / path, beside) if file.is_file()]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            found += [value] if "git_commit" in value else []
-            waiting += value.values()
-        elif isinstance(value, list):
-            waiting += value
-    return found
+    return [
+        part for file in (ROOT / path, beside) if file.is_file() for part in _parts(_read(file)) if "git_commit" in part
+    ]
 
 
 def test_a_command_names_no_place_of_the_machine() -> None:
@@ -95,6 +109,86 @@ def test_a_command_names_no_place_of_the_machine() -> None:
 def test_records_come_from_committed_trees() -> None:
     assert {path for path in RECORDS if any(tree["dirty"] for tree in _trees(path))} == DIRTY
     assert {path for path in RECORDS if not _trees(path)} == WITHOUT_COMMIT
+
+
+def test_every_commit_that_a_record_names_is_in_the_history() -> None:
+    """Of measurements, and of the trainings of the bundled models. A shallow clone or an archive can't tell."""
+
+    def git(*words: str) -> list[str]:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.split() if done.returncode == 0 else []
+
+    if git("rev-parse", "--is-shallow-repository", "--show-prefix") != ["false"]:
+        pytest.skip("no checkout of the repository with its history")
+    named = {part["git_commit"]: path for path in EVERY for part in _parts(_read(path)) if part.get("git_commit")}
+    assert len(named) > 50
+    assert {named[commit] for commit in named.keys() - set(git("rev-list", "HEAD"))} == set()
+
+
+def contradictions(record: Any) -> Iterator[str]:
+    """Numbers of a record that don't follow from the counts beside them."""
+    for part in _parts(record):
+        correct = part.get("correct")
+        images = next((part[name] for name in ("total", "n", "test_images", "images") if name in part), None)
+        if "total" in part and not 0 <= correct <= images:
+            yield f"{correct} of {images} correct"
+        rows = part.get("per_class", [])  # name, correct, images
+        if rows and (sum(row[1] for row in rows), sum(row[2] for row in rows)) != (correct, images):
+            yield f"the classes don't add up to {correct} of {images}"
+        shares = [part[name] for name in ("top1", "top1_before") if name in part and images]
+        shares += part["accuracy"].values() if "test_images" in part else []  # of a bundled model and its twin
+        for share in shares:
+            if not math.isclose(share * images, round(share * images), rel_tol=0, abs_tol=1e-3):
+                yield f"{share} of {images} images is no number of images"
+        for own in part.values() if "n" in part else ():  # an accuracy before and after a surgery
+            if isinstance(own, dict) and "top1" in own and own["top1"] != own["correct"] / images:
+                yield f"{own['correct']} of {images} isn't {own['top1']}"
+        if "max_over_mean" in part and "counts" in part:
+            counts, mean = part["counts"], sum(part["counts"]) / len(part["counts"])
+            cv_squared = sum((count / mean - 1) ** 2 for count in counts) / len(counts)
+            found = {"max_over_mean": max(counts) / mean, "cv_squared": cv_squared, "dead": counts.count(0)}
+            for name, value in found.items():
+                if not math.isclose(part[name], value, rel_tol=1e-6, abs_tol=1e-12):
+                    yield f"{name} of {counts} isn't {part[name]}"
+        if "layers" in part and "test" in part:  # every image is as many tokens, each with as many experts
+            for choices in (sum(layer.get("counts", ())) for layer in part["layers"]):
+                if choices % part["test"]["total"]:
+                    yield f"{choices} choices of {part['test']['total']} images"
+        if "curve" in part and "steps_applied" in part:  # a run of benchmarks/sparsity
+            step, _, val_top1 = part["curve"][-1]
+            if not (step == part["steps"] == part["steps_applied"] and val_top1 == part["val_top1"]):
+                yield f"{part['arm']}: the curve ends with {part['curve'][-1]}"
+
+
+def test_what_a_record_says_follows_from_its_counts() -> None:
+    assert {path: found for path in EVERY if (found := list(contradictions(_read(path))))} == {}
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"correct": 9, "total": 8}, "9 of 8"),
+        ({"test": {"correct": 3, "total": 4, "per_class": [["cat", 1, 2], ["dog", 1, 2]]}}, "add up to 3 of 4"),
+        ({"top1": 0.7, "images": 832}, "0.7 of 832"),
+        ({"test_images": 2000, "accuracy": {"moe": 0.99, "dense": 0.9871}}, "0.9871 of 2000"),
+        ({"n": 2000, "before": {"correct": 1976, "top1": 0.968}}, "1976 of 2000 isn't"),
+        ({"layers": [{"counts": [1, 3], "max_over_mean": 1.5, "cv_squared": 0.2, "dead": 0}]}, "cv_squared"),
+        ({"test": {"correct": 2, "total": 3}, "layers": [{"counts": [6, 7]}]}, "13 choices of 3"),
+        ({"arm": "moe", "curve": [[9, 2.0, 0.5]], "steps": 9, "steps_applied": 9, "val_top1": 0.6}, "moe: the curve"),
+    ],
+)
+def test_a_contradiction_is_found(record: dict[str, Any], said: str) -> None:
+    (found,) = contradictions(record)
+    assert said in found
+
+
+@pytest.mark.parametrize("record", ["sparsity/runs/*.json", "stem/record.json", "saving/record.json"])
+def test_every_token_of_every_test_image_chose_two_experts(record: str) -> None:
+    """10,000 test images of 64 tokens with K = 2 in every MoE layer."""
+    layers = [
+        part for path in (ROOT / "benchmarks").glob(record) for part in _parts(_read(path)) if "max_over_mean" in part
+    ]
+    assert {sum(layer["counts"]) for layer in layers} == {10_000 * 64 * 2}
 
 
 @pytest.mark.parametrize(

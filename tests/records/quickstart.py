@@ -49,8 +49,10 @@ CLAIMS = [
     Claim(QUICKSTART, "| quickstart, drawn pets | {images:,} | {slowest} | {spread} |", loads),
     Claim(CATS_ATLAS, "| bundled, cats and dogs | {images:,} | {slowest} | {spread} |", loads),
     Claim(ATLAS, "| bundled, drawn pets | {images:,} | {slowest} | {spread} |", loads),
+    Claim(QUICKSTART, "record, {test[loss]:.4f}, is a mean over batches"),
 ]
 
 DEFINITIONS = [
     Definition("Wilson's 95 % interval", "the level of the intervals"),
+    Definition("over images it is 0.1476", "repeated at its commit, bit for bit, but for this mean"),
 ]
