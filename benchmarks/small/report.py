@@ -63,7 +63,20 @@ def heads(runs: Runs) -> list[str]:
             columns = [mean(by_seed(own, name)) for name in ("test_top1", "shifted_4", "shifted_8")]
             lines.append([arm, head, *columns, str(len(own)), f"{own[0]['lr']:g}" if own else ""])
     names = ["arm", "head", "test top-1, % ± SD", "shifted by 4 px", "by 8 px", "seeds", "lr"]
-    return ["### Heads", table(names, lines), table(CONTRAST, [said(each) for each in head_contrasts(runs)])]
+    return [
+        "### Heads",
+        table(names, lines),
+        table(CONTRAST, [said(each) for each in head_contrasts(runs)]),
+        f"At the rate of the other rows, {BASE_LR:g} (the amendment):",
+        table(CONTRAST, [said(each) for each in common_contrasts(runs)]),
+    ]
+
+
+def common_contrasts(runs: Runs) -> list[Contrast]:
+    """With places read, `position` and `hash` less dense, all at one rate."""
+    own = {arm: by_seed(runs, question="common", arm=arm) for arm in ("position", "hash")}
+    own["dense"] = by_seed(runs, question="heads", arm="dense", head="places", lr=BASE_LR)
+    return contrasts(own, [("position", "dense"), ("hash", "dense")])
 
 
 def interactions(
