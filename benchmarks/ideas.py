@@ -17,12 +17,12 @@ from typing import Any
 
 from benchmarks.harness import HERE, argument_parser
 from benchmarks.queue import fill_readme, read_records
-from benchmarks.saving import report as saving
+from benchmarks.sparsity.arms import EPOCHS
 from benchmarks.sparsity.report import DEVICES
-from benchmarks.sparsity.verdict import finished, judge, runs_of
+from benchmarks.sparsity.verdict import Result, finished, gap_of, judge, runs_of
 from benchmarks.specialization.arms import CLASS, DATA_SETS
 from benchmarks.specialization.rule import above_before, settings_of
-from benchmarks.study import Contrast, Row, contrasts
+from benchmarks.study import Row, contrasts
 from benchmarks.upcycling import report as upcycling
 from moevision.analysis.questions import YES
 from moevision.commands.curve import is_as_good
@@ -33,11 +33,10 @@ from moevision.train.report import percent
 PAGE = HERE.parent / "docs" / "concepts" / "what-sparsity-buys.md"
 NOT_RUN = "Not run yet"
 _SHARE = 0.7  # of the images, for the sentence of the curve
-LEVELS = (0.7, 0.8, 0.85)  # of validation accuracy, for the sentence of energy
-NOTEBOOK = "[live](../../notebooks/05_ideas.ipynb)"
+REACHED = 0.85  # of validation accuracy, for the sentence of equal time
 NO, OPEN = "no", "not shown"
 OPEN_STILL = UNDECIDED, DESCRIBED = "undecided", "described"
-VERDICTS = {"positive": YES, "negative": NO, "tie": OPEN, "above": YES, "below": NO, "not told apart": OPEN}
+VERDICTS = {"above": YES, "below": NO, "not told apart": OPEN}
 Json = dict[str, Any]
 Records = Mapping[str, Any]
 Answer = tuple[str, str]
@@ -47,9 +46,11 @@ Answer = tuple[str, str]
 def read_all(root: Path = HERE) -> dict[str, Any]:
     """The records of all studies, by study: one record, or a list of runs."""
     found: dict[str, Any] = {name: read_records(root / name / "runs") for name in ("sparsity", "specialization")}
-    for place in ("curve/record", "guard/accuracy", "saving/record", "upcycling/record"):
+    single = {"curve": "curve/record", "guard": "guard/accuracy", "upcycling": "upcycling/record",
+              "performance": "train/cifar10/benchmark-train"}  # fmt: skip
+    for name, place in single.items():
         file = root / f"{place}.json"
-        found[file.parent.name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        found[name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     lists = {"waiting": "waiting/*.json", "scratch": "specialization/scratch/*.json",
              "accuracy": "accuracy/cifar10*-s?.json"}  # fmt: skip
     for name, files in lists.items():
@@ -59,27 +60,25 @@ def read_all(root: Path = HERE) -> dict[str, Any]:
 
 def ideas(records: Records) -> str:
     """The table as Markdown."""
-    rows: list[tuple[str, str, Answer]] = [
-        ("Experts specialize", NOTEBOOK,
-         said(records, "specialization", partial(specialization, scratch=records["scratch"]))),
-        ("More parameters help at equal compute", NOTEBOOK, said(records, "sparsity", hypothesis("H1"))),
-        ("They help at equal time too", "", said(records, "sparsity", hypothesis("H2"))),
-        ("The more of the compute is sparse, the more it helps", "", said(records, "sparsity", hypothesis("H3"))),
-        ("A learned gate beats fixed rules", NOTEBOOK, said(records, "sparsity", hypothesis("H4"))),
-        ("Balance costs at most a point of accuracy", NOTEBOOK, said(records, "sparsity", hypothesis("H5"))),
-        ("Uneven experts make others wait", NOTEBOOK, said(records, "waiting", waits)),
-        ("Sparse training is unstable", NOTEBOOK,
+    rows: list[tuple[str, Answer]] = [
+        ("Experts specialize", said(records, "specialization", partial(specialization, scratch=records["scratch"]))),
+        ("More parameters help at equal compute", said(records, "sparsity", hypothesis("H1"))),
+        ("They help at equal time too", said(records, "sparsity", hypothesis("H2"), "accuracy", reached)),
+        ("The more of the compute is sparse, the more it helps", said(records, "sparsity", hypothesis("H3"))),
+        ("A learned gate beats fixed rules", said(records, "sparsity", hypothesis("H4"))),
+        ("Balance costs at most a point of accuracy", said(records, "sparsity", hypothesis("H5"))),
+        ("Uneven experts make others wait", said(records, "waiting", waits)),
+        ("Sparse training is unstable",
          said(records, "sparsity", arms("lr4", "lr16", "lr4-unguarded", "lr16-unguarded"), "guard", struck)),
-        ("Sparse training wants large batches", NOTEBOOK,
+        ("Sparse training wants large batches",
          said(records, "sparsity", arms("batch32", "batch512", "batch1024", "batch512-accumulated"))),
-        ("Experts improve a trained dense model", "[guide](../guides/dense-sparse.md)",
+        ("[Experts improve a trained dense model](../guides/dense-sparse.md)",
          said(records, "sparsity", hypothesis("F1", "F2"), "upcycling", upcycled)),
-        ("It saves energy", NOTEBOOK, said(records, "saving", work, "accuracy", reached)),
-        ("Fewer images, well chosen, are enough", "[notebook](../../notebooks/04_good_data.ipynb)",
-         said(records, "curve", fewer_images)),
+        ("It saves energy", said(records, "performance", work)),
+        ("[Fewer images, well chosen, are enough](../guides/good-data.md)", said(records, "curve", fewer_images)),
     ]  # fmt: skip
-    return "\n".join(["| idea | holds | see it | what the records say |", "|---|---|---|---|", *(
-        f"| {idea} | {verdict} | {live} | {text} |" for idea, live, (verdict, text) in rows
+    return "\n".join(["| idea | holds | what the records say |", "|---|---|---|", *(
+        f"| {idea} | {verdict} | {text} |" for idea, (verdict, text) in rows
     )])  # fmt: skip
 
 
@@ -92,27 +91,54 @@ def said(records: Records, *parts: Any) -> Answer:
     for study, ask in zip(parts[::2], parts[1::2], strict=True):
         verdict, text = ask(records[study]) if records[study] else ("", NOT_RUN)
         verdicts += [verdict] * bool(verdict)
-        links = f"[{study}](../../benchmarks/{study}/README.md)"
-        if text != NOT_RUN and (HERE / study / f"{study}.png").is_file():
-            links += f", [figure](../../benchmarks/{study}/{study}.png)"
-        texts.append(f"{text.rstrip('.')} ({links}).")
+        texts.append(f"{text.rstrip('.')} ([{study}](../../benchmarks/{study}/README.md)).")
     verdicts.sort(key=lambda verdict: verdict in OPEN_STILL)
     measured = [text for text in texts if not text.startswith(NOT_RUN)]
     return (verdicts or [NOT_RUN.lower()])[0], " ".join(measured or texts)
 
 
 def hypothesis(*names: str) -> Callable[[Sequence[Json]], Answer]:
-    """Asks for the sentences of the sparsity study's protocol, on each device that has runs."""
+    """Asks for the sentences of the sparsity study's protocol, on each device that has runs, and for `beside`.
+
+    A yes names its length of training; a no to one of several rivals names the rival.
+    """
 
     def ask(runs: Sequence[Json]) -> Answer:
         found, verdicts = [], []
+        several = len({run["device"] for run in runs}) > 1
         for device, title in DEVICES.items():
-            results = [result for result in judge(runs, device) if result.hypothesis.name in names and result.contrast]
-            found += [f"{title}: {result.sentence}" for result in results]
-            verdicts += [VERDICTS.get(result.verdict, UNDECIDED) for result in results]
+            yes = f"after {EPOCHS[device]} epoch{'s' * (EPOCHS[device] > 1)}"
+            for result in judge(runs, device):
+                if result.hypothesis.name not in names or not (contrast := result.contrast):
+                    continue
+                no = f"not `{contrast.second}`" if result.hypothesis.seconds[1:] else NO
+                verdicts.append({"positive": yes, "negative": no, "tie": OPEN}.get(result.verdict, UNDECIDED))
+                found += [f"{title}: " * several + result.sentence, *beside(runs, device, result)]
         return (verdicts or [""])[0], " ".join(found) or NOT_RUN
 
     return ask
+
+
+_UNASKED = {
+    "H1": ("twin-time", "twin", "{more:.0%} more steps give the twin {gap}."),
+    "H2": ("position", "twin-time", "Post hoc, with `position` as its router: {gap}."),
+    "H4": ("moe", "hash", "Against `hash` alone, unadjusted: {gap}."),
+}  # fmt: skip
+"""Beside a hypothesis: two arms whose difference none asked for, and what is said of it."""
+
+
+def beside(runs: Sequence[Json], device: str, result: Result) -> list[str]:
+    """What the protocol's sentence leaves out: the power of a tie, and a difference that no hypothesis asked for."""
+    found = []
+    if result.verdict == "tie" and not result.hypothesis.margin:
+        found.append(f"Detectable with 80 % power: {100 * result.detectable:.1f}.")
+    if result.hypothesis.name in _UNASKED:
+        first, second, text = _UNASKED[result.hypothesis.name]
+        if gap := gap_of(runs, device, first, second):
+            steps = [next(iter(finished(runs_of(runs, device, arm)).values()))["steps"] for arm in (first, second)]
+            points = f"{gap.interval.removesuffix(')')}; {len(gap.gaps)} seeds)"
+            found.append(text.format(gap=points, more=steps[0] / steps[1] - 1).replace("%", " %"))
+    return found
 
 
 def arms(*names: str) -> Callable[[Sequence[Json]], Answer]:
@@ -156,55 +182,53 @@ def specialization(runs: Sequence[Json], scratch: Sequence[Json]) -> Answer:
 
 
 def upcycled(record: Json) -> Answer:
-    """The upcycled model beside the dense one, trained on for as many steps."""
-    arms = {"upcycled": "upcycled", "dense, trained on": "continued"}
-    rows = {name: Row(name, 0.0, list(upcycling.runs_of(record, arm).values())) for name, arm in arms.items()}
-    return _brief(contrasts({name: row.by_seed for name, row in rows.items()}, [("upcycled", "dense, trained on")]))
-
-
-def _brief(found: Sequence[Contrast]) -> Answer:
-    """All of them, and the verdict of the first."""
-    texts = [f"{each.first} minus {each.second}: {each.interval} points, {each.verdict}" for each in found]
-    return VERDICTS[found[0].verdict], "; ".join(texts)
+    """The upcycled model beside the dense one: trained on for as many steps, and in one schedule of as many."""
+    names = {
+        "upcycled": "upcycled",
+        "continued": "dense, trained on",
+        "in one": "dense in one schedule of as many steps",
+    }
+    rows = {name: Row(name, 0.0, list(upcycling.runs_of(record, arm).values())).by_seed for arm, name in names.items()}
+    own, *others = names.values()
+    found = contrasts(rows, [(own, other) for other in others])
+    texts = [f"minus {each.second}: {each.interval}, {each.verdict}" for each in found]
+    return VERDICTS[found[0].verdict], f"{own} {'; '.join(texts)}"
 
 
 def waits(runs: Sequence[Json]) -> Answer:
-    """Waiting for rows, over that of an even load, with a learned router; yes if it is always longer without a loss."""
-    without, beside = (
-        [row["wait_over_even"] for run in runs for row in run["rows"] if row["arm"] == arm]
-        for arm in ("no loss", "loss")
-    )
-    return (YES if min(without) > max(beside) else OPEN), (
-        f"Two processes: {min(without):.1f} to {max(without):.1f} times an even load's waiting where an uneven router "
-        f"learns without a balance loss, {min(beside):.1f} to {max(beside):.1f} times with one"
+    """Rows and waiting with a learned router; yes if waiting is longer without a balance loss by either measure."""
+    arms = {arm: [row for run in runs for row in run["rows"] if row["arm"] == arm] for arm in ("no loss", "loss")}
+    longer = sum(row["wait_ms"] > other["wait_ms"] for row, other in zip(*arms.values(), strict=True))
+    ratios = [[row["wait_over_even"] for row in rows] for rows in arms.values()]
+    ranges = [f"{min(each):.1f} to {max(each):.1f}" for each in ratios]
+    rows = [f"{statistics.fmean(row['busiest_over_mean'] for row in each):.2f}" for each in arms.values()]
+    always = min(ratios[0]) > max(ratios[1]) and longer == len(runs)
+    return YES if always else OPEN, (
+        f"Two processes: without a balance loss the busier one computes {rows[0]} times the mean rows, "
+        f"with it {rows[1]}. "
+        f"Median wait: {ranges[0]} times an even load's, with the loss {ranges[1]}; mean wait (ms) longer "
+        f"without it in "
+        f"{longer} of {len(runs)} runs"
     )
 
 
 def work(record: Json) -> Answer:
-    """FLOPs beside either dense twin; no joules."""
-    moe, small, large = saving.SAVING
-    cost = {arm: record["cost"][arm]["flops_per_image"] + record["cost"][arm]["router_flops_per_image"]
-            for arm in saving.SAVING}  # fmt: skip
+    """FLOPs of a training step beside either dense twin; no joules."""
+    moe, small, large = (row["training_flops_per_image"] for row in record["rows"])
     return "not measured", (
-        f"Joules were not measured. FLOPs: {1 - cost[moe] / cost[large]:.0%} fewer than a dense model of equal "
-        f"parameters, {abs(cost[moe] / cost[small] - 1):.1%} more than one of equal FLOPs (the routers)"
+        f"No joules. FLOPs of CIFAR-10's recipe: {1 - moe / large:.0%} fewer than dense of equal "
+        f"parameters, {moe / small - 1:.1%} more than its twin"
     ).replace("%", " %")
 
 
 def reached(runs: Sequence[Json]) -> Answer:
-    """FLOPs and CPU seconds until the CIFAR-10 recipe and its dense twin have some accuracies, in whole epochs."""
+    """CPU seconds until the CIFAR-10 recipe and its dense twin have an accuracy, in whole epochs."""
     texts = []
     for name, start in (("CIFAR-10's recipe", "cifar10-s"), ("its dense twin", "cifar10-dense-s")):
         own = [run for run in runs if run["name"].rstrip("0123456789") == start]
-        spent: dict[str, list[float]] = {"training_flops": [], "cpu_s": []}
-        for level in LEVELS:
-            for unit, means in spent.items():
-                means.append(statistics.fmean(_share_until(run, level) * run["cost"][unit] for run in own))
-        work = ", ".join(f"{flops / 1e15:.2f}" for flops in spent["training_flops"])
-        seconds = ", ".join(f"{each:,.0f}" for each in spent["cpu_s"])
-        texts.append(f"{name} takes {work} PFLOP, {seconds} CPU seconds (seeds: {len(own)})")
-    levels = ", ".join(f"{level:.0%}" for level in LEVELS).replace("%", "")
-    return "", f"To reach {levels} % of validation, in whole epochs, {' and '.join(texts)}"
+        seconds = statistics.fmean(_share_until(run, REACHED) * run["cost"]["cpu_s"] for run in own)
+        texts.append(f"{name} {seconds:,.0f} ({len(own)} seed{'s' * (len(own) > 1)})")
+    return "", f"CPU seconds to {100 * REACHED:.0f} % of validation: {', '.join(texts)}"
 
 
 def _share_until(run: Json, level: float) -> float:

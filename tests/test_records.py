@@ -58,6 +58,29 @@ def test_no_measured_number_is_without_a_record(page: Page) -> None:
     assert not unclaimed(page)
 
 
+VERDICT = re.compile(
+    r"\b(beats?|better|worse|above|below|slower|faster|told apart|offsets?|improves?|yes|no"
+    r"|((is|are) not|isn't|aren't|not|is|are) shown)\b"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [("README.md", "What to expect"), ("docs/concepts/what-sparsity-buys.md", "What sparsity buys")],
+)
+def test_no_verdict_of_a_headline_is_without_a_record(name: str, section: str) -> None:
+    """Words such as "better" and "not told apart" stand in claims, which fill them in from the record."""
+    page = next(page for page in PAGES if page.path == ROOT / name)
+    rest = re.search(rf"^#+ {section}$(.*?)(?=^## |\Z)", page.text, re.M | re.S)
+    assert rest is not None
+    assert VERDICT.search(rest[1]), "nothing to check"
+    known = [text for claim in page.claims for text in claim.texts] + [each.text for each in page.definitions]
+    left = rest[1]
+    for text in sorted(known, key=len, reverse=True):
+        left = pattern(text).sub("…", left)
+    assert [match.group() for match in VERDICT.finditer(left)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_definitions_stand_in_their_page(page: Page) -> None:
     """A definition of words that are gone would let their numbers come back unseen."""

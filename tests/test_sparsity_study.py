@@ -92,8 +92,7 @@ def test_a_verdict_is_the_sentence_that_was_written_before(gaps, expected) -> No
     fixed = sentences()["H1", expected].split("{mean}")[0]
     assert len(fixed) > 40
     assert result.sentence.startswith(fixed)
-    reach = 100 * stats.t.ppf(0.975, 5) * statistics.stdev(gaps) / math.sqrt(6)
-    assert (f"cannot exclude ±{reach:.1f} points" in result.sentence) == (expected == "tie")
+    assert "cannot exclude" not in result.sentence  # the interval in it says which values aren't excluded
 
 
 @pytest.mark.parametrize(

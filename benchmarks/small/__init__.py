@@ -73,9 +73,10 @@ def queue(records: Sequence[dict[str, Any]]) -> Iterator[Job]:
             for guard in (False, True):
                 yield from (Job("rates", arm, BASE_LR * factor, seed, guard=guard) for arm in COMPARED)
     middle = {batch: BASE_LR * math.sqrt(batch / BATCH) for batch in BATCHES}
-    yield from tuned(
-        records, [Job("batches", arm, middle[batch], 0, batch=batch) for batch in BATCHES for arm in COMPARED]
-    )
+    rows = [Job("batches", arm, middle[batch], 0, batch=batch) for batch in BATCHES for arm in COMPARED]
+    yield from tuned(records, rows)
+    for seed in SEEDS:  # the amendment: at the rate of the other rows
+        yield from (Job("common", arm, BASE_LR, seed, "places") for arm in ("position", "hash"))
 
 
 def tuned(records: Sequence[dict[str, Any]], rows: Sequence[Job]) -> Iterator[Job]:

@@ -184,12 +184,17 @@ def progress(records: Sequence[Record], device: str, tiers: Sequence[int] = TIER
 
 
 def cost_of(arm: str) -> dict[str, float]:
-    """Parameters and FLOPs per image of an arm on CIFAR-10, and ρ, the share of all its FLOPs in routed experts."""
+    """Parameters and FLOPs per image of an arm on CIFAR-10, and ρ."""
     subject = ARMS[arm].subject(arm)
+    return {**vars(measure_cost(subject.build().eval(), subject.image_size)), "routed_share": routed_share(subject)}
+
+
+def routed_share(subject: Subject) -> float:
+    """ρ, the share of all FLOPs of an image that are in routed experts."""
     net = subject.build().eval()
     image = torch.zeros(1, 3, subject.image_size, subject.image_size)
     with torch.no_grad(), flop_counter() as counter:
         _, layers = count_layers(net, counter, lambda: net(image))
     cost = measure_cost(net, subject.image_size)
     routed = sum(layer.requested_rows() * layer.per_row(backward=False) for layer in layers)
-    return {**vars(cost), "routed_share": routed / (cost.flops_per_image + cost.router_flops_per_image)}
+    return routed / (cost.flops_per_image + cost.router_flops_per_image)

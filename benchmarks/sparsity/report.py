@@ -174,7 +174,10 @@ def left_out(records: Sequence[Record]) -> list[str]:
         notes.append("- The protocol changed between records: see its amendments.")
     places = sorted({", ".join(run["machine"]["gpus"]) or str(run["machine"]["cpu"]) for run in records})
     tuning = sum(run["seed"] in TUNING_SEEDS for run in records)
-    notes.append(f"- {len(records)} records, {tuning} of them of tuning, from {'; '.join(places)}.")
+    commits = len({run["code"]["git_commit"] for run in records})
+    notes.append(
+        f"- {len(records)} records, {tuning} of them of tuning, of {commits} commits, from {'; '.join(places)}."
+    )
     return ["\n".join(notes)]
 
 

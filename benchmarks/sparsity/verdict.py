@@ -6,7 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scipy.stats import t as student
@@ -19,6 +19,7 @@ from moevision.train.differences import LEVEL, detectable
 from moevision.train.report import points
 
 _SENTENCE = re.compile(r"^\| (\w+) \| (positive|negative|tie) \| (.+) \|$", re.MULTILINE)
+_EITHER_SIGN = "; this cannot exclude ±{x} points"  # false where the interval ends nearer on one side: an amendment
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Result:
 
 
 def sentences(protocol: Path = PROTOCOL) -> dict[tuple[str, str], str]:
-    """(hypothesis, verdict) -> the sentence that was written before the runs."""
+    """(hypothesis, verdict) -> the sentence that was written before the runs, as the protocol's amendments leave it."""
     found = _SENTENCE.findall(protocol.read_text(encoding="utf-8"))
-    return {(name, verdict): text for name, verdict, text in found}
+    return {(name, verdict): text.replace(_EITHER_SIGN, "") for name, verdict, text in found}
 
 
 def runs_of(records: Sequence[Record], device: str, arm: str) -> dict[int, Record]:
@@ -89,6 +90,13 @@ def runs_of(records: Sequence[Record], device: str, arm: str) -> dict[int, Recor
 def finished(runs: dict[int, Record]) -> dict[int, Record]:
     """Those that didn't fail."""
     return {seed: run for seed, run in runs.items() if not run["failed"]}
+
+
+def gap_of(records: Sequence[Record], device: str, first: str, second: str) -> Contrast | None:
+    """The difference of any two arms over their common seeds, its p unadjusted; None without any."""
+    arms = [finished(runs_of(records, device, arm)) for arm in (first, second)]
+    gaps = [arms[0][seed]["test_top1"] - arms[1][seed]["test_top1"] for seed in sorted(arms[0].keys() & arms[1].keys())]
+    return replace(found := Contrast(first, second, gaps), p=found.own_p) if gaps else None
 
 
 def judge(records: Sequence[Record], device: str) -> list[Result]:
@@ -163,7 +171,6 @@ def _result(hypothesis: Hypothesis, contrast: Contrast | None, obstacle: str, p:
         return Result(hypothesis, contrast, obstacle, f"{name}: {obstacle}.", found)
     verdict = verdict_of(contrast, hypothesis.margin)
     low, high = contrast.mean - contrast.half, contrast.mean + contrast.half
-    reach = max(0.0, -low) if hypothesis.margin else max(abs(low), abs(high))
     numbers = {name: points(value) for name, value in (("mean", contrast.mean), ("low", low), ("high", high))}
-    sentence = sentences()[name, verdict].format(**numbers, n=count, x=f"{100 * reach:.1f}")
+    sentence = sentences()[name, verdict].format(**numbers, n=count, x=f"{100 * max(0.0, -low):.1f}")
     return Result(hypothesis, contrast, verdict, sentence, found)

@@ -97,7 +97,7 @@ def main() -> None:
 
 def table_of(rows: list[dict[str, Any]]) -> str:
     """A line for each number of processes and arm; of the last tenth of its steps."""
-    heads = ["processes", "arm", "busiest process / mean rows", "KB sent", "messages", "waiting / even"]
+    heads = ["processes", "arm", "busiest process / mean rows", "KB sent", "messages", "waiting, ms", "waiting / even"]
     cells = [
         [
             str(row["processes"]),
@@ -105,6 +105,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
             f"{row['busiest_over_mean']:.2f}",
             f"{row['bytes_sent'] / 1000:.0f}",
             f"{row['messages']:.1f}",
+            f"{row['wait_ms']:.2f}",
             f"{row['wait_over_even']:.2f}",
         ]
         for row in rows

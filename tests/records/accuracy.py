@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from scipy.stats import t as student_t
+from scipy.stats import ttest_ind
 
 from moevision.train.differences import Gap
 from tests.records import Claim, Definition
@@ -61,6 +62,41 @@ def over_seeds(*records: Json) -> Json:
     tests = [100 * record["test"]["correct"] / record["test"]["total"] for record in records]
     half = student_t.ppf(0.975, len(tests) - 1) * statistics.stdev(tests) / len(tests) ** 0.5
     return {"mean": statistics.fmean(tests), "half": half}
+
+
+def against_one(twin: Json, *records: Json) -> Json:
+    """Several trainings minus a single one: points, half of Student's t interval by the spread of the several."""
+    tests = [100 * each["test"]["correct"] / each["test"]["total"] for each in records]
+    own = 100 * twin["test"]["correct"] / twin["test"]["total"]
+    half = student_t.ppf(0.975, len(tests) - 1) * statistics.stdev(tests) * (1 + 1 / len(tests)) ** 0.5
+    return {"mean": statistics.fmean(tests) - own, "half": half, "twin": own / 100}
+
+
+def moe_less_dense(*records: Json) -> Json:
+    """Cats and dogs, the first three minus the rest: points with Welch's interval, and what it says in words."""
+    tests = [100 * each["test"]["correct"] / each["test"]["total"] for each in records]
+    found = ttest_ind(tests[:3], tests[3:], equal_var=False)
+    low, high = found.confidence_interval()
+    verdict = "not told apart" if low < 0 < high else "better" if low > 0 else "worse"
+    gap = statistics.fmean(tests[:3]) - statistics.fmean(tests[3:])
+    return {"mean": gap, "low": low, "high": high, "verdict": verdict, "moe": 3, "dense": len(tests) - 3}
+
+
+def pairs(*records: Json) -> Json:
+    """MoE, its twin, another MoE, its twin, of one seed each: points between."""
+    tests = [100 * each["test"]["correct"] / each["test"]["total"] for each in records]
+    return {"first": tests[0] - tests[1], "second": tests[2] - tests[3]}
+
+
+def reached(twin: Json, *records: Json) -> Json:
+    """CPU seconds until 85 % of validation, each epoch an equal share."""
+    spent = [
+        next(place for place, (_, top1, _) in enumerate(each["curve"], 1) if top1 >= 0.85)
+        / len(each["curve"])
+        * each["cost"]["cpu_s"]
+        for each in (twin, *records)
+    ]
+    return {"twin": spent[0], "moe": statistics.fmean(spent[1:])}
 
 
 def of_folders(*records: Json) -> Json:

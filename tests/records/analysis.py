@@ -1,5 +1,6 @@
 """benchmarks/analysis/README.md."""
 
+import re
 from typing import Any
 
 from tests.records import Claim, Definition
@@ -31,9 +32,26 @@ def table(record: Json) -> list[Json]:
     return [of_layer(record, layer["layer"], about) for layer in record["layers"] for about in QUESTIONS]
 
 
+def answers(record: Json) -> Json:
+    """What block 3 answers to the first two questions, of first choices, and block 1 to the third."""
+    first, last = (next(layer for layer in record["layers"] if layer["layer"] == number) for number in (1, 3))
+    experts, training, _ = last["answers"]
+    function = first["answers"][2]
+    bits = re.match(r"L3: ([\d.]+) bits", experts["numbers"][0])
+    clusters = re.search(r"clusters of the same input tell ([\d.]+) bits", training["sentence"])
+    points = re.search(r"cost ([\d.]+) points", function["detail"])
+    assert bits
+    assert clusters
+    assert points
+    assert (experts["answer"], function["answer"]) == ("yes", "yes")
+    found = {"bits": bits[1], "clusters": clusters[1], "points": points[1], "n_images": record["n_images"]}
+    return {**found, "training": training["answer"]}
+
+
 CLAIMS = [
     Claim(CARD, "seed {seed}; {accuracy[moe]:.1%} of {test_images:,} test images right"),
     Claim(ATLAS, "{n_images:,} of the test images"),
+    Claim(ATLAS, "first choices: {bits} bits in L3, clusters {clusters}", answers),
     Claim(
         ATLAS,
         "| {name}, {about} | **{value_bits:.3f}** ({low:.3f} to {high:.3f}) | {share_of_entropy:.1%} | {null_mean:.3f} "

@@ -3,12 +3,12 @@
 from typing import Any
 
 from benchmarks.ideas import ideas, read_all
-from tests.records import Claim, Definition, saving, sparsity, specialization, upcycling, waiting
+from tests.records import Claim, Definition, accuracy, performance, sparsity, specialization, upcycling, waiting
 from tests.records.studies import shown
 
 FILES = (
     *(*sparsity.FILES, *specialization.FILES, *specialization.SCRATCH, *waiting.RUNS),
-    *(saving.STUDY, upcycling.STUDY),
+    *(performance.TRAIN.format("cifar10"), accuracy.TWIN, *accuracy.CIFAR, upcycling.STUDY),
 )
 
 
@@ -16,5 +16,11 @@ def _rows(*_: Any) -> list[dict[str, str]]:
     return shown(line for line in ideas(read_all()).splitlines() if "--" not in line)
 
 
-CLAIMS = [Claim(FILES, "{text}", _rows)]
-DEFINITIONS = [Definition("in brackets 95 % intervals over seeds", "the level of `benchmarks/study.py`")]
+CLAIMS = [
+    Claim(FILES, "{text}", _rows),
+    Claim(FILES, "with {moe:.0%} of a model's FLOPs in experts.", sparsity.shares),
+    Claim(FILES, "The shipped models have {least_percent:.0f} to {most:.0%}.", sparsity.shares),
+]
+DEFINITIONS = [
+    Definition("in brackets 95 % intervals over seeds", "the level of `benchmarks/study.py`"),
+]

@@ -8,51 +8,22 @@ from tests.records import (
     accumulation,
     accuracy,
     analysis,
-    curve,
     demo,
     duplicates,
     label_noise,
-    levers,
     performance,
     quickstart,
     reliability,
     routers,
-    saving,
     sparsity,
     specialization,
     stem,
-    surgery,
     upcycling,
     waiting,
 )
-from tests.records.studies import report
 
 Json = dict[str, Any]
-TRAIN, SURGERY = performance.TRAIN.format("cifar10"), surgery.BOTH
-
-
-def _restarted(record: Json) -> Json:
-    """The upcycled model beside the restarted dense one, in points."""
-    text = report("upcycling").differences(record)[0]
-    assert "not told apart" in text
-    return {"mean": text.split("mean ")[1].split(", p")[0]}
-
-
-def least_and_most(*records: Json) -> Json:
-    """The smallest and the largest cost of an operation, in points."""
-    costs = {
-        (model, name): -100 * record["accuracy"]["difference"]["difference"]
-        for model, part in (("pets", records[:7]), ("cifar10", records[7:]))
-        for name, record in zip(surgery.OPERATIONS, part, strict=True)
-    }
-    least, most = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)
-    assert (least, most) == (("cifar10", "prune_2"), ("pets", "most_used"))
-    return {"least": costs[least], "most": costs[most]}
-
-
-def class_in_l3(record: Json) -> Json:
-    """What block 3 of the bundled pets tells about the class."""
-    return analysis.of_layer(record, 3, "class")
+TRAIN = performance.TRAIN.format("cifar10")
 
 
 CLAIMS = [
@@ -64,8 +35,27 @@ CLAIMS = [
         "the recipe's model is right on {mean:.1%} of the test images, the mean of three seeds",
         accuracy.mean,
     ),
-    Claim(accuracy.TWIN, "its dense twin, trained once, on {mean:.1%}", accuracy.mean),
-    Claim(accuracy.CIFAR_PRETRAINED, "from a pretrained ViT-S gives {mean:.1%}, one seed", accuracy.mean),
+    Claim(
+        (accuracy.TWIN, *accuracy.CIFAR),
+        "its dense twin, trained once, on {twin:.1%}: three against one leave ±{half:.1f} points",
+        accuracy.against_one,
+    ),
+    Claim(
+        (accuracy.CIFAR[0], accuracy.TWIN, accuracy.SHOWN, accuracy.SHOWN_TWIN),
+        "The two pairs of one seed differ by {first:+.1f} and {second:+.1f} points",
+        accuracy.pairs,
+    ),
+    Claim(
+        (accuracy.TWIN, *accuracy.CIFAR),
+        "To 85 % of validation the MoE takes {moe:,.0f} CPU seconds, the twin {twin:,.0f} (one seed)",
+        accuracy.reached,
+    ),
+    Claim(
+        (*accuracy.CATS, *accuracy.CATS_DENSE, *accuracy.CATS_DENSE_DATA),
+        "{verdict}: {mean:+.1f} points ({low:+.1f} to {high:+.1f})",
+        accuracy.moe_less_dense,
+    ),
+    Claim(accuracy.CIFAR_PRETRAINED, "one epoch of CIFAR-10 from a pretrained ViT-S {mean:.1%}", accuracy.mean),
     Claim(tuple(accuracy.CATS), "{mean:.1%} as a MoE (three seeds)", accuracy.mean),
     Claim(
         (*accuracy.CATS_DENSE, *accuracy.CATS_DENSE_DATA),
@@ -74,7 +64,7 @@ CLAIMS = [
     ),
     Claim(tuple(accuracy.FOLDERS), "`fit FOLDER` on the same photos: {mean:.1%} (three seeds)", accuracy.mean),
     Claim(accuracy.OUTSIDE, "is right on {alone} of its test images", accuracy.outside),
-    Claim(accuracy.IMAGENETTE, "{mean:.1%} from scratch", accuracy.mean),
+    Claim(accuracy.IMAGENETTE, "Imagenette {mean:.1%} from scratch", accuracy.mean),
     Claim(accuracy.IMAGENETTE_FOLDER, "{mean:.1%} from pretrained weights", accuracy.mean),
     Claim(
         quickstart.CATS_CARD,
@@ -90,40 +80,64 @@ CLAIMS = [
     Claim(
         routers.STUDY, "`expert_choice` are {least_above:.1f} to {most_above:.1f} points above the twin", routers._above
     ),
+    Claim(
+        routers.STUDY,
+        "`random` is {verdict} it: {mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds, unadjusted)",
+        routers.at_random,
+    ),
+    Claim(
+        routers.STUDY,
+        "`noisy_top_k`, which `fit FOLDER` takes from scratch, `bias_balanced`, `sigmoid` and `soft` are "
+        "not told apart",
+        routers._above,
+    ),
     Claim(routers.STUDY, "at {least:.2f} to {most:.2f} times its images/s", routers._speeds),
     Claim(
-        saving.STUDY,
-        "saves {flops_saved:.0%} of the FLOPs per image and is {above_large:.1f} points better after 200 s of one "
-        "thread",
-        saving._ratios,
+        sparsity.FILES,
+        "{cifar10:.0%} of the FLOPs of the shipped recipe for CIFAR-10, {imagenette:.0%} for Imagenette, "
+        "{cats_vs_dogs:.0%} for cats and dogs, {quickstart:.0%} for the quickstart",
+        sparsity.shares,
     ),
-    Claim(
-        saving.STUDY,
-        "that one trains at {small_train:.2f} times its images/s with {small_memory:.2f} times the memory, and is "
-        "{above_small:.1f} points behind after what was planned as the same time: the MoE took "
-        "{longer_than_small:.0%} more",
-        saving._ratios,
-    ),
+    Claim(sparsity.FILES, "a MoE with {moe:.0%} of its FLOPs in experts", sparsity.shares),
+    Claim(sparsity.FILES, "After one epoch of CIFAR-10 ({right:.0%} right)", sparsity.accuracy),
+    Claim(sparsity.FILES, "in the same training time {shown}", sparsity.at_equal_time),
     Claim(
         sparsity.FILES,
-        "the MoE is {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds} seeds) above its dense twin. "
-        "A run took {moe:.0f} CPU seconds, the twin's {twin:.0f}",
+        "is {verdict} its dense twin by {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds} seeds)",
         sparsity.first,
     ),
     Claim(
         sparsity.FILES,
-        "instead of the learned router, the model is {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds} seeds) better",
-        sparsity.learned,
+        "{more:.0%} more steps give the twin {mean:.1f} ({low:.1f} to {high:.1f}; {seeds} seeds)",
+        sparsity.more_steps,
     ),
     Claim(
         sparsity.FILES,
-        "isn't told apart from its twin: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
+        "At equal CPU time the MoE is {verdict} its twin: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; "
+        "{seeds} seeds)",
         sparsity.at_equal_time,
     ),
     Claim(
         sparsity.FILES,
-        "isn't shown: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds) from .1 to .4",
+        "The learned router is {verdict} the place in the image by {mean:.1f} points ({low:.1f} to "
+        "{high:.1f}; {seeds} seeds)",
+        sparsity.learned,
+    ),
+    Claim(
+        sparsity.FILES,
+        "beside `hash` it has {mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds; unadjusted)",
+        sparsity.hashed,
+    ),
+    Claim(
+        sparsity.FILES,
+        "grows with the share of routed FLOPs {shown}: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
         sparsity.by_share,
+    ),
+    Claim(
+        sparsity.FILES,
+        "experts by place were {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds} seeds) {above} the "
+        "twin at equal CPU time",
+        sparsity.by_place,
     ),
     Claim(
         sparsity.FILES,
@@ -131,7 +145,6 @@ CLAIMS = [
         "expert has {moe:.2f} times the mean load in place of {unbalanced:.2f}",
         sparsity.balanced,
     ),
-    *levers.CLAIMS[:2],
     Claim(
         label_noise.FILES,
         "has an area under the ROC curve of {random_aum:.2f} where CIFAR-10's labels were flipped at random, "
@@ -145,49 +158,44 @@ CLAIMS = [
         label_noise.dropped,
     ),
     Claim(
-        label_noise.FILES,
-        "The finished model's margin has {random_margin:.2f} and {similar_margin:.2f} on the first two",
-        label_noise.of_moe,
-    ),
-    Claim(
-        label_noise.FILES,
-        "the shares of the experts alone have {random_experts:.2f} and {similar_experts:.2f}, its pooled features "
-        "{random_features:.2f} and {similar_features:.2f}",
-        label_noise.of_moe,
-    ),
-    Claim(
-        curve.FILES,
-        "Of 8,000 clean images of CIFAR-10 and for as many steps (three seeds), 70 % drawn at random cost {random_70} "
-        "points, 70 % chosen by CCS {ccs_70} and by AUM {aum_70}",
-        curve.beside_all,
-    ),
-    Claim(
         duplicates.FILES,
         "Of {planted} altered copies planted among photos {named:.0%} were matched to their original, and of the first "
         "{planted} pairs listed {precision:.0%} are planted ones",
         duplicates.of_planted,
     ),
     *stem.CLAIMS[1:3],
-    Claim(upcycling.STUDY, "the dense model trained on: {mean}", _restarted),
     Claim(
-        SURGERY,
-        "taking experts out cost {least:.2f} points at least (2 of 8 experts pruned, CIFAR-10) and {most:.2f} at most",
-        least_and_most,
+        upcycling.STUDY,
+        "was then {verdict} from the dense model trained on: {mean} points; {nor}, by its adjusted p, "
+        "from a dense model in "
+        "one schedule of as many steps: {in_one}.",
+        upcycling.rivals,
     ),
     Claim(
         analysis.ATLAS,
-        "the choice of expert in block 3 tells {value_bits:.3f} bits about the class (95 % interval {low:.3f} to "
-        "{high:.3f})",
-        class_in_l3,
+        "the first choice in block 3 tells {bits} bits about the class. That training the router added to that is "
+        "{training}: clusters of the layer's input tell {clusters} bits. The experts do different things "
+        "in block 1: to send a "
+        "class through another class's expert costs {points} points.",
+        analysis.answers,
     ),
-    Claim(analysis.ATLAS, "clusters of the layer's input tell {kmeans_input:.3f} bits", class_in_l3),
     Claim(
         analysis.COVERAGE,
         "in at least {score:.1%} of simulations",
         lambda record: record["lowest_coverage"],
     ),
-    Claim(TRAIN, "runs at {twin} times its dense twin's speed", performance.moe),
-    Claim(TRAIN, "{ratio} times the images/s of that twin in plain timm and Lightning", performance.in_lightning),
+    Claim(
+        performance.INFER,
+        "has {fp32_speed} times its dense twin's speed in float32, {bf16_speed} in bf16",
+        performance.inference,
+    ),
+    Claim(
+        performance.INFER,
+        "{fp32_large:.1f} against {fp32_moe:.1f} ms, in bf16 {bf16_large:.1f} against {bf16_moe:.1f} ms",
+        performance.inference,
+    ),
+    Claim(TRAIN, "A training step runs at {twin} times the twin's speed", performance.moe),
+    Claim(TRAIN, "takes {moe_mib:.0f} MiB, the twin's {twin_mib:.0f}", performance.side_by_side),
     Claim(
         performance.ALL_BARS,
         "In {lowest} of {cases} cases the layer's median time is below that of every peer",
@@ -215,6 +223,7 @@ CLAIMS = [
         accumulation.extremes(32, "least", "most"),
     ),
     Claim(reliability.COST, "The guard costs {cost_percent:.2f} % of the CPU time of a step"),
+    Claim(reliability.COST, "steps with it took {pair_ratio_median} times as long"),
     Claim("benchmarks/guard/scores_cost.json", "scores of the training images costs {cost_percent:.2f} % of"),
     Claim(
         specialization.FILES,
@@ -234,14 +243,19 @@ CLAIMS = [
     ),
     Claim(
         waiting.RUNS,
-        "{without} times as long as under an even load where an uneven router learns without a balance loss, "
-        "{with_loss} times with one",
+        "computes {rows:.2f} times the mean rows where an uneven router learns without a balance loss, "
+        "{rows_with_loss:.2f} "
+        "times with one. That the other waits longer for it {shown}: by the median of the steps {without} "
+        "times as long as "
+        "under an even load, with the loss {with_loss} times; by mean ms in {longer} of {runs} runs",
         waiting.extremes,
     ),
     Claim(reliability.RESUME, "bit-identical in {equal} of {cells} cells", reliability.equal_cells),
 ]
 
 DEFINITIONS = [
+    Definition("95 % intervals over seeds", "the level of `benchmarks/study.py`"),
+    Definition("from .1 to .4", "the routed shares of H3's arms"),
     Definition("airbench94, which reaches 94 % on the original", "the paper"),
     Definition("Balance losses cost at most 1 point", "the margin of H5 in `benchmarks/sparsity/protocol.md`"),
     Definition("less than 2 points of accuracy is not shown", "the margin; see `reliability.mean_difference`"),

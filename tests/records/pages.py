@@ -1,7 +1,6 @@
 """Pages of docs/ that quote a number or two; those with more have a module of their own."""
 
 import re
-from typing import Any
 
 from tests.records import (
     ROOT,
@@ -11,21 +10,11 @@ from tests.records import (
     analysis,
     demo,
     levers,
-    measured,
     quickstart,
-    saving,
+    sparsity,
+    surgery,
+    upcycling,
 )
-
-
-def _answers_in_l3(record: dict[str, Any]) -> dict[str, Any]:
-    """The bits that block 3's first two answers name, which are about first choices."""
-    experts, training, _ = next(layer for layer in record["layers"] if layer["layer"] == 3)["answers"]
-    bits = re.match(r"L3: ([\d.]+) bits", experts["numbers"][0])
-    clusters = re.search(r"clusters of the same input tell ([\d.]+) bits", training["sentence"])
-    assert bits
-    assert clusters
-    return {"bits": bits[1], "clusters": clusters[1], "n_images": record["n_images"]}
-
 
 CLAIMS = {
     "benchmarks/planner/README.md": [
@@ -45,10 +34,20 @@ CLAIMS = {
         Claim(quickstart.QUICKSTART, "{slowest} times the mean load", quickstart.loads),
     ],
     "docs/faq.md": [
-        Claim(saving.STUDY, "a sparse model was {above_small:.1f} points above a dense one", saving._ratios),
+        Claim(
+            sparsity.FILES,
+            "is {verdict} its dense twin at equal steps, {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
+            sparsity.first,
+        ),
+        Claim(
+            sparsity.FILES,
+            "{verdict} it at equal time, {mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
+            sparsity.at_equal_time,
+        ),
     ],
     "docs/guides/dense-sparse.md": [
-        Claim(measured.SURGERY, "cost accuracy, from {least:.2f} to {most:.2f} points", measured.least_and_most),
+        Claim(upcycling.STUDY, "Beside one dense schedule of as many steps it has {in_one} points", upcycling.rivals),
+        Claim(surgery.BOTH, "cost accuracy, from {least:.2f} to {most:.2f} points", surgery.least_and_most),
     ],
     "docs/guides/own-images.md": [
         Claim(
@@ -81,11 +80,13 @@ CLAIMS = {
     "docs/guides/more-than-chance.md": [
         Claim(
             analysis.ATLAS,
-            "different experts, yes ({bits} bits of 3, first choices). That training the router added to it is not "
-            "shown: clusters of the layer's input tell {clusters} bits",
-            _answers_in_l3,
+            "different experts, yes ({bits} bits of 3, first choices). That training the router added to it is "
+            "{training}: clusters of the layer's input tell {clusters} bits. In block 1 the experts do "
+            "different things, yes: "
+            "another class's expert costs {points} points",
+            analysis.answers,
         ),
-        Claim(analysis.ATLAS, "in block 3 ({bits} bits, {n_images:,} images)", _answers_in_l3),
+        Claim(analysis.ATLAS, "in block 3 ({bits} bits, {n_images:,} images)", analysis.answers),
     ],
     "docs/guides/serve.md": [
         Claim(demo.LOAD, "{visitors} simulated visitors got {answers_per_s:.1f} answers a second"),

@@ -95,7 +95,9 @@ def moe(record: Json) -> Json:
 def in_lightning(record: Json) -> Json:
     """`moevision fit` beside the twin in plain timm and Lightning."""
     fit, plain = record["peers"]["lightning"]
-    return {"ratio": spread(fit["speed_to"][plain["name"]]), "fit": fit["images_per_s"], "plain": plain["images_per_s"]}
+    twin = next(row["images_per_s"] for row in record["rows"] if row["name"] == TWIN)
+    speeds = {"fit": fit["images_per_s"], "plain": plain["images_per_s"], "twin": twin}
+    return {"ratio": spread(fit["speed_to"][plain["name"]]), **speeds, "loop": twin / plain["images_per_s"]}
 
 
 def latency(*records: Json) -> list[Json]:
@@ -111,6 +113,27 @@ def latency(*records: Json) -> list[Json]:
                     cells[case["precision"] + suffix] = f"{milliseconds}; {spread(row['speed_to'][TWIN])}"
         rows.append(cells)
     return rows
+
+
+def inference(record: Json, batch: int = 1) -> Json:
+    """Of one batch size, by precision: ms of the MoE and of both dense models, and the MoE's speed beside its twin."""
+    found: Json = {}
+    for case in (case for case in record["comparisons"] if case["batch_size"] == batch):
+        ms = {name: case["rows"][place]["time_ms"]["median"] for place, name in enumerate(("moe", "twin", "large"))}
+        found |= {f"{case['precision']}_{name}": value for name, value in ms.items()}
+        found[f"{case['precision']}_speed"] = spread(case["rows"][0]["speed_to"][TWIN])
+        found[f"{case['precision']}_than_large"] = "slower" if ms["moe"] > ms["large"] else "faster"
+    return found
+
+
+def side_by_side(record: Json) -> Json:
+    """A training step of the three models: images/s, and the peak of memory."""
+    names = {"moe": "MoE", "twin": TWIN, "large": LARGE}
+    speed = {row["name"]: row["images_per_s"] for row in record["rows"]}
+    return {
+        **{name: speed[model] for name, model in names.items()},
+        **{f"{name}_mib": record["memory"]["models"][model]["peak_mib"] for name, model in names.items()},
+    }
 
 
 def memory(record: Json) -> list[Json]:
@@ -177,6 +200,14 @@ CLAIMS = [
         "{ratio} times the images/s of that twin in plain timm and Lightning ({fit:.0f} against {plain:.0f})",
         in_lightning,
     ),
+    Claim(TRAIN.format("cifar10"), "the twin's own step has {twin:.0f} images/s, {loop:.2f} times those", in_lightning),
+    Claim(
+        INFER,
+        "| batch {batch} | {fp32_moe:.1f} | {fp32_twin:.1f} | {fp32_large:.1f} | {bf16_moe:.1f} | {bf16_twin:.1f} "
+        "| {bf16_large:.1f} |",
+        lambda record: [{"batch": batch, **inference(record, batch)} for batch in (1, 8, 64)],
+    ),
+    Claim(INFER, "A single image is {fp32_than_large} than with the dense model of equal parameters", inference),
     Claim((INFER, INFER_AVX2), "| batch {batch} | {fp32} | {bf16} | {fp32_avx2} |", latency),
     Claim(
         DATA,

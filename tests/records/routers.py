@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moevision.train.differences import Gap
 from tests.records import Claim, Definition
 from tests.records.studies import report
 
@@ -31,6 +32,17 @@ def _above(record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def at_random(record: dict[str, Any]) -> dict[str, Any]:
+    """`random` minus the twin over common seeds, at the common rate: points, unadjusted, and in words."""
+    by_seed: dict[str, dict[int, float]] = {"random": {}, "dense twin": {}}
+    for run in record["runs"]:
+        if run["dataset"] == DATA and run["lr"] == 2e-3 and run["row"] in by_seed:
+            by_seed[run["row"]][run["seed"]] = run["test_top1"]
+    mine, twin = by_seed.values()
+    gap = Gap.of([100 * (mine[seed] - twin[seed]) for seed in sorted(mine.keys() & twin.keys())])
+    return {**vars(gap), "verdict": "not told apart from" if gap.low < 0 < gap.high else "told apart from"}
+
+
 def _speeds(record: dict[str, Any]) -> dict[str, float]:
     ratios = [row["to_twin"] for name, row in record["speed"]["rows"].items() if name != "dense twin"]
     slots = record["cost"]["soft"]["flops_per_image"] / record["cost"]["dense twin"]["flops_per_image"] - 1
@@ -54,6 +66,9 @@ CLAIMS = [
     Claim(STUDY, "`position` and `hash` are {position:.1f} and {hash:.1f} points above", _above),
     Claim(STUDY, "`expert_choice` are {least_above:.1f} to {most_above:.1f} points above the twin", _above),
     Claim(STUDY, "({least_alike:.1f} to {most_alike:.1f} points above) are not told apart from it", _above),
+    Claim(
+        STUDY, "`random` is {verdict} the twin: {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds", at_random
+    ),
     Claim(STUDY, "at {least:.2f} to {most:.2f} times its images/s", _speeds),
     Claim(STUDY, "slots cost {slots:.0%} more", _speeds),
     Claim(STUDY, "{most:.2f} times the mean load at worst", _loads),

@@ -1,15 +1,19 @@
 """benchmarks/sparsity/README.md: everything between its marks is the report of the committed runs."""
 
 import statistics
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-from benchmarks.sparsity.verdict import Result, finished, judge, runs_of
+from benchmarks.sparsity.arms import ARMS, routed_share
+from benchmarks.sparsity.verdict import Result, finished, gap_of, judge, runs_of
 from benchmarks.study import Contrast
+from benchmarks.subject import find_subject
 from tests.records import ROOT, Claim, Definition
 from tests.records.studies import report, shown
 
 FOLDER = ROOT / "benchmarks" / "sparsity"
+WORDS = {"positive": "better than", "negative": "worse than", "tie": "not told apart from"}
+RECIPES = ("cifar10", "imagenette", "cats_vs_dogs", "quickstart")
 FILES = tuple(str(path.relative_to(ROOT)) for path in sorted([*FOLDER.glob("runs/*.json"), *FOLDER.glob("speed.json")]))
 
 
@@ -19,22 +23,56 @@ def _parts(*found: Any) -> list[dict[str, str]]:
     return shown(part for part in parts if not part.startswith("#"))
 
 
-def learned(*found: Any) -> dict[str, float]:
-    """H4 on a CPU: the points by which the router that learns nothing is better."""
+def learned(*found: Any) -> dict[str, Any]:
+    """H4 on a CPU: the points by which the learned router is worse than `position`, or better."""
     result = _judged(found, "H4")
     contrast = result.contrast
     assert contrast is not None
-    assert (result.verdict, contrast.second) == ("negative", "position")
-    better, half = -100 * contrast.mean, 100 * contrast.half
-    return {"mean": better, "low": better - half, "high": better + half, "seeds": len(contrast.gaps)}
+    assert contrast.second == "position"
+    size, half = 100 * abs(contrast.mean), 100 * contrast.half
+    return {**of(result), "mean": size, "low": size - half, "high": size + half}
 
 
-def tie(name: str, *found: Any) -> dict[str, float]:
-    """H2 or H3 on a CPU: points, not told apart."""
-    result = _judged(found, name)
+def decided(name: str, *found: Any) -> dict[str, Any]:
+    """A hypothesis on a CPU: points, and its verdict in words."""
+    return of(_judged(found, name))
+
+
+def of(result: Result) -> dict[str, Any]:
+    """Points of a hypothesis, and its verdict in words: flipped on a page, it is no longer what the record says."""
     assert result.contrast is not None
-    assert result.verdict == "tie"
-    return _points(result.contrast)
+    shown = "is shown" if result.verdict == "positive" else "is not shown"
+    return {**_points(result.contrast), "verdict": WORDS[result.verdict], "shown": shown}
+
+
+def unasked(first: str, second: str, *found: Any) -> dict[str, Any]:
+    """A difference on a CPU that no hypothesis is about, its direction in words, and how many more steps that took."""
+    runs = _runs(found)
+    gap = gap_of(runs, "cpu", first, second)
+    assert gap is not None
+    points = _points(gap)
+    steps = [next(iter(finished(runs_of(runs, "cpu", arm)).values()))["steps"] for arm in (first, second)]
+    above = "above" if points["low"] > 0 else "below" if points["high"] < 0 else "not told apart from"
+    return {**points, "above": above, "more": steps[0] / steps[1] - 1}
+
+
+@cache
+def _shares() -> dict[str, float]:
+    own = {name: routed_share(find_subject(name)) for name in RECIPES}
+    extremes = {"least_percent": 100 * min(own.values()), "most": max(own.values())}
+    return {**own, **extremes, "moe": routed_share(ARMS["moe"].subject("moe"))}
+
+
+def shares(*_: Any) -> dict[str, float]:
+    """ρ of the study's model and of the shipped recipes, and the extremes of these; counted, nothing is trained."""
+    return _shares()
+
+
+def accuracy(*found: Any) -> dict[str, float]:
+    """Share of the test images that `moe` has right, mean of its seeds."""
+    return {
+        "right": statistics.fmean(run["test_top1"] for run in finished(runs_of(_runs(found), "cpu", "moe")).values())
+    }
 
 
 def balanced(*found: Any) -> dict[str, float]:
@@ -64,28 +102,20 @@ def _judged(found: Any, name: str) -> Result:
     return next(result for result in judge(_runs(found), "cpu") if result.hypothesis.name == name)
 
 
-def first(*found: Any) -> dict[str, float]:
-    """H1 on a CPU: points, and the CPU seconds of both arms' runs."""
-    runs = _runs(found)
-    contrast = _judged(found, "H1").contrast
-    assert contrast is not None
-    seconds = {
-        arm: statistics.fmean(run["cpu_s"] for run in finished(runs_of(runs, "cpu", arm)).values())
-        for arm in ("moe", "twin")
-    }
-    return {**_points(contrast), **seconds}
-
-
-def hashed(*found: Any) -> dict[str, float]:
-    """The learned router minus `hash`, on a CPU."""
-    moe, other = (finished(runs_of(_runs(found), "cpu", arm)) for arm in ("moe", "hash"))
-    gaps = [moe[seed]["test_top1"] - other[seed]["test_top1"] for seed in sorted(moe.keys() & other.keys())]
-    return _points(Contrast("moe", "hash", gaps))
-
-
-at_equal_time, by_share = partial(tie, "H2"), partial(tie, "H3")
+first, at_equal_time, by_share = (partial(decided, name) for name in ("H1", "H2", "H3"))
+hashed, more_steps, by_place = (
+    partial(unasked, *arms) for arms in (("moe", "hash"), ("twin-time", "twin"), ("position", "twin-time"))
+)
 CLAIMS = [
     Claim(FILES, "{text}", _parts),
-    Claim(FILES, "`moe` is {mean:.1f} points better ({low:.1f} to {high:.1f}; {seeds} seeds)", hashed),
+    Claim(FILES, "`moe` is {mean:.1f} points {above} ({low:.1f} to {high:.1f}; {seeds} seeds", hashed),
+    Claim(FILES, "{more:.0%} more steps give the twin {mean:.1f} points ({low:.1f} to {high:.1f}; {seeds}", more_steps),
+    Claim(FILES, "`position` is {mean:.1f} points {above} `twin-time` ({low:.1f} to {high:.1f}; {seeds}", by_place),
+    Claim(
+        FILES,
+        "{cifar10:.0%} (CIFAR-10), {imagenette:.0%} (Imagenette), {cats_vs_dogs:.0%} (cats and dogs) and "
+        "{quickstart:.0%} (quickstart) of their FLOPs in experts, this one {moe:.0%}",
+        shares,
+    ),
 ]
 DEFINITIONS: list[Definition] = []

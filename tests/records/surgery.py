@@ -64,6 +64,18 @@ def effects(*records: dict[str, Any]) -> dict[str, float]:
     return {**found, "least_gates": min(gates), "most_gates": max(gates)}
 
 
+def least_and_most(*records: dict[str, Any]) -> dict[str, float]:
+    """The smallest and the largest cost of an operation, in points."""
+    costs = {
+        (model, name): -100 * record["accuracy"]["difference"]["difference"]
+        for model, part in (("pets", records[:7]), ("cifar10", records[7:]))
+        for name, record in zip(OPERATIONS, part, strict=True)
+    }
+    least, most = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)
+    assert (least, most) == (("cifar10", "prune_2"), ("pets", "most_used"))
+    return {"least": costs[least], "most": costs[most]}
+
+
 BOTH = (*paths("pets"), *paths("cifar10"))
 CLAIMS = [
     Claim(paths("pets"), "{text}", rows),

@@ -18,6 +18,15 @@ def _facts(record: dict[str, Any]) -> dict[str, Any]:
     return {**record["settings"], "longer": spent["upcycled"] / spent["continued"] - 1}
 
 
+def rivals(record: dict[str, Any]) -> dict[str, Any]:
+    """The upcycled model beside the restarted dense one and the one in one schedule: points, and verdicts in words."""
+    restarted, in_one = report("upcycling").differences(record)
+    verdicts = [text.rsplit(": ", 1)[1] for text in (restarted, in_one)]
+    points = [text.split("mean ")[1].split(", p")[0] for text in (restarted, in_one)]
+    nor = "nor" if verdicts == ["not told apart."] * 2 else "but"
+    return {"mean": points[0], "in_one": points[1], "verdict": verdicts[0].removesuffix("."), "nor": nor}
+
+
 CLAIMS = [
     Claim(STUDY, "n = m = {first:,} steps of {batch} images", _facts),
     Claim(STUDY, "{text}", lambda record: {"text": report("upcycling").accuracy_table(record)}),

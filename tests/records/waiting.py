@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from benchmarks.ideas import waits as waits_longer
+from moevision.analysis.questions import YES
 from tests.records import Claim, Definition
 
 Json = dict[str, Any]
@@ -27,11 +29,27 @@ def rows(*runs: Json) -> list[Json]:
 
 def extremes(*runs: Json) -> Json:
     """The range of the waiting without and with the balance loss."""
-    by_arm = {row["arm"]: f"{row['low']:.1f} to {row['high']:.1f}" for row in rows(*runs)}
-    return {"without": by_arm["no loss"], "with_loss": by_arm["loss"]}
+    by_arm = {row["arm"]: row for row in rows(*runs)}
+    ranges = [f"{by_arm[arm]['low']:.1f} to {by_arm[arm]['high']:.1f}" for arm in ("no loss", "loss")]
+    waits = [
+        [row["wait_ms"] for run in runs for row in run["rows"] if row["arm"] == arm] for arm in ("no loss", "loss")
+    ]
+    return {
+        **dict(zip(("without", "with_loss"), ranges, strict=True)),
+        "rows": by_arm["no loss"]["busiest"],
+        "rows_with_loss": by_arm["loss"]["busiest"],
+        "ms": ", ".join(f"{without:.1f} and {beside:.1f}" for without, beside in zip(*waits, strict=True)),
+        "longer": sum(without > beside for without, beside in zip(*waits, strict=True)),
+        "runs": len(runs),
+        "shown": "is shown" if waits_longer(list(runs))[0] == YES else "is not shown",
+    }
 
 
-CLAIMS = [Claim(RUNS, "| `{arm}` | {busiest:.2f} | {kb:.0f} | {low:.2f} to {high:.2f} |", rows)]
+CLAIMS = [
+    Claim(RUNS, "| `{arm}` | {busiest:.2f} | {kb:.0f} | {low:.2f} to {high:.2f} |", rows),
+    Claim(RUNS, "That the wait is longer {shown}", extremes),
+    Claim(RUNS, "{ms} ms without and with the loss: longer without it in {longer} of {runs} runs", extremes),
+]
 DEFINITIONS = [
     Definition("64 images each, 100 steps of each arm", "settings of the records"),
     Definition("sends 100 tokens to the first expert", "FORCED"),

@@ -13,7 +13,7 @@ const VARIANTS_ASK = "What did training change?";
 export const VARIANTS = {
   trained: { label: "Trained", tip: "The model as it was trained." },
   unbalanced: { label: "Without balance loss", tip: "The same recipe without the losses that keep the experts balanced." },
-  untrained: { label: "Untrained", tip: "The same network before training: what the routing looks like before anything is learned." },
+  untrained: { label: "Untrained", tip: "The same network with fresh random weights: what the routing looks like before anything is learned." },
 };
 
 /** @param {HTMLElement} box @param {App} app */

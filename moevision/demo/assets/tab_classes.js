@@ -9,7 +9,7 @@ import { NO_PICTURES } from "./tab_experts.js";
 /** @import { ClassesAnswer, DotLine, Information, Wanted } from "./types.js" */
 
 const COMPARISONS = {
-  untrained: ["untrained router", "The same network before training; one dot per random start."],
+  untrained: ["untrained router", "The same network with fresh random weights; one dot per start."],
   hash: ["hash routing", "Experts given out by a fixed hash, blind to the image."],
   hash_position: ["hash of the position", "Experts given out by a fixed hash of where the patch lies."],
   kmeans_colour: ["clusters of patch colour", "As many clusters as experts, made from the patches' colours alone."],

@@ -1,5 +1,6 @@
 // The lesson's toy: its gradients, and that balancing does what the lesson says it does.
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
 import { fresh, lossOf, route, sharing, spiral, train } from "../../../moevision/demo/assets/lesson_toy.js";
@@ -63,4 +64,19 @@ test("with the balance loss more experts work, and more points are told right", 
   assert.ok(without.atWork < 3 && balanced.atWork === 4, JSON.stringify([without, balanced]));
   assert.ok(without.busiest > 2 && balanced.busiest < 1.7, JSON.stringify([without, balanced]));
   assert.ok(balanced.right > without.right, JSON.stringify([without, balanced]));
+});
+
+test("the answer of step 4 counts what the toy does", () => {
+  // The playground's points, its last step, and one expert per point without a balance loss.
+  const points = spiral(240, 1);
+  const ends = [0, 0, 0, 0];
+  for (let seed = 1; seed <= 30; seed += 1) {
+    const net = fresh(4, seed);
+    const rules = { experts: 4, topK: 1, balance: 0 };
+    for (let step = 0; step < 800; step += 1) train(net, points, rules);
+    ends[sharing(lossOf(net.weights, points, rules).load).atWork - 1] += 1;
+  }
+  const [one, two, three, four] = ends;
+  const steps = readFileSync(new URL("../../../moevision/demo/assets/lesson_steps.js", import.meta.url), "utf8");
+  assert.ok(steps.includes(`Of the starts 1 to 30, ${one} end with one expert at work, ${two} with two, ${three} with three and ${four} with all four.`), String(ends));
 });
