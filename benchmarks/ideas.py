@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.harness import HERE, argument_parser
 from benchmarks.queue import fill_readme, read_records
+from benchmarks.small import report as small
 from benchmarks.sparsity.arms import EPOCHS
 from benchmarks.sparsity.report import DEVICES
 from benchmarks.sparsity.verdict import Result, finished, gap_of, judge, runs_of
@@ -28,14 +29,13 @@ from moevision.analysis.questions import YES
 from moevision.commands.curve import is_as_good
 from moevision.commands.curve import table as curve_table
 from moevision.train.differences import Gap
-from moevision.train.report import percent
 
 PAGE = HERE.parent / "docs" / "concepts" / "what-sparsity-buys.md"
 NOT_RUN = "Not run yet"
 _SHARE = 0.7  # of the images, for the sentence of the curve
 REACHED = 0.85  # of validation accuracy, for the sentence of equal time
 NO, OPEN = "no", "not shown"
-OPEN_STILL = UNDECIDED, DESCRIBED = "undecided", "described"
+UNDECIDED = "undecided"
 VERDICTS = {"above": YES, "below": NO, "not told apart": OPEN}
 Json = dict[str, Any]
 Records = Mapping[str, Any]
@@ -55,6 +55,7 @@ def read_all(root: Path = HERE) -> dict[str, Any]:
              "accuracy": "accuracy/cifar10*-s?.json"}  # fmt: skip
     for name, files in lists.items():
         found[name] = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(root.glob(files))]
+    found["small"] = small.counted(read_records(root / "small" / "runs.jsonl"))
     return found
 
 
@@ -65,15 +66,13 @@ def ideas(records: Records) -> str:
         ("More parameters help at equal compute", said(records, "sparsity", hypothesis("H1"))),
         ("They help at equal time too", said(records, "sparsity", hypothesis("H2"), "accuracy", reached)),
         ("The more of the compute is sparse, the more it helps", said(records, "sparsity", hypothesis("H3"))),
-        ("A learned gate beats fixed rules", said(records, "sparsity", hypothesis("H4"))),
+        ("A learned gate beats fixed rules",
+         said(records, "sparsity", hypothesis("H4", "H6", "H7", "H8"), "small", small.places_answer)),
         ("Balance costs at most a point of accuracy", said(records, "sparsity", hypothesis("H5"))),
         ("Uneven experts make others wait", said(records, "waiting", waits)),
-        ("Sparse training is unstable",
-         said(records, "sparsity", arms("lr4", "lr16", "lr4-unguarded", "lr16-unguarded"), "guard", struck)),
-        ("Sparse training wants large batches",
-         said(records, "sparsity", arms("batch32", "batch512", "batch1024", "batch512-accumulated"))),
-        ("[Experts improve a trained dense model](../guides/dense-sparse.md)",
-         said(records, "sparsity", hypothesis("F1", "F2"), "upcycling", upcycled)),
+        ("Sparse training is unstable", said(records, "small", small.rates_answer, "guard", struck)),
+        ("Sparse training wants large batches", said(records, "small", small.batches_answer)),
+        ("[Experts improve a trained dense model](../guides/dense-sparse.md)", said(records, "upcycling", upcycled)),
         ("It saves energy", said(records, "performance", work)),
         ("[Fewer images, well chosen, are enough](../guides/good-data.md)", said(records, "curve", fewer_images)),
     ]  # fmt: skip
@@ -92,7 +91,7 @@ def said(records: Records, *parts: Any) -> Answer:
         verdict, text = ask(records[study]) if records[study] else ("", NOT_RUN)
         verdicts += [verdict] * bool(verdict)
         texts.append(f"{text.rstrip('.')} ([{study}](../../benchmarks/{study}/README.md)).")
-    verdicts.sort(key=lambda verdict: verdict in OPEN_STILL)
+    verdicts.sort(key=lambda verdict: verdict == UNDECIDED)
     measured = [text for text in texts if not text.startswith(NOT_RUN)]
     return (verdicts or [NOT_RUN.lower()])[0], " ".join(measured or texts)
 
@@ -139,23 +138,6 @@ def beside(runs: Sequence[Json], device: str, result: Result) -> list[str]:
             points = f"{gap.interval.removesuffix(')')}; {len(gap.gaps)} seeds)"
             found.append(text.format(gap=points, more=steps[0] / steps[1] - 1).replace("%", " %"))
     return found
-
-
-def arms(*names: str) -> Callable[[Sequence[Json]], Answer]:
-    """Asks for the accuracy of arms that the sparsity study only describes, and for failed runs."""
-
-    def ask(runs: Sequence[Json]) -> Answer:
-        found = []
-        for device, title in DEVICES.items():
-            for name in names:
-                own = runs_of(runs, device, name)
-                done = finished(own)
-                mean = percent(sum(run["test_top1"] for run in done.values()) / len(done)) if done else "none"
-                failed = f", {len(own) - len(done)} failed" if len(done) < len(own) else ""
-                found += [f"{title}, `{name}`: {mean} ({len(done)} seeds{failed})."] if own else []
-        return DESCRIBED * bool(found), " ".join(found) or NOT_RUN
-
-    return ask
 
 
 def specialization(runs: Sequence[Json], scratch: Sequence[Json]) -> Answer:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ideas import NOT_RUN, ideas, read_all, waits
+from benchmarks.small import BASE_LR
+from tests.test_small_study import run as small_run
 from tests.test_sparsity_study import record, study, tuning
 
 
@@ -26,12 +28,7 @@ def test_a_sentence_is_the_verdict_of_the_study() -> None:
     """Eight seeds with a gain of 2 points, give or take .1; tuning alone says nothing."""
     nothing = read_all(Path("nowhere"))
     runs = study([0.02, 0.021, 0.019, 0.02, 0.022, 0.018, 0.02, 0.02])
-    table = ideas(
-        {
-            **nothing,
-            "sparsity": [*runs, *(record("lr16", seed, test, lr=16 * 6e-3) for seed, test in ((0, 0.61), (1, 0.63)))],
-        }
-    )
+    table = ideas({**nothing, "sparsity": runs})
     said = "At equal steps and equal active FLOPs the MoE is better than its dense twin: +2.0 points"
     assert said in row(table, "More parameters help at equal compute")
     assert "| after 1 epoch |" in row(table, "More parameters help at equal compute")
@@ -41,11 +38,43 @@ def test_a_sentence_is_the_verdict_of_the_study() -> None:
     assert "| not shown |" in row(tie, "More parameters help at equal compute")
     assert "CUDA" not in table
     assert f"{NOT_RUN} ([sparsity]" in row(table, "They help at equal time too")
-    assert "CPU, 1 epoch, `lr16`: 62.0 % (2 seeds)" in row(table, "Sparse training is unstable")
-    assert "| described |" in row(table, "Sparse training is unstable")
+    assert "| not run yet |" in row(table, "Sparse training is unstable")
     few = ideas({**nothing, "sparsity": study([0.02, 0.021])})
     assert "| undecided |" in row(few, "More parameters help at equal compute")
     assert "H1: partial: 2 of at least 6 seeds, no verdict" in row(few, "More parameters help at equal compute")
+
+
+@pytest.mark.parametrize(
+    ("loss", "spread", "failed", "expected"),
+    [(0.03, 0.001, 0, "yes"), (0.0, 0.001, 0, "no"), (0.0, 0.05, 0, "not shown"), (-0.03, 0.001, 1, "yes")],
+)
+def test_instability_is_judged_by_its_protocol(loss, spread, failed, expected) -> None:
+    """Learned loses `loss` more than dense at 4 and 16 times the rate, give or take; or it fails once."""
+    runs = []
+    for seed, sign in enumerate((1, -1, 1, -1, 1)):
+        for factor in (1, 4, 16):
+            for guard in (False, True):
+                lr, gap = BASE_LR * factor, (factor > 1) * (sign * spread - loss)
+                runs.append(small_run("rates", "dense", seed, 0.45, lr=lr, guard=guard))
+                runs.append(small_run("rates", "learned", seed, 0.46 + gap, lr=lr, guard=guard))
+    if failed:
+        next(run for run in reversed(runs) if not run["guard"])["failed"] = "the weights are not finite"
+    table = ideas({**read_all(Path("nowhere")), "small": runs})
+    assert f"| {expected} |" in row(table, "Sparse training is unstable")
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "expected"), [(0.03, 0.001, "yes"), (0.0, 0.001, "no"), (0.0, 0.05, "not shown")]
+)
+def test_large_batches_are_judged_by_their_protocol(gain, spread, expected) -> None:
+    runs = []
+    for seed, sign in enumerate((1, -1, 1, -1, 1)):
+        for batch in (16, 64, 256, 1024):
+            more = (batch > 64) * (gain + sign * spread)
+            runs.append(small_run("batches", "dense", seed, 0.45, batch=batch))
+            runs.append(small_run("batches", "learned", seed, 0.46 + more, batch=batch))
+    table = ideas({**read_all(Path("nowhere")), "small": runs})
+    assert f"| {expected} |" in row(table, "Sparse training wants large batches")
 
 
 def test_the_page_keeps_its_words(bench, tmp_path: Path) -> None:

@@ -15,9 +15,15 @@ BASE_LR, LARGE, TUNING_SEED = 2e-3, (256, 1024), 100
 
 
 def parts_of(runs: Runs) -> list[str]:
-    """All tables as Markdown."""
-    clean = [run for run in runs if not is_dirty(run) and run["seed"] != TUNING_SEED]
-    return [*heads(clean), *rates(clean), *batches(clean)]
+    """All sentences and tables as Markdown."""
+    clean = counted(runs)
+    said = [f"- **{name}.** {answer(clean)[1]}." for name, answer in ANSWERS.items()]
+    return ["\n".join(said), *heads(clean), *rates(clean), *batches(clean)]
+
+
+def counted(runs: Runs) -> list[dict[str, Any]]:
+    """The runs that enter the tables: from a clean tree, not of tuning."""
+    return [run for run in runs if not is_dirty(run) and run["seed"] != TUNING_SEED]
 
 
 def by_seed(runs: Runs, quantity: str = "test_top1", **keys: Any) -> dict[int, float]:
@@ -38,7 +44,9 @@ def said(contrast: Contrast) -> list[str]:
     return [f"{contrast.first} − {contrast.second}", contrast.interval, str(len(contrast.gaps)), contrast.verdict]
 
 
-CONTRAST = ["contrast", "points (95 %)", "seeds", "verdict"]
+def contrast_table(found: Sequence[Contrast]) -> str:
+    """All of them."""
+    return table(["contrast", "points (95 %)", "seeds", "verdict"], [said(each) for each in found], "lrrl")
 
 
 def head_contrasts(runs: Runs) -> list[Contrast]:
@@ -66,9 +74,9 @@ def heads(runs: Runs) -> list[str]:
     return [
         "### Heads",
         table(names, lines),
-        table(CONTRAST, [said(each) for each in head_contrasts(runs)]),
+        contrast_table(head_contrasts(runs)),
         f"At the rate of the other rows, {BASE_LR:g} (the amendment):",
-        table(CONTRAST, [said(each) for each in common_contrasts(runs)]),
+        contrast_table(common_contrasts(runs)),
     ]
 
 
@@ -105,7 +113,7 @@ def rates(runs: Runs) -> list[str]:
                 )]  # fmt: skip
                 lines.append([arm, f"× {factor}", "on" if guard else "off", mean(by_seed(own)), str(len(own)), *counts])
     names = ["arm", "learning rate", "guard", "test top-1, % ± SD", "runs", "failed", "updates refused", "returns"]
-    return ["### Instability", table(names, lines), table(CONTRAST, [said(each) for each in rate_contrasts(runs)])]
+    return ["### Instability", table(names, lines), contrast_table(rate_contrasts(runs))]
 
 
 def rate_contrasts(runs: Runs) -> list[Contrast]:
@@ -133,9 +141,73 @@ def batches(runs: Runs) -> list[str]:
             seconds = f"{statistics.fmean(run['cpu_s'] for run in own):.0f}" if own else ""
             lines.append([str(batch), arm, mean(by_seed(own)), str(len(own)), *values, seconds])
     names = ["batch", "arm", "test top-1, % ± SD", "seeds", "lr", "steps", "CPU s, busy"]
-    return ["### Large batches", table(names, lines), table(CONTRAST, [said(each) for each in batch_contrasts(runs)])]
+    return ["### Large batches", table(names, lines), contrast_table(batch_contrasts(runs))]
 
 
 def batch_contrasts(runs: Runs) -> list[Contrast]:
     """Learned less dense at each batch, beside the same at 64."""
     return interactions(runs, lambda arm, batch: {"question": "batches", "arm": arm, "batch": batch}, 64, (16, *LARGE))
+
+
+# ---- the protocol's verdicts: yes, no or not shown of the idea; the sentence with its numbers
+
+YES, NO, OPEN = "yes", "no", "not shown"
+MARGIN = 0.01
+NOT_RUN = "", "Not run yet"
+
+
+def places_answer(runs: Runs) -> tuple[str, str]:
+    """Question 1: experts by place and learned ones beside dense, where the classifier reads places."""
+    found = {(each.first, each.second): each for each in head_contrasts(runs)}
+    arms = [(f"{arm}, places", "dense, places") for arm in ("position", "hash", "learned")]
+    head, moved = ("dense, places", "dense, mean"), ("dense, places, 4 px", "dense, mean, 4 px")
+    if not found.keys() >= {*arms, head, moved}:
+        return NOT_RUN
+    gaps = ", ".join(f"{first.partition(',')[0]} {found[first, second].interval}" for first, second in arms)
+    common = ", ".join(f"{each.first} {each.interval}" for each in common_contrasts(runs))
+    same = f" (at one rate for all: {common})" if common else ""
+    none = all(found[pair].verdict == "not told apart" for pair in arms)
+    apart = "not told apart from dense" if none else "told apart from dense"
+    return OPEN if none else "", (
+        f"A classifier that reads every place, not their mean, gives a small dense model {found[head].interval} "
+        f"points, on images moved by 4 px {found[moved].interval}. With it experts are {apart}: {gaps}{same}; "
+        f"{len(found[head].gaps)} seeds"
+    )
+
+
+def rates_answer(runs: Runs) -> tuple[str, str]:
+    """Question 2."""
+    found = rate_contrasts(runs)
+    own = [run for run in runs if run["question"] == "rates" and not run["guard"]]
+    failed = {arm: sum(bool(run["failed"]) for run in own if run["arm"] == arm) for arm in ("dense", "learned")}
+    if len(found) < 4 and not any(failed.values()):
+        return NOT_RUN
+    at = {each.first.rpartition(" ")[2]: each for each in found[:2]}
+    less = failed["learned"] > failed["dense"] or any(each.verdict == "below" for each in at.values())
+    stable = not less and all(each.mean - each.half > -MARGIN for each in at.values())
+    guarded = [run["refused"] for run in runs if run["question"] == "rates" and run["guard"]]
+    guard = "; ".join(f"{each.first.partition(' ')[0]} {each.interval}" for each in found[2:])
+    gaps = ", ".join(f"× {factor} {each.interval}" for factor, each in at.items())
+    return YES if less else NO if stable else OPEN, (
+        f"At up to 16 times the learning rate {failed['learned']} learned and {failed['dense']} dense trainings failed "
+        f"without a guard. Learned less dense, beside the same at the usual rate: {gaps} points. The guard refused "
+        f"{sum(guarded)} updates in {len(guarded)} runs; at × 16 it gives {guard} points"
+    )
+
+
+def batches_answer(runs: Runs) -> tuple[str, str]:
+    """Question 3."""
+    found = {each.first.rpartition(" ")[2]: each for each in batch_contrasts(runs)}
+    large = [found[str(batch)] for batch in LARGE if str(batch) in found]
+    if len(large) < len(LARGE):
+        return NOT_RUN
+    wants = any(each.verdict == "above" for each in large)
+    without = not wants and all(each.mean + each.half < MARGIN for each in large)
+    gaps = ", ".join(f"{batch} {each.interval}" for batch, each in found.items())
+    return YES if wants else NO if without else OPEN, (
+        f"Learned less dense at other batches for as many images, beside the same at 64: {gaps} points; "
+        f"{len(large[0].gaps)} seeds"
+    )
+
+
+ANSWERS = {"Heads": places_answer, "Instability": rates_answer, "Large batches": batches_answer}
