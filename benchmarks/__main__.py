@@ -27,7 +27,6 @@ STUDY = {
     "places": ("train with a classifier that reads every place, and test it on shifted images", "places"),
     "stem": ("what the convolutional stem gives beside width and depth", "stem"),
     "upcycling": ("sparse upcycling beside training on", "upcycling"),
-    "saving": ("what sparsity saves, and what two levers cost, after the same training time", "saving"),
     "sparsity": ("what sparsity buys: the queue of runs of a protocol, and its verdicts", "sparsity"),
     "specialization": (
         "whether experts specialize: three questions of routers, units and placements",

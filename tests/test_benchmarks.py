@@ -2,18 +2,15 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import routers, saving, stem, study
+from benchmarks import routers, stem, study
 from benchmarks.accuracy import airbench
 from benchmarks.routers import report as router_report
-from benchmarks.saving import report as saving_report
-from benchmarks.subject import Subject
 from benchmarks.waiting import draw
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -144,77 +141,6 @@ def test_the_reference_from_outside(run, photos, tmp_path, monkeypatch) -> None:
     assert {"seed", "code", "machine"} <= set(found)
     assert 0 <= found["correct"] <= found["total"] == 16
     assert (found["train_images"], found["images"]) == (144, 144)  # a tenth of 160 is validation's
-
-
-@pytest.fixture
-def small_saving(monkeypatch) -> Subject:
-    """The saving study on a model of width 32 and two classes."""
-    subject = saving.base()
-    arch = {**subject.arch, "embed_dim": 32, "depth": 2, "num_heads": 1, "num_experts": 4}
-    subject = replace(subject, arch=arch, num_classes=2)
-    monkeypatch.setattr(saving, "base", lambda: subject)
-    monkeypatch.setattr(saving, "WARM_UP", 1)
-    return subject
-
-
-@pytest.mark.usefixtures("small_saving")
-def test_saving_study_measures_resumes_and_reports(run, bench, photos, tmp_path) -> None:
-    out = tmp_path / "saving.json"
-    common = ("--out", out, "--cifar", photos)
-    assert "--stage speed" in bench("saving", *common, "--stage", "train").err
-    run("saving", *common, "--stage", "speed", "--rounds", 2)
-    (speed,) = json.loads(out.read_text())["speed"]
-    budget_ms = 4 * speed["train"]["MoE"]["cpu_ms"][1]
-    common += ("--budget-s", budget_ms / 1000)
-    assert speed["train"]["MoE"]["cpu_ratio"] == [1.0, 1.0, 1.0]
-    assert min(arm["cpu_ms"][0] for phase in ("train", "infer") for arm in speed[phase].values()) > 0
-    run("saving", *common, "--stage", "train", "--seeds", 1)
-    first = json.loads(out.read_text())
-    # Every arm gets the steps that fit into the budget, and half the patches dropped is tried at both counts.
-    steps = {arm: round(budget_ms / speed["train"][arm]["cpu_ms"][1]) for arm in saving.ARMS}
-    assert first["budget"]["steps"] == steps
-    trained = [(run["arm"], run["steps"]) for run in first["runs"]]
-    assert trained[:3] == [(arm, steps[arm]) for arm in ("MoE", "dense, equal FLOPs", "dense, equal parameters")]
-    assert {("patch drop 50 %", steps["MoE"]), ("patch drop 50 %", steps["patch drop 50 %"])} <= set(trained)
-    counts = [sum(layer["counts"]) for layer in first["runs"][0]["layers"]]
-    assert counts == [16 * 64 * 2]  # test images x patches x K in the one MoE layer
-    run("saving", *common, "--stage", "speed", "--rounds", 2)
-    run("saving", *common, "--stage", "train", "--seeds", 2)
-    record = json.loads(out.read_text())
-    assert record["runs"][: len(trained)] == first["runs"]  # kept, not trained again
-    assert record["budget"] == first["budget"]  # a later measurement moves no steps
-    assert len(record["speed"]) == 2
-    assert "holds trainings of" in bench("saving", *common, "--budget-s", budget_ms, "--stage", "train").err
-    text = run("saving", "--out", out, "--stage", "report", "--figures", tmp_path)
-    assert "“MoE” minus “dense, equal parameters”" in text
-    assert min((tmp_path / name).stat().st_size for name in ("saving.png", "levers.png")) > 1000
-
-
-def test_saving_report_states_what_the_record_says() -> None:
-    """Gaps of 1, 2, 3 and of 20.0, 20.1, 20.2 points; seeds and budgets that only one arm has are left out."""
-    steps = dict(zip(saving_report.SAVING, (9, 8, 7), strict=True))
-    found = ((0.70, 0.75, 0.60), (0.69, 0.73, 0.57), (0.50, 0.549, 0.398))
-    runs = [
-        {"arm": arm, "steps": steps[arm], "seed": seed, "test_top1": value}
-        for arm, values in zip(saving_report.SAVING, found, strict=True)
-        for seed, value in enumerate(values)
-    ]
-    runs.append({"arm": "MoE", "steps": 5, "seed": 0, "test_top1": 0.0})  # of another budget
-    runs.append({"arm": "MoE", "steps": 9, "seed": 3, "test_top1": 0.0})  # of a seed that the others lack
-    rows = saving_report.equal_time({"runs": runs, "budget": {"steps": steps}}, saving_report.SAVING)
-    near, far = saving_report.differences(rows)
-    assert "+1.0, +2.0, +3.0 points by seed, mean +2.0 (−0.5 to +4.5), p = 0.074: not told apart." in near
-    assert "mean +20.1 (+19.9 to +20.3), p below 0.001: above." in far
-
-
-@pytest.mark.usefixtures("forked_processes")
-def test_memory_of_an_arm_is_measured_in_its_own_process(monkeypatch) -> None:
-    """Training must at least hold the weights, their gradients and AdamW's two moments: 16 bytes per parameter."""
-    subject = saving.base()
-    monkeypatch.setattr(saving, "base", lambda: replace(subject, arch={**subject.arch, "depth": 2}))
-    found = saving.measure_memory(["MoE"], 1)["MoE"]
-    parameters = sum(p.numel() for p in saving.model_of("MoE").build().parameters())
-    assert found["peak_mib"][0] - found["before_mib"][0] > 12 * parameters / 2**20  # the weights were there before
 
 
 @pytest.mark.slow

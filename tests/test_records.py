@@ -15,9 +15,6 @@ from benchmarks.harness import without_places
 from tests.needs import PHOTO_MODEL
 from tests.records import ROOT, Claim, Definition, Page, checked_pages, module_of, pattern, unclaimed
 
-DIRTY: set[str] = {"benchmarks/saving/record.json"}
-"""Quoted records of a tree with uncommitted changes, which are to be measured again."""
-
 WITHOUT_COMMIT: set[str] = {
     "benchmarks/mutation_equivalent.json",  # reasons, written by hand
     "benchmarks/analysis/coverage.json",
@@ -130,7 +127,7 @@ def test_a_command_names_no_place_of_the_machine() -> None:
 
 @pytest.mark.needs("photos")
 def test_records_come_from_committed_trees() -> None:
-    assert {path for path in RECORDS if any(tree["dirty"] for tree in _trees(path))} == DIRTY
+    assert [path for path in RECORDS if any(tree["dirty"] for tree in _trees(path))] == []
     assert {path for path in RECORDS if not _trees(path)} == WITHOUT_COMMIT
 
 
@@ -205,7 +202,7 @@ def test_a_contradiction_is_found(record: dict[str, Any], said: str) -> None:
     assert said in found
 
 
-@pytest.mark.parametrize("record", ["sparsity/runs/*.json", "stem/record.json", "saving/record.json"])
+@pytest.mark.parametrize("record", ["sparsity/runs/*.json", "stem/record.json"])
 def test_every_token_of_every_test_image_chose_two_experts(record: str) -> None:
     """10,000 test images of 64 tokens with K = 2 in every MoE layer."""
     layers = [

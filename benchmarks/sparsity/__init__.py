@@ -28,7 +28,6 @@ import torch
 from benchmarks.harness import HERE, about, argument_parser, positive, print_line, print_table
 from benchmarks.memory import memory_of
 from benchmarks.queue import add_study, next_run, read_records, refuse_changes, release_if, write_run
-from benchmarks.saving import endless
 from benchmarks.sparsity.arms import (
     ARMS,
     EPOCHS,
@@ -47,6 +46,7 @@ from benchmarks.study import open_data
 from benchmarks.subject import TrainingStep
 from benchmarks.timing import Candidate, interleave, ratio_of, spread
 from moevision.allocator import keep_freed_memory
+from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import write_json_atomic
 
@@ -112,6 +112,12 @@ def run_many(limit: int) -> int:
 
 
 # ---- equal time
+
+
+def endless(data: ImageDataModule) -> Iterator[dict[str, torch.Tensor]]:
+    """Training batches, epoch after epoch."""
+    while True:
+        yield from data.train_dataloader()
 
 
 def twin_steps(out: Path, speed: Path, device: str) -> int | None:

@@ -9,10 +9,8 @@ from tests.records import (
     accuracy,
     analysis,
     demo,
-    levers,
     quickstart,
     sparsity,
-    surgery,
     upcycling,
 )
 
@@ -47,7 +45,6 @@ CLAIMS = {
     ],
     "docs/guides/dense-sparse.md": [
         Claim(upcycling.STUDY, "Beside one dense schedule of as many steps it has {in_one} points", upcycling.rivals),
-        Claim(surgery.BOTH, "cost accuracy, from {least:.2f} to {most:.2f} points", surgery.least_and_most),
     ],
     "docs/guides/own-images.md": [
         Claim(
@@ -72,10 +69,6 @@ CLAIMS = {
             "| `{model}` | {gpus} | {batch:,} | {layout} | {memory_gb} | {step_ms} | {hours} |",
             lambda record: record["imagenet"]["trainings"],
         ),
-    ],
-    "docs/guides/laptop.md": [
-        Claim(levers.STUDY, "half of the patches gave {speed:.2f} times the images/s", levers._levers),
-        Claim(levers.STUDY, "saved {saved:.0%} of the memory for {slower:.0%} of the speed", levers._levers),
     ],
     "docs/guides/more-than-chance.md": [
         Claim(
