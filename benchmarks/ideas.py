@@ -45,7 +45,8 @@ Answer = tuple[str, str]
 
 def read_all(root: Path = HERE) -> dict[str, Any]:
     """The records of all studies, by study: one record, or a list of runs."""
-    found: dict[str, Any] = {name: read_records(root / name / "runs") for name in ("sparsity", "specialization")}
+    places = {"sparsity": "sparsity/runs.jsonl", "specialization": "specialization/runs"}
+    found: dict[str, Any] = {name: read_records(root / place) for name, place in places.items()}
     single = {"curve": "curve/record", "guard": "guard/accuracy", "upcycling": "upcycling/record",
               "performance": "train/cifar10/benchmark-train"}  # fmt: skip
     for name, place in single.items():

@@ -117,7 +117,7 @@ def do_runs(
         print(told(job, record), flush=True)
 
 
-def add_study(parser: ArgumentParser, folder: Path, out: str = "runs") -> None:
+def add_study(parser: ArgumentParser, folder: Path, out: str = "runs.jsonl") -> None:
     """Options that studies share.
 
     Args:
@@ -126,7 +126,7 @@ def add_study(parser: ArgumentParser, folder: Path, out: str = "runs") -> None:
         out: the records' folder, or their file, below it.
     """
     add = parser.add_argument
-    if out == "runs":
+    if out == "runs.jsonl":
         add("--limit", type=count, default=1, metavar="N", help="runs to do; 0: until none is left (%(default)s)")
     add("--work", type=Path, default=Path("runs") / folder.name, help="run folders and lists (%(default)s)")
     add("--out", type=Path, default=folder / out, help="records (%(default)s)")

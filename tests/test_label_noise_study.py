@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.label_noise import SIMILAR, Job, draw_folder, drawn, dropping, final_scores, finds, flipped, table
+from benchmarks.queue import read_records
 from moevision.data.synthetic import SyntheticPets
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -58,12 +59,13 @@ def test_a_run_from_flips_to_the_table(bench, tmp_path):
         Image.fromarray(pets.image(index)).save(folder / f"{index}.png")
     small = ("model.arch.name=test_vit_moe", "model.arch.patch_size=8", "data.image_size=32", "data.batch_size=8",
              "trainer.precision=32-true", "model.optim.name=adamw")  # fmt: skip
-    places = ("--cifar", tmp_path / "cifar", "--work", tmp_path / "work", "--out", tmp_path / "runs")
+    places = ("--cifar", tmp_path / "cifar", "--work", tmp_path / "work", "--out", tmp_path / "runs.jsonl")
     options = ("--images", 60, "--epochs", 1, "--seeds", 0, "--allow-dirty", *(f"--fit=--{option}" for option in small))
     asked = ("label_noise", "run", *places, *options, "--arm", "moe", "dropped", "--noise", "random")
     outcome = bench(*asked, "--limit", 0)
     assert outcome.code == 0, outcome.err
-    record, fewer = (json.loads((tmp_path / f"runs/random-{arm}-s0.json").read_text()) for arm in ("moe", "dropped"))
+    runs = {run["name"]: run for run in read_records(tmp_path / "runs.jsonl")}
+    record, fewer = (runs[f"random-{arm}-s0"] for arm in ("moe", "dropped"))
     assert (record["images"], record["flips"], record["epochs"]) == (60, 6, 1)
     assert {"aum", "el2n", "forgetting", "experts", "experts L1", "features", "p_final"} <= record["scores"].keys()
     assert all(0 <= value <= 1 for each in record["scores"].values() for value in each.values())
@@ -84,7 +86,9 @@ def test_a_run_from_flips_to_the_table(bench, tmp_path):
     again = bench(*asked)
     assert "Nothing is left to do here." in again.err
     (tmp_path / "README.md").write_text("<!-- tables: begin -->\n<!-- tables: end -->\n")
-    assert bench("label_noise", "report", "--out", tmp_path / "runs", "--readme", tmp_path / "README.md").code == 0
+    assert (
+        bench("label_noise", "report", "--out", tmp_path / "runs.jsonl", "--readme", tmp_path / "README.md").code == 0
+    )
     assert ("Not run yet." in (tmp_path / "README.md").read_text()) == bool(
         not record["code"] or record["code"]["dirty"]
     )

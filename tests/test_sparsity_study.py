@@ -153,7 +153,7 @@ def test_the_committed_tables_follow_from_the_records_by_other_means() -> None:
     """Means, SciPy's t test and its interval, from the files; nothing of the report's code."""
     folder = training.PROTOCOL.parent
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("cpu-*.json"))]
+    runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     seeds = [run for run in runs if run["seed"] < 100 and not run["failed"]]
     rates = {}
     for arm, count, lr, top1, *_, seconds, _ in rows_of(readme, "| arm |"):
@@ -268,7 +268,15 @@ def small(monkeypatch, drawn_pets, tmp_path):
     monkeypatch.setitem(ARMS, "moe", Arm({"name": "test_vit_moe"}, tuned_as=None, batch=8))
     monkeypatch.setitem(arms.EPOCHS, "cpu", 2)
     common = ("--data", drawn_pets, "--allow-dirty", "--only", "moe")
-    return lambda name: ("sparsity", "run", *common, "--out", tmp_path / name, "--work", tmp_path / f"work-{name}")
+    return lambda name: (
+        "sparsity",
+        "run",
+        *common,
+        "--out",
+        tmp_path / f"{name}.jsonl",
+        "--work",
+        tmp_path / f"work-{name}",
+    )
 
 
 def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(bench, small, tmp_path, monkeypatch) -> None:
@@ -285,12 +293,11 @@ def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(bench, small, tm
     stopped = bench(*small("parts"))
     assert stopped.code == 128 + signal.SIGTERM
     assert "Stopped by SIGTERM" in stopped.err
-    assert not list((tmp_path / "parts").glob("*"))
+    assert not (tmp_path / "parts.jsonl").exists()
     assert bench(*small("parts")).code == 0
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]  # nothing is trained twice
-    one, other = (
-        json.loads((tmp_path / name / "cpu-moe-lr0.003-s100.json").read_text()) for name in ("whole", "parts")
-    )
+    (one,), (other,) = (queueing.read_records(tmp_path / f"{name}.jsonl") for name in ("whole", "parts"))
+    assert one["name"] == other["name"] == "cpu-moe-lr0.003-s100"
     assert (one["sessions"], other["sessions"]) == (1, 2)
     assert one["steps"] == 8
     assert [point[0] for point in other["curve"]] == [4, 8]
@@ -321,7 +328,7 @@ def test_a_seed_changes_the_order_of_images_and_not_their_split(bench, small, tm
     work = tmp_path / "work-seeds"
     splits = [(work / f"cpu-moe-lr0.003-s{seed}" / "splits.csv").read_text() for seed in TUNING_SEEDS]
     assert splits[0] == splits[1]
-    runs = [json.loads(path.read_text()) for path in sorted((tmp_path / "seeds").glob("*.json"))]
+    runs = queueing.read_records(tmp_path / "seeds.jsonl")
     assert runs[0]["test_loss"] != runs[1]["test_loss"]
 
 
@@ -331,8 +338,8 @@ def test_a_diverged_run_is_recorded_and_not_repeated(bench, small, tmp_path, mon
 
     monkeypatch.setattr(training, "finish_run", diverge)
     assert bench(*small("diverged")).code == 0
-    (path,) = (tmp_path / "diverged").glob("*.json")
-    assert json.loads(path.read_text())["failed"] == "The loss is not finite."
+    (run,) = queueing.read_records(tmp_path / "diverged.jsonl")
+    assert run["failed"] == "The loss is not finite."
     monkeypatch.setattr(sparsity, "train", lambda job, options: record(job.arm, job.seed, lr=job.lr))
     assert "seed 101" in bench(*small("diverged")).out.replace("-s", " seed ")
 
@@ -341,8 +348,8 @@ def test_weights_that_became_nan_unguarded_are_a_failed_run(bench, small, tmp_pa
     call = small("nan")
     monkeypatch.setitem(ARMS, "moe", Arm({"name": "test_vit_moe"}, tuned_as=None, batch=8, base_lr=1e30, guard=False))
     assert bench(*call).code == 0
-    (path,) = (tmp_path / "nan").glob("*.json")
-    assert json.loads(path.read_text())["failed"] == "the weights are not finite"
+    (run,) = queueing.read_records(tmp_path / "nan.jsonl")
+    assert run["failed"] == "the weights are not finite"
 
 
 def test_equal_time_is_measured_and_trained(bench, small, tmp_path, monkeypatch) -> None:
@@ -353,27 +360,25 @@ def test_equal_time_is_measured_and_trained(bench, small, tmp_path, monkeypatch)
     monkeypatch.setattr(sparsity, "STEPS_PER_EPOCH", 4)
     monkeypatch.setattr(sparsity, "WARM_UP", 1)
     monkeypatch.setattr(sparsity, "memory_of", lambda *_, **__: {"peak_mib": 100.0})
-    out, speed = tmp_path / "time", tmp_path / "speed.json"
+    out, speed = tmp_path / "time.jsonl", tmp_path / "speed.json"
     common = (*small("time"), "--speed", speed, "--only")
     assert bench("sparsity", "speed", *common[2:], "moe", "twin", "--busy", "--rounds", 3).code == 0
     (first,) = json.loads(speed.read_text())
     assert first["arms"]["moe"]["ms"]["n"] == 3
     assert first["arms"]["moe"]["routed_share"] > first["arms"]["twin"]["routed_share"] == 0
     idle = [{**first, "busy": False, "ratio": {"median": ratio}} for ratio in (1.5, 1.75, 2.5)]
-    out.mkdir()
     for known in ([first] * 3, idle[:2], [first, *idle[:2]]):  # busy ones don't count, two are too few
         speed.write_text(json.dumps(known))
         assert sparsity.twin_steps(out, speed, "cpu") is None
     speed.write_text(json.dumps([first, *idle]))
     for run in tuning("twin"):
-        (out / f"{run['lr']}-{run['seed']}.json").write_text(json.dumps(run))
+        queueing.write_run(out, f"{run['lr']}-{run['seed']}", run)
     assert bench(*common, "twin-time").code == 0
-    (path,) = out.glob("cpu-twin-time-*.json")
-    run = json.loads(path.read_text())
+    run = queueing.read_records(out)[-1]
     assert (run["steps"], run["lr"], run["layers"]) == (14, 6e-3, [])
-    last = tmp_path / "work-time" / path.stem / "checkpoints" / "last.ckpt"
+    last = tmp_path / "work-time" / run["name"] / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 14  # what was tested
-    (out / "failed.json").write_text(json.dumps({**run, "failed": "it", "steps": None}))
+    queueing.write_run(out, "failed", {**run, "failed": "it", "steps": None})
     speed.unlink()
     assert sparsity.twin_steps(out, speed, "cpu") == 14  # fixed by the first record
 
@@ -405,7 +410,7 @@ def test_a_changed_tree_is_refused(bench, monkeypatch, tmp_path) -> None:
 
 
 def test_status_and_report_of_nothing_and_of_something(bench, tmp_path) -> None:
-    out, readme = tmp_path / "runs", tmp_path / "README.md"
+    out, readme = tmp_path / "runs.jsonl", tmp_path / "README.md"
     outcome = bench("sparsity", "status", "--out", out)
     assert "0 of 6" in outcome.out
     assert outcome.out.rstrip().endswith("0 runs done, 159 missing (further learning rates not counted).")
@@ -414,16 +419,15 @@ def test_status_and_report_of_nothing_and_of_something(bench, tmp_path) -> None:
     assert bench(*common).code == 0
     assert "Not run." in readme.read_text()
     assert not (tmp_path / "sparsity.png").exists()
-    out.mkdir()
     for number, run in enumerate(study([0.02, 0.021, 0.019, 0.02, 0.022, 0.018])):
-        (out / f"{number}.json").write_text(json.dumps(run))
+        queueing.write_run(out, str(number), run)
     assert bench(*common).code == 0
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "+2.0 (+1.9 to +2.1)" in text
     assert "No seed finished: `hash`, " in text
-    assert "24 runs of the queue are done, 196 are missing." in text  # 2 arms: 6 tuning runs and 6 seeds each
+    assert "24 runs of the queue are done, 135 are missing." in text  # 2 arms: 6 tuning runs and 6 seeds each
     assert (tmp_path / "sparsity.png").stat().st_size > 1000
     assert bench(*common).code == 0
     assert readme.read_text() == text

@@ -166,7 +166,6 @@ def main() -> None:
     parser.add_argument("--cifar", default="cifar10", help="CIFAR-10 as a folder, or a name (%(default)s)")
     parser.add_argument("--images", type=int, default=IMAGES, help="of a training; the protocol has %(default)s")
     add_study(parser, FOLDER)
-    parser.set_defaults(out=FOLDER / "runs.jsonl")
     options = parser.parse_args()
     if options.verb == "report":
         fill_readme(options.readme, parts_of(read_records(options.out)))

@@ -43,7 +43,8 @@ class Claim:
     Attributes:
         records: JSON file below the repository, or several.
         text: as `str.format` reads it; `{share:.1%}` and `{wait_ms[median]:.1f}` work.
-        values: what fills the text, from the loaded records in their order; the one record itself unless said.
+        values: what fills the text, from the loaded records in their order; the one record itself unless said. A
+            `.jsonl` file gives one for each line.
     """
 
     records: str | tuple[str, ...]
@@ -62,8 +63,13 @@ class Claim:
 
     def rendered(self, read: Callable[[str], str] = lambda path: (ROOT / path).read_text()) -> list[str]:
         """The text for each mapping of values; `read` gives a record's text."""
-        values = self.values(*(json.loads(read(path)) for path in self.paths))
+        values = self.values(*(record for path in self.paths for record in _records(read(path), path)))
         return [self.text.format_map(row) for row in ([values] if isinstance(values, Mapping) else values)]
+
+
+def _records(text: str, path: str) -> list[Any]:
+    """The one record of a JSON file, or all of a file with one in each line."""
+    return [json.loads(part) for part in (text.splitlines() if path.endswith(".jsonl") else [text])]
 
 
 @dataclass(frozen=True)

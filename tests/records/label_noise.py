@@ -3,11 +3,11 @@
 import statistics
 from typing import Any
 
-from benchmarks.label_noise import DROPS, FOLDER, NOISES, _beside, _cell, parts_of
-from tests.records import ROOT, Claim, Definition
+from benchmarks.label_noise import DROPS, NOISES, _beside, _cell, parts_of
+from tests.records import Claim, Definition
 from tests.records.studies import shown
 
-FILES = tuple(str(path.relative_to(ROOT)) for path in sorted(FOLDER.glob("runs/*.json")))
+FILES = "benchmarks/label_noise/runs.jsonl"
 
 
 def _parts(*runs: Any) -> list[dict[str, str]]:
