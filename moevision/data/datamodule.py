@@ -30,7 +30,7 @@ from moevision.data.contents import (
     split_collection,
 )
 from moevision.data.dataset import ImageDataset
-from moevision.data.loader import Collate, ImageLoader, PositionSampler, eval_batches
+from moevision.data.loader import SHM, Collate, ImageLoader, PositionSampler, eval_batches, fitting_workers
 from moevision.data.shards import INDEX, find_index, is_shards
 from moevision.data.sources import DATASET_NAMES, SPLITS, Collection, open_collection
 from moevision.data.splits import Cut, is_copy
@@ -160,6 +160,7 @@ class ImageDataModule(LightningDataModule):
         self._class_weights: Tensor | None = None
         self.sampler: PositionSampler | None = None
         self._start = (0, 0)
+        self.processes = 1  # of this training on this machine
         self.in_step = False  # whether processes wait for one another at every batch of an evaluation
         self._check_arguments()
 
@@ -230,6 +231,7 @@ class ImageDataModule(LightningDataModule):
         """
         if self._contents is None:
             self._contents = self._read(self._open_collection(self.download and self.trainer is None))
+            self._limit_workers(self._contents)
             for sentence in self._contents.warnings:
                 rank_zero_warn(sentence, category=DataWarning)
         self._contents.fill_caches(_STAGE_SPLITS.get(stage or "", SPLITS))
@@ -263,6 +265,19 @@ class ImageDataModule(LightningDataModule):
             max_bad_fraction=self.max_bad_fraction,
             run_dir=self.run_dir,
         )
+
+    def _limit_workers(self, contents: Contents) -> None:
+        """Leave out data workers for whose batches the shared memory has no room."""
+        images = min(self.batch_size, max(map(len, contents.datasets.values())))
+        # float32 pixels and a soft target; and a page or two for each small tensor
+        batch_bytes = images * 4 * (3 * self.image_size**2 + len(contents.class_names)) + 2**14
+        workers = fitting_workers(self.num_workers, batch_bytes, self.processes)
+        if workers < self.num_workers:
+            contents.warnings.append(
+                f"{SHM} has room for the batches of {workers} of {self.num_workers} data workers: the others are left "
+                "out (start the container with --shm-size=2g)"
+            )
+            self.num_workers = workers
 
     def _train_transform(self) -> TrainTransform:
         return TrainTransform(

@@ -717,6 +717,7 @@ class TrainingCLI(LightningCLI):
 
     def _read_data(self) -> None:
         data = self.datamodule
+        data.processes = self.trainer.num_devices
         try:
             with self.session.processes.first_one_first():
                 data.setup(str(self.subcommand))
