@@ -91,8 +91,9 @@ class ImageDataModule(LightningDataModule):
             root: Folder in which named datasets live.
             download: Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache.
             image_size: Side of the square images the model sees, in pixels.
-            batch_size: Images per batch and process.
-            num_workers: Processes that prepare batches; 0 prepares them in the main process.
+            batch_size: Images per batch and process, at most those of the training set.
+            num_workers: Processes that prepare batches, fewer where /dev/shm has no room for their batches; 0
+                prepares them in the main process.
             seed: Seed of the split and of drawn images.
             order_seed: Seed of the order, crops and flips of training images; null: --seed_everything (without a
                 command line: seed).
@@ -231,6 +232,7 @@ class ImageDataModule(LightningDataModule):
         """
         if self._contents is None:
             self._contents = self._read(self._open_collection(self.download and self.trainer is None))
+            self.batch_size = max(1, min(self.batch_size, len(self._contents.datasets["train"])))
             self._limit_workers(self._contents)
             for sentence in self._contents.warnings:
                 rank_zero_warn(sentence, category=DataWarning)
@@ -268,9 +270,8 @@ class ImageDataModule(LightningDataModule):
 
     def _limit_workers(self, contents: Contents) -> None:
         """Leave out data workers for whose batches the shared memory has no room."""
-        images = min(self.batch_size, max(map(len, contents.datasets.values())))
         # float32 pixels and a soft target; and a page or two for each small tensor
-        batch_bytes = images * 4 * (3 * self.image_size**2 + len(contents.class_names)) + 2**14
+        batch_bytes = self.batch_size * 4 * (3 * self.image_size**2 + len(contents.class_names)) + 2**14
         workers = fitting_workers(self.num_workers, batch_bytes, self.processes)
         if workers < self.num_workers:
             contents.warnings.append(
