@@ -9,6 +9,7 @@ Axis legend: B batch, C classes, S = ``image_size``.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from moevision.data.shards import INDEX, find_index, is_shards
 from moevision.data.sources import DATASET_NAMES, SPLITS, Collection, open_collection
 from moevision.data.splits import Cut, is_copy
 from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
-from moevision.errors import DataWarning, UserError
+from moevision.errors import AT_LEAST_0, AT_LEAST_1, SEED, DataWarning, UserError, check_ranges
 
 _MANY_IMAGES = 200_000  # from here on scores are kept only if asked for: they take memory
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -167,21 +168,18 @@ class ImageDataModule(LightningDataModule):
 
     def _check_arguments(self) -> None:
         """Refuse values that no run could use."""
-        bounds = {
-            **dict.fromkeys(("image_size", "batch_size", "train_size", "val_size", "test_size"), (1, None)),
-            **dict.fromkeys(("num_workers", "cache_mb", "mixup", "cutmix"), (0, None)),
-            **dict.fromkeys(("min_crop_scale", "random_erasing", "max_bad_fraction"), (0, 1)),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise UserError(f"--data.{name} is {value:g}: it must be {allowed}")
+        ranges = (
+            (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
+            (*AT_LEAST_0, ("num_workers", "cache_mb", "mixup", "cutmix")),
+            ("between 0 and 1", lambda x: 0 <= x <= 1, ("min_crop_scale", "random_erasing", "max_bad_fraction")),
+            (*SEED, ("seed", "order_seed")),
+        )
+        check_ranges(self, ranges, "--data.")
         if self.scores and self.mixes:
             raise UserError(
                 "--data.scores true needs images that aren't mixed with others: set --data.mixup and --data.cutmix to 0"
             )
-        if min(self.std) <= 0:
+        if not all(0 < each < math.inf for each in self.std):
             raise UserError(f"--data.std is {self.std}: every channel's deviation must be above 0")
 
     def is_of_run(self, table: Path, path: str) -> bool:

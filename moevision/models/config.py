@@ -5,9 +5,7 @@ Only JSON primitives: a Lightning checkpoint stores it, and loads under `weights
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,7 +13,7 @@ from typing import Any, Literal, cast
 import timm
 from torch import nn
 
-from moevision.errors import UserError
+from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Ranges, UserError, check_ranges
 from moevision.layers import RouterOptions, moe_layers
 from moevision.models.architecture import architecture_of
 from moevision.models.convert import convert_to_moe, moe_layer_indices, one_or_list
@@ -25,18 +23,13 @@ from moevision.models.safe_files import CONFIG
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
 
-_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
-    ("at least 1", lambda x: x >= 1, ("patch_size", "embed_dim", "depth", "num_heads", "expert_hidden")),
-    ("at least 0", lambda x: x >= 0, ("num_shared_experts",)),
-    ("greater than 0", lambda x: 0 < x < math.inf, ("mlp_ratio",)),
-    (
-        "at least 0 and less than 1",
-        lambda x: 0 <= x < 1,
-        ("drop_path_rate", "proj_drop_rate", "patch_drop_rate", "expert_drop"),
-    ),
+_RANGES: Ranges = (
+    (*AT_LEAST_1, ("num_experts", "top_k", "patch_size", "embed_dim", "depth", "num_heads", "expert_hidden")),
+    (*AT_LEAST_0, ("num_shared_experts", "upcycle_noise")),
+    (*ABOVE_0, ("mlp_ratio",)),
+    (*SHARE, ("drop_path_rate", "proj_drop_rate", "patch_drop_rate", "expert_drop")),
+    ("at least 0 and at most 1", lambda x: 0 <= x <= 1, ("upcycle_reinit",)),
 )
-
-
 DEFAULT_NAME = "vit_moe_micro_patch4_32"
 _OF_THE_WEIGHTS = ("name", "base", "stem", "patch_size", "embed_dim", "num_heads", "mlp_ratio")
 
@@ -109,12 +102,7 @@ class MoEConfig(RouterOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for words, fits, names in _RANGES:
-            for name in names:
-                given = getattr(self, name)
-                for value in given if isinstance(given, list) else [given]:
-                    if value is not None and not fits(value):
-                        raise UserError(f"{name}={value} does not fit: it must be {words}.")
+        check_ranges(self, _RANGES, "--model.arch.")
 
 
 def build_model(

@@ -84,9 +84,10 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name may hold NUL
+            reason = getattr(error, "strerror", error)
             raise UserError(
-                f"The run folder {folder} can't be made ({error.strerror}): start where you may write."
+                f"The run folder {folder} can't be made ({reason}): use another --name, or start where you may write."
             ) from error
         return folder
     raise UserError(f"There are 10,000 runs named {name!r} in {root}: choose another --name.")
