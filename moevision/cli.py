@@ -10,6 +10,7 @@ from typing import Any, cast
 from moevision.commands import VERBS, loading
 from moevision.errors import USER_ERROR, UserError
 
+_NO_MEMORY = ("can't allocate memory", "out of memory")  # torch's on a CPU, on a GPU
 INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 
 MOVED = {
@@ -102,6 +103,15 @@ def _run(name: str, arguments: list[str], show_traceback: bool) -> int:
             traceback.print_exc()
         print(f"moevision: {error}", file=sys.stderr)
         return error.exit_code
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)) or show_traceback:
+            raise
+        print(
+            f"moevision: there is not enough memory for {name} here: use a smaller model, smaller images or smaller "
+            "batches. (--traceback shows where it ended.)",
+            file=sys.stderr,
+        )
+        return USER_ERROR
     except KeyboardInterrupt:
         print(f"\nmoevision: {name} was stopped by Ctrl-C.", file=sys.stderr)
         return INTERRUPTED

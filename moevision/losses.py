@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moevision.errors import UserError
+from moevision.errors import AT_LEAST_0, UserError, check_ranges
 from moevision.layers import Routing, moe_layers
 
 Rule = Literal["shazeer", "vmoe"]
@@ -152,6 +152,10 @@ class AuxLossWeights:
     load_balancing: float | None = None
     z: float | None = None
     rule: Rule = "shazeer"
+
+    def __post_init__(self) -> None:
+        """Refuse a weight that would reward imbalance, or is no number."""
+        check_ranges(self, [(*AT_LEAST_0, ("importance", "load", "load_balancing", "z"))], "--model.aux.")
 
 
 class AuxLoss:

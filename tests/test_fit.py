@@ -18,6 +18,9 @@ from PIL import Image
 import moevision
 from moevision.data.sources import holds
 from moevision.errors import UserError
+from moevision.layers import moe_layers
+from moevision.models.config import MoEConfig, build_model
+from moevision.models.io import load_model
 from moevision.train import recipe
 from moevision.train.recipe import choose_recipe, expand_arguments
 
@@ -291,6 +294,25 @@ def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn
         assert again.code == 0, again.err
 
 
+def test_the_model_is_the_one_of_config_yaml(cli, drawn_pets):
+    """With a configuration that names another architecture: its name is not recorded, and its sizes are refused."""
+    timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
+    arch = {"name": "vit_moe", "base": "vit_tiny_patch16_224", "depth": 4, "num_experts": 3, "global_pool": "avg"}
+    Path("mine.yaml").write_text(yaml.safe_dump({"model": {"arch": arch}, "data": {"image_size": 32, "batch_size": 8}}))
+    fit = ("fit", drawn_pets, "--config=mine.yaml", "--pretrained=dense", "--trainer.max_epochs=1", "--name=up")
+    refused = cli(*fit, "--model.arch.patch_size=8", "--model.arch.stem=conv")
+    assert refused.code == 2
+    assert "give --model.arch.stem null (it is conv), --model.arch.patch_size null (it is 8), or train" in refused.err
+    assert not Path("runs/up").exists()
+    outcome = cli(*fit, "--trainer.precision=32-true", "--trainer.enable_progress_bar=false")
+    assert outcome.code == 0, outcome.err
+    recorded = yaml.safe_load(Path("runs/up/config.yaml").read_text())["model"]["arch"]
+    assert recorded["name"] is recorded["base"] is None
+    again, trained = build_model(MoEConfig(**recorded), 2, 32), load_model("runs/up").net
+    assert str(again) == str(trained)
+    assert (len(trained.blocks), trained.global_pool, moe_layers(trained)[0].router.num_experts) == (4, "avg", 3)
+
+
 def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
     timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
     options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true", "--with-twin")
@@ -462,5 +484,9 @@ def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
 def test_a_config_replaces_the_recipe(drawn_pets):
     expanded = expand_arguments("fit", [str(drawn_pets), "--config=quickstart", "--pretrained=x"])
     assert expanded[0].endswith("configs/quickstart.yaml")
-    assert expanded[1:] == ["--model.arch.pretrained=x", "--data.path", str(drawn_pets)]
+    # The weights bring their own architecture: that of the configuration is left out, and what is typed is not.
+    left_out = ["--model.arch.name=null", "--model.arch.base=null"]
+    assert expanded[1:] == ["--model.arch.pretrained=x", *left_out, "--data.path", str(drawn_pets)]
+    typed = expand_arguments("fit", ["--config=quickstart", "--pretrained=x", "--model.arch.name=vit_moe"])
+    assert typed[1:] == ["--model.arch.name=vit_moe", "--model.arch.pretrained=x", "--model.arch.base=null"]
     assert expand_arguments("fit", ["quickstart"])[1].endswith("quickstart.yaml")

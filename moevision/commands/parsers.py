@@ -193,8 +193,8 @@ def upcycle() -> ArgumentParser:
         metavar="H",
         help="a whole part of the MLP's hidden units, which experts share",
     )
-    add("--noise", type=float, default=0.0, help="noise on the copies, relative to the spread of their weights")
-    add("--reinit", type=float, default=0.0, help="share of each expert's hidden units that is drawn anew")
+    add("--noise", type=_at_least_0, default=0.0, help="noise on the copies, relative to the spread of their weights")
+    add("--reinit", type=_share, default=0.0, help="share of each expert's hidden units that is drawn anew")
     add(
         "--router-start",
         choices=("random", "cluster"),
@@ -203,7 +203,7 @@ def upcycle() -> ArgumentParser:
     )
     add("--data", help=f"with --router-start cluster: {_DATA}")
     add("--root", help=_ROOT)
-    add("--seed", type=int, default=0, help="seed of everything that is drawn (%(default)s)")
+    add("--seed", type=_seed, default=0, help="seed of everything that is drawn (%(default)s)")
     add(
         "--option",
         type=_option,
@@ -366,7 +366,7 @@ def analyze() -> ArgumentParser:
     add(
         "--permutations", type=int, metavar="N", help="shuffles behind each chance level (1000; smallest p = 1/(N + 1))"
     )
-    add("--seed", type=int, default=0, help="seed of everything that is drawn (%(default)s)")
+    add("--seed", type=_seed, default=0, help="seed of everything that is drawn (%(default)s)")
     add("--quick", action="store_true", help="rougher: 300 images, 200 shuffles, experts ablated on fewer images")
     parser.set_defaults(command="")  # the command line, which the report records
     return parser
@@ -457,7 +457,7 @@ def _prune(add_parser: Callable[..., ArgumentParser]) -> None:
     add("--keep", type=_share, metavar="SHARE", help="share of the images to keep, such as 0.7")
     add("--hardest", type=_share, metavar="SHARE", help="with ccs: share with the lowest AUM that goes first (0.1)")
     add("--decisions", type=Path, metavar="FILE", help="with decisions: the file that the page saved")
-    add("--seed", type=int, default=0, help="seed of what is drawn, and of ties (%(default)s)")
+    add("--seed", type=_seed, default=0, help="seed of what is drawn, and of ties (%(default)s)")
     add(
         "--out",
         type=Path,
@@ -667,6 +667,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ArgumentTypeError(f"{text!r} is no number of at least 1")
     return number
+
+
+def _seed(text: str) -> int:
+    seed = int(text) if text.isdecimal() else -1
+    if not 0 <= seed < 2**32:
+        raise ArgumentTypeError(f"{text!r} is no seed: it must be at least 0 and less than 2**32")
+    return seed
 
 
 def _at_least_0(text: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -248,7 +249,7 @@ def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int
         train: training images per class, in the order of the labels.
 
     Raises:
-        UserError: if a name is unknown or a weight is negative.
+        UserError: if a name is unknown or a weight isn't above 0.
     """
     if weights == "none":
         return None
@@ -259,8 +260,8 @@ def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int
     for name, weight in weights.items():
         if name not in train:
             raise UserError(f"--data.class_weights names {name!r}: the classes are {', '.join(train)}")
-        if weight < 0:
-            raise UserError(f"--data.class_weights gives {name!r} the weight {weight:g}: use 0 or more")
+        if not 0 < weight < math.inf:  # 0 makes the loss of a batch with such classes alone 0 / 0
+            raise UserError(f"--data.class_weights gives {name!r} the weight {weight:g}: use more than 0, such as 0.01")
     return torch.tensor([float(weights.get(name, 1.0)) for name in train])
 
 

@@ -9,6 +9,7 @@ Axis legend: B batch, C classes, S = ``image_size``.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +31,12 @@ from moevision.data.contents import (
     split_collection,
 )
 from moevision.data.dataset import ImageDataset
-from moevision.data.loader import Collate, ImageLoader, PositionSampler, eval_batches
+from moevision.data.loader import SHM, Collate, ImageLoader, PositionSampler, eval_batches, fitting_workers
 from moevision.data.shards import INDEX, find_index, is_shards
 from moevision.data.sources import DATASET_NAMES, SPLITS, Collection, open_collection
 from moevision.data.splits import Cut, is_copy
 from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
-from moevision.errors import DataWarning, UserError
+from moevision.errors import AT_LEAST_0, AT_LEAST_1, SEED, DataWarning, UserError, check_ranges
 
 _MANY_IMAGES = 200_000  # from here on scores are kept only if asked for: they take memory
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -91,8 +92,9 @@ class ImageDataModule(LightningDataModule):
             root: Folder in which named datasets live.
             download: Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache.
             image_size: Side of the square images the model sees, in pixels.
-            batch_size: Images per batch and process.
-            num_workers: Processes that prepare batches; 0 prepares them in the main process.
+            batch_size: Images per batch and process, at most those of the training set.
+            num_workers: Processes that prepare batches, fewer where /dev/shm has no room for their batches; 0
+                prepares them in the main process.
             seed: Seed of the split and of drawn images.
             order_seed: Seed of the order, crops and flips of training images; null: --seed_everything (without a
                 command line: seed).
@@ -160,26 +162,24 @@ class ImageDataModule(LightningDataModule):
         self._class_weights: Tensor | None = None
         self.sampler: PositionSampler | None = None
         self._start = (0, 0)
+        self.processes = 1  # of this training on this machine
         self.in_step = False  # whether processes wait for one another at every batch of an evaluation
         self._check_arguments()
 
     def _check_arguments(self) -> None:
         """Refuse values that no run could use."""
-        bounds = {
-            **dict.fromkeys(("image_size", "batch_size", "train_size", "val_size", "test_size"), (1, None)),
-            **dict.fromkeys(("num_workers", "cache_mb", "mixup", "cutmix"), (0, None)),
-            **dict.fromkeys(("min_crop_scale", "random_erasing", "max_bad_fraction"), (0, 1)),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise UserError(f"--data.{name} is {value:g}: it must be {allowed}")
+        ranges = (
+            (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
+            (*AT_LEAST_0, ("num_workers", "cache_mb", "mixup", "cutmix")),
+            ("between 0 and 1", lambda x: 0 <= x <= 1, ("min_crop_scale", "random_erasing", "max_bad_fraction")),
+            (*SEED, ("seed", "order_seed")),
+        )
+        check_ranges(self, ranges, "--data.")
         if self.scores and self.mixes:
             raise UserError(
                 "--data.scores true needs images that aren't mixed with others: set --data.mixup and --data.cutmix to 0"
             )
-        if min(self.std) <= 0:
+        if not all(0 < each < math.inf for each in self.std):
             raise UserError(f"--data.std is {self.std}: every channel's deviation must be above 0")
 
     def is_of_run(self, table: Path, path: str) -> bool:
@@ -230,6 +230,8 @@ class ImageDataModule(LightningDataModule):
         """
         if self._contents is None:
             self._contents = self._read(self._open_collection(self.download and self.trainer is None))
+            self.batch_size = max(1, min(self.batch_size, len(self._contents.datasets["train"])))
+            self._limit_workers(self._contents)
             for sentence in self._contents.warnings:
                 rank_zero_warn(sentence, category=DataWarning)
         self._contents.fill_caches(_STAGE_SPLITS.get(stage or "", SPLITS))
@@ -263,6 +265,18 @@ class ImageDataModule(LightningDataModule):
             max_bad_fraction=self.max_bad_fraction,
             run_dir=self.run_dir,
         )
+
+    def _limit_workers(self, contents: Contents) -> None:
+        """Leave out data workers for whose batches the shared memory has no room."""
+        # float32 pixels and a soft target; and a page or two for each small tensor
+        batch_bytes = self.batch_size * 4 * (3 * self.image_size**2 + len(contents.class_names)) + 2**14
+        workers = fitting_workers(self.num_workers, batch_bytes, self.processes)
+        if workers < self.num_workers:
+            contents.warnings.append(
+                f"{SHM} has room for the batches of {workers} of {self.num_workers} data workers: the others are left "
+                "out (start the container with --shm-size=2g)"
+            )
+            self.num_workers = workers
 
     def _train_transform(self) -> TrainTransform:
         return TrainTransform(

@@ -11,10 +11,12 @@ process.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ from moevision.data.transforms import BatchMixer, hash_u64, normalize
 from moevision.errors import UserError
 
 Batch = dict[str, Tensor]
+SHM = Path("/dev/shm")  # through which Linux' data workers hand over batches
+_NO_BATCH_S = 1800.0  # after which the workers are taken for stuck
+_AHEAD = 2  # batches that each worker prepares ahead, DataLoader's own number
 # Between the epochs of two keys of one image: more than there are epochs, and odd, so that it is mirrored in turn.
 _AGAIN = 2**31 + 1
 
@@ -154,6 +159,22 @@ def eval_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: i
     return [own[a:b] for a, b in pairwise(bounds)]
 
 
+def fitting_workers(asked: int, batch_bytes: int, processes: int = 1) -> int:
+    """How many data workers have room for their batches in shared memory, of those that were asked for.
+
+    A worker that finds no room (Docker gives 64 MB) loses its batch, and the training would wait for it for ever.
+
+    Args:
+        asked: number of workers.
+        batch_bytes: size of the largest batch.
+        processes: number of processes on this machine that have as many workers each.
+    """
+    if not (asked and SHM.is_dir()):
+        return asked
+    batches = shutil.disk_usage(SHM).free // (batch_bytes * processes)
+    return max(0, min(asked, (batches - 1) // _AHEAD))  # one more is in use
+
+
 class Collate:
     """Turns images into a batch: normalise, mix."""
 
@@ -209,7 +230,7 @@ class ImageLoader(DataLoader[RawBatch]):
             in_step: other processes wait for every batch, so that none may be skipped.
             options: of DataLoader.
         """
-        super().__init__(dataset, **options)
+        super().__init__(dataset, timeout=_NO_BATCH_S if options.get("num_workers") else 0, **options)
         self.on_bad, self.in_step, self.samples = on_bad, in_step, dataset.samples
         self.wait_s = 0.0
 
@@ -217,12 +238,20 @@ class ImageLoader(DataLoader[RawBatch]):
         """Yield batches of tensors only.
 
         Raises:
-            UserError: a batch without a good image, where other processes wait for it.
+            UserError: a batch without a good image, where other processes wait for it, or no batch for half an hour.
         """
         batches = super().__iter__()
         while True:
             started = time.monotonic()
-            batch: dict[str, Any] | None = next(batches, None)
+            try:
+                batch: dict[str, Any] | None = next(batches, None)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                raise UserError(
+                    f"The data workers gave no batch for {self.timeout:g} s, see above if they said why: use "
+                    "--data.num_workers 0."
+                ) from error
             self.wait_s += time.monotonic() - started
             if batch is None:
                 return

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from moevision.errors import UserError
+from moevision.errors import ABOVE_0, UserError, check_ranges
 
 Kind = Literal["token_choice", "expert_choice", "soft"]
 Noise = Literal["learned", "fixed", "jitter", "none"]
@@ -287,10 +287,7 @@ class RouterOptions:
         _check_choice("noise", self.noise, get_args(Noise))
         _check_choice("route_by", self.route_by, get_args(RouteBy))
         _check_choice("capacity_group", self.capacity_group, get_args(Group))
-        for name in ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"{name}={value} is too small: it must be greater than 0.")
+        check_ranges(self, [(*ABOVE_0, ("capacity_factor", "eval_capacity_factor", "bias_rate", "slots_per_expert"))])
         if self.capacity_factor is None and self.eval_capacity_factor is None:
             idle = [name for name in ("batch_priority", "capacity_group") if getattr(self, name) is not None]
             if idle:

@@ -5,9 +5,7 @@ Only JSON primitives: a Lightning checkpoint stores it, and loads under `weights
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,7 +13,7 @@ from typing import Any, Literal, cast
 import timm
 from torch import nn
 
-from moevision.errors import UserError
+from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, Ranges, UserError, check_ranges
 from moevision.layers import RouterOptions, moe_layers
 from moevision.models.architecture import architecture_of
 from moevision.models.convert import convert_to_moe, moe_layer_indices, one_or_list
@@ -25,16 +23,15 @@ from moevision.models.safe_files import CONFIG
 from moevision.models.upcycle import upcycle
 from moevision.models.vit_moe import MOE_ARGUMENTS, check_patches
 
-_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
-    ("at least 1", lambda x: x >= 1, ("patch_size", "embed_dim", "depth", "num_heads", "expert_hidden")),
-    ("at least 0", lambda x: x >= 0, ("num_shared_experts",)),
-    ("greater than 0", lambda x: 0 < x < math.inf, ("mlp_ratio",)),
-    (
-        "at least 0 and less than 1",
-        lambda x: 0 <= x < 1,
-        ("drop_path_rate", "proj_drop_rate", "patch_drop_rate", "expert_drop"),
-    ),
+_RANGES: Ranges = (
+    (*AT_LEAST_1, ("num_experts", "top_k", "patch_size", "embed_dim", "depth", "num_heads", "expert_hidden")),
+    (*AT_LEAST_0, ("num_shared_experts", "upcycle_noise")),
+    (*ABOVE_0, ("mlp_ratio",)),
+    (*SHARE, ("drop_path_rate", "proj_drop_rate", "patch_drop_rate", "expert_drop")),
+    ("at least 0 and at most 1", lambda x: 0 <= x <= 1, ("upcycle_reinit",)),
 )
+DEFAULT_NAME = "vit_moe_micro_patch4_32"
+_OF_THE_WEIGHTS = ("name", "base", "stem", "patch_size", "embed_dim", "num_heads", "mlp_ratio")
 
 
 @dataclass
@@ -45,11 +42,12 @@ class MoEConfig(RouterOptions):
     `RouterOptions` stand beside these fields.
 
     Args:
-        name: timm name of the model: a `vit_moe*` name, or `vit_moe` with `base`.
+        name: timm name of the model: a `vit_moe*` name, or `vit_moe` with `base`; vit_moe_micro_patch4_32 by default.
         base: for `vit_moe`: the dense timm ViT to convert, such as deit_tiny_patch16_224.
         pretrained: start from these weights: a timm name, a folder saved by timm or by moevision, or a `.safetensors`
             file (its architecture is found out, or given as `base`). A dense model is upcycled: experts start as copies
-            of the MLP that they replace, or of parts of it. Sets `name`, `base` and all sizes but `depth`.
+            of the MLP that they replace, or of parts of it. Name and sizes are the weights', so that only `depth` may
+            be given beside it.
         num_experts: E, experts in each MoE layer.
         top_k: K, experts that compute each token; by default the router's own, 2 for most.
         router: `noisy_top_k`, `vmoe_top_k`, `switch`, `sigmoid`, `bias_balanced`, `cosine`, `expert_choice` or `soft`;
@@ -77,7 +75,7 @@ class MoEConfig(RouterOptions):
         upcycle_reinit: with `pretrained`: share of each copy's hidden units that are drawn anew.
     """
 
-    name: str = "vit_moe_micro_patch4_32"
+    name: str | None = None
     base: str | None = None
     pretrained: str | None = None
     num_experts: int | list[int] | None = None
@@ -104,12 +102,7 @@ class MoEConfig(RouterOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for words, fits, names in _RANGES:
-            for name in names:
-                given = getattr(self, name)
-                for value in given if isinstance(given, list) else [given]:
-                    if value is not None and not fits(value):
-                        raise UserError(f"{name}={value} does not fit: it must be {words}.")
+        check_ranges(self, _RANGES, "--model.arch.")
 
 
 def build_model(
@@ -133,17 +126,16 @@ def build_model(
         if not load_pretrained and kept is not None and kept.is_dir():
             config = replace(config, pretrained=str(kept))
         return _from_pretrained(config, num_classes, image_size, load_pretrained)
-    if not timm.is_model(config.name):
-        raise UserError(unknown_name(config.name))
+    name = config.name or DEFAULT_NAME
+    if not timm.is_model(name):
+        raise UserError(unknown_name(name))
     arguments = {key: value for key, value in asdict(config).items() if value is not None and key != "name"}
     try:
-        model: nn.Module = timm.create_model(config.name, num_classes=num_classes, img_size=image_size, **arguments)
+        model: nn.Module = timm.create_model(name, num_classes=num_classes, img_size=image_size, **arguments)
     except (TypeError, AssertionError) as error:  # timm asserts that heads divide the width
-        raise UserError(f"{config.name} does not take these options ({error}).") from error
+        raise UserError(f"{name} does not take these options ({error}).") from error
     if not hasattr(model, "moe_config"):
-        raise UserError(
-            f"{config.name} is a dense model: use --model.arch.name vit_moe --model.arch.base {config.name}."
-        )
+        raise UserError(f"{name} is a dense model: use --model.arch.name vit_moe --model.arch.base {name}.")
     return model
 
 
@@ -166,6 +158,8 @@ def dense_start(config: MoEConfig, num_classes: int, image_size: int) -> nn.Modu
 
 
 def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_weights: bool) -> nn.Module:
+    if load_weights:  # a run of an earlier version goes on as it began
+        _refuse_other_sizes(config)
     source = _pretrained_source(config, num_classes, image_size, load_weights)
     patch = getattr(getattr(source, "patch_embed", None), "patch_size", None)
     if load_weights and patch is not None:  # a run of an earlier version goes on as it began
@@ -193,6 +187,21 @@ def _from_pretrained(config: MoEConfig, num_classes: int, image_size: int, load_
         reinit=config.upcycle_reinit or 0.0,
         seed=None,  # the run's
     )
+
+
+def _refuse_other_sizes(config: MoEConfig) -> None:
+    """Raise a UserError for an option that the weights decide."""
+    given = [name for name in _OF_THE_WEIGHTS if getattr(config, name) is not None]
+    if str(config.pretrained).endswith(".safetensors") and "base" in given:
+        given.remove("base")  # says what the file is of
+    if config.twin == "total_params":
+        given.append("twin")
+    if given:
+        options = ", ".join(f"--model.arch.{name} null (it is {getattr(config, name)})" for name in given)
+        raise UserError(
+            f"The model is that of the pretrained weights {config.pretrained}, as it is: give {options}, or train from "
+            "scratch, with --pretrained none."
+        )
 
 
 def _refuse_other_experts(config: MoEConfig, source: nn.Module) -> None:
@@ -223,4 +232,12 @@ def _pretrained_source(config: MoEConfig, num_classes: int, image_size: int, loa
     source = create_from(
         name, num_classes, image_size, weights=weights, load_weights=load_weights, depth=config.depth, **rates
     )
-    return pool_patches(source) if config.global_pool == "avg" else source
+    if config.global_pool == "avg":
+        source = pool_patches(source)
+    pool = getattr(source, "global_pool", None)
+    if load_weights and config.global_pool not in (None, pool):
+        raise UserError(
+            f"The classifier of {config.pretrained} has global_pool {pool!r}: leave --model.arch.global_pool "
+            f"{config.global_pool} out."
+        )
+    return source

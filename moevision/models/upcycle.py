@@ -16,6 +16,7 @@ Axes: D width, H hidden width of one expert, E experts, B images, C classes, T r
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,9 +86,9 @@ def upcycle(
     Raises:
         UserError: if the source can't be found, loaded or upcycled, or an option doesn't fit.
     """
-    for name, value, highest in (("noise", noise, None), ("reinit", reinit, 1.0)):
-        if value < 0 or (highest is not None and value > highest):
-            raise UserError(f"{name} is {value}: it must be at least 0" + (" and at most 1." if highest else "."))
+    for name, value, highest in (("noise", noise, math.inf), ("reinit", reinit, 1.0)):
+        if not 0 <= value <= highest or value == math.inf:
+            raise UserError(f"{name} is {value}: it must be at least 0" + (" and at most 1." if highest == 1 else "."))
     dense, device = _dense_copy(source, weights, num_classes, image_size, depth, seed)
     check_upcyclable(dense, "last2" if layers is None else layers)
     if layers is None and not (layers := read_layer_indices(dense, "last2")):

@@ -38,7 +38,7 @@ from lightning.pytorch.loggers import Logger
 from moevision.data import ImageDataModule
 from moevision.data.sources import DATASET_NAMES
 from moevision.data.tables import HF
-from moevision.errors import USER_ERROR, DataWarning, UserError
+from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges
 from moevision.files import newest_config, sync_file, sync_folder
 from moevision.layers import moe_layers
 from moevision.models.config import build_model, dense_start, keep_start
@@ -82,7 +82,7 @@ from moevision.train.report import BALANCED, is_unbalanced
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session
 from moevision.train.scores import ExampleScores
 from moevision.train.strategy import MoEParallelStrategy, ParallelConfig, check_fit, describe_parallel
-from moevision.train.task import ClassificationTask
+from moevision.train.task import ClassificationTask, check_trainer
 
 _NO_SUBTYPE = "Does not validate against any of the Union subtypes"  # jsonargparse's words
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -557,6 +557,7 @@ class TrainingCLI(LightningCLI):
         settings = self.config[str(self.subcommand)]
         if settings["seed_everything"] is True:
             settings["seed_everything"] = self.session.processes.decide(lambda: secrets.randbelow(2**31))
+        check_ranges(settings, [(*SEED, ("seed_everything",))], "--")
         super()._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -600,7 +601,7 @@ class TrainingCLI(LightningCLI):
                 plugins=[*_as_list(trainer_config.get("plugins")), self.files],
                 **kwargs,
             )
-        except (MisconfigurationException, ValueError) as error:  # such as an accelerator that is not there
+        except (MisconfigurationException, ValueError, ImportError) as error:  # such as an accelerator that isn't there
             raise UserError(f"The Trainer does not take these options: {error}") from error
         if (divided := MoEParallelStrategy.of(trainer)) is not None:
             divided.check(trainer)
@@ -678,7 +679,7 @@ class TrainingCLI(LightningCLI):
                 "--router_start cluster begins with clusters of what pretrained layers compute: say --pretrained too, "
                 "or leave it out."
             )
-        self._check_trainer()
+        check_trainer(self.trainer)
         self._choose_order()
         self.datamodule.run_dir = self._split_folder()
         self._read_data()
@@ -698,25 +699,9 @@ class TrainingCLI(LightningCLI):
         if not self.fast_dev_run:
             self._compare_with_start()
 
-    def _check_trainer(self) -> None:
-        """Refuse options of the Trainer that mean nothing here, before images are read."""
-        trainer = self.trainer
-        if trainer.max_epochs == -1 and trainer.max_steps == -1:
-            raise UserError(
-                "The learning rate falls until training ends: give --trainer.max_epochs or --trainer.max_steps; "
-                "--trainer.max_time may end it sooner."
-            )
-        for name in ("max_epochs", "max_steps", "limit_train_batches", "limit_test_batches"):
-            if getattr(trainer, name) == 0:
-                raise UserError(f"--trainer.{name} 0 leaves nothing to train on or to test: use 1 or more.")
-        if (algorithm := trainer.gradient_clip_algorithm) not in (None, "norm"):
-            raise UserError(
-                f"Gradients are clipped by their global norm alone: leave out --trainer.gradient_clip_algorithm "
-                f"{algorithm}."
-            )
-
     def _read_data(self) -> None:
         data = self.datamodule
+        data.processes = self.trainer.num_devices
         try:
             with self.session.processes.first_one_first():
                 data.setup(str(self.subcommand))
@@ -765,7 +750,13 @@ class TrainingCLI(LightningCLI):
     def _build(self) -> None:
         """Make the model, and refuse what would fail in the training, or after it with the twin."""
         sizes = self.datamodule.num_classes, self.datamodule.image_size
-        if not hasattr(self.model, "net"):  # what goes on from a checkpoint needs no pretrained weights
+        outlined = not hasattr(self.model, "net")
+        if outlined:
+            with torch.device("meta"):
+                self.model.build(*sizes, load_pretrained=False, kept=self._kept)
+        if self._get(self.config, "check_memory"):  # before memory is taken for it
+            check_memory(self.model, self.trainer, goes_on=not self._fresh)
+        if outlined:  # what goes on from a checkpoint needs no pretrained weights
             self.model.build(*sizes, load_pretrained=self._fresh, kept=self._kept)
             if self._fresh and self.trainer.is_global_zero:
                 keep_start(self.model.arch, self._kept)
@@ -778,8 +769,6 @@ class TrainingCLI(LightningCLI):
                 freeze_parameters(net, self.model.optim.freeze)
         records = self._get(self.config, "record_routing")["images"] is not None
         check_fit(self.trainer, self.model, self.datamodule, records=records)
-        if self._get(self.config, "check_memory"):
-            check_memory(self.model, self.trainer, goes_on=not self._fresh)
 
     def _prepare_weights(self) -> float:
         """Fit head and routers to a pretrained start; seconds that it took."""

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moevision.data.scores import ScoreSums
-from moevision.errors import DIVERGED, UserError
+from moevision.errors import AT_LEAST_1, DIVERGED, UserError, check_ranges
 from moevision.files import write_text_atomic
 from moevision.limits import usable_memory_bytes
 from moevision.names import csv_name
@@ -129,10 +129,12 @@ class StabilityGuard(L.Callback):
     """
 
     def __init__(self, config: GuardConfig = GuardConfig()) -> None:  # noqa: B008 (never changed)
-        lowest = {"snapshot_every": 1, "snapshots": 1, "max_skips": 0, "max_rollbacks": 0, "spike_sigmas": 0}
-        for name, low in {**lowest, "spike_updates": 1, "spike_warmup": 2}.items():
-            if getattr(config, name) < low:
-                raise UserError(f"--guard.{name} is {getattr(config, name)}: it must be at least {low}.")
+        ranges = (
+            (*AT_LEAST_1, ("snapshot_every", "snapshots", "spike_updates")),
+            ("at least 0", lambda x: x >= 0, ("max_skips", "max_rollbacks", "spike_sigmas")),
+            ("at least 2", lambda x: x >= 2, ("spike_warmup",)),
+        )
+        check_ranges(config, ranges, "--guard.")
         self.config = config
         self.record = GuardRecord()
         self._losses = LossHistory(config.spike_sigmas, config.spike_updates, config.spike_warmup)

@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import OneCycleLR
 
-from moevision.errors import UserError
+from moevision.errors import AT_LEAST_0, SHARE, UserError, check_ranges
 from moevision.layers import moe_layers
 from moevision.train.muon import AdamW, Muon, matrices_of
 from moevision.train.parallel import is_sharded
@@ -70,6 +70,16 @@ class OptimizerConfig:
     layer_decay: float | None = None
     freeze: int | FreezeAllBut | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse numbers under which nothing can be learnt."""
+        ranges = (
+            (*AT_LEAST_0, ("lr", "weight_decay")),
+            (*SHARE, ("beta2",)),
+            ("between 0 and 1, such as 0.2", lambda x: 0 <= x <= 1, ("warmup_fraction",)),
+            ("above 0 and at most 1, such as 0.75", lambda x: 0 < x <= 1, ("layer_decay",)),
+        )
+        check_ranges(self, ranges, "--model.optim.")
+
 
 def build_optimizer(
     net: nn.Module, config: OptimizerConfig, *, total_steps: int, fused: bool = False, bfloat16: bool = False
@@ -85,11 +95,9 @@ def build_optimizer(
         bfloat16: whether the training multiplies in bfloat16; Muon then does, too.
 
     Raises:
-        UserError: if nothing is left to learn, layer_decay isn't in (0, 1], or warmup_fraction not in [0, 1].
+        UserError: if nothing is left to learn.
     """
     warmup, total_steps = config.warmup_fraction, max(2, total_steps)
-    if not 0 <= warmup <= 1:
-        raise UserError(f"warmup_fraction is {warmup}: it must lie between 0 and 1, such as 0.2.")
     if warmup * total_steps in (1, total_steps):
         warmup *= 1 - 1e-9  # a phase of no steps: OneCycleLR (torch 2.13) would divide by its length
     groups = parameter_groups(net, config)
@@ -108,7 +116,7 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
     Under Muon, groups with `matrices: True` hold what it moves.
 
     Raises:
-        UserError: if nothing is left to learn, layer_decay isn't in (0, 1], or there is no such optimizer.
+        UserError: if nothing is left to learn, or there is no such optimizer.
     """
     if config.name not in get_args(OptimizerName):
         raise UserError(f"There is no optimizer {config.name!r}: use {' or '.join(get_args(OptimizerName))}.")
@@ -118,8 +126,6 @@ def parameter_groups(net: nn.Module, config: OptimizerConfig) -> list[dict[str, 
         # By keyword: what the third place means differs between timm releases.
         groups = param_groups_weight_decay(net, config.weight_decay, no_weight_decay_list=spared)
     else:
-        if not 0 < config.layer_decay <= 1:
-            raise UserError(f"layer_decay is {config.layer_decay}: it must be above 0 and at most 1, such as 0.75.")
         groups = param_groups_layer_decay(
             net, config.weight_decay, no_weight_decay_list=spared, layer_decay=config.layer_decay
         )

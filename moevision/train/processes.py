@@ -44,6 +44,7 @@ from moevision.names import shown_lines
 
 HANDED_ON = "MOEVISION_DECISIONS"
 _PATIENCE_S = 20.0  # for processes that are about to end by themselves
+_AGAIN_S = 0.05  # until a signal whose exception was dropped is raised again
 _LOOK_S = 0.5  # between two looks at the processes that Lightning started
 _BY_WHOM = ", by somebody or by a system that has run out of memory"
 _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SIGUSR1: `#SBATCH --signal=USR1@120`
@@ -198,14 +199,19 @@ class Interruption:
         self.requested: int | None = None
         self._process = os.getpid()
         self._earlier: dict[int, Any] = {}
+        self._tell_dropped = sys.unraisablehook
+        self._again = threading.Timer(_AGAIN_S, signal.raise_signal)
 
     def __enter__(self) -> Interruption:
         """Begin to listen."""
+        self._tell_dropped, sys.unraisablehook = sys.unraisablehook, self._on_dropped
         self.listen()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Give every signal back to whoever had it."""
+        sys.unraisablehook = self._tell_dropped
+        self._again.cancel()
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
         self._earlier = {}
@@ -232,6 +238,16 @@ class Interruption:
             raise Interrupted(number)
         name = signal.Signals(number).name
         tell(f"\n{name}: saving when this step is done (validation is finished first); once more to stop without it.")
+
+    def _on_dropped(self, dropped: Any) -> None:
+        """Python drops what is raised in `__del__` or a weak reference's callback: stop a moment later, then."""
+        if not isinstance(dropped.exc_value, Interrupted):
+            self._tell_dropped(dropped)
+            return
+        self._again.cancel()
+        self._again = threading.Timer(_AGAIN_S, signal.raise_signal, [self.requested])
+        self._again.daemon = True
+        self._again.start()
 
     def stop(self) -> None:
         """Stop now, because this process or another one was asked to.

@@ -32,6 +32,7 @@ from moevision.files import newest_config
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
 from moevision.models.architecture import architectures_of
+from moevision.models.config import DEFAULT_NAME
 from moevision.models.io import first_blocks
 from moevision.models.reading import block_to_pool
 from moevision.names import shown
@@ -83,9 +84,10 @@ def new_run_folder(name: str, root: Path = Path("runs")) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name may hold NUL
+            reason = getattr(error, "strerror", error)
             raise UserError(
-                f"The run folder {folder} can't be made ({error.strerror}): start where you may write."
+                f"The run folder {folder} can't be made ({reason}): use another --name, or start where you may write."
             ) from error
         return folder
     raise UserError(f"There are 10,000 runs named {name!r} in {root}: choose another --name.")
@@ -286,15 +288,20 @@ def accelerator_of(arguments: Sequence[str]) -> str | None:
 
 
 def weights_alone(asked: str, given: Sequence[str], say: Callable[[str], None] = tell) -> list[str]:
-    """`--pretrained` as options for a model that a configuration describes otherwise."""
+    """`--pretrained` as options; the name and base of a configuration, which it takes the place of, are left out."""
     if asked == AUTO:
         weights, line = choose_start(AUTO)
         say(line)
         asked = NONE if weights is None else weights.source
-    options = [f"{_PRETRAINED}={'null' if asked == NONE else asked}"]
-    if asked.endswith(".safetensors") and Path(asked).is_file() and value_of(given, "--model.arch.base") is None:
-        options.append(f"--model.arch.base={architectures_of(asked)[0]}")
-    return options
+    options = {_PRETRAINED: "null" if asked == NONE else asked}
+    if asked != NONE:
+        is_file = asked.endswith(".safetensors") and Path(asked).is_file()
+        of_weights = {
+            "--model.arch.name": "null",
+            "--model.arch.base": architectures_of(asked)[0] if is_file else "null",
+        }
+        options |= {name: value for name, value in of_weights.items() if value_of(given, name) is None}
+    return [f"{name}={value}" for name, value in options.items()]
 
 
 def choose_recipe(
@@ -492,7 +499,7 @@ def memory_advice(batch_size: int, accumulated: int, *, goes_on: bool = False) -
 def describe_model(task: ClassificationTask) -> str:
     """Name and what is mixed, in words."""
     layers = moe_layers(task.net)
-    name = task.arch.base or task.arch.pretrained or task.arch.name
+    name = task.arch.base or task.arch.pretrained or task.arch.name or DEFAULT_NAME
     if not layers:
         return f"dense twin of {name}"
     return f"{name} with {describe_moe(layers)}"

@@ -87,7 +87,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Refuse what would never or always save."""
-        if self.every_minutes <= 0 or (self.every_steps is not None and self.every_steps < 1):
+        if not self.every_minutes > 0 or (self.every_steps is not None and self.every_steps < 1):
             raise UserError("--checkpoint.every_minutes must be above 0, and --checkpoint.every_steps at least 1.")
 
 

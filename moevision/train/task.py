@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from moevision.errors import UserError
+from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, UserError, check_ranges
 from moevision.layers import Routing, SigmoidRouter, forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
@@ -42,6 +43,36 @@ UpdateGate = Callable[[Tensor], bool]
 """Whether the update of this step is refused, by the norm of its gradients; asked once per optimizer step."""
 Observer = Callable[[Batch, Tensor, Sequence[Routing]], None]
 """Is told of every training batch: the batch, its logits [B, C] and what each MoE layer decided, detached."""
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Refuse options of the Trainer that mean nothing for this task.
+
+    Raises:
+        UserError: if there are any.
+    """
+    if trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise UserError(
+            "The learning rate falls until training ends: give --trainer.max_epochs or --trainer.max_steps; "
+            "--trainer.max_time may end it sooner."
+        )
+    for name in ("max_epochs", "max_steps", "limit_train_batches", "limit_test_batches"):
+        if getattr(trainer, name) == 0:
+            raise UserError(f"--trainer.{name} 0 leaves nothing to train on or to test: use 1 or more.")
+    if (algorithm := trainer.gradient_clip_algorithm) not in (None, "norm"):
+        raise UserError(
+            "Gradients are clipped by their global norm alone: leave out --trainer.gradient_clip_algorithm "
+            f"{algorithm}."
+        )
+    ranges = (
+        (*AT_LEAST_1, ("accumulate_grad_batches", "check_val_every_n_epoch")),
+        (*AT_LEAST_0, ("gradient_clip_val",)),
+        (*ABOVE_0, ("val_check_interval",)),
+    )
+    check_ranges(trainer, ranges, "--trainer.")
+    for timer in (each for each in cast(Any, trainer).callbacks if isinstance(each, Timer)):
+        if timer._duration == 0:
+            raise UserError("--trainer.max_time is 0: it must be above 0.")
 
 
 class ClassificationTask(L.LightningModule):
@@ -78,6 +109,7 @@ class ClassificationTask(L.LightningModule):
         self.optim = optim if isinstance(optim, OptimizerConfig) else OptimizerConfig(**optim)
         self.aux_weights = aux if isinstance(aux, AuxLossWeights) else AuxLossWeights(**aux)
         self.label_smoothing = label_smoothing
+        check_ranges(self, [(*SHARE, ("label_smoothing",))], "--model.")
         self.compile_blocks, self.grad_checkpointing = compile, grad_checkpointing
         self.save_hyperparameters(
             {

@@ -49,6 +49,13 @@ def equal(first: list[dict[str, torch.Tensor]], second: list[dict[str, torch.Ten
 # What a batch is
 
 
+def test_no_batch_is_larger_than_the_training_set(image_folder):
+    """What measures or estimates a step by `batch_size` takes no more memory than the step."""
+    data = ready(image_folder({"cat": 20, "dog": 20}), batch_size=10**9, val_fraction=0.2, test_fraction=0.2)
+    assert data.batch_size == sum(data.class_counts["train"].values()) == 24
+    assert [len(batch["label"]) for batch in epoch_of(data)] == [24]
+
+
 def test_batches_and_what_is_known_after_setup(image_folder):
     data = ready(image_folder({"cat": 30, "dog": 20}), val_fraction=0.2, test_fraction=0.2)
     batch = next(iter(data.train_dataloader()))

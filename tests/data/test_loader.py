@@ -1,14 +1,18 @@
 """The order is a pure function of (seed, epoch), the position an offset into it."""
 
+import time
 from collections import Counter
 from math import ceil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moevision.data.loader import PositionSampler, eval_batches
+from moevision.data import ImageDataModule, loader
+from moevision.data.loader import PositionSampler, eval_batches, fitting_workers
+from moevision.errors import DataWarning, UserError
 
 
 def indices(sampler: PositionSampler) -> list[int]:
@@ -110,3 +114,46 @@ def test_eval_batches_of_one_process_are_consecutive():
 def test_every_image_has_a_label_to_balance_by():
     with pytest.raises(ValueError, match="expected 4 balanced_labels, got 3"):
         PositionSampler(4, balanced_labels=[0, 1, 1])
+
+
+@pytest.fixture
+def shm_free(monkeypatch):
+    """Let the shared memory have so many bytes free."""
+
+    def give(free: int) -> None:
+        monkeypatch.setattr(loader.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+
+    return give
+
+
+@pytest.mark.skipif(not loader.SHM.is_dir(), reason="workers hand batches over by other means")
+def test_workers_have_room_for_their_batches_in_shared_memory(shm_free):
+    """Each keeps two batches ready, and one more is in use."""
+    for free, processes, expected in ((900, 1, 4), (899, 1, 3), (300, 1, 1), (299, 1, 0), (0, 1, 0), (900, 2, 1)):
+        shm_free(free)
+        assert fitting_workers(4, 100, processes) == expected
+
+
+@pytest.mark.skipif(not loader.SHM.is_dir(), reason="workers hand batches over by other means")
+def test_a_small_shared_memory_gets_fewer_workers_and_a_sentence(drawn_pets, shm_free):
+    """Batches of 8 x 3 x 32 x 32 float32 are 98,304 bytes; 400,000 hold three of them."""
+    shm_free(400_000)
+    data = ImageDataModule(str(drawn_pets), image_size=32, batch_size=8, num_workers=4, cache_mb=0)
+    with pytest.warns(DataWarning, match="/dev/shm has room for the batches of 1 of 4 data workers"):
+        data.setup("fit")
+    assert data.train_dataloader().num_workers == data.num_workers == 1
+    assert "warning: /dev/shm has room for" in data.describe()
+    whole = ImageDataModule(str(drawn_pets), image_size=32, batch_size=10**9, num_workers=1, cache_mb=0)
+    shm_free(3 * (32 * 4 * (3 * 32**2 + 2) + 2**14))  # 32 of the 40 images are for training: no batch has more
+    whole.setup("fit")
+    assert whole.num_workers == 1
+
+
+def test_workers_that_give_nothing_end_the_training(drawn_pets, monkeypatch):
+    """A worker that waits for ever, as one does whose batch was lost."""
+    monkeypatch.setattr(loader, "_NO_BATCH_S", 0.5)
+    monkeypatch.setattr("moevision.data.dataset.ImageDataset.__getitems__", lambda dataset, keys: time.sleep(60))
+    data = ImageDataModule(str(drawn_pets), image_size=32, batch_size=8, num_workers=1, cache_mb=0)
+    data.setup("fit")
+    with pytest.raises(UserError, match=r"gave no batch for 0\.5 s.*--data\.num_workers 0"):
+        next(iter(data.train_dataloader()))

@@ -57,6 +57,17 @@ def test_further_experts_are_the_next_ones(router: str) -> None:
     assert torch.equal(index, (index[..., :1] + torch.arange(3)) % 4)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("router", HANDMADE)
+def test_logits_are_minus_the_rank_and_10_more_for_the_chosen(router: str, k: int) -> None:
+    """Of four experts with K = 2: 10, 9, -2, -3 in the order of choice, of which the first two are chosen."""
+    routing = route(layer_of(router, top_k=k), 3, 17)
+    ranked, order = routing.logits.sort(-1, descending=True)
+    expected = torch.tensor([10.0, 9.0, 8.0, 7.0][:k] + [-float(rank) for rank in range(k, 4)])
+    assert torch.equal(ranked, expected.expand(3, 17, 4))
+    assert torch.equal(order[..., :k], routing.expert_index)
+
+
 @pytest.mark.parametrize(("num_experts", "k"), [(4, 2), (64, 16)])
 @pytest.mark.parametrize("router", HANDMADE)
 def test_scores_rank_the_experts_as_the_choice_did(router: str, num_experts: int, k: int) -> None:

@@ -301,21 +301,21 @@ def test_what_does_not_fit_is_said(options: dict[str, object], message: str) -> 
 @pytest.mark.parametrize("name", ["patch_size", "embed_dim", "depth", "num_heads", "expert_hidden"])
 @pytest.mark.parametrize("value", [0, -4])
 def test_sizes_that_can_not_be_are_refused_by_name(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=f"{name}={value} does not fit: it must be at least 1"):
+    with pytest.raises(UserError, match=f"--model.arch.{name} is {value}: it must be at least 1"):
         MoEConfig("test_vit_moe", **{name: value})
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"expert_hidden": [16, 0]}, "expert_hidden=0 does not fit: it must be at least 1"),
-        ({"num_shared_experts": -1}, "num_shared_experts=-1 does not fit: it must be at least 0"),
-        ({"mlp_ratio": -1}, "mlp_ratio=-1 does not fit: it must be greater than 0"),
-        ({"mlp_ratio": math.inf}, "mlp_ratio=inf does not fit"),
-        ({"proj_drop_rate": 2}, "proj_drop_rate=2 does not fit: it must be at least 0 and less than 1"),
-        ({"expert_drop": 3}, "expert_drop=3 does not fit"),
-        ({"patch_drop_rate": 1}, "patch_drop_rate=1 does not fit"),
-        ({"drop_path_rate": math.nan}, "drop_path_rate=nan does not fit"),
+        ({"expert_hidden": [16, 0]}, "--model.arch.expert_hidden is 0: it must be at least 1"),
+        ({"num_shared_experts": -1}, "--model.arch.num_shared_experts is -1: it must be at least 0"),
+        ({"mlp_ratio": -1}, "--model.arch.mlp_ratio is -1: it must be above 0"),
+        ({"mlp_ratio": math.inf}, "--model.arch.mlp_ratio is inf"),
+        ({"proj_drop_rate": 2}, "--model.arch.proj_drop_rate is 2: it must be at least 0 and less than 1"),
+        ({"expert_drop": 3}, "--model.arch.expert_drop is 3"),
+        ({"patch_drop_rate": 1}, "--model.arch.patch_drop_rate is 1"),
+        ({"drop_path_rate": math.nan}, "--model.arch.drop_path_rate is nan"),
     ],
 )
 def test_numbers_that_can_not_be_are_refused_by_name(options: dict[str, Any], words: str) -> None:

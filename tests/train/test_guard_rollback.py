@@ -115,6 +115,18 @@ def test_what_is_on_disk_has_no_name_and_ends_with_its_tensor(tmp_path: Path) ->
         assert ".snapshot-" not in maps.read_text()
 
 
+def test_a_small_tensor_of_a_snapshot_on_disk_stays_in_memory(tmp_path: Path) -> None:
+    """Below 64 KiB a file saves no memory worth having, and none can be mapped that is empty."""
+    nowhere = tmp_path / "not there"
+    for size in (0, 1, 2**16 - 1):
+        tensor = torch.arange(size, dtype=torch.int64).to(torch.uint8)
+        copied = guard.mapped_copy(tensor, nowhere)
+        assert torch.equal(copied, tensor)
+        assert size == 0 or copied.data_ptr() != tensor.data_ptr()
+    with pytest.raises(FileNotFoundError):
+        guard.mapped_copy(torch.zeros(2**16, dtype=torch.uint8), nowhere)
+
+
 def test_a_full_disk_keeps_the_snapshot_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

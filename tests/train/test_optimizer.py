@@ -117,12 +117,6 @@ def test_any_number_of_steps_has_a_schedule(total_steps: int, warmup_fraction: f
         assert rates[-1] == pytest.approx(LR / 25 / 1e4), "the last step's rate is next to nothing"
 
 
-@pytest.mark.parametrize("warmup_fraction", [-0.1, 1.1, math.nan])
-def test_an_impossible_warm_up_is_said(warmup_fraction: float) -> None:
-    with pytest.raises(UserError, match=r"warmup_fraction is .*: it must lie between 0 and 1"):
-        build_optimizer(tiny(), OptimizerConfig(warmup_fraction=warmup_fraction), total_steps=5)
-
-
 def learning(net: nn.Module) -> set[str]:
     return {name for name, parameter in net.named_parameters() if parameter.requires_grad}
 
@@ -162,8 +156,6 @@ def test_what_is_frozen_is_not_optimized(layer_decay: float | None) -> None:
         (OptimizerConfig(freeze=5), "freeze=5 does not fit 4 blocks"),
         (OptimizerConfig(freeze=-1), "freeze=-1 does not fit"),
         (OptimizerConfig(freeze="most"), "all_but_experts or all_but_head"),  # type: ignore[arg-type]
-        (OptimizerConfig(layer_decay=0.0), "above 0 and at most 1"),
-        (OptimizerConfig(layer_decay=1.5), "above 0 and at most 1"),
     ],
 )
 def test_what_does_not_fit_is_said(config: OptimizerConfig, message: str) -> None:

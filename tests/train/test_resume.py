@@ -30,7 +30,7 @@ from moevision.data import ImageDataModule
 from moevision.data.loader import PositionSampler
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
-from moevision.train import checkpoint
+from moevision.train import checkpoint, resume
 from moevision.train import cli as training_cli
 from moevision.train.callbacks import Stopwatch
 from moevision.train.checkpoint import newest_valid, plain
@@ -615,6 +615,17 @@ def test_the_argument():
     for wrong in (["--resume"], ["--resume="], ["--resume", "--data.path"]):
         with pytest.raises(UserError, match="--resume needs a run folder"):
             Session("fit", wrong)
+
+
+@pytest.mark.parametrize(("typed", "goes_on"), [(["quickstart"], True), (["--config", "quickstart"], False)])
+def test_auto_takes_what_stands_first_for_the_run_and_no_value_of_an_option(monkeypatch, typed, goes_on):
+    """The folder of a run named quickstart is there: it is that of `fit quickstart`, not that of a configuration."""
+    Path("runs/quickstart/checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(resume, "newest_valid", lambda folder: ("a checkpoint", []))
+    asked = []
+    monkeypatch.setattr(resume, "expand_arguments", lambda verb, given, *, recorded, **_: asked.append(recorded))
+    Session("fit", [*typed, "--resume=auto"]).close()
+    assert asked == [goes_on]
 
 
 def test_random_generators_come_back():
