@@ -183,6 +183,7 @@ DEFINITIONS = {
         Definition("151 MB for 1.3 M images", "116 bytes each; `tests/data/test_scores.py` allocates them"),
     ],
     "docs/reference/config.md": [
+        Definition("(Docker gives 64 MB)", "Docker's default"),
         Definition("more than 1.5 times the training", "a constant of `moevision.train.report`"),
         Definition("input times U(0.99, 1.01)", "how jitter is defined"),
         Definition("such as 0.75", "an example"),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moevision.train.differences import Gap
-from tests.records import Claim, Definition
+from tests.records import Claim, Definition, small
 from tests.records.studies import report
 
 STUDY = "benchmarks/routers/record.json"
@@ -60,6 +60,9 @@ def _weaker(record: dict[str, Any]) -> dict[str, float]:
 
 
 CLAIMS = [
+    Claim(small.FILES, "gains {mean:.1f} points ({bounds}; {seeds} seeds)", small.heads),
+    Claim(small.FILES, "`position` {position}, `hash` {hash}, `vmoe_top_k` {learned}", small.heads),
+    Claim(small.FILES, "on images moved by 8 px it is {below:.1f} points below", small.heads),
     Claim(STUDY, "{text}", lambda record: {"text": report("routers").accuracy_table(list(_rows(record).values()))}),
     Claim(STUDY, "{text}", lambda record: {"text": report("routers").load_table(list(_rows(record).values()))}),
     Claim(STUDY, "{text}", lambda record: {"text": report("routers").cost_table(record)}),
