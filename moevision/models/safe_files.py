@@ -377,13 +377,18 @@ def _check_config(config: Any) -> None:
     if config.get("router_start", "random") not in ("random", "cluster"):
         raise ValueError("router_start is neither random nor cluster")
     arguments = _mapping(config.get("model_args", {}), "model_args")
-    _check_arguments(arguments)
+    check_arguments(arguments)
     told = config.get("num_classes", pretrained.get("num_classes", 1000))
     if arguments.get("num_classes", told) != told:  # timm would quietly leave the classifier untrained
         raise ValueError("it gives two numbers of classes")
 
 
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of a model's constructor that no model has.
+
+    Raises:
+        ValueError: for a name that isn't the model's, or a value of another kind or size.
+    """
     for name, value in arguments.items():
         if not name.isidentifier() or _NOT_THE_MODELS.fullmatch(name):
             raise ValueError(f"model_args may not hold {name[:40]!r}")

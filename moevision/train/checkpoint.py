@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import shutil
 import time
@@ -31,7 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import numpy as np
 import torch
@@ -48,6 +47,7 @@ from moevision.files import (
     write_json_atomic,
     written_beside,
 )
+from moevision.models.safe_files import read_json
 from moevision.train import sharded
 from moevision.train.processes import from_first, is_first, tell
 
@@ -126,10 +126,13 @@ class Entry:
 
 def read_manifest(folder: Path) -> list[Entry]:
     """The entries; none if there is no manifest, or it can't be read (the archives' own checksums remain then)."""
+    types = get_type_hints(Entry)
     try:
-        return [Entry(**entry) for entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]]
+        entries = [Entry(**entry) for entry in read_json(folder / MANIFEST)["files"]]
     except (OSError, ValueError, TypeError, KeyError):
         return []
+    sound = all(type(getattr(entry, name)) is kind for entry in entries for name, kind in types.items())
+    return entries if sound else []
 
 
 def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:

@@ -125,7 +125,8 @@ def read_folder(folder: Path, like: Like | None = None, map_location: Any = "cpu
         UserError: if it is damaged, or another program wrote it.
     """
     with saying_what_is_damaged(folder):
-        described = _described((folder / _METADATA).read_bytes(), sizes_of(folder))
+        files = sizes_of(folder)  # first: a pipe would be waited for
+        described = _described((folder / _METADATA).read_bytes(), files)
         checkpoint: dict[str, Any] = load_archive(folder / REST, map_location)
         for key, stored in described.items():
             *way, last = place = json.loads(key)
@@ -148,7 +149,9 @@ def saying_what_is_damaged(path: Path | str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # zip, pickle, key and OS errors alike; the cause stays attached
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        reason = type(error).__name__  # torch's own words advise to trust the file
+        if type(error) is ValueError or isinstance(error, OSError):
+            reason = str(getattr(error, "strerror", None) or error)
         raise UserError(
             f"The checkpoint {path} can't be read ({reason}): it is damaged, or no checkpoint of moevision. Use "
             "another one of the run, such as last.ckpt or best.ckpt."
@@ -388,7 +391,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: a number in the bytes
             return found
         if module == "torch" and (name == "Size" or isinstance(vars(torch).get(name), torch.dtype)):
             return tuple if name == "Size" else vars(torch)[name]
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's description")
+        raise ValueError(f"{module}.{name} is no part of a checkpoint's description")
 
 
 def _described(metadata: bytes, files: Mapping[str, int]) -> dict[str, _Stored]:
