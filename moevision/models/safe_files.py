@@ -78,7 +78,7 @@ def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
         UserError: if it is no regular file, larger than `max_bytes`, or no sound JSON.
         FileNotFoundError: if there is none; callers know best what that means.
     """
-    return parse_json(_read(Path(path), max_bytes), str(path))
+    return parse_json(read_bytes(Path(path), max_bytes), str(path))
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -89,7 +89,7 @@ def read_yaml(path: str | Path) -> Any:
         FileNotFoundError: if there is none.
     """
     try:
-        return parse_yaml(_read(Path(path), MAX_YAML_BYTES).decode("utf-8"))
+        return parse_yaml(read_bytes(Path(path), MAX_YAML_BYTES).decode("utf-8"))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path} can't be read ({' '.join(str(error).split())[:160]}): mend or remove it.") from error
 
@@ -202,7 +202,13 @@ def _damaged(path: str | Path, reason: str) -> UserError:
     return UserError(f"{path} can't be loaded ({reason}): it is damaged, or no safetensors file.")
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        UserError: if it is no regular file, or larger than `max_bytes`.
+        FileNotFoundError: if there is none.
+    """
     with _open_regular(path) as file:
         data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > max_bytes:
