@@ -206,6 +206,24 @@ def test_a_checkpoint_folder_is_data_only(
     refused(outcome, "last.ckpt", "can't be read")
 
 
+@pytest.mark.parametrize("verb", ["test", "fit"])
+@pytest.mark.parametrize(
+    ("part", "value"), [("loops", 5), ("callbacks", [1]), ("state_dict", {"net.x": torch.ones(2)})]
+)
+def test_a_checkpoint_of_other_content_is_one_sentence(
+    part: str, value: object, verb: str, cli: Cli, tiny_run: Path, tmp_path: Path
+) -> None:
+    """Sound as a file, with the manifest's word for it; Lightning fails where it restores it."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    for other in ("summary.json", "checkpoints/best.ckpt", "checkpoints/previous.ckpt"):
+        (run / other).unlink()
+    last = run / "checkpoints" / "last.ckpt"
+    torch.save({**torch.load(last, weights_only=True), part: value}, last)
+    write_manifest(last.parent, [Entry("last.ckpt", sha256_of(last), 5, 0, 1, True, "2026-01-01T00:00:00+00:00")])
+    arguments: list[str | Path] = ["--ckpt_path", last] if verb == "test" else ["--resume", run]
+    refused(cli(verb, *arguments), "doesn't fit this training")
+
+
 def test_the_payload_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unpickled, it does run: the tests above would see it."""
     monkeypatch.chdir(tmp_path)
