@@ -49,6 +49,7 @@ STUDY = {
 PROVE = {
     "resume": ("interrupted and resumed against uninterrupted, bit for bit", "reliability.resume"),
     "kill": ("the same with kill -9 at random moments", "reliability.kill"),
+    "folders": ("damaged and hostile checkpoint folders: one sentence each", "reliability.folders"),
     "wheel": ("the bundled photo model from an installed wheel, offline, on photos of a folder", "demo.wheel"),
     "demo-photos": ("bundled photos, and photos never seen, through the explorer's page", "demo.photos"),
     "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -214,3 +215,13 @@ def test_what_can_not_be_sharded(cli, draw, arguments, words):
     assert (outcome.code, outcome.out) == (2, "")
     assert words in outcome.err
     assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to("/dev/zero")])
+def test_a_pipe_or_device_is_no_image(make, cli, draw):
+    """It isn't opened: reading it would never end."""
+    draw(Path("photos"), per_class=2)
+    make(Path("photos/dog/zz.jpg"))
+    outcome = cli("data", "shard", "photos", "--out", "new")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "dog/zz.jpg can't be read (it is not a regular file" in outcome.err

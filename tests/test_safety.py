@@ -12,6 +12,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -24,6 +25,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
 
 from moevision import UserError
 from moevision.cli import VERBS
@@ -43,6 +52,7 @@ from moevision.models.safe_files import (
     read_json,
     read_yaml,
 )
+from moevision.train.checkpoint import Entry, sha256_of, write_manifest
 from tests.models.fake_hub import fake_hub
 
 Cli = Callable[..., Any]
@@ -149,6 +159,69 @@ def test_going_on_with_a_run_never_runs_a_pickle(
     assert outcome.code == (2 if listed else 0), outcome.err  # what is no checkpoint is named, and auto begins afresh
     assert "last.ckpt" in outcome.err
     assert not Path("a pickle was run").exists()
+
+
+def evil_folder(path: Path, rest: Path) -> Path:
+    """A checkpoint of sharded weights whose description says that one of its weights is bytes, which DCP unpickles.
+
+    BytesStorageMetadata has no fields. A pickle may give it those of a tensor all the same.
+    """
+    key, evil, place = json.dumps(["state_dict", "evil"]), evil_checkpoint(path.with_suffix(".evil")), "__0_0.distcp"
+    content = torch.load(rest, map_location="cpu", weights_only=True)
+    content["state_dict"]["evil"] = None
+    path.mkdir()
+    torch.save(content, path / "rest.pt")
+    evil.rename(path / place)
+    weight = BytesStorageMetadata()
+    vars(weight).update(properties=TensorProperties(torch.float32), size=torch.Size([1]))
+    stored = {MetadataIndex(key): _StorageInfo(place, 0, (path / place).stat().st_size)}
+    (path / ".metadata").write_bytes(pickle.dumps(Metadata({key: weight}, {}, stored, StorageMeta())))
+    write_manifest(path.parent, [Entry(path.name, sha256_of(path), 5, 0, 1, True, "2026-01-01T00:00:00+00:00")])
+    return path
+
+
+@pytest.mark.parametrize("verb", ["predict", "export", "test", "fit"])
+def test_a_checkpoint_folder_is_data_only(
+    verb: str, cli: Cli, tiny_run: Path, drawn_pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the run's own manifest vouches for it, and DCP takes a planted program for a weight."""
+    monkeypatch.chdir(tmp_path)
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    (run / "summary.json").unlink()  # else it is finished, and fit has nothing to do
+    for other in ("best.ckpt", "previous.ckpt"):
+        (run / "checkpoints" / other).unlink()
+    last = (run / "checkpoints" / "last.ckpt").rename(tmp_path / "real.ckpt")
+    evil = evil_folder(run / "checkpoints" / "last.ckpt", last)
+    arguments: dict[str, list[str | Path]] = {
+        "predict": ["predict", evil, drawn_pets],
+        "export": ["export", evil, "--out", "new.onnx"],
+        "test": ["test", "--ckpt_path", evil],
+        "fit": ["fit", "--resume", run],
+    }
+    outcome = None
+    try:
+        outcome = cli(*arguments[verb])
+    finally:
+        assert not Path("a pickle was run").exists()
+    refused(outcome, "last.ckpt", "can't be read")
+
+
+@pytest.mark.parametrize("verb", ["test", "fit"])
+@pytest.mark.parametrize(
+    ("part", "value"), [("loops", 5), ("callbacks", [1]), ("state_dict", {"net.x": torch.ones(2)})]
+)
+def test_a_checkpoint_of_other_content_is_one_sentence(
+    part: str, value: object, verb: str, cli: Cli, tiny_run: Path, tmp_path: Path
+) -> None:
+    """Sound as a file, with the manifest's word for it; Lightning fails where it restores it."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    for other in ("summary.json", "checkpoints/best.ckpt", "checkpoints/previous.ckpt"):
+        (run / other).unlink()
+    last = run / "checkpoints" / "last.ckpt"
+    torch.save({**torch.load(last, weights_only=True), part: value}, last)
+    write_manifest(last.parent, [Entry("last.ckpt", sha256_of(last), 5, 0, 1, True, "2026-01-01T00:00:00+00:00")])
+    arguments: list[str | Path] = ["--ckpt_path", last] if verb == "test" else ["--resume", run]
+    refused(cli(verb, *arguments), "doesn't fit this training")
 
 
 def test_the_payload_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from moevision.commands import loading
 from moevision.errors import UserError
 from moevision.models.io import SavedModel, load_model
 from moevision.models.publish import FILES, check_repo_id, push_to_hub, stage_model
+from moevision.models.safe_files import MAX_YAML_BYTES, read_bytes
 from moevision.names import shown
 
 
@@ -70,7 +71,7 @@ def _own_card(chosen: Namespace) -> str:
     if chosen.license or chosen.analysis or chosen.seeds:
         raise UserError("--card is a finished text: leave --license, --analysis and --seeds out, or leave it out.")
     try:
-        text = Path(chosen.card).read_text(encoding="utf-8")
+        text = read_bytes(Path(chosen.card), MAX_YAML_BYTES).decode("utf-8")
         ModelCard(text)
     except (OSError, ValueError) as error:
         raise UserError(f"--card {chosen.card} is no model card ({error}): give a README.md in UTF-8.") from error

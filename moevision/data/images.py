@@ -139,7 +139,9 @@ def safe_open(
             WebP, BMP, GIF or TIFF image.
     """
     name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "<stream>"))
-    data = _read(source, name, max_bytes)
+    data = read_image(source, name, max_bytes)
+    if not data:
+        raise BadImageError(name, "the file is empty; replace or remove it")
     # Broad on purpose: on damaged bytes Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError,
     # struct.error, zlib.error, MemoryError, SystemError ... and all of them mean "this file is damaged".
     if _REPEATED_EXIF in data:
@@ -193,8 +195,18 @@ def upright_rgb(
     return rgb
 
 
-def _read(source: str | Path | BinaryIO, name: str, max_bytes: int) -> bytes:
-    """Reads at most `max_bytes`; a pipe or device isn't opened at all, since reading it might never end."""
+def read_image(source: str | Path | BinaryIO, name: str = "", max_bytes: int = MAX_BYTES) -> bytes:
+    """The bytes of an image file; a pipe or device isn't opened at all, since reading it might never end.
+
+    Args:
+        source: A path, or a binary stream.
+        name: What to call it in an error; a path's own name if empty.
+        max_bytes: Largest file, in bytes, that will be read.
+
+    Raises:
+        BadImageError: If there is no such file, or it can't be read.
+    """
+    name = name or str(source)
     try:
         if isinstance(source, str | Path):
             path = Path(source)
@@ -211,8 +223,6 @@ def _read(source: str | Path | BinaryIO, name: str, max_bytes: int) -> bytes:
         raise
     except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL in the path, a closed stream
         raise BadImageError(name, f"it can't be read ({error}); check its permissions") from error
-    if not data:
-        raise BadImageError(name, "the file is empty; replace or remove it")
     if len(data) > max_bytes:
         raise BadImageError(name, f"the file is larger than {max_bytes:,} bytes; save it smaller")
     return data

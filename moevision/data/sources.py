@@ -37,7 +37,7 @@ import numpy.typing as npt
 from PIL import Image
 from torchvision import datasets
 
-from moevision.data.images import is_image_path, safe_open
+from moevision.data.images import BadImageError, is_image_path, read_image, safe_open
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError
 from moevision.names import csv_name, name_bytes, shown
@@ -92,7 +92,7 @@ class Collection(ABC):
         return sample.sample_id
 
     def stored(self, sample: Sample) -> bytes:
-        """An image file: the stored bytes, or pixels as PNG; raises OSError if it can't be read."""
+        """An image file: the stored bytes, or pixels as PNG; raises OSError or BadImageError if it can't be read."""
         file = io.BytesIO()
         self.open(sample).save(file, "PNG")
         return file.getvalue()
@@ -139,13 +139,13 @@ class FileCollection(Collection):
     def digest(self, sample: Sample) -> bytes:
         """SHA-256 of the file; an unreadable one is unlike any other (opening it will say why)."""
         try:
-            return hashlib.sha256((self.root / sample.sample_id).read_bytes()).digest()
-        except OSError:
+            return hashlib.sha256(self.stored(sample)).digest()
+        except BadImageError:
             return hashlib.sha256(name_bytes(sample.sample_id)).digest()
 
     def stored(self, sample: Sample) -> bytes:
         """The file."""
-        return (self.root / sample.sample_id).read_bytes()
+        return read_image(self.root / sample.sample_id)
 
     def identity(self, sample: Sample) -> Hashable:
         """Device and number of the file; nothing is read where there are no links."""

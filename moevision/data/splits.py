@@ -17,6 +17,7 @@ import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -396,7 +397,8 @@ def read_splits(path: Path, collection: Collection) -> tuple[Splits, list[str]]:
 
 def _listed(path: Path) -> list[dict[str, str]]:
     """The rows of ``splits.csv``."""
-    with path.open(newline="", encoding="utf-8") as handle:
+    rows: list[dict[str, str]] = []
+    with suppress(UnicodeDecodeError, csv.Error), path.open(newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
     if not rows or set(rows[0]) != {"split", "class", "path"} or {row["split"] for row in rows} - {*SPLITS, _UNUSED}:
         raise UserError(f"{path} is not a list of split,class,path: delete it to draw a new split")

@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple
 
 from PIL import Image
 
-from moevision.data.images import BadImageError, safe_open
+from moevision.data.images import BadImageError, read_image, safe_open
 from moevision.data.sources import (
     SPLIT_NAMES,
     SPLITS,
@@ -275,7 +275,7 @@ class ArrowCollection(Collection):
     def stored(self, sample: Sample) -> bytes:
         """The stored bytes, or the file that the row names."""
         stored = self._stored(sample)
-        return stored if isinstance(stored, bytes) else Path(stored).read_bytes()
+        return stored if isinstance(stored, bytes) else read_image(stored)
 
     def column_names(self) -> Iterable[str]:
         """Columns with one number, word or class per row."""

@@ -78,7 +78,7 @@ def read_json(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
         UserError: if it is no regular file, larger than `max_bytes`, or no sound JSON.
         FileNotFoundError: if there is none; callers know best what that means.
     """
-    return parse_json(_read(Path(path), max_bytes), str(path))
+    return parse_json(read_bytes(Path(path), max_bytes), str(path))
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -89,7 +89,7 @@ def read_yaml(path: str | Path) -> Any:
         FileNotFoundError: if there is none.
     """
     try:
-        return parse_yaml(_read(Path(path), MAX_YAML_BYTES).decode("utf-8"))
+        return parse_yaml(read_bytes(Path(path), MAX_YAML_BYTES).decode("utf-8"))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path} can't be read ({' '.join(str(error).split())[:160]}): mend or remove it.") from error
 
@@ -202,7 +202,13 @@ def _damaged(path: str | Path, reason: str) -> UserError:
     return UserError(f"{path} can't be loaded ({reason}): it is damaged, or no safetensors file.")
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        UserError: if it is no regular file, or larger than `max_bytes`.
+        FileNotFoundError: if there is none.
+    """
     with _open_regular(path) as file:
         data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > max_bytes:
@@ -377,13 +383,18 @@ def _check_config(config: Any) -> None:
     if config.get("router_start", "random") not in ("random", "cluster"):
         raise ValueError("router_start is neither random nor cluster")
     arguments = _mapping(config.get("model_args", {}), "model_args")
-    _check_arguments(arguments)
+    check_arguments(arguments)
     told = config.get("num_classes", pretrained.get("num_classes", 1000))
     if arguments.get("num_classes", told) != told:  # timm would quietly leave the classifier untrained
         raise ValueError("it gives two numbers of classes")
 
 
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of a model's constructor that no model has.
+
+    Raises:
+        ValueError: for a name that isn't the model's, or a value of another kind or size.
+    """
     for name, value in arguments.items():
         if not name.isidentifier() or _NOT_THE_MODELS.fullmatch(name):
             raise ValueError(f"model_args may not hold {name[:40]!r}")

@@ -144,7 +144,7 @@ def gather_facts(
         summary = read_summary(run / "summary.json")
     rest = [read_summary(Path(other) / "summary.json") for other in others]
     refuse_equal_seeds((each.name, each.seed) for each in ([summary, *rest] if summary else rest))
-    provenance = _read_json(run / "provenance.json") if run is not None else {}
+    command, versions = _origin(None if run is None else run / "provenance.json")
     architecture, options = _architecture(saved.net)
     blocks = _moe_blocks(saved.net)
     return CardFacts(
@@ -159,9 +159,9 @@ def gather_facts(
         cost=summary.cost if summary else measure_cost(saved.net, saved.image_size),
         licence=licence,
         summary=summary,
-        command=[shown(without_path(word)) for word in provenance.get("command", [])],
+        command=command,
         start=_start(run),
-        versions=_versions(provenance),
+        versions=versions,
         others=rest,
         analysis=analysis,
     )
@@ -183,17 +183,18 @@ def _run_of(path: Path) -> Path | None:
     return next((each for each in candidates if (each / "summary.json").is_file()), None)
 
 
-def _read_json(file: Path) -> Json:
-    """A JSON object; empty if there is no such file.
+def _origin(file: Path | None) -> tuple[list[str], dict[str, str]]:
+    """The command in a provenance.json and its software, or without one that of this process.
 
     Raises:
         UserError: if it is damaged.
     """
-    if not file.is_file():
-        return {}
+    if file is None or not file.is_file():
+        return [], _versions({})
     try:
-        return dict(read_json(file))
-    except (OSError, ValueError, TypeError) as error:
+        provenance = dict(read_json(file))
+        return [shown(without_path(word)) for word in provenance.get("command", [])], _versions(provenance)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} can't be read ({type(error).__name__}): repair it or move it away.") from error
 
 

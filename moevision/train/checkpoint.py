@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import shutil
 import time
@@ -31,7 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast, get_type_hints
 
 import numpy as np
 import torch
@@ -48,6 +47,7 @@ from moevision.files import (
     write_json_atomic,
     written_beside,
 )
+from moevision.models.safe_files import read_json
 from moevision.train import sharded
 from moevision.train.processes import from_first, is_first, tell
 
@@ -126,10 +126,13 @@ class Entry:
 
 def read_manifest(folder: Path) -> list[Entry]:
     """The entries; none if there is no manifest, or it can't be read (the archives' own checksums remain then)."""
+    types = get_type_hints(Entry)
     try:
-        return [Entry(**entry) for entry in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]]
+        entries = [Entry(**entry) for entry in read_json(folder / MANIFEST)["files"]]
     except (OSError, ValueError, TypeError, KeyError):
         return []
+    sound = all(type(getattr(entry, name)) is kind for entry in entries for name, kind in types.items())
+    return entries if sound else []
 
 
 def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
@@ -138,8 +141,16 @@ def write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hexadecimal; of a folder `sharded.digest`."""
-    return sharded.digest(path) if path.is_dir() else file_sha256(path)
+    """SHA-256 of a file in hexadecimal; of a folder `sharded.digest`.
+
+    Raises:
+        OSError: if it can't be read, or is a pipe or device.
+    """
+    if path.is_dir():
+        return sharded.digest(path)
+    if path.exists() and not path.is_file():
+        raise OSError(0, "it is no regular file")
+    return file_sha256(path)
 
 
 @dataclass(frozen=True)
@@ -185,8 +196,7 @@ def _verify_archive(path: Path, digest: str) -> Verified:
             broken = archive.testzip()
         if broken is not None:
             return Verified(path, -1, f"is damaged in {broken}", digest)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return Verified(path, int(content["global_step"]), None, digest)
+        return Verified(path, int(sharded.load_rest(path)["global_step"]), None, digest)
     except Exception as error:  # zip, pickle, key and OS errors alike: whatever it is, nothing can go on from it
         return Verified(path, -1, f"is no whole checkpoint ({type(error).__name__})", digest)
 
@@ -326,22 +336,20 @@ class SafeCheckpointIO(CheckpointIO):
             UserError: if the file is missing, damaged or no checkpoint.
         """
         path = Path(path).resolve()
+        location = map_location if map_location is not None else "cpu"
         held = from_first(self._unwritten[path].data if path in self._unwritten else None)
         if held is not None:  # the disk is full, and the best weights are only here
-            source: Any = io.BytesIO(held)
-        else:
-            fault = None
-            if is_first():  # reading it whole once is enough
-                fault = verify(path).fault if path.exists() else "is missing"
-            fault = from_first(fault)
-            if fault is not None:
-                raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
-            source = path
-        location = map_location if map_location is not None else "cpu"
-        if held is None and path.is_dir():
+            return cast(dict[str, Any], sharded.load_archive(io.BytesIO(held), location))
+        fault = None
+        if is_first():  # reading it whole once is enough
+            fault = verify(path).fault if path.exists() else "is missing"
+        fault = from_first(fault)
+        if fault is not None:
+            raise UserError(f"The checkpoint {path} {fault}: use another one of the run.")
+        if path.is_dir():
             return sharded.read_folder(path, like, location)
-        loaded: dict[str, Any] = torch.load(source, map_location=location, weights_only=True)
-        return loaded
+        with sharded.saying_what_is_damaged(path):
+            return cast(dict[str, Any], sharded.load_archive(path, location))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint and its entry."""
@@ -399,13 +407,8 @@ def check_checkpoint(name: str) -> None:
     """Raise a UserError if this is a file that is missing, damaged, or of another program."""
     if not Path(name).exists():
         raise UserError(f"There is no checkpoint {name}: look in runs/NAME/checkpoints/.")
-    try:
-        file = sharded.file_with_rest(Path(name))
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zip, pickle and OS errors alike; the cause stays attached
-        raise UserError(
-            f"The checkpoint {name} can't be read ({type(error).__name__}): it is damaged, or no checkpoint. "
-            "Use another one of the run, such as last.ckpt or best.ckpt."
-        ) from error
-    if not isinstance(checkpoint, dict) or "arch" not in checkpoint.get("hyper_parameters", {}):
+    with sharded.saying_what_is_damaged(name):
+        checkpoint = sharded.load_rest(Path(name))
+    options = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(options, dict) or "arch" not in options:
         raise UserError(f"The checkpoint {name} was not written by moevision: use one from runs/NAME/checkpoints/.")

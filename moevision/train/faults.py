@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers
 from moevision.train.optim import WeightEMA
-from moevision.train.parallel import first_row, own_part
+from moevision.train.parallel import first_index, own_part
 from moevision.train.task import ClassificationTask
 
 KINDS = {
@@ -194,7 +194,7 @@ def _spoil(target: Tensor, fault: Fault) -> None:
     """Change one number in place, of the expert that is meant if one is; nothing where this process holds no part."""
     place = own_part(target)
     if fault.expert is not None:
-        row = fault.expert - first_row(target)
+        row = fault.expert - first_index(target)[0]
         place = place[row : row + 1] if row >= 0 else place[:0]
     if place.numel():
         place.view(-1)[0] = float("inf") if fault.kind == "inf_grad" else _NAN

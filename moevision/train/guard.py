@@ -45,7 +45,7 @@ from moevision.limits import usable_memory_bytes
 from moevision.names import csv_name
 from moevision.train.callbacks import is_logged
 from moevision.train.optim import WeightEMA
-from moevision.train.parallel import first_row, mesh_of, own_part, with_part
+from moevision.train.parallel import first_index, mesh_of, own_part, with_part
 from moevision.train.processes import gather, random_state, restore_random_state, sum_numbers, tell
 from moevision.train.scores import ExampleScores
 from moevision.train.task import ClassificationTask
@@ -749,7 +749,7 @@ def name_tensors(kind: str, bad: Sequence[tuple[str, Tensor]]) -> str:
     experts = ""
     if ".experts." in name:
         rows = (~own_part(tensor).isfinite()).flatten(1).any(1).nonzero().flatten()
-        found = (rows + first_row(tensor)).tolist()
+        found = (rows + first_index(tensor)[0]).tolist()
         experts = f" (expert{'s' if len(found) > 1 else ''} {', '.join(map(str, found))})"
     more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
     return f"{kind} of {name.removeprefix('net.').removeprefix('ema.')}{experts}{more}"

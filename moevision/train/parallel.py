@@ -275,14 +275,14 @@ def with_part(part: Tensor, like: Tensor) -> Tensor:
     return DTensor(part, DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)
 
 
-def first_row(x: Tensor) -> int:
-    """Index, in the whole tensor, of the first row that this process holds."""
+def first_index(x: Tensor) -> Sequence[int]:
+    """Where, in the whole tensor, the part that this process holds begins: an index for each dimension."""
     mesh = mesh_of(x)
     if mesh is None:
-        return 0
+        return [0] * x.dim()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    return compute_local_shape_and_global_offset(x.shape, mesh, cast("DTensor", x).placements)[1][0]
+    return compute_local_shape_and_global_offset(x.shape, mesh, cast("DTensor", x).placements)[1]
 
 
 def grouped_by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -46,7 +45,7 @@ from moevision.train.processes import (
     tell,
 )
 from moevision.train.recipe import epoch_batches, expand_arguments, refuse_among_images, run_name, take, value_of
-from moevision.train.sharded import file_with_rest
+from moevision.train.sharded import load_rest
 
 OPTION, AUTO = "--resume", "auto"
 SESSIONS = "sessions.json"
@@ -390,7 +389,7 @@ def find_start(run_dir: Path, *, fresh_if_none: bool) -> Start:
 def _read_mark(path: Path) -> dict[str, Any]:
     """What `ResumePoint` has added to a checkpoint; nothing in the file is run."""
     try:
-        return dict(torch.load(file_with_rest(path), map_location="cpu", weights_only=True, mmap=True).get(MARK, {}))
+        return dict(load_rest(path).get(MARK, {}))
     except Exception as error:  # pickle, zip, type and OS errors alike; the cause stays attached
         raise UserError(
             f"{path} holds something else than the data of a training ({type(error).__name__}) and is not used, "

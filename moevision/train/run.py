@@ -12,10 +12,12 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, cast
 
 import numpy as np
@@ -72,7 +74,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     arguments = ["--help" if argument == ALL else argument for argument in arguments]
     session = Session(verb, arguments)
     try:
-        with session.interruption, session.clock, quiet_lightning():
+        with session.interruption, session.clock, quiet_lightning(), _saying_what_can_not_be_restored():
             _train(verb, session)
     except (Interrupted, TrainingDiverged) as stopped:
         if not session.processes.first:
@@ -99,6 +101,25 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         raise UserError(session.processes.another_ended()) from error
     finally:
         session.close()
+
+
+@contextmanager
+def _saying_what_can_not_be_restored() -> Iterator[None]:
+    """Say in one sentence that a checkpoint, sound as a file, holds something else than Lightning is to restore."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        code = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+        restores = [each for each in code if each.co_filename.endswith("checkpoint_connector.py")]
+        if not any(each.co_name.lstrip("_").startswith(("restore", "resume")) for each in restores):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(
+            f"The checkpoint doesn't fit this training ({reason}): it is of another one, or somebody changed it. Use "
+            "another one of the run."
+        ) from error
 
 
 def _check_encoding(arguments: Sequence[str]) -> None:

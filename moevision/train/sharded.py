@@ -6,32 +6,35 @@ lies. A tensor's key is its place in the checkpoint as JSON, such as `["state_di
 gives the same dictionary as from a file, with tensors whole or divided as the reader wants them: any number of
 processes, any layout.
 
-DCP's `.metadata` is a pickle. It is read by an unpickler that knows DCP's own records and calls nothing else.
+Reading runs no code of the folder. DCP's own reader isn't used: it unpickles what a description calls bytes.
+`.metadata`, a pickle, becomes plain records here, whose places and sizes are compared with the files before memory is
+taken, and each part is read by torch.load under `weights_only=True`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from enum import Enum
-from importlib import import_module
-from math import ceil
-from pathlib import Path, PurePath
-from typing import Any
+from contextlib import contextmanager
+from itertools import pairwise
+from math import ceil, prod
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moevision.errors import UserError
 from moevision.files import check_room, file_sha256, make_folder, sync_file, sync_folder
-from moevision.train.parallel import copies, mesh_of, own_part
+from moevision.train.parallel import copies, first_index, mesh_of, own_part
 from moevision.train.processes import gather
 
 REST = "rest.pt"
@@ -115,28 +118,61 @@ def read_folder(folder: Path, like: Like | None = None, map_location: Any = "cpu
 
     Args:
         folder: what `write_folder` wrote.
-        like: how sharded tensors shall be divided; every process must then call it. None: all tensors are whole.
+        like: how sharded tensors shall be divided, each process reads its own parts. None: all tensors are whole.
         map_location: where what isn't sharded is put.
-    """
-    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = _reader(folder)
-    checkpoint: dict[str, Any] = torch.load(folder / REST, map_location=map_location, weights_only=True)
-    targets: dict[str, Any] = {}
-    for key, known in reader.read_metadata().state_dict_metadata.items():
-        model = None if like is None else like(tuple(json.loads(key)))
-        dtype = known.properties.dtype
-        targets[key] = torch.empty(known.size, dtype=dtype) if model is None else torch.empty_like(model, dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        load(targets, storage_reader=reader, no_dist=like is None)
-    for key, tensor in targets.items():
-        *way, last = json.loads(key)
-        holder: Any = checkpoint
-        for step in way:
-            holder = holder[step]
-        holder[last] = tensor
+    Raises:
+        UserError: if it is damaged, or another program wrote it.
+    """
+    with saying_what_is_damaged(folder):
+        files = sizes_of(folder)  # first: a pipe would be waited for
+        described = _described((folder / _METADATA).read_bytes(), files)
+        checkpoint: dict[str, Any] = load_archive(folder / REST, map_location)
+        for key, stored in described.items():
+            *way, last = place = json.loads(key)
+            holder: Any = checkpoint
+            for step in way:
+                holder = holder[step]
+            if holder[last] is not None:
+                raise ValueError(f"{key[:80]} is in {REST} already")
+            holder[last] = _read_tensor(folder, stored, None if like is None else like(tuple(place)))
+        if any(value is None for name in _WEIGHTS for value in checkpoint.get(name, {}).values()):
+            raise ValueError("a weight is missing")
     return checkpoint
+
+
+@contextmanager
+def saying_what_is_damaged(path: Path | str) -> Iterator[None]:
+    """Say in one sentence that a checkpoint can't be read: damaged or foreign files fail in every type of error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # zip, pickle, key and OS errors alike; the cause stays attached
+        reason = type(error).__name__  # torch's own words advise to trust the file
+        if type(error) is ValueError or isinstance(error, OSError):
+            reason = str(getattr(error, "strerror", None) or error)
+        raise UserError(
+            f"The checkpoint {path} can't be read ({reason}): it is damaged, or no checkpoint of moevision. Use "
+            "another one of the run, such as last.ckpt or best.ckpt."
+        ) from error
+
+
+def load_archive(source: Path | io.BytesIO, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
+    """What torch.save wrote, as data: nothing is run, and nothing unfolds to more than the file.
+
+    Raises:
+        ValueError: if it is no such file. Other errors if it is damaged.
+    """
+    if isinstance(source, Path) and not source.is_file():  # a pipe would be waited for
+        raise ValueError(f"{source.name} is no regular file")
+    with zipfile.ZipFile(source) as archive:
+        entries = archive.infolist()
+    if any(each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size for each in entries):
+        raise ValueError("its parts are compressed")
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def divide(checkpoint: dict[str, Any], like: Like, divided: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
@@ -177,14 +213,31 @@ def like_these(weights: Mapping[str, Tensor], learning: Sequence[Tensor]) -> Lik
     return like
 
 
-def file_with_rest(path: Path) -> Path:
-    """The file of a checkpoint, file or folder, that torch.load reads: all but sharded tensors."""
-    return path / REST if path.is_dir() else path
+def load_rest(path: Path) -> Any:
+    """A checkpoint, file or folder, without its sharded tensors; others stay on the disk until they are used."""
+    return load_archive(path / REST if path.is_dir() else path, mmap=True)
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """The files of a checkpoint's folder, and their bytes.
+
+    Raises:
+        OSError: if something else than regular files is there, a link or a pipe, say.
+    """
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    if odd := next((entry for entry in found if not entry.is_file(follow_symlinks=False)), None):
+        raise OSError(0, f"{odd.name} in it is no regular file")
+    return {entry.name: entry.stat().st_size for entry in found}
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 over the names and SHA-256 of a folder's files, in hexadecimal."""
-    files = list(folder.iterdir())
+    """SHA-256 over the names and SHA-256 of a folder's files, in hexadecimal.
+
+    Raises:
+        OSError: if it can't be read, or holds something else than regular files.
+    """
+    files = [folder / name for name in sizes_of(folder)]
     with ThreadPoolExecutor() as threads:  # hashing holds no lock of Python's
         return _digest(dict(zip([path.name for path in files], threads.map(file_sha256, files), strict=True)))
 
@@ -252,33 +305,151 @@ def _is_finite(checkpoint: Mapping[str, Any]) -> bool:
     return all(bool(own_part(x).isfinite().all()) for x in tensors if isinstance(x, Tensor) and x.is_floating_point())
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes DCP's records, and nothing else."""
+class _Part(NamedTuple):
+    """Where a part of a tensor lies: bytes `begin` to `end` of a file; and its place in the tensor."""
+
+    file: str
+    begin: int
+    end: int
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class _Stored(NamedTuple):
+    """A tensor in DCP's files; `shape` is that of the whole."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: list[_Part]
+
+
+def _read_tensor(folder: Path, stored: _Stored, like: Tensor | None) -> Tensor:
+    """The whole tensor, or this process's part of it as `like` is divided."""
+    if like is None:
+        target = own = torch.empty(stored.shape, dtype=stored.dtype)
+    else:
+        if like.shape != stored.shape:
+            raise ValueError(f"a tensor has the shape {list(stored.shape)}, and the model's {list(like.shape)}")
+        target = torch.empty_like(like, dtype=stored.dtype)
+        own = own_part(target)
+    origin = first_index(target)  # of `own` in the whole
+    for part in stored.parts:
+        begin = [max(pair) for pair in zip(origin, part.offset, strict=True)]
+        lengths = zip(origin, own.shape, part.offset, part.shape, strict=True)
+        end = [min(a + n, b + m) for a, n, b, m in lengths]
+        if any(first >= last for first, last in zip(begin, end, strict=True)):
+            continue  # of other processes only
+        with (folder / part.file).open("rb") as file:
+            file.seek(part.begin)
+            values = load_archive(io.BytesIO(file.read(part.end - part.begin)))
+        if type(values) is not Tensor or values.shape != part.shape:
+            raise ValueError(f"a part in {part.file} has another shape than {_METADATA} says")
+
+        def within(first: Sequence[int], begin: list[int] = begin, end: list[int] = end) -> tuple[slice, ...]:
+            return tuple(slice(a - zero, b - zero) for a, b, zero in zip(begin, end, first, strict=True))
+
+        own[within(origin)].copy_(values[within(part.offset)])
+    return target
+
+
+class _Record:
+    """One of DCP's records as plain data: its `state`, or None."""
+
+    state: Any = None
+
+    def __new__(cls, *values: Any) -> _Record:
+        """With the arguments that the pickle gives, which don't matter: all that does is in the state."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+_METADATA_OF, _FILES_OF = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+_NAMES: Mapping[str, Sequence[str]] = {
+    _METADATA_OF: (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
+        *("TensorProperties", "_MEM_FORMAT_ENCODING"),
+    ),
+    _FILES_OF: ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    **dict.fromkeys(("pathlib", "pathlib._local"), ("PosixPath", "WindowsPath")),
+}
+_KINDS: Mapping[tuple[str, str], type[_Record]] = {
+    (module, name): type(name, (_Record,), {}) for module, names in _NAMES.items() for name in names
+}
+
+
+class _Unpickler(pickle._Unpickler):  # the one in Python: a number in the bytes doesn't decide how large its memo is
+    """Makes records, tuples, texts and dtypes of DCP's description, and nothing else."""
+
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch}
+    del dispatch[pickle.BYTEARRAY8[0]]  # takes as much memory as it announces
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout")):
-            return super().find_class(module, name)
-        if module.partition(".")[0] == "pathlib":
-            return PurePath
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module.startswith("torch.distributed.checkpoint."):
-            found = getattr(import_module(module), name, None)
-            if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, Enum)):
-                return found
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's description")
+        if (found := _KINDS.get((module, name))) is not None:
+            return found
+        if module == "torch" and (name == "Size" or isinstance(vars(torch).get(name), torch.dtype)):
+            return tuple if name == "Size" else vars(torch)[name]
+        raise ValueError(f"{module}.{name} is no part of a checkpoint's description")
 
 
-def _reader(folder: Path) -> Any:
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+def _described(metadata: bytes, files: Mapping[str, int]) -> dict[str, _Stored]:
+    """The tensors that DCP's `.metadata` describes, by their keys.
 
-    class Reader(FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-            with (folder / _METADATA).open("rb") as file:
-                metadata: Metadata = _Unpickler(file).load()
-            metadata.storage_meta = metadata.storage_meta or StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
-            return metadata
+    Args:
+        metadata: the bytes.
+        files: the folder's files and their bytes.
 
-    return Reader(folder)
+    Raises:
+        ValueError: if one isn't in these files, whole and at a place of its own. Other errors if it is damaged.
+    """
+    tensors, places = _fields(
+        _Unpickler(io.BytesIO(metadata)).load(), "Metadata", "state_dict_metadata", "storage_data"
+    )
+    where: dict[Any, tuple[str, int, int]] = {}
+    for index, info in places.items():
+        key, offset = _fields(index, "MetadataIndex", "fqn", "offset")
+        file, begin, length, transforms = _fields(
+            info, "_StorageInfo", "relative_path", "offset", "length", "transform_descriptors"
+        )
+        if type(key) is not str or not _natural(offset):
+            raise ValueError(f"{_METADATA} stores something else than tensors")
+        if type(file) is not str or file not in files or not _natural((begin, length)) or transforms is not None:
+            raise ValueError(f"{_METADATA} names a place that is none of the folder's files")
+        where[key, offset] = file, begin, begin + length
+    for (file, _, end), (other, begin, _) in pairwise(sorted(where.values())):
+        if file == other and begin < end:
+            raise ValueError(f"parts overlap in {file}")
+    found = {}
+    for key, value in tensors.items():
+        properties, shape, chunks = _fields(value, "TensorStorageMetadata", "properties", "size", "chunks")
+        dtype = properties.state[0]
+        if type(dtype) is not torch.dtype or not _natural(shape):
+            raise ValueError(f"{_METADATA} describes something else than tensors")
+        parts = []
+        for chunk in chunks:
+            offset, sizes = _fields(chunk, "ChunkStorageMetadata", "offsets", "sizes")
+            inside = _natural(offset) and _natural(sizes) and len(offset) == len(sizes) == len(shape)
+            if not inside or any(a + n > whole for a, n, whole in zip(offset, sizes, shape, strict=True)):
+                raise ValueError(f"a part of {key[:80]} lies outside of it")
+            part = _Part(*where.pop((key, offset)), offset, sizes)
+            if part.end > files[part.file] or prod(sizes) * dtype.itemsize > part.end - part.begin:
+                raise ValueError(f"{part.file} is smaller than {_METADATA} says")
+            parts.append(part)
+        if sum(prod(part.shape) for part in parts) != prod(shape):
+            raise ValueError(f"parts of {key[:80]} are missing")
+        found[key] = _Stored(shape, dtype, parts)
+    return found
+
+
+def _fields(record: Any, kind: str, *names: str) -> list[Any]:
+    module = _FILES_OF if kind == "_StorageInfo" else _METADATA_OF
+    state = record.state if type(record) is _KINDS[module, kind] else None
+    if type(state) is not dict:
+        raise ValueError(f"{_METADATA} holds something else where a {kind} should be")
+    return [state.get(name) for name in names]
+
+
+def _natural(values: Any) -> bool:
+    return type(values) is tuple and len(values) <= 64 and all(type(n) is int and 0 <= n < 2**48 for n in values)

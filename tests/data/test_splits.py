@@ -287,6 +287,12 @@ def test_splits_csv_of_another_dataset_is_refused(image_folder, tmp_path):
     saved(image_folder({"cat": 5, "dog": 5}), table, Cut())
     with pytest.raises(UserError, match="no longer there"):
         read_splits(table, read_folder(image_folder({"elk": 5, "fox": 5}, name="others")))
-    table.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="is not a list of split,class,path"):
-        read_splits(table, read_folder(tmp_path / "pictures"))
+    for data in (
+        b"a,b\n1,2\n",
+        b"\xff\xfe",
+        b"split,class,path\ntrain,cat,\0\xe9",
+        b'split,class,path\n"' + b"x" * 140_000,
+    ):
+        table.write_bytes(data)
+        with pytest.raises(UserError, match=r"is not a list of split,class,path"):
+            read_splits(table, read_folder(tmp_path / "pictures"))

@@ -194,6 +194,7 @@ def test_your_own_card(cli: Callable[..., Any], tiny_run: Path) -> None:
     both = cli("push", tiny_run, "me/pets", "--dry-run", "--card=README.md", "--license=mit", "--force")
     refused(both, "--card is a finished text")
     refused(cli("push", tiny_run, "me/pets", "--dry-run", "--card=none.md"), "none.md is no model card")
+    refused(cli("push", tiny_run, "me/pets", "--dry-run", "--card=/dev/zero"), "/dev/zero is no model card")
     Path("README.md").write_text("---\n- a list\n---\n")
     refused(cli("push", tiny_run, "me/pets", "--dry-run", "--card=README.md"), "is no model card")
 

@@ -272,6 +272,11 @@ def test_a_damaged_run_is_said(tiny_run: Path, tmp_path: Path) -> None:
         ("summary.json", "{"),
         ("summary.json", '{"name": "x"}'),
         ("provenance.json", "[1]"),
+        *(
+            ("provenance.json", f'{{"{name}": {value}}}')
+            for name in ("command", "libraries", "python")
+            for value in (5, "[1]")
+        ),
         ("config.yaml", "a: ["),
     ):
         kept = (tmp_path / "run" / name).read_text()

@@ -43,6 +43,33 @@ def test_predict_reads_it(run, cli, tmp_path):
     assert (finished["calibrated"], so_far["calibrated"]) == (True, False)  # by the validation images, at the end
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("moevision", "data", 5),
+        ("moevision", "data", {"class_names": ["cat"], "mean_std": [[0.5] * 3] * 2}),
+        ("moevision", "data", {"class_names": [1] * 8, "mean_std": [[0.5] * 3] * 2}),
+        ("moevision", "data", {"class_names": ["cat"] * 8, "mean_std": [[0.5] * 3, [0.0] * 3]}),
+        ("moevision", "data", {"class_names": ["cat"] * 8, "mean_std": [[0.5] * 2] * 2}),
+        ("hyper_parameters", "num_classes", 10**6),
+        ("hyper_parameters", "image_size", 10**6),
+        ("hyper_parameters", "optim", "x"),
+        ("hyper_parameters", "arch", {"name": "test_vit_moe", "embed_dim": 8192}),
+        ("hyper_parameters", "arch", {"name": "test_vit_moe", "depth": 10**9}),
+        ("hyper_parameters", "arch", [1]),
+    ],
+)
+def test_odd_records_are_one_sentence(part, name, value, run, cli, tmp_path):
+    """Without memory for a model that the weights aren't."""
+    file = tmp_path / "last.ckpt"
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state[part][name] = value
+    torch.save(state, file)
+    outcome = cli("predict", file, tmp_path)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1), outcome.err
+    assert "last.ckpt" in outcome.err or "test_vit_moe" in outcome.err
+
+
 def test_what_is_none_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="There is no checkpoint"):
         load_trained(str(tmp_path / "last.ckpt"))
