@@ -17,6 +17,7 @@ MEASURE = {
     "guard-cost": ("training steps with and without the stability guard", "guard.cost"),
     "demo-latency": ("how long a visitor of the explorer waits, in headless Chromium", "demo.latency"),
     "demo-load": ("many visitors of the explorer at once, every answer compared with the truth", "demo.load"),
+    "demo-stall": ("what a visitor of the explorer gets while another one asks for much at once", "demo.stall"),
 }
 STUDY = {
     "accuracy": ("records of finished runs of `moevision fit`: accuracy, cost, load, curve", "accuracy"),

@@ -543,7 +543,7 @@ def demo() -> ArgumentParser:
         """\
         moevision demo                                     the bundled models, on this computer only
         moevision demo runs/pets --data path/to/photos     a model that you trained, and your images to choose from
-        moevision demo --host 0.0.0.0 --auth class:secret  for a class on the same network; a QR code is printed
+        moevision demo --host 0.0.0.0 --auth class         for a class on the same network; a QR code is printed
         """,
     )
     add = parser.add_argument
@@ -555,7 +555,13 @@ def demo() -> ArgumentParser:
     add(
         "--root-path", default="", metavar="/PATH", help="path below which a reverse proxy shows the page, such as /moe"
     )
-    add("--auth", metavar="USER:PASS", help="ask visitors for this user and password")
+    add(
+        "--auth",
+        metavar="USER",
+        help="ask visitors for this user and a password, which is asked for here, or comes from the environment "
+        "variable MOEVISION_AUTH=USER:PASSWORD without this option (USER:PASSWORD works too, but others on this "
+        "computer can read it)",
+    )
     add("--public", action="store_true", help="let anyone in, without a password, who can reach --host or --share")
     add(
         "--share",

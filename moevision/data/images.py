@@ -46,9 +46,9 @@ IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".w
 MAX_BYTES: Final = 256 * 1024 * 1024
 """Largest file that is read, in bytes."""
 
-_JPEG: Final = b"\xff\xd8\xff"
+JPEG: Final = b"\xff\xd8\xff"
 _DECODERS: Final[tuple[tuple[bytes, Callable[[BinaryIO], ImageFile.ImageFile]], ...]] = (
-    (_JPEG, JpegImageFile),
+    (JPEG, JpegImageFile),
     (b"\x89PNG\r\n\x1a\n", PngImageFile),
     (b"GIF87a", GifImageFile),
     (b"GIF89a", GifImageFile),
@@ -146,7 +146,7 @@ def safe_open(
     # struct.error, zlib.error, MemoryError, SystemError ... and all of them mean "this file is damaged".
     if _REPEATED_EXIF in data:
         raise BadImageError(name, "its metadata are malformed (repeated Exif headers); save it anew")
-    if data.startswith(_JPEG) and has_too_many_scans(data):
+    if data.startswith(JPEG) and has_too_many_scans(data):
         raise BadImageError(
             name, f"it is a JPEG of more than {MAX_SCANS} scans, or of countless segments; save it anew"
         )

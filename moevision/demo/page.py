@@ -11,23 +11,44 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from moevision.demo.gate import Gate
+from moevision.demo.gate import WAITING, Gate
 from moevision.demo.html import Document, app_page
-from moevision.demo.requests import RequestError
-from moevision.demo.service import Explorer, Json, failure
+from moevision.demo.service import Explorer, Json, brings_image, told
 
 if TYPE_CHECKING:
     import gradio as gr
 
-WAITING = 64
 QUEUE = 32
 IDLE_S = 0.05
+# Calls that gradio starts at once: more than the doors take, so that none waits in its queue.
+MAX_THREADS: Final = 2 * WAITING + 32
 
 
-def build_page(explorer: Explorer, gate: Gate) -> tuple[gr.Blocks, Document]:
-    """The document that shows `explorer`, and what answers it; handlers run in `gate`."""
+class Doors(NamedTuple):
+    """Where visitors' images are decoded, and where requests are answered: with images in the size of the model."""
+
+    decoding: Gate
+    answering: Gate
+
+    async def ask(self, explorer: Explorer, address: str, name: str, request: Any) -> Json:
+        """The answer to a request that comes from this address."""
+        try:
+            if brings_image(request):
+                request = await self.decoding.run(address, explorer.opened, name, request)
+            return await self.answering.run(address, explorer.answer, name, request)
+        except Exception as error:  # the image is none, or a gate is full
+            return told(error, name)
+
+    def close(self) -> None:
+        """Let nobody in any more and wait for those inside."""
+        for gate in self:
+            gate.close()
+
+
+def build_page(explorer: Explorer, doors: Doors) -> tuple[gr.Blocks, Document]:
+    """The document that shows `explorer`, and what answers it, behind `doors`."""
     # Read by gradio when Blocks are built; anything but "True" means: no telemetry and no look-up of a newer version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
@@ -35,34 +56,33 @@ def build_page(explorer: Explorer, gate: Gate) -> tuple[gr.Blocks, Document]:
     page: gr.Blocks
     with gr.Blocks(title="moevision explorer", analytics_enabled=False, fill_width=True) as page:
         functions = gr.HTML(
-            server_functions=[_server_function(explorer, gate, name) for name in explorer.handlers],
+            server_functions=[_server_function(explorer, doors, name) for name in explorer.handlers],
         )
-        route = _route_endpoint(explorer, gate)
-        gr.api(route, api_name="route", api_description=inspect.getdoc(route), concurrency_limit=gate.workers)
+        route = _route_endpoint(explorer, doors)
+        # gradio's queue knows no addresses: it hands every call on at once, and the doors say whose turn it is.
+        gr.api(route, api_name="route", api_description=inspect.getdoc(route), concurrency_limit=None)
     # At "auto" the loop that starts the calls also tells who waits how long they will, and ends for good if it can't.
-    page.queue(max_size=QUEUE, default_concurrency_limit=gate.workers, status_update_rate=2.0)
+    page.queue(max_size=QUEUE, status_update_rate=2.0)
     # gradio's queue looks for calls a thousand times a second, so that an idle page keeps 4 % of a core busy.
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = IDLE_S
     return page, app_page(explorer.start_boot(), explorer.start_views(), functions._id)
 
 
-async def _asked(explorer: Explorer, gate: Gate, name: str, request: Any) -> Json:
-    try:
-        return await gate.run(explorer.answer, name, request)
-    except RequestError as error:  # the gate is full
-        return failure(str(error), error.code)
+def _server_function(explorer: Explorer, doors: Doors, name: str) -> Callable[..., Awaitable[Json]]:
+    import gradio as gr
 
-
-def _server_function(explorer: Explorer, gate: Gate, name: str) -> Callable[[Any], Awaitable[Json]]:
-    async def ask(request: Any = None) -> Json:
+    async def ask(request: Any, visitor: Any) -> Json:
         # JavaScript's JSON drops an argument that isn't there.
-        return await _asked(explorer, gate, name, {} if request is None else request)
+        return await doors.ask(explorer, visitor.client.host, name, {} if request is None else request)
 
     ask.__name__ = name
+    ask.__annotations__["visitor"] = gr.Request  # by which gradio knows what to give
     return ask
 
 
-def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[dict[str, Any]]]:
+def _route_endpoint(explorer: Explorer, doors: Doors) -> Callable[..., Awaitable[dict[str, Any]]]:
+    import gradio as gr
+
     default = next(iter(explorer.entries))
 
     async def route(
@@ -73,6 +93,7 @@ def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[d
         top_k: int | None = None,
         capacity: float | None = None,
         intervention: dict[str, Any] | None = None,
+        _visitor: Any = None,
     ) -> dict[str, Any]:
         """Send an image through a model and get the route of every patch.
 
@@ -107,6 +128,7 @@ def _route_endpoint(explorer: Explorer, gate: Gate) -> Callable[..., Awaitable[d
             "capacity": capacity,
             "intervention": intervention,
         }
-        return await _asked(explorer, gate, "route", request)
+        return await doors.ask(explorer, _visitor.client.host, "route", request)
 
+    route.__annotations__["_visitor"] = gr.Request
     return route

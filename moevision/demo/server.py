@@ -6,6 +6,7 @@ The models, gradio and torch are imported when a server is made, so that `moevis
 from __future__ import annotations
 
 import fnmatch
+import getpass
 import ipaddress
 import os
 import re
@@ -39,6 +40,8 @@ _DOORS = (
     "GRADIO_RUN_HISTORY",
 )
 SESSIONS = 512
+AUTH = "MOEVISION_AUTH"
+"""Environment variable, USER:PASSWORD, for a service: unlike an argument, others on the computer can't read it."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class Serving:
         if not self.local and self.auth is None and not self.public:
             way = "--share" if self.share else f"--host {self.host}"
             raise UserError(
-                f"{way} lets other people use the explorer on this computer: add --auth USER:PASS, or --public if "
-                "anyone may."
+                f"{way} lets other people use the explorer on this computer: add --auth USER, which asks for a "
+                f"password (or set {AUTH}=USER:PASSWORD), or --public if anyone may."
             )
         if (error := _why_not_own(self.bare_host)) is not None:  # gradio would try a hundred ports, for seconds each
             raise UserError(f"--host {self.host} is no address of this computer ({error}): give another.") from error
@@ -144,13 +147,13 @@ class Server(AbstractContextManager["Server"]):
         from starlette.middleware import Middleware
         from starlette.middleware.gzip import GZipMiddleware
 
-        from moevision.demo.gate import Gate
-        from moevision.demo.page import WAITING, build_page
+        from moevision.demo.gate import DECODERS, Gate
+        from moevision.demo.page import MAX_THREADS, Doors, build_page
         from moevision.demo.web import Connection, Guard
         from moevision.demo.wire import MAX_BYTES
 
-        self.explorer, self._gate = explorer, Gate(workers=cpu_workers(), waiting=WAITING)
-        self._page, document = build_page(explorer, self._gate)
+        self.explorer, self._doors = explorer, Doors(Gate(DECODERS), Gate(cpu_workers()))
+        self._page, document = build_page(explorer, self._doors)
         proxied = serving.share or bool(serving.allow_host) or _on_space()
         guard = Middleware(
             Guard, known=self._known, home=document, frames=serving.frames(), proxied=proxied, root=serving.root_path
@@ -174,6 +177,7 @@ class Server(AbstractContextManager["Server"]):
                 enable_monitoring=False,
                 strict_cors=True,
                 max_file_size=MAX_BYTES,
+                max_threads=MAX_THREADS,
                 allowed_paths=[],
                 mcp_server=False,
                 ssr_mode=False,
@@ -182,7 +186,7 @@ class Server(AbstractContextManager["Server"]):
                 app_kwargs={"middleware": [guard, small], "docs_url": None, "redoc_url": None, "openapi_url": None},
             )
         except Exception as error:  # where gradio can't reach itself it raises errors of httpx's and bare ones
-            self._gate.close()
+            self._doors.close()
             where = f"{in_url(serving.bare_host)}:{serving.port or 7860}"
             raise UserError(f"{where} can't be used ({error}): give another --port, or another --host.") from error
         self._page.server.config.http_protocol_class = Connection  # uvicorn asks for it at every connection
@@ -205,7 +209,7 @@ class Server(AbstractContextManager["Server"]):
     def close(self) -> None:
         """Stop serving."""
         self._page.close(verbose=False)
-        self._gate.close()
+        self._doors.close()
         self.explorer.close()
 
 
@@ -341,15 +345,39 @@ def _wait_for_interrupt() -> None:
         time.sleep(3600)
 
 
+def _login(argument: str | None) -> tuple[str, str] | None:
+    """User and password: from `--auth`, asked for, or from the environment, which programs started here don't get.
+
+    Raises:
+        UserError: if one of both is missing, or must be asked for without a terminal.
+    """
+    variable = os.environ.pop(AUTH, None)
+    given = variable if argument is None else argument
+    if given is None:
+        return None
+    user, colon, password = given.partition(":")
+    if argument is not None and colon and user and password:
+        print(
+            "note: others on this computer can read a password on the command line, and your shell keeps it: "
+            f"--auth {user} asks for it, and {AUTH}=USER:PASSWORD sets it for a service.",
+            file=sys.stderr,
+        )
+    elif argument is not None and not colon:
+        if not sys.stdin.isatty():
+            raise UserError(
+                f"--auth {user} asks for a password, and here is no terminal: set {AUTH}=USER:PASSWORD instead."
+            )
+        password = getpass.getpass(f"Password for {user}: ")
+    if not (user and password):
+        name = AUTH if argument is None else "--auth"
+        raise UserError(f"{name} needs a user and a password, neither of them empty, as in class:secret.")
+    return user, password
+
+
 def _serving(chosen: Namespace) -> Serving:
-    auth: tuple[str, str] | None = None
-    if chosen.auth is not None:
-        user, colon, password = chosen.auth.partition(":")
-        if not (user and colon and password):
-            raise UserError("--auth takes a user and a password with a colon between them, as in --auth class:secret.")
-        auth = (user, password)
     if chosen.port is not None and not 0 < chosen.port < 65536:
         raise UserError(f"--port is {chosen.port}: give a number from 1 to 65535.")
+    auth = _login(chosen.auth)
     return Serving(
         chosen.host,
         chosen.port,

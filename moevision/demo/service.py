@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from moevision.data.images import BadImageError
 from moevision.demo import requests as read
 from moevision.demo.bundle import Entry, Variant
 from moevision.demo.examples import Found, Recent, sharp, thumb
-from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, PictureFacts, model_input
+from moevision.demo.facts import MAX_ASPECT, MIN_SIDE, SHARP_PX, PictureFacts, Pixels, model_input
 from moevision.demo.galleries import AtlasPages, Galleries
 from moevision.demo.html import view_html
 from moevision.demo.requests import RequestError
@@ -83,17 +83,20 @@ class Explorer:
         """The answer to a request, or `{"error", "code"}`."""
         try:
             return self.handlers[name](request)
-        except RequestError as error:
-            return failure(str(error), error.code)
-        except TooLargeError as error:
-            return failure(str(error), "too_large")
-        except BadImageError as error:
-            return failure(f"This image can't be used: {error.reason}.", "bad_image")
-        except UserError as error:
-            return failure(str(error), "bad_request")
-        except Exception:  # a fault of ours: the log says where, the visitor that it wasn't them
-            log.exception("the request %s failed", name)
-            return failure("The explorer stumbled over this request; its log on the server says where.", "internal")
+        except Exception as error:
+            return told(error, name)
+
+    def opened(self, name: str, request: Any) -> Any:
+        """The request with its upload decoded, and as it is if it brings none.
+
+        Decoding takes far more memory than the answer: a server lets few do it at once. Raises what `told` tells.
+        """
+        if not brings_image(request):
+            return request
+        entry, _ = self.pages.model(request)
+        picture = request["picture"]
+        upload = _open(picture["data"], entry.facts.image_size, with_sharp=name == "export_html")
+        return {**request, "picture": {**picture, "data": upload}}
 
     def warm(self) -> None:
         """Run every network once, so that the first visitor doesn't wait for it; route the first model's examples."""
@@ -230,12 +233,13 @@ class Explorer:
 
     def export_html(self, request: Any) -> Json:
         """The view as one HTML page that needs neither server nor network."""
+        request = self.opened("export_html", request)
         entry, variant, found, settings = self._read(request)
         view = self._view(entry, variant, found, settings).to_json()
         if found.id:
             view["picture"]["sharp"] = entry.examples.sharp(found.id)
         else:
-            view["picture"]["sharp"] = sharp(open_data_uri(request["picture"]["data"]), entry.facts.image_size)
+            view["picture"]["sharp"] = request["picture"]["data"].sharp
         times = self.times.get(entry.card.id)
         as_trained = variant.facts.variant == "trained" and settings == Settings()
         history = times.of_image(found.id) if times is not None and as_trained and found.id in times.rows else None
@@ -257,9 +261,10 @@ class Explorer:
         if read.choice(picture, "kind", ("example", "upload")) == "example":
             return entry.examples.find(read.image_id(picture, "id"))
         data = picture.get("data")
-        if not isinstance(data, str) or not data:
+        if not isinstance(data, str | Upload) or not data:
             raise RequestError("The field 'data' must be an image as data:image/...;base64,... text.")
-        return Found("", "your image", None, model_input(open_data_uri(data), entry.facts.image_size))
+        upload = data if isinstance(data, Upload) else _open(data, entry.facts.image_size)
+        return Found("", "your image", None, upload.pixels)
 
     def _view(self, entry: Entry, variant: Variant, found: Found, settings: Settings) -> RoutingView:
         typical = self.galleries.typical(entry)
@@ -315,6 +320,39 @@ class Explorer:
             },
             "default": {"model": entries[0].card.id, "picture": first[0]["id"] if first else None},
         }
+
+
+class Upload(NamedTuple):
+    """What is needed of a visitor's image: `pixels` as the model sees it, and perhaps `sharp`, a data URI of more."""
+
+    pixels: Pixels
+    sharp: str | None
+
+
+def brings_image(request: Any) -> bool:
+    """Whether an image must be decoded for a request."""
+    picture = request.get("picture") if isinstance(request, dict) else None
+    data = picture.get("data") if isinstance(picture, dict) and picture.get("kind") == "upload" else None
+    return isinstance(data, str) and data != ""
+
+
+def _open(data: str, image_size: int, *, with_sharp: bool = False) -> Upload:
+    image = open_data_uri(data, max(SHARP_PX, image_size))
+    return Upload(model_input(image, image_size), sharp(image, image_size) if with_sharp else None)
+
+
+def told(error: Exception, name: str) -> Json:
+    """What a visitor is told of an error of the request `name`."""
+    if isinstance(error, RequestError):
+        return failure(str(error), error.code)
+    if isinstance(error, TooLargeError):
+        return failure(str(error), "too_large")
+    if isinstance(error, BadImageError):
+        return failure(f"This image can't be used: {error.reason}.", "bad_image")
+    if isinstance(error, UserError):
+        return failure(str(error), "bad_request")
+    log.error("the request %s failed", name, exc_info=error)  # a fault of ours: the log says where
+    return failure("The explorer stumbled over this request; its log on the server says where.", "internal")
 
 
 def failure(sentence: str, code: str) -> Json:

@@ -7,6 +7,7 @@ body of any size, and keeps a session for every `session_hash` that it hears of.
 - a request must name a host that the explorer goes by, or any website could reach it by DNS rebinding;
 - only the routes that the page and gradio's clients use exist, for GET as for POST;
 - a body is read up to a limit, within a time, and only as long as all bodies together fit;
+- one address has at most a fourth of these bodies, and of the requests that are being answered;
 - it must be a JSON object (forms aside) whose names of sessions and functions are short, and not empty: an empty
   `session_hash` ends the loop of gradio's queue, and with it the API for everyone;
 - an uploaded file stays in memory for one request (`Uploads`), so that gradio opens no path and no address;
@@ -21,6 +22,7 @@ import gzip
 import json
 import logging
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -41,6 +43,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY: Final = MAX_CHARACTERS + 16_384
 MAX_BODIES: Final = 16 * MAX_BODY
+EACH: Final = 4  # an address may have a fourth of that, and of the requests that are being answered
 READ_S: Final = 60.0
 MAX_WORD: Final = 100
 API: Final = "/gradio_api"
@@ -51,7 +54,7 @@ MAX_UPLOADS: Final = 8 * MAX_BYTES
 UPLOAD_S: Final = 600.0
 HEADER_S: Final = 10.0
 MAX_CONNECTIONS: Final = 512  # a browser keeps up to 6, of which one stays open
-MAX_CONNECTIONS_EACH: Final = 128  # of one address
+MAX_CONNECTIONS_EACH: Final = MAX_CONNECTIONS // EACH
 # What the page and gradio's clients use; a name that ends in "/" stands for all that begins with it.
 _GET: Final = (
     "/assets/",
@@ -123,7 +126,7 @@ class Guard:
         root: path below which a proxy shows the page.
         proxied: whether `X-Forwarded-For` tells visitors apart: a proxy that sets it is known to be there.
         max_body: largest body of one request, in bytes.
-        max_bodies: of all bodies that are being read or answered.
+        max_bodies: of all bodies that are being read or answered; an address has at most a fourth of it.
         read_s: how long reading a body may take.
     """
 
@@ -147,7 +150,9 @@ class Guard:
         self.home = home.text.encode()
         self.home_gzip = gzip.compress(self.home, mtime=0)
         self.uploads, self.brake = Uploads(), Brake()
-        self._held = 0  # bytes; touched by the event loop's thread only
+        # By address: requests that are being answered, and bytes of bodies. Touched by the event loop's thread only.
+        self._inside: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -162,8 +167,13 @@ class Guard:
             scope = {**scope, "path": path, "raw_path": path.encode()}
         answer = _Answer(send, self.headers, scope["method"] == "POST")
         body = bytearray()
+        address = client_address(scope["client"], self.proxied, "x-forwarded-for" in Headers(scope=scope))
+        scope = {**scope, "client": (address, 0)}  # who takes turns with others in `Gate`
+        self._inside[address] += 1
         try:
             path = scope["path"]
+            if self._inside[address] > MAX_CONNECTIONS_EACH:
+                raise Refused(503, "Too many requests from this address: try again in a few seconds.", "busy")
             self._check_host(scope)
             _check_route(scope["method"], path)
             if path.startswith(_PRIVATE) and not await self._may_enter(scope, receive):
@@ -183,7 +193,8 @@ class Guard:
         except Refused as refused:
             await answer.refuse(refused)
         finally:
-            self._held -= len(body)
+            _take(self._inside, address, 1)
+            _take(self._held, address, len(body))
 
     async def _show_home(self, scope: Scope, answer: _Answer) -> None:
         packed = "gzip" in Headers(scope=scope).get("accept-encoding", "")
@@ -220,7 +231,7 @@ class Guard:
 
     async def _log_in(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         """Let gradio check a login when its address may have one checked."""
-        address = client_address(scope["client"], self.proxied, "x-forwarded-for" in Headers(scope=scope))
+        address = scope["client"][0]
         wait_s = self.brake.pause(address)
         if wait_s is None:
             raise Refused(429, "Too many wrong logins from this address: wait a minute and try again.", "busy")
@@ -243,6 +254,7 @@ class Guard:
             raise _misfit()
 
     async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> None:
+        address = scope["client"][0]
         most = MAX_LOGIN if scope["path"] in LOGIN else self.max_body
         too_large = Refused(413, f"A request has at most {most:,} bytes here: send less.", "too_large")
         announced = dict(scope["headers"]).get(b"content-length", b"0")
@@ -256,10 +268,10 @@ class Guard:
                         raise Refused(400, "The request broke off.")
                     chunk = message.get("body", b"")
                     body += chunk
-                    self._held += len(chunk)
+                    self._held[address] += len(chunk)
                     if len(body) > most:
                         raise too_large
-                    if self._held > self.max_bodies:
+                    if self._held[address] * EACH > self.max_bodies or self._held.total() > self.max_bodies:
                         raise Refused(503, "Many people are sending images: try again in a few seconds.", "busy")
                     if not message.get("more_body", False):
                         return
@@ -309,12 +321,12 @@ class Uploads:
     Here the "path" of a file is a random word, and `text_of` puts the file itself in its place.
 
     Args:
-        limit: bytes of all files; the oldest make room.
+        limit: bytes of all files; the oldest one of the address with most bytes makes room.
     """
 
     def __init__(self, limit: int = MAX_UPLOADS) -> None:
         self.limit = limit
-        self._files: dict[str, bytes] = {}
+        self._files: dict[str, tuple[str, bytes]] = {}  # address and content
 
     async def keep(self, scope: Scope, body: bytes) -> str:
         """Take the one file of a multipart form.
@@ -343,16 +355,23 @@ class Uploads:
         if len(data) > MAX_BYTES:
             raise Refused(413, f"The file is larger than {MAX_BYTES // 2**20} MB: save it smaller.", "too_large")
         name = f"upload:{secrets.token_urlsafe(16)}"
-        self._files[name] = data
-        while sum(map(len, self._files.values())) > self.limit:
-            del self._files[next(iter(self._files))]
+        self._files[name] = (scope["client"][0], data)
+        while self._held().total() > self.limit:
+            ((most, _),) = self._held().most_common(1)
+            del self._files[next(one for one, (address, _) in self._files.items() if address == most)]
         asyncio.get_running_loop().call_later(UPLOAD_S, self._files.pop, name, None)
         return name
 
     def text_of(self, path: str) -> str:
         """The file of this name as base64 text, once; any other path as it is, which nothing opens."""
-        data = self._files.pop(path, None)
+        _, data = self._files.pop(path, ("", None))
         return path if data is None else base64.b64encode(data).decode("ascii")
+
+    def _held(self) -> Counter[str]:
+        held: Counter[str] = Counter()
+        for address, data in self._files.values():
+            held[address] += len(data)
+        return held
 
 
 class Connection(H11Protocol):
@@ -399,6 +418,13 @@ class Connection(H11Protocol):
     def _stop_clock(self) -> None:
         if self._late is not None:
             self._late.cancel()
+
+
+def _take(held: Counter[str], address: str, amount: int) -> None:
+    """Subtract, and forget an address that has nothing left."""
+    held[address] -= amount
+    if not held[address]:
+        del held[address]
 
 
 def _misfit() -> Refused:

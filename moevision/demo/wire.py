@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from moevision.data.images import BadImageError, safe_open
+from moevision.data.images import JPEG, BadImageError, safe_open
 from moevision.errors import UserError
 
 MAX_BYTES: Final = 8 * 1024 * 1024
-MAX_PIXELS: Final = 50_000_000
+MAX_PIXELS: Final = 50_000_000  # of a JPEG, which is decoded in fewer
+MAX_PIXELS_WHOLE: Final = 16_000_000  # of any other format: 0.25 GB and a second
 # base64 writes 3 bytes as 4 characters; the prefix "data:image/...;base64," is short.
 MAX_CHARACTERS: Final = MAX_BYTES * 4 // 3 + 256
 
@@ -63,18 +64,20 @@ def halves(values: npt.NDArray[np.float16]) -> dict[str, Any]:
     return {"shape": list(values.shape), "data": base64.b64encode(values.astype("<f2").tobytes()).decode("ascii")}
 
 
-def open_data_uri(text: str) -> Image.Image:
+def open_data_uri(text: str, short_side: int | None = None) -> Image.Image:
     """Decode an image that came inside a request.
 
     Args:
         text: `data:image/...;base64,...`, or the base64 alone.
+        short_side: what it will be shrunk to, in pixels: a JPEG may come with fewer pixels then (`safe_open`).
 
     Returns:
         An upright RGB image.
 
     Raises:
         TooLargeError: if it has more than `MAX_BYTES` bytes.
-        BadImageError: if it is not base64, or not an image that `safe_open` accepts.
+        BadImageError: if it is not base64, has more than `MAX_PIXELS` (a JPEG) or `MAX_PIXELS_WHOLE` pixels, or is not
+            an image that `safe_open` accepts.
     """
     if len(text) > MAX_CHARACTERS:
         raise TooLargeError(f"The image is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")
@@ -91,4 +94,5 @@ def open_data_uri(text: str) -> Image.Image:
         ) from error
     if len(data) > MAX_BYTES:
         raise TooLargeError(f"The image is larger than {MAX_BYTES // 2**20} MB: save it smaller and try again.")
-    return safe_open(io.BytesIO(data), max_bytes=MAX_BYTES, max_pixels=MAX_PIXELS)
+    max_pixels = MAX_PIXELS if data.startswith(JPEG) else MAX_PIXELS_WHOLE
+    return safe_open(io.BytesIO(data), short_side, max_bytes=MAX_BYTES, max_pixels=max_pixels)

@@ -16,8 +16,6 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 from moevision.demo import gate, route_image
-from moevision.demo.gate import Gate
-from moevision.demo.requests import RequestError
 from moevision.demo.web import Uploads
 from tests.demo import hostile
 from tests.demo.serving import LOGIN
@@ -194,15 +192,18 @@ def test_a_file_has_the_limits_of_a_picture(server):
 
 
 def test_uploads_make_room_and_a_request_holds_one():
-    async def two():
-        uploads = Uploads(limit=10)
+    """At most 20 bytes: of the address with most, the oldest goes; an address with one file keeps it."""
+
+    async def four():
+        uploads = Uploads(limit=20)
         form = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n1234567\r\n--b--\r\n'
         scope = {"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=b")]}
-        return uploads, [await uploads.keep(scope, form) for _ in range(2)]
+        return uploads, [await uploads.keep({**scope, "client": (address, 0)}, form) for address in "abbb"]
 
-    uploads, (old, new) = asyncio.run(two())
-    assert uploads.text_of(old) == old
-    assert uploads.text_of(new) == base64.b64encode(b"1234567").decode()
+    uploads, names = asyncio.run(four())
+    content = base64.b64encode(b"1234567").decode()
+    assert [uploads.text_of(name) for name in names] == [content, names[1], names[2], content]
+    assert uploads.text_of(names[0]) == names[0]
 
 
 def log_in(url, password, address="127.0.0.1", **headers):
@@ -311,25 +312,3 @@ def test_behind_a_proxy_or_a_tunnel(server):
     assert time.monotonic() - begin < 1.9
     assert log_in(url, "secret", **{"x-forwarded-for": visitors[0]}) == 200
     assert time.monotonic() - begin > 0.5  # the sixth wrong one waited a second, this one two more
-
-
-def test_a_full_gate_says_busy():
-    gate, go = Gate(workers=1, waiting=2), threading.Event()
-    inside = [gate.submit(go.wait, 10) for _ in range(3)]
-    with pytest.raises(RequestError, match="try again") as refused:
-        gate.submit(go.wait, 10)
-    assert refused.value.code == "busy"
-    go.set()
-    assert all(future.result(10) for future in inside)
-    assert gate.submit(lambda: "in again").result(10) == "in again"
-    gate.close()
-    with pytest.raises(RequestError, match="stopped"):
-        gate.submit(go.wait, 10)
-
-
-def test_a_failing_request_leaves_its_place():
-    gate = Gate(workers=1, waiting=0)
-    for _ in range(3):
-        with pytest.raises(ZeroDivisionError):
-            gate.submit(lambda: 1 / 0).result(10)
-    gate.close()

@@ -12,6 +12,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -56,7 +57,8 @@ def test_loopback(host, expected):
 def test_others_are_kept_out_without_a_password(arguments, cli):
     outcome = cli("demo", *arguments)
     assert outcome.code == 2
-    assert "--auth USER:PASS" in outcome.err
+    assert "--auth USER," in outcome.err
+    assert "MOEVISION_AUTH=USER:PASSWORD" in outcome.err
     assert "--public" in outcome.err
     assert outcome.err.count("\n") == 1
 
@@ -73,9 +75,10 @@ def test_others_may_come_in_when_that_is_said():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--auth", "nobody"], "colon"),
-        (["--auth", ":x"], "colon"),
-        (["--auth", "x:"], "colon"),
+        (["--auth", "nobody"], "no terminal: set MOEVISION_AUTH=USER:PASSWORD"),
+        (["--auth", ":x"], "--auth needs a user and a password"),
+        (["--auth", "x:"], "--auth needs a user and a password"),
+        (["--auth", ""], "--auth"),
         (["--port", "0"], "--port is 0"),
         (["--root-path", "/moe/"], "without a slash at its end"),
         (["--allow-host", "https://lab.example.org"], "a host name without a port"),
@@ -93,6 +96,38 @@ def test_mistakes_in_one_sentence(arguments, words, cli):
     outcome = cli("demo", *arguments)
     assert outcome.code == 2
     assert words in outcome.err
+
+
+def test_a_password_need_not_stand_on_the_command_line(monkeypatch, capsys):
+    monkeypatch.delenv(launch.AUTH, raising=False)
+    assert launch._login(None) is None
+    monkeypatch.setattr(launch.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(launch.getpass, "getpass", {"Password for class: ": "a:secret"}.__getitem__)
+    assert launch._login("class") == ("class", "a:secret")
+    for argument, user in ((None, "other"), ("class", "class")):  # an argument comes before the variable
+        monkeypatch.setenv(launch.AUTH, "other:a:secret")
+        assert launch._login(argument) == (user, "a:secret")
+        assert launch.AUTH not in os.environ  # the program of gradio's tunnel doesn't need it
+    assert capsys.readouterr().err == ""
+    assert launch._login("class:secret") == ("class", "secret")
+    note = capsys.readouterr().err
+    assert "--auth class asks for it" in note
+    assert "secret" not in note
+
+
+def test_a_password_that_is_asked_for_is_not_empty(monkeypatch):
+    monkeypatch.setattr(launch.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(launch.getpass, "getpass", lambda prompt: "")
+    with pytest.raises(UserError, match="--auth needs a user and a password"):
+        launch._login("class")
+
+
+@pytest.mark.parametrize("variable", ["class", ":x", "x:", ""])
+def test_a_variable_without_a_password_is_refused(variable, monkeypatch, cli):
+    monkeypatch.setenv(launch.AUTH, variable)
+    outcome = cli("demo", "--host", "0.0.0.0")
+    assert outcome.code == 2
+    assert "MOEVISION_AUTH needs a user and a password" in outcome.err
 
 
 def test_a_name_with_one_address_that_can_be_used_will_do(monkeypatch):

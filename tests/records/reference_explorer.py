@@ -35,7 +35,8 @@ CLAIMS = [
 ]
 
 DEFINITIONS = [
-    Definition("An image may have 8 MB and 50 megapixels", "limits in the code"),
+    Definition("An image may have 8 MB and 16 megapixels (a JPEG 50", "limits in the code"),
+    Definition("Up to 64 requests wait", "a limit in the code"),
     Definition("more than 20 times as long as wide", "a limit in the code"),
     Definition("is dropped after 10 minutes", "a limit in the code"),
     Definition("(1 s up to 15 s", "limits in the code"),
