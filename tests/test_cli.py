@@ -164,6 +164,9 @@ def test_unknown_verb(cli):
 def test_a_verb_that_has_moved_says_where(cli):
     for arguments in ((), ("layer", "--help")):
         refused(cli("benchmark", *arguments), "python -m benchmarks", "checkout")
+    for arguments in ((), ("runs/pets", "--seeds=5"), ("--help",)):
+        refused(cli("data", "curve", *arguments), "python -m benchmarks curve of", "checkout")
+    refused(cli("data", "score", "curve"), "curve is no run folder")  # not the task
 
 
 def test_traceback_on_demand(cli):
