@@ -17,6 +17,8 @@ MOVED = {
     "installed package has not: clone it, and run `python -m benchmarks --help` there.",
     "data curve": "`moevision data curve` is now `python -m benchmarks curve of`, which a checkout of the repository "
     "has and the installed package has not: clone it, and give the same options there.",
+    "predict --shard": "`predict` has no option --shard any more: give each process a list of files and an --out of "
+    "its own, as docs/guides/batch.md shows.",
     "fit --fault": "`fit` has no option --fault any more: `python -m benchmarks guard-accuracy`, in a checkout of the "
     "repository, trains with injected faults.",
 }

@@ -32,14 +32,10 @@ def predict() -> ArgumentParser:
 
         Probabilities are calibrated if fit stored a temperature with the model; if not, a line says so. --unsure is no
         failure: the exit code stays 0.
-
-        With --shard I/N many processes classify one collection, on one machine or on many: each writes part files of
-        4,096 images into --out DIR, and started again leaves out what is there. `cat DIR/*.csv` is all of it.
         """,
         """\
         moevision predict runs/pets/model image.jpg
         moevision predict runs/pets/model photos/ --unsure 0.6 --out answers.csv   a folder with all its subfolders
-        moevision predict runs/pets/model photos/ --shard 1/8 --out answers/
         """,
     )
     parser.add_argument("model", help=TRAINED)
@@ -51,12 +47,6 @@ def predict() -> ArgumentParser:
     )
     parser.add_argument("--format", choices=("csv", "json"), default="csv", help="what is written (%(default)s)")
     parser.add_argument("--out", metavar="FILE", help="write to FILE instead of standard output")
-    parser.add_argument(
-        "--shard",
-        type=_shard,
-        metavar="I/N",
-        help="only the I-th of N equal parts of the images (I from 1); --out is a folder for all of them",
-    )
     parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="images per pass (%(default)s)")
     parser.add_argument(
         "--precision",
@@ -653,13 +643,6 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise ArgumentTypeError(f"{text!r} is no share between 0 and 1")
     return share
-
-
-def _shard(text: str) -> tuple[int, int]:
-    number, slash, shards = text.partition("/")
-    if not (slash and number.isdecimal() and shards.isdecimal() and 1 <= int(number) <= int(shards)):
-        raise ArgumentTypeError(f"{text!r} is not of the form I/N with I from 1 to N")
-    return int(number), int(shards)
 
 
 def _layers(text: str) -> str | list[int]:
