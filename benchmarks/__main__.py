@@ -37,7 +37,7 @@ STUDY = {
     "label_noise": ("which score finds wrong labels, and what leaving suspects out is worth", "label_noise"),
     "difficulty": ("how much of an image's difficulty its experts tell, beside features", "label_noise.difficulty"),
     "duplicates": ("which copies the page of `data score` finds: planted ones, and those of CIFAR-10", "duplicates"),
-    "curve": ("what fewer, chosen training images cost on CIFAR-10", "curve"),
+    "curve": ("what fewer, chosen training images cost: of a run, or the study on CIFAR-10", "curve"),
     "accumulation": ("the balance losses' gradient under gradient accumulation", "accumulation"),
     "layouts": ("fit on photos in 2 and 4 processes under every layout, beside one process", "layouts"),
     "waiting": ("what travels under expert parallelism, and how long processes wait for each other", "waiting"),

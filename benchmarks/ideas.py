@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.curve.shares import is_as_good
+from benchmarks.curve.shares import table as curve_table
 from benchmarks.harness import HERE, argument_parser
 from benchmarks.queue import fill_readme, read_records
 from benchmarks.small import report as small
@@ -26,8 +28,6 @@ from benchmarks.specialization.rule import above_before, settings_of
 from benchmarks.study import Row, contrasts
 from benchmarks.upcycling import report as upcycling
 from moevision.analysis.questions import YES
-from moevision.commands.curve import is_as_good
-from moevision.commands.curve import table as curve_table
 from moevision.train.differences import Gap
 
 PAGE = HERE.parent / "docs" / "concepts" / "what-sparsity-buys.md"

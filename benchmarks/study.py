@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning as L
+import numpy as np
 from scipy.stats import t as student
 
 from benchmarks.subject import Subject
@@ -45,6 +46,15 @@ def open_data(name: str, cifar: str, *, pets: Sequence[int] = (16_384, 2_000, 4_
     data = ImageDataModule(image_size=IMAGE_SIZE, batch_size=BATCH, crop="pad", augment="light", **options[name])
     data.setup()
     return data
+
+
+def drawn(labels: Sequence[int], images: int, seed: int) -> list[int]:
+    """Indices of at most `images` images, in order, as many of each class as it has room for."""
+    label, generator = np.array(labels), np.random.default_rng(seed)
+    each = images // (label.max() + 1)
+    return sorted(
+        int(index) for c in range(label.max() + 1) for index in generator.permutation(np.flatnonzero(label == c))[:each]
+    )
 
 
 def small(name: str, *, lr: float = 1e-3, num_classes: int = 10, **arch: Any) -> Subject:

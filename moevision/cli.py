@@ -16,6 +16,12 @@ INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 MOVED = {
     "benchmark": "`moevision benchmark` is now `python -m benchmarks`, which a checkout of the repository has and the "
     "installed package has not: clone it, and run `python -m benchmarks --help` there.",
+    "data curve": "`moevision data curve` is now `python -m benchmarks curve of`, which a checkout of the repository "
+    "has and the installed package has not: clone it, and give the same options there.",
+    "predict --shard": "`predict` has no option --shard any more: give each process a list of files and an --out of "
+    "its own, as docs/guides/batch.md shows.",
+    "fit --fault": "`fit` has no option --fault any more: `python -m benchmarks guard-accuracy`, in a checkout of the "
+    "repository, trains with injected faults.",
 }
 
 USAGE = """\
@@ -63,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(versions() if "--verbose" in rest else versions().splitlines()[0])
         return 0
     name = rest.pop(0)
-    if name not in VERBS:
-        print(f"moevision: {MOVED.get(name) or _no_verb(name)}", file=sys.stderr)
+    moved = _moved(name, rest)
+    if moved or name not in VERBS:
+        print(f"moevision: {moved or _no_verb(name)}", file=sys.stderr)
         return USER_ERROR
     show_traceback = "--traceback" in rest
     return _run(name, [argument for argument in rest if argument != "--traceback"], show_traceback)
@@ -83,6 +90,12 @@ def versions() -> str:
         f"{name} {package_version(name) or 'not installed'}" for name in ("torch", "torchvision", "timm", "lightning")
     ]
     return "\n".join([f"moevision {__version__}", f"python {sys.version.split()[0]}", *libraries])
+
+
+def _moved(name: str, rest: Sequence[str]) -> str | None:
+    """What to do in the place of a verb, a task (the word after it) or an option that is gone; None for all others."""
+    words = [word.partition("=")[0] for place, word in enumerate(rest) if place == 0 or word.startswith("--")]
+    return next((MOVED[key] for key in (name, *(f"{name} {word}" for word in words)) if key in MOVED), None)
 
 
 def _no_verb(name: str) -> str:

@@ -182,6 +182,18 @@ def send_signal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return after
 
 
+@pytest.fixture
+def strike(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let trainings of this process be struck by faults, as `benchmarks.guard.faults` reads them."""
+
+    def by(faults: str) -> None:
+        from tests.train.struck import strike
+
+        strike(faults, monkeypatch.setattr)
+
+    return by
+
+
 @pytest.fixture(autouse=True)
 def _environment_of_its_own() -> Generator[None, None, None]:
     """Put the environment back: Lightning leaves LOCAL_RANK there, and what is launched then joins no launcher."""

@@ -65,9 +65,7 @@ def test_the_rendered_help_is_what_the_live_parsers_say(tmp_path):
 
     Then the options of our own have to be there. `python -m moevision.commands.training` renders it anew.
     """
-    ours = re.compile(
-        r"--(?:(?:model|data|guard|checkpoint|ema)\.[\w.]+|resume|fault|name|with-twin|runs_root|config)\b"
-    )
+    ours = re.compile(r"--(?:(?:model|data|guard|checkpoint|ema)\.[\w.]+|resume|name|with-twin|runs_root|config)\b")
     same = json.loads(training.VERSIONS.read_text()) == training.rendering_versions()
     code = (
         "import json; from moevision.commands.training import render; "
@@ -119,9 +117,10 @@ def test_help_lists_the_exit_codes(cli, help_of):
     assert sorted(map(int, re.findall(r"\b\d+\b", out.partition("--help-all")[0]))) == [0, 2, 3, 129, 130, 138, 143]
 
 
-def test_a_diverged_training_has_an_exit_code_of_its_own(cli, drawn_pets, tiny):
+def test_a_diverged_training_has_an_exit_code_of_its_own(cli, drawn_pets, tiny, strike):
     """No return is allowed and one is needed: 3, which a job script can tell from a mistake in the command."""
-    outcome = cli("fit", drawn_pets, *tiny, "--fault", "nan_weight@2", "--guard.max_rollbacks=0")
+    strike("nan_weight@2")
+    outcome = cli("fit", drawn_pets, *tiny, "--guard.max_rollbacks=0")
     assert outcome.code == 3
     assert "Traceback" not in outcome.err
     assert outcome.err.splitlines()[-1].startswith("moevision: The training diverged (weight of head.weight)")
@@ -164,6 +163,12 @@ def test_unknown_verb(cli):
 def test_a_verb_that_has_moved_says_where(cli):
     for arguments in ((), ("layer", "--help")):
         refused(cli("benchmark", *arguments), "python -m benchmarks", "checkout")
+    for arguments in ((), ("runs/pets", "--seeds=5"), ("--help",)):
+        refused(cli("data", "curve", *arguments), "python -m benchmarks curve of", "checkout")
+    refused(cli("predict", "runs/pets", "photos", "--shard", "1/8", "--out", "answers"), "docs/guides/batch.md")
+    for fault in (["--fault", "nan_loss@7"], ["--fault=nan_loss@7"]):
+        refused(cli("fit", "pets", *fault), "python -m benchmarks guard-accuracy")
+    refused(cli("data", "score", "curve"), "curve is no run folder")  # not the task
 
 
 def test_traceback_on_demand(cli):

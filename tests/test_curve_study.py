@@ -1,4 +1,4 @@
-"""The study of fewer images: the record becomes the table, the sentences and the figure of `moevision data curve`."""
+"""The study of fewer images: the record becomes the table, the sentences and the figure of `curve of`."""
 
 import json
 

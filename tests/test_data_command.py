@@ -7,13 +7,10 @@ import os
 import re
 import shutil
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
-from PIL import Image
 
 from moevision.data.sources import fetching
-from moevision.errors import UserError
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "splits.csv", "scores.csv")
 
@@ -110,51 +107,6 @@ def test_what_is_no_run_or_has_no_scores(cli, tiny_run):
     shutil.copy(tiny_run / "config.yaml", "run/config.yaml")
     outcome = cli("data", "prune", "run", "--by", "random", "--keep", "0.5")
     assert "scores.csv can't be read" in outcome.err
-
-
-def test_a_curve_is_gone_on_with(cli, tiny_run, monkeypatch, send_signal):
-    """Equal steps on 25 images and on 13 of them; stopped in the first training, gone on with, not repeated."""
-    asked = ("data", "curve", tiny_run, "--by", "random", "--shares", "0.5", "--seeds", "1", "--out", "curve")
-    send_signal(3)
-    stopped = cli(*asked)
-    assert stopped.code == 143
-    assert "2 trainings of 6 steps, 0 of them done: all 25 images, and 50 % by random, with the seeds 0" in stopped.out
-    assert "The curve goes on by the same command" in stopped.err
-    outcome = cli(*asked)
-    assert outcome.code == 0, outcome.err
-    assert "step 3 (verified)" in Path("curve/log.txt").read_text()
-    assert "Training on 50 % of the images, drawn at random, isn't shown to be as good as training" in outcome.out
-    assert list(Path("curve/trainings").iterdir()) == []
-    with Image.open("curve/curve.png") as figure:
-        assert figure.width > 1000
-    found = rows(Path("curve/curve.csv"))
-    assert [(row["by"], row["images"], row["seeds"]) for row in found] == [("all", "25", "1"), ("random", "13", "1")]
-    record = Path("curve/records/random-0.5-s0.json")
-    assert '"steps": 6' in record.read_text()
-    monkeypatch.setattr("moevision.train.run.run", None)
-    again = cli(*asked)
-    assert "2 of them done" in again.out
-    assert again.out.splitlines()[-9:] == outcome.out.splitlines()[-9:]
-    record.write_text(record.read_text().replace('"recipe": "', '"recipe": "0'))
-    assert "is of another config.yaml or scores.csv" in cli(*asked).err
-
-
-def test_a_curve_of_a_run_that_went_to_its_end(cli, tiny_run, monkeypatch):
-    """Of 2 epochs of 3 steps. An update left out, as by fp16 while it looks for its scale, is no early end."""
-    run = Path(shutil.copytree(tiny_run, "run"))
-    begun = Mock(side_effect=UserError("A training began."))
-    monkeypatch.setattr("moevision.train.run.run", begun)
-    # It was gone on with where the images are now.
-    (run / "config-2.yaml").write_text("data: {path: moved}")
-    asked = ("data", "curve", run, "--by", "random", "--shares", "0.5", "--seeds", "1")
-    known = json.loads((run / "summary.json").read_text())
-    for change, words in (
-        ({"steps": 5}, "The run took 5 steps, and its config.yaml says 6"),
-        ({"steps": 5, "refused": 1}, "A training began."),
-    ):
-        (run / "summary.json").write_text(json.dumps(known | change))
-        assert words in cli(*asked).err
-    assert "--data.path=moved" in begun.call_args.args[1]
 
 
 def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal):

@@ -266,7 +266,6 @@ ELSEWHERE = {
     "--config imagenette": "a download",
     "--config cats_vs_dogs": "a download",
     "--seeds": "three trainings",
-    "data curve": "39 trainings; tests/test_data_command.py",
     "fit shards": "tests/test_data_command.py",
     "--resume runs/images": "tests/train/test_resume.py",
     "--parallel": "several processes; tests/train/test_parallel_command.py",

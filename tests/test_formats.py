@@ -99,6 +99,14 @@ def test_the_explorer_takes_a_run_folder(there):
     assert entry.card.title
 
 
+def test_options_that_are_gone_are_left_out(cli, there):
+    """Every config.yaml of 0.1 has `fault`, which nobody set."""
+    outcome = cli("fit", "--config=runs/interrupted/config.yaml", "--print_config")
+    assert outcome.code == 0, outcome.err
+    assert "\nfault:" not in outcome.out
+    assert "batch_size: 8" in outcome.out
+
+
 def test_training_goes_on_or_says_why_not(cli, there):
     """Not bit for bit: another machine and other versions round differently."""
     outcome = cli("fit", "--resume", "runs/interrupted")

@@ -35,6 +35,7 @@ from moevision.names import csv_name, json_text, name_bytes, shown
 from moevision.train.callbacks import Stopwatch
 from moevision.train.card import without_example
 from tests.conftest import TINY, Outcome, run_cli
+from tests.train.struck import strike
 
 # C0 and C1 controls, DEL, bidirectional controls, line separators, invisible signs, lone surrogates.
 STEERING = re.compile(
@@ -161,7 +162,8 @@ def test_an_interrupted_run_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Stopwatch, "on_train_batch_end", stop)
-        outcome = run_cli("fit", folder, *TINY, "--data.max_bad_fraction=0.2", "--fault", "nan_loss@2, nan_loss@3")
+        strike("nan_loss@2, nan_loss@3", patch.setattr)
+        outcome = run_cli("fit", folder, *TINY, "--data.max_bad_fraction=0.2")
     assert_harmless_outcome(outcome, 143)
     resume = shlex.split(outcome.err.splitlines()[-1])
     outcome = run_cli(*resume[1:])

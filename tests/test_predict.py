@@ -252,50 +252,22 @@ def test_an_unreadable_file_is_not_unsure(cli, tiny_run, tmp_path):
     assert (row["class"], row["unsure"]) == (None, False)
 
 
-# ---- shards
+# ---- many images
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])
-def test_shards_together_say_what_one_process_says(cli, tiny_run, drawn_pets, tmp_path, monkeypatch, form):
-    """40 images in parts of 7, 3 shards of 13 and 14: concatenated they are the whole, in its order."""
-    monkeypatch.setattr("moevision.commands.predict.PART_IMAGES", 7)
-    for number in (2, 3, 1):
-        outcome = cli("predict", tiny_run, drawn_pets, f"--format={form}", f"--shard={number}/3", f"--out={tmp_path}")
+def test_lists_of_files_together_say_what_one_process_says(cli, tiny_run, drawn_pets, tmp_path, form):
+    """40 images as lists of 13, 13 and 14, behind the options, as `xargs` puts them: the rows of the whole."""
+    whole = read_rows(cli("predict", tiny_run, drawn_pets, f"--format={form}").out, form)
+    names = [row["path"] for row in whole]
+    together = []
+    for start, end in ((0, 13), (13, 26), (26, 40)):
+        out = tmp_path / f"{start:04d}.{form}"
+        outcome = cli("predict", tiny_run, f"--format={form}", f"--out={out}", *names[start:end])
         assert (outcome.code, outcome.out) == (0, "")
-    whole = cli("predict", tiny_run, drawn_pets, f"--format={form}").out
-    files = sorted(tmp_path.glob("*.csv" if form == "csv" else "*.jsonl"))
-    together = "".join(file.read_text() for file in files)
-    assert len([file for file in files if file.name.startswith("part-")]) == 2 + 2 + 2
-    if form == "csv":
-        assert [row["path"] for row in table(together)] == [row["path"] for row in table(whole)]
-        assert [row["class"] for row in table(together)] == [row["class"] for row in table(whole)]
-        assert together.count("path,class") == 1
-    else:
-        rows = [json.loads(line) for line in together.splitlines()]
-        assert [(row["path"], row["class"]) for row in rows] == [
-            (row["path"], row["class"]) for row in json.loads(whole)
-        ]
+        together += read_rows(out.read_text(), form)
+    assert [(row["path"], row["class"]) for row in together] == [(row["path"], row["class"]) for row in whole]
 
 
-def test_a_shard_goes_on_where_it_was_killed(cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
-    monkeypatch.setattr("moevision.commands.predict.PART_IMAGES", 7)
-    command = ("predict", tiny_run, drawn_pets, "--shard=1/2", f"--out={tmp_path}")
-    outcome = cli(*command)  # images 0 to 19 of 40: parts of 7, 7 and 6
-    assert "20 of 20 images classified now, 0 of 3 parts were there" in outcome.err
-    parts = sorted(tmp_path.glob("part-*.csv"))
-    assert [part.name for part in parts] == [f"part-{start:012d}.csv" for start in (0, 7, 14)]
-    before = [part.read_text() for part in parts]
-    parts[1].unlink()
-    parts[0].write_text("not touched\n")
-    outcome = cli(*command)
-    assert "7 of 20 images classified now, 2 of 3 parts were there" in outcome.err
-    assert [part.read_text() for part in parts] == ["not touched\n", *before[1:]]
-
-
-def test_shards_of_different_jobs_do_not_mix(cli, tiny_run, drawn_pets, tmp_path):
-    cat = drawn_pets / "cat"
-    assert cli("predict", tiny_run, cat, "--shard=1/2", f"--out={tmp_path}").code == 0
-    refused(cli("predict", tiny_run, drawn_pets, "--shard=2/2", f"--out={tmp_path}"), "images, paths_sha256")
-    refused(cli("predict", tiny_run, cat, "--shard=2/3", f"--out={tmp_path}"), "shards")
-    refused(cli("predict", tiny_run, cat, "--shard=2/2"), "--out DIR")
-    assert cli("predict", tiny_run, cat, "--shard=3/2", f"--out={tmp_path}").code == 2
+def read_rows(text, form):
+    return table(text) if form == "csv" else json.loads(text)

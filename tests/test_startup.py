@@ -39,7 +39,7 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["info"]),
     (2, ["compare"]),
     (2, ["plan", "quickstart", "--gpu", "abacus"]),
-    (2, ["predict", "runs/pets", "image.jpg", "--shard", "3/2"]),
+    (2, ["predict", "runs/pets", "image.jpg", "--batch_size", "x"]),
     (2, ["upcycle", "vit_tiny_patch16_224", "--out", "new", "--num-experts", "0"]),
     (2, ["surgery", "runs/pets", "--out", "new"]),
     (2, ["export", "runs/pets"]),

@@ -1,25 +1,28 @@
-"""What fewer, chosen training images cost on CIFAR-10: `moevision data curve` after a training of its own.
+"""What fewer, chosen training images cost: of a run (`of`), or on CIFAR-10 after a training of its own.
 
+    python -m benchmarks curve of RUN                                  # `curve of --help` has its options
     nice -n 19 python -m benchmarks curve run --data path/to/cifar10
     python -m benchmarks curve report                                  # README.md's table and curve.png
 
-`run` draws images, trains the recipe on them with scores, and asks `moevision data curve` for everything else. Stopped,
-the same command goes on; another commit is refused, since trainings of two versions don't compare.
+`run` draws images, trains the recipe on them with scores, and leaves everything else to `of`. Stopped, the same command
+goes on; another commit is refused, since trainings of two versions don't compare.
 """
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.curve import shares
+from benchmarks.curve.shares import draw, lines, sentences, table
 from benchmarks.harness import HERE, about, argument_parser, count, positive
-from benchmarks.label_noise import drawn
 from benchmarks.queue import add_study, fill_readme, refuse_changes
+from benchmarks.study import drawn
 from moevision.cli import main as run_moevision
-from moevision.commands.curve import draw, lines, sentences, table
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import write_json_atomic, write_text_atomic
@@ -48,9 +51,8 @@ def run(options: Namespace) -> None:
         "--data.keep", str(_images(options)), "--data.val_fraction", str(VALIDATION), "--seed_everything", "0",
         "--trainer.max_epochs", str(options.epochs), "--trainer.enable_progress_bar", "false", *options.fit,
     ])  # fmt: skip
-    shares = [str(share) for share in options.shares]
-    _call([
-        "data", "curve", str(run_dir), "--by", *METHODS, "--shares", *shares, "--seeds", str(options.seeds),
+    shares.run([
+        str(run_dir), "--by", *METHODS, "--shares", *map(str, options.shares), "--seeds", str(options.seeds),
         "--margin", str(MARGIN),
     ])  # fmt: skip
     trainings = [read_json(path) for path in sorted((run_dir / "curve/records").glob("*.json"))]
@@ -107,7 +109,7 @@ def parser() -> ArgumentParser:
     """The command line."""
     known = argument_parser("curve", __doc__)
     add = known.add_argument
-    add("verb", choices=("run", "report"))
+    add("verb", choices=("run", "report"), help="or of RUN: what fewer images cost a run, see `curve of --help`")
     add("--data", type=Path, metavar="DIR", help="CIFAR-10 as a folder")
     add("--images", type=positive, default=IMAGES, metavar="N", help="training images (%(default)s)")
     add("--epochs", type=positive, default=EPOCHS, metavar="N", help="(%(default)s)")
@@ -121,7 +123,10 @@ def parser() -> ArgumentParser:
 
 
 def main() -> None:
-    """Run or report."""
+    """The curve of a run, or the study's run or report."""
+    if sys.argv[1:2] == ["of"]:
+        shares.run(sys.argv[2:])
+        return
     options = parser().parse_args()
     if options.verb == "run" and options.data is None:
         raise UserError("Say where CIFAR-10 is: --data path/to/cifar10.")

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from scipy.stats import sem, t
 
+from benchmarks.guard.faults import FaultInjector
 from benchmarks.harness import about, argument_parser
 from benchmarks.study import quiet_trainer
 from moevision.data import ImageDataModule
 from moevision.files import write_json_atomic
 from moevision.models.config import MoEConfig
-from moevision.train.faults import FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.optim import EmaConfig, WeightEMA
 from moevision.train.report import paired_difference

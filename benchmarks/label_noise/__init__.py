@@ -26,14 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.curve.shares import schedule
 from benchmarks.harness import HERE, about, argument_parser, count, positive, print_table
 from benchmarks.queue import add_study, do_runs, fill_readme, is_dirty, read_records, refuse_changes
+from benchmarks.study import drawn
 from benchmarks.timing import rounded
 from moevision import package_version
 from moevision.analysis.collect import network_input
 from moevision.analysis.good_data.examine import RunImages, examine, images_of
 from moevision.cli import main as run_moevision
-from moevision.commands.curve import schedule
 from moevision.data import ImageDataModule
 from moevision.data.choices import KEEP, YES
 from moevision.data.doubt import class_doubt
@@ -115,15 +116,6 @@ def jobs(_: object, options: Namespace) -> Iterator[Job]:
 
 
 # ---- flips
-
-
-def drawn(labels: Sequence[int], images: int, seed: int) -> list[int]:
-    """Indices of at most `images` images, in order, as many of each class as it has room for."""
-    label, generator = np.array(labels), np.random.default_rng(seed)
-    each = images // (label.max() + 1)
-    return sorted(
-        int(index) for c in range(label.max() + 1) for index in generator.permutation(np.flatnonzero(label == c))[:each]
-    )
 
 
 def flipped(labels: Sequence[int], noise: str, class_names: Sequence[str], seed: int) -> dict[int, int]:

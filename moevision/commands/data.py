@@ -1,4 +1,4 @@
-"""`moevision data score | prune | curve | shard`: what a training found out about its images; images as tar shards."""
+"""`moevision data score | prune | shard`: what a training found out about its images; images as tar shards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HARDEST = 0.1  # of --hardest where it isn't given
 
 def run(chosen: Namespace) -> None:
     """Do the task that was asked for."""
-    {"score": write_page, "prune": write_list, "curve": train_curve, "shard": shard}[chosen.task](chosen)
+    {"score": write_page, "prune": write_list, "shard": shard}[chosen.task](chosen)
 
 
 def run_of(address: str) -> Path:
@@ -93,17 +93,6 @@ def write_list(chosen: Namespace) -> None:
     file = shlex.quote(shown(str(out)))
     relabel = f" --data.relabel {file}" if plan.new_label or relabelled else ""
     print(f"train on them: the options of the run, a new --name, and --data.keep {file}{relabel}")
-
-
-def train_curve(chosen: Namespace) -> None:
-    """`moevision data curve RUN`: train on fewer images, and compare.
-
-    Raises:
-        UserError: if the run has no scores or an end that is missing, or a training fails.
-    """
-    from moevision.commands.curve import run as run_curve
-
-    run_curve(chosen, run_of(chosen.run))
 
 
 def shard(chosen: Namespace) -> None:

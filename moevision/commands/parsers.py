@@ -32,14 +32,10 @@ def predict() -> ArgumentParser:
 
         Probabilities are calibrated if fit stored a temperature with the model; if not, a line says so. --unsure is no
         failure: the exit code stays 0.
-
-        With --shard I/N many processes classify one collection, on one machine or on many: each writes part files of
-        4,096 images into --out DIR, and started again leaves out what is there. `cat DIR/*.csv` is all of it.
         """,
         """\
         moevision predict runs/pets/model image.jpg
         moevision predict runs/pets/model photos/ --unsure 0.6 --out answers.csv   a folder with all its subfolders
-        moevision predict runs/pets/model photos/ --shard 1/8 --out answers/
         """,
     )
     parser.add_argument("model", help=TRAINED)
@@ -51,12 +47,6 @@ def predict() -> ArgumentParser:
     )
     parser.add_argument("--format", choices=("csv", "json"), default="csv", help="what is written (%(default)s)")
     parser.add_argument("--out", metavar="FILE", help="write to FILE instead of standard output")
-    parser.add_argument(
-        "--shard",
-        type=_shard,
-        metavar="I/N",
-        help="only the I-th of N equal parts of the images (I from 1); --out is a folder for all of them",
-    )
     parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="images per pass (%(default)s)")
     parser.add_argument(
         "--precision",
@@ -387,10 +377,9 @@ def data() -> ArgumentParser:
         moevision data shard photos --out shards              a folder as tar shards, which fit takes
         """,
     )
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="{score,prune,curve,shard}")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="{score,prune,shard}")
     _score(tasks.add_parser)
     _prune(tasks.add_parser)
-    _curve(tasks.add_parser)
     _tars(tasks.add_parser)
     return parser
 
@@ -464,39 +453,6 @@ def _prune(add_parser: Callable[..., ArgumentParser]) -> None:
         metavar="FILE",
         help="the list (RUN/keep-METHOD-SHARE.csv, in which another --hardest or --seed has its place)",
     )
-
-
-def _curve(add_parser: Callable[..., ArgumentParser]) -> None:
-    parser = add_parser(
-        "curve",
-        help="what fewer images cost in accuracy, by training on them",
-        **_texts(
-            """\
-            Train RUN's recipe on all of its training images and on shares of them, chosen as `moevision data prune`
-            does, with several seeds. All trainings take as many steps, so that less data is not less training. It first
-            says how many trainings these are and how long they take; the same command goes on where it was stopped.
-
-            OUT/ holds curve.csv and curve.png: accuracy on the test images, and its difference from training on all,
-            paired by seed, with a 95 % t interval over the seeds. A sentence for each method says whether 70 % (or the
-            share nearest to it) are shown to be as good as all, that is less than --margin worse.
-            """,
-            """\
-            moevision data curve runs/pets
-            moevision data curve runs/pets --shares 0.7 --by random ccs --seeds 5
-            """,
-        ),
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN", help="a finished run with scores.csv")
-    methods = ("random", "ccs", "aum", "el2n", "forgetting", "loss")
-    add("--by", nargs="+", choices=methods, default=list(methods[:3]), metavar="METHOD",
-        help=f"what chooses, of {', '.join(methods)} (random ccs aum)")  # fmt: skip
-    add("--shares", nargs="+", type=_part, default=[0.9, 0.7, 0.5, 0.3], metavar="SHARE",
-        help="shares of the images (0.9 0.7 0.5 0.3)")  # fmt: skip
-    add("--seeds", type=_positive, default=3, metavar="N", help="seeds 0 to N - 1 (%(default)s)")
-    add("--margin", type=float, default=1.0, metavar="POINTS",
-        help="loss of accuracy, in percentage points, that counts as none (%(default)s)")  # fmt: skip
-    add("--out", type=Path, metavar="DIR", help="folder to write to (RUN/curve)")
 
 
 def _tars(add_parser: Callable[..., ArgumentParser]) -> None:
@@ -699,20 +655,6 @@ def _share(text: str) -> float:
         share = -1
     if not 0 <= share <= 1:
         raise ArgumentTypeError(f"{text!r} is no share between 0 and 1")
-    return share
-
-
-def _shard(text: str) -> tuple[int, int]:
-    number, slash, shards = text.partition("/")
-    if not (slash and number.isdecimal() and shards.isdecimal() and 1 <= int(number) <= int(shards)):
-        raise ArgumentTypeError(f"{text!r} is not of the form I/N with I from 1 to N")
-    return int(number), int(shards)
-
-
-def _part(text: str) -> float:
-    share = _share(text)
-    if not 0 < share < 1:
-        raise ArgumentTypeError(f"{text!r} is no share above 0 and below 1")
     return share
 
 

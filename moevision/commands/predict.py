@@ -1,17 +1,9 @@
-"""`moevision predict MODEL PATH...`: classify image files with a saved model.
-
-`--shard i/n` classifies the i-th of n equal runs of the sorted files, in parts of `PART_IMAGES`, each a file that is
-there whole or not at all; what is there is not computed again. So n processes, or an array job on many machines, share
-a folder of answers without a word between them, and each may be killed and started again. Names sort in the order of
-the images, and the header is a part of its own in front: `cat` of all parts is what one process would have written.
-"""
+"""`moevision predict MODEL PATH...`: classify image files with a saved model."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import json
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -20,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -40,8 +32,6 @@ from moevision.train.processes import tell
 from moevision.train.trained import load_trained
 
 UNSURE = "unsure"
-PART_IMAGES = 4096
-SHARDS_JSON = "shards.json"
 JSON_HEAD = b'[\n  {\n    "path": '  # of a file that --format json wrote
 
 
@@ -65,28 +55,20 @@ class Prediction:
 def run(chosen: Namespace) -> None:
     """Classify, and print or write one row per image.
 
-    A file that can't be read gets a row that says why; the others are classified all the same. With `shard` (i, n), i
-    from 1, the i-th of n parts of the images is written in pieces below the folder `out`, without those that are there.
+    A file that can't be read gets a row that says why; the others are classified all the same.
 
     Raises:
         UserError: If there is no such model or path, no image in the folders, no place to write to, or `out` holds
-            something else than answers; for a shard, also if those are about other images or by another model.
+            something else than answers.
     """
     if chosen.batch_size < 1:
         raise UserError(f"--batch_size is {chosen.batch_size}: it must be at least 1.")
     if chosen.unsure is not None and not 0 < chosen.unsure <= 1:
         raise UserError(f"--unsure is {chosen.unsure:g}: it must be a probability above 0, at most 1.")
-    if chosen.shard is not None and chosen.out is None:
-        raise UserError("--shard needs --out DIR, the folder that all shards write their parts into.")
     with loading("loading the model"):
         saved = load_trained(chosen.model)
     calibrated = saved.temperature is not None
     files = list(find_images(chosen.paths))
-    if chosen.shard is not None:
-        said = {name: getattr(chosen, name) for name in ("model", "format", "precision", "unsure")}
-        predictions = _predict_shard(saved, files, chosen.shard, Path(chosen.out), chosen.batch_size, said)
-        _tell(predictions, chosen.unsure, calibrated=calibrated)
-        return
     if chosen.out is not None:
         _try_place(Path(chosen.out), chosen.format)
     predictions = _predict_files(saved, files, chosen.batch_size, chosen.precision)
@@ -136,82 +118,6 @@ def _tell(predictions: Sequence[Prediction], unsure: float | None, *, calibrated
     unread = [prediction for prediction in predictions if prediction.error]
     if unread:
         print(f"{len(unread)} of {len(predictions)} files could not be read; their rows say why.", file=sys.stderr)
-
-
-# ---- one shard of many
-
-
-def _predict_shard(
-    saved: SavedModel,
-    files: Sequence[Path | ShardImage],
-    shard: tuple[int, int],
-    folder: Path,
-    batch_size: int,
-    said: dict[str, Any],
-) -> list[Prediction]:
-    """Write the parts of one shard that aren't there; what was predicted for them."""
-    number, shards = shard
-    first, end = (len(files) * (number + step) // shards for step in (-1, 0))
-    suffix = "csv" if said["format"] == "csv" else "jsonl"
-    starts = range(first, end, PART_IMAGES)
-    parts = {folder / f"part-{start:012d}.{suffix}": files[start : min(start + PART_IMAGES, end)] for start in starts}
-    found: list[Prediction] = []
-    with _writing(folder):
-        _agree(folder, {**said, **_identity(saved, files), "shards": shards})
-        if suffix == "csv":  # sorts in front of all parts, and every shard writes the same
-            write_text_atomic(folder / "header.csv", to_csv([]))
-        missing = {file: images for file, images in parts.items() if not file.exists()}
-        for file, images in missing.items():
-            predictions = _predict_files(saved, images, batch_size, said["precision"])
-            write_text_atomic(file, _rows(predictions, said, calibrated=saved.temperature is not None))
-            found += predictions
-    print(
-        f"shard {number} of {shards}: {len(found):,} of {end - first:,} images classified now, "
-        f"{len(parts) - len(missing)} of {len(parts)} parts were there",
-        file=sys.stderr,
-    )
-    return found
-
-
-def _rows(predictions: Sequence[Prediction], said: dict[str, Any], *, calibrated: bool) -> str:
-    """One line for each image, without a header."""
-    if said["format"] == "csv":
-        return to_csv(predictions, said["unsure"]).removeprefix(to_csv([]))
-    rows = to_rows(predictions, said["unsure"], calibrated=calibrated)
-    return "".join(json_text(row) + "\n" for row in rows)
-
-
-def _identity(saved: SavedModel, files: Sequence[Path | ShardImage]) -> dict[str, Any]:
-    """What must be the same for all shards: the images, in their order, and the weights."""
-    from moevision.analysis.collect import weights_sha256
-
-    names = hashlib.sha256()
-    for file in files:
-        names.update(f"{file}\n".encode(errors="surrogateescape"))
-    return {"images": len(files), "paths_sha256": names.hexdigest(), "weights_sha256": weights_sha256(saved.net)}
-
-
-def _agree(folder: Path, wanted: dict[str, Any]) -> None:
-    """Note what the parts in a folder answer, or compare with what is noted there.
-
-    Raises:
-        UserError: if other shards answer something else.
-    """
-    file = folder / SHARDS_JSON
-    wanted = {**wanted, "part_images": PART_IMAGES}
-    try:
-        noted = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        write_text_atomic(file, json_text(wanted, indent=2) + "\n")
-        return
-    except ValueError as error:
-        raise UserError(f"{file} is no list of what its parts answer: give --out another folder.") from error
-    other = [name for name, value in wanted.items() if noted.get(name) != value]
-    if other:
-        raise UserError(
-            f"{folder} holds parts of another job (it differs in {', '.join(other)}): give --out another folder, or "
-            "start every shard with the same command."
-        )
 
 
 # ---- images in, rows out
@@ -319,14 +225,7 @@ def to_json(predictions: Sequence[Prediction], unsure: float | None = None, *, c
 
     Below the threshold `unsure` is true and the class `"unsure"`; a class may bear that name too, so ask `unsure`.
     """
-    return json_text(to_rows(predictions, unsure, calibrated=calibrated), indent=2) + "\n"
-
-
-def to_rows(
-    predictions: Sequence[Prediction], unsure: float | None = None, *, calibrated: bool = False
-) -> list[dict[str, Any]]:
-    """The rows of `to_json`."""
-    return [
+    rows = [
         {
             "path": row.path,
             "class": UNSURE if is_unsure(row, unsure) else row.classes[0] if row.classes else None,
@@ -341,3 +240,4 @@ def to_rows(
         }
         for row in predictions
     ]
+    return json_text(rows, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""The page's own files, put together: the explorer's document, exported pages, a notebook's frame, and the lesson.
+"""The page's own files, put together: the explorer's document, exported pages, a notebook's frame.
 
 There is no build step. `assets/` holds CSS and ES modules, which editors, `tsc` and node read as they are. A page is
 one file whose policy lets no other script run: so `_joined` puts the modules one after another, each behind those that
@@ -12,7 +12,7 @@ import hashlib
 import html
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -28,7 +28,7 @@ VIEW_SCHEMA: Final = "moevision.view/2"
 OFFLINE: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """A second lock: even a bug could not make a page of one file load something from elsewhere."""
 
-_IMPORT: Final = re.compile(r'^import \{[^}]*\} from "\./([\w-]+\.js)";\n', re.M)
+_IMPORT: Final = re.compile(r'^import \{[^}]*\} from "\.[\w./]*/([\w-]+\.js)";\n', re.M)
 _EXPORT: Final = re.compile(r"^export (?=(?:async )?(?:function|class|const) )", re.M)
 _ODD: Final = re.compile(r"^(?:import|export)\b.*|\bimport\(.*", re.M)
 _DECLARED: Final = re.compile(r"^(?:async )?(?:function|class|const|let|var) (\w+)", re.M)
@@ -127,16 +127,31 @@ def document(title: str, style: str, body: str, script: str, *, policy: str = OF
     )
 
 
-def script_of(entry: str, last: str, **constants: Any) -> str:
-    """The module `entry` and all that it imports in one function, which ends with the call `last`."""
+def script_of(entry: str, last: str, *, read: Callable[[str], str] | None = None, **constants: Any) -> str:
+    """The module `entry` and all that it imports in one function, which ends with the call `last`.
+
+    Args:
+        entry: its name.
+        last: JavaScript.
+        read: the text of the module of a name; None: of `assets/`.
+        **constants: what the script begins with, as JSON.
+    """
     lines = [f"const {name} = {_inline_json(value)};" for name, value in constants.items()]
+    joined = _joined(entry, read or read_asset)
     # `</script` in a text would end the page's script element; `<\/` means the same inside JavaScript.
     return "\n".join(
-        ["(() => {", '"use strict";', *lines, _joined(entry).replace("</script", "<\\/script"), last, "})();"]
+        [
+            "(() => {",
+            '"use strict";',
+            *lines,
+            joined.replace("</script", "<\\/script"),
+            last,
+            "})();",
+        ]
     )
 
 
-def _joined(entry: str) -> str:
+def _joined(entry: str, read: Callable[[str], str]) -> str:
     """The text of a module and of all that it imports, in one scope.
 
     Raises:
@@ -144,7 +159,7 @@ def _joined(entry: str) -> str:
             import each other, or import and export in another form than `import { name } from "./file.js"` and
             `export const|function|class`.
     """
-    text = "\n".join(_EXPORT.sub("", _IMPORT.sub("", DOCS.sub("", read_asset(name)))) for name in modules(entry))
+    text = "\n".join(_EXPORT.sub("", _IMPORT.sub("", DOCS.sub("", read(name)))) for name in modules(entry, read))
     if odd := _ODD.findall(text):
         raise ValueError(f"the page can't join a module with {odd[0]!r}")
     if twice := [name for name, times in Counter(_DECLARED.findall(text)).items() if times > 1]:
@@ -152,7 +167,7 @@ def _joined(entry: str) -> str:
     return _MARGIN.sub("", text)
 
 
-def modules(entry: str) -> tuple[str, ...]:
+def modules(entry: str, read: Callable[[str], str] | None = None) -> tuple[str, ...]:
     """The files that a module of the page consists of: each behind those that it imports, `entry` last."""
     order: list[str] = []
 
@@ -160,7 +175,7 @@ def modules(entry: str) -> tuple[str, ...]:
         if name in above:
             raise ValueError(f"modules of the page import each other: {' -> '.join((*above, name))}")
         if name not in order:
-            for imported in _IMPORT.findall(read_asset(name)):
+            for imported in _IMPORT.findall((read or read_asset)(name)):
                 visit(imported, (*above, name))
             order.append(name)
 
@@ -178,8 +193,12 @@ def _inline_json(value: Any) -> str:
 
 def read_css(names: tuple[str, ...]) -> str:
     """Style sheets of `assets/`, one behind the other, without comments."""
-    text = "\n".join(read_asset(name) for name in names)
-    return "".join(part.split("*/", 1)[-1] for part in text.split("/*"))  # without its comments
+    return without_comments("\n".join(read_asset(name) for name in names))
+
+
+def without_comments(css: str) -> str:
+    """A style sheet for the page."""
+    return "".join(part.split("*/", 1)[-1] for part in css.split("/*"))
 
 
 @cache

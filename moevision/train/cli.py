@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
@@ -57,7 +56,6 @@ from moevision.train.callbacks import (
 )
 from moevision.train.checkpoint import START, SafeCheckpointIO, check_checkpoint
 from moevision.train.devices import trains_on
-from moevision.train.faults import KINDS, FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.loggers import MAX_KEYS, log_routers
 from moevision.train.memory import check_memory, describe_memory
@@ -106,7 +104,7 @@ ALLOWED = (
     "lightning.fabric.plugins",
     "lightning.fabric.loggers",
 )
-_load_plain_yaml = partial(parse_yaml, load=get_loader("yaml"))
+_YAML = get_loader("yaml")
 ALL = "--help-all"
 # What most people change; `--help-all` shows the rest.
 SHORT = frozenset(
@@ -224,6 +222,14 @@ _CHATTER = (
     r"It is recommended to use .self\.log\('(val|test|moe)/.*, sync_dist=True",  # torchmetrics has summed them up
     r".isinstance\(treespec, LeafSpec\). is deprecated",
 )
+
+
+def _load_plain_yaml(text: str) -> Any:
+    """Plain values, without the option that every run's config.yaml of version 0.1 has and that nobody set."""
+    found = parse_yaml(text, load=_YAML)
+    if isinstance(found, dict) and found.get("fault", "") is None:
+        del found["fault"]
+    return found
 
 
 def restrict_configurations() -> None:
@@ -369,7 +375,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def add_run_options(parser: LightningArgumentParser) -> None:
-    """Resuming, checkpoints, guard, moving average, faults, the name of the run and its twin."""
+    """Resuming, checkpoints, guard, moving average, the name of the run and its twin."""
     parser.add_argument(
         "--resume",
         type=str | None,
@@ -398,13 +404,6 @@ def add_run_options(parser: LightningArgumentParser) -> None:
         help="What a logger of --trainer.logger gets about the routers: brief (worst load, mean entropy, dead experts "
         f"over all layers) or layers (each of them, up to {MAX_KEYS} numbers). metrics.csv always has all.",
     )
-    parser.add_argument(
-        "--fault",
-        type=str | None,
-        default=None,
-        help="Faults to inject, to see what the guard does about them: KIND@BATCH, ... such as 'nan_loss@7, "
-        f"inf_grad@9:expert3, spike@20x50, nan_weight@12'. Kinds: {', '.join(KINDS)}.",
-    )
     parser.add_argument("--name", type=str, default=None, help="Name of the run folder, runs/NAME.")
     parser.add_argument(
         "--with-twin",
@@ -420,12 +419,11 @@ def add_run_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--runs_root", type=str, default="runs", help="The folder in which run folders are made.")
 
 
-def watching(fault: str | None, ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
-    """Faults, moving average, guard, router health, in this order: each sees what those before it did."""
-    faults = [FaultInjector(fault)] if fault else []
+def watching(ema: EmaConfig, guard: GuardConfig) -> list[L.Callback]:
+    """Moving average, guard, router health, in this order: each sees what those before it did."""
     average = [WeightEMA(ema)] if ema.decay is not None else []
     guards = [StabilityGuard(guard)] if guard.enabled else []
-    return [*faults, *average, *guards, RouterHealth()]
+    return [*average, *guards, RouterHealth()]
 
 
 class _KeptConfig(SaveConfigCallback):
@@ -589,7 +587,7 @@ class TrainingCLI(LightningCLI):
                 self.best,
             ]
             callbacks += [*StopEarly.of(self._get(self.config_init, "early_stopping")), Calibrate(), ExampleScores()]
-            callbacks += watching(**{name: self._get(self.config_init, name) for name in ("fault", "ema", "guard")})
+            callbacks += watching(**{name: self._get(self.config_init, name) for name in ("ema", "guard")})
             callbacks += RecordRouting.of(self._get(self.config_init, "record_routing"), self.run_dir)
             callbacks = [self.point, *callbacks, EpochEnd(self.point)]
         try:

@@ -58,7 +58,7 @@ _FREE = (
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.benchmark"),
     *("trainer.deterministic", "trainer.default_root_dir", "trainer.plugins", "trainer.use_distributed_sampler"),
     *("model.compile", "model.grad_checkpointing", "model.arch.backend", "parallel"),
-    *("with_twin", "checkpoint.every_minutes", "checkpoint.every_steps", "guard", "fault"),
+    *("with_twin", "checkpoint.every_minutes", "checkpoint.every_steps", "guard"),
 )
 _SILENT = ("config", "name", "runs_root", "resume", "ckpt_path", "print_config")  # don't touch the training
 _FLOATING = ("model.compile", "model.grad_checkpointing", "model.arch.backend", "trainer.strategy")  # other rounding

@@ -13,9 +13,9 @@ import moevision.demo
 from moevision.analysis import palette
 from moevision.demo import route_image
 from moevision.demo.html import APP_STYLES, CORE_STYLES, DOCS, app_page, modules, view_html
-from moevision.demo.lesson import NUMBERS
 
 ASSETS = Path(moevision.demo.__file__).parent / "assets"
+LESSON = Path(__file__).parents[2] / "docs" / "lesson"
 HOSTILE = "</script><img src=x onerror=alert(1)> & \" ' ${1} {{2}} \u2028"
 
 
@@ -52,7 +52,7 @@ def embedded(page, name):
 
 
 def test_every_asset_is_used():
-    used = {*modules("app.js"), *CORE_STYLES, *APP_STYLES, *modules("lesson.js"), "lesson.css", NUMBERS}
+    used = {*modules("app.js"), *CORE_STYLES, *APP_STYLES}
     assert used == {file.name for file in ASSETS.iterdir() if not file.name.endswith(".d.ts")}
     assert set(modules("core.js")) < used
 
@@ -100,7 +100,7 @@ def test_the_page_has_the_colours_of_the_figures():
     assert constant(script, "HIGHLIGHT") == palette.HIGHLIGHT
 
 
-@pytest.mark.parametrize("file", sorted(ASSETS.iterdir()), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted([*ASSETS.iterdir(), *LESSON.glob("lesson*")]), ids=lambda file: file.name)
 def test_an_asset_is_read_in_one_sitting_and_reaches_for_nothing_outside(file):
     text = DOCS.sub("", file.read_text(encoding="utf-8"))  # JSDoc says `@import` of a type
     assert len(text.splitlines()) <= 400 or file.name.endswith(".d.ts")

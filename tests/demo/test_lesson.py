@@ -2,27 +2,38 @@
 
 import json
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
 from moevision.demo.bundle import bundled_model, bundled_photos
-from moevision.demo.html import read_asset
-from moevision.demo.lesson import GATE_PATCH, LAYER, NUMBERS, PHOTOS, lesson_html
+from moevision.demo.html import modules
 from moevision.demo.view import route_image
 
-PAGE = Path(__file__).parents[2] / "docs" / "lesson.html"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, SOURCES = DOCS / "lesson.html", DOCS / "lesson"
+_SPEC = spec_from_file_location("lesson", SOURCES / "build.py")
+lesson = module_from_spec(_SPEC)
+_SPEC.loader.exec_module(lesson)
 
 
 @pytest.fixture(scope="module")
 def numbers():
-    return json.loads(read_asset(NUMBERS))
+    return json.loads((SOURCES / lesson.NUMBERS).read_text())
 
 
 @pytest.mark.needs("photos")
 def test_the_committed_page_is_made_of_its_sources():
-    """Else: python -m moevision.demo.lesson docs/lesson.html."""
-    assert PAGE.read_text(encoding="utf-8") == lesson_html()
+    """Else: python docs/lesson/build.py docs/lesson.html."""
+    assert PAGE.read_text(encoding="utf-8") == lesson.lesson_html()
+
+
+def test_every_source_is_used():
+    own = {name for name in modules("lesson.js", lesson.read_module) if (SOURCES / name).exists()}
+    assert {*own, "lesson.css", lesson.NUMBERS} == {
+        file.name for file in SOURCES.iterdir() if file.suffix in (".js", ".css", ".json")
+    }
 
 
 def test_the_page_can_load_nothing():
@@ -34,7 +45,7 @@ def test_the_page_can_load_nothing():
 
 
 def test_steps_take_45_minutes():
-    minutes = re.findall(r"^      minutes: (\d+),$", read_asset("lesson_steps.js"), re.M)
+    minutes = re.findall(r"^      minutes: (\d+),$", (SOURCES / "lesson_steps.js").read_text(), re.M)
     assert len(minutes) == 9
     assert sum(map(int, minutes)) == 45
 
@@ -43,16 +54,16 @@ def test_steps_take_45_minutes():
 def test_a_photo_is_routed_as_the_model_does(numbers):
     """On another processor a patch whose two best experts are as good as equal may change sides."""
     photos = bundled_photos("cats_vs_dogs")
-    index = next(index for index in range(len(photos)) if PHOTOS[0] in photos.picture_name(index))
+    index = next(index for index in range(len(photos)) if lesson.PHOTOS[0] in photos.picture_name(index))
     view = route_image(bundled_model("cats_vs_dogs"), photos.image(index))
     for layer in view.layers:
         said = numbers["photos"][0]["first"][str(layer.facts.layer)]
         agree = sum(str(experts[0]) == digit for experts, digit in zip(layer.expert_index, said, strict=True))
         assert agree >= len(said) - 4
-    layer, gate = view.layer(LAYER), numbers["gate"]
-    assert gate["patch"] == GATE_PATCH
-    assert layer.computation.scores[GATE_PATCH] == pytest.approx(gate["scores"], abs=0.02)
-    assert layer.combine_weight[GATE_PATCH] == pytest.approx(gate["weights"], abs=0.01)
+    layer, gate = view.layer(lesson.LAYER), numbers["gate"]
+    assert gate["patch"] == lesson.GATE_PATCH
+    assert layer.computation.scores[lesson.GATE_PATCH] == pytest.approx(gate["scores"], abs=0.02)
+    assert layer.combine_weight[lesson.GATE_PATCH] == pytest.approx(gate["weights"], abs=0.01)
 
 
 def test_the_ablation_was_chosen_on_validation(numbers):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.curve import EPOCHS, FOLDER, IMAGES, MARGIN, SEEDS, parts_of
-from moevision.commands.curve import table
+from benchmarks.curve.shares import table
 from tests.records import ROOT, Claim, Definition
 from tests.records.studies import shown
 

@@ -152,7 +152,7 @@ DEFINITIONS = {
         Definition("trackio 0.43", "a version"),
     ],
     "docs/guides/good-data.md": [
-        Definition("90, 70, 50 and 30 %", "defaults of `moevision data curve`"),
+        Definition("90, 70, 50 and 30 %", "defaults of `python -m benchmarks curve of`"),
         Definition("and prints whether 70 %", "the share that its sentence is about"),
         Definition("what the last 10 % of the images were worth", "from its largest default share to all"),
     ],

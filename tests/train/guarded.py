@@ -17,9 +17,9 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from benchmarks.guard.faults import FaultInjector
 from moevision.models.config import MoEConfig
 from moevision.train import guard
-from moevision.train.faults import FaultInjector
 from moevision.train.guard import GuardConfig, GuardRecord, StabilityGuard
 from moevision.train.optim import EmaConfig, OptimizerConfig, OptimizerName, WeightEMA
 from moevision.train.parallel import full

@@ -49,11 +49,17 @@ SILENT_S = 30  # from the end of a process to another one's sentence about it
 
 
 def start(
-    folder: Path, *arguments: str, launcher: list[str] = LIGHTNING, new: bool = False, others: int | None = None
+    folder: Path,
+    *arguments: str,
+    launcher: list[str] = LIGHTNING,
+    new: bool = False,
+    others: int | None = None,
+    faults: str = "",
 ) -> subprocess.Popen[str] | Forked:
     """Begin a training; `new`: in new interpreters, else in forks, as many beside it as the launcher starts."""
     environment = {**os.environ, "PYTHONPATH": str(Path(moevision.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "moevision", "fit", *arguments]
+    program = ["tests.train.struck", faults] if faults else ["moevision"]
+    command = [*launcher, *program, "fit", *arguments]
     if not new:
         return Forked(command, folder, environment, (1 if launcher is LIGHTNING else 2) if others is None else others)
     return subprocess.Popen(
@@ -67,9 +73,11 @@ def start(
     )
 
 
-def fit(folder: Path, *arguments: str, launcher: list[str] = LIGHTNING, new: bool = False, code: int = 0) -> str:
+def fit(
+    folder: Path, *arguments: str, launcher: list[str] = LIGHTNING, new: bool = False, code: int = 0, faults: str = ""
+) -> str:
     """Run to the end; what all processes said."""
-    process = start(folder, *arguments, launcher=launcher, new=new)
+    process = start(folder, *arguments, launcher=launcher, new=new, faults=faults)
     try:
         said, _ = process.communicate(timeout=WAIT_S)
     finally:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.guard.faults import Fault, FaultInjector, parse_faults
 from moevision.errors import UserError
-from moevision.train.faults import Fault, FaultInjector, parse_faults
 from tests.train.guarded import Run, batches, tiny_task
 
 
@@ -33,7 +33,7 @@ def test_batches_are_counted_from_one() -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("nan_ema@1", "add --ema.decay"),
+        ("nan_ema@1", "add WeightEMA"),
         ("inf_grad@1:block2", "no MoE layer in block 2"),
         ("nan_weight@1:expert4", "block 1 has no expert 4"),
     ],

@@ -129,11 +129,15 @@ def test_weights_that_are_not_finite_are_no_beginning(tmp_path: Path) -> None:
 
 
 def test_the_command_line_says_what_was_left_out(
-    cli: Callable[..., Any], tiny: tuple[str, ...], drawn_pets: Path, tmp_path: Path
+    cli: Callable[..., Any],
+    tiny: tuple[str, ...],
+    drawn_pets: Path,
+    tmp_path: Path,
+    strike: Callable[[str], None],
 ) -> None:
     """Two updates of six (24 images in batches of 8, two epochs) are refused, and one return takes one back."""
-    faults = "nan_loss@1, nan_input@2, nan_weight@4"
-    outcome = cli("fit", drawn_pets, *tiny, "--runs_root", tmp_path, "--ema.decay=0.9", "--fault", faults)
+    strike("nan_loss@1, nan_input@2, nan_weight@4")
+    outcome = cli("fit", drawn_pets, *tiny, "--runs_root", tmp_path, "--ema.decay=0.9")
     assert outcome.code == 0, outcome.err
     run = tmp_path / "pets"
     summary = (run / "summary.md").read_text()

@@ -116,8 +116,8 @@ def test_the_first_process_is_killed_before_it_trains(work: Path) -> None:
 @pytest.mark.slow
 def test_numbers_of_one_process_are_not_finite(work: Path) -> None:
     """Its loss, and a gradient of an expert that only it holds: both processes leave these two of six updates out."""
-    fault = "--fault=nan_loss@3:rank1, inf_grad@5:expert3:rank1"
-    fit(work, "synthetic_pets", *SHARDED, "--name=struck", "--trainer.max_epochs=1", fault)
+    faults = "nan_loss@3:rank1, inf_grad@5:expert3:rank1"
+    fit(work, "synthetic_pets", *SHARDED, "--name=struck", "--trainer.max_epochs=1", faults=faults)
     run = work / "runs" / "struck"
     assert json.loads((run / "summary.json").read_text())["steps"] == 6 - 2
     assert "2 updates left out because a number was not finite." in (run / "summary.md").read_text()

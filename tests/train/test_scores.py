@@ -19,12 +19,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.guard.faults import FaultInjector
 from benchmarks.study import quiet_trainer
 from moevision.data import ImageDataModule, datamodule
 from moevision.data.scores import FILE, SCORES, Scores
 from moevision.errors import UserError
 from moevision.models.config import MoEConfig
-from moevision.train.faults import FaultInjector
 from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.optim import OptimizerConfig
 from moevision.train.scores import ExampleScores, measure

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
-import { fresh, lossOf, route, sharing, spiral, train } from "../../../moevision/demo/assets/lesson_toy.js";
+import { fresh, lossOf, route, sharing, spiral, train } from "../../../docs/lesson/lesson_toy.js";
 
 test("the gate is a softmax of which the top k are kept", () => {
   // Scores 0, ln 2 and ln 5 at the origin: shares 1/8, 2/8, 5/8. Experts say 1, 2 and 3 there.

@@ -1,12 +1,12 @@
 """A lesson of 45 minutes as one HTML file that needs neither server nor network.
 
-    python -m moevision.demo.lesson docs/lesson.html
-    python -m moevision.demo.lesson docs/lesson.html --measure    # its numbers anew first: 2 minutes on one core
+    python docs/lesson/build.py docs/lesson.html
+    python docs/lesson/build.py docs/lesson.html --measure    # its numbers anew first: 2 minutes on one core
 
-Text, toy and style are `assets/lesson*`. `measure` makes all numbers, from the bundled models alone: routing of three
-bundled photos as `route_image` exports it, the recorded routing before the training, counts over all test photos
-(atlas.json), and what happens to drawn pets when an expert is taken away. Which expert that is was chosen on validation
-images; what is reported was counted on test images.
+Text, toy and style lie beside this file; the page's base and a few helpers are the explorer's. `measure` makes all
+numbers, from the bundled models alone: routing of three bundled photos as `route_image` exports it, recorded routing
+before the training, counts over all test photos (atlas.json), and what happens to drawn pets when an expert is taken
+away. Which expert that is was chosen on validation images; what is reported was counted on test images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moevision.analysis.intervention import intervene, numbered_layers
 from moevision.data import SyntheticPets
 from moevision.demo.bundle import SOURCES, bundled_folder, bundled_model, credits_of, read_card
 from moevision.demo.facts import model_input
-from moevision.demo.html import CORE_STYLES, document, read_asset, read_css, script_of
+from moevision.demo.html import CORE_STYLES, document, read_asset, read_css, script_of, without_comments
 from moevision.demo.view import route_image
 from moevision.efficiency import measure_cost
 from moevision.files import write_text_atomic
@@ -40,6 +40,7 @@ from moevision.models.io import SavedModel
 from moevision.models.safe_files import read_json
 from moevision.names import json_text
 
+HERE: Final = Path(__file__).parent
 NUMBERS: Final = "lesson_numbers.json"
 PHOTOS: Final = ("cat/chelsea.jpg", "cat/gcompris_kitten.jpg", "dog/gcompris_shepherd.jpg")
 GATE_PATCH: Final = 66  # of the first photo, in the layer below: on the cat's nose
@@ -49,6 +50,12 @@ _BATCH = 100
 Pixels = npt.NDArray[np.uint8]
 
 
+def read_module(name: str) -> str:
+    """The text of a module: the lesson's own, or one that it takes from the explorer."""
+    own = HERE / name
+    return own.read_text(encoding="utf-8") if own.exists() else read_asset(name)
+
+
 def lesson_html() -> str:
     """The page."""
     home = bundled_folder("cats_vs_dogs") / "examples"
@@ -56,14 +63,16 @@ def lesson_html() -> str:
     script = script_of(
         "lesson.js",
         "startLesson(document.querySelector('[data-lesson]'), LESSON, PHOTOS);",
-        LESSON=json.loads(read_asset(NUMBERS)),
+        read=read_module,
+        LESSON=json.loads(read_module(NUMBERS)),
         PHOTOS=photos,
     )
+    style = f"{read_css(CORE_STYLES[:1])}\n{without_comments(read_module('lesson.css'))}"
     body = (
         '<main class="mv lesson" data-lesson><noscript>This lesson is computed in the page: allow its script.'
         "</noscript></main>"
     )
-    return document("Mixture of Experts in 45 minutes", read_css((*CORE_STYLES[:1], "lesson.css")), body, script)
+    return document("Mixture of Experts in 45 minutes", style, body, script)
 
 
 def measure() -> dict[str, Any]:
@@ -255,13 +264,12 @@ def _base64(data: bytes) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page, and its numbers if asked to."""
     about = "Write the lesson as one HTML file."
-    parser = argparse.ArgumentParser(prog="python -m moevision.demo.lesson", description=about)
+    parser = argparse.ArgumentParser(prog="python docs/lesson/build.py", description=about)
     parser.add_argument("out", type=Path)
     parser.add_argument("--measure", action="store_true", help="measure the numbers anew first")
     given = parser.parse_args(arguments)
     if given.measure:
-        write_text_atomic(Path(__file__).parent / "assets" / NUMBERS, json_text(measure(), indent=1) + "\n")
-        read_asset.cache_clear()
+        write_text_atomic(HERE / NUMBERS, json_text(measure(), indent=1) + "\n")
     write_text_atomic(given.out, lesson_html())
 
 

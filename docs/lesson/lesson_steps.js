@@ -3,7 +3,7 @@
 
 import { bars, expertMark, patchesOf, photoFigure, sameNumber, table } from "./lesson_figures.js";
 import { playgroundBox, startsBox } from "./lesson_playground.js";
-import { fixed, html, layerExpert, percent, rowColumn, signed } from "./core_util.js";
+import { fixed, html, layerExpert, percent, rowColumn, signed } from "../../moevision/demo/assets/core_util.js";
 /** @import { LessonNumbers, LessonStep } from "./types.js" */
 
 const LETTERS = { 52: "A", 18: "B", 103: "C", 98: "D" }; // patches of the first photo: eye, forehead, nose, cheek

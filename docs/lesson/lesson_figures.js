@@ -1,8 +1,8 @@
 // Figures of the lesson: a photo with its routing, bars, tables. All of it is markup made from the lesson's numbers.
 
-import { chip, html, inkOn, rgba } from "./core_util.js";
-import { PALETTE } from "./palette.js";
-/** @import { Fill } from "./types.js" */
+import { chip, html, inkOn, rgba } from "../../moevision/demo/assets/core_util.js";
+import { PALETTE } from "../../moevision/demo/assets/palette.js";
+/** @import { Fill } from "../../moevision/demo/assets/types.js" */
 
 const VEIL = 0.66; // of the expert's colour over the photo
 

@@ -3,7 +3,7 @@
 
 import { Playground } from "./lesson_playground.js";
 import { lessonSteps } from "./lesson_steps.js";
-import { clamp, html, present } from "./core_util.js";
+import { clamp, html, present } from "../../moevision/demo/assets/core_util.js";
 /** @import { LessonNumbers, LessonStep } from "./types.js" */
 
 /**

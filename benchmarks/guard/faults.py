@@ -1,6 +1,6 @@
 """Faults on purpose, to see what the stability guard does about them.
 
-    moevision fit pets --fault "nan_loss@7, inf_grad@9:expert3, spike@20x50, nan_weight@12"
+    Trainer(callbacks=[FaultInjector("nan_loss@7, inf_grad@9:expert3, spike@20x50, nan_weight@12"), StabilityGuard()])
 
 `KIND@N` strikes the N-th training batch of the whole training, counted from 1 and over accumulation windows (a resumed
 training goes on counting); `nan_val@N` the N-th validation batch of this process. Behind it may stand `xF` (the factor
@@ -67,11 +67,11 @@ def parse_faults(text: str) -> list[Fault]:
         targets = {} if match is None else {name: int(number) for name, number in _TARGET.findall(match[4])}
         if match is None or match[1] not in KINDS or targets.keys() - {"block", "expert", "rank"}:
             raise UserError(
-                f"--fault {part!r} can't be read: write KIND@N, optionally followed by :blockB, :expertE or "
+                f"The fault {part!r} can't be read: write KIND@N, optionally followed by :blockB, :expertE or "
                 f":rankR, where KIND is one of {', '.join(KINDS)}."
             )
         if int(match[2]) < 1:
-            raise UserError(f"--fault {part!r}: batches are counted from 1.")
+            raise UserError(f"The fault {part!r}: batches are counted from 1.")
         found.append(Fault(match[1], int(match[2]), float(match[3] or 50.0), **targets))
     return found
 
@@ -102,7 +102,7 @@ class FaultInjector(L.Callback):
         net = cast(ClassificationTask, pl_module).net
         for fault in self.faults:
             if fault.kind == "nan_ema" and WeightEMA.of(trainer) is None:
-                raise UserError("--fault nan_ema needs a moving average of the weights: add --ema.decay 0.999.")
+                raise UserError("The fault nan_ema needs a moving average of the weights: add WeightEMA.")
             if fault.kind == "nan_router" or fault.block is not None or fault.expert is not None:
                 _layer(net, fault)
             if fault.kind == "nan_buffer":
@@ -167,10 +167,10 @@ def _layer(net: nn.Module, fault: Fault) -> MoEMlp:
     for layer in moe_layers(net):
         if fault.block in (None, layer.layer_index):
             if fault.expert is not None and fault.expert >= layer.experts.num_experts:
-                raise UserError(f"--fault: block {layer.layer_index} has no expert {fault.expert}.")
+                raise UserError(f"The fault has no place: block {layer.layer_index} has no expert {fault.expert}.")
             return layer
     raise UserError(
-        f"--fault: there is no MoE layer in {'the model' if fault.block is None else f'block {fault.block}'}."
+        f"The fault has no place: no MoE layer in {'the model' if fault.block is None else f'block {fault.block}'}."
     )
 
 
@@ -187,7 +187,9 @@ def _buffer(net: nn.Module, fault: Fault) -> Tensor:
         here = fault.block is None or name.startswith(f"blocks.{fault.block}.")
         if here and name in saved and buffer.is_floating_point():
             return buffer
-    raise UserError("--fault nan_buffer: this model saves no buffer; the router bias_balanced and stem conv have some.")
+    raise UserError(
+        "The fault nan_buffer has no place: this model saves no buffer; bias_balanced and stem conv have some."
+    )
 
 
 def _spoil(target: Tensor, fault: Fault) -> None:

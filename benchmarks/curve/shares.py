@@ -1,4 +1,7 @@
-"""`moevision data curve RUN`: train on fewer images, chosen by several methods, and compare with training on all.
+"""Train on fewer images, chosen by several methods, and compare with training on all.
+
+    python -m benchmarks curve of runs/pets
+    python -m benchmarks curve of runs/pets --shares 0.7 --by random ccs --seeds 5
 
 Every training is the recipe of the run's config.yaml with its number of steps: fewer images are seen more often, and
 are validated after as many steps, so that less data is not less training. A seed draws initial weights, order,
@@ -21,7 +24,7 @@ import io
 import math
 import shutil
 import statistics
-from argparse import Namespace
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -33,7 +36,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from benchmarks.harness import argument_parser, positive
 from moevision.analysis.images import data_settings
+from moevision.commands.data import run_of
 from moevision.data.prune import prune
 from moevision.data.scores import FILE, Scores
 from moevision.errors import UserError
@@ -48,6 +53,7 @@ from moevision.train.resume import is_finished
 
 ALL: Final = "all"
 HARDEST: Final = 0.1  # what ccs drops first, or all that is dropped
+METHODS: Final = ("random", "ccs", "aum", "el2n", "forgetting", "loss")
 _HEAD: Final = "by,share,images,seeds,accuracy,accuracy_sd,beside_all,beside_all_low,beside_all_high,"
 _ASKED: Final = 0.7  # the share that a sentence is about, or the one nearest to it
 Json = dict[str, Any]
@@ -93,15 +99,59 @@ def schedule(config: Mapping[str, Any], images: int) -> tuple[int, int]:
     return min(end for end in ends if end > 0), epoch
 
 
+# ---- the command line
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise ArgumentTypeError(f"{text!r} is no share above 0 and below 1")
+    return share
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    known = argument_parser(
+        "curve of",
+        """\
+Train RUN's recipe on all of its training images and on shares of them, chosen as `moevision data prune`
+does, with several seeds. All trainings take as many steps, so that less data is not less training. It first
+says how many trainings these are and how long they take; the same command goes on where it was stopped.
+
+OUT/ holds curve.csv and curve.png: accuracy on the test images, and its difference from training on all,
+paired by seed, with a 95 % t interval over the seeds. A sentence for each method says whether 70 % (or the
+share nearest to it) are shown to be as good as all, that is less than --margin worse.""",
+        """\
+  python -m benchmarks curve of runs/pets
+  python -m benchmarks curve of runs/pets --shares 0.7 --by random ccs --seeds 5""",
+    )
+    add = known.add_argument
+    add("run", metavar="RUN", help="a finished run with scores.csv")
+    add("--by", nargs="+", choices=METHODS, default=list(METHODS[:3]), metavar="METHOD",
+        help=f"what chooses, of {', '.join(METHODS)} (random ccs aum)")  # fmt: skip
+    add("--shares", nargs="+", type=_share, default=[0.9, 0.7, 0.5, 0.3], metavar="SHARE",
+        help="shares of the images (0.9 0.7 0.5 0.3)")  # fmt: skip
+    add("--seeds", type=positive, default=3, metavar="N", help="seeds 0 to N - 1 (%(default)s)")
+    add("--margin", type=float, default=1.0, metavar="POINTS",
+        help="loss of accuracy, in percentage points, that counts as none (%(default)s)")  # fmt: skip
+    add("--out", type=Path, metavar="DIR", help="folder to write to (RUN/curve)")
+    return known
+
+
 # ---- trainings
 
 
-def run(chosen: Namespace, run_dir: Path) -> None:
+def run(arguments: Sequence[str]) -> None:
     """Do what has no record yet, then write and print the results.
 
     Raises:
-        UserError: if the run isn't finished or a training fails.
+        UserError: if the run has no scores, isn't finished, or a training fails.
     """
+    chosen = parser().parse_args(arguments)
+    run_dir = run_of(chosen.run)
     out = chosen.out or run_dir / "curve"
     refuse_foreign(out / "curve.csv", _HEAD.encode())
     scores, config = Scores.read(run_dir / FILE), read_yaml(run_dir / "config.yaml")

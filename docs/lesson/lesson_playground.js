@@ -3,9 +3,9 @@
 
 import { expertMark, table } from "./lesson_figures.js";
 import { fresh, lossOf, route, sharing, spiral, train } from "./lesson_toy.js";
-import { brush, clamp, fillBox, fixed, html, percent, present, rgba } from "./core_util.js";
-import { PALETTE } from "./palette.js";
-/** @import { Fill } from "./types.js" */
+import { brush, clamp, fillBox, fixed, html, percent, present, rgba } from "../../moevision/demo/assets/core_util.js";
+import { PALETTE } from "../../moevision/demo/assets/palette.js";
+/** @import { Fill } from "../../moevision/demo/assets/types.js" */
 
 const EXPERTS = 4;
 const BALANCES = [0, 0.01, 0.03, 0.1, 0.3];

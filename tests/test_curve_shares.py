@@ -1,10 +1,16 @@
-"""`moevision data curve`: intervals and sentences by hand on invented records."""
+"""`python -m benchmarks curve of RUN`: intervals and sentences by hand on invented records, and a small run's curve."""
 
+import csv
+import json
 import math
+import shutil
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from PIL import Image
 
-from moevision.commands.curve import jobs, lines, schedule, sentences, slope, table, verdict
+from benchmarks.curve.shares import jobs, lines, schedule, sentences, slope, table, verdict
 from moevision.errors import UserError
 from moevision.train.differences import Gap
 
@@ -98,3 +104,49 @@ def test_sentences_and_the_slope_at_the_end():
     assert fourth.endswith("over 3 seeds, on the same 1,000 test images.")
     assert slope([row for row in rows if row.by != "random"]) is None
     assert "ccs           70 %     14,000    89.8 %   1.10  -0.20 (" in lines(rows)[-1]
+
+
+def test_a_curve_is_gone_on_with(bench, tiny_run, tmp_path, monkeypatch, send_signal):
+    """Equal steps on 25 images and on 13 of them; stopped in the first training, gone on with, not repeated."""
+    monkeypatch.chdir(tmp_path)
+    asked = ("curve", "of", tiny_run, "--by", "random", "--shares", "0.5", "--seeds", "1", "--out", "curve")
+    send_signal(3)
+    stopped = bench(*asked)
+    assert stopped.code == 143
+    assert "2 trainings of 6 steps, 0 of them done: all 25 images, and 50 % by random, with the seeds 0" in stopped.out
+    assert "The curve goes on by the same command" in stopped.err
+    outcome = bench(*asked)
+    assert outcome.code == 0, outcome.err
+    assert "step 3 (verified)" in Path("curve/log.txt").read_text()
+    assert "Training on 50 % of the images, drawn at random, isn't shown to be as good as training" in outcome.out
+    assert list(Path("curve/trainings").iterdir()) == []
+    with Image.open("curve/curve.png") as figure:
+        assert figure.width > 1000
+    found = list(csv.DictReader(Path("curve/curve.csv").read_text().splitlines()))
+    assert [(row["by"], row["images"], row["seeds"]) for row in found] == [("all", "25", "1"), ("random", "13", "1")]
+    record = Path("curve/records/random-0.5-s0.json")
+    assert '"steps": 6' in record.read_text()
+    monkeypatch.setattr("moevision.train.run.run", None)
+    again = bench(*asked)
+    assert "2 of them done" in again.out
+    assert again.out.splitlines()[-9:] == outcome.out.splitlines()[-9:]
+    record.write_text(record.read_text().replace('"recipe": "', '"recipe": "0'))
+    assert "is of another config.yaml or scores.csv" in bench(*asked).err
+
+
+def test_a_curve_of_a_run_that_went_to_its_end(bench, tiny_run, tmp_path, monkeypatch):
+    """Of 2 epochs of 3 steps. An update left out, as by fp16 while it looks for its scale, is no early end."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    begun = Mock(side_effect=UserError("A training began."))
+    monkeypatch.setattr("moevision.train.run.run", begun)
+    # It was gone on with where the images are now.
+    (run / "config-2.yaml").write_text("data: {path: moved}")
+    asked = ("curve", "of", run, "--by", "random", "--shares", "0.5", "--seeds", "1")
+    known = json.loads((run / "summary.json").read_text())
+    for change, words in (
+        ({"steps": 5}, "The run took 5 steps, and its config.yaml says 6"),
+        ({"steps": 5, "refused": 1}, "A training began."),
+    ):
+        (run / "summary.json").write_text(json.dumps(known | change))
+        assert words in bench(*asked).err
+    assert "--data.path=moved" in begun.call_args.args[1]
