@@ -161,9 +161,16 @@ def test_unknown_verb(cli):
     refused(cli("anlyze"), "Did you mean analyze?")
 
 
-def test_a_verb_that_has_moved_says_where(cli):
-    for arguments in ((), ("layer", "--help")):
-        refused(cli("benchmark", *arguments), "python -m benchmarks", "checkout")
+@pytest.mark.parametrize(
+    ("verb", "arguments", "words"),
+    [
+        ("benchmark", ("layer", "--help"), ("python -m benchmarks", "checkout")),
+        ("completion", ("bash",), ("moevision VERB --help",)),
+    ],
+)
+def test_a_verb_that_left_says_what_to_use(cli, verb, arguments, words):
+    for given in ((), arguments):
+        refused(cli(verb, *given), f"moevision {verb}", *words)
 
 
 def test_traceback_on_demand(cli):

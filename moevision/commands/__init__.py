@@ -46,7 +46,6 @@ VERBS = {
     "data": Verb("which training images are doubtful, hard or doubled; which to keep", "moevision.commands.data:run"),
     "doctor": Verb("what limits this machine, and what to change", "moevision.commands.doctor:run"),
     "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.demo.server:run"),
-    "completion": Verb("make the shell complete verbs and flags", "moevision.commands.completion:run"),
 }
 
 

@@ -598,23 +598,6 @@ def doctor() -> ArgumentParser:
     return parser
 
 
-def completion() -> ArgumentParser:
-    """The shell."""
-    parser = _parser(
-        "completion",
-        """\
-        Print a script that makes the shell complete verbs and flags.
-        """,
-        """\
-        source <(moevision completion bash)                               in ~/.bashrc
-        source <(moevision completion zsh)                                in ~/.zshrc, after compinit
-        moevision completion fish > ~/.config/fish/completions/moevision.fish
-        """,
-    )
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
-    return parser
-
-
 PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     function.__name__: function
     for function in (
@@ -630,7 +613,6 @@ PARSERS: dict[str, Callable[[], ArgumentParser]] = {
         data,
         demo,
         doctor,
-        completion,
     )
 }
 
