@@ -166,6 +166,7 @@ def test_unknown_verb(cli):
     [
         ("benchmark", ("layer", "--help"), ("python -m benchmarks", "checkout")),
         ("completion", ("bash",), ("moevision VERB --help",)),
+        ("doctor", ("--format", "json"), ("moevision info --machine",)),
     ],
 )
 def test_a_verb_that_left_says_what_to_use(cli, verb, arguments, words):

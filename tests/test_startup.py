@@ -30,6 +30,7 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["nonsense"]),
     (2, ["benchmark", "layer"]),
     (2, ["completion", "bash"]),
+    (2, ["doctor"]),
     *((0, [verb, "--help"]) for verb in VERBS),
     *((0, [verb, "path/to/images", "--help-all"]) for verb in ("fit", "validate", "test")),
     *((0, ["data", task, "--help"]) for task in ("score", "prune", "shard")),
@@ -37,6 +38,7 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["predict", "runs/pets"]),
     (2, ["predict", "runs/pets", "image.jpg", "--format", "xml"]),
     (2, ["info"]),
+    (2, ["info", "runs/pets", "--machine"]),
     (2, ["compare"]),
     (2, ["plan", "quickstart", "--gpu", "abacus"]),
     (2, ["predict", "runs/pets", "image.jpg", "--shard", "3/2"]),
@@ -48,7 +50,6 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["analyze", "runs/pets", "--nothing"]),
     (2, ["data"]),
     (2, ["data", "prune", "runs/pets"]),
-    (2, ["doctor", "runs/pets"]),
     (2, ["demo", "--port", "many"]),
 ]
 

@@ -75,20 +75,25 @@ def predict() -> ArgumentParser:
 
 
 def info() -> ArgumentParser:
-    """One model."""
+    """One model, or the machine."""
     parser = _parser(
         "info",
         """\
         Parameters and FLOPs per image of a model, beside its dense twins (same active FLOPs, same parameters) and the
         plain ViT.
+
+        With --machine what limits a training here, and what to change: a torch without CUDA beside an NVIDIA card, too
+        few or too many threads, little memory, a tiny /dev/shm. Findings are no errors: the exit code is 0.
         """,
         """\
-        moevision info runs/pets
-        moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched
         moevision info runs/pets --format json
+        moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched
+        moevision info --machine
         """,
     )
-    parser.add_argument("model", help=f"{MODEL}, or a timm name (built without weights)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODEL}, or a timm name (built without weights)")
+    what.add_argument("--machine", action="store_true", help="what limits this machine")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
     return parser
 
@@ -581,23 +586,6 @@ def demo() -> ArgumentParser:
     return parser
 
 
-def doctor() -> ArgumentParser:
-    """Nothing but where the answer goes."""
-    parser = _parser(
-        "doctor",
-        """\
-        See what limits this machine before you train on it, and what to change: a torch without CUDA beside an NVIDIA
-        card, too few or too many threads, little memory, a tiny /dev/shm. Findings are no errors: the exit code is 0.
-        """,
-        """\
-        moevision doctor
-        moevision doctor --format json > doctor.json   as a file
-        """,
-    )
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
-    return parser
-
-
 PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     function.__name__: function
     for function in (
@@ -612,7 +600,6 @@ PARSERS: dict[str, Callable[[], ArgumentParser]] = {
         analyze,
         data,
         demo,
-        doctor,
     )
 }
 
