@@ -15,6 +15,7 @@ INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 MOVED = {
     "benchmark": "`moevision benchmark` is now `python -m benchmarks`, which a checkout of the repository has and the "
     "installed package has not: clone it, and run `python -m benchmarks --help` there.",
+    "plan": "`moevision plan` is now `python -m benchmarks plan`, in a checkout of the repository.",
     "doctor": "`moevision doctor` is now `moevision info --machine`.",
     "completion": "`moevision completion` was removed: `moevision VERB --help` lists the flags of a verb.",
 }

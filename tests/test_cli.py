@@ -166,6 +166,7 @@ def test_unknown_verb(cli):
     [
         ("benchmark", ("layer", "--help"), ("python -m benchmarks", "checkout")),
         ("completion", ("bash",), ("moevision VERB --help",)),
+        ("plan", ("quickstart", "--gpus", "2"), ("python -m benchmarks plan", "checkout")),
         ("doctor", ("--format", "json"), ("moevision info --machine",)),
     ],
 )

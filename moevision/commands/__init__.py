@@ -34,7 +34,6 @@ VERBS = {
     "compare": Verb(
         "are two trainings told apart on the same test images, and at what cost", "moevision.commands.compare:run"
     ),
-    "plan": Verb("what a training costs on several GPUs, and in which layout", "moevision.commands.plan:run"),
     "upcycle": Verb(
         "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
         "moevision.commands.upcycle:run",
