@@ -7,6 +7,7 @@ from importlib import import_module
 
 from moevision.errors import USER_ERROR, UserError
 
+PLAN = {"plan": ("what a training costs on several GPUs, and in which layout: computed", "planner.plan")}
 MEASURE = {
     "layer": ("one MoE layer beside timm's dense Mlp of equal active FLOPs and other libraries' layers", "layer"),
     "train": ("a training step beside both dense twins: images/s, MFU, phases, peak memory", "train"),
@@ -43,7 +44,7 @@ STUDY = {
     "waiting": ("what travels under expert parallelism, and how long processes wait for each other", "waiting"),
     "coverage": ("how often intervals of excess information hold the true value", "analysis.coverage"),
     "guard-accuracy": ("accuracy of trainings that were struck by faults", "guard.accuracy"),
-    "planner": ("planned step times to 1,024 GPUs, and what unequal experts cost: computed", "planner"),
+    "planner": ("planned step times to 1,024 GPUs, and what unequal experts cost: computed", "planner.simulation"),
     "ideas": ("docs/concepts/what-sparsity-buys.md: what all these say of each idea, from their records", "ideas"),
     "unlike": ("how often the explorer calls an image unlike the training data", "demo.unlike"),
 }
@@ -60,7 +61,7 @@ PROVE = {
     "trips": ("the files that a forward pass, a training batch and a command cross", "house.trips"),
 }
 MAKE = {"bundle": ("one of the explorer's bundled models, from finished runs", "bundle")}
-VERBS = {**MEASURE, **STUDY, **PROVE, **MAKE}
+VERBS = {**PLAN, **MEASURE, **STUDY, **PROVE, **MAKE}
 
 USAGE = """\
 What moevision costs on this machine, and the studies behind its documentation.
@@ -74,7 +75,7 @@ and ratios are taken pair by pair, but absolute times belong to the machine and 
 
 def usage() -> str:
     """The help of the whole program."""
-    groups = {"measure": MEASURE, "study": STUDY, "prove": PROVE, "make": MAKE}
+    groups = {"plan": PLAN, "measure": MEASURE, "study": STUDY, "prove": PROVE, "make": MAKE}
     lines = [
         f"\n{group}\n" + "\n".join(f"  {name:15} {summary}" for name, (summary, _) in verbs.items())
         for group, verbs in groups.items()

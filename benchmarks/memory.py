@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import in_a_process
+from benchmarks.planner.footprint import saved_bytes
 from benchmarks.subject import Subject, TrainingStep, Which, noise_batch
 from benchmarks.timing import reason, rounded
 from moevision import allocator
 from moevision.errors import UserError
-from moevision.train.footprint import saved_bytes
 
 STEPS = 6  # the optimizer's moments exist from the first on; what is kept between steps has settled by then
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -22,6 +22,9 @@ MOVED = {
     "its own, as docs/guides/batch.md shows.",
     "fit --fault": "`fit` has no option --fault any more: `python -m benchmarks guard-accuracy`, in a checkout of the "
     "repository, trains with injected faults.",
+    "plan": "`moevision plan` is now `python -m benchmarks plan`, in a checkout of the repository.",
+    "doctor": "`moevision doctor` is now `moevision info --machine`.",
+    "completion": "`moevision completion` was removed: `moevision VERB --help` lists the flags of a verb.",
 }
 
 USAGE = """\

@@ -160,9 +160,21 @@ def test_unknown_verb(cli):
     refused(cli("anlyze"), "Did you mean analyze?")
 
 
-def test_a_verb_that_has_moved_says_where(cli):
-    for arguments in ((), ("layer", "--help")):
-        refused(cli("benchmark", *arguments), "python -m benchmarks", "checkout")
+@pytest.mark.parametrize(
+    ("verb", "arguments", "words"),
+    [
+        ("benchmark", ("layer", "--help"), ("python -m benchmarks", "checkout")),
+        ("completion", ("bash",), ("moevision VERB --help",)),
+        ("plan", ("quickstart", "--gpus", "2"), ("python -m benchmarks plan", "checkout")),
+        ("doctor", ("--format", "json"), ("moevision info --machine",)),
+    ],
+)
+def test_a_verb_that_left_says_what_to_use(cli, verb, arguments, words):
+    for given in ((), arguments):
+        refused(cli(verb, *given), f"moevision {verb}", *words)
+
+
+def test_a_task_or_an_option_that_left_says_what_to_use(cli):
     for arguments in ((), ("runs/pets", "--seeds=5"), ("--help",)):
         refused(cli("data", "curve", *arguments), "python -m benchmarks curve of", "checkout")
     refused(cli("predict", "runs/pets", "photos", "--shard", "1/8", "--out", "answers"), "docs/guides/batch.md")

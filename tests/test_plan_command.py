@@ -1,6 +1,7 @@
 """`plan`: the recommended command, what is said to be assumed, and what can't be planned."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -8,22 +9,21 @@ import pytest
 import timm
 import torch
 
+from benchmarks.planner.machine import measured_links, sheet_machine
+from benchmarks.planner.plan import open_planned
 from moevision.analysis.trace import RoutingTrace
-from moevision.commands.completion import flags_of
-from moevision.commands.plan import open_planned
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.layers.routers import ROUTERS
 from moevision.models.checkpointing import checkpointed_blocks
 from moevision.models.io import SavedModel, save_model
-from moevision.train.machine import measured_links, sheet_machine
 
 OLD = Path(__file__).parent / "fixtures" / "formats" / "0.1"
 TRACE = OLD / "report" / "trace.safetensors"
 
 
-def test_everything_assumed_is_said_and_the_command_has_options_that_exist(cli):
-    outcome = cli("plan", "test_vit_moe", "--gpus=16", "--batch=1024", "--option", "router=switch", "--format=json")
+def test_everything_assumed_is_said_and_the_command_has_options_that_exist(bench, cli):
+    outcome = bench("plan", "test_vit_moe", "--gpus=16", "--batch=1024", "--option", "router=switch", "--format=json")
     assert outcome.code == 0, outcome.err
     facts = json.loads(outcome.out)
     said = {each["name"] for each in facts["assumed"]}
@@ -35,20 +35,20 @@ def test_everything_assumed_is_said_and_the_command_has_options_that_exist(cli):
     assert "--nnodes=2" in command
     assert command[command.index("-m") + 1 :][:3] == ["moevision", "fit", "FOLDER"]
     options = {word.partition("=")[0] for word in command[command.index("fit") :] if word.startswith("--")}
-    assert options - {"--parallel", "--parallel.expert"} <= set(flags_of("fit"))
+    assert options - {"--parallel", "--parallel.expert"} <= set(re.findall(r"--[\w.-]+", cli("fit", "--help-all").out))
     assert "--data.batch_size=64" in command
 
 
-def test_tables_and_the_verdict(cli):
+def test_tables_and_the_verdict(bench):
     """A small model computes so little that rows travel longer than they are computed."""
-    out = cli("plan", "vit_moe_micro_patch4_32", "--gpus=8", "--batch=512").out
+    out = bench("plan", "vit_moe_micro_patch4_32", "--gpus=8", "--batch=512").out
     assert "Expert parallelism does not pay here" in out
     assert "assumed: peak_flops 989 TFLOPS (H100 SXM, data sheet)" in out
     assert all(name in out for name in ("DDP", "FSDP2", "EP 8 + DDP", "EP 8 x FSDP2"))
 
 
-def test_measured_here_is_not_called_assumed(cli):
-    facts = json.loads(cli("plan", "quickstart", "--measure", "--format=json").out)
+def test_measured_here_is_not_called_assumed(bench):
+    facts = json.loads(bench("plan", "quickstart", "--measure", "--format=json").out)
     assert facts["measured"] == ["matmul_flops", "memory_bytes_per_s", "memory_bytes"]
     assert not {each["name"] for each in facts["assumed"]} & {*facts["measured"], "peak_flops"}
     assert facts["command"].startswith("moevision fit --config quickstart --data.batch_size=64")
@@ -59,29 +59,29 @@ def test_measured_here_is_not_called_assumed(cli):
     ("model", "option", "said"),
     [("test_vit_moe", "top_k=0", "top_k is 0"), ("vit_moe", "base=nonsense", "There is no model 'nonsense'")],
 )
-def test_options_that_make_no_model(cli, model, option, said):
-    outcome = cli("plan", model, "--option", option)
+def test_options_that_make_no_model(bench, model, option, said):
+    outcome = bench("plan", model, "--option", option)
     assert outcome.code == 2
     assert said in outcome.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_every_router_is_planned(cli, router):
-    outcome = cli("plan", "test_vit_moe", "--gpus=2", "--option", f"router={router}")
+def test_every_router_is_planned(bench, router):
+    outcome = bench("plan", "test_vit_moe", "--gpus=2", "--option", f"router={router}")
     assert outcome.code == 0, outcome.err
 
 
-def test_a_pretrained_start_is_planned(cli, tmp_path):
+def test_a_pretrained_start_is_planned(bench, tmp_path):
     arch = "pretrained: test_vit, num_experts: 4, upcycle_noise: 0.1, upcycle_reinit: 0.5"
     (tmp_path / "up.yaml").write_text(f"model: {{arch: {{{arch}}}}}\n")
-    outcome = cli("plan", tmp_path / "up.yaml", "--gpus=2", "--format=json")
+    outcome = bench("plan", tmp_path / "up.yaml", "--gpus=2", "--format=json")
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["command"].startswith("torchrun")
 
 
-def test_fp16_is_planned_for_what_trains_in_it(cli):
+def test_fp16_is_planned_for_what_trains_in_it(bench):
     """`fit --parallel` refuses 16-mixed but for DDP."""
-    facts = json.loads(cli("plan", "test_vit_moe", "--gpus=4", "--gpu=t4", "--format=json").out)
+    facts = json.loads(bench("plan", "test_vit_moe", "--gpus=4", "--gpu=t4", "--format=json").out)
     assert [each["name"] for each in facts["layouts"]] == ["DDP"]
     assert "--trainer.precision=16-mixed" in facts["command"]
 
@@ -103,14 +103,14 @@ def test_links_are_measured_between_processes(monkeypatch):
     assert sheet.assumed.keys() - found.assumed.keys() == {"latency_s", "network_bytes_per_s"}
 
 
-def test_a_saved_run_with_the_loads_of_a_trace(cli):
+def test_a_saved_run_with_the_loads_of_a_trace(bench):
     """The loads take the place of a CV: the sum of each half of the experts, the larger over the mean."""
-    facts = json.loads(cli("plan", OLD / "runs/finished", "--gpus=2", f"--trace={TRACE}", "--format=json").out)
+    facts = json.loads(bench("plan", OLD / "runs/finished", "--gpus=2", f"--trace={TRACE}", "--format=json").out)
     assert "cv" not in {each["name"] for each in facts["assumed"]}
     halves = [layer.counts().sum(0).reshape(2, -1).sum(1) for layer in RoutingTrace.load(TRACE).layers]
     busiest = next(each["busiest_over_mean"] for each in facts["layouts"] if each["name"] == "EP 2 + DDP")
     assert busiest == pytest.approx(sum(half.max() / half.mean() for half in halves) / len(halves))
-    outcome = cli("plan", "vit_moe_micro_patch4_32", f"--trace={TRACE}")
+    outcome = bench("plan", "vit_moe_micro_patch4_32", f"--trace={TRACE}")
     assert outcome.code == 2
     assert "give this model's trace" in outcome.err
 
@@ -126,14 +126,14 @@ def test_a_saved_run_with_the_loads_of_a_trace(cli):
         (("resnet18",), "no ViT"),
     ],
 )
-def test_what_cannot_be_planned(cli, arguments, words):
-    outcome = cli("plan", *arguments)
+def test_what_cannot_be_planned(bench, arguments, words):
+    outcome = bench("plan", *arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert words in outcome.err
 
 
 def config(text):
-    """`moevision plan` of a configuration, which is opened as far as it is counted."""
+    """`plan` of a configuration, which is opened as far as it is counted."""
     Path("mine.yaml").write_text(text)
     return open_planned("mine.yaml", {})
 

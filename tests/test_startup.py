@@ -29,16 +29,18 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, []),
     (2, ["nonsense"]),
     (2, ["benchmark", "layer"]),
+    (2, ["completion", "bash"]),
+    (2, ["doctor"]),
+    (2, ["plan", "quickstart"]),
     *((0, [verb, "--help"]) for verb in VERBS),
     *((0, [verb, "path/to/images", "--help-all"]) for verb in ("fit", "validate", "test")),
     *((0, ["data", task, "--help"]) for task in ("score", "prune", "shard")),
-    *((0, ["completion", shell]) for shell in ("bash", "zsh", "fish")),
     # Usage errors
     (2, ["predict", "runs/pets"]),
     (2, ["predict", "runs/pets", "image.jpg", "--format", "xml"]),
     (2, ["info"]),
+    (2, ["info", "runs/pets", "--machine"]),
     (2, ["compare"]),
-    (2, ["plan", "quickstart", "--gpu", "abacus"]),
     (2, ["predict", "runs/pets", "image.jpg", "--batch_size", "x"]),
     (2, ["upcycle", "vit_tiny_patch16_224", "--out", "new", "--num-experts", "0"]),
     (2, ["surgery", "runs/pets", "--out", "new"]),
@@ -48,9 +50,7 @@ ANSWERS: list[tuple[int, list[str]]] = [
     (2, ["analyze", "runs/pets", "--nothing"]),
     (2, ["data"]),
     (2, ["data", "prune", "runs/pets"]),
-    (2, ["doctor", "runs/pets"]),
     (2, ["demo", "--port", "many"]),
-    (2, ["completion", "tcsh"]),
 ]
 
 

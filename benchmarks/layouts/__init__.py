@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import HERE, about, argument_parser, positive
+from benchmarks.planner.formulas import Layout
 from benchmarks.queue import add_study, do_runs, fill_readme, is_dirty, read_records, refuse_changes
 from moevision.errors import UserError
 from moevision.models.safe_files import read_json
-from moevision.train.planner import Layout
 
 FOLDER = HERE / "layouts"
 SEEDS, SEEDS_OF_PARTS, BATCH, EPOCHS = 5, 3, 64, 3

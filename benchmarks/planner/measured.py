@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks planner --measure --out benchmarks/planner/measured.json
 
 What a plan takes this machine for is measured in the same processes, all of them at once: matrix products and copies
-(`moevision.train.machine`), bytes per second of an all-reduce of 16 MiB, and the latency of one of 4 bytes. Then all
+(`benchmarks.planner.machine`), bytes per second of an all-reduce of 16 MiB, and the latency of one of 4 bytes. Then all
 layouts that the processes allow take turns, step by step, on images of noise: forward and backward pass, fused AdamW. A
 step begins when all processes are there; the slowest one's time counts, and the median over steps. The plan gets the
 experts' loads that were counted.
@@ -32,15 +32,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.harness import about
+from benchmarks.planner.footprint import shape_of
+from benchmarks.planner.formulas import Job, Layout, ModelShape, layouts, plan
+from benchmarks.planner.machine import Machine, measured_links, measured_machine, sheet_machine
 from benchmarks.study import IMAGE_SIZE, MODEL
 from moevision.files import write_json_atomic
 from moevision.layers import forward_routing
 from moevision.models.config import MoEConfig, build_model
 from moevision.train import parallel
-from moevision.train.footprint import shape_of
-from moevision.train.machine import Machine, measured_links, measured_machine, sheet_machine
 from moevision.train.optim import OptimizerConfig, build_optimizer
-from moevision.train.planner import Job, Layout, ModelShape, layouts, plan
 from moevision.train.report import table
 
 EXPERTS, CLASSES, WARM_UP = 8, 8, 3

@@ -27,11 +27,13 @@ VERBS = {
     "validate": Verb("evaluate a checkpoint on the validation images", "moevision.commands.training:validate"),
     "test": Verb("evaluate a checkpoint on the test images", "moevision.commands.training:test"),
     "predict": Verb("classify images with a saved model, as CSV or JSON", "moevision.commands.predict:run"),
-    "info": Verb("parameters and FLOPs of a model, beside its dense twins", "moevision.commands.info:run"),
+    "info": Verb(
+        "parameters and FLOPs of a model; --machine: what limits this machine",
+        "moevision.commands.info:run",
+    ),
     "compare": Verb(
         "are two trainings told apart on the same test images, and at what cost", "moevision.commands.compare:run"
     ),
-    "plan": Verb("what a training costs on several GPUs, and in which layout", "moevision.commands.plan:run"),
     "upcycle": Verb(
         "turn a pretrained dense ViT into a Mixture of Experts that computes the same",
         "moevision.commands.upcycle:run",
@@ -44,9 +46,7 @@ VERBS = {
     "push": Verb("publish a saved model with its card on the Hugging Face hub", "moevision.commands.push:run"),
     "analyze": Verb("what the experts of a trained model do, as one report", "moevision.analysis.report.build:run"),
     "data": Verb("which training images are doubtful, hard or doubled; which to keep", "moevision.commands.data:run"),
-    "doctor": Verb("what limits this machine, and what to change", "moevision.commands.doctor:run"),
     "demo": Verb("see in a browser which experts every patch of an image goes to", "moevision.demo.server:run"),
-    "completion": Verb("make the shell complete verbs and flags", "moevision.commands.completion:run"),
 }
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from moevision.commands import loading
+from moevision.commands import loading, machine
 from moevision.efficiency import ModelCost, measure_cost
 from moevision.errors import UserError
 from moevision.layers import describe_moe, moe_layers
@@ -27,16 +27,19 @@ from moevision.names import shown
 
 
 def run(chosen: Namespace) -> None:
-    """Show parameters and FLOPs of a model beside its dense twins and the plain ViT.
+    """Show parameters and FLOPs of a model beside its dense twins and the plain ViT; or what limits the machine.
 
     Raises:
         UserError: if there is no such model.
     """
+    if chosen.machine:
+        machine.show(as_json=chosen.format == "json")
+        return
     with loading("counting parameters and FLOPs"):
         saved = load_any(chosen.model)
         costs = compare_costs(saved.net, saved.image_size)
     layers = moe_layers(saved.net)
-    facts = {
+    facts: dict[str, Any] = {
         "model": chosen.model,
         "classes": len(saved.class_names),
         "image_size": saved.image_size,
@@ -49,8 +52,14 @@ def run(chosen: Namespace) -> None:
     }
     if chosen.format == "json":
         print(json.dumps(facts, indent=2))
-    else:
-        _print_table(facts)
+        return
+    console = Console()
+    console.print(f"{shown(chosen.model)}: {facts['classes']} classes, {facts['image_size']} px", markup=False)
+    console.print(facts["moe"])
+    console.print(cost_table(facts["costs"]))
+    console.print(
+        "active: parameters that one token passes through; one multiply-add is two FLOPs; equal FLOPs is not equal time"
+    )
 
 
 def load_any(address: str) -> SavedModel:
@@ -94,16 +103,6 @@ def plain_vit(net: nn.Module) -> nn.Module:
     for name in (*MOE_ARGUMENTS, "twin"):
         arguments.pop(name, None)
     return timm.create_model(config["architecture"], **{**arguments, "num_classes": net.num_classes, "moe_layers": []})
-
-
-def _print_table(facts: dict[str, Any]) -> None:
-    console = Console()
-    console.print(f"{shown(facts['model'])}: {facts['classes']} classes, {facts['image_size']} px", markup=False)
-    console.print(facts["moe"])
-    console.print(cost_table(facts["costs"]))
-    console.print(
-        "active: parameters that one token passes through; one multiply-add is two FLOPs; equal FLOPs is not equal time"
-    )
 
 
 def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> Table:

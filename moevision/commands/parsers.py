@@ -19,7 +19,6 @@ TRAINED = f"{MODEL}, or a checkpoint of a run, finished or not (checkpoints/last
 _DATA = "a folder with one subfolder per class, or a dataset's name such as synthetic_pets or cifar10"
 _ROOT = "folder of the datasets that are known by name (the run's own, or data)"
 _FORCE = "write into a folder that holds something"
-GPUS = ("h100", "h200", "a100-80", "a100-40", "l40s", "rtx4090", "t4")  # of `moevision.train.machine`
 
 
 def predict() -> ArgumentParser:
@@ -65,20 +64,25 @@ def predict() -> ArgumentParser:
 
 
 def info() -> ArgumentParser:
-    """One model."""
+    """One model, or the machine."""
     parser = _parser(
         "info",
         """\
         Parameters and FLOPs per image of a model, beside its dense twins (same active FLOPs, same parameters) and the
         plain ViT.
+
+        With --machine what limits a training here, and what to change: a torch without CUDA beside an NVIDIA card, too
+        few or too many threads, little memory, a tiny /dev/shm. Findings are no errors: the exit code is 0.
         """,
         """\
-        moevision info runs/pets
-        moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched
         moevision info runs/pets --format json
+        moevision info vit_moe_tiny_patch16_224                a timm name: no weights are needed or fetched
+        moevision info --machine
         """,
     )
-    parser.add_argument("model", help=f"{MODEL}, or a timm name (built without weights)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODEL}, or a timm name (built without weights)")
+    what.add_argument("--machine", action="store_true", help="what limits this machine")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
     return parser
 
@@ -102,40 +106,6 @@ def compare() -> ArgumentParser:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of fit, at least two")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
-    return parser
-
-
-def plan() -> ArgumentParser:
-    """A model, and the GPUs to train it on."""
-    parser = _parser(
-        "plan",
-        """\
-        What a training would cost on several GPUs under each layout (DDP, FSDP2, and experts spread over n GPUs with
-        either): memory of each GPU, bytes and messages of each step, its time, what it waits for the busiest expert;
-        which layout to take, and the command that starts it.
-
-        Parameters, FLOPs and activations are counted in the model, without its weights. Speeds come from data sheets;
-        everything that is assumed is listed as assumed. docs/concepts/planner.md has the formulas.
-        """,
-        """\
-        moevision plan vit_moe_base_patch16_224 --gpus 64 --gpu h100 --batch 4096
-        moevision plan vit_moe --option base=vit_large_patch16_224 --option num_experts=32 --gpus 64
-        moevision plan runs/pets --measure          this machine's rates, not a data sheet's; by torchrun also its links
-        """,
-    )
-    add = parser.add_argument
-    add("model", help=f"{MODEL}, or a timm name, a shipped configuration or a YAML file of fit")
-    add("--gpus", type=_positive, default=1, metavar="W", help="GPUs (%(default)s)")
-    add("--gpu", choices=GPUS, default="h100", help="which (%(default)s)")
-    add("--gpus-per-node", type=_positive, default=8, metavar="N", help="GPUs of one machine (%(default)s)")
-    add("--batch", type=_positive, metavar="B", help="images of one optimizer step on all GPUs (64 on each)")
-    add("--cv", type=_at_least_0, help="standard deviation over mean of the experts' loads in a batch (0.1)")
-    add("--trace", type=Path, metavar="FILE", help="the loads of a trace.safetensors of analyze, in place of --cv")
-    add("--option", type=_option, action="append", default=[], metavar="NAME=VALUE",
-        help="one of fit's options model.arch.NAME, such as num_experts=32; may be repeated")  # fmt: skip
-    add("--measure", action="store_true",
-        help="measure matrix products at the model's widths and copies here; links too under torchrun")  # fmt: skip
-    add("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
     return parser
 
 
@@ -543,47 +513,12 @@ def demo() -> ArgumentParser:
     return parser
 
 
-def doctor() -> ArgumentParser:
-    """Nothing but where the answer goes."""
-    parser = _parser(
-        "doctor",
-        """\
-        See what limits this machine before you train on it, and what to change: a torch without CUDA beside an NVIDIA
-        card, too few or too many threads, little memory, a tiny /dev/shm. Findings are no errors: the exit code is 0.
-        """,
-        """\
-        moevision doctor
-        moevision doctor --format json > doctor.json   as a file
-        """,
-    )
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
-    return parser
-
-
-def completion() -> ArgumentParser:
-    """The shell."""
-    parser = _parser(
-        "completion",
-        """\
-        Print a script that makes the shell complete verbs and flags.
-        """,
-        """\
-        source <(moevision completion bash)                               in ~/.bashrc
-        source <(moevision completion zsh)                                in ~/.zshrc, after compinit
-        moevision completion fish > ~/.config/fish/completions/moevision.fish
-        """,
-    )
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
-    return parser
-
-
 PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     function.__name__: function
     for function in (
         predict,
         info,
         compare,
-        plan,
         upcycle,
         surgery,
         export,
@@ -591,8 +526,6 @@ PARSERS: dict[str, Callable[[], ArgumentParser]] = {
         analyze,
         data,
         demo,
-        doctor,
-        completion,
     )
 }
 

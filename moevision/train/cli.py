@@ -781,7 +781,7 @@ class TrainingCLI(LightningCLI):
         with self._memory_advice():
             steps_s = None if self._divided else expected_seconds(self.model, self.datamodule, self.trainer)
             self.expected_s = None if steps_s is None else before_s + steps_s
-            needed = describe_memory(self.model, self.datamodule, self.trainer, goes_on=not self._fresh)
+            needed = describe_memory(self.model, self.trainer)
             print(describe_plan(self.model, self.datamodule, self.trainer, steps_s, needed, before_s))
             if (line := describe_parallel(self.trainer, self.model.net)) is not None:
                 print(line)

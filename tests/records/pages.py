@@ -92,8 +92,8 @@ CLAIMS = {
 }
 _MODELS = re.findall(r"^\| `vit_moe_.*\|$", (ROOT / "docs" / "reference" / "models.md").read_text(), re.M)
 DEFINITIONS = {
-    "docs/concepts/planner.md": [
-        Definition("at most 5 % longer than the fastest", "a rule of `recommend`, planner.SIMPLER"),
+    "benchmarks/planner/README.md": [
+        Definition("at most 5 % longer than the fastest", "a rule of `recommend`, formulas.SIMPLER"),
         Definition("So 90 % of the memory counts as usable", "an assumption, Machine.usable"),
         Definition("are gathered in 16 bits", "a precision"),
         Definition("a bias of 1,000 classes", "an example"),

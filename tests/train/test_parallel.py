@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.planner import formulas as planner
+from benchmarks.planner.footprint import shape_of
+from benchmarks.planner.machine import sheet_machine
 from moevision.errors import UserError
 from moevision.layers import Backend, MoEMlp
 from moevision.models.config import MoEConfig, build_model
-from moevision.train import planner
 from moevision.train.checkpoint import SafeCheckpointIO, newest_valid, verify
-from moevision.train.footprint import shape_of
-from moevision.train.machine import sheet_machine
 from moevision.train.parallel import check_divides, check_network, filled, outline, total_norm
 from moevision.train.sharded import read_folder
 from tests.forks import Forked

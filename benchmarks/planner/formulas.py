@@ -1,7 +1,7 @@
 """What a training costs on several GPUs under each layout: memory, traffic, time. Formulas only, no torch.
 
 Nothing here is measured. Sizes come from a `ModelShape` (`footprint.shape_of` counts them in a real model), speeds from
-a `Machine` (`moevision.train.machine`); docs/concepts/planner.md has every formula with what it was checked against.
+a `Machine` (`benchmarks.planner.machine`); README.md has every formula with what it was checked against.
 
 Letters: W GPUs, n the GPUs that share one set of experts (EP n), b images of a GPU and step, T = b·N tokens, R rows of
 a MoE layer (T·K where tokens choose K experts), D width, H hidden width, E experts, L blocks, M MoE layers. Bytes and
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from math import ceil, gcd, log, sqrt
 from typing import Literal
 
-from moevision.train.machine import Machine
+from benchmarks.planner.machine import Machine
 
 Parallel = Literal["ddp", "fsdp"]
 

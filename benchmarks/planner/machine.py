@@ -1,6 +1,6 @@
 """What a plan takes a GPU and its links for: data sheets, or what this machine does. Needs torch only to measure.
 
-`moevision.train.planner` computes with it.
+`benchmarks.planner.formulas` computes with it.
 """
 
 from __future__ import annotations

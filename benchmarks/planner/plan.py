@@ -1,6 +1,6 @@
-"""`moevision plan MODEL`: memory, traffic and time of a training on several GPUs, layout by layout.
+"""`python -m benchmarks plan MODEL`: memory, traffic and time of a training on several GPUs, layout by layout.
 
-The formulas are in `moevision.train.planner`, what they take a GPU for in `moevision.train.machine`.
+The formulas are in `benchmarks.planner.formulas`, what they take a GPU for in `benchmarks.planner.machine`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from argparse import Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,20 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from moevision.analysis.trace import RoutingTrace
-from moevision.commands import loading
-from moevision.data import ImageDataModule
-from moevision.errors import UserError
-from moevision.layers import moe_layers
-from moevision.models.checkpointing import checkpoint_blocks
-from moevision.models.config import MoEConfig, build_model
-from moevision.models.io import create_from, describe, is_timm_name, model_folder, unknown_name
-from moevision.models.safe_files import parse_yaml
-from moevision.names import shown
-from moevision.train.footprint import shape_of
-from moevision.train.machine import Machine, measured_links, measured_machine, sheet_machine
-from moevision.train.optim import freeze_parameters
-from moevision.train.planner import (
+from benchmarks.harness import argument_parser, positive
+from benchmarks.planner.footprint import shape_of
+from benchmarks.planner.formulas import (
     Job,
     Layout,
     ModelShape,
@@ -48,6 +37,19 @@ from moevision.train.planner import (
     recommend,
     verdict_on_experts,
 )
+from benchmarks.planner.machine import GPUS, Machine, measured_links, measured_machine, sheet_machine
+from moevision.analysis.trace import RoutingTrace
+from moevision.commands import loading
+from moevision.commands.parsers import MODEL, _option
+from moevision.data import ImageDataModule
+from moevision.errors import UserError
+from moevision.layers import moe_layers
+from moevision.models.checkpointing import checkpoint_blocks
+from moevision.models.config import MoEConfig, build_model
+from moevision.models.io import create_from, describe, is_timm_name, model_folder, unknown_name
+from moevision.models.safe_files import parse_yaml
+from moevision.names import shown
+from moevision.train.optim import freeze_parameters
 from moevision.train.recipe import default_precision, find_config, shipped_configs
 
 CLASSES = 1000  # where a name or configuration doesn't say
@@ -120,6 +122,53 @@ class Answer:
     assumed: list[Value]
     measured: list[str]
     checkpointing: bool
+
+
+def parser() -> ArgumentParser:
+    """A model, and the GPUs to train it on."""
+    parser = argument_parser(
+        "plan",
+        """\
+What a training would cost on several GPUs under each layout (DDP, FSDP2, and experts spread over n GPUs with
+either): memory of each GPU, bytes and messages of each step, its time, what it waits for the busiest expert;
+which layout to take, and the command that starts it.
+
+Parameters, FLOPs and activations are counted in the model, without its weights. Speeds come from data sheets;
+everything that is assumed is listed as assumed. benchmarks/planner/README.md has the formulas.""",
+        """\
+  python -m benchmarks plan vit_moe_base_patch16_224 --gpus 64 --gpu h100 --batch 4096
+  python -m benchmarks plan vit_moe --option base=vit_large_patch16_224 --option num_experts=32 --gpus 64
+  python -m benchmarks plan runs/pets --measure    this machine's rates, not a data sheet's; links by torchrun""",
+    )
+    add = parser.add_argument
+    add("model", help=f"{MODEL}, or a timm name, a shipped configuration or a YAML file of fit")
+    add("--gpus", type=positive, default=1, metavar="W", help="GPUs (%(default)s)")
+    add("--gpu", choices=tuple(GPUS), default="h100", help="which (%(default)s)")
+    add("--gpus-per-node", type=positive, default=8, metavar="N", help="GPUs of one machine (%(default)s)")
+    add("--batch", type=positive, metavar="B", help="images of one optimizer step on all GPUs (64 on each)")
+    add("--cv", type=_at_least_0, help="standard deviation over mean of the experts' loads in a batch (0.1)")
+    add("--trace", type=Path, metavar="FILE", help="the loads of a trace.safetensors of analyze, in place of --cv")
+    add("--option", type=_option, action="append", default=[], metavar="NAME=VALUE",
+        help="one of fit's options model.arch.NAME, such as num_experts=32; may be repeated")  # fmt: skip
+    add("--measure", action="store_true",
+        help="measure matrix products at the model's widths and copies here; links too under torchrun")  # fmt: skip
+    add("--format", choices=("table", "json"), default="table", help="what is printed (%(default)s)")
+    return parser
+
+
+def _at_least_0(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < float("inf"):
+        raise ArgumentTypeError(f"{text!r} is no number of at least 0")
+    return number
+
+
+def main() -> None:
+    """Run with command-line arguments."""
+    run(parser().parse_args())
 
 
 def run(chosen: Namespace) -> None:

@@ -1,24 +1,11 @@
 """The planner: bytes and states against counts by hand, against real optimizers, and against what autograd keeps."""
 
-import re
-
-import lightning as L
 import pytest
 import timm
 import torch
 
-from moevision.commands.parsers import GPUS as OFFERED
-from moevision.efficiency import measure_cost
-from moevision.errors import UserError
-from moevision.layers import forward_routing, moe_layers
-from moevision.layers.dispatch import LocalDispatcher
-from moevision.models.checkpointing import checkpoint_blocks
-from moevision.models.config import MoEConfig
-from moevision.train import memory as fit_memory
-from moevision.train.footprint import count_weights, saved_bytes, shape_of
-from moevision.train.machine import GPUS, Machine, sheet_machine
-from moevision.train.optim import OptimizerConfig, build_optimizer
-from moevision.train.planner import (
+from benchmarks.planner.footprint import count_weights, saved_bytes, shape_of
+from benchmarks.planner.formulas import (
     Job,
     Layout,
     Weights,
@@ -31,7 +18,12 @@ from moevision.train.planner import (
     ring_seconds,
     traffic,
 )
-from moevision.train.task import ClassificationTask
+from benchmarks.planner.machine import GPUS, Machine, sheet_machine
+from moevision.efficiency import measure_cost
+from moevision.layers import forward_routing, moe_layers
+from moevision.layers.dispatch import LocalDispatcher
+from moevision.models.checkpointing import checkpoint_blocks
+from moevision.train.optim import OptimizerConfig, build_optimizer
 
 MACHINE = sheet_machine("h100")
 
@@ -240,46 +232,8 @@ def test_parts_of_a_batch_have_as_many_images_each(shape, images, fitting, parts
     assert plan(shape, Layout(), Job(1, images), room).job.accumulate == parts
 
 
-def test_the_command_line_offers_the_table_of_gpus():
-    assert tuple(GPUS) == OFFERED
+def test_every_gpu_says_what_is_assumed_of_it():
     assert all(sheet_machine(name).assumed.keys() >= {"matmul_flops", "network_bytes_per_s"} for name in GPUS)
-
-
-# ---- fit
-
-
-def test_fit_refuses_what_its_states_alone_exceed(monkeypatch):
-    task = ClassificationTask(MoEConfig(name="test_vit_moe"), num_classes=2, image_size=32)
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    needs = 16 * sum(p.numel() for p in task.net.parameters())
-    monkeypatch.setattr(fit_memory, "usable_memory_bytes", lambda: needs)
-    fit_memory.check_memory(task, trainer)
-    two = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
-    with pytest.raises(UserError, match="--force"):  # each has half of the memory
-        fit_memory.check_memory(task, two)
-    monkeypatch.setattr(fit_memory, "usable_memory_bytes", lambda: needs - 1)
-    with pytest.raises(UserError, match=r"--model.arch.num_experts 2 .*--force"):
-        fit_memory.check_memory(task, trainer)
-    with pytest.raises(UserError, match=r"use a device with more memory; --force"):
-        fit_memory.check_memory(task, trainer, goes_on=True)
-
-
-def test_fit_offers_a_smaller_batch(monkeypatch):
-    task = ClassificationTask(MoEConfig(name="test_vit_moe"), num_classes=2, image_size=32)
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    shape = shape_of(task.net, 32, dtype=torch.float32)
-    images, states = shape.activation_bytes + shape.row_bytes, memory(shape, Layout(), Job(1, 1)).states
-
-    class Data:
-        batch_size, image_size = 64, 32
-
-    monkeypatch.setattr(fit_memory, "usable_memory_bytes", lambda: int(states + 40 * images))
-    for batch, size, parts in ((64, 32, 2), (75, 25, 3)):
-        monkeypatch.setattr(Data, "batch_size", batch)
-        said = fit_memory.describe_memory(task, Data(), trainer)
-        assert f"--data.batch_size {size} --trainer.accumulate_grad_batches {parts}" in said
-        said = fit_memory.describe_memory(task, Data(), trainer, goes_on=True)
-        assert re.search(r"; with --model\.grad_checkpointing true: [\d.]+$", said), "its batch stays"
 
 
 def test_what_lies_in_main_memory_is_no_longer_on_the_gpu(shape):

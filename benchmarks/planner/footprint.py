@@ -8,7 +8,7 @@
 
 Choices depend on data, which isn't there. All experts run where FLOPs are counted, and those of the rows that a routing
 asks for are told by their number; where activations are counted, none runs, since a row's part is known
-(`planner.ModelShape.row_bytes`).
+(`formulas.ModelShape.row_bytes`).
 
 Axes: B images, N tokens, D width, H hidden width, E experts, K choices, T = B·N tokens, R rows.
 """
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.planner.formulas import ModelShape, MoEShape, Weights
 from moevision.efficiency import count_layers, flop_counter
 from moevision.layers import ExpertChoiceRouting, SoftRouting, moe_layers
 from moevision.layers.baselines import HandmadeRouter
@@ -34,7 +35,6 @@ from moevision.layers.dispatch import Dispatched, LocalDispatcher
 from moevision.layers.routing import Routing
 from moevision.models.checkpointing import checkpoint_blocks, checkpointed_blocks
 from moevision.train.muon import matrices_of
-from moevision.train.planner import ModelShape, MoEShape, Weights
 
 if TYPE_CHECKING:
     from moevision.train.optim import OptimizerName
