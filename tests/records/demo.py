@@ -8,6 +8,12 @@ Json = dict[str, Any]
 LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
 PHOTOS, WHEEL = "benchmarks/demo/photos.json", "benchmarks/demo/wheel.json"
 PETS, CIFAR = "benchmarks/demo/unlike_pets.json", "benchmarks/demo/unlike_cifar10.json"
+STALL, STALL_BEFORE = "benchmarks/demo/stall.json", "benchmarks/demo/stall_before.json"
+CROWDS = {  # as the page calls them
+    "png_49_megapixels": "PNG of 49 megapixels in 381 KB",
+    "png_16_megapixels": "PNG of 16 megapixels in 124 KB",
+    "jpeg_400": "JPEG of 400 x 400, 97 KB",
+}
 STEPS = {
     "forward": "the model alone, one image", "first_page": "first page, after the server is up",
     "layer_change": "another layer",
@@ -48,6 +54,21 @@ def waiting(record: Json) -> list[Json]:
     return rows
 
 
+def crowds(*records: Json) -> list[Json]:
+    """What the visitor beside each crowd met, and the most memory, in each record."""
+    rows = []
+    for name, what in CROWDS.items():
+        cells = []
+        for record in records:
+            one = record["attacks"][name]
+            met = [one["visitor"].get(word, 0) for word in ("ok", "busy", "unanswered")]
+            latency = one["visitor"]["max_ms"]
+            longest = "" if latency is None else f", at most {latency / 1e3:.1f} s"
+            cells += ["{} / {} / {}".format(*met) + longest, f"{one['server_rss']['most_mb']:,.0f} MB"]
+        rows.append({"what": what, "cells": " | ".join(cells)})
+    return rows
+
+
 def installed(record: Json) -> Json:
     """Megabytes of the wheel, and photos right and asked for."""
     cat, dog = (record["classes"][name] for name in ("cat", "dog"))
@@ -73,6 +94,15 @@ CLAIMS = [
         "what-if {latency[what_if][p50_ms]:.0f} ms ({latency[what_if][p95_ms]:.0f} ms)",
     ),
     Claim(LOAD, "memory went from {server_rss[start_mb]:.1f} MB to {server_rss[end_mb]:.1f} MB"),
+    Claim(STALL, "{connections} connections from one address repeat an image, for {seconds:.0f} s"),
+    Claim((STALL_BEFORE, STALL), "| {what} | {cells} |", crowds),
+    Claim(
+        (STALL_BEFORE, STALL),
+        "(load average {before:.0f} and {after:.0f})",
+        lambda *records: dict(
+            zip(("before", "after"), (record["machine"]["load_average_before"] for record in records), strict=True)
+        ),
+    ),
     Claim(PHOTOS, "All {photos} views of bundled photos", lambda record: record["bundled"]),
     Claim(
         PHOTOS,
@@ -94,4 +124,5 @@ CLAIMS = [
 DEFINITIONS = [
     Definition("median and, in brackets, 95 %", "a percentile"),
     Definition("the model alone and 50 ms", "a goal"),
+    Definition("without an answer in 60 s", "a limit of the benchmark"),
 ]
