@@ -25,9 +25,10 @@ from benchmarks.specialization.training import rounded_all
 from benchmarks.study import CIFAR_PIXELS, IMAGE_SIZE, make_task, open_data, small, train
 from moevision.analysis.collect import collect_routing
 from moevision.analysis.images import PictureSet, open_pictures
-from moevision.analysis.questions import function_answer
+from moevision.analysis.questions import Answer, function_answer
 from moevision.analysis.recording import Recording, choices_of, run_forced
-from moevision.analysis.swap import swap_test
+from moevision.analysis.swap import Swap, swap_test
+from moevision.analysis.trace import RoutingTrace
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
 from moevision.files import write_json_atomic
@@ -47,17 +48,24 @@ def small_model(seed: int, cifar: str, steps: int = STEPS) -> SavedModel:
     return SavedModel(task.net.eval(), list(data.class_names), IMAGE_SIZE, **CIFAR_PIXELS)
 
 
+def third_answers(
+    model: SavedModel, trace: RoutingTrace, pictures: PictureSet, permutations: int = PERMUTATIONS
+) -> list[tuple[Answer, Swap | None]]:
+    """The third question's answer and all costs behind it, for each MoE layer."""
+    run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
+    layers = [choices_of(layer) for layer in trace.layers]
+    recording = Recording(np.asarray(trace.labels), layers, trace.class_names, run=run)
+    swaps = [
+        swap_test(recording, place, limit=len(pictures), permutations=permutations) for place in range(len(layers))
+    ]
+    return [(function_answer(swap, None if swap else "no exchange moves a patch"), swap) for swap in swaps]
+
+
 def asked(model: SavedModel, pictures: PictureSet, permutations: int = PERMUTATIONS) -> dict[str, Any]:
     """Accuracy on the images, and the answer and the costs of each MoE layer."""
     trace = collect_routing(model, pictures, progress=False)
-    run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
-    recording = Recording(
-        np.asarray(trace.labels), [choices_of(layer) for layer in trace.layers], trace.class_names, run=run
-    )
     layers = []
-    for place, layer in enumerate(recording.layers):
-        swap = swap_test(recording, place, limit=len(pictures), permutations=permutations)
-        answer = function_answer(swap, None if swap else "no exchange moves a patch")
+    for layer, (answer, swap) in zip(trace.layers, third_answers(model, trace, pictures, permutations), strict=True):
         told = {"name": layer.name, "answer": answer.answer, "sentence": answer.sentence}
         layers.append({**told, "swap": None if swap is None else rounded_all(swap.to_json())})
     return {"images": len(pictures), "top1": trace.accuracy, "layers": layers}
