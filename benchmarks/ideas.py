@@ -136,7 +136,8 @@ def specialization(runs: Sequence[Json], trained: Sequence[Json]) -> Answer:
     """In how many settings of upcycled models the first two questions are answered with yes in every seed.
 
     The third is asked of experts that were trained for long: in how many layers a class's favourite, exchanged, costs
-    more log-loss than any two others at the same share of moved choices. A question is answered with yes if most are.
+    more log-loss than any two others at the same share of moved choices. A question is answered with yes if most are,
+    the third if most of the bundled and most of the small model's are.
     """
     settings = {name: settings_of(runs, name, CLASS) for name in DATA_SETS}
     asked = [each for own in settings.values() for each in own]
@@ -151,12 +152,12 @@ def specialization(runs: Sequence[Json], trained: Sequence[Json]) -> Answer:
     differ = ", ".join(f"{counted(0, own)} on {name}" for name, own in settings.items())
     (bundled, of_bundled), (small, of_small) = above(False), above(True)
     most = [sum(each.answer(question) == YES for each in asked) > len(asked) / 2 for question in (0, 1)]
-    most.append(bundled + small > (of_bundled + of_small) / 2)
-    return f"{sum(most)} of 3 questions", (
-        f"Classes go to different experts (upcycled models) in {differ}; the router tells more than clusters of its "
-        f"input in {counted(1, asked)}. Exchanging a class's favourite expert costs more log-loss than any two others, "
-        f"at the same share of moved choices, in {bundled} of {of_bundled} layers of the bundled models and {small} of "
-        f"{of_small} of a small model (six seeds)."
+    both = bundled > of_bundled / 2 and small > of_small / 2
+    part = ", 1 in part" if not both and bundled + small else ""
+    return f"{sum(most) + both} of 3 questions{part}", (
+        f"Upcycled: classes go to different experts in {differ}; routers tell more than clusters of their input in "
+        f"{counted(1, asked)}. A class's favourite costs more than as many choices of any two experts in "
+        f"{bundled} of {of_bundled} bundled layers, {small} of {of_small} small ones."
     )
 
 

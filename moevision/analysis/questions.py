@@ -346,18 +346,17 @@ def _swap_words(swap: Swap) -> list[str]:
         "the difference": swap.more,
     }
     told = [
-        f"{name} {signed(cost.log_loss.value)} ({_interval(cost.log_loss)}"
-        + (f"; {percent(cost.moved)} of the choices)" if cost.moved else ")")
+        f"{name} {signed(cost.log_loss.value)} ({signed(cost.log_loss.low)} to {signed(cost.log_loss.high)}"
+        + (f"; {percent(cost.moved)})" if cost.moved else ")")
         for name, cost in costs.items()
         if cost is not None
     ]
-    numbers = [f"Log-loss by a change of routes, {swap.n_images:,} images: {', '.join(told)}."]
+    numbers = [f"Log-loss by changed routes (95 % CI; choices changed), {swap.n_images:,} images: {', '.join(told)}."]
     away = swap.knock_out
     if away.p_value == away.p_value:  # not NaN
         numbers.append(
-            f"An expert away, log-loss per 100 choices that it computed: a class's favourite "
-            f"{signed(100 * away.own)} on the class's own images, {signed(100 * away.others)} on those of classes with "
-            f"another favourite (p = {away.p_value:.3f}, images permuted between classes)."
+            f"An expert away, log-loss per 100 of its choices: a class's favourite {signed(100 * away.own)} on its own "
+            f"images, {signed(100 * away.others)} on others' (p = {away.p_value:.3f}, images permuted between classes)."
         )
     return numbers
 

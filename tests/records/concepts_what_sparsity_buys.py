@@ -7,7 +7,7 @@ from tests.records import Claim, Definition, saving, sparsity, specialization, u
 from tests.records.studies import shown
 
 FILES = (
-    *(*sparsity.FILES, *specialization.FILES, *specialization.SCRATCH, *waiting.RUNS),
+    *(*sparsity.FILES, *specialization.FILES, *specialization.BUNDLED, *specialization.SEEDS, *waiting.RUNS),
     *(saving.STUDY, upcycling.STUDY),
 )
 
