@@ -34,7 +34,7 @@ STUDY = {
         "whether experts specialize: three questions of routers, units and placements",
         "specialization",
     ),
-    "scratch": ("the same questions of finished runs that were trained from scratch", "specialization.scratch"),
+    "scratch": ("whether experts do different things, in trained models and six seeds", "specialization.scratch"),
     "label_noise": ("which score finds wrong labels, and what leaving suspects out is worth", "label_noise"),
     "difficulty": ("how much of an image's difficulty its experts tell, beside features", "label_noise.difficulty"),
     "duplicates": ("which copies the page of `data score` finds: planted ones, and those of CIFAR-10", "duplicates"),

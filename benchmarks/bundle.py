@@ -17,6 +17,10 @@ the routing of the examples at moments of the training. A model of photos carrie
 of them in place of the twin, and a NOTICE. The commands that trained the runs stand in the runs' provenance and go to
 the card.
 
+`--ask-again` writes the third answer of the atlases anew and needs no run:
+
+    python -m benchmarks bundle cifar10 --ask-again --data DIR
+
 `--before` are models as `moevision upcycle` makes them, for the question what training added; without it the router is
 compared with that of a model with fresh weights.
 """
@@ -40,6 +44,7 @@ from PIL import Image
 from rich.progress import track
 
 from benchmarks.harness import HERE, argument_parser, without_places
+from benchmarks.specialization.scratch import third_answers
 from moevision.analysis.collect import collect_routing, network_input
 from moevision.analysis.describe import class_expert_map, fractions_of_parts, majority_part
 from moevision.analysis.images import PictureSet, open_pictures, read_images
@@ -48,7 +53,7 @@ from moevision.analysis.recording import recording_of
 from moevision.analysis.report.measure import measure_effects
 from moevision.analysis.specialization import measure_baselines, specialization
 from moevision.analysis.trace import RoutingTrace
-from moevision.demo.atlas import build_atlas, save_atlas
+from moevision.demo.atlas import build_atlas, load_atlas, save_atlas
 from moevision.demo.bundle import SOURCES
 from moevision.demo.examples import Examples
 from moevision.demo.typical import typical_of
@@ -142,11 +147,16 @@ def main() -> None:
         "--photos", type=Path, help="photos with SOURCES.md, of which those of grade A and A- are taken"
     )
     parser.add_argument("--examples", type=Path, metavar="FOLDER", help="write the images to show there, and stop")
+    parser.add_argument(
+        "--ask-again", action="store_true", help="write the third answer of the atlases anew, from the bundled weights"
+    )
     parser.add_argument("--out", type=Path, default=MODELS, help="folder of the models (the package's)")
     options = parser.parse_args()
-    if (options.name in NOTICE) != (options.photos is not None):
+    if not options.ask_again and (options.name in NOTICE) != (options.photos is not None):
         parser.error(f"--photos goes with {', '.join(NOTICE)}, and with nothing else")
-    if options.examples is not None:
+    if options.ask_again:
+        ask_again(options)
+    elif options.examples is not None:
         write_examples(options)
     elif options.run is None or options.dense is None:
         parser.error("give --run and --dense, or --examples")
@@ -198,6 +208,22 @@ def make(options: Namespace) -> None:
     print(json.dumps(card, indent=2, ensure_ascii=False))
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{file.stat().st_size / 1e6:8.3f} MB  {file.relative_to(folder)}")
+
+
+def ask_again(options: Namespace) -> None:
+    """Ask the third question of the bundled weights, and write it to their atlases; everything else stays."""
+    for file in sorted((options.out / options.name).glob("atlas*.json")):
+        atlas, variant = load_atlas(file), file.stem.removeprefix("atlas").removeprefix("_") or "trained"
+        model = load_model(str(file.parent / variant))
+        pictures = open_pictures(
+            options.data or ABOUT[options.name]["data_kind"], model.image_size,
+            limit=options.images, class_names=model.class_names,
+        )  # fmt: skip
+        answers = third_answers(model, collect_routing(model, pictures), pictures)
+        for layer, (answer, _) in zip(atlas["layers"], answers, strict=True):
+            layer["answers"][2] = answer.to_json()
+            print(f"{options.name}, {variant}, {layer['name']}: {answer.sentence}", flush=True)
+        save_atlas(atlas, file)
 
 
 # ---- images to show

@@ -4,8 +4,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from benchmarks import phases, timing
@@ -20,6 +22,9 @@ from benchmarks.phases import PhaseClock, measure_load, named_phases
 from benchmarks.specialization import scratch
 from benchmarks.subject import Subject, TrainingStep, find_subject, noise_batch
 from benchmarks.timing import Candidate, interleave, ratio_of, rows_of, spread
+from moevision.analysis import open_pictures
+from moevision.data import SyntheticPets
+from moevision.demo import bundled_model
 from moevision.errors import UserError
 from moevision.layers import MoEMlp, moe_layers, record_routing
 
@@ -346,16 +351,26 @@ def test_an_unfinished_run_has_no_record(tmp_path):
         record_of(tmp_path)
 
 
-def test_the_three_questions_of_a_run_trained_from_scratch(tiny_run: Path) -> None:
-    """Both MoE layers, on the images that the run held out, with the controls of the second question and a swap."""
-    record = scratch.record_of(tiny_run, images=20, swaps=10)
-    held_out = json.loads((tiny_run / "summary.json").read_text())["test"]["total"]
-    assert record["images"] == min(20, held_out)
+def test_the_record_of_what_the_experts_of_a_model_do() -> None:
+    """The bundled model of drawn pets, on two images of each class; the JSON holds every cost that the README tells."""
+    model = bundled_model("pets")
+    pictures = open_pictures(SyntheticPets(16, model.image_size, 0, "test"), model.image_size)
+    record = json.loads(json.dumps(scratch.asked(model, pictures, permutations=10), allow_nan=False))
+    assert (record["images"], len(record["layers"])) == (16, 2)
     for layer in record["layers"]:
-        assert [answer["question"] for answer in layer["answers"]] == ["experts", "training", "function"]
-        assert set(layer["controls"]) == {"untrained", "clusters"}
-        assert sum(layer["load"]["share"]) == pytest.approx(1, abs=1e-4)
-        # In so small a model both classes may use all experts alike; then there is nothing to swap, and it says so.
-        assert (layer["swap"] is None) == (layer["answers"][2]["answer"] == "not measured")
-    with pytest.raises(UserError, match="isn't finished"):
-        scratch.record_of(tiny_run / "model", images=20, swaps=10)
+        assert layer["answer"] in ("yes", "a little", "not shown", "the layer contributes nothing")
+        for name in ("without", "routes", "favourite", "any_two", "more"):
+            assert set(layer["swap"][name]) == {"points", "log_loss", "moved"}
+
+
+def test_the_small_model_of_a_seed_is_the_routers_studys(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(40):
+                pixels = rng.integers(0, 255, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{number}.png")
+    model = scratch.small_model(1, str(tmp_path), steps=1)
+    assert (model.class_names, model.image_size, model.net.training) == (["cat", "dog"], 32, False)
+    assert [layer.router.num_experts for layer in moe_layers(model.net)] == [8, 8]

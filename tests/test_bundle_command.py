@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from benchmarks.bundle import balanced_accuracy, photos_to_show
 from moevision.analysis.images import open_pictures
 from moevision.data.transforms import normalize
 from moevision.demo.atlas import load_atlas
-from moevision.demo.bundle import DataOptions, open_entries, read_card
+from moevision.demo.bundle import DataOptions, bundled_folders, open_entries, read_card
 from moevision.demo.service import Explorer
 from moevision.errors import UserError
 from moevision.layers import forward_routing
@@ -231,3 +232,17 @@ def test_what_it_needs(bench, arguments, said):
     outcome = bench("bundle", *arguments)
     assert outcome.code == 2
     assert said in outcome.err
+
+
+def test_the_third_question_is_asked_again_and_nothing_else_changes(bench, tmp_path):
+    bundled = next(folder for folder in bundled_folders() if folder.name == "pets")
+    shutil.copytree(bundled, tmp_path / "pets")
+    outcome = bench("bundle", "pets", "--ask-again", "--out", tmp_path, "--images", "24")
+    assert outcome.code == 0, outcome.err
+    for name in ("atlas.json", "atlas_unbalanced.json"):
+        before, after = load_atlas(bundled / name), load_atlas(tmp_path / "pets" / name)
+        for old, new in zip(before["layers"], after["layers"], strict=True):
+            assert new["answers"][2] != old["answers"][2]
+            assert new["answers"][2]["sentence"] in outcome.out
+            old["answers"][2] = new["answers"][2]
+        assert before == after

@@ -162,7 +162,7 @@ def _swap(setting: Setting) -> tuple[str, str]:
     swaps = [layer["swap"] for layer in setting.layers if layer["swap"] is not None]
     if not swaps:
         return "", ""
-    random = [swap["random"]["value"] for swap in swaps if swap["random"] is not None]
+    random = [swap["random"]["value"] for swap in swaps if swap.get("random") is not None]  # of the committed runs
     points = statistics.fmean(swap["points"]["value"] for swap in swaps)
     return signed(points, 1), signed(statistics.fmean(random), 1) if random else ""
 

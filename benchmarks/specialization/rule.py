@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.queue import is_dirty
 from benchmarks.specialization.arms import CLASS, CONFIRMING_SEEDS, DATA_SETS, SEEDS, Record
 from moevision.analysis.agreement import pair_experts
-from moevision.analysis.questions import A_LITTLE_WORD, NOT_MEASURED, NOT_SHOWN, YES
+from moevision.analysis.questions import A_LITTLE_WORD, NOT_MEASURED, NOT_SHOWN, NOTHING, YES
 
 MOST_LOADED, LEAST_LOADED, VISIBLE = 1.5, 0.25, 0.75
 CHOOSING = "cats_vs_dogs"  # the real photos
@@ -52,7 +52,7 @@ class Setting:
     def answer(self, question: int) -> str:
         """The weakest answer of any seed."""
         found = {layer["answers"][question]["answer"] for layer in self.layers}
-        return next(word for word in (NOT_MEASURED, NOT_SHOWN, A_LITTLE_WORD, YES) if word in found)
+        return next(word for word in (NOT_MEASURED, NOTHING, NOT_SHOWN, A_LITTLE_WORD, YES) if word in found)
 
     @property
     def place(self) -> int:

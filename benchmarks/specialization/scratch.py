@@ -1,68 +1,106 @@
-"""Do the experts of models trained from scratch specialize? The three questions, of finished runs.
+"""Do the experts of trained models do different things? The third question, of models whose experts never were copies.
 
-    python -m benchmarks scratch runs/sparsity/cpu-moe-lr0.012-s?      # of the study of sparsity
-    python -m benchmarks scratch runs/cifar10                           # or of `moevision fit`
+    nice -n 10 python -m benchmarks scratch --cifar DIR --cats DIR     # the runs that have no record yet
+    python -m benchmarks scratch --only small-s0 --cifar DIR
 
-The study beside it asks models that were upcycled and trained briefly, whose experts began as copies of one MLP; these
-experts never were alike. A run is asked about held-out images of its own data, as `moevision analyze` asks, with the
-router of a model with fresh weights in place of the one before training. One record for each run: the answers, the
-load, the readings and their controls, the swap.
+The study beside it asks models that were upcycled and trained briefly, whose experts began as copies of one MLP. Here
+are the three bundled models, on their test images (cats and dogs: upcycled too, but trained to the end), and six seeds
+of the routers' small model, trained for 500 steps on CIFAR-10. One record for each: accuracy and, for each MoE layer,
+the answer and all costs of `moevision.analysis.swap`.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import read_finished
+import numpy as np
+import torch
+
 from benchmarks.harness import HERE, about, argument_parser
-from benchmarks.specialization.training import rounded_all, without_words
+from benchmarks.specialization.training import rounded_all
+from benchmarks.study import CIFAR_PIXELS, IMAGE_SIZE, make_task, open_data, small, train
 from moevision.analysis.collect import collect_routing
-from moevision.analysis.images import pictures_for
-from moevision.analysis.questions import three_questions
-from moevision.analysis.recording import recording_of
-from moevision.analysis.specialization import measure_baselines
+from moevision.analysis.images import PictureSet, open_pictures
+from moevision.analysis.questions import Answer, function_answer
+from moevision.analysis.recording import Recording, choices_of, run_forced
+from moevision.analysis.swap import Swap, swap_test
+from moevision.analysis.trace import RoutingTrace
+from moevision.data import SyntheticPets
+from moevision.demo import bundled_model
 from moevision.files import write_json_atomic
-from moevision.models.io import load_model
+from moevision.models.io import SavedModel
 
-NAMES = ("untrained", "kmeans_input")  # the controls of the second question
+SEEDS, STEPS, LR, PERMUTATIONS = range(6), 500, 2e-3, 1000
+BUNDLED = ("cifar10", "pets", "cats_vs_dogs")
+RUNS = (BUNDLED[0], *(f"small-s{seed}" for seed in SEEDS), *BUNDLED[1:])
 
 
-def record_of(run: Path, images: int, swaps: int) -> dict[str, Any]:
-    """The record of a finished run.
+def small_model(seed: int, cifar: str, steps: int = STEPS) -> SavedModel:
+    """The routers' small model with a V-MoE router, trained on CIFAR-10 from one seed."""
+    data = open_data("cifar10", cifar)
+    subject = small("vmoe_top_k", lr=LR, num_classes=data.num_classes, router="vmoe_top_k")
+    task = make_task(subject, seed)
+    train(task, data, steps, seed)
+    return SavedModel(task.net.eval(), list(data.class_names), IMAGE_SIZE, **CIFAR_PIXELS)
 
-    Raises:
-        UserError: if it isn't finished, or its images aren't there.
-    """
-    summary, provenance = read_finished(run)
-    start, model = time.process_time(), load_model(str(run))
-    pictures = pictures_for(str(run), model, limit=images)
-    assert pictures is not None  # a run says what it was trained on
-    trace = collect_routing(model, pictures, progress=False, name=run.name)
-    baselines = measure_baselines(model, pictures, trace, seeds=3, names=NAMES)
-    layers = three_questions(recording_of(model, pictures, trace, baselines=baselines), swap_images=swaps)
-    return {
-        "run": run.name, "model": summary["model"], "data": Path(summary["data"]).name, "seed": summary["seed"],
-        "epochs": summary["epochs"], "test": {name: summary["test"][name] for name in ("correct", "total")},
-        "images": len(pictures), "layers": [rounded_all(without_words(layer.to_json())) for layer in layers],
-        "trained_at": provenance["code"], "cpu_s": round(time.process_time() - start, 1), **about(),
-        "command": "python -m benchmarks scratch",
-    }  # fmt: skip
+
+def third_answers(
+    model: SavedModel, trace: RoutingTrace, pictures: PictureSet, permutations: int = PERMUTATIONS
+) -> list[tuple[Answer, Swap | None]]:
+    """The third question's answer and all costs behind it, for each MoE layer."""
+    run = partial(run_forced, model, pictures, [layer.layer for layer in trace.layers])
+    layers = [choices_of(layer) for layer in trace.layers]
+    recording = Recording(np.asarray(trace.labels), layers, trace.class_names, run=run)
+    swaps = [
+        swap_test(recording, place, limit=len(pictures), permutations=permutations) for place in range(len(layers))
+    ]
+    return [(function_answer(swap, None if swap else "no exchange moves a patch"), swap) for swap in swaps]
+
+
+def asked(model: SavedModel, pictures: PictureSet, permutations: int = PERMUTATIONS) -> dict[str, Any]:
+    """Accuracy on the images, and the answer and the costs of each MoE layer."""
+    trace = collect_routing(model, pictures, progress=False)
+    layers = []
+    for layer, (answer, swap) in zip(trace.layers, third_answers(model, trace, pictures, permutations), strict=True):
+        told = {"name": layer.name, "answer": answer.answer, "sentence": answer.sentence}
+        layers.append({**told, "swap": None if swap is None else rounded_all(swap.to_json())})
+    return {"images": len(pictures), "top1": trace.accuracy, "layers": layers}
+
+
+def record_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One run."""
+    origin, start = {**about(), "command": "python -m benchmarks scratch"}, time.process_time()
+    seed = None if name in BUNDLED else int(name.removeprefix("small-s"))
+    model = bundled_model(name) if seed is None else small_model(seed, options.cifar)
+    size, limit = model.image_size, options.images
+    if name == "pets":
+        pictures = open_pictures(SyntheticPets(limit, size, 0, "test"), size)
+    else:
+        folder = options.cats if name == "cats_vs_dogs" else options.cifar
+        pictures = open_pictures(folder, size, limit=limit, class_names=model.class_names)
+    training = {} if seed is None else {"seed": seed, "steps": STEPS, "lr": LR}
+    found = asked(model, pictures)
+    return {"run": name, **training, **found, "cpu_s": round(time.process_time() - start, 1), **origin}
 
 
 def main() -> None:
-    """Write the records."""
+    """Write the records that aren't there."""
     parser = argument_parser("scratch", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of `moevision fit`")
-    parser.add_argument("--images", type=int, default=1000, help="held-out images that are asked about")
-    parser.add_argument("--swaps", type=int, default=400, help="images of the swap test")
+    parser.add_argument("--cifar", metavar="DIR", help="CIFAR-10 as a folder")
+    parser.add_argument("--cats", metavar="DIR", help="cats_vs_dogs as a folder")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=RUNS, metavar="RUN", help="(all)")
+    parser.add_argument("--images", type=int, default=2000, help="test images at most, as many of each class")
     parser.add_argument("--out", type=Path, default=HERE / "specialization" / "scratch", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    for run in options.runs:
-        record = record_of(run, options.images, options.swaps)
-        write_json_atomic(options.out / f"{run.name}.json", record)
+    torch.set_num_threads(1)
+    for name in options.only:
+        if (options.out / f"{name}.json").exists():
+            continue
+        record = record_of(name, options)
+        write_json_atomic(options.out / f"{name}.json", record)
         for layer in record["layers"]:
-            for answer in layer["answers"]:
-                print(f"{run.name}, {layer['name']}: {answer['sentence']}")
+            print(f"{name}, {layer['name']}: {layer['sentence']}", flush=True)

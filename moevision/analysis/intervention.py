@@ -524,16 +524,21 @@ class Ranking(Decision):
     def choose(self, experts: Tensor, prefix: int) -> Self:
         """Send every patch to these experts [B, P, K]; weights stay with the rank, prefix tokens where they are.
 
-        With P = 1 all tokens of an image go to the same experts, the prefix tokens too.
+        With P = 1 all tokens of an image go to the same experts, the prefix tokens too. A choice ~e, which is negative,
+        is one of expert e that adds nothing; where all of an image's are such, those of its prefix tokens add nothing.
         """
+        head = self.order[:, :prefix, : self.top_k]
         if experts.shape[1] == 1:
-            wanted = experts.expand(-1, self.order.shape[1], -1)
+            experts = experts.expand(-1, self.order.shape[1], -1)
         else:
-            wanted = torch.cat([self.order[:, :prefix, : self.top_k], experts], 1)
+            head = torch.where((experts < 0).all(-1).all(-1)[:, None, None], ~head, head)
+            experts = torch.cat([head, experts], 1)
+        wanted = torch.where(experts < 0, ~experts, experts)
+        silenced = self.silenced | torch.zeros_like(self.silenced).scatter(-1, wanted, experts < 0)
         others = torch.ones_like(self.order).scatter(-1, wanted, 0)  # [B, N, E] by expert
         place = others.gather(-1, self.order).argsort(dim=-1, stable=True)
         rest = self.order.gather(-1, place)[..., wanted.shape[-1] :]  # in their old order
-        return replace(self, order=torch.cat([wanted, rest], -1))
+        return replace(self, order=torch.cat([wanted, rest], -1), silenced=silenced)
 
     def exchange(self, a: int, b: int) -> Self:
         """Give expert a's tokens to expert b, with the weight that they gave a, and the other way round."""

@@ -5,18 +5,20 @@
    its answers are dealt to as many balanced groups as there are experts.
 2. Did training the router add to that? The same of the router before training and of k-means clusters of its own input.
    Every training stands against its own controls. A router that was started from clusters can't answer it.
-3. Do the experts do different things? The swap test: on the images of class A the expert that A uses most and the one
-   that a class B uses most change places, and the points of accuracy that this costs stand beside random swaps of as
-   many choices of the same images.
+3. Do the experts do different things? The swap test (`swap`): the layer left out; a class's favourite expert exchanged
+   with any other, beside any two other experts at the same share of moved choices; routes of other images; every expert
+   away. In log-loss and points of accuracy.
 
-Each answer is one of "yes", "a little", "not shown" and "not measured", and there is no verdict over all three: classes
-may go to different experts without training the router having added to it, and experts that do different things may be
-no experts of classes. The rules:
+Each answer is one of "yes", "a little", "not shown" and "not measured", the third also "the layer contributes nothing".
+There is no verdict over all three: classes may go to different experts without training the router having added to it,
+and experts that do different things may be no experts of classes. The rules:
 
 - 1 is shown where the bits' interval lies above 0 and at most one shuffling of twenty tells as much;
 - 2 is shown where every training tells more than each of its own controls (interval of the difference above 0);
-- 3 is shown where the interval of the loss lies above 0; it is "a little" where random swaps of as many choices cost
-  more, so that the experts differ, and those of the classes less than others;
+- 3: the layer contributes nothing where neither log-loss nor accuracy is lost without it (intervals reach 0), and then
+  nothing else is said. It is "yes" where exchanging the favourite costs more log-loss than any two others (interval of
+  the difference above 0; with two experts: costs any), and "a little" where that is shown of a layer without which no
+  accuracy is lost, or where exchanging experts costs log-loss, and the favourite no more than others;
 - 1 and 2 are "a little" where the bits (those beyond the best control) are less than `A_LITTLE` of what the probe
   tells.
 
@@ -44,6 +46,7 @@ Json = dict[str, Any]
 Question = Literal["experts", "training", "function"]
 
 YES, A_LITTLE_WORD, NOT_SHOWN, NOT_MEASURED = "yes", "a little", "not shown", "not measured"
+NOTHING = "the layer contributes nothing"
 LEADS: Final[dict[Question, str]] = {
     "experts": "Classes go to different experts",
     "training": "Training the router added to that",
@@ -60,6 +63,7 @@ _CONTROLS: Final = {
 A_LITTLE = 0.1
 """Below this share of what the linear probe tells, what is shown is called "a little": a convention, not a test."""
 
+_NOTHING = "The layer contributes nothing, so what its experts do can't show"
 _P_VALUE = 0.05
 
 
@@ -69,7 +73,7 @@ class Answer:
 
     Attributes:
         question: which.
-        answer: `yes`, `a little`, `not shown` or `not measured`.
+        answer: `yes`, `a little`, `not shown`, `not measured` or, of the third, `the layer contributes nothing`.
         detail: what stands in brackets.
         numbers: further sentences.
     """
@@ -82,6 +86,8 @@ class Answer:
     @property
     def sentence(self) -> str:
         """As in "Classes go to different experts: yes (...)."."""
+        if self.answer == NOTHING:
+            return f"{_NOTHING} ({self.detail})."
         return f"{LEADS[self.question]}: {self.answer} ({self.detail})."
 
     def to_json(self) -> Json:
@@ -143,8 +149,8 @@ def three_questions(
     seeds: Sequence[Recording] = (),
     permutations: int = 200,
     cluster_seeds: int = 3,
-    draws: int = 3,
-    swap_images: int = 400,
+    draws: int = 2,
+    swap_images: int = 2000,
     seed: int = 0,
 ) -> list[LayerAnswers]:
     """Ask every layer the three questions.
@@ -154,7 +160,7 @@ def three_questions(
         seeds: of other trainings of the same recipe, each with its own controls.
         permutations: of the shuffled labels.
         cluster_seeds: clusterings of the input, where the recording has none.
-        draws: random swaps per image.
+        draws: exchanges per image in the swap test, each with experts drawn anew.
         swap_images: how many images the swap test runs at most.
         seed: of everything drawn.
 
@@ -187,8 +193,8 @@ def three_questions(
         elif own.why is not None:
             why = own.why
         else:
-            swap = swap_test(recording, place, draws=draws, limit=swap_images, seed=seed)
-            why = "all classes use all experts alike" if swap is None else None
+            swap = swap_test(recording, place, draws=draws, limit=swap_images, permutations=permutations, seed=seed)
+            why = "no exchange moves a patch, which have all chosen all experts" if swap is None else None
         answers = (experts_answer(own), training_answer(own, others), function_answer(swap, why))
         gains = [each.controls.gain for each in (own, *others)]
         found.append(
@@ -207,7 +213,7 @@ def headline(layers: Sequence[LayerAnswers]) -> list[Answer]:
         answers = [(layer.name, layer.answers[place]) for layer in layers]
         best = next(
             word
-            for word in (YES, A_LITTLE_WORD, NOT_SHOWN, NOT_MEASURED)
+            for word in (YES, A_LITTLE_WORD, NOT_SHOWN, NOTHING, NOT_MEASURED)
             if any(answer.answer == word for _, answer in answers)
         )
         names = [name for name, answer in answers if answer.answer == best]
@@ -226,9 +232,11 @@ def plainly(answers: Sequence[Answer]) -> str:
         'Classes go to different experts. Not shown: that training the router added to that.'
     """
     told = []
-    for word in (YES, A_LITTLE_WORD, NOT_SHOWN, NOT_MEASURED):
+    for word in (YES, A_LITTLE_WORD, NOT_SHOWN, NOTHING, NOT_MEASURED):
         leads = [LEADS[answer.question] for answer in answers if answer.answer == word]
-        if word == YES:
+        if word == NOTHING and leads:
+            told.append(f"{_NOTHING}.")
+        elif word == YES:
             told += [f"{lead}." for lead in leads]
         elif leads:
             clauses = listed([f"that {lead[0].lower()}{lead[1:]}" for lead in leads])
@@ -300,21 +308,57 @@ def function_answer(swap: Swap | None, why: str | None) -> Answer:
     """The third question's answer; `why` it wasn't measured."""
     if swap is None:
         return Answer("function", NOT_MEASURED, why or "the swap test was not made")
-    points, random, more = swap.points, swap.random, swap.more
+    without, whole, favourite, two, more = swap.without, swap.whole, swap.favourite, swap.any_two, swap.more
+    numbers = _swap_words(swap)
+    lost = f"{signed(without.points.value, 1)} points of accuracy, {_interval(without.points, 1)}"
+    if not without.shown and without.points.low <= 0:
+        nats = f"{signed(without.log_loss.value)} of log-loss, {_interval(without.log_loss)}"
+        return Answer("function", NOTHING, f"without it {lost}; {nats}", numbers)
     detail = (
-        f"a class's patches sent through another class's expert cost {signed(points.value, 1)} points of accuracy, "
-        f"{_interval(points, 1)}; "
+        f"exchanging a class's favourite expert with any other costs {signed(whole.points.value, 1)} points of "
+        f"accuracy, {_interval(whole.points, 1)}; "
     )
-    changed = f"{percent(swap.moved)} of the choices of {swap.n_images:,} images changed."
-    answer = YES if points.low > 0 else NOT_SHOWN
-    if random is None or more is None:
-        detail += "no random swaps stand beside it, since no other expert was free"
-        return Answer("function", answer, detail, (f"Swap: {changed}",))
-    detail += f"random swaps of as many choices {signed(random.value, 1)}"
-    beside = "more than" if more.low > 0 else "less than" if more.high < 0 else "not told apart from"
-    if answer == YES and more.high < 0:
-        answer = A_LITTLE_WORD
-    return Answer("function", answer, detail, (f"Swap: {beside} random swaps ({_interval(random, 1)}); {changed}",))
+    if favourite is None or two is None:
+        detail += "there are no two other experts to compare it with"
+    else:
+        detail += (
+            f"at the same share of moved choices, {percent(two.moved)}, {signed(favourite.points.value, 1)}, any two "
+            f"other experts {signed(two.points.value, 1)}"
+        )
+    answer = YES if (whole if more is None else more).shown else NOT_SHOWN
+    if answer == YES and without.points.low <= 0:
+        detail = f"in log-loss alone: without the layer {lost}, so nothing shown; {detail}"
+        return Answer("function", A_LITTLE_WORD, detail, numbers)
+    detail += f"; without the layer {signed(without.points.value, 1)}"
+    if answer == NOT_SHOWN and (whole.shown or (two is not None and two.shown)):
+        return Answer("function", A_LITTLE_WORD, f"a class's favourite no more than others: {detail}", numbers)
+    return Answer("function", answer, detail, numbers)
+
+
+def _swap_words(swap: Swap) -> list[str]:
+    """Log-loss of every change, and the knock-outs."""
+    costs = {
+        "without the layer": swap.without,
+        "routes of another image": swap.routes,
+        "favourite exchanged": swap.whole,
+        "thinned to as many choices": swap.favourite,
+        "as many of any two others": swap.any_two,
+        "the difference": swap.more,
+    }
+    told = [
+        f"{name} {signed(cost.log_loss.value)} ({signed(cost.log_loss.low)} to {signed(cost.log_loss.high)}"
+        + (f"; {percent(cost.moved)})" if cost.moved else ")")
+        for name, cost in costs.items()
+        if cost is not None
+    ]
+    numbers = [f"Log-loss by changed routes (95 % CI; choices changed), {swap.n_images:,} images: {', '.join(told)}."]
+    away = swap.knock_out
+    if away.p_value == away.p_value:  # not NaN
+        numbers.append(
+            f"An expert away, log-loss per 100 of its choices: a class's favourite {signed(100 * away.own)} on its own "
+            f"images, {signed(100 * away.others)} on others' (p = {away.p_value:.3f}, images permuted between classes)."
+        )
+    return numbers
 
 
 def _control_words(name: str, controls: Controls) -> str:

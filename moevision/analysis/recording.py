@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,11 @@ Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
 Flags = npt.NDArray[np.bool_]
 Run = Callable[[int, Ints, Ints], npt.NDArray[Any]]
-"""(place of the layer, images [R], their experts [R, P, K]) -> logits [R, C] with those routes; gates stay by rank."""
+"""(place of the layer, images [R], their experts [R, P, K]) -> logits [R, C] with those routes; gates stay by rank.
+
+A choice ~e, which is negative, is one of expert e that adds nothing to the layer's output; an image all of whose
+choices are such is left with the residual alone.
+"""
 
 _INPUT_TOKENS = 20_000  # whose inputs are kept of each layer
 _BATCH = 32
@@ -220,14 +224,24 @@ def _inputs(model: SavedModel, pictures: PictureSet, trace: RoutingTrace, positi
 def run_forced(
     model: SavedModel, pictures: PictureSet, blocks: Sequence[int], place: int, images: Ints, experts: Ints
 ) -> npt.NDArray[np.float32]:
-    """Logits [R, C] of images [R] whose patches go to these experts [R, P, K] in one layer; see `Run`."""
+    """Logits [R, C] of images [R] whose patches go to these experts [R, P, K] in one layer; see `Run`.
+
+    The blocks before the layer compute an image once for all its neighbours in the list that are the same image.
+    """
     layer = numbered_layers(model.net)[blocks[place]]
     prefix = int(getattr(model.net, "num_prefix_tokens", 0))
+    block = cast(Any, model.net).blocks[blocks[place]]
     logits = []
     for start in range(0, len(images), _BATCH):
         part = slice(start, start + _BATCH)
-        pixels = network_input(model, read_images(pictures, images[part]))
-        logits.append(forced_logits(model.net, layer, pixels, experts[part], prefix))
+        each, rows = np.unique(images[part], return_inverse=True)
+        pixels = network_input(model, read_images(pictures, each))
+        again = torch.from_numpy(rows).to(pixels.device)
+        repeat = block.register_forward_pre_hook(lambda _, inputs, again=again: (inputs[0][again], *inputs[1:]))
+        try:
+            logits.append(forced_logits(model.net, layer, pixels, experts[part], prefix))
+        finally:
+            repeat.remove()
     return np.concatenate(logits)
 
 
@@ -241,7 +255,7 @@ def forced_logits(
         net: in eval mode.
         layer: the layer.
         inputs: what `net` is called with.
-        experts: best first.
+        experts: best first; see `Run`.
         prefix: tokens before the patches, which stay where they are.
     """
     wanted = torch.from_numpy(experts.astype(np.int64)).to(inputs.device)

@@ -307,7 +307,7 @@ def analyze() -> ArgumentParser:
 
         It answers three questions, each beside its controls: do classes go to different experts, did training the
         router add to that (beside the router before training and clusters of its own input; with --seeds every training
-        against its own), and do the experts do different things (classes' patches through each other's experts).
+        against its own), and do the experts do different things (beside the layer left out and any two experts).
         """,
         """\
         moevision analyze runs/pets                                   the images that the run held out for its test

@@ -18,13 +18,12 @@ from moevision.analysis.questions import (
     A_LITTLE_WORD,
     NOT_MEASURED,
     NOT_SHOWN,
+    NOTHING,
     YES,
-    function_answer,
     headline,
     three_questions,
 )
 from moevision.analysis.readings import (
-    Interval,
     Load,
     guess_from_experts,
     paired_interval,
@@ -33,7 +32,6 @@ from moevision.analysis.readings import (
 )
 from moevision.analysis.recording import RecordedLayer, Recording, recording_of, run_forced
 from moevision.analysis.specialization import Assignments, measure_baselines
-from moevision.analysis.swap import Swap, swap_test
 from moevision.data import SyntheticPets
 from moevision.demo import bundled_model
 from moevision.errors import UserError
@@ -80,7 +78,9 @@ def recorded(model, tokens, **options):
     _, chosen = model(tensor)
 
     def run(place, images, experts):
-        return model(tensor[torch.from_numpy(images)], torch.from_numpy(experts[..., 0]).long())[0].numpy()
+        chosen = torch.from_numpy(experts[..., 0]).long()
+        difference = torch.where(chosen >= 0, model.biases[chosen.clamp(min=0)], 0.0).mean(1)
+        return torch.stack([-difference, difference], -1).numpy()
 
     before = np.random.default_rng(9).integers(2, size=(len(tokens), PATCHES, 1))
     layer = RecordedLayer(
@@ -102,13 +102,12 @@ def test_a_foreign_model_whose_router_follows_the_class_against_the_clusters() -
     first, training, function = (answer.sentence for answer in found.answers)
     assert first == "Classes go to different experts: yes (the expert alone guesses 100.0 % right, chance 50.0 %)."
     assert training.startswith("Training the router added to that: yes (")
-    # All right before, all wrong behind the other class's expert. There is one other expert, so random swaps of as
-    # many (all) choices do the same.
-    assert found.swap.points.value == found.swap.random.value == 100
-    assert found.swap.more.value == 0
-    assert found.swap.moved == 1
-    assert found.swap.pairs == [("cat", 0, "dog", 1), ("dog", 1, "cat", 0)]
-    assert function.endswith("; random swaps of as many choices 100.0).")
+    # All right before, all wrong behind the other class's expert, a coin (argmax: cat) without the layer.
+    assert found.swap.whole.points.value == 100
+    assert found.swap.whole.moved == 1
+    assert found.swap.without.points.value == 50
+    assert found.swap.favourites == [("cat", 0, 0), ("dog", 1, 1)]
+    assert function.endswith("; there are no two other experts to compare it with; without the layer 50.0).")
     assert found.readings[0].bits.value == pytest.approx(1, abs=0.03)
     assert found.probe.bits.value == pytest.approx(1, abs=0.03)
     assert {reading.unit for reading in found.controls["clusters"]} == {"patch", "image"}
@@ -131,10 +130,10 @@ def test_a_router_that_knows_no_class_and_experts_that_are_copies() -> None:
     assert "chance 50.0 %" in found.answers[0].sentence
     copies = recorded(Foreign(0, [0.5, 0.5]), tokens_of(2))
     (found,) = three_questions(copies, **OPTIONS)
-    assert words(found) == [YES, YES, NOT_SHOWN]
-    assert found.swap.points.value == found.swap.random.value == 0
+    assert words(found) == [YES, YES, NOTHING]  # both say dog of everything: half is right with them and without
+    assert found.swap.whole.points.value == 0
     # No image changed, which is no proof that none does: Agresti and Min's ± 1.96 / (n + 2).
-    assert found.swap.points.high == pytest.approx(100 * 1.96 / (IMAGES + 2), abs=0.01)
+    assert found.swap.whole.points.high == pytest.approx(100 * 1.96 / (IMAGES + 2), abs=0.01)
 
 
 def test_every_training_stands_against_its_own_controls() -> None:
@@ -190,17 +189,6 @@ def test_a_little_is_a_small_share_of_what_the_input_tells() -> None:
     # Nine such patches together tell more of the image than one does.
     image = next(reading for reading in found.readings if reading.unit == "image")
     assert image.guess.value > found.readings[0].guess.value
-
-
-def test_random_swaps_that_cost_more_make_it_a_little() -> None:
-    def answered(points, random, more):
-        found = Swap(Interval(*points), Interval(*random), Interval(*more), 0.5, 100, [])
-        return function_answer(found, None).answer
-
-    assert answered((5, 2, 8), (1, 0, 2), (4, 1, 7)) == YES
-    assert answered((5, 2, 8), (5, 2, 8), (0, -3, 3)) == YES
-    assert answered((5, 2, 8), (20, 15, 25), (-15, -20, -10)) == A_LITTLE_WORD
-    assert answered((1, -1, 3), (0, -1, 1), (1, -1, 3)) == NOT_SHOWN
 
 
 def test_load_by_hand() -> None:
@@ -264,70 +252,6 @@ def test_the_probe_deals_balanced_groups() -> None:
     # Two groups of each class.
     tables = np.einsum("ip,ipe->e", labels, groups)
     assert sorted(tables.tolist()) == [0, 0, IMAGES * PATCHES / 4, IMAGES * PATCHES / 4]
-
-
-def test_random_swaps_change_as_many_choices_and_no_expert_twice() -> None:
-    rng = np.random.default_rng(8)
-    chosen = rng.permuted(np.tile(np.arange(4), (IMAGES, PATCHES, 1)), axis=2)[..., :2]
-    chosen[::2, :, 0], chosen[::2, :, 1] = 0, np.where(chosen[::2, :, 1] == 0, 1, chosen[::2, :, 1])
-    ran = []
-
-    def run(place, images, experts):
-        ran.append((images, experts))
-        return np.eye(2)[LABELS[images]]
-
-    recording = Recording(LABELS, [RecordedLayer("L1", chosen, 4)], ["a", "b"], run=run)
-    found = swap_test(recording, 0, draws=2, limit=20)
-    (images, own), (_, swapped), *random = ran
-    assert len(images) == found.n_images == 20
-    assert np.bincount(LABELS[images]).tolist() == [10, 10]
-    assert (own == chosen[images]).all()
-    assert found.moved == (swapped != own).mean() > 0
-    for _, experts in random:
-        assert ((experts != own).sum((1, 2)) == (swapped != own).sum((1, 2))).all()
-    for _, experts in ran:
-        assert (experts[..., 0] != experts[..., 1]).all()
-    same = replace(recording, layers=[RecordedLayer("L1", np.zeros_like(chosen[..., :1]), 4)])
-    assert swap_test(same, 0) is None
-    # One expert is first for both classes: each class's own is then the one that it uses more than the other does.
-    often = np.where(np.arange(PATCHES) < 6, 0, 1 + LABELS[:, None])[..., None]
-    found = swap_test(replace(recording, layers=[RecordedLayer("L1", often, 4)]), 0)
-    assert [pair[1::2] for pair in found.pairs] == [(1, 2), (2, 1)]
-
-
-@pytest.mark.parametrize("num_experts", [2, 4])  # all experts are chosen, or all that are in use
-def test_random_swaps_that_find_no_free_expert_are_left_out(num_experts) -> None:
-    first = np.broadcast_to(LABELS[:, None], (IMAGES, PATCHES))
-    chosen = np.stack([first, 1 - first], -1)
-
-    def run(place, images, experts):
-        right = (experts == chosen[images]).all((1, 2))
-        return np.eye(2)[np.where(right, LABELS[images], 1 - LABELS[images])]
-
-    recording = Recording(LABELS, [RecordedLayer("L1", chosen, num_experts)], ["a", "b"], run=run)
-    (found,) = three_questions(recording, **OPTIONS)
-    assert found.swap.points.value == 100
-    assert found.swap.random is None
-    assert found.swap.more is None
-    assert found.swap.to_json()["random"] is None
-    sentence = found.answers[2].sentence
-    assert sentence.endswith("; no random swaps stand beside it, since no other expert was free).")
-    assert found.answers[2].numbers == (f"Swap: 100.0 % of the choices of {IMAGES} images changed.",)
-
-
-def test_a_swap_runs_no_more_images_than_its_limit_whatever_the_number_of_classes() -> None:
-    labels = np.arange(150) % 50
-    ran = []
-
-    def run(place, images, experts):
-        ran.append(images)
-        return np.eye(50)[labels[images]]
-
-    layer = RecordedLayer("L1", np.tile(labels[:, None, None] % 8, (1, 4, 1)), 8)
-    found = swap_test(Recording(labels, [layer], list(map(str, range(50))), run=run), 0, limit=10)
-    assert found.n_images == 10
-    assert len({len(images) for images in ran}) == 1
-    assert len(set(labels[ran[0]])) == len(found.pairs) == 10
 
 
 def test_object_background_parts_and_all_choices_are_named_apart() -> None:

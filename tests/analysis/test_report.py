@@ -12,7 +12,7 @@ import torch
 import yaml
 from markupsafe import escape
 
-from moevision.analysis.questions import A_LITTLE_WORD, LEADS, NOT_MEASURED, NOT_SHOWN, YES
+from moevision.analysis.questions import A_LITTLE_WORD, LEADS, NOT_MEASURED, NOT_SHOWN, NOTHING, YES
 from moevision.analysis.report.build import analyze, claim_folder, render
 from moevision.analysis.report.measure import ReportSettings
 from moevision.analysis.trace import RoutingTrace
@@ -218,7 +218,7 @@ def test_the_three_answers_are_printed_and_stand_first(report):
     open_text = re.sub(r"<details>.*?</details>", "", first, flags=re.DOTALL)
     assert not [answer for answer in answers if str(escape(answer["sentence"])) in open_text]  # its numbers are folded
     for answer in answers:
-        assert answer["answer"] in (YES, A_LITTLE_WORD, NOT_SHOWN, NOT_MEASURED)
+        assert answer["answer"] in (YES, A_LITTLE_WORD, NOT_SHOWN, NOTHING, NOT_MEASURED)
         assert page.index(str(escape(answer["sentence"]))) < page.index("Where each patch goes</h2>")
     for layer, found in zip(numbers["verdict"]["layers"], numbers["questions"], strict=True):
         assert [f"{layer['name']}: {answer['sentence']}" for answer in found["answers"]] == layer["sentences"]
@@ -312,7 +312,7 @@ def test_help_teaches(cli):
         assert words.lower() in outcome.out.lower()
 
 
-@pytest.mark.parametrize("answer", [YES, A_LITTLE_WORD, NOT_SHOWN, NOT_MEASURED])
+@pytest.mark.parametrize("answer", [YES, A_LITTLE_WORD, NOT_SHOWN, NOTHING, NOT_MEASURED])
 def test_each_answer_has_its_box(report, answer):
     _, numbers, _, _ = report
     other = json.loads(json.dumps(numbers))

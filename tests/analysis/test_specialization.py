@@ -20,6 +20,7 @@ from moevision.analysis.specialization import (
     BASELINES,
     Assignments,
     exceeds,
+    fit_clusters,
     fresh_copy,
     hash_scores,
     listed,
@@ -153,6 +154,20 @@ def test_baselines_of_a_model(measured) -> None:
     assert all(len(each.images) == 30 for each in baselines["kmeans_colour"] + baselines["kmeans_input"])
     results = specialization(trace, baselines=baselines, seeds=[trace])
     assert {len(result.baselines["untrained"]) for result in results} == {2}
+
+
+def test_clusters_are_fitted_on_every_patch_once_where_there_are_few(measured, monkeypatch) -> None:
+    """30 images of 16 patches, fewer than the 20,000 that a clustering takes."""
+    model, pictures, trace, _ = measured
+    fitted = []
+    monkeypatch.setattr(
+        "moevision.analysis.specialization.fit_clusters",
+        lambda tokens, *rest: fitted.append(tokens) or fit_clusters(tokens, *rest),
+    )
+    (found, *_) = measure_baselines(model, pictures, trace, seeds=1, names=("kmeans_colour",))["kmeans_colour"]
+    (tokens,) = fitted
+    assert len(found.images) == 30
+    assert len(tokens) == 30 * 16
 
 
 def test_colour_clusters_are_the_nearest_means(measured) -> None:

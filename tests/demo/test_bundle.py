@@ -82,7 +82,10 @@ def test_bundled_models_answer_in_the_words_of_today():
             experts, training, function = layer["answers"]
             assert experts["sentence"].startswith("Classes go to different experts: ")
             assert training["sentence"].startswith("Training the router added to that: ")
-            assert function["sentence"].startswith("The experts do different things: ")
+            assert function["sentence"].startswith(
+                ("The experts do different things: ", "The layer contributes nothing")
+            )
+            assert "without the layer" in function["sentence"] or "without it" in function["sentence"]
             assert "in effect" in layer["load_words"]
             assert not [entry for entry in layer["information"] if "learned specialization" in entry["sentence"]]
 

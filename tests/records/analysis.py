@@ -65,7 +65,7 @@ CLAIMS = [
         "{seeds[1]:.2f}",
         lambda record: of_layer(record, 3, "class"),
     ),
-    Claim(ATLAS, "Yes: in L1 {detail}.", lambda record: record["layers"][0]["answers"][2]),
+    Claim(ATLAS, "A little: in L1 {detail}.", lambda record: record["layers"][0]["answers"][2]),
     Claim(
         COVERAGE,
         "Lowest coverage over {settings} settings: {score:.1%} for the interval in use; for class, {basic:.1%} for the "

@@ -3,12 +3,22 @@
 from typing import Any
 
 from benchmarks.ideas import ideas, read_all
-from tests.records import Claim, Definition, accuracy, performance, sparsity, specialization, upcycling, waiting
+from tests.records import (
+    Claim,
+    Definition,
+    accuracy,
+    performance,
+    small,
+    sparsity,
+    specialization,
+    upcycling,
+    waiting,
+)
 from tests.records.studies import shown
 
 FILES = (
-    *(*sparsity.FILES, *specialization.FILES, *specialization.SCRATCH, *waiting.RUNS),
-    *(performance.TRAIN.format("cifar10"), accuracy.TWIN, *accuracy.CIFAR, upcycling.STUDY),
+    *(*sparsity.FILES, *specialization.FILES, *specialization.BUNDLED, *specialization.SEEDS, *waiting.RUNS),
+    *(performance.TRAIN.format("cifar10"), accuracy.TWIN, *accuracy.CIFAR, upcycling.STUDY, small.FILES),
 )
 
 

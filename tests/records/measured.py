@@ -229,20 +229,11 @@ CLAIMS = [
     Claim("benchmarks/guard/scores_cost.json", "scores of the training images costs {cost_percent:.2f} % of"),
     Claim(
         specialization.FILES,
-        "in {pets} settings on drawn pets, {cifar10} on CIFAR-10 and {cats_vs_dogs} on photos of cats and dogs. In "
-        "{trained} of these {asked} the router tells more than before training, in {added} of them more than clusters "
-        "of its input too; in {different} it is shown that the experts do different things.",
+        "in {pets} settings on drawn pets, {cifar10} on CIFAR-10 and {cats_vs_dogs} on photos of cats and dogs",
         specialization.yes,
     ),
-    Claim(
-        specialization.RECIPE,
-        "costs {first_points:.1f} points ({first_low:.1f} to {first_high:.1f}; random swaps {first_random:.1f}) in its "
-        "first MoE layer.",
-        specialization.of_recipe,
-    ),
-    Claim(
-        specialization.EPOCH, "After one epoch {yes} of {asked} layers (six seeds) say so", specialization.as_a_whole
-    ),
+    Claim(specialization.BUNDLED, specialization.FIRST, specialization.first_of("cifar10")),
+    Claim(specialization.SEEDS, specialization.SMALL, specialization.over_seeds),
     Claim(
         waiting.RUNS,
         "computes {rows:.2f} times the mean rows where an uneven router learns without a balance loss, "

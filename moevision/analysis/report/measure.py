@@ -214,8 +214,7 @@ def measure(
                 for (_, other), found in zip(others, seeds, strict=True)
             ],
             permutations=settings.permutations,
-            draws=1 if settings.quick else 3,
-            swap_images=200 if settings.quick else 400,
+            draws=1 if settings.quick else 2,
             seed=settings.seed,
         )
     with stages.stage("asking the experts"):

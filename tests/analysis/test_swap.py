@@ -1,0 +1,304 @@
+"""The swap test: planted experts whose answers are known, brute force over loops, and models of ours."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from moevision.analysis import RecordedLayer, Recording, collect_routing, open_pictures, recording_of, three_questions
+from moevision.analysis.collect import network_input
+from moevision.analysis.images import read_images
+from moevision.analysis.information import halves_by_class
+from moevision.analysis.intervention import ablate, numbered_layers
+from moevision.analysis.questions import A_LITTLE_WORD, NOT_SHOWN, NOTHING, YES, headline, plainly
+from moevision.analysis.recording import run_forced
+from moevision.analysis.swap import _knock_out, swap_test
+from moevision.data import SyntheticPets
+from moevision.demo import bundled_model
+from moevision.models.io import SavedModel
+
+PATCHES = 12
+GATES = np.array([0.7, 0.3])
+
+
+def planted(experts, labels, choices, evidence=0.0, scale=1.0, bias=0.0, ran=None):
+    """A layer whose experts [E, C] add what they say to the logits, whatever the patch: the mean over its patches.
+
+    The residual says `evidence` for each image's class and `bias` [C] of every image; `scale` is the layer's.
+    """
+    experts, num_classes = np.asarray(experts, float), len(experts[0])
+
+    def run(place, images, routes):
+        if ran is not None:
+            ran.append((images, routes))
+        said = np.where((routes >= 0)[..., None], experts[np.where(routes >= 0, routes, 0)], 0)  # [R, P, K, C]
+        gates = GATES[: routes.shape[-1]]
+        residual = evidence * np.eye(num_classes)[labels[images]] + bias
+        return residual + scale * (said * gates[:, None]).sum(2).mean(1)
+
+    layer = RecordedLayer("L1", choices, len(experts))
+    return Recording(labels, [layer], [f"class {c}" for c in range(num_classes)], run=run)
+
+
+def routed(rng, num_classes=4, num_experts=6, images=160, top_k=2, favourite=0.5):
+    """Labels [I] and choices [I, P, K]: class c sends a patch to expert c first with this probability."""
+    labels = np.arange(images) % num_classes
+    order = rng.random((images, PATCHES, num_experts))
+    liked = (rng.random((images, PATCHES)) < favourite)[..., None] & (np.arange(num_experts) == labels[:, None, None])
+    return labels, np.where(liked, 2, order).argsort(-1)[..., ::-1][..., :top_k]
+
+
+def answered(recording, **options):
+    (found,) = three_questions(recording, permutations=100, **options)
+    return found, found.answers[2]
+
+
+def test_experts_that_are_copies_cost_nothing_when_exchanged() -> None:
+    """They all take back what the residual says too much of class 1, so that the layer contributes."""
+    labels, choices = routed(np.random.default_rng(0), num_classes=2)
+    found, answer = answered(planted([[3.0, 0.0]] * 6, labels, choices, evidence=1.0, bias=np.array([0, 3.0])))
+    assert found.swap.without.points.value == 50
+    assert answer.answer == NOT_SHOWN
+    for cost in (found.swap.whole, found.swap.favourite, found.swap.any_two, found.swap.more, found.swap.routes):
+        assert cost.log_loss == (0, 0, 0)
+        assert cost.points.value == 0
+
+
+def test_experts_of_classes_are_found() -> None:
+    """Expert c says class c; two say nothing. Any two others have little to say about a class."""
+    labels, choices = routed(np.random.default_rng(1))
+    found, answer = answered(planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices))
+    assert answer.answer == YES
+    assert answer.sentence.startswith("The experts do different things: yes (exchanging a class's favourite expert")
+    assert found.swap.favourite.moved == found.swap.any_two.moved > 0.1
+    assert found.swap.more.log_loss.low > 0
+    assert found.swap.knock_out.own > 0 > found.swap.knock_out.others
+    assert found.swap.knock_out.p_value == 1 / 101
+    assert [row[1:] for row in found.swap.favourites] == [(c, c) for c in range(4)]
+    assert json.loads(json.dumps(found.to_json()["swap"], allow_nan=False))["favourite"]["moved"] > 0.1
+
+
+def test_one_decisive_expert_is_found() -> None:
+    """The residual says class 0 of every image; of class 1 one expert alone knows."""
+    labels, choices = routed(np.random.default_rng(2), num_classes=2, favourite=0.9)
+    recording = planted([[0.0, 0], [0.0, 12], *np.zeros((4, 2))], labels, choices, bias=np.array([4.0, 0]))
+    found, answer = answered(recording)
+    assert answer.answer == YES
+    assert found.swap.without.points.value == 50
+    matrix = found.swap.knock_out.log_loss
+    assert matrix[1, 1] == np.nanmax(matrix) > 0
+    assert np.abs(np.delete(matrix, 1, axis=1)).max() == 0
+
+
+def test_a_layer_that_is_scaled_to_zero_contributes_nothing_and_claims_nothing() -> None:
+    labels, choices = routed(np.random.default_rng(3))
+    found, answer = answered(planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices, 1.0, scale=0.0))
+    assert answer.answer == NOTHING
+    assert answer.sentence.startswith(
+        "The layer contributes nothing, so what its experts do can't show (without it 0.0"
+    )
+    assert "exchanging" not in answer.sentence
+    assert headline([found])[2].sentence == answer.sentence
+    assert plainly([answer]) == "The layer contributes nothing, so what its experts do can't show."
+
+
+def test_a_favourite_that_only_has_more_tokens_is_no_expert_of_its_class() -> None:
+    """What experts say has nothing to do with classes, and half of all tokens go to the favourite.
+
+    All tokens of the favourite cost more than those of others, and choices scattered over experts average out; as many
+    tokens of any two others cost the same.
+    """
+    rng = np.random.default_rng(4)
+    labels, choices = routed(rng, num_experts=8, images=1200, top_k=1, favourite=0.7)
+    found, answer = answered(planted(rng.normal(0, 4, (8, 4)), labels, choices, evidence=2.0, scale=1 / 0.7))
+    assert found.swap.whole.shown
+    assert found.swap.more.log_loss.low < 0 < found.swap.more.log_loss.high
+    assert answer.answer == A_LITTLE_WORD
+    assert "no more than others" in answer.detail
+
+
+def test_two_experts_have_no_others_to_compare_with() -> None:
+    labels, choices = routed(np.random.default_rng(5), num_classes=2, num_experts=2, top_k=1)
+    found, answer = answered(planted([[3.0, 0], [0, 3.0]], labels, choices))
+    assert (answer.answer, found.swap.more) == (YES, None)
+    assert "there are no two other experts to compare it with" in answer.detail
+    both = np.tile([0, 1], (160, PATCHES, 1))
+    assert swap_test(planted([[3.0, 0], [0, 3.0]], labels, both), 0) is None
+
+
+def test_a_loss_of_log_loss_alone_is_a_little() -> None:
+    """The residual is right anyway; the experts only make it surer."""
+    labels, choices = routed(np.random.default_rng(6))
+    found, answer = answered(planted([*(6 * np.eye(4)), np.zeros(4), np.zeros(4)], labels, choices, evidence=9.0))
+    assert found.swap.without.points.value == 0
+    assert answer.answer == A_LITTLE_WORD
+    assert answer.detail.startswith("in log-loss alone: without the layer 0.0 points of accuracy")
+
+
+def test_every_cost_by_brute_force() -> None:
+    rng = np.random.default_rng(7)
+    labels, choices = routed(rng, images=80)
+    experts, ran = rng.normal(0, 3, (6, 4)), []
+    recording = planted(experts, labels, choices, evidence=1.0, ran=ran)
+    found = swap_test(recording, 0, draws=3, limit=60, seed=5)
+    ((images, routes),) = ran
+
+    def loss(image, of):
+        """Log-loss of one image, by loops."""
+        logits = np.eye(4)[labels[image]].copy()
+        for patch in of:
+            for gate, expert in zip(GATES, patch, strict=True):
+                logits += gate * experts[expert] / PATCHES if expert >= 0 else 0
+        return np.log(np.exp(logits).sum()) - logits[labels[image]], float(logits.argmax() == labels[image])
+
+    halves, seen = halves_by_class(labels, 5), np.unique(images)
+    assert found.n_images == len(seen) == 60
+    assert np.bincount(labels[seen]).tolist() == [15] * 4
+    favourite = {}  # of a class, on the images of the other half
+    for half in (False, True):
+        for c in range(4):
+            first = choices[(halves != half) & (labels == c)][..., 0].ravel()
+            favourite[half, c] = np.bincount(first).argmax()
+    lost = {"without": [], "knock_out": np.zeros((4, 6)), "removed": np.zeros((4, 6))}
+    exchanged = []  # [image's favourite exchanged, changed patches, the experts in it, log-loss lost]
+    for image in seen:
+        own, plain = choices[image], loss(image, choices[image])
+        mine = [of for number, of in zip(images, routes, strict=True) if number == image]
+        assert (mine[0] == own).all()
+        for of in mine[1:]:
+            more = loss(image, of)[0] - plain[0]
+            away = of < 0
+            if away.all():
+                lost["without"].append((more, plain[1] - loss(image, of)[1]))
+            elif away.any():
+                assert (~of[away] == own[away]).all()
+                (expert,) = np.unique(~of[away])
+                assert ((own == expert) == away).all()
+                lost["knock_out"][labels[image], expert] += more
+            elif (of != own).any() and not any((of == other).all() for other in choices):
+                changed = (of != own).any(-1)
+                pair = set(own[of != own]) | set(of[of != own])
+                assert len(pair) == 2
+                assert ((of != own).sum(-1)[changed] == 1).all()  # tokens that chose both stay
+                exchanged.append((favourite[halves[image], labels[image]] in pair, changed.sum(), labels[image]))
+        for expert in range(6):
+            lost["removed"][labels[image], expert] += (own == expert).sum()
+    nats, points = np.array(lost["without"]).T
+    assert found.without.log_loss.value == pytest.approx(nats.mean())
+    assert found.without.points.value == pytest.approx(100 * points.mean())
+    half_width = 2.000995 * nats.std(ddof=1) / np.sqrt(60)  # Student's, 59 degrees of freedom
+    assert found.without.log_loss.high == pytest.approx(nats.mean() + half_width)
+    assert found.knock_out.removed.tolist() == lost["removed"].tolist()
+    assert found.knock_out.log_loss == pytest.approx(lost["knock_out"] / lost["removed"])
+    # Of 3 draws: the whole exchange of the favourite, and twice as many tokens in the thinned ones, class by class.
+    tokens = {kind: sum(count for own, count, _ in exchanged if own is kind) for kind in (True, False)}
+    assert tokens[False] / 60 / PATCHES / 2 / 3 == pytest.approx(found.any_two.moved)
+    assert tokens[True] / 60 / PATCHES / 2 / 3 == pytest.approx(found.whole.moved + found.favourite.moved)
+    assert found.favourite.moved == found.any_two.moved > 0
+    assert found.more.log_loss.value == pytest.approx(found.favourite.log_loss.value - found.any_two.log_loss.value)
+
+
+def test_routes_of_another_image_keep_their_place() -> None:
+    """Every image has routes of its own, and goes by those of exactly one other."""
+    labels, ran = np.arange(40) % 2, []
+    choices = np.random.default_rng(8).random((40, PATCHES, 13)).argsort(-1)[..., :2]
+    swap_test(planted(np.zeros((13, 2)), labels, choices, ran=ran), 0)
+    ((images, routes),) = ran
+    taken = {}
+    for image, of in zip(images, routes, strict=True):
+        others = [other for other in range(40) if other != image and (of == choices[other]).all()]
+        if others:
+            taken[int(image)] = others[0]
+    assert sorted(taken) == sorted(taken.values()) == list(range(40))
+
+
+def test_the_dissociation_by_hand_and_its_p_value_where_nothing_is_planted() -> None:
+    """Two classes in each half, two experts: own (2 + 4) / 2, the other's (1 + 1) / 2 nats per choice."""
+    target, half = np.array([0, 1] * 4), np.repeat([0, 1], 4)
+    loss = np.array([[2.0, 1], [1, 4]] * 4)
+    favourite = np.array([[0, 1], [0, 1]])
+    rng = np.random.default_rng(0)
+    found = _knock_out(loss, 100 * loss, np.ones((8, 2), int), target, half, favourite, rng, 20)
+    assert (found.own, found.others) == (3, 1)
+    assert found.log_loss.tolist() == [[2, 1], [1, 4]]
+    assert found.points.tolist() == [[200, 100], [100, 400]]
+    assert np.isnan(found.p_value)  # no spread within a class, and so no t
+    # A class that is hurt more, an expert that matters more and unequal counts are no dissociation.
+    ps = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        target, half = np.arange(80) % 4, np.arange(80) // 4 % 2
+        removed = 1 + rng.poisson(np.where(np.arange(4) == target[:, None], 9, 2))
+        hurt = removed * (rng.normal(0, 1, (80, 4)) + 0.3 * target[:, None] + 0.2 * np.arange(4))
+        favourites = np.tile(np.arange(4), (2, 1))
+        ps.append(_knock_out(hurt, hurt, removed, target, half, favourites, rng, 50).p_value)
+    assert 0.35 < np.mean(ps) < 0.65
+    assert np.mean(np.array(ps) < 0.1) < 0.2
+
+
+def test_a_limit_holds_whatever_the_number_of_classes() -> None:
+    labels, ran = np.arange(150) % 50, []
+    choices = np.tile(labels[:, None, None] % 8, (1, 4, 1))
+    found = swap_test(planted(np.zeros((8, 50)), labels, choices, ran=ran), 0, limit=10)
+    assert found.n_images == len(np.unique(ran[0][0])) == len(found.favourites) == 10
+
+
+@pytest.fixture(scope="module")
+def ours():
+    model = bundled_model("pets")
+    pictures = open_pictures(SyntheticPets(32, model.image_size, 0, "test"), model.image_size)
+    return model, pictures, collect_routing(model, pictures, progress=False)
+
+
+def test_without_the_layer_and_without_an_expert_are_what_other_means_say(ours) -> None:
+    """A hook that zeroes the layer's output, and `ablate`; every image twice, so that blocks before are shared."""
+    model, pictures, trace = ours
+    blocks, images = [layer.layer for layer in trace.layers], np.repeat(np.arange(6), 2)
+    own = np.asarray(trace.layers[1].expert_index)[images].astype(np.int64)
+    pixels = network_input(model, read_images(pictures, images))
+    layer = numbered_layers(model.net)[blocks[1]]
+    forced = partial(run_forced, model, pictures, blocks, 1, images)
+    with torch.inference_mode():
+        hook = layer.register_forward_hook(lambda _layer, _inputs, output: torch.zeros_like(output))
+        without = model.net(pixels).numpy()
+        hook.remove()
+        with ablate(model.net, blocks[1], 2, fill="zero"):
+            away = model.net(pixels).numpy()
+        plain = model.net(pixels).numpy()
+    assert forced(~own) == pytest.approx(without, abs=1e-5)
+    assert forced(np.where(own == 2, ~own, own)) == pytest.approx(away, abs=1e-5)
+    assert forced(own) == pytest.approx(plain, abs=1e-5)
+    assert np.abs(without - plain).max() > 1e-2
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_layer_scale_of_zero_contributes_nothing_with_and_without_a_class_token(pool) -> None:
+    arch = {
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 3,
+        "num_heads": 2,
+        "num_experts": 4,
+        "top_k": 2,
+        "moe_layers": [1],
+    }
+    prefix = {"class_token": True, "global_pool": "token"} if pool == "token" else {}
+    net = timm.create_model("vit_moe_micro_patch4_32", num_classes=8, init_values=1.0, **arch, **prefix).eval()
+    pictures = open_pictures(SyntheticPets(32, 32, 0, "test"), 32)
+    model = SavedModel(net, pictures.class_names, 32, (0.5,) * 3, (0.5,) * 3)
+    found = {}
+    for scale in (30.0, 0.0):
+        net.blocks[1].ls2.gamma.data.fill_(scale)
+        recording = recording_of(model, pictures, collect_routing(model, pictures, progress=False))
+        found[scale] = swap_test(recording, 0).without
+        own = np.asarray(recording.layers[0].choices, np.int64)
+        hook = net.blocks[1].mlp.register_forward_hook(lambda _layer, _inputs, output: torch.zeros_like(output))
+        with torch.inference_mode():
+            without = net(network_input(model, read_images(pictures, range(32)))).numpy()
+        hook.remove()
+        assert recording.run(0, np.arange(32), ~own) == pytest.approx(without, abs=1e-5)
+    assert found[0.0].log_loss == pytest.approx((0, 0, 0), abs=1e-6)
+    assert found[30.0].log_loss.high - found[30.0].log_loss.low > 1e-3
