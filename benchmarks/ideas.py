@@ -45,8 +45,8 @@ Answer = tuple[str, str]
 
 def read_all(root: Path = HERE) -> dict[str, Any]:
     """The records of all studies, by study: one record, or a list of runs."""
-    places = {"sparsity": "sparsity/runs.jsonl", "specialization": "specialization/runs"}
-    found: dict[str, Any] = {name: read_records(root / place) for name, place in places.items()}
+    studies = ("sparsity", "specialization", "small")
+    found: dict[str, Any] = {name: read_records(root / name / "runs.jsonl") for name in studies}
     single = {"curve": "curve/record", "guard": "guard/accuracy", "upcycling": "upcycling/record",
               "performance": "train/cifar10/benchmark-train"}  # fmt: skip
     for name, place in single.items():
@@ -56,7 +56,7 @@ def read_all(root: Path = HERE) -> dict[str, Any]:
              "accuracy": "accuracy/cifar10*-s?.json"}  # fmt: skip
     for name, files in lists.items():
         found[name] = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(root.glob(files))]
-    found["small"] = small.counted(read_records(root / "small" / "runs.jsonl"))
+    found["small"] = small.counted(found["small"])
     return found
 
 

@@ -1,7 +1,7 @@
 """A queue of runs that a protocol lists: one record each, and two queues side by side never take the same one.
 
-Records are files of a folder, or lines of one `.jsonl` file. A run is claimed by a lock that ends with its process, so
-that nothing is left to clean up where one was killed.
+A record is a line of `runs.jsonl`. A run is claimed by a lock that ends with its process, so that nothing is left to
+clean up where one was killed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from benchmarks.harness import code_state, count, finite
 from moevision.errors import UserError
-from moevision.files import write_json_atomic, write_text_atomic
+from moevision.files import write_text_atomic
 from moevision.train.resume import claim, release
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -35,28 +35,20 @@ T = TypeVar("T", bound=Named)
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
-    """All records: of a folder in the order of their names, of a `.jsonl` file line by line."""
-    if out.suffix == ".jsonl":
-        return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    """All records, a line each; none where there is no file yet."""
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
 
 
 def write_run(out: Path, name: str, record: dict[str, Any]) -> None:
-    """Keep a finished run in a file of its own, or in a line, so that two queues never write the same one."""
-    if out.suffix == ".jsonl":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:  # one write, in append mode: lines of two queues don't mix
-            file.write(json.dumps({"name": name, **finite(record)}, ensure_ascii=False) + "\n")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(out / f"{name}.json", finite(record))
+    """Add the record of a finished run."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:  # one write, in append mode: lines of two queues don't mix
+        file.write(json.dumps({"name": name, **finite(record)}, ensure_ascii=False) + "\n")
 
 
 def is_recorded(out: Path, name: str) -> bool:
     """Whether a run has its record."""
-    if out.suffix == ".jsonl":
-        return any(record["name"] == name for record in read_records(out))
-    return (out / f"{name}.json").exists()
+    return any(record["name"] == name for record in read_records(out))
 
 
 def next_run(jobs: Callable[[list[dict[str, Any]]], Iterable[T]], out: Path, work: Path) -> tuple[T | None, int | None]:
@@ -64,7 +56,7 @@ def next_run(jobs: Callable[[list[dict[str, Any]]], Iterable[T]], out: Path, wor
 
     Args:
         jobs: all runs in order, as far as these records decide them.
-        out: where the records are.
+        out: the records' file.
         work: where the locks are.
 
     Returns:
@@ -123,7 +115,7 @@ def add_study(parser: ArgumentParser, folder: Path, out: str = "runs.jsonl") -> 
     Args:
         parser: of the study.
         folder: where its README and its records are.
-        out: the records' folder, or their file, below it.
+        out: the records' file below it.
     """
     add = parser.add_argument
     if out == "runs.jsonl":

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from benchmarks.queue import BEGIN, END
+from benchmarks.queue import BEGIN, END, read_records, write_run
 from benchmarks.specialization import report, training, trunk
 from benchmarks.specialization.arms import ARMS, CLASS, CONFIRMING_SEEDS, DATA_SETS, SEEDS, queue
 from benchmarks.specialization.rule import CHOOSING, CONDITIONS, chosen, confirmation, failures, settings_of
@@ -215,14 +215,14 @@ def test_an_arm_sees_what_its_trunk_would_have_seen_next(small) -> None:
 
 
 def test_a_tiny_study_from_end_to_end(bench, small, tmp_path) -> None:
-    out, work, readme = tmp_path / "runs", tmp_path / "work", tmp_path / "README.md"
+    out, work, readme = tmp_path / "runs.jsonl", tmp_path / "work", tmp_path / "README.md"
     common = ("specialization", "run", "--only", "pets", "--work", work, "--out", out)
     assert "about" in bench(*common, "--list").out
     outcome = bench(*common, "--allow-dirty", "--limit", 2)
     assert outcome.code == 0, outcome.err
     names = [job.name for job in queue({}, ["pets"])][:2]
-    assert sorted(path.stem for path in out.iterdir()) == sorted(names)
-    token, image = (json.loads((out / f"{name}.json").read_text()) for name in names)
+    token, image = records = read_records(out)
+    assert [record["name"] for record in records] == names
     assert (token["steps"], token["images"], len(token["routes"])) == (4, 32, 2)
     assert [found["name"] for found in token["answers"][CLASS]] == ["L1", "L3"]
     assert set(token["answers"][CLASS][0]["controls"]) == {"before", "clusters"}
@@ -230,8 +230,9 @@ def test_a_tiny_study_from_end_to_end(bench, small, tmp_path) -> None:
     assert (len(token["routes"][0][0]), len(image["routes"][0][0])) == (16, 1)
     assert token["top1_before"] == image["top1_before"] == token["trunk"]["top1"]  # upcycling changes nothing
     assert str(tmp_path) not in json.dumps(token)
-    for path in out.iterdir():  # as if they came from a committed tree
-        path.write_text(json.dumps({**json.loads(path.read_text()), "code": {"dirty": False}}))
+    out.unlink()
+    for record in records:  # as if they came from a committed tree
+        write_run(out, record["name"], {**record, "code": {"dirty": False}})
     readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
     assert bench("specialization", "report", "--out", out, "--readme", readme).code == 0
     assert "| `vmoe_top_k-token`, L3 | 1 |" in readme.read_text()

@@ -60,7 +60,8 @@ def make_trunks(options: Namespace) -> None:
 def print_left(options: Namespace) -> None:
     """The runs without a record, and how long they take."""
     records = read_records(options.out)
-    left = [job for job in jobs(records, options) if not (options.out / f"{job.name}.json").exists()]
+    done = {record["name"] for record in records}
+    left = [job for job in jobs(records, options) if job.name not in done]
     print_table("runs that are left", ["run", "CPU s"], [[job.name, str(job.seconds)] for job in left])
     trunks = {
         (job.data, job.trunk_seed) for job in left

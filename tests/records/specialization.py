@@ -11,7 +11,7 @@ from tests.records import ROOT, Claim, Definition
 from tests.records.studies import report, shown
 
 FOLDER = ROOT / "benchmarks" / "specialization"
-FILES = tuple(str(path.relative_to(ROOT)) for path in sorted(FOLDER.glob("runs/*.json")))
+FILES = ("benchmarks/specialization/runs.jsonl",)
 SCRATCH = FOLDER / "scratch"
 BUNDLED = tuple(str((SCRATCH / f"{name}.json").relative_to(ROOT)) for name in ("cifar10", "pets", "cats_vs_dogs"))
 SEEDS = tuple(str(path.relative_to(ROOT)) for path in sorted(SCRATCH.glob("small-s?.json")))
