@@ -342,8 +342,8 @@ def _read_tensor(folder: Path, stored: _Stored, like: Tensor | None) -> Tensor:
         with (folder / part.file).open("rb") as file:
             file.seek(part.begin)
             values = load_archive(io.BytesIO(file.read(part.end - part.begin)))
-        if type(values) is not Tensor or values.shape != part.shape:
-            raise ValueError(f"a part in {part.file} has another shape than {_METADATA} says")
+        if type(values) is not Tensor or values.shape != part.shape or values.dtype != stored.dtype:
+            raise ValueError(f"a part in {part.file} has another shape or type than {_METADATA} says")
 
         def within(first: Sequence[int], begin: list[int] = begin, end: list[int] = end) -> tuple[slice, ...]:
             return tuple(slice(a - zero, b - zero) for a, b, zero in zip(begin, end, first, strict=True))

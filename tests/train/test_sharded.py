@@ -147,7 +147,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "12 GB": (sized(3 * 2**30), r"__0_0.distcp is smaller than .metadata says"),
     "4 TB": (sized(2**20, 2**20), r"__0_0.distcp is smaller than .metadata says"),
     "a size that overflows": (sized(2**62), "something else than tensors"),
-    "another shape": (sized(4, 3), "another shape"),
+    "another shape": (sized(4, 3), "another shape or type"),
+    "another type": (
+        described(lambda m: vars(m.state_dict_metadata[A].properties).update(dtype=torch.int8)),
+        "another shape or type",
+    ),
     "a path upwards": (stored(relative_path="../outside.pt"), "none of the folder's files"),
     "an absolute path": (stored(relative_path="/etc/passwd"), "none of the folder's files"),
     "a part that begins behind the end": (stored(offset=2**40), "is smaller than .metadata says"),
