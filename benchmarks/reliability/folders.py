@@ -12,8 +12,8 @@ change is in the folder, manifest.json vouches for it, as whoever may write ther
 - `code`, `outside`, `memory`, `hang`, `traceback`: a planted program ran, a file outside the folder was read, more
   memory was asked for than twice the files and `SLACK_MB`, no end within `PATIENCE_S`, another error. None may occur.
 
-Memory is the growth of the address space, which RLIMIT_AS holds, and of what is resident; that is recorded, also for the
-folder as it is (`unchanged_mb`), since a fork that reads anything has pages of its own. Linux only.
+Memory is the growth of the address space, which RLIMIT_AS holds, and of what is resident; that is recorded, also for
+the folder as it is (`unchanged_mb`), since a fork that reads anything has pages of its own. Linux only.
 """
 
 from __future__ import annotations

@@ -170,6 +170,9 @@ def load_archive(source: Path | io.BytesIO, map_location: Any = "cpu", *, mmap: 
         entries = archive.infolist()
     if any(each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size for each in entries):
         raise ValueError("its parts are compressed")
+    size = source.stat().st_size if isinstance(source, Path) else source.getbuffer().nbytes
+    if sum(each.file_size for each in entries) > size:
+        raise ValueError("its parts overlap")
     if isinstance(source, io.BytesIO):
         source.seek(0)
     return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
