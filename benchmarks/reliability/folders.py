@@ -12,7 +12,8 @@ change is in the folder, manifest.json vouches for it, as whoever may write ther
 - `code`, `outside`, `memory`, `hang`, `traceback`: a planted program ran, a file outside the folder was read, more
   memory was asked for than twice the files and `SLACK_MB`, no end within `PATIENCE_S`, another error. None may occur.
 
-Memory is the growth of the address space (RLIMIT_AS holds it) and of what is resident, which is recorded. Linux only.
+Memory is the growth of the address space, which RLIMIT_AS holds, and of what is resident; that is recorded, also for
+the folder as it is (`unchanged_mb`), since a fork that reads anything has pages of its own. Linux only.
 """
 
 from __future__ import annotations
@@ -280,7 +281,7 @@ def try_one(kind: str, seed: int, whole: Path, place: Path, expected: Any) -> di
     """Change a copy, read it in a fork, and say what came of it.
 
     Args:
-        kind: a name in `CHANGES`.
+        kind: a name in `CHANGES`, or another one for no change.
         seed: of the change.
         whole: the folder that is copied, with its manifest beside it.
         place: an empty folder to work in.
@@ -290,7 +291,8 @@ def try_one(kind: str, seed: int, whole: Path, place: Path, expected: Any) -> di
     shutil.copytree(whole, folder, copy_function=os.link)
     shutil.copy(whole / SHARDS[0], place / "checkpoints" / "outside.pt")
     vouch(folder)
-    CHANGES[kind](random.Random(seed), folder)
+    if kind in CHANGES:
+        CHANGES[kind](random.Random(seed), folder)
     if kind != "manifest.json":
         with suppress(OSError):  # none can be made for a pipe
             vouch(folder)
@@ -368,14 +370,17 @@ def try_all(whole: Path, count: int, seed: int) -> dict[str, Any]:
     expected = SafeCheckpointIO().load_checkpoint(whole)
     load_trained(str(whole))  # imports what forks need
     cases = []
-    for number in range(count):
-        kind = list(CHANGES)[number % len(CHANGES)]
+    for number in range(-1, count):
+        kind = "nothing" if number < 0 else list(CHANGES)[number % len(CHANGES)]
         with tempfile.TemporaryDirectory(dir=whole.parent.parent) as place:
             cases.append(try_one(kind, seed * count + number, whole, Path(place), expected))
+    unchanged = cases.pop(0)
+    assert unchanged["outcome"] == SAME, unchanged
     table = {kind: dict(Counter(case["outcome"] for case in cases if case["kind"] == kind)) for kind in CHANGES}
     return {
         "cases": count,
         "files_mb": round(sum(each.stat().st_size for each in whole.iterdir()) / 1e6, 1),
+        "unchanged_mb": unchanged["grown_mb"],
         "grown_mb": max(case.get("grown_mb", 0) for case in cases),
         "outcomes": table,
         "forbidden": [case for case in cases if case["outcome"] not in (SENTENCE, SAME, OTHER)],

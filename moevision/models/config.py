@@ -133,7 +133,8 @@ def build_model(
     try:
         model: nn.Module = timm.create_model(name, num_classes=num_classes, img_size=image_size, **arguments)
     except (TypeError, AssertionError) as error:  # timm asserts that heads divide the width
-        raise UserError(f"{name} does not take these options ({error}).") from error
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{name} does not take these options ({reason}).") from error
     if not hasattr(model, "moe_config"):
         raise UserError(f"{name} is a dense model: use --model.arch.name vit_moe --model.arch.base {name}.")
     return model

@@ -170,6 +170,9 @@ def load_archive(source: Path | io.BytesIO, map_location: Any = "cpu", *, mmap: 
         entries = archive.infolist()
     if any(each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size for each in entries):
         raise ValueError("its parts are compressed")
+    size = source.stat().st_size if isinstance(source, Path) else source.getbuffer().nbytes
+    if sum(each.file_size for each in entries) > size:
+        raise ValueError("its parts overlap")
     if isinstance(source, io.BytesIO):
         source.seek(0)
     return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
@@ -342,8 +345,8 @@ def _read_tensor(folder: Path, stored: _Stored, like: Tensor | None) -> Tensor:
         with (folder / part.file).open("rb") as file:
             file.seek(part.begin)
             values = load_archive(io.BytesIO(file.read(part.end - part.begin)))
-        if type(values) is not Tensor or values.shape != part.shape:
-            raise ValueError(f"a part in {part.file} has another shape than {_METADATA} says")
+        if type(values) is not Tensor or values.shape != part.shape or values.dtype != stored.dtype:
+            raise ValueError(f"a part in {part.file} has another shape or type than {_METADATA} says")
 
         def within(first: Sequence[int], begin: list[int] = begin, end: list[int] = end) -> tuple[slice, ...]:
             return tuple(slice(a - zero, b - zero) for a, b, zero in zip(begin, end, first, strict=True))

@@ -39,11 +39,12 @@ def answers(record: Json) -> Json:
     function = first["answers"][2]
     bits = re.match(r"L3: ([\d.]+) bits", experts["numbers"][0])
     clusters = re.search(r"clusters of the same input tell ([\d.]+) bits", training["sentence"])
-    points = re.search(r"cost ([\d.]+) points", function["detail"])
+    points = re.search(r"any other costs ([\d.]+) points", function["detail"])
     assert bits
     assert clusters
     assert points
-    assert (experts["answer"], function["answer"]) == ("yes", "yes")
+    assert (experts["answer"], function["answer"]) == ("yes", "a little")
+    assert function["detail"].startswith("a class's favourite no more than others")
     found = {"bits": bits[1], "clusters": clusters[1], "points": points[1], "n_images": record["n_images"]}
     return {**found, "training": training["answer"]}
 

@@ -176,9 +176,8 @@ CLAIMS = [
     Claim(
         analysis.ATLAS,
         "the first choice in block 3 tells {bits} bits about the class. That training the router added to that is "
-        "{training}: clusters of the layer's input tell {clusters} bits. The experts do different things "
-        "in block 1: to send a "
-        "class through another class's expert costs {points} points.",
+        "{training}: clusters of the layer's input tell {clusters} bits. In block 1 the experts differ a little: "
+        "exchanging a class's favourite expert with any other costs {points} points of accuracy, but no more than any two",
         analysis.answers,
     ),
     Claim(

@@ -74,9 +74,8 @@ CLAIMS = {
         Claim(
             analysis.ATLAS,
             "different experts, yes ({bits} bits of 3, first choices). That training the router added to it is "
-            "{training}: clusters of the layer's input tell {clusters} bits. In block 1 the experts do "
-            "different things, yes: "
-            "another class's expert costs {points} points",
+            "{training}: clusters of the layer's input tell {clusters} bits. In block 1 the experts differ a little: "
+            "exchanging a class's favourite expert with any other costs {points} points of accuracy, but no more than",
             analysis.answers,
         ),
         Claim(analysis.ATLAS, "in block 3 ({bits} bits, {n_images:,} images)", analysis.answers),

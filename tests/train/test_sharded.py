@@ -134,6 +134,13 @@ def compressed(file: Path) -> None:
             archive.writestr(name, data)
 
 
+def listed_twice(file: Path) -> None:
+    """An archive whose directory names the same bytes a hundred times."""
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("archive/data/9", bytes(100_000))
+        archive.filelist += archive.filelist * 100
+
+
 BYTEARRAY_OF_A_TERABYTE = b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"."
 MEMO_OF_2_BILLION = b"\x80\x04]r\xff\xff\xff\x7f."
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -147,7 +154,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "12 GB": (sized(3 * 2**30), r"__0_0.distcp is smaller than .metadata says"),
     "4 TB": (sized(2**20, 2**20), r"__0_0.distcp is smaller than .metadata says"),
     "a size that overflows": (sized(2**62), "something else than tensors"),
-    "another shape": (sized(4, 3), "another shape"),
+    "another shape": (sized(4, 3), "another shape or type"),
+    "another type": (
+        described(lambda m: vars(m.state_dict_metadata[A].properties).update(dtype=torch.int8)),
+        "another shape or type",
+    ),
     "a path upwards": (stored(relative_path="../outside.pt"), "none of the folder's files"),
     "an absolute path": (stored(relative_path="/etc/passwd"), "none of the folder's files"),
     "a part that begins behind the end": (stored(offset=2**40), "is smaller than .metadata says"),
@@ -177,6 +188,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a rest without weights": (rest({"state_dict": 5}), "can't be read"),
     "a weight that is nowhere": (rest({"state_dict": dict.fromkeys("abc")}), "a weight is missing"),
     "a rest that unfolds": (lambda folder: compressed(folder / "rest.pt"), "its parts are compressed"),
+    "a rest that stands for more": (lambda folder: listed_twice(folder / "rest.pt"), "its parts overlap"),
 }
 
 
