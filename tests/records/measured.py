@@ -177,7 +177,7 @@ CLAIMS = [
         analysis.ATLAS,
         "the first choice in block 3 tells {bits} bits about the class. That training the router added to that is "
         "{training}: clusters of the layer's input tell {clusters} bits. In block 1 the experts differ a little: "
-        "exchanging a class's favourite expert with any other costs {points} points of accuracy, but no more than any two",
+        "exchanging a class's favourite expert with any other costs {points} points of accuracy, but no more than",
         analysis.answers,
     ),
     Claim(
