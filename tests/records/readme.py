@@ -1,10 +1,17 @@
 """README.md."""
 
-from tests.records import Claim, Definition, accuracy, sparsity
+from tests.records import Claim, Definition, accuracy, sparsity, specialization
 from tests.records.performance import INFER, TRAIN, inference, side_by_side
 
 STEP = TRAIN.format("cifar10")
 CLAIMS = [
+    Claim(
+        specialization.BUNDLED,
+        "exchanging a class's favourite expert of the first MoE layer with any other costs {first_whole_points:.1f} "
+        "points of accuracy; with {first_equal:.0f} % of the choices moved the favourite costs "
+        "{first_favourite_points:.1f} points, any two other experts {first_any_two_points:.1f}",
+        specialization.first_of("cifar10"),
+    ),
     Claim(sparsity.FILES, "that they make a model better in the same training time {shown}.", sparsity.at_equal_time),
     *(
         Claim(
