@@ -220,7 +220,7 @@ class _Reader:
             labels = self.labels[rows]
             target = np.broadcast_to(labels[:, None], counts.shape[:2])
             estimate = class_information(counts, labels, num_permutations=permutations, seed=self.seed)
-        guess, chance = guess_from_experts(counts, target, self.halves[rows])
+        guess, chance = guess_from_experts(counts, target, self._halves_of(rows))
         bits = Interval(estimate.value_bits, estimate.low, estimate.high)
         return Reading(of, "patch", choices, where, guess, chance, bits, estimate.p_value), estimate
 
@@ -232,8 +232,12 @@ class _Reader:
         known = self.labels[rows] >= 0
         sums = counts[known].sum(1)
         histogram = sums / np.maximum(sums.sum(1, keepdims=True), 1e-12)
-        guess, chance, bits = probe_histogram(histogram, self.labels[rows][known], self.halves[rows][known])
+        guess, chance, bits = probe_histogram(histogram, self.labels[rows][known], self._halves_of(rows)[known])
         return Reading("class", "image", choices, where, guess, chance, bits)
+
+    def _halves_of(self, rows: Ints) -> Flags:
+        """Halves of some images: clusters are measured on one half of all, which is divided again."""
+        return self.halves if len(rows) == len(self.labels) else halves_by_class(self.labels[rows], self.seed)
 
 
 def _read(

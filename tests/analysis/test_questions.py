@@ -13,6 +13,7 @@ from torch import nn
 from moevision.analysis import collect_routing, open_pictures
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import read_images
+from moevision.analysis.information import halves_by_class
 from moevision.analysis.intervention import swap
 from moevision.analysis.questions import (
     A_LITTLE_WORD,
@@ -113,6 +114,20 @@ def test_a_foreign_model_whose_router_follows_the_class_against_the_clusters() -
     assert {reading.unit for reading in found.controls["clusters"]} == {"patch", "image"}
     assert max(reading.bits.value for reading in found.controls["clusters"]) < 0.1
     assert [answer.sentence for answer in headline([found])] == [answer.sentence for answer in found.answers]
+
+
+def test_controls_of_one_half_are_guessed_from_within_it() -> None:
+    """Clusters that are the classes, measured on the half that they weren't fitted on: all right, 1 bit, by either unit."""
+    measured = np.flatnonzero(halves_by_class(LABELS, 0))
+    chosen = np.broadcast_to(LABELS[measured, None, None], (len(measured), PATCHES, 1)).astype(np.int16)
+    clusters = [Assignments(None, 0, chosen, measured, 2)]
+    (found,) = three_questions(
+        recorded(Foreign(routes_by=0, biases=[-1.0, 1.0]), tokens_of(0), clusters=clusters), **OPTIONS
+    )
+    patch, image = found.controls["clusters"]
+    assert (patch.guess.value, image.guess.value) == (1, 1)
+    assert (patch.bits.value, image.bits.value) == (pytest.approx(1, abs=0.05), pytest.approx(1, abs=0.1))
+    assert [reading.guess.value for reading in found.same["clusters"]] == [1, 1]  # the router, on the same images
 
 
 def test_a_router_that_equals_its_clusters_added_nothing() -> None:
