@@ -28,7 +28,6 @@ from benchmarks.specialization.rule import settings_of
 from benchmarks.study import Row, contrasts
 from benchmarks.upcycling import report as upcycling
 from moevision.analysis.questions import YES
-from moevision.train.differences import Gap
 
 PAGE = HERE.parent / "docs" / "concepts" / "what-sparsity-buys.md"
 NOT_RUN = "Not run yet"
@@ -47,7 +46,7 @@ def read_all(root: Path = HERE) -> dict[str, Any]:
     """The records of all studies, by study: one record, or a list of runs."""
     studies = ("sparsity", "specialization", "small")
     found: dict[str, Any] = {name: read_records(root / name / "runs.jsonl") for name in studies}
-    single = {"curve": "curve/record", "guard": "guard/accuracy", "upcycling": "upcycling/record",
+    single = {"curve": "curve/record", "upcycling": "upcycling/record",
               "performance": "train/cifar10/benchmark-train"}  # fmt: skip
     for name, place in single.items():
         file = root / f"{place}.json"
@@ -71,7 +70,7 @@ def ideas(records: Records) -> str:
          said(records, "sparsity", hypothesis("H4", "H6", "H7", "H8"), "small", small.places_answer)),
         ("Balance costs at most a point of accuracy", said(records, "sparsity", hypothesis("H5"))),
         ("Uneven experts make others wait", said(records, "waiting", waits)),
-        ("Sparse training is unstable", said(records, "small", small.rates_answer, "guard", struck)),
+        ("Sparse training is unstable", said(records, "small", small.rates_answer)),
         ("Sparse training wants large batches", said(records, "small", small.batches_answer)),
         ("[Experts improve a trained dense model](../guides/dense-sparse.md)", said(records, "upcycling", upcycled)),
         ("It saves energy", said(records, "performance", work)),
@@ -121,17 +120,14 @@ def hypothesis(*names: str) -> Callable[[Sequence[Json]], Answer]:
 
 _UNASKED = {
     "H1": ("twin-time", "twin", "{more:.0%} more steps give the twin {gap}."),
-    "H2": ("position", "twin-time", "Post hoc, with `position` as its router: {gap}."),
     "H4": ("moe", "hash", "Against `hash` alone, unadjusted: {gap}."),
 }  # fmt: skip
 """Beside a hypothesis: two arms whose difference none asked for, and what is said of it."""
 
 
 def beside(runs: Sequence[Json], device: str, result: Result) -> list[str]:
-    """What the protocol's sentence leaves out: the power of a tie, and a difference that no hypothesis asked for."""
+    """A difference that no hypothesis asked for, said beside one."""
     found = []
-    if result.verdict == "tie" and not result.hypothesis.margin:
-        found.append(f"Detectable with 80 % power: {100 * result.detectable:.1f}.")
     if result.hypothesis.name in _UNASKED:
         first, second, text = _UNASKED[result.hypothesis.name]
         if gap := gap_of(runs, device, first, second):
@@ -189,15 +185,11 @@ def waits(runs: Sequence[Json]) -> Answer:
     arms = {arm: [row for run in runs for row in run["rows"] if row["arm"] == arm] for arm in ("no loss", "loss")}
     longer = sum(row["wait_ms"] > other["wait_ms"] for row, other in zip(*arms.values(), strict=True))
     ratios = [[row["wait_over_even"] for row in rows] for rows in arms.values()]
-    ranges = [f"{min(each):.1f} to {max(each):.1f}" for each in ratios]
     rows = [f"{statistics.fmean(row['busiest_over_mean'] for row in each):.2f}" for each in arms.values()]
     always = min(ratios[0]) > max(ratios[1]) and longer == len(runs)
     return YES if always else OPEN, (
-        f"Two processes: without a balance loss the busier one computes {rows[0]} times the mean rows, "
-        f"with it {rows[1]}. "
-        f"Median wait: {ranges[0]} times an even load's, with the loss {ranges[1]}; mean wait (ms) longer "
-        f"without it in "
-        f"{longer} of {len(runs)} runs"
+        f"Without a balance loss the busier of two processes computes {rows[0]} times the mean rows, with "
+        f"one {rows[1]}; waits are longer without in {longer} of {len(runs)} runs by mean ms"
     )
 
 
@@ -225,23 +217,13 @@ def _share_until(run: Json, level: float) -> float:
     return next(place for place, (_, top1, _) in enumerate(run["curve"], 1) if top1 >= level) / len(run["curve"])
 
 
-def struck(record: Json) -> Answer:
-    """Guarded trainings with injected faults less the same ones without: that says nothing of how often they occur."""
-    gap = Gap.of([100 * run["difference"] for run in record["runs"]])
-    faults, updates = len(record["faults"].split(",")), record["updates"]
-    return "", (
-        f"With {faults} planted faults in {updates} updates a guarded training differs from one without by "
-        f"{gap.text} points ({gap.seeds} seeds)"
-    ).replace("-", "−")
-
-
 def fewer_images(record: Json) -> Answer:
     """What 70 % of the images cost, by method, and for which it is shown to be as good as all."""
     rows = [row for row in curve_table(record["trainings"], record["methods"]) if row.share == _SHARE]
     good = [row.by for row in rows if is_as_good(row.beside_all, record["margin"])]
     costs = ", ".join(f"{row.by} {row.beside_all.text}" for row in rows).replace("-", "−")
     return (YES if good else OPEN), (
-        f"{_SHARE:.0%} of the images less all, for as many steps: {costs} points; as good to within "
+        f"{_SHARE:.0%} of the images less all: {costs} points; as good to within "
         f"{record['margin']:g} point is shown for {' and '.join(good) or 'none'}"
     ).replace("%", " %")
 

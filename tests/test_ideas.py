@@ -117,4 +117,4 @@ def test_waiting_is_shown_only_if_both_measures_agree() -> None:
     assert waits([run(4.0), run(3.5)])[0] == "yes"
     verdict, text = waits([run(4.0), run(2.5)])
     assert verdict == "not shown"
-    assert text.endswith("mean wait (ms) longer without it in 1 of 2 runs")
+    assert text.endswith("waits are longer without in 1 of 2 runs by mean ms")

@@ -160,18 +160,14 @@ def places_answer(runs: Runs) -> tuple[str, str]:
     """Question 1: experts by place and learned ones beside dense, where the classifier reads places."""
     found = {(each.first, each.second): each for each in head_contrasts(runs)}
     arms = [(f"{arm}, places", "dense, places") for arm in ("position", "hash", "learned")]
-    head, moved = ("dense, places", "dense, mean"), ("dense, places, 4 px", "dense, mean, 4 px")
-    if not found.keys() >= {*arms, head, moved}:
+    head = ("dense, places", "dense, mean")
+    if not found.keys() >= {*arms, head}:
         return NOT_RUN
     gaps = ", ".join(f"{first.partition(',')[0]} {found[first, second].interval}" for first, second in arms)
-    common = ", ".join(f"{each.first} {each.interval}" for each in common_contrasts(runs))
-    same = f" (at one rate for all: {common})" if common else ""
     none = all(found[pair].verdict == "not told apart" for pair in arms)
-    apart = "not told apart from dense" if none else "told apart from dense"
     return OPEN if none else "", (
-        f"A classifier that reads every place, not their mean, gives a small dense model {found[head].interval} "
-        f"points, on images moved by 4 px {found[moved].interval}. With it experts are {apart}: {gaps}{same}; "
-        f"{len(found[head].gaps)} seeds"
+        f"Reading every place, not their mean, gives a small dense model {found[head].interval}; "
+        f"experts beside it, {'not ' * none}told apart: {gaps}; {len(found[head].gaps)} seeds"
     )
 
 
@@ -185,13 +181,10 @@ def rates_answer(runs: Runs) -> tuple[str, str]:
     at = {each.first.rpartition(" ")[2]: each for each in found[:2]}
     less = failed["learned"] > failed["dense"] or any(each.verdict == "below" for each in at.values())
     stable = not less and all(each.mean - each.half > -MARGIN for each in at.values())
-    guarded = [run["refused"] for run in runs if run["question"] == "rates" and run["guard"]]
-    guard = "; ".join(f"{each.first.partition(' ')[0]} {each.interval}" for each in found[2:])
     gaps = ", ".join(f"× {factor} {each.interval}" for factor, each in at.items())
     return YES if less else NO if stable else OPEN, (
-        f"At up to 16 times the learning rate {failed['learned']} learned and {failed['dense']} dense trainings failed "
-        f"without a guard. Learned less dense, beside the same at the usual rate: {gaps} points. The guard refused "
-        f"{sum(guarded)} updates in {len(guarded)} runs; at × 16 it gives {guard} points"
+        f"Unguarded, at up to 16 times the rate, {failed['learned']} learned and {failed['dense']} dense runs fail; "
+        f"learned less dense, beside the usual rate: {gaps}"
     )
 
 
@@ -205,8 +198,7 @@ def batches_answer(runs: Runs) -> tuple[str, str]:
     without = not wants and all(each.mean + each.half < MARGIN for each in large)
     gaps = ", ".join(f"{batch} {each.interval}" for batch, each in found.items())
     return YES if wants else NO if without else OPEN, (
-        f"Learned less dense at other batches for as many images, beside the same at 64: {gaps} points; "
-        f"{len(large[0].gaps)} seeds"
+        f"Learned less dense for as many images, beside batches of 64: {gaps}; {len(large[0].gaps)} seeds"
     )
 
 

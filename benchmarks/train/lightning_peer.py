@@ -100,7 +100,7 @@ def compare_in_lightning(
         process.submit(_begin_plain, subject, torch.get_num_threads()).result()
 
         def ours() -> list[float]:
-            return _train(task, subject, precision, device, watching(None, EmaConfig(), GuardConfig()))
+            return _train(task, subject, precision, device, watching(EmaConfig(), GuardConfig()))
 
         def plain() -> list[float]:
             return process.submit(_turn_of_plain, precision, device).result()

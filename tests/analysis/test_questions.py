@@ -117,7 +117,7 @@ def test_a_foreign_model_whose_router_follows_the_class_against_the_clusters() -
 
 
 def test_controls_of_one_half_are_guessed_from_within_it() -> None:
-    """Clusters that are the classes, measured on the half that they were not fitted on: all right, 1 bit, both units."""
+    """Clusters that are the classes, measured on the half they were not fitted on: all right, 1 bit, by both units."""
     measured = np.flatnonzero(halves_by_class(LABELS, 0))
     chosen = np.broadcast_to(LABELS[measured, None, None], (len(measured), PATCHES, 1)).astype(np.int16)
     clusters = [Assignments(None, 0, chosen, measured, 2)]
