@@ -26,7 +26,7 @@ export const coreLayout = () => html`
     <div class="mv-work">
       <div class="mv-stages">
         <div class="mv-toolbar">${modeSwitch()}
-          <label class="mv-check" data-box="as-seen" hidden><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label>
+          <label class="mv-check" data-box="as-seen" data-off><input type="checkbox" data-change="as-seen" data-key="as-seen">As the model sees it</label>
           <label class="mv-strength">Overlay <input type="range" min="0" max="100" step="5" data-change="strength" data-key="strength"></label></div>
         <div class="mv-pictures"><div data-box="stage-0"></div><div data-box="stage-1" hidden></div></div>
         ${box("legend")}${box("hand")}${box("slots")}${box("time")}${box("strip")}
@@ -271,7 +271,7 @@ export class Core {
       button.setAttribute("aria-pressed", String(button.dataset.mode === state.mode));
       button.hidden = !modes.includes(button.dataset.mode);
     });
-    this.box("as-seen").hidden = !state.views.some(hasOriginal);
+    this.box("as-seen").toggleAttribute("data-off", !state.views.some(hasOriginal)); // its place is kept: nothing moves
     const slider = root.querySelector("[data-change=strength]");
     if (slider) slider.value = state.strength * 100;
   }
