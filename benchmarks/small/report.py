@@ -183,8 +183,8 @@ def rates_answer(runs: Runs) -> tuple[str, str]:
     stable = not less and all(each.mean - each.half > -MARGIN for each in at.values())
     gaps = ", ".join(f"× {factor} {each.interval}" for factor, each in at.items())
     return YES if less else NO if stable else OPEN, (
-        f"Unguarded, at up to 16 times the rate, {failed['learned']} learned and {failed['dense']} dense runs fail; "
-        f"learned less dense, beside the usual rate: {gaps}"
+        f"Unguarded, at up to 16 times the rate, {failed['learned']} MoE and {failed['dense']} dense runs fail; the "
+        f"MoE's lead over dense changes by {gaps} points"
     )
 
 
@@ -198,7 +198,7 @@ def batches_answer(runs: Runs) -> tuple[str, str]:
     without = not wants and all(each.mean + each.half < MARGIN for each in large)
     gaps = ", ".join(f"{batch} {each.interval}" for batch, each in found.items())
     return YES if wants else NO if without else OPEN, (
-        f"Learned less dense for as many images, beside batches of 64: {gaps}; {len(large[0].gaps)} seeds"
+        f"Beside batches of 64, the MoE's lead over dense changes by {gaps} points; {len(large[0].gaps)} seeds"
     )
 
 

@@ -28,6 +28,7 @@ TRAIN = performance.TRAIN.format("cifar10")
 
 
 CLAIMS = [
+    Claim(small.FILES, "{text}", small.answers),
     Claim(small.FILES, "reads every place gains {mean:.1f} ({bounds}; {seeds} seeds)", small.heads),
     Claim(
         quickstart.QUICKSTART, "the quickstart's model is right on {moe} of {total:,} test images", quickstart.of_run

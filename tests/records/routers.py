@@ -61,7 +61,12 @@ def _weaker(record: dict[str, Any]) -> dict[str, float]:
 
 CLAIMS = [
     Claim(small.FILES, "gains {mean:.1f} points ({bounds}; {seeds} seeds)", small.heads),
-    Claim(small.FILES, "`position` {position}, `hash` {hash}, `vmoe_top_k` {learned}", small.heads),
+    Claim(
+        small.FILES,
+        "`position` {position}, `hash` {hash}, `vmoe_top_k` {learned}; at the other rows' learning rate `position` has "
+        "{position_common}",
+        small.heads,
+    ),
     Claim(small.FILES, "on images moved by 8 px it is {below:.1f} points below", small.heads),
     Claim(STUDY, "{text}", lambda record: {"text": report("routers").accuracy_table(list(_rows(record).values()))}),
     Claim(STUDY, "{text}", lambda record: {"text": report("routers").load_table(list(_rows(record).values()))}),

@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from benchmarks.small.report import by_seed, counted, head_contrasts, parts_of
+from benchmarks.small.report import (
+    batches_answer,
+    by_seed,
+    common_contrasts,
+    counted,
+    head_contrasts,
+    parts_of,
+    rates_answer,
+)
 from benchmarks.study import contrasts
 from tests.records import Claim, Definition
 from tests.records.studies import shown
@@ -24,10 +32,17 @@ def heads(*runs: Any) -> dict[str, Any]:
     dense = {head: by_seed(own, "shifted_8", question="heads", arm="dense", head=head) for head in ("places", "mean")}
     (moved,) = contrasts(dense, [("places", "mean")])
     bounds = gain.interval.partition("(")[2].removesuffix(")")
+    common = {f"{each.first}_common": each.interval for each in common_contrasts(own)}
     return {
+        **common,
         **{arm: each.interval for arm, each in arms.items()},
         **{"mean": 100 * gain.mean, "bounds": bounds, "seeds": len(gain.gaps), "below": -100 * moved.mean},
     }
+
+
+def answers(*runs: Any) -> list[dict[str, str]]:
+    """The sentences on instability and large batches."""
+    return shown(answer(counted(runs))[1] for answer in (rates_answer, batches_answer))
 
 
 CLAIMS = [Claim(FILES, "{text}", _parts)]
