@@ -1,5 +1,5 @@
 // What the lesson says: nine steps of 45 minutes. Each asks for a prediction, and its answer is made from the numbers
-// that `python -m moevision.demo.lesson --measure` wrote (lesson_numbers.json); no number of a model is typed in here.
+// that `python docs/lesson/build.py docs/lesson.html --measure` wrote (lesson_numbers.json); no number of a model is typed in here.
 
 import { bars, expertMark, patchesOf, photoFigure, sameNumber, table } from "./lesson_figures.js";
 import { playgroundBox, startsBox } from "./lesson_playground.js";

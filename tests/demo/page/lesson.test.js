@@ -77,6 +77,6 @@ test("the answer of step 4 counts what the toy does", () => {
     ends[sharing(lossOf(net.weights, points, rules).load).atWork - 1] += 1;
   }
   const [one, two, three, four] = ends;
-  const steps = readFileSync(new URL("../../../moevision/demo/assets/lesson_steps.js", import.meta.url), "utf8");
+  const steps = readFileSync(new URL("../../../docs/lesson/lesson_steps.js", import.meta.url), "utf8");
   assert.ok(steps.includes(`Of the starts 1 to 30, ${one} end with one expert at work, ${two} with two, ${three} with three and ${four} with all four.`), String(ends));
 });
