@@ -86,7 +86,7 @@ def test_the_weight_of_a_class_is_above_0(weight):
         ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches is 0: it must be at least 1"),
         ("--trainer.check_val_every_n_epoch=0", "check_val_every_n_epoch is 0: it must be at least 1"),
         ("--trainer.val_check_interval=0", "val_check_interval is 0: it must be above 0"),
-        ("--trainer.gradient_clip_val=-1", "gradient_clip_val is -1: it must be at least 0"),
+        ("--trainer.gradient_clip_val=-1.5", "gradient_clip_val is -1.5: it must be at least 0"),
         ("--trainer.max_time=00:00:00:00", "max_time is 0: it must be above 0"),
         ("--trainer.accelerator=tpu", "The Trainer does not take these options"),
         ("--model.optim.lr=-1", "lr is -1.0: it must be at least 0"),
