@@ -24,7 +24,7 @@ from benchmarks.harness import HERE, about, argument_parser
 from benchmarks.places import MICRO, PLACES, SHIFTS, shifted
 from benchmarks.queue import add_study, do_runs, fill_readme, read_records, refuse_changes
 from benchmarks.routers.report import rate_beyond
-from benchmarks.small.report import parts_of
+from benchmarks.small.report import BASE_LR, BATCHES, COMPARED, FACTORS, TUNING_SEED, parts_of
 from benchmarks.study import BATCH, make_task, open_data, small, train
 from moevision.data import ImageDataModule
 from moevision.files import file_sha256
@@ -34,8 +34,7 @@ from moevision.train.guard import GuardConfig, StabilityGuard, TrainingDiverged
 FOLDER = HERE / "small"
 PROTOCOL = FOLDER / "protocol.md"
 IMAGES = 500 * BATCH  # of every training
-BASE_LR = 2e-3
-TUNING_SEED, SEEDS = 100, range(5)
+SEEDS = range(5)
 ARMS: dict[str, dict[str, Any]] = {
     "dense": {"router": "vmoe_top_k", "twin": "active_flops"},  # the router draws, so that shared weights are equal
     "learned": {"router": "vmoe_top_k"},
@@ -43,8 +42,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "hash": {"router": "hash"},
 }
 HEADS = {"mean": MICRO, "places": PLACES[MICRO]}
-COMPARED = ("dense", "learned")
-FACTORS, BATCHES = (1, 4, 16), (16, 64, 256, 1024)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from benchmarks.study import Contrast, contrasts, holm
 from moevision.train.report import table
 
 Runs = Sequence[dict[str, Any]]
-BASE_LR, LARGE, TUNING_SEED = 2e-3, (256, 1024), 100
+BASE_LR, TUNING_SEED = 2e-3, 100
+COMPARED, FACTORS, BATCHES, LARGE = ("dense", "learned"), (1, 4, 16), (16, 64, 256, 1024), (256, 1024)
 
 
 def parts_of(runs: Runs) -> list[str]:
@@ -103,8 +104,8 @@ def interactions(
 def rates(runs: Runs) -> list[str]:
     """Question 2."""
     lines = []
-    for arm in ("dense", "learned"):
-        for factor in (1, 4, 16):
+    for arm in COMPARED:
+        for factor in FACTORS:
             for guard in (False, True):
                 keys = {"question": "rates", "arm": arm, "lr": BASE_LR * factor, "guard": guard}
                 own = [run for run in runs if keys.items() <= run.items()]
@@ -133,8 +134,8 @@ def rate_contrasts(runs: Runs) -> list[Contrast]:
 def batches(runs: Runs) -> list[str]:
     """Question 3."""
     lines = []
-    for batch in (16, 64, 256, 1024):
-        for arm in ("dense", "learned"):
+    for batch in BATCHES:
+        for arm in COMPARED:
             keys = {"question": "batches", "arm": arm, "batch": batch}
             own = [run for run in runs if keys.items() <= run.items()]
             values = [f"{own[0]['lr']:g}", str(own[0]["steps"])] if own else ["", ""]

@@ -43,6 +43,8 @@ class Arm:
         tuned_as: the arm whose learning rate it takes; None: it is tuned itself.
         base_lr: the middle of the rates that are tried.
         tuning_seeds: seeds of the tuning runs.
+        batch: images per optimizer step.
+        guard: whether the stability guard watches.
     """
 
     arch: Mapping[str, Any] = field(default_factory=dict)
