@@ -6,9 +6,8 @@ numbers, paths and the like; and the state of every global random generator (`pr
 
 Writing: Lightning writes through a temporary file in $TMPDIR, without fsync; on another file system that is a plain
 copy onto the final name, so a kill leaves half a file there. Here: a temporary file in the target's own folder, fsync,
-its SHA-256 into manifest.json, rename, fsync of the folder. What a disk refuses is kept in memory and tried again,
-while training goes on. Weights that are sharded over processes make the checkpoint a folder (`sharded.py`), renamed
-as a whole; what a disk refuses of it isn't kept, since the next point comes.
+its SHA-256 into manifest.json, rename, fsync of the folder. What a disk refuses is said, and training goes on to the
+next point. Weights that are sharded over processes make the checkpoint a folder (`sharded.py`), renamed as a whole.
 
 Reading: a flipped bit inside a tensor loads without an error, so a file is compared with its hash in the manifest. The
 manifest is written before a new file is renamed over an old one and names both until then: at no moment is a whole file
@@ -21,8 +20,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import shutil
-import time
+import os
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -45,7 +43,6 @@ from moevision.files import (
     sync_folder,
     temporary_for,
     write_json_atomic,
-    written_beside,
 )
 from moevision.models.safe_files import read_json
 from moevision.train import sharded
@@ -54,7 +51,6 @@ from moevision.train.processes import from_first, is_first, tell
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 START = "start"  # a folder beside them, with the config.json of the model that training started from
 MANIFEST = "manifest.json"
-RETRY_S = 30.0
 _PREFERRED = {LAST: 2, PREVIOUS: 1}
 
 
@@ -110,18 +106,10 @@ class Entry:
     written_utc: str
 
     @classmethod
-    def of(cls, name: str, checkpoint: dict[str, Any], data: bytes) -> Entry:
-        """Describe a checkpoint that is about to be written as `data`."""
-        states = [checkpoint.get(key, {}) for key in ("state_dict", "current_model_state")]  # the second: beside an EMA
-        finite = all(
-            bool(torch.isfinite(value).all())
-            for state in states
-            for value in state.values()
-            if isinstance(value, torch.Tensor) and value.is_floating_point()
-        )
+    def of(cls, name: str, checkpoint: dict[str, Any], sha256: str, size: int, finite: bool) -> Entry:
+        """Describe a checkpoint that was written."""
         step, epoch = int(checkpoint.get("global_step", 0)), int(checkpoint.get("epoch", 0))
-        digest = hashlib.sha256(data).hexdigest()
-        return cls(name, digest, step, epoch, len(data), finite, datetime.now(UTC).isoformat(timespec="seconds"))
+        return cls(name, sha256, step, epoch, size, finite, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def read_manifest(folder: Path) -> list[Entry]:
@@ -225,52 +213,32 @@ def newest_valid(folder: Path) -> tuple[Verified | None, list[Verified]]:
     return newest, refused
 
 
-@dataclass(frozen=True)
-class _Unwritten:
-    data: bytes
-    entry: Entry
-
-
 class SafeCheckpointIO(CheckpointIO):
     """Writes checkpoints whole or not at all, and reads only those that are as they were written.
 
     A new `last.ckpt` turns the one before into `previous.ckpt`, so that there are two to go on from.
 
     Attributes:
-        refused: sharded checkpoints that could not be written when they were last to be, and why; on every process.
+        refused: checkpoints that could not be written when they were last to be, and why; of sharded ones on every
+            process, of others on the first.
     """
 
     def __init__(self) -> None:
         self.refused: dict[Path, str] = {}
-        self._unwritten: dict[Path, _Unwritten] = {}
-        self._tried_s = 0.0
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; if the disk refuses, warn, keep it in memory and let `retry` write it later."""
+        """Write a checkpoint; every process calls it for a sharded one, else the first. Warns if the disk refuses."""
         path = Path(path).resolve()
-        if sharded.is_sharded(checkpoint):
-            self._save_folder(checkpoint, path)
-            return
-        memory = io.BytesIO()  # Lightning does so too; the exact size has to be known before the disk is touched
-        torch.save(checkpoint, memory)
-        data = memory.getvalue()
-        again = path in self._unwritten
-        self._unwritten[path] = _Unwritten(data, Entry.of(path.name, checkpoint, data))
-        self._write(path, again=again)
-
-    def _save_folder(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Write sharded tensors, each process its own; a new attempt comes with the next point, not before."""
-        temporary = Path(from_first(str(temporary_for(path))))
-        fault = None
+        divided, fault = sharded.is_sharded(checkpoint), None
+        temporary = Path(from_first(str(temporary_for(path)))) if divided else temporary_for(path)
         try:
-            digest, size, finite = sharded.write_folder(checkpoint, temporary)
+            written = (sharded.write_folder if divided else _write_file)(checkpoint, temporary)
             if is_first():
-                step, epoch = int(checkpoint.get("global_step", 0)), int(checkpoint.get("epoch", 0))
-                now = datetime.now(UTC).isoformat(timespec="seconds")
-                _put(temporary, path, Entry(path.name, digest, step, epoch, size, finite, now))
+                _put(temporary, path, Entry.of(path.name, checkpoint, *written))
         except OSError as error:
             fault = error.strerror
-        fault = from_first(fault)
+        if divided:
+            fault = from_first(fault)
         known = self.refused.pop(path, None)
         if fault is None:
             if known is not None:
@@ -278,47 +246,12 @@ class SafeCheckpointIO(CheckpointIO):
             return
         self.refused[path] = fault
         if is_first():
-            shutil.rmtree(temporary, ignore_errors=True)
+            sharded.remove(temporary)
         if known is None:
             tell(
                 f"warning: {path} can't be written ({fault}): training goes on, and the next one is tried; make room, "
                 "or give write access."
             )
-
-    @property
-    def waiting(self) -> list[Path]:
-        """Checkpoints that the disk has refused so far."""
-        return list(self._unwritten)
-
-    def retry(self, *, now: bool = False) -> bool:
-        """Try again what the disk has refused, at most every RETRY_S seconds.
-
-        Args:
-            now: try even if the last attempt was a moment ago.
-
-        Returns:
-            Whether everything is written.
-        """
-        if self._unwritten and (now or time.monotonic() - self._tried_s >= RETRY_S):
-            for path in self.waiting:
-                if self._write(path, again=True):
-                    tell(f"note: {path} could be written now.")
-        return not self._unwritten
-
-    def _write(self, path: Path, *, again: bool = False) -> bool:
-        waiting = self._unwritten[path]
-        self._tried_s = time.monotonic()
-        try:
-            _write_safely(path, waiting)
-        except OSError as error:
-            if not again:
-                tell(
-                    f"warning: {path} ({waiting.entry.size / 1e6:.1f} MB) can't be written ({error.strerror}): "
-                    f"training goes on, and it is tried again every {RETRY_S:.0f} s; make room, or give write access."
-                )
-            return False
-        del self._unwritten[path]
-        return True
 
     def load_checkpoint(
         self,
@@ -329,17 +262,14 @@ class SafeCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint, never by unpickling; `weights_only` is there for Lightning's sake.
 
-        Every process of a training must call it: one that the disk has refused is in the first one's memory only.
-        `like` says how the tensors of a folder shall be divided; by default they are whole.
+        Every process of a training must call it. `like` says how the tensors of a folder shall be divided; by default
+        they are whole.
 
         Raises:
             UserError: if the file is missing, damaged or no checkpoint.
         """
         path = Path(path).resolve()
         location = map_location if map_location is not None else "cpu"
-        held = from_first(self._unwritten[path].data if path in self._unwritten else None)
-        if held is not None:  # the disk is full, and the best weights are only here
-            return cast(dict[str, Any], sharded.load_archive(io.BytesIO(held), location))
         fault = None
         if is_first():  # reading it whole once is enough
             fault = verify(path).fault if path.exists() else "is missing"
@@ -354,21 +284,28 @@ class SafeCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint and its entry."""
         path = Path(path).resolve()
-        self._unwritten.pop(path, None)
         sharded.remove(path)
         write_manifest(path.parent, [entry for entry in read_manifest(path.parent) if entry.name != path.name])
 
 
-def _write_safely(path: Path, unwritten: _Unwritten) -> None:
-    folder = path.parent
-    known = read_manifest(folder)
-    if unwritten.entry in known and path.is_file() and sha256_of(path) == unwritten.entry.sha256:
-        sync_folder(folder)  # an earlier attempt failed behind the renames: done again they would lose previous.ckpt
-        return
-    make_folder(folder)
-    check_room(folder, len(unwritten.data))
-    with written_beside(path, unwritten.data) as temporary:
-        _put(temporary, path, unwritten.entry)
+def _write_file(checkpoint: dict[str, Any], path: Path) -> tuple[str, int, bool]:
+    """Write a checkpoint as a file, flushed to the disk; its SHA-256, its bytes, and whether its weights are finite."""
+    memory = io.BytesIO()  # Lightning does so too; the exact size has to be known before the disk is touched
+    torch.save(checkpoint, memory)
+    make_folder(path.parent)
+    check_room(path.parent, memory.tell())
+    with path.open("wb") as file:
+        file.write(memory.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    states = [checkpoint.get(key, {}) for key in ("state_dict", "current_model_state")]  # the second: beside an EMA
+    finite = all(
+        bool(torch.isfinite(value).all())
+        for state in states
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    )
+    return hashlib.sha256(memory.getbuffer()).hexdigest(), memory.tell(), finite
 
 
 def _put(temporary: Path, path: Path, entry: Entry) -> None:
@@ -394,12 +331,13 @@ def final_checkpoint(folder: Path, files: SafeCheckpointIO) -> tuple[Path, str]:
     Those of the best validation epoch; those of the last step if there is none, or `best.ckpt` got damaged.
     """
     best = folder / BEST
-    if best.resolve() not in files.waiting and not best.exists():  # a training that ends within its first epoch
+    if not best.exists():  # a training that ends within its first epoch, or whose disk refused it
         return folder / LAST, "the weights of the last step, because there is no best.ckpt"
-    if best.resolve() in files.waiting or verify(best).fault is None:
+    fault = verify(best).fault
+    if fault is None:
         saved = " that could be saved" if best.resolve() in files.refused else ""
         return best, f"the weights of the best validation epoch{saved}"
-    tell(f"warning: {best} {verify(best).fault}: {LAST} is tested instead.")
+    tell(f"warning: {best} {fault}: {LAST} is tested instead.")
     return folder / LAST, "the weights of the last epoch, because best.ckpt was damaged"
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning as L
+from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -35,7 +36,6 @@ from moevision.train.checkpoint import LAST, SafeCheckpointIO, newest_valid
 from moevision.train.probe import FILE as PROBE
 from moevision.train.probe import Probe
 from moevision.train.processes import (
-    AwakeClock,
     Interruption,
     Processes,
     gather,
@@ -66,7 +66,7 @@ _LAYOUT = "parallel."  # how processes share the weights rounds differently too
 # What an attempt without a checkpoint leaves and a training that begins would take for its own: split, probe, changes.
 _LEFT = ("splits.csv", "bad_images.csv", PROBE, "config-*.yaml")
 MARK = "moevision"  # where a checkpoint keeps what is ours
-_claims: set[int] = set()  # open descriptors of the run folders that this process trains in
+_PATIENCE_S = 10.0  # for the lock of a training that has just ended
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,6 @@ class ResumePoint(L.Callback):
         files: what writes them.
         config: how often.
         interruption: listens to signals.
-        clock: notices that the machine was suspended.
 
     Attributes:
         fingerprint: what the numbers depend on, for the checkpoint.
@@ -113,15 +112,13 @@ class ResumePoint(L.Callback):
         files: SafeCheckpointIO,
         config: CheckpointConfig,
         interruption: Interruption,
-        clock: AwakeClock,
     ) -> None:
-        self.path, self.files, self.config = folder / LAST, files, config
-        self.interruption, self.clock = interruption, clock
+        self.path, self.files, self.config, self.interruption = folder / LAST, files, config, interruption
         self.fingerprint: dict[str, Any] = {}
         self.began = False
         self._saved_s, self._saved_step = time.monotonic(), -1
         self._states: list[dict[str, Any]] | None = None
-        self._slept = self._goes_on = False
+        self._goes_on = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the random generators; from here on signals wait for the end of a step.
@@ -136,7 +133,6 @@ class ResumePoint(L.Callback):
             part_random_state(trainer.global_rank)
         self._states, self.began = None, True
         self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
-        self.clock.tick()
         self.interruption.listen()  # Lightning took SIGTERM, and SIGUSR1 on a cluster, a moment ago
         self.interruption.training = True
 
@@ -148,52 +144,40 @@ class ResumePoint(L.Callback):
         Raises:
             Interrupted: if so.
         """
-        gap = self.clock.tick()
-        if gap > 1:
-            tell(f"note: the process was asleep for {gap / 60:.1f} min, which isn't counted as training time.")
-            self._slept = True
         if trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.accumulate_grad_batches:
             return  # gradients of half a step can't be saved
         wanted, stop = self._decide(trainer)
         if (wanted or stop) and trainer.global_step != self._saved_step:
             with _between_batches(trainer):
                 self.save(trainer)
-        elif self.files.waiting:
-            self.files.retry()
         if stop:
-            self._stop()
+            self.interruption.stop()
 
     def _decide(self, trainer: L.Trainer) -> tuple[bool, bool]:
         """Whether to save and whether to stop, the same on every process."""
         since = trainer.global_step - self._saved_step
         due = self.config.every_steps is not None and since >= self.config.every_steps
-        due = due or self._slept or time.monotonic() - self._saved_s >= 60 * self.config.every_minutes
+        due = due or time.monotonic() - self._saved_s >= 60 * self.config.every_minutes
         stop = self.interruption.requested is not None
         if trainer.world_size > 1:
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         return due, stop
 
-    def _stop(self) -> None:
-        self.files.retry(now=True)
-        self.interruption.training = False
-        self.interruption.stop()
-
     def save(self, trainer: L.Trainer) -> None:
         """Write `last.ckpt`; every process must call it."""
         trainer.save_checkpoint(self.path)
-        self._saved_s, self._saved_step, self._slept = time.monotonic(), trainer.global_step, False
+        self._saved_s, self._saved_step = time.monotonic(), trainer.global_step
 
     def end_of_epoch(self, trainer: L.Trainer) -> None:
         """Save after an epoch and its validation, and stop if a signal asked for it."""
         self.save(trainer)
         _, stop = self._decide(trainer)
         if stop:
-            self._stop()
+            self.interruption.stop()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on signals act at once: everything is saved."""
-        self.files.retry(now=True)
         self.interruption.training = False
         if self.interruption.requested is not None:
             self.interruption.stop()
@@ -270,26 +254,16 @@ def _between_batches(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _find_place(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Where batches are of other sizes now, let Lightning count those that hold the images of this epoch so far.
-
-    An epoch that has become shorter than that, since images have vanished, goes back to its last step: with nothing
-    left to train, Lightning would skip the validation too.
-    """
+    """Where batches are of other sizes now, let Lightning count those that hold the images of this epoch so far."""
     data = cast(Any, trainer).datamodule
     state = checkpoint.get(type(data).__qualname__)
     if state is None or not isinstance(data, ImageDataModule):
         return
     now = {"batch_size": data.batch_size, "world_size": trainer.world_size}
-    window, batch = trainer.accumulate_grad_batches, state["batch"]
-    if any(state[name] != value for name, value in now.items()):
-        batch = batch * state["batch_size"] * state["world_size"] // (data.batch_size * trainer.world_size)
-        batch = batch // window * window
-    batches = epoch_batches(data, trainer)
-    if batch >= batches > 0:
-        batch = (batches - 1) // window * window
-        tell("note: the epoch is shorter now than where it was interrupted: its last step is done again.")
-    if batch == state["batch"]:
+    if all(state[name] == value for name, value in now.items()):
         return
+    window, images = trainer.accumulate_grad_batches, state["batch"] * state["batch_size"] * state["world_size"]
+    batch = images // (data.batch_size * trainer.world_size) // window * window
     data.load_state_dict({**state, **now, "batch": batch})
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     progress["current"] = dict.fromkeys(progress["current"], batch)
@@ -476,48 +450,18 @@ def _sessions(run_dir: Path) -> list[dict[str, Any]]:
         return []
 
 
-def claim(run_dir: Path) -> int | None:
-    """Keep other processes from training in the same folder; ends with this process, however it ends.
-
-    The lock is one of this machine's kernel: a training of another machine, on a file system that both see, isn't seen.
-
-    Returns:
-        An open descriptor that holds the claim, for `release`; None where the system has no such locks.
+def claim(run_dir: Path) -> FileLock:
+    """Keep other processes from training in the same folder, until the lock is released or this process has ended.
 
     Raises:
-        UserError: if another process has it.
+        UserError: if another process has it. Workers of a killed one keep its lock for a few seconds, so it waits.
     """
+    lock = FileLock(run_dir / ".lock")
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    descriptor = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        lock.acquire(timeout=_PATIENCE_S)
+    except Timeout:
         raise UserError(f"Another process is training in {run_dir}: wait for it, or end it first.") from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    _claims.add(descriptor)
-    return descriptor
-
-
-def release(descriptor: int) -> None:
-    """Give up a claim."""
-    _claims.remove(descriptor)
-    os.close(descriptor)
-
-
-def _give_up_in_a_fork() -> None:
-    """The workers of the data loader outlive a killed training by seconds, and must not hold its claim meanwhile."""
-    while _claims:
-        os.close(_claims.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_give_up_in_a_fork)
+    return lock
 
 
 class Session:
@@ -545,7 +489,7 @@ class Session:
         self.lines: list[str] = []
         # Printing a config ends before the model stands.
         self._say = self.lines.append if value_of(arguments, "--print_config") is None else tell
-        self._claims: list[int] = []
+        self._claims: list[FileLock] = []
         self._target, self._typed = take(arguments, OPTION, needs=f"a run folder, such as runs/pets, or {AUTO}")
         if self._target is None:
             self.arguments = expand_arguments(verb, arguments, decide=self.processes.decide, say=self._say)
@@ -577,9 +521,7 @@ class Session:
             raise UserError(
                 f"The run folder {run_dir} can't be made ({error.strerror}): start where you may write."
             ) from error
-        held = claim(run_dir)
-        if held is not None:
-            self._claims.append(held)
+        self._claims.append(claim(run_dir))
         return run_dir
 
     @property
@@ -598,7 +540,7 @@ class Session:
         """Release the claimed folders, and end the processes that were started."""
         self.processes.close()
         while self._claims:
-            release(self._claims.pop())
+            self._claims.pop().release()
 
     def _as_recorded(self, run_dir: Path) -> list[str]:
         """The run's own config, and after it what was typed."""
