@@ -14,9 +14,9 @@ from benchmarks.house.counts import count, cycle
 PACKAGE = Path(moevision.__file__).parent
 
 # layers -> {models, losses, metrics} -> efficiency; data -> {train, analysis} -> demo -> cli.
-# allocator, errors, files, limits and names are the floor that everyone stands on. Units of one brace don't import
-# each other, but for one arrow: metrics takes the definition of CV² from losses, so that there is one of it.
-_FLOOR = {"allocator", "errors", "files", "limits", "names"}
+# allocator, errors, files, limits, names and words are the floor that everyone stands on. Units of one brace don't
+# import each other, but for one arrow: metrics takes the definition of CV² from losses, so that there is one of it.
+_FLOOR = {"allocator", "errors", "files", "limits", "names", "words"}
 _MODELS = _FLOOR | {"layers"}
 _NUMBERS = _MODELS | {"models", "losses", "metrics"}
 _TRAIN = _NUMBERS | {"efficiency", "data", "__init__"}
@@ -24,6 +24,7 @@ _DEMO = _TRAIN | {"train", "analysis"}
 MAY_IMPORT: dict[str, set[str]] = {
     "allocator": set(),
     "names": set(),
+    "words": set(),
     "limits": set(),
     "errors": {"names"},
     "files": {"errors", "names"},

@@ -46,10 +46,10 @@ from moevision.files import refuse_foreign, write_json_atomic, write_text_atomic
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import shown
 from moevision.train import run as training
-from moevision.train.differences import Gap
 from moevision.train.plots import INK, OKABE_ITO, calm, save, title
 from moevision.train.processes import Interrupted, tell
 from moevision.train.resume import is_finished
+from moevision.train.stats import Gap
 
 ALL: Final = "all"
 HARDEST: Final = 0.1  # what ccs drops first, or all that is dropped

@@ -33,20 +33,19 @@ from moevision.errors import UserError, refuse_equal_seeds
 from moevision.files import refuse_foreign, write_json_atomic
 from moevision.models.safe_files import read_json, read_yaml
 from moevision.names import shown
-from moevision.train.differences import LEVEL, POWER, Gap, detectable_on
-from moevision.train.report import (
+from moevision.train.report import RunSummary, read_summary
+from moevision.train.resume import is_finished, is_free, resume_command
+from moevision.train.stats import (
+    LEVEL,
+    POWER,
+    Gap,
     PairedDifference,
-    RunSummary,
     accuracy_interval,
-    duration,
-    flops,
+    detectable_on,
     paired_difference,
     paired_macro_difference,
-    percent,
-    points,
-    read_summary,
 )
-from moevision.train.resume import is_finished, is_free, resume_command
+from moevision.words import duration, flops, percent, points
 
 PREDICTIONS: Final = "predictions_test.csv"
 SCHEMA: Final = "moevision.compare/1"

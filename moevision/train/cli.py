@@ -44,7 +44,6 @@ from moevision.models.config import build_model, dense_start, keep_start
 from moevision.models.safe_files import parse_yaml, read_yaml
 from moevision.models.upcycle import START_IMAGES, start_routers
 from moevision.names import shown
-from moevision.train.calibration import Calibrate
 from moevision.train.callbacks import (
     EarlyStoppingConfig,
     RouterHealth,
@@ -79,6 +78,7 @@ from moevision.train.record import RecordRouting, RecordRoutingConfig
 from moevision.train.report import BALANCED, is_unbalanced
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session
 from moevision.train.scores import ExampleScores
+from moevision.train.stats import Calibrate
 from moevision.train.strategy import MoEParallelStrategy, ParallelConfig, check_fit, describe_parallel
 from moevision.train.task import ClassificationTask, check_trainer
 

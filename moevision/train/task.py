@@ -36,7 +36,7 @@ from moevision.train.parallel import clip, total_norm
 from moevision.train.processes import mean_over_processes, sums_over_processes
 
 if TYPE_CHECKING:
-    from moevision.train.calibration import Calibration
+    from moevision.train.stats import Calibration
 
 Batch = dict[str, Tensor]
 UpdateGate = Callable[[Tensor], bool]

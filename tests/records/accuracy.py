@@ -7,7 +7,7 @@ from typing import Any
 from scipy.stats import t as student_t
 from scipy.stats import ttest_ind
 
-from moevision.train.differences import Gap
+from moevision.train.stats import Gap
 from tests.records import Claim, Definition
 from tests.records.performance import TRAIN, moe
 from tests.records.quickstart import share

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moevision.train.report import accuracy_interval
+from moevision.train.stats import accuracy_interval
 from tests.records import Claim, Definition
 from tests.records.analysis import ATLAS, CARD
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moevision.train.differences import Gap
+from moevision.train.stats import Gap
 from tests.records import Claim, Definition, small
 from tests.records.studies import report
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.stem import FACTORS, STEPS, Arm, arms, complete_seeds, effects, parts_of
-from moevision.train.report import points
+from moevision.words import points
 from tests.records import Claim, Definition
 from tests.records.studies import shown
 

@@ -26,18 +26,15 @@ from moevision.train.plots import (
     worst_mixups,
 )
 from moevision.train.report import (
-    Entry,
-    PairedDifference,
+    ComparedModel,
     RunSummary,
     TestScores,
     TwinComparison,
-    accuracy_interval,
     choose,
-    paired_difference,
-    paired_macro_difference,
     read_summary,
     write_summary,
 )
+from moevision.train.stats import PairedDifference, accuracy_interval, paired_difference, paired_macro_difference
 
 Row = dict[str, float | int]
 
@@ -304,8 +301,8 @@ def test_many_classes_show_the_weakest_and_names_cannot_break_tables(summary: Ru
     assert any(line.startswith("| top-5 accuracy | 90.0 % |") for line in lines)
 
 
-def entry(name: str, correct: list[int], *, ms: float | None = 1.0) -> Entry:
-    return Entry(name, np.array(correct, dtype=bool), ms, 10.0, 60.0)
+def entry(name: str, correct: list[int], *, ms: float | None = 1.0) -> ComparedModel:
+    return ComparedModel(name, np.array(correct, dtype=bool), ms, 10.0, 60.0)
 
 
 LABELS = np.array([0] * 90 + [1] * 10)
