@@ -59,7 +59,6 @@ from moevision.train.guard import GuardConfig, StabilityGuard
 from moevision.train.loggers import MAX_KEYS, log_routers
 from moevision.train.memory import check_memory, describe_memory
 from moevision.train.optim import EmaConfig, WeightEMA, freeze_parameters
-from moevision.train.probe import fit_probe, start_with
 from moevision.train.processes import tell
 from moevision.train.provenance import differences, fingerprint
 from moevision.train.recipe import (
@@ -78,6 +77,7 @@ from moevision.train.record import RecordRouting, RecordRoutingConfig
 from moevision.train.report import BALANCED, is_unbalanced
 from moevision.train.resume import CheckpointConfig, EpochEnd, ResumePoint, Session, Start, note_session
 from moevision.train.scores import ExampleScores
+from moevision.train.start import fit_probe, start_with
 from moevision.train.stats import Calibrate
 from moevision.train.strategy import MoEParallelStrategy, ParallelConfig, check_fit, describe_parallel
 from moevision.train.task import ClassificationTask, check_trainer

@@ -38,7 +38,6 @@ from moevision.train.cli import ALL, SentenceParser, TrainingCLI, quiet_lightnin
 from moevision.train.guard import StabilityGuard, TrainingDiverged
 from moevision.train.optim import WeightEMA
 from moevision.train.plots import plot_confusion, plot_curves
-from moevision.train.probe import read_probe
 from moevision.train.processes import Interrupted, gather, several_processes, tell
 from moevision.train.provenance import collect_provenance, device_name
 from moevision.train.recipe import describe_model
@@ -52,7 +51,7 @@ from moevision.train.report import (
     write_summary,
 )
 from moevision.train.resume import Session, Start, begun_by, find_start
-from moevision.train.start import weights_file
+from moevision.train.start import read_probe, weights_file
 from moevision.train.stats import Calibration, calibration_error, paired_difference
 from moevision.train.strategy import MoEParallelStrategy
 from moevision.train.task import ClassificationTask
