@@ -60,7 +60,10 @@ PROVE = {
     "counts": ("modules, lines and statements of the package, single importers, import cycles", "house.counts"),
     "trips": ("the files that a forward pass, a training batch and a command cross", "house.trips"),
 }
-MAKE = {"bundle": ("one of the explorer's bundled models, from finished runs", "bundle")}
+MAKE = {
+    "bundle": ("one of the explorer's bundled models, from finished runs", "bundle"),
+    "records": ("pages whose numbers changed with a new measurement, from the records", "records.rewrite"),
+}
 VERBS = {**PLAN, **MEASURE, **STUDY, **PROVE, **MAKE}
 
 USAGE = """\
