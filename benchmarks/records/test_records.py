@@ -1,4 +1,4 @@
-"""Every measured number of README.md, docs/ and benchmarks/*/README.md has a committed record; see `benchmarks/records`."""
+"""Every measured number of README.md, docs/ and benchmarks/*/README.md has a committed record; see `records/`."""
 
 import json
 import math
