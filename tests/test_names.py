@@ -34,7 +34,7 @@ from moevision.errors import DataWarning, UserError
 from moevision.names import csv_name, json_text, name_bytes, shown
 from moevision.train.callbacks import Stopwatch
 from moevision.train.card import without_example
-from tests.conftest import TINY, Outcome, run_cli
+from tests.shared import TINY, Outcome, run_cli
 from tests.train.struck import strike
 
 # C0 and C1 controls, DEL, bidirectional controls, line separators, invisible signs, lone surrogates.

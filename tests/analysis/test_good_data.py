@@ -227,7 +227,8 @@ def test_no_name_becomes_an_element(hostile):
     assert images.samples["test"][0].sample_id not in page
 
 
-@pytest.mark.needs("chromium")
+@pytest.mark.browser
+@pytest.mark.needs("chromium", "playwright")
 def test_decisions_by_keyboard_are_saved_undone_and_become_a_list(hostile, tmp_path):
     from playwright.sync_api import sync_playwright
 

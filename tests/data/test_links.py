@@ -11,7 +11,7 @@ from moevision.data.sources import FileCollection, read_folder, walk
 from moevision.data.splits import Cut, make_splits
 from moevision.errors import UserError
 from moevision.train.recipe import count_images
-from tests.conftest import TINY, run_cli
+from tests.shared import TINY, run_cli
 
 
 def counts(collection: FileCollection, split: str = "all") -> dict[str, int]:

@@ -90,7 +90,7 @@ def group(request: pytest.FixtureRequest) -> Iterator[str]:
     dist.destroy_process_group()
 
 
-@pytest.mark.dist
+@pytest.mark.deep
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(("replicated", "offload"), [(False, False), (True, False), (False, True)])
@@ -113,7 +113,7 @@ def test_a_sharded_network_trains_as_a_plain_one(group: str, optimizer: Any, rep
     assert differs(found, plain.state_dict()) < 1e-8
 
 
-@pytest.mark.dist
+@pytest.mark.deep
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
 def test_experts_that_are_gathered_in_bf16_give_the_same_logits(group: str) -> None:
     """Autocast rounds them in any case, before they travel or after; gradients are rounded once more or not."""
@@ -131,7 +131,7 @@ def test_experts_that_are_gathered_in_bf16_give_the_same_logits(group: str) -> N
     assert differs(found[1][1], found[0][1]) < 2**-7
 
 
-@pytest.mark.dist
+@pytest.mark.deep
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
 def test_a_checkpoint_of_parts_comes_back(group: str, tmp_path: Path) -> None:
     """Weights and moments, from a folder of DCP into another network on the device."""
@@ -171,7 +171,7 @@ class Kept(L.Callback):
         self.states.append(whole_tensors(pl_module.net) | of_average)
 
 
-@pytest.mark.dist
+@pytest.mark.deep
 @DEVICES
 @pytest.mark.parametrize("expert", [None, 1])
 def test_an_update_that_is_not_finite_changes_nothing(device: str, expert: int | None, tmp_path: Path) -> None:

@@ -569,7 +569,7 @@ def test_a_new_folder_that_another_process_took_is_left_alone(cli, tiny, drawn_p
     assert Path("runs/pets/metrics.csv").read_text() == "of another process"
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_closed_terminal(drawn_pets, tiny):
     """The terminal is closed while steps are done: the run is saved and ends with 129."""
     master, slave = pty.openpty()

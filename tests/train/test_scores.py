@@ -289,7 +289,7 @@ def test_many_images_are_scored_if_asked_for(monkeypatch: pytest.MonkeyPatch) ->
         assert data.keeps_scores is keeps, options
 
 
-@pytest.mark.dist
+@pytest.mark.deep
 def test_two_processes_have_the_scores_of_all(tmp_path: Path) -> None:
     """25 images over two processes, 4 x 3 each an epoch: one is left out, another one each epoch."""
     from tests.forks import Forked

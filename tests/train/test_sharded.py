@@ -230,8 +230,7 @@ def test_a_manifest_that_is_a_pipe_or_never_ends(tmp_path: Path) -> None:
         assert read_manifest(tmp_path) == []
 
 
-@pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.deep
 def test_mutated_folders_of_two_processes(tmp_path: Path) -> None:
     """Ten of each kind of `python -m benchmarks folders`; a record has 500."""
     fit(tmp_path, "synthetic_pets", *SHARDED, "--name=run", "--trainer.max_epochs=1")

@@ -24,8 +24,8 @@ from moevision.train.processes import AwakeClock
 from moevision.train.recipe import choose_recipe, expand_arguments
 from moevision.train.start import AUTO, NONE, Candidate, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
-from tests.records import ROOT
 
+ROOT = Path(__file__).parents[2]
 NAME = "test_vit.r160_in1k"
 REPOSITORY = f"timm/{NAME}"
 IMAGES = 500
