@@ -1,8 +1,8 @@
 """Where a model comes from and where it is saved: a folder, the Hugging Face hub, a timm name, or a file of weights.
 
-A saved model is a folder in timm's own format, `config.json` and `model.safetensors`, which opens with timm alone once
-`moevision` is imported: `timm.create_model("local-dir:runs/x/model", pretrained=True)`. Files of unknown origin are
-checked before anything is made of them (`safe_files`), and weights are always safetensors: timm itself would take
+A saved model is a folder in timm's own format, `config.json` and `model.safetensors`. timm alone opens it once
+`moevision.models` is imported: `timm.create_model("local-dir:runs/x/model", pretrained=True)`. Files of unknown origin
+are checked before anything is made of them (`safe_files`), and weights are always safetensors: timm itself would take
 `pytorch_model.bin`, a pickle, from a folder or a repository that has nothing else.
 """
 
