@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError
-from moevision.layers import Backend, ExpertChoiceRouter, SoftRouter, moe_layers
+from moevision.layers import Backend, moe_layers
 from moevision.models.export import (
     OPSET,
     SUFFIX,
@@ -193,11 +193,11 @@ def _print(
 
 def experts_sentence(net: nn.Module) -> str:
     """Says plainly which experts the file computes, and which the model does."""
-    layers = [layer for layer in moe_layers(net) if not isinstance(layer.router, SoftRouter)]
+    layers = [layer for layer in moe_layers(net) if layer.router.kind != "soft"]
     if not layers:
         soft = "Soft MoE's experts each compute their slots" if moe_layers(net) else "The model has no experts"
         return f"{soft}: the file does the same work as the model."
-    average = " on average" if any(isinstance(layer.router, ExpertChoiceRouter) for layer in layers) else ""
+    average = " on average" if any(layer.router.kind == "expert_choice" for layer in layers) else ""
     return (
         f"The file computes ALL {_span(layer.router.num_experts for layer in layers)} experts of every MoE layer for "
         f"every token; the model computes {_span(layer.router.top_k for layer in layers)} of them{average}."

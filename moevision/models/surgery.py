@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import HandmadeRouter, MoEMlp, Routing, TopKRouter, forward_routing, moe_layers
+from moevision.layers import MoEMlp, Routing, forward_routing, moe_layers
 from moevision.models.convert import convert_to_moe, one_or_list
 from moevision.models.twin import make_dense
 from moevision.models.vit_moe import MOE_ARGUMENTS
@@ -333,8 +333,8 @@ def _check_groups(block: int, layer: MoEMlp, groups: Groups) -> None:
             f"Block {block} would have {len(groups)} experts and a token takes {top_k}: leave at least {top_k}, "
             "or collapse the model to a dense one."
         )
-    if len(groups) < number and not isinstance(layer.router, TopKRouter):
-        if isinstance(layer.router, HandmadeRouter):
+    if len(groups) < number and layer.router.rows is None:
+        if layer.router.kind == "token_choice":
             why = "it gives tokens to a fixed number of experts by a rule, not by a learned row for each"
         else:
             why = "every expert takes tokens into slots, so that none is unused and no token has a next-best one"

@@ -30,7 +30,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from moevision.errors import UserError
-from moevision.layers import CosineRouter, MoEMlp, TopKRouter, moe_layers, router_kind, routing_lock
+from moevision.layers import MoEMlp, TopKRouter, moe_layers, router_kind, routing_lock
 from moevision.layers.routers import mean_token
 from moevision.layers.routing import RouteBy, evaluating, routed_unit
 from moevision.models.convert import convert_to_moe, moe_layer_indices, plain_mlp
@@ -250,7 +250,7 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
     if not layers:
         raise UserError(f"{type(model).__name__} has no MoE layer, so it has no router to start: give a MoE model.")
     for layer in layers:
-        if not isinstance(layer.router, TopKRouter):
+        if layer.router.rows is None:
             raise UserError(
                 f"The router {layer.router_name!r} can't start from clusters: its tokens don't choose by a learned row "
                 "for each expert. Leave the cluster start out, or choose another router."
@@ -265,7 +265,7 @@ def start_routers(model: nn.Module, batches: Iterable[Tensor], *, seed: int = 0)
             what = "images" if routed_unit(layer.router) == "image" else "tokens"
             raise UserError(f"{len(units)} {what} make no {clusters} clusters, one for each expert: give more images.")
         centroids, sizes = _most_even(units, clusters, generator)
-        _set_rows(router, centroids[group], units)
+        router.start_rows(centroids[group], units)
         shares[place if layer.layer_index is None else layer.layer_index] = (sizes / sizes.sum()).tolist()
     cast(Any, model).router_start = "cluster"  # saved with the model: no training can be credited with it
     return shares
@@ -300,17 +300,9 @@ def _router_inputs(
     if not found[0]:
         raise UserError("There is no image to cluster: give at least one batch.")
     return [
-        _scored(cast(TopKRouter, layer.router), torch.cat(units)[:number])
+        copy.deepcopy(layer.router).cpu().double().features(torch.cat(units)[:number])
         for layer, units, number in zip(layers, found, wanted, strict=True)
     ]
-
-
-def _scored(router: TopKRouter, units: Tensor) -> Tensor:
-    """[T, features]: what the router multiplies with a row of each expert."""
-    if isinstance(router, CosineRouter):
-        weight, bias = (parameter.double().cpu() for parameter in (router.proj.weight, router.proj.bias))
-        return F.normalize(F.linear(units, weight, bias), dim=-1)
-    return units
 
 
 def _groups(router: TopKRouter) -> Tensor:
@@ -320,15 +312,6 @@ def _groups(router: TopKRouter) -> Tensor:
         return torch.arange(router.num_experts)
     order: dict[int, int] = {}
     return torch.tensor([order.setdefault(int(each), len(order)) for each in group])
-
-
-def _set_rows(router: TopKRouter, centroids: Tensor, units: Tensor) -> None:
-    if isinstance(router, CosineRouter):  # only the direction counts; as long as they were
-        router.rows.copy_(centroids * router.rows.double().norm(dim=-1).mean().cpu())
-        return
-    rows = centroids - centroids.mean(0)
-    spread = F.linear(units, rows).std(-1, correction=0).mean()
-    router.rows.copy_(rows / spread.clamp_min(1e-12))
 
 
 def _most_even(units: Tensor, clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
