@@ -8,7 +8,7 @@
 | a timm name, a file, a folder | these weights, or an error |
 | `none` | from scratch |
 
-Only weights under a free licence are chosen unasked (`moevision.models.published.FREE_LICENCES`). A computer without a
+Only weights under a free licence are chosen unasked (`moevision.models.io.FREE_LICENCES`). A computer without a
 network is noticed within three seconds.
 """
 
@@ -25,23 +25,21 @@ from torch import nn
 
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.models.architecture import architectures_of
 from moevision.models.io import (
-    address_of,
-    create_from,
-    describe,
-    fetch_weights,
-    is_timm_name,
-    model_folder,
-)
-from moevision.models.published import (
     NOT_STATED,
     HubFacts,
     HubUnreachableError,
     Published,
+    address_of,
+    architecture_of,
     ask_hub,
     cached,
+    create_from,
+    describe,
+    fetch_weights,
     is_free,
+    is_timm_name,
+    model_folder,
     published,
 )
 from moevision.models.reading import read_layer_indices, reads_class_token_only
@@ -235,16 +233,14 @@ def describe_weights(net: nn.Module) -> str:
 
 
 def _from_file(file: Path, base: str | None) -> Choice:
-    fitting_names = [base] if base else architectures_of(file)
-    net = outline(fitting_names[0])
+    base = base or architecture_of(file)
+    net = outline(base)
     metadata = read_metadata(file) if file.is_file() else {}
-    others = f"; {', '.join(fitting_names[1:])} fit too: --model.arch.base NAME" if len(fitting_names) > 1 else ""
     licence = metadata.get("license", NOT_STATED)
     source = f", from {metadata['source']}" if "source" in metadata else ""
     return Choice(
-        StartWeights(str(file), fitting_names[0], net),
-        f"start: {file} as {fitting_names[0]} ({describe_weights(net)}, licence {licence}{_restricted(licence)}"
-        f"{source}{others}).",
+        StartWeights(str(file), base, net),
+        f"start: {file} as {base} ({describe_weights(net)}, licence {licence}{_restricted(licence)}{source}).",
     )
 
 
