@@ -368,9 +368,8 @@ def first_blocks(vit: nn.Module, depth: int) -> nn.Module:
     state._model_args = {**getattr(vit, "_model_args", {}), "depth": depth}
     try:  # the model's own record must build the same tensors, as loading it again will
         with torch.device("meta"):
-            again: nn.Module = timm.create_model(
-                state.pretrained_cfg["architecture"], **state._model_args, num_classes=state.num_classes
-            )
+            arguments = {**state._model_args, "num_classes": state.num_classes}
+            again: nn.Module = timm.create_model(state.pretrained_cfg["architecture"], **arguments)
         ours, theirs = ({key: tensor.shape for key, tensor in net.state_dict().items()} for net in (vit, again))
     except (TypeError, RuntimeError, AssertionError):
         ours, theirs = {"": torch.Size()}, {}
