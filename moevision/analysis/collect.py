@@ -32,7 +32,7 @@ from moevision.analysis.trace import Array, RoutingTrace, TensorBuffer, TensorFi
 from moevision.data.images import BadImageError
 from moevision.data.transforms import normalize
 from moevision.errors import DataWarning, UserError
-from moevision.layers import MoEMlp, Routing, SoftRouter, SoftRouting, forward_routing, moe_layers, routing_lock
+from moevision.layers import MoEMlp, Routing, SoftRouting, forward_routing, moe_layers, routing_lock
 from moevision.layers.routing import evaluating
 from moevision.models.io import SavedModel, best_device, load_model
 from moevision.models.reading import unread_layers
@@ -326,7 +326,7 @@ def layer_inputs(net: nn.Module, pixels: Tensor, *, filled_slots: bool = False) 
 
     def keep(block: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         tokens = arguments[0]
-        if filled_slots and isinstance(module, MoEMlp) and isinstance(module.router, SoftRouter):
+        if filled_slots and isinstance(module, MoEMlp) and module.router.kind == "soft":
             weight = module.router(tokens).dispatch_weight.flatten(2)  # [B, N, slots of all experts]
             received[block] = weight.mT.to(tokens.dtype) @ tokens  # [B, slots of all experts, D]
         else:

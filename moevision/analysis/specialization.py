@@ -69,7 +69,7 @@ from moevision.analysis.information import (
 )
 from moevision.analysis.trace import LayerTrace, RoutingTrace
 from moevision.errors import UserError
-from moevision.layers import SigmoidRouter, moe_layers
+from moevision.layers import moe_layers
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.layers.routing import RouteBy
 from moevision.models.io import SavedModel
@@ -409,8 +409,6 @@ def fresh_copy(net: nn.Module, seed: int) -> nn.Module:
         if hasattr(fresh, "init_weights"):
             cast(Any, fresh).init_weights()
         for layer in moe_layers(fresh):
-            if isinstance(layer.router, SigmoidRouter) and layer.router.bias is not None:
-                layer.router.bias.zero_()
             weight = getattr(layer.router, "weight", None)
             if weight is not None and not weight.detach().any():
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)  # LeCun, as V-MoE's router starts

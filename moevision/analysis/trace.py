@@ -39,7 +39,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from moevision.errors import UserError
-from moevision.files import rename, sync_folder, temporary_for
+from moevision.files import rename_over, sync_folder, temporary_for
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.layers.routing import RouteBy
 from moevision.models.safe_files import parse_json
@@ -492,7 +492,7 @@ class TensorFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        rename(self.partial, self.path)
+        rename_over(self.partial, self.path)
         sync_folder(self.path.parent)
 
     @contextmanager

@@ -184,7 +184,7 @@ a pretrained start (fit FOLDER; by default below 20,000 images)
                         network starts from scratch. Without --pretrained it asks on a terminal, and elsewhere takes
                         only what the cache has.
   --pretrained NAME     any timm ViT with plain MLPs, such as deit_tiny_patch16_224; also hf-hub:USER/NAME.
-  --pretrained FILE     a .safetensors file in timm's names; its architecture is found out, or --model.arch.base NAME.
+  --pretrained FILE     a .safetensors file in timm's names; say --model.arch.base NAME if it doesn't.
   --pretrained FOLDER   what timm or moevision saved.
   --pretrained none     from scratch.
   --dense               fine-tune the dense model, without experts; --with-twin trains both and says which to use.

@@ -31,9 +31,8 @@ from moevision.errors import UserError
 from moevision.files import newest_config
 from moevision.layers import describe_moe, moe_layers
 from moevision.limits import memory_available_bytes, usable_cores, usable_memory_bytes
-from moevision.models.architecture import architectures_of
 from moevision.models.config import DEFAULT_NAME
-from moevision.models.io import first_blocks
+from moevision.models.io import architecture_of, first_blocks
 from moevision.models.reading import block_to_pool
 from moevision.names import shown
 from moevision.train.devices import has_gpu, trains_on
@@ -295,11 +294,9 @@ def weights_alone(asked: str, given: Sequence[str], say: Callable[[str], None] =
         asked = NONE if weights is None else weights.source
     options = {_PRETRAINED: "null" if asked == NONE else asked}
     if asked != NONE:
-        is_file = asked.endswith(".safetensors") and Path(asked).is_file()
-        of_weights = {
-            "--model.arch.name": "null",
-            "--model.arch.base": architectures_of(asked)[0] if is_file else "null",
-        }
+        of_weights = {"--model.arch.name": "null", "--model.arch.base": "null"}
+        if asked.endswith(".safetensors") and Path(asked).is_file() and value_of(given, "--model.arch.base") is None:
+            of_weights["--model.arch.base"] = architecture_of(asked)
         options |= {name: value for name, value in of_weights.items() if value_of(given, name) is None}
     return [f"{name}={value}" for name, value in options.items()]
 

@@ -24,7 +24,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from moevision.errors import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, UserError, check_ranges
-from moevision.layers import Routing, SigmoidRouter, forward_routing, moe_layers, update_router_bias
+from moevision.layers import Routing, forward_routing, moe_layers, update_router_bias
 from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.metrics import LayerLoad, RoutingStatistics
 from moevision.models.checkpointing import checkpoint_blocks
@@ -256,7 +256,7 @@ class ClassificationTask(L.LightningModule):
         # Where fp16 gradients overflow, the scaler leaves the update out.
         overflowed = scaler is not None and scale is not None and scaler.get_scale() < scale
         self.update_applied = not (self.update_refused or overflowed)
-        if self.update_applied and any(isinstance(layer.router, SigmoidRouter) for layer in moe_layers(self.net)):
+        if self.update_applied and any(layer.router.needs_load for layer in moe_layers(self.net)):
             update_router_bias(self.net, sums_over_processes(self.window_counts))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:

@@ -1,59 +1,20 @@
-"""What each router does with a patch, in its own words: the sentences of the computation card.
+"""What each router does with a patch, in its own words (`Router.words`): the explorer's computation card.
 
-They are read off the layer's router and its options, for evaluation, under the k and the capacity that the explorer
-shows; the numbers beside them are `computation.py`'s.
+They are read off the router and its options, for evaluation, under the k and the capacity that the explorer shows.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from moevision.layers import ExpertChoiceRouter, HandmadeRouter, MoEMlp, SoftRouter, TopKRouter
-from moevision.layers.routers import JITTER, CosineRouter, SigmoidRouter
-from moevision.layers.routing import routed_unit
+from moevision.layers.routing import JITTER, Words, routed_unit
 
-STEPS: Final = ("scores", "shares", "kept", "weights")
-# Where a gate that nobody learned gets its expert from.
-_RULES: Final = {
-    "HashRouter": "A hash of the patch's position",
-    "RandomRouter": "A draw that is fixed for each position (in training a new one each time)",
-    "PositionRouter": "The patch's place, from top to bottom,",
-    "ColourRouter": "The nearest of a few colours",
-}
+ONE_DIRECTION: Final = "The patch is compared with one learned direction per expert."
+ANGLE: Final = "The angle between the patch and one learned direction per expert, times a learned scale."
 
 
-def steps(
-    layer: MoEMlp, *, noisy: bool = False, top_k: int | None = None, capacity: float | None = None
-) -> dict[str, str]:
-    """One or two sentences for each of `STEPS`.
-
-    Args:
-        layer: whose router is described.
-        noisy: whether the noise of training is on.
-        top_k: K that is shown; None for the router's own.
-        capacity: capacity factor that `limit_capacity` puts in the place of the router's own; None for that.
-    """
-    router: Any = layer.router
-    top_k = router.top_k if top_k is None else top_k
-    if isinstance(router, HandmadeRouter):
-        return _by_rule(router, capacity)
-    if isinstance(router, SoftRouter):
-        return _soft()
-    if isinstance(router, ExpertChoiceRouter):
-        return _expert_choice(router, noisy)
-    if isinstance(router, SigmoidRouter):
-        return _sigmoid(router, top_k, capacity)
-    if isinstance(router, TopKRouter):
-        return _top_k(router, noisy, top_k, capacity)
-    own = f"The router {type(router).__name__} gives each expert a number."
-    return {"scores": own, "shares": "As shares of 1.", "kept": "It chooses experts.", "weights": "It gives weights."}
-
-
-def _top_k(router: TopKRouter, noisy: bool, top_k: int, capacity: float | None) -> dict[str, str]:
-    if isinstance(router, CosineRouter):
-        scores = "The angle between the patch and one learned direction per expert, times a learned scale."
-    else:
-        scores = "The patch is compared with one learned direction per expert."
+def by_softmax(router: Any, *, noisy: bool, top_k: int, capacity: float | None, scores: str = ONE_DIRECTION) -> Words:
+    """Of a `TopKRouter`; `scores` says how a patch is scored."""
     if router.softmax_over == "kept" and router.normalizes(top_k):
         weights = "Softmax over the kept scores alone: the weights add up to 1."
     elif router.normalizes(top_k):
@@ -68,7 +29,8 @@ def _top_k(router: TopKRouter, noisy: bool, top_k: int, capacity: float | None) 
     }
 
 
-def _sigmoid(router: SigmoidRouter, top_k: int, capacity: float | None) -> dict[str, str]:
+def by_sigmoid(router: Any, *, noisy: bool, top_k: int, capacity: float | None) -> Words:
+    """Of a `SigmoidRouter`."""
     balanced = router.bias is not None
     best = "The highest affinity plus bias is kept: the bias keeps the load even, and enters no weight."
     weights = (
@@ -77,16 +39,17 @@ def _sigmoid(router: SigmoidRouter, top_k: int, capacity: float | None) -> dict[
         else "Each kept affinity is the weight; the weights needn't add up to 1."
     )
     return {
-        "scores": _unit(router) + "The patch is compared with one learned direction per expert.",
+        "scores": _unit(router) + ONE_DIRECTION,
         "shares": "A sigmoid for each score alone gives an affinity from 0 to 1: experts don't compete here.",
         "kept": (best if balanced else "The highest are kept; the others don't run.") + _capacity(router, capacity),
         "weights": weights,
     }
 
 
-def _expert_choice(router: ExpertChoiceRouter, noisy: bool) -> dict[str, str]:
+def by_experts(router: Any, *, noisy: bool, top_k: int, capacity: float | None) -> Words:
+    """Of an `ExpertChoiceRouter`."""
     return {
-        "scores": "The patch is compared with one learned direction per expert." + _noise(router, noisy),
+        "scores": ONE_DIRECTION + _noise(router, noisy),
         "shares": "Softmax turns the scores into shares that add up to 1.",
         "kept": "Experts choose patches: each takes the patches of the image with its largest shares, all experts "
         "equally many. A patch may get several experts, or none.",
@@ -96,7 +59,8 @@ def _expert_choice(router: ExpertChoiceRouter, noisy: bool) -> dict[str, str]:
     }
 
 
-def _soft() -> dict[str, str]:
+def by_slots(router: Any, **_: Any) -> Words:
+    """Of a `SoftRouter`."""
     return {
         "scores": "The patch is compared with every slot of every expert; an expert's score sums up its slots.",
         "shares": "Softmax over all slots: the patch's shares add up to 1.",
@@ -105,8 +69,8 @@ def _soft() -> dict[str, str]:
     }
 
 
-def _by_rule(router: HandmadeRouter, capacity: float | None) -> dict[str, str]:
-    rule = _RULES.get(type(router).__name__, "A rule")
+def by_rule(router: Any, *, noisy: bool, top_k: int, capacity: float | None, rule: str = "A rule") -> Words:
+    """Of a `HandmadeRouter`, for which nobody learned anything; `rule` says where the expert comes from."""
     return {
         "scores": f"Nothing is learned here. {rule} decides.",
         "shares": "No shares: the rule has decided already.",
@@ -116,7 +80,7 @@ def _by_rule(router: HandmadeRouter, capacity: float | None) -> dict[str, str]:
     }
 
 
-def _noise(router: TopKRouter | ExpertChoiceRouter, noisy: bool) -> str:
+def _noise(router: Any, noisy: bool) -> str:
     """What training adds to the scores, and whether it is on here."""
     if router.noise == "none":
         return ""
@@ -128,13 +92,13 @@ def _noise(router: TopKRouter | ExpertChoiceRouter, noisy: bool) -> str:
     return f" As in training, with {size}." if noisy else f" Training adds {size}; here it is off."
 
 
-def _unit(router: TopKRouter) -> str:
+def _unit(router: Any) -> str:
     if routed_unit(router) == "token":
         return ""
     return "The image is routed as a whole: the mean of its patches decides for all of them. "
 
 
-def _capacity(router: TopKRouter, shown: float | None) -> str:
+def _capacity(router: Any, shown: float | None) -> str:
     options = router.options
     factor = options.eval_capacity_factor if shown is None else shown
     if factor is None:
