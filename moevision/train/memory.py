@@ -6,7 +6,6 @@ Activations aren't counted: if they are too large, `moevision.train.recipe.memor
 from __future__ import annotations
 
 from math import ceil
-from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -15,13 +14,11 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.limits import usable_memory_bytes
-from moevision.train.muon import matrices_of
-from moevision.train.optim import WeightEMA
+from moevision.train.devices import parallel_strategy
+from moevision.train.ema import WeightEMA
+from moevision.train.optim import matrices_of
 from moevision.train.provenance import device_name
-from moevision.train.strategy import MoEParallelStrategy
-
-if TYPE_CHECKING:
-    from moevision.train.task import ClassificationTask
+from moevision.train.task import ClassificationTask
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # under the others weights are not fp32
 
@@ -89,7 +86,7 @@ def _is_sharded(trainer: L.Trainer) -> bool:
 
 
 def _offloads(trainer: L.Trainer) -> bool:
-    strategy = MoEParallelStrategy.of(trainer)
+    strategy = parallel_strategy(trainer)
     return strategy is not None and strategy.offload
 
 

@@ -28,7 +28,7 @@ from moevision.files import write_json_atomic
 from moevision.layers import moe_layers
 from moevision.layers.routing import evaluating
 from moevision.models.safe_files import read_json
-from moevision.train.callbacks import cpu_s
+from moevision.train.health import cpu_s
 from moevision.train.processes import tell
 
 FILE = "probe.json"

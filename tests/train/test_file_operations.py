@@ -27,8 +27,8 @@ import torch
 
 from moevision import files as files_module
 from moevision.files import write_json_atomic
-from moevision.train.callbacks import MetricsFile
 from moevision.train.checkpoint import BEST, LAST, PREVIOUS, SafeCheckpointIO, newest_valid, verify
+from moevision.train.health import MetricsFile
 from moevision.train.resume import find_start
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "reliability" / "file_operations.json"

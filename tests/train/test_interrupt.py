@@ -9,7 +9,7 @@ import weakref
 import pytest
 
 from moevision.train import processes
-from moevision.train.callbacks import MetricsFile
+from moevision.train.health import MetricsFile
 from moevision.train.processes import AwakeClock, Interrupted, Interruption
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

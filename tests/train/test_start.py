@@ -19,7 +19,7 @@ from moevision.layers import moe_layers
 from moevision.models.io import describe, from_clusters, load_model, save_model
 from moevision.models.published import PATIENCE_S
 from moevision.models.reading import routes_read
-from moevision.train import callbacks, start
+from moevision.train import health, start
 from moevision.train import probe as probe_module
 from moevision.train.processes import AwakeClock
 from moevision.train.recipe import choose_recipe, expand_arguments
@@ -342,10 +342,10 @@ def test_fit_trains_from_a_download_that_broke_off(
 def long_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each probe takes 1000 s of the clock and of the CPU."""
     passed_s: list[int] = []
-    regression, now, cpu_s = probe_module._best_regression, AwakeClock.now, callbacks.cpu_s
+    regression, now, cpu_s = probe_module._best_regression, AwakeClock.now, health.cpu_s
     monkeypatch.setattr(probe_module, "_best_regression", lambda *given: passed_s.append(1000) or regression(*given))
     monkeypatch.setattr(AwakeClock, "now", lambda self: now(self) + sum(passed_s))
-    for module in (callbacks, probe_module):
+    for module in (health, probe_module):
         monkeypatch.setattr(module, "cpu_s", lambda: cpu_s() + sum(passed_s))
 
 

@@ -31,15 +31,12 @@ from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import append_bytes, sync_file, write_text_atomic
 from moevision.layers import MoEMlp, moe_layers
-from moevision.train.parallel import total_norm
 from moevision.train.processes import AwakeClock, sums_over_processes, tell
 from moevision.train.task import ClassificationTask
 
 MAX_DATA_WAIT: Final = 0.03
 """Share of the training time above which waiting for data is worth a remedy."""
 _SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
-_SETTLED_STEPS = 10
-_WORTH_SAYING = 0.2  # of the whole time
 _PATIENCE = 100  # updates that are summed before a layer is judged
 _STARVED = 0.1  # of the mean load: an expert below it hardly learns
 
@@ -258,63 +255,6 @@ class Stopwatch(L.Callback):
             tell(sentence)
 
 
-class TimeLeft(L.Callback):
-    """Says how long the training still takes: once it has settled, and after an epoch if that has changed.
-
-    Args:
-        clock: what measures time.
-    """
-
-    def __init__(self, clock: AwakeClock) -> None:
-        self._clock = clock
-        self._began, self._first_step, self._said_s = 0.0, 0, 0.0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to count."""
-        self._began, self._first_step, self._said_s = self._clock.now(), trainer.global_step, 0.0
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """The first time: as soon as the time of a step is known."""
-        steps = trainer.global_step - self._first_step
-        if not self._said_s and steps >= _SETTLED_STEPS and self._clock.now() - self._began >= _SETTLED_S:
-            self._say(trainer, steps)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Again, if the training as a whole takes another time than was said last."""
-        if self._said_s:
-            self._say(trainer, trainer.global_step - self._first_step)
-
-    def _say(self, trainer: L.Trainer, steps: int) -> None:
-        passed = self._clock.now() - self._began
-        left = (trainer.estimated_stepping_batches - trainer.global_step) * passed / max(1, steps)
-        whole = passed + left
-        if left >= 60 and abs(whole - self._said_s) > _WORTH_SAYING * whole:
-            self._said_s = whole
-            tell(f"about {left / 60:.0f} min left: {passed / steps:.2g} s a step over {steps:,} steps so far.")
-
-
-class ScheduleCheck(L.Callback):
-    """A resumed training keeps the learning rate schedule that it began with, so it can't be made longer."""
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compare the steps of the restored schedule with those to come.
-
-        Raises:
-            UserError: if the schedule would end before the training does.
-        """
-        planned = trainer.estimated_stepping_batches
-        for config in trainer.lr_scheduler_configs:
-            known = getattr(config.scheduler, "total_steps", planned)
-            if known < planned:
-                raise UserError(
-                    f"The checkpoint's learning rate ends after {known:,} steps and this training has {planned:,}: go "
-                    "on with its own epochs and a number of processes that divides the one before, or start a new run "
-                    "from its weights with --pretrained runs/NAME/model."
-                )
-
-
 @dataclass(frozen=True)
 class EarlyStoppingConfig:
     """When a training that no longer improves ends.
@@ -436,9 +376,10 @@ class RouterHealth(L.Callback):
     @torch.no_grad()
     def _log_update(self, task: ClassificationTask, before: list[Tensor]) -> None:
         after = _learning(task)
-        update = total_norm([now.detach() - then for now, then in zip(after, before, strict=True)])
+        norm = task.tensors.total_norm
+        update = norm([now.detach() - then for now, then in zip(after, before, strict=True)])
         task.log("train/update_norm", update)
-        task.log("train/update_ratio", update / total_norm(before))
+        task.log("train/update_ratio", update / norm(before))
 
     def _judge(self, task: ClassificationTask, layer: MoEMlp, load: Tensor) -> None:
         advice = _advice(layer)
