@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moevision
-from benchmarks.house.counts import count, cycle
+from benchmarks.house.counts import count, cycle, imports, modules
 
 PACKAGE = Path(moevision.__file__).parent
 
@@ -108,6 +108,15 @@ def test_no_modules_import_one_another() -> None:
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
     assert not cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
     assert count(PACKAGE.parent)["cycle"] == []
+
+
+def test_only_parallel_imports_what_divides_tensors() -> None:
+    """Nothing of moevision.train.parallel is imported before somebody asks for it."""
+    known, inside = modules(PACKAGE.parent), "moevision.train.parallel"
+    for name, path in known.items():
+        if not name.startswith(inside):
+            found = imports(ast.parse(path.read_text(encoding="utf-8")), known, at_import=True)
+            assert not [other for other in found if other.startswith(inside)], name
 
 
 def test_the_picture_has_no_cycle() -> None:

@@ -72,28 +72,20 @@ class MetricsFile(ExperimentWriter):
     def __init__(self, path: Path) -> None:
         # not ExperimentWriter's: it deletes the file
         self.path, self.log_dir, self.hparams = path, str(path.parent), {}
-        self.columns: list[str] = []
-        self.rows = 0
+        whole = self._read() if path.is_file() else ""
+        kept = whole[: whole.rfind("\n") + 1]  # a killed process may have left half a row
+        if kept != whole:
+            write_text_atomic(path, kept)
+        known = list(csv.reader(io.StringIO(kept)))
+        self.columns: list[str] = known[0] if known else []
+        self.rows = max(0, len(known) - 1)
         self._unwritten: list[dict[str, Any]] = []
         self._failed = False
-        self._open()
-
-    def _open(self) -> None:
-        if not self.path.is_file():
-            return
-        with self.path.open(encoding="utf-8", newline="") as file:
-            whole = file.read()
-        kept = whole[: whole.rfind("\n") + 1]  # a killed process may have left half a row
-        rows = list(csv.reader(io.StringIO(kept)))
-        if rows:
-            self.columns, self.rows = rows[0], len(rows) - 1
-        if kept != whole:
-            write_text_atomic(self.path, kept)
 
     def cut(self, rows: int) -> None:
         """Drop all rows after the first `rows`."""
         if self.rows > rows:
-            self._write_all(self._read()[:rows])
+            write_text_atomic(self.path, "".join(self._read().splitlines(keepends=True)[: rows + 1]))
             self.rows = rows
 
     def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
@@ -105,23 +97,23 @@ class MetricsFile(ExperimentWriter):
         """Append the rows that are not in the file yet."""
         if not self._unwritten:
             return
-        new = set().union(*self._unwritten) - set(self.columns)
+        columns, new = self.columns, set().union(*self._unwritten) - set(self.columns)
+        text = io.StringIO()
         try:
             if new:
-                columns = sorted([*self.columns, *new])
-                earlier = self._read() if self.rows else []
-                self.columns, before = columns, self.columns
-                try:
-                    self._write_all([*earlier, *self._unwritten])
-                except OSError:
-                    self.columns = before
-                    raise
+                columns = sorted([*columns, *new])
+                earlier = list(csv.DictReader(io.StringIO(self._read()))) if self.rows else []
+                writer = csv.DictWriter(text, columns)
+                writer.writeheader()
+                writer.writerows([*earlier, *self._unwritten])
+                write_text_atomic(self.path, text.getvalue())
             else:
-                self._append()
+                csv.DictWriter(text, columns).writerows(self._unwritten)
+                append_bytes(self.path, text.getvalue().encode("utf-8"))
         except OSError as error:
             self._warn(error)
             return
-        self.rows += len(self._unwritten)
+        self.columns, self.rows = columns, self.rows + len(self._unwritten)
         self._unwritten, self._failed = [], False
 
     def sync(self) -> int:
@@ -134,28 +126,14 @@ class MetricsFile(ExperimentWriter):
             self._warn(error)
         return self.rows + len(self._unwritten)
 
+    def _read(self) -> str:
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return file.read()
+
     def _warn(self, error: OSError) -> None:
         if not self._failed:
             tell(f"warning: {self.path} can't be written ({error.strerror}); its rows are kept for later.")
         self._failed = True
-
-    def _read(self) -> list[dict[str, Any]]:
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-    def _text(self, rows: list[dict[str, Any]], *, header: bool) -> str:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=self.columns)
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
-
-    def _write_all(self, rows: list[dict[str, Any]]) -> None:
-        write_text_atomic(self.path, self._text(rows, header=True))
-
-    def _append(self) -> None:
-        append_bytes(self.path, self._text(self._unwritten, header=False).encode("utf-8"))
 
 
 def cpu_s() -> float:
@@ -360,16 +338,15 @@ class RouterHealth(L.Callback):
             return
         if before:
             self._log_update(task, before)
-        layers = moe_layers(task.net)
         counts = [count.detach() for count in task.window_counts]
         self._loads = [sum_ + count for sum_, count in zip(self._loads, counts, strict=True)] if self._loads else counts
         if is_logged(trainer, trainer.global_step):
-            for layer, count in zip(layers, sums_over_processes(counts), strict=True):
+            for layer, count in zip(moe_layers(task.net), sums_over_processes(counts), strict=True):
                 load = count.double()
                 task.log(f"moe/{layer.layer_index}/max_violation", (load.max() / load.mean() - 1).float())
         self._updates += 1
         if self._updates % _PATIENCE == 0:
-            for layer, count in zip(layers, sums_over_processes(self._loads), strict=True):
+            for layer, count in zip(moe_layers(task.net), sums_over_processes(self._loads), strict=True):
                 self._judge(task, layer, count.double())
             self._loads = []
 

@@ -188,11 +188,12 @@ class ClassificationTask(L.LightningModule):
                 block.compile()
 
     def on_train_start(self) -> None:
-        """Refuse a resumed training whose schedule, which is the checkpoint's, would end before the training does.
+        """Refuse a resumed training whose schedule, the checkpoint's, would end before the training does.
 
         Raises:
             UserError: if so.
         """
+        self.choose_attention()
         planned = self.trainer.estimated_stepping_batches
         for config in self.trainer.lr_scheduler_configs:
             known = getattr(config.scheduler, "total_steps", planned)
@@ -202,6 +203,11 @@ class ClassificationTask(L.LightningModule):
                     "on with its own epochs and a number of processes that divides the one before, or start a new run "
                     "from its weights with --pretrained runs/NAME/model."
                 )
+
+    def choose_attention(self) -> None:
+        """Attention as it trains fastest; again after each evaluation, which uses the fused kernel."""
+        tokens, dtype = num_patches(self.net), torch.bfloat16 if self._in_bfloat16 else torch.float32
+        set_fused_attention(self.net, tokens is None or not trains_unfused(self.device, dtype, tokens))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was given in Python, such as NumPy's numbers, from making the checkpoint unreadable."""
@@ -222,9 +228,10 @@ class ClassificationTask(L.LightningModule):
         """Cross-entropy (soft targets under Mixup/CutMix) plus weighted balance losses."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.start_window()
-        set_fused_attention(self.net, not self._trains_unfused)
         logits, routings = forward_routing(self.net, batch["image"])
-        self._count(routings)
+        counts = [routing.requested_counts() for routing in routings]  # [E] for each layer
+        earlier = self.window_counts or [torch.zeros_like(count) for count in counts]
+        self.window_counts = [before + count for before, count in zip(earlier, counts, strict=True)]
         if self.observer is not None:
             self.observer(batch, logits.detach(), [routing.detach() for routing in routings])
         cross_entropy = self._cross_entropy(logits, batch.get("target", batch["label"]))  # target: [B] or soft [B, C]
@@ -247,22 +254,11 @@ class ClassificationTask(L.LightningModule):
     def _in_bfloat16(self) -> bool:
         return self.trainer.precision in ("bf16-mixed", "bf16-true")
 
-    @property
-    def _trains_unfused(self) -> bool:
-        tokens, dtype = num_patches(self.net), torch.bfloat16 if self._in_bfloat16 else torch.float32
-        return tokens is not None and trains_unfused(self.device, dtype, tokens)
-
     def start_window(self) -> None:
         """Forget what earlier micro-batches computed: the next one is the first of an optimizer step."""
         self.aux_loss.start_window()
         self.window_counts, self.evidence = [], []
         self.update_refused = self.update_applied = False
-
-    def _count(self, routings: Sequence[Routing]) -> None:
-        """Add what this micro-batch asked of every expert to the counts of the optimizer step."""
-        counts = [routing.requested_counts() for routing in routings]  # [E] for each layer
-        earlier = self.window_counts or [torch.zeros_like(count) for count in counts]
-        self.window_counts = [before + count for before, count in zip(earlier, counts, strict=True)]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Apply the update; if it was not refused, move the routers' biases by what it asked of every expert."""
@@ -291,6 +287,10 @@ class ClassificationTask(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log what validation found."""
         self._log_epoch("val", self.val_metrics, self.val_loss)
+
+    def on_validation_end(self) -> None:
+        """Go on as training does."""
+        self.choose_attention()
 
     def on_test_epoch_start(self) -> None:
         """Forget earlier predictions."""
