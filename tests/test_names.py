@@ -32,8 +32,8 @@ from moevision.data.splits import Cut, Splits, make_splits, read_splits
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.errors import DataWarning, UserError
 from moevision.names import csv_name, json_text, name_bytes, shown
-from moevision.train.callbacks import Stopwatch
 from moevision.train.card import without_example
+from moevision.train.health import Stopwatch
 from tests.shared import TINY, Outcome, run_cli
 from tests.train.struck import strike
 

@@ -352,12 +352,13 @@ def _default(name: str) -> Any:
     from moevision.data import ImageDataModule
     from moevision.losses import AuxLossWeights
     from moevision.models.config import MoEConfig
-    from moevision.train.callbacks import EarlyStoppingConfig
+    from moevision.train.devices import ParallelConfig
+    from moevision.train.ema import EmaConfig
     from moevision.train.guard import GuardConfig
-    from moevision.train.optim import EmaConfig, OptimizerConfig
+    from moevision.train.health import EarlyStoppingConfig
+    from moevision.train.optim import OptimizerConfig
     from moevision.train.record import RecordRoutingConfig
     from moevision.train.resume import CheckpointConfig
-    from moevision.train.strategy import ParallelConfig
     from moevision.train.task import ClassificationTask
 
     group, _, key = name.rpartition(".")

@@ -31,15 +31,12 @@ from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import append_bytes, sync_file, write_text_atomic
 from moevision.layers import MoEMlp, moe_layers
-from moevision.train.parallel import total_norm
 from moevision.train.processes import AwakeClock, sums_over_processes, tell
 from moevision.train.task import ClassificationTask
 
 MAX_DATA_WAIT: Final = 0.03
 """Share of the training time above which waiting for data is worth a remedy."""
 _SETTLED_S = 30.0  # before that the first batches, which come late, weigh too much
-_SETTLED_STEPS = 10
-_WORTH_SAYING = 0.2  # of the whole time
 _PATIENCE = 100  # updates that are summed before a layer is judged
 _STARVED = 0.1  # of the mean load: an expert below it hardly learns
 
@@ -75,28 +72,20 @@ class MetricsFile(ExperimentWriter):
     def __init__(self, path: Path) -> None:
         # not ExperimentWriter's: it deletes the file
         self.path, self.log_dir, self.hparams = path, str(path.parent), {}
-        self.columns: list[str] = []
-        self.rows = 0
+        whole = self._read() if path.is_file() else ""
+        kept = whole[: whole.rfind("\n") + 1]  # a killed process may have left half a row
+        if kept != whole:
+            write_text_atomic(path, kept)
+        known = list(csv.reader(io.StringIO(kept)))
+        self.columns: list[str] = known[0] if known else []
+        self.rows = max(0, len(known) - 1)
         self._unwritten: list[dict[str, Any]] = []
         self._failed = False
-        self._open()
-
-    def _open(self) -> None:
-        if not self.path.is_file():
-            return
-        with self.path.open(encoding="utf-8", newline="") as file:
-            whole = file.read()
-        kept = whole[: whole.rfind("\n") + 1]  # a killed process may have left half a row
-        rows = list(csv.reader(io.StringIO(kept)))
-        if rows:
-            self.columns, self.rows = rows[0], len(rows) - 1
-        if kept != whole:
-            write_text_atomic(self.path, kept)
 
     def cut(self, rows: int) -> None:
         """Drop all rows after the first `rows`."""
         if self.rows > rows:
-            self._write_all(self._read()[:rows])
+            write_text_atomic(self.path, "".join(self._read().splitlines(keepends=True)[: rows + 1]))
             self.rows = rows
 
     def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
@@ -108,23 +97,23 @@ class MetricsFile(ExperimentWriter):
         """Append the rows that are not in the file yet."""
         if not self._unwritten:
             return
-        new = set().union(*self._unwritten) - set(self.columns)
+        columns, new = self.columns, set().union(*self._unwritten) - set(self.columns)
+        text = io.StringIO()
         try:
             if new:
-                columns = sorted([*self.columns, *new])
-                earlier = self._read() if self.rows else []
-                self.columns, before = columns, self.columns
-                try:
-                    self._write_all([*earlier, *self._unwritten])
-                except OSError:
-                    self.columns = before
-                    raise
+                columns = sorted([*columns, *new])
+                earlier = list(csv.DictReader(io.StringIO(self._read()))) if self.rows else []
+                writer = csv.DictWriter(text, columns)
+                writer.writeheader()
+                writer.writerows([*earlier, *self._unwritten])
+                write_text_atomic(self.path, text.getvalue())
             else:
-                self._append()
+                csv.DictWriter(text, columns).writerows(self._unwritten)
+                append_bytes(self.path, text.getvalue().encode("utf-8"))
         except OSError as error:
             self._warn(error)
             return
-        self.rows += len(self._unwritten)
+        self.columns, self.rows = columns, self.rows + len(self._unwritten)
         self._unwritten, self._failed = [], False
 
     def sync(self) -> int:
@@ -137,28 +126,14 @@ class MetricsFile(ExperimentWriter):
             self._warn(error)
         return self.rows + len(self._unwritten)
 
+    def _read(self) -> str:
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return file.read()
+
     def _warn(self, error: OSError) -> None:
         if not self._failed:
             tell(f"warning: {self.path} can't be written ({error.strerror}); its rows are kept for later.")
         self._failed = True
-
-    def _read(self) -> list[dict[str, Any]]:
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-    def _text(self, rows: list[dict[str, Any]], *, header: bool) -> str:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=self.columns)
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
-
-    def _write_all(self, rows: list[dict[str, Any]]) -> None:
-        write_text_atomic(self.path, self._text(rows, header=True))
-
-    def _append(self) -> None:
-        append_bytes(self.path, self._text(self._unwritten, header=False).encode("utf-8"))
 
 
 def cpu_s() -> float:
@@ -256,63 +231,6 @@ class Stopwatch(L.Callback):
         self._advised = True
         for sentence in data_wait_advice(self.data_wait, cast(Any, trainer).datamodule):
             tell(sentence)
-
-
-class TimeLeft(L.Callback):
-    """Says how long the training still takes: once it has settled, and after an epoch if that has changed.
-
-    Args:
-        clock: what measures time.
-    """
-
-    def __init__(self, clock: AwakeClock) -> None:
-        self._clock = clock
-        self._began, self._first_step, self._said_s = 0.0, 0, 0.0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to count."""
-        self._began, self._first_step, self._said_s = self._clock.now(), trainer.global_step, 0.0
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """The first time: as soon as the time of a step is known."""
-        steps = trainer.global_step - self._first_step
-        if not self._said_s and steps >= _SETTLED_STEPS and self._clock.now() - self._began >= _SETTLED_S:
-            self._say(trainer, steps)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Again, if the training as a whole takes another time than was said last."""
-        if self._said_s:
-            self._say(trainer, trainer.global_step - self._first_step)
-
-    def _say(self, trainer: L.Trainer, steps: int) -> None:
-        passed = self._clock.now() - self._began
-        left = (trainer.estimated_stepping_batches - trainer.global_step) * passed / max(1, steps)
-        whole = passed + left
-        if left >= 60 and abs(whole - self._said_s) > _WORTH_SAYING * whole:
-            self._said_s = whole
-            tell(f"about {left / 60:.0f} min left: {passed / steps:.2g} s a step over {steps:,} steps so far.")
-
-
-class ScheduleCheck(L.Callback):
-    """A resumed training keeps the learning rate schedule that it began with, so it can't be made longer."""
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compare the steps of the restored schedule with those to come.
-
-        Raises:
-            UserError: if the schedule would end before the training does.
-        """
-        planned = trainer.estimated_stepping_batches
-        for config in trainer.lr_scheduler_configs:
-            known = getattr(config.scheduler, "total_steps", planned)
-            if known < planned:
-                raise UserError(
-                    f"The checkpoint's learning rate ends after {known:,} steps and this training has {planned:,}: go "
-                    "on with its own epochs and a number of processes that divides the one before, or start a new run "
-                    "from its weights with --pretrained runs/NAME/model."
-                )
 
 
 @dataclass(frozen=True)
@@ -420,25 +338,25 @@ class RouterHealth(L.Callback):
             return
         if before:
             self._log_update(task, before)
-        layers = moe_layers(task.net)
         counts = [count.detach() for count in task.window_counts]
         self._loads = [sum_ + count for sum_, count in zip(self._loads, counts, strict=True)] if self._loads else counts
         if is_logged(trainer, trainer.global_step):
-            for layer, count in zip(layers, sums_over_processes(counts), strict=True):
+            for layer, count in zip(moe_layers(task.net), sums_over_processes(counts), strict=True):
                 load = count.double()
                 task.log(f"moe/{layer.layer_index}/max_violation", (load.max() / load.mean() - 1).float())
         self._updates += 1
         if self._updates % _PATIENCE == 0:
-            for layer, count in zip(layers, sums_over_processes(self._loads), strict=True):
+            for layer, count in zip(moe_layers(task.net), sums_over_processes(self._loads), strict=True):
                 self._judge(task, layer, count.double())
             self._loads = []
 
     @torch.no_grad()
     def _log_update(self, task: ClassificationTask, before: list[Tensor]) -> None:
         after = _learning(task)
-        update = total_norm([now.detach() - then for now, then in zip(after, before, strict=True)])
+        norm = task.tensors.total_norm
+        update = norm([now.detach() - then for now, then in zip(after, before, strict=True)])
         task.log("train/update_norm", update)
-        task.log("train/update_ratio", update / total_norm(before))
+        task.log("train/update_ratio", update / norm(before))
 
     def _judge(self, task: ClassificationTask, layer: MoEMlp, load: Tensor) -> None:
         advice = _advice(layer)

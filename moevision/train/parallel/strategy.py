@@ -1,17 +1,16 @@
 """`fit --parallel fsdp|ddp --parallel.expert N`: sharded and expert parallelism as a Lightning strategy.
 
 Lightning's `ModelParallelStrategy` brings launch, process groups and barriers. Here stands what differs: the mesh and
-the sharding (`parallel.py`), the loss divided by the number of processes (gradients are summed), and checkpoints as
-folders (`sharded.py`). State dictionaries and optimizers are torch's own with DTensors in them, so that guard, moving
-average and resuming work on shards as they do on whole tensors.
+the sharding (`layout.py`), the loss divided by the number of processes (gradients are summed), and checkpoints as
+folders (`folder.py`). State dictionaries and optimizers are torch's own with DTensors in them, so that guard, moving
+average and resuming work on parts as they do on whole tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -20,74 +19,27 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from moevision.data import ImageDataModule
 from moevision.data.loader import eval_batches
 from moevision.errors import UserError
 from moevision.layers import moe_layers
-from moevision.train import sharded
 from moevision.train.checkpoint import SafeCheckpointIO
 from moevision.train.optim import parameter_groups
-from moevision.train.parallel import (
+from moevision.train.parallel.folder import Like, divide, like_these
+from moevision.train.parallel.layout import (
     Layout,
     check_divides,
     check_network,
-    filled,
-    gathered_state,
-    is_sharded,
-    outline,
     same_everywhere,
     shard,
-    shard_like,
     share_buffers,
 )
+from moevision.train.parallel.parts import DIVIDED, filled, gathered_state, is_sharded, outline
 from moevision.train.task import ClassificationTask
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How several processes (--trainer.devices N, torchrun, srun) share a training; null: by --trainer.strategy.
-
-    Attributes:
-        layout: `ddp`: every process has all weights. `fsdp`: weights, gradients and moments are sharded (FSDP2).
-        expert: processes that one set of experts is divided among; tokens travel to their experts.
-        offload: keep weights, gradients and moments in main memory, and a block's weights on the GPU while it computes.
-    """
-
-    layout: Literal["ddp", "fsdp"] | None = None
-    expert: int = 1
-    offload: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse experts that are divided while it isn't said how the rest is."""
-        if self.expert < 1:
-            raise UserError(f"--parallel.expert is {self.expert}: it must be at least 1.")
-        if self.expert > 1 and self.layout is None:
-            raise UserError(
-                "--parallel.expert divides the experts: say --parallel fsdp or --parallel ddp for the rest."
-            )
-        if self.offload and self.layout != "fsdp":
-            raise UserError("--parallel.offload moves what --parallel fsdp has divided: use both.")
-
-    def strategy(self, asked: Any) -> dict[str, Any]:
-        """The Trainer's argument.
-
-        Args:
-            asked: --trainer.strategy.
-
-        Raises:
-            UserError: if both say something.
-        """
-        if self.layout is None:
-            return {}
-        if asked not in ("auto", self.layout):
-            raise UserError(f"--parallel {self.layout} and --trainer.strategy {asked} are two ways to say it: use one.")
-        replicated = self.layout == "ddp"
-        if replicated and self.expert == 1:
-            return {"strategy": "ddp"}
-        return {"strategy": MoEParallelStrategy(self.expert, replicated=replicated, offload=self.offload)}
 
 
 class MoEParallelStrategy(ModelParallelStrategy):
@@ -103,11 +55,6 @@ class MoEParallelStrategy(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1)
         self.expert, self.replicated, self.offload = expert, replicated, offload
         self._outline: nn.Module | None = None
-
-    @staticmethod
-    def of(trainer: L.Trainer) -> MoEParallelStrategy | None:
-        """The strategy of this trainer, if it is one of these."""
-        return trainer.strategy if isinstance(trainer.strategy, MoEParallelStrategy) else None
 
     @property
     def said(self) -> str:
@@ -133,15 +80,47 @@ class MoEParallelStrategy(ModelParallelStrategy):
                 "of them by --trainer.precision."
             )
 
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """As without sharding, so that callbacks load their state before `on_fit_start`."""
-        return False
+    def check_fit(self, trainer: L.Trainer, task: ClassificationTask, data: ImageDataModule, *, records: bool) -> None:
+        """Refuse, before anything is trained, what a sharded fit can't do; let `data` refuse what only shows later.
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """As without sharding."""
-        return True
+        Args:
+            trainer: the trainer.
+            task: its task, with a network that isn't sharded yet.
+            data: its data, after `setup`.
+            records: whether --record_routing is on.
+
+        Raises:
+            UserError: if so.
+        """
+        check_network(task.net, self.expert)
+        data.in_step = True
+        world = trainer.num_nodes * trainer.num_devices
+        for split in ("val", "test"):
+            images = sum(data.class_counts[split].values())
+            if images and not all(eval_batches(images, data.batch_size, world - 1, world)):
+                raise UserError(
+                    f"{images} {split} images in batches of {data.batch_size} leave one of {world} processes without "
+                    "an image while others wait for it: give more images, or another --data.batch_size."
+                )
+        if task.compile_blocks:
+            raise UserError(f"--model.compile has no tests under --parallel {self.said}: leave one of them out.")
+        if records:
+            raise UserError(
+                f"--record_routing asks one process alone, and under --parallel {self.said} none has the whole model."
+            )
+
+    def plan(self, processes: int, net: nn.Module) -> str:
+        """A line that says how a network that isn't sharded yet will be."""
+        how, by = ("on each of", "") if self.replicated else ("sharded over", " (FSDP2)")
+        line = f"parallel: weights {how} {processes} processes{by}"
+        if self.expert > 1:
+            experts = moe_layers(net)[0].router.num_experts
+            line += f", {experts} experts over {self.expert} of them, {experts // self.expert} each"
+        return line + ("; in main memory but for the block at hand" if self.offload else "")
+
+    # As without sharding, so that callbacks load their state before `on_fit_start`.
+    restore_checkpoint_after_setup = False
+    lightning_restore_optimizer = True
 
     @property
     def _task(self) -> ClassificationTask:
@@ -172,6 +151,7 @@ class MoEParallelStrategy(ModelParallelStrategy):
         if is_sharded(task.net):
             return
         check_network(task.net, self.expert)
+        task.tensors = DIVIDED
         self.model = self.precision_plugin.convert_module(task)
         same_everywhere(task.net, self.root_device)
         self._outline = outline(task.net)
@@ -199,20 +179,22 @@ class MoEParallelStrategy(ModelParallelStrategy):
         """Gradients are summed over processes: those of the mean are wanted."""
         return super().backward(closure_loss / self.world_size, optimizer, *args, **kwargs)
 
+    # State dictionaries: the task's and the optimizer's own, with parts; `load_checkpoint` has divided what is loaded.
+
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The task's own, with shards."""
         return self._task.state_dict()
 
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Into the shards; `load_checkpoint` has divided it."""
         self._task.load_state_dict(checkpoint["state_dict"], strict=strict)
 
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's own, with shards."""
         return optimizer.state_dict()
 
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """As above."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
 
@@ -223,59 +205,9 @@ class MoEParallelStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of any layout, file or folder, and divide it as the network is."""
         self._shard()
-        like = self._like()
+        task = self._task
+        learning = [p for group in parameter_groups(task.net, task.optim) for p in group["params"]]
+        like: Like = like_these(dict(task.named_parameters()), learning)
         files = cast(SafeCheckpointIO, self.checkpoint_io)
         checkpoint = files.load_checkpoint(checkpoint_path, like=like)
-        return checkpoint if Path(checkpoint_path).is_dir() else sharded.divide(checkpoint, like, shard_like)
-
-    def _like(self) -> sharded.Like:
-        learning = [p for group in parameter_groups(self._task.net, self._task.optim) for p in group["params"]]
-        return sharded.like_these(dict(self._task.named_parameters()), learning)
-
-
-def describe_parallel(trainer: L.Trainer, net: nn.Module) -> str | None:
-    """A line of the plan: how a network that isn't sharded yet will be; None where it won't."""
-    strategy = MoEParallelStrategy.of(trainer)
-    if strategy is None:
-        return None
-    how = "on each of" if strategy.replicated else "sharded over"
-    line = f"parallel: weights {how} {trainer.world_size} processes{'' if strategy.replicated else ' (FSDP2)'}"
-    if strategy.expert > 1:
-        experts = moe_layers(net)[0].router.num_experts
-        line += f", {experts} experts over {strategy.expert} of them, {experts // strategy.expert} each"
-    if strategy.offload:
-        line += "; in main memory but for the block at hand"
-    return line
-
-
-def check_fit(trainer: L.Trainer, task: ClassificationTask, data: ImageDataModule, *, records: bool) -> None:
-    """Refuse, before anything is trained, what a sharded fit can't do; let `data` refuse what only shows later.
-
-    Args:
-        trainer: the trainer.
-        task: its task, with a network that isn't sharded yet.
-        data: its data, after `setup`.
-        records: whether --record_routing is on.
-
-    Raises:
-        UserError: if so.
-    """
-    strategy = MoEParallelStrategy.of(trainer)
-    if strategy is None:
-        return
-    check_network(task.net, strategy.expert)
-    data.in_step = True
-    world = trainer.num_nodes * trainer.num_devices
-    for split in ("val", "test"):
-        images = sum(data.class_counts[split].values())
-        if images and not all(eval_batches(images, data.batch_size, world - 1, world)):
-            raise UserError(
-                f"{images} {split} images in batches of {data.batch_size} leave one of {world} processes without an "
-                "image while others wait for it: give more images, or another --data.batch_size."
-            )
-    if task.compile_blocks:
-        raise UserError(f"--model.compile has no tests under --parallel {strategy.said}: leave one of them out.")
-    if records:
-        raise UserError(
-            f"--record_routing asks one process alone, and under --parallel {strategy.said} none has the whole model."
-        )
+        return checkpoint if Path(checkpoint_path).is_dir() else divide(checkpoint, like)

@@ -1,6 +1,6 @@
-"""A checkpoint of sharded weights as a folder: every process writes its own parts, by torch's distributed checkpoint.
+"""A checkpoint of divided weights as a folder: every process writes its own parts, by torch's distributed checkpoint.
 
-NAME.ckpt/ holds `rest.pt`, the checkpoint that a file would hold but for its sharded tensors (weights, their moving
+NAME.ckpt/ holds `rest.pt`, the checkpoint that a file would hold but for its divided tensors (weights, their moving
 average, moments), and DCP's files with those: `__R_0.distcp` from process R and `.metadata`, which says where each part
 lies. A tensor's key is its place in the checkpoint as JSON, such as `["state_dict", "net.head.weight"]`. So reading
 gives the same dictionary as from a file, with tensors whole or divided as the reader wants them: any number of
@@ -13,16 +13,10 @@ taken, and each part is read by torch.load under `weights_only=True`.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import pickle
-import shutil
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import ceil, prod
 from pathlib import Path
@@ -31,13 +25,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from moevision.errors import UserError
 from moevision.files import check_room, file_sha256, make_folder, sync_file, sync_folder
-from moevision.train.parallel import copies, first_index, mesh_of, own_part
+from moevision.train.archive import REST, digest_of, load_archive, saying_what_is_damaged, sizes_of
+from moevision.train.parallel.parts import copies, first_index, mesh_of, own_part, shard_like
 from moevision.train.processes import gather
 
-REST = "rest.pt"
 _METADATA = ".metadata"
 _WEIGHTS = ("state_dict", "current_model_state")  # the second: beside a moving average
 
@@ -47,9 +43,12 @@ Like = Callable[[Place], Tensor | None]
 """A tensor that is divided as the one at this place shall be; None: it shall be whole."""
 
 
-def is_sharded(checkpoint: dict[str, Any]) -> bool:
-    """Whether some of its weights are divided over processes."""
-    return any(isinstance(x, Tensor) and mesh_of(x) is not None for x in checkpoint.get("state_dict", {}).values())
+class _Writer(FileSystemWriter):
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:  # its cause would get lost on the way to the other processes
+            raise OSError(0, _why(error)) from error
 
 
 def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bool]:
@@ -65,17 +64,6 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
     Raises:
         OSError: on all processes, if one of them can't write.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    class Writer(FileSystemWriter):
-        def write_data(self, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return super().write_data(*args, **kwargs)
-            except RuntimeError as error:  # its cause would get lost on the way to the other processes
-                raise OSError(0, _why(error)) from error
-
     sharded: dict[Place, Tensor] = {}
     rest = _without_sharded(checkpoint, (), sharded)
     first = dist.get_rank() == 0
@@ -92,7 +80,7 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
     size = ceil(sum(gather(parts)))
     _on_all(lambda: begin(size) if first else None)
     try:
-        save({json.dumps(place): tensor.detach() for place, tensor in sharded.items()}, storage_writer=Writer(folder))
+        save({json.dumps(place): tensor.detach() for place, tensor in sharded.items()}, storage_writer=_Writer(folder))
     except CheckpointException as error:  # the same on all processes
         raise OSError(
             0, next((_why(cause) for cause, _ in error.failures.values()), "another process failed")
@@ -110,7 +98,7 @@ def write_folder(checkpoint: dict[str, Any], folder: Path) -> tuple[str, int, bo
     found = _on_all(written)
     known = {name: value for part, _ in found for name, value in part.items()}
     size = sum(size for _, size in known.values())
-    return _digest({name: value for name, (value, _) in known.items()}), size, all(finite for _, finite in found)
+    return digest_of({name: value for name, (value, _) in known.items()}), size, all(finite for _, finite in found)
 
 
 def read_folder(folder: Path, like: Like | None = None, map_location: Any = "cpu") -> dict[str, Any]:
@@ -141,56 +129,13 @@ def read_folder(folder: Path, like: Like | None = None, map_location: Any = "cpu
     return checkpoint
 
 
-@contextmanager
-def saying_what_is_damaged(path: Path | str) -> Iterator[None]:
-    """Say in one sentence that a checkpoint can't be read: damaged or foreign files fail in every type of error."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # zip, pickle, key and OS errors alike; the cause stays attached
-        reason = type(error).__name__  # torch's own words advise to trust the file
-        if type(error) is ValueError or isinstance(error, OSError):
-            reason = str(getattr(error, "strerror", None) or error)
-        raise UserError(
-            f"The checkpoint {path} can't be read ({reason}): it is damaged, or no checkpoint of moevision. Use "
-            "another one of the run, such as last.ckpt or best.ckpt."
-        ) from error
-
-
-def load_archive(source: Path | io.BytesIO, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
-    """What torch.save wrote, as data: nothing is run, and nothing unfolds to more than the file.
-
-    Raises:
-        ValueError: if it is no such file. Other errors if it is damaged.
-    """
-    if isinstance(source, Path) and not source.is_file():  # a pipe would be waited for
-        raise ValueError(f"{source.name} is no regular file")
-    with zipfile.ZipFile(source) as archive:
-        entries = archive.infolist()
-    if any(each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size for each in entries):
-        raise ValueError("its parts are compressed")
-    size = source.stat().st_size if isinstance(source, Path) else source.getbuffer().nbytes
-    if sum(each.file_size for each in entries) > size:
-        raise ValueError("its parts overlap")
-    if isinstance(source, io.BytesIO):
-        source.seek(0)
-    return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
-
-
-def divide(checkpoint: dict[str, Any], like: Like, divided: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
-    """A checkpoint whose tensors are whole, with those divided that shall be.
-
-    Args:
-        checkpoint: the same on all processes.
-        like: how each shall be divided.
-        divided: makes a process's part of a tensor (`parallel.shard_like`).
-    """
+def divide(checkpoint: dict[str, Any], like: Like) -> dict[str, Any]:
+    """A checkpoint whose tensors are whole, the same on all processes, with those divided that shall be."""
 
     def each(value: Any, place: Place) -> Any:
         if isinstance(value, Tensor):
             model = like(place)
-            return value if model is None else divided(value, model)
+            return value if model is None else shard_like(value, model)
         return _mapped(value, place, each)
 
     result: dict[str, Any] = each(checkpoint, ())
@@ -214,43 +159,6 @@ def like_these(weights: Mapping[str, Tensor], learning: Sequence[Tensor]) -> Lik
         return None if found is None or mesh_of(found) is None else found.detach()
 
     return like
-
-
-def load_rest(path: Path) -> Any:
-    """A checkpoint, file or folder, without its sharded tensors; others stay on the disk until they are used."""
-    return load_archive(path / REST if path.is_dir() else path, mmap=True)
-
-
-def sizes_of(folder: Path) -> dict[str, int]:
-    """The files of a checkpoint's folder, and their bytes.
-
-    Raises:
-        OSError: if something else than regular files is there, a link or a pipe, say.
-    """
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    if odd := next((entry for entry in found if not entry.is_file(follow_symlinks=False)), None):
-        raise OSError(0, f"{odd.name} in it is no regular file")
-    return {entry.name: entry.stat().st_size for entry in found}
-
-
-def digest(folder: Path) -> str:
-    """SHA-256 over the names and SHA-256 of a folder's files, in hexadecimal.
-
-    Raises:
-        OSError: if it can't be read, or holds something else than regular files.
-    """
-    files = [folder / name for name in sizes_of(folder)]
-    with ThreadPoolExecutor() as threads:  # hashing holds no lock of Python's
-        return _digest(dict(zip([path.name for path in files], threads.map(file_sha256, files), strict=True)))
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint, file or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _on_all(action: Callable[[], Any]) -> list[Any]:
@@ -281,10 +189,6 @@ def _why(error: BaseException) -> str:
             return known.strerror
         known = known.__cause__ or known.__context__
     return str(error)
-
-
-def _digest(files: Mapping[str, str]) -> str:
-    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in sorted(files)).encode()).hexdigest()
 
 
 def _without_sharded(value: Any, place: Place, found: dict[Place, Tensor]) -> Any:
