@@ -23,8 +23,8 @@ from typing import Final
 
 import numpy as np
 
+from moevision.data.collection import Sample
 from moevision.data.scores import Ints, keys_of, rows_of
-from moevision.data.sources import Sample
 from moevision.data.splits import Splits
 from moevision.errors import UserError
 from moevision.names import csv_name

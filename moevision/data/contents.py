@@ -18,9 +18,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from moevision.data.choices import Choices
+from moevision.data.collection import SPLITS, Collection, DrawnCollection, Sample
 from moevision.data.dataset import BadImage, ImageDataset
 from moevision.data.images import BadImageError
-from moevision.data.sources import SPLITS, Collection, DrawnCollection, Sample
 from moevision.data.splits import Cut, Splits, make_splits, read_splits, write_splits
 from moevision.data.transforms import CropMode
 from moevision.errors import UserError

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moevision.data.choices import Choices
+from moevision.data.collection import SPLITS, Collection
 from moevision.data.contents import (
     ClassCounts,
     Contents,
@@ -32,8 +33,8 @@ from moevision.data.contents import (
 )
 from moevision.data.dataset import ImageDataset
 from moevision.data.loader import SHM, Collate, ImageLoader, PositionSampler, eval_batches, fitting_workers
-from moevision.data.shards import INDEX, find_index, is_shards
-from moevision.data.sources import DATASET_NAMES, SPLITS, Collection, open_collection
+from moevision.data.named import DATASET_NAMES
+from moevision.data.open import open_collection
 from moevision.data.splits import Cut, is_copy
 from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
 from moevision.errors import AT_LEAST_0, AT_LEAST_1, SEED, DataWarning, UserError, check_ranges
@@ -85,10 +86,9 @@ class ImageDataModule(LightningDataModule):
 
         Args:
             path: A folder with one subfolder per class (also inside train/, val/, test/), a folder of tar shards (as
-                `moevision data shard` writes them, or WebDataset's), a CSV file with the columns path and label, a
-                Hugging Face dataset (hf:NAME[:CONFIG], or a folder that
-                save_to_disk wrote), or one of synthetic_pets, cifar10, cifar100, imagenette, pets,
-                pets_cat_dog, flowers102, food101, imagenet.
+                `moevision data shard` writes them), a CSV file with the columns path and label, a Hugging Face dataset
+                (hf:NAME[:CONFIG], or a folder that save_to_disk wrote), or one of synthetic_pets, cifar10, cifar100,
+                imagenette, pets, pets_cat_dog, flowers102, food101, imagenet.
             root: Folder in which named datasets live.
             download: Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache.
             image_size: Side of the square images the model sees, in pixels.
@@ -213,11 +213,9 @@ class ImageDataModule(LightningDataModule):
         )
 
     def prepare_data(self) -> None:
-        """Fetch the dataset if asked to, and index tar shards; Lightning calls this in one process only."""
+        """Fetch the dataset if asked to; Lightning calls this in one process only."""
         if self.download:
             self._open_collection(download=True)
-        elif is_shards(folder := Path(self.path).expanduser()) and not (folder / INDEX).is_file():
-            find_index(folder)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the file list, split it, and decode what fits into memory.

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moevision.data.collection import Collection, Sample
 from moevision.data.images import BadImageError
-from moevision.data.sources import Collection, Sample
 from moevision.data.transforms import Pixels, TrainTransform, base_pixels, base_side, square_pixels
 from moevision.limits import usable_cores
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moevision.data.sources import SPLITS, Collection, Sample
+from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.errors import UserError
 from moevision.files import write_text_atomic
 from moevision.names import csv_name, name_bytes

@@ -6,7 +6,7 @@ import pytest
 
 from moevision.data import ImageDataModule
 from moevision.data.choices import Choices
-from moevision.data.sources import Sample
+from moevision.data.collection import Sample
 from moevision.data.splits import Splits
 from moevision.errors import UserError
 
