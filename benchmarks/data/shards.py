@@ -29,8 +29,8 @@ from benchmarks.harness import Json, positive
 from benchmarks.timing import Candidate, interleave, rows_of
 from moevision.data import ImageDataModule
 from moevision.data.collection import Collection, Sample
-from moevision.data.dataset import ImageDataset
 from moevision.data.folder import read_folder
+from moevision.data.loader import ImageDataset
 from moevision.data.shards import file_sha256, open_shards, write_shards
 from moevision.errors import UserError
 

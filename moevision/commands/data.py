@@ -16,8 +16,17 @@ from moevision.analysis.images import data_settings, run_folder
 from moevision.data.collection import SPLITS, Collection
 from moevision.data.named import DATASET_NAMES, HF
 from moevision.data.open import kind_of, open_collection
-from moevision.data.prune import HEAD, class_shares, decide, expert_shares, prune, shares_table, starved
-from moevision.data.scores import FILE, Scores
+from moevision.data.scores import (
+    FILE,
+    LIST_HEAD,
+    Scores,
+    class_shares,
+    decide,
+    expert_shares,
+    prune,
+    shares_table,
+    starved,
+)
 from moevision.data.shards import find_index, read_tars, verify, write_shards
 from moevision.errors import UserError
 from moevision.files import refuse_foreign
@@ -81,7 +90,7 @@ def write_list(chosen: Namespace) -> None:
         name = f"keep-{chosen.by}-{chosen.keep:g}{others}.csv"
     out = chosen.out or run_dir / name
     relabelled = bool(data_settings(run_dir).get("relabel"))
-    refuse_foreign(out, HEAD.encode())
+    refuse_foreign(out, LIST_HEAD.encode())
     plan.write(out, scores, relabelled=relabelled)
     classes, experts = class_shares(scores, plan), expert_shares(scores, plan.keep)
     for shares, what in ((classes, "class"), (experts, "expert")):

@@ -29,8 +29,7 @@ from moevision.analysis.good_data.build import (
 )
 from moevision.analysis.good_data.examine import RunImages, _margins, examine
 from moevision.data.collection import FileCollection, Sample
-from moevision.data.prune import decide
-from moevision.data.scores import SCORES, Scores
+from moevision.data.scores import SCORES, Scores, decide
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError
 from moevision.models.io import load_model

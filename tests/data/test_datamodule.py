@@ -185,7 +185,7 @@ def test_the_loader_counts_the_time_it_is_waited_for(image_folder, monkeypatch):
         clock[0] += 0.25
         return np.zeros((16, 16, 3), np.uint8)
 
-    monkeypatch.setattr("moevision.data.dataset.ImageDataset.decode", slow)
+    monkeypatch.setattr("moevision.data.loader.ImageDataset.decode", slow)
     for _ in loader:
         clock[0] += 100  # a training step
     assert loader.wait_s == 16 * 0.25  # two batches of 8 of the 16 training images
