@@ -27,7 +27,7 @@ from moevision.analysis.plots.charts import plot_effects
 from moevision.analysis.plots.style import figure_png
 from moevision.commands.predict import Prediction, to_csv
 from moevision.data import SyntheticPets
-from moevision.data.sources import read_folder
+from moevision.data.folder import read_folder
 from moevision.data.splits import Cut, Splits, make_splits, read_splits
 from moevision.demo.bundle import DataOptions, open_entries
 from moevision.errors import DataWarning, UserError

@@ -18,8 +18,8 @@ import numpy as np
 
 from moevision.analysis.good_data.lists import SCORE_LISTS, image_id
 from moevision.analysis.images import Collected, PictureSet, open_pictures, run_folder
+from moevision.data.collection import SPLITS
 from moevision.data.scores import FILE, Scores
-from moevision.data.sources import SPLITS
 from moevision.demo.requests import RequestError
 from moevision.errors import DataWarning, UserError
 from moevision.models.io import SavedModel

@@ -35,8 +35,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 
 from moevision.data import ImageDataModule
-from moevision.data.sources import DATASET_NAMES
-from moevision.data.tables import HF
+from moevision.data.named import DATASET_NAMES, HF
 from moevision.errors import SEED, USER_ERROR, DataWarning, UserError, check_ranges
 from moevision.files import newest_config, sync_file, sync_folder
 from moevision.layers import moe_layers

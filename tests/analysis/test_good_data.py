@@ -28,9 +28,8 @@ from moevision.analysis.good_data.build import (
     score,
 )
 from moevision.analysis.good_data.examine import RunImages, _margins, examine
-from moevision.data.prune import decide
-from moevision.data.scores import SCORES, Scores
-from moevision.data.sources import FileCollection, Sample
+from moevision.data.collection import FileCollection, Sample
+from moevision.data.scores import SCORES, Scores, decide
 from moevision.data.synthetic import SyntheticPets
 from moevision.errors import UserError
 from moevision.models.io import load_model

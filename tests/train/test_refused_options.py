@@ -9,7 +9,7 @@ import pytest
 from moevision import cli as program
 from moevision.commands.parsers import PARSERS
 from moevision.data import ImageDataModule
-from moevision.data.contents import class_weight_tensor
+from moevision.data.module import class_weight_tensor
 from moevision.errors import UserError
 from moevision.layers import RouterOptions
 from moevision.losses import AuxLossWeights

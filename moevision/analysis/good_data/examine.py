@@ -23,6 +23,7 @@ from torch import nn
 from moevision.analysis.collect import network_input
 from moevision.analysis.images import data_settings
 from moevision.data import ImageDataModule
+from moevision.data.collection import SPLITS, Collection, Sample
 from moevision.data.doubt import class_doubt
 from moevision.data.duplicates import (
     Nearest,
@@ -35,7 +36,6 @@ from moevision.data.duplicates import (
 from moevision.data.images import BadImageError
 from moevision.data.quality import LOOK, SIDE, look_at
 from moevision.data.scores import SCORES, Floats, Ints, Scores, keys_of, rows_of
-from moevision.data.sources import SPLITS, Collection, Sample
 from moevision.data.transforms import Pixels, square_pixels
 from moevision.errors import UserError
 from moevision.layers.routing import evaluating

@@ -1,45 +1,67 @@
-"""`ImageDataModule`: any folder of images, or a dataset by name, as Lightning batches.
+"""What a run reads: `ImageDataModule`, any folder of images, table or named dataset as Lightning batches.
 
 For a given seed it yields the same images in the same order with the same pixels, whatever the number of workers
 and wherever the run was resumed. No image is on two sides of a split, nothing is selected on the set that is
-reported, and a damaged file stops no run. This class is a thin shell: `Contents` holds what was read.
+reported, and a damaged file stops no run.
 
 Axis legend: B batch, C classes, S = ``image_size``.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import math
 import signal
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.progress import Progress
 from torch import Tensor
 
-from moevision.data.choices import Choices
-from moevision.data.contents import (
-    ClassCounts,
-    Contents,
-    balance_warnings,
-    choose_crop,
-    class_weight_tensor,
-    count_classes,
-    split_collection,
+from moevision.data.collection import SPLITS, Collection, DrawnCollection, Sample
+from moevision.data.images import BadImageError
+from moevision.data.loader import (
+    SHM,
+    BadImage,
+    Collate,
+    ImageDataset,
+    ImageLoader,
+    PositionSampler,
+    eval_batches,
+    fitting_workers,
 )
-from moevision.data.dataset import ImageDataset
-from moevision.data.loader import SHM, Collate, ImageLoader, PositionSampler, eval_batches, fitting_workers
-from moevision.data.shards import INDEX, find_index, is_shards
-from moevision.data.sources import DATASET_NAMES, SPLITS, Collection, open_collection
-from moevision.data.splits import Cut, is_copy
+from moevision.data.named import DATASET_NAMES
+from moevision.data.open import open_collection
+from moevision.data.scores import Choices
+from moevision.data.splits import Cut, is_copy, make_splits, read_splits, write_splits
 from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
 from moevision.errors import AT_LEAST_0, AT_LEAST_1, SEED, DataWarning, UserError, check_ranges
+from moevision.files import write_text_atomic
+from moevision.names import csv_name, name_bytes, shown
 
-_MANY_IMAGES = 200_000  # from here on scores are kept only if asked for: they take memory
+ClassCounts = dict[str, dict[str, int]]
+_MANY_SCORED = 200_000  # from here on scores are kept only if asked for: they take memory
+_MANY_DECODED = 2000  # decoding more than this takes long enough for a progress bar
+_MAX_RATIO = 3  # between the largest and the smallest class, before it is worth a warning
+_MAX_ROWS = 20
+_NUM_PROBES = 32
+_SMALL_SIDE = 96  # px; up to here objects fill the frame and are shifted (pad) rather than cropped
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the files of the run."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
 
 
 class ImageDataModule(LightningDataModule):
@@ -85,10 +107,9 @@ class ImageDataModule(LightningDataModule):
 
         Args:
             path: A folder with one subfolder per class (also inside train/, val/, test/), a folder of tar shards (as
-                `moevision data shard` writes them, or WebDataset's), a CSV file with the columns path and label, a
-                Hugging Face dataset (hf:NAME[:CONFIG], or a folder that
-                save_to_disk wrote), or one of synthetic_pets, cifar10, cifar100, imagenette, pets,
-                pets_cat_dog, flowers102, food101, imagenet.
+                `moevision data shard` writes them), a CSV file with the columns path and label, a Hugging Face dataset
+                (hf:NAME[:CONFIG], or a folder that save_to_disk wrote), or one of synthetic_pets, cifar10, cifar100,
+                imagenette, pets, pets_cat_dog, flowers102, food101, imagenet.
             root: Folder in which named datasets live.
             download: Fetch a named dataset that is not in root, or a Hugging Face dataset that is not in its cache.
             image_size: Side of the square images the model sees, in pixels.
@@ -138,21 +159,15 @@ class ImageDataModule(LightningDataModule):
         """
         super().__init__()
         self.path, self.root, self.download = path, root, download
-        self.image_size, self.batch_size, self.num_workers, self.seed = (
-            image_size,
-            batch_size,
-            num_workers,
-            seed,
-        )
-        self.order_seed = order_seed
+        self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
+        self.seed, self.order_seed = seed, order_seed
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.group_by, self.check_duplicates = group_by, check_duplicates
         self.columns = (image_column, label_column)
         self.augment, self.crop, self.min_crop_scale, self.hflip = augment, crop, min_crop_scale, hflip
         self.random_erasing, self.mixup, self.cutmix = random_erasing, mixup, cutmix
         self.class_weights, self.balanced_sampling = class_weights, balanced_sampling
-        self.cache_mb, self.max_bad_fraction = cache_mb, max_bad_fraction
-        self.scores = scores
+        self.cache_mb, self.max_bad_fraction, self.scores = cache_mb, max_bad_fraction, scores
         self.choices = Choices(*(None if file is None else Path(file).expanduser() for file in (keep, relabel)))
         self.train_size, self.val_size, self.test_size = train_size, val_size, test_size
         self.mean, self.std = mean, std
@@ -164,10 +179,6 @@ class ImageDataModule(LightningDataModule):
         self._start = (0, 0)
         self.processes = 1  # of this training on this machine
         self.in_step = False  # whether processes wait for one another at every batch of an evaluation
-        self._check_arguments()
-
-    def _check_arguments(self) -> None:
-        """Refuse values that no run could use."""
         ranges = (
             (*AT_LEAST_1, ("image_size", "batch_size", "train_size", "val_size", "test_size")),
             (*AT_LEAST_0, ("num_workers", "cache_mb", "mixup", "cutmix")),
@@ -201,23 +212,20 @@ class ImageDataModule(LightningDataModule):
         )
 
     def _open_collection(self, download: bool, path: str | None = None) -> Collection:
-        sizes = {"train": self.train_size, "val": self.val_size, "test": self.test_size}
         return open_collection(
             path or self.path,
             root=self.root,
             download=download,
             image_size=self.image_size,
             seed=self.seed,
-            sizes=sizes,
+            sizes={"train": self.train_size, "val": self.val_size, "test": self.test_size},
             columns=self.columns,
         )
 
     def prepare_data(self) -> None:
-        """Fetch the dataset if asked to, and index tar shards; Lightning calls this in one process only."""
+        """Fetch the dataset if asked to; Lightning calls this in one process only."""
         if self.download:
             self._open_collection(download=True)
-        elif is_shards(folder := Path(self.path).expanduser()) and not (folder / INDEX).is_file():
-            find_index(folder)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the file list, split it, and decode what fits into memory.
@@ -237,13 +245,31 @@ class ImageDataModule(LightningDataModule):
         self._contents.fill_caches(_STAGE_SPLITS.get(stage or "", SPLITS))
 
     def _read(self, collection: Collection) -> Contents:
-        """Split the collection and describe a dataset per split."""
-        cut = Cut(self.val_fraction, self.test_fraction, self.seed, self.group_by, self.check_duplicates)
-        splits, class_names = split_collection(collection, cut, self.run_dir, self.choices)
-        train = count_classes(splits.samples, class_names)["train"]
-        self._class_weights = class_weight_tensor(self.class_weights, train)
-        imbalance = balance_warnings(train, self._class_weights is not None, self.balanced_sampling)
+        """Split the collection, or take its split from the run's splits.csv, and describe a dataset per split."""
+        class_names = collection.class_names
+        # Drawn images need no record, unless some are left out or relabelled.
+        recorded = self.run_dir is not None and (self.choices or not isinstance(collection, DrawnCollection))
+        table = self.run_dir / "splits.csv" if self.run_dir is not None and recorded else None
+        if table is not None and table.exists():  # it holds the choices already
+            splits, class_names = read_splits(table, collection)
+        else:
+            cut = Cut(self.val_fraction, self.test_fraction, self.seed, self.group_by, self.check_duplicates)
+            splits = self.choices.apply(make_splits(collection, cut), class_names)
+            if table is not None and is_main_process():
+                write_splits(table, splits, class_names)
+        counts = count_classes(splits.samples, class_names)
+        self._class_weights = class_weight_tensor(self.class_weights, counts["train"])
+        imbalance = balance_warnings(counts["train"], self._class_weights is not None, self.balanced_sampling)
         self.crop_mode = choose_crop(collection, splits.samples["train"]) if self.crop == "auto" else self.crop
+        transform = TrainTransform(
+            self.image_size,
+            augment=self.augment,
+            crop=self.crop_mode,
+            min_crop_scale=self.min_crop_scale,
+            hflip=self.hflip,
+            random_erasing=self.random_erasing,
+            mean=self.mean,
+        )
         datasets = {
             split: ImageDataset(
                 split,
@@ -252,18 +278,15 @@ class ImageDataModule(LightningDataModule):
                 image_size=self.image_size,
                 square=split != "train" or self.crop_mode == "pad" or self.augment == "none",
                 seed=self._order_seed,
-                transform=self._train_transform() if split == "train" else None,
+                transform=transform if split == "train" else None,
             )
             for split, samples in splits.samples.items()
         }
+        notes = [*collection.notes, *splits.warnings, *imbalance]
+        bad = self.run_dir / "bad_images.csv" if self.run_dir is not None and is_main_process() else None
+        quarantine = Quarantine(splits.samples, self.max_bad_fraction, bad)
         return Contents(
-            datasets,
-            class_names,
-            splits,
-            [*collection.notes, *splits.warnings, *imbalance],
-            cache_mb=self.cache_mb,
-            max_bad_fraction=self.max_bad_fraction,
-            run_dir=self.run_dir,
+            datasets, class_names, counts, splits.sentences(), list(map(shown, notes)), quarantine, self.cache_mb
         )
 
     def _limit_workers(self, contents: Contents) -> None:
@@ -277,17 +300,6 @@ class ImageDataModule(LightningDataModule):
                 "out (start the container with --shm-size=2g)"
             )
             self.num_workers = workers
-
-    def _train_transform(self) -> TrainTransform:
-        return TrainTransform(
-            self.image_size,
-            augment=self.augment,
-            crop=self.crop_mode,
-            min_crop_scale=self.min_crop_scale,
-            hflip=self.hflip,
-            random_erasing=self.random_erasing,
-            mean=self.mean,
-        )
 
     @property
     def contents(self) -> Contents:
@@ -334,20 +346,20 @@ class ImageDataModule(LightningDataModule):
     @property
     def keeps_scores(self) -> bool:
         """Whether training keeps scores of its images."""
-        few = len(self.contents.datasets["train"]) < _MANY_IMAGES
+        few = len(self.contents.datasets["train"]) < _MANY_SCORED
         return not self.mixes and (few if self.scores is None else self.scores)
 
     def sample_id(self, split: str, index: int) -> str:
         """Stable name of an image: its path relative to the dataset."""
-        return self.contents.sample_id(split, index)
+        return self.contents.datasets[split].samples[index].sample_id
 
     def file_list_sha256(self) -> str:
         """SHA-256 over the sorted (split, relative path, label) of all images, in hexadecimal."""
-        return self.contents.file_list_sha256()
+        return self.contents.sha256_with(lambda dataset, sample: sample.label)
 
     def file_sizes_sha256(self) -> str:
         """SHA-256 over the sorted (split, relative path, stored bytes) of all images, in hexadecimal."""
-        return self.contents.file_sizes_sha256()
+        return self.contents.sha256_with(lambda dataset, sample: dataset.collection.size_bytes(sample))
 
     def class_weight_tensor(self) -> Tensor | None:
         """Weights of the loss per class, float32 [C], or None; "auto" has mean 1 over the training images."""
@@ -355,7 +367,17 @@ class ImageDataModule(LightningDataModule):
 
     def describe(self) -> str:
         """What the data are, in lines: splits, images per class, pixels, warnings."""
-        return self.contents.describe(self.path, f"augmentation {self.augment}, crop {self.crop_mode}")
+        found = self.contents
+        where = "kept in memory" if found.fits_memory else "decoded as needed"
+        lines = [f"{self.num_classes} classes from {self.path}", *found.sentences, *count_table(found.counts)]
+        lines.append(
+            f"{self.image_size} x {self.image_size} pixels, {where}; augmentation {self.augment}, crop {self.crop_mode}"
+        )
+        lines += [f"warning: {sentence}" for sentence in found.warnings]
+        if bad := self.bad_images:
+            path, reason, split = bad[0]
+            lines.append(f"warning: {len(bad)} images can't be used, the first ({split}) is {path}: {reason}")
+        return "\n".join(map(shown, lines))
 
     @property
     def _order_seed(self) -> int:
@@ -462,3 +484,181 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@dataclass
+class Contents:
+    """What was read of a dataset.
+
+    Attributes:
+        datasets: split -> dataset.
+        class_names: class names in words; labels index them.
+        counts: split -> class name -> number of images.
+        sentences: one sentence per split, how many images it has and where they come from.
+        warnings: sentences about what the user should know.
+        quarantine: the images that can't be used.
+        cache_mb: decoded images are kept if all fit into so many MiB.
+    """
+
+    datasets: dict[str, ImageDataset]
+    class_names: list[str]
+    counts: ClassCounts
+    sentences: list[str]
+    warnings: list[str]
+    quarantine: Quarantine
+    cache_mb: int
+
+    @cached_property
+    def fits_memory(self) -> bool:
+        """Whether the prepared pixels of all splits fit into ``cache_mb``."""
+        return estimate_bytes(self.datasets.values()) <= self.cache_mb * 2**20
+
+    def fill_caches(self, wanted: Sequence[str]) -> None:
+        """Decode the wanted splits into memory if everything fits, with a progress bar if that takes long."""
+        datasets = [self.datasets[split] for split in wanted if split in self.datasets]
+        datasets = [dataset for dataset in datasets if dataset.cache is None]
+        count = sum(map(len, datasets))
+        if not datasets or not self.fits_memory:
+            return
+        with Progress(disable=count <= _MANY_DECODED or not is_main_process(), transient=True) as progress:
+            task = progress.add_task("decoding images", total=count)
+            for dataset in datasets:
+                bad = dataset.fill_cache(lambda done: progress.update(task, advance=done))
+                self.quarantine.add([BadImage(dataset.split, i, reason) for i, reason in bad.items()])
+
+    def sha256_with(self, number: Callable[[ImageDataset, Sample], int]) -> str:
+        """SHA-256 over the sorted (split, relative path, number) of all images, in hexadecimal."""
+        lines = sorted(
+            f"{split}\t{sample.sample_id}\t{number(dataset, sample)}\n"
+            for split, dataset in self.datasets.items()
+            for sample in dataset.samples
+        )
+        return hashlib.sha256(name_bytes("".join(lines))).hexdigest()
+
+
+class Quarantine:
+    """Counts the bad images of a run once each, and stops it when they pass a share of a split."""
+
+    def __init__(self, samples: Mapping[str, Sequence[Sample]], max_fraction: float, table: Path | None = None) -> None:
+        """Start empty.
+
+        Args:
+            samples: images per split.
+            max_fraction: largest share of a split that may be bad.
+            table: file to write them to (columns path, reason, split), None for nowhere.
+        """
+        self.samples, self.max_fraction, self.table = samples, max_fraction, table
+        self._reasons: dict[tuple[str, int], str] = {}
+
+    def entries(self) -> list[tuple[str, str, str]]:
+        """(path, reason, split) of every bad image, in the order they were met."""
+        return [
+            (self.samples[split][index].sample_id, reason, split) for (split, index), reason in self._reasons.items()
+        ]
+
+    def add(self, bad: Sequence[BadImage]) -> None:
+        """Record bad images, each once; raises UserError if more than ``max_fraction`` of a split is bad."""
+        new = {(entry.split, entry.index): entry.reason for entry in bad}
+        if new.keys() <= self._reasons.keys():
+            return
+        self._reasons = {**self._reasons, **new}
+        if self.table is not None:
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(["path", "reason", "split"])
+            writer.writerows([csv_name(path), csv_name(reason), split] for path, reason, split in self.entries())
+            write_text_atomic(self.table, text.getvalue())
+        for split, count in Counter(split for split, _ in self._reasons).items():
+            size = len(self.samples[split])
+            if count > self.max_fraction * size:
+                first = [f"{name}: {reason}" for name, reason, where in self.entries() if where == split][:3]
+                raise UserError(
+                    f"{count} of {size} {split} images can't be used, more than the allowed share of "
+                    f"{self.max_fraction:g} (--data.max_bad_fraction): mend or remove them, first {'; '.join(first)}"
+                )
+
+
+def count_classes(samples: Mapping[str, Sequence[Sample]], class_names: Sequence[str]) -> ClassCounts:
+    """Images per split and class name, unreadable ones included."""
+    counts: ClassCounts = {}
+    for split, members in samples.items():
+        labels = Counter(sample.label for sample in members)
+        counts[split] = {name: labels[label] for label, name in enumerate(class_names)}
+    return counts
+
+
+def balance_warnings(train: Mapping[str, int], weighted: bool, balanced_sampling: bool) -> list[str]:
+    """Warnings: classes of very different size that nothing compensates, or that two options compensate."""
+    if weighted and balanced_sampling:
+        return ["class_weights and balanced_sampling both favour rare classes: use one of them"]
+    largest, smallest = max(train, key=lambda name: train[name]), min(train, key=lambda name: train[name])
+    if weighted or balanced_sampling or train[largest] <= _MAX_RATIO * train[smallest]:
+        return []
+    return [
+        f"class {largest!r} has {train[largest]} training images and {smallest!r} only {train[smallest]}: "
+        "consider --data.class_weights auto or --data.balanced_sampling true"
+    ]
+
+
+def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int]) -> Tensor | None:
+    """Weights of the loss per class, float32 [C].
+
+    Args:
+        weights: "none"; "auto", which gives class c the weight N / (C n_c), so that the mean over the N
+            training images is 1; or a weight per class name, 1 for names left out.
+        train: training images per class, in the order of the labels.
+
+    Raises:
+        UserError: if a name is unknown or a weight isn't above 0.
+    """
+    if weights == "none":
+        return None
+    counts = torch.tensor(list(train.values()))
+    if not isinstance(weights, dict):
+        return counts.sum() / (len(train) * counts)
+    weights = {shown(name): weight for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if name not in train:
+            raise UserError(f"--data.class_weights names {name!r}: the classes are {', '.join(train)}")
+        if not 0 < weight < math.inf:  # 0 makes the loss of a batch with such classes alone 0 / 0
+            raise UserError(f"--data.class_weights gives {name!r} the weight {weight:g}: use more than 0, such as 0.01")
+    return torch.tensor([float(weights.get(name, 1.0)) for name in train])
+
+
+def count_table(counts: ClassCounts) -> list[str]:
+    """Lines of a table with a row per class and a column per split; many classes are summed up."""
+    names = list(next(iter(counts.values())))
+    rows = {name: [split[name] for split in counts.values()] for name in names}
+    if len(names) > _MAX_ROWS:
+        rows = {
+            f"{what} of the {len(names)} classes": [choose(split.values()) for split in counts.values()]
+            for what, choose in (("smallest", min), ("largest", max))
+        }
+    rows = {**rows, "all": [sum(split.values()) for split in counts.values()]}
+    width = max(len("class"), *map(len, rows))
+    lines = [f"{'class':<{width}}" + "".join(f"{split:>9}" for split in counts)]
+    lines += [f"{name:<{width}}" + "".join(f"{count:>9,}" for count in row) for name, row in rows.items()]
+    return lines
+
+
+def choose_crop(collection: Collection, samples: Sequence[Sample]) -> CropMode:
+    """The crop that suits the images: "pad" for small and drawn ones, "random_resized" for photos."""
+    if isinstance(collection, DrawnCollection):
+        return "pad"
+    short_sides = []
+    for sample in samples[:: max(1, len(samples) // _NUM_PROBES)]:
+        try:
+            short_sides.append(min(collection.open(sample).size))
+        except BadImageError:  # counted when it is decoded in its turn
+            continue
+    return "random_resized" if short_sides and median(short_sides) > _SMALL_SIDE else "pad"
+
+
+def estimate_bytes(datasets: Iterable[ImageDataset]) -> float:
+    """Bytes of all prepared images; exact for square ones, else scaled up from a few."""
+    total = 0.0
+    for dataset in datasets:
+        probes = () if dataset.square else range(0, len(dataset), max(1, len(dataset) // _NUM_PROBES))
+        seen = [found.nbytes for found in dataset.pixels(probes) if not isinstance(found, str)]
+        total += len(dataset) * (sum(seen) / len(seen) if seen else 3.0 * dataset.image_size**2)
+    return total
