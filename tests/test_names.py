@@ -23,8 +23,7 @@ from PIL import Image
 
 from moevision.analysis import RoutingTrace
 from moevision.analysis.images import labels_in
-from moevision.analysis.plots.charts import plot_effects
-from moevision.analysis.plots.style import figure_png
+from moevision.analysis.plots import figure_png, plot_effects
 from moevision.commands.predict import Prediction, to_csv
 from moevision.data import SyntheticPets
 from moevision.data.folder import read_folder

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import about, argument_parser
 from benchmarks.study import IMAGE_SIZE, MODEL
-from moevision.analysis.plots.style import PAGE_INCHES, calm, new_figure, panel_title, save_figure
+from moevision.analysis.plots import PAGE_INCHES, calm, new_figure, panel_title, save_figure
 from moevision.files import write_json_atomic
 from moevision.layers import Routing, forward_routing, moe_layers
 from moevision.losses import AuxLoss, AuxLossWeights

@@ -60,7 +60,7 @@ def write_page(chosen: Namespace) -> None:
     Raises:
         UserError: if the run has no scores, or its images or model are gone.
     """
-    from moevision.analysis.good_data.build import PAGE, TABLE, score
+    from moevision.analysis.good_data import PAGE, TABLE, score
 
     run_dir = run_of(chosen.run)
     out = chosen.out or run_dir / "data"

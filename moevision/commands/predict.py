@@ -127,7 +127,8 @@ def images_at(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
     Raises:
         UserError: if a path does not exist or a folder holds no image.
     """
-    for path in map(Path, paths):
+    for name in paths:
+        path = Path(name)
         if path.is_dir():
             links: Counter[str] = Counter()
             images = sorted(Path(file.path) for file in walk(path, links) if is_image_path(file.name))

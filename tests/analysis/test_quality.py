@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
-from moevision.data.doubt import class_doubt
-from moevision.data.duplicates import (
+from moevision.analysis.good_data import (
     CELL,
+    class_doubt,
+    laplacian_variance,
+    look_at,
     nearest_by_experts,
     nearest_by_features,
     nearest_by_hash,
+    perceptual_hash,
     projection,
     whitened,
 )
-from moevision.data.quality import laplacian_variance, look_at, perceptual_hash
 from moevision.data.synthetic import SyntheticPets
 
 PETS = SyntheticPets(24, 64, 0, "train")

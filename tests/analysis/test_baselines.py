@@ -1,7 +1,6 @@
-"""Baselines and what stands beside them: planted routing, and what "untrained" must forget."""
+"""Baselines: routing that has learned nothing, and what "untrained" must forget."""
 
 import copy
-import json
 import math
 from dataclasses import replace
 
@@ -14,30 +13,16 @@ from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 from moevision.analysis import collect_routing, open_pictures, recording_of, three_questions
+from moevision.analysis.baselines import BASELINES, fit_clusters, fresh_copy, hash_scores, measure_baselines
 from moevision.analysis.images import image_patches
-from moevision.analysis.information import Estimate
-from moevision.analysis.specialization import (
-    BASELINES,
-    Assignments,
-    exceeds,
-    fit_clusters,
-    fresh_copy,
-    hash_scores,
-    listed,
-    measure_baselines,
-    specialization,
-)
+from moevision.analysis.information import Estimate, choice_counts, class_information, position_information
+from moevision.analysis.readings import exceeds, listed
 from moevision.data import SyntheticPets
 from moevision.errors import UserError
 from moevision.layers import moe_layers
 from moevision.models.io import SavedModel
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-NAMED = {
-    "class": "class specialization",
-    "class_given_position": "class specialization at fixed positions",
-    "position": "position specialization",
-}
 
 
 def small_model(seed=0, **options):
@@ -53,83 +38,6 @@ def measured():
     model, pictures = small_model(), open_pictures(SyntheticPets(60, 32, 0, "test"), 32)
     trace = collect_routing(model, pictures, progress=False)
     return model, pictures, trace, measure_baselines(model, pictures, trace, seeds=2)
-
-
-def planted(make_trace, rng, *, learned, images=240):
-    """One layer, 16 patches, 8 experts: the class's expert in a share `learned` of the patches, else any."""
-    labels = np.arange(images) % 8
-    chosen = np.where(rng.random((images, 16)) < learned, labels[:, None], rng.integers(8, size=(images, 16)))
-    return make_trace(chosen[..., None], labels=labels, num_experts=8, grid=(4, 4))
-
-
-def as_baseline(trace, seed=0):
-    layer = trace.layers[0]
-    return Assignments(None, seed, layer.expert_index, np.arange(len(trace)), layer.num_experts)
-
-
-def test_the_sentence_names_every_comparison(make_trace) -> None:
-    rng = np.random.default_rng(0)
-    trace, sibling, blind = (planted(make_trace, rng, learned=share) for share in (0.5, 0.45, 0.0))
-    baselines = {"hash": [as_baseline(blind)]}
-
-    def ask(**options):
-        (result,) = specialization(trace, about=("class",), **options)
-        return result
-
-    full = ask(baselines=baselines, seeds=[sibling])
-    assert full.above_null
-    assert full.above_baselines
-    assert full.baselines["hash"][0] == pytest.approx(0, abs=0.01)
-    assert full.seeds[0] == pytest.approx(full.estimate.value_bits, rel=0.4)
-    # bits and their share of H(class) come before the p-value
-    assert full.sentence.index("bits") < full.sentence.index("of the maximum") < full.sentence.index("p =")
-    assert full.sentence.endswith(
-        f"A hash of the patch's pixels gives {max(full.baselines['hash'][0], 0):.3f} bits, less. "
-        f"Other trainings: {full.seeds[0]:.3f} bits."
-    )
-    alone = ask()
-    assert alone.above_baselines is None
-    assert alone.sentence.endswith("It was not compared with routing without learning.")
-    as_good = ask(baselines={**baselines, "kmeans_input": [as_baseline(trace)]}, seeds=[sibling])
-    assert as_good.above_baselines is False
-    assert "Clusters of the layer's input (learned, but by no router) give" in as_good.sentence
-    for result in (full, alone, as_good):  # what follows from it is said by the three questions
-        assert "learned specialization" not in result.sentence
-
-
-def test_blind_routing_is_said_to_be_blind(make_trace) -> None:
-    rng = np.random.default_rng(1)
-    blind = planted(make_trace, rng, learned=0.0)
-    for result in specialization(blind, baselines={"hash": [as_baseline(blind)]}, seeds=[blind]):
-        assert f"L1: no {NAMED[result.about]} (" in result.sentence
-        assert f"{result.estimate.value_bits:.3f}".replace("-0.000", "0.000").replace("-", "−") in result.sentence
-        assert "bits above chance, 95 % CI" in result.sentence
-        assert result.sentence.endswith("n = 240).")
-        written = json.loads(json.dumps(result.to_json(), allow_nan=False))
-        assert written["above"] == {"null": False, "baselines": False}
-        assert written["value_bits"] == result.estimate.value_bits
-        assert written["name"] == "L1"
-
-
-def test_what_is_asked(make_trace) -> None:
-    rng = np.random.default_rng(2)
-    trace = planted(make_trace, rng, learned=0.3)
-    parts = rng.integers(3, size=(240, 16))
-    assert [r.about for r in specialization(trace, parts=parts)] == [
-        "class",
-        "class_given_position",
-        "position",
-        "part",
-    ]
-    unlabelled = replace(trace, labels=np.full(240, -1))
-    assert [r.about for r in specialization(unlabelled)] == ["position"]
-
-
-def test_other_trainings_must_have_seen_the_same_pictures(make_trace) -> None:
-    rng = np.random.default_rng(3)
-    trace = planted(make_trace, rng, learned=0.3)
-    with pytest.raises(UserError, match="same images"):
-        specialization(trace, seeds=[trace.select(np.arange(100))])
 
 
 def test_difference_interval_by_hand() -> None:
@@ -152,8 +60,6 @@ def test_baselines_of_a_model(measured) -> None:
         assert set(np.unique(each.expert_index)) <= set(range(4))
     # clusters: fitted on one half, measured on the other
     assert all(len(each.images) == 30 for each in baselines["kmeans_colour"] + baselines["kmeans_input"])
-    results = specialization(trace, baselines=baselines, seeds=[trace])
-    assert {len(result.baselines["untrained"]) for result in results} == {2}
 
 
 def test_clusters_are_fitted_on_every_patch_once_where_there_are_few(measured, monkeypatch) -> None:
@@ -161,7 +67,7 @@ def test_clusters_are_fitted_on_every_patch_once_where_there_are_few(measured, m
     model, pictures, trace, _ = measured
     fitted = []
     monkeypatch.setattr(
-        "moevision.analysis.specialization.fit_clusters",
+        "moevision.analysis.baselines.fit_clusters",
         lambda tokens, *rest: fitted.append(tokens) or fit_clusters(tokens, *rest),
     )
     (found, *_) = measure_baselines(model, pictures, trace, seeds=1, names=("kmeans_colour",))["kmeans_colour"]
@@ -236,21 +142,13 @@ def test_few_labelled_images_leave_out_what_they_cannot_ask(measured, labelled) 
         (half,) = found["kmeans_colour"]
         assert len(half.images) == 20
         assert (labels[half.images] >= 0).sum() == labelled // 2
-        result = specialization(trace, baselines=found, about=("class", "position"), num_permutations=20)[0]
-        assert set(result.baselines) == ({"hash", "kmeans_colour"} if labelled == 4 else {"hash"})
         recording = recording_of(model, pictures, trace, baselines={"kmeans_input": [half]}, swap=False)
         (answers, _) = three_questions(recording, permutations=20)
         assert ("clusters" in answers.controls) == (labelled == 4)
 
 
-def test_few_parts_or_images_leave_out_what_they_cannot_ask(measured) -> None:
+def test_one_image_has_no_baselines(measured) -> None:
     model, pictures, whole, _ = measured
-    two = whole.select(np.arange(2))
-    found = measure_baselines(model, pictures, two, seeds=1, names=("hash", "kmeans_colour"))
-    parts = np.full((2, 16), -1)
-    parts[1 - found["kmeans_colour"][0].images] = np.arange(16) % 2  # none of what the clusters are measured on
-    results = specialization(two, baselines=found, parts=parts, about=("position", "part"), num_permutations=20)
-    assert {tuple(result.baselines) for result in results} == {("hash",)}
     with pytest.raises(UserError, match="at least two images"):
         measure_baselines(model, pictures, whole.select(np.arange(1)))
 
@@ -320,11 +218,15 @@ def test_baselines_of_layers_that_route_images_choose_for_whole_images() -> None
     for each in (each for estimates in found.values() for each in estimates):
         assert (each.expert_index == each.expert_index[:, :1]).all()
     assert len(np.unique(found["hash"][0].expert_index)) == 4
-    about_class, about_position = specialization(trace, baselines=found, about=("class", "position"))[:2]
-    assert min(about_class.baselines["kmeans_colour"]) > 0.7 * about_class.estimate.value_bits > 0.9
-    assert about_class.above_baselines is False
-    assert "Clusters of the image's mean colour give" in about_class.sentence
-    assert max(map(max, about_position.baselines.values())) == pytest.approx(0, abs=1e-9)
+
+    def bits(each):
+        return class_information(each.patch_takes(), trace.labels[each.images], num_permutations=50).value_bits
+
+    own = class_information(choice_counts(chosen, 4), trace.labels, num_permutations=50)
+    assert min(map(bits, found["kmeans_colour"])) > 0.7 * own.value_bits > 0.9
+    for each in (each for estimates in found.values() for each in estimates):
+        of_place = position_information(each.counts(), trace.grid, num_permutations=20)
+        assert of_place.value_bits == pytest.approx(0, abs=1e-9)
 
 
 def test_words_are_listed() -> None:
