@@ -25,9 +25,12 @@ FOLDERS = {"tests/browser": "browser", "tests/docs": "docs", "benchmarks": "stud
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """`pytest`, also of a folder, is the product's tests, in two processes; a file that is named runs whole, in one."""
+    """`pytest` runs the product's tests in two processes; a file, or a folder of a tier, that is named runs whole."""
     option = config.option
-    if any(".py" in argument for argument in config.args):
+    named = [argument.removeprefix(f"{ROOT}/") for argument in config.args]
+    if config.args_source is config.ArgsSource.ARGS and any(
+        ".py" in name or name.startswith(tuple(FOLDERS)) for name in named
+    ):
         return
     option.markexpr = option.markexpr or f"not ({' or '.join(TIERS)})"
     if option.numprocesses is None and not (option.usepdb or option.collectonly):
