@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.harness import about
+from benchmarks.markdown import table
 from benchmarks.planner.footprint import shape_of
 from benchmarks.planner.formulas import Job, Layout, ModelShape, layouts, plan
 from benchmarks.planner.machine import Machine, measured_links, measured_machine, sheet_machine
@@ -41,7 +42,6 @@ from moevision.layers import forward_routing
 from moevision.models.config import MoEConfig, build_model
 from moevision.train import parallel
 from moevision.train.optim import OptimizerConfig, build_optimizer
-from moevision.train.report import table
 
 EXPERTS, CLASSES, WARM_UP = 8, 8, 3
 RATES = ("matmul_flops", "memory_bytes_per_s", "link_bytes_per_s", "latency_s", "overlap")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
+from benchmarks.markdown import table
 from benchmarks.queue import is_dirty
 from benchmarks.specialization.arms import CLASS, DATA_SETS, Record
 from benchmarks.specialization.rule import (
@@ -21,7 +22,6 @@ from benchmarks.specialization.rule import (
     settings_of,
 )
 from moevision.analysis.specialization import listed, percent, signed
-from moevision.train.report import table
 
 OUTCOMES = {
     "open": "Not decided: not all runs on photos are done.",

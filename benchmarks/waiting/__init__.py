@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import about, argument_parser
+from benchmarks.markdown import table
 from benchmarks.study import IMAGE_SIZE, MODEL
 from moevision.analysis.plots.style import PAGE_INCHES, calm, new_figure, panel_title, save_figure
 from moevision.files import write_json_atomic
@@ -48,7 +49,6 @@ from moevision.losses import AuxLoss, AuxLossWeights
 from moevision.models.config import MoEConfig, build_model
 from moevision.train.optim import OptimizerConfig, build_optimizer
 from moevision.train.parallel import Layout, same_everywhere, shard
-from moevision.train.report import table
 
 ARMS = ("even", "forced", "no loss", "loss")
 EXPERTS, CLASSES, BALANCE = 8, 8, 0.05
