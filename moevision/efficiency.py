@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
-from moevision.layers import Backend, MoEMlp, Routing, SoftRouter, SoftRouting, moe_layers, record_routing
+from moevision.layers import Backend, MoEMlp, Routing, SoftRouting, moe_layers, record_routing
 from moevision.layers.routing import evaluating
 
 
@@ -79,7 +79,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = 0
     for layer in moe_layers(model):
-        if isinstance(layer.router, SoftRouter):
+        if layer.router.kind == "soft":
             continue
         experts = sum(parameter.numel() for parameter in layer.experts.parameters())
         idle += experts // layer.router.num_experts * (layer.router.num_experts - layer.router.top_k)

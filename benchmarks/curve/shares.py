@@ -39,8 +39,7 @@ from matplotlib.ticker import PercentFormatter
 from benchmarks.harness import argument_parser, positive
 from moevision.analysis.images import data_settings
 from moevision.commands.data import run_of
-from moevision.data.prune import prune
-from moevision.data.scores import FILE, Scores
+from moevision.data.scores import FILE, Scores, prune
 from moevision.errors import UserError
 from moevision.files import refuse_foreign, write_json_atomic, write_text_atomic
 from moevision.models.safe_files import read_json, read_yaml

@@ -26,8 +26,8 @@ from benchmarks.study import quiet_trainer
 from moevision.data import ImageDataModule
 from moevision.files import write_json_atomic
 from moevision.models.config import MoEConfig
+from moevision.train.ema import EmaConfig, WeightEMA
 from moevision.train.guard import GuardConfig, StabilityGuard
-from moevision.train.optim import EmaConfig, WeightEMA
 from moevision.train.stats import paired_difference
 from moevision.train.task import ClassificationTask, OptimizerConfig
 

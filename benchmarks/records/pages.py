@@ -176,7 +176,7 @@ DEFINITIONS = {
     ],
     "docs/index.md": [Definition("Python 3.11 or newer", "a version"), Definition("lesson of 45 minutes", "a plan")],
     "docs/reference/files.md": [
-        Definition("from 5 on the features must agree, cosine at least .7", "SURE_BITS and AGREE of `data.duplicates`"),
+        Definition("from 5 on the features must agree, cosine at least .7", "SURE_BITS, AGREE of `analysis.good_data`"),
         Definition("balanced accuracy with 95 % intervals", "a confidence level"),
         Definition("in the fewest of 64 bits", "the length of the hash"),
         Definition("151 MB for 1.3 M images", "116 bytes each; `tests/data/test_scores.py` allocates them"),

@@ -21,7 +21,7 @@ from benchmarks.specialization.rule import (
     max_over_mean,
     settings_of,
 )
-from moevision.analysis.specialization import listed, percent, signed
+from moevision.analysis.readings import listed, percent, signed
 
 OUTCOMES = {
     "open": "Not decided: not all runs on photos are done.",

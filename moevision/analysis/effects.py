@@ -45,7 +45,7 @@ from moevision.analysis.intervention import (
 )
 from moevision.data.images import BadImageError
 from moevision.errors import UserError
-from moevision.layers import ColourRouter, MoEMlp, moe_layers, routing_lock
+from moevision.layers import MoEMlp, moe_layers, routing_lock
 from moevision.layers.routing import Kind as RoutingKind
 from moevision.models.io import SavedModel
 
@@ -341,7 +341,7 @@ def _unchanged(decision: Decision) -> Decision:
 def _repeated(net: nn.Module, x: Tensor, times: int, first: MoEMlp) -> Tensor:
     """Run one image `times` times, as one image up to the block that holds `first`: until there all rows agree."""
     blocks, thread = getattr(net, "blocks", None), threading.get_ident()
-    by_colour = any(isinstance(layer.router, ColourRouter) for layer in moe_layers(net))  # looks at the images again
+    by_colour = any(layer.router.sees_image for layer in moe_layers(net))  # looks at the images again
     if blocks is None or first.layer_index is None or by_colour:
         logits: Tensor = net(x.expand(times, -1, -1, -1))
         return logits

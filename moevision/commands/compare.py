@@ -30,7 +30,7 @@ from rich.table import Table
 from scipy.stats import norm
 
 from moevision.commands.data import run_of
-from moevision.data.sources import SYNTHETIC
+from moevision.data.named import SYNTHETIC
 from moevision.errors import UserError, refuse_equal_seeds
 from moevision.files import refuse_foreign, write_json_atomic
 from moevision.models.safe_files import read_json, read_yaml

@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.progress import track
 
 from moevision.commands import loading
+from moevision.data.collection import Sample
+from moevision.data.folder import walk
 from moevision.data.images import BadImageError, is_image_path, safe_open
-from moevision.data.shards import ShardCollection, is_shards, open_shards
-from moevision.data.sources import Sample, walk
+from moevision.data.open import kind_of, open_collection
+from moevision.data.shards import ShardCollection
 from moevision.data.transforms import normalize, square_pixels
 from moevision.errors import UserError
 from moevision.files import refuse_foreign, write_text_atomic, written_beside
@@ -125,7 +127,8 @@ def images_at(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
     Raises:
         UserError: if a path does not exist or a folder holds no image.
     """
-    for path in map(Path, paths):
+    for name in paths:
+        path = Path(name)
         if path.is_dir():
             links: Counter[str] = Counter()
             images = sorted(Path(file.path) for file in walk(path, links) if is_image_path(file.name))
@@ -133,8 +136,7 @@ def images_at(paths: Sequence[str]) -> Iterator[Path | ShardImage]:
                 tell(f"warning: {links['unreadable']} folders in {path} can't be read, and were left out: permit it.")
             if images:
                 yield from images
-            elif is_shards(path):
-                shards = open_shards(path)
+            elif kind_of(name) in ("shards", "tars") and isinstance(shards := open_collection(name), ShardCollection):
                 yield from (ShardImage(shards, sample) for part in shards.given.values() for sample in part)
             else:
                 raise UserError(f"The folder {path} holds no image.")

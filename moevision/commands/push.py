@@ -112,7 +112,7 @@ def _own_card(chosen: Namespace) -> str:
 def _analysis(folder: Path, model: str) -> dict[str, Any]:
     """The numbers of a report of this very model."""
     from moevision.analysis.collect import weights_sha256
-    from moevision.analysis.report.build import former_report
+    from moevision.analysis.report import former_report
 
     numbers = former_report(folder if folder.is_dir() else folder.parent)
     if numbers is None:

@@ -18,17 +18,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from moevision.errors import UserError
-from moevision.layers import (
-    ColourRouter,
-    HandmadeRouter,
-    MoEMlp,
-    PackedLinear,
-    RouterOptions,
-    TopKRouter,
-    capacity_of,
-    moe_layers,
-    router_kind,
-)
+from moevision.layers import MoEMlp, PackedLinear, RouterOptions, capacity_of, moe_layers, router_kind
 from moevision.layers.experts import Backend
 
 
@@ -115,7 +105,7 @@ def convert_to_moe(
     experts = [_moe_like(vit, index, plan, copy_weights) for index, plan in zip(indices, plans, strict=True)]
     for index, moe in zip(indices, experts, strict=True):
         blocks[index].mlp = moe
-    _prepare_handmade(vit)
+    _prepare_routers(vit)
     _spare_biases(vit)
     written = {name: one_or_list([plan[name] for plan in plans], given) for name, given in of_layer.items()}
     if not copy_weights and expert_hidden is None and not _is_twin(vit):
@@ -248,12 +238,11 @@ def _slots(vit: nn.Module, top_k: int, num_experts: int) -> int:
     return capacity_of(1.0, tokens, top_k, num_experts)
 
 
-def _prepare_handmade(vit: nn.Module) -> None:
-    """Tell hand-made routers how many tokens aren't patches, and let those that go by colour see the image."""
+def _prepare_routers(vit: nn.Module) -> None:
+    """Tell routers how many tokens aren't patches, and let those that want it see the image."""
     for layer in moe_layers(vit):
-        if isinstance(layer.router, HandmadeRouter):
-            layer.router.num_prefix_tokens = int(cast(Any, vit).num_prefix_tokens)
-        if isinstance(layer.router, ColourRouter):
+        layer.router.num_prefix_tokens = int(cast(Any, vit).num_prefix_tokens)
+        if layer.router.sees_image:
             # A hook on this module, once per forward pass: it is outside compiled and checkpointed blocks.
             cast(Any, vit).patch_embed.register_forward_pre_hook(layer.router.look)
 
@@ -353,7 +342,7 @@ def _share_out(mlp: Mlp, moe: MoEMlp, parts: int) -> None:
     (the paper's groups are copies of one another). The experts of a group get one router row, so that they come into a
     token's choice together; a gate of 1/parts is made up for by fc2, whose bias stays, as gates sum to 1.
     """
-    if not isinstance(moe.router, TopKRouter):
+    if moe.router.rows is None:
         raise UserError(
             f"The router {moe.router_name!r} has no learned row for each expert, so it can't send a token to all parts "
             "of an MLP: leave expert_hidden out, or choose another router."

@@ -2,7 +2,7 @@
 
 Sources: V-MoE (Riquelme et al. 2021, arXiv:2106.05974) for sparse MLPs in a ViT and where to put them;
 timm's VisionTransformer for everything else, behind one of the stems of `moevision.models.stems`. Names exist after
-`import moevision`.
+`import moevision.models`.
 
 Axes: B images, C classes, D width, N tokens of an image.
 """

@@ -22,7 +22,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from moevision import __version__, package_version
-from moevision.data.sources import UNKNOWN, DataTerms, terms_of
+from moevision.data.named import UNKNOWN, DataTerms, terms_of
 from moevision.efficiency import measure_cost
 from moevision.errors import UserError, refuse_equal_seeds
 from moevision.layers import moe_layers

@@ -30,8 +30,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from moevision.data import ImageDataModule
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, write_json_atomic
-from moevision.train.callbacks import RunLogger
+from moevision.train.archive import load_rest
 from moevision.train.checkpoint import LAST, SafeCheckpointIO, newest_valid
+from moevision.train.health import RunLogger
 from moevision.train.processes import (
     AwakeClock,
     Interruption,
@@ -43,7 +44,6 @@ from moevision.train.processes import (
     tell,
 )
 from moevision.train.recipe import epoch_batches, expand_arguments, refuse_among_images, run_name, take, value_of
-from moevision.train.sharded import load_rest
 from moevision.train.start import PROBE_FILE, Probe
 
 OPTION, AUTO = "--resume", "auto"

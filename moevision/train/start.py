@@ -8,7 +8,7 @@
 | a timm name, a file, a folder | these weights, or an error |
 | `none` | from scratch |
 
-Only weights under a free licence are chosen unasked (`moevision.models.published.FREE_LICENCES`). A computer without a
+Only weights under a free licence are chosen unasked (`moevision.models.io.FREE_LICENCES`). A computer without a
 network is noticed within three seconds.
 
 The probe, logistic regression on the frozen features from one pass over the images, says what the features alone are
@@ -41,23 +41,28 @@ from moevision.errors import UserError
 from moevision.files import write_json_atomic
 from moevision.layers import moe_layers
 from moevision.layers.routing import evaluating
-from moevision.models.architecture import architectures_of
-from moevision.models.io import address_of, create_from, describe, fetch_weights, is_timm_name, model_folder
-from moevision.models.published import (
+from moevision.models.io import (
     NOT_STATED,
     HubFacts,
     HubUnreachableError,
     Published,
+    address_of,
+    architecture_of,
     ask_hub,
     cached,
+    create_from,
+    describe,
+    fetch_weights,
     is_free,
+    is_timm_name,
+    model_folder,
     published,
 )
 from moevision.models.reading import read_layer_indices, reads_class_token_only
 from moevision.models.safe_files import WEIGHTS, read_json, read_metadata
 from moevision.models.upcycle import check_upcyclable
-from moevision.train.callbacks import cpu_s
 from moevision.train.devices import has_gpu
+from moevision.train.health import cpu_s
 from moevision.train.processes import tell
 from moevision.words import percent
 
@@ -173,11 +178,10 @@ def _named(source: str, base: str | None = None) -> ChosenStart:
     """Weights that the user named."""
     if source.endswith(".safetensors"):
         file = Path(source)
-        name, *others = [base] if base else architectures_of(file)
+        name = base or architecture_of(file)
         net, metadata = _without_memory(name), read_metadata(file) if file.is_file() else {}
         licence = metadata.get("license", NOT_STATED)
         what, more = f"{file} as {name}", f", from {metadata['source']}" if "source" in metadata else ""
-        more += f"; {', '.join(others)} fit too: --model.arch.base NAME" if others else ""
     else:
         name, net, licence, what, more = None, _without_memory(source), NOT_STATED, source, ""
         if not moe_layers(net):

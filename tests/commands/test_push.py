@@ -22,7 +22,7 @@ from tests.models.fake_hub import FakeHub, fake_hub
 
 CARD = "---\nlibrary_name: timm\n---\n# Pets\n"
 LOAD = """
-import sys, huggingface_hub, timm, torch, moevision
+import sys, huggingface_hub, timm, torch, moevision.models
 def logits():
     model = timm.create_model("hf-hub:me/pets", pretrained=True).eval()
     assert model.pretrained_cfg["label_names"] == ["cat", "dog"]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from moevision.commands.predict import images_at
-from moevision.data.sources import FileCollection, read_folder, walk
+from moevision.data.collection import FileCollection
+from moevision.data.folder import read_folder, walk
 from moevision.data.splits import Cut, make_splits
 from moevision.errors import UserError
 from moevision.train.recipe import count_images

@@ -290,7 +290,9 @@ def test_the_seed_decides_and_nothing_else_is_drawn(vit: nn.Module) -> None:
 
 @pytest.fixture
 def weight_file(vit: nn.Module, tmp_path: Path) -> Path:
-    safetensors.torch.save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    safetensors.torch.save_file(
+        vit.state_dict(), tmp_path / "vit.safetensors", {"architecture": "vit_tiny_patch16_224"}
+    )
     return tmp_path / "vit.safetensors"
 
 

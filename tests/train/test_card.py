@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 import moevision
 from moevision import UserError
 from moevision.commands.predict import predict_batch
-from moevision.data.sources import DATASET_NAMES, UNKNOWN, terms_of
+from moevision.data.named import DATASET_NAMES, UNKNOWN, terms_of
 from moevision.efficiency import measure_cost
 from moevision.models.io import SavedModel, load_model, save_model
 from moevision.train.card import WeightsOrigin, gather_facts, model_card, without_path
