@@ -21,7 +21,8 @@ from benchmarks.specialization.rule import (
     max_over_mean,
     settings_of,
 )
-from moevision.analysis.readings import listed, percent, signed
+from moevision.analysis.readings import listed
+from moevision.words import percent, signed
 
 OUTCOMES = {
     "open": "Not decided: not all runs on photos are done.",
