@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import about, argument_parser
+from benchmarks.markdown import table
 from benchmarks.queue import read_records
 from benchmarks.study import IMAGE_SIZE, MODEL
 from moevision.analysis.plots import PAGE_INCHES, calm, new_figure, panel_title, save_figure
@@ -50,7 +51,6 @@ from moevision.train.parallel import all_to_all
 from moevision.train.parallel.all_to_all import AllToAllDispatcher
 from moevision.train.parallel.layout import Layout, same_everywhere, shard
 from moevision.train.parallel.parts import DIVIDED
-from moevision.train.report import table
 
 ARMS = ("even", "forced", "no loss", "loss")
 EXPERTS, CLASSES, BALANCE = 8, 8, 0.05

@@ -47,6 +47,7 @@ from moevision.analysis.intervention import edited, numbered_layers
 from moevision.errors import UserError
 from moevision.models.io import from_clusters
 from moevision.models.reading import routes_read
+from moevision.words import signed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -707,17 +708,6 @@ def cluster_choices(layer: RecordedLayer, seeds: int, seed: int = 0) -> list[Ass
         chosen = rule.apply(nearness, 1.0).expert_index
         found.append(Assignments(None, number, chosen, np.arange(images), layer.num_experts))
     return found
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """With a true minus sign, and none in front of 0."""
-    text = f"{value:.{digits}f}"
-    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """0.1234 -> `12.3 %`."""
-    return f"{signed(100 * share, digits)} %"
 
 
 def span(values: Sequence[float], form: Callable[[float], str] = signed) -> str:
