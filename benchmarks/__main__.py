@@ -57,10 +57,13 @@ PROVE = {
     "soak": ("memory and open files over a long training and many predictions", "reliability.soak"),
     "mutation": ("small wrong changes, and the tests that notice them", "mutation"),
     "unchanged": ("hashes of a training, a resumed training, a report and a view, before and after", "house.unchanged"),
-    "counts": ("modules, lines and statements of the package, single importers, import cycles", "house.counts"),
+    "counts": ("modules, lines and tokens of the package, single importers, import circles", "house.counts"),
     "trips": ("the files that a forward pass, a training batch and a command cross", "house.trips"),
 }
-MAKE = {"bundle": ("one of the explorer's bundled models, from finished runs", "bundle")}
+MAKE = {
+    "bundle": ("one of the explorer's bundled models, from finished runs", "bundle"),
+    "records": ("pages whose numbers changed with a new measurement, from the records", "records.rewrite"),
+}
 VERBS = {**PLAN, **MEASURE, **STUDY, **PROVE, **MAKE}
 
 USAGE = """\

@@ -34,6 +34,8 @@ def _has(*packages: str) -> bool:
 
 NEEDS = {
     "chromium": Need("Chromium", "apt-get install chromium", chromium),
+    "playwright": Need("Playwright", 'pip install ".[test]"', lambda: _has("playwright", "axe_playwright_python")),
+    "node": Need("node", "apt-get install nodejs", lambda: shutil.which("node")),
     "onnx": Need("ONNX", 'pip install ".[export]"', lambda: _has("onnx", "onnxscript", "onnxruntime")),
     "transformers": Need("transformers", 'pip install ".[test]"', lambda: _has("transformers")),
     "tensorboard": Need("TensorBoard", 'pip install ".[test]"', lambda: _has("tensorboard")),

@@ -31,7 +31,7 @@ def run_tests(folder, hidden, *arguments, **environment):
 
 
 def test_without_a_browser_and_the_export_extra_their_tests_are_collected_and_the_others_run(tmp_path):
-    files = ("tests/demo/browser/test_tabs.py", "tests/models/test_export.py")
+    files = ("tests/browser/test_tabs.py", "tests/models/test_export.py")
     done = run_tests(tmp_path, "onnx", *files, "-k", "heatmap or opset and 17 or margin")
     assert done.returncode == 0, done.stdout
     told = [line for line in done.stdout.splitlines() if line.startswith("Skipped tests")]
@@ -42,7 +42,7 @@ def test_without_a_browser_and_the_export_extra_their_tests_are_collected_and_th
 
 def test_where_nothing_may_be_missing_it_is_a_failure(tmp_path):
     """Also of a worker's tests, which the first process hears of."""
-    light = ("tests/test_notebooks.py", "-k", "stays_small", "-n", "1")
+    light = ("tests/docs/test_notebooks.py", "-k", "stays_small", "-n", "1")
     done = run_tests(tmp_path, "nbformat", *light, MOEVISION_TESTS_COMPLETE="1")
     assert done.returncode == 1, done.stdout
     told = [line for line in done.stdout.splitlines() if line.startswith("Skipped tests")]

@@ -547,7 +547,7 @@ def test_a_mutated_config_gives_a_model_or_a_user_error(saved_model: Path) -> No
     assert 20 <= refusals < 60
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_mutated_weights_file_gives_a_model_or_a_user_error(saved_model: Path) -> None:
     """Flipped, cut and inserted bytes, most of them in the header."""
     rng, weights = random.Random(0), saved_model / "model.safetensors"

@@ -111,7 +111,7 @@ print(json.dumps(marks))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_import_costs_little_more_than_timm() -> None:
     """After timm, which moevision imports, so that the second number is all that it adds."""
 
@@ -160,7 +160,7 @@ for name, program in {programs!r}.items():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_timm_knows_the_names() -> None:
     """After `import moevision.models`, or the first use of a public name."""
     programs = {name: f"{imports}\n{KNOWN}" for name, imports in ORDERS.items()}
@@ -184,7 +184,7 @@ print(transformers.TimmWrapperForImageClassification(config).timm_model.moe_conf
 """
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.needs("transformers")
 def test_transformers_builds_our_models() -> None:
     """Whichever is imported first."""

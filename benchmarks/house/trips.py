@@ -51,10 +51,11 @@ class Trip:
 
     Args:
         turn: the name of a function; the trip is then from its second call to its third.
+        until: the name of a function; the trip ends where it is first called.
     """
 
-    def __init__(self, turn: str | None = None) -> None:
-        self.turn, self.turns = turn, 0
+    def __init__(self, turn: str | None = None, until: str | None = None) -> None:
+        self.turn, self.turns, self.until = turn, 0, until
         self.way: list[str] = []
 
     def __enter__(self) -> Trip:
@@ -74,6 +75,8 @@ class Trip:
         name = code.co_filename.removeprefix(PACKAGE)
         if (self.turn is None or self.turns == 2) and self.way[-1:] != [name]:
             self.way.append(name)
+        if code.co_name == self.until:
+            sys.setprofile(None)
 
     def row(self, name: str) -> str:
         """Of the table."""

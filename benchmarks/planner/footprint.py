@@ -33,7 +33,7 @@ from moevision.layers.cpu import take_rows
 from moevision.layers.dispatch import Dispatched, LocalDispatcher
 from moevision.layers.routing import Routing
 from moevision.models.vit_moe import checkpoint_blocks, checkpointed_blocks
-from moevision.train.muon import matrices_of
+from moevision.train.optim import matrices_of
 
 if TYPE_CHECKING:
     from moevision.train.optim import OptimizerName

@@ -39,8 +39,10 @@ from benchmarks.study import IMAGE_SIZE, MODEL
 from moevision.files import write_json_atomic
 from moevision.layers import forward_routing
 from moevision.models.config import MoEConfig, build_model
-from moevision.train import parallel
 from moevision.train.optim import OptimizerConfig, build_optimizer
+from moevision.train.parallel.layout import Layout as Processes
+from moevision.train.parallel.layout import shard
+from moevision.train.parallel.parts import DIVIDED
 from moevision.train.report import table
 
 EXPERTS, CLASSES, WARM_UP = 8, 8, 3
@@ -177,11 +179,15 @@ class Arm:
         self.module: nn.Module = _WithRoutings(net)
         if not self.mean:
             replicated = layout.parallel == "ddp"
-            parallel.shard(net, parallel.Layout.of("cpu", layout.expert, replicated=replicated))
+            shard(net, Processes.of("cpu", layout.expert, replicated=replicated))
         elif dist.get_world_size() > 1:
             self.module = DistributedDataParallel(self.module)
         self.optimizer, _ = build_optimizer(
-            net, OptimizerConfig(lr=1e-3, warmup_fraction=0.0), total_steps=10**6, fused=True
+            net,
+            OptimizerConfig(lr=1e-3, warmup_fraction=0.0),
+            total_steps=10**6,
+            fused=True,
+            kinds=None if self.mean else DIVIDED.optimizers,
         )
         self.loads = torch.zeros(())
 

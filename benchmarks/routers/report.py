@@ -12,7 +12,8 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.study import Contrast, Row, contrasts
 from moevision.train.plots import BLUE, INK, ORANGE, SOFT, calm, save, title
-from moevision.train.report import flops, table
+from moevision.train.report import table
+from moevision.words import flops
 
 TWIN, HASH = "dense twin", "hash"
 TOLERANCE = 0.01

@@ -20,7 +20,7 @@ from benchmarks.specialization.rule import (
     max_over_mean,
     settings_of,
 )
-from moevision.analysis.specialization import listed, percent, signed
+from moevision.analysis.readings import listed, percent, signed
 from moevision.train.report import table
 
 OUTCOMES = {

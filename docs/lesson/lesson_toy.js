@@ -1,6 +1,6 @@
 // The toy of the lesson: points in a plane, a router, and experts that can only draw one straight line each. A softmax
 // gate keeps the top k experts of every point (arXiv:2106.05974), the load-balancing loss is that of Switch
-// (arXiv:2101.03961, eq. 4-6), and gradients are written out by hand; tests/demo/page/lesson.test.js compares them with
+// (arXiv:2101.03961, eq. 4-6), and gradients are written out by hand; tests/docs/page/lesson.test.js compares them with
 // finite differences. Axes: N points, E experts, K choices.
 
 /** @typedef {{ x: number, y: number, label: 0 | 1 }} Point */

@@ -21,17 +21,11 @@ import numpy.typing as npt
 from PIL import Image
 from torch.utils.data import Dataset
 
+from moevision.data.collection import SPLITS, Collection, DrawnCollection, FileCollection, Sample
 from moevision.data.images import BadImageError, upright_rgb
+from moevision.data.named import DATASET_NAMES
+from moevision.data.open import open_collection
 from moevision.data.shards import ShardCollection
-from moevision.data.sources import (
-    DATASET_NAMES,
-    SPLITS,
-    Collection,
-    DrawnCollection,
-    FileCollection,
-    Sample,
-    open_collection,
-)
 from moevision.data.splits import Cut, is_copy, make_splits, read_splits
 from moevision.data.synthetic import SyntheticPets
 from moevision.data.transforms import square_pixels

@@ -13,12 +13,21 @@ from rich.console import Console
 from rich.progress import Progress
 
 from moevision.analysis.images import data_settings, run_folder
-from moevision.data.prune import HEAD, class_shares, decide, expert_shares, prune, shares_table, starved
-from moevision.data.scores import FILE, Scores
-from moevision.data.shard_writer import write_shards
-from moevision.data.shards import find_index, is_shards, verify
-from moevision.data.sources import DATASET_NAMES, SPLITS, Collection, open_collection
-from moevision.data.tables import HF
+from moevision.data.collection import SPLITS, Collection
+from moevision.data.named import DATASET_NAMES, HF
+from moevision.data.open import kind_of, open_collection
+from moevision.data.scores import (
+    FILE,
+    LIST_HEAD,
+    Scores,
+    class_shares,
+    decide,
+    expert_shares,
+    prune,
+    shares_table,
+    starved,
+)
+from moevision.data.shards import find_index, read_tars, verify, write_shards
 from moevision.errors import UserError
 from moevision.files import refuse_foreign
 from moevision.models.safe_files import read_yaml
@@ -51,7 +60,7 @@ def write_page(chosen: Namespace) -> None:
     Raises:
         UserError: if the run has no scores, or its images or model are gone.
     """
-    from moevision.analysis.good_data.build import PAGE, TABLE, score
+    from moevision.analysis.good_data import PAGE, TABLE, score
 
     run_dir = run_of(chosen.run)
     out = chosen.out or run_dir / "data"
@@ -81,7 +90,7 @@ def write_list(chosen: Namespace) -> None:
         name = f"keep-{chosen.by}-{chosen.keep:g}{others}.csv"
     out = chosen.out or run_dir / name
     relabelled = bool(data_settings(run_dir).get("relabel"))
-    refuse_foreign(out, HEAD.encode())
+    refuse_foreign(out, LIST_HEAD.encode())
     plan.write(out, scores, relabelled=relabelled)
     classes, experts = class_shares(scores, plan), expert_shares(scores, plan.keep)
     for shares, what in ((classes, "class"), (experts, "expert")):
@@ -110,7 +119,7 @@ def shard(chosen: Namespace) -> None:
     )
     if chosen.check:
         folder = Path(chosen.what).expanduser()
-        if not is_shards(folder):
+        if kind_of(chosen.what) != "shards":
             raise UserError(f"{folder} holds no shards: give the folder that `moevision data shard` wrote.")
         with bar:
             task = bar.add_task("checking shards", total=sum(shard.bytes for shard in find_index(folder).shards))
@@ -142,6 +151,8 @@ def shard(chosen: Namespace) -> None:
 def _collection(what: str, root: str | None) -> Collection:
     """The dataset that a folder, a table, a dataset's name or a configuration names."""
     is_data = what in DATASET_NAMES or what.startswith(HF) or Path(what).expanduser().is_dir()
+    if kind_of(what) == "tars":
+        return read_tars(Path(what).expanduser())
     settings: Mapping[str, Any] = {"path": what}
     if not is_data and not what.lower().endswith(".csv"):
         file = find_config(what)

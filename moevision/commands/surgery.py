@@ -39,7 +39,7 @@ from moevision.models.surgery import (
 )
 from moevision.names import shown
 from moevision.train.provenance import collect_provenance
-from moevision.train.report import accuracy_interval, paired_difference
+from moevision.train.stats import accuracy_interval, paired_difference
 
 
 def run(chosen: Namespace) -> None:

@@ -29,9 +29,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from moevision.analysis.baselines import fresh_copy
 from moevision.analysis.images import PictureSet, find_images, open_pictures, run_folder
-from moevision.analysis.specialization import fresh_copy, percent
-from moevision.data.sources import DATASET_NAMES, SYNTHETIC
+from moevision.analysis.readings import percent
+from moevision.data.named import DATASET_NAMES, SYNTHETIC
 from moevision.demo.examples import Examples
 from moevision.demo.facts import ModelFacts, describe, title_of
 from moevision.demo.scored import ScoredRun

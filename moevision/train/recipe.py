@@ -22,10 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 
-from moevision.data.images import is_image_path
-from moevision.data.shards import find_index, is_shards
-from moevision.data.sources import holds, open_collection, walk
-from moevision.data.tables import HF, count_rows
+from moevision.data.named import HF
+from moevision.data.open import count_images, holds, open_collection
 from moevision.efficiency import parameter_counts
 from moevision.errors import UserError
 from moevision.files import newest_config
@@ -316,7 +314,7 @@ def choose_recipe(
         UserError: if pretrained weights were asked for by name and can't be had.
     """
     named = path in _NAMED_IMAGES
-    images = _NAMED_IMAGES[path] if named else count_images(Path(path))
+    images = _NAMED_IMAGES[path] if named else count_images(path)
     few = 0 < images < SCRATCH_MINIMUM and path != "synthetic_pets"  # drawn ones are learnt from scratch
     named_model = next((option for option in _MODEL if value_of(given, option) is not None), None)
     if asked is None and few and named_model is not None:
@@ -371,15 +369,6 @@ def scratch_options(
         "--data.batch_size": min(256 if has_gpu() else 64, max(8, images // 20)),
         "--trainer.max_epochs": min(100, max(10, round(200_000 / max(1, images)))),
     }
-
-
-def count_images(folder: Path) -> int:
-    """Image files below `folder`, by their suffix, rows of a table or images in shards; 0 of what isn't there."""
-    if (rows := count_rows(str(folder))) is not None:
-        return rows
-    if is_shards(folder):
-        return sum(len(split.ids) for split in find_index(folder).splits.values())
-    return sum(is_image_path(entry.name) for entry in walk(folder))
 
 
 def _free_memory_bytes() -> int:

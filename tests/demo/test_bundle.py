@@ -12,7 +12,7 @@ import moevision
 from moevision.analysis import collect_routing, images
 from moevision.analysis.images import data_settings
 from moevision.data import SyntheticPets
-from moevision.data.sources import open_collection
+from moevision.data.open import open_collection
 from moevision.demo import route_image
 from moevision.demo.atlas import load_atlas
 from moevision.demo.bundle import Card, DataOptions, bundled_folders, card_of_run, open_entries, read_card
@@ -238,7 +238,7 @@ def test_a_damaged_summary(tiny_run, tmp_path):
     assert card_of_run("hf-hub:user/name").title == "name"
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize(("variant", "key"), [("trained", "moe"), ("unbalanced", "unbalanced")])
 def test_the_card_of_drawn_pets_says_what_is_measured(variant, key):
     """All 2 000 test images again; another processor may round one or two of them to another answer."""

@@ -190,7 +190,7 @@ def as_program(data):
     return "run/route", {"data": [data, "", "pets", "trained", None, None, None]}
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("way", [as_page, as_program])
 def test_a_crowd_at_one_address_does_not_shut_out_another(server, way):
     """80 connections that send 2.6 megapixels again and again, and someone else with a small image."""

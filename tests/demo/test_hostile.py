@@ -44,7 +44,7 @@ def post(http, body):
     return answer, time.monotonic() - start
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_more_than_three_hundred_hostile_calls(http, server, still_right):
     bodies = hostile.calls()
     assert len(bodies) >= 300
@@ -68,7 +68,7 @@ def test_more_than_three_hundred_hostile_calls(http, server, still_right):
     assert server.rss_mb() < before + 200  # the largest image that is decoded has 50 million pixels
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_past_the_page(http, still_right):
     for method, path, body in hostile.raw():
         headers = {"content-type": "application/json"} if body else {}
@@ -78,7 +78,7 @@ def test_past_the_page(http, still_right):
         assert "Traceback" not in answer.text
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_body_that_fits_no_route_is_a_4xx_with_one_sentence(http, still_right):
     for path, body in hostile.misfits():
         answer = http.post(path, content=body, headers={"content-type": "application/json"})
@@ -165,7 +165,7 @@ def drip(connection, piece, seconds, every):
     return False
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_an_unfinished_header_is_given_up(server, http, unfinished):
     slow = unfinished(server.url, times=20)
     assert http.get("").status_code == 200

@@ -226,7 +226,7 @@ def mine(make, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_model_of_ones_own_from_start_to_stop(mine):
     """The whole verb, with doors in the environment that must stay shut."""
     with running("-m", "moevision", "demo", str(mine), "--no-browser", env=DOORS) as server:
@@ -281,7 +281,7 @@ def test_a_space_says_what_it_needs(space):
     assert len(matter["short_description"]) <= 60  # Hugging Face refuses a longer one
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_space_serves_a_class_below_a_path(mine, space):
     app = space / front_matter(space)["app_file"]
     options = ("--auth", "class:secret", "--root-path", "/moe", "--port", str(free_port()))
@@ -334,7 +334,7 @@ for host in hosts:
 PROXY = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_addresses_of_ipv6_and_a_proxy_that_can_not_be_reached(home, tmp_path):
     urls = {"127.0.0.1": "127.0.0.1", "0.0.0.0": "localhost"}
     if has_ipv6():

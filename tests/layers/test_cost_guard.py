@@ -103,7 +103,7 @@ def test_copies_are_no_more_than_autocasts(layer: MoEMlp) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_ratio_to_a_dense_mlp_stays_in_bounds() -> None:
     """Recorded are 1.3 to 1.7 (benchmarks/performance). Scatter-adds and one product after another had 2.4 on a machine
     with a matrix unit, the only kind on which they can be told from noise.

@@ -88,7 +88,7 @@ RUN = {"onnx": run_onnx, "torch": run_torch}
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.deep) for name in CASES]
 )
 def test_the_file_answers_as_the_model(case: str, form: str, tmp_path: Path) -> None:
     chosen = CASES[case]
@@ -278,7 +278,7 @@ def test_an_opset_that_can_not_be_written_is_refused(opset: int, tmp_path: Path)
         export_onnx(tiny(router="vmoe_top_k"), tmp_path / "model.onnx", opset=opset)
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.needs("onnx")
 @pytest.mark.parametrize("opset", [18, 23])
 def test_the_smallest_and_the_largest_opset(opset: int, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard, constants
 
 from moevision import UserError
 from moevision.analysis.collect import weights_sha256
-from moevision.models import publish
+from moevision.commands import push
+from moevision.commands.push import FILES, check_repo_id
 from moevision.models.io import load_model
-from moevision.models.publish import FILES, check_repo_id, push_to_hub
 from tests.models.fake_hub import FakeHub, fake_hub
 
 CARD = "---\nlibrary_name: timm\n---\n# Pets\n"
@@ -77,31 +77,31 @@ def test_pushed_and_loaded_it_is_the_same_model(
     assert torch.equal(torch.load(tmp_path / "offline.pt"), expected)
 
 
-def test_a_model_in_memory(hub: FakeHub, tiny_run: Path, tmp_path: Path) -> None:
-    model = load_model(str(tiny_run))
-    assert push_to_hub(model, "me/pets", card=CARD, private=False) == f"{hub.url}/me/pets"
+def test_for_everyone_with_a_card_of_ones_own(
+    hub: FakeHub, cli: Callable[..., Any], tiny_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "card.md").write_text(CARD)
+    outcome = cli("push", tiny_run / "model", "me/pets", "--public", f"--card={tmp_path / 'card.md'}")
+    assert outcome.out.startswith(f"{hub.url}/me/pets (everyone can see it)\n"), outcome.err
     assert hub.private == {"me/pets": False}
     assert hub.files["me/pets"]["README.md"].decode() == CARD
-    assert hub.files["me/pets"]["model.safetensors"] == (tiny_run / "model" / "model.safetensors").read_bytes()
-    (tmp_path / "config.json").write_bytes(hub.files["me/pets"]["config.json"])
-    (tmp_path / "model.safetensors").write_bytes(hub.files["me/pets"]["model.safetensors"])
-    assert load_model(str(tmp_path)).class_names == model.class_names == ["cat", "dog"]
 
 
-def test_nothing_else_of_the_folder_goes_up(hub: FakeHub, tiny_run: Path, tmp_path: Path) -> None:
+def test_nothing_else_of_the_folder_goes_up(
+    hub: FakeHub, cli: Callable[..., Any], tiny_run: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny_run / "model", tmp_path / "model")
     for name in ("pytorch_model.bin", "diary.txt", ".env"):
         (folder / name).write_text("secret")
-    push_to_hub(folder, "me/pets", card=CARD)
+    assert cli("push", folder, "me/pets").code == 0
     assert sorted(hub.files["me/pets"]) == sorted(FILES)
 
 
-def test_a_damaged_model_does_not_go_up(hub: FakeHub, tiny_run: Path, tmp_path: Path) -> None:
+def test_a_damaged_model_does_not_go_up(hub: FakeHub, cli: Callable[..., Any], tiny_run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_run / "model", tmp_path / "model")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(UserError, match="can't be loaded"):
-        push_to_hub(folder, "me/pets", card=CARD)
+    refused(cli("push", folder, "me/pets"), "can't be loaded")
     assert hub.private == {}
 
 
@@ -128,7 +128,7 @@ def test_what_the_hub_refuses(
     refused(cli("push", tiny_run, "you/pets"), "may not write to you/pets")
     monkeypatch.setenv("HF_TOKEN", "hf_stolen")
     refused(cli("push", tiny_run, "me/pets"), "does not accept the token")
-    monkeypatch.setattr(publish, "get_token", lambda: None)
+    monkeypatch.setattr(push, "get_token", lambda: None)
     refused(cli("push", tiny_run, "me/pets"), "hf auth login", "HF_TOKEN")
     assert hub.private == {}
 

@@ -15,7 +15,7 @@ import torch
 
 from moevision.errors import UserError
 from moevision.files import remove_leftovers, temporary_for
-from moevision.train import checkpoint, sharded
+from moevision.train import checkpoint
 from moevision.train.checkpoint import (
     BEST,
     LAST,
@@ -28,6 +28,7 @@ from moevision.train.checkpoint import (
     verify,
     write_manifest,
 )
+from moevision.train.parallel import folder
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left"), MemoryError("out of memory")])
@@ -38,14 +39,14 @@ def test_what_fails_in_one_process_fails_in_all(failure, monkeypatch):
         raise failure
 
     sent = []
-    monkeypatch.setattr(sharded, "gather", lambda mine: sent.append(mine) or [mine])
+    monkeypatch.setattr(folder, "gather", lambda mine: sent.append(mine) or [mine])
     kind = OSError if isinstance(failure, OSError) else RuntimeError
     with pytest.raises(kind) as own:
-        sharded._on_all(fail)
+        folder._on_all(fail)
     assert own.value.__cause__ is failure
-    monkeypatch.setattr(sharded, "gather", lambda mine: [mine, sent[0]])
+    monkeypatch.setattr(folder, "gather", lambda mine: [mine, sent[0]])
     with pytest.raises(kind, match=str(failure.args[-1])):
-        sharded._on_all(lambda: "written")
+        folder._on_all(lambda: "written")
 
 
 def state(step: int, value: float = 1.0) -> dict[str, object]:

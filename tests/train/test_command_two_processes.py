@@ -25,7 +25,7 @@ import moevision
 from moevision.data import ImageDataModule
 from tests.forks import Forked
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+pytestmark = pytest.mark.deep
 
 LIGHTNING = ["-m"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]

@@ -23,10 +23,13 @@ from moevision.layers import ROUTERS, forward_routing
 from moevision.models.config import MoEConfig, build_model
 from moevision.models.io import load_model
 from moevision.train.checkpoint import SafeCheckpointIO
-from moevision.train.optim import OptimizerConfig, WeightEMA, build_optimizer
-from moevision.train.parallel import Layout, clip, full, is_sharded, shard, total_norm
-from moevision.train.sharded import like_these
+from moevision.train.ema import WeightEMA
+from moevision.train.optim import OptimizerConfig, build_optimizer
+from moevision.train.parallel.folder import like_these
+from moevision.train.parallel.layout import Layout, shard
+from moevision.train.parallel.parts import clip, full, is_sharded, total_norm
 from tests.train.guarded import Averaged, Run, batches, whole_tensors
+from tests.train.layouts import kinds
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]
@@ -90,7 +93,7 @@ def group(request: pytest.FixtureRequest) -> Iterator[str]:
     dist.destroy_process_group()
 
 
-@pytest.mark.dist
+@pytest.mark.deep
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(("replicated", "offload"), [(False, False), (True, False), (False, True)])
@@ -102,7 +105,9 @@ def test_a_sharded_network_trains_as_a_plain_one(group: str, optimizer: Any, rep
     assert is_sharded(sharded)
     assert {p.device.type for p in sharded.parameters()} == {"cpu" if offload else group}
     for net, device in ((plain, "cpu"), (sharded, group)):
-        updates, _ = build_optimizer(net, OptimizerConfig(optimizer, lr=1e-2), total_steps=9, fused=True)
+        updates, _ = build_optimizer(
+            net, OptimizerConfig(optimizer, lr=1e-2), total_steps=9, fused=True, kinds=kinds(net)
+        )
         for _ in range(3):
             updates.zero_grad()
             step(net, device)
@@ -113,7 +118,7 @@ def test_a_sharded_network_trains_as_a_plain_one(group: str, optimizer: Any, rep
     assert differs(found, plain.state_dict()) < 1e-8
 
 
-@pytest.mark.dist
+@pytest.mark.deep
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
 def test_experts_that_are_gathered_in_bf16_give_the_same_logits(group: str) -> None:
     """Autocast rounds them in any case, before they travel or after; gradients are rounded once more or not."""
@@ -131,7 +136,7 @@ def test_experts_that_are_gathered_in_bf16_give_the_same_logits(group: str) -> N
     assert differs(found[1][1], found[0][1]) < 2**-7
 
 
-@pytest.mark.dist
+@pytest.mark.deep
 @pytest.mark.parametrize("group", ["cpu", CUDA], indirect=True)
 def test_a_checkpoint_of_parts_comes_back(group: str, tmp_path: Path) -> None:
     """Weights and moments, from a folder of DCP into another network on the device."""
@@ -139,7 +144,7 @@ def test_a_checkpoint_of_parts_comes_back(group: str, tmp_path: Path) -> None:
     for number in range(2):
         net = build("switch").to(group)
         shard(net, Layout.of(group))
-        updates, _ = build_optimizer(net, OptimizerConfig(lr=1e-2), total_steps=9, fused=True)
+        updates, _ = build_optimizer(net, OptimizerConfig(lr=1e-2), total_steps=9, fused=True, kinds=kinds(net))
         learning = [parameter for each in updates.param_groups for parameter in each["params"]]
         if number == 0:
             step(net, group)
@@ -171,7 +176,7 @@ class Kept(L.Callback):
         self.states.append(whole_tensors(pl_module.net) | of_average)
 
 
-@pytest.mark.dist
+@pytest.mark.deep
 @DEVICES
 @pytest.mark.parametrize("expert", [None, 1])
 def test_an_update_that_is_not_finite_changes_nothing(device: str, expert: int | None, tmp_path: Path) -> None:

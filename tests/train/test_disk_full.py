@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from moevision.train import run
-from moevision.train.callbacks import Stopwatch
 from moevision.train.checkpoint import SafeCheckpointIO
+from moevision.train.health import Stopwatch
 
 COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "model/config.json", "splits.csv")
 Cli = Callable[..., Any]

@@ -13,7 +13,7 @@ from tests.forks import Forked
 from tests.train import guarded
 from tests.train.guarded import SHARDED_CASES, TWO_PROCESS_CASES
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+pytestmark = pytest.mark.deep
 
 # case: (skipped, rollbacks, updates that were taken back, where it came from)
 EXPECTED = {

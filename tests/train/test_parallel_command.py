@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from moevision.train.checkpoint import newest_valid
-from moevision.train.sharded import read_folder
+from moevision.train.parallel.folder import read_folder
 from moevision.train.trained import load_trained
 from tests.train.test_command_two_processes import (
     FIRST_KILLED,
@@ -55,8 +55,7 @@ def stopped(work: Path) -> Path:
     return work / "runs" / "stopped"
 
 
-@pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_exported_model_is_the_best_checkpoint(whole: tuple[Path, str]) -> None:
     """Weights are whole again, on one file; every file of a run is there, and the plan says how it is shared."""
     run, said = whole
@@ -75,8 +74,7 @@ def test_the_exported_model_is_the_best_checkpoint(whole: tuple[Path, str]) -> N
     assert sorted(line for line in set(lines) if lines.count(line) > 1) == []
 
 
-@pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.deep
 def test_interrupted_and_resumed_is_uninterrupted(work: Path, whole: tuple[Path, str], stopped: Path) -> None:
     """Also where the first process's running statistics (BatchNorm) are the only ones that are saved."""
     said = fit(work, "--resume", "runs/stopped")
@@ -84,8 +82,7 @@ def test_interrupted_and_resumed_is_uninterrupted(work: Path, whole: tuple[Path,
     assert differing(stopped, whole[0]) == []
 
 
-@pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.deep
 def test_torchrun_starts_the_same_training_and_a_dense_twin(work: Path, whole: tuple[Path, str]) -> None:
     """The twin has no experts to divide: its weights are sharded alone."""
     said = fit(work, "synthetic_pets", *SHARDED, "--name=launched", "--with-twin", launcher=TORCHRUN)
@@ -94,8 +91,7 @@ def test_torchrun_starts_the_same_training_and_a_dense_twin(work: Path, whole: t
     assert (work / "runs" / "launched" / "twin" / "summary.md").is_file()
 
 
-@pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_process_is_killed_while_it_trains(work: Path, whole: tuple[Path, str]) -> None:
     """The other one says what happened and how to go on, and who does so ends where nobody was killed."""
     every = "--checkpoint.every_steps=2"
@@ -105,15 +101,13 @@ def test_a_process_is_killed_while_it_trains(work: Path, whole: tuple[Path, str]
     assert differing(work / "runs" / "killed", whole[0]) == []
 
 
-@pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.deep
 def test_the_first_process_is_killed_before_it_trains(work: Path) -> None:
     said = end_one(work, "unborn", *SHARDED, until="config.yaml", first=True)
     assert said.splitlines()[-1] == f"moevision: {FIRST_KILLED} Nothing was saved yet: start anew."
 
 
-@pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.deep
 def test_numbers_of_one_process_are_not_finite(work: Path) -> None:
     """Its loss, and a gradient of an expert that only it holds: both processes leave these two of six updates out."""
     faults = "nan_loss@3:rank1, inf_grad@5:expert3:rank1"
@@ -124,8 +118,7 @@ def test_numbers_of_one_process_are_not_finite(work: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in load_file(run / "model" / "model.safetensors").values())
 
 
-@pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits what another process may write")
 def test_the_disk_of_one_process_is_full(work: Path) -> None:
     """From the first checkpoint on the second process can't write a byte: training goes on, and ends in a sentence."""
@@ -151,8 +144,7 @@ def test_the_disk_of_one_process_is_full(work: Path) -> None:
     assert not list(checkpoints.glob(".*")), "half a checkpoint"
 
 
-@pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.usefixtures("stopped")
 @pytest.mark.parametrize(("name", "expert"), [("unsharded", 1), ("replicated", 2)])
 def test_a_run_goes_on_under_another_layout(name: str, expert: int, work: Path) -> None:
@@ -164,8 +156,7 @@ def test_a_run_goes_on_under_another_layout(name: str, expert: int, work: Path) 
     assert (work / "runs" / name / "summary.md").is_file()
 
 
-@pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.usefixtures("stopped")
 def test_a_sharded_run_goes_on_in_one_process(work: Path) -> None:
     """Half of the processes sum the gradients of two batches each: 18 steps of 16 images, as they were to be."""

@@ -32,9 +32,9 @@ from moevision.errors import UserError
 from moevision.models.config import MoEConfig
 from moevision.train import checkpoint, resume
 from moevision.train import cli as training_cli
-from moevision.train.callbacks import Stopwatch
 from moevision.train.checkpoint import newest_valid, plain
 from moevision.train.cli import quiet_lightning
+from moevision.train.health import Stopwatch
 from moevision.train.optim import OptimizerConfig
 from moevision.train.processes import random_state, restore_random_state
 from moevision.train.recipe import take
@@ -569,7 +569,7 @@ def test_a_new_folder_that_another_process_took_is_left_alone(cli, tiny, drawn_p
     assert Path("runs/pets/metrics.csv").read_text() == "of another process"
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 def test_a_closed_terminal(drawn_pets, tiny):
     """The terminal is closed while steps are done: the run is saved and ends with 129."""
     master, slave = pty.openpty()

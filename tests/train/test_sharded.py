@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from moevision.errors import UserError
+from moevision.train.archive import sizes_of
 from moevision.train.checkpoint import MANIFEST, Entry, newest_valid, read_manifest, verify, write_manifest
-from moevision.train.sharded import read_folder, sizes_of
+from moevision.train.parallel.folder import read_folder
 from moevision.train.trained import load_trained
 from tests.forks import Forked
 from tests.train.test_command_two_processes import SHARDED, fit
@@ -230,8 +231,7 @@ def test_a_manifest_that_is_a_pipe_or_never_ends(tmp_path: Path) -> None:
         assert read_manifest(tmp_path) == []
 
 
-@pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.deep
 def test_mutated_folders_of_two_processes(tmp_path: Path) -> None:
     """Ten of each kind of `python -m benchmarks folders`; a record has 500."""
     fit(tmp_path, "synthetic_pets", *SHARDED, "--name=run", "--trainer.max_epochs=1")

@@ -18,14 +18,13 @@ from moevision import UserError
 from moevision.layers import moe_layers
 from moevision.models.io import PATIENCE_S, describe, from_clusters, load_model, save_model
 from moevision.models.reading import routes_read
-from moevision.train import callbacks, start
-from moevision.train import probe as probe_module
+from moevision.train import health, start
 from moevision.train.processes import AwakeClock
 from moevision.train.recipe import choose_recipe, expand_arguments
 from moevision.train.start import AUTO, NONE, Candidate, choose_start, pretrained_options
 from tests.models.fake_hub import FakeHub, fake_hub
-from tests.records import ROOT
 
+ROOT = Path(__file__).parents[2]
 NAME = "test_vit.r160_in1k"
 REPOSITORY = f"timm/{NAME}"
 IMAGES = 500
@@ -340,10 +339,10 @@ def test_fit_trains_from_a_download_that_broke_off(
 def long_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each probe takes 1000 s of the clock and of the CPU."""
     passed_s: list[int] = []
-    regression, now, cpu_s = probe_module._best_regression, AwakeClock.now, callbacks.cpu_s
-    monkeypatch.setattr(probe_module, "_best_regression", lambda *given: passed_s.append(1000) or regression(*given))
+    regression, now, cpu_s = start._best_regression, AwakeClock.now, health.cpu_s
+    monkeypatch.setattr(start, "_best_regression", lambda *given: passed_s.append(1000) or regression(*given))
     monkeypatch.setattr(AwakeClock, "now", lambda self: now(self) + sum(passed_s))
-    for module in (callbacks, probe_module):
+    for module in (health, start):
         monkeypatch.setattr(module, "cpu_s", lambda: cpu_s() + sum(passed_s))
 
 

@@ -12,7 +12,7 @@ from tests.forks import Forked
 from tests.train import two_processes
 from tests.train.two_processes import CASES, IMAGES, STEPS, evaluated_loss, train
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.deep
 
 
 def free_port() -> int:

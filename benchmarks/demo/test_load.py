@@ -1,0 +1,47 @@
+"""A short version of `python -m benchmarks demo-load`: visitors at once get their own answers."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.demo import load as demo_load
+from moevision.demo.wire import packed
+from tests.demo.conftest import explorer, gradio_dir, home, photos_home, routers_home, server  # noqa: F401  (fixtures)
+
+
+@pytest.mark.alone
+def test_five_seconds_of_visitors(explorer, server):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        tasks = demo_load.make_tasks(explorer, 60)
+    finally:
+        torch.set_num_threads(threads)
+    assert {task.group for task in tasks} == {"new picture", "example", "what_if"}
+    assert len({str(task.truth) for task in tasks}) > 50  # an answer that belongs to another question shows
+    outcome = demo_load.load(server.url, tasks, visitors=16, seconds=5)
+    found = outcome.summary(5)
+    assert found["mixed_up"] == found["busy"] == found["error"] == 0
+    assert found["answers"] >= 16
+    assert found["latency"]["new picture"]["p95_ms"] < 30_000
+
+
+def test_a_mixed_up_answer_would_be_seen(explorer, server):
+    one, other = demo_load.make_tasks(explorer, 2)
+    swapped = [demo_load.Task(one.group, one.name, one.request, other.truth)]
+    outcome = demo_load.load(server.url, swapped, visitors=1, seconds=0.1)
+    assert outcome.wrong["mixed_up"] == outcome.summary(0.1)["answers"] >= 1
+
+
+def test_rounding_is_no_mixed_up_answer_and_another_number_is():
+    """Other kernels and numbers of threads sum otherwise: 1e-5 of a number, or one step of a packed array."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 30, (4, 256))
+    answer = {"probability": 0.1234, "scores": packed(values)}
+    rounded = {"probability": 0.1233, "scores": packed(values * (1 + 1e-5 * rng.normal(size=values.shape)))}
+    assert answer["scores"]["data"] != rounded["scores"]["data"]
+    assert demo_load.alike(answer, rounded)
+    values[2, 100] += 1
+    assert not demo_load.alike(answer, {**answer, "scores": packed(values)})
+    assert not demo_load.alike(answer, {**answer, "scores": packed(values[:2])})
+    assert not demo_load.alike(answer, {**answer, "probability": 0.1244})

@@ -1,0 +1,37 @@
+"""benchmarks/curve/README.md: everything between its marks is the report of the committed record."""
+
+from typing import Any
+
+from benchmarks.curve import EPOCHS, FOLDER, IMAGES, MARGIN, SEEDS, parts_of
+from benchmarks.curve.shares import table
+from benchmarks.records import ROOT, Claim, Definition
+from benchmarks.records.studies import shown
+
+FILES = tuple(str(path.relative_to(ROOT)) for path in FOLDER.glob("record.json"))
+
+
+def _parts(*records: Any) -> list[dict[str, str]]:
+    return shown(part for record in records for part in parts_of(record))
+
+
+def beside_all(record: Any) -> dict[str, str]:
+    """Points beside all images, by method and percent: `ccs_70`."""
+    rows = table(record["trainings"], record["methods"])
+    return {f"{row.by}_{round(100 * row.share)}": row.beside_all.text for row in rows}
+
+
+assert (IMAGES, EPOCHS, SEEDS, MARGIN) == (8_000, 4, 3, 1)
+CLAIMS = [Claim(FILES, "{text}", _parts)]
+DEFINITIONS = [
+    Definition("70 % of the training images", "the question"),
+    Definition("70 % drawn at random", "the question"),
+    Definition("800 of each class", "what is drawn"),
+    Definition("all 8,000 images", "what is drawn"),
+    Definition("the lowest 10 % of AUM go", "how ccs is run"),
+    Definition("less than 1 point worse counts as as good", "the margin"),
+    Definition("10,000 test images", "the data"),
+    Definition("70 % weren't shown to be as good as all", "the verdict of the sentences"),
+    Definition("worse from 70 % down", "the verdict of the table"),
+    Definition("at 90 % `ccs` gives up", "of the method: its hardest tenth is all that goes"),
+    Definition("95 % t intervals", "their level"),
+]

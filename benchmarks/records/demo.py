@@ -1,0 +1,128 @@
+"""benchmarks/demo/README.md."""
+
+from typing import Any
+
+from benchmarks.records import Claim, Definition
+
+Json = dict[str, Any]
+LATENCY, LOAD = "benchmarks/demo/latency.json", "benchmarks/demo/load.json"
+PHOTOS, WHEEL = "benchmarks/demo/photos.json", "benchmarks/demo/wheel.json"
+PETS, CIFAR = "benchmarks/demo/unlike_pets.json", "benchmarks/demo/unlike_cifar10.json"
+STALL, STALL_BEFORE = "benchmarks/demo/stall.json", "benchmarks/demo/stall_before.json"
+CROWDS = {  # as the page calls them
+    "png_49_megapixels": "PNG of 49 megapixels in 381 KB",
+    "png_16_megapixels": "PNG of 16 megapixels in 124 KB",
+    "jpeg_400": "JPEG of 400 x 400, 97 KB",
+}
+STEPS = {
+    "forward": "the model alone, one image", "first_page": "first page, after the server is up",
+    "layer_change": "another layer",
+    "patch_click": "click on a patch", "new_picture": "another image, until the overlay is there",
+    "own_picture": "one's own image",
+}  # fmt: skip
+KINDS = {  # as the page calls them, and each model's record
+    "its own test images": ("own test pictures", "own test pictures"),
+    "drawn pets": (None, "synthetic_pets"),
+    "CIFAR-10": ("cifar10", None),
+    "Imagenette": ("imagenette128", "imagenette128"),
+    "cats and dogs": ("cats_vs_dogs", None),
+    "uniform noise": ("uniform noise", "uniform noise"),
+    "one flat colour": ("one flat colour", "one flat colour"),
+}
+
+
+def unlike(*records: Json) -> list[Json]:
+    """How often images of each kind are called unlike, by model."""
+    rows = []
+    for kind, names in KINDS.items():
+        shares = [
+            "" if name is None else f"{record['rows'][name]['unlike']:.1%}"
+            for name, record in zip(names, records, strict=True)
+        ]
+        rows.append({"kind": kind, "cells": " | ".join(shares)})
+    return rows
+
+
+def waiting(record: Json) -> list[Json]:
+    """Median and 95 % of every step, by model, with the goal of the median."""
+    rows = []
+    for name, what in STEPS.items():
+        models = [record["models"][model][name] for model in ("cats_vs_dogs", "pets")]
+        times = [f"{own['median_ms']:.0f} ({own['p95_ms']:.0f}) ms" for own in models]
+        goals = dict.fromkeys("" if own["limit_ms"] is None else f"{own['limit_ms']:.0f}" for own in models)
+        rows.append({"what": what, "cells": " | ".join([*times, ", ".join(goals) + (" ms" if any(goals) else "")])})
+    return rows
+
+
+def crowds(*records: Json) -> list[Json]:
+    """What the visitor beside each crowd met, and the most memory, in each record."""
+    rows = []
+    for name, what in CROWDS.items():
+        cells = []
+        for record in records:
+            one = record["attacks"][name]
+            met = [one["visitor"].get(word, 0) for word in ("ok", "busy", "unanswered")]
+            latency = one["visitor"]["max_ms"]
+            longest = "" if latency is None else f", at most {latency / 1e3:.1f} s"
+            cells += ["{} / {} / {}".format(*met) + longest, f"{one['server_rss']['most_mb']:,.0f} MB"]
+        rows.append({"what": what, "cells": " | ".join(cells)})
+    return rows
+
+
+def installed(record: Json) -> Json:
+    """Megabytes of the wheel, and photos right and asked for."""
+    cat, dog = (record["classes"][name] for name in ("cat", "dog"))
+    balanced = (cat["correct"] / cat["total"] + dog["correct"] / dog["total"]) / 2
+    found = {name: f"{each['correct']} of {each['total']} {name}s" for name, each in (("cat", cat), ("dog", dog))}
+    return {"mb": record["wheel_mb"], "total": cat["total"] + dog["total"], "balanced": f"{balanced:.1%}", **found}
+
+
+CLAIMS = [
+    Claim(WHEEL, "the wheel of this checkout, {mb:.1f} MB,", installed),
+    Claim(WHEEL, "{total} test photos, which no training saw", installed),
+    Claim(WHEEL, "balanced accuracy {balanced}, {cat} and {dog}", installed),
+    Claim(LATENCY, "in headless Chromium on {cpus} cores ({cpu}"),
+    Claim(LATENCY, "| {what} | {cells} |", waiting),
+    Claim(LOAD, "{visitors} visitors for {seconds} s with different images"),
+    Claim(
+        LOAD,
+        "{answers:,} answers, {answers_per_s:.1f} a second: {mixed_up} wrong, {busy} refused as busy, {error} failed",
+    ),
+    Claim(
+        LOAD,
+        "A new image took {latency[new picture][p50_ms]:.0f} ms (95 %: {latency[new picture][p95_ms]:.0f} ms), a "
+        "what-if {latency[what_if][p50_ms]:.0f} ms ({latency[what_if][p95_ms]:.0f} ms)",
+    ),
+    Claim(LOAD, "memory went from {server_rss[start_mb]:.1f} MB to {server_rss[end_mb]:.1f} MB"),
+    Claim(STALL, "{connections} connections from one address repeat an image, for {seconds:.0f} s"),
+    Claim((STALL_BEFORE, STALL), "| {what} | {cells} |", crowds),
+    Claim(
+        (STALL_BEFORE, STALL),
+        "(load average {before:.0f} and {after:.0f})",
+        lambda *records: dict(
+            zip(("before", "after"), (record["machine"]["load_average_before"] for record in records), strict=True)
+        ),
+    ),
+    Claim(PHOTOS, "All {photos} views of bundled photos", lambda record: record["bundled"]),
+    Claim(
+        PHOTOS,
+        "of the test photos {right} of {photos} are named right, and {called_unlike} is called unlike the training "
+        "data",
+        lambda record: record["unseen"],
+    ),
+    Claim(
+        PHOTOS,
+        "{complaints} complaints of the browser, {too_wide} pages too wide",
+        lambda record: {
+            **record["bundled"],
+            "complaints": sum(record[kind]["complaints"] for kind in ("bundled", "unseen")),
+        },
+    ),
+    Claim((PETS, CIFAR), "| {kind} | {cells} |", unlike),
+]
+
+DEFINITIONS = [
+    Definition("median and, in brackets, 95 %", "a percentile"),
+    Definition("the model alone and 50 ms", "a goal"),
+    Definition("without an answer in 60 s", "a limit of the benchmark"),
+]

@@ -1,0 +1,205 @@
+"""Pages of docs/ that quote a number or two; those with more have a module of their own."""
+
+import re
+
+from benchmarks.records import (
+    ROOT,
+    Claim,
+    Definition,
+    accuracy,
+    analysis,
+    demo,
+    quickstart,
+    sparsity,
+    upcycling,
+)
+
+CLAIMS = {
+    "benchmarks/planner/README.md": [
+        Claim(
+            "benchmarks/planner/measured.json",
+            "| {processes} | {layout} | {planned_ms:.1f} | {measured_ms:.1f} | {error:+.0%} |",
+            lambda record: record["rows"],
+        ),
+    ],
+    "configs/cats_vs_dogs.yaml": [Claim(tuple(accuracy.CATS), accuracy.HEAD, accuracy.of_runs)],
+    "configs/imagenette.yaml": [
+        Claim(record, accuracy.HEAD, accuracy.of_runs) for record in (accuracy.IMAGENETTE, accuracy.IMAGENETTE_FOLDER)
+    ],
+    "configs/cifar10.yaml": [Claim(tuple(accuracy.CIFAR), accuracy.HEAD, accuracy.of_runs)],
+    "configs/quickstart.yaml": [
+        Claim(quickstart.QUICKSTART, "test top-1 {moe} after {duration_s:.0f} s", quickstart.of_run),
+        Claim(quickstart.QUICKSTART, "{slowest} times the mean load", quickstart.loads),
+    ],
+    "docs/faq.md": [
+        Claim(
+            sparsity.FILES,
+            "is {verdict} its dense twin at equal steps, {mean:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
+            sparsity.first,
+        ),
+        Claim(
+            sparsity.FILES,
+            "{verdict} it at equal time, {mean:+.1f} ({low:+.1f} to {high:+.1f}; {seeds} seeds)",
+            sparsity.at_equal_time,
+        ),
+    ],
+    "docs/guides/dense-sparse.md": [
+        Claim(upcycling.STUDY, "Beside one dense schedule of as many steps it has {in_one} points", upcycling.rivals),
+    ],
+    "docs/guides/own-images.md": [
+        Claim(
+            tuple(accuracy.FOLDERS),
+            "took {fastest:.0f} to {slowest:.0f} minutes of one CPU thread and reached {mean:.1%} (mean of three",
+            accuracy.of_folders,
+        ),
+        Claim(
+            accuracy.NONE,
+            "{mean:.1%} on the same photos after {slowest:.0f} minutes (one seed)",
+            accuracy.of_folders,
+        ),
+    ],
+    "docs/guides/imagenet.md": [
+        Claim(
+            "benchmarks/planner/record.json",
+            "{epochs} epochs of {images:,} images",
+            lambda record: record["imagenet"],
+        ),
+        Claim(
+            "benchmarks/planner/record.json",
+            "| `{model}` | {gpus} | {batch:,} | {layout} | {memory_gb} | {step_ms} | {hours} |",
+            lambda record: record["imagenet"]["trainings"],
+        ),
+    ],
+    "docs/guides/more-than-chance.md": [
+        Claim(
+            analysis.ATLAS,
+            "different experts, yes ({bits} bits of 3, first choices). That training the router added to it is "
+            "{training}: clusters of the layer's input tell {clusters} bits. In block 1 the experts differ a little: "
+            "exchanging a class's favourite expert with any other costs {points} points of accuracy, but no more than",
+            analysis.answers,
+        ),
+        Claim(analysis.ATLAS, "in block 3 ({bits} bits, {n_images:,} images)", analysis.answers),
+    ],
+    "docs/guides/serve.md": [
+        Claim(demo.LOAD, "{visitors} simulated visitors got {answers_per_s:.1f} answers a second"),
+    ],
+    "docs/reference/models.md": [
+        Claim(quickstart.CATS_CARD, "a pretrained ViT-S | {total:,} | {moe} | {dense} |", quickstart.of_card),
+        Claim(quickstart.CIFAR_CARD, "from scratch | {total:,} | {moe} | {dense} |", quickstart.of_card),
+        Claim(quickstart.CARD, "eight classes | {total:,} | {moe} | {dense} |", quickstart.of_card),
+    ],
+}
+_MODELS = re.findall(r"^\| `vit_moe_.*\|$", (ROOT / "docs" / "reference" / "models.md").read_text(), re.M)
+DEFINITIONS = {
+    "benchmarks/planner/README.md": [
+        Definition("at most 5 % longer than the fastest", "a rule of `recommend`, formulas.SIMPLER"),
+        Definition("So 90 % of the memory counts as usable", "an assumption, Machine.usable"),
+        Definition("are gathered in 16 bits", "a precision"),
+        Definition("a bias of 1,000 classes", "an example"),
+        Definition("after 0.8 of the compute", "an assumption, Machine.overlap"),
+        Definition("takes 25 µs at least", "an assumption, Machine.latency_s"),
+    ],
+    "docs/guides/imagenet.md": [
+        Definition("Five minutes before its time ends", "300 s in the script"),
+        Definition("A GPU that computes 3,000 images/s", "an example"),
+    ],
+    "docs/guides/batch.md": [
+        Definition("Run with 0.2.19", "a version"),
+        Definition("Run with nginx 1.26 and two", "a version, and how it was tried"),
+        Definition("Run with Ray 2.60 on two", "a version"),
+    ],
+    "configs/cats_vs_dogs.yaml": [
+        Definition("25.1 M parameters, 18.0 M active", "a size, as `moevision info` counts it"),
+        Definition("2,048 to learn from and 832 to test", "the data"),
+    ],
+    "configs/imagenette.yaml": [Definition("a ViT-S at 112 px, three epochs", "what `fit` chose")],
+    "configs/moe_vie.yaml": [
+        Definition("4 of 32", "a setting"),
+        Definition("a hundred times larger", "by the paper"),
+    ],
+    "docs/alternatives.md": [Definition("PyTorch 2.1 and CUDA 12.1", "versions")],
+    "docs/concepts/balance.md": [Definition("(V-MoE, §4.1)", "a section of the cited paper")],
+    "docs/concepts/five-looks.md": [
+        Definition("12 × 12 patches", "a size"),
+        Definition('rootMargin: "-65% 0px -30% 0px"', "where on the screen a section counts as read"),
+    ],
+    "docs/concepts/evidence.md": [Definition("95 %, over other images", "the level of the intervals")],
+    "docs/concepts/walk.md": [
+        Definition("for 0.7 and another for 0.3 gets 0.7 of the one output and 0.3 of", "an example")
+    ],
+    "docs/faq.md": [
+        Definition("5.0 over five MoE layers is perfect, 5.0 in one layer", "the loss by its formula"),
+        Definition("A max/mean load of 1.2", "an example"),
+        Definition("takes tens of seconds", "an order of magnitude that the option's own help names"),
+    ],
+    "docs/guides/serve.md": [Definition("A lesson of 45 minutes", "a plan")],
+    "docs/guides/several-gpus.md": [Definition("Five minutes before the end the run saves", "--signal=USR1@300")],
+    "docs/guides/compare.md": [
+        Definition("with its 95 % interval", "the level of the intervals"),
+        Definition("(p ≥ .05)", "the level of the tests"),
+        Definition("tell apart with 80 % power", "POWER of `moevision.train.stats`"),
+        Definition("12.7 standard errors wide on either side, that of five seeds 2.8", "quantiles of Student's t"),
+    ],
+    "docs/guides/tables-and-logs.md": [
+        Definition("where no class reaches 60 %", "the example's `--unsure 0.6`"),
+        Definition("more than 1.5 times the training images", "a constant of `moevision.train.report`"),
+        Definition("Lightning 2.6.6", "a version"),
+        Definition("| `tensorboard` 2.21 |", "a version"),
+        Definition("| `wandb` 0.31 |", "a version"),
+        Definition("| `mlflow` 3.17 |", "a version"),
+        Definition("MLflow 3.17", "a version"),
+        Definition("trackio 0.43", "a version"),
+    ],
+    "docs/guides/good-data.md": [
+        Definition("90, 70, 50 and 30 %", "defaults of `python -m benchmarks curve of`"),
+        Definition("and prints whether 70 %", "the share that its sentence is about"),
+        Definition("what the last 10 % of the images were worth", "from its largest default share to all"),
+    ],
+    "docs/guides/keep-alive.md": [
+        Definition("every ten minutes", "a default of `CheckpointConfig`"),
+        Definition("each about three times the size of the weights", "weights and AdamW's two moments"),
+    ],
+    "docs/guides/laptop.md": [
+        Definition("has 8 × 8 pixels", "a size"),
+        Definition("at most ten minutes are lost", "a default of `CheckpointConfig`"),
+    ],
+    "docs/guides/more-than-chance.md": [
+        Definition("3 bits would determine one of 8 classes", "log2 8"),
+        Definition("95 %, over other images", "the level of the intervals"),
+    ],
+    "docs/guides/own-images.md": [
+        Definition("2,048 photos of cats and dogs", "the data"),
+        Definition("Above 5 % of a split", "the default of `data.max_bad_fraction`"),
+        Definition("a DINOv2 ViT-S (88 MB) on a CPU", "the size of the download that is named"),
+        Definition("over an hour, a ViT-B on a GPU of 12 GB", "constants of `moevision/train/start.py`"),
+        Definition("112 px on a CPU, 224 px on a GPU; layer decay 0.75", "what `moevision/train/start.py` chooses"),
+    ],
+    "docs/index.md": [Definition("Python 3.11 or newer", "a version"), Definition("lesson of 45 minutes", "a plan")],
+    "docs/reference/files.md": [
+        Definition("from 5 on the features must agree, cosine at least .7", "SURE_BITS, AGREE of `analysis.good_data`"),
+        Definition("balanced accuracy with 95 % intervals", "a confidence level"),
+        Definition("in the fewest of 64 bits", "the length of the hash"),
+        Definition("151 MB for 1.3 M images", "116 bytes each; `tests/data/test_scores.py` allocates them"),
+    ],
+    "docs/reference/config.md": [
+        Definition("(Docker gives 64 MB)", "Docker's default"),
+        Definition("more than 1.5 times the training", "a constant of `moevision.train.report`"),
+        Definition("input times U(0.99, 1.01)", "how jitter is defined"),
+        Definition("such as 0.75", "an example"),
+        Definition("tens of seconds at the start", "an order of magnitude that the option's own help names"),
+        Definition("about 3 × the weights each", "weights and AdamW's two moments"),
+        Definition("such as 0.999", "an example"),
+    ],
+    "docs/reference/models.md": [
+        *(Definition(row, "counted again by `tests/docs/test_docs.py`") for row in _MODELS),
+        Definition("are Wilson's 95 % over", "the level of the intervals"),
+        Definition("with 5 % of the patches or more", "asserted by `tests/demo/test_bundle.py`"),
+    ],
+    "docs/reference/routers.md": [
+        Definition("importance 0.05, load 0.05", "defaults of `moevision/layers/routers.py`"),
+        Definition("load balancing 0.05", "default of `moevision/layers/routers.py`"),
+        Definition("(0.2 to 0.4 where data are few", "the cited paper"),
+        Definition("(V-MoE, §4.1)", "a section of the cited paper"),
+        Definition("γ of `bias_balanced`, 0.001", "default of `moevision/layers/routers.py`"),
+    ],
+}

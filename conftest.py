@@ -1,0 +1,85 @@
+"""Which tests run, in which process, and what is said of those that can't; what tests share is in `tests/shared.py`."""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+# `tests` and `benchmarks` are packages of the checkout. At the end of the path: an installed moevision comes first.
+sys.path.append(str(ROOT))
+pytest_plugins = ["tests.shared"]
+
+from tests.needs import NEEDS  # noqa: E402
+
+# ---- tiers
+
+TIERS = ("deep", "browser", "docs", "studies")
+"""What `pytest` alone leaves out, each a marker: `pytest -m deep`."""
+FOLDERS = {"tests/browser": "browser", "tests/docs": "docs", "benchmarks": "studies"}
+"""Everything below these is of that tier, unless a test is marked with another."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest`, also of a folder, is the product's tests, in two processes; a file that is named runs whole, in one."""
+    option = config.option
+    if any(".py" in argument for argument in config.args):
+        return
+    option.markexpr = option.markexpr or f"not ({' or '.join(TIERS)})"
+    if option.numprocesses is None and not (option.usepdb or option.collectonly):
+        option.numprocesses = 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what lies in the folder of a tier."""
+    for item in items:
+        folder = item.path.relative_to(ROOT).as_posix()
+        for start, tier in FOLDERS.items():
+            if folder.startswith(f"{start}/") and not any(map(item.get_closest_marker, TIERS)):
+                item.add_marker(tier)
+
+
+# ---- what is missing here: skipped, and summed up at the end
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `needs(NAME, ...)` where one of those isn't here."""
+    for name in (name for mark in item.iter_markers("needs") for name in mark.args):
+        if not NEEDS[name].is_here():
+            pytest.skip(_MISSING + name)
+
+
+_MISSING, _COMPLETE = "not here: ", "MOEVISION_TESTS_COMPLETE"
+
+
+def _missing(reporter: pytest.TerminalReporter) -> Counter[str]:
+    """How many tests were skipped for each missing thing."""
+    reasons = (str(report.longrepr[2]) for report in reporter.stats.get("skipped", ()))
+    return Counter(reason.partition(_MISSING)[2] for reason in reasons if _MISSING in reason)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where nothing may be missing, a test that was skipped for it is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get(_COMPLETE) == "1" and reporter is not None and _missing(reporter):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+    """One paragraph on what could not run here, below everything else."""
+    yield
+    missing = _missing(terminalreporter)
+    if not missing:
+        return
+    fails = os.environ.get(_COMPLETE) == "1"
+    terminalreporter.section("not run here", red=fails, yellow=not fails)
+    listed = (f"{count} for want of {NEEDS[name].name} ({NEEDS[name].command})" for name, count in missing.items())
+    verdict = f" {_COMPLETE} is set, so this is a failure." if fails else ""
+    terminalreporter.write_line(f"Skipped tests: {', '.join(listed)}.{verdict}")

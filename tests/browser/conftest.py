@@ -1,0 +1,241 @@
+"""A real Chromium for the tests of the page.
+
+Debian's `chromium` is used, or what MOEVISION_CHROMIUM names; without one the tests are skipped (`tests/needs.py`).
+What a page shows is compared with the service's own answer, which `ask` gets past gradio and the page.
+"""
+
+import re
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from tests.demo.conftest import (  # noqa: F401  (fixtures)
+    bundle,
+    explorer,
+    gradio_dir,
+    home,
+    make,
+    photos_home,
+    pixels,
+    routers_home,
+    scored_run,
+    server,
+)
+from tests.needs import chromium
+
+SERVER_CALL = re.compile(r"/component_server\b")
+WIDE = {"width": 1440, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page in a profile of its own, with everything that it asked for and complained about."""
+
+    def __init__(self, browser, *, tour=False, level="research", **options):
+        self.context = browser.new_context(**{"viewport": WIDE, "accept_downloads": True, **options})
+        if not tour:  # somebody who has been here before
+            self.context.add_init_script("localStorage.setItem('moevision.tour.seen', '1')")
+        if level:  # as it was left at an earlier visit
+            keep = f"localStorage.getItem('moevision.level') ?? localStorage.setItem('moevision.level', '{level}')"
+            self.context.add_init_script(f"try {{ {keep} }} catch {{}}")  # a sandboxed frame has no storage
+        self.context.set_default_timeout(120_000)  # ms; a busy machine may take most of it
+        self.page = self.context.new_page()
+        self.page.wait_for_function = self._wait_for
+        self.requests, self.complaints = [], []
+        self.page.on("request", lambda request: self.requests.append(request))
+        self.page.on("console", self._hear)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def _wait_for(self, expression, *, arg=None):
+        """Playwright's own evaluates a text inside the page, which the page's policy forbids."""
+        end = time.monotonic() + 120
+        while not self.page.evaluate(expression, arg):
+            assert time.monotonic() < end, expression
+            self.page.wait_for_timeout(20)  # ms
+
+    def _hear(self, message):
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def open(self, address):
+        """Go there and wait for the image."""
+        self.page.goto(address)
+        self.page.wait_for_selector(".mv-cell")
+        self.page.wait_for_selector("[data-box=progress]", state="hidden")
+        return self.page
+
+    def _calls(self):
+        posts = [request.post_data_json for request in self.requests if request.method == "POST"]
+        return [(post["fn_name"], post["data"]) for post in posts if post and "fn_name" in post]
+
+    @property
+    def asked(self):
+        """Names of the server functions that the page called."""
+        return [name for name, _ in self._calls()]
+
+    def questions(self, name):
+        """What the page asked the server function `name`, in that order."""
+        return [data for called, data in self._calls() if called == name]
+
+    def question(self, name):
+        """What it asked last."""
+        return self.questions(name)[-1]
+
+    def strangers(self, home):
+        """Addresses elsewhere that were asked for."""
+        return [request.url for request in self.requests if not request.url.startswith((home, "data:", "blob:"))]
+
+
+@pytest.fixture
+def new_visit(browser):
+    """Opens visits that may go wrong on purpose."""
+    visits = []
+
+    def begin(**options):
+        visits.append(Visit(browser, **options))
+        return visits[-1]
+
+    yield begin
+    for one in visits:
+        one.page.unroute_all(behavior="ignoreErrors")  # a handler may still be on its way
+        one.context.close()
+
+
+@pytest.fixture
+def visit(new_visit, server):
+    """Opens visits and holds each of them to the same manners: no complaint, no request to anywhere else."""
+    visits = []
+
+    def begin(query="", **options):
+        visits.append(new_visit(**options))
+        visits[-1].open(server.url + query)
+        return visits[-1]
+
+    yield begin
+    for one in visits:
+        assert one.complaints == []
+        assert one.strangers(server.url) == []
+        assert one.requests
+
+
+@pytest.fixture(scope="module")
+def ask(explorer):
+    def ask(name, **request):
+        answer = explorer.answer(name, {"model": "pets", **request})
+        assert "error" not in answer, answer
+        return answer
+
+    return ask
+
+
+def axe(page, part=None):
+    """What axe-core finds on the page, or in a part of it."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    return Axe().run(page, part).response["violations"]
+
+
+def answered(page):
+    """Wait for the view that was asked for last: it is drawn in one go, before the page says that it isn't busy."""
+    page.wait_for_selector("[data-box=main][aria-busy=true]", state="detached")
+
+
+def numbers(page):
+    """The text on every patch of the first image."""
+    answered(page)
+    return page.locator("[data-slot='0'] .mv-mark").all_text_contents()
+
+
+def fills(page):
+    """Colour and opacity of every patch: [(r, g, b, a)]."""
+    answered(page)
+    script = "cells => cells.map(cell => cell.style.backgroundColor)"
+    colours = page.eval_on_selector_all("[data-slot='0'] .mv-cell", script)
+    found = [[float(value) for value in re.findall(r"[\d.]+", colour)] for colour in colours]
+    return [(*values[:3], values[3] if len(values) > 3 else 1.0) for values in found]
+
+
+def said(page):
+    """What a screen reader was told last."""
+    return page.text_content("[data-live]")
+
+
+def open_tab(page, name):
+    page.click(f"[data-tab={name}]")
+    page.wait_for_selector(".mv-panel:not(:has(.mv-spinner))")
+
+
+def no_sideways_scroll(page):
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+class Held:
+    """The calls of one of the server's functions, which wait until they are released."""
+
+    def __init__(self, page, name):
+        self.page, self.name, self.routes, self.released = page, name, [], False
+        page.route(SERVER_CALL, self.handle)
+
+    def handle(self, route):
+        if not self.released and route.request.post_data_json["fn_name"] == self.name:
+            self.routes.append(route)
+        else:
+            route.continue_()
+
+    def wait(self, count=1):
+        """Until there are as many calls."""
+        end = time.monotonic() + 60  # s
+        while len(self.routes) < count:
+            assert time.monotonic() < end
+            self.page.wait_for_timeout(20)  # ms
+
+    def release(self):
+        """All of them, and wait for the answers."""
+        self.released = True
+        for route in self.routes:
+            with self.page.expect_response(lambda answer, request=route.request: answer.request == request):
+                route.continue_()
+        self.page.wait_for_timeout(200)  # ms; an answer is shown in far less
+
+
+@pytest.fixture
+def hold():
+    """`hold(page, name)` lets a server function wait for a test."""
+    return Held
+
+
+@pytest.fixture
+def look():
+    """Ways to read a page."""
+    return SimpleNamespace(
+        numbers=numbers, fills=fills, said=said, open_tab=open_tab, no_sideways_scroll=no_sideways_scroll
+    )
+
+
+@pytest.fixture
+def empty_stage():
+    """Goes on to a model that comes without images."""
+
+    def go(page):
+        def without_examples(route):
+            if route.request.post_data_json["fn_name"] != "boot":
+                return route.continue_()
+            answer = route.fetch()
+            models = [{**model, "examples": []} for model in answer.json()["models"]]
+            return route.fulfill(response=answer, json={"models": models})
+
+        page.route(SERVER_CALL, without_examples)
+        page.select_option("[data-change=model]", "photos")
+        page.wait_for_selector("[data-box=blank]:visible")
+
+    return go

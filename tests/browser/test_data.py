@@ -1,0 +1,103 @@
+"""The tab Data: a ranked image on the stage, in the address and after a reload; whatever its name."""
+
+from urllib.parse import quote
+
+import pytest
+
+from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.html import app_page
+from moevision.demo.service import Explorer
+from tests.demo.conftest import HOSTILE
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+HOME = "http://127.0.0.1:7860/"  # where the links of `data score` lead; nothing listens there
+FIRST, SHOWN = ".mv-ranked li:first-child button", "location.search.includes('picture=train')"
+PHONE = {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark"}
+
+
+@pytest.fixture(scope="module")
+def scored(scored_run):
+    return Explorer(open_entries(str(scored_run), DataOptions()))
+
+
+@pytest.fixture
+def visit_run(new_visit, scored):
+    """Opens visits of an explorer that answers in this process, and holds them to the manners of `visit`."""
+    visits = []
+
+    def answer(route):
+        asked = route.request.post_data_json
+        if asked is None:
+            document = app_page(scored.start_boot(), scored.start_views(), 1)
+            policy = (
+                f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; {document.policy}"
+            )
+            return route.fulfill(
+                content_type="text/html", body=document.text, headers={"content-security-policy": policy}
+            )
+        return route.fulfill(json=scored.answer(asked["fn_name"], asked["data"]))
+
+    def begin(query="", **options):
+        visits.append(new_visit(**options))
+        visits[-1].context.route(f"{HOME}**", answer)
+        visits[-1].open(HOME + query)
+        return visits[-1]
+
+    yield begin
+    for one in visits:
+        assert (one.complaints, one.strangers(HOME)) == ([], [])
+
+
+def first_card(page, list_name):
+    page.wait_for_selector(f"[aria-pressed=true]:text-is('{list_name}')")
+    page.wait_for_selector(".mv-ranked")
+    return page.locator(FIRST)
+
+
+def test_a_ranked_image_comes_onto_the_stage_and_stays_there(visit_run, scored, look):
+    doubtful = scored.answer("data", {"list": "doubtful"})["entries"]
+    one = visit_run(level="simple")
+    page = one.page
+    assert "data" not in one.asked  # before the tab is opened
+    page.click("[data-tab=data]")
+    card = first_card(page, "Doubtful labels")
+    assert page.text_content(".mv-panel .mv-lead").startswith("Ranked lists, no verdicts:")
+    assert page.locator(".mv-ranked li").count() == len(doubtful)
+    assert (
+        card.text_content() == f"cat{doubtful[0]['value']}right {doubtful[0]['right']} of {doubtful[0]['visits']} times"
+    )
+    assert HOSTILE in card.get_attribute("aria-label")
+    card.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(SHOWN)
+    assert page.locator(FIRST).get_attribute("aria-pressed") == "true"
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("Open cat/<img")
+    assert HOSTILE in page.locator("[data-slot='0'] .mv-picture").get_attribute("alt")
+    assert one.question("route")["picture"] == {"kind": "example", "id": f"train/{HOSTILE}"}
+    page.select_option("[data-change=data-class]", "cat")
+    page.click("[data-list=easiest]")
+    easiest = scored.answer("data", {"list": "easiest", "class": "cat"})["entries"]
+    assert easiest[0]["name"] in first_card(page, "Easiest").get_attribute("aria-label")
+    page.wait_for_function("location.search.includes('list=easiest')")
+    page.reload()
+    assert easiest[0]["name"] in first_card(page, "Easiest").get_attribute("aria-label")
+    assert page.input_value("[data-change=data-class]") == "cat"
+    assert page.locator(".mv-ranked button").count() == len(easiest)
+    assert HOSTILE in page.locator("[data-slot='0'] .mv-picture").get_attribute("alt")
+    assert page.locator(".mv img[src=x]").count() == 0
+
+
+def test_a_link_of_the_page_of_data_score_on_a_phone(visit_run, look):
+    page = visit_run(
+        f"?picture={quote(f'train/{HOSTILE}')}&tab=data&list=nope&class=nope", level="simple", **PHONE
+    ).page
+    assert first_card(page, "Doubtful labels").get_attribute("aria-pressed") == "true"
+    assert page.locator("[data-slot]").count() == 1
+    assert look.no_sideways_scroll(page)
+
+
+def test_without_scores_there_is_no_such_tab(visit):
+    page = visit("?tab=data").page
+    assert page.locator("[data-tab]").all_text_contents() == ["Experts", "Classes", "What if", "Compare", "About"]
+    assert page.get_attribute("[data-tab=experts]", "aria-selected") == "true"

@@ -1,0 +1,92 @@
+"""An expert's page by its link, its share image, silent experts and the logit lens: what they say is the service's."""
+
+import re
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+FIRST = {"kind": "example", "id": "pets/test/0"}
+
+
+@pytest.mark.parametrize("level", ["simple", "research"])
+def test_a_link_opens_an_experts_page_and_its_button_all_of_them(visit, ask, look, level):
+    card = ask("experts", layer=1)["experts"][2]
+    page = visit("?expert=L1.E2", level=level).page
+    page.wait_for_selector(".mv-alone")
+    assert page.locator(".mv-card").count() == 1
+    assert page.locator(".mv-card h2").text_content() == "L1·E2"
+    shown = page.text_content(".mv-card")
+    assert f"{card['load_share'] * 100:.1f} % of all choices" in shown
+    called = card["called"]
+    assert (f"its share of everything: {called['overall'] * 100:.0f} %" if called else "") in shown
+    counts = [gallery.locator("img").count() for gallery in page.locator(".mv-gallery").all()]
+    assert counts == [len(card["top"]), len(card["random"])]
+    page.click("[data-key=show-2]")
+    page.wait_for_function("document.querySelectorAll('.mv-card').length === 4")
+    # The address is written a moment later, and only what stands in it has a place in the history.
+    page.wait_for_function("!location.search.includes('expert=')")
+    page.click("[data-key=show-3]")
+    page.wait_for_selector(".mv-alone h2:has-text('L1·E3')")
+    page.wait_for_function("location.search.includes('expert=L1.E3')")
+    page.go_back()
+    page.wait_for_function("document.querySelectorAll('.mv-card').length === 4")
+    assert look.no_sideways_scroll(page)
+
+
+def test_what_was_measured_and_named_is_told(new_visit, server):
+    """An untrained model has neither: let the service say that it has."""
+    one = new_visit()
+    without = {"images_per_class": 40, "delta_logit": -0.5, "control_delta_logit": -0.1}
+
+    def answer(route):
+        if route.request.post_data_json["fn_name"] != "experts":
+            return route.continue_()
+        response = route.fetch()
+        data = response.json()
+        for card in data["experts"]:
+            card["called"] = {"kind": "part", "name": "whisker", "share": 0.4459, "overall": 0.1287}
+            card["without"] = {**without, "strongest_class": "<b>cat", "strongest_delta_logit": -1.25}
+        return route.fulfill(response=response, json=data)
+
+    one.page.route(re.compile(r"/component_server\b"), answer)
+    one.open(server.url + "?expert=L3.E1")
+    one.page.wait_for_selector(".mv-alone")
+    assert one.page.text_content(".mv-called") == "whisker: 45 %, its share of everything: 13 %"
+    assert "over 40 test images of each class" in one.page.text_content(".mv-without")
+    assert "most for <b>cat, −1.25" in one.page.text_content(".mv-without")
+
+
+def test_an_expert_is_saved_as_an_image(visit):
+    page = visit("?expert=L3.E1").page
+    page.wait_for_selector(".mv-alone")
+    with page.expect_download() as waiting:
+        page.click("[data-action=save-expert]")
+    assert waiting.value.suggested_filename == "moevision_pets_L3-E1.png"
+    with Image.open(waiting.value.path()) as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (1200, 600)
+        assert len(picture.convert("RGB").getcolors(2**24)) > 100
+
+
+def test_silent_experts_and_the_lens_are_the_views(visit, ask):
+    view = ask("route", picture=FIRST)
+    page = visit().page
+    silent = [
+        f"{layer['name']} {', '.join(f'E{e}' for e, count in enumerate(layer['counts']) if not count) or 'none'}"
+        for layer in view["layers"]
+    ]
+    assert page.text_content(".mv-silent") == f"Silent in this image: {' · '.join(silent)}."
+    rows = page.locator(".mv-lens li").all()
+    assert len(rows) == len(view["lens"]) == 4
+    for row, top in zip(rows, view["lens"], strict=True):
+        assert row.locator(".mv-class").text_content() == top[0]["class"]
+        assert float(row.locator(".mv-num").text_content().removesuffix(" %")) == pytest.approx(
+            100 * top[0]["p"], abs=0.51
+        )
+    names = [row.locator("span").first.text_content() for row in rows]
+    assert names == ["block 0", "L1", "block 2", "L3"]
+    assert "untrained readout" in page.text_content(".mv-box-lens")
+    page.click("[data-level=simple]")
+    assert page.locator(".mv-box-lens:visible").count() == 0

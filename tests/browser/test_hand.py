@@ -1,0 +1,116 @@
+"""An expert in the hand: what is changed on the stage is told there, beside its control, and undone there."""
+
+import statistics
+
+import pytest
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+FIRST = {"kind": "example", "id": "pets/test/0"}
+FIELDS = {"layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
+
+
+def result(effect):
+    """Target before -> after and the control's mean and spread, with as many digits as the spread leaves."""
+    before = effect["before"][0]["p"]
+    controls = [before + delta for delta in effect["control"]["delta_ps"]]
+    mean, spread = statistics.fmean(controls), statistics.stdev(controls)
+    digits = 1 if spread < 0.0095 else 0
+    old, now, mean, spread = (f"{100 * p:.{digits}f} %" for p in (before, before + effect["delta_p"], mean, spread))
+    target, other = effect["target"], effect["after"][0]["class"]
+    told = f"{target} stays {now}" if old == now else f"{target} {old} → {now}"
+    moved = effect["moved"] + effect["moved_prefix"] > 0
+    control = f"As much at random: {mean} ± {spread}" if moved else "No patch changes its experts"
+    return f"{told}{'' if other == target else f', now {other}'}. {control}"
+
+
+@pytest.mark.parametrize(
+    ("buttons", "change", "word", "said"),
+    [
+        (["[data-kind=ablate]"], {"kind": "ablate"}, "ablate.3.1.next_best.0", "Without L3·E1"),
+        (["[data-kind=force]"], {"kind": "force"}, "force.3.1.next_best.0", "Every patch in L3 goes to L3·E1"),
+        (
+            ["[data-action=hand-swap]", "[data-other='2']"],
+            {"kind": "swap", "other": 2},
+            "swap.3.1-2.next_best.0",
+            "L3·E1 and E2 compute each other's patches",
+        ),
+    ],
+)
+def test_an_expert_is_changed_told_linked_and_undone(visit, ask, look, buttons, change, word, said):
+    change = {**FIELDS, **change}
+    expected = ask("what_if", picture=FIRST, intervention=change)
+    one = visit()
+    page = one.page
+    top = page.locator(".mv-canvas").bounding_box()["y"]
+    page.click("[data-key=chip-1]")
+    for button in buttons:
+        page.click(f".mv-box-hand {button}")
+    page.wait_for_selector(".mv-results[role=note]")
+    assert one.question("what_if")["intervention"] == change
+    assert one.asked.count("route") == 0  # its view comes with the effect
+    text = page.text_content(".mv-results")
+    assert said in text
+    assert result(expected) in " ".join(text.split())
+    assert result(expected) in look.said(page)
+    assert "changed model" in page.text_content(".mv-verdict")
+    assert page.locator(".mv-canvas").bounding_box()["y"] == top  # nothing jumps
+    after = expected["view"]["layers"][1]["experts"]
+    shown = [after[patch][0] if change["kind"] == "ablate" else 1 for patch in range(16)]
+    assert look.numbers(page) == [str(expert) for expert in shown]
+    page.wait_for_function("word => location.search.includes(`do=${word}`)", arg=word)
+    linked = visit("?" + page.url.partition("?")[2]).page
+    assert linked.text_content(".mv-results") == text
+    assert look.numbers(linked) == look.numbers(page)
+    page.click("[data-action=undo]")
+    page.wait_for_selector(".mv-results", state="detached")
+    page.wait_for_function("!location.search.includes('do=')")
+    page.go_back()  # the change has a place in the history
+    page.wait_for_selector(".mv-results")
+    page.go_forward()
+    page.wait_for_selector(".mv-results", state="detached")
+    page.click("[data-key=chip-1]")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    plain = ask("route", picture=FIRST)["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in plain["experts"]]
+
+
+def test_the_keyboard_changes_an_expert_and_keeps_its_place(visit):
+    page = visit().page
+    page.focus("[data-key=chip-2]")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.dataset.key") == "chip-2"
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.dataset.kind") == "ablate":
+            break
+    page.keyboard.press("Enter")
+    page.wait_for_selector("[data-kind=ablate][aria-pressed=true]")
+    page.wait_for_selector(".mv-results[role=note]")
+    assert page.evaluate("document.activeElement.dataset.kind") == "ablate"
+    page.keyboard.press("Enter")  # once more: undone
+    page.wait_for_selector(".mv-results", state="detached")
+    assert page.evaluate("document.activeElement.dataset.kind") == "ablate"
+
+
+def test_the_expert_of_the_pinned_patch_comes_into_the_hand(visit, ask):
+    expert = ask("route", picture=FIRST)["layers"][1]["experts"][5][0]
+    page = visit("?patch=5").page
+    page.click(".mv-where [data-action=highlight]")
+    assert f"L3·E{expert}" in page.text_content(".mv-box-hand")
+
+
+def test_each_of_two_images_has_its_result(visit, ask):
+    other = {"kind": "example", "id": "pets/test/5"}
+    change = {**FIELDS, "kind": "ablate"}
+    page = visit("?picture=pets/test/0&picture2=pets/test/5&do=ablate.3.1.next_best.0").page
+    text = " ".join(page.text_content(".mv-results").split())
+    for place, picture in (("First", FIRST), ("Second", other)):
+        assert f"{place} image: {result(ask('what_if', picture=picture, intervention=change))}" in text
+
+
+def test_a_card_takes_its_expert_away_on_the_stage(visit):
+    one = visit()
+    one.page.click(".mv-card >> nth=1 >> [data-action=take-away]")
+    one.page.wait_for_selector(".mv-results:has-text('Without L3·E1')")
+    assert one.question("what_if")["intervention"] == {**FIELDS, "kind": "ablate"}

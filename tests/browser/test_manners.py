@@ -1,0 +1,469 @@
+"""M12 to M14: errors, keyboard, screen readers, contrast, small screens, and what the page owns up to."""
+
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.browser.conftest import axe
+from tests.demo.serving import LOGIN
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+FIRST = {"kind": "example", "id": "pets/test/0"}
+PHONE = {"width": 390, "height": 844}
+SERVER_CALL = re.compile(r"/component_server\b")
+VARIANTS = ("trained", "unbalanced", "untrained")
+TABS = ("experts", "classes", "whatif", "compare", "about")
+
+
+def serious(page, part=None):
+    """What axe-core finds on the page, or in a part of it, that keeps people out."""
+    violations = axe(page, part)
+    found = [one for one in violations if one["impact"] in ("serious", "critical")]
+    return [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
+def test_axe_finds_nothing_serious_and_nothing_scrolls_sideways(visit, look, scheme, size):
+    link = "?patch=5&expert=L3.E1&do=ablate.3.1.next_best.0"
+    page = visit(link, color_scheme=scheme, reduced_motion="reduce", **size).page
+    for tab in TABS:
+        look.open_tab(page, tab)
+        if tab == "whatif":
+            page.wait_for_selector(".mv-stripplot")
+        assert serious(page, ".mv-below" if tab != TABS[0] else None) == [], tab
+        assert look.no_sideways_scroll(page), tab
+
+
+@pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
+def test_two_pictures_and_warnings_keep_these_manners(visit, look, size):
+    page = visit("?picture2=pets/test/5&capacity=0.5&k=1&mode=drops&do=ablate.1.0.zero.0&tab=compare", **size).page
+    page.wait_for_selector(".mv-mirror")
+    assert page.locator("[role=note]").count() == 3  # two images off the distribution, and changed
+    assert page.locator(".mv-results").text_content().count("As much at random") == 2
+    assert serious(page) == []
+    assert look.no_sideways_scroll(page)
+
+
+def test_the_keyboard_reaches_everything(visit):
+    page = visit().page
+    page.wait_for_selector(".mv-card")
+    reached = set()
+    for _ in range(70):
+        page.keyboard.press("Tab")
+        data = page.evaluate("({ ...document.activeElement.dataset })")
+        reached |= {data.get("action"), data.get("change"), "patch" if "patch" in data else None}
+    wanted = {"patch", "example", "choose", "topk", "limit", "variant", "mode", "layer", "highlight", "model", "count"}
+    assert wanted | {"strength", "unpin", "similar", "tab"} <= reached
+    assert page.locator(".mv-cell[tabindex='0']").count() == 1
+    page.focus("[role=tab][aria-selected=true]")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.dataset.tab") == "classes"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('role')") == "tabpanel"
+
+
+def test_a_term_is_explained_to_mouse_and_keyboard(visit):
+    page = visit().page
+    page.hover(".mv-facts [data-term=margin]")
+    assert "second-highest" in page.text_content("[role=tooltip]:visible")
+    page.mouse.move(2, 2)
+    assert page.locator("[role=tooltip]:visible").count() == 0
+    page.focus(".mv-facts [data-term=entropy]")
+    assert "in bits" in page.text_content("[role=tooltip]:visible")
+    page.keyboard.press("Escape")
+    assert page.locator("[role=tooltip]:visible").count() == 0
+
+
+def test_the_grid_is_told_to_a_screen_reader(visit):
+    page = visit().page
+    grid = page.locator("[role=grid]")
+    assert grid.get_attribute("aria-rowcount") == "4"
+    assert grid.locator("> [role=row]").count() == 4
+    assert grid.locator("> [role=row] > [role=gridcell]").count() == 16
+    labels = page.eval_on_selector_all("[role=gridcell]", "cells => cells.map(cell => cell.getAttribute('aria-label'))")
+    assert all(re.fullmatch(r"row \d, column \d: expert \d, weight \d\.\d\d", label) for label in labels)
+
+
+def test_who_may_show_the_page_in_a_frame(new_visit, server):
+    """A notebook on this computer may, another website may not (clickjacking)."""
+
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(f"<!doctype html><iframe src='{server.url}' width=1200 height=800></iframe>".encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        thread = threading.Thread(target=site.serve_forever)
+        thread.start()
+        try:
+            for name, allowed in (("localhost", True), ("evil.localhost", False)):
+                one = new_visit()
+                one.page.goto(f"http://{name}:{site.server_address[1]}/")
+                if allowed:
+                    one.page.frame_locator("iframe").locator(".mv-cell").first.wait_for()
+                assert any("frame-ancestors" in complaint for complaint in one.complaints) is not allowed
+        finally:
+            site.shutdown()
+            thread.join()
+
+
+def test_a_login_works_and_complains_about_nothing(new_visit, server):
+    one = new_visit()
+    one.page.goto(server.doors["locked"])
+    for password, then in (("guess", "text=Incorrect credentials"), (LOGIN[1], ".mv-cell")):
+        one.page.fill("input >> nth=0", LOGIN[0])
+        one.page.fill("input[type=password]", password)
+        one.page.click("button.primary")
+        one.page.wait_for_selector(then)
+    assert not any("Content Security Policy" in complaint for complaint in one.complaints)
+    assert one.strangers(server.doors["locked"]) == []
+
+
+def test_a_shared_page_asks_no_server_of_gradios(new_visit, server):
+    one = new_visit()
+    one.open(server.doors["shared"])
+    one.page.click("[data-action=example] >> nth=2")
+    one.page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    assert one.complaints == []
+    assert one.strangers(server.doors["shared"]) == []
+
+
+def test_the_tour_comes_once(visit):
+    page = visit(tour=True).page
+    for step in range(1, 5):
+        assert f"{step} of 4" in page.text_content(".mv-tour")
+        page.click("[data-action=tour-next]")
+    assert page.locator(".mv-tour").count() == 0
+    assert_stage_is_seen(page)
+    page.reload()
+    page.wait_for_selector(".mv-card")
+    assert page.locator(".mv-tour").count() == 0
+
+
+@pytest.mark.parametrize("size", [{}, {"viewport": PHONE}], ids=["wide", "phone"])
+def test_the_tour_does_not_leave_one_below_the_stage(visit, size):
+    page = visit(tour=True, **size).page
+    for _ in range(3):
+        page.click("[data-action=tour-next]")
+    assert "4 of 4" in page.text_content(".mv-tour")
+    page.evaluate("document.activeElement.blur()")  # as after a click beside everything
+    page.keyboard.press("Escape")
+    assert page.locator(".mv-tour").count() == 0
+    assert_stage_is_seen(page)
+
+
+def assert_stage_is_seen(page):
+    top = page.evaluate("document.querySelector('.mv-verdict').getBoundingClientRect().top")
+    assert 0 <= top < page.viewport_size["height"] / 2
+    assert page.evaluate("document.activeElement.matches('.mv-cell')")
+
+
+def test_the_tour_can_be_skipped_with_escape(visit):
+    page = visit(tour=True).page
+    assert serious(page) == []
+    page.keyboard.press("Escape")
+    assert page.locator(".mv-tour").count() == 0
+    assert page.evaluate("localStorage.getItem('moevision.tour.seen')") == "1"
+
+
+def test_a_server_that_is_gone_gets_a_sentence_and_a_way_on(new_visit, server):
+    page = new_visit().open(server.url)
+    page.route(SERVER_CALL, lambda route: route.abort())
+    page.click("[data-action=example] >> nth=2")
+    page.wait_for_selector("[data-action=retry]")
+    assert "doesn't answer" in page.text_content("[role=alert]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector("[data-action=retry]", state="detached")
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")  # image i has label i mod 8
+
+
+def test_a_busy_server_is_asked_again(new_visit, server):
+    page = new_visit().open(server.url)
+    routes = []
+
+    def busy_once(route):
+        if route.request.post_data_json["fn_name"] == "route":
+            routes.append(route)
+            if len(routes) == 1:
+                route.fulfill(json={"error": "Many people are asking.", "code": "busy"})
+                return
+        route.continue_()
+
+    page.route(SERVER_CALL, busy_once)
+    page.click("[data-action=example] >> nth=2")
+    page.wait_for_selector("[data-box=toast]:has-text('Many people')")
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    assert len(routes) == 2
+    assert page.locator("[role=alert]").count() == 0
+
+
+def refuse(page, **asked):
+    """Every question about a view that asks for this goes unanswered, until `page.unroute(SERVER_CALL)`."""
+
+    def handle(route):
+        call = route.request.post_data_json
+        refused = call["fn_name"] == "route" and asked.items() <= call["data"].items()
+        return route.abort() if refused else route.continue_()
+
+    page.route(SERVER_CALL, handle)
+
+
+def test_what_failed_is_asked_for_again_by_the_next_choice(new_visit, server, ask, look):
+    """Another network for both images, which fails, then another second image: one network for both."""
+    page = new_visit().open(server.url + "?picture2=pets/test/5")
+    refuse(page, variant="unbalanced")
+    page.click("[data-variant=unbalanced]")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=slot][data-index='1']")
+    page.click("[data-action=example][data-id='pets/test/6']")
+    page.wait_for_selector("[data-action=retry]", state="detached")
+    layer = ask("route", picture=FIRST, variant="unbalanced")["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+
+
+def test_a_second_image_that_failed_comes_with_the_next_choice(new_visit, server, look):
+    page = new_visit().open(server.url)
+    refuse(page)
+    page.click("[data-action=count][data-count='2']")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=slot][data-index='0']")
+    page.click("[data-action=example][data-id='pets/test/6']")
+    page.wait_for_selector(".mv-pictures [data-slot='1'] .mv-cell")
+    assert page.locator("[role=alert]").count() == 0
+
+
+def test_back_to_an_image_that_failed_before_shows_it(new_visit, server):
+    """Rabbit, then another; the rabbit again, which fails; back to where it was seen."""
+    page = new_visit().open(server.url + "?picture=pets/test/2")
+    page.wait_for_function("location.search.includes('patch=')")
+    page.click("[data-action=example][data-id='pets/test/5']")
+    page.wait_for_selector(".mv-picture[alt*=fox]")
+    page.wait_for_function("location.search.includes('test%2F5')")
+    refuse(page)
+    page.click("[data-action=example][data-id='pets/test/2']")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.go_back()
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+
+
+def test_a_model_without_pictures_says_how_to_bring_some(visit, look):
+    page = visit().page
+    page.select_option("[data-change=model]", "photos")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    for tab in ("experts", "classes", "compare"):
+        look.open_tab(page, tab)
+        assert "--data" in page.text_content(".mv-panel")
+
+
+def test_an_expert_of_one_model_is_not_highlighted_in_another(visit):
+    page = visit("?expert=L3.E1").page
+    page.select_option("[data-change=model]", "photos")
+    page.wait_for_function("location.search.includes('model=photos') && !location.search.includes('expert=')")
+    assert "Click an expert to change it." in page.text_content("[data-box=hand]")
+
+
+def test_of_two_images_both_show_what_was_chosen_last(visit, ask, look):
+    """Another network for both, and at once another example in the place of the second."""
+    page = visit("?picture2=pets/test/5").page
+    page.evaluate("""() => {
+        document.querySelector("[data-variant=unbalanced]").click();
+        document.querySelector("[data-action=slot][data-index='1']").click();
+        document.querySelectorAll("[data-action=example]")[5].click();
+    }""")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    layer = ask("route", picture=FIRST, variant="unbalanced")["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+
+
+def before_photos(page):
+    """Photos, back to pets, and a reload: Forward leads to a model whose images aren't here yet."""
+    page.select_option("[data-change=model]", "photos")
+    page.wait_for_function("location.search.includes('model=photos')")
+    page.go_back()
+    page.wait_for_function("!location.search.includes('model=photos')")
+    page.reload()
+    page.wait_for_selector(".mv-cell")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+
+
+def test_forward_after_a_reload_finds_the_other_models_images(visit, hold):
+    page = visit().page
+    before_photos(page)
+    held = hold(page, "boot")
+    page.go_forward()
+    page.wait_for_selector("[data-box=main][aria-busy=true]")  # it says so while the other model's images are fetched
+    held.release()
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    assert page.is_visible("[data-action=example][data-id^='photo/']")
+    assert "model=photos" in page.url
+
+
+def test_an_image_that_is_chosen_while_forward_waits_stands(visit, hold):
+    page = visit().page
+    before_photos(page)
+    held = hold(page, "boot")
+    page.go_forward()
+    held.wait()
+    page.click("[data-action=example][data-id='pets/test/2']")
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    held.release()
+    assert page.locator(".mv-picture[alt*=rabbit]").count() == 1
+    assert page.eval_on_selector("[data-change=model]", "select => select.value") == "pets"
+    page.wait_for_function("location.search.includes('model=pets') && location.search.includes('test%2F2')")
+
+
+def test_of_two_models_the_last_one_is_shown_though_both_wait(visit, hold):
+    page = visit().page
+    held = hold(page, "boot")
+    page.select_option("[data-change=model]", "photos")
+    held.wait()
+    page.select_option("[data-change=model]", "pets")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    held.release()
+    assert page.eval_on_selector("[data-change=model]", "select => select.value") == "pets"
+    assert page.is_visible("[data-action=example][data-id='pets/test/2']")
+
+
+def test_forward_to_images_that_do_not_come_can_be_tried_again(new_visit, server):
+    page = new_visit().open(server.url)
+    before_photos(page)
+    page.route(SERVER_CALL, lambda route: route.abort())
+    page.go_forward()
+    page.wait_for_selector("[data-action=retry]")
+    assert page.locator("text=comes without images").count() == 0
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector("[data-action=example][data-id^='photo/']")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    assert page.locator("[data-action=retry]").count() == 0
+    assert "model=photos" in page.url
+
+
+def test_an_image_that_is_chosen_on_the_way_back_is_an_entry_of_its_own(visit, hold):
+    page = visit().page
+    page.wait_for_function("location.search.includes('test%2F0')")
+    page.click("[data-action=example][data-id='pets/test/4']")
+    page.wait_for_function("location.search.includes('test%2F4')")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    held = hold(page, "route")
+    page.go_back()
+    held.wait()
+    page.click("[data-action=example][data-id='pets/test/6']")
+    held.wait(2)
+    held.release()
+    page.wait_for_function("location.search.includes('test%2F6')")
+    page.go_back()
+    page.wait_for_function("location.search.includes('test%2F0')")
+    page.wait_for_selector(".mv-picture[alt*=cat]")
+
+
+def test_a_click_before_a_links_image_came_stands(new_visit, server, hold):
+    page = new_visit().page
+    held = hold(page, "route")
+    page.goto(server.url + "?picture=pets/test/5")
+    held.wait()
+    page.click("[data-action=example][data-id='pets/test/2']")
+    held.wait(2)
+    held.release()
+    page.wait_for_selector(".mv-picture[alt*=rabbit]")
+    assert page.is_hidden("[data-box=toast]")
+
+
+def test_a_link_whose_server_did_not_answer_is_tried_again(new_visit, server):
+    page = new_visit().page
+    refuse(page)
+    page.goto(server.url + "?picture=pets/test/5&patch=3")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector(".mv-picture[alt*=fox]")
+    assert page.get_attribute(".mv-pinned", "data-patch") == "3"
+    assert page.is_hidden("[data-box=toast]")
+
+
+def test_a_link_to_another_model_says_that_it_waits(new_visit, server, hold):
+    page = new_visit().page
+    held = hold(page, "boot")
+    page.goto(server.url + "?model=photos")
+    page.wait_for_selector("[data-box=main][aria-busy=true]")
+    assert page.is_visible("[data-change=model]")
+    assert page.is_visible("[data-tab=about]")
+    assert page.get_attribute("[data-level=research]", "aria-pressed") == "true"  # as at the last visit
+    held.release()
+    page.wait_for_selector("[data-action=example][data-id^='photo/']")
+    page.wait_for_selector(".mv-cell")
+
+
+def test_a_link_to_another_model_can_be_tried_again(new_visit, server):
+    page = new_visit().page
+    page.route(SERVER_CALL, lambda route: route.abort())
+    page.goto(server.url + "?model=photos")
+    page.wait_for_selector("[data-action=retry]")
+    page.unroute(SERVER_CALL)
+    page.click("[data-action=retry]")
+    page.wait_for_selector("[data-action=example][data-id^='photo/']")
+    page.wait_for_selector(".mv-cell")
+
+
+def test_a_late_answer_does_not_bring_back_the_former_models_image(visit, empty_stage):
+    """One click on an image, and at once another model, which has none to show."""
+    page = visit().page
+    empty_stage(page)
+    page.select_option("[data-change=model]", "pets")
+    page.wait_for_selector("[data-box=view]:visible")
+    with page.expect_response(lambda response: '"route"' in (response.request.post_data or "")):
+        page.evaluate("""() => {
+            document.querySelectorAll("[data-action=example]")[4].click();
+            const models = document.querySelector("[data-change=model]");
+            models.value = "photos";
+            models.dispatchEvent(new Event("change", { bubbles: true }));
+        }""")
+    page.wait_for_timeout(200)  # ms; an answer is shown in far less
+    assert page.is_hidden("[data-box=view]")
+    assert page.is_visible("[data-box=blank]")
+
+
+def test_the_first_screen_says_what_the_model_is_and_sees(visit, ask):
+    view = ask("route", picture=FIRST)
+    page = visit().page
+    header, verdict = page.text_content(".mv-header"), page.text_content(".mv-verdict")
+    assert view["model"]["accuracy_text"] in header
+    assert view["model"]["data_text"] in header
+    assert view["prediction"]["moe"][0]["class"] in verdict
+    assert f"dense twin: {view['prediction']['dense'][0]['class']}" in verdict
+    bars = page.locator(".mv-box-prediction .mv-class").all_text_contents()
+    top = [one["class"] for side in ("moe", "dense") for one in view["prediction"][side]]
+    assert [bar.split()[0] for bar in bars] == top
+
+
+def test_each_variant_is_shown_with_its_own_accuracy_and_training(visit, look, ask):
+    page = visit("?tab=about").page
+    texts = {name: ask("route", picture=FIRST, variant=name)["model"]["accuracy_text"] for name in VARIANTS}
+    assert len(set(texts.values())) == 3
+    for name, text in texts.items():
+        page.click(f"[data-variant={name}]")
+        page.wait_for_selector("[data-box=progress]", state="hidden")
+        others = set(texts.values()) - {text}
+        for part in (".mv-header", ".mv-panel"):
+            shown = page.text_content(part)
+            assert text in shown
+            assert not [other for other in others if other in shown]
+        rows = page.locator(".mv-card-table dt").all_text_contents()
+        assert ("seed" in rows) == ("recipe" in rows) == (name == "trained")  # this card has one recipe only
+        assert ("recipe, trained" in rows) == (name != "trained")
+
+
+def test_about_says_what_the_page_does_not_show(visit):
+    text = visit("?tab=about").page.text_content(".mv-panel")
+    for word in ("attends", "residual", "cause", "one image", "seed", "Apache-2.0"):
+        assert word in text

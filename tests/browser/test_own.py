@@ -1,0 +1,171 @@
+"""One's own images: several at once, kept as long as the tab, and which expert they share most."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+SHARED = ".mv-shared p"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    home = tmp_path_factory.mktemp("own")
+    for index in range(14):
+        colours = np.random.default_rng(index).integers(0, 255, (5, 4, 3)).astype(np.uint8)
+        Image.fromarray(colours).resize((64, 80)).save(home / f"{index:02}.png")
+    return sorted(home.iterdir())
+
+
+def add(page, files):
+    page.set_input_files("[data-box=file]", files)
+    page.wait_for_selector(f".mv-own [aria-pressed=true][aria-label='Your image {files[0].name}']")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+
+
+def names(page):
+    return page.locator(".mv-own button").evaluate_all("all => all.map(one => one.ariaLabel.slice(11))")
+
+
+def test_several_at_once_share_an_expert_as_counted(visit, files, explorer):
+    one = visit()
+    page = one.page
+    add(page, files[:3])
+    assert names(page) == [file.name for file in files[:3]]
+    page.wait_for_selector(f"{SHARED}:has-text('busiest')")
+    asked = one.questions("shares")
+    assert len(asked) == 3
+    shares = np.array([explorer.answer("shares", question)["layers"][1]["shares"] for question in asked])
+    best = int(shares.mean(0).argmax())
+    first = int((shares.argmax(1) == best).sum())
+    text = " ".join(page.text_content(SHARED).split())
+    assert text == (
+        f"Your 3 images share L3·E{best} {best} most: {100 * shares[:, best].mean():.0f} % of their patch choices "
+        f"(even: 25 %). It is the busiest in {first} of 3."
+    )
+    page.click(f"{SHARED} button")
+    assert page.locator(".mv-loadbar[aria-pressed=true]").get_attribute("data-expert") == str(best)
+    # What was counted isn't asked for again; another layer has its own numbers already.
+    page.click(".mv-layer[data-index='0']")
+    assert "L1·E" in page.text_content(SHARED)
+    page.click(".mv-own button >> nth=2")
+    page.wait_for_selector(f".mv-own [aria-pressed=true][aria-label='Your image {files[2].name}']")
+    assert len(one.questions("shares")) == 3
+
+
+def test_they_survive_a_reload_and_are_forgotten_when_asked(visit, files):
+    page = visit().page
+    add(page, files[:2])
+    # The address is written a moment later, and one moment has one place in the history.
+    page.wait_for_function("history.state['moevision.own']?.[0] === 1")
+    page.click(".mv-own button >> nth=1")
+    page.wait_for_selector(f".mv-own [aria-pressed=true][aria-label='Your image {files[1].name}']")
+    page.wait_for_function("history.state['moevision.own']?.[0] === 2")
+    shown = page.get_attribute(".mv-picture", "src")
+    page.reload()
+    page.wait_for_selector(".mv-cell")
+    assert names(page) == [file.name for file in files[:2]]
+    assert page.get_attribute(".mv-picture", "src") == shown
+    page.go_back()
+    page.wait_for_selector(f".mv-own [aria-pressed=true][aria-label='Your image {files[0].name}']")
+    page.click("[data-action=forget]")
+    assert names(page) == []
+    assert page.evaluate("sessionStorage.getItem('moevision.own')") == "[]"
+
+
+def test_what_is_forgotten_does_not_come_back(visit, files):
+    one = visit()
+    page = one.page
+    add(page, files[:1])
+    page.wait_for_function("history.state['moevision.own']?.[0] === 1")
+    page.click("[data-action=example][data-id='pets/test/4']")
+    page.wait_for_function("location.search.includes('test%2F4')")
+    page.click("[data-action=forget]")
+    page.go_back()
+    page.wait_for_selector("[data-action=example][data-id='pets/test/0'][aria-pressed=true]")
+    page.wait_for_selector("[data-box=main][aria-busy=false]")
+    assert one.question("route")["picture"] == {"kind": "example", "id": "pets/test/0"}
+
+
+def test_a_dozen_fit_and_a_broken_one_is_named(visit, files, tmp_path):
+    page = visit().page
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    add(page, [*files[:10], broken])
+    assert names(page) == [file.name for file in files[:10]]
+    assert "broken.png" in page.text_content("[data-box=rail-error]")
+    add(page, files[10:14])
+    assert names(page) == [file.name for file in [*files[10:14], *files[:8]]]
+    assert "room for 12 images" in page.text_content(".mv-toast")
+
+
+def test_several_can_be_dropped(visit, files):
+    page = visit().page
+    page.evaluate(
+        """(files) => {
+          const transfer = new DataTransfer();
+          files.forEach(([name, data]) => {
+            const bytes = Uint8Array.from(atob(data), (one) => one.charCodeAt(0));
+            transfer.items.add(new File([bytes], name, { type: 'image/png' }));
+          });
+          const event = new DragEvent('drop', { bubbles: true, cancelable: true, dataTransfer: transfer });
+          document.querySelector('.mv-canvas').dispatchEvent(event);
+        }""",
+        [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files[:2]],
+    )
+    page.wait_for_selector(".mv-own [aria-pressed=true]")
+    assert names(page) == [file.name for file in files[:2]]
+
+
+def test_a_phone_offers_its_camera_and_a_desk_does_not(visit):
+    desk = visit().page
+    assert desk.locator(".mv-camera:visible").count() == 0
+    phone = visit(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True).page
+    assert phone.locator(".mv-camera:visible").count() == 1
+    assert phone.get_attribute("[data-box=camera]", "capture") == "environment"
+    with phone.expect_file_chooser():
+        phone.click(".mv-camera")
+
+
+@pytest.mark.parametrize("kept", ["{", "[]", '[{"id": "x"}]', json.dumps([{"id": 1, "name": "a", "data": "http://x"}])])
+def test_strange_storage_is_no_image(visit, new_visit, server, kept):
+    one = new_visit()
+    one.context.add_init_script(f"sessionStorage.setItem('moevision.own', {json.dumps(kept)})")
+    one.open(server.url)
+    assert names(one.page) == []
+    assert one.complaints == []
+
+
+def test_more_examples_come_when_asked_for(visit):
+    one = visit()
+    page = one.page
+    assert page.locator(".mv-rail [data-action=example]").count() == 12
+    page.click("[data-action=more]")
+    page.wait_for_selector("[data-action=example] >> nth=35")
+    assert page.evaluate("document.activeElement.dataset.key") == "more"
+    page.click("[data-action=example][data-id='pets/test/20']")
+    page.wait_for_function("location.search.includes('picture=pets%2Ftest%2F20')")
+
+
+def test_more_is_offered_as_long_as_the_data_has_more(visit):
+    """Photos that come with a model don't count as images of its data."""
+    page = visit().page
+
+    def with_two_of_five(route):
+        if route.request.post_data_json["fn_name"] != "boot":
+            return route.continue_()
+        answer = route.fetch()
+        pets, photos = answer.json()["models"]
+        few = [*pets["examples"][:2], *({**one, "id": f"photo/{at}"} for at, one in enumerate(pets["examples"][2:6]))]
+        models = [pets, {**photos, "examples": few, "num_examples": 5}]
+        return route.fulfill(response=answer, json={"models": models})
+
+    page.route(re.compile(r"/component_server\b"), with_two_of_five)
+    page.select_option("[data-change=model]", "photos")
+    page.wait_for_selector("[data-action=example][data-id='photo/3']")
+    assert page.locator("[data-action=more]:visible").count() == 1

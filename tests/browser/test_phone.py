@@ -1,0 +1,118 @@
+"""A phone held upright: a short page, the stage in view, the inspector a sheet; and a slow network in front of it."""
+
+import gzip
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from moevision.demo.bundle import DataOptions, open_entries
+from moevision.demo.galleries import Galleries
+from moevision.demo.html import app_page
+from moevision.demo.service import Explorer
+from tests.browser.conftest import axe
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+SCREENS = 4
+MOST_BYTES = 280_000
+SPEED, WITHIN_S = 50_000, 6.0  # bytes per second
+
+
+# What a finger can't hit: less than 24 CSS px on a side (WCAG 2.2, 2.5.8).
+TOO_SMALL = """all => all.filter((one) => one.checkVisibility({ visibilityProperty: true }))
+  .filter((one) => Math.min(one.offsetWidth, one.offsetHeight) < 24).map((one) => one.outerHTML)"""
+
+
+def box(page, selector):
+    found = page.locator(selector).first.bounding_box()
+    return found["y"], found["y"] + found["height"]
+
+
+def test_the_page_is_short_and_a_patch_opens_a_sheet_below_the_stage(visit, look):
+    page = visit(level="simple", reduced_motion="reduce", **PHONE).page
+    page.wait_for_selector(".mv-question")
+    assert page.evaluate("document.documentElement.scrollHeight") <= SCREENS * 844
+    assert look.no_sideways_scroll(page)
+    assert page.locator(".mv-steps:visible").count() == 0
+    page.tap("[data-slot='0'] .mv-cell[data-patch='6']")
+    assert "row 2, column 3" in page.text_content(".mv-where")
+    assert page.get_attribute(".mv-handle", "aria-expanded") == "true"
+    assert box(page, ".mv-canvas")[1] <= box(page, ".mv-inspector")[0]  # the stage is seen above it
+    page.tap("[data-step='0']")
+    assert page.get_attribute(".mv-box-card", "data-at") == "scores"
+    assert axe(page, ".mv-inspector") == []
+    page.keyboard.press("Escape")
+    assert page.locator(".mv-steps:visible").count() == 0
+    assert page.evaluate("document.activeElement.matches('.mv-handle')")  # what had the focus is hidden
+    assert page.locator(".mv-pinned").count() == 1
+    page.keyboard.press("Enter")
+    assert page.locator(".mv-steps:visible").count() == 1
+    page.tap(".mv-handle")
+    page.evaluate("document.querySelector('.mv-box-loads').scrollIntoView()")
+    assert 0 <= box(page, ".mv-canvas")[0] < 20  # it stays while the rest is read
+    page.tap("[data-action=slot][data-index='1']")
+    left = page.locator("[data-slot='1']").bounding_box()["x"]
+    assert 0 <= left < 390 / 2  # the second image comes into view
+    assert page.eval_on_selector_all(".mv :is(button, select, summary):not(.mv-quiet, .mv-term)", TOO_SMALL) == []
+
+
+@pytest.mark.parametrize("width", [360, 390, 412])
+@pytest.mark.parametrize("level", ["simple", "research"])
+def test_the_share_menu_stays_on_the_screen(visit, look, width, level):
+    page = visit(level=level, **{**PHONE, "viewport": {"width": width, "height": 844}}).page
+    page.tap(".mv-menu summary")
+    menu = page.locator(".mv-menu-list").bounding_box()
+    assert menu["x"] >= 0
+    assert menu["x"] + menu["width"] <= width
+    assert look.no_sideways_scroll(page)
+
+
+@pytest.fixture(scope="module")
+def opening():
+    """Address of the document that `moevision demo` opens with, served with nothing behind it."""
+    entries = open_entries(None, DataOptions())
+    explorer = Explorer(entries, Galleries(entries))
+    document = gzip.compress(app_page(explorer.start_boot(), explorer.start_views(), 1).text.encode())
+    explorer.close()
+
+    class Site(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.send_header("content-encoding", "gzip")
+            self.end_headers()
+            self.wfile.write(document)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        thread = threading.Thread(target=site.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{site.server_address[1]}/", len(document)
+        site.shutdown()
+        thread.join()
+
+
+@pytest.mark.alone
+def test_the_stage_stands_early_on_a_slow_network(new_visit, opening):
+    address, size = opening
+    assert size <= MOST_BYTES
+    one = new_visit(level=None, **PHONE)
+    network = one.context.new_cdp_session(one.page)
+    network.send("Network.enable")
+    limits = {"offline": False, "latency": 40, "downloadThroughput": SPEED, "uploadThroughput": SPEED}
+    network.send("Network.emulateNetworkConditions", limits)
+    start = time.monotonic()
+    one.page.goto(address, wait_until="commit")
+    seen = "[...document.querySelectorAll('.mv-boot img')].map((one) => one.naturalWidth)"
+    one.page.wait_for_function(f"String({seen}) === '96,96'")
+    assert one.page.locator(".mv-cell").count() == 0
+    one.page.wait_for_selector(".mv-cell")
+    assert time.monotonic() - start < WITHIN_S
+    first = [request.url.partition("?")[0] for request in one.requests if request.resource_type != "image"]
+    assert first[0] == address
+    assert {url for url in first[1:] if "gradio_api" not in url} == set()  # no script, style or font beside it

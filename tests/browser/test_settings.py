@@ -1,0 +1,140 @@
+"""M7 to M9: other colourings, loads, capacity, k, and the switch between versions of the model."""
+
+import numpy as np
+import pytest
+
+from tests.demo.test_computation import unpacked
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+FIRST = {"kind": "example", "id": "pets/test/0"}
+MINUS = "\N{MINUS SIGN}"
+OFF = "off the training distribution"
+
+
+@pytest.mark.parametrize("mode", ["entropy", "margin"])
+def test_entropy_and_margin_stand_in_the_patches(visit, ask, look, mode):
+    layer = ask("route", picture=FIRST)["layers"][1]
+    page = visit().page
+    page.click(f"[data-mode={mode}]")
+    # One decimal is shown.
+    assert [float(text) for text in look.numbers(page)] == pytest.approx(layer[mode], abs=0.0501)
+    opacities = [fill[3] for fill in look.fills(page)]
+    assert sorted(range(16), key=lambda patch: opacities[patch])[-1] == max(range(16), key=lambda p: layer[mode][p])
+
+
+def test_loads_beside_the_equal_share(visit, ask):
+    layer = ask("route", picture=FIRST)["layers"][1]
+    page = visit().page
+    assert page.locator(".mv-loadcount").all_text_contents() == [str(count) for count in layer["counts"]]
+    assert sum(layer["counts"]) == 16 * 2
+    text = page.text_content(".mv-box-loads")
+    assert f"{max(layer['counts']) / 8:.2f}" in text
+    assert "equal share, 8 each" in text
+    assert page.locator(".mv-ideal").count() == 1
+
+
+def test_capacity_is_off_until_asked_for_and_shows_what_it_drops(visit, ask, look):
+    one = visit("?mode=drops")
+    page = one.page
+    assert not page.is_checked("[data-change=limit]")
+    assert "route" not in one.asked  # the view that came with the page has no limit
+    assert set(look.numbers(page)) == {""}
+    page.check("[data-change=limit]")
+    page.wait_for_selector("[role=note]")
+    assert one.question("route")["capacity"] == 1
+    layer = ask("route", picture=FIRST, capacity=1.0)["layers"][1]
+    dropped = [kept.count(False) for kept in layer["kept"]]
+    assert sum(dropped) > 0
+    assert look.numbers(page) == [f"×{count}" if count else "" for count in dropped]
+    assert page.locator(".mv-off:visible").text_content() == OFF
+    patch = dropped.index(max(dropped))
+    page.click(f".mv-cell[data-patch='{patch}']")
+    page.click("[data-step='2']")
+    assert page.locator(".mv-lost-row").count() == dropped[patch]
+    assert f"Hatched: {sum(dropped)} dropped" in page.text_content(".mv-box-loads")
+
+
+def test_another_k_is_marked(visit, ask, look):
+    one = visit()
+    page = one.page
+    assert page.locator(".mv-off:visible").count() == 0
+    page.focus("[data-change=topk]")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("[role=note]")
+    assert one.question("route")["top_k"] == 3
+    assert page.locator(".mv-off:visible").text_content() == OFF
+    assert (
+        page.text_content("[role=note]").strip() == "Off the training distribution. Trained with top-2, shown is top-3."
+    )
+    assert page.locator(".mv-card-rows li:not(.mv-away)").count() == 3
+    page.click("[data-action=as-trained]")
+    page.wait_for_selector("[role=note]", state="detached")
+    assert one.question("route")["top_k"] is None
+    plain = ask("route", picture=FIRST)["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in plain["experts"]]
+
+
+def test_noise_can_be_switched_on_drawn_again_and_off(visit, ask, look):
+    def drawn(seed):
+        return [str(choices[0]) for choices in ask("route", picture=FIRST, noise=seed)["layers"][1]["experts"]]
+
+    one = visit("?patch=5")
+    page = one.page
+    page.check("[data-change=noise]")
+    page.wait_for_selector("[role=note]")
+    assert one.question("route")["noise"] == 1
+    assert "draw 1" in page.text_content("[data-part=noise]")
+    assert look.numbers(page) == drawn(1)
+    page.click("[data-step='0']")
+    numbers = {name: unpacked(value)[5] for name, value in one_layer(ask, noise=1).items()}
+    shown = [text.replace(MINUS, "-").split() for text in page.locator(".mv-card-rows .mv-num").all_text_contents()]
+    assert [float(clean) for clean, _ in shown] == pytest.approx(numbers["scores"], abs=0.0051)
+    assert [float(noise) for _, noise in shown] == pytest.approx(numbers["noise"], abs=0.0051)
+    assert "As in training, with noise of size 1/4" in page.text_content("[data-part=say]")
+    page.click("[data-step='1']")
+    noisy = np.exp(numbers["scores"] + numbers["noise"])
+    shown = [float(text.removesuffix(" %")) for text in page.locator(".mv-card-rows .mv-num").all_text_contents()]
+    assert shown == pytest.approx(100 * noisy / noisy.sum(), abs=0.51)
+    page.click("[data-action=redraw]")
+    page.wait_for_selector("[role=note]:has-text('draw 2')")
+    page.wait_for_function("location.search.includes('noise=2')")
+    assert look.numbers(page) == drawn(2)
+    page.click("[data-key=chip-1]")
+    page.click("[data-kind=ablate]")
+    page.wait_for_selector(".mv-results:has-text('measured without noise')")
+    assert "what_if" not in one.asked
+    page.click("[data-action=calm]")
+    page.wait_for_selector(".mv-results:has-text('As much at random:')")
+    assert one.question("what_if")["noise"] is None
+    page.click("[data-action=undo]")
+    page.wait_for_selector("[role=note]", state="detached")
+    page.click("[data-key=chip-1]")
+    assert not page.is_checked("[data-change=noise]")
+    assert look.numbers(page) == [str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]]
+
+
+def one_layer(ask, **settings):
+    numbers = ask("route", picture=FIRST, **settings)["layers"][1]["computation"]
+    return {name: numbers[name] for name in ("scores", "noise")}
+
+
+def test_one_switch_shows_the_unbalanced_and_the_untrained_model(visit, ask):
+    page = visit().page
+    for variant in ("unbalanced", "untrained"):
+        page.click(f"[data-variant={variant}]")
+        layer = ask("route", picture=FIRST, variant=variant)["layers"][1]
+        page.wait_for_function(
+            "want => [...document.querySelectorAll('.mv-mark')].map(mark => mark.textContent).join() === want",
+            arg=",".join(str(choices[0]) for choices in layer["experts"]),
+        )
+        assert page.locator("[data-variant][aria-pressed=true]").get_attribute("data-variant") == variant
+
+
+def test_the_latest_of_two_quick_choices_wins(visit, ask, look):
+    one = visit()
+    ids = [one.page.locator("[data-action=example]").nth(index).get_attribute("data-id") for index in (3, 5)]
+    one.page.evaluate("ids => ids.forEach(id => document.querySelector(`[data-id='${id}']`).click())", ids)
+    one.page.wait_for_selector("[data-box=progress]", state="hidden")
+    layer = ask("route", picture={"kind": "example", "id": ids[1]})["layers"][1]
+    assert look.numbers(one.page) == [str(choices[0]) for choices in layer["experts"]]

@@ -1,0 +1,346 @@
+"""M10, M11 and one's own images: what leaves the page and what enters it."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import pytest
+from PIL import Image
+
+from moevision.data import SyntheticPets
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+FIRST = {"kind": "example", "id": "pets/test/0"}
+FORMATS = Path(__file__).parents[1] / "fixtures" / "formats"
+OLD_LINKS = {}
+for _file in sorted(FORMATS.glob("*/links.json")):
+    OLD_LINKS |= json.loads(_file.read_text())
+SENT = "() => !location.search.includes('picture=')"  # one's own image is in no link
+
+
+@pytest.fixture
+def export():
+    def export(page, kind):
+        page.click(".mv-menu summary")
+        with page.expect_download() as waiting:
+            page.click(f"[data-action=export-{kind}]")
+        return waiting.value
+
+    return export
+
+
+def test_nothing_is_saved_before_an_image_is_chosen(visit, empty_stage):
+    page = visit().page
+    empty_stage(page)
+    for kind in ("png", "json", "page"):
+        page.click(".mv-menu summary")
+        page.click(f"[data-action=export-{kind}]")
+        page.wait_for_selector("[data-box=toast]:has-text('Nothing is on the stage yet')")
+
+
+def test_the_stage_is_saved_as_png(visit, export):
+    saved = export(visit().page, "png")
+    assert saved.suggested_filename.startswith("moevision_pets_")
+    with Image.open(saved.path()) as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (1024, 1024 + 76)  # the caption
+        assert len(picture.convert("RGB").getcolors(2**24)) > 100
+
+
+def test_the_view_is_saved_as_json(visit, export, ask):
+    saved = export(visit().page, "json")
+    data = json.loads(saved.path().read_text(encoding="utf-8"))
+    assert data["schema"] == "moevision.view/2"
+    assert data == ask("route", picture=FIRST)
+
+
+def test_the_saved_page_works_alone(visit, export, new_visit, ask, look, tmp_path):
+    saved = export(visit().page, "page")
+    file = tmp_path / saved.suggested_filename
+    saved.save_as(file)
+    assert file.suffix == ".html"
+    alone = new_visit(offline=True)
+    page = alone.page
+    page.goto(file.as_uri())
+    page.click(".mv-cell[data-patch='5']")
+    assert look.said(page).startswith("row 2, column 2: expert")
+    page.keyboard.press("-")
+    layer = ask("route", picture=FIRST)["layers"][0]
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert alone.complaints == []
+    assert alone.strangers(file.as_uri()) == []
+
+
+def test_the_saved_page_is_of_the_image_on_the_stage(visit, export, hold):
+    """Another one may have been chosen, and not be here yet."""
+    one = visit()
+    held = hold(one.page, "route")
+    one.page.click("[data-action=example][data-id='pets/test/4']")
+    held.wait()
+    export(one.page, "page")
+    assert one.question("export_html")["picture"] == FIRST
+    held.release()
+
+
+def test_a_notebook_shows_the_same_view(new_visit, pixels, make, look):
+    from moevision.demo import route_image
+
+    view = route_image(make(), pixels)
+    one = new_visit(offline=True, tour=True)  # a sandboxed frame has no storage to note an earlier visit in
+    one.page.set_content(f"<h1>notebook</h1>{view._repr_html_()}")
+    frame = one.page.frame_locator("iframe")
+    frame.locator(".mv-cell[data-patch='5']").click()
+    marks = frame.locator("[data-slot='0'] .mv-mark").all_text_contents()
+    assert marks == [str(choices[0]) for choices in view.to_json()["layers"][-1]["experts"]]
+    assert frame.locator("[data-live]").text_content().startswith("row 2, column 2")
+    assert "· " not in frame.locator(".mv-header p").text_content()  # nothing is told of an unnamed model's accuracy
+    assert "top-2 of 4 experts" in frame.locator(".mv-header").text_content()
+    assert one.complaints == []
+
+
+@pytest.mark.parametrize("width", [760, 940, 1200, 1440])
+def test_a_notebook_shows_all_of_the_view_at_once(new_visit, width):
+    """The bundled model: with 64 patches, 8 experts and a dense twin there is most to show."""
+    from moevision.demo import route_image
+    from moevision.demo.bundle import bundled_model
+
+    image = SyntheticPets(1, 64, split="test").image(0)
+    view = route_image(bundled_model("pets"), image, dense=bundled_model("pets", "dense"))
+    page = new_visit(offline=True, viewport={"width": width, "height": 1000}).page
+    page.set_content(f"<style>body {{ margin: 0 }}</style>{view._repr_html_()}")
+    page.frame_locator("iframe").locator(".mv-cell").first.wait_for()
+    page_of_view = page.frames[1]
+    assert page_of_view.evaluate("document.documentElement.scrollHeight <= window.innerHeight")
+    assert page_of_view.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    wide = "elements => elements.filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.className)"
+    assert page_of_view.eval_on_selector_all(".mv-inspector *, .mv-side div, .mv-side ol", wide) == []
+
+
+def test_more_experts_than_colours_are_told_by_number(new_visit, pixels, make, look, tmp_path):
+    from moevision.analysis.plots import HIGHLIGHT, NEUTRAL
+    from moevision.demo import route_image
+    from moevision.demo.html import view_html
+
+    def rgb(colour):
+        return tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5))
+
+    view = route_image(make(num_experts=12), pixels).to_json()
+    layer = view["layers"][-1]
+    (tmp_path / "view.html").write_text(view_html(view, full_page=True), encoding="utf-8")
+    page = new_visit(offline=True).page
+    page.goto((tmp_path / "view.html").as_uri())
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert {fill[:3] for fill in look.fills(page)} == {rgb(NEUTRAL)}
+    assert "read the numbers" in page.text_content(".mv-box-legend")
+    expert = layer["experts"][0][0]
+    page.click(f".mv-loadbar[data-expert='{expert}']")
+    bright = [fill[:3] == rgb(HIGHLIGHT) for fill in look.fills(page)]
+    assert bright == [expert in choices for choices in layer["experts"]]
+
+
+def test_a_link_reproduces_the_view(visit, look):
+    page = visit().page
+    page.click("[data-action=example] >> nth=4")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    page.click("[data-variant=untrained]")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    page.focus("[data-change=topk]")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("[role=note]")
+    page.click(".mv-layer[data-index='0']")
+    page.click(".mv-cell[data-patch='11']")
+    page.click("[data-mode=entropy]")
+    look.open_tab(page, "compare")
+    words = ["variant=untrained", "k=3", "layer=1", "patch=11", "mode=entropy", "tab=compare"]
+    page.wait_for_function("words => words.every(word => location.search.includes(word))", arg=words)
+    other = visit("?" + page.url.partition("?")[2]).page
+    assert look.numbers(other) == look.numbers(page)
+    pressed = (
+        ".mv-pinned",
+        ".mv-layer[aria-pressed=true]",
+        "[data-mode][aria-pressed=true]",
+        "[role=tab][aria-selected=true]",
+    )
+    for selector in pressed:
+        data = "element => JSON.stringify([element.dataset, element.ariaLabel])"
+        assert other.locator(selector).evaluate(data) == page.locator(selector).evaluate(data)
+    for box in (".mv-box-inspector", ".mv-box-verdict", ".mv-box-loads"):
+        assert other.text_content(box) == page.text_content(box)
+
+
+def test_back_and_forward_walk_through_what_was_looked_at(visit, look, tmp_path):
+    file = tmp_path / "own.png"
+    Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 60).convert("RGB").save(file)
+    page = visit("?patch=3").page
+    start = page.evaluate("history.length")
+
+    def settled(words):
+        page.wait_for_function("words => words.every(word => location.search.includes(word))", arg=words)
+        page.wait_for_selector("[data-box=progress]", state="hidden")
+        return page.get_attribute(".mv-picture", "src")
+
+    first = settled(["picture=pets%2Ftest%2F0"])
+    page.click("[data-action=example] >> nth=4")
+    second = settled(["picture=pets%2Ftest%2F4"])
+    page.click(".mv-layer[data-index='0']")  # no place of its own
+    settled(["layer=1"])
+    page.set_input_files("[data-box=file]", file)
+    page.wait_for_function(SENT)
+    own = page.get_attribute(".mv-picture", "src")
+    assert len({first, second, own}) == 3
+    look.open_tab(page, "about")
+    settled(["tab=about"])
+    assert page.evaluate("history.length") == start + 3
+    page.go_back()
+    page.wait_for_selector(".mv-card")
+    assert page.get_attribute(".mv-picture", "src") == own
+    page.go_back()
+    assert settled(["picture=pets%2Ftest%2F4", "layer=1"]) == second
+    page.go_back()
+    assert settled(["picture=pets%2Ftest%2F0", "layer=3", "patch=3"]) == first
+    assert page.locator(".mv-pinned").get_attribute("data-patch") == "3"
+    page.go_forward()
+    assert settled(["picture=pets%2Ftest%2F4"]) == second
+    page.go_forward()
+    page.wait_for_function(SENT)
+    page.wait_for_function("own => document.querySelector('.mv-picture').src === own", arg=own)
+
+
+def test_an_expert_has_a_link_and_a_place_in_the_history(visit):
+    page = visit("?expert=L1.E2").page
+    pressed = ".mv-loadbar[aria-pressed=true]"
+    assert page.locator(pressed).get_attribute("data-expert") == "2"
+    assert page.locator(".mv-layer[aria-pressed=true]").get_attribute("data-index") == "0"
+    start = page.evaluate("history.length")
+    page.click(".mv-loadbar[data-expert='3']")
+    page.wait_for_function("location.search.includes('expert=L1.E3')")
+    page.click(".mv-cell[data-patch='5']")  # no place of its own
+    page.wait_for_function("location.search.includes('patch=5')")
+    assert page.evaluate("history.length") == start + 1
+    page.go_back()
+    page.wait_for_selector(f"{pressed}[data-expert='2']")
+
+
+def test_a_link_reproduces_two_pictures(visit, look):
+    page = visit("?picture=pets/test/2&picture2=pets/test/5").page
+    assert page.locator("[data-slot]").count() >= 2
+    labels = page.locator(".mv-verdict").all_text_contents()
+    assert ["rabbit" in labels[0], "fox" in labels[1]] == [True, True]  # image i has label i mod 8
+
+
+def test_a_link_reproduces_an_intervention(visit, ask, look):
+    page = visit("?do=ablate.3.1.zero.0").page
+    change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "zero", "seed": 0}
+    layer = ask("route", picture=FIRST, intervention=change)["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+    assert "get nothing in its place" in page.text_content("[role=note]")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "?picture=pets/test/999999",
+        "?model=nothing&variant=odd&layer=77&patch=-5&mode=x&k=99&capacity=1e9&tab=zz&do=ablate.9.9",
+        "?layer=<img src=x onerror=alert(1)>&patch=1e3&k=NaN&do=<b>",
+    ],
+)
+def test_a_link_from_elsewhere_still_opens(visit, ask, look, query):
+    page = visit(query).page
+    layer = ask("route", picture=FIRST)["layers"][1]
+    assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+
+
+@pytest.mark.parametrize("link", OLD_LINKS)
+def test_a_link_of_an_earlier_version_opens_what_it_names(visit, link):
+    """The page asks the server for just that, and its own link still names all of it."""
+    one = visit(link)
+    asked = one.questions("route") + one.questions("what_if")
+    for request, named in zip(asked, OLD_LINKS[link], strict=True):
+        assert {key: request[key] for key in named} == named
+    assert dict(parse_qsl(link[1:])).items() <= dict(parse_qsl(one.page.url.partition("?")[2])).items()
+
+
+def test_ones_own_picture_is_made_small_before_it_is_sent(visit, tmp_path):
+    file = tmp_path / "holiday.png"
+    Image.effect_mandelbrot((1600, 900), (-2, -1, 1, 1), 60).convert("RGB").save(file)
+    one = visit()
+    one.page.set_input_files("[data-box=file]", file)
+    one.page.wait_for_function(SENT)
+    sent = one.question("route")["picture"]
+    assert sent["kind"] == "upload"
+    with Image.open(io.BytesIO(base64.b64decode(sent["data"].partition(",")[2]))) as picture:
+        assert picture.size == (512, 512)
+    # The stage shows the sharp original, and the model's 32 px when that is asked for.
+    assert one.page.get_attribute(".mv-picture", "src") == sent["data"]
+    one.page.check("[data-change=as-seen]")
+    seen = one.page.get_attribute(".mv-picture", "src")
+    with Image.open(io.BytesIO(base64.b64decode(seen.partition(",")[2]))) as picture:
+        assert picture.size == (32, 32)
+    assert one.page.get_attribute(".mv-picture", "alt").endswith("as the model sees it")
+    assert "Unlike the training data" in one.page.text_content("[role=note]")
+
+
+@pytest.mark.parametrize("way", ["paste", "drop"])
+def test_a_picture_can_be_pasted_and_dropped(visit, way):
+    one = visit()
+    one.page.evaluate(
+        """async (way) => {
+          const canvas = new OffscreenCanvas(40, 40);
+          canvas.getContext('2d').fillRect(0, 0, 20, 20);
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([await canvas.convertToBlob()], 'own.png', { type: 'image/png' }));
+          const options = { bubbles: true, cancelable: true };
+          const event = way === 'paste'
+            ? new ClipboardEvent('paste', { ...options, clipboardData: transfer })
+            : new DragEvent('drop', { ...options, dataTransfer: transfer });
+          document.querySelector('.mv-canvas').dispatchEvent(event);
+        }""",
+        way,
+    )
+    one.page.wait_for_function(SENT)
+    assert one.question("route")["picture"]["kind"] == "upload"
+
+
+def test_an_image_that_shows_nothing_gets_a_sentence(visit, tmp_path):
+    file = tmp_path / "line.png"
+    Image.new("RGB", (3000, 3)).save(file)
+    one = visit()
+    one.page.set_input_files("[data-box=file]", file)
+    one.page.wait_for_selector("[role=alert]")
+    assert "3000 × 3 px" in one.page.text_content("[role=alert]")
+    assert "route" not in one.asked
+
+
+def test_a_file_that_is_no_picture_gets_a_sentence(visit, tmp_path):
+    file = tmp_path / "notes.png"
+    file.write_text("no image")
+    one = visit()
+    one.page.set_input_files("[data-box=file]", file)
+    one.page.wait_for_selector("[role=alert]")
+    assert "can't read that file as an image" in one.page.text_content("[role=alert]")
+    assert "route" not in one.asked
+
+
+def test_three_tabs_stay_apart(visit, ask, look, tmp_path):
+    """One browser, one visitor: images, changes and own images belong to a tab."""
+    file = tmp_path / "own.png"
+    Image.new("RGB", (64, 64), "teal").save(file)
+    one = visit(level=None)
+    tabs = [one.page, *(one.context.new_page() for _ in range(2))]
+    for tab, number in zip(tabs[1:], (2, 5), strict=True):
+        tab.goto(one.page.url.partition("?")[0] + f"?picture=pets/test/{number}&level=research")
+        tab.wait_for_selector(".mv-cell")
+    tabs[1].click("[data-key=chip-1]")
+    tabs[1].click(".mv-box-hand [data-kind=ablate]")
+    tabs[2].set_input_files("[data-box=file]", file)
+    tabs[2].wait_for_selector(".mv-own [aria-pressed=true]")
+    tabs[1].wait_for_selector(".mv-results[role=note]")
+    change = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
+    changed = ask("route", picture={"kind": "example", "id": "pets/test/2"}, intervention=change)
+    assert look.numbers(tabs[1]) == [str(choices[0]) for choices in changed["layers"][1]["experts"]]
+    assert look.numbers(tabs[0]) == [str(choices[0]) for choices in ask("route", picture=FIRST)["layers"][1]["experts"]]
+    assert [tab.locator(".mv-own button").count() for tab in tabs] == [0, 0, 1]
+    assert tabs[0].locator("[data-action=undo]").count() == 0

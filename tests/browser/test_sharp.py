@@ -1,0 +1,93 @@
+"""The sharp original under the patches: it comes after the view, and gives way to the model's input."""
+
+import base64
+import io
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+SHARP = ".mv-picture.mv-sharp"
+
+
+def size_of(source):
+    with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as picture:
+        return picture.size
+
+
+@pytest.fixture
+def photos(new_visit, server):
+    one = new_visit()
+    one.open(server.doors["photos"])
+    one.page.wait_for_selector(SHARP)
+    yield one
+    assert one.complaints == []
+    assert one.strangers(server.doors["photos"]) == []
+
+
+def test_an_example_lies_sharp_under_the_patches(photos):
+    page = photos.page
+    sharp = page.get_attribute(".mv-picture", "src")
+    assert size_of(sharp) == (96, 96)
+    zooms = page.eval_on_selector_all(".mv-zoom", "zooms => zooms.map(zoom => zoom.style.backgroundImage)")
+    strip = page.eval_on_selector(".mv-layer canvas", "canvas => getComputedStyle(canvas).backgroundImage")
+    assert {*zooms, strip} == {f'url("{sharp}")'}
+    page.focus("[data-change=as-seen]")
+    page.keyboard.press("Space")
+    seen = page.get_attribute(".mv-picture", "src")
+    assert size_of(seen) == (32, 32)
+    assert seen in page.get_attribute(".mv-zoom >> nth=0", "style")
+    assert page.locator(".mv-zoom.mv-sharp").count() == 0
+    # Another image and back: what is here isn't asked for again.
+    page.click("[data-action=example] >> nth=1")
+    page.wait_for_function("src => document.querySelector('.mv-picture').getAttribute('src') !== src", arg=seen)
+    page.uncheck("[data-change=as-seen]")
+    page.wait_for_selector(SHARP)
+    page.click("[data-action=example] >> nth=0")
+    page.wait_for_function("src => document.querySelector('.mv-picture').getAttribute('src') === src", arg=sharp)
+    assert len(photos.questions("sharp")) == 2
+
+
+def test_an_exported_page_is_sharp(photos, new_visit, tmp_path):
+    page = photos.page
+    page.click(".mv-menu summary")
+    with page.expect_download() as started:
+        page.click("[data-action=export-page]")
+    started.value.save_as(tmp_path / "page.html")
+    alone = new_visit(offline=True)
+    alone.page.goto((tmp_path / "page.html").as_uri())
+    alone.page.wait_for_selector(SHARP)
+    assert alone.page.get_attribute(".mv-picture", "src") == page.get_attribute(".mv-picture", "src")
+    assert alone.complaints == []
+
+
+def test_of_drawn_images_nothing_is_asked(visit):
+    one = visit()
+    one.page.wait_for_timeout(300)
+    assert one.page.locator(SHARP).count() == 0
+    assert "sharp" not in one.asked
+
+
+@pytest.mark.parametrize("level", ["simple", "research"])
+def test_nothing_moves_when_the_sharp_image_comes(new_visit, server, level):
+    one = new_visit(level=level)
+    page = one.page
+    held = []
+
+    def hold(route):
+        if '"sharp"' in (route.request.post_data or ""):
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/*", hold)
+    one.open(server.doors["photos"])
+    page.wait_for_timeout(500)
+    assert held
+    assert page.locator(SHARP).count() == 0
+    before = page.locator(".mv-canvas >> nth=0").bounding_box()
+    for route in held:
+        route.continue_()
+    page.wait_for_selector(SHARP)
+    assert page.locator(".mv-canvas >> nth=0").bounding_box() == before

@@ -1,0 +1,134 @@
+"""M1 and M2: the overlay of every layer, and everything about one patch. None of it asks the server."""
+
+import pytest
+
+from moevision.analysis.plots import EXPERT_COLOURS
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+FIRST = {"kind": "example", "id": "pets/test/0"}
+STRENGTH = 0.65  # of the overlay when nobody has moved its slider
+
+
+@pytest.fixture
+def layers(ask):
+    return ask("route", picture=FIRST)["layers"]
+
+
+@pytest.fixture
+def quiet(visit, look):
+    """A visit with a tab open whose contents don't depend on the layer: whatever is asked, the stage asks it."""
+    one = visit()
+    look.open_tab(one.page, "about")
+    one.requests.clear()
+    yield one
+    assert one.asked == []
+    one.page.reload()  # the manners of `visit` count the requests of a whole visit
+    one.page.wait_for_selector(".mv-cell")
+
+
+def rgb(colour):
+    return tuple(int(colour[start : start + 2], 16) for start in (1, 3, 5))
+
+
+def test_overlay_shows_expert_and_weight_of_every_patch_in_every_layer(quiet, layers, look):
+    page = quiet.page
+    for index, layer in enumerate(layers):
+        page.click(f".mv-layer[data-index='{index}']")
+        assert look.numbers(page) == [str(choices[0]) for choices in layer["experts"]]
+        for fill, choices, weights in zip(look.fills(page), layer["experts"], layer["weights"], strict=True):
+            assert fill[:3] == rgb(EXPERT_COLOURS[choices[0]])
+            assert fill[3] == pytest.approx(weights[0] * STRENGTH, abs=0.005)  # browsers keep 8 bits
+        pressed = page.locator(".mv-layer[aria-pressed=true]").get_attribute("data-index")
+        assert pressed == str(index)
+    assert "aren't comparable across layers" in page.text_content(".mv-box-strip")
+
+
+def test_the_picture_is_large_and_crisp(quiet):
+    page = quiet.page
+    assert page.locator(".mv-canvas").bounding_box()["width"] >= 448
+    assert page.eval_on_selector(".mv-picture", "img => getComputedStyle(img).imageRendering") == "pixelated"
+
+
+def test_a_click_pins_and_arrows_move(quiet, layers, look):
+    page, layer = quiet.page, layers[1]
+    page.click(".mv-cell[data-patch='5']")
+    expert, weight = layer["experts"][5][0], layer["weights"][5][0]
+    assert look.said(page) == f"row 2, column 2: expert {expert}, weight {weight:.2f}"
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert look.said(page).startswith("row 3, column 3: expert")
+    assert page.locator(".mv-pinned").get_attribute("data-patch") == "10"
+    assert page.locator("[aria-selected=true].mv-cell").get_attribute("data-patch") == "10"
+    assert page.evaluate("document.activeElement.dataset.patch") == "10"
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowLeft")  # at the edge already
+    assert page.evaluate("document.activeElement.dataset.patch") == "8"
+    page.keyboard.press("Escape")
+    assert page.locator(".mv-pinned").count() == 0
+
+
+def test_plus_and_minus_need_no_focus(visit, layers, look):
+    page = visit().page
+    assert page.evaluate("document.activeElement === document.body")
+    page.keyboard.press("-")
+    assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
+    page.click("[role=tab][data-tab=whatif]")
+    page.focus("[data-change=model]")  # a field keeps its keys
+    page.keyboard.press("+")
+    assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
+
+
+def test_plus_and_minus_change_the_layer(quiet, layers, look):
+    page = quiet.page
+    page.click(".mv-cell[data-patch='10']")
+    page.keyboard.press("-")
+    assert look.said(page).startswith("Layer L1, row 3, column 3: expert")
+    assert look.numbers(page) == [str(choices[0]) for choices in layers[0]["experts"]]
+    page.keyboard.press("-")  # there is none before the first
+    page.keyboard.press("+")
+    assert look.numbers(page) == [str(choices[0]) for choices in layers[1]["experts"]]
+
+
+def test_the_inspector_says_how_sure_the_router_was(quiet, layers):
+    page, layer = quiet.page, layers[1]
+    page.click(".mv-cell[data-patch='6']")
+    facts = page.locator(".mv-facts dd").all_text_contents()
+    assert float(facts[0]) == pytest.approx(layer["margin"][6], abs=0.0051)
+    assert float(facts[1].split()[0]) == pytest.approx(layer["entropy"][6], abs=0.0051)
+    assert "carries context from the whole image" in page.text_content(".mv-box-inspector")
+
+
+def test_hover_outlines_a_patch_and_draws_its_path(quiet, layers):
+    page = quiet.page
+    page.hover(".mv-cell[data-patch='2']")
+    assert page.locator(".mv-cell.mv-hover").get_attribute("data-patch") == "2"
+    assert "row 1, column 3" in page.text_content(".mv-where")
+    assert page.locator(".mv-path text").all_text_contents() == [str(layer["experts"][2][0]) for layer in layers]
+    assert page.locator(".mv-path .mv-second").count() == len(layers)
+    assert page.locator(".mv-path .mv-thin").count() == len(layers) - 1
+    assert page.locator(".mv-zoom").count() == 3
+
+
+def test_one_expert_can_be_highlighted(quiet, layers, look):
+    page = quiet.page
+    page.click(".mv-loadbar[data-expert='3']")
+    layer = layers[1]
+    uses = [3 in choices for choices in layer["experts"]]
+    assert 0 < sum(uses) < 16
+    weight = [dict(zip(*both, strict=True)).get(3, 0) for both in zip(layer["experts"], layer["weights"], strict=True)]
+    assert len(set(weight)) > 2
+    # As without highlighting: the stronger, the more of the patch is the expert's.
+    assert [fill[3] for fill in look.fills(page)] == pytest.approx([one * STRENGTH for one in weight], abs=0.005)
+    page.click(".mv-loadbar[data-expert='3']")
+    assert all(fill[3] > 0 for fill in look.fills(page))
+
+
+def test_patches_with_the_same_path_come_when_asked_for(visit, ask, layers):
+    one = visit("?patch=9")
+    path = [layer["experts"][9][0] for layer in layers]
+    assert "similar" not in one.asked
+    one.page.click("[data-action=similar]")
+    one.page.wait_for_selector(".mv-box-similar :is(.mv-crop, .mv-note)")
+    assert one.question("similar")["path"] == path
+    assert one.page.locator(".mv-box-similar .mv-crop").count() == len(ask("similar", path=path)["patches"])

@@ -1,0 +1,262 @@
+"""M3 to M6: experts, classes, comparisons and interventions say what the service says."""
+
+import re
+
+import pytest
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+FIRST = {"kind": "example", "id": "pets/test/0"}
+SERVER_CALL = re.compile(r"/component_server\b")
+ABLATION = {"kind": "ablate", "layer": 3, "expert": 1, "fill": "next_best", "seed": 0}
+
+
+def test_cards_show_the_heaviest_and_random_patches(visit, ask):
+    answer = ask("experts", layer=3)
+    page = visit().page
+    page.wait_for_selector(".mv-card")
+    cards = page.locator(".mv-card").all()
+    assert [card.locator("h2").text_content() for card in cards] == [f"L3·E{expert}" for expert in range(4)]
+    for card, expert in zip(cards, answer["experts"], strict=True):
+        counts = [gallery.locator("img").count() for gallery in card.locator(".mv-gallery").all()]
+        assert counts == [len(expert["top"]), len(expert["random"])] == [8, 8]
+        assert f"{expert['load_share'] * 100:.1f} % of all choices" in card.text_content()
+
+
+def test_a_patch_on_a_card_opens_its_picture(visit, ask):
+    patch = ask("experts", layer=3)["experts"][0]["random"][0]
+    page = visit().page
+    page.wait_for_selector(".mv-card")
+    page.locator(".mv-card").first.locator(".mv-gallery").nth(1).locator("button").first.click()
+    page.wait_for_function(
+        "([picture, patch]) => { const found = new URLSearchParams(location.search);"
+        " return found.get('picture') === picture && found.get('patch') === String(patch); }",
+        arg=[patch["picture"], patch["patch"]],
+    )
+    assert page.locator(".mv-pinned").get_attribute("data-patch") == str(patch["patch"])
+
+
+def test_a_change_of_layer_finds_its_cards_in_the_page(visit):
+    one = visit()
+    one.page.wait_for_selector(".mv-card")
+    for _ in range(1200):  # the other layer is fetched ahead
+        if one.asked.count("experts") == 2:
+            break
+        one.page.wait_for_timeout(50)
+    one.page.wait_for_timeout(1500)  # and answered
+    before = len(one.asked)
+    one.page.click(".mv-layer[data-index='0']")
+    one.page.wait_for_selector(".mv-card h2:has-text('L1·E0')")
+    assert len(one.asked) == before
+
+
+def test_while_another_network_is_waited_for_the_cards_are_of_the_one_that_is_shown(visit, hold):
+    one = visit()
+    one.page.wait_for_selector(".mv-card")
+    held = hold(one.page, "route")
+    one.page.click("[data-variant=untrained]")
+    held.wait()
+    one.page.click(".mv-layer[data-index='0']")
+    one.page.wait_for_selector(".mv-card h2:has-text('L1·E0')")
+    assert {question["variant"] for question in one.questions("experts")} == {"trained"}
+    held.release()
+
+
+def open_changed_classes(page, change):
+    """Open the tab Classes with an answer of the service that `change` has changed."""
+
+    def answer(route):
+        if route.request.post_data_json["fn_name"] != "classes":
+            return route.continue_()
+        response = route.fetch()
+        data = response.json()
+        change(data)
+        return route.fulfill(response=response, json=data)
+
+    page.route(SERVER_CALL, answer)
+    page.click("[data-tab=classes]")
+    page.wait_for_selector(".mv-heat td")
+
+
+def test_a_class_without_images_has_no_numbers(visit, ask):
+    answer = ask("classes")
+
+    def empty_the_dogs(data):
+        for layer in data["layers"]:
+            layer["share"][1] = layer["excess"][1] = [None] * 4
+
+    page = visit().page
+    open_changed_classes(page, empty_the_dogs)
+    row = page.locator(".mv-heat tbody tr").nth(1)
+    assert row.locator("th").text_content().strip() == answer["class_names"][1] == "dog"
+    assert row.locator("td").all_text_contents() == ["no images"]
+    page.click("[data-action=sort-expert][data-expert='2']")
+    assert page.locator(".mv-heat tbody tr").last.locator("td").all_text_contents() == ["no images"]
+    page.click("[data-action=sort-class][data-class='1']")
+    assert page.locator(".mv-heat thead .mv-chip").all_text_contents() == ["0", "1", "2", "3"]
+
+
+def test_a_row_of_dots_tells_the_number_that_the_sentence_turns_on(visit):
+    sentence = "more than shuffled images give, but clusters of the layer's input give 0.501 bits"
+
+    def compare(data):  # as in the atlas of an earlier version
+        entry = {
+            "about": "class", "value_bits": 0.5, "low": 0.4, "high": 0.6, "share_of_entropy": 0.2,
+            "sentence": sentence, "seeds": [0.62, 0.514],
+            "baselines": {"kmeans_input": [0.443, 0.501], "hash": [0.002]},
+        }  # fmt: skip
+        data["layers"][1]["information"] = [entry]
+
+    page = visit().page
+    open_changed_classes(page, compare)
+    shown = dict(
+        zip(
+            *(
+                page.locator(f".mv-measure >> nth=0 >> .mv-lines li > span:{place}-child").all_text_contents()
+                for place in ("first", "last")
+            ),
+            strict=True,
+        )
+    )
+    assert shown["clusters of the layer's input"] == "max 0.501"
+    assert shown["other training seeds"] == "min 0.514"
+    assert shown["hash routing"] == "0.002"
+    assert sentence in page.text_content(".mv-measure >> nth=0")
+
+
+def test_the_heatmap_colours_only_what_stands_above_the_null(visit, ask):
+    layer = ask("classes")["layers"][1]
+    # Random weights know no class, so nothing stands out: let the service say that every third cell does.
+    flags = [[(row + expert) % 3 == 0 for expert in range(4)] for row in range(8)]
+
+    def say_so(data):
+        data["layers"][1]["significant"] = flags
+
+    page = visit().page
+    open_changed_classes(page, say_so)
+    styles = page.eval_on_selector_all(".mv-heat td", "cells => cells.map(cell => cell.getAttribute('style'))")
+    assert [bool(style) for style in styles] == [flag for row in flags for flag in row]
+    signs = page.eval_on_selector_all(
+        ".mv-heat td", "cells => cells.map(cell => cell.querySelector('sup')?.textContent)"
+    )
+    excess = [value for row in layer["excess"] for value in row]
+    for sign, style, value in zip(signs, styles, excess, strict=True):
+        assert sign == (None if not style else "+" if value > 0 else "−")
+    shown = [float(re.match(r"\s*(\d+)", text)[1]) for text in page.locator(".mv-heat td").all_text_contents()]
+    assert shown == pytest.approx([100 * share for row in layer["share"] for share in row], abs=0.51)
+    assert page.locator(".mv-measure > p").all_text_contents() == [one["sentence"] for one in layer["information"]]
+
+
+def test_the_heatmap_sorts_and_opens_the_pictures_of_a_cell(visit, ask):
+    answer = ask("classes")
+    excess = answer["layers"][1]["excess"]
+    one = visit("?tab=classes")
+    page = one.page
+    page.click("[data-action=sort-expert][data-expert='2']")
+    rows = sorted(range(8), key=lambda row: -excess[row][2])
+    names = [name.strip() for name in page.locator(".mv-heat th[scope=row]").all_text_contents()]
+    assert names == [answer["class_names"][row] for row in rows]
+    page.click("[data-action=sort-class][data-class='0']")
+    columns = sorted(range(4), key=lambda expert: -excess[0][expert])
+    assert page.locator(".mv-heat thead .mv-chip").all_text_contents() == [str(expert) for expert in columns]
+    page.click("[data-action=cell] >> nth=0")
+    page.wait_for_selector(".mv-thumbs img")
+    asked = one.question("cell")
+    assert (asked["class"], asked["expert"]) == (answer["class_names"][rows[0]], columns[0])
+    pictures = ask("cell", **{name: asked[name] for name in ("layer", "expert", "class")})["pictures"]
+    assert page.locator(".mv-thumbs img").count() == len(pictures) > 0
+
+
+def test_two_pictures_are_described_without_interval_or_p_value(visit, ask):
+    one = visit("?tab=compare")
+    page = one.page
+    page.click("[data-count='2']")
+    page.wait_for_selector(".mv-mirror")
+    second = ask("route", picture=one.question("route")["picture"])
+    shown = page.locator("[data-slot='1'] .mv-mark").all_text_contents()
+    assert shown == [str(choices[0]) for choices in second["layers"][1]["experts"]]
+    counts = second["layers"][0]["counts"]
+    shares = page.locator(".mv-mirror").first.locator("li .mv-num:last-child").all_text_contents()
+    assert [float(share.removesuffix(" %")) for share in shares] == pytest.approx(
+        [100 * count / sum(counts) for count in counts], abs=0.51
+    )
+    text = page.locator("section:has(> .mv-mirror)").text_content()
+    assert "This describes two images" in text
+    assert not re.search(r"±|\bp\s*[=<]|\bq\b|95 %", text)
+    page.click("[data-slot='1'] [data-patch='3']")
+    assert "second image" in page.text_content(".mv-where")
+
+
+def test_two_classes_get_intervals_or_plain_words(visit, ask):
+    answer = ask("compare", a="fox", b="pig")
+    page = visit("?tab=compare").page
+    page.select_option("[data-change=compare-a]", "fox")
+    page.select_option("[data-change=compare-b]", "pig")
+    page.click("[data-action=compare-run]")
+    page.wait_for_selector(".mv-forest")
+    rows = [row for layer in answer["layers"] for row in layer["experts"]]
+    assert len(rows) == 8
+    stands = page.eval_on_selector_all(".mv-forest li", "rows => rows.map(row => row.classList.contains('mv-stands'))")
+    assert stands == [row["significant"] for row in rows]
+    shown = page.locator(".mv-forest .mv-num").all_text_contents()
+    points = [float(text.removesuffix(" pts").replace("−", "-")) for text in shown]
+    assert points == pytest.approx([100 * row["difference"] for row in rows], abs=0.051)
+    assert page.text_content(".mv-panel .mv-sentence") == answer["sentence"]
+    assert ("That is a result too" in page.text_content(".mv-panel")) == (not any(stands))
+
+
+def test_results_are_still_there_after_a_look_elsewhere(visit, look):
+    one = visit("?tab=compare&do=ablate.3.1.next_best.0")
+    page = one.page
+    page.select_option("[data-change=compare-b]", "pig")
+    page.click("[data-action=compare-run]")
+    page.wait_for_selector(".mv-forest")
+    compared = page.text_content("[data-part=classes]")
+    look.open_tab(page, "whatif")
+    page.wait_for_selector(".mv-stripplot")
+    look.open_tab(page, "compare")
+    assert page.text_content("[data-part=classes]") == compared
+    page.click("[data-variant=untrained]")
+    page.wait_for_selector("[data-box=progress]", state="hidden")
+    page.wait_for_selector(".mv-forest", state="detached")  # that was another network
+    page.click("[data-variant=trained]")
+    page.wait_for_selector(".mv-forest")
+    assert page.text_content("[data-part=classes]") == compared
+    assert one.asked.count("compare") == 1
+    assert one.asked.count("what_if") == 3  # one for each network and image that was shown
+
+
+def test_a_class_is_not_compared_with_itself(visit):
+    one = visit("?tab=compare")
+    one.page.select_option("[data-change=compare-b]", "cat")
+    one.page.click("[data-action=compare-run]")
+    assert "two different classes" in one.page.text_content(".mv-panel [role=alert]")
+    assert "compare" not in one.asked
+
+
+def test_all_numbers_of_a_change_stand_under_what_if(visit, ask, look):
+    expected = ask("what_if", picture=FIRST, intervention=ABLATION)
+    one = visit("?do=ablate.3.1.next_best.0&tab=whatif")
+    page = one.page
+    page.wait_for_selector(".mv-stripplot")
+    assert page.text_content(".mv-panel .mv-sentence") == expected["sentence"]
+    assert page.locator(".mv-control").count() == expected["control"]["n"] >= 10
+    assert page.locator(".mv-stripplot g").count() == len(expected["others"]) == 3
+    asked = {"intervention": ABLATION, "class": expected["target"]}
+    over_class = ask("class_effect", **asked)["class_effect"]
+    page.wait_for_selector(f".mv-panel:has-text('Over {over_class['n']} images of {expected['target']}')")
+    assert {name: one.question("class_effect")[name] for name in asked} == asked
+    page.select_option("[data-change=if-fill]", "zero")
+    page.wait_for_selector(".mv-sentence:has-text('its output set to zero')")
+    assert one.question("what_if")["intervention"] == {**ABLATION, "fill": "zero"}
+
+
+@pytest.mark.parametrize("layer", [3, None])
+def test_patches_can_be_sent_to_random_experts(visit, ask, layer):
+    one = visit("?tab=whatif")
+    one.page.click(f"[data-action=if-random] >> nth={0 if layer else 1}")
+    one.page.wait_for_selector(".mv-stripplot")
+    question = {"kind": "random", "layer": layer, "expert": None, "fill": "next_best", "seed": 0}
+    assert one.question("what_if")["intervention"] == question
+    expected = ask("what_if", picture=FIRST, intervention=question)
+    assert one.page.text_content(".mv-panel .mv-sentence") == expected["sentence"]

@@ -1,0 +1,259 @@
+"""The scrubber over the recorded moments of a training: what it shows is the file's, and no step asks the server."""
+
+import json
+import re
+from urllib.parse import parse_qsl
+
+import numpy as np
+import pytest
+
+from moevision.models.history import RoutingHistory
+from tests.browser.conftest import axe
+from tests.demo.conftest import STEPS
+
+pytestmark = pytest.mark.needs("chromium", "playwright")
+
+SLIDER = "[data-change=moment]"
+
+
+@pytest.fixture(scope="module")
+def recorded(photos_home):
+    return RoutingHistory.load(photos_home / "snaps" / "history.safetensors")
+
+
+@pytest.fixture
+def photos(new_visit, server):
+    """Opens the model with photos; held to the manners of `visit`."""
+    visits = []
+
+    def begin(query="", **options):
+        visits.append(new_visit(**options))
+        visits[-1].open(server.doors["photos"] + query)
+        return visits[-1]
+
+    yield begin
+    for one in visits:
+        assert one.complaints == []
+        assert one.strangers(server.doors["photos"]) == []
+
+
+def scrub(page, key, words):
+    page.focus(SLIDER)
+    page.keyboard.press(key)
+    page.wait_for_function("words => document.querySelector('[data-part=when]').textContent === words", arg=words)
+
+
+def first_choices(recorded, moment, image, layer=3):
+    return [str(expert) for expert in recorded.first_choice(layer)[moment, image]]
+
+
+def image_of(page, recorded, key="picture"):
+    name = dict(parse_qsl(page.url.partition("?")[2]))[key].removeprefix("data/")
+    return recorded.image_names.index(name)
+
+
+def test_a_moment_is_what_was_recorded_then(photos, recorded, look):
+    one = photos()
+    page = one.page
+    page.wait_for_function("location.search.includes('picture=')")
+    image = image_of(page, recorded)
+    assert page.get_attribute(SLIDER, "aria-valuetext") == "trained"
+    trained = page.text_content(".mv-box-card")
+    one.requests.clear()
+    scrub(page, "Home", "before training")
+    for moment, words in enumerate(["before training", "after 10 of 100 steps"]):
+        assert look.numbers(page) == first_choices(recorded, moment, image)
+        weights = recorded.weights[3][moment, image].astype(float)
+        assert [fill[3] for fill in look.fills(page)] == pytest.approx(0.65 * weights.max(-1), abs=0.005)
+        p = recorded.probabilities[moment, image].astype(float)
+        said = re.sub(r"\s+", " ", page.text_content(".mv-verdict")).strip()
+        assert said.lower().startswith(f"{words}: {recorded.class_names[p.argmax()]} {100 * p.max():.0f} %")
+        counts = [str(count) for count in np.count_nonzero(weights, axis=0)]
+        assert page.locator(".mv-loadcount").all_text_contents() == counts
+        page.keyboard.press("ArrowRight")
+        page.wait_for_timeout(200)
+    # The last moment is the model itself, with all that is known of it.
+    assert page.get_attribute(SLIDER, "aria-valuetext") == "trained"
+    assert page.text_content(".mv-box-card") == trained
+    assert one.asked == ["history"]
+    assert page.evaluate("document.activeElement.dataset.change") == "moment"
+
+
+def test_nothing_of_another_moment_stands_there(photos, recorded):
+    page = photos("?tab=about").page
+    patch = int(page.get_attribute(".mv-pinned", "data-patch"))
+    assert page.locator(".mv-box-similar button:visible").count() == 1
+    assert page.locator("[data-mode]:visible").count() > 1
+    scrub(page, "Home", "before training")
+    image = image_of(page, recorded)
+    # The card's scores and lengths are the trained model's: the patch at every moment stands in their place.
+    assert page.locator("[data-step]").count() == 0
+    told = page.locator(".mv-patch-moments button").evaluate_all("rows => rows.map(row => row.ariaLabel)")
+    for moment, (step, words) in enumerate(zip(STEPS, told, strict=True)):
+        weights = recorded.weights[3][moment, image, patch].astype(float)
+        best = np.argsort(-weights)[:2]
+        assert words == f"Step {step}: " + "; ".join(f"expert {e}, weight {weights[e]:.2f}" for e in best)
+    assert page.locator(".mv-facts, .mv-box-similar button").count() == 0
+    assert page.locator("[data-mode]:visible").all_text_contents() == ["Expert"]
+    below = "getComputedStyle(document.querySelector('.mv-panel'), '::before').content"
+    assert "the trained model" in page.evaluate(below)
+    height = page.locator(".mv-box-card").bounding_box()["height"]
+    page.click("[data-action=to-moment][data-place='1']")
+    page.wait_for_selector(f"{SLIDER}[aria-valuetext='after 10 of 100 steps']")
+    assert page.evaluate("document.activeElement.dataset.key") == "moment-1"
+    page.click("[data-action=to-trained]")
+    page.wait_for_selector("[data-step]")
+    assert page.locator(".mv-box-card").bounding_box()["height"] == pytest.approx(height, abs=1)
+    assert page.evaluate(below) == "none"
+
+
+def test_two_images_go_back_together_and_the_sentence_with_them(photos, recorded, look):
+    one = photos(level=None)
+    page = one.page
+    assert page.locator("[data-slot]").count() == 2
+    page.wait_for_function("location.search.includes('picture2=')")
+    first, second = image_of(page, recorded), image_of(page, recorded, "picture2")
+    scrub(page, "Home", "before training")
+    assert look.numbers(page) == first_choices(recorded, 0, first)
+    other = page.locator(".mv-pictures [data-slot='1'] .mv-mark").all_text_contents()
+    assert other == first_choices(recorded, 0, second)
+    assert one.asked.count("history") == 2
+
+
+def test_a_moment_that_comes_late_does_not_bring_back_an_image_that_was_removed(photos, hold):
+    page = photos(level=None).page
+    page.wait_for_function("location.search.includes('picture2=')")
+    held = hold(page, "history")
+    page.focus(SLIDER)
+    page.keyboard.press("Home")
+    held.wait(2)
+    page.click("[data-key=count-1]")
+    page.wait_for_selector("[data-slot='1'] .mv-cell", state="hidden")
+    held.release()
+    assert page.locator(".mv-canvas:visible").count() == 1
+
+
+def test_a_link_and_a_reload_carry_the_moment(photos, recorded, look):
+    page = photos("?step=10&patch=5").page
+    page.wait_for_selector(f"{SLIDER}[aria-valuetext='after 10 of 100 steps']")
+    page.wait_for_function("location.search.includes('step=10')")
+    assert look.numbers(page) == first_choices(recorded, 1, image_of(page, recorded))
+    start = page.evaluate("history.length")
+    # Another example keeps the moment, and is a place in the history; a moment is none.
+    other = page.get_attribute("[data-action=example] >> nth=1", "data-id")
+    page.click("[data-action=example] >> nth=1")
+    page.wait_for_function(
+        "other => ['step=10', encodeURIComponent(other)].every(word => location.search.includes(word))", arg=other
+    )
+    scrub(page, "Home", "before training")
+    page.wait_for_function("location.search.includes('step=0')")
+    assert page.evaluate("history.length") == start + 1
+    page.go_back()
+    page.wait_for_selector(f"{SLIDER}[aria-valuetext='after 10 of 100 steps']")
+    scrub(page, "End", "trained")
+    page.wait_for_function("!location.search.includes('step=')")
+    strange = photos("?step=11").page
+    assert strange.get_attribute(SLIDER, "aria-valuetext") == "trained"
+
+
+def test_play_runs_through_the_moments_and_through_the_layers(photos):
+    page = photos().page
+    words = "[data-part=when]"
+    page.evaluate(
+        """words => {
+          window.seen = [];
+          new MutationObserver(() => window.seen.push(document.querySelector(words).textContent))
+            .observe(document.querySelector(words), { childList: true });
+        }""",
+        words,
+    )
+    page.click("[data-row=training]")
+    page.wait_for_function("window.seen.at(-1) === 'trained'")
+    seen = page.evaluate("window.seen.filter((word, at) => word !== window.seen[at - 1])")
+    assert [word for word in seen if word != "loading…"] == ["before training", "after 10 of 100 steps", "trained"]
+    page.wait_for_selector("[data-row=training]:text-is('Play')")
+    layer = ".mv-layer[aria-pressed=true]"
+    assert page.get_attribute(layer, "data-index") == "1"
+    # A layer is shown for a second, which a busy machine may miss: the page itself takes down what it showed.
+    page.evaluate(
+        """layer => {
+          window.seen = [];
+          const note = () => window.seen.push([document.querySelector(layer).dataset.index,
+            document.querySelector("[data-row=layers]").textContent].join());
+          const all = { childList: true, subtree: true, attributes: true };
+          new MutationObserver(note).observe(document.querySelector(".mv"), all);
+        }""",
+        layer,
+    )
+    page.focus("[data-row=layers]")
+    page.keyboard.press("Enter")
+    page.wait_for_function("window.seen.includes('0,Pause') && window.seen.at(-1) === '1,Play'")
+
+
+def test_without_motion_there_is_a_scrubber_and_no_play(photos):
+    page = photos(reduced_motion="reduce").page
+    assert page.locator("[data-row]:visible").count() == 0
+    scrub(page, "Home", "before training")
+    assert page.eval_on_selector(".mv-cell", "cell => getComputedStyle(cell).transitionDuration") == "0s"
+
+
+@pytest.mark.parametrize(
+    ("query", "why"), [("?k=1", "without changes of the routing"), ("?do=ablate.3.1.zero.0", "without changes")]
+)
+def test_of_a_changed_model_nothing_was_recorded(photos, query, why):
+    page = photos(query).page
+    assert why in page.text_content(".mv-box-time")
+    assert page.locator(SLIDER).count() == 0
+
+
+def test_a_model_without_a_history_has_no_scrubber(visit):
+    assert visit().page.text_content(".mv-box-time") == ""
+
+
+def test_an_exported_page_has_the_scrubber_without_a_server(photos, new_visit, recorded, look, tmp_path):
+    page = photos().page
+    page.click(".mv-menu summary")
+    with page.expect_download() as started:
+        page.click("[data-action=export-page]")
+    file = tmp_path / "page.html"
+    started.value.save_as(file)
+    alone = new_visit(offline=True)
+    alone.page.goto(file.as_uri())
+    scrub(alone.page, "Home", "before training")
+    before = first_choices(recorded, 0, image_of(page, recorded))
+    assert look.numbers(alone.page) == before
+    # It opens where its address says, and follows it.
+    trained = page.locator("[data-slot='0'] .mv-mark").all_text_contents()
+    alone.page.goto(f"{file.as_uri()}#step=0&patch=2")
+    alone.page.reload()
+    alone.page.wait_for_selector(".mv-past")
+    assert look.numbers(alone.page) == before
+    assert alone.page.get_attribute(".mv-pinned", "data-patch") == "2"
+    alone.page.evaluate("location.hash = '#expert=L3.E1'")
+    alone.page.wait_for_selector(".mv-loadbar[aria-pressed=true][data-expert='1']")
+    assert alone.page.locator(".mv-past").count() == 0
+    alone.page.evaluate("location.hash = '#layer=3'")
+    alone.page.wait_for_selector(".mv-loadbar[aria-pressed=true]", state="detached")
+    assert look.numbers(alone.page) == trained
+    assert alone.complaints == []
+
+
+def test_exports_say_which_moment_they_are_of(photos, tmp_path):
+    page = photos("?step=0").page
+    page.wait_for_selector(f"{SLIDER}[aria-valuetext='before training']")
+    page.click(".mv-menu summary")
+    with page.expect_download() as started:
+        page.click("[data-action=export-json]")
+    started.value.save_as(tmp_path / "view.json")
+    view = json.loads((tmp_path / "view.json").read_text())
+    assert view["moment"] == {"step": 0, "total_steps": 100}
+    assert {layer["computation"] for layer in view["layers"]} == {None}
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("dark", 390), ("light", 1440)])
+def test_axe_finds_nothing_and_nothing_scrolls_sideways(photos, look, scheme, width):
+    page = photos(color_scheme=scheme, viewport={"width": width, "height": 844}).page
+    scrub(page, "Home", "before training")
+    found = axe(page, ".mv-columns")
+    assert [f"{one['id']}: {node['html'][:200]}" for one in found for node in one["nodes"]] == []
+    assert look.no_sideways_scroll(page)

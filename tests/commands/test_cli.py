@@ -1,0 +1,348 @@
+"""The command line as a person meets it: help, and one sentence with the remedy for every mistake."""
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moevision
+from moevision.cli import VERBS
+from moevision.commands import loading, training
+from moevision.errors import UserError
+from moevision.train.cli import explain
+from moevision.train.recipe import memory_advice
+from moevision.train.resume import is_free
+from tests.forks import Forked
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(outcome, *words):
+    """The call said one line, on stderr, with these words in it, and started nothing."""
+    assert outcome.code == 2
+    (error,) = (outcome.out + outcome.err).splitlines()
+    assert error.startswith("moevision: ")
+    for word in words:
+        assert word in error
+    assert not list(Path("runs").glob("*")), "a failed start leaves no run folder"
+
+
+def test_help_lists_every_verb(cli):
+    outcome = cli("--help")
+    assert outcome.code == 0
+    for name, verb in VERBS.items():
+        assert f"{name:10} {verb.summary}" in outcome.out
+    assert "moevision fit --config quickstart" in outcome.out
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_has_help(cli, verb):
+    outcome = cli(verb, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "--" in outcome.out
+    assert cli("help", verb) == outcome
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_help_ends_with_examples(cli, verb):
+    examples = cli(verb, "--help").out.partition("\nexamples\n")[2].partition("\n\n")[0].splitlines()
+    assert 1 <= len(examples) <= 3
+    assert all(f"moevision {verb}" in example for example in examples)
+
+
+@pytest.mark.deep
+def test_the_rendered_help_is_what_the_live_parsers_say(tmp_path):
+    """To the letter where Python and the libraries are those of the rendering; others word and wrap it otherwise.
+
+    Then the options of our own have to be there. `python -m moevision.commands.training` renders it anew.
+    """
+    ours = re.compile(r"--(?:(?:model|data|guard|checkpoint|ema)\.[\w.]+|resume|name|with-twin|runs_root|config)\b")
+    same = json.loads(training.VERSIONS.read_text()) == training.rendering_versions()
+    code = (
+        "import json; from moevision.commands.training import render; "
+        "print(json.dumps({file.name: text for file, text in render().items()}))"
+    )
+    # In a process of its own: the parsers name every callback that there is, those of other tests too.
+    process = Forked(["-c", code], tmp_path, os.environ)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    for name, live in json.loads(said.splitlines()[-1]).items():
+        file = training.HELP / name
+        rendered = file.read_text(encoding="utf-8")
+        assert set(ours.findall(rendered)) == set(ours.findall(live)), file
+        assert len(set(ours.findall(rendered))) > (20 if file.stem.endswith("all") else 5)
+        if same:
+            assert rendered == live, file
+
+
+def test_fit_help_teaches_the_options_of_the_model(cli):
+    out = " ".join(cli("fit", "--help").out.split())
+    assert "--model.arch.num_experts" in out
+    assert "E, experts in each MoE layer" in out
+    assert "--with-twin" in out
+    assert "--model.arch.capacity_factor" not in out
+    assert "--help-all shows every option" in out
+
+
+def test_help_all_shows_every_option(cli):
+    out = " ".join(cli("fit", "--help-all").out.split())
+    assert "--model.arch.capacity_factor" in out
+    assert "in training an expert computes at most this times its fair share" in out
+    assert "--trainer.profiler" in out
+
+
+def test_ctrl_c_ends_any_verb_with_one_line(cli, monkeypatch):
+    def stopped(chosen):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moevision.commands.predict.run", stopped)
+    outcome = cli("predict", "model", "image.jpg")
+    assert (outcome.code, outcome.out) == (130, "")
+    assert outcome.err.split("\n") == ["", "moevision: predict was stopped by Ctrl-C.", ""]
+
+
+@pytest.mark.parametrize("help_of", [(), ("fit",)])
+def test_help_lists_the_exit_codes(cli, help_of):
+    """128 plus the numbers of the signals: SIGINT 2, SIGHUP 1, SIGTERM 15, SIGUSR1 10 (on Linux)."""
+    out = cli(*help_of, "--help").out.partition("exit codes")[2]
+    assert sorted(map(int, re.findall(r"\b\d+\b", out.partition("--help-all")[0]))) == [0, 2, 3, 129, 130, 138, 143]
+
+
+def test_a_diverged_training_has_an_exit_code_of_its_own(cli, drawn_pets, tiny, strike):
+    """No return is allowed and one is needed: 3, which a job script can tell from a mistake in the command."""
+    strike("nan_weight@2")
+    outcome = cli("fit", drawn_pets, *tiny, "--guard.max_rollbacks=0")
+    assert outcome.code == 3
+    assert "Traceback" not in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("moevision: The training diverged (weight of head.weight)")
+    assert Path("runs/pets/divergence.md").is_file()
+    assert Path("runs/pets/checkpoints/diverged.ckpt").is_file()
+
+
+def test_version(cli):
+    assert cli("--version").out == f"moevision {moevision.__version__}\n"
+    first, python, *libraries = cli("--version", "--verbose").out.splitlines()
+    assert (first, python) == (f"moevision {moevision.__version__}", f"python {sys.version.split()[0]}")
+    assert [line.split()[0] for line in libraries] == ["torch", "torchvision", "timm", "lightning"]
+    assert libraries[0].split()[1].partition("+")[0] == torch.__version__.partition("+")[0]
+
+
+def test_a_terminal_is_told_what_takes_long(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    for stream, told in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with loading("reading the model"):
+            pass
+        assert ("reading the model" in stream.getvalue()) is told
+
+
+def test_no_argument_prints_the_usage_and_fails(cli):
+    outcome = cli()
+    assert outcome.code == 2
+    assert "usage: moevision VERB" in outcome.out
+
+
+def test_unknown_verb(cli):
+    refused(cli("train"), "'train'", "fit, validate, test, predict, info")
+    refused(cli("anlyze"), "Did you mean analyze?")
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "words"),
+    [
+        ("benchmark", ("layer", "--help"), ("python -m benchmarks", "checkout")),
+        ("completion", ("bash",), ("moevision VERB --help",)),
+        ("plan", ("quickstart", "--gpus", "2"), ("python -m benchmarks plan", "checkout")),
+        ("doctor", ("--format", "json"), ("moevision info --machine",)),
+    ],
+)
+def test_a_verb_that_left_says_what_to_use(cli, verb, arguments, words):
+    for given in ((), arguments):
+        refused(cli(verb, *given), f"moevision {verb}", *words)
+
+
+def test_a_task_or_an_option_that_left_says_what_to_use(cli):
+    for arguments in ((), ("runs/pets", "--seeds=5"), ("--help",)):
+        refused(cli("data", "curve", *arguments), "python -m benchmarks curve of", "checkout")
+    refused(cli("predict", "runs/pets", "photos", "--shard", "1/8", "--out", "answers"), "docs/guides/batch.md")
+    for fault in (["--fault", "nan_loss@7"], ["--fault=nan_loss@7"]):
+        refused(cli("fit", "pets", *fault), "python -m benchmarks guard-accuracy")
+    refused(cli("data", "score", "curve"), "curve is no run folder")  # not the task
+
+
+def test_traceback_on_demand(cli):
+    outcome = cli("fit", "nowhere", "--traceback")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+
+
+MISTAKES = {
+    "model name": (["--model.arch.name=vit_moe_mirco_patch4_32"], ["vit_moe_micro_patch4_32", "Did you mean"]),
+    "more choices than experts": (["--model.arch.num_experts=1"], ["top_k=2", "num_experts=1", "choose top_k"]),
+    "patch size": (["--model.arch.patch_size=7"], ["7 px do not tile", "multiple of 7"]),
+    "heads": (["--model.arch.embed_dim=33"], ["test_vit_moe", "divisible by num_heads"]),
+    "router": (["--model.arch.router=topk"], ["'topk'", "noisy_top_k"]),
+    "unknown option": (["--data.batch_sise=8"], ["data.batch_sise", "data.batch_size", "moevision fit --help"]),
+    "unknown option of the model": (["--model.arch.nmae=x"], ["model.arch.nmae", "model.arch.name"]),
+    "no number": (["--data.batch_size=many"], ["--data.batch_size is 'many'", "must be int"]),
+    "no number in the model": (["--model.arch.depth=deep"], ["--model.arch.depth is 'deep'", "int or null"]),
+    "choice": (["--data.augment=strong"], ["--data.augment is 'strong'", "'trivialaugment'"]),
+    "out of range": (["--data.batch_size=0"], ["--data.batch_size is 0", "at least 1"]),
+    "accelerator": (["--trainer.accelerator=quantum"], ["quantum", "cpu"]),
+    "clipping": (["--trainer.gradient_clip_algorithm=value"], ["global norm", "leave out"]),
+    "no end": (["--trainer.max_epochs=-1"], ["--trainer.max_epochs or --trainer.max_steps"]),
+    "nothing to train on": (["--trainer.limit_train_batches=0"], ["limit_train_batches 0"]),
+    "second folder": (["more"], ["'more'", "right after the verb"]),
+    "pretrained": (["--pretrained=deit_tny_patch16_224"], ["deit_tiny_patch16_224"]),
+    "run folder": (["--runs_root=pets.txt"], ["pets.txt", "where you may write"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_options(cli, tiny, drawn_pets, mistake):
+    Path("pets.txt").touch()
+    options, words = MISTAKES[mistake]
+    refused(cli("fit", drawn_pets, *tiny, *options), *words)
+
+
+def test_nothing_to_train_on(cli):
+    refused(cli("fit"), "one subfolder per class", "quickstart")
+
+
+def test_wrong_path_names_the_one_that_was_meant(cli, drawn_pets):
+    refused(cli("fit", drawn_pets.with_name("pet")), "did you mean", str(drawn_pets))
+
+
+def test_dataset_that_is_not_there(cli):
+    refused(cli("fit", "cifar100"), "--data.download true")
+    Path("pets").mkdir()
+    refused(cli("fit", "pets"), "--data.download true", "for your own folder write ./pets")
+
+
+def test_class_folder_missing_in_val(cli, tiny, drawn_pets):
+    shutil.copytree(drawn_pets, "split/train")
+    shutil.copytree(drawn_pets / "cat", "split/val/cat")
+    refused(cli("fit", "split", *tiny), "split/val has no images of the class 'dog'", "add some there")
+
+
+def test_images_of_one_class_only(cli, tiny, drawn_pets):
+    shutil.copytree(drawn_pets / "cat", "one/cat")
+    refused(cli("fit", "one", *tiny), "only one class folder, 'cat'", "expected one subfolder per class")
+
+
+def test_too_many_bad_images(cli, tiny, drawn_pets):
+    shutil.copytree(drawn_pets, "pictures")
+    for file in sorted(Path("pictures/cat").iterdir())[:10]:
+        file.write_bytes(b"")
+    refused(cli("fit", "pictures", *tiny), "--data.max_bad_fraction", "mend or remove them")
+
+
+def test_config_that_does_not_exist(cli):
+    refused(cli("fit", "--config", "cifar"), "'cifar'", "Did you mean cifar10?")
+    refused(cli("fit", "--config=mine.yaml"), "'mine.yaml'", "quickstart")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data:\n  batch_sise: 8\n", ["data.batch_sise", "data.batch_size"]),
+        ("model:\n  arch:\n    depht: 2\n", ["model.arch.depht", "model.arch.depth"]),
+        ("modle:\n  label_smoothing: 0.1\n", ["modle.label_smoothing", "model.label_smoothing"]),
+        ("data: [\n", ["config", "line 2"]),
+    ],
+)
+def test_mistake_in_a_config(cli, drawn_pets, text, words):
+    Path("mine.yaml").write_text(text)
+    refused(cli("fit", drawn_pets, "--config", "mine.yaml"), *words)
+
+
+def test_checkpoints_that_can_not_be_used(cli, tiny_run):
+    whole = (tiny_run / "checkpoints" / "best.ckpt").read_bytes()
+    Path("truncated.ckpt").write_bytes(whole[: len(whole) // 2])
+    Path("text.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {}, "epoch": 3}, "foreign.ckpt")
+    torch.save([torch.zeros(2)], "list.ckpt")
+    config = ("--config", tiny_run / "config.yaml", "--runs_root=runs")
+    for name, words in {
+        "missing": ["There is no checkpoint", "runs/NAME/checkpoints/"],
+        "truncated": ["damaged", "best.ckpt"],
+        "text": ["damaged", "best.ckpt"],
+        "foreign": ["not written by moevision", "runs/NAME/checkpoints/"],
+        "list": ["not written by moevision", "runs/NAME/checkpoints/"],
+    }.items():
+        refused(cli("test", *config, "--ckpt_path", f"{name}.ckpt"), f"{name}.ckpt", *words)
+    refused(cli("fit", *config, "--ckpt_path", "runs/pets/checkpoints/last.ckpt"), "fit --resume runs/pets")
+
+
+def test_evaluation_without_a_checkpoint(cli, tiny_run):
+    for verb in ("test", "validate"):
+        refused(cli(verb, "--config", tiny_run / "config.yaml", "--runs_root=runs"), "--ckpt_path")
+
+
+def test_resuming_beyond_the_schedule(cli, tiny_run):
+    unfinished = Path(shutil.copytree(tiny_run, "unfinished"))
+    (unfinished / "summary.json").unlink()
+    outcome = cli("fit", "--resume", unfinished, "--trainer.max_epochs=9")
+    assert outcome.code == 2
+    assert "--trainer.max_epochs is 2 in this run and can't become 9" in outcome.err
+    assert "--pretrained" in outcome.err
+    assert (unfinished / "metrics.csv").read_bytes() == (tiny_run / "metrics.csv").read_bytes()
+
+
+def test_a_failed_start_leaves_earlier_runs_alone(cli, drawn_pets):
+    earlier = Path("runs/pets")
+    earlier.mkdir(parents=True)
+    (earlier / "summary.md").write_text("mine")
+    assert cli("fit", drawn_pets, "--model.arch.name=nothing").code == 2
+    assert [str(path) for path in Path("runs").rglob("*")] == ["runs/pets", "runs/pets/summary.md"]
+    assert (earlier / "summary.md").read_text() == "mine"
+
+
+def test_a_trial_run_leaves_nothing(cli, tiny, drawn_pets):
+    assert cli("fit", drawn_pets, *tiny, "--trainer.fast_dev_run=1").code == 0
+    assert not list(Path("runs").glob("*"))
+
+
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB", "can't allocate memory: 9 bytes"])
+def test_full_memory_gets_half_the_batch_and_twice_the_accumulation(text):
+    with (
+        pytest.raises(ValueError, match=r"--data.batch_size 32 --trainer.accumulate_grad_batches 4"),
+        memory_advice(64, 2),
+    ):
+        raise RuntimeError(text)
+
+
+@pytest.mark.parametrize(("batch", "goes_on"), [(64, True), (1, False)])
+def test_full_memory_where_the_batch_stays_gets_what_may_change(batch, goes_on):
+    """A run that goes on refuses another batch, and one image has no half."""
+    with pytest.raises(UserError) as caught, memory_advice(batch, 2, goes_on=goes_on):
+        raise RuntimeError("CUDA out of memory")
+    options = re.findall(r"--([\w.]+)", str(caught.value))
+    assert options == ["model.grad_checkpointing"]
+    assert is_free(options[0])
+
+
+def test_other_errors_are_not_taken_for_full_memory():
+    with pytest.raises(RuntimeError, match="shape"), memory_advice(64, 2):
+        raise RuntimeError("shape mismatch")
+
+
+def test_parser_messages_become_sentences():
+    literal = "Expected a typing.Literal['a', 'b']"
+    message = f'Parser key "x.y":\n  Errors:\n    - {literal}\n    - Expected a NoneType\n  Given value: c'
+    assert explain(message, []) == "--x.y is 'c': it must be 'a', 'b' or null."
+    assert explain("unrecognized arguments: --a.bc 1", ["a.bd"]) == "there is no option 'a.bc', did you mean a.bd?"
+    assert explain("something\n  else", []) == "something else."

@@ -1,0 +1,291 @@
+"""`moevision compare`: by hand, by scipy and by enumeration; what can't be compared is refused in a sentence."""
+
+import csv
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from moevision.models.safe_files import read_yaml
+from moevision.train.stats import Gap, detectable_on, mcnemar_p_value
+
+FINISHED = Path(__file__).parents[1] / "fixtures" / "formats" / "0.1" / "runs" / "finished"
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def make(name, correct, seed=0, *, dogs=0, summary=None, **options):
+    """A finished run with these answers; the last `dogs` images are of dogs, the others of cats."""
+    folder = Path("runs") / name
+    shutil.copytree(FINISHED, folder)
+    kinds = ["cat"] * (len(correct) - dogs) + ["dog"] * dogs
+    with (folder / "predictions_test.csv").open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "prediction", "probability", "correct"])
+        for number, (kind, right) in enumerate(zip(kinds, correct, strict=True)):
+            writer.writerow([f"{kind}/{number}.png", kind, kind if right else "owl", "0.9", int(right)])
+    known = json.loads((folder / "summary.json").read_text())
+    known |= {"seed": seed, **(summary or {})}
+    known["test"] |= {"correct": sum(correct), "total": len(correct)}
+    (folder / "summary.json").write_text(json.dumps(known))
+    text = (folder / "config.yaml").read_text().replace("seed_everything: 0", f"seed_everything: {seed}")
+    for option, value in options.items():
+        assert f"  {option}: " in text
+        text = "\n".join(f"{line.split(':')[0]}: {value}" if line.strip().startswith(f"{option}: ") else line
+                         for line in text.split("\n"))  # fmt: skip
+    (folder / "config.yaml").write_text(text)
+    return str(folder)
+
+
+def cells(both, only_a, only_b, neither):
+    return [1] * (both + only_a) + [0] * (only_b + neither), [1] * both + [0] * only_a + [1] * only_b + [0] * neither
+
+
+def test_a_place_that_can_not_be_written_is_named(cli):
+    Path("file").touch()
+    outcome = cli("compare", make("one", [1, 0]), make("two", [1, 1]), "--json", "file/out.json")
+    assert outcome.code == 2
+    assert "file/out.json can't be written" in outcome.err
+    assert outcome.err.endswith("give --json another place.\n")
+
+
+def test_two_runs_by_hand(cli):
+    """Airway hyper-responsiveness, 21 children (1, 1, 7, 12), with Tango's interval as printed by Fagerland et al.
+
+    Statistics in Medicine 33 (2014) 2850-2875. McNemar's exact p by hand: 2 (1 + 8) / 2^8 = .0703.
+    """
+    a, b = cells(1, 1, 7, 12)
+    outcome = cli("compare", make("one", a), make("two", b, router="hash"), "--json", "out.json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "A − B: −28.6 points of accuracy (95 % interval −51.7 to −2.6), on the same 21 test images." in outcome.out
+    assert "Only A is right on 1 of them, only B on 7: McNemar's exact p = 0.070." in outcome.out
+    assert "Not told apart: this cannot exclude ±51.7 points." in outcome.out
+    assert "A and B differ in model.arch.router (null, hash)." in outcome.out
+    low, high = stats.binomtest(2, 21).proportion_ci(method="wilson")
+    assert f"9.5 % ({100 * low:.1f} % to {100 * high:.1f} %)" in outcome.out
+    found = json.loads(Path("out.json").read_text())
+    assert found["p_value"] == 18 / 256
+    assert found["interval"] == pytest.approx([-0.517, -0.026], abs=5e-4)
+    assert (found["verdict"], found["differ_in"]) == ("not told apart", {"model.arch.router": ["null", "hash"]})
+    assert (
+        found["a"][0]["flops_per_image"]
+        == json.loads((FINISHED / "summary.json").read_text())["cost"]["flops_per_image"]
+    )
+    before = Path("out.json").read_bytes()
+    cli("compare", "runs/one", "runs/two", "--json", "out.json")
+    assert Path("out.json").read_bytes() == before
+    assert "A is better" in cli("compare", make("right", [1] * 30), make("wrong", [0] * 30)).out
+
+
+def test_a_run_and_its_twin_are_compared_as_fit_does(cli, tiny_run):
+    assert cli("compare", tiny_run, tiny_run / "twin", "--json", "out.json").code == 0
+    found = json.loads(Path("out.json").read_text())
+    (pair,) = found["by_seed"]
+    assert pair.pop("seeds") == [0, 0]
+    assert pair == json.loads((tiny_run / "summary.json").read_text())["twin"]["difference"]
+    assert list(found["differ_in"]) == ["model.arch.twin"]
+
+
+RIGHT = {"moe": {0: 15, 1: 16, 2: 18, 7: 20}, "dense": {0: 14, 1: 14, 2: 13, 5: 1}}
+"""Of 20 images, by seed; seeds 7 and 5 have no partner."""
+
+
+def test_several_seeds_are_scipys_paired_t_test(cli):
+    runs = [
+        make(f"{name}-{seed}", [1] * right + [0] * (20 - right), seed, router="null" if name == "moe" else "hash")
+        for name, by_seed in RIGHT.items()
+        for seed, right in by_seed.items()
+    ]
+    outcome = cli("compare", *reversed(runs[4:]), *runs[:4], "--json", "out.json")  # dense first; any order of seeds
+    assert (outcome.code, outcome.err) == (0, "")
+    found = json.loads(Path("out.json").read_text())
+    moe, dense = ([RIGHT[name][seed] / 20 for seed in (0, 1, 2)] for name in ("moe", "dense"))
+    expected = stats.ttest_rel(dense, moe)
+    assert found["p_value"] == pytest.approx(expected.pvalue)
+    assert found["interval"] == pytest.approx(expected.confidence_interval())
+    assert found["difference"] == pytest.approx(-8 / 60)
+    assert [pair["seeds"] for pair in found["by_seed"]] == [[0, 0], [1, 1], [2, 2]]
+    assert [round(20 * pair["difference"]) for pair in found["by_seed"]] == [-1, -2, -5]
+    assert "seed 2: dense-2 − moe-2 = −25.0 (−" in outcome.out
+    assert "Left out, without a partner of the same seed: dense-5, moe-7." in outcome.out
+    widest = 100 * max(abs(end) for end in expected.confidence_interval())
+    assert f"Not told apart: this cannot exclude ±{widest:.1f} points." in outcome.out
+
+
+def test_equal_differences_have_no_interval(cli):
+    runs = [make(f"{depth}-{seed}", [1] * (depth + seed) + [0] * (10 - depth - seed), seed, depth=depth)
+            for depth in (4, 3) for seed in (0, 1)]  # fmt: skip
+    outcome = cli("compare", *runs, "--json", "out.json")
+    assert outcome.code == 0, outcome.err
+    assert "A − B: +10.0 points of accuracy, on the same 10 test images." in outcome.out
+    assert "equal differences have no interval" in outcome.out
+    assert json.loads(Path("out.json").read_text())["p_value"] is None
+
+
+def test_unbalanced_classes_are_compared_by_balanced_accuracy(cli):
+    """Of 90 cats A has 9 more right, of 10 dogs 7 fewer: +2 points of accuracy, (.1 - .7) / 2 of balanced accuracy.
+
+    The interval by hand, with one image more in each class that adds half to the sum of squares: mean 9 / 91 and
+    variance (9 + .5 - 9^2 / 91) / 91^2 for cats, -7 / 11 and (7 + .5 - 7^2 / 11) / 11^2 for dogs.
+    """
+    a = [1] * 90 + [0] * 7 + [1] * 3
+    b = [0] * 9 + [1] * 81 + [1] * 10
+    monitor = {"monitor": "val/balanced_acc"}
+    outcome = cli("compare", make("one", a, dogs=10, summary=monitor), make("two", b, dogs=10), "--json", "out.json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(Path("out.json").read_text())
+    assert found["difference"] == pytest.approx(-0.3)
+    centre = (9 / 91 - 7 / 11) / 2
+    error = math.sqrt((9.5 - 81 / 91) / 91**2 + (7.5 - 49 / 11) / 11**2) / 2
+    assert found["interval"] == pytest.approx([centre - 1.959964 * error, centre + 1.959964 * error])
+    assert found["detectable"] == pytest.approx((1.959964 + 0.841621) * error)
+    assert "B is better." in outcome.out
+    assert "balanced accuracy" in outcome.out
+
+
+def test_one_image_of_a_class_tells_no_models_apart(cli):
+    """All cats alike, and the one dog right in A only: half of the balanced accuracy, by one image."""
+    a, b = [1] * 99 + [1], [1] * 99 + [0]
+    outcome = cli("compare", make("one", a, dogs=1, summary={"monitor": "val/balanced_acc"}), make("two", b, dogs=1))
+    assert outcome.code == 0, outcome.err
+    assert "+50.0 points of balanced accuracy" in outcome.out
+    assert "Not told apart" in outcome.out
+
+
+def test_the_detectable_difference_has_its_power_by_enumeration():
+    """All outcomes of 40 images, ten of them right in one model only: the test is significant with 80 %."""
+    n, discordant = 40, 10
+    difference = detectable_on(n, discordant)
+    share = max(discordant / n, difference)
+    p_a, p_b = (share + difference) / 2, (share - difference) / 2
+    found = sum(
+        stats.multinomial.pmf([a, b, n - a - b], n, [p_a, p_b, 1 - p_a - p_b])
+        for a, b in itertools.product(range(n + 1), repeat=2)
+        if b < a and a + b <= n and mcnemar_p_value(a, b) <= 0.05
+    )
+    assert found == pytest.approx(0.8, abs=1e-6)
+
+
+def test_many_images_detect_what_the_normal_approximation_says():
+    """Miettinen, Biometrics 24 (1968) 339-352: n d^2 = (z_a sqrt(s) + z_b sqrt(s - d^2))^2 for a share s of discord."""
+    difference, share = detectable_on(100_000, 8_000), 0.08
+    reach = 1.959964 * math.sqrt(share) + 0.841621 * math.sqrt(share - difference**2)
+    assert 100_000 * difference**2 == pytest.approx(reach**2, rel=0.02)
+
+
+def test_too_few_images_detect_nothing(cli):
+    """Five discordant images of five, all one way, have p = 2 / 2^5 > .05; six have 2 / 2^6."""
+    assert math.isnan(detectable_on(5, 5))
+    assert 0.9 < detectable_on(6, 0) <= 1
+    outcome = cli("compare", make("one", [1] * 5), make("two", [0] * 5))
+    assert "No difference would have been found with 80 % power (5 test images): test on more." in outcome.out
+
+
+def test_a_gap_is_ttest_rel():
+    first, second = np.array([87.2, 86.9, 87.7, 87.1]), np.array([86.8, 87.0, 87.1, 86.2])
+    expected = stats.ttest_rel(first, second)
+    gap = Gap.of(list(first - second))
+    assert (gap.mean, gap.p_value) == pytest.approx((0.45, expected.pvalue))
+    assert (gap.low, gap.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert gap.error == pytest.approx(np.std(first - second, ddof=1) / 2)
+    assert all(math.isnan(value) for value in (Gap.of([1.0, 1.0]).p_value, Gap.of([1.0]).detectable))
+
+
+# ---- what can't be compared
+
+
+def changed(file, old, new):
+    path = Path(file)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def drop_summary():
+    Path("runs/b/summary.json").unlink()
+
+
+def drop_predictions():
+    Path("runs/b/predictions_test.csv").unlink()
+
+
+def break_predictions():
+    Path("runs/b/predictions_test.csv").write_text("name\n1\n")
+
+
+def other_answers():
+    changed("runs/b/predictions_test.csv", "0.9,1", "0.9,0")
+
+
+def other_images():
+    changed("runs/b/predictions_test.csv", "cat/0.png", "cat/99.png")
+
+
+def other_labels():
+    changed("runs/b/predictions_test.csv", "cat/0.png,cat", "cat/0.png,dog")
+
+
+def drawn_anew():
+    for name, seed in (("a", 0), ("b", 1)):
+        changed(f"runs/{name}/config.yaml", "path: ./pets", "path: synthetic_pets")
+        changed(f"runs/{name}/config.yaml", "\n  seed: 0", f"\n  seed: {seed}")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop_summary, "runs/b is not finished: go on with `moevision fit --resume runs/b`, then compare."),
+        (drop_predictions, "runs/b/predictions_test.csv is not there, which fit leaves"),
+        (break_predictions, "runs/b/predictions_test.csv can't be read (KeyError)"),
+        (other_answers, "has 0 of 4 images right and summary.json says 2 of 4"),
+        (other_images, "a and b were not tested on the same images: 2 of 5 are in one of them only, such as 'cat/0."),
+        (other_labels, "a and b were not tested on the same images: they have the same names and other labels"),
+        (drawn_anew, "drawn images depend on --data.seed"),
+    ],
+)
+def test_runs_that_cannot_be_compared(cli, change, words):
+    make("a", [1, 0, 0, 0])
+    make("b", [1, 1, 0, 0])
+    change()
+    outcome = cli("compare", "runs/a", "runs/b")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err
+
+
+def test_runs_that_are_not_two_sides(cli):
+    a, b = make("a", [1, 0]), make("b", [1, 0], 1)
+    many = [make(f"{router}{seed}", [1, 0], seed, router=router) for router in ("hash", "soft") for seed in (1, 2)]
+    for runs, words in (
+        ([a], "give two, or several seeds"),
+        ([a, a], "runs/a is given twice"),
+        ([a, "runs"], "runs is no run folder"),
+        ([a, b, make("c", [1, 0], 2)], "These runs are of one recipe"),
+        ([a, *many], "of 3 recipes, by everything in config.yaml but the seed (a; hash1, hash2; soft1, soft2). They "
+                     "differ in model.arch.router."),
+        ([a, b, *many[1:2]], "0 seeds in common and need two: seeds 0, 1 and seed 2"),
+        ([*many[:3], make("soft", [1, 0], None, router="soft")], "1 seed in common and need two"),
+        ([*many, make("again", [1, 0], 1, router="hash")], "again has the seed of hash1, 1, so that both began"),
+    ):  # fmt: skip
+        outcome = cli("compare", *runs)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert words in outcome.err
+    Path("mine.json").write_text("{}")
+    refused = cli("compare", a, b, "--json", "mine.json").err
+    assert refused.endswith("mine.json is there already and holds something else: give --json another place.\n")
+
+
+def test_options_that_only_watch_make_no_recipe(cli):
+    """Names, logging and how often to save differ; what the guard does makes another recipe."""
+    runs = [make(f"{kind}-{seed}", [1, seed], seed, log_every_n_steps=10 + seed, every_minutes=5.0 + seed,
+                 max_skips=10 if kind == "a" else 2) for kind in "ab" for seed in (0, 1)]  # fmt: skip
+    outcome = cli("compare", *runs)
+    assert outcome.code == 0, outcome.err
+    assert "A and B differ in guard.max_skips (10, 2)." in outcome.out
+    assert read_yaml("runs/a-1/config.yaml")["checkpoint"]["every_minutes"] == 6

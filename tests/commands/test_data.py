@@ -1,0 +1,204 @@
+"""`moevision data`: lists made from a run, and shards, which fit takes and goes on with; and what is refused."""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from moevision.data.named import fetching
+
+COMPARED = ("metrics.csv", "predictions_test.csv", "model/model.safetensors", "splits.csv", "scores.csv")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_a_pruned_list_is_trained_on_and_gone_on_with(cli, tiny, tiny_run, send_signal):
+    """Half of the images by AUM, one of them relabelled; interrupted, the lists deleted, and gone on with."""
+    outcome = cli("data", "prune", tiny_run, "--by", "aum", "--keep", "0.5", "--out", "keep.csv")
+    assert (outcome.code, outcome.err) == (0, "")
+    scores = rows(tiny_run / "scores.csv")
+    scored = sorted((row for row in scores if row["visits"] != "0"), key=lambda row: -float(row["aum"]))
+    unseen = [row for row in scores if row["visits"] == "0"]  # a broken file among the images
+    half = {row["image"] for row in [*scored[: round(len(scored) / 2)], *unseen]}
+    listed = {row["image"]: row for row in rows(Path("keep.csv"))}
+    assert {image for image, row in listed.items() if row["keep"] == "yes"} == half
+    assert f"{len(half)} of {len(listed)} training images are kept: keep.csv" in outcome.out
+    assert "class   before    after" in outcome.out
+    assert "L1.E0" in outcome.out
+    first = scored[0]
+    new = "dog" if first["label"] == "cat" else "cat"
+    Path("decisions.csv").write_text(
+        f"image,label,decision,new_label\n{first['image']},{first['label']},relabel,{new}\n"
+    )
+    data = tiny_run.parents[1] / "pets"
+    options = (data, *tiny, "--data.max_bad_fraction=0.2", "--data.keep=keep.csv", "--data.relabel=decisions.csv")
+    assert cli("fit", *options, "--name=whole").code == 0
+    split = {(row["split"], row["path"]): row["class"] for row in rows(Path("runs/whole/splits.csv"))}
+    before = {(row["split"], row["path"]): row["class"] for row in rows(tiny_run / "splits.csv")}
+    assert {path for part, path in split if part == "train"} == half
+    assert {path for part, path in split if part == "unused"} == listed.keys() - half
+    assert split["train", first["image"]] == new
+    held = [key for key in before if key[0] in ("val", "test")]
+    assert [split[key] for key in held] == [before[key] for key in held]
+    send_signal(1)  # of two steps
+    assert cli("fit", *options, "--name=parts").code == 143
+    Path("keep.csv").unlink()
+    Path("decisions.csv").unlink()
+    outcome = cli("fit", "--resume", "runs/parts", "--data.keep=other.csv")
+    assert outcome.code == 2
+    assert "--data.keep is keep.csv in this run and can't become other.csv" in outcome.err
+    assert cli("fit", "--resume", "runs/parts").code == 0
+    for name in COMPARED:
+        assert Path("runs/whole", name).read_bytes() == Path("runs/parts", name).read_bytes(), name
+
+
+def test_lists_that_differ_lie_side_by_side(cli, tiny_run):
+    Path("run").mkdir()
+    for name in ("config.yaml", "scores.csv"):
+        shutil.copy(tiny_run / name, "run")
+    for options, name in (
+        (["random", "--seed", "0"], "keep-random-0.5.csv"),
+        (["random", "--seed", "1"], "keep-random-0.5-s1.csv"),
+        (["ccs", "--hardest", "0.1"], "keep-ccs-0.5.csv"),
+        (["ccs", "--hardest", "0.2", "--seed", "2"], "keep-ccs-0.5-hardest-0.2-s2.csv"),
+    ):
+        assert f"are kept: run/{name}\n" in cli("data", "prune", "run", "--keep", "0.5", "--by", *options).out
+    assert len(list(Path("run").glob("keep-*.csv"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--by", "aum"], "--by aum needs --keep SHARE above 0"),
+        (["--by", "aum", "--keep", "0"], "needs --keep SHARE above 0"),
+        (["--by", "decisions"], "--by decisions needs --decisions FILE"),
+        (["--by", "loss", "--keep", "0.5", "--hardest", "0.1"], "--hardest belongs to --by ccs"),
+        (["--by", "decisions", "--decisions", "none.csv"], "none.csv can't be read"),
+        (["--by", "aum", "--keep", "0.5", "--out", "mine.csv/x.csv"], "mine.csv/x.csv can't be written"),
+        (["--by", "aum", "--keep", "0.5", "--out", "mine.csv"], "mine.csv is there already and holds something else"),
+    ],
+)
+def test_options_of_prune_that_do_not_fit(cli, tiny_run, options, words):
+    Path("mine.csv").write_text("path,label\n")
+    outcome = cli("data", "prune", tiny_run, *options)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err
+    assert Path("mine.csv").read_text() == "path,label\n"
+
+
+def test_what_is_no_run_or_has_no_scores(cli, tiny_run):
+    outcome = cli("data", "prune", "nothing", "--by", "random", "--keep", "0.5")
+    assert outcome.code == 2
+    assert "nothing is no run folder" in outcome.err
+    Path("run").mkdir()
+    shutil.copy(tiny_run / "config.yaml", "run/config.yaml")
+    outcome = cli("data", "prune", "run", "--by", "random", "--keep", "0.5")
+    assert "scores.csv can't be read" in outcome.err
+
+
+def test_shards_are_trained_on_as_their_folder(cli, tiny, tiny_run, send_signal):
+    """Begun on the folder, stopped after a step, and gone on with from shards: the files of the folder's run."""
+    folder = tiny_run.parents[1] / "pets"
+    Path("pets.yaml").write_text(f"data: {{path: {json.dumps(str(folder))}}}\n")
+    outcome = cli("data", "shard", "pets.yaml", "--out", "shards")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.match(r"41 all images in 1 shards, [\d.]+ MiB: shards\ntrain on them: moevision fit shards$", outcome.out)
+    assert "1 of them kept from before: shards" in cli("data", "shard", folder, "--out", "shards").out
+    assert cli("data", "shard", "shards", "--check").out == "1 shards have the bytes that were written: shards\n"
+    send_signal(1)
+    options = (*tiny, "--data.max_bad_fraction=0.2", "--data.cache_mb=0", "--name=both")
+    assert cli("fit", folder, *options).code == 143
+    assert cli("fit", "--resume", "runs/both", "--data.path=shards").code == 0
+    for name in (*COMPARED, "bad_images.csv"):
+        assert (tiny_run / name).read_bytes() == Path("runs/both", name).read_bytes(), name
+    told = []
+    for place in (folder, "shards"):
+        answers = csv.DictReader(io.StringIO(cli("predict", tiny_run, place).out))
+        told.append({row.pop("path").removeprefix(f"{place}/"): row for row in answers})
+    assert told[0] == told[1]
+    assert len(told[0]) == 41
+
+
+def test_tars_that_others_made_are_converted(cli, draw, tiny, tiny_run):
+    """`fit` and `predict` name the command; what it writes is trained on, with the classes and splits of the tars."""
+    draw(Path("photos"), per_class=6)
+    Path("wds").mkdir()
+    for split in ("train", "test"):
+        with tarfile.open(f"wds/pets-{split}-000.tar", "w") as archive:
+            for number, file in enumerate(sorted(Path("photos").glob("*/*.png"))[split == "test" :: 2]):
+                for ending, data in (("jpg", file.read_bytes()), ("cls", file.parent.name.encode())):
+                    member = tarfile.TarInfo(f"{number:05d}.{ending}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    for refused in (cli("fit", "wds", *tiny), cli("predict", tiny_run, "wds")):
+        assert refused.code == 2
+        assert refused.err.count("\n") == 1
+        assert "convert them by `moevision data shard wds --out SHARDS`" in refused.err
+    outcome = cli("data", "shard", "wds", "--out", "shards")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.endswith("train on them: moevision fit shards\n")
+    assert cli("fit", "shards", *tiny, "--name=tars").code == 0
+    split = rows(Path("runs/tars/splits.csv"))
+    assert {row["path"].split("/")[0] for row in split if row["split"] == "test"} == {"pets-test-000"}
+    assert {row["class"] for row in split} == {"cat", "dog"}
+
+
+def test_a_printed_command_can_be_typed(cli, draw, tiny_run):
+    draw(Path("my photos"), per_class=1)
+    outcome = cli("data", "shard", "my photos", "--out", "my shards")
+    assert outcome.out.endswith("\ntrain on them: moevision fit 'my shards'\n")
+    outcome = cli("data", "prune", tiny_run, "--by", "random", "--keep", "0.5", "--out", "my list.csv")
+    assert outcome.out.endswith(" and --data.keep 'my list.csv'\n")
+    assert fetching("cifar10", "my data") == "`moevision fit cifar10 --data.download true --data.root 'my data'`"
+    outcome = cli("fit", "my photos", "--pretrained=none", "--ckpt_path=my runs/a/checkpoints/best.ckpt")
+    assert outcome.err.endswith("give its folder: moevision fit --resume 'my runs/a'.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["photos"], "Give --out SHARDS, the folder to write to, or --check"),
+        (["photos", "--out", "new", "--check"], "Give --out SHARDS"),
+        (["photos", "--check"], "photos holds no shards: give the folder"),
+        (["photos", "--out", "photos/new"], "photos/new lies in the folder of the images"),
+        (["photos", "--out", "other"], "other holds something else: give --out a new folder"),
+        (["photos", "--out", "photos/dog/0.png/new"], "lies in the folder"),
+        (["photos", "--out", "other/mine.txt/new"], "mine.txt"),
+        (["quickstart", "--out", "new"], "synthetic_pets is drawn when it is opened"),
+        (["empty.yaml", "--out", "new"], "empty.yaml names no images"),
+        (["nothing", "--out", "new"], "There is no config 'nothing'"),
+    ],
+)
+def test_what_can_not_be_sharded(cli, draw, arguments, words):
+    draw(Path("photos"), per_class=1)
+    Path("other").mkdir()
+    Path("other/mine.txt").touch()
+    Path("empty.yaml").write_text("seed: 1\n")
+    outcome = cli("data", "shard", *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to("/dev/zero")])
+def test_a_pipe_or_device_is_no_image(make, cli, draw):
+    """It isn't opened: reading it would never end."""
+    draw(Path("photos"), per_class=2)
+    make(Path("photos/dog/zz.jpg"))
+    outcome = cli("data", "shard", "photos", "--out", "new")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "dog/zz.jpg can't be read (it is not a regular file" in outcome.err

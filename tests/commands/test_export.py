@@ -1,0 +1,124 @@
+"""`moevision export`: what it prints, what it refuses, and that the lines it offers run."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image, ImageOps
+
+from moevision.commands.export import SNIPPETS, experts_sentence, measure_latency
+from moevision.commands.predict import predict_batch
+from moevision.data.images import safe_open
+from moevision.efficiency import measure_cost
+from moevision.models.io import load_model
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(
+    ("form", "suffix"), [pytest.param("onnx", ".onnx", marks=pytest.mark.needs("onnx")), ("torch", ".pt2")]
+)
+@pytest.mark.filterwarnings("ignore::moevision.errors.DataWarning")  # a copy of the run's images lacks the broken one
+def test_export_says_what_it_costs_and_how_to_run_it(form, suffix, cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = cli("export", tiny_run, "--out", f"pets{suffix}", "--data", drawn_pets, "--limit", 2)
+    assert outcome.code == 0, outcome.err
+    assert f"pets{suffix}: " in outcome.out
+    assert "2 classes, 32 px" in outcome.out
+    assert "compared on 6 images" in outcome.out  # four of noise
+    assert "computes ALL 4 experts of every MoE layer for every token; the model computes 2 of them." in outcome.out
+    sparse, dense = (float(row) for row in re.findall(r"(?:the model|this file) +│ +([\d.]+) ", outcome.out))
+    # Two MoE layers of 16 tokens, D 32, H 64; two more experts of 2·(D·H + H·D) FLOPs per token.
+    assert dense - sparse == pytest.approx(2 * 16 * 2 * 2 * (32 * 64 + 64 * 32) / 1e6, abs=0.11)
+
+    lines = SNIPPETS[form].format(file=f"pets{suffix}")
+    assert outcome.out.endswith(f"{lines}\n")
+    picture = next(drawn_pets.rglob("*.png"))
+    (tmp_path / "image.jpg").write_bytes(picture.read_bytes())  # a PNG, whatever its name; 32 px, so nothing is lost
+    told: list[str] = []
+    exec(lines, {"print": told.append})
+    assert told == [predict_batch(load_model(str(tiny_run)), [picture])[0].classes[0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--out", "model.bin"), "model.bin says no format: end it in .onnx or .pt2"),
+        (("--out", "model.pt2", "--format", "onnx"), "end it in .onnx"),
+        (("--out", "there.onnx"), "--force to replace it"),
+        (("--out", "model.pt2", "--opset", "20"), "--opset is for ONNX"),
+        (("--out", "model.pt2", "--data", "nothing.jpg"), "nothing.jpg"),
+        (("--out", "model.pt2", "--data", "there.onnx"), "there.onnx can't be read"),
+    ],
+)
+def test_mistakes_end_with_one_sentence_and_no_file(arguments, words, cli, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("there.onnx").write_text("mine")
+    outcome = cli("export", tiny_run, *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
+    assert Path("there.onnx").read_text() == "mine"
+
+
+def test_a_place_that_can_not_be_written_is_named(cli, tiny_run, tmp_path):
+    (tmp_path / "file").touch()
+    outcome = cli("export", tiny_run, "--out", tmp_path / "file" / "model.pt2")
+    assert outcome.code == 2
+    assert "can't be written" in outcome.err
+
+
+@pytest.mark.parametrize("form", SNIPPETS)
+def test_the_printed_lines_turn_an_image_upright_as_predict_does(form, tmp_path, monkeypatch):
+    """The line that opens the image, run alone, on a photo that was taken with the camera on its side."""
+    monkeypatch.chdir(tmp_path)
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[:20] = 255
+    exif = Image.Exif()
+    exif[0x112] = 6  # orientation: to be turned by 90 degrees clockwise
+    Image.fromarray(pixels).save("image.jpg", exif=exif, quality=95)
+    (line,) = [line for line in SNIPPETS[form].split("\n") if "Image.open" in line]
+    names = {"Image": Image, "ImageOps": ImageOps}
+    exec(line, names)
+    assert names["image"].tobytes() == safe_open("image.jpg").tobytes()
+
+
+def test_the_sentence_about_experts_fits_the_model():
+    def sentence(**options):
+        return experts_sentence(timm.create_model("test_vit_moe", **options))
+
+    assert "ALL 4 experts" in sentence()
+    assert "computes 2 of them." in sentence()
+    assert "computes 2 of them on average." in sentence(router="expert_choice")
+    mixed = sentence(num_experts=[4, 8], top_k=[1, 2])
+    assert "ALL 4 to 8 experts" in mixed
+    assert "computes 1 to 2 of them." in mixed
+    assert "same work" in sentence(router="soft")
+    assert sentence(moe_layers=[]).startswith("The model has no experts")
+
+
+def test_dense_flops_are_those_of_all_experts():
+    def flops(top_k, backend, router="vmoe_top_k"):
+        model = timm.create_model("test_vit_moe", router=router, top_k=top_k, expert_hidden=64)
+        return measure_cost(model, 32, backend=backend).flops_per_image
+
+    assert flops(1, "loop") < flops(2, "loop") < flops(2, "dense")
+    assert flops(1, "dense") == flops(2, "dense") == flops(4, "loop")
+    assert flops(2, "dense", "soft") == flops(2, "loop", "soft")
+
+
+def test_latencies_are_measured_in_turns():
+    calls = []
+
+    def runner(name):
+        def run(images):
+            calls.append((name, len(images)))
+            return images
+
+        return run
+
+    medians = measure_latency({"a": runner("a"), "b": runner("b")}, 8, batches=(1, 3))
+    assert calls == [("a", 1), ("b", 1)] * 21 + [("a", 3), ("b", 3)] * 21  # the first turn warms up
+    assert {name: list(row) for name, row in medians.items()} == {"a": [1, 3], "b": [1, 3]}
+    assert all(0 < value < 1000 for row in medians.values() for value in row.values())

@@ -1,0 +1,273 @@
+"""`predict`: its two formats, what it finds, and what it says about files and models that can't be used."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moevision.commands.predict import images_at, predict_batch
+from moevision.errors import UserError
+from moevision.models.io import load_model
+
+
+def table(text):
+    return list(csv.DictReader(text.splitlines()))
+
+
+def refused(outcome, *words):
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("moevision: ")
+    assert outcome.err.count("\n") == 1
+    for word in words:
+        assert word in outcome.err
+
+
+def test_csv(cli, tiny_run, drawn_pets):
+    files = sorted(drawn_pets.rglob("*.png"))[:3]
+    outcome = cli("predict", tiny_run / "model", *files)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[0] == "path,class,probability,top5,error"
+    for row, file in zip(table(outcome.out), files, strict=True):
+        assert row["path"] == str(file)
+        pairs = dict(pair.split("=") for pair in row["top5"].split("; "))
+        assert set(pairs) == {"cat", "dog"}
+        assert sum(map(float, pairs.values())) == pytest.approx(1, abs=2e-4)
+        assert row["class"] == max(pairs, key=lambda name: float(pairs[name]))
+        assert row["probability"] == pairs[row["class"]]
+        assert row["error"] == ""
+
+
+def test_json_says_the_same_as_csv(cli, tiny_run, drawn_pets):
+    rows = json.loads(cli("predict", tiny_run, drawn_pets / "cat", "--format=json").out)
+    for row, other in zip(rows, table(cli("predict", tiny_run, drawn_pets / "cat").out), strict=True):
+        assert list(row) == ["path", "class", "probability", "calibrated", "unsure", "top5", "error"]
+        assert (row["calibrated"], row["unsure"]) == (True, False)
+        assert row["error"] is None
+        assert (row["path"], row["class"]) == (other["path"], other["class"])
+        assert row["probability"] == pytest.approx(float(other["probability"]), abs=5.1e-5)
+        assert row["top5"][0] == {"class": row["class"], "probability": row["probability"]}
+        assert [entry["probability"] for entry in row["top5"]] == sorted(
+            (entry["probability"] for entry in row["top5"]), reverse=True
+        )
+
+
+def test_folders_are_searched_to_the_bottom_and_the_order_is_kept(cli, tiny_run, drawn_pets, tmp_path):
+    picture = next((drawn_pets / "cat").iterdir())
+    for name in ("b/deep/1.png", "b/0.png", "a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, tmp_path / name)
+    (tmp_path / "b" / "notes.txt").touch()
+    rows = table(cli("predict", tiny_run, tmp_path / "b", tmp_path / "a.png", tmp_path / "b" / "0.png").out)
+    assert [Path(row["path"]).relative_to(tmp_path).as_posix() for row in rows] == [
+        *("b/0.png", "b/deep/1.png", "a.png", "b/0.png")
+    ]
+    assert len({row["top5"] for row in rows}) == 1  # four times the same image
+
+
+def test_an_unreadable_file_gets_a_row_that_says_why(cli, tiny_run, drawn_pets, tmp_path):
+    good = next((drawn_pets / "dog").iterdir())
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good.read_bytes()[:300])
+    empty = tmp_path / "empty.jpg"
+    empty.touch()
+    outcome = cli("predict", tiny_run, cut, good, empty)
+    assert outcome.code == 0
+    first, middle, last = table(outcome.out)
+    assert (first["class"], first["probability"], first["top5"]) == ("", "", "")
+    assert first["error"]
+    assert "empty" in last["error"]
+    assert middle["class"]
+    assert not middle["error"]
+    assert "2 of 3 files could not be read" in outcome.err
+    assert json.loads(cli("predict", tiny_run, cut, "--format=json").out)[0]["class"] is None
+
+
+def test_a_folder_that_can_not_be_read_is_told(cli, tiny_run, tmp_path, drawn_pets, monkeypatch):
+    shutil.copytree(drawn_pets, tmp_path / "all")
+    locked = next(path for path in (tmp_path / "all").iterdir() if path.is_dir())
+    real = os.scandir
+
+    def scandir(path):
+        if str(path) == str(locked):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    outcome = cli("predict", tiny_run, tmp_path / "all")
+    assert outcome.code == 0, outcome.err
+    assert "1 folders in" in outcome.err
+    assert "can't be read, and were left out" in outcome.err
+
+
+def test_nothing_but_unreadable_files(cli, tiny_run, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"x")
+    (row,) = table(cli("predict", tiny_run, tmp_path).out)
+    assert row["error"]
+
+
+def test_the_batch_size_changes_no_prediction(tiny_run, drawn_pets):
+    model = load_model(str(tiny_run))
+    files = list(images_at([str(drawn_pets)]))
+    whole = predict_batch(model, files)
+    for size in (1, 7):
+        parts = [
+            row for start in range(0, len(files), size) for row in predict_batch(model, files[start : start + size])
+        ]
+        for row, other in zip(parts, whole, strict=True):
+            assert (row.path, row.classes) == (other.path, other.classes)
+            assert row.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_out_writes_a_file(cli, tiny_run, drawn_pets, tmp_path):
+    out = tmp_path / "new" / "answers.csv"
+    outcome = cli("predict", tiny_run, drawn_pets, "--out", out, "--batch_size=16")
+    assert (outcome.code, outcome.out) == (0, "")
+    assert out.read_text() == cli("predict", tiny_run, drawn_pets).out
+    for _ in range(2):  # an empty file, and answers of before
+        out.with_suffix(".json").touch()
+        assert cli("predict", tiny_run, drawn_pets, "--format=json", "--out", out.with_suffix(".json")).code == 0
+    assert cli("predict", tiny_run, drawn_pets, "--out", out).code == 0
+
+
+def test_out_is_tried_before_images_are_classified(cli, tiny_run, drawn_pets, tmp_path, monkeypatch):
+    """And only answers are replaced: `--out a.png b.png` names an image."""
+    monkeypatch.setattr("moevision.commands.predict.predict_batch", lambda *batch: pytest.fail("too late"))
+    image = Path(shutil.copy(next((drawn_pets / "cat").iterdir()), tmp_path / "a.png"))
+    before = image.read_bytes()
+    for out in (image, tmp_path, image / "answers.csv"):
+        refused(cli("predict", tiny_run, drawn_pets, "--out", out), str(out), "give --out another place")
+    assert image.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [image]
+
+
+def test_paths_and_numbers_that_can_not_be(cli, tiny_run, drawn_pets, tmp_path):
+    refused(cli("predict", tiny_run, tmp_path / "missing.png"), "There is no file or folder", "missing.png")
+    refused(cli("predict", tiny_run, tmp_path), "holds no image")
+    refused(cli("predict", tiny_run, drawn_pets, "--batch_size=0"), "--batch_size is 0", "at least 1")
+
+
+def test_no_model(cli, drawn_pets, tmp_path):
+    refused(cli("predict", "runs/nowhere/model", drawn_pets), "runs/nowhere/model", "give a folder such as")
+    refused(cli("predict", tmp_path, drawn_pets), "is no saved model", "config.json and model.safetensors")
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def flip_name(file):
+    file.write_text(file.read_text().replace('"test_vit_moe"', '"test_vit_mole"'))
+
+
+DAMAGE = {
+    "config cut short": ("config.json", cut_short, "is damaged, or no JSON file"),
+    "config empty": ("config.json", lambda file: file.write_text(""), "is damaged, or no JSON file"),
+    "config of another model": ("config.json", flip_name, "can't be loaded"),
+    "no config": ("config.json", Path.unlink, "is no saved model"),
+    "weights cut short": ("model.safetensors", cut_short, "can't be loaded"),
+    "weights empty": ("model.safetensors", lambda file: file.write_bytes(b""), "can't be loaded"),
+    "no weights": ("model.safetensors", Path.unlink, "has no model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_model(cli, saved_model, drawn_pets, damage):
+    name, spoil, words = DAMAGE[damage]
+    spoil(saved_model / name)
+    refused(cli("predict", saved_model, drawn_pets), str(saved_model), words)
+    with pytest.raises(UserError, match="model"):
+        load_model(str(saved_model))
+
+
+def test_bf16_says_nearly_the_same(cli, tiny_run, drawn_pets):
+    """bfloat16 keeps 8 bits: probabilities move by a hundredth, not by nothing."""
+    files = sorted(drawn_pets.rglob("*.png"))[:8]
+    said = {}
+    for precision in ("fp32", "bf16"):
+        said[precision] = json.loads(cli("predict", tiny_run, *files, "--format=json", "--precision", precision).out)
+    moved = []
+    for row, other in zip(said["fp32"], said["bf16"], strict=True):
+        by_class = {entry["class"]: entry["probability"] for entry in other["top5"]}
+        moved += [abs(entry["probability"] - by_class[entry["class"]]) for entry in row["top5"]]
+    assert 0 < max(moved) < 0.02
+
+
+# ---- how sure
+
+
+def changed_config(folder, change):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def test_probabilities_are_calibrated_by_the_stored_temperature(cli, saved_model, drawn_pets):
+    """softmax(z / T) from softmax(z): p^(1/T), normalised."""
+    temperature = json.loads((saved_model / "config.json").read_text())["calibration"]["temperature"]
+    (said,) = json.loads(cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json").out)
+    changed_config(saved_model, lambda config: config.pop("calibration"))
+    outcome = cli("predict", saved_model, sorted(drawn_pets.rglob("*.png"))[0], "--format=json")
+    assert outcome.code == 0
+    assert "Probabilities are not calibrated" in outcome.err
+    (plain,) = json.loads(outcome.out)
+    assert (plain["calibrated"], said["calibrated"]) == (False, True)
+    powers = {entry["class"]: entry["probability"] ** (1 / temperature) for entry in plain["top5"]}
+    for entry in said["top5"]:
+        assert entry["probability"] == pytest.approx(powers[entry["class"]] / sum(powers.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("calibration", [3, {}, {"temperature": 0}, {"temperature": "1"}, {"temperature": 1e9}])
+def test_a_temperature_that_can_not_be(cli, saved_model, drawn_pets, calibration):
+    changed_config(saved_model, lambda config: config.update(calibration=calibration))
+    refused(cli("predict", saved_model, drawn_pets), "calibration")
+
+
+def test_unsure_answers(cli, tiny_run, drawn_pets):
+    sure = json.loads(cli("predict", tiny_run, drawn_pets, "--format=json").out)
+    threshold = sorted(row["probability"] for row in sure)[len(sure) // 2]
+    options = ("--unsure", f"{threshold:.6f}")
+    outcome = cli("predict", tiny_run, drawn_pets, "--format=json", *options)
+    assert outcome.code == 0
+    rows = json.loads(outcome.out)
+    doubted = [row for row in rows if row["unsure"]]
+    assert 0 < len(doubted) < len(rows)
+    assert f"{len(doubted)} of {len(rows)} images are unsure" in outcome.err
+    for row, before in zip(rows, sure, strict=True):
+        assert row["unsure"] == (before["probability"] < float(options[1]))
+        assert row["class"] == ("unsure" if row["unsure"] else before["class"])
+        assert (row["probability"], row["top5"]) == (before["probability"], before["top5"])
+    by_csv = table(cli("predict", tiny_run, drawn_pets, *options).out)
+    assert [row["class"] for row in by_csv] == [row["class"] for row in rows]
+    for value in ("0", "1.5"):
+        refused(cli("predict", tiny_run, drawn_pets, "--unsure", value), "--unsure is", "probability")
+
+
+def test_an_unreadable_file_is_not_unsure(cli, tiny_run, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"x")
+    (row,) = json.loads(cli("predict", tiny_run, tmp_path, "--format=json", "--unsure=1").out)
+    assert (row["class"], row["unsure"]) == (None, False)
+
+
+# ---- many images
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_lists_of_files_together_say_what_one_process_says(cli, tiny_run, drawn_pets, tmp_path, form):
+    """40 images as lists of 13, 13 and 14, behind the options, as `xargs` puts them: the rows of the whole."""
+    whole = read_rows(cli("predict", tiny_run, drawn_pets, f"--format={form}").out, form)
+    names = [row["path"] for row in whole]
+    together = []
+    for start, end in ((0, 13), (13, 26), (26, 40)):
+        out = tmp_path / f"{start:04d}.{form}"
+        outcome = cli("predict", tiny_run, f"--format={form}", f"--out={out}", *names[start:end])
+        assert (outcome.code, outcome.out) == (0, "")
+        together += read_rows(out.read_text(), form)
+    assert [(row["path"], row["class"]) for row in together] == [(row["path"], row["class"]) for row in whole]
+
+
+def read_rows(text, form):
+    return table(text) if form == "csv" else json.loads(text)

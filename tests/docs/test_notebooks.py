@@ -1,0 +1,73 @@
+"""Every notebook runs from top to bottom on what the package carries, in under a minute of CPU time."""
+
+import ast
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.needs("notebooks")
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+RUN = [
+    pytest.param(
+        path,
+        id=path.stem,
+        marks=[pytest.mark.needs("photos")] if "cats_vs_dogs" in path.read_text(encoding="utf-8") else [],
+    )
+    for path in NOTEBOOKS
+]
+LIMIT_S = 60
+SMALL = 600_000  # bytes, saved outputs included
+
+
+def read(path):
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_the_notebooks_are_here():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_imports_moevision_alone_and_keeps_the_installed_torch(path):
+    """Beside the standard library; the first code cell installs, and holds torch at the version that is there."""
+    install, *rest = code_cells(read(path))
+    assert "pip" in install.source
+    assert 'f"{name}=={packages.version(name)}"' in install.source
+    roots = set()
+    for cell in [install, *rest]:
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                roots.add(node.module.split(".")[0])
+    assert roots - set(sys.stdlib_module_names) == {"moevision"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_saved_with_its_results_and_stays_small(path):
+    assert path.stat().st_size < SMALL
+    cells = code_cells(read(path))
+    assert all(cell.outputs for cell in cells[2:])
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("path", RUN)
+def test_a_notebook_runs(path):
+    import nbclient
+
+    notebook = read(path)
+    before = os.times()
+    nbclient.NotebookClient(notebook, timeout=10 * LIMIT_S, kernel_name="python3").execute()
+    after = os.times()  # those of children count when a child, such as the kernel, has ended
+    assert 0 < (after.children_user + after.children_system) - (before.children_user + before.children_system) < LIMIT_S
+    shown = [output for cell in code_cells(notebook) for output in cell.get("outputs", ())]
+    assert any("text/html" in output.get("data", {}) for output in shown) or "02" in path.stem  # the explorer's view

@@ -1,0 +1,200 @@
+"""What tests share: the command line called in this process, drawn images in a folder, one tiny finished run."""
+
+import io
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import hypothesis
+import pytest
+
+from moevision.cli import main
+
+# A busy machine may take any time for an example.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
+
+# 32 px images, four experts: one epoch on 40 images takes a tenth of a second. fp32, so that a saved model, which
+# computes in fp32, can be compared with the run that made it.
+TINY = (
+    "--model.arch.name=test_vit_moe",
+    "--model.arch.patch_size=8",
+    "--data.image_size=32",
+    "--data.batch_size=8",
+    "--data.test_fraction=0.3",
+    "--trainer.precision=32-true",
+    "--trainer.max_epochs=2",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+)
+
+
+class Outcome(NamedTuple):
+    """What one call of the command line left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_cli(*arguments: str | Path, render: bool = False) -> Outcome:
+    """Call the command line in this process; an exception that it lets through fails the test.
+
+    `fit` composes its figures, but they are rendered only if asked for, as for `tiny_run`: that is a third of the time
+    of a tiny training.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    fits = arguments[:1] == ("fit",)
+    unrendered = patch("moevision.train.plots.save", _leave_empty) if fits and not render else nullcontext()
+    with redirect_stdout(out), redirect_stderr(err), unrendered:
+        code = main([str(argument) for argument in arguments])
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def _leave_empty(figure: object, out: Path) -> None:
+    out.touch()
+
+
+def run_bench(*arguments: object) -> Outcome:
+    """Call `python -m benchmarks` in this process, and put back the number of threads."""
+    import torch
+
+    from benchmarks.__main__ import main
+
+    out, err, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.argv = argv
+        torch.set_num_threads(threads)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def draw_folder(root: Path, classes: Sequence[str] = ("cat", "dog"), per_class: int = 20, size: int = 32) -> Path:
+    """Write drawn pets to `root/<class>/<number>.png`."""
+    from PIL import Image
+
+    from moevision.data import SyntheticPets
+
+    kinds = SyntheticPets.classes
+    pets = SyntheticPets(per_class * len(kinds), size, 0, "train")
+    for index in range(len(pets)):
+        name = kinds[pets.label(index)]
+        if name in classes:
+            (root / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pets.image(index)).save(root / name / f"{index:04d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Outcome]:
+    return run_cli
+
+
+@pytest.fixture(scope="session")
+def bench() -> Callable[..., Outcome]:
+    return run_bench
+
+
+@pytest.fixture(scope="module")
+def forked_processes() -> Generator[None, None, None]:
+    """Processes that the benchmarks spawn are forks of one that has imported torch, instead of each importing it."""
+    from torch import multiprocessing
+
+    from benchmarks import harness
+    from benchmarks.train import lightning_peer
+    from tests import forks
+
+    forks.begin()
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (harness, lightning_peer):
+            patched.setattr(module, "get_context", lambda method: forks.CONTEXT)
+        patched.setattr(multiprocessing, "spawn", partial(multiprocessing.start_processes, start_method="forkserver"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[str, ...]:
+    """Options of the tiny training."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Path]:
+    return draw_folder
+
+
+@pytest.fixture(scope="session")
+def drawn_pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 cats and 20 dogs; not to be changed."""
+    return draw_folder(tmp_path_factory.mktemp("drawn") / "pets")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of `fit pets --with-twin` on 40 images and a broken one; not to be changed."""
+    home = tmp_path_factory.mktemp("fit")
+    pets = draw_folder(home / "pets")
+    (pets / "dog" / "broken.png").write_bytes(b"no picture")
+    options = ("--with-twin", "--data.max_bad_fraction=0.2", f"--runs_root={home / 'runs'}")
+    outcome = run_cli("fit", pets, *TINY, *options, render=True)
+    assert outcome.code == 0, outcome.err
+    (home / "output.txt").write_text(outcome.out + outcome.err)
+    return home / "runs" / "pets"
+
+
+@pytest.fixture
+def saved_model(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny run's exported model, to be damaged."""
+    return Path(shutil.copytree(tiny_run / "model", tmp_path / "model"))
+
+
+@pytest.fixture
+def send_signal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let this process, which trains, get a signal after a step; afterwards no more."""
+    from moevision.train.health import Stopwatch
+
+    def after(step: int, number: int = signal.SIGTERM) -> None:
+        real = Stopwatch.on_train_batch_end
+
+        def once(self: Stopwatch, trainer: Any, *rest: Any) -> None:
+            real(self, trainer, *rest)
+            if trainer.global_step == step:
+                monkeypatch.setattr(Stopwatch, "on_train_batch_end", real)
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Stopwatch, "on_train_batch_end", once)
+
+    return after
+
+
+@pytest.fixture
+def strike(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let trainings of this process be struck by faults, as `benchmarks.guard.faults` reads them."""
+
+    def by(faults: str) -> None:
+        from tests.train.struck import strike
+
+        strike(faults, monkeypatch.setattr)
+
+    return by
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_its_own() -> Generator[None, None, None]:
+    """Put the environment back: Lightning leaves LOCAL_RANK there, and what is launched then joins no launcher."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

@@ -1,0 +1,113 @@
+"""How large the package may be, how far a reader goes in it, and that no modules import one another in a circle.
+
+Who raises a limit says why in the commit and in its row. `python -m benchmarks counts` and `trips` show the counts.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import moevision
+from benchmarks.house.counts import circles, count, tokens
+from benchmarks.house.trips import Trip, batch_trip, forward_trip, moevision_command
+from moevision.train.recipe import choose_recipe
+
+ROOT = Path(moevision.__file__).parents[1]
+CHECKOUT = Path(__file__).parents[1]
+
+SIZE = {
+    # folder, with those below: (modules, lines, tokens)  # why it is no smaller
+    "moevision": (11, 1_525, 7_776),  # as of the start of "half the house"
+    "moevision/analysis": (28, 9_872, 68_833),
+    "moevision/commands": (12, 2_613, 15_937),
+    "moevision/data": (20, 6_454, 45_478),
+    "moevision/demo": (22, 5_033, 32_174),
+    "moevision/layers": (11, 2_672, 16_102),
+    "moevision/models": (17, 4_281, 25_721),
+    "moevision/train": (29, 9_580, 61_042),
+}
+LARGEST_FOLDER = 29  # modules
+CIRCLES = 3
+FIT_OPTIONS = 182  # of `moevision fit --help-all`
+DOCS_WORDS = 32_500  # README.md and docs/**/*.md
+
+FORWARD_FILES, BATCH_FILES, BATCH_HOPS, ANALYZE_FILES, PATH_HOPS = 6, 21, 227, 47, 6
+
+
+@pytest.fixture(scope="module")
+def house() -> dict[str, Any]:
+    return count(ROOT)
+
+
+def test_folders_keep_to_their_size(house: dict[str, Any]) -> None:
+    found = {folder: [0, 0, 0] for folder in SIZE}
+    for name, size in house["folders"].items():
+        room = found.setdefault("/".join(name.split("/")[:2]), [0, 0, 0])
+        for place, unit in enumerate(("modules", "lines", "tokens")):
+            room[place] += size[unit]
+    over = {name: (room, SIZE.get(name, (0, 0, 0))) for name, room in found.items()
+            if any(have > may for have, may in zip(room, SIZE.get(name, (0, 0, 0)), strict=True))}  # fmt: skip
+    assert over == {}, "found, allowed: modules, lines, tokens"
+
+
+def test_no_folder_is_crowded_and_no_modules_import_one_another(house: dict[str, Any]) -> None:
+    assert house["largest_folder"] <= LARGEST_FOLDER
+    assert len(house["circles"]) <= CIRCLES, house["circles"]
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_tokens_are_what_the_code_says() -> None:
+    """`def f ( x ) : return x + 1` has 10, an f-string is one more; docstrings, comments and breaks have none."""
+    assert tokens("def f(x):\n    return x + 1\n") == 10
+    assert tokens('"""Doc."""\n\n\ndef f(x):\n    """Doc."""  # why\n    return (\n        x + 1\n    )\n') == 12
+    assert tokens('f"{x} and {f(y)}"\n') == 1
+
+
+def test_fit_has_few_options(cli) -> None:
+    options = set(re.findall(r"^  (?:-\w \w+, )?(--[\w.-]+)", cli("fit", "--help-all").out, re.M))
+    assert 30 < len(options) <= FIT_OPTIONS
+
+
+def test_docs_keep_to_their_words() -> None:
+    pages = [CHECKOUT / "README.md", *(CHECKOUT / "docs").rglob("*.md")]
+    assert sum(len(page.read_text(encoding="utf-8").split()) for page in pages) <= DOCS_WORDS
+
+
+@pytest.mark.parametrize("router", ["noisy_top_k", "expert_choice"])
+def test_a_forward_pass_crosses_few_files(router: str) -> None:
+    way = forward_trip(router=router).way
+    assert 2 < len(set(way)) <= FORWARD_FILES, way
+
+
+def test_a_training_batch_crosses_few_files(tmp_path: Path) -> None:
+    way = batch_trip(tmp_path).way
+    assert 5 < len(set(way)) <= BATCH_FILES, sorted(set(way))
+    assert len(way) - 1 <= BATCH_HOPS, way
+
+
+def test_what_a_path_is_is_soon_known(tmp_path: Path) -> None:
+    """From `fit`'s choices to where the folder's images are listed."""
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "images" / name / f"{number}.png")
+    with Trip(until="walk") as trip:
+        choose_recipe(str(tmp_path / "images"), "none")
+    assert 1 <= len(trip.way) - 1 <= PATH_HOPS, trip.way
+
+
+@pytest.mark.deep
+def test_analyze_crosses_few_files(tmp_path: Path) -> None:
+    model = ROOT / "moevision" / "demo" / "models" / "pets" / "trained"
+    options = ("--data", "synthetic_pets", "--out", str(tmp_path), "--limit", "40", "--permutations", "20")
+    with Trip() as trip:
+        moevision_command(["analyze", str(model), *options])
+    assert 20 < len(set(trip.way)) <= ANALYZE_FILES, sorted(set(trip.way))

@@ -1,0 +1,492 @@
+"""One whole tiny `fit --with-twin`: every promised file of the run folder exists and says what it should."""
+
+import csv
+import hashlib
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+import moevision
+from moevision.data.open import holds
+from moevision.errors import UserError
+from moevision.layers import moe_layers
+from moevision.models.config import MoEConfig, build_model
+from moevision.models.io import load_model
+from moevision.train import recipe
+from moevision.train.recipe import choose_recipe, expand_arguments
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def same_metrics(run, other):
+    """All logged numbers of two runs, but for none: nothing in metrics.csv depends on the clock."""
+    return (run / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+
+
+def test_the_output_says_what_happens(tiny_run):
+    text = (tiny_run.parent.parent / "output.txt").read_text()
+    assert re.search(r"^cat +12 +2 +6$", text, re.MULTILINE), text
+    assert "with 4 experts, 2 per token by noisy_top_k, in blocks 1, 3" in text
+    assert re.search(r"^device: .*, precision 32-true, batch 8$", text, re.MULTILINE)
+    assert re.search(r"^plan: 2 epochs of 25 images, about \d+ min at [\d,]+ images/s \(by a few", text, re.MULTILINE)
+    assert (
+        "start: from scratch (--model.arch.name shapes the model, so that no pretrained weights are looked for)" in text
+    )
+    assert "litlogger" not in text
+    assert "warning: 1 images can't be used, the first (train) is dog/broken.png" in text
+
+
+def test_every_file_of_the_run_folder(tiny_run):
+    files = {
+        "config.yaml",
+        "metrics.csv",
+        "summary.md",
+        "summary.json",
+        "provenance.json",
+        "predictions_test.csv",
+        "scores.csv",
+        "splits.csv",
+        "bad_images.csv",
+        "curves.png",
+        "confusion.png",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "model/config.json",
+        "model/model.safetensors",
+    }
+    for run in (tiny_run, tiny_run / "twin"):
+        assert {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()} >= files
+    for name in ("curves.png", "confusion.png"):
+        with Image.open(tiny_run / name) as picture:
+            assert min(picture.size) > 200
+
+
+def test_metrics_have_rows_of_training_and_validation(tiny_run):
+    logged = rows(tiny_run / "metrics.csv")
+    assert len([row for row in logged if row["train/loss"]]) == 6  # 25 images, one of them broken: 3 steps an epoch
+    validated = [row for row in logged if row["val/top1"]]
+    assert [row["epoch"] for row in validated] == ["0", "1"]
+    for layer in (1, 3):
+        for name in ("load_max", "load_cv2", "entropy", "dead"):
+            assert all(float(row[f"moe/{layer}/{name}"]) >= 0 for row in validated)
+    # Four experts, two choices: the busiest has between 1 and 4 / 2 times the mean load.
+    assert all(1 <= float(row["moe/1/load_max"]) <= 2 for row in validated)
+    assert "val/top5" not in validated[0], "two classes have no top-5"
+
+
+def test_predictions_agree_with_the_summary(tiny_run):
+    predictions = rows(tiny_run / "predictions_test.csv")
+    right = sum(row["label"] == row["prediction"] for row in predictions)
+    assert [row["correct"] for row in predictions] == [str(int(r["label"] == r["prediction"])) for r in predictions]
+    assert [row["image"] for row in predictions] == [
+        row["path"] for row in rows(tiny_run / "splits.csv") if row["split"] == "test"
+    ]
+    summary = (tiny_run / "summary.md").read_text()
+    assert f"of the test images recognised** ({right} of {len(predictions)};" in summary
+    tested = next(row for row in reversed(rows(tiny_run / "metrics.csv")) if row["test/top1"])
+    assert float(tested["test/top1"]) == pytest.approx(right / len(predictions))
+
+
+def test_summary_has_loads_twin_and_next_commands(tiny_run):
+    summary = (tiny_run / "summary.md").read_text()
+    tested = next(row for row in reversed(rows(tiny_run / "metrics.csv")) if row["test/top1"])
+    for layer in (1, 3):
+        assert f"| block {layer} | 4 | {float(tested[f'moe/{layer}/load_max']):.2f} |" in summary
+    ours = {row["image"]: int(row["correct"]) for row in rows(tiny_run / "predictions_test.csv")}
+    twin = {row["image"]: int(row["correct"]) for row in rows(tiny_run / "twin" / "predictions_test.csv")}
+    assert ours.keys() == twin.keys()
+    points = 100 * (sum(ours.values()) - sum(twin.values())) / len(ours)
+    found = re.search(r"\*\*([+−-][\d.]+) percentage points\*\*, 95 % interval (\S+) to (\S+)", summary)
+    assert found, summary
+    difference, low, high = (float(text.replace("−", "-")) for text in found.groups())
+    assert difference == pytest.approx(points, abs=0.051)
+    assert low < difference < high
+    for command in (
+        f"moevision predict {tiny_run}/model IMAGE_OR_FOLDER",
+        f"moevision info {tiny_run}/model",
+        f"moevision test --ckpt_path {tiny_run}/checkpoints/best.ckpt",
+    ):
+        assert command in summary
+    assert "train: 25 images, cut from all images at random by class, seed 0." in summary
+
+
+def test_the_hash_of_the_model_is_recorded(tiny_run):
+    recorded = json.loads((tiny_run / "provenance.json").read_text())["run"]["model_sha256"]
+    assert recorded == hashlib.sha256((tiny_run / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_the_bad_image_is_listed(tiny_run):
+    assert [(row["path"], row["split"]) for row in rows(tiny_run / "bad_images.csv")] == [("dog/broken.png", "train")]
+    assert "- 1 file could not be read" in (tiny_run / "summary.md").read_text()
+
+
+def test_provenance(tiny_run):
+    facts = json.loads((tiny_run / "provenance.json").read_text())
+    assert facts["moevision"] == moevision.__version__
+    assert facts["command"][:2] == ["moevision", "fit"]
+    assert facts["seed"] == 0
+    assert facts["libraries"]["torch"] == torch.__version__
+    assert re.fullmatch(r"[0-9a-f]{64}", facts["data"]["file_list_sha256"])
+    twin = json.loads((tiny_run / "twin" / "provenance.json").read_text())
+    assert twin["data"] == facts["data"]
+    assert "active_flops" in twin["command"]
+
+
+def test_the_model_opens_with_timm_and_predicts_what_the_run_predicted(tiny_run):
+    config = json.loads((tiny_run / "model" / "config.json").read_text())
+    assert config["label_names"] == ["cat", "dog"]
+    net = timm.create_model(f"local-dir:{tiny_run / 'model'}", pretrained=True).eval()
+    mean, std = (np.array(config["pretrained_cfg"][name]) for name in ("mean", "std"))
+    pets = tiny_run.parent.parent / "pets"
+    for row in rows(tiny_run / "predictions_test.csv"):
+        pixels = np.asarray(Image.open(pets / row["image"]), dtype=np.float64) / 255
+        image = torch.tensor((pixels - mean) / std, dtype=torch.float32).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            probability, label = (net(image) / config["calibration"]["temperature"]).softmax(-1)[0].max(0)
+        assert config["label_names"][int(label)] == row["prediction"]
+        assert float(probability) == pytest.approx(float(row["probability"]), abs=1e-4)
+
+
+def test_predict_says_the_same(cli, tiny_run):
+    known = {row["image"]: row for row in rows(tiny_run / "predictions_test.csv")}
+    pets = tiny_run.parent.parent / "pets"
+    outcome = cli("predict", tiny_run, *(pets / name for name in known))
+    assert outcome.code == 0
+    for row, expected in zip(csv.DictReader(outcome.out.splitlines()), known.values(), strict=True):
+        assert row["class"] == expected["prediction"]
+        assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=2e-4)
+
+
+def test_the_config_runs_again_to_the_same_numbers(cli, tiny_run):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
+    outcome = cli("fit", "--config", tiny_run / "config.yaml", "--without-twin")
+    assert outcome.code == 0, outcome.err
+    again = tiny_run.with_name("pets-2")
+    assert same_metrics(tiny_run, again)
+    assert (again / "predictions_test.csv").read_text() == (tiny_run / "predictions_test.csv").read_text()
+    assert not (again / "twin").exists()
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before, "an earlier run is never touched"
+
+
+def test_evaluating_the_checkpoint_again(cli, tiny_run):
+    """The run's own config.yaml says all the rest, given or not: 32 px is not the default."""
+    logged, config = rows(tiny_run / "metrics.csv"), tiny_run / "config.yaml"
+    for verb, split, given in (("test", "test", ()), ("validate", "val", ("--config", config))):
+        outcome = cli(verb, *given, "--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt")
+        assert outcome.code == 0, outcome.err
+        assert f"2 classes from {tiny_run.parents[1] / 'pets'}\n" in outcome.out
+        folder = Path("again") / f"pets-{verb}"
+        (found,) = [row for row in rows(folder / "metrics.csv") if row[f"{split}/top1"]]
+        scores = [float(row[f"{split}/top1"]) for row in logged if row[f"{split}/top1"]]
+        assert float(found[f"{split}/top1"]) == max(scores), "best.ckpt is the epoch of the best validation"
+        assert (folder / "splits.csv").read_text() == (tiny_run / "splits.csv").read_text()
+
+
+def test_evaluation_takes_the_images_of_the_run(cli, tiny_run, tmp_path, monkeypatch):
+    """Or a copy of them; those of another folder aren't in its splits.csv, so nothing says which are for the test."""
+    monkeypatch.chdir(tmp_path)
+    given = ("--runs_root=again", "--ckpt_path", tiny_run / "checkpoints" / "best.ckpt")
+    other = Path(shutil.copytree(tiny_run.parents[1] / "pets", "other photos"))
+    assert cli("test", other, *given).code == 0
+    picture = next((other / "cat").iterdir())
+    picture.write_bytes(picture.read_bytes() + b"0")  # under the same name
+    outcome = cli("test", other, *given)
+    assert outcome.code == 2
+    assert f"test takes the images that {tiny_run / 'splits.csv'} lists, of {tiny_run.parents[1]}" in outcome.err
+    assert outcome.err.endswith(f"by moevision predict {tiny_run / 'model'} 'other photos'.\n")
+    assert [path.name for path in Path("again").iterdir()] == ["other photos-test"]
+
+
+def test_the_config_of_an_evaluation(tiny_run, drawn_pets, monkeypatch, tmp_path):
+    """What is typed comes after the run's own and so wins; another --config takes its place."""
+    own, checkpoint = str(tiny_run / "config.yaml"), str(tiny_run / "checkpoints" / "best.ckpt")
+    alone = ["--trainer.devices=1", "--trainer.num_nodes=1"]
+    given = ["--ckpt_path", checkpoint, "--data.batch_size=4"]
+    assert expand_arguments("test", given) == ["--config", own, *alone, *given]
+    assert expand_arguments("test", [str(drawn_pets), *given]) == [
+        "--config",
+        own,
+        *alone,
+        *given,
+        "--data.path",
+        str(drawn_pets),
+    ]
+    assert expand_arguments("validate", ["--config=quickstart", *given])[1:] == given
+    assert expand_arguments("test", ["quickstart", *given])[2:] == given
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()  # a folder of images that has the name of a recipe
+    named = expand_arguments("test", ["quickstart", *given])
+    assert named == ["--config", own, *alone, *given, "--data.path", "quickstart"]
+    assert expand_arguments("test", ["pics", "--ckpt_path", f"{tiny_run}/model/best.ckpt"])[:2] == [
+        "--data.path",
+        "pics",
+    ]
+    monkeypatch.chdir(tiny_run / "checkpoints")
+    assert expand_arguments("test", ["--ckpt_path=best.ckpt"])[:2] == ["--config", own]
+    with pytest.raises(UserError, match=r"--ckpt_path runs/NAME/checkpoints/best.ckpt"):
+        expand_arguments("test", [])
+    with pytest.raises(UserError, match=r"There is no config.yaml in .*typo: correct --ckpt_path"):
+        expand_arguments("test", ["--ckpt_path", "typo/checkpoints/best.ckpt"])
+
+
+def test_a_run_of_many_processes_is_evaluated_by_one(cli, tiny_run):
+    """On whatever machine; `--trainer.num_nodes` isn't among the options of `test`."""
+    run = Path(shutil.copytree(tiny_run, "runs/many"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"] |= {"devices": 2, "num_nodes": 2, "strategy": "ddp"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    outcome = cli("test", "--ckpt_path", run / "checkpoints" / "best.ckpt", "--runs_root=again")
+    assert outcome.code == 0, outcome.err
+
+
+def unfinished_copy(run: Path) -> Path:
+    """A copy of a finished run as if it had been killed before the report."""
+    copy = Path(shutil.copytree(run, "runs/copy"))
+    (copy / "summary.json").unlink()
+    return copy
+
+
+def test_the_split_of_the_run_is_used_again(cli, tiny_run):
+    """Pictures that came after the first start are in no split of the run that goes on."""
+    pets = Path(shutil.copytree(tiny_run.parent.parent / "pets", "pets"))
+    shutil.copy(pets / "cat" / "0000.png", pets / "cat" / "new.png")
+    run = unfinished_copy(tiny_run)
+    outcome = cli("fit", "--resume", run, "--data.path=./pets", "--without-twin")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"warning: 1 images came after .*splits.csv was written and are left out", outcome.out)
+    assert "came after" not in outcome.err  # said once
+    assert "changed: --data.path was" in outcome.err
+    listed = [tuple(row.values()) for row in rows(run / "splits.csv")]
+    assert listed == [tuple(row.values()) for row in rows(tiny_run / "splits.csv")]
+    assert same_metrics(run, tiny_run)
+
+
+def test_a_pretrained_run_goes_on_without_the_weights_it_started_from(cli, drawn_pets):
+    """Everything is in the checkpoint or beside it: neither a network nor the dense model's folder is needed again."""
+    timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
+    options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true")
+    first = cli(
+        "fit", drawn_pets, "--pretrained", "dense", *options, "--name=up", "--trainer.enable_progress_bar=false"
+    )
+    assert first.code == 0, first.err
+    shutil.rmtree("dense")
+    Path("runs/up/summary.json").unlink()
+    best = "runs/up/checkpoints/best.ckpt"
+    for arguments in (["fit", "--resume=runs/up"], ["test", "--ckpt_path", best], ["predict", best, drawn_pets]):
+        again = cli(*arguments)
+        assert again.code == 0, again.err
+
+
+def test_the_model_is_the_one_of_config_yaml(cli, drawn_pets):
+    """With a configuration that names another architecture: its name is not recorded, and its sizes are refused."""
+    timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
+    arch = {"name": "vit_moe", "base": "vit_tiny_patch16_224", "depth": 4, "num_experts": 3, "global_pool": "avg"}
+    Path("mine.yaml").write_text(yaml.safe_dump({"model": {"arch": arch}, "data": {"image_size": 32, "batch_size": 8}}))
+    fit = ("fit", drawn_pets, "--config=mine.yaml", "--pretrained=dense", "--trainer.max_epochs=1", "--name=up")
+    refused = cli(*fit, "--model.arch.patch_size=8", "--model.arch.stem=conv")
+    assert refused.code == 2
+    assert "give --model.arch.stem null (it is conv), --model.arch.patch_size null (it is 8), or train" in refused.err
+    assert not Path("runs/up").exists()
+    outcome = cli(*fit, "--trainer.precision=32-true", "--trainer.enable_progress_bar=false")
+    assert outcome.code == 0, outcome.err
+    recorded = yaml.safe_load(Path("runs/up/config.yaml").read_text())["model"]["arch"]
+    assert recorded["name"] is recorded["base"] is None
+    again, trained = build_model(MoEConfig(**recorded), 2, 32), load_model("runs/up").net
+    assert str(again) == str(trained)
+    assert (len(trained.blocks), trained.global_pool, moe_layers(trained)[0].router.num_experts) == (4, "avg", 3)
+
+
+def test_a_pretrained_start_and_its_twin(cli, drawn_pets):
+    timm.models.save_for_hf(timm.create_model("test_vit", img_size=32, num_classes=3), "dense", safe_serialization=True)
+    options = ("--data.image_size=32", "--trainer.max_epochs=1", "--trainer.precision=32-true", "--with-twin")
+    outcome = cli(
+        "fit", drawn_pets, "--pretrained", "dense", *options, "--name=up", "--trainer.enable_progress_bar=false"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "from scratch" not in outcome.out + outcome.err
+    arguments = json.loads(Path("runs/up/model/config.json").read_text())["model_args"]
+    assert (arguments["base"], arguments["expert_hidden"]) == ("test_vit", 192)  # 3 x width: test_vit's own MLP
+    assert "It has the same pretrained weights and active FLOPs" in Path("runs/up/summary.md").read_text()
+    twice = cli("fit", drawn_pets, "--pretrained", "runs/up/model", *options, "--name=moe")
+    assert twice.code == 2
+    assert "for --with-twin or --dense: leave it out" in twice.err
+    assert not Path("runs/moe").exists()
+
+
+def option(options, name):
+    (value,) = [text.split("=", 1)[1] for text in options if text.startswith(f"--{name}=")]
+    return value
+
+
+@pytest.mark.parametrize("where", ["beside", "afresh"])
+def test_a_run_folder_among_the_images_is_refused(cli, tiny, drawn_pets, monkeypatch, where):
+    monkeypatch.chdir(shutil.copytree(drawn_pets, "photos"))
+    outcome = cli("fit", ".", *tiny, *(["--resume=auto"] if where == "afresh" else []))
+    assert outcome.code == 2
+    assert (
+        "runs/photos would become part of the images in .: start elsewhere, or give another --runs_root" in outcome.err
+    )
+    assert not Path("runs").exists()
+
+
+def test_images_below_a_run_are_not_always_read(draw):
+    """Those beside train and val are left out, and so are hidden folders."""
+    draw(Path("split/train"), per_class=1)
+    draw(Path("plain"), per_class=1)
+    assert holds("split", Path("split/train/runs/a"))
+    assert holds("./plain", Path("plain/cat/runs"))
+    for path, place in (("split", "split/runs/a"), ("plain", "plain/.runs/a"), ("plain", "runs/a"), ("cifar10", "a")):
+        assert not holds(path, Path(place))
+
+
+def test_no_weights_are_looked_for_where_there_are_no_images(draw, monkeypatch):
+    """They may be 88 MB; on a terminal somebody would be asked whether to fetch them."""
+    monkeypatch.setattr(recipe, "choose_start", lambda *_: pytest.fail("looked for weights"))
+    with pytest.raises(UserError, match="there is no folder nofolder"):
+        choose_recipe("nofolder", "auto")
+    with pytest.raises(UserError, match="only one class folder"):
+        choose_recipe(str(draw(Path("photos"), classes=("cat",))))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "limit_train_batches=0.01",
+        "limit_val_batches=0.01",
+        "limit_test_batches=0.01",
+        "val_check_interval=500",
+    ],
+)
+def test_options_of_the_trainer_that_leave_nothing(cli, tiny, drawn_pets, option):
+    """Lightning finds them out when training begins, or when it has ended."""
+    outcome = cli("fit", drawn_pets, *tiny, f"--trainer.{option}")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith(f"moevision: --trainer.{option.replace('=', ' ')}")
+    assert not list(Path("runs").glob("*"))
+
+
+def test_no_expert_for_a_token_is_refused(cli, tiny, drawn_pets):
+    outcome = cli("fit", drawn_pets, *tiny, "--model.arch.top_k=0")
+    assert outcome.code == 2
+    assert "top_k is 0: it must be at least 1" in outcome.err
+
+
+def test_recipe_of_a_small_folder(drawn_pets, monkeypatch):
+    monkeypatch.setattr(recipe, "memory_available_bytes", lambda: 8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    scratch = choose_recipe(str(drawn_pets), "none")
+    assert option(scratch, "data.batch_size") == "8"  # 40 pictures: five steps an epoch
+    assert option(scratch, "trainer.max_epochs") == "100"
+    assert option(scratch, "data.image_size") == "64"
+    assert option(scratch, "data.cache_mb") == "2048"  # a quarter of the free memory
+    assert option(scratch, "model.arch.name") == "vit_moe_hybrid_patch8_32"
+    assert option(scratch, "model.optim.name") == "muon"
+
+
+@pytest.mark.parametrize(
+    ("typed", "rate"),
+    [
+        ([], 6e-3),
+        (["--model.optim.name=adamw"], 1e-3),
+        (["--model.arch.name=test_vit_moe"], 1e-3),
+        (["--model.arch.name", "test_vit_moe", "--model.optim.name", "muon"], 6e-3),
+    ],
+)
+def test_the_learning_rate_from_scratch_is_that_of_the_optimizer(drawn_pets, typed, rate):
+    """6e-3 is the recipes' for Muon (`configs/cifar10.yaml`), 1e-3 AdamW's default here."""
+    assert float(option(choose_recipe(str(drawn_pets), "none", typed), "model.optim.lr")) == rate
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "batch"),
+    [(0, 100, 8), (400, 100, 20), (10_000, 20, 64), (50_000, 10, 64)],  # 200 000 images, 10 to 100 epochs
+)
+def test_recipe_follows_the_number_of_images(monkeypatch, images, epochs, batch):
+    monkeypatch.setattr(recipe, "count_images", lambda _: images)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = choose_recipe("pictures", "none")
+    assert option(chosen, "trainer.max_epochs") == str(epochs)
+    assert option(chosen, "data.batch_size") == str(batch)
+
+
+def test_who_names_the_cpu_gets_what_suits_a_cpu(monkeypatch):
+    """Beside a GPU of 80 GB, which must not be asked for anything."""
+    monkeypatch.setattr(recipe, "count_images", lambda _: 10_000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    alone = expand_arguments("fit", ["pictures", "--pretrained=none"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    beside = expand_arguments("fit", ["pictures", "--pretrained=none", "--trainer.accelerator=cpu"])
+    changes = "--data.cache_mb"  # with the free memory
+    cpu, named = ({each for each in found if not each.startswith(changes)} for found in (alone, beside))
+    assert named - cpu == {"--trainer.accelerator=cpu"}
+    assert cpu <= named
+    on_gpu = expand_arguments("fit", ["pictures", "--pretrained=none"])
+    assert option(on_gpu, "data.batch_size") == "256"
+
+
+def test_recipe_of_a_named_dataset_knows_its_size(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen = choose_recipe("synthetic_pets")
+    assert option(chosen, "trainer.max_epochs") == "12"  # 200 000 / 16 000
+    assert option(chosen, "data.batch_size") == "64"
+    assert option(chosen, "data.crop") == "auto"
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_training_in_another_type_is_tested_too(cli, tiny, drawn_pets, precision):
+    """Calibration, the test and the timing of one image take images of that type."""
+    outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", f"--trainer.precision={precision}")
+    assert outcome.code == 0, outcome.err
+    (run,) = Path("runs").iterdir()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["precision"] == precision
+    assert summary["ms_per_image"] > 0
+
+
+def test_seeds_that_are_drawn(cli, tiny, drawn_pets):
+    """`true` draws a seed and keeps it, so that the run can be made again; `false` sets none."""
+    seeds = []
+    for asked in ("true", "true", "false"):
+        outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_epochs=1", "--seed_everything", asked)
+        assert outcome.code == 0, outcome.err
+    for run in sorted(Path("runs").iterdir()):
+        seeds.append(json.loads((run / "summary.json").read_text())["seed"])
+    assert seeds[0] != seeds[1]
+    assert seeds[2] is None
+
+
+def test_a_training_within_an_epoch_says_how_to_test_it(cli, tiny, drawn_pets):
+    outcome = cli("fit", drawn_pets, *tiny, "--trainer.max_steps=1")
+    assert outcome.code == 0, outcome.err
+    (run,) = Path("runs").iterdir()
+    (command,) = re.findall(r"^    moevision (test .*)$", (run / "summary.md").read_text(), re.MULTILINE)
+    again = cli(*shlex.split(command))
+    assert again.code == 0, again.err
+
+
+def test_a_config_replaces_the_recipe(drawn_pets):
+    expanded = expand_arguments("fit", [str(drawn_pets), "--config=quickstart", "--pretrained=x"])
+    assert expanded[0].endswith("configs/quickstart.yaml")
+    # The weights bring their own architecture: that of the configuration is left out, and what is typed is not.
+    left_out = ["--model.arch.name=null", "--model.arch.base=null"]
+    assert expanded[1:] == ["--model.arch.pretrained=x", *left_out, "--data.path", str(drawn_pets)]
+    typed = expand_arguments("fit", ["--config=quickstart", "--pretrained=x", "--model.arch.name=vit_moe"])
+    assert typed[1:] == ["--model.arch.name=vit_moe", "--model.arch.pretrained=x", "--model.arch.base=null"]
+    assert expand_arguments("fit", ["quickstart"])[1].endswith("quickstart.yaml")
