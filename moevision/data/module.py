@@ -387,7 +387,6 @@ class ImageDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _loader_options(self, mixer: BatchMixer | None = None) -> dict[str, Any]:
-        """What all loaders have in common."""
         return {
             "num_workers": self.num_workers,
             "collate_fn": Collate(self.mean, self.std, self._order_seed, mixer),
@@ -540,13 +539,7 @@ class Quarantine:
     """Counts the bad images of a run once each, and stops it when they pass a share of a split."""
 
     def __init__(self, samples: Mapping[str, Sequence[Sample]], max_fraction: float, table: Path | None = None) -> None:
-        """Start empty.
-
-        Args:
-            samples: images per split.
-            max_fraction: largest share of a split that may be bad.
-            table: file to write them to (columns path, reason, split), None for nowhere.
-        """
+        """Start empty; ``table`` is the file to write them to (columns path, reason, split)."""
         self.samples, self.max_fraction, self.table = samples, max_fraction, table
         self._reasons: dict[tuple[str, int], str] = {}
 
@@ -601,12 +594,12 @@ def balance_warnings(train: Mapping[str, int], weighted: bool, balanced_sampling
 
 
 def class_weight_tensor(weights: str | dict[str, float], train: Mapping[str, int]) -> Tensor | None:
-    """Weights of the loss per class, float32 [C].
+    """Weights of the loss per class, float32 [C], by the training images per class in the order of the labels.
 
     Args:
         weights: "none"; "auto", which gives class c the weight N / (C n_c), so that the mean over the N
             training images is 1; or a weight per class name, 1 for names left out.
-        train: training images per class, in the order of the labels.
+        train: training images per class.
 
     Raises:
         UserError: if a name is unknown or a weight isn't above 0.
