@@ -6,14 +6,16 @@ flushed: until then the disk may forget the new name. Checkpoints, metrics and r
 that one place can be made to fail in a test (`tests/train/test_file_operations.py`).
 """
 
+import csv
 import errno
 import hashlib
+import io
 import os
 import platform
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,25 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
         ValueError: `obj` holds NaN or infinity, which JSON can't say.
     """
     write_text_atomic(path, json_text(obj, indent=2) + "\n")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file in UTF-8, each by the names in its first line; what a row lacks is empty.
+
+    Raises:
+        csv.Error: if it is none.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, restval="", strict=True))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Iterable[Any]], end: str = "\n") -> str:
+    """A CSV file: its first line, and rows of as many cells; the caller shows names from outside (`csv_name`)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator=end)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def file_sha256(path: Path, on_progress: Callable[[int], None] = lambda done: None) -> str:

@@ -9,9 +9,7 @@ Axis legend: B batch, C classes, S = ``image_size``.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
 import signal
 from collections import Counter
@@ -46,7 +44,7 @@ from moevision.data.scores import Choices
 from moevision.data.splits import Cut, is_copy, make_splits, read_splits, write_splits
 from moevision.data.transforms import Augment, BatchMixer, CropMode, TrainTransform
 from moevision.errors import AT_LEAST_0, AT_LEAST_1, SEED, DataWarning, UserError, check_ranges
-from moevision.files import write_text_atomic
+from moevision.files import csv_text, write_text_atomic
 from moevision.names import csv_name, name_bytes, shown
 
 ClassCounts = dict[str, dict[str, int]]
@@ -556,11 +554,8 @@ class Quarantine:
             return
         self._reasons = {**self._reasons, **new}
         if self.table is not None:
-            text = io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(["path", "reason", "split"])
-            writer.writerows([csv_name(path), csv_name(reason), split] for path, reason, split in self.entries())
-            write_text_atomic(self.table, text.getvalue())
+            rows = ((csv_name(path), csv_name(reason), split) for path, reason, split in self.entries())
+            write_text_atomic(self.table, csv_text(("path", "reason", "split"), rows))
         for split, count in Counter(split for split, _ in self._reasons).items():
             size = len(self.samples[split])
             if count > self.max_fraction * size:
