@@ -51,6 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = next((tier for folder, tier in FOLDERS.items() if path.startswith(f"{folder}/")), None)
         if tier:
             item.add_marker(tier)
+        elif "server" in getattr(item, "fixturenames", ()):  # the explorer in a process of its own
+            item.add_marker("deep")
         elif not any(map(item.get_closest_marker, (*TIERS, "whole"))):
             cases[item.nodeid.partition("[")[0]].append(item)
     for test, of_test in cases.items():

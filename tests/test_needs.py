@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.deep
+
 ROOT = Path(__file__).parents[1]
 # Hides packages, for `import` and for `find_spec` alike.
 WITHOUT = """

@@ -15,6 +15,8 @@ import pytest
 
 from moevision.commands import VERBS
 
+pytestmark = pytest.mark.deep
+
 ROUNDS = 3
 HELP_S = 0.3
 HEAVY = (
@@ -112,7 +114,6 @@ print(json.dumps(marks))
 """
 
 
-@pytest.mark.deep
 def test_the_import_costs_little_more_than_timm() -> None:
     """After timm, which moevision imports, so that the second number is all that it adds."""
 
@@ -184,7 +185,6 @@ def known() -> dict[str, list[str]]:
     return {name: lines for name, *lines in (part.splitlines() for part in said.split("== ")[1:])}
 
 
-@pytest.mark.deep
 @pytest.mark.parametrize("order", ORDERS)
 def test_timm_knows_the_names(order: str, known: dict[str, list[str]]) -> None:
     """And keeps its own loader, which reads its files."""
@@ -203,7 +203,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.deep
 def test_a_spawned_worker_knows_the_names(tmp_path: Any) -> None:
     (tmp_path / "program.py").write_text(SPAWNED)
     done = run(str(tmp_path / "program.py"))
@@ -216,7 +215,6 @@ print(transformers.TimmWrapperForImageClassification(config).timm_model.moe_conf
 """
 
 
-@pytest.mark.deep
 @pytest.mark.needs("transformers")
 def test_transformers_builds_our_models() -> None:
     """Whichever is imported first."""
