@@ -36,6 +36,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option.markexpr = option.markexpr or f"not ({' or '.join(TIERS)})"
     if option.numprocesses is None and not (option.usepdb or option.collectonly):
         option.numprocesses = 2
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes with all cores each would be in each other's way
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -44,6 +44,12 @@ def test_without_a_browser_and_the_export_extra_their_tests_are_collected_and_th
     assert re.search(r"\d passed, 3 skipped", done.stdout)
 
 
+def test_nothing_is_needed_to_collect_every_tier(tmp_path):
+    done = run_tests(tmp_path, ("playwright", "axe_playwright_python"), "--collect-only", "-m", "deep or not deep")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "tests/browser/test_tabs.py::" in done.stdout
+
+
 def test_where_nothing_may_be_missing_it_is_a_failure(tmp_path):
     """Also of a worker's tests, which the first process hears of."""
     light = ("tests/docs/test_notebooks.py", "-k", "stays_small", "-n", "1")
